@@ -1,0 +1,162 @@
+"""Fills the generated parts of the pages while mkdocs builds them: what code or results say is written there once.
+
+A line `<!-- generate: WHAT -->` in a page is replaced: `options NAME` (a method's Config), `method NAME` (lossless,
+trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results`, `result-files`. Not a
+script to run: mkdocs loads it as a hook.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = re.compile(r"^<!-- generate: (\S+) ?(\S*) -->$", re.MULTILINE)
+RESULTS = re.compile(r"<!-- results:start -->\n(.*?)<!-- results:end -->", re.DOTALL)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs' hook: a page's text with its markers replaced."""
+    return MARKER.sub(lambda found: GENERATORS[found[1]](*filter(None, [found[2]])), markdown)
+
+
+def options(name: str) -> str:
+    """The options of a method, from its Config."""
+    return _fields(_methods()[name].Config)
+
+
+def config(name: str) -> str:
+    """One section of a recipe, from its class in `anydepth.config`."""
+    return _fields(getattr(importlib.import_module("anydepth.config"), name))
+
+
+def method(name: str) -> str:
+    """One line: lossless or lossy, trained or not."""
+    cls = _methods()[name]
+    output = "output is the full-depth output" if cls.lossless else "lossy"
+    return f"*{_sentence(cls.summary)} {output.capitalize()}; {'trained' if cls.trained else 'not trained'}.*"
+
+
+def methods() -> str:
+    """The table of all methods."""
+    rows = [
+        (f"[`{name}`](methods/{name}.md)", cls.summary, "yes" if cls.lossless else "no", "yes" if cls.trained else "no")
+        for name, cls in _methods().items()
+    ]
+    return _table(("method", "idea", "lossless", "trained"), rows)
+
+
+def families() -> str:
+    """The supported model families."""
+    backbone = importlib.import_module("anydepth.models.backbone")
+    return ", ".join(f"`{name}`" for name in sorted(backbone.FAMILIES))
+
+
+def commands() -> str:
+    """Every command of the CLI with its arguments and options, from typer."""
+    typer = importlib.import_module("typer.main")
+    group = typer.get_command(importlib.import_module("anydepth.cli").app)
+    with group.make_context("anydepth", [], resilient_parsing=True) as context:
+        names = group.list_commands(context)
+        return "\n\n".join(_command(name, group.get_command(context, name)) for name in names)
+
+
+def results() -> str:
+    """The results table of the README."""
+    found = RESULTS.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found, "README.md has lost its results:start and results:end marks"
+    return found[1]
+
+
+def result_files() -> str:
+    """What lies in benchmarks/results, and where each was measured."""
+    documents = [(path, json.loads(path.read_text())) for path in sorted(ROOT.glob("benchmarks/results/*.json"))]
+    if not documents:
+        return "No result has been committed yet."
+    return _table(("file", "schema", "commit", "seed", "processor"), [_origin(*pair) for pair in documents])
+
+
+GENERATORS: dict[str, Callable[..., str]] = {
+    "options": options,
+    "config": config,
+    "method": method,
+    "methods": methods,
+    "families": families,
+    "commands": commands,
+    "results": results,
+    "result-files": result_files,
+}
+
+
+def _methods() -> dict[str, Any]:
+    return importlib.import_module("anydepth.methods").METHODS
+
+
+def _fields(cls: Any) -> str:
+    rows = [
+        (f"`{name}`", f"`{_type(field.annotation)}`", _default(field), field.description or "")
+        for name, field in cls.model_fields.items()
+    ]
+    return _table(("option", "type", "default", "what it does"), rows)
+
+
+def _type(annotation: Any) -> str:
+    """`Literal['a', 'b'] | None` as a reader would write it in YAML."""
+    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    text = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda found: found[1].replace(", ", " | ").replace("'", ""), text)
+    return re.sub(r"\b(?:typing|anydepth(?:\.\w+)*)\.", "", text).replace("NoneType", "None")
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if hasattr(value, "model_fields"):
+        return "the defaults of its section"
+    return f"`{json.dumps(value, ensure_ascii=False, default=str)}`"
+
+
+def _command(name: str, command: Any) -> str:
+    rows = [row for parameter in command.params for row in _parameter(parameter)]
+    usage = " ".join(["anydepth", name, *_positionals(command)])
+    return f"### {name}\n\n{command.help or ''}\n\n```console\n$ {usage} [OPTIONS]\n```\n\n" + _table(
+        ("option", "default", "what it does"), rows
+    )
+
+
+def _positionals(command: Any) -> Iterator[str]:
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            name = parameter.make_metavar(None) if parameter.metavar is None else parameter.metavar
+            yield name if parameter.required else f"[{name}]".replace("[[", "[").replace("]]", "]")
+
+
+def _parameter(parameter: Any) -> Iterator[tuple[str, str, str]]:
+    if getattr(parameter, "hidden", False) or parameter.name in ("help", "install_completion", "show_completion"):
+        return
+    names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+    if parameter.param_type_name == "argument":
+        names = f"`{parameter.human_readable_name}`"
+    default = "required" if parameter.required else "" if parameter.default in (None, False, ()) else f"`{parameter.default}`"
+    yield names, default, getattr(parameter, "help", None) or ""
+
+
+def _origin(path: Path, document: dict[str, Any]) -> tuple[str, ...]:
+    commit = str(document.get("commit") or "–")[:10] + (" (dirty)" if document.get("dirty") else "")
+    hardware = document.get("hardware") or {}
+    return f"`{path.name}`", f"`{document.get('schema')}`", commit, str(document.get("seed")), str(hardware.get("cpu", "–"))
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return "None."
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."

@@ -1,0 +1,57 @@
+"""anydepth: spend less compute on easy tokens, and prove what that buys.
+
+The path: load a model → a method decides which tokens run which layers → execution does it, work really skipped →
+train → calibrate → generate → measure against full depth → report.
+
+    import anydepth
+
+    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    adapted = anydepth.attach(model, anydepth.SkipSet.Config(skip_layers=[10, 20]))
+    adapted.generate(**tokenizer("The sea", return_tensors="pt"), max_new_tokens=64)
+    adapted.last_trace.mean_depth
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdaptedModel": "anydepth.execution.adapted",
+    "attach": "anydepth.execution.adapted",
+    "detach": "anydepth.execution.adapted",
+    "Trace": "anydepth.execution.trace",
+    "load_model": "anydepth.models.load",
+    "load": "anydepth.training.checkpoint",
+    "save": "anydepth.training.checkpoint",
+    "METHODS": "anydepth.methods",
+    "LayerRouter": "anydepth.methods.layer_router",
+    "SkipSet": "anydepth.methods.skip_set",
+    "StochasticDepth": "anydepth.methods.stochastic_depth",
+    "UserError": "anydepth.errors",
+    "RunError": "anydepth.errors",
+}
+__all__ = [
+    "METHODS", "AdaptedModel", "LayerRouter", "RunError", "SkipSet", "StochasticDepth", "Trace", "UserError", "attach",
+    "detach", "load", "load_model", "save",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from anydepth.errors import RunError, UserError
+    from anydepth.execution.adapted import AdaptedModel, attach, detach
+    from anydepth.execution.trace import Trace
+    from anydepth.methods import METHODS
+    from anydepth.methods.layer_router import LayerRouter
+    from anydepth.methods.skip_set import SkipSet
+    from anydepth.methods.stochastic_depth import StochasticDepth
+    from anydepth.models.load import load_model
+    from anydepth.training.checkpoint import load, save
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that `anydepth --help` does not wait for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'anydepth' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)

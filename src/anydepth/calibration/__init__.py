@@ -1,0 +1,1 @@
+"""Setting what training leaves open: skip sets, thresholds, budgets."""

@@ -1,0 +1,166 @@
+"""Search of a skip set: which layers, mixers or FFNs a model misses least, on calibration text.
+
+`influence`: one pass; a branch that turns the state little is missed little (block influence 1 − cos(h, h'),
+ShortGPT, Men et al. 2024). `greedy`: leaves out one more at a time, always the one after which most next-token
+choices equal full depth; slower, and better where layers work together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.methods.skip_set import SkipSet, SkipSetConfig
+from anydepth.models.backbone import Backbone
+
+Candidate = tuple[str, int]
+"""(`layer`, `mixer` or `ffn`, layer index)."""
+
+
+@dataclass(frozen=True)
+class SkipSearchResult:
+    """A skip set and how much of full depth is left with it.
+
+    Attributes:
+        agreement: share of next-token choices equal to full depth on the search text.
+        trajectory: one row per branch left out, with the agreement after it.
+    """
+
+    config: SkipSetConfig
+    agreement: float
+    seconds: float
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
+
+
+def search(model: nn.Module, windows: Tensor, *, strategy: str, budget: float, branches: bool = False) -> (
+    SkipSearchResult
+):  # fmt: skip
+    """The skip set of `budget` (share of layers, or of branches) that `strategy` finds on (N, T) windows.
+
+    Raises:
+        UserError: unknown strategy, or a budget that leaves nothing out or nothing in.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"strategy '{strategy}' is unknown; strategies are {', '.join(STRATEGIES)}")
+    started = time.monotonic()
+    adapted = attach(model, SkipSetConfig())
+    try:
+        candidates = _candidates(adapted.backbone.num_layers, branches)
+        num_out = round(budget * len(candidates))
+        if not 0 < num_out < len(candidates):
+            raise UserError(
+                f"budget {budget} of {len(candidates)} {'branches' if branches else 'layers'} is {num_out} left out; "
+                "choose a share that leaves out at least one and keeps at least one"
+            )
+        reference = _choices(adapted, windows)
+        order = STRATEGIES[strategy](adapted, windows, candidates, num_out, reference)
+        trajectory = []
+        for count in range(1, num_out + 1):
+            kind, layer_idx = order[count - 1]
+            trajectory.append(
+                {"step": count, "branch": kind, "layer": layer_idx,
+                 "agreement": _agreement(adapted, windows, order[:count], reference)}
+            )  # fmt: skip
+    finally:
+        detach(adapted)
+    config = SkipSetConfig(**_as_lists(order))
+    return SkipSearchResult(config, trajectory[-1]["agreement"], time.monotonic() - started, trajectory)
+
+
+def _candidates(num_layers: int, branches: bool) -> list[Candidate]:
+    kinds = ("mixer", "ffn") if branches else ("layer",)
+    return [(kind, layer_idx) for layer_idx in range(num_layers) for kind in kinds]
+
+
+def _as_lists(candidates: list[Candidate]) -> dict[str, list[int]]:
+    names = {"layer": "skip_layers", "mixer": "skip_mixers", "ffn": "skip_ffns"}
+    return {name: sorted(i for kind, i in candidates if names[kind] == name) for name in names.values()}
+
+
+def _by_influence(
+    adapted: AdaptedModel, windows: Tensor, candidates: list[Candidate], num_out: int, reference: Tensor
+) -> list[Candidate]:
+    influence = influences(adapted, windows)
+    return sorted(candidates, key=lambda candidate: influence[candidate])[:num_out]
+
+
+def _by_greedy(
+    adapted: AdaptedModel, windows: Tensor, candidates: list[Candidate], num_out: int, reference: Tensor
+) -> list[Candidate]:
+    chosen: list[Candidate] = []
+    for _ in range(num_out):
+        rest = [candidate for candidate in candidates if candidate not in chosen]
+        chosen.append(max(rest, key=lambda extra: _agreement(adapted, windows, [*chosen, extra], reference)))
+    return chosen
+
+
+STRATEGIES: dict[str, Callable[..., list[Candidate]]] = {"influence": _by_influence, "greedy": _by_greedy}
+
+
+@torch.no_grad()
+def _choices(adapted: AdaptedModel, windows: Tensor) -> Tensor:
+    """The most likely next token at each place, (N, T)."""
+    return torch.cat([adapted(input_ids=row[None].to(adapted.device), use_cache=False).logits.argmax(-1)
+                      for row in windows])  # fmt: skip
+
+
+def _agreement(adapted: AdaptedModel, windows: Tensor, out: list[Candidate], reference: Tensor) -> float:
+    method = adapted.methods["skip_set"]
+    assert isinstance(method, SkipSet)
+    lists = _as_lists(out)
+    method.choose(lists["skip_layers"], lists["skip_mixers"], lists["skip_ffns"])
+    return (_choices(adapted, windows) == reference).double().mean().item()
+
+
+@torch.no_grad()
+def influences(adapted: AdaptedModel, windows: Tensor) -> dict[Candidate, float]:
+    """1 − cos between the state in front of and behind each layer, mixer and FFN; mean over tokens, full depth."""
+    totals: dict[Candidate, float] = {}
+    with adapted.disabled(), _listening(adapted.backbone, totals):
+        for window in windows:
+            adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
+    return {candidate: total / len(windows) for candidate, total in totals.items()}
+
+
+@contextmanager
+def _listening(backbone: Backbone, totals: dict[Candidate, float]) -> Iterator[None]:
+    """Hooks that add up the influence of every layer and branch."""
+    added: dict[Candidate, Tensor] = {}
+
+    def note_branch(candidate: Candidate) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            added[candidate] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def note_layer(layer_idx: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            before, after = args[0], output[0] if isinstance(output, tuple) else output
+            ffn = added.pop(("ffn", layer_idx)).view_as(after)
+            mixer = added.pop(("mixer", layer_idx))
+            turns = {"layer": (before, after), "mixer": (before, before + mixer), "ffn": (after - ffn, after)}
+            for kind, (old, new) in turns.items():
+                turn = 1 - F.cosine_similarity(old.float(), new.float(), dim=-1).mean().item()
+                totals[(kind, layer_idx)] = totals.get((kind, layer_idx), 0.0) + turn
+
+        return hook
+
+    handles = []
+    for view in backbone.layers:
+        handles.append(view.mixer_out.register_forward_hook(note_branch(("mixer", view.layer_idx))))
+        handles.append(view.ffn_out.register_forward_hook(note_branch(("ffn", view.layer_idx))))
+        handles.append(view.module.register_forward_hook(note_layer(view.layer_idx)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

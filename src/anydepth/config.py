@@ -1,0 +1,258 @@
+"""Recipes: strict YAML with overrides. A key that does not exist is an error that names the nearest one that does.
+
+Imports neither torch nor transformers: `anydepth --help` and a misspelt recipe answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from anydepth.errors import UserError
+
+Device = str
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class StrictConfig(BaseModel):
+    """Base of every config: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+
+class ModelConfig(StrictConfig):
+    """Which base model, in which precision, where."""
+
+    target: str = Field(default="embedded", description="`embedded`, a hub name, a folder, or a .gguf file.")
+    dtype: DType = Field(default="float32", description="Precision of the backbone's weights.")
+    device: Device = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:1, …")
+
+
+class DataConfig(StrictConfig):
+    """Text to train and calibrate on."""
+
+    train: str = Field(default="embedded:train", description="`NAME:SPLIT` or a .txt, .jsonl or .parquet file.")
+    sequence_length: int = Field(default=512, ge=8, description="Tokens per training window.")
+    max_windows: int | None = Field(default=None, ge=1, description="Use only the first windows.")
+
+
+class LoraSettings(StrictConfig):
+    """Low-rank adapters on the backbone (Hu et al. 2021)."""
+
+    rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(default=32, gt=0, description="Scale: the update is multiplied by alpha ÷ rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
+    target: list[str] | str = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj"], description="Names of the linear maps that get one."
+    )
+
+
+class DistillationSettings(StrictConfig):
+    """Distillation from the same model with gates and adapters off."""
+
+    weight: float = Field(default=0.7, ge=0, le=1, description="1 − a: weight of T²·KL; cross-entropy has the rest.")
+    temperature: float = Field(default=2.0, gt=0, description="Temperature T of both distributions.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps with cross-entropy alone at the start.")
+
+
+class TrainConfig(StrictConfig):
+    """Training, by transformers' Trainer. The backbone is frozen."""
+
+    max_steps: int = Field(default=100, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(default=2, ge=1, description="Windows per forward.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forwards per optimiser step.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Peak rate of the adapters (cosine to 0).")
+    router_learning_rate: float | None = Field(default=None, gt=0, description="Peak rate of the methods' weights.")
+    warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
+    max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+    lora: LoraSettings | None = Field(default=None, description="Adapters on the backbone; null trains gates alone.")
+    distillation: DistillationSettings | None = Field(default=None, description="Teacher; null is cross-entropy alone.")
+    execution: Literal["masked", "sparse"] = Field(
+        default="masked", description="masked: gates learn from skipped tokens too; sparse: kept tokens only, faster."
+    )
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 turns autocast on.")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute layers in backward to save memory.")
+    save_every: int = Field(default=50, ge=1, description="Steps between checkpoints to resume from.")
+    seed: int = Field(default=0, description="Seed of everything random in training.")
+
+
+class SearchConfig(StrictConfig):
+    """Search of a skip set before training; its result replaces the skip lists of the methods that take one."""
+
+    strategy: Literal["influence", "greedy"] = Field(default="influence", description="How layers are chosen.")
+    budget: float = Field(default=0.25, gt=0, lt=1, description="Share of layers (or branches) to leave out.")
+    branches: bool = Field(default=False, description="Choose among mixers and FFNs instead of whole layers.")
+    num_windows: int = Field(default=4, ge=1, description="Windows of training text to search on.")
+    sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
+
+
+class CalibrateConfig(StrictConfig):
+    """Setting of a router's threshold after training."""
+
+    skip_share: float = Field(gt=0, lt=1, description="Share of routed layer-tokens to skip at inference.")
+    num_windows: int = Field(default=32, ge=1, description="Windows of training text to set it on.")
+
+
+class EvalConfig(StrictConfig):
+    """Perplexity, with routing on and at full depth."""
+
+    data: str = Field(default="embedded:valid", description="`NAME:SPLIT` or a file.")
+    sequence_length: int = Field(default=1024, ge=8, description="Tokens per window.")
+    max_windows: int | None = Field(default=None, ge=1, description="Use only the first windows.")
+
+
+class BenchConfig(StrictConfig):
+    """Paired wall-clock, full depth and adapted in turn in one process."""
+
+    batch_sizes: list[int] = Field(default=[1], description="Rows generated together.")
+    prompt_tokens: list[int] = Field(default=[64], description="Prompt lengths.")
+    new_tokens: int = Field(default=64, ge=1, description="Tokens generated per row.")
+    num_runs: int = Field(default=5, ge=1, description="Measured pairs per row; medians are reported.")
+    data: str | None = Field(default=None, description="Text to take prompts from; the eval text when left out.")
+
+
+class GenerateConfig(StrictConfig):
+    """The sample text of a run."""
+
+    prompt: str = Field(default="The most important thing about the sea is", description="Prompt of the sample.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Tokens to generate.")
+
+
+class Recipe(StrictConfig):
+    """One experiment, start to end."""
+
+    model: ModelConfig = Field(default=ModelConfig(), description="The base model.")
+    methods: list[dict[str, Any]] = Field(default=[], description="Methods with their options; none is full depth.")
+    data: DataConfig = Field(default=DataConfig(), description="Training text.")
+    search: SearchConfig | None = Field(default=None, description="Search a skip set first; null does not.")
+    train: TrainConfig | None = Field(default=None, description="Training; null attaches the methods as they are.")
+    calibrate: CalibrateConfig | None = Field(default=None, description="Set a router's threshold; null keeps it.")
+    eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
+    bench: BenchConfig = Field(default=BenchConfig(), description="Speed.")
+    generate: GenerateConfig = Field(default=GenerateConfig(), description="A sample of text.")
+    seed: int = Field(default=0, description="Seed of search, evaluation order and sampling.")
+
+    def method_configs(self) -> list[StrictConfig]:
+        """The methods' configs, validated. Loads the methods, hence torch."""
+        from anydepth.methods import method_class
+
+        configs = []
+        for number, spec in enumerate(self.methods):
+            options, where = dict(spec), f"methods[{number}]"
+            configs.append(validate(method_class(options.pop("name", None), where).Config, options, where=where))
+        return configs
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
+
+    Raises:
+        UserError: no such file, not YAML, not a mapping, an unknown key or a wrong value; one line each.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no recipe at {path}; give a YAML file (recipes/ has one per method)")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; a recipe is a mapping of {', '.join(_keys(Recipe))}")
+    for override in overrides:
+        _override(content, override)
+    recipe = validate(Recipe, content, where=str(path))
+    recipe.method_configs()
+    return recipe
+
+
+def validate(config: type[ConfigT], options: Mapping[str, Any], *, where: str) -> ConfigT:
+    """`config(**options)`, with the first problem as one line that starts with `where`."""
+    try:
+        return config(**options)
+    except (ValidationError, TypeError) as error:
+        raise UserError(f"{where}: {_explain(config, error)}") from error
+
+
+def _explain(config: type[StrictConfig], error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner, key = _owner(config, first["loc"]), str(first["loc"][-1])
+        allowed = _keys(owner)
+        near = difflib.get_close_matches(key, allowed, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"keys are {', '.join(allowed)}"
+        return f"unknown key '{place}'; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place + ': ' if place else ''}{message[0].lower() + message[1:]}, came {first['input']!r}"
+
+
+def _owner(config: type[StrictConfig], location: tuple[int | str, ...]) -> type[StrictConfig]:
+    """The config class that the last key of `location` was given to."""
+    owner = config
+    for part in location[:-1]:
+        field = owner.model_fields.get(str(part))
+        if field is not None:
+            owner = next((c for c in _alternatives(field.annotation) if _is_config(c)), owner)
+    return owner
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _is_config(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, StrictConfig)
+
+
+def _keys(config: type[BaseModel]) -> list[str]:
+    return list(config.model_fields)
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Put `a.b=value` or `methods.0.key=value` into the recipe's mapping."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes KEY=VALUE, such as train.max_steps=20; came '{override}'")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: '{text}' is not a YAML value") from error
+    parts = key.split(".")
+    place: Any = content
+    for part in parts[:-1]:
+        place = _descend(place, part, key)
+    if isinstance(place, list):
+        place[_index(place, parts[-1], key)] = value
+    else:
+        place[parts[-1]] = value
+
+
+def _descend(place: Any, part: str, key: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, part, key)]
+    if place.get(part) is None:
+        place[part] = {}
+    if not isinstance(place[part], dict | list):
+        raise UserError(f"--set {key}: '{part}' holds {place[part]!r}, not a section")
+    return place[part]
+
+
+def _index(place: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(place):
+        raise UserError(f"--set {key}: '{part}' must be a number from 0 to {len(place) - 1}")
+    return int(part)

@@ -1,0 +1,273 @@
+"""A causal LM with methods attached: same forward, same `generate`, work really skipped.
+
+`attach` puts gates in place of the layers' forwards and touches nothing else: parameters, their names and
+`save_pretrained` stay as they are; `detach` gives the model back as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from anydepth.config import StrictConfig, validate
+from anydepth.errors import UserError
+from anydepth.execution.cache import AdaptiveCache
+from anydepth.execution.gate import GatedLayer, Run
+from anydepth.execution.trace import PassRecord, Trace
+from anydepth.methods import METHODS, method_class
+from anydepth.methods.method import Method, PassContext
+from anydepth.models.backbone import Backbone
+
+MethodSpec = StrictConfig | Mapping[str, Any]
+
+
+class AdaptedModel(nn.Module):
+    """A Hugging Face causal LM and the methods attached to it. Unknown attributes are the model's.
+
+    Attributes:
+        model: the causal LM, or a `PeftModel` around it.
+        methods: the attached methods by name; their parameters are the only ones that anydepth adds.
+        backbone: the structural view of the model.
+    """
+
+    def __init__(self, model: nn.Module, configs: Sequence[StrictConfig]) -> None:
+        super().__init__()
+        self.backbone = Backbone(model)
+        _refuse_second_attachment(self.backbone)
+        methods = [_build(config, self.backbone) for config in configs]
+        _refuse_conflicts(methods)
+        self.backbone.verify()
+        self.model = model
+        self.methods = nn.ModuleDict({method.name: method for method in methods})
+        self.methods.to(self.backbone.embedding.weight.device)
+        self.methods.train(model.training)
+        self.training = model.training
+        self._run: Run | None = None
+        self._records: list[PassRecord] = []
+        self._enabled = True
+        self._sparse = True
+        self._install()
+
+    # --- in and out of the model ---------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        decoder = self.backbone.decoder
+        self._decoder_before = decoder.__dict__.get("forward")
+        self._own_decoder = decoder.forward
+        self._decoder_arguments = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        decoder.forward = self._decoder_forward
+        self._gated = [GatedLayer(view, lambda: self._run) for view in self.backbone.layers]
+        self._head_hook = self.backbone.head.register_forward_pre_hook(self._count_head_rows)
+
+    def remove(self) -> nn.Module:
+        """Take the gates out. The model is as it was; `detach` is the public name."""
+        self._head_hook.remove()
+        for gated in self._gated:
+            gated.remove()
+        self._gated = []
+        if self._decoder_before is None:
+            del self.backbone.decoder.forward
+        else:
+            self.backbone.decoder.forward = self._decoder_before
+        return self.model
+
+    def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._enabled:
+            with self._running(None):
+                return self._own_decoder(*args, **kwargs)
+        kwargs = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs}
+        run = self._begin(kwargs)
+        output = self._own_decoder(**kwargs)
+        if run.cache is not None:
+            run.cache.advance(run.shape[1])
+        return output
+
+    def _begin(self, kwargs: dict[str, Any]) -> Run:
+        """A new `Run`. It stays current after the forward, for layers that backward recomputes (checkpointing)."""
+        cache = self._cache_for(kwargs)
+        token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
+        methods = [method for method in self.methods.values() if isinstance(method, Method)]
+        record = PassRecord(token_mask, 0 if cache is None else cache.num_seen, cache is not None, len(self._gated))
+        context = PassContext(token_mask, positions, self.training)
+        self._run = Run(context, record, cache, methods, self._sparse)
+        if record.past_length == 0:
+            self._records = []
+        self._records.append(record)
+        for method in methods:
+            method.begin(context)
+        return self._run
+
+    def _cache_for(self, kwargs: dict[str, Any]) -> AdaptiveCache | None:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            kwargs["use_cache"] = use_cache
+            kwargs["past_key_values"] = cache = self.new_cache() if use_cache else None
+        if cache is not None and not isinstance(cache, AdaptiveCache):
+            raise UserError(
+                f"came a {type(cache).__name__}; layers that skip tokens need anydepth's own cache: call "
+                "adapted.generate(...), or pass past_key_values=adapted.new_cache()"
+            )
+        return cache
+
+    def _count_head_rows(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._enabled and self._records:
+            self._records[-1].head_rows = args[0].numel() // args[0].shape[-1]
+
+    # --- use --------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, with the gates in place."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence."""
+        if self._enabled and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+            kwargs["past_key_values"] = self.new_cache()
+        return self.model.generate(*args, **kwargs)
+
+    def new_cache(self) -> AdaptiveCache:
+        """An empty cache, for `past_key_values=` of direct forwards."""
+        return AdaptiveCache(self.config)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Full depth, bitwise the model without anydepth."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """The base model: full depth, and a LoRA adapter off as well."""
+        adapter_off = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+        with self.disabled(), adapter_off:
+            yield
+
+    @contextmanager
+    def masked(self) -> Iterator[None]:
+        """The masked execution: every layer runs and the result is blended. Slow; the definition of the sparse one."""
+        before, self._sparse = self._sparse, False
+        try:
+            yield
+        finally:
+            self._sparse = before
+
+    @contextmanager
+    def _running(self, run: Run | None) -> Iterator[None]:
+        before, self._run = self._run, run
+        try:
+            yield
+        finally:
+            self._run = before
+
+    @property
+    def last_trace(self) -> Trace:
+        """What ran in the last sequence: one uncached forward, or all forwards that shared a cache."""
+        return Trace.join(self._records)
+
+    @property
+    def context(self) -> PassContext:
+        """What the methods saw and noted of the last forward."""
+        assert self._run is not None, "no forward has run yet"
+        return self._run.context
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """The methods' losses of the last forward, over real tokens, by `method/term`."""
+        losses = {}
+        for name, method in self.methods.items():
+            assert isinstance(method, Method)
+            for term, value in method.auxiliary_losses(self.context).items():
+                losses[f"{name}/{term}"] = value
+        return losses
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.model.config
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not set yet: looking it up there would not end
+                raise
+            return getattr(self.model, name)
+
+
+def attach(model: nn.Module, methods: MethodSpec | Sequence[MethodSpec]) -> AdaptedModel:
+    """Attach one or several methods to a causal LM (plain, or wrapped by PEFT).
+
+    Args:
+        model: a transformers causal LM of a supported family.
+        methods: a method's `Config`, a mapping `{"name": ..., option: ...}`, or a list of those.
+
+    Raises:
+        UserError: unsupported model, unknown method, or an option that does not fit the model.
+    """
+    specs = [methods] if isinstance(methods, StrictConfig | Mapping) else list(methods)
+    return AdaptedModel(model, [_config(spec, f"methods[{i}]") for i, spec in enumerate(specs)])
+
+
+def detach(adapted: AdaptedModel) -> nn.Module:
+    """Take the methods off again; returns the model as it was before `attach`."""
+    return adapted.remove()
+
+
+def _config(spec: MethodSpec, where: str) -> StrictConfig:
+    if isinstance(spec, StrictConfig):
+        return spec
+    options = dict(spec)
+    return validate(method_class(options.pop("name", None), where).Config, options, where=where)
+
+
+def _build(config: StrictConfig, backbone: Backbone) -> Method:
+    for name, method in METHODS.items():
+        if type(config) is method.Config:
+            try:
+                return method(config, backbone)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from error
+    raise UserError(f"{type(config).__name__} is not a method's Config; methods are {', '.join(METHODS)}")
+
+
+def _refuse_second_attachment(backbone: Backbone) -> None:
+    owner = getattr(backbone.decoder.forward, "__self__", None)
+    if isinstance(owner, AdaptedModel):
+        raise UserError(
+            f"this model has methods attached already ({', '.join(owner.methods)}); anydepth.detach it first, "
+            "or attach all methods at once as a list"
+        )
+
+
+def _refuse_conflicts(methods: list[Method]) -> None:
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"method {name} is given twice; one of each can be attached")
+
+
+def _tokens(kwargs: dict[str, Any], num_seen: int) -> tuple[Tensor, Tensor]:
+    """(B, T) mask of real tokens, and their places among the real tokens of their row."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"][..., 0]
+    batch_size, num_tokens = tokens.shape
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Mapping):  # generate may hand over masks it made per layer type; they hold no padding column
+        mask = None
+    if mask is None or mask.dim() != 2:
+        real = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=tokens.device)
+        positions = torch.arange(num_seen, num_seen + num_tokens, device=tokens.device).expand(batch_size, -1)
+        return real, positions
+    mask = mask.bool()
+    return mask[:, -num_tokens:], (mask.long().cumsum(1) - 1)[:, -num_tokens:].clamp_min(0)

@@ -1,0 +1,196 @@
+"""What a trace costs: FLOPs, weight bytes and K/V bytes, from the modules' shapes and which tokens ran them.
+
+No timing. Counts as `torch.utils.flop_counter.FlopCounterMode` does: 2 per multiply-add, matrix products,
+convolutions and attention only, attention over the whole rectangle of queries × keys. The only file with such
+formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from anydepth.execution.trace import Trace
+from anydepth.methods.method import Method
+from anydepth.models.backbone import Backbone, LayerView
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of a trace over real tokens, beside full depth on the same tokens.
+
+    Attributes:
+        layers, full_depth_layers: mixers and FFNs, as run and at full depth.
+        head: logits. router: what the methods' decisions cost.
+    """
+
+    layers: int
+    full_depth_layers: int
+    head: int
+    router: int
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.head + self.router
+
+    @property
+    def full_depth(self) -> int:
+        return self.full_depth_layers + self.head
+
+    @property
+    def layer_token_share(self) -> float:
+        """Executed ÷ all layer-tokens, weighted by FLOPs."""
+        return self.layers / self.full_depth_layers
+
+    @property
+    def ideal_speedup(self) -> float:
+        """Full depth ÷ adapted, were time proportional to FLOPs."""
+        return self.full_depth / self.total
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """FLOPs of one layer per token: projections of the mixer, its K/V share, per query-key pair, and the FFN."""
+
+    mixer: int
+    skipped_mixer: int
+    per_pair: int
+    ffn: int
+
+
+def layer_cost(view: LayerView) -> LayerCost:
+    """FLOPs per token of one layer, read off its modules (LoRA and 4-bit included)."""
+    mixer = _linear_flops(view.mixer)
+    ffn = _ffn_flops(view)
+    if view.is_recurrent:
+        return LayerCost(mixer, mixer, 0, ffn)
+    attention: Any = view.mixer
+    skipped = mixer
+    if view.projects_separately:
+        skipped = _linear_flops(attention.k_proj) + _linear_flops(attention.v_proj)
+    else:
+        skipped = _linear_flops(_fused_projection(attention))
+    return LayerCost(mixer, skipped, 4 * _attention_width(attention), ffn)
+
+
+def flops(backbone: Backbone, trace: Trace, methods: Iterable[Method] = ()) -> FlopCount:
+    """FLOPs of everything a trace says ran, real tokens only, and of full depth on the same tokens."""
+    layers = full = 0
+    for layer_idx, view in enumerate(backbone.layers):
+        ran, whole = _layer_flops(view, layer_idx, trace)
+        layers, full = layers + ran, full + whole
+    head = sum(trace.head_rows) * _linear_flops(backbone.head)
+    tokens = [int(part.sum()) for part in trace.token_mask.split(trace.pass_lengths, dim=1)]
+    router = sum(method.router_flops(num_tokens) for method in methods for num_tokens in tokens)
+    return FlopCount(layers, full, head, router)
+
+
+def _layer_flops(view: LayerView, layer_idx: int, trace: Trace) -> tuple[int, int]:
+    cost, real = layer_cost(view), trace.token_mask
+    mixer_keep, ffn_keep = trace.mixer_keep[layer_idx] & real, trace.ffn_keep[layer_idx] & real
+    num_tokens, num_mixed, num_fed = int(real.sum()), int(mixer_keep.sum()), int(ffn_keep.sum())
+    omits = trace.kv_rules[layer_idx] == "omit"
+    if view.is_recurrent and not omits:
+        num_mixed = num_tokens  # its state sees every token
+    pairs, all_pairs = _attended_pairs(mixer_keep, real, trace, omits)
+    ran = num_mixed * cost.mixer + pairs * cost.per_pair + num_fed * cost.ffn
+    if not omits:
+        ran += _num_projected(mixer_keep, real, trace) * cost.skipped_mixer * (not view.is_recurrent)
+    return ran, num_tokens * (cost.mixer + cost.ffn) + all_pairs * cost.per_pair
+
+
+def _num_projected(keep: Tensor, real: Tensor, trace: Trace) -> int:
+    """Tokens whose K/V are projected alone: with a cache, once a token of the same or a later forward needs them;
+    without one, in the rows where some token attends."""
+    skipped = real & ~keep
+    if not trace.cached:
+        return int(skipped[keep.any(1)].sum())
+    needed = 0
+    for start, length in zip(accumulate([0, *trace.pass_lengths]), trace.pass_lengths, strict=False):
+        if keep[:, start : start + length].any():
+            needed = start + length
+    return int(skipped[:, :needed].sum())
+
+
+def _attended_pairs(keep: Tensor, real: Tensor, trace: Trace, omits: bool) -> tuple[int, int]:
+    """Query-key pairs that attention computes as run, and at full depth (masked pairs are computed too)."""
+    pairs = all_pairs = seen = slots = 0
+    for kept, tokens in zip(keep.split(trace.pass_lengths, dim=1), real.split(trace.pass_lengths, dim=1), strict=True):
+        per_row = kept.sum(1)
+        length = tokens.shape[1]
+        keys = slots + per_row if omits else torch.full_like(per_row, seen + length)
+        pairs += int((per_row * keys).sum())
+        all_pairs += int(tokens.sum()) * (seen + length)
+        if trace.cached:
+            seen += length
+            slots += int(per_row.max())
+    return pairs, all_pairs
+
+
+def kv_bytes(backbone: Backbone, trace: Trace, bytes_per_value: int) -> int:
+    """Bytes of K/V that the tokens of a trace leave, all layers (recurrent states not counted)."""
+    total = 0
+    for layer_idx, view in enumerate(backbone.layers):
+        if view.is_recurrent:
+            continue
+        stays = trace.mixer_keep[layer_idx] if trace.kv_rules[layer_idx] == "omit" else trace.token_mask
+        attention: Any = view.mixer
+        width = _kv_width(attention)
+        total += int((stays & trace.token_mask).sum()) * 2 * width * bytes_per_value
+    return total
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters of a module, as stored."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _linear_flops(module: nn.Module) -> int:
+    """FLOPs per token of all linear maps in a module (4-bit weights are packed: count by features)."""
+    total = 0
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            total += 2 * child.in_features * child.out_features
+        elif isinstance(child, Conv1D):
+            total += 2 * child.weight.numel()
+    return total
+
+
+def _ffn_flops(view: LayerView) -> int:
+    parts = {view.module.get_submodule(name) for name in ("fc1", "fc2") if name in dict(view.module.named_children())}
+    parts = parts or {view.module.get_submodule("mlp")}
+    return sum(_linear_flops(part) + _expert_flops(part) for part in parts)
+
+
+def _expert_flops(ffn: nn.Module) -> int:
+    """Routed experts of a mixture, whose weights are (experts, out, in) tensors: `top_k` of them run per token."""
+    experts = dict(ffn.named_children()).get("experts")
+    if experts is None:
+        return 0
+    gate: Any = ffn.get_submodule("gate")
+    per_expert = sum(parameter[0].numel() for parameter in experts.parameters())
+    return 2 * gate.top_k * per_expert + 2 * gate.weight.numel()
+
+
+def _fused_projection(attention: Any) -> nn.Module:
+    children = dict(attention.named_children())
+    return next(children[name] for name in ("qkv_proj", "c_attn", "query_key_value") if name in children)
+
+
+def _attention_width(attention: Any) -> int:
+    """Query heads × head dimension."""
+    config = attention.config
+    head_dim = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_attention_heads * head_dim
+
+
+def _kv_width(attention: Any) -> int:
+    config = attention.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads * _attention_width(attention) // config.num_attention_heads

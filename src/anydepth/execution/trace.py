@@ -1,0 +1,96 @@
+"""Which real token ran which branch: every count, metric and plot reads this, never the method.
+
+A `PassRecord` is one forward; a `Trace` joins the forwards of one cached sequence along the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PassRecord:
+    """Decisions of one forward over (B, T) tokens. A layer missing from the dicts ran for every token."""
+
+    token_mask: Tensor  # (B, T) bool, real tokens
+    past_length: int
+    cached: bool
+    num_layers: int
+    mixer_keep: dict[int, Tensor] = field(default_factory=dict)
+    ffn_keep: dict[int, Tensor] = field(default_factory=dict)
+    kv_rules: dict[int, str] = field(default_factory=dict)
+    head_rows: int = 0
+
+    def _stack(self, keeps: dict[int, Tensor]) -> Tensor:
+        every = torch.ones_like(self.token_mask)
+        return torch.stack([keeps.get(layer_idx, every) for layer_idx in range(self.num_layers)])
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """`mixer_keep` and `ffn_keep` as (L, B, T)."""
+        return self._stack(self.mixer_keep), self._stack(self.ffn_keep)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What ran, for (B, T) tokens through L layers. Padding is never counted.
+
+    Attributes:
+        mixer_keep: (L, B, T) bool, the token ran this layer's mixer.
+        ffn_keep: (L, B, T) bool, the token ran this layer's FFN.
+        token_mask: (B, T) bool, real tokens.
+        pass_lengths: tokens of each forward, in order; they add up to T.
+        head_rows: rows of logits that each forward computed, over the whole batch.
+        kv_rules: per layer, how a token that skips the mixer leaves K/V: `project` or `omit`.
+        cached: whether the forwards shared a cache.
+    """
+
+    mixer_keep: Tensor
+    ffn_keep: Tensor
+    token_mask: Tensor
+    pass_lengths: list[int]
+    head_rows: list[int]
+    kv_rules: list[str]
+    cached: bool
+
+    @classmethod
+    def join(cls, records: list[PassRecord]) -> Trace:
+        """One trace out of the forwards of one sequence (all of one batch size)."""
+        assert records, "no forward has run yet"
+        stacks = [record.stacked() for record in records]
+        rules: dict[int, str] = {}
+        for record in records:
+            rules.update(record.kv_rules)
+        return cls(
+            mixer_keep=torch.cat([mixer for mixer, _ in stacks], dim=2),
+            ffn_keep=torch.cat([ffn for _, ffn in stacks], dim=2),
+            token_mask=torch.cat([record.token_mask for record in records], dim=1),
+            pass_lengths=[record.token_mask.shape[1] for record in records],
+            head_rows=[record.head_rows for record in records],
+            kv_rules=[rules.get(layer_idx, "project") for layer_idx in range(records[0].num_layers)],
+            cached=records[0].cached,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens."""
+        return int(self.token_mask.sum())
+
+    @property
+    def depths(self) -> Tensor:
+        """(B, T) float: layers run per token; a layer with one of its two branches run counts half."""
+        return (self.mixer_keep.float() + self.ffn_keep.float()).sum(0) / 2
+
+    @property
+    def mean_depth(self) -> float:
+        """Layers run per real token, mean."""
+        return self.depths[self.token_mask].double().mean().item()
+
+    def executed_share(self) -> tuple[list[float], list[float]]:
+        """Share of real tokens that ran each layer's mixer, and each layer's FFN."""
+        return self._shares(self.mixer_keep), self._shares(self.ffn_keep)
+
+    def _shares(self, keep: Tensor) -> list[float]:
+        return keep[:, self.token_mask].double().mean(1).tolist()

@@ -1,0 +1,1 @@
+"""Quality and speed, always beside full depth; the schema of results."""

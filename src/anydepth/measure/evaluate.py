@@ -1,0 +1,94 @@
+"""Perplexity and agreement with routing on, beside the untouched model, over real tokens only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anydepth.execution import cost
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.methods.method import Method
+
+
+@dataclass
+class Tally:
+    """Sums over the windows seen so far."""
+
+    loss: float = 0.0
+    num_tokens: int = 0
+    num_agreeing: int = 0
+    depth: float = 0.0
+    num_placed: int = 0
+    layer_flops: int = 0
+    full_layer_flops: int = 0
+    mixer_kept: list[float] = field(default_factory=list)
+    ffn_kept: list[float] = field(default_factory=list)
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of `anydepth.eval/1`. `loss` is in nats per scored token, LM loss only."""
+        loss = self.loss / self.num_tokens
+        return {
+            "perplexity": math.exp(min(loss, 700.0)),
+            "loss": loss,
+            "num_tokens": self.num_tokens,
+            "mean_depth": self.depth / self.num_placed,
+            "layer_token_share": self.layer_flops / self.full_layer_flops,
+            "agreement": self.num_agreeing / self.num_tokens,
+            "per_layer": {
+                "mixer": [kept / self.num_placed for kept in self.mixer_kept],
+                "ffn": [kept / self.num_placed for kept in self.ffn_kept],
+            },
+        }
+
+
+@torch.no_grad()
+def evaluate(adapted: AdaptedModel, windows: Tensor, *, full_depth_only: bool = False) -> dict[str, Any]:
+    """Loss, depth and agreement on (N, T) windows, each scored without the others.
+
+    Returns the fields of `anydepth.eval/1` for the adapted model, with those of the untouched model (gates and LoRA
+    off) under `full_depth`.
+    """
+    adapted.eval()
+    ours, untouched = Tally(), Tally()
+    for window in windows:
+        token_ids = window[None].to(adapted.device)
+        with adapted.untouched():
+            reference = adapted(input_ids=token_ids, use_cache=False).logits
+        _add(untouched, adapted, token_ids, reference, reference, at_full_depth=True)
+        if not full_depth_only:
+            logits = adapted(input_ids=token_ids, use_cache=False).logits
+            _add(ours, adapted, token_ids, logits, reference, at_full_depth=False)
+    full_depth = untouched.fields()
+    return {**(full_depth if full_depth_only else ours.fields()), "full_depth": full_depth}
+
+
+def _add(
+    tally: Tally, adapted: AdaptedModel, token_ids: Tensor, logits: Tensor, reference: Tensor, *, at_full_depth: bool
+) -> None:
+    """Score one window: every token but the first is predicted from those before it."""
+    targets = token_ids[0, 1:]
+    tally.loss += F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item()
+    tally.num_tokens += targets.numel()
+    tally.num_agreeing += int((logits[0, :-1].argmax(-1) == reference[0, :-1].argmax(-1)).sum())
+    tally.num_placed += token_ids.numel()
+    num_layers = adapted.backbone.num_layers
+    if at_full_depth:
+        mixer = ffn = [1.0] * num_layers
+        tally.layer_flops, tally.full_layer_flops, tally.depth = 1, 1, float(num_layers * tally.num_placed)
+    else:
+        trace = adapted.last_trace
+        mixer, ffn = trace.executed_share()
+        methods = [method for method in adapted.methods.values() if isinstance(method, Method)]
+        count = cost.flops(adapted.backbone, trace, methods)
+        tally.layer_flops += count.layers
+        tally.full_layer_flops += count.full_depth_layers
+        tally.depth += trace.mean_depth * token_ids.numel()
+    for kept, shares in ((tally.mixer_kept, mixer), (tally.ffn_kept, ffn)):
+        kept[:] = kept or [0.0] * num_layers
+        kept[:] = [total + share * token_ids.numel() for total, share in zip(kept, shares, strict=True)]
+

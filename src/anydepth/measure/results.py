@@ -1,0 +1,180 @@
+"""The result document: what was measured, and everything needed to measure it again.
+
+Every command's JSON comes from `document` and is written by `write_json`. The fields of each schema are in the CLI
+reference; reading and comparing documents is `report/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from anydepth.errors import UserError
+
+VERSIONED_PACKAGES = ("anydepth", "torch", "transformers", "peft")
+
+# What changes numbers. Result files beside them may come and go without marking the tree as dirty.
+CODE_PATHS = ("src", "recipes", "benchmarks/experiments", "pyproject.toml", "constraints.txt")
+
+
+def document(schema: str, *, seed: int, config: Any, **fields: Any) -> dict[str, Any]:
+    """A result document: the fields every document has, then `fields`.
+
+    Args:
+        schema: name and version, as `anydepth.eval/1`.
+        config: what was asked for: a recipe, or the command's options.
+    """
+    versions = package_versions()
+    commit, dirty = source_commit()
+    return {
+        "schema": schema,
+        "anydepth_version": versions["anydepth"],
+        "commit": commit,
+        "dirty": dirty,
+        "seed": seed,
+        "hardware": hardware(),
+        "versions": versions,
+        "config": plain(config),
+        **{name: plain(value) for name, value in fields.items()},
+    }
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Write strict JSON so that `path` holds either what it held before or all of `values`, even after a power cut."""
+    path = Path(path)
+    text = json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """Read what `document` made. Raises `UserError` for anything else."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read result '{path}': {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"'{path}' is not JSON ({error}); give a file that anydepth wrote with --json") from error
+    if not isinstance(values, dict) or not str(values.get("schema")).startswith("anydepth."):
+        raise UserError(f"'{path}' is JSON but no result of anydepth: it has no `schema` of the form anydepth.NAME/1")
+    return values
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types. Non-finite numbers become the strings "Infinity", "-Infinity" and "NaN".
+
+    JSON has no such numbers; the strings turn back into them in Python's `float`, in pydantic and in JavaScript.
+    """
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Path):
+        return str(value)
+    assert value is None or isinstance(value, str | bool | int | float), f"{type(value).__name__} has no place in JSON"
+    return value
+
+
+# --- where it was measured -------------------------------------------------------------------------------------------
+
+
+def source_commit(root: Path | None = None) -> tuple[str | None, bool | None]:
+    """Commit of the source checkout that anydepth runs from, and whether its code differs; nulls without one.
+
+    Args:
+        root: the checkout; by default the folder above `src/anydepth`.
+    """
+    root = root or Path(__file__).resolve().parents[3]
+    # An installed package may lie inside somebody else's checkout, as a virtual environment often does.
+    if not (root / ".git").exists():
+        return None, None
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    if not commit:
+        return None, None
+    changes = _git(root, "status", "--porcelain", "--", *CODE_PATHS)
+    return commit, None if changes is None else bool(changes)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    # Inside a git hook these variables point at another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, env=environment
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers depend on; null where one is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in VERSIONED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: processor, cores this process may use, threads torch uses, memory, GPUs."""
+    return {
+        "cpu": _cpu_model(),
+        "num_cores": _num_cores(),
+        "num_threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _num_cores() -> int:
+    # macOS and Windows cannot say which cores a process may use.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@functools.cache
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

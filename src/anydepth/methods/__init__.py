@@ -1,0 +1,26 @@
+"""The methods, one file each. A new one is its file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+
+from anydepth.errors import UserError
+from anydepth.methods.layer_router import LayerRouter
+from anydepth.methods.method import Method
+from anydepth.methods.skip_set import SkipSet
+from anydepth.methods.stochastic_depth import StochasticDepth
+
+METHODS: dict[str, type[Method]] = {
+    "skip_set": SkipSet,
+    "stochastic_depth": StochasticDepth,
+    "layer_router": LayerRouter,
+}
+
+
+def method_class(name: str | None, where: str = "methods") -> type[Method]:
+    """The method called `name`; a `UserError` names the nearest one otherwise."""
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(str(name), METHODS, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"methods are {', '.join(METHODS)}"
+    raise UserError(f"{where}: no method is called '{name}'; {hint}")

@@ -1,0 +1,154 @@
+"""The contract of a method: it decides which tokens run which branches, and nothing else.
+
+A method never executes, copies or masks anything of the backbone: it answers with a `Gate` when execution asks it
+about a layer, a mixer or an FFN. Decisions at inference are deterministic, causal and independent of padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.config import StrictConfig
+from anydepth.models.backbone import Backbone
+
+KVRule = Literal["project", "omit"]
+
+
+@dataclass
+class PassContext:
+    """What a method sees of one forward over (B, T) new tokens.
+
+    Attributes:
+        token_mask: (B, T) bool, real tokens (padding is False).
+        positions: (B, T) int, place of each token among the real tokens of its row, earlier forwards included.
+        training: whether decisions may be sampled.
+        notes: what methods keep of this forward for their losses, by method name.
+    """
+
+    token_mask: Tensor
+    positions: Tensor
+    training: bool
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which tokens run a layer or branch.
+
+    Attributes:
+        keep: (B, T) bool; padding is never kept.
+        kv_rule: how tokens that skip a mixer leave K/V there.
+        any_kept, all_kept: the same over real tokens, known to the host.
+        weight: (B, T) straight-through multiplier, equal to `keep` in value, through which the gate's gradient flows.
+    """
+
+    keep: Tensor
+    kv_rule: KVRule
+    any_kept: bool
+    all_kept: bool
+    weight: Tensor | None = None
+
+    @classmethod
+    def of_plan(
+        cls, keep: Tensor, context: PassContext, kv_rule: KVRule, weights: Tensor | None = None
+    ) -> list[Gate]:
+        """Gates of G branches from (G, B, T) decisions, with one host synchronisation for all of them."""
+        real = context.token_mask
+        keep = keep & real
+        flags = torch.stack([keep.flatten(1).any(1), (keep | ~real).flatten(1).all(1)]).tolist()
+        return [
+            cls(keep[g], kv_rule, flags[0][g], flags[1][g], None if weights is None else weights[g])
+            for g in range(keep.shape[0])
+        ]
+
+    @classmethod
+    def closed(cls, context: PassContext, kv_rule: KVRule) -> Gate:
+        """Nobody runs; known without looking at the device."""
+        return cls(torch.zeros_like(context.token_mask), kv_rule, any_kept=False, all_kept=False)
+
+    def without_weight(self) -> Gate:
+        return Gate(self.keep, self.kv_rule, self.any_kept, self.all_kept)
+
+    @staticmethod
+    def both(first: Gate | None, second: Gate | None) -> Gate | None:
+        """The tokens that both gates keep. Two rules for the same K/V are a contradiction, caught on attach."""
+        if first is None or second is None:
+            return first or second
+        keep = first.keep & second.keep
+        weight = None
+        if first.weight is not None or second.weight is not None:
+            weight = _or_keep(first) * _or_keep(second)
+        closed = not (first.any_kept and second.any_kept)
+        any_kept = False if closed else bool(keep.any())
+        return Gate(keep, first.kv_rule, any_kept, first.all_kept and second.all_kept, weight)
+
+
+def _or_keep(gate: Gate) -> Tensor:
+    return gate.keep.float() if gate.weight is None else gate.weight
+
+
+class Method(nn.Module):
+    """Base of every method. Subclasses override what differs and keep their parameters in float32.
+
+    Class attributes:
+        name: the key in `METHODS`.
+        summary: one line for `anydepth methods`.
+        lossless: whether the output is the full-depth output.
+        trained: whether it has parameters to train (or changes training).
+        gates_branches: whether it gates mixers or FFNs alone.
+    """
+
+    Config: ClassVar[type[StrictConfig]]
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    lossless: ClassVar[bool] = False
+    trained: ClassVar[bool] = True
+    gates_branches: bool = False
+
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.num_layers = backbone.num_layers
+        self.generator = torch.Generator()
+        self.reseed(getattr(config, "seed", 0))
+
+    def reseed(self, seed: int) -> None:
+        """Restart this method's own randomness; training calls it every step, so that a resumed run repeats it."""
+        self.generator.manual_seed(seed)
+
+    def set_progress(self, progress: float) -> None:
+        """Step the schedules of the config to `progress` in [0, 1] of training."""
+
+    def begin(self, context: PassContext) -> None:
+        """Called once per forward, before the first layer."""
+
+    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        """Who runs the whole layer, from its (B, T, D) input. None: everybody."""
+
+    def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        """Who runs the mixer, from the layer's (B, T, D) input. None: everybody."""
+
+    def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        """Who runs the FFN, from the (B, T, D) residual stream in front of it. None: everybody."""
+
+    def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
+        """Scalar losses of the last forward over real tokens, by name, weights applied."""
+        return {}
+
+    def router_flops(self, num_tokens: int) -> int:
+        """FLOPs the decisions themselves cost, for `num_tokens` tokens through one forward."""
+        return 0
+
+
+def check_layers(layers: Sequence[int], num_layers: int, option: str) -> None:
+    """Raise `ValueError` unless `layers` are distinct indices of a model with `num_layers` layers."""
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise ValueError(f"{option} has {outside}; this model has layers 0 to {num_layers - 1}")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"{option} names a layer twice: {sorted(layers)}")

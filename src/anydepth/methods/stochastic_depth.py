@@ -1,0 +1,74 @@
+"""Layers dropped at random during training, so that the model works without some of them later.
+
+Stochastic depth (Huang et al. 2016), LayerDrop (Fan et al. 2019), LayerSkip's layer dropout (Elhoushi et al. 2024,
+eq. 1). Training only: at inference every layer runs and the output is the full-depth output.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from anydepth.config import StrictConfig
+from anydepth.methods.method import Gate, Method, PassContext
+from anydepth.models.backbone import Backbone
+
+
+class StochasticDepthConfig(StrictConfig):
+    """Options of `stochastic_depth`."""
+
+    max_probability: float = Field(default=0.2, ge=0, le=1, description="Drop probability of the last layer.")
+    schedule: Literal["uniform", "linear", "exponential"] = Field(
+        default="linear", description="How the probability grows with depth, from layer 0 to the last."
+    )
+    curriculum: bool = Field(default=False, description="Start at 0 and reach max_probability at the end of training.")
+    per: Literal["batch", "sample"] = Field(default="sample", description="One draw per batch, or per sequence.")
+    seed: int = Field(default=0, description="Seed of the method's own random generator.")
+
+
+class StochasticDepth(Method):
+    """Drops layer l with probability p_l in training, without rescaling; the dropped rows are not computed."""
+
+    Config = StochasticDepthConfig
+    name = "stochastic_depth"
+    summary = "drop layers at random in training; full depth at inference"
+    lossless = True
+
+    def __init__(self, config: StochasticDepthConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.progress = 1.0
+        self.gates: list[Gate] = []
+
+    def set_progress(self, progress: float) -> None:
+        self.progress = progress
+
+    def probabilities(self) -> list[float]:
+        """Drop probability of each layer at the present progress of training."""
+        last = max(self.num_layers - 1, 1)
+        scale = math.exp(self.progress * math.log(2)) - 1 if self.config.curriculum else 1.0
+        shapes = {
+            "uniform": lambda layer_idx: 1.0,
+            "linear": lambda layer_idx: layer_idx / last,
+            "exponential": lambda layer_idx: math.exp(layer_idx * math.log(2) / last) - 1,
+        }
+        shape = shapes[self.config.schedule]
+        return [self.config.max_probability * scale * shape(layer_idx) for layer_idx in range(self.num_layers)]
+
+    def begin(self, context: PassContext) -> None:
+        self.gates = []
+        if not context.training:
+            return
+        batch_size, num_tokens = context.token_mask.shape
+        num_draws = 1 if self.config.per == "batch" else batch_size
+        drawn = torch.rand(self.num_layers, num_draws, generator=self.generator)
+        keep = drawn >= torch.tensor(self.probabilities())[:, None]
+        keep = keep[:, :, None].expand(-1, batch_size, num_tokens).to(context.token_mask.device)
+        # A dropped row drops whole: no later token of it runs the layer, so no K/V is needed there.
+        self.gates = Gate.of_plan(keep, context, "omit")
+
+    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        return self.gates[layer_idx] if self.gates else None

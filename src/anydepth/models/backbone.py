@@ -1,0 +1,322 @@
+"""Structural view of a Hugging Face decoder: where its layers, mixers, FFNs, norms and K/V projections are.
+
+The only file that knows Hugging Face attribute names. It holds no forward of any model: everything that runs is
+the model's own submodules. A new family is one line in `FAMILIES`, checked against the model itself on attach
+(`Backbone.verify`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from anydepth.errors import UserError
+
+Rotation = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one model family. Where several are given, the first that the layer has is taken.
+
+    `mixer_out` and `ffn_out` name the module whose output is what the branch adds to the residual stream;
+    `ffn_in` the first module that sees the residual stream on behalf of the FFN; `kv_norm` the norm between the
+    residual stream and the K/V projection.
+    """
+
+    decoder: str = "model"
+    layers: str = "layers"
+    embedding: str = "embed_tokens"
+    mixer: tuple[str, ...] = ("self_attn",)
+    kv_norm: tuple[str, ...] = ("input_layernorm",)
+    mixer_out: tuple[str, ...] = ("self_attn",)
+    ffn_in: tuple[str, ...] = ("post_attention_layernorm",)
+    ffn_out: tuple[str, ...] = ("mlp",)
+    cache_argument: str = "past_key_values"
+    fused_qkv: bool = False
+    returns_tuple: bool = False
+
+
+LLAMA_LIKE = Family()
+GEMMA_LIKE = Family(
+    mixer_out=("post_attention_layernorm",),
+    ffn_in=("pre_feedforward_layernorm",),
+    ffn_out=("post_feedforward_layernorm",),
+)
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE,
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE,
+    "smollm3": LLAMA_LIKE,
+    "phi3": Family(fused_qkv=True),
+    "gemma2": GEMMA_LIKE,
+    "gemma3_text": GEMMA_LIKE,
+    "olmo2": Family(
+        kv_norm=(),
+        mixer_out=("post_attention_layernorm",),
+        ffn_in=("mlp",),
+        ffn_out=("post_feedforward_layernorm",),
+    ),
+    "qwen3_next": Family(mixer=("self_attn", "linear_attn"), mixer_out=("self_attn", "linear_attn")),
+    "gpt2": Family(
+        decoder="transformer",
+        layers="h",
+        embedding="wte",
+        mixer=("attn",),
+        kv_norm=("ln_1",),
+        mixer_out=("attn",),
+        ffn_in=("ln_2",),
+        fused_qkv=True,
+    ),
+    "gpt_neox": Family(
+        decoder="gpt_neox",
+        embedding="embed_in",
+        mixer=("attention",),
+        mixer_out=("attention",),
+        cache_argument="layer_past",
+        fused_qkv=True,
+    ),
+    "opt": Family(
+        decoder="model.decoder",
+        kv_norm=("self_attn_layer_norm",),
+        ffn_in=("final_layer_norm",),
+        ffn_out=("fc2",),
+    ),
+    "falcon": Family(
+        decoder="transformer",
+        layers="h",
+        embedding="word_embeddings",
+        mixer=("self_attention",),
+        kv_norm=("ln_attn", "input_layernorm"),
+        mixer_out=("self_attention",),
+        ffn_in=("post_attention_layernorm", "ln_mlp", "mlp"),
+        cache_argument="layer_past",
+        fused_qkv=True,
+        returns_tuple=True,
+    ),
+}
+
+
+class _Projected(Exception):
+    """Ends an attention forward once its K/V are known: queries meet no keys, nothing is written."""
+
+
+class _KVCapture:
+    """Stands where the cache would be and takes the K/V that an attention module has just projected."""
+
+    def __init__(self, *, stop: bool) -> None:
+        self.stop = stop
+        self.key_states: Tensor | None = None
+        self.value_states: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.key_states, self.value_states = key_states, value_states
+        if self.stop:
+            raise _Projected
+        return key_states, value_states
+
+
+class LayerView:
+    """One decoder layer: its modules by role, and the K/V projection of tokens that skip its mixer."""
+
+    def __init__(self, module: nn.Module, layer_idx: int, family: Family, hidden_size: int) -> None:
+        self.module = module
+        self.hidden_size = hidden_size
+        self.layer_idx = layer_idx
+        self.family = family
+        self.mixer = self._first(family.mixer)
+        self.kv_norm = self._first(family.kv_norm) if family.kv_norm else None
+        self.mixer_out = self._first(family.mixer_out)
+        self.ffn_in = self._first(family.ffn_in)
+        self.ffn_out = self._first(family.ffn_out)
+        self.is_recurrent = hasattr(self.mixer, "conv1d")
+        # GPT-2 passes some arguments by position; the names after (self, hidden_states) put them in place.
+        self.argument_names = list(inspect.signature(type(module).forward).parameters)[2:]
+
+    def _first(self, names: tuple[str, ...]) -> nn.Module:
+        for name in names:
+            child = getattr(self.module, name, None)
+            if child is not None:
+                return child
+        raise UserError(
+            f"layer {self.layer_idx} ({type(self.module).__name__}) has none of {', '.join(names)}: this variant of "
+            "the family is laid out in a way anydepth does not know"
+        )
+
+    @property
+    def projects_separately(self) -> bool:
+        """Whether K/V can be projected without queries. Fused q/k/v is projected whole for a skipping token."""
+        return not self.family.fused_qkv and not self.is_recurrent
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """The residual stream as the K/V projection sees it, (..., D) -> (..., D)."""
+        return hidden if self.kv_norm is None else self.kv_norm(hidden)
+
+    def project_kv(self, normed: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values of (B, T, D) normed states, each (B, num_kv_heads, T, head_dim)."""
+        if self.family.fused_qkv:
+            return self._capture_kv(normed, rotation)
+        attention: Any = self.mixer
+        head_shape = (*normed.shape[:-1], -1, attention.head_dim)
+        keys, values = attention.k_proj(normed), attention.v_proj(normed).view(head_shape).transpose(1, 2)
+        norm = getattr(attention, "k_norm", None)
+        if norm is None:
+            keys = keys.view(head_shape)
+        elif norm.weight.shape[0] == attention.head_dim:
+            keys = norm(keys.view(head_shape))
+        else:  # OLMo-2 normalises all heads at once
+            keys = norm(keys).view(head_shape)
+        keys = keys.transpose(1, 2)
+        if rotation is not None and getattr(attention, "use_rope", True):
+            # The family's own rotation; it wants queries too, one head of keys is the cheapest stand-in.
+            rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+            keys = rotate(keys[:, :1], keys, *rotation)[1]
+        return keys, values
+
+    def _capture_kv(self, normed: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        capture = _KVCapture(stop=True)
+        arguments: dict[str, Any] = {self.family.cache_argument: capture, "attention_mask": None}
+        if rotation is not None:
+            arguments["position_embeddings"] = rotation
+        if self.family.returns_tuple:
+            arguments["alibi"] = None
+        try:
+            type(self.mixer).forward(self.mixer, normed, **arguments)
+        except _Projected:
+            pass
+        assert capture.key_states is not None and capture.value_states is not None
+        return capture.key_states, capture.value_states
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face causal LM inside a PEFT wrapper, or the model itself."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if get_base is not None else model  # type: ignore[return-value]
+
+
+class Backbone:
+    """The structural view of a causal LM. Raises `UserError` with the list of families for any other model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        causal_lm = unwrap(model)
+        self.model = causal_lm
+        self.family_name = getattr(getattr(causal_lm, "config", None), "model_type", type(model).__name__)
+        if self.family_name not in FAMILIES:
+            known = ", ".join(sorted(FAMILIES))
+            raise UserError(f"model family '{self.family_name}' is not supported; supported are: {known}")
+        self.family = FAMILIES[self.family_name]
+        self._refuse_variants(causal_lm.config)
+        self.decoder: nn.Module = causal_lm.get_submodule(self.family.decoder)
+        modules = list(getattr(self.decoder, self.family.layers))
+        self.layers = [LayerView(module, i, self.family, self.hidden_size) for i, module in enumerate(modules)]
+
+    def _refuse_variants(self, config: Any) -> None:
+        if self.family_name == "opt" and not config.do_layer_norm_before:
+            raise UserError(
+                "this OPT normalises after each branch (do_layer_norm_before=False, as OPT-350m); the others are supported"
+            )
+        if self.family_name == "falcon" and config.alibi:
+            raise UserError("this Falcon uses ALiBi positions; only the rotary Falcon models are supported")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def embedding(self) -> nn.Module:
+        return getattr(self.decoder, self.family.embedding)
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that turns the last hidden state into logits."""
+        head = self.model.get_output_embeddings()
+        assert head is not None, "a causal LM has an output embedding"
+        return head
+
+    @property
+    def attention_implementation(self) -> str:
+        return self.model.config._attn_implementation
+
+    def layer_types(self) -> list[str]:
+        """`recurrent` or `attention` per layer."""
+        return ["recurrent" if view.is_recurrent else "attention" for view in self.layers]
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Check `project_kv` of each kind of layer against the model's own forward on six tokens.
+
+        Raises:
+            UserError: the installed transformers lays this family out in another way than anydepth knows.
+        """
+        seen: set[tuple[str, bool]] = set()
+        checked = []
+        for view in self.layers:
+            kind = (type(view.mixer).__name__, bool(getattr(view.mixer, "use_rope", True)))
+            if not view.is_recurrent and kind not in seen:
+                seen.add(kind)
+                checked.append(view)
+        device = self.embedding.weight.device
+        token_ids = torch.arange(6, device=device)[None] % self.model.config.vocab_size
+        with _recorded_inputs(checked) as records, _evaluating(self.model):
+            self.decoder(input_ids=token_ids, use_cache=False)
+        for view in checked:
+            self._check_projection(view, *records[view.layer_idx])
+
+    def _check_projection(self, view: LayerView, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        keys, values = view.project_kv(view.normalise(hidden), arguments.get("position_embeddings"))
+        capture = _KVCapture(stop=False)
+        with _evaluating(self.model):
+            view.module.forward(hidden, **{**arguments, view.family.cache_argument: capture})
+        tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
+        for ours, own in ((keys, capture.key_states), (values, capture.value_states)):
+            assert own is not None
+            error = (ours - own).norm() / own.norm().clamp_min(1e-9)
+            if ours.shape != own.shape or error > tolerance:
+                raise UserError(
+                    f"layer {view.layer_idx} of this {self.family_name} model projects K/V in a way anydepth does not "
+                    f"know (relative error {error:.1e}); please report it with your transformers version"
+                )
+
+
+@contextmanager
+def _recorded_inputs(views: list[LayerView]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any]]]]:
+    """What the decoder passes to the given layers, by layer index."""
+    records: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+
+    def hook_for(view: LayerView) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            records[view.layer_idx] = (args[0], {**dict(zip(view.argument_names, args[1:], strict=False)), **kwargs})
+
+        return hook
+
+    handles = [view.module.register_forward_pre_hook(hook_for(view), with_kwargs=True) for view in views]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every submodule gets its own mode back, also where the user froze some in eval."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training

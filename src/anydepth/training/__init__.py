@@ -1,0 +1,1 @@
+"""Text to windows, losses, training on transformers' Trainer, and checkpoints."""

@@ -1,0 +1,168 @@
+"""Checkpoints: the methods' weights, the LoRA adapter if there is one, their config, and the base they belong to.
+
+Never a tensor of the backbone. A folder holds `anydepth.json` (the manifest, replaced atomically and last) and
+`weights-<hash>/` beside it, so that a crash while saving leaves the former checkpoint whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel, attach
+from anydepth.measure.results import write_json
+from anydepth.methods.method import Method
+from anydepth.models.backbone import unwrap
+from anydepth.models.load import base_fingerprint, load_model
+
+MANIFEST = "anydepth.json"
+SCHEMA = "anydepth.checkpoint/1"
+
+
+def save(adapted: AdaptedModel, folder: str | Path, *, base: str | None = None) -> Path:
+    """Write what anydepth added to the model into `folder`.
+
+    Args:
+        base: how to load the base model again; its `name_or_path` when left out.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = adapted.model
+    methods = {name: part for name, part in adapted.methods.items() if isinstance(part, Method)}
+    staging = folder / f".staging-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in adapted.methods.state_dict().items()}
+    save_file(tensors, staging / "methods.safetensors")
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(staging / "adapter"))
+    files = {str(path.relative_to(staging)): _digest(path) for path in sorted(staging.rglob("*")) if path.is_file()}
+    weights = folder / f"weights-{_digest_of(files)}"
+    shutil.rmtree(weights, ignore_errors=True)
+    staging.rename(weights)
+    manifest = {
+        "schema": SCHEMA,
+        "base": {"target": base or unwrap(model).name_or_path, "fingerprint": base_fingerprint(unwrap(model))},
+        "methods": [{"name": name, **part.config.model_dump(mode="json")} for name, part in methods.items()],
+        "weights": weights.name,
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest)
+    for old in folder.glob("weights-*"):
+        if old != weights:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def load(folder: str | Path, *, base: str | None = None, dtype: str = "float32", device: str = "cpu") -> AdaptedModel:
+    """The base model with the methods of a checkpoint folder attached.
+
+    Args:
+        base: load this base instead of the recorded one (it must be the same model).
+
+    Raises:
+        UserError: no checkpoint there, a damaged file, or another base.
+    """
+    return _load(Path(folder), base, dtype, device, merge=False)[0]
+
+
+def load_target(
+    target: str, *, dtype: str = "float32", device: str = "cpu", merge: bool = False
+) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
+    """A `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
+
+    Args:
+        merge: fold a LoRA adapter into the weights, as one does to run fast; its base is then no longer at hand.
+    """
+    if is_checkpoint(target):
+        return _load(Path(target), None, dtype, device, merge=merge)
+    model, tokenizer = load_model(target, dtype=dtype, device=device)
+    return attach(model, []), tokenizer
+
+
+def _load(
+    folder: Path, base: str | None, dtype: str, device: str, *, merge: bool
+) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
+    manifest = read_manifest(folder)
+    model, tokenizer = load_model(base or manifest["base"]["target"], dtype=dtype, device=device)
+    check_base(model, manifest, folder)
+    wrapped: Any = _with_adapter(model, manifest, folder)
+    if merge and isinstance(wrapped, PeftModel):
+        wrapped = wrapped.merge_and_unload()
+    adapted = attach(wrapped, manifest["methods"])
+    load_method_weights(adapted, folder, manifest)
+    return adapted.eval(), tokenizer
+
+
+def is_checkpoint(target: str | Path) -> bool:
+    """Whether `target` is a folder that anydepth wrote."""
+    return (Path(target) / MANIFEST).exists()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, its files checked against it."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{folder} holds no anydepth checkpoint ({MANIFEST} is missing); give a folder that train or "
+                        "search wrote")  # fmt: skip
+    try:
+        manifest = json.loads(path.read_text())
+        weights = folder / manifest["weights"]
+        files, _, _ = manifest["files"], manifest["base"]["fingerprint"], manifest["methods"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); train again or restore the folder from a copy") from error
+    if manifest.get("schema") != SCHEMA:
+        raise UserError(f"{path} has schema {manifest.get('schema')!r}; this anydepth reads {SCHEMA}")
+    for name, digest in files.items():
+        if not (weights / name).is_file() or _digest(weights / name) != digest:
+            raise UserError(f"{weights / name} is damaged or missing; train again or restore the folder from a copy")
+    return manifest
+
+
+def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -> None:
+    """Raise `UserError` unless `model` is the base that the checkpoint was made for."""
+    if base_fingerprint(model) != manifest["base"]["fingerprint"]:
+        raise UserError(
+            f"{folder} was made for the base model '{manifest['base']['target']}', whose weights differ from "
+            f"'{model.name_or_path}'; load it with the base it was trained on"
+        )
+
+
+def load_method_weights(adapted: AdaptedModel, folder: Path, manifest: dict[str, Any]) -> None:
+    """Copy the methods' weights of a checkpoint into an adapted model, bitwise."""
+    path = folder / manifest["weights"] / "methods.safetensors"
+    try:
+        adapted.methods.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit its methods ({str(error).splitlines()[0]}); restore it") from error
+
+
+def _with_adapter(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -> nn.Module:
+    adapter = folder / manifest["weights"] / "adapter"
+    return PeftModel.from_pretrained(model, str(adapter)) if adapter.exists() else model
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(files: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def trainable_state(adapted: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: every parameter that asks for a gradient, by name."""
+    return {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,33 @@
+"""Losses that belong to no single method. All of them over real, shifted tokens; labels of padding are −100."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, chunk: int = 512) -> Tensor:
+    """T²·KL(teacher ‖ student) per real token, in float32 (Hinton et al. 2015).
+
+    Args:
+        student, teacher: (B, T, V) logits of the same tokens; the gradient flows to the student only.
+        labels: (B, T) ids, −100 where a token is not to be predicted.
+        chunk: rows whose float32 probabilities exist at a time; they are recomputed for the gradient.
+    """
+    wanted = labels[:, 1:].flatten() != IGNORED
+    student_rows = student[:, :-1].flatten(0, 1)[wanted]
+    teacher_rows = teacher[:, :-1].flatten(0, 1)[wanted].detach()
+    total = student_rows.new_zeros((), dtype=torch.float32)
+    for part, target in zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True):
+        total = total + checkpoint(_divergence, part, target, temperature, use_reentrant=False)
+    return total * temperature**2 / max(int(wanted.sum()), 1)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    log_student = F.log_softmax(student.float() / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    return F.kl_div(log_student, log_teacher, log_target=True, reduction="sum")

@@ -1,0 +1,65 @@
+"""Packing and corpora, through the interface alone: documents in, windows out, no padding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from anydepth.errors import UserError
+from anydepth.training.data import load_texts, pack
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "c": 3}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+
+
+def test_eos_between_documents_and_remainder_dropped() -> None:
+    windows = pack(["a b", "c c c", "b"], word_tokenizer(), 3)
+    assert windows.dtype == torch.int64
+    assert windows[:2].tolist() == [[1, 2, 0], [3, 3, 3]]
+
+
+def test_too_little_text_names_the_tokens() -> None:
+    with pytest.raises(UserError, match=r"\d"):
+        pack(["a b"], word_tokenizer(), 50)
+
+
+def test_embedded_splits_are_disjoint_and_stable() -> None:
+    train, valid = load_texts("embedded:train"), load_texts("embedded:valid")
+    assert train == load_texts("embedded") and not set(train) & set(valid) and len(train) > len(valid) > 0
+
+
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("one\n\ntwo")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in "ab"))
+    assert "".join(load_texts(str(tmp_path / "x.txt"))).startswith("one")
+    assert load_texts(str(tmp_path / "x.jsonl")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", ["", "  \n \n"])
+def test_empty_corpus(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.txt").write_text(content)
+    with pytest.raises(UserError):
+        load_texts(str(tmp_path / "x.txt"))
+
+
+def test_wrong_record_names_what_was_found(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"prompt": "hi"}\n')
+    with pytest.raises(UserError, match="prompt"):
+        load_texts(str(tmp_path / "x.jsonl"))
+
+
+def test_wikitext_marks_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wikitext-2").mkdir()
+    text = ' \n = One = \n \n It weighs 1 @,@ 000 @.@ 5 kg ( 2 lb ) , a well @-@ known " <unk> " . \n \n = Two = \n \n B . \n'
+    (tmp_path / "wikitext-2" / "valid.txt").write_text(text)
+    monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
+    one, two = load_texts("wikitext-2:valid")
+    assert 'It weighs 1,000.5 kg (2 lb), a well-known "<unk>".' in one and "B." in two
