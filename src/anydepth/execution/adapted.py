@@ -172,6 +172,11 @@ class AdaptedModel(nn.Module):
             self._run = before
 
     @property
+    def records(self) -> list[PassRecord]:
+        """The forwards of the last sequence, one record each."""
+        return self._records
+
+    @property
     def last_trace(self) -> Trace:
         """What ran in the last sequence: one uncached forward, or all forwards that shared a cache."""
         return Trace.join(self._records)

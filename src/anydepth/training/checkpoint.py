@@ -47,7 +47,7 @@ def save(adapted: AdaptedModel, folder: str | Path, *, base: str | None = None) 
     tensors = {name: tensor.contiguous() for name, tensor in adapted.methods.state_dict().items()}
     save_file(tensors, staging / "methods.safetensors")
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(staging / "adapter"))
+        model.save_pretrained(str(staging / "adapter"), save_embedding_layers=False)
     files = {str(path.relative_to(staging)): _digest(path) for path in sorted(staging.rglob("*")) if path.is_file()}
     weights = folder / f"weights-{_digest_of(files)}"
     shutil.rmtree(weights, ignore_errors=True)

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.measure.results import write_json
 from anydepth.methods.method import Method
+from anydepth.models.backbone import unwrap
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset
 from anydepth.training.losses import distillation_loss
@@ -65,12 +66,21 @@ def add_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel | P
         raise UserError(f"train.lora.target: {str(error).splitlines()[0]}") from error
 
 
-def train(model: nn.Module, windows: Tensor, config: TrainConfig, out: Path, *, resume: bool = False) -> TrainResult:
+def train(
+    model: nn.Module,
+    windows: Tensor,
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> TrainResult:
     """Train what asks for a gradient on (N, T) windows; checkpoints go to `out`/steps.
 
     Args:
         model: an `AdaptedModel`, or a `PeftModel` alone (LoRA at full depth).
         resume: go on from the last complete checkpoint of `out`, if there is one.
+        on_step: called with each new row of the loss history.
 
     Raises:
         UserError: nothing to train. RunError: a gate got no gradient, or the loss is not finite.
@@ -80,7 +90,10 @@ def train(model: nn.Module, windows: Tensor, config: TrainConfig, out: Path, *, 
     start = _last_complete(out) if resume else None
     if not resume:
         shutil.rmtree(out / STEPS, ignore_errors=True)
+    if config.gradient_checkpointing:
+        unwrap(model.model if isinstance(model, AdaptedModel) else model).gradient_checkpointing_enable()
     trainer = AdaptedTrainer(model, windows, config, out / STEPS)
+    trainer.on_step = on_step
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     seconds = time.monotonic() - started
@@ -96,6 +109,7 @@ class AdaptedTrainer(Trainer):
     def __init__(self, model: nn.Module, windows: Tensor, config: TrainConfig, out: Path) -> None:
         self.settings = config
         self.history: list[dict[str, float]] = []
+        self.on_step: Callable[[dict[str, float]], None] | None = None
         self.first_step = 0
         self.micro_step = 0
         self.terms: dict[str, float] = defaultdict(float)
@@ -145,6 +159,8 @@ class AdaptedTrainer(Trainer):
         row = {"step": self.state.global_step, **self.terms, "learning_rate": self._get_learning_rate()}
         self.terms = defaultdict(float)
         self.history.append(row)
+        if self.on_step is not None:
+            self.on_step(row)
         if not all(value == value and abs(value) != float("inf") for value in row.values()):
             raise RunError(f"step {row['step']}: a loss is not finite ({row}); lower train.learning_rate")
 
@@ -225,8 +241,6 @@ def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=config.warmup_steps,
         max_grad_norm=config.max_gradient_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=config.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         seed=config.seed,

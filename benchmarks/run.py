@@ -1,0 +1,84 @@
+"""Run an experiment, `experiments/NAME.yaml` → `results/NAME.json`: one run per variant, resumable, one table.
+
+A variant is the experiment's recipe with its own keys on top. `rates_from: OTHER` gives a random router the rates that
+the variant OTHER was measured to run its layers at.
+
+    python benchmarks/run.py benchmarks/experiments/NAME.yaml [--only VARIANT] [--until train]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anydepth.config import Recipe, validate
+from anydepth.measure.results import document, read_document, write_json
+from anydepth.measure.run import Runner
+
+STAGES = ("train", "evaluate", "bench")
+ROOT = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--only", help="one variant")
+    parser.add_argument("--until", choices=STAGES, default="bench", help="last stage to do; timing wants a quiet machine")
+    arguments = parser.parse_args()
+    experiment = yaml.safe_load(arguments.experiment.read_text())
+    runs = ROOT.parent / "runs" / arguments.experiment.stem
+    documents = {}
+    for name in experiment["variants"]:
+        if arguments.only in (None, name):
+            documents[name] = run_variant(experiment, name, runs, STAGES[: STAGES.index(arguments.until) + 1])
+    if arguments.only is None and arguments.until == "bench":
+        rows = [row for name, stages in documents.items() for row in table_rows(name, stages)]
+        command = f"python benchmarks/run.py {arguments.experiment}"
+        result = document(f"anydepth.experiment/1", seed=experiment["seed"], config=experiment, command=command,
+                          rows=unique(rows), stages=documents)  # fmt: skip
+        # The commit is that of the training runs: what was measured later reads their checkpoints.
+        first = documents[next(iter(documents))]["train"]
+        result |= {"commit": first["commit"], "dirty": any(stage["dirty"] for stages in documents.values()
+                                                          for stage in stages.values())}  # fmt: skip
+        write_json(ROOT / "results" / f"{arguments.experiment.stem}.json", result)
+
+
+def run_variant(experiment: dict[str, Any], name: str, runs: Path, stages: tuple[str, ...]) -> dict[str, Any]:
+    """The documents of one variant's stages."""
+    variant = {**experiment["variants"][name]}
+    source = variant.pop("rates_from", None)
+    recipe = {"seed": experiment["seed"], **experiment["recipe"], **variant}
+    if source is not None:
+        router = recipe["methods"][0]
+        rates = read_document(runs / source / "eval.json")["per_layer"]["mixer"]
+        router["rates"] = [round(rate, 6) for rate in rates[router["always_keep"] :]]
+    runner = Runner(validate(Recipe, recipe, where=name), runs / name, lambda line: print(f"{name}: {line}", flush=True))
+    runner.on_step = lambda row: print(name, row, flush=True) if row["step"] % 25 == 0 else None
+    return {stage: getattr(runner, stage)() for stage in stages}
+
+
+def table_rows(name: str, stages: dict[str, Any]) -> list[dict[str, Any]]:
+    """The untouched model and the variant."""
+    quality, speed, train = stages["evaluate"], stages["bench"], stages["train"]
+    keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share", "num_tokens")
+    rows = [{"variant": "untouched", **{key: quality["full_depth"][key] for key in keys}}]
+    row = {"variant": name, **{key: quality[key] for key in keys}, "train_seconds": train["seconds"]}
+    for measured in speed["rows"]:
+        row[f"speedup_{measured['prompt_tokens']}+{measured['new_tokens']}"] = measured["speedup"]
+        for phase in ("prefill", "decode"):
+            row[f"{phase}_{measured['prompt_tokens']}"] = measured[phase]
+    return [*rows, row]
+
+
+def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The untouched model once."""
+    seen = {row["variant"]: row for row in reversed(rows)}
+    return [seen[name] for name in dict.fromkeys(row["variant"] for row in rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

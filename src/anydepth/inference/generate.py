@@ -1,0 +1,84 @@
+"""Text from an adapted model, with the depth that every token took."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
+
+
+@torch.no_grad()
+def generate(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Continue a prompt; returns the fields of `anydepth.generate/1`.
+
+    Args:
+        temperature: 0 is greedy; otherwise samples with `seed`.
+
+    Raises:
+        UserError: an empty prompt, or one that does not fit the model's window with `max_new_tokens`.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(adapted.device)
+    num_prompt = inputs["input_ids"].shape[1]
+    check_window(adapted, num_prompt, max_new_tokens)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    started = time.perf_counter()
+    token_ids = adapted.generate(
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
+    )[0, num_prompt:]
+    seconds = time.perf_counter() - started
+    layers, depths = _depths(adapted, num_prompt, len(token_ids))
+    return {
+        "prompt": prompt,
+        "text": tokenizer.decode(token_ids, skip_special_tokens=True),
+        "token_ids": token_ids.tolist(),
+        "tokens": [tokenizer.decode([token_id]) for token_id in token_ids.tolist()],
+        "depths": depths,
+        "layers": layers,
+        "num_layers": adapted.backbone.num_layers,
+        "tokens_per_second": len(token_ids) / seconds,
+    }
+
+
+def check_window(adapted: AdaptedModel, num_prompt: int, max_new_tokens: int) -> None:
+    """Raise `UserError` for a prompt that the model cannot take."""
+    if num_prompt == 0:
+        raise UserError("the prompt is empty; give at least one word")
+    if max_new_tokens < 1:
+        raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+    window = getattr(adapted.config, "max_position_embeddings", None)
+    if window is not None and num_prompt + max_new_tokens > window:
+        raise UserError(
+            f"the prompt has {num_prompt} tokens; with {max_new_tokens} new ones that is more than the model's window "
+            f"of {window}; shorten the prompt to {max(window - max_new_tokens, 0)} tokens or ask for fewer new ones"
+        )
+
+
+def _depths(adapted: AdaptedModel, num_prompt: int, num_new: int) -> tuple[list[list[float]], list[float]]:
+    """Per new token, the layers that ran to predict it (0, ½ or 1 each) and their sum.
+
+    The first new token comes out of the prompt's last place, the second out of the first's place, and so on.
+    """
+    if not adapted.methods:
+        num_layers = adapted.backbone.num_layers
+        return [[1.0] * num_layers] * num_new, [float(num_layers)] * num_new
+    trace = adapted.last_trace
+    ran: Tensor = (trace.mixer_keep[:, 0].float() + trace.ffn_keep[:, 0].float()) / 2
+    places = ran[:, num_prompt - 1 : num_prompt - 1 + num_new].T
+    return places.tolist(), places.sum(1).tolist()

@@ -1,0 +1,231 @@
+"""Paired wall-clock: the same model at full depth and adapted, in turn, in one process.
+
+Every row is checked first: a speed-up of an execution that is not its own definition is not reported. Beside it
+stands what the skipped work allows (`cost.py`), and how much of that became time (`realised`).
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from anydepth.errors import RunError, UserError
+from anydepth.execution import cost
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.execution.trace import Trace
+from anydepth.inference.generate import check_window
+from anydepth.methods.method import Method
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One generation: seconds to the first token, in all, and the ids."""
+
+    ttft: float
+    total: float
+    token_ids: Tensor
+    peak_memory_bytes: int
+
+    @property
+    def decode(self) -> float:
+        return self.total - self.ttft
+
+
+def bench(
+    adapted: AdaptedModel,
+    windows: Tensor,
+    *,
+    batch_sizes: list[int],
+    prompt_tokens: list[int],
+    new_tokens: int,
+    num_runs: int = 5,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Rows of `anydepth.bench/1`, one per batch size and prompt length, prompts taken from (N, T) windows.
+
+    Raises:
+        UserError: too little text for the batch, or prompts longer than the model's window.
+        RunError: the self-check failed.
+    """
+    adapted.eval()
+    for length in prompt_tokens:
+        check_window(adapted, length, new_tokens)
+    if max(batch_sizes) > len(windows):
+        raise UserError(f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens; the text has "
+                        f"{len(windows)}")  # fmt: skip
+    self_check(adapted, windows[:2, : min(48, windows.shape[1])].to(adapted.device))
+    rows = []
+    for batch_size in batch_sizes:
+        for length in prompt_tokens:
+            prompts = windows[:batch_size, :length].to(adapted.device)
+            rows.append(_row(adapted, prompts, new_tokens, num_runs))
+            on_row(rows[-1])
+    return rows
+
+
+def _row(adapted: AdaptedModel, prompts: Tensor, new_tokens: int, num_runs: int) -> dict[str, Any]:
+    pairs = [_pair(adapted, prompts, new_tokens, number) for number in range(-1, num_runs)][1:]  # the first warms up
+    full, ours = [full for full, _ in pairs], [ours for _, ours in pairs]
+    records = adapted.records
+    whole, prefill = _flops(adapted, Trace.join(records)), _flops(adapted, Trace.join(records[:1]))
+    speedup = _ratio(pairs, lambda timing: timing.total)
+    row = {
+        "engine": "hf",
+        "dtype": str(adapted.dtype).removeprefix("torch."),
+        "batch_size": prompts.shape[0],
+        "prompt_tokens": prompts.shape[1],
+        "new_tokens": new_tokens,
+        "num_runs": num_runs,
+        "full_depth": _medians(full, prompts.shape[0], new_tokens),
+        "adapted": {
+            **_medians(ours, prompts.shape[0], new_tokens),
+            "mean_depth": Trace.join(records).mean_depth,
+            "layer_token_share": whole.layer_token_share,
+        },
+        "speedup": speedup,
+        "speedup_range": _spread(pairs, lambda timing: timing.total),
+        "ideal_speedup": whole.ideal_speedup,
+        "realised": speedup / whole.ideal_speedup,
+        "identical_tokens": bool(torch.equal(full[-1].token_ids, ours[-1].token_ids)),
+        "prefill": _phase(_ratio(pairs, lambda timing: timing.ttft), prefill.ideal_speedup),
+    }
+    if new_tokens > 1:
+        ideal = (whole.full_depth - prefill.full_depth) / (whole.total - prefill.total)
+        row["decode"] = _phase(_ratio(pairs, lambda timing: timing.decode), ideal)
+    return row
+
+
+def _phase(speedup: float, ideal: float) -> dict[str, float]:
+    return {"speedup": speedup, "ideal_speedup": ideal, "realised": speedup / ideal}
+
+
+def _flops(adapted: AdaptedModel, trace: Trace) -> cost.FlopCount:
+    methods = [method for method in adapted.methods.values() if isinstance(method, Method)]
+    return cost.flops(adapted.backbone, trace, methods)
+
+
+def _pair(adapted: AdaptedModel, prompts: Tensor, new_tokens: int, number: int) -> tuple[Timing, Timing]:
+    """(full depth, adapted), taking turns at going first."""
+    if number % 2:
+        ours = _time(adapted, prompts, new_tokens, full_depth=False)
+        return _time(adapted, prompts, new_tokens, full_depth=True), ours
+    full = _time(adapted, prompts, new_tokens, full_depth=True)
+    return full, _time(adapted, prompts, new_tokens, full_depth=False)
+
+
+class _FirstToken(StoppingCriteria):
+    """Notes when the first new token is there. Asked after every step; never stops."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.at is None:
+            _wait(input_ids)
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def _time(adapted: AdaptedModel, prompts: Tensor, new_tokens: int, *, full_depth: bool) -> Timing:
+    first = _FirstToken()
+    _reset_peak_memory()
+    with adapted.disabled() if full_depth else nullcontext():
+        started = time.perf_counter()
+        output = adapted.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[first],
+        )
+        _wait(output)
+        ended = time.perf_counter()
+    assert first.at is not None
+    return Timing(first.at - started, ended - started, output[:, prompts.shape[1] :], _peak_memory_bytes())
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def _ratio(pairs: list[tuple[Timing, Timing]], part: Callable[[Timing], float]) -> float:
+    """Median of the paired ratios full depth ÷ adapted."""
+    return median(part(full) / part(ours) for full, ours in pairs)
+
+
+def _spread(pairs: list[tuple[Timing, Timing]], part: Callable[[Timing], float]) -> list[float]:
+    ratios = [part(full) / part(ours) for full, ours in pairs]
+    return [min(ratios), max(ratios)]
+
+
+def _medians(timings: list[Timing], batch_size: int, new_tokens: int) -> dict[str, Any]:
+    total = median(timing.total for timing in timings)
+    return {
+        "ttft_seconds": median(timing.ttft for timing in timings),
+        "tpot_seconds": median(timing.decode for timing in timings) / (new_tokens - 1) if new_tokens > 1 else None,
+        "tokens_per_second": batch_size * new_tokens / total,
+        "peak_memory_bytes": max(timing.peak_memory_bytes for timing in timings),
+    }
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
+
+
+def _peak_memory_bytes() -> int:
+    """GPU memory where there is one, else the process's high-water mark."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@torch.no_grad()
+def self_check(adapted: AdaptedModel, token_ids: Tensor) -> None:
+    """Sparse = masked and cached = uncached on this very model; raises `RunError` otherwise.
+
+    Where rounding moves a decision across its threshold, the tokens before it are compared.
+    """
+    sparse = adapted(input_ids=token_ids, use_cache=False).logits
+    before = adapted.last_trace
+    with adapted.masked():
+        masked = adapted(input_ids=token_ids, use_cache=False).logits
+    _compare("sparse and masked execution", adapted, sparse, masked, before)
+    cache, cut = adapted.new_cache(), token_ids.shape[1] * 3 // 4
+    parts = [adapted(input_ids=part, past_key_values=cache).logits for part in
+             (token_ids[:, :cut], token_ids[:, cut : cut + 1], token_ids[:, cut + 1 :])]  # fmt: skip
+    _compare("cached and uncached execution", adapted, sparse, torch.cat(parts, dim=1), before)
+
+
+def _compare(what: str, adapted: AdaptedModel, ours: Tensor, other: Tensor, before: Trace) -> None:
+    after = adapted.last_trace
+    differs = (before.mixer_keep != after.mixer_keep).any(0).any(0) | (before.ffn_keep != after.ffn_keep).any(0).any(0)
+    same = int(differs.nonzero()[0]) if differs.any() else ours.shape[1]
+    error = (ours[:, :same] - other[:, :same]).float().norm() / other[:, :same].float().norm().clamp_min(1e-9)
+    if same < ours.shape[1] // 4 or not error <= TOLERANCE[ours.dtype]:
+        raise RunError(
+            f"self-check failed: {what} agree on {same} of {ours.shape[1]} tokens with relative error {error:.1e}; no "
+            "speed is reported for an execution that is not its own definition; please report this model"
+        )

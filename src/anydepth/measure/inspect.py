@@ -1,0 +1,92 @@
+"""What a model is made of, and what applies to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from anydepth.execution import cost
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.methods import METHODS
+from anydepth.models.backbone import LayerView
+
+
+def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
+    """The fields of `anydepth.inspect/1`: family, branches, their cost, engines and methods."""
+    backbone = adapted.backbone
+    return {
+        "family": backbone.family_name,
+        "num_layers": backbone.num_layers,
+        "hidden_size": backbone.hidden_size,
+        "num_parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
+        "weight_bytes": cost.weight_bytes(backbone.model),
+        "attention_implementation": backbone.attention_implementation,
+        "layers": [_layer(view) for view in backbone.layers],
+        "attached": list(adapted.methods),
+        "engines": {"hf": "applies", "fast": "not there yet"},
+        "methods": {name: "applies" for name in METHODS},
+        "notes": _notes(backbone.layers),
+    }
+
+
+def _layer(view: LayerView) -> dict[str, Any]:
+    per_token = cost.layer_cost(view)
+    mixer = sum(parameter.numel() for parameter in view.mixer.parameters())
+    whole = sum(parameter.numel() for parameter in view.module.parameters())
+    return {
+        "layer_idx": view.layer_idx,
+        "mixer": "recurrent" if view.is_recurrent else "attention",
+        "mixer_parameters": mixer,
+        "other_parameters": whole - mixer,
+        "mixer_flops": per_token.mixer,
+        "skipped_mixer_flops": per_token.skipped_mixer,
+        "ffn_flops": per_token.ffn,
+    }
+
+
+def _notes(views: list[LayerView]) -> list[str]:
+    notes = []
+    if any(view.family.fused_qkv for view in views):
+        notes.append("q, k and v are one matrix: under kv_rule=project a skipping token pays for all three")
+    if any(view.is_recurrent for view in views):
+        notes.append("recurrent mixers see every token under kv_rule=project; only their FFN is saved there")
+    return notes
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """Every method with its options: the fields of `anydepth.methods/1`."""
+    listed = []
+    for name, method in METHODS.items():
+        options = {
+            key: {"help": field.description, "default": field.get_default(call_default_factory=True)}
+            for key, field in method.Config.model_fields.items()
+        }
+        listed.append({"name": name, "summary": method.summary, "lossless": method.lossless,
+                       "trained": method.trained, "options": options})  # fmt: skip
+    return listed
+
+
+def show_inspection(document: dict[str, Any]) -> None:
+    """For people."""
+    print(f"{document['family']}: {document['num_layers']} layers × {document['hidden_size']}, "
+          f"{document['num_parameters'] / 1e6:.1f} M parameters, {document['weight_bytes'] / 2**20:.0f} MiB, "
+          f"attention by {document['attention_implementation']}")  # fmt: skip
+    kinds = Counter((layer["mixer"], layer["mixer_flops"], layer["skipped_mixer_flops"], layer["ffn_flops"])
+                    for layer in document["layers"])  # fmt: skip
+    for (mixer, mixer_flops, skipped, ffn_flops), count in kinds.items():
+        print(f"  {count} layers: {mixer} {mixer_flops / 1e6:.2f} MFLOP a token ({skipped / 1e6:.2f} where it is skipped "
+              f"and leaves K/V), FFN {ffn_flops / 1e6:.2f} MFLOP")  # fmt: skip
+    print(f"attached: {', '.join(document['attached']) or 'nothing'}")
+    for title in ("engines", "methods"):
+        print(f"{title}: " + ", ".join(f"{name} ({state})" for name, state in document[title].items()))
+    for note in document["notes"]:
+        print(f"note: {note}")
+
+
+def show_methods(document: dict[str, Any]) -> None:
+    """For people."""
+    for method in document["methods"]:
+        print(f"{method['name']}: {method['summary']} ({'lossless' if method['lossless'] else 'lossy'}, "
+              f"{'trained' if method['trained'] else 'not trained'})")  # fmt: skip
+        for key, option in method["options"].items():
+            print(f"    {key} = {option['default']}: {option['help']}")

@@ -1,0 +1,213 @@
+"""A recipe from start to end: search → train → calibrate → eval → bench → generate → report.
+
+Each stage leaves its document in the run's folder and is skipped when it is there already, so that a run that was
+interrupted goes on where it was. A folder belongs to one recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.calibration.budget import set_skip_share
+from anydepth.calibration.skip_search import search
+from anydepth.config import Recipe, SearchConfig
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.inference.generate import generate
+from anydepth.measure.bench import bench
+from anydepth.measure.evaluate import evaluate
+from anydepth.measure.results import document, read_document, write_json
+from anydepth.models.load import load_model
+from anydepth.training.checkpoint import is_checkpoint, load_target, save
+from anydepth.training.data import load_windows
+from anydepth.training.train import STEPS, add_lora, train
+
+Say = Callable[[str], None]
+RECIPE = "recipe.json"
+
+
+@dataclass
+class Runner:
+    """One recipe in one folder."""
+
+    recipe: Recipe
+    out: Path
+    say: Say
+    on_step: Callable[[dict[str, float]], None] | None = None
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe.model_dump(mode="json")
+        path = self.out / RECIPE
+        if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(recipe)):
+            raise UserError(f"{self.out} holds a run of another recipe; give another --out, or remove it first")
+        write_json(path, recipe)
+
+    def run(self) -> dict[str, Any]:
+        """Every stage; returns the `anydepth.run/1` document."""
+        stages = [self.search(), self.train(), self.evaluate(), self.bench(), self.generate()]
+        stages = [stage for stage in stages if stage is not None]
+        result = self._document("run", stages=stages, summary=summary_of(stages))
+        write_json(self.out / "run.json", result)
+        from anydepth.report.page import write_report  # matplotlib: only where pictures are made
+
+        self.say(f"report: {self.out / 'report.html'}")
+        write_report([result], self.out / "report.html")
+        return result
+
+    # --- stages --------------------------------------------------------------------------------------------------
+
+    def search(self) -> dict[str, Any] | None:
+        settings = self.recipe.search
+        return None if settings is None else self._stage("search", lambda: self._search(settings))
+
+    def _search(self, settings: SearchConfig) -> dict[str, Any]:
+        model, tokenizer = self._base()
+        windows = load_windows(
+            self.recipe.data.train, tokenizer, settings.sequence_length, max_windows=settings.num_windows
+        )
+        found = search(
+            model, windows, strategy=settings.strategy, budget=settings.budget, branches=settings.branches
+        )
+        return {**found.config.model_dump(), "agreement": found.agreement, "seconds": found.seconds,
+                "trajectory": found.trajectory}  # fmt: skip
+
+    def forget(self, *stages: str) -> None:
+        """Do these stages anew."""
+        for stage in stages:
+            (self.out / f"{stage}.json").unlink(missing_ok=True)
+            if stage == "train":
+                shutil.rmtree(self.out / STEPS, ignore_errors=True)
+
+    def train(self) -> dict[str, Any]:
+        """Attach, train and calibrate; afterwards the folder is a checkpoint. Goes on where it was interrupted."""
+        return self._stage("train", self._train)
+
+    def _train(self) -> dict[str, Any]:
+        recipe = self.recipe
+        model, tokenizer = self._base()
+        fields: dict[str, Any] = {"loss_history": [], "seconds": 0.0, "tokens_per_second": 0.0}
+        wrapped: nn.Module = model if recipe.train is None else add_lora(model, recipe.train)
+        adapted = attach(wrapped, self._methods())
+        if recipe.train is not None:
+            windows = self._training_windows(tokenizer)
+            result = train(adapted, windows, recipe.train, self.out, resume=True, on_step=self.on_step)
+            fields |= {"loss_history": result.loss_history, "seconds": result.seconds,
+                       "tokens_per_second": result.tokens_per_second}  # fmt: skip
+        if recipe.calibrate is not None:
+            windows = self._training_windows(tokenizer)[: recipe.calibrate.num_windows]
+            fields["calibrated_skip_share"] = set_skip_share(adapted, windows, recipe.calibrate.skip_share)
+        save(adapted, self.out, base=recipe.model.target)
+        detach(adapted)
+        return {**fields, "checkpoint": str(self.out)}
+
+    def evaluate(self) -> dict[str, Any]:
+        return self._stage("eval", self._evaluate)
+
+    def _evaluate(self) -> dict[str, Any]:
+        adapted, tokenizer = self._adapted(merge=False)
+        settings = self.recipe.eval
+        windows = load_windows(settings.data, tokenizer, settings.sequence_length, max_windows=settings.max_windows)
+        return evaluate(adapted, windows)
+
+    def bench(self) -> dict[str, Any]:
+        return self._stage("bench", self._bench)
+
+    def _bench(self) -> dict[str, Any]:
+        adapted, tokenizer = self._adapted(merge=True)
+        settings = self.recipe.bench
+        windows = load_windows(settings.data or self.recipe.eval.data, tokenizer, max(settings.prompt_tokens))
+        rows = bench(
+            adapted,
+            windows,
+            batch_sizes=settings.batch_sizes,
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            num_runs=settings.num_runs,
+        )
+        return {"rows": rows}
+
+    def generate(self) -> dict[str, Any]:
+        return self._stage("generate", self._generate)
+
+    def _generate(self) -> dict[str, Any]:
+        adapted, tokenizer = self._adapted(merge=True)
+        settings = self.recipe.generate
+        return generate(adapted, tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
+
+    # --- parts ---------------------------------------------------------------------------------------------------
+
+    def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.out / f"{name}.json"
+        if path.exists():
+            self.say(f"{name}: done already, kept ({path})")
+            return read_document(path)
+        self.say(f"{name} …")
+        result = self._document(name, **work())
+        write_json(path, result)
+        return result
+
+    def _document(self, name: str, **fields: Any) -> dict[str, Any]:
+        return document(f"anydepth.{name}/1", seed=self.recipe.seed, config=self.recipe, label=self.label, **fields)
+
+    @property
+    def label(self) -> str:
+        """How reports call this run."""
+        names = [str(method["name"]) for method in self.recipe.methods] or ["full depth"]
+        lora = self.recipe.train is not None and self.recipe.train.lora is not None
+        return " + ".join([*names, *(["LoRA"] if lora else [])])
+
+    def _base(self) -> Any:
+        model = self.recipe.model
+        return load_model(model.target, dtype=model.dtype, device=model.device)
+
+    def _adapted(self, *, merge: bool) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
+        assert is_checkpoint(self.out), "the train stage leaves a checkpoint, trained or not"
+        model = self.recipe.model
+        return load_target(str(self.out), dtype=model.dtype, device=model.device, merge=merge)
+
+    def _training_windows(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        data = self.recipe.data
+        return load_windows(data.train, tokenizer, data.sequence_length, max_windows=data.max_windows)
+
+    def _methods(self) -> list[dict[str, Any]]:
+        """The recipe's methods; a searched skip set fills what they leave open."""
+        methods = [dict(method) for method in self.recipe.methods]
+        path = self.out / "search.json"
+        if self.recipe.search is None or not path.exists():
+            return methods
+        found = read_document(path)
+        for method in methods:
+            if method["name"] == "skip_set":
+                for key in ("skip_layers", "skip_mixers", "skip_ffns"):
+                    method.setdefault(key, found[key])
+            if method["name"] == "layer_router":
+                first = method.get("always_keep", 4)
+                method.setdefault("initial_skip_layers", [i for i in found["skip_layers"] if i >= first])
+        return methods
+
+
+def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for the untouched model and one for the adapted, out of the eval and bench documents."""
+    by_schema = {stage["schema"]: stage for stage in stages}
+    quality, speed = by_schema.get("anydepth.eval/1"), by_schema.get("anydepth.bench/1")
+    if quality is None:
+        return []
+    keys = ("perplexity", "mean_depth", "layer_token_share", "agreement")
+    rows = [
+        {"label": "untouched", **{key: quality["full_depth"][key] for key in keys}, "speedup": 1.0},
+        {"label": quality["label"], **{key: quality[key] for key in keys}},
+    ]
+    if speed is not None:
+        first = speed["rows"][0]
+        rows[1] |= {key: first[key] for key in ("speedup", "ideal_speedup", "realised")}
+        rows[0]["tokens_per_second"] = first["full_depth"]["tokens_per_second"]
+        rows[1]["tokens_per_second"] = first["adapted"]["tokens_per_second"]
+    return rows
