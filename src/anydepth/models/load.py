@@ -18,9 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
+from safetensors import SafetensorError
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from anydepth.errors import UserError
@@ -81,8 +90,12 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
         family = AutoConfig.from_pretrained(name).model_type
         if family not in FAMILIES:
             raise UserError(f"model family '{family}' is not supported; supported are: {', '.join(sorted(FAMILIES))}")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        if report["missing_keys"]:  # transformers would fill them with random numbers and go on
+            raise UserError(f"'{name}' lacks the weight {min(report['missing_keys'])}; its files are not whole")
         return model, AutoTokenizer.from_pretrained(name)
+    except SafetensorError as error:
+        raise UserError(f"the weights of '{name}' are damaged ({error}); fetch or copy them again") from error
     except (OSError, ValueError) as error:
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
             raise UserError(f"'{name}' is not in the local hub cache and HF_HUB_OFFLINE=1; unset it, or try 'embedded'"
@@ -104,9 +117,16 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     except (OSError, ValueError, KeyError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} could not be read as GGUF ({reason}); is the file whole?") from error
-    model.config.quantization_config = None
-    del model.config.quantization_config
+    _repair_digits(tokenizer, path)
     return model, tokenizer
+
+
+def _repair_digits(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """transformers drops the digit splitting of GGUF's `smollm` pre-tokeniser: put it back in front."""
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)  # type: ignore[attr-defined]
 
 
 def _embedded_folder() -> Path:
@@ -133,12 +153,18 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Save a GGUF as safetensors; in place at once, whole, also when two processes convert at a time."""
     model, tokenizer = _from_gguf(gguf, torch.float32)
     staging = folder.with_name(f".{folder.name}-{os.getpid()}")
-    model.save_pretrained(str(staging))
-    tokenizer.save_pretrained(str(staging))
     try:
+        model.save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
         staging.rename(folder)
-    except OSError:  # the other process was first
-        shutil.rmtree(staging)
+    except OSError as error:
+        if not (folder / "config.json").exists():  # else the other process was first
+            raise UserError(
+                f"the embedded model could not be cached in {folder} ({error.strerror}); "
+                "make room there or set ANYDEPTH_CACHE"
+            ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
