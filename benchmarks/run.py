@@ -57,7 +57,7 @@ def run_variant(experiment: dict[str, Any], name: str, runs: Path, stages: tuple
         rates = read_document(runs / source / "eval.json")["per_layer"]["mixer"]
         router["rates"] = [round(rate, 6) for rate in rates[router["always_keep"] :]]
     runner = Runner(validate(Recipe, recipe, where=name), runs / name, lambda line: print(f"{name}: {line}", flush=True))
-    runner.on_step = lambda row: print(name, row, flush=True) if row["step"] % 25 == 0 else None
+    runner.on_step = lambda row: print(name, row, flush=True) if row["step"] % 10 == 0 else None
     return {stage: getattr(runner, stage)() for stage in stages}
 
 

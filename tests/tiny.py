@@ -1,0 +1,51 @@
+"""A tiny base model on disk, with a tokenizer: what commands and training need to run in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+NUM_LAYERS = 6
+WINDOW = 128
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and `<eos>`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0} | {byte: number for number, byte in enumerate(alphabet, start=1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    """Six layers of random weights, large enough that every error shows."""
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=NUM_LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=WINDOW, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def save_base(folder: Path, seed: int = 0) -> Path:
+    """A base model folder, as `save_pretrained` writes it."""
+    tiny_llama(seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_text(path: Path, num_words: int = 800) -> Path:
+    """Text that repeats itself, so that a few steps of training show."""
+    words = "the sea is wide and the night is long but the light comes back".split()
+    path.write_text(" ".join(words[number * 7 % len(words)] for number in range(num_words)))
+    return path

@@ -1,0 +1,108 @@
+"""Checkpoints: bitwise back, nothing of the backbone in them, refused when damaged or made for another base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import save_base, tiny_llama
+
+import anydepth
+from anydepth.config import TrainConfig
+from anydepth.errors import UserError
+from anydepth.training.train import add_lora
+
+ROUTER = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.5}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_base(tmp_path / "base")
+
+
+@pytest.fixture
+def saved(tmp_path: Path, base: Path) -> Path:
+    model, _ = anydepth.load_model(str(base))
+    config = TrainConfig.model_validate({"lora": {"rank": 2}})
+    adapted = anydepth.attach(add_lora(model, config), ROUTER)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or name.startswith("methods."):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    folder = anydepth.save(adapted, tmp_path / "saved")
+    torch.save({name: value.clone() for name, value in adapted.state_dict().items()}, tmp_path / "state.pt")
+    return folder
+
+
+def weights_of(folder: Path) -> Path:
+    return folder / json.loads((folder / "anydepth.json").read_text())["weights"]
+
+
+def test_everything_comes_back_bitwise(saved: Path) -> None:
+    adapted = anydepth.load(saved)
+    for name, value in torch.load(saved.parent / "state.pt").items():
+        assert torch.equal(adapted.state_dict()[name], value), name
+
+
+def test_no_tensor_of_the_backbone_is_saved(saved: Path) -> None:
+    files = list(weights_of(saved).rglob("*.safetensors"))
+    assert len(files) == 2
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                assert "lora_" in name or name.startswith("layer_router."), name
+
+
+def test_saving_again_leaves_one_set_of_weights(saved: Path) -> None:
+    anydepth.save(anydepth.load(saved), saved)
+    assert len(list(saved.glob("weights-*"))) == 1
+    assert not list(saved.glob(".staging*"))
+
+
+@pytest.mark.parametrize("name", ["methods.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_truncated_file_is_refused(saved: Path, name: str) -> None:
+    path = weights_of(saved) / name
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        anydepth.load(saved)
+
+
+def test_a_missing_file_is_refused(saved: Path) -> None:
+    (weights_of(saved) / "methods.safetensors").unlink()
+    with pytest.raises(UserError, match="missing"):
+        anydepth.load(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "anydepth.checkpoint/1"}', '{"schema": 3}'])
+def test_a_damaged_manifest_is_refused(saved: Path, text: str) -> None:
+    (saved / "anydepth.json").write_text(text)
+    with pytest.raises(UserError, match="damaged"):
+        anydepth.load(saved)
+
+
+def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no anydepth checkpoint"):
+        anydepth.load(tmp_path)
+
+
+def test_another_base_is_refused(saved: Path, tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="weights differ"):
+        anydepth.load(saved, base=str(other))
+
+
+def test_a_missing_base_is_refused(saved: Path, base: Path) -> None:
+    base.rename(base.with_name("moved"))
+    with pytest.raises(UserError, match="no folder or file"):
+        anydepth.load(saved)
+    assert anydepth.load(saved, base=str(base.with_name("moved"))).methods
+
+
+def test_saving_a_skip_set_needs_no_tensors(tmp_path: Path) -> None:
+    adapted = anydepth.attach(tiny_llama(), anydepth.SkipSet.Config(skip_layers=[3]))
+    folder = anydepth.save(adapted, tmp_path / "set", base=str(save_base(tmp_path / "base")))
+    assert anydepth.load(folder).methods["skip_set"].config.skip_layers == [3]
