@@ -1,0 +1,451 @@
+"""The contract that every method keeps on every family; the numbers are those of `style.md`.
+
+A new method joins by a line in `CASES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import families
+import pytest
+import torch
+from reference import relative_rms, replay
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+import anydepth
+from anydepth.errors import UserError
+from anydepth.execution import cost
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.methods.method import Method
+
+RATES = [0.6, 0.3, 0.8, 0.5]
+CASES: dict[str, dict[str, Any]] = {
+    "skip_layers": {"name": "skip_set", "skip_layers": [1, 3]},
+    "skip_first_layer": {"name": "skip_set", "skip_layers": [0, 1]},
+    "skip_branches": {"name": "skip_set", "skip_layers": [3], "skip_mixers": [0, 2], "skip_ffns": [1, 2]},
+    "router_project": {"name": "layer_router", "always_keep": 1, "kv_rule": "project"},
+    "router_omit": {"name": "layer_router", "always_keep": 1, "kv_rule": "omit"},
+    "random_project": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": RATES},
+    "random_omit": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": RATES, "kv_rule": "omit"},
+    "stochastic_depth": {"name": "stochastic_depth", "max_probability": 0.5},
+}
+FULL_BUDGET: dict[str, dict[str, Any]] = {
+    "skip_set": {"name": "skip_set"},
+    "layer_router": {"name": "layer_router", "always_keep": 1, "threshold": float("-inf")},
+    "router_omit": {"name": "layer_router", "always_keep": 1, "threshold": float("-inf"), "kv_rule": "omit"},
+    "random": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [1.0] * 4},
+    "stochastic_depth": {"name": "stochastic_depth", "max_probability": 0.9},
+}
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def attach(model: PreTrainedModel, spec: dict[str, Any]) -> AdaptedModel:
+    """Attached, with a router whose decisions really differ between tokens."""
+    adapted = anydepth.attach(model, spec)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in adapted.methods.named_parameters():
+            if "out." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+@pytest.fixture
+def adapted(model: PreTrainedModel, case: str) -> Iterator[AdaptedModel]:
+    yield attach(model, CASES[case])
+
+
+def logits_of(adapted: AdaptedModel, ids: Tensor, **options: Any) -> Tensor:
+    return adapted(input_ids=ids, use_cache=False, **options).logits
+
+
+def assert_mixed(adapted: AdaptedModel) -> None:
+    """Router cases decide differently for different tokens; else the checks below would prove little."""
+    if "layer_router" in adapted.methods:
+        share = adapted.last_trace.mixer_keep[1:].float().mean((1, 2))
+        assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
+
+
+# --- 1, 2: off and full budget are the backbone ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_disabled_and_detached_are_the_backbone(family: str, model: PreTrainedModel, case: str) -> None:
+    ids, state = families.token_ids(), {name: value.clone() for name, value in model.state_dict().items()}
+    before = {id(module): set(module.__dict__) for module in model.modules()}
+    stock = model(ids).logits
+    adapted = attach(model, CASES[case])
+    adapted(ids)
+    with adapted.disabled():
+        assert torch.equal(adapted(ids).logits, stock)
+    assert set(model.state_dict()) == set(state)
+    assert anydepth.detach(adapted) is model
+    assert torch.equal(model(ids).logits, stock)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(set(module.__dict__) == before[id(module)] for module in model.modules())
+    attach(model, CASES[case])  # and it can be attached again
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", FULL_BUDGET)
+def test_full_budget_is_the_backbone(family: str, model: PreTrainedModel, spec: str) -> None:
+    ids = families.token_ids()
+    padding = torch.ones_like(ids)
+    padding[0, :9] = 0
+    stock, stock_padded = model(ids).logits, model(ids, attention_mask=padding).logits
+    adapted = anydepth.attach(model, FULL_BUDGET[spec])
+    assert torch.equal(adapted(ids).logits, stock)
+    assert torch.equal(adapted(ids, attention_mask=padding).logits, stock_padded)
+    with adapted.masked():
+        assert torch.equal(adapted(ids).logits, stock)
+    assert adapted.last_trace.mean_depth == 5
+
+
+# --- 3: sparse = masked = reference, values and gradients --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel, case: str, padded: bool) -> None:
+    ids = families.token_ids()
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :9] = mask[2, :20] = 0
+    mask_option = {"attention_mask": mask} if padded else {}
+    probe = torch.randn(3, 40, families.VOCABULARY, generator=torch.Generator().manual_seed(2)) * mask[..., None]
+    parameters = [value for name, value in adapted.backbone.model.named_parameters()]
+
+    def value_and_gradients(logits: Tensor) -> tuple[Tensor, list[Tensor]]:
+        real = logits * mask[..., None]
+        gradients = torch.autograd.grad((real * probe).sum(), parameters, allow_unused=True)
+        return real, [torch.zeros(1) if part is None else part.flatten() for part in gradients]
+
+    sparse = value_and_gradients(logits_of(adapted, ids, **mask_option))
+    trace = adapted.last_trace
+    assert_mixed(adapted)
+    with adapted.masked():
+        masked = value_and_gradients(logits_of(adapted, ids, **mask_option))
+    assert torch.equal(adapted.last_trace.mixer_keep, trace.mixer_keep)
+    model = anydepth.detach(adapted)
+    if padded:  # a stock model computes its padding; what happens there is nobody's business
+        keep = trace.mixer_keep | ~trace.token_mask
+        trace = dataclasses.replace(trace, mixer_keep=keep, ffn_keep=trace.ffn_keep | ~trace.token_mask)
+    wanted = value_and_gradients(replay(model, family, ids, trace, **mask_option))
+    for values, gradients in (sparse, masked):
+        assert relative_rms(values, wanted[0]) <= TOLERANCE
+        for ours, theirs in zip(gradients, wanted[1], strict=True):
+            if theirs.norm() > 1e-4:
+                assert relative_rms(ours, theirs) <= 10 * TOLERANCE
+            else:
+                assert ours.norm() <= 1e-3
+
+
+@torch.no_grad()
+def test_sparse_is_masked_in_bfloat16(family: str, case: str) -> None:
+    adapted = attach(families.build(family).to(torch.bfloat16), CASES[case])
+    ids = families.token_ids()
+    sparse = logits_of(adapted, ids)
+    with adapted.masked():
+        assert relative_rms(sparse, logits_of(adapted, ids)) <= 2e-2
+
+
+class FixedGates(Method):
+    """Gates given from outside, with weights that are leaves of the graph."""
+
+    Config = anydepth.SkipSet.Config
+    name = "fixed_gates"
+    kv_rule: Any = "project"
+
+    def begin(self, context: Any) -> None:
+        keep = torch.stack(list(self.given)).detach() > 0.5
+        from anydepth.methods.method import Gate
+
+        self.gates = Gate.of_plan(keep, context, self.kv_rule, torch.stack(list(self.given)))
+
+    def layer_gate(self, layer_idx: int, hidden: Tensor, context: Any) -> Any:
+        return self.gates[layer_idx]
+
+
+@pytest.mark.parametrize("kv_rule", ["project", "omit"])
+def test_gradient_of_the_gates(family: str, model: PreTrainedModel, kv_rule: str, monkeypatch: Any) -> None:
+    """dL/dg is that of h' = g·f(h) + (1 − g)·h: for all tokens when masked, for kept ones when sparse."""
+    from anydepth.methods import METHODS
+
+    monkeypatch.setitem(METHODS, "fixed_gates", FixedGates)
+    monkeypatch.setattr(FixedGates, "Config", type("FixedConfig", (anydepth.SkipSet.Config,), {}))
+    ids = families.token_ids()
+    drawn = torch.rand(5, 3, 40, generator=torch.Generator().manual_seed(4)) < 0.6
+    probe = torch.randn(3, 40, families.VOCABULARY, generator=torch.Generator().manual_seed(2))
+
+    def given() -> list[Tensor]:
+        return [part.float().requires_grad_() for part in drawn]
+
+    adapted = anydepth.attach(model, FixedGates.Config())
+    method: Any = adapted.methods["fixed_gates"]
+    method.kv_rule, gradients = kv_rule, {}
+    for execution in ("masked", "sparse"):
+        method.given = given()
+        if execution == "masked":
+            with adapted.masked():
+                logits = logits_of(adapted, ids)
+        else:
+            logits = logits_of(adapted, ids)
+        gradients[execution] = torch.stack(torch.autograd.grad((logits * probe).sum(), method.given))
+    trace = adapted.last_trace
+    model = anydepth.detach(adapted)
+    leaves = given()
+    logits = replay(model, family, ids, trace, weights=dict(enumerate(leaves)))
+    wanted = torch.stack(torch.autograd.grad((logits * probe).sum(), leaves))
+    if kv_rule == "project" or family != "qwen3_next":  # a recurrence that omits a token has no f(h) for it
+        assert relative_rms(gradients["masked"], wanted) <= 10 * TOLERANCE
+    recurrent = torch.tensor([kv_rule == "project" and family == "qwen3_next" and i % 2 == 0 for i in range(5)])
+    kept = drawn & ~recurrent[:, None, None]
+    assert relative_rms(gradients["sparse"] * kept, wanted * kept) <= 10 * TOLERANCE
+    assert (gradients["sparse"] * (~drawn & ~recurrent[:, None, None])).abs().max() == 0
+
+
+# --- 4, 5, 6: cache, padding, causality --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 7, 63])
+def test_cached_is_uncached(family: str, adapted: AdaptedModel, case: str, chunk: int) -> None:
+    ids = families.token_ids(length=70 if chunk == 63 else 30)
+    wanted = logits_of(adapted, ids)
+    trace = adapted.last_trace
+    cache = adapted.new_cache()
+    parts = [adapted(input_ids=part, past_key_values=cache).logits for part in ids.split(chunk, dim=1)]
+    assert torch.equal(adapted.last_trace.mixer_keep, trace.mixer_keep)
+    assert torch.equal(adapted.last_trace.ffn_keep, trace.ffn_keep)
+    assert relative_rms(torch.cat(parts, 1), wanted) <= (5e-5 if family == "qwen3_next" else TOLERANCE)
+
+
+@torch.no_grad()
+def test_masked_cached_is_uncached(family: str, adapted: AdaptedModel, case: str) -> None:
+    ids = families.token_ids(length=30)
+    wanted = logits_of(adapted, ids)
+    cache = adapted.new_cache()
+    with adapted.masked():
+        parts = [adapted(input_ids=part, past_key_values=cache).logits for part in ids.split([9, 1, 20], dim=1)]
+    assert relative_rms(torch.cat(parts, 1), wanted) <= (5e-5 if family == "qwen3_next" else TOLERANCE)
+
+
+@torch.no_grad()
+def test_rewound_cache_goes_on_as_if_never_forward(family: str, adapted: AdaptedModel, case: str) -> None:
+    if family == "qwen3_next":
+        pytest.skip("a recurrent state cannot go back")
+    ids, other = families.token_ids(length=30), families.token_ids(length=30, seed=8)
+    wanted = logits_of(adapted, ids)[:, 17:]
+    cache = adapted.new_cache()
+    adapted(input_ids=ids[:, :17], past_key_values=cache)
+    for part in other[:, 17:26].split([1, 1, 7], dim=1):
+        adapted(input_ids=part, past_key_values=cache)
+    cache.crop(-9)
+    ours = torch.cat([adapted(input_ids=part, past_key_values=cache).logits for part in ids[:, 17:].split([1, 12], 1)], 1)
+    assert relative_rms(ours, wanted) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_padded_batch_is_its_singles(family: str, adapted: AdaptedModel, case: str) -> None:
+    ids, lengths = families.token_ids(), (40, 31, 17)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, 40 - length :] = 1
+    batch = logits_of(adapted, ids * mask, attention_mask=mask)
+    trace = adapted.last_trace
+    assert trace.num_tokens == sum(lengths)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    generated = adapted.generate(input_ids=ids * mask, attention_mask=mask, **options)[:, 40:]
+    for row, length in enumerate(lengths):
+        single_ids = ids[row : row + 1, 40 - length :]
+        single = logits_of(adapted, single_ids)
+        assert torch.equal(adapted.last_trace.mixer_keep[:, 0], trace.mixer_keep[:, row, 40 - length :])
+        assert relative_rms(batch[row, 40 - length :], single[0]) <= 5 * TOLERANCE
+        alone = adapted.generate(input_ids=single_ids, attention_mask=torch.ones_like(single_ids), **options)
+        assert torch.equal(alone[0, length:], generated[row])
+
+
+@torch.no_grad()
+def test_later_tokens_and_other_rows_change_nothing(family: str, adapted: AdaptedModel, case: str) -> None:
+    ids = families.token_ids()
+    wanted = logits_of(adapted, ids)
+    trace = adapted.last_trace
+    changed = ids.clone()
+    changed[0, 25:] = (changed[0, 25:] + 13) % 90 + 3
+    changed[1] = (changed[1] + 29) % 90 + 3
+    ours = logits_of(adapted, changed)
+    for row, length in ((0, 25), (2, 40)):
+        assert torch.equal(adapted.last_trace.mixer_keep[:, row, :length], trace.mixer_keep[:, row, :length])
+        assert relative_rms(ours[row, :length], wanted[row, :length]) <= TOLERANCE
+
+
+# --- 8 … 12 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["masked", "sparse"])
+@pytest.mark.parametrize("kv_rule", ["project", "omit"])
+def test_every_gate_gets_a_gradient(family: str, model: PreTrainedModel, execution: str, kv_rule: str) -> None:
+    spec = {"name": "layer_router", "always_keep": 1, "initial_bias": 0.3, "kv_rule": kv_rule}
+    model.requires_grad_(False)
+    adapted = anydepth.attach(model, spec).train()
+    ids = families.token_ids()
+    if execution == "masked":
+        with adapted.masked():
+            loss = adapted(input_ids=ids, labels=ids).loss
+    else:
+        loss = adapted(input_ids=ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    for name, parameter in adapted.methods.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    auxiliary = adapted.auxiliary_losses()
+    assert set(auxiliary) == {"layer_router/target"}
+    sum(auxiliary.values()).backward()
+    assert all(parameter.grad is None for parameter in adapted.backbone.model.parameters())
+
+
+@torch.no_grad()
+def test_cost_is_what_torch_counts(family: str, case: str) -> None:
+    """As integers, prefill and cached decoding, whole batches without padding."""
+    if family == "qwen3_next":
+        pytest.skip("torch's chunked delta rule pads to chunks of 64; `cost` counts its projections only")
+    adapted = attach(families.build(family, attention="eager"), CASES[case])  # torch does not count sdpa on CPU
+    methods = list(adapted.methods.values())
+    ids = families.token_ids()
+    with FlopCounterMode(display=False) as counter:
+        logits_of(adapted, ids)
+    counted = cost.flops(adapted.backbone, adapted.last_trace, methods)
+    assert counted.total == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        adapted.generate(input_ids=ids[:, :12], max_new_tokens=9, min_new_tokens=9, do_sample=False)
+    generated = cost.flops(adapted.backbone, adapted.last_trace, methods)
+    assert generated.total == counter.get_total_flops()
+    with adapted.disabled(), FlopCounterMode(display=False) as counter:
+        logits_of(adapted, ids)
+    assert counted.full_depth == counter.get_total_flops()
+    if case != "stochastic_depth":
+        assert counted.total < counted.full_depth
+
+
+@pytest.mark.parametrize("spec", [CASES["router_project"], CASES["stochastic_depth"]])
+def test_same_seed_same_bits(family: str, spec: dict[str, Any]) -> None:
+    ids = families.token_ids()
+
+    def train_logits(seed: int) -> Tensor:
+        adapted = anydepth.attach(families.build(family), {**spec, "seed": seed}).train()
+        return logits_of(adapted, ids)
+
+    assert torch.equal(train_logits(0), train_logits(0))
+    assert not torch.equal(train_logits(0), train_logits(1))
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"name": "layer_ruoter"}, "did you mean 'layer_router'"),
+    ({"name": "layer_router", "treshold": 1}, "did you mean 'threshold'"),
+    ({"name": "layer_router", "kv_rule": "keep"}, "keep"),
+    ({"name": "layer_router", "always_keep": 5}, "5"),
+    ({"name": "layer_router", "always_keep": 0}, "0"),
+    ({"name": "layer_router", "router": "random"}, "rates"),
+    ({"name": "layer_router", "router": "random", "rates": [0.5]}, "4 layers are routed|1 layers"),
+    ({"name": "layer_router", "router": "random", "rates": [1.5] * 4}, "1.5"),
+    ({"name": "layer_router", "rates": [0.5] * 4}, "random"),
+    ({"name": "layer_router", "threshold": float("nan")}, "nan"),
+    ({"name": "layer_router", "target_skip": 1.0}, "1.0"),
+    ({"name": "layer_router", "initial_skip_layers": [9]}, "9"),
+    ({"name": "layer_router", "backward_temperature": 0}, "0"),
+    ({"name": "skip_set", "skip_layers": [5]}, "5"),
+    ({"name": "skip_set", "skip_layers": [-1]}, "-1"),
+    ({"name": "skip_set", "skip_mixers": [2, 2]}, "twice"),
+    ({"name": "skip_set", "skip_layers": "all"}, "all"),
+    ({"name": "stochastic_depth", "max_probability": 1.5}, "1.5"),
+    ({"name": "stochastic_depth", "schedule": "cubic"}, "cubic"),
+    ({"name": "stochastic_depth", "per": "token"}, "token"),
+]
+
+
+@pytest.mark.parametrize(("spec", "named"), BAD)
+def test_bad_config_is_one_line_that_names_the_value(spec: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named) as error:
+        anydepth.attach(families.build("llama"), {"always_keep": 1, **spec} if "rates" in spec else spec)
+    assert "\n" not in str(error.value)
+
+
+# --- faults of earlier code that no check above names -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_noise_is_off_at_evaluation() -> None:
+    adapted = attach(families.build("llama"), CASES["router_project"])
+    ids = families.token_ids()
+    assert torch.equal(logits_of(adapted, ids), logits_of(adapted, ids))
+    adapted.train()
+    assert not torch.equal(logits_of(adapted, ids), logits_of(adapted, ids))
+
+
+@torch.no_grad()
+def test_padding_is_never_counted() -> None:
+    adapted = attach(families.build("llama"), CASES["router_project"])
+    ids, mask = families.token_ids(), torch.ones(3, 40, dtype=torch.long)
+    mask[:, :30] = 0
+    logits_of(adapted, ids, attention_mask=mask)
+    padded = adapted.last_trace
+    logits_of(adapted, ids[:, 30:])
+    assert padded.num_tokens == 30
+    assert padded.mean_depth == pytest.approx(adapted.last_trace.mean_depth)
+    assert padded.executed_share() == adapted.last_trace.executed_share()
+
+
+@torch.no_grad()
+def test_a_foreign_cache_is_refused() -> None:
+    adapted = attach(families.build("llama"), CASES["router_omit"])
+    with pytest.raises(UserError, match="new_cache"):
+        adapted(input_ids=families.token_ids(), past_key_values=DynamicCache())
+
+
+def test_attaching_twice_is_refused() -> None:
+    model = families.build("llama")
+    anydepth.attach(model, CASES["skip_layers"])
+    with pytest.raises(UserError, match="attached already"):
+        anydepth.attach(model, CASES["router_project"])
+    with pytest.raises(UserError, match="twice"):
+        anydepth.attach(families.build("llama"), [CASES["skip_layers"], CASES["skip_layers"]])
+
+
+def test_an_unknown_family_is_refused_with_the_list() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    with pytest.raises(UserError, match=r"bloom.*falcon.*qwen3_next"):
+        anydepth.attach(BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)), [])
+
+
+def test_composition_keeps_what_both_keep() -> None:
+    """A layer gate beside branch gates."""
+    adapted = attach(families.build("llama"), [CASES["router_project"], CASES["skip_branches"]])  # type: ignore[arg-type]
+    ids = families.token_ids()
+    with torch.no_grad():
+        sparse = logits_of(adapted, ids)
+        trace = adapted.last_trace
+        with adapted.masked():
+            assert relative_rms(sparse, logits_of(adapted, ids)) <= TOLERANCE
+    assert not trace.mixer_keep[[0, 2, 3]].any() and not trace.ffn_keep[[1, 2, 3]].any()
+    assert trace.ffn_keep[0].all() and trace.mixer_keep[4].float().mean() < 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generate_is_greedy_over_the_uncached_model(case: str, num_beams: int) -> None:
+    """transformers' own generate, beams included, on our cache."""
+    adapted = attach(families.build("llama"), CASES[case])
+    ids = families.token_ids()[:, :12]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "num_beams": num_beams}
+    cached = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    uncached = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
+    assert torch.equal(cached, uncached)

@@ -1,0 +1,124 @@
+"""Replays a recorded trace on a stock model: *trace in, logits out*, so decisions are checked apart from arithmetic.
+
+Nothing of `anydepth.execution` is used. Every layer computes every token; what the trace says was skipped is then
+left out of the residual stream, and under `omit` hidden from the keys that later tokens see. No gather, no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from families import names_of
+from torch import Tensor, nn
+
+from anydepth import Trace
+
+
+def replay(
+    model: nn.Module, family: str, input_ids: Tensor, trace: Trace, *, attention_mask: Tensor | None = None,
+    weights: dict[int, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """(B, T, V) logits of a stock `model` under `trace`.
+
+    Args:
+        weights: by layer, (B, T) multipliers g of whole layers: h' = g·f(h) + (1 − g)·h, instead of the trace.
+    """
+    names = names_of(family)
+    with ExitStack() as stack:
+        for layer_idx, layer in enumerate(model.get_submodule(names.layers)):
+            mixer_keep = trace.mixer_keep[layer_idx]
+            if trace.kv_rules[layer_idx] == "omit":
+                stack.enter_context(_hiding_keys(layer, names, mixer_keep))
+            if weights is not None and layer_idx in weights:
+                stack.enter_context(_blending(layer, weights[layer_idx]))
+                continue
+            for end in names.mixer_ends:
+                if hasattr(layer, end):
+                    stack.enter_context(_multiplying(getattr(layer, end), mixer_keep))
+            stack.enter_context(_multiplying(getattr(layer, names.ffn_end), trace.ffn_keep[layer_idx]))
+        return model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@contextmanager
+def _multiplying(module: nn.Module, keep: Tensor) -> Any:
+    """What a branch adds to the residual stream, times keep."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        first = (first.reshape(*keep.shape, -1) * keep[..., None]).view_as(first)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _blending(layer: nn.Module, weight: Tensor) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        first = weight[..., None] * first + (1 - weight[..., None]) * args[0]
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _hiding_keys(layer: nn.Module, names: Any, keep: Tensor) -> Any:
+    """Later tokens do not see a skipped token here; a recurrence runs over the kept tokens alone."""
+    mixer = next(getattr(layer, name) for name in names.mixers if hasattr(layer, name))
+    if hasattr(mixer, "conv1d"):
+        original = mixer.forward
+        mixer.forward = _row_by_row(original, keep)
+        try:
+            yield
+        finally:
+            del mixer.forward
+        return
+    length = keep.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = causal & (keep[:, None] | torch.eye(length, dtype=torch.bool))  # a token sees itself: no empty row
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            kwargs["attention_mask"] = visible[:, None]
+        elif mask.dtype == torch.bool:
+            kwargs["attention_mask"] = mask & visible[:, None]
+        else:
+            kwargs["attention_mask"] = mask.masked_fill(~visible[:, None], torch.finfo(mask.dtype).min)
+        return args, kwargs
+
+    handle = mixer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _row_by_row(original: Callable[..., Tensor], keep: Tensor) -> Callable[..., Tensor]:
+    def forward(hidden_states: Tensor, **_: Any) -> Tensor:
+        rows = []
+        for hidden, kept in zip(hidden_states, keep, strict=True):
+            places = kept.nonzero()[:, 0]
+            row = torch.zeros_like(hidden)
+            if len(places):
+                row = row.index_put((places,), original(hidden_states=hidden[places][None])[0])
+            rows.append(row)
+        return torch.stack(rows)
+
+    return forward
+
+
+def relative_rms(ours: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference ÷ that of what is wanted."""
+    return ((ours - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12)).item()
