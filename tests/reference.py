@@ -31,7 +31,7 @@ def replay(
         for layer_idx, layer in enumerate(model.get_submodule(names.layers)):
             mixer_keep = trace.mixer_keep[layer_idx]
             if trace.kv_rules[layer_idx] == "omit":
-                stack.enter_context(_hiding_keys(layer, names, mixer_keep))
+                stack.enter_context(_hiding_keys(layer, names, mixer_keep & trace.token_mask))
             if weights is not None and layer_idx in weights:
                 stack.enter_context(_blending(layer, weights[layer_idx]))
                 continue
