@@ -9,11 +9,11 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from anydepth.errors import RunError, UserError
@@ -38,6 +38,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.max_steps=20.")]
 Data = Annotated[str, typer.Option("--data", help="NAME:SPLIT (embedded:valid, wikitext-2:valid) or a text file.")]
+
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Printer:
@@ -205,9 +208,9 @@ def bench(
     """Paired wall-clock: full depth and adapted in turn in one process."""
     from anydepth.execution.adapted import attach, detach
     from anydepth.measure.bench import bench as time_pairs
+    from anydepth.measure.bench import load_prompts
     from anydepth.measure.results import document
     from anydepth.training.checkpoint import load_target
-    from anydepth.training.data import load_windows
 
     if engine != "hf":
         raise UserError(f"engine '{engine}' is not there yet; use --engine hf")
@@ -218,7 +221,7 @@ def bench(
     if not adapted.methods:
         raise UserError(f"{target} has no method attached; give a folder that train or search wrote, or --against METHOD")
     lengths = _numbers("prompt-tokens", prompt_tokens)
-    windows = load_windows(data, tokenizer, max(lengths))
+    windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
     config = {"target": target, "batch_sizes": batch_sizes, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
               "num_runs": num_runs, "dtype": dtype, "data": data, "against": against, "options": options}  # fmt: skip
     rows = time_pairs(
@@ -408,19 +411,22 @@ def main() -> None:
 
 
 def _exit_code(arguments: list[str]) -> int:
+    # Libraries warn each other of coming versions; no user of a command can act on that.
+    warnings.simplefilter("ignore", FutureWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    interrupted = "interrupted; `train --resume` and `run` go on where they were"
     try:
-        app(arguments, prog_name="anydepth", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        return 2
-    except click.ClickException as error:
-        return _fail(f"{error.format_message()} (see anydepth --help)", 2)
+        # typer turns Ctrl-C into a returned 130.
+        if app(arguments or ["--help"], prog_name="anydepth", standalone_mode=False) == INTERRUPTED:
+            return _fail(interrupted, INTERRUPTED)
+    except typer.TyperException as error:
+        return _fail(f"{error} (see anydepth --help)", 2)
     except UserError as error:
         return _fail(str(error), 2)
     except RunError as error:
         return _fail(str(error), 1)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; `train --resume` and `run` go on where they were", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(interrupted, INTERRUPTED)
     except BrokenPipeError:
         # The reader went away, as `head` does: not our failure. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from anydepth.errors import RunError, UserError
 from anydepth.execution import cost
@@ -25,6 +25,7 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
 from anydepth.inference.generate import check_window
 from anydepth.methods.method import Method
+from anydepth.training.data import load_windows
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -41,6 +42,14 @@ class Timing:
     @property
     def decode(self) -> float:
         return self.total - self.ttft
+
+
+def load_prompts(
+    adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, data: str, prompt_tokens: list[int], new_tokens: int
+) -> Tensor:
+    """(N, longest prompt) token ids of a corpus or file; refuses lengths that the model cannot take."""
+    check_window(adapted, max(prompt_tokens), new_tokens)
+    return load_windows(data, tokenizer, max(prompt_tokens))
 
 
 def bench(
@@ -60,8 +69,6 @@ def bench(
         RunError: the self-check failed.
     """
     adapted.eval()
-    for length in prompt_tokens:
-        check_window(adapted, length, new_tokens)
     if max(batch_sizes) > len(windows):
         raise UserError(f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens; the text has "
                         f"{len(windows)}")  # fmt: skip

@@ -22,7 +22,7 @@ from anydepth.config import Recipe, SearchConfig
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.generate import generate
-from anydepth.measure.bench import bench
+from anydepth.measure.bench import bench, load_prompts
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.results import document, read_document, write_json
 from anydepth.models.load import load_model
@@ -123,7 +123,8 @@ class Runner:
     def _bench(self) -> dict[str, Any]:
         adapted, tokenizer = self._adapted(merge=True)
         settings = self.recipe.bench
-        windows = load_windows(settings.data or self.recipe.eval.data, tokenizer, max(settings.prompt_tokens))
+        data = settings.data or self.recipe.eval.data
+        windows = load_prompts(adapted, tokenizer, data, settings.prompt_tokens, settings.new_tokens)
         rows = bench(
             adapted,
             windows,
@@ -184,13 +185,14 @@ class Runner:
         if self.recipe.search is None or not path.exists():
             return methods
         found = read_document(path)
-        for method in methods:
-            if method["name"] == "skip_set":
-                for key in ("skip_layers", "skip_mixers", "skip_ffns"):
-                    method.setdefault(key, found[key])
-            if method["name"] == "layer_router":
-                first = method.get("always_keep", 4)
-                method.setdefault("initial_skip_layers", [i for i in found["skip_layers"] if i >= first])
+        by_name = {method["name"]: method for method in methods}
+        if "skip_set" in by_name:
+            for key in ("skip_layers", "skip_mixers", "skip_ffns"):
+                by_name["skip_set"].setdefault(key, found[key])
+        elif "layer_router" in by_name:
+            router = by_name["layer_router"]
+            first = router.get("always_keep", 4)
+            router.setdefault("initial_skip_layers", [i for i in found["skip_layers"] if i >= first])
         return methods
 
 

@@ -1,0 +1,246 @@
+"""The command line as a user meets it: in processes of their own, with mistakes, pipes and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import WINDOW, save_base, save_text
+
+RECIPE = {
+    "methods": [{"name": "layer_router", "always_keep": 2, "initial_bias": 1.0, "target_skip": 0.3}],
+    "train": {"max_steps": 4, "save_every": 2, "lora": {"rank": 2}},
+    "calibrate": {"skip_share": 0.3, "num_windows": 4},
+    "eval": {"sequence_length": 64, "max_windows": 3},
+    "bench": {"prompt_tokens": [16], "new_tokens": 4, "num_runs": 2},
+    "generate": {"prompt": "the sea", "max_new_tokens": 6},
+}
+
+
+def anydepth(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "anydepth.cli", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "70"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)  # type: ignore[call-overload]
+
+
+def refused(*arguments: object, code: int = 2) -> str:
+    """One line on standard error, nothing on standard output, the exit code of a mistake."""
+    done = anydepth(*arguments)
+    lines = [line for line in done.stderr.splitlines() if "…" not in line]
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("anydepth: "), done.stderr
+    assert done.stdout == ""
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def write_recipe(path: Path, base: Path, text: Path, **changes: object) -> Path:
+    recipe = {"model": {"target": str(base)}, "data": {"train": str(text), "sequence_length": 32}, **RECIPE}
+    recipe["eval"] = {**recipe["eval"], "data": str(text)}
+    path.write_text(yaml.safe_dump(recipe | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, base: Path, text: Path) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "recipe.yaml", base, text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = anydepth("run", recipe, "--out", out, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    (out / "stdout.json").write_text(done.stdout)
+    return out
+
+
+def test_a_run_ends_in_one_document_and_a_page(finished: Path) -> None:
+    document = json.loads((finished / "stdout.json").read_text())
+    assert document["schema"] == "anydepth.run/1"
+    fields = {"anydepth_version", "commit", "seed", "hardware", "versions", "config", "summary"}
+    assert fields <= set(document)
+    schemas = [stage["schema"] for stage in document["stages"]]
+    assert schemas == [f"anydepth.{name}/1" for name in ("train", "eval", "bench", "generate")]
+    evaluation = document["stages"][1]
+    assert evaluation["num_tokens"] == 3 * 63
+    assert evaluation["full_depth"]["mean_depth"] == 6 > evaluation["mean_depth"]
+    row = document["stages"][2]["rows"][0]
+    assert row["realised"] == pytest.approx(row["speedup"] / row["ideal_speedup"])
+    assert "</html>" in (finished / "report.html").read_text()
+
+
+def test_a_second_run_keeps_what_is_done(finished: Path, recipe: Path) -> None:
+    before = {path.name: path.read_bytes() for path in finished.glob("*.json") if path.name != "run.json"}
+    done = anydepth("run", recipe, "--out", finished)
+    assert done.returncode == 0
+    assert done.stderr.count("done already") == 4
+    assert all((finished / name).read_bytes() == content for name, content in before.items())
+
+
+def test_another_recipe_does_not_overwrite_a_run(finished: Path, recipe: Path) -> None:
+    assert "another recipe" in refused("run", recipe, "--out", finished, "--set", "train.max_steps=5")
+
+
+@pytest.mark.parametrize("command", ["inspect", "eval", "bench", "generate"])
+def test_commands_on_a_checkpoint_print_one_document(command: str, finished: Path, text: Path) -> None:
+    options: dict[str, list[object]] = {
+        "eval": ["--data", text, "--sequence-length", 64, "--limit", 2],
+        "bench": ["--data", text, "--prompt-tokens", "8,16", "--new-tokens", 3, "--num-runs", 1],
+        "generate": ["--prompt", "the", "--max-new-tokens", 5],
+    }
+    done = anydepth(command, finished, "--json", *options.get(command, []))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["schema"] == f"anydepth.{command}/1"
+    assert done.stdout.count("\n") == 1
+
+
+def test_search_writes_a_folder_that_others_take(tmp_path: Path, base: Path, text: Path) -> None:
+    done = anydepth("search", base, "--strategy", "greedy", "--budget", 0.34, "--data", text, "--num-windows", 2,
+                    "--sequence-length", 48, "--out", tmp_path / "set", "--json")  # fmt: skip
+    document = json.loads(done.stdout)
+    assert len(document["skip_layers"]) == 2 and len(document["trajectory"]) == 2
+    shown = json.loads(anydepth("generate", tmp_path / "set", "--prompt", "the", "--max-new-tokens", 3, "--json").stdout)
+    assert shown["depths"] == [4.0] * 3
+    for layers in shown["layers"]:
+        assert [i for i, ran in enumerate(layers) if not ran] == document["skip_layers"]
+
+
+def test_bench_against_a_method_on_a_base(base: Path, text: Path) -> None:
+    done = anydepth("bench", base, "--against", "skip_set", "--set", "skip_layers=[1,2]", "--data", text,
+                    "--prompt-tokens", 8, "--new-tokens", 3, "--num-runs", 1, "--json", "--quiet")  # fmt: skip
+    row = json.loads(done.stdout)["rows"][0]
+    assert row["adapted"]["mean_depth"] == 4
+    assert row["ideal_speedup"] > 1
+
+
+def test_report_reads_results(tmp_path: Path, finished: Path) -> None:
+    done = anydepth("report", finished, "--out", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "page_files" / "summary.csv").is_file()
+
+
+def test_prompt_from_standard_input_and_depth_in_a_pipe(finished: Path) -> None:
+    done = anydepth("generate", finished, "--prompt", "-", "--show-depth", "--max-new-tokens", 4, input="the sea")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "depths: " in done.stdout
+
+
+def test_methods_and_help_read_well() -> None:
+    listed = json.loads(anydepth("methods", "--json").stdout)["methods"]
+    assert [method["name"] for method in listed] == ["skip_set", "stochastic_depth", "layer_router"]
+    assert all(option["help"] for method in listed for option in method["options"].values())
+    for arguments in (["--help"], ["run", "--help"], ["bench", "-h"]):
+        assert anydepth(*arguments).returncode == 0
+
+
+# --- mistakes: one line, exit code 2, nothing half-written ---------------------------------------------------------------
+
+
+def test_unknown_option_and_command(base: Path) -> None:
+    assert "--frobnicate" in refused("inspect", base, "--frobnicate")
+    assert "evaluate" in refused("evaluate", base)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"methods": [{"name": "layer_ruoter"}]}, "did you mean 'layer_router'"),
+        ({"methods": [{"name": "layer_router", "traget_skip": 0.1}]}, "did you mean 'target_skip'"),
+        ({"train": {"max_stepz": 3}}, "did you mean 'max_steps'"),
+        ({"train": {"max_steps": "many"}}, "many"),
+        ({"tarin": {}}, "did you mean 'train'"),
+        ({"data": {"train": "no/such.txt"}}, "no/such.txt"),
+        ({"model": {"target": "/no/such/folder"}}, "/no/such/folder"),
+        ({"bench": {"prompt_tokens": [4000]}}, str(WINDOW)),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, base: Path, text: Path, change: dict[str, object], named: str) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, text, **change)
+    assert named in refused("run", recipe, "--out", tmp_path / "out", "--quiet")
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("content", ["- a list", "just text", "a: [", ""])
+def test_recipes_of_the_wrong_type(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    refused("run", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_corpus(tmp_path: Path, base: Path, finished: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "no text" in refused("eval", base, "--data", tmp_path / "empty.txt", "--quiet")
+    assert "no corpus" in refused("eval", base, "--data", "wikitext-3:valid", "--quiet")
+
+
+def test_a_prompt_longer_than_the_window(finished: Path) -> None:
+    line = refused("generate", finished, "--prompt", "word " * 100, "--quiet")
+    assert str(WINDOW) in line
+    assert "empty" in refused("generate", finished, "--prompt", "", "--quiet")
+
+
+def test_a_truncated_checkpoint_and_another_base(tmp_path: Path, base: Path, text: Path) -> None:
+    (tmp_path / "base").mkdir()
+    mine = save_base(tmp_path / "base")
+    anydepth("search", mine, "--budget", 0.2, "--data", text, "--num-windows", 1, "--sequence-length", 32,
+             "--out", tmp_path / "set")  # fmt: skip
+    save_base(mine, seed=1)
+    assert "weights differ" in refused("generate", tmp_path / "set", "--prompt", "the")
+    save_base(mine)
+    weights = next((tmp_path / "set").glob("weights-*/methods.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:4])
+    assert "damaged" in refused("generate", tmp_path / "set", "--prompt", "the")
+
+
+def test_a_truncated_base(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    assert "damaged" in refused("inspect", base)
+
+
+def test_values_out_of_range(base: Path, finished: Path) -> None:
+    assert "strategy 'bayes'" in refused("search", base, "--strategy", "bayes", "--out", "x", "--quiet")
+    assert "'fp8'" in refused("inspect", base, "--dtype", "fp8")
+    assert "-1" in refused("generate", finished, "--prompt", "a", "--temperature", -1)
+    assert "1,x" in refused("bench", finished, "--batch-sizes", "1,x", "--quiet")
+    assert "no method attached" in refused("bench", base, "--quiet")
+    assert "cuda:7" in refused("inspect", base, "--device", "cuda:7")
+
+
+def test_interrupting_training_loses_nothing(tmp_path: Path, base: Path, text: Path) -> None:
+    """Ctrl-C: one line, exit code 130; the same command goes on and ends."""
+    train = {**RECIPE["train"], "max_steps": 40, "save_every": 3}
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, text, train=train)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "anydepth.cli", "train", str(recipe), "--resume", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("steps/checkpoint-*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1].startswith("anydepth: interrupted")
+    assert not (out / "train.json").exists()
+    done = anydepth("train", recipe, "--resume", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["loss_history"]) == 40
