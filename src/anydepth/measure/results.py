@@ -106,8 +106,11 @@ def plain(value: Any) -> Any:
 # --- where it was measured -------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def source_commit(root: Path | None = None) -> tuple[str | None, bool | None]:
     """Commit of the source checkout that anydepth runs from, and whether its code differs; nulls without one.
+
+    Asked once per process: what counts is the code that was loaded, not what was edited while it ran.
 
     Args:
         root: the checkout; by default the folder above `src/anydepth`.

@@ -24,7 +24,7 @@ from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.generate import generate
 from anydepth.measure.bench import bench, load_prompts
 from anydepth.measure.evaluate import evaluate
-from anydepth.measure.results import document, read_document, write_json
+from anydepth.measure.results import document, read_document, source_commit, write_json
 from anydepth.models.load import load_model
 from anydepth.training.checkpoint import is_checkpoint, load_target, save
 from anydepth.training.data import load_windows
@@ -44,6 +44,7 @@ class Runner:
     on_step: Callable[[dict[str, float]], None] | None = None
 
     def __post_init__(self) -> None:
+        source_commit()  # of the code as it is now, not as it may be when a stage ends
         recipe = self.recipe.model_dump(mode="json")
         path = self.out / RECIPE
         if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(recipe)):
