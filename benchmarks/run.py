@@ -27,7 +27,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
     parser.add_argument("--only", help="one variant")
-    parser.add_argument("--until", choices=STAGES, default="bench", help="last stage to do; timing wants a quiet machine")
+    parser.add_argument(
+        "--until", choices=STAGES, default="bench", help="last stage to do; timing wants a quiet machine"
+    )
     arguments = parser.parse_args()
     experiment = yaml.safe_load(arguments.experiment.read_text())
     runs = ROOT.parent / "runs" / arguments.experiment.stem
@@ -38,12 +40,20 @@ def main() -> None:
     if arguments.only is None and arguments.until == "bench":
         rows = [row for name, stages in documents.items() for row in table_rows(name, stages)]
         command = f"python benchmarks/run.py {arguments.experiment}"
-        result = document(f"anydepth.experiment/1", seed=experiment["seed"], config=experiment, command=command,
-                          rows=unique(rows), stages=documents)  # fmt: skip
+        result = document(
+            "anydepth.experiment/1",
+            seed=experiment["seed"],
+            config=experiment,
+            command=command,
+            rows=unique(rows),
+            stages=documents,
+        )
         # The commit is that of the training runs: what was measured later reads their checkpoints.
         first = documents[next(iter(documents))]["train"]
-        result |= {"commit": first["commit"], "dirty": any(stage["dirty"] for stages in documents.values()
-                                                          for stage in stages.values())}  # fmt: skip
+        result |= {
+            "commit": first["commit"],
+            "dirty": any(stage["dirty"] for stages in documents.values() for stage in stages.values()),
+        }
         write_json(ROOT / "results" / f"{arguments.experiment.stem}.json", result)
 
 
@@ -56,7 +66,9 @@ def run_variant(experiment: dict[str, Any], name: str, runs: Path, stages: tuple
         router = recipe["methods"][0]
         rates = read_document(runs / source / "eval.json")["per_layer"]["mixer"]
         router["rates"] = [round(rate, 6) for rate in rates[router["always_keep"] :]]
-    runner = Runner(validate(Recipe, recipe, where=name), runs / name, lambda line: print(f"{name}: {line}", flush=True))
+    runner = Runner(
+        validate(Recipe, recipe, where=name), runs / name, lambda line: print(f"{name}: {line}", flush=True)
+    )
     runner.on_step = lambda row: print(name, row, flush=True) if row["step"] % 10 == 0 else None
     return {stage: getattr(runner, stage)() for stage in stages}
 

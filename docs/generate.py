@@ -106,7 +106,9 @@ def _fields(cls: Any) -> str:
 
 def _type(annotation: Any) -> str:
     """`Literal['a', 'b'] | None` as a reader would write it in YAML."""
-    text = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    text = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    )
     text = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda found: found[1].replace(", ", " | ").replace("'", ""), text)
     return re.sub(r"\b(?:typing|anydepth(?:\.\w+)*)\.", "", text).replace("NoneType", "None")
 
@@ -121,41 +123,51 @@ def _default(field: Any) -> str:
 
 
 def _command(name: str, command: Any) -> str:
-    rows = [row for parameter in command.params for row in _parameter(parameter)]
+    rows = [_parameter(parameter) for parameter in command.params]
     usage = " ".join(["anydepth", name, *_positionals(command)])
-    return f"### {name}\n\n{command.help or ''}\n\n```console\n$ {usage} [OPTIONS]\n```\n\n" + _table(
-        ("option", "default", "what it does"), rows
-    )
+    table = _table(("option", "default", "what it does"), rows)
+    return f"### {name}\n\n{command.help or ''}\n\n```console\n$ {usage} [OPTIONS]\n```\n\n{table}"
 
 
 def _positionals(command: Any) -> Iterator[str]:
     for parameter in command.params:
         if parameter.param_type_name == "argument":
-            name = parameter.make_metavar(None) if parameter.metavar is None else parameter.metavar
-            yield name if parameter.required else f"[{name}]".replace("[[", "[").replace("]]", "]")
+            yield _placeholder(parameter)
+        elif parameter.required:
+            yield f"{parameter.opts[0]} {parameter.name.upper()}"
 
 
-def _parameter(parameter: Any) -> Iterator[tuple[str, str, str]]:
-    if getattr(parameter, "hidden", False) or parameter.name in ("help", "install_completion", "show_completion"):
-        return
+def _placeholder(argument: Any) -> str:
+    return argument.name.upper() + (" …" if argument.nargs == -1 else "")
+
+
+def _parameter(parameter: Any) -> tuple[str, str, str]:
     names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     if parameter.param_type_name == "argument":
-        names = f"`{parameter.human_readable_name}`"
-    default = "required" if parameter.required else "" if parameter.default in (None, False, ()) else f"`{parameter.default}`"
-    yield names, default, getattr(parameter, "help", None) or ""
+        names = f"`{_placeholder(parameter)}`"
+    default = "" if parameter.default in (None, False, ()) else f"`{parameter.default}`"
+    return names, "required" if parameter.required else default, parameter.help or ""
 
 
 def _origin(path: Path, document: dict[str, Any]) -> tuple[str, ...]:
     commit = str(document.get("commit") or "–")[:10] + (" (dirty)" if document.get("dirty") else "")
     hardware = document.get("hardware") or {}
-    return f"`{path.name}`", f"`{document.get('schema')}`", commit, str(document.get("seed")), str(hardware.get("cpu", "–"))
+    return (
+        f"`{path.name}`",
+        f"`{document.get('schema')}`",
+        commit,
+        str(document.get("seed")),
+        str(hardware.get("cpu", "–")),
+    )
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     if not rows:
         return "None."
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
 
 
 def _sentence(text: str) -> str:

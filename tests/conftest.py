@@ -7,10 +7,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
-import families
 import pytest
 import torch
 from transformers import PreTrainedModel
+
+import families
 
 torch.set_num_threads(1)
 

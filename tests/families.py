@@ -14,9 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 101
 SIZES: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=160, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=160,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 SPECIAL: dict[str, Any] = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
@@ -37,27 +45,55 @@ CONFIGS: dict[str, Any] = {
         "gemma3_text", **SIZES, head_dim=8, sliding_window=11, sliding_window_pattern=2
     ),
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=5, n_head=4, n_positions=160, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, **SPECIAL,
-    ),  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=5,
+        n_head=4,
+        n_positions=160,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **SPECIAL,
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_without("num_key_value_heads")),
     "opt": lambda: transformers.OPTConfig(
         **_without("num_key_value_heads", "intermediate_size"), ffn_dim=48, word_embed_proj_dim=32, dropout=0.0
     ),
     "falcon": lambda: transformers.FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, num_kv_heads=2,
-        new_decoder_architecture=True, alibi=False, **SPECIAL,
-    ),  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        alibi=False,
+        **SPECIAL,
+    ),
     "falcon_multi_query": lambda: transformers.FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=5, num_attention_heads=4, multi_query=True,
-        parallel_attn=True, alibi=False, **SPECIAL,
-    ),  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        multi_query=True,
+        parallel_attn=True,
+        alibi=False,
+        **SPECIAL,
+    ),
     "qwen3_next": lambda: AutoConfig.for_model(
-        "qwen3_next", **SIZES, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
-        linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16, mlp_only_layers=[1],
+        "qwen3_next",
+        **SIZES,
+        head_dim=8,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        mlp_only_layers=[1],
         layer_types=["linear_attention", "full_attention", "linear_attention", "full_attention", "linear_attention"],
-    ),  # fmt: skip
+    ),
 }
 
 

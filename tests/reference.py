@@ -11,16 +11,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from families import names_of
 from torch import Tensor, nn
 
 from anydepth import Trace
+from families import names_of
 
 
 def replay(
-    model: nn.Module, family: str, input_ids: Tensor, trace: Trace, *, attention_mask: Tensor | None = None,
+    model: nn.Module,
+    family: str,
+    input_ids: Tensor,
+    trace: Trace,
+    *,
+    attention_mask: Tensor | None = None,
     weights: dict[int, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """(B, T, V) logits of a stock `model` under `trace`.
 
     Args:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from tiny import WINDOW, save_base, save_text
 
 RECIPE = {
@@ -112,19 +113,52 @@ def test_commands_on_a_checkpoint_print_one_document(command: str, finished: Pat
 
 
 def test_search_writes_a_folder_that_others_take(tmp_path: Path, base: Path, text: Path) -> None:
-    done = anydepth("search", base, "--strategy", "greedy", "--budget", 0.34, "--data", text, "--num-windows", 2,
-                    "--sequence-length", 48, "--out", tmp_path / "set", "--json")  # fmt: skip
+    done = anydepth(
+        "search",
+        base,
+        "--strategy",
+        "greedy",
+        "--budget",
+        0.34,
+        "--data",
+        text,
+        "--num-windows",
+        2,
+        "--sequence-length",
+        48,
+        "--out",
+        tmp_path / "set",
+        "--json",
+    )
     document = json.loads(done.stdout)
     assert len(document["skip_layers"]) == 2 and len(document["trajectory"]) == 2
-    shown = json.loads(anydepth("generate", tmp_path / "set", "--prompt", "the", "--max-new-tokens", 3, "--json").stdout)
+    shown = json.loads(
+        anydepth("generate", tmp_path / "set", "--prompt", "the", "--max-new-tokens", 3, "--json").stdout
+    )
     assert shown["depths"] == [4.0] * 3
     for layers in shown["layers"]:
         assert [i for i, ran in enumerate(layers) if not ran] == document["skip_layers"]
 
 
 def test_bench_against_a_method_on_a_base(base: Path, text: Path) -> None:
-    done = anydepth("bench", base, "--against", "skip_set", "--set", "skip_layers=[1,2]", "--data", text,
-                    "--prompt-tokens", 8, "--new-tokens", 3, "--num-runs", 1, "--json", "--quiet")  # fmt: skip
+    done = anydepth(
+        "bench",
+        base,
+        "--against",
+        "skip_set",
+        "--set",
+        "skip_layers=[1,2]",
+        "--data",
+        text,
+        "--prompt-tokens",
+        8,
+        "--new-tokens",
+        3,
+        "--num-runs",
+        1,
+        "--json",
+        "--quiet",
+    )
     row = json.loads(done.stdout)["rows"][0]
     assert row["adapted"]["mean_depth"] == 4
     assert row["ideal_speedup"] > 1
@@ -151,7 +185,7 @@ def test_methods_and_help_read_well() -> None:
         assert anydepth(*arguments).returncode == 0
 
 
-# --- mistakes: one line, exit code 2, nothing half-written ---------------------------------------------------------------
+# --- mistakes: one line, exit code 2, nothing half-written ------------------------------------------------
 
 
 def test_unknown_option_and_command(base: Path) -> None:
@@ -201,8 +235,20 @@ def test_a_prompt_longer_than_the_window(finished: Path) -> None:
 def test_a_truncated_checkpoint_and_another_base(tmp_path: Path, base: Path, text: Path) -> None:
     (tmp_path / "base").mkdir()
     mine = save_base(tmp_path / "base")
-    anydepth("search", mine, "--budget", 0.2, "--data", text, "--num-windows", 1, "--sequence-length", 32,
-             "--out", tmp_path / "set")  # fmt: skip
+    anydepth(
+        "search",
+        mine,
+        "--budget",
+        0.2,
+        "--data",
+        text,
+        "--num-windows",
+        1,
+        "--sequence-length",
+        32,
+        "--out",
+        tmp_path / "set",
+    )
     save_base(mine, seed=1)
     assert "weights differ" in refused("generate", tmp_path / "set", "--prompt", "the")
     save_base(mine)

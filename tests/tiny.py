@@ -25,9 +25,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     """Six layers of random weights, large enough that every error shows."""
     config = LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=NUM_LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=WINDOW, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=WINDOW,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     generator = torch.Generator().manual_seed(seed)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
@@ -46,6 +54,6 @@ def save_base(folder: Path, seed: int = 0) -> Path:
 
 def save_text(path: Path, num_words: int = 800) -> Path:
     """Text that repeats itself, so that a few steps of training show."""
-    words = "the sea is wide and the night is long but the light comes back".split()
+    words = ["the", "sea", "is", "wide", "and", "the", "night", "is", "long", "but", "the", "light", "comes", "back"]
     path.write_text(" ".join(words[number * 7 % len(words)] for number in range(num_words)))
     return path

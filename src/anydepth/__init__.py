@@ -34,9 +34,20 @@ _HOMES = {
     "RunError": "anydepth.errors",
 }
 __all__ = [
-    "METHODS", "AdaptedModel", "LayerRouter", "RunError", "SkipSet", "StochasticDepth", "Trace", "UserError", "attach",
-    "detach", "load", "load_model", "save",
-]  # fmt: skip
+    "METHODS",
+    "AdaptedModel",
+    "LayerRouter",
+    "RunError",
+    "SkipSet",
+    "StochasticDepth",
+    "Trace",
+    "UserError",
+    "attach",
+    "detach",
+    "load",
+    "load_model",
+    "save",
+]
 
 if TYPE_CHECKING:
     from anydepth.errors import RunError, UserError

@@ -65,9 +65,13 @@ class Printer:
 
 @app.command()
 def inspect(
-    target: Target, device: Device = "cpu", dtype: DType = "float32", seed: Seed = 0, as_json: Json = False,
+    target: Target,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """What a model is made of, and which engines and methods apply to it."""
     from anydepth.measure.inspect import inspect_model, show_inspection
     from anydepth.measure.results import document
@@ -80,8 +84,9 @@ def inspect(
 
 
 @app.command()
-def methods(seed: Seed = 0, device: Device = "cpu", dtype: DType = "float32", as_json: Json = False,
-            quiet: Quiet = False) -> None:  # fmt: skip
+def methods(
+    seed: Seed = 0, device: Device = "cpu", dtype: DType = "float32", as_json: Json = False, quiet: Quiet = False
+) -> None:
     """Every method: its idea, lossless or lossy, trained or not, its options."""
     from anydepth.measure.inspect import list_methods, show_methods
     from anydepth.measure.results import document
@@ -92,20 +97,29 @@ def methods(seed: Seed = 0, device: Device = "cpu", dtype: DType = "float32", as
 
 @app.command()
 def run(
-    recipe: RecipePath, out: Out, overrides: Overrides = None, seed: Annotated[int | None, typer.Option("--seed")] = None,
+    recipe: RecipePath,
+    out: Out,
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
     device: Annotated[str | None, typer.Option("--device")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype")] = None, as_json: Json = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    dtype: Annotated[str | None, typer.Option("--dtype")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """A recipe from start to end: search, train, eval, bench, sample, report. Goes on where it was interrupted."""
     _run(recipe, out, _flags(overrides, seed, device, dtype), Printer(as_json, quiet))
 
 
 @app.command()
 def demo(
-    out: Out = Path("demo"), overrides: Overrides = None, seed: Annotated[int | None, typer.Option("--seed")] = None,
+    out: Out = Path("demo"),
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
     device: Annotated[str | None, typer.Option("--device")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype")] = None, as_json: Json = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    dtype: Annotated[str | None, typer.Option("--dtype")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """The whole path on the embedded model and corpus, in minutes; ends with a table and report.html."""
     from importlib.resources import as_file, files
 
@@ -121,11 +135,16 @@ def _run(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> Non
 
 @app.command()
 def train(
-    recipe: RecipePath, out: Out, resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
-    overrides: Overrides = None, seed: Annotated[int | None, typer.Option("--seed")] = None,
+    recipe: RecipePath,
+    out: Out,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    overrides: Overrides = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
     device: Annotated[str | None, typer.Option("--device")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype")] = None, as_json: Json = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    dtype: Annotated[str | None, typer.Option("--dtype")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Train what a recipe names; writes a checkpoint folder."""
     printer = Printer(as_json, quiet)
     runner = _runner(recipe, out, _flags(overrides, seed, device, dtype), printer)
@@ -138,13 +157,20 @@ def train(
 
 @app.command()
 def search(
-    target: Target, out: Out, strategy: Annotated[str, typer.Option(help="influence or greedy.")] = "influence",
+    target: Target,
+    out: Out,
+    strategy: Annotated[str, typer.Option(help="influence or greedy.")] = "influence",
     budget: Annotated[float, typer.Option(help="Share of layers, or of branches, to leave out.")] = 0.25,
     branches: Annotated[bool, typer.Option("--branches", help="Choose among mixers and FFNs.")] = False,
-    data: Data = "embedded:train", num_windows: Annotated[int, typer.Option(help="Windows of text.")] = 4,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256, seed: Seed = 0,
-    device: Device = "cpu", dtype: DType = "float32", as_json: Json = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    data: Data = "embedded:train",
+    num_windows: Annotated[int, typer.Option(help="Windows of text.")] = 4,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Find the layers or branches a model misses least; writes a checkpoint folder with the skip set."""
     from anydepth.calibration.skip_search import search as search_skip_set
     from anydepth.execution.adapted import attach
@@ -154,29 +180,47 @@ def search(
     from anydepth.training.data import load_windows
 
     printer = Printer(as_json, quiet)
-    options = {"target": target, "strategy": strategy, "budget": budget, "branches": branches, "data": data,
-               "num_windows": num_windows, "sequence_length": sequence_length, "dtype": dtype}  # fmt: skip
+    options = {
+        "target": target,
+        "strategy": strategy,
+        "budget": budget,
+        "branches": branches,
+        "data": data,
+        "num_windows": num_windows,
+        "sequence_length": sequence_length,
+        "dtype": dtype,
+    }
     model, tokenizer = load_model(target, dtype=dtype, device=device)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
     printer.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
     found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches)
     save(attach(model, found.config), out, base=target)
     result = document(
-        "anydepth.search/1", seed=seed, config=options, **found.config.model_dump(), agreement=found.agreement,
-        seconds=found.seconds, trajectory=found.trajectory,
-    )  # fmt: skip
+        "anydepth.search/1",
+        seed=seed,
+        config=options,
+        **found.config.model_dump(),
+        agreement=found.agreement,
+        seconds=found.seconds,
+        trajectory=found.trajectory,
+    )
     write_json(out / "search.json", result)
     printer.result(result, _show_search)
 
 
 @app.command(name="eval")
 def evaluate(
-    target: Target, data: Data = "embedded:valid",
+    target: Target,
+    data: Data = "embedded:valid",
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     limit: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="Score the untouched model only.")] = False,
-    seed: Seed = 0, device: Device = "cpu", dtype: DType = "float32", as_json: Json = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Perplexity with routing on, beside the untouched model."""
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.results import document
@@ -187,24 +231,35 @@ def evaluate(
     adapted, tokenizer = load_target(target, dtype=dtype, device=device)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
     printer.progress(f"scoring {windows.numel()} tokens of {data} …")
-    config = {"target": target, "data": data, "sequence_length": sequence_length, "limit": limit, "dtype": dtype,
-              "full_depth": full_depth}  # fmt: skip
+    config = {
+        "target": target,
+        "data": data,
+        "sequence_length": sequence_length,
+        "limit": limit,
+        "dtype": dtype,
+        "full_depth": full_depth,
+    }
     fields = score(adapted, windows, full_depth_only=full_depth)
     printer.result(document("anydepth.eval/1", seed=seed, config=config, label=_label(adapted), **fields), _show_eval)
 
 
 @app.command()
 def bench(
-    target: Target, batch_sizes: Annotated[str, typer.Option(help="Rows generated together: 1,4,8.")] = "1",
+    target: Target,
+    batch_sizes: Annotated[str, typer.Option(help="Rows generated together: 1,4,8.")] = "1",
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 64,512.")] = "64",
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
     num_runs: Annotated[int, typer.Option(help="Measured pairs per row.")] = 5,
     engine: Annotated[str, typer.Option(help="hf; the fast engine comes later.")] = "hf",
     against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
-    data: Data = "embedded:valid", seed: Seed = 0, device: Device = "cpu", dtype: DType = "float32",
-    as_json: Json = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    data: Data = "embedded:valid",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Paired wall-clock: full depth and adapted in turn in one process."""
     from anydepth.execution.adapted import attach, detach
     from anydepth.measure.bench import bench as time_pairs
@@ -219,15 +274,31 @@ def bench(
     if against:
         adapted = attach(detach(adapted), [_method_options(name, options or []) for name in against])
     if not adapted.methods:
-        raise UserError(f"{target} has no method attached; give a folder that train or search wrote, or --against METHOD")
+        raise UserError(
+            f"{target} has no method attached; give a folder that train or search wrote, or --against METHOD"
+        )
     lengths = _numbers("prompt-tokens", prompt_tokens)
     windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
-    config = {"target": target, "batch_sizes": batch_sizes, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
-              "num_runs": num_runs, "dtype": dtype, "data": data, "against": against, "options": options}  # fmt: skip
+    config = {
+        "target": target,
+        "batch_sizes": batch_sizes,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "num_runs": num_runs,
+        "dtype": dtype,
+        "data": data,
+        "against": against,
+        "options": options,
+    }
     rows = time_pairs(
-        adapted, windows, batch_sizes=_numbers("batch-sizes", batch_sizes), prompt_tokens=lengths,
-        new_tokens=new_tokens, num_runs=num_runs, on_row=lambda row: printer.progress(_bench_line(row)),
-    )  # fmt: skip
+        adapted,
+        windows,
+        batch_sizes=_numbers("batch-sizes", batch_sizes),
+        prompt_tokens=lengths,
+        new_tokens=new_tokens,
+        num_runs=num_runs,
+        on_row=lambda row: printer.progress(_bench_line(row)),
+    )
     result = document("anydepth.bench/1", seed=seed, config=config, label=_label(adapted), rows=rows)
     printer.result(result, _show_bench)
 
@@ -248,12 +319,17 @@ def report(
 
 @app.command()
 def generate(
-    target: Target, prompt: Annotated[str, typer.Option(help="Text to go on from, or - for standard input.")],
+    target: Target,
+    prompt: Annotated[str, typer.Option(help="Text to go on from, or - for standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour each token by the layers it ran.")] = False,
-    seed: Seed = 0, device: Device = "cpu", dtype: DType = "float32", as_json: Json = False, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Text, with the depth of every token."""
     from anydepth.inference.generate import generate as write
     from anydepth.measure.results import document
@@ -269,7 +345,7 @@ def generate(
     Printer(as_json, quiet).result(result, lambda document: _show_text(document, show_depth))
 
 
-# --- shared by commands ------------------------------------------------------------------------------------------------
+# --- shared by commands -----------------------------------------------------------------------------------
 
 
 def _runner(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> Any:
@@ -296,8 +372,9 @@ def _step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, float]], No
 
     def line(row: dict[str, float]) -> None:
         if row["step"] % every == 0 or row["step"] == 1:
-            terms = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in
-                              ("step", "learning_rate"))  # fmt: skip
+            terms = "  ".join(
+                f"{name} {value:.3f}" for name, value in row.items() if name not in ("step", "learning_rate")
+            )
             printer.progress(f"  step {int(row['step'])}/{total}  {terms}")
 
     return line
@@ -326,7 +403,7 @@ def _label(adapted: Any) -> str:
     return " + ".join(adapted.methods) or "full depth"
 
 
-# --- for people --------------------------------------------------------------------------------------------------------
+# --- for people -------------------------------------------------------------------------------------------
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> None:
@@ -344,8 +421,18 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
 def _show_run(document: dict[str, Any], out: Path) -> None:
     rows = []
     for row in document["summary"]:
-        numbers = [row.get(key) for key in ("perplexity", "agreement", "mean_depth", "layer_token_share", "speedup",
-                                            "ideal_speedup", "realised")]  # fmt: skip
+        numbers = [
+            row.get(key)
+            for key in (
+                "perplexity",
+                "agreement",
+                "mean_depth",
+                "layer_token_share",
+                "speedup",
+                "ideal_speedup",
+                "realised",
+            )
+        ]
         rows.append([row["label"], *("" if number is None else f"{number:.3g}" for number in numbers)])
     _table(["", "perplexity", "agreement", "depth", "FLOP share", "speed-up", "ideal", "realised"], rows)
     print(f"\n{out / 'report.html'}")
@@ -361,25 +448,39 @@ def _show_search(document: dict[str, Any]) -> None:
 def _show_eval(document: dict[str, Any]) -> None:
     keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share")
     full = document["full_depth"]
-    rows = [[label, *(f"{part[key]:.4g}" for key in keys)] for label, part in (("untouched", full),
-                                                                            (document["label"], document))]  # fmt: skip
+    rows = [
+        [label, *(f"{part[key]:.4g}" for key in keys)]
+        for label, part in (("untouched", full), (document["label"], document))
+    ]
     _table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)
     print(f"\n{document['num_tokens']} tokens scored")
 
 
 def _bench_line(row: dict[str, Any]) -> str:
-    return (f"  batch {row['batch_size']}, prompt {row['prompt_tokens']}, new {row['new_tokens']}: "
-            f"speed-up {row['speedup']:.2f} of {row['ideal_speedup']:.2f}")  # fmt: skip
+    return (
+        f"  batch {row['batch_size']}, prompt {row['prompt_tokens']}, new {row['new_tokens']}: "
+        f"speed-up {row['speedup']:.2f} of {row['ideal_speedup']:.2f}"
+    )
 
 
 def _show_bench(document: dict[str, Any]) -> None:
     rows = []
     for row in document["rows"]:
-        numbers = [row["full_depth"]["tokens_per_second"], row["adapted"]["tokens_per_second"], row["speedup"],
-                   row["ideal_speedup"], row["realised"], row["prefill"]["realised"],
-                   row.get("decode", {}).get("realised")]  # fmt: skip
-        rows.append([f"{row['batch_size']} × {row['prompt_tokens']}+{row['new_tokens']}",
-                     *("" if number is None else f"{number:.3g}" for number in numbers)])  # fmt: skip
+        numbers = [
+            row["full_depth"]["tokens_per_second"],
+            row["adapted"]["tokens_per_second"],
+            row["speedup"],
+            row["ideal_speedup"],
+            row["realised"],
+            row["prefill"]["realised"],
+            row.get("decode", {}).get("realised"),
+        ]
+        rows.append(
+            [
+                f"{row['batch_size']} × {row['prompt_tokens']}+{row['new_tokens']}",
+                *("" if number is None else f"{number:.3g}" for number in numbers),
+            ]
+        )
     _table(["batch", "full tok/s", "adapted tok/s", "speed-up", "ideal", "realised", "prefill", "decode"], rows)
 
 

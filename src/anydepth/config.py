@@ -50,7 +50,7 @@ class LoraSettings(StrictConfig):
     """Low-rank adapters on the backbone (Hu et al. 2021)."""
 
     rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
-    alpha: float = Field(default=32, gt=0, description="Scale: the update is multiplied by alpha ÷ rank.")
+    alpha: int = Field(default=32, gt=0, description="Scale: the update is multiplied by alpha ÷ rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
     target: list[str] | str = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj"], description="Names of the linear maps that get one."

@@ -6,22 +6,21 @@ A new method joins by a line in `CASES`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
-import families
 import pytest
 import torch
-from reference import relative_rms, replay
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 import anydepth
+import families
 from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods.method import Method
+from reference import relative_rms, replay
 
 RATES = [0.6, 0.3, 0.8, 0.5]
 CASES: dict[str, dict[str, Any]] = {
@@ -61,8 +60,8 @@ def attach(model: PreTrainedModel, spec: dict[str, Any]) -> AdaptedModel:
 
 
 @pytest.fixture
-def adapted(model: PreTrainedModel, case: str) -> Iterator[AdaptedModel]:
-    yield attach(model, CASES[case])
+def adapted(model: PreTrainedModel, case: str) -> AdaptedModel:
+    return attach(model, CASES[case])
 
 
 def logits_of(adapted: AdaptedModel, ids: Tensor, **options: Any) -> Tensor:
@@ -76,7 +75,7 @@ def assert_mixed(adapted: AdaptedModel) -> None:
         assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
 
 
-# --- 1, 2: off and full budget are the backbone ------------------------------------------------------------------------
+# --- 1, 2: off and full budget are the backbone -----------------------------------------------------------
 
 
 @torch.no_grad()
@@ -111,7 +110,7 @@ def test_full_budget_is_the_backbone(family: str, model: PreTrainedModel, spec: 
     assert adapted.last_trace.mean_depth == 5
 
 
-# --- 3: sparse = masked = reference, values and gradients --------------------------------------------------------------
+# --- 3: sparse = masked = reference, values and gradients -------------------------------------------------
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -213,7 +212,7 @@ def test_gradient_of_the_gates(family: str, model: PreTrainedModel, kv_rule: str
     assert (gradients["sparse"] * (~drawn & ~recurrent[:, None, None])).abs().max() == 0
 
 
-# --- 4, 5, 6: cache, padding, causality --------------------------------------------------------------------------------
+# --- 4, 5, 6: cache, padding, causality -------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -250,7 +249,9 @@ def test_rewound_cache_goes_on_as_if_never_forward(family: str, adapted: Adapted
     for part in other[:, 17:26].split([1, 1, 7], dim=1):
         adapted(input_ids=part, past_key_values=cache)
     cache.crop(-9)
-    ours = torch.cat([adapted(input_ids=part, past_key_values=cache).logits for part in ids[:, 17:].split([1, 12], 1)], 1)
+    ours = torch.cat(
+        [adapted(input_ids=part, past_key_values=cache).logits for part in ids[:, 17:].split([1, 12], 1)], 1
+    )
     assert relative_rms(ours, wanted) <= TOLERANCE
 
 
@@ -290,7 +291,7 @@ def test_later_tokens_and_other_rows_change_nothing(family: str, adapted: Adapte
         assert relative_rms(ours[row, :length], wanted[row, :length]) <= TOLERANCE
 
 
-# --- 8 … 12 ------------------------------------------------------------------------------------------------------------
+# --- 8 … 12 -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("execution", ["masked", "sparse"])
@@ -380,7 +381,7 @@ def test_bad_config_is_one_line_that_names_the_value(spec: dict[str, Any], named
     assert "\n" not in str(error.value)
 
 
-# --- faults of earlier code that no check above names -----------------------------------------------------------------
+# --- faults of earlier code that no check above names -----------------------------------------------------
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ from anydepth.models.load import base_fingerprint, load_model
 
 def tiny(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+    )
     return LlamaForCausalLM(config)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import save_base, tiny_llama
 
 import anydepth
 from anydepth.config import TrainConfig
 from anydepth.errors import UserError
 from anydepth.training.train import add_lora
+from tiny import save_base, tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.5}
 

@@ -58,7 +58,9 @@ def test_wrong_record_names_what_was_found(tmp_path: Path) -> None:
 
 def test_wikitext_marks_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wikitext-2").mkdir()
-    text = ' \n = One = \n \n It weighs 1 @,@ 000 @.@ 5 kg ( 2 lb ) , a well @-@ known " <unk> " . \n \n = Two = \n \n B . \n'
+    # One article with every mark, one without.
+    text = ' \n = One = \n \n It weighs 1 @,@ 000 @.@ 5 kg ( 2 lb ) , a well @-@ known " <unk> " . \n'
+    text += " \n = Two = \n \n B . \n"
     (tmp_path / "wikitext-2" / "valid.txt").write_text(text)
     monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
     one, two = load_texts("wikitext-2:valid")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_base, save_text, tiny_llama
 from torch.nn import functional as F
 
 import anydepth
@@ -20,6 +19,7 @@ from anydepth.config import TrainConfig
 from anydepth.errors import RunError, UserError
 from anydepth.training.losses import IGNORED, distillation_loss
 from anydepth.training.train import add_lora, train
+from tiny import save_base, save_text, tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.5, "target_skip": 0.5}
 
@@ -99,13 +99,21 @@ def test_resumed_after_sigkill_bitwise_the_same(tmp_path: Path, dropout: float) 
     """SIGKILL somewhere in the middle, twice; the loss curve and the weights are those of an undisturbed run."""
     base, text = save_base(tmp_path / "base"), save_text(tmp_path / "text.txt")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps({
-        "model": {"target": str(base)},
-        "methods": [ROUTER],
-        "data": {"train": str(text), "sequence_length": 32},
-        "train": {"max_steps": 60, "save_every": 7, "lora": {"rank": 2, "dropout": dropout},
-                  "distillation": {"weight": 0.5, "warmup_steps": 5}},
-    }))  # fmt: skip
+    recipe.write_text(
+        json.dumps(
+            {
+                "model": {"target": str(base)},
+                "methods": [ROUTER],
+                "data": {"train": str(text), "sequence_length": 32},
+                "train": {
+                    "max_steps": 60,
+                    "save_every": 7,
+                    "lora": {"rank": 2, "dropout": dropout},
+                    "distillation": {"weight": 0.5, "warmup_steps": 5},
+                },
+            }
+        )
+    )
     command = [sys.executable, "-m", "anydepth.cli", "train", str(recipe), "--quiet", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True)
     cut = tmp_path / "cut"

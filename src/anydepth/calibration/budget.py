@@ -20,7 +20,7 @@ def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -
     Raises:
         RunError: the adapted model has no learned router.
     """
-    router = adapted.methods["layer_router"] if "layer_router" in adapted.methods else None
+    router = adapted.methods["layer_router"] if "layer_router" in adapted.methods else None  # noqa: SIM401 - a ModuleDict has no get
     if not isinstance(router, LayerRouter) or router.network is None:
         raise RunError("a skip share can be set for a learned layer_router only; this model has none")
     adapted.eval()

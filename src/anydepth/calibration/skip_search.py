@@ -41,9 +41,9 @@ class SkipSearchResult:
     trajectory: list[dict[str, Any]] = field(default_factory=list)
 
 
-def search(model: nn.Module, windows: Tensor, *, strategy: str, budget: float, branches: bool = False) -> (
-    SkipSearchResult
-):  # fmt: skip
+def search(
+    model: nn.Module, windows: Tensor, *, strategy: str, budget: float, branches: bool = False
+) -> SkipSearchResult:
     """The skip set of `budget` (share of layers, or of branches) that `strategy` finds on (N, T) windows.
 
     Raises:
@@ -67,9 +67,13 @@ def search(model: nn.Module, windows: Tensor, *, strategy: str, budget: float, b
         for count in range(1, num_out + 1):
             kind, layer_idx = order[count - 1]
             trajectory.append(
-                {"step": count, "branch": kind, "layer": layer_idx,
-                 "agreement": _agreement(adapted, windows, order[:count], reference)}
-            )  # fmt: skip
+                {
+                    "step": count,
+                    "branch": kind,
+                    "layer": layer_idx,
+                    "agreement": _agreement(adapted, windows, order[:count], reference),
+                }
+            )
     finally:
         detach(adapted)
     config = SkipSetConfig(**_as_lists(order))
@@ -109,8 +113,9 @@ STRATEGIES: dict[str, Callable[..., list[Candidate]]] = {"influence": _by_influe
 @torch.no_grad()
 def _choices(adapted: AdaptedModel, windows: Tensor) -> Tensor:
     """The most likely next token at each place, (N, T)."""
-    return torch.cat([adapted(input_ids=row[None].to(adapted.device), use_cache=False).logits.argmax(-1)
-                      for row in windows])  # fmt: skip
+    return torch.cat(
+        [adapted(input_ids=row[None].to(adapted.device), use_cache=False).logits.argmax(-1) for row in windows]
+    )
 
 
 def _agreement(adapted: AdaptedModel, windows: Tensor, out: list[Candidate], reference: Tensor) -> float:

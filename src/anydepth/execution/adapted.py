@@ -45,7 +45,7 @@ class AdaptedModel(nn.Module):
         self.backbone.verify()
         self.model = model
         self.methods = nn.ModuleDict({method.name: method for method in methods})
-        self.methods.to(self.backbone.embedding.weight.device)
+        self.methods.to(self.backbone.device)
         self.methods.train(model.training)
         self.training = model.training
         self._run: Run | None = None
@@ -132,7 +132,8 @@ class AdaptedModel(nn.Module):
         """transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence."""
         if self._enabled and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = self.new_cache()
-        return self.model.generate(*args, **kwargs)
+        model: Any = self.model
+        return model.generate(*args, **kwargs)
 
     def new_cache(self) -> AdaptiveCache:
         """An empty cache, for `past_key_values=` of direct forwards."""

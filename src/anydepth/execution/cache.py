@@ -88,7 +88,7 @@ class SlottedLayer(DynamicLayer):
         self.places = None
         self.pending = []
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
             super().reorder_cache(beam_idx)
         self._select_rows(beam_idx)
@@ -148,12 +148,11 @@ class AdaptiveCache(DynamicCache):
 
     def rewind(self, length: int) -> None:
         """Make the sequence `length` tokens long. Raises for recurrent layers, which cannot go back."""
-        self.num_seen = length
         for layer in self.layers:
-            if isinstance(layer, SlottedLayer):
-                layer.rewind(length)
-            else:
-                layer.crop(0)
+            if not isinstance(layer, SlottedLayer):
+                raise RuntimeError("a recurrent layer's state cannot go back; start with a new cache")
+            layer.rewind(length)
+        self.num_seen = length
 
     def reset(self) -> None:
         super().reset()
@@ -162,7 +161,7 @@ class AdaptiveCache(DynamicCache):
     def recurrent_rows(self, layer_idx: int, rows: Tensor) -> LinearAttentionLayer:
         """A recurrent layer's state of some rows, to run those rows alone; put back with `write_recurrent_rows`."""
         source: Any = self.layers[layer_idx]
-        part = LinearAttentionLayer(number_of_states=source.number_of_states)
+        part: Any = LinearAttentionLayer(number_of_states=source.number_of_states)
         for state in range(source.number_of_states):
             if source.has_previous_state[state]:
                 part.lazy_initialization(conv_states=source.conv_states[state][rows], state_idx=state)

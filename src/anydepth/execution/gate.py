@@ -347,7 +347,7 @@ class GatedLayer:
             if gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or run.cache is not None):
                 rotation = arguments.get("position_embeddings")
                 if rotation is not None:
-                    rotation = tuple(group.take(part, group.skipped) for part in rotation)
+                    rotation = (group.take(rotation[0], group.skipped), group.take(rotation[1], group.skipped))
                 skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), rotation)
             places = group.kept + run.num_seen if gate.kv_rule == "omit" else None
             tap = self._tap(run, group, skipped if group.num_kept else None, places)
@@ -367,7 +367,7 @@ class GatedLayer:
         if not group.num_kept:
             return base
         mask = arguments.get("attention_mask")
-        taken = {"attention_mask": None if mask is None else group.take(mask, group.kept)}
+        taken: dict[str, Any] = {"attention_mask": None if mask is None else group.take(mask, group.kept)}
         rows = torch.arange(run.shape[0], device=hidden.device) if group.rows is None else group.rows
         state = None
         for name in ("past_key_values", "cache_params"):
@@ -387,8 +387,9 @@ class GatedLayer:
         if group.rows is None:
             seen = run.num_seen
             return KVTap(None, skipped, order, lambda keys, values: slots.append(keys, values, places, seen))
-        past = (slots.keys[group.rows], slots.values[group.rows]) if slots.num_slots else None
-        return KVTap(past, skipped, order)
+        if slots.keys is None or slots.values is None:
+            return KVTap(None, skipped, order)
+        return KVTap((slots.keys[group.rows], slots.values[group.rows]), skipped, order)
 
     def _for_group(
         self, run: Run, group: Group, arguments: dict[str, Any], tap: KVTap, places: Tensor | None

@@ -70,8 +70,10 @@ def bench(
     """
     adapted.eval()
     if max(batch_sizes) > len(windows):
-        raise UserError(f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens; the text has "
-                        f"{len(windows)}")  # fmt: skip
+        raise UserError(
+            f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens; the text has "
+            f"{len(windows)}"
+        )
     self_check(adapted, windows[:2, : min(48, windows.shape[1])].to(adapted.device))
     rows = []
     for batch_size in batch_sizes:
@@ -221,8 +223,10 @@ def self_check(adapted: AdaptedModel, token_ids: Tensor) -> None:
         masked = adapted(input_ids=token_ids, use_cache=False).logits
     _compare("sparse and masked execution", adapted, sparse, masked, before)
     cache, cut = adapted.new_cache(), token_ids.shape[1] * 3 // 4
-    parts = [adapted(input_ids=part, past_key_values=cache).logits for part in
-             (token_ids[:, :cut], token_ids[:, cut : cut + 1], token_ids[:, cut + 1 :])]  # fmt: skip
+    parts = [
+        adapted(input_ids=part, past_key_values=cache).logits
+        for part in (token_ids[:, :cut], token_ids[:, cut : cut + 1], token_ids[:, cut + 1 :])
+    ]
     _compare("cached and uncached execution", adapted, sparse, torch.cat(parts, dim=1), before)
 
 

@@ -91,4 +91,3 @@ def _add(
     for kept, shares in ((tally.mixer_kept, mixer), (tally.ffn_kept, ffn)):
         kept[:] = kept or [0.0] * num_layers
         kept[:] = [total + share * token_ids.numel() for total, share in zip(kept, shares, strict=True)]
-

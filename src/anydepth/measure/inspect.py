@@ -24,7 +24,7 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
         "layers": [_layer(view) for view in backbone.layers],
         "attached": list(adapted.methods),
         "engines": {"hf": "applies", "fast": "not there yet"},
-        "methods": {name: "applies" for name in METHODS},
+        "methods": dict.fromkeys(METHODS, "applies"),
         "notes": _notes(backbone.layers),
     }
 
@@ -61,21 +61,34 @@ def list_methods() -> list[dict[str, Any]]:
             key: {"help": field.description, "default": field.get_default(call_default_factory=True)}
             for key, field in method.Config.model_fields.items()
         }
-        listed.append({"name": name, "summary": method.summary, "lossless": method.lossless,
-                       "trained": method.trained, "options": options})  # fmt: skip
+        listed.append(
+            {
+                "name": name,
+                "summary": method.summary,
+                "lossless": method.lossless,
+                "trained": method.trained,
+                "options": options,
+            }
+        )
     return listed
 
 
 def show_inspection(document: dict[str, Any]) -> None:
     """For people."""
-    print(f"{document['family']}: {document['num_layers']} layers × {document['hidden_size']}, "
-          f"{document['num_parameters'] / 1e6:.1f} M parameters, {document['weight_bytes'] / 2**20:.0f} MiB, "
-          f"attention by {document['attention_implementation']}")  # fmt: skip
-    kinds = Counter((layer["mixer"], layer["mixer_flops"], layer["skipped_mixer_flops"], layer["ffn_flops"])
-                    for layer in document["layers"])  # fmt: skip
+    print(
+        f"{document['family']}: {document['num_layers']} layers × {document['hidden_size']}, "
+        f"{document['num_parameters'] / 1e6:.1f} M parameters, {document['weight_bytes'] / 2**20:.0f} MiB, "
+        f"attention by {document['attention_implementation']}"
+    )
+    kinds = Counter(
+        (layer["mixer"], layer["mixer_flops"], layer["skipped_mixer_flops"], layer["ffn_flops"])
+        for layer in document["layers"]
+    )
     for (mixer, mixer_flops, skipped, ffn_flops), count in kinds.items():
-        print(f"  {count} layers: {mixer} {mixer_flops / 1e6:.2f} MFLOP a token ({skipped / 1e6:.2f} where it is skipped "
-              f"and leaves K/V), FFN {ffn_flops / 1e6:.2f} MFLOP")  # fmt: skip
+        print(
+            f"  {count} layers: {mixer} {mixer_flops / 1e6:.2f} MFLOP a token ({skipped / 1e6:.2f} where it is skipped "
+            f"and leaves K/V), FFN {ffn_flops / 1e6:.2f} MFLOP"
+        )
     print(f"attached: {', '.join(document['attached']) or 'nothing'}")
     for title in ("engines", "methods"):
         print(f"{title}: " + ", ".join(f"{name} ({state})" for name, state in document[title].items()))
@@ -86,7 +99,9 @@ def show_inspection(document: dict[str, Any]) -> None:
 def show_methods(document: dict[str, Any]) -> None:
     """For people."""
     for method in document["methods"]:
-        print(f"{method['name']}: {method['summary']} ({'lossless' if method['lossless'] else 'lossy'}, "
-              f"{'trained' if method['trained'] else 'not trained'})")  # fmt: skip
+        print(
+            f"{method['name']}: {method['summary']} ({'lossless' if method['lossless'] else 'lossy'}, "
+            f"{'trained' if method['trained'] else 'not trained'})"
+        )
         for key, option in method["options"].items():
             print(f"    {key} = {option['default']}: {option['help']}")

@@ -74,11 +74,13 @@ class Runner:
         windows = load_windows(
             self.recipe.data.train, tokenizer, settings.sequence_length, max_windows=settings.num_windows
         )
-        found = search(
-            model, windows, strategy=settings.strategy, budget=settings.budget, branches=settings.branches
-        )
-        return {**found.config.model_dump(), "agreement": found.agreement, "seconds": found.seconds,
-                "trajectory": found.trajectory}  # fmt: skip
+        found = search(model, windows, strategy=settings.strategy, budget=settings.budget, branches=settings.branches)
+        return {
+            **found.config.model_dump(),
+            "agreement": found.agreement,
+            "seconds": found.seconds,
+            "trajectory": found.trajectory,
+        }
 
     def forget(self, *stages: str) -> None:
         """Do these stages anew."""
@@ -100,8 +102,11 @@ class Runner:
         if recipe.train is not None:
             windows = self._training_windows(tokenizer)
             result = train(adapted, windows, recipe.train, self.out, resume=True, on_step=self.on_step)
-            fields |= {"loss_history": result.loss_history, "seconds": result.seconds,
-                       "tokens_per_second": result.tokens_per_second}  # fmt: skip
+            fields |= {
+                "loss_history": result.loss_history,
+                "seconds": result.seconds,
+                "tokens_per_second": result.tokens_per_second,
+            }
         if recipe.calibrate is not None:
             windows = self._training_windows(tokenizer)[: recipe.calibrate.num_windows]
             fields["calibrated_skip_share"] = set_skip_share(adapted, windows, recipe.calibrate.skip_share)

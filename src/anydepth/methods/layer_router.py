@@ -104,7 +104,9 @@ class LayerRouter(Method):
     def __init__(self, config: LayerRouterConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         if config.always_keep >= self.num_layers:
-            raise ValueError(f"always_keep is {config.always_keep}; this model has {self.num_layers} layers, keep fewer")
+            raise ValueError(
+                f"always_keep is {config.always_keep}; this model has {self.num_layers} layers, keep fewer"
+            )
         self.routed = list(range(config.always_keep, self.num_layers))
         if config.rates is not None and len(config.rates) != len(self.routed):
             raise ValueError(f"rates has {len(config.rates)} values; {len(self.routed)} layers are routed")
@@ -175,7 +177,8 @@ class LayerRouter(Method):
         rates = notes["weights"].sum((1, 2)) / context.token_mask.sum()  # (G,)
         losses = {}
         if self.config.sparsity_weight:
-            prices = torch.linspace(*self.config.sparsity_slope, len(self.routed), device=rates.device)
+            first, last = self.config.sparsity_slope
+            prices = torch.linspace(first, last, len(self.routed), device=rates.device)
             losses["sparsity"] = self.config.sparsity_weight * (prices * rates).sum()
         if self.config.target_weight:
             skipped = 1 - rates.mean()

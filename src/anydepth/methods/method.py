@@ -54,9 +54,7 @@ class Gate:
     weight: Tensor | None = None
 
     @classmethod
-    def of_plan(
-        cls, keep: Tensor, context: PassContext, kv_rule: KVRule, weights: Tensor | None = None
-    ) -> list[Gate]:
+    def of_plan(cls, keep: Tensor, context: PassContext, kv_rule: KVRule, weights: Tensor | None = None) -> list[Gate]:
         """Gates of G branches from (G, B, T) decisions, with one host synchronisation for all of them."""
         real = context.token_mask
         keep = keep & real

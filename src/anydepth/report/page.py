@@ -32,7 +32,8 @@ SUMMARY_COLUMNS = {
 }
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --soft: #f2f2f5; --line: #d8d8de; --faint: #5c5c66; }
+:root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --soft: #f2f2f5; --line: #d8d8de;
+  --faint: #5c5c66; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ececf0; --paper: #17171a; --soft: #232328; --line: #3a3a42; --faint: #a5a5b0; } }
 * { box-sizing: border-box; }
@@ -72,8 +73,9 @@ class Page:
         self._write(f"{name}.png", data)
         source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
         caption = f"{escape(alt)} {provenance_line(document)}"
-        self.parts.append(f'<figure><img src="{source}" alt="{escape(alt, quote=True)}"><figcaption>{caption}</figcaption>'
-                          "</figure>")  # fmt: skip
+        self.parts.append(
+            f'<figure><img src="{source}" alt="{escape(alt, quote=True)}"><figcaption>{caption}</figcaption></figure>'
+        )
 
     def table(self, name: str, columns: dict[str, str], rows: list[Document]) -> None:
         """A table, and the same numbers unrounded as CSV."""
@@ -86,7 +88,9 @@ class Page:
         self.written.append(path)
         head = "".join(f'<th scope="col">{escape(title)}</th>' for title in columns.values())
         body = "".join(_table_row(columns, row) for row in rows)
-        self.parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+        self.parts.append(
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
 
     def _write(self, name: str, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,11 +146,16 @@ def _train(page: Page, document: Document, name: str) -> None:
     if not document["loss_history"]:
         return
     page.section("Training")
-    page.text(f"{len(document['loss_history'])} steps in {document['seconds']:.0f} s, "
-              f"{document['tokens_per_second']:.0f} tokens/s.", "lead")  # fmt: skip
+    page.text(
+        f"{len(document['loss_history'])} steps in {document['seconds']:.0f} s, "
+        f"{document['tokens_per_second']:.0f} tokens/s.",
+        "lead",
+    )
     page.figure(name, plots.training(document), "Loss by term at every optimiser step.", document)
     if any("mean_depth" in row for row in document["loss_history"]):
-        page.figure(f"{name}-depth", plots.training_depth(document), "Layers per token while gates are sampled.", document)
+        page.figure(
+            f"{name}-depth", plots.training_depth(document), "Layers per token while gates are sampled.", document
+        )
 
 
 def _search(page: Page, document: Document, name: str) -> None:
@@ -154,7 +163,9 @@ def _search(page: Page, document: Document, name: str) -> None:
     for key in ("skip_layers", "skip_mixers", "skip_ffns"):
         if document[key]:
             page.text(f"{key}: {', '.join(map(str, document[key]))}")
-    page.text(f"Found in {document['seconds']:.0f} s; {document['agreement']:.1%} of next tokens as at full depth.", "lead")
+    page.text(
+        f"Found in {document['seconds']:.0f} s; {document['agreement']:.1%} of next tokens as at full depth.", "lead"
+    )
     if document.get("trajectory"):
         page.figure(name, plots.search(document), "Agreement with full depth as layers are left out.", document)
 
@@ -168,11 +179,23 @@ def _eval(page: Page, document: Document, name: str) -> None:
 def _bench(page: Page, document: Document, name: str) -> None:
     page.section("Speed")
     page.text("Full depth and adapted in turn in one process; medians of paired ratios.", "lead")
-    page.figure(name, plots.speed(document), "Measured speed-up beside the ideal that the skipped FLOPs allow.", document)
-    columns = {"batch_size": "batch", "prompt_tokens": "prompt", "new_tokens": "new", "full": "full tok/s",
-               "adapted_rate": "adapted tok/s", "speedup": "speed-up", "ideal_speedup": "ideal", "realised": "realised"}  # fmt: skip
-    rows = [{**row, "full": row["full_depth"]["tokens_per_second"], "adapted_rate": row["adapted"]["tokens_per_second"]}
-            for row in document["rows"]]  # fmt: skip
+    page.figure(
+        name, plots.speed(document), "Measured speed-up beside the ideal that the skipped FLOPs allow.", document
+    )
+    columns = {
+        "batch_size": "batch",
+        "prompt_tokens": "prompt",
+        "new_tokens": "new",
+        "full": "full tok/s",
+        "adapted_rate": "adapted tok/s",
+        "speedup": "speed-up",
+        "ideal_speedup": "ideal",
+        "realised": "realised",
+    }
+    rows = [
+        {**row, "full": row["full_depth"]["tokens_per_second"], "adapted_rate": row["adapted"]["tokens_per_second"]}
+        for row in document["rows"]
+    ]
     page.table(name, columns, rows)
 
 
@@ -180,11 +203,14 @@ def _generate(page: Page, document: Document, name: str) -> None:
     num_layers = document["num_layers"]
     page.section("A text, token by token")
     page.text(f"“{document['prompt']}” goes on; each token is shaded by the layers that ran to predict it.", "lead")
-    spans = "".join(_token(token, depth, num_layers) for token, depth in
-                    zip(document["tokens"], document["depths"], strict=True))  # fmt: skip
+    spans = "".join(
+        _token(token, depth, num_layers) for token, depth in zip(document["tokens"], document["depths"], strict=True)
+    )
     page.parts.append(f'<div class="tokens">{spans}</div>')
-    steps = [f'<span style="background:{shade};color:#111">&nbsp;≤ {round((place + 1) * num_layers / len(SHADES))}&nbsp;</span>'
-             for place, shade in enumerate(SHADES)]  # fmt: skip
+    steps = [
+        f'<span style="background:{shade};color:#111">&nbsp;≤ {(place + 1) * num_layers // len(SHADES)}&nbsp;</span>'
+        for place, shade in enumerate(SHADES)
+    ]
     page.parts.append(f'<p class="legend">Layers run: {" ".join(steps)}</p>')
     if document["tokens"]:
         page.figure(name, plots.heat_map(document), "Token × layer: which layers each generated token ran.", document)
@@ -209,8 +235,14 @@ def _number(value: Any) -> str:
 
 def _provenance(page: Page, documents: list[Document]) -> None:
     page.section("How it was made")
-    columns = {"schema": "document", "seed": "seed", "commit": "commit", "dirty": "uncommitted changes",
-               "machine": "machine", "libraries": "versions"}  # fmt: skip
+    columns = {
+        "schema": "document",
+        "seed": "seed",
+        "commit": "commit",
+        "dirty": "uncommitted changes",
+        "machine": "machine",
+        "libraries": "versions",
+    }
     page.table("provenance", columns, list(_origins(documents)))
 
 

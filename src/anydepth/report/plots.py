@@ -38,8 +38,13 @@ def training(document: Document) -> Figure:
     figure, axes = _figure("Training: loss by term")
     for term, colour in zip(sorted(terms, key=lambda name: name != "lm_loss"), COLOURS * 3, strict=False):
         rows = [row for row in history if term in row]
-        axes.plot([row["step"] for row in rows], [row[term] for row in rows], color=colour, label=term,
-                  linewidth=1.8 if term == "lm_loss" else 1.1)  # fmt: skip
+        axes.plot(
+            [row["step"] for row in rows],
+            [row[term] for row in rows],
+            color=colour,
+            label=term,
+            linewidth=1.8 if term == "lm_loss" else 1.1,
+        )
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats, weights applied)")
     axes.legend(fontsize=8, frameon=False)
@@ -83,8 +88,14 @@ def speed(document: Document) -> Figure:
                 ideal.append(part["ideal_speedup"])
     places = range(len(labels))
     axes.bar(places, measured, width=0.6, color=COLOURS[0], label="measured (median of pairs)")
-    axes.hlines(ideal, [place - 0.38 for place in places], [place + 0.38 for place in places], color=COLOURS[1],
-                linewidth=2.2, label="ideal: FLOPs that are left")  # fmt: skip
+    axes.hlines(
+        ideal,
+        [place - 0.38 for place in places],
+        [place + 0.38 for place in places],
+        color=COLOURS[1],
+        linewidth=2.2,
+        label="ideal: FLOPs that are left",
+    )
     axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--", label="full depth")
     axes.set_xticks(list(places), labels, fontsize=7)
     axes.set_ylabel("speed-up")
@@ -98,8 +109,13 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
     figure, axes = _figure("Quality against measured speed")
     for row, colour in zip(rows, COLOURS * 4, strict=False):
         axes.scatter(row["tokens_per_second"], row["perplexity"], color=colour, s=46, zorder=3)
-        axes.annotate(row["label"], (row["tokens_per_second"], row["perplexity"]), fontsize=8, xytext=(5, 5),
-                      textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            row["label"],
+            (row["tokens_per_second"], row["perplexity"]),
+            fontsize=8,
+            xytext=(5, 5),
+            textcoords="offset points",
+        )
     axes.margins(0.25)
     axes.set_xlabel("tokens per second (generation, batch 1)")
     axes.set_ylabel("perplexity (lower is better)")
@@ -123,8 +139,9 @@ def search(document: Document) -> Figure:
     figure, axes = _figure("Search: agreement with full depth", 2.8)
     axes.plot([step["step"] for step in steps], [step["agreement"] for step in steps], color=COLOURS[2], marker="o")
     for step in steps:
-        axes.annotate(str(step["layer"]), (step["step"], step["agreement"]), fontsize=7, xytext=(2, 5),
-                      textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            str(step["layer"]), (step["step"], step["agreement"]), fontsize=7, xytext=(2, 5), textcoords="offset points"
+        )
     axes.set_xlabel("branches left out (each point names the layer)")
     axes.set_ylabel("same next token")
     axes.set_ylim(0, 1.05)

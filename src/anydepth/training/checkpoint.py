@@ -115,8 +115,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, its files checked against it."""
     path = folder / MANIFEST
     if not path.exists():
-        raise UserError(f"{folder} holds no anydepth checkpoint ({MANIFEST} is missing); give a folder that train or "
-                        "search wrote")  # fmt: skip
+        raise UserError(
+            f"{folder} holds no anydepth checkpoint ({MANIFEST} is missing); give a folder that train or search wrote"
+        )
     try:
         manifest = json.loads(path.read_text())
         weights = folder / manifest["weights"]

@@ -286,14 +286,14 @@ def _read_parquet(path: Path) -> list[str]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f'reading \'{path}\' needs: pip install "anydepth[train]"') from error
+        raise UserError(f"reading '{path}' needs: pip install \"anydepth[train]\"") from error
     try:
         file = parquet.ParquetFile(path)
         names = file.schema_arrow.names
         column = file.read(columns=["text"]).column("text") if "text" in names else None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"'{path}' is not a whole parquet file ({str(error).splitlines()[0]})") from error
-    if column is None or not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type):
+    if column is None or (not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type)):
         raise UserError(f"'{path}' has the columns {', '.join(names)}; it needs a column `text` of strings")
     return [text for text in column.to_pylist() if text is not None]
 

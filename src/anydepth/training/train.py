@@ -114,16 +114,22 @@ class AdaptedTrainer(Trainer):
         self.micro_step = 0
         self.terms: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
-        dataset = WindowDataset(windows, num_items=config.max_steps * batch, seed=config.seed)
-        super().__init__(model=model, args=_arguments(config, out), train_dataset=dataset)
+        self.windows = WindowDataset(windows, num_items=config.max_steps * batch, seed=config.seed)
+        super().__init__(model=model, args=_arguments(config, out), train_dataset=self.windows)
         self.model_accepts_loss_kwargs = False  # our losses are means already
         self.remove_callback(_progress_callback(self))
         self.add_callback(_StepWatch(self))
 
+    @property
+    def module(self) -> nn.Module:
+        """The model as it was given, never a wrapper of a parallel run."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     # --- loss --------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        adapted = self.model
+        adapted = self.module
         methods = list(adapted.methods.values()) if isinstance(adapted, AdaptedModel) else []
         for number, method in enumerate(methods):
             assert isinstance(method, Method)
@@ -168,7 +174,7 @@ class AdaptedTrainer(Trainer):
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         routers, others = [], []
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 (routers if name.startswith("methods.") else others).append(parameter)
         settings = self.settings
@@ -176,19 +182,20 @@ class AdaptedTrainer(Trainer):
             {"params": others, "lr": settings.learning_rate},
             {"params": routers, "lr": settings.router_learning_rate or settings.learning_rate},
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
-                                           weight_decay=settings.weight_decay)  # fmt: skip
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], weight_decay=settings.weight_decay
+        )
         return self.optimizer
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)  # the dataset itself is in its order, see WindowDataset
+        return SequentialSampler(self.windows)  # the dataset itself is in its order, see WindowDataset
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.cpu().contiguous() for name, value in trainable_state(self.model).items()}
+        state = {name: value.cpu().contiguous() for name, value in trainable_state(self.module).items()}
         save_file(state, folder / "trainable.safetensors")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -199,7 +206,7 @@ class AdaptedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         state = load_file(folder / "trainable.safetensors")
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(self.module.named_parameters())
         with torch.no_grad():
             for name, value in state.items():
                 parameters[name].copy_(value)
