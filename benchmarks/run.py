@@ -61,7 +61,7 @@ def run_variant(experiment: dict[str, Any], name: str, runs: Path, stages: tuple
     """The documents of one variant's stages."""
     variant = {**experiment["variants"][name]}
     source = variant.pop("rates_from", None)
-    recipe = {"seed": experiment["seed"], **experiment["recipe"], **variant}
+    recipe = merged({"seed": experiment["seed"], **experiment["recipe"]}, variant)
     if source is not None:
         router = recipe["methods"][0]
         rates = read_document(runs / source / "eval.json")["per_layer"]["mixer"]
@@ -71,6 +71,12 @@ def run_variant(experiment: dict[str, Any], name: str, runs: Path, stages: tuple
     )
     runner.on_step = lambda row: print(name, row, flush=True) if row["step"] % 10 == 0 else None
     return {stage: getattr(runner, stage)() for stage in stages}
+
+
+def merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the keys of `changes` on top, section by section."""
+    both = {key: merged(recipe[key], value) for key, value in changes.items() if isinstance(value, dict) and key in recipe}
+    return {**recipe, **changes, **both}
 
 
 def table_rows(name: str, stages: dict[str, Any]) -> list[dict[str, Any]]:
