@@ -75,7 +75,9 @@ def run_variant(experiment: dict[str, Any], name: str, runs: Path, stages: tuple
 
 def merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The recipe with the keys of `changes` on top, section by section."""
-    both = {key: merged(recipe[key], value) for key, value in changes.items() if isinstance(value, dict) and key in recipe}
+    both = {
+        key: merged(recipe[key], value) for key, value in changes.items() if isinstance(value, dict) and key in recipe
+    }
     return {**recipe, **changes, **both}
 
 
