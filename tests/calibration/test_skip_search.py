@@ -1,0 +1,85 @@
+"""Skip sets: what a search finds is what leaves most of full depth, and the model comes back untouched."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import anydepth
+from anydepth.calibration.budget import set_skip_share
+from anydepth.calibration.skip_search import influences, search
+from anydepth.errors import RunError, UserError
+from tiny import tiny_llama
+
+
+def windows(num: int = 3, length: int = 40) -> Tensor:
+    return torch.randint(1, 257, (num, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def agreement(layers: tuple[int, ...]) -> float:
+    model = tiny_llama()
+    wanted = model(windows()).logits.argmax(-1)
+    ours = anydepth.attach(model, {"name": "skip_set", "skip_layers": list(layers)})(windows()).logits.argmax(-1)
+    return (ours == wanted).double().mean().item()
+
+
+def test_greedy_takes_the_best_next_layer_each_time() -> None:
+    found = search(tiny_llama(), windows(), strategy="greedy", budget=0.5)
+    chosen: tuple[int, ...] = ()
+    for step in found.trajectory:
+        candidates = [(*chosen, layer) for layer in range(6) if layer not in chosen]
+        best = max(agreement(candidate) for candidate in candidates)
+        chosen = (*chosen, step["layer"])
+        assert step["agreement"] == pytest.approx(agreement(chosen)) == pytest.approx(best)
+    assert found.config.skip_layers == sorted(chosen)
+    assert found.agreement >= sorted(agreement(pair) for pair in combinations(range(6), 3))[0]
+
+
+@torch.no_grad()
+def test_influence_is_one_minus_cosine() -> None:
+    model = tiny_llama()
+    states = model(windows(), output_hidden_states=True).hidden_states
+    measured = influences(anydepth.attach(model, {"name": "skip_set"}), windows())
+    for layer in range(5):  # the last recorded state has the final norm applied
+        wanted = 1 - F.cosine_similarity(states[layer], states[layer + 1], dim=-1).mean().item()
+        assert measured["layer", layer] == pytest.approx(wanted, abs=1e-5)
+    assert len(measured) == 18
+    found = search(tiny_llama(), windows(), strategy="influence", budget=0.34)
+    order = sorted(range(6), key=lambda layer: measured["layer", layer])
+    assert found.config.skip_layers == sorted(order[:2])
+
+
+@pytest.mark.parametrize("strategy", ["influence", "greedy"])
+def test_branches_and_the_model_afterwards(strategy: str) -> None:
+    model = tiny_llama()
+    stock = model(windows()).logits
+    found = search(model, windows(1, 24), strategy=strategy, budget=0.25, branches=True)
+    assert len(found.config.skip_mixers) + len(found.config.skip_ffns) == 3
+    assert found.config.skip_layers == []
+    assert torch.equal(model(windows()).logits, stock)
+
+
+@pytest.mark.parametrize(("budget", "strategy"), [(0.01, "greedy"), (0.99, "greedy"), (0.3, "bayes")])
+def test_what_cannot_be_searched(budget: float, strategy: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(UserError):
+        search(model, windows(), strategy=strategy, budget=budget)
+    anydepth.attach(model, [])  # nothing is left attached
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.75])
+def test_the_threshold_skips_the_share_it_was_asked_for(share: float) -> None:
+    adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2})
+    assert set_skip_share(adapted, windows(), share) == pytest.approx(share, abs=0.01)
+    adapted(input_ids=windows(), use_cache=False)
+    assert 1 - adapted.last_trace.mixer_keep[2:].double().mean().item() == pytest.approx(share, abs=0.01)
+
+
+def test_a_model_without_router_has_no_share_to_set() -> None:
+    with pytest.raises(RunError, match="layer_router"):
+        set_skip_share(anydepth.attach(tiny_llama(), {"name": "skip_set"}), windows(), 0.3)

@@ -1,0 +1,83 @@
+"""Bench: pairs, the ideal beside the measured, and no speed-up for an execution that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import anydepth
+from anydepth.errors import RunError, UserError
+from anydepth.execution.gate import GatedLayer
+from anydepth.measure.bench import bench, self_check
+from tiny import tiny_llama
+
+ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}
+
+
+def windows(num: int = 4, length: int = 48) -> Tensor:
+    return torch.randint(1, 257, (num, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_row_says_everything() -> None:
+    adapted = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": [1, 2, 3]})
+    seen: list[dict[str, object]] = []
+    rows = bench(
+        adapted, windows(), batch_sizes=[1, 3], prompt_tokens=[8], new_tokens=5, num_runs=3, on_row=seen.append
+    )
+    assert rows == seen
+    assert [row["batch_size"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["adapted"]["mean_depth"] == 3
+        assert row["adapted"]["layer_token_share"] == pytest.approx(0.5)
+        assert row["speedup_range"][0] <= row["speedup"] <= row["speedup_range"][1]
+        for part in (row, row["prefill"], row["decode"]):
+            assert part["realised"] == pytest.approx(part["speedup"] / part["ideal_speedup"])
+            assert 1 < part["ideal_speedup"] < 2
+        for side in ("full_depth", "adapted"):
+            assert row[side]["tokens_per_second"] > 0
+            assert row[side]["peak_memory_bytes"] > 2**20
+
+
+def test_full_depth_is_identical_and_ideal_one() -> None:
+    row = bench(
+        anydepth.attach(tiny_llama(), {"name": "skip_set"}),
+        windows(),
+        batch_sizes=[1],
+        prompt_tokens=[8],
+        new_tokens=4,
+        num_runs=1,
+    )[0]
+    assert row["identical_tokens"] is True
+    assert row["ideal_speedup"] == 1.0
+
+
+@pytest.mark.parametrize("spec", [ROUTER, {**ROUTER, "kv_rule": "omit"}, {"name": "skip_set", "skip_mixers": [0, 3]}])
+def test_the_self_check_passes_what_is_right(spec: dict[str, object]) -> None:
+    self_check(anydepth.attach(tiny_llama(), spec), windows(2))
+
+
+def test_a_wrong_execution_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: sparse execution that forgets to put the kept tokens back."""
+    monkeypatch.setattr(GatedLayer, "_run_on_kept", lambda self, run, gate, own, hidden, base, *rest: base)
+    with pytest.raises(RunError, match="self-check failed"):
+        bench(
+            anydepth.attach(tiny_llama(), ROUTER),
+            windows(),
+            batch_sizes=[1],
+            prompt_tokens=[8],
+            new_tokens=2,
+            num_runs=1,
+        )
+
+
+def test_more_rows_than_prompts_are_refused() -> None:
+    with pytest.raises(UserError, match="batch size 9"):
+        bench(
+            anydepth.attach(tiny_llama(), ROUTER),
+            windows(),
+            batch_sizes=[9],
+            prompt_tokens=[8],
+            new_tokens=2,
+            num_runs=1,
+        )

@@ -1,0 +1,74 @@
+"""Evaluation: the loss of a plain transformers loop, and numbers over real tokens only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import anydepth
+from anydepth.config import TrainConfig
+from anydepth.execution import cost
+from anydepth.measure.evaluate import evaluate
+from anydepth.training.train import add_lora
+from tiny import tiny_llama
+
+ROUTER = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.1}
+
+
+def windows(num: int = 3, length: int = 40) -> torch.Tensor:
+    return torch.randint(1, 257, (num, length), generator=torch.Generator().manual_seed(1))
+
+
+def routed() -> anydepth.AdaptedModel:
+    adapted = anydepth.attach(tiny_llama(), ROUTER)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in adapted.methods.named_parameters():
+            if "out." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
+@torch.no_grad()
+def test_full_depth_is_a_plain_transformers_loop() -> None:
+    model, total = tiny_llama(), 0.0
+    for row in windows():
+        total += model(input_ids=row[None], labels=row[None]).loss.item() * 39
+    result = evaluate(anydepth.attach(model, []), windows())
+    assert result["loss"] == pytest.approx(total / (3 * 39), abs=1e-4)
+    assert result["num_tokens"] == 3 * 39
+    assert result["full_depth"]["agreement"] == 1.0
+    assert result["full_depth"]["layer_token_share"] == 1.0
+
+
+@torch.no_grad()
+def test_routed_numbers_are_those_of_the_routed_forward() -> None:
+    adapted = routed()
+    result = evaluate(adapted, windows())
+    losses, agreeing, shares, depths = [], 0, [], []
+    for row in windows():
+        with adapted.disabled():
+            reference = adapted(input_ids=row[None]).logits
+        logits = adapted(input_ids=row[None], use_cache=False, labels=row[None])
+        losses.append(logits.loss.item())
+        agreeing += int((logits.logits[0, :-1].argmax(-1) == reference[0, :-1].argmax(-1)).sum())
+        shares.append(cost.flops(adapted.backbone, adapted.last_trace, adapted.methods.values()))
+        depths.append(adapted.last_trace.mean_depth)
+    assert result["loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
+    assert result["agreement"] == agreeing / (3 * 39)
+    assert result["mean_depth"] == pytest.approx(sum(depths) / 3)
+    share = sum(count.layers for count in shares) / sum(count.full_depth_layers for count in shares)
+    assert result["layer_token_share"] == pytest.approx(share)
+    assert 0.3 < result["layer_token_share"] < 0.95
+    assert result["full_depth"]["loss"] != result["loss"]
+
+
+def test_untouched_means_gates_and_adapters_off() -> None:
+    stock = evaluate(anydepth.attach(tiny_llama(), []), windows())
+    model = add_lora(tiny_llama(), TrainConfig.model_validate({"lora": {"rank": 2}}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    result = evaluate(anydepth.attach(model, ROUTER), windows())
+    assert result["full_depth"]["loss"] == pytest.approx(stock["loss"], abs=1e-6)
+    assert result["loss"] != pytest.approx(stock["loss"], abs=1e-3)
