@@ -116,7 +116,7 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
             xytext=(5, 5),
             textcoords="offset points",
         )
-    axes.margins(0.25)
+    axes.margins(x=0.4, y=0.25)  # room for the labels
     axes.set_xlabel("tokens per second (generation, batch 1)")
     axes.set_ylabel("perplexity (lower is better)")
     return figure
@@ -142,6 +142,7 @@ def search(document: Document) -> Figure:
         axes.annotate(
             str(step["layer"]), (step["step"], step["agreement"]), fontsize=7, xytext=(2, 5), textcoords="offset points"
         )
+    axes.set_xticks([step["step"] for step in steps])
     axes.set_xlabel("branches left out (each point names the layer)")
     axes.set_ylabel("same next token")
     axes.set_ylim(0, 1.05)
