@@ -105,12 +105,12 @@ def _fields(cls: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """`Literal['a', 'b'] | None` as a reader would write it in YAML."""
+    """`Literal['a', 'b'] | None` as `a or b or null`, the words of YAML."""
     text = (
         annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
     )
     text = re.sub(r"typing\.Literal\[([^\]]*)\]", lambda found: found[1].replace(", ", " | ").replace("'", ""), text)
-    return re.sub(r"\b(?:typing|anydepth(?:\.\w+)*)\.", "", text).replace("NoneType", "None")
+    return re.sub(r"\b(?:typing|anydepth(?:\.\w+)*)\.", "", text).replace("None", "null").replace(" | ", " or ")
 
 
 def _default(field: Any) -> str:
@@ -145,7 +145,7 @@ def _parameter(parameter: Any) -> tuple[str, str, str]:
     names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     if parameter.param_type_name == "argument":
         names = f"`{_placeholder(parameter)}`"
-    default = "" if parameter.default in (None, False, ()) else f"`{parameter.default}`"
+    default = "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"
     return names, "required" if parameter.required else default, parameter.help or ""
 
 

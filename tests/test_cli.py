@@ -164,6 +164,19 @@ def test_bench_against_a_method_on_a_base(base: Path, text: Path) -> None:
     assert row["ideal_speedup"] > 1
 
 
+def test_bench_of_given_prompts(tmp_path: Path, finished: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "the sea"}, {"turns": ["the night is long", "why"]}, {"messages": [{"content": "light"}]}]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    done = anydepth("bench", finished, "--prompts", prompts, "--batch-sizes", "1,3", "--new-tokens", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)["rows"]
+    assert [(row["batch_size"], row["num_runs"]) for row in measured] == [(1, 3), (3, 1)]
+    assert measured[0]["prompt_tokens"] == len("the night is long")
+    prompts.write_text('{"text": "no prompt"}')
+    assert "line 1" in refused("bench", finished, "--prompts", prompts, "--quiet")
+
+
 def test_report_reads_results(tmp_path: Path, finished: Path) -> None:
     done = anydepth("report", finished, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr

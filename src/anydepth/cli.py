@@ -251,6 +251,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
     num_runs: Annotated[int, typer.Option(help="Measured pairs per row.")] = 5,
     engine: Annotated[str, typer.Option(help="hf; the fast engine comes later.")] = "hf",
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, turns or messages.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
     data: Data = "embedded:valid",
@@ -263,7 +264,7 @@ def bench(
     """Paired wall-clock: full depth and adapted in turn in one process."""
     from anydepth.execution.adapted import attach, detach
     from anydepth.measure.bench import bench as time_pairs
-    from anydepth.measure.bench import load_prompts
+    from anydepth.measure.bench import bench_prompts, load_prompts, read_prompts
     from anydepth.measure.results import document
     from anydepth.training.checkpoint import load_target
 
@@ -277,8 +278,7 @@ def bench(
         raise UserError(
             f"{target} has no method attached; give a folder that train or search wrote, or --against METHOD"
         )
-    lengths = _numbers("prompt-tokens", prompt_tokens)
-    windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
+    sizes, lengths = _numbers("batch-sizes", batch_sizes), _numbers("prompt-tokens", prompt_tokens)
     config = {
         "target": target,
         "batch_sizes": batch_sizes,
@@ -288,17 +288,27 @@ def bench(
         "dtype": dtype,
         "data": data,
         "against": against,
+        "prompts": prompts,
         "options": options,
     }
-    rows = time_pairs(
-        adapted,
-        windows,
-        batch_sizes=_numbers("batch-sizes", batch_sizes),
-        prompt_tokens=lengths,
-        new_tokens=new_tokens,
-        num_runs=num_runs,
-        on_row=lambda row: printer.progress(_bench_line(row)),
-    )
+
+    def say(row: dict[str, Any]) -> None:
+        printer.progress(_bench_line(row))
+
+    if prompts is not None:
+        texts = read_prompts(prompts, tokenizer)
+        rows = bench_prompts(adapted, tokenizer, texts, batch_sizes=sizes, new_tokens=new_tokens, on_row=say)
+    else:
+        windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
+        rows = time_pairs(
+            adapted,
+            windows,
+            batch_sizes=sizes,
+            prompt_tokens=lengths,
+            new_tokens=new_tokens,
+            num_runs=num_runs,
+            on_row=say,
+        )
     result = document("anydepth.bench/1", seed=seed, config=config, label=_label(adapted), rows=rows)
     printer.result(result, _show_bench)
 

@@ -6,13 +6,14 @@ stands what the skipped work allows (`cost.py`), and how much of that became tim
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from anydepth.inference.generate import check_window
 from anydepth.methods.method import Method
 from anydepth.training.data import load_windows
 
+Batch = dict[str, Tensor]
+"""`input_ids` and `attention_mask`, (B, T) each."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
@@ -79,35 +82,102 @@ def bench(
     for batch_size in batch_sizes:
         for length in prompt_tokens:
             prompts = windows[:batch_size, :length].to(adapted.device)
-            rows.append(_row(adapted, prompts, new_tokens, num_runs))
+            batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
+            rows.append(_row(adapted, [batch] * num_runs, new_tokens))
             on_row(rows[-1])
     return rows
 
 
-def _row(adapted: AdaptedModel, prompts: Tensor, new_tokens: int, num_runs: int) -> dict[str, Any]:
-    pairs = [_pair(adapted, prompts, new_tokens, number) for number in range(-1, num_runs)][1:]  # the first warms up
-    full, ours = [full for full, _ in pairs], [ours for _, ours in pairs]
-    records = adapted.records
-    whole, prefill = _flops(adapted, Trace.join(records)), _flops(adapted, Trace.join(records[:1]))
+def bench_prompts(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    batch_sizes: list[int],
+    new_tokens: int,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Rows of `anydepth.bench/1` over given prompts: each batch of them (padded on the left) is one measured pair."""
+    adapted.eval()
+    rows = []
+    for batch_size in batch_sizes:
+        if batch_size > len(prompts):
+            raise UserError(f"batch size {batch_size} needs as many prompts; the file has {len(prompts)}")
+        parts = [prompts[start : start + batch_size] for start in range(0, len(prompts) - batch_size + 1, batch_size)]
+        batches = [dict(tokenizer(part, return_tensors="pt", padding=True).to(adapted.device)) for part in parts]
+        check_window(adapted, max(batch["input_ids"].shape[1] for batch in batches), new_tokens)
+        self_check(adapted, batches[0]["input_ids"][:1, -48:])
+        rows.append(_row(adapted, batches, new_tokens))
+        on_row(rows[-1])
+    return rows
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Prompts of a .jsonl file: `prompt`, the first of `turns`, or `messages`, through the chat template if there is one.
+
+    Raises:
+        UserError: no such file, a line that is not JSON, or one without any of the three.
+    """
+    if not path.is_file():
+        raise UserError(f"no file at {path}; give a .jsonl file of prompts")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            prompts.append(_prompt_of(line, f"{path}, line {number}", tokenizer))
+    if not prompts:
+        raise UserError(f"{path} holds no prompt")
+    return prompts
+
+
+def _prompt_of(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON") from error
+    if not isinstance(row, dict) or not any(row.get(key) for key in ("prompt", "turns", "messages")):
+        raise UserError(f"{where} has none of `prompt`, `turns`, `messages`")
+    text = row.get("prompt") or (row.get("turns") or [None])[0]
+    if tokenizer.chat_template is None:
+        return str(text or row["messages"][-1]["content"])
+    messages = row.get("messages") or [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same generation at full depth and adapted, and what the adapted one cost, in all and for the prompt."""
+
+    full: Timing
+    ours: Timing
+    flops: cost.FlopCount
+    prefill_flops: cost.FlopCount
+    mean_depth: float
+
+
+def _row(adapted: AdaptedModel, batches: list[Batch], new_tokens: int) -> dict[str, Any]:
+    _pair(adapted, batches[0], new_tokens, 0)  # warm-up
+    pairs = [_pair(adapted, batch, new_tokens, number) for number, batch in enumerate(batches)]
+    whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
+    batch_size = batches[0]["input_ids"].shape[0]
     speedup = _ratio(pairs, lambda timing: timing.total)
     row = {
         "engine": "hf",
         "dtype": str(adapted.dtype).removeprefix("torch."),
-        "batch_size": prompts.shape[0],
-        "prompt_tokens": prompts.shape[1],
+        "batch_size": batch_size,
+        "prompt_tokens": max(batch["input_ids"].shape[1] for batch in batches),
         "new_tokens": new_tokens,
-        "num_runs": num_runs,
-        "full_depth": _medians(full, prompts.shape[0], new_tokens),
+        "num_runs": len(pairs),
+        "full_depth": _medians([pair.full for pair in pairs], batch_size, new_tokens),
         "adapted": {
-            **_medians(ours, prompts.shape[0], new_tokens),
-            "mean_depth": Trace.join(records).mean_depth,
+            **_medians([pair.ours for pair in pairs], batch_size, new_tokens),
+            "mean_depth": mean(pair.mean_depth for pair in pairs),
             "layer_token_share": whole.layer_token_share,
         },
         "speedup": speedup,
-        "speedup_range": _spread(pairs, lambda timing: timing.total),
+        "speedup_range": _spread(pairs),
         "ideal_speedup": whole.ideal_speedup,
         "realised": speedup / whole.ideal_speedup,
-        "identical_tokens": bool(torch.equal(full[-1].token_ids, ours[-1].token_ids)),
+        "identical_tokens": all(torch.equal(pair.full.token_ids, pair.ours.token_ids) for pair in pairs),
         "prefill": _phase(_ratio(pairs, lambda timing: timing.ttft), prefill.ideal_speedup),
     }
     if new_tokens > 1:
@@ -120,18 +190,34 @@ def _phase(speedup: float, ideal: float) -> dict[str, float]:
     return {"speedup": speedup, "ideal_speedup": ideal, "realised": speedup / ideal}
 
 
+def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:
+    return cost.FlopCount(
+        layers=sum(count.layers for count in counts),
+        full_depth_layers=sum(count.full_depth_layers for count in counts),
+        head=sum(count.head for count in counts),
+        router=sum(count.router for count in counts),
+    )
+
+
 def _flops(adapted: AdaptedModel, trace: Trace) -> cost.FlopCount:
     methods = [method for method in adapted.methods.values() if isinstance(method, Method)]
     return cost.flops(adapted.backbone, trace, methods)
 
 
-def _pair(adapted: AdaptedModel, prompts: Tensor, new_tokens: int, number: int) -> tuple[Timing, Timing]:
-    """(full depth, adapted), taking turns at going first."""
-    if number % 2:
-        ours = _time(adapted, prompts, new_tokens, full_depth=False)
-        return _time(adapted, prompts, new_tokens, full_depth=True), ours
-    full = _time(adapted, prompts, new_tokens, full_depth=True)
-    return full, _time(adapted, prompts, new_tokens, full_depth=False)
+def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int) -> Pair:
+    """Full depth and adapted, taking turns at going first."""
+    timings = {}
+    for full_depth in (True, False) if number % 2 else (False, True):
+        timings[full_depth] = _time(adapted, batch, new_tokens, full_depth=full_depth)
+    records = adapted.records  # full depth leaves none
+    trace = Trace.join(records)
+    return Pair(
+        timings[True],
+        timings[False],
+        _flops(adapted, trace),
+        _flops(adapted, Trace.join(records[:1])),
+        trace.mean_depth,
+    )
 
 
 class _FirstToken(StoppingCriteria):
@@ -148,14 +234,13 @@ class _FirstToken(StoppingCriteria):
 
 
 @torch.no_grad()
-def _time(adapted: AdaptedModel, prompts: Tensor, new_tokens: int, *, full_depth: bool) -> Timing:
+def _time(adapted: AdaptedModel, batch: Batch, new_tokens: int, *, full_depth: bool) -> Timing:
     first = _FirstToken()
     _reset_peak_memory()
     with adapted.disabled() if full_depth else nullcontext():
         started = time.perf_counter()
         output = adapted.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
+            **batch,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
@@ -165,7 +250,7 @@ def _time(adapted: AdaptedModel, prompts: Tensor, new_tokens: int, *, full_depth
         _wait(output)
         ended = time.perf_counter()
     assert first.at is not None
-    return Timing(first.at - started, ended - started, output[:, prompts.shape[1] :], _peak_memory_bytes())
+    return Timing(first.at - started, ended - started, output[:, batch["input_ids"].shape[1] :], _peak_memory_bytes())
 
 
 def _wait(tensor: Tensor) -> None:
@@ -173,13 +258,13 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def _ratio(pairs: list[tuple[Timing, Timing]], part: Callable[[Timing], float]) -> float:
+def _ratio(pairs: list[Pair], part: Callable[[Timing], float]) -> float:
     """Median of the paired ratios full depth ÷ adapted."""
-    return median(part(full) / part(ours) for full, ours in pairs)
+    return median(part(pair.full) / part(pair.ours) for pair in pairs)
 
 
-def _spread(pairs: list[tuple[Timing, Timing]], part: Callable[[Timing], float]) -> list[float]:
-    ratios = [part(full) / part(ours) for full, ours in pairs]
+def _spread(pairs: list[Pair]) -> list[float]:
+    ratios = [pair.full.total / pair.ours.total for pair in pairs]
     return [min(ratios), max(ratios)]
 
 

@@ -213,6 +213,12 @@ class Backbone:
             raise UserError(f"model family '{self.family_name}' is not supported; supported are: {known}")
         self.family = FAMILIES[self.family_name]
         self._refuse_variants(causal_lm.config)
+        if self.attention_implementation not in ("sdpa", "eager"):
+            # The others take no mask of (query, key): kept tokens would attend to the wrong ones.
+            raise UserError(
+                f"attention by '{self.attention_implementation}' cannot run a part of the tokens; load the model with "
+                "attn_implementation='sdpa' or 'eager'"
+            )
         self.decoder: nn.Module = causal_lm.get_submodule(self.family.decoder)
         modules = list(getattr(self.decoder, self.family.layers))
         self.layers = [LayerView(module, i, self.family, self.hidden_size) for i, module in enumerate(modules)]

@@ -96,7 +96,10 @@ def _load(
     folder: Path, base: str | None, dtype: str, device: str, *, merge: bool
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     manifest = read_manifest(folder)
-    model, tokenizer = load_model(base or manifest["base"]["target"], dtype=dtype, device=device)
+    target = base or manifest["base"]["target"]
+    if not target:
+        raise UserError(f"{folder} was saved from a model without a name; pass base= with its folder or hub name")
+    model, tokenizer = load_model(target, dtype=dtype, device=device)
     check_base(model, manifest, folder)
     wrapped: Any = _with_adapter(model, manifest, folder)
     if merge and isinstance(wrapped, PeftModel):
