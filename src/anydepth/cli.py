@@ -100,9 +100,9 @@ def run(
     recipe: RecipePath,
     out: Out,
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
-    device: Annotated[str | None, typer.Option("--device")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -114,9 +114,9 @@ def run(
 def demo(
     out: Out = Path("demo"),
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
-    device: Annotated[str | None, typer.Option("--device")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -139,9 +139,9 @@ def train(
     out: Out,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
-    device: Annotated[str | None, typer.Option("--device")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

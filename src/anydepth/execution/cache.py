@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -158,7 +158,7 @@ class AdaptiveCache(DynamicCache):
         super().reset()
         self.num_seen = 0
 
-    def recurrent_rows(self, layer_idx: int, rows: Tensor) -> LinearAttentionLayer:
+    def recurrent_rows(self, layer_idx: int, rows: Tensor) -> Cache:
         """A recurrent layer's state of some rows, to run those rows alone; put back with `write_recurrent_rows`."""
         source: Any = self.layers[layer_idx]
         part: Any = LinearAttentionLayer(number_of_states=source.number_of_states)
@@ -169,10 +169,11 @@ class AdaptiveCache(DynamicCache):
                 part.conv_states[state].copy_(source.conv_states[state][rows])
                 part.recurrent_states[state].copy_(source.recurrent_states[state][rows])
                 part.has_previous_state[state] = True
-        return part
+        return Cache(layers=[part] * (layer_idx + 1))
 
-    def write_recurrent_rows(self, layer_idx: int, rows: Tensor, part: Any, batch_size: int) -> None:
+    def write_recurrent_rows(self, layer_idx: int, rows: Tensor, ran: Cache, batch_size: int) -> None:
         """Put the state of `rows` back. Rows that never ran start from zeros, which is the empty state."""
+        part: Any = ran.layers[layer_idx]
         target: Any = self.layers[layer_idx]
         for state in range(target.number_of_states):
             conv, recurrent = part.conv_states[state], part.recurrent_states[state]
@@ -225,25 +226,3 @@ class KVTap:
         if self.order.dim() == 1:
             return both.index_select(2, self.order)
         return both.gather(2, self.order[:, None, :, None].expand_as(both))
-
-
-class RecurrentTap:
-    """The cache of one recurrent mixer for some rows of the batch, with transformers' method names."""
-
-    def __init__(self, layer: LinearAttentionLayer) -> None:
-        self.layer = layer
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.layer.conv_states[state_idx] if self.layer.has_previous_state[state_idx] else None
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.layer.recurrent_states[state_idx] if self.layer.has_previous_state[state_idx] else None
-
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
-        return self.layer.update_conv_state(conv_states, state_idx, **kwargs)
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
-        return self.layer.update_recurrent_state(recurrent_states, state_idx)
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        return False

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anydepth.execution.cache import EMPTY, AdaptiveCache, KVTap, RecurrentTap
+from anydepth.execution.cache import EMPTY, AdaptiveCache, KVTap
 from anydepth.execution.trace import PassRecord
 from anydepth.methods.method import Gate, Method, PassContext
 from anydepth.models.backbone import LayerView
@@ -373,7 +373,7 @@ class GatedLayer:
         for name in ("past_key_values", "cache_params"):
             if arguments.get(name) is not None and run.cache is not None:
                 state = run.cache.recurrent_rows(self.layer_idx, rows)
-                taken[name] = RecurrentTap(state)
+                taken[name] = state
         output = _first(own(group.take(hidden, group.kept), **{**arguments, **taken}))
         if state is not None and run.cache is not None:
             run.cache.write_recurrent_rows(self.layer_idx, rows, state, run.shape[0])

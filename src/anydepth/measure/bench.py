@@ -113,7 +113,7 @@ def bench_prompts(
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Prompts of a .jsonl file: `prompt`, the first of `turns`, or `messages`, through the chat template if there is one.
+    """Prompts of a .jsonl file, `prompt`, the first of `turns`, or `messages`; in the chat template if there is one.
 
     Raises:
         UserError: no such file, a line that is not JSON, or one without any of the three.
