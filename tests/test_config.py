@@ -39,6 +39,17 @@ def test_overrides_are_yaml_and_reach_lists_and_null_sections(tmp_path: Path) ->
     assert recipe.methods[0]["target_skip"] == 0.25
 
 
+def test_a_name_alone_is_a_method_with_its_defaults(tmp_path: Path) -> None:
+    (config,) = load_recipe(written(tmp_path, "methods: [layer_router]")).method_configs()
+    assert config == load_recipe(written(tmp_path, "methods: [{name: layer_router}]")).method_configs()[0]
+
+
+def test_the_seed_reaches_every_method_that_has_none_of_its_own(tmp_path: Path) -> None:
+    text = "seed: 5\nmethods: [layer_router, skip_set, {name: stochastic_depth, seed: 2}]"
+    router, _, dropped = load_recipe(written(tmp_path, text)).method_configs()
+    assert (router.model_dump()["seed"], dropped.model_dump()["seed"]) == (5, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [
@@ -48,6 +59,8 @@ def test_overrides_are_yaml_and_reach_lists_and_null_sections(tmp_path: Path) ->
         ("methods: [{name: layer_ruoter}]", [], ["layer_ruoter", "layer_router"]),
         ("methods: [{name: layer_router, target_skp: 0.1}]", [], ["methods[0]", "target_skip"]),
         ("train: {max_steps: many}", [], ["train.max_steps", "many"]),
+        ("train: {max_steps: yes}", [], ["train.max_steps", "number"]),
+        ("train: {max_steps: 3, max_steps: 4}", [], ["max_steps", "twice"]),
         ("train: {execution: dense}", [], ["train.execution", "masked", "sparse", "dense"]),
         ("- a\n- b", [], ["list", "mapping"]),
         ("a: [1", [], ["not YAML"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from anydepth.errors import UserError
 
@@ -25,6 +25,15 @@ class StrictConfig(BaseModel):
     """Base of every config: unknown keys are errors, values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes `yes` for 1; nobody who writes `max_steps: yes` means one step."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {int, float} & set(_alternatives(annotation)):
+            raise ValueError("must be a number, not yes or no")
+        return value
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
@@ -84,7 +93,6 @@ class TrainConfig(StrictConfig):
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 turns autocast on.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute layers in backward to save memory.")
     save_every: int = Field(default=50, ge=1, description="Steps between checkpoints to resume from.")
-    seed: int = Field(default=0, description="Seed of everything random in training.")
 
 
 class SearchConfig(StrictConfig):
@@ -141,7 +149,15 @@ class Recipe(StrictConfig):
     eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
     bench: BenchConfig = Field(default=BenchConfig(), description="Speed.")
     generate: GenerateConfig = Field(default=GenerateConfig(), description="A sample of text.")
-    seed: int = Field(default=0, description="Seed of search, evaluation order and sampling.")
+    seed: int = Field(default=0, description="Seed of everything random; a method can have its own.")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _named(cls, methods: Any) -> Any:
+        """A name alone stands for the method with its defaults."""
+        if not isinstance(methods, list):
+            return methods
+        return [{"name": method} if isinstance(method, str) else method for method in methods]
 
     def method_configs(self) -> list[StrictConfig]:
         """The methods' configs, validated. Loads the methods, hence torch."""
@@ -150,7 +166,10 @@ class Recipe(StrictConfig):
         configs = []
         for number, spec in enumerate(self.methods):
             options, where = dict(spec), f"methods[{number}]"
-            configs.append(validate(method_class(options.pop("name", None), where).Config, options, where=where))
+            config_class = method_class(options.pop("name", None), where).Config
+            if "seed" in config_class.model_fields:
+                options.setdefault("seed", self.seed)
+            configs.append(validate(config_class, options, where=where))
         return configs
 
 
@@ -164,7 +183,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise UserError(f"no recipe at {path}; give a YAML file (recipes/ has one per method)")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _UniqueKeys)  # a safe loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
@@ -174,6 +193,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = validate(Recipe, content, where=str(path))
     recipe.method_configs()
     return recipe
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping that gives a key twice; YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[reportUnknownMemberType]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def validate(config: type[ConfigT], options: Mapping[str, Any], *, where: str) -> ConfigT:

@@ -1,6 +1,6 @@
 """The two errors that end a command: a mistake of the user's (exit code 2) and a failed run (exit code 1).
 
-Each carries one line: what came, what is allowed, what to do. Only `cli.py` prints them.
+Each carries one line: what came, what is allowed, what to do. Only `cli` prints them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import anydepth
 from anydepth.errors import RunError, UserError
-from anydepth.execution.gate import GatedLayer
+from anydepth.execution.partial import PartialRunner
 from anydepth.measure.bench import bench, self_check
 from tiny import tiny_llama
 
@@ -59,7 +59,7 @@ def test_the_self_check_passes_what_is_right(spec: dict[str, object]) -> None:
 
 def test_a_wrong_execution_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: sparse execution that forgets to put the kept tokens back."""
-    monkeypatch.setattr(GatedLayer, "_run_on_kept", lambda self, run, gate, own, hidden, base, *rest: base)
+    monkeypatch.setattr(PartialRunner, "run_on_kept", lambda self, run, gate, own, hidden, base, *rest: base)
     with pytest.raises(RunError, match="self-check failed"):
         bench(
             anydepth.attach(tiny_llama(), ROUTER),

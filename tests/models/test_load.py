@@ -60,7 +60,7 @@ def test_missing_package_says_how_to_install(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_embedded_has_a_chat_template_and_pads_left() -> None:
-    model, tokenizer = load_model("embedded", dtype="bfloat16")
+    model, tokenizer = load_model("embedded", dtype=torch.bfloat16)
     assert (model.config.num_hidden_layers, model.dtype, model.training) == (30, torch.bfloat16, False)
     assert (tokenizer.padding_side, tokenizer.eos_token, tokenizer.pad_token_id) == ("left", "<|im_end|>", 2)
     assert tokenizer.chat_template

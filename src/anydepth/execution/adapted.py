@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from anydepth.config import StrictConfig, validate
 from anydepth.errors import UserError
 from anydepth.execution.cache import AdaptiveCache
-from anydepth.execution.gate import GatedLayer, Run
+from anydepth.execution.gate import GatedLayer
+from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord, Trace
 from anydepth.methods import METHODS, method_class
 from anydepth.methods.method import Method, PassContext
@@ -196,6 +197,11 @@ class AdaptedModel(nn.Module):
             for term, value in method.auxiliary_losses(self.context).items():
                 losses[f"{name}/{term}"] = value
         return losses
+
+    @property
+    def label(self) -> str:
+        """What is attached, in a few words."""
+        return " + ".join(self.methods) or "full depth"
 
     @property
     def config(self) -> Any:

@@ -1,8 +1,8 @@
 """What a trace costs: FLOPs, weight bytes and K/V bytes, from the modules' shapes and which tokens ran them.
 
 No timing. Counts as `torch.utils.flop_counter.FlopCounterMode` does: 2 per multiply-add, matrix products,
-convolutions and attention only, attention over the whole rectangle of queries × keys. The only file with such
-formulas.
+convolutions and attention only, attention over the whole rectangle of queries × keys; and the recurrence of linear
+attention, of which torch sees nothing. The only file with such formulas.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def layer_cost(view: LayerView) -> LayerCost:
     mixer = _linear_flops(view.mixer)
     ffn = _ffn_flops(view)
     if view.is_recurrent:
+        mixer += _recurrence_flops(view.mixer)
         return LayerCost(mixer, mixer, 0, ffn)
     attention: Any = view.mixer
     skipped = mixer
@@ -160,6 +161,15 @@ def _linear_flops(module: nn.Module) -> int:
         elif isinstance(child, Conv1D):
             total += 2 * child.weight.numel()
     return total
+
+
+def _recurrence_flops(mixer: Any) -> int:
+    """The gated delta rule and its convolution, per token: read, write and query of the (heads, dk, dv) state.
+
+    Of the recurrence itself, whatever algorithm computes it: the chunked one does more for chunks that are not full.
+    """
+    state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+    return 3 * 2 * state + 2 * mixer.conv1d.weight.numel()
 
 
 def _ffn_flops(view: LayerView) -> int:

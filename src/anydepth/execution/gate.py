@@ -7,106 +7,15 @@ The model's code runs unchanged in both: only the tokens, the mask and the cache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anydepth.execution.cache import EMPTY, AdaptiveCache, KVTap
-from anydepth.execution.trace import PassRecord
-from anydepth.methods.method import Gate, Method, PassContext
+from anydepth.execution.partial import Forward, PartialRunner, Run, first_output
+from anydepth.methods.method import Gate
 from anydepth.models.backbone import LayerView
-
-Forward = Callable[..., Any]
-
-
-@dataclass
-class Run:
-    """One forward in progress: its context, cache, record, and the gates asked so far."""
-
-    context: PassContext
-    record: PassRecord
-    cache: AdaptiveCache | None
-    methods: list[Method]
-    sparse: bool
-    mixer_gates: dict[int, Gate] = field(default_factory=dict)
-    ffn_gates: dict[int, Gate] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(B, T)."""
-        batch_size, num_tokens = self.context.token_mask.shape
-        return batch_size, num_tokens
-
-    @property
-    def num_seen(self) -> int:
-        """Tokens of this sequence in earlier forwards."""
-        return 0 if self.cache is None else self.cache.num_seen
-
-    @property
-    def gates_branches(self) -> bool:
-        return any(method.gates_branches for method in self.methods)
-
-    def ask(self, which: str, layer_idx: int, hidden: Tensor) -> Gate | None:
-        """The joint answer of all methods about the `layer_gate`, `mixer_gate` or `ffn_gate` of a layer."""
-        answer: Gate | None = None
-        for method in self.methods:
-            answer = Gate.both(answer, getattr(method, which)(layer_idx, hidden, self.context))
-        return answer
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows of the batch that keep equally many tokens, so that they run without padding.
-
-    Attributes:
-        rows: (R,) row indices, or None for all rows in order.
-        kept: (R, N) places in the T new tokens; skipped: (R, T - N).
-    """
-
-    rows: Tensor | None
-    kept: Tensor
-    skipped: Tensor
-
-    @property
-    def num_kept(self) -> int:
-        return self.kept.shape[1]
-
-    def take(self, tensor: Tensor, places: Tensor) -> Tensor:
-        """(R, N, ...) entries at `places` (R, N) of a (B or 1, T, ...) tensor."""
-        if tensor.shape[0] == 1 and places.shape[0] == 1:
-            return tensor.index_select(1, places[0])
-        rows = torch.arange(places.shape[0], device=tensor.device) if self.rows is None else self.rows
-        if tensor.shape[0] == 1:
-            rows = torch.zeros_like(rows)
-        return tensor[rows[:, None], places]
-
-    def put(self, base: Tensor, values: Tensor) -> Tensor:
-        """A copy of (B, T, D) `base` with `values` (R, N, D) at the kept places."""
-        if base.shape[0] == 1:
-            return base.index_copy(1, self.kept[0], values.to(base.dtype))
-        rows = torch.arange(base.shape[0], device=base.device) if self.rows is None else self.rows
-        return base.index_put((rows[:, None], self.kept), values.to(base.dtype))
-
-    def order(self) -> Tensor:
-        """Where each of the T tokens stands in [kept, skipped]: (T,) for one row, else (R, T)."""
-        order = torch.cat([self.kept, self.skipped], dim=1).argsort(dim=1)
-        return order[0] if order.shape[0] == 1 else order
-
-
-def groups_of(keep: Tensor) -> Iterator[Group]:
-    """Split the rows of a (B, T) decision by how many tokens they keep."""
-    num_rows, num_tokens = keep.shape
-    counts = keep.sum(1)
-    for count in counts.unique().tolist():
-        rows = None if num_rows == 1 else (counts == count).nonzero()[:, 0]
-        if rows is not None and rows.numel() == num_rows:
-            rows = None
-        part = keep if rows is None else keep[rows]
-        kept = part.nonzero()[:, 1].view(-1, count) if count else keep.new_zeros(part.shape[0], 0, dtype=torch.long)
-        yield Group(rows, kept, (~part).nonzero()[:, 1].view(part.shape[0], num_tokens - count))
 
 
 class GatedLayer:
@@ -115,6 +24,7 @@ class GatedLayer:
     def __init__(self, view: LayerView, current: Callable[[], Run | None]) -> None:
         self.view = view
         self.layer_idx = view.layer_idx
+        self.runner = PartialRunner(view)
         self.current = current
         self.patches: list[tuple[nn.Module, Any]] = []
         self.own_layer = self._patch(view.module, self.layer_forward)
@@ -155,27 +65,27 @@ class GatedLayer:
         if gate is not None:
             self._record(run, gate, mixer=True, ffn=True)
         if gate is None or gate.any_kept or not run.sparse:
-            self._settle(run)
-        if gate is None or self._is_plain(run, gate):
+            self.runner.settle(run)
+        if gate is None or self.runner.is_plain(run, gate):
             return self.own_layer(hidden, **arguments)
         output = self._gated_layer(run, gate, hidden, arguments)
         return (output, None) if self.view.family.returns_tuple else output
 
     def _gated_layer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if run.sparse and not gate.any_kept and not self._sees_every_token(gate):
-            self._defer(run, gate, hidden, arguments)
+        if run.sparse and not gate.any_kept and not self.runner.sees_every_token(gate):
+            self.runner.defer(run, gate, hidden, arguments)
             return hidden
-        if self._sees_every_token(gate):
+        if self.runner.sees_every_token(gate):
             if run.sparse:  # the recurrent state must see every token, the FFN need not
                 run.ffn_gates[self.layer_idx] = gate.without_weight()
-            output = _first(self.own_layer(hidden, **arguments))
+            output = first_output(self.own_layer(hidden, **arguments))
             run.ffn_gates.pop(self.layer_idx, None)
         elif run.sparse:
-            output = self._run_on_kept(run, gate, self.own_layer, hidden, hidden, arguments, self.view.normalise)
+            output = self.runner.run_on_kept(run, gate, self.own_layer, hidden, hidden, arguments, self.view.normalise)
             if gate.weight is None:
                 return output
         else:
-            output = self._run_masked(run, gate, self.own_layer, hidden, hidden, arguments)
+            output = self.runner.run_masked(run, gate, self.own_layer, hidden, hidden, arguments)
         return _blend(output, hidden, gate)
 
     def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor) -> None:
@@ -200,7 +110,7 @@ class GatedLayer:
     def mixer_forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.current()
         gate = None if run is None else run.mixer_gates.get(self.layer_idx)
-        if run is None or gate is None or self._is_plain(run, gate):
+        if run is None or gate is None or self.runner.is_plain(run, gate):
             return self.own_mixer(*args, **kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         output = self._gated_mixer(run, gate, hidden, kwargs)
@@ -209,14 +119,14 @@ class GatedLayer:
         return output if self.view.is_recurrent else (output, None)
 
     def _gated_mixer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if self._sees_every_token(gate):
-            return _first(self.own_mixer(hidden, **arguments)) * gate.keep[..., None]
+        if self.runner.sees_every_token(gate):
+            return first_output(self.own_mixer(hidden, **arguments)) * gate.keep[..., None]
         nothing = torch.zeros_like(hidden)
         if not run.sparse:
-            return self._run_masked(run, gate, self.own_mixer, hidden, nothing, arguments)
+            return self.runner.run_masked(run, gate, self.own_mixer, hidden, nothing, arguments)
         if not gate.any_kept and (gate.kv_rule == "omit" or run.cache is None):
             return nothing
-        return self._run_on_kept(run, gate, self.own_mixer, hidden, nothing, arguments, lambda normed: normed)
+        return self.runner.run_on_kept(run, gate, self.own_mixer, hidden, nothing, arguments, lambda normed: normed)
 
     def mixer_out_forward(self, branch: Tensor) -> Tensor:
         """The norm behind the mixer (Gemma, OLMo-2): the gate weighs what it adds, not what it normalises."""
@@ -277,193 +187,6 @@ class GatedLayer:
             whole = whole.index_copy(0, gate.keep.flatten().nonzero()[:, 0], compact.reshape(-1, width))
         return whole if compact.dim() == 2 else whole.view(*run.shape, width)
 
-    # --- how a gated module runs --------------------------------------------------------------------------------
-
-    def _is_plain(self, run: Run, gate: Gate) -> bool:
-        """Everybody runs and the K/V before are complete: the module's own forward, untouched."""
-        return gate.all_kept and gate.weight is None and not self._has_holes(run)
-
-    def _has_holes(self, run: Run) -> bool:
-        if run.cache is None or self.view.is_recurrent:
-            return False
-        slots = run.cache.slots(self.layer_idx)
-        return slots.places is not None or slots.num_slots != run.cache.num_seen
-
-    def _sees_every_token(self, gate: Gate) -> bool:
-        """A recurrent mixer under `project`: its state is its K/V, and every token goes in."""
-        return self.view.is_recurrent and gate.kv_rule == "project"
-
-    def _defer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        """Nobody runs the layer now: under `project` its K/V wait until a later token does."""
-        if gate.kv_rule == "project" and run.cache is not None:
-            run.cache.slots(self.layer_idx).defer(hidden, arguments.get("position_embeddings"))
-
-    def _settle(self, run: Run) -> None:
-        """Project the K/V that earlier tokens left pending: now somebody needs them."""
-        if run.cache is None or self.view.is_recurrent:
-            return
-        slots = run.cache.slots(self.layer_idx)
-        if slots.pending:
-            hidden, rotation = slots.take_pending()
-            slots.append(*self.view.project_kv(self.view.normalise(hidden), rotation), None, slots.num_slots)
-
-    def _run_masked(
-        self, run: Run, gate: Gate, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
-    ) -> Tensor:
-        """Every token through the module; under `omit` with the skipped tokens' K/V hidden."""
-        if gate.kv_rule == "project":
-            return _first(own(hidden, **arguments))
-        if self.view.is_recurrent:
-            # A recurrence has no mask to hide a token with: leaving it out is the definition.
-            return self._run_on_kept(run, gate, own, hidden, base, arguments, self.view.normalise)
-        num_rows, num_tokens = run.shape
-        everything = torch.arange(num_tokens, device=hidden.device).expand(num_rows, -1)
-        group = Group(None, everything, everything[:, :0])
-        places = torch.where(gate.keep, everything + run.num_seen, EMPTY)
-        tap = self._tap(run, group, None, places)
-        visible = self._omit_mask(run, group, arguments.get("attention_mask"), places)
-        # A skipped token sees itself: its output is dropped, but a NaN would stay in the gradient.
-        visible[..., -num_tokens:] |= torch.eye(num_tokens, dtype=torch.bool, device=hidden.device)
-        mask = _in_form_of(arguments.get("attention_mask"), visible)
-        return _first(own(hidden, **self._for_attention(arguments, tap, mask)))
-
-    def _run_on_kept(
-        self,
-        run: Run,
-        gate: Gate,
-        own: Forward,
-        hidden: Tensor,
-        base: Tensor,
-        arguments: dict[str, Any],
-        normalise: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """The kept tokens through the module's own forward, put back into `base`; K/V by the gate's rule."""
-        written: list[tuple[Group, KVTap, Tensor | None]] = []
-        for group in groups_of(gate.keep):
-            if self.view.is_recurrent:
-                base = self._run_recurrent_rows(run, group, own, hidden, base, arguments)
-                continue
-            skipped = None
-            if gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or run.cache is not None):
-                rotation = arguments.get("position_embeddings")
-                if rotation is not None:
-                    rotation = (group.take(rotation[0], group.skipped), group.take(rotation[1], group.skipped))
-                skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), rotation)
-            places = group.kept + run.num_seen if gate.kv_rule == "omit" else None
-            tap = self._tap(run, group, skipped if group.num_kept else None, places)
-            if group.num_kept:
-                kept = group.take(hidden, group.kept)
-                base = group.put(base, _first(own(kept, **self._for_group(run, group, arguments, tap, places))))
-            elif skipped is not None:
-                tap.new = skipped
-            written.append((group, tap, places))
-        self._write(run, written)
-        return base
-
-    def _run_recurrent_rows(
-        self, run: Run, group: Group, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
-    ) -> Tensor:
-        """`omit` in a recurrent mixer: the recurrence of each row runs over its kept tokens alone."""
-        if not group.num_kept:
-            return base
-        mask = arguments.get("attention_mask")
-        taken: dict[str, Any] = {"attention_mask": None if mask is None else group.take(mask, group.kept)}
-        rows = torch.arange(run.shape[0], device=hidden.device) if group.rows is None else group.rows
-        state = None
-        for name in ("past_key_values", "cache_params"):
-            if arguments.get(name) is not None and run.cache is not None:
-                state = run.cache.recurrent_rows(self.layer_idx, rows)
-                taken[name] = state
-        output = _first(own(group.take(hidden, group.kept), **{**arguments, **taken}))
-        if state is not None and run.cache is not None:
-            run.cache.write_recurrent_rows(self.layer_idx, rows, state, run.shape[0])
-        return group.put(base, output)
-
-    def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, places: Tensor | None) -> KVTap:
-        order = None if skipped is None else group.order()
-        if run.cache is None:
-            return KVTap(None, skipped, order)
-        slots = run.cache.slots(self.layer_idx)
-        if group.rows is None:
-            seen = run.num_seen
-            return KVTap(None, skipped, order, lambda keys, values: slots.append(keys, values, places, seen))
-        if slots.keys is None or slots.values is None:
-            return KVTap(None, skipped, order)
-        return KVTap((slots.keys[group.rows], slots.values[group.rows]), skipped, order)
-
-    def _for_group(
-        self, run: Run, group: Group, arguments: dict[str, Any], tap: KVTap, places: Tensor | None
-    ) -> dict[str, Any]:
-        """The arguments of a layer or attention forward, for the kept tokens of some rows."""
-        mask = arguments.get("attention_mask")
-        if places is None:
-            visible = self._project_mask(run, group, mask)
-        else:
-            visible = _in_form_of(mask, self._omit_mask(run, group, mask, places))
-        taken = self._for_attention(arguments, tap, visible)
-        if arguments.get("position_ids") is not None:
-            taken["position_ids"] = group.take(arguments["position_ids"], group.kept)
-        if arguments.get("position_embeddings") is not None:
-            rotation = arguments["position_embeddings"]
-            taken["position_embeddings"] = tuple(group.take(part, group.kept) for part in rotation)
-        return taken
-
-    def _for_attention(self, arguments: dict[str, Any], tap: KVTap, mask: Tensor | None) -> dict[str, Any]:
-        return {**arguments, self.view.family.cache_argument: tap, "attention_mask": mask}
-
-    def _project_mask(self, run: Run, group: Group, mask: Tensor | None) -> Tensor | None:
-        """Rows of the model's own mask; plain causal where the model passed none."""
-        if mask is not None:
-            return group.take(mask[:, 0], group.kept)[:, None]
-        num_tokens = run.shape[1]
-        if num_tokens == 1:
-            return None
-        columns = torch.arange(run.num_seen + num_tokens, device=group.kept.device)
-        return (columns <= group.kept[..., None] + run.num_seen)[:, None]
-
-    def _omit_mask(self, run: Run, group: Group, mask: Tensor | None, places: Tensor) -> Tensor:
-        """(R, 1, N, S) bool: which slots each kept token sees. Columns are slots, the model's mask has places."""
-        columns = places
-        if run.cache is not None and run.cache.slots(self.layer_idx).num_slots:
-            before = run.cache.slots(self.layer_idx).places_of(run.shape[0], places.device)
-            columns = torch.cat([before if group.rows is None else before[group.rows], places], dim=1)
-        visible = (columns != EMPTY)[:, None] & (columns[:, None] <= group.kept[..., None] + run.num_seen)
-        if mask is not None:
-            rows = group.take(mask[:, 0], group.kept)
-            index = columns.clamp_min(0)[:, None].expand(-1, group.num_kept, -1)
-            seen_by_model = rows.gather(2, index)
-            visible = visible & (seen_by_model if mask.dtype == torch.bool else seen_by_model > _hidden_below(mask))
-        return visible[:, None]
-
-    def _write(self, run: Run, written: list[tuple[Group, KVTap, Tensor | None]]) -> None:
-        """The new K/V of all rows into the cache, in one piece."""
-        if run.cache is None:
-            return
-        parts = [(group, *tap.new, places) for group, tap, places in written if tap.new is not None]
-        if not parts:
-            return
-        slots, seen = run.cache.slots(self.layer_idx), run.cache.num_seen
-        group, keys, values, places = parts[0]
-        if group.rows is None:  # nobody was kept, so no module wrote for itself
-            slots.append(keys, values, places, seen)
-            return
-        num_rows = run.shape[0]
-        num_slots = max(part[1].shape[2] for part in parts)
-        all_keys = keys.new_zeros(num_rows, keys.shape[1], num_slots, keys.shape[3])
-        all_values = values.new_zeros(num_rows, values.shape[1], num_slots, values.shape[3])
-        all_places = None if places is None else places.new_full((num_rows, num_slots), EMPTY)
-        for group, keys, values, places in parts:
-            rows = slice(None) if group.rows is None else group.rows
-            all_keys[rows, :, : keys.shape[2]] = keys
-            all_values[rows, :, : values.shape[2]] = values
-            if all_places is not None and places is not None:
-                all_places[rows, : places.shape[1]] = places
-        slots.append(all_keys, all_values, all_places, seen)
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
 
 def _blend(output: Tensor, hidden: Tensor, gate: Gate) -> Tensor:
     """g·f(h) + (1 − g)·h; with a straight-through weight the gradient of g flows, else g only selects."""
@@ -478,15 +201,3 @@ def _scale(output: Tensor, gate: Gate) -> Tensor:
     if gate.weight is None:
         return output if gate.all_kept else output * gate.keep[..., None]
     return output * gate.weight[..., None].to(output.dtype)
-
-
-def _in_form_of(mask: Tensor | None, visible: Tensor) -> Tensor:
-    """A bool mask as the model's attention takes it: additive where the model's own mask is (eager)."""
-    if mask is None or mask.dtype == torch.bool:
-        return visible
-    return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
-
-
-def _hidden_below(mask: Tensor) -> float:
-    """Additive masks hide with the lowest finite number; anything near it is hidden."""
-    return torch.finfo(mask.dtype).min / 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from anydepth.execution import cost
@@ -71,37 +70,3 @@ def list_methods() -> list[dict[str, Any]]:
             }
         )
     return listed
-
-
-def show_inspection(document: dict[str, Any]) -> None:
-    """For people."""
-    print(
-        f"{document['family']}: {document['num_layers']} layers × {document['hidden_size']}, "
-        f"{document['num_parameters'] / 1e6:.1f} M parameters, {document['weight_bytes'] / 2**20:.0f} MiB, "
-        f"attention by {document['attention_implementation']}"
-    )
-    kinds = Counter(
-        (layer["mixer"], layer["mixer_flops"], layer["skipped_mixer_flops"], layer["ffn_flops"])
-        for layer in document["layers"]
-    )
-    for (mixer, mixer_flops, skipped, ffn_flops), count in kinds.items():
-        print(
-            f"  {count} layers: {mixer} {mixer_flops / 1e6:.2f} MFLOP a token ({skipped / 1e6:.2f} where it is skipped "
-            f"and leaves K/V), FFN {ffn_flops / 1e6:.2f} MFLOP"
-        )
-    print(f"attached: {', '.join(document['attached']) or 'nothing'}")
-    for title in ("engines", "methods"):
-        print(f"{title}: " + ", ".join(f"{name} ({state})" for name, state in document[title].items()))
-    for note in document["notes"]:
-        print(f"note: {note}")
-
-
-def show_methods(document: dict[str, Any]) -> None:
-    """For people."""
-    for method in document["methods"]:
-        print(
-            f"{method['name']}: {method['summary']} ({'lossless' if method['lossless'] else 'lossy'}, "
-            f"{'trained' if method['trained'] else 'not trained'})"
-        )
-        for key, option in method["options"].items():
-            print(f"    {key} = {option['default']}: {option['help']}")

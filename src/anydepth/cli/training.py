@@ -1,0 +1,158 @@
+"""Commands that run or train a recipe, or search a skip set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anydepth.cli.app import app
+from anydepth.cli.display import Printer, show_run, show_search, step_line
+from anydepth.cli.options import (
+    Data,
+    Device,
+    DType,
+    Json,
+    Out,
+    Overrides,
+    Quiet,
+    RecipeDevice,
+    RecipeDType,
+    RecipePath,
+    RecipeSeed,
+    Seed,
+    Target,
+    recipe_overrides,
+)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    out: Out,
+    overrides: Overrides = None,
+    seed: RecipeSeed = None,
+    device: RecipeDevice = None,
+    dtype: RecipeDType = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A recipe, start to end.
+
+    Search, train, calibrate, eval, bench, a sample, report.html. Goes on where it was interrupted.
+    """
+    _run(recipe, out, recipe_overrides(overrides, seed, device, dtype), Printer(as_json, quiet))
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    overrides: Overrides = None,
+    seed: RecipeSeed = None,
+    device: RecipeDevice = None,
+    dtype: RecipeDType = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole path on the embedded model, in minutes.
+
+    Ends with a table and report.html.
+    """
+    from importlib.resources import as_file, files
+
+    with as_file(files("anydepth") / "demo.yaml") as path:
+        _run(path, out, recipe_overrides(overrides, seed, device, dtype), Printer(as_json, quiet))
+
+
+def _run(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> None:
+    runner = _runner(recipe, out, overrides, printer)
+    runner.on_step = step_line(printer, runner.recipe)
+    printer.result(runner.run(), lambda document: show_run(document, out))
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    out: Out,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    overrides: Overrides = None,
+    seed: RecipeSeed = None,
+    device: RecipeDevice = None,
+    dtype: RecipeDType = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train what a recipe names; write a checkpoint folder."""
+    printer = Printer(as_json, quiet)
+    runner = _runner(recipe, out, recipe_overrides(overrides, seed, device, dtype), printer)
+    runner.on_step = step_line(printer, runner.recipe)
+    if not resume:
+        runner.forget("search", "train")
+    runner.search()
+    printer.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
+
+
+@app.command()
+def search(
+    target: Target,
+    out: Out,
+    strategy: Annotated[str, typer.Option(help="influence or greedy.")] = "influence",
+    budget: Annotated[float, typer.Option(help="Share of layers, or of branches, to leave out.")] = 0.25,
+    branches: Annotated[bool, typer.Option("--branches", help="Choose among mixers and FFNs.")] = False,
+    data: Data = "embedded:train",
+    num_windows: Annotated[int, typer.Option(help="Windows of text.")] = 4,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the layers or branches that a model misses least.
+
+    Writes a checkpoint folder with the skip set.
+    """
+    from anydepth.calibration.skip_search import search as search_skip_set
+    from anydepth.execution.adapted import attach
+    from anydepth.measure.results import document, write_json
+    from anydepth.models.load import load_model
+    from anydepth.training.checkpoint import save
+    from anydepth.training.data import load_windows
+
+    printer = Printer(as_json, quiet)
+    options = {
+        "target": target,
+        "strategy": strategy,
+        "budget": budget,
+        "branches": branches,
+        "data": data,
+        "num_windows": num_windows,
+        "sequence_length": sequence_length,
+        "dtype": dtype,
+    }
+    model, tokenizer = load_model(target, dtype=dtype, device=device)
+    windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
+    printer.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
+    found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches)
+    save(attach(model, found.config), out, base=target)
+    result = document(
+        "anydepth.search/1",
+        seed=seed,
+        config=options,
+        **found.config.model_dump(),
+        agreement=found.agreement,
+        seconds=found.seconds,
+        trajectory=found.trajectory,
+    )
+    write_json(out / "search.json", result)
+    printer.result(result, show_search)
+
+
+def _runner(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> Any:
+    from anydepth.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    from anydepth.measure.run import Runner
+
+    return Runner(loaded, out, printer.progress)
