@@ -1,7 +1,7 @@
 """Run an experiment, `experiments/NAME.yaml` → `results/NAME.json`: one run per variant, resumable, one table.
 
-A variant is the experiment's recipe with its own keys on top. `rates_from: OTHER` gives a random router the rates that
-the variant OTHER was measured to run its layers at.
+A variant is the experiment's recipe with its own keys on top, run once per seed. `rates_from: OTHER` gives a random
+router the rates that the variant OTHER was measured to run its layers at.
 
     python benchmarks/run.py benchmarks/experiments/NAME.yaml [--only VARIANT] [--until train]
 """
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
-    parser.add_argument("--only", help="one variant")
+    parser.add_argument("--only", help="one variant, or one variant and seed: skip_set-0")
     parser.add_argument(
         "--until", choices=STAGES, default="bench", help="last stage to do; timing wants a quiet machine"
     )
@@ -34,19 +34,21 @@ def main() -> None:
     experiment = yaml.safe_load(arguments.experiment.read_text())
     runs = ROOT.parent / "runs" / arguments.experiment.stem
     documents = {}
-    for name in experiment["variants"]:
-        if arguments.only in (None, name):
-            documents[name] = run_variant(experiment, name, runs, STAGES[: STAGES.index(arguments.until) + 1])
+    for seed in experiment["seeds"]:
+        for name in experiment["variants"]:
+            if arguments.only in (None, name, f"{name}-{seed}"):
+                stages = STAGES[: STAGES.index(arguments.until) + 1]
+                documents[name, seed] = run_variant(experiment, name, seed, runs, stages)
     if arguments.only is None and arguments.until == "bench":
-        rows = [row for name, stages in documents.items() for row in table_rows(name, stages)]
+        rows = [row for (name, seed), stages in documents.items() for row in table_rows(name, seed, stages)]
         command = f"python benchmarks/run.py {arguments.experiment}"
         result = document(
             "anydepth.experiment/1",
-            seed=experiment["seed"],
+            seed=experiment["seeds"][0],
             config=experiment,
             command=command,
             rows=unique(rows),
-            stages=documents,
+            stages={f"{name}-{seed}": stages for (name, seed), stages in documents.items()},
         )
         # The commit is that of the training runs: what was measured later reads their checkpoints.
         first = documents[next(iter(documents))]["train"]
@@ -57,19 +59,23 @@ def main() -> None:
         write_json(ROOT / "results" / f"{arguments.experiment.stem}.json", result)
 
 
-def run_variant(experiment: dict[str, Any], name: str, runs: Path, stages: tuple[str, ...]) -> dict[str, Any]:
-    """The documents of one variant's stages."""
+def run_variant(
+    experiment: dict[str, Any], name: str, seed: int, runs: Path, stages: tuple[str, ...]
+) -> dict[str, Any]:
+    """The documents of one variant's stages, with one seed."""
     variant = {**experiment["variants"][name]}
     source = variant.pop("rates_from", None)
-    recipe = merged({"seed": experiment["seed"], **experiment["recipe"]}, variant)
+    recipe = merged({"seed": seed, **experiment["recipe"]}, variant)
     if source is not None:
         router = recipe["methods"][0]
-        rates = read_document(runs / source / "eval.json")["per_layer"]["mixer"]
+        rates = read_document(runs / f"{source}-{seed}" / "eval.json")["per_layer"]["mixer"]
         router["rates"] = [round(rate, 6) for rate in rates[router["always_keep"] :]]
     runner = Runner(
-        validate(Recipe, recipe, where=name), runs / name, lambda line: print(f"{name}: {line}", flush=True)
+        validate(Recipe, recipe, where=name),
+        runs / f"{name}-{seed}",
+        lambda line: print(f"{name}-{seed}: {line}", flush=True),
     )
-    runner.on_step = lambda row: print(name, row, flush=True) if row["step"] % 10 == 0 else None
+    runner.on_step = lambda row: print(f"{name}-{seed}", row, flush=True) if row["step"] % 10 == 0 else None
     return {stage: getattr(runner, stage)() for stage in stages}
 
 
@@ -81,23 +87,23 @@ def merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, **changes, **both}
 
 
-def table_rows(name: str, stages: dict[str, Any]) -> list[dict[str, Any]]:
+def table_rows(name: str, seed: int, stages: dict[str, Any]) -> list[dict[str, Any]]:
     """The untouched model and the variant."""
     quality, speed, train = stages["evaluate"], stages["bench"], stages["train"]
     keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share", "num_tokens")
     rows = [{"variant": "untouched", **{key: quality["full_depth"][key] for key in keys}}]
-    row = {"variant": name, **{key: quality[key] for key in keys}, "train_seconds": train["seconds"]}
+    row = {"variant": name, "seed": seed, **{key: quality[key] for key in keys}, "train_seconds": train["seconds"]}
     for measured in speed["rows"]:
-        row[f"speedup_{measured['prompt_tokens']}+{measured['new_tokens']}"] = measured["speedup"]
+        what = f"{measured['prompt_tokens']}+{measured['new_tokens']} {measured['dtype']}"
+        row[f"speedup {what}"] = measured["speedup"]
         for phase in ("prefill", "decode"):
-            row[f"{phase}_{measured['prompt_tokens']}"] = measured[phase]
+            row[f"{phase} {what}"] = measured[phase]
     return [*rows, row]
 
 
 def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The untouched model once."""
-    seen = {row["variant"]: row for row in reversed(rows)}
-    return [seen[name] for name in dict.fromkeys(row["variant"] for row in rows)]
+    return [row for number, row in enumerate(rows) if row not in rows[:number]]
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class BenchConfig(StrictConfig):
     prompt_tokens: list[int] = Field(default=[64], description="Prompt lengths.")
     new_tokens: int = Field(default=64, ge=1, description="Tokens generated per row.")
     num_runs: int = Field(default=5, ge=1, description="Measured pairs per row; medians are reported.")
+    dtypes: list[DType] = Field(default=[], description="Precisions to measure in; none is the model's own.")
     data: str | None = Field(default=None, description="Text to take prompts from; the eval text when left out.")
 
 

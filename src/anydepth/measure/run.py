@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.budget import set_skip_share
 from anydepth.calibration.skip_search import search
-from anydepth.config import Recipe, SearchConfig, StrictConfig
+from anydepth.config import DType, Recipe, SearchConfig, StrictConfig
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.generate import generate
@@ -129,18 +129,20 @@ class Runner:
         return self._stage("bench", self._bench)
 
     def _bench(self) -> dict[str, Any]:
-        adapted, tokenizer = self._adapted(merge=True)
         settings = self.recipe.bench
         data = settings.data or self.recipe.eval.data
-        windows = load_prompts(adapted, tokenizer, data, settings.prompt_tokens, settings.new_tokens)
-        rows = bench(
-            adapted,
-            windows,
-            batch_sizes=settings.batch_sizes,
-            prompt_tokens=settings.prompt_tokens,
-            new_tokens=settings.new_tokens,
-            num_runs=settings.num_runs,
-        )
+        rows = []
+        for dtype in settings.dtypes or [self.recipe.model.dtype]:
+            adapted, tokenizer = self._adapted(merge=True, dtype=dtype)
+            windows = load_prompts(adapted, tokenizer, data, settings.prompt_tokens, settings.new_tokens)
+            rows += bench(
+                adapted,
+                windows,
+                batch_sizes=settings.batch_sizes,
+                prompt_tokens=settings.prompt_tokens,
+                new_tokens=settings.new_tokens,
+                num_runs=settings.num_runs,
+            )
         return {"rows": rows}
 
     def generate(self) -> dict[str, Any]:
@@ -177,10 +179,10 @@ class Runner:
         model = self.recipe.model
         return load_model(model.target, dtype=model.dtype, device=model.device)
 
-    def _adapted(self, *, merge: bool) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
+    def _adapted(self, *, merge: bool, dtype: DType | None = None) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
         assert is_checkpoint(self.out), "the train stage leaves a checkpoint, trained or not"
         model = self.recipe.model
-        return load_target(str(self.out), dtype=model.dtype, device=model.device, merge=merge)
+        return load_target(str(self.out), dtype=dtype or model.dtype, device=model.device, merge=merge)
 
     def _training_windows(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         data = self.recipe.data
