@@ -19,7 +19,7 @@ from anydepth.config import Recipe, validate
 from anydepth.measure.results import document, read_document, write_json
 from anydepth.measure.run import Runner
 
-STAGES = ("train", "evaluate", "bench")
+STAGES = ("search", "fit", "train", "evaluate", "bench")
 ROOT = Path(__file__).resolve().parent
 
 
@@ -76,7 +76,8 @@ def run_variant(
         lambda line: print(f"{name}-{seed}: {line}", flush=True),
     )
     runner.on_step = lambda row: print(f"{name}-{seed}", row, flush=True) if row["step"] % 10 == 0 else None
-    return {stage: getattr(runner, stage)() for stage in stages}
+    results = {stage: getattr(runner, stage)() for stage in stages}
+    return {stage: result for stage, result in results.items() if result is not None}
 
 
 def merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

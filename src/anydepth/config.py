@@ -105,6 +105,13 @@ class SearchConfig(StrictConfig):
     sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
 
 
+class RouterFitConfig(StrictConfig):
+    """First weights of a layer router, by regression on what each layer is worth to each token, before training."""
+
+    num_windows: int = Field(default=16, ge=2, description="Windows of training text to measure on.")
+    sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
+
+
 class CalibrateConfig(StrictConfig):
     """Setting of a router's threshold after training."""
 
@@ -145,6 +152,9 @@ class Recipe(StrictConfig):
     methods: list[dict[str, Any]] = Field(default=[], description="Methods with their options; none is full depth.")
     data: DataConfig = Field(default=DataConfig(), description="Training text.")
     search: SearchConfig | None = Field(default=None, description="Search a skip set first; null does not.")
+    router_fit: RouterFitConfig | None = Field(
+        default=None, description="Fit the router first; null starts from initial_bias and initial_skip_layers."
+    )
     train: TrainConfig | None = Field(default=None, description="Training; null attaches the methods as they are.")
     calibrate: CalibrateConfig | None = Field(default=None, description="Set a router's threshold; null keeps it.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")

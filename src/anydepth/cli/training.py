@@ -88,8 +88,9 @@ def train(
     runner = _runner(recipe, out, recipe_overrides(overrides, seed, device, dtype), printer)
     runner.on_step = step_line(printer, runner.recipe)
     if not resume:
-        runner.forget("search", "train")
+        runner.forget("search", "fit", "train")
     runner.search()
+    runner.fit()
     printer.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
 
 

@@ -1,4 +1,4 @@
-"""A recipe from start to end: search → train → calibrate → eval → bench → generate → report.
+"""A recipe from start to end: search → fit → train → calibrate → eval → bench → generate → report.
 
 Each stage leaves its document in the run's folder and is skipped when it is there already, so that a run that was
 interrupted goes on where it was. A folder belongs to one recipe.
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.budget import set_skip_share
+from anydepth.calibration.router_fit import fit_router
 from anydepth.calibration.skip_search import search
-from anydepth.config import DType, Recipe, SearchConfig, StrictConfig
+from anydepth.config import DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, validate
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.generate import generate
@@ -32,6 +34,7 @@ from anydepth.training.train import STEPS, add_lora, train
 
 Say = Callable[[str], None]
 RECIPE = "recipe.json"
+FITTED = "fit.safetensors"
 
 
 @dataclass
@@ -45,15 +48,15 @@ class Runner:
 
     def __post_init__(self) -> None:
         source_commit()  # of the code as it is now, not as it may be when a stage ends
-        recipe = self.recipe.model_dump(mode="json")
         path = self.out / RECIPE
-        if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(recipe)):
+        # Compared as recipes: one that was written before an option existed has its default.
+        if path.exists() and validate(Recipe, json.loads(path.read_text()), where=str(path)) != self.recipe:
             raise UserError(f"{self.out} holds a run of another recipe; give another --out, or remove it first")
-        write_json(path, recipe)
+        write_json(path, self.recipe.model_dump(mode="json"))
 
     def run(self) -> dict[str, Any]:
         """Every stage; returns the `anydepth.run/1` document."""
-        stages = [self.search(), self.train(), self.evaluate(), self.bench(), self.generate()]
+        stages = [self.search(), self.fit(), self.train(), self.evaluate(), self.bench(), self.generate()]
         stages = [stage for stage in stages if stage is not None]
         result = self._document("run", stages=stages, summary=summary_of(stages))
         write_json(self.out / "run.json", result)
@@ -82,6 +85,20 @@ class Runner:
             "trajectory": found.trajectory,
         }
 
+    def fit(self) -> dict[str, Any] | None:
+        settings = self.recipe.router_fit
+        return None if settings is None else self._stage("fit", lambda: self._fit(settings))
+
+    def _fit(self, settings: RouterFitConfig) -> dict[str, Any]:
+        model, tokenizer = self._base()
+        windows = load_windows(
+            self.recipe.data.train, tokenizer, settings.sequence_length, max_windows=settings.num_windows
+        )
+        adapted = attach(model, self._methods())
+        found = fit_router(adapted, windows)
+        save_file(adapted.methods.state_dict(), self.out / FITTED)
+        return found.to_json()
+
     def forget(self, *stages: str) -> None:
         """Do these stages anew."""
         for stage in stages:
@@ -99,6 +116,8 @@ class Runner:
         fields: dict[str, Any] = {"loss_history": [], "seconds": 0.0, "tokens_per_second": 0.0}
         wrapped: nn.Module = model if recipe.train is None else add_lora(model, recipe.train, seed=recipe.seed)
         adapted = attach(wrapped, self._methods())
+        if recipe.router_fit is not None:
+            adapted.methods.load_state_dict(load_file(self.out / FITTED))
         if recipe.train is not None:
             windows = self._training_windows(tokenizer)
             result = train(

@@ -8,6 +8,8 @@ the Gumbel straight-through estimator. Dynamic Layer Routing; Skip-Layer attenti
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -35,7 +37,9 @@ class LayerRouterConfig(StrictConfig):
         default="project", description="K/V of a skipping token: its state projected, or none (omit)."
     )
     threshold: float = Field(default=0.0, description="At inference a token runs the layer if its logit is above this.")
-    initial_bias: float = Field(default=2.0, description="Last bias at the start: large keeps nearly every layer.")
+    initial_bias: float = Field(
+        default=2.0, description="Size of the logits at the start: large means that noise flips few gates."
+    )
     initial_skip_layers: list[int] = Field(
         default=[], description="Layers that start closed (bias −initial_bias), such as a searched skip set."
     )
@@ -64,20 +68,26 @@ class LayerRouterConfig(StrictConfig):
 
 
 class RouterNetwork(nn.Module):
-    """LayerNorm and an MLP D → D/2 → D/4 → G in float32: (B, T, D) states to (G, B, T) logits."""
+    """LayerNorm, then a linear map D → G and an MLP D → D/2 → D/4 → G added, in float32: (B, T, D) to (G, B, T) logits.
+
+    The linear map is what `calibration/router_fit.py` can solve for; it starts at zero.
+    """
 
     def __init__(self, hidden_size: int, biases: Tensor, generator: torch.Generator) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
         half, quarter = max(hidden_size // 2, 1), max(hidden_size // 4, 1)
         self.hidden = nn.ModuleList([nn.Linear(hidden_size, half), nn.Linear(half, quarter)])
-        self.out = nn.Linear(quarter, len(biases))
+        self.out = nn.Linear(quarter, len(biases), bias=False)
+        self.direct = nn.Linear(hidden_size, len(biases))
         with torch.no_grad():
             for linear in (*self.linears(), self.out):
                 linear.weight.normal_(0, linear.in_features**-0.5, generator=generator)
+            for linear in self.linears():
                 linear.bias.zero_()
             self.out.weight.mul_(0.1)
-            self.out.bias.copy_(biases)
+            self.direct.weight.zero_()
+            self.direct.bias.copy_(biases)
 
     def linears(self) -> list[nn.Linear]:
         return [linear for linear in self.hidden if isinstance(linear, nn.Linear)]
@@ -85,13 +95,13 @@ class RouterNetwork(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         # Autocast would take the logits to bfloat16, where a threshold falls between few values.
         with torch.autocast(states.device.type, enabled=False):
-            x = self.norm(states.float())
+            normed = x = self.norm(states.float())
             for linear in self.linears():
                 x = F.gelu(linear(x))
-            return self.out(x).movedim(-1, 0)
+            return (self.direct(normed) + self.out(x)).movedim(-1, 0)
 
     def flops(self, num_tokens: int) -> int:
-        return sum(2 * num_tokens * linear.weight.numel() for linear in (*self.linears(), self.out))
+        return sum(2 * num_tokens * linear.weight.numel() for linear in (*self.linears(), self.out, self.direct))
 
 
 class LayerRouter(Method):
@@ -113,6 +123,7 @@ class LayerRouter(Method):
         check_layers(config.initial_skip_layers, self.num_layers, "initial_skip_layers")
         self.backward_temperature = config.backward_temperature
         self.gates: list[Gate] = []
+        self.pinned: Tensor | None = None
         self.network: RouterNetwork | None = None
         if config.router == "learned":
             closed = torch.tensor([layer_idx in config.initial_skip_layers for layer_idx in self.routed])
@@ -131,8 +142,19 @@ class LayerRouter(Method):
             self.gates = self._plan(hidden, context)
         return self.gates[layer_idx - self.config.always_keep] if layer_idx >= self.config.always_keep else None
 
+    @contextmanager
+    def pinning(self, keep: Tensor) -> Iterator[None]:
+        """Gates from outside, (G, B or 1, T or 1) bool, whatever the network says: to measure what layers are worth."""
+        self.pinned = keep
+        try:
+            yield
+        finally:
+            self.pinned = None
+
     def _plan(self, hidden: Tensor, context: PassContext) -> list[Gate]:
         """Gates of all routed layers, from the (B, T, D) state after the layers that everybody runs."""
+        if self.pinned is not None:
+            return Gate.of_plan(self.pinned.expand(-1, *context.token_mask.shape), context, self.config.kv_rule)
         if self.network is None:
             return Gate.of_plan(self._random_keep(context), context, self.config.kv_rule)
         logits = self.network(hidden.detach())

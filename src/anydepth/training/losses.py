@@ -23,11 +23,15 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperat
     teacher_rows = teacher[:, :-1].flatten(0, 1)[wanted].detach()
     total = student_rows.new_zeros((), dtype=torch.float32)
     for part, target in zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True):
-        total = total + checkpoint(_divergence, part, target, temperature, use_reentrant=False)
+        total = total + checkpoint(_total_divergence, part, target, temperature, use_reentrant=False)
     return total * temperature**2 / max(int(wanted.sum()), 1)
 
 
-def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(log_student, log_teacher, log_target=True, reduction="sum")
+def _total_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    return divergence(student / temperature, teacher / temperature).sum()
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) in nats of each row of (N, V) logits, in float32: (N,)."""
+    log_student, log_teacher = F.log_softmax(student.float(), dim=-1), F.log_softmax(teacher.float(), dim=-1)
+    return F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)

@@ -1,0 +1,168 @@
+"""A first router without training: measure what every layer is worth to every token, and regress on it.
+
+Around a static choice of layers, each routed layer is toggled for all tokens of a window; what that does to
+KL(full depth ‖ adapted) at a token is the layer's *benefit* to it. Ridge regression from the state that the router
+reads predicts benefits of new tokens, and a token runs the layers whose predicted benefit is highest. Gradients alone
+leave the gates where they start: a straight-through gradient of one sampled choice is mostly noise (docs/results).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anydepth.errors import RunError, UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.methods.layer_router import LayerRouter
+from anydepth.training.losses import divergence
+
+RIDGES = (1e2, 1e3, 3e3, 1e4, 3e4, 1e5)
+CLIPPED = 0.01
+"""Share of benefits at either end that is cut off: a few tokens would lead the regression."""
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """What a fit found on held-out windows; divergences are KL(full depth ‖ adapted) in nats per token.
+
+    Attributes:
+        static_divergence: of the static choice that benefits were measured around.
+        routed_divergence: of the fitted router at `skip_share`, the share that it skips there.
+        ridge: chosen by the predicted gain on the held-out windows.
+    """
+
+    static_divergence: float
+    static_skip_share: float
+    routed_divergence: float
+    skip_share: float
+    ridge: float
+    num_tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
+    """Fit the attached `layer_router` to benefits measured on (N, T) windows, at its `target_skip`; sets its weights.
+
+    Costs one forward per window and routed layer. The last quarter of the windows is held out to choose the ridge and
+    to measure the result. Deterministic.
+
+    Raises:
+        RunError: no learned router is attached. UserError: fewer than two windows.
+    """
+    router = _learned_router(adapted)
+    if len(windows) < 2:
+        raise UserError("fitting a router needs at least two windows of text, one to fit and one to hold out")
+    started = time.monotonic()
+    adapted.eval()
+    static = torch.tensor([layer_idx not in router.config.initial_skip_layers for layer_idx in router.routed])
+    parts = [_measure(adapted, router, window[None].to(adapted.device), static) for window in windows]
+    states, benefits = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    num_held_out = max(len(windows) // 4, 1)
+    split = len(states) - num_held_out * windows.shape[1]
+    ridge = max(RIDGES, key=lambda ridge: _gain(states, benefits, split, static, router.config.target_skip, ridge))
+    weights, threshold = _solve(states[:split], benefits[:split], ridge, router.config.target_skip)
+    routed, skipped = [], []
+    for window, (window_states, _, _) in zip(windows[-num_held_out:], parts[-num_held_out:], strict=True):
+        ids = window[None].to(adapted.device)
+        with adapted.untouched():
+            full = adapted(input_ids=ids, use_cache=False).logits[0]
+        keep = (_features(window_states) @ weights > threshold).T[:, None].to(adapted.device)
+        with router.pinning(keep):
+            routed.append(divergence(adapted(input_ids=ids, use_cache=False).logits[0], full))
+        skipped.append(~keep)
+    _write(router, *_solve(states, benefits, ridge, router.config.target_skip), states)
+    return RouterFit(
+        static_divergence=torch.cat([part[2] for part in parts[-num_held_out:]]).mean().item(),
+        static_skip_share=(~static).double().mean().item(),
+        routed_divergence=torch.cat(routed).mean().item(),
+        skip_share=torch.cat(skipped, dim=2).double().mean().item(),
+        ridge=ridge,
+        num_tokens=windows.numel(),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _learned_router(adapted: AdaptedModel) -> LayerRouter:
+    for method in adapted.methods.values():
+        if isinstance(method, LayerRouter) and method.network is not None:
+            return method
+    raise RunError("only a learned layer_router can be fitted; this model has none")
+
+
+def _measure(adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one (1, T) window: states (T, D), benefits (T, G) and the static choice's divergence (T,), on the host."""
+    with adapted.untouched():
+        full = adapted(input_ids=ids, use_cache=False).logits[0]
+
+    def distance(keep: Tensor) -> Tensor:
+        with router.pinning(keep[:, None, None].to(ids.device)):
+            return divergence(adapted(input_ids=ids, use_cache=False).logits[0], full).cpu()
+
+    base = distance(static)
+    columns = []
+    for number, kept in enumerate(static.tolist()):
+        toggled = static.clone()
+        toggled[number] = not kept
+        columns.append(distance(toggled) - base if kept else base - distance(toggled))
+    return _states_of(adapted, router, ids), torch.stack(columns, dim=1), base
+
+
+def _states_of(adapted: AdaptedModel, router: LayerRouter, ids: Tensor) -> Tensor:
+    """What the router reads, (T, D) in float32 on the host."""
+    with _first_input(adapted.backbone.layers[router.config.always_keep].module) as inputs:
+        adapted(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return inputs[0][0].float().cpu()
+
+
+@contextmanager
+def _first_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    inputs: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def _features(states: Tensor) -> Tensor:
+    """Normalised states and a constant, (N, D + 1), as the router's network sees them at the start."""
+    normed = F.layer_norm(states, states.shape[-1:])
+    return torch.cat([normed, torch.ones(len(states), 1)], dim=1).double()
+
+
+def _solve(states: Tensor, benefits: Tensor, ridge: float, target_skip: float) -> tuple[Tensor, Tensor]:
+    """(D + 1, G) weights of the regression, and the prediction below which `target_skip` of these states fall."""
+    features, targets = _features(states), benefits.double()
+    targets = targets.clamp(targets.quantile(CLIPPED, dim=0), targets.quantile(1 - CLIPPED, dim=0))
+    penalty = ridge * torch.eye(features.shape[1], dtype=features.dtype)
+    penalty[-1, -1] = 0  # the constant is free
+    weights = torch.linalg.solve(features.T @ features + penalty, features.T @ targets)
+    predicted = (features @ weights).flatten().sort().values
+    return weights, predicted[round(target_skip * (len(predicted) - 1))]
+
+
+def _gain(states: Tensor, benefits: Tensor, split: int, static: Tensor, target_skip: float, ridge: float) -> float:
+    """Benefit per held-out token of the fitted choice over the static one, were benefits additive."""
+    weights, threshold = _solve(states[:split], benefits[:split], ridge, target_skip)
+    keep = _features(states[split:]) @ weights > threshold
+    return ((keep.double() - static.double()) * benefits[split:]).sum(1).mean().item()
+
+
+def _write(router: LayerRouter, weights: Tensor, threshold: Tensor, states: Tensor) -> None:
+    """Into the network's linear map, scaled so that the median logit is `initial_bias` away from the threshold."""
+    assert router.network is not None
+    distance = (_features(states) @ weights - threshold).abs().median()
+    scale = router.config.initial_bias / distance.clamp_min(1e-9)
+    direct = router.network.direct
+    direct.weight.copy_((weights[:-1] * scale).T)
+    direct.bias.copy_((weights[-1] - threshold) * scale + router.config.threshold)

@@ -1,0 +1,94 @@
+"""A fitted router: learns which token needs which layer where that can be told, and leaves the rest as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import anydepth
+from anydepth.calibration import router_fit
+from anydepth.calibration.router_fit import fit_router
+from anydepth.errors import RunError, UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.methods.layer_router import LayerRouter
+from tiny import tiny_llama
+
+
+def windows(num: int = 8, length: int = 40) -> Tensor:
+    return torch.randint(1, 257, (num, length), generator=torch.Generator().manual_seed(1))
+
+
+def routed(**options: Any) -> tuple[AdaptedModel, LayerRouter]:
+    adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 1, "target_skip": 0.4, **options})
+    router = adapted.methods["layer_router"]
+    assert isinstance(router, LayerRouter)
+    return adapted, router
+
+
+@torch.no_grad()
+def test_benefit_is_what_toggling_a_layer_does_to_the_divergence() -> None:
+    adapted, router = routed(initial_skip_layers=[2, 4])
+    ids = windows(1)
+    static = torch.tensor([True, False, True, False, True])  # layers 1 to 5
+    states, benefits, base = router_fit._measure(adapted, router, ids, static)
+    full = tiny_llama()(ids).logits[0].log_softmax(-1)
+
+    def distance(skip_layers: list[int]) -> Tensor:
+        ours = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": skip_layers})(ids).logits[0]
+        return (full.exp() * (full - ours.log_softmax(-1))).sum(-1)
+
+    torch.testing.assert_close(base, distance([2, 4]), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(benefits[:, 1], distance([2, 4]) - distance([4]), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(benefits[:, 2], distance([2, 3, 4]) - distance([2, 4]), rtol=1e-3, atol=1e-5)
+    assert states.shape == (40, adapted.config.hidden_size) and benefits.shape == (40, 5)
+
+
+def planted(adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first layer's worth to a token is told by one direction of its state; the others are worth what they are."""
+    states = torch.randn(ids.shape[1], 32, generator=torch.Generator().manual_seed(int(ids.sum())))
+    worth = torch.tensor([0.0, 1.0, 1.0, 1.0, -1.0]).repeat(ids.shape[1], 1)
+    worth[:, 0] = 4 * states[:, 3]
+    return states, worth, torch.ones(ids.shape[1])
+
+
+@torch.no_grad()
+def test_planted_dependence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_fit, "_measure", planted)
+    adapted, router = routed(initial_bias=8.0, target_skip=0.3)
+    fit_router(adapted, windows(num=20))
+    assert router.network is not None
+    states = torch.randn(500, 32, generator=torch.Generator().manual_seed(5))
+    runs = router.network(states[None])[:, 0] > 0  # (layers, tokens)
+    assert runs[1:4].float().mean() > 0.95 and runs[4].float().mean() < 0.05
+    agrees = (runs[0] == (states[:, 3] > states[:, 3].quantile(0.5))).float().mean()
+    assert agrees > 0.9, f"the planted direction decides {agrees:.0%} of the tokens"
+
+
+def test_fit_holds_the_target_and_repeats_to_the_bit() -> None:
+    adapted, router = routed(initial_skip_layers=[2, 4])
+    found = fit_router(adapted, windows())
+    assert found.static_skip_share == pytest.approx(0.4) and found.skip_share == pytest.approx(0.4, abs=0.15)
+    assert found.num_tokens == windows().numel() and router.pinned is None
+    shares = [1 - row for row in _rates(adapted)]
+    assert sum(shares) / 5 == pytest.approx(0.4, abs=0.1)
+    again, _ = routed(initial_skip_layers=[2, 4])
+    fit_router(again, windows())
+    for ours, other in zip(adapted.methods.parameters(), again.methods.parameters(), strict=True):
+        assert torch.equal(ours, other)
+
+
+@torch.no_grad()
+def _rates(adapted: AdaptedModel) -> list[float]:
+    adapted(input_ids=windows(), use_cache=False)
+    return adapted.last_trace.executed_share()[0][1:]
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    random = {"name": "layer_router", "router": "random", "always_keep": 1, "rates": [0.5] * 5}
+    with pytest.raises(RunError, match="learned layer_router"):
+        fit_router(anydepth.attach(tiny_llama(), random), windows())
+    with pytest.raises(UserError, match="two windows"):
+        fit_router(routed()[0], windows(1))
