@@ -37,6 +37,16 @@ DOCUMENTS: list[dict[str, Any]] = [
     },
     {
         **ORIGIN,
+        "schema": "anydepth.fit/1",
+        "static_divergence": 1.4,
+        "static_skip_share": 0.37,
+        "routed_divergence": 1.1,
+        "skip_share": 0.36,
+        "num_tokens": 100,
+        "seconds": 3.0,
+    },
+    {
+        **ORIGIN,
         "schema": "anydepth.train/1",
         "seconds": 9.0,
         "tokens_per_second": 100.0,

@@ -170,6 +170,21 @@ def _search(page: Page, document: Document, name: str) -> None:
         page.figure(name, plots.search(document), "Agreement with full depth as layers are left out.", document)
 
 
+def _fit(page: Page, document: Document, name: str) -> None:
+    page.section("The router before training")
+    page.text(
+        f"Fitted in {document['seconds']:.0f} s to what each layer is worth to each of {document['num_tokens']} tokens. "
+        "On held-out text:",
+        "lead",
+    )
+    columns = {"choice": "", "skip_share": "layers skipped", "divergence": "KL from full depth, nats a token"}
+    rows = [
+        {"choice": choice, "skip_share": document[share], "divergence": document[f"{choice}_divergence"]}
+        for choice, share in (("static", "static_skip_share"), ("routed", "skip_share"))
+    ]
+    page.table(name, columns, rows)
+
+
 def _eval(page: Page, document: Document, name: str) -> None:
     page.section("Which layers run")
     page.text(f"Share of {document['num_tokens']} real tokens; mean depth {document['mean_depth']:.2f}.", "lead")
@@ -216,7 +231,7 @@ def _generate(page: Page, document: Document, name: str) -> None:
         page.figure(name, plots.heat_map(document), "Token × layer: which layers each generated token ran.", document)
 
 
-SECTIONS = {"train": _train, "search": _search, "eval": _eval, "bench": _bench, "generate": _generate}
+SECTIONS = {"train": _train, "search": _search, "fit": _fit, "eval": _eval, "bench": _bench, "generate": _generate}
 
 
 def _token(token: str, depth: float, num_layers: int) -> str:
