@@ -173,7 +173,7 @@ def _search(page: Page, document: Document, name: str) -> None:
 def _fit(page: Page, document: Document, name: str) -> None:
     page.section("The router before training")
     page.text(
-        f"Fitted in {document['seconds']:.0f} s to what each layer is worth to each of {document['num_tokens']} tokens. "
+        f"Fitted in {document['seconds']:.0f} s to what each layer is worth to each token of {document['num_tokens']}. "
         "On held-out text:",
         "lead",
     )
