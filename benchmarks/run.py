@@ -37,7 +37,10 @@ def main() -> None:
     for seed in experiment["seeds"]:
         for name in experiment["variants"]:
             if arguments.only in (None, name, f"{name}-{seed}"):
+                # Speed hardly depends on the seed: measured with the first.
                 stages = STAGES[: STAGES.index(arguments.until) + 1]
+                if seed != experiment["seeds"][0]:
+                    stages = tuple(stage for stage in stages if stage != "bench")
                 documents[name, seed] = run_variant(experiment, name, seed, runs, stages)
     if arguments.only is None and arguments.until == "bench":
         rows = [row for (name, seed), stages in documents.items() for row in table_rows(name, seed, stages)]
@@ -50,11 +53,12 @@ def main() -> None:
             rows=unique(rows),
             stages={f"{name}-{seed}": stages for (name, seed), stages in documents.items()},
         )
-        # The commit is that of the training runs: what was measured later reads their checkpoints.
-        first = documents[next(iter(documents))]["train"]
+        # Later stages read what earlier ones left: the commit is that of the first, and all are named.
+        done = [stage for stages in documents.values() for stage in stages.values()]
         result |= {
-            "commit": first["commit"],
-            "dirty": any(stage["dirty"] for stages in documents.values() for stage in stages.values()),
+            "commit": done[0]["commit"],
+            "commits": sorted({stage["commit"] for stage in done}),
+            "dirty": any(stage["dirty"] for stage in done),
         }
         write_json(ROOT / "results" / f"{arguments.experiment.stem}.json", result)
 
@@ -90,11 +94,11 @@ def merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def table_rows(name: str, seed: int, stages: dict[str, Any]) -> list[dict[str, Any]]:
     """The untouched model and the variant."""
-    quality, speed, train = stages["evaluate"], stages["bench"], stages["train"]
+    quality, train = stages["evaluate"], stages["train"]
     keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share", "num_tokens")
     rows = [{"variant": "untouched", **{key: quality["full_depth"][key] for key in keys}}]
     row = {"variant": name, "seed": seed, **{key: quality[key] for key in keys}, "train_seconds": train["seconds"]}
-    for measured in speed["rows"]:
+    for measured in stages.get("bench", {}).get("rows", []):
         what = f"{measured['prompt_tokens']}+{measured['new_tokens']} {measured['dtype']}"
         row[f"speedup {what}"] = measured["speedup"]
         for phase in ("prefill", "decode"):

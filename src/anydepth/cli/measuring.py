@@ -99,22 +99,14 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Paired wall-clock, full depth and adapted in turn."""
-    from anydepth.execution.adapted import attach, detach
     from anydepth.measure.bench import bench as time_pairs
     from anydepth.measure.bench import bench_prompts, load_prompts, read_prompts
     from anydepth.measure.results import document
-    from anydepth.training.checkpoint import load_target
 
     if engine != "hf":
         raise UserError(f"engine '{engine}' is not there yet; use --engine hf")
     printer = Printer(as_json, quiet)
-    adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
-    if against:
-        adapted = attach(detach(adapted), [method_options(name, options or []) for name in against])
-    if not adapted.methods:
-        raise UserError(
-            f"{target} has no method attached; give a folder that train or search wrote, or --against METHOD"
-        )
+    adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
     config = {
         "target": target,
@@ -148,6 +140,21 @@ def bench(
         )
     result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows)
     printer.result(result, show_bench)
+
+
+def _with_methods(target: str, against: list[str], options: list[str], dtype: str, device: str) -> tuple[Any, Any]:
+    """The model to bench and its tokenizer: with its own methods, or those named on the command line."""
+    from anydepth.execution.adapted import attach, detach
+    from anydepth.training.checkpoint import load_target
+
+    adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
+    if against:
+        adapted = attach(detach(adapted), [method_options(name, options) for name in against])
+    if not adapted.methods:
+        raise UserError(
+            f"{target} has no method attached; give a folder that train or search wrote, or --against METHOD"
+        )
+    return adapted, tokenizer
 
 
 @app.command()
