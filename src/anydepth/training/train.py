@@ -41,7 +41,7 @@ COMPLETE = "history.json"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did: one row of losses per optimiser step, and how long it took."""
+    """What training did: one row of losses per optimiser step, and how long it took, interrupted sessions included."""
 
     loss_history: list[dict[str, float]]
     seconds: float
@@ -96,13 +96,10 @@ def train(
         unwrap(model.model if isinstance(model, AdaptedModel) else model).gradient_checkpointing_enable()
     trainer = AdaptedTrainer(model, windows, config, out / STEPS, seed)
     trainer.on_step = on_step
-    started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(start) if start else None)
-    seconds = time.monotonic() - started
     model.eval()
-    steps_done = config.max_steps - trainer.first_step
-    tokens = steps_done * config.batch_size * config.gradient_accumulation_steps * windows.shape[1]
-    return TrainResult(trainer.history, seconds, tokens / max(seconds, 1e-9))
+    tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * windows.shape[1]
+    return TrainResult(trainer.history, trainer.seconds, tokens / max(trainer.seconds, 1e-9))
 
 
 class AdaptedTrainer(Trainer):
@@ -114,6 +111,7 @@ class AdaptedTrainer(Trainer):
         self.history: list[dict[str, float]] = []
         self.on_step: Callable[[dict[str, float]], None] | None = None
         self.first_step = 0
+        self.started = time.monotonic()
         self.micro_step = 0
         self.terms: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
@@ -122,6 +120,11 @@ class AdaptedTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our losses are means already
         self.remove_callback(_progress_callback(self))
         self.add_callback(_StepWatch(self))
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, in earlier sessions too."""
+        return time.monotonic() - self.started
 
     @property
     def module(self) -> nn.Module:
@@ -204,7 +207,7 @@ class AdaptedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        write_json(folder / COMPLETE, {"micro_step": self.micro_step, "history": self.history})
+        write_json(folder / COMPLETE, {"micro_step": self.micro_step, "history": self.history, "seconds": self.seconds})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -216,6 +219,7 @@ class AdaptedTrainer(Trainer):
         done = json.loads((folder / COMPLETE).read_text())
         self.history, self.micro_step = done["history"], done["micro_step"]
         self.first_step = len(self.history)
+        self.started = time.monotonic() - done["seconds"]
 
 
 class _StepWatch(TrainerCallback):
