@@ -3,7 +3,7 @@
 A variant is the experiment's recipe with its own keys on top, run once per seed. `rates_from: OTHER` gives a random
 router the rates that the variant OTHER was measured to run its layers at.
 
-    python benchmarks/run.py benchmarks/experiments/NAME.yaml [--only VARIANT] [--until train]
+    python benchmarks/run.py benchmarks/experiments/NAME.yaml [--only VARIANT] [--until train] [--table]
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ def main() -> None:
     parser.add_argument(
         "--until", choices=STAGES, default="bench", help="last stage to do; timing wants a quiet machine"
     )
+    parser.add_argument("--table", action="store_true", help="print the committed result as a table, run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown(read_document(ROOT / "results" / f"{arguments.experiment.stem}.json")["rows"]))
+        return
     experiment = yaml.safe_load(arguments.experiment.read_text())
     runs = ROOT.parent / "runs" / arguments.experiment.stem
     documents = {}
@@ -109,6 +113,39 @@ def table_rows(name: str, seed: int, stages: dict[str, Any]) -> list[dict[str, A
 def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The untouched model once."""
     return [row for number, row in enumerate(rows) if row not in rows[:number]]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """One line per variant: means over seeds, half the range behind ±; speed in float32, prefill + decode."""
+    lines = [
+        "| | perplexity | agreement | layers per token | FLOP share | prefill 512 | decode |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == name]
+        speed = own[0]
+        cells = [
+            name.replace("_", " "),
+            spread([row["perplexity"] for row in own], 2),
+            spread([row["agreement"] for row in own], 3),
+            spread([row["mean_depth"] for row in own], 2),
+            spread([row["layer_token_share"] for row in own], 3),
+            times(speed.get("prefill 512+64 float32")),
+            times(speed.get("decode 64+64 float32")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], digits: int) -> str:
+    half = (max(values) - min(values)) / 2
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {half:.{digits}f}"
+
+
+def times(phase: dict[str, float] | None) -> str:
+    """Measured speed-up, and in brackets how much of the ideal that is."""
+    return "1×" if phase is None else f"{phase['speedup']:.2f}× ({phase['realised']:.2f})"
 
 
 if __name__ == "__main__":

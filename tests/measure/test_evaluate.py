@@ -24,7 +24,7 @@ def routed() -> anydepth.AdaptedModel:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in adapted.methods.named_parameters():
-            if "out." in name:
+            if "out." in name or "direct." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return adapted
 
