@@ -22,7 +22,9 @@ import families
 from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine.decode import FastEngine
 from anydepth.methods.method import Method
+from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from reference import relative_rms, replay
 
 RATES = [0.6, 0.3, 0.8, 0.5]
@@ -57,7 +59,7 @@ def attach(model: PreTrainedModel, spec: dict[str, Any]) -> AdaptedModel:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in adapted.methods.named_parameters():
-            if "out." in name:
+            if "out." in name or "direct." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return adapted
 
@@ -258,6 +260,45 @@ def test_rewound_cache_goes_on_as_if_never_forward(family: str, adapted: Adapted
         [adapted(input_ids=part, past_key_values=cache).logits for part in ids[:, 17:].split([1, 12], 1)], 1
     )
     assert relative_rms(ours, wanted) <= TOLERANCE
+
+
+# --- 13: engines agree ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_fast_engine_is_the_model(family: str, adapted: AdaptedModel, case: str) -> None:
+    """Logits of prefill, of single tokens and of several behind a past; then tokens and trace of a padded batch."""
+    if family not in ENGINE_FAMILIES:
+        with pytest.raises(UserError, match="fast engine does not run"):
+            FastEngine(adapted)
+        return
+    engine, ids = FastEngine(adapted), families.token_ids()
+    wanted, before = logits_of(adapted, ids[:1]), adapted.last_trace
+    cache = engine.model.new_cache(2)
+    cache.take_slot()
+    slot = cache.take_slot()
+    parts = ids[:1].split([25, 1, 7, 6, 1], dim=1)
+    hidden = [engine.model.forward(part, [slot], cache, adapted.active_methods)[0] for part in parts]
+    assert relative_rms(engine.model.logits(torch.cat(hidden, 1)), wanted) <= TOLERANCE
+    cache.rewind(slot, 17)
+    hidden = [engine.model.forward(ids[:1, 17:], [slot], cache, adapted.active_methods)[0]]
+    assert relative_rms(engine.model.logits(torch.cat(hidden, 1)), wanted[:, 17:]) <= TOLERANCE
+    mask = torch.ones_like(ids)
+    mask[1, :9] = mask[2, :23] = 0
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    tokens = adapted.generate(input_ids=ids * mask, **options)
+    trace = adapted.last_trace
+    assert torch.equal(engine.generate(input_ids=ids * mask, **options), tokens)
+    ours = adapted.last_trace
+    assert torch.equal(ours.token_mask, trace.token_mask) and before.num_tokens == 40
+    for name in ("mixer_keep", "ffn_keep"):
+        assert torch.equal(getattr(ours, name) & ours.token_mask, getattr(trace, name) & trace.token_mask), name
 
 
 @torch.no_grad()

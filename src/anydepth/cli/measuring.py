@@ -9,7 +9,19 @@ import typer
 
 from anydepth.cli.app import app
 from anydepth.cli.display import Printer, bench_line, show_bench, show_eval, show_inspection, show_methods
-from anydepth.cli.options import Data, Device, DType, Json, Quiet, Seed, Target, method_options, numbers
+from anydepth.cli.options import (
+    Data,
+    Device,
+    DType,
+    Engine,
+    Json,
+    Quiet,
+    Seed,
+    Target,
+    WeightKind,
+    method_options,
+    numbers,
+)
 from anydepth.errors import UserError
 
 
@@ -87,7 +99,8 @@ def bench(
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 64,512.")] = "64",
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
     num_runs: Annotated[int, typer.Option(help="Measured pairs per row.")] = 5,
-    engine: Annotated[str, typer.Option(help="hf; the fast engine comes later.")] = "hf",
+    engine: Engine = "hf",
+    weights: WeightKind = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, turns or messages.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
@@ -103,13 +116,16 @@ def bench(
     from anydepth.measure.bench import bench_prompts, load_prompts, read_prompts
     from anydepth.measure.results import document
 
-    if engine != "hf":
-        raise UserError(f"engine '{engine}' is not there yet; use --engine hf")
     printer = Printer(as_json, quiet)
+    from anydepth.inference.engine import choose
+
     adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
+    fast = choose(adapted, engine, weights, printer.progress)
     config = {
         "target": target,
+        "engine": engine,
+        "weights": weights,
         "batch_sizes": batch_sizes,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -124,20 +140,12 @@ def bench(
     def say(row: dict[str, Any]) -> None:
         printer.progress(bench_line(row))
 
+    shared: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens, "engine": fast, "on_row": say}
     if prompts is not None:
-        texts = read_prompts(prompts, tokenizer)
-        rows = bench_prompts(adapted, tokenizer, texts, batch_sizes=sizes, new_tokens=new_tokens, on_row=say)
+        rows = bench_prompts(adapted, tokenizer, read_prompts(prompts, tokenizer), **shared)
     else:
         windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
-        rows = time_pairs(
-            adapted,
-            windows,
-            batch_sizes=sizes,
-            prompt_tokens=lengths,
-            new_tokens=new_tokens,
-            num_runs=num_runs,
-            on_row=say,
-        )
+        rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)
     result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows)
     printer.result(result, show_bench)
 

@@ -20,6 +20,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.max_steps=20.")]
 Data = Annotated[str, typer.Option("--data", help="NAME:SPLIT (embedded:valid, wikitext-2:valid) or a text file.")]
+Engine = Annotated[str, typer.Option("--engine", help="hf, fast, or auto: fast where it runs the model.")]
+WeightKind = Annotated[
+    str | None, typer.Option("--weights", help="Of the fast engine: int8, or the model's own precision.")
+]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
 RecipeDType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]

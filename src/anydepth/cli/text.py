@@ -9,7 +9,7 @@ import typer
 
 from anydepth.cli.app import app
 from anydepth.cli.display import Printer, show_text
-from anydepth.cli.options import Device, DType, Json, Quiet, Seed, Target
+from anydepth.cli.options import Device, DType, Engine, Json, Quiet, Seed, Target, WeightKind
 from anydepth.errors import UserError
 
 
@@ -20,6 +20,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour each token by the layers it ran.")] = False,
+    engine: Engine = "auto",
+    weights: WeightKind = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DType = "float32",
@@ -27,6 +29,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Text, with the depth of every token."""
+    from anydepth.inference.engine import choose
     from anydepth.inference.generate import generate as write
     from anydepth.measure.results import document
     from anydepth.training.checkpoint import load_target
@@ -35,7 +38,11 @@ def generate(
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     text = sys.stdin.read() if prompt == "-" else prompt
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
-    fields = write(adapted, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    printer = Printer(as_json, quiet)
+    fast = choose(adapted, engine, weights, printer.progress)
+    fields = write(
+        adapted, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, engine=fast
+    )
     config = {"target": target, "max_new_tokens": max_new_tokens, "temperature": temperature, "dtype": dtype}
     result = document("anydepth.generate/1", seed=seed, config=config, label=adapted.label, **fields)
-    Printer(as_json, quiet).result(result, lambda document: show_text(document, show_depth))
+    printer.result(result, lambda document: show_text(document, show_depth))

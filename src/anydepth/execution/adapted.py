@@ -93,7 +93,7 @@ class AdaptedModel(nn.Module):
         """A new `Run`. It stays current after the forward, for layers that backward recomputes (checkpointing)."""
         cache = self._cache_for(kwargs)
         token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
-        methods = [method for method in self.methods.values() if isinstance(method, Method)]
+        methods = self.active_methods
         record = PassRecord(token_mask, 0 if cache is None else cache.num_seen, cache is not None, len(self._gated))
         context = PassContext(token_mask, positions, self.training)
         self._run = Run(context, record, cache, methods, self._sparse)
@@ -174,9 +174,18 @@ class AdaptedModel(nn.Module):
             self._run = before
 
     @property
+    def active_methods(self) -> list[Method]:
+        """The attached methods, in order; none while `disabled`."""
+        return [method for method in self.methods.values() if isinstance(method, Method)] if self._enabled else []
+
+    @property
     def records(self) -> list[PassRecord]:
         """The forwards of the last sequence, one record each."""
         return self._records
+
+    @records.setter
+    def records(self, records: list[PassRecord]) -> None:
+        self._records = records
 
     @property
     def last_trace(self) -> Trace:

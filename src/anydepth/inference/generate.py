@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine.decode import FastEngine
 
 
 @torch.no_grad()
@@ -22,11 +23,13 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    engine: FastEngine | None = None,
 ) -> dict[str, Any]:
     """Continue a prompt; returns the fields of `anydepth.generate/1`.
 
     Args:
         temperature: 0 is greedy; otherwise samples with `seed`.
+        engine: generate with it; None is the Hugging Face model's own `generate`.
 
     Raises:
         UserError: an empty prompt, or one that does not fit the model's window with `max_new_tokens`.
@@ -39,7 +42,7 @@ def generate(
     if temperature > 0:
         sampling["temperature"] = temperature
     started = time.perf_counter()
-    token_ids = adapted.generate(
+    token_ids = (adapted if engine is None else engine).generate(
         **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
     )[0, num_prompt:]
     seconds = time.perf_counter() - started

@@ -24,6 +24,8 @@ from anydepth.errors import RunError, UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.engine.weights import WEIGHT_ONLY
 from anydepth.inference.generate import check_window
 from anydepth.methods.method import Method
 from anydepth.training.data import load_windows
@@ -63,9 +65,13 @@ def bench(
     prompt_tokens: list[int],
     new_tokens: int,
     num_runs: int = 5,
+    engine: FastEngine | None = None,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Rows of `anydepth.bench/1`, one per batch size and prompt length, prompts taken from (N, T) windows.
+
+    Args:
+        engine: generate with it, full depth too; None is the Hugging Face model's own `generate`.
 
     Raises:
         UserError: too little text for the batch, or prompts longer than the model's window.
@@ -77,13 +83,13 @@ def bench(
             f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens; the text has "
             f"{len(windows)}"
         )
-    self_check(adapted, windows[:2, : min(48, windows.shape[1])].to(adapted.device))
+    self_check(adapted, windows[:2, : min(48, windows.shape[1])].to(adapted.device), engine)
     rows = []
     for batch_size in batch_sizes:
         for length in prompt_tokens:
             prompts = windows[:batch_size, :length].to(adapted.device)
             batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-            rows.append(_row(adapted, [batch] * num_runs, new_tokens))
+            rows.append(_row(adapted, [batch] * num_runs, new_tokens, engine))
             on_row(rows[-1])
     return rows
 
@@ -95,6 +101,7 @@ def bench_prompts(
     *,
     batch_sizes: list[int],
     new_tokens: int,
+    engine: FastEngine | None = None,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Rows of `anydepth.bench/1` over given prompts: each batch of them (padded on the left) is one measured pair."""
@@ -106,8 +113,8 @@ def bench_prompts(
         parts = [prompts[start : start + batch_size] for start in range(0, len(prompts) - batch_size + 1, batch_size)]
         batches = [dict(tokenizer(part, return_tensors="pt", padding=True).to(adapted.device)) for part in parts]
         check_window(adapted, max(batch["input_ids"].shape[1] for batch in batches), new_tokens)
-        self_check(adapted, batches[0]["input_ids"][:1, -48:])
-        rows.append(_row(adapted, batches, new_tokens))
+        self_check(adapted, batches[0]["input_ids"][:1, -48:], engine)
+        rows.append(_row(adapted, batches, new_tokens, engine))
         on_row(rows[-1])
     return rows
 
@@ -154,14 +161,15 @@ class Pair:
     mean_depth: float
 
 
-def _row(adapted: AdaptedModel, batches: list[Batch], new_tokens: int) -> dict[str, Any]:
-    _pair(adapted, batches[0], new_tokens, 0)  # warm-up
-    pairs = [_pair(adapted, batch, new_tokens, number) for number, batch in enumerate(batches)]
+def _row(adapted: AdaptedModel, batches: list[Batch], new_tokens: int, engine: FastEngine | None) -> dict[str, Any]:
+    _pair(adapted, batches[0], new_tokens, 0, engine)  # warm-up
+    pairs = [_pair(adapted, batch, new_tokens, number, engine) for number, batch in enumerate(batches)]
     whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
     batch_size = batches[0]["input_ids"].shape[0]
     speedup = _ratio(pairs, lambda timing: timing.total)
     row = {
-        "engine": "hf",
+        "engine": "hf" if engine is None else "fast",
+        "weights": str(adapted.dtype).removeprefix("torch.") if engine is None else engine.model.weights,
         "dtype": str(adapted.dtype).removeprefix("torch."),
         "batch_size": batch_size,
         "prompt_tokens": max(batch["input_ids"].shape[1] for batch in batches),
@@ -204,11 +212,11 @@ def _flops(adapted: AdaptedModel, trace: Trace) -> cost.FlopCount:
     return cost.flops(adapted.backbone, trace, methods)
 
 
-def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int) -> Pair:
+def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int, engine: FastEngine | None) -> Pair:
     """Full depth and adapted, taking turns at going first."""
     timings = {}
     for full_depth in (True, False) if number % 2 else (False, True):
-        timings[full_depth] = _time(adapted, batch, new_tokens, full_depth=full_depth)
+        timings[full_depth] = _time(adapted, batch, new_tokens, engine, full_depth=full_depth)
     records = adapted.records  # full depth leaves none
     trace = Trace.join(records)
     return Pair(
@@ -234,13 +242,16 @@ class _FirstToken(StoppingCriteria):
 
 
 @torch.no_grad()
-def _time(adapted: AdaptedModel, batch: Batch, new_tokens: int, *, full_depth: bool) -> Timing:
+def _time(
+    adapted: AdaptedModel, batch: Batch, new_tokens: int, engine: FastEngine | None, *, full_depth: bool
+) -> Timing:
     first = _FirstToken()
     _reset_peak_memory()
     with adapted.disabled() if full_depth else nullcontext():
         started = time.perf_counter()
-        output = adapted.generate(
-            **batch,
+        output = (adapted if engine is None else engine).generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
@@ -297,8 +308,8 @@ def _peak_memory_bytes() -> int:
 
 
 @torch.no_grad()
-def self_check(adapted: AdaptedModel, token_ids: Tensor) -> None:
-    """Sparse = masked and cached = uncached on this very model; raises `RunError` otherwise.
+def self_check(adapted: AdaptedModel, token_ids: Tensor, engine: FastEngine | None = None) -> None:
+    """Sparse = masked, cached = uncached, fast engine = model, on this very model; raises `RunError` otherwise.
 
     Where rounding moves a decision across its threshold, the tokens before it are compared.
     """
@@ -313,6 +324,9 @@ def self_check(adapted: AdaptedModel, token_ids: Tensor) -> None:
         for part in (token_ids[:, :cut], token_ids[:, cut : cut + 1], token_ids[:, cut + 1 :])
     ]
     _compare("cached and uncached execution", adapted, sparse, torch.cat(parts, dim=1), before)
+    if engine is not None and engine.model.weights not in WEIGHT_ONLY:
+        fast = [engine.logits(row) for row in token_ids]
+        _compare("the fast engine and the model", adapted, sparse, torch.stack(fast), before)
 
 
 def _compare(what: str, adapted: AdaptedModel, ours: Tensor, other: Tensor, before: Trace) -> None:

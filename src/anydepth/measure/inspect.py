@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods import METHODS
-from anydepth.models.backbone import LayerView
+from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.llama_like import check_runs
 
 
 def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
@@ -22,10 +24,18 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
         "attention_implementation": backbone.attention_implementation,
         "layers": [_layer(view) for view in backbone.layers],
         "attached": list(adapted.methods),
-        "engines": {"hf": "applies", "fast": "not there yet"},
+        "engines": {"hf": "applies", "fast": _fast_engine(backbone)},
         "methods": dict.fromkeys(METHODS, "applies"),
         "notes": _notes(backbone.layers),
     }
+
+
+def _fast_engine(backbone: Backbone) -> str:
+    try:
+        check_runs(backbone)
+    except UserError as error:
+        return f"does not apply: {error}"
+    return "applies"
 
 
 def _layer(view: LayerView) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""The fast engine: prefill and decoding of Llama-like decoders at the speed of the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from anydepth.errors import UserError
+
+if TYPE_CHECKING:
+    from anydepth.execution.adapted import AdaptedModel
+    from anydepth.inference.engine.decode import FastEngine
+
+ENGINES = ("auto", "hf", "fast")
+
+
+def choose(
+    adapted: AdaptedModel, engine: str = "auto", weights: str | None = None, say: Callable[[str], None] = print
+) -> FastEngine | None:
+    """The fast engine, or None for the Hugging Face model's own `generate`.
+
+    Args:
+        engine: `hf`, `fast`, or `auto`: fast where it runs the model; `say` is told why not.
+        weights: of the fast engine, see `FastEngine`.
+
+    Raises:
+        UserError: an unknown engine; `fast` for a model that it does not run; weights with `hf`.
+    """
+    from anydepth.inference.engine.decode import FastEngine
+
+    if engine not in ENGINES:
+        raise UserError(f"engine '{engine}' is unknown; engines are {', '.join(ENGINES)}")
+    if engine == "hf":
+        if weights is not None:
+            raise UserError(f"weights {weights} are the fast engine's; use engine fast, or leave them out")
+        return None
+    if engine == "fast" or weights is not None:
+        return FastEngine(adapted, weights)
+    try:
+        return FastEngine(adapted)
+    except UserError as error:
+        say(f"engine hf: {error}")
+        return None

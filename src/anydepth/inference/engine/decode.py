@@ -1,0 +1,156 @@
+"""`generate` of transformers with the fast engine in place of its decoding loop.
+
+Options, logits processors, stop rules and streamers are transformers' own; this is the loop between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.configuration_utils import GenerationMode
+
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.execution.trace import PassRecord
+from anydepth.inference.engine.cache import EngineCache
+from anydepth.inference.engine.model import EngineModel
+from anydepth.methods.method import Method
+
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+class FastEngine:
+    """The fast engine of an adapted model: `engine.generate(...)` for `adapted.generate(...)`.
+
+    Holds the weights a second time, packed; weights that change later (training, a LoRA adapter) are not seen.
+
+    Args:
+        weights: float32, bfloat16, float16 or int8; None is the model's own precision.
+
+    Raises:
+        UserError: a family or weights that it does not run.
+    """
+
+    def __init__(self, adapted: AdaptedModel, weights: str | None = None) -> None:
+        self.adapted = adapted
+        self.model = EngineModel(adapted.backbone, weights)
+
+    def generate(
+        self,
+        *args: Any,
+        streamer: Any = None,
+        stop_strings: str | list[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: Sequence[StoppingCriteria] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """transformers' `generate`, its decoding loop done here. Greedy and sampling, any batch, left padding."""
+        # transformers 5.23 gives the streamer the prompt, but hides it and the tokenizer from a loop of others.
+        stopping_criteria = StoppingCriteriaList(list(stopping_criteria or []))
+        if stop_strings is not None:
+            if tokenizer is None:
+                raise UserError("stop_strings need tokenizer=, to know how tokens spell them")
+            stopping_criteria.append(StopStringCriteria(tokenizer, stop_strings))
+        loop = partial(self._decode, streamer=streamer)
+        return self.adapted.generate(
+            *args, custom_generate=loop, streamer=streamer, stopping_criteria=stopping_criteria, **kwargs
+        )
+
+    @torch.no_grad()
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """(T, V) of one sequence of (T,) tokens, in one prefill."""
+        cache, methods = self.model.new_cache(1), self.adapted.active_methods
+        hidden, record = self.model.forward(token_ids[None], [cache.take_slot()], cache, methods)
+        if methods:
+            self.adapted.records = [record]
+        return self.model.logits(hidden[0])
+
+    @torch.no_grad()
+    def _decode(
+        self,
+        hf_model: Any,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, prompt + new) token ids; rows that ended are filled with the pad token."""
+        if generation_config.get_generation_mode() not in MODES or generation_config.return_dict_in_generate:
+            raise UserError(
+                "the fast engine decodes greedily or samples, and returns token ids; use engine hf for the rest"
+            )
+        sampling = bool(generation_config.do_sample)
+        cache = self.model.new_cache(len(input_ids))
+        slots = [cache.take_slot() for _ in input_ids]
+        methods = self.adapted.active_methods
+        logits, record = self._prefill(input_ids, kwargs.get("attention_mask"), slots, cache, methods)
+        records = self.adapted.records = [record] if methods else self.adapted.records
+        unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        pad: Any = generation_config._pad_token_tensor
+        while True:
+            scores = logits_processor(input_ids, logits.float())
+            next_ids = torch.multinomial(scores.softmax(-1), 1)[:, 0] if sampling else scores.argmax(-1)
+            if generation_config._eos_token_tensor is not None:
+                next_ids = next_ids * unfinished + pad * (1 - unfinished)
+            input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
+            if streamer is not None:
+                streamer.put(next_ids.cpu())
+            unfinished = unfinished & ~stopping_criteria(input_ids, scores)
+            if not bool(unfinished.any()):
+                break
+            hidden, record = self.model.forward(next_ids[:, None], slots, cache, methods)
+            if methods:
+                records.append(record)
+            record.head_rows = len(input_ids)
+            logits = self.model.logits(hidden[:, 0])
+        if streamer is not None:
+            streamer.end()
+        return input_ids
+
+    def _prefill(
+        self, input_ids: Tensor, mask: Tensor | None, slots: list[int], cache: EngineCache, methods: list[Method]
+    ) -> tuple[Tensor, PassRecord]:
+        """Each row alone, without its padding; (B, V) logits of the last tokens, and what ran."""
+        lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
+        last, records = [], []
+        for row, slot in enumerate(slots):
+            hidden, record = self.model.forward(input_ids[row : row + 1, -lengths[row] :], [slot], cache, methods)
+            last.append(hidden[:, -1])
+            records.append(record)
+        record = _padded(records, input_ids.shape[1])
+        record.head_rows = len(input_ids)
+        return self.model.logits(torch.cat(last)), record
+
+
+def _padded(records: list[PassRecord], num_tokens: int) -> PassRecord:
+    """One record of rows that ran apart, padded on the left."""
+    if len(records) == 1:
+        return records[0]
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(part, (num_tokens - part.shape[1], 0)) for part in parts])
+
+    first = records[0]
+    return PassRecord(
+        joined([record.token_mask for record in records]),
+        0,
+        cached=True,
+        num_layers=first.num_layers,
+        mixer_keep={i: joined([record.mixer_keep[i] for record in records]) for i in first.mixer_keep},
+        ffn_keep={i: joined([record.ffn_keep[i] for record in records]) for i in first.ffn_keep},
+        kv_rules=first.kv_rules,
+    )

@@ -1,0 +1,176 @@
+"""Inside of a Llama-like layer: its weights by role, and its settings. For engines that run the layer themselves.
+
+Beside `backbone.py` the only file that knows Hugging Face attribute names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.errors import UserError
+from anydepth.models.backbone import Backbone, LayerView
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm: x / rms(x) · weight, the weight (D,) in float32."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A linear map: weight (out, in), bias (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One layer: x → x + mixer_out_norm(attention(mixer_norm(x))), then the same with the FFN; norms may be missing.
+
+    Attributes:
+        rotation_kind: which of the model's rotations queries and keys take; None for none.
+        window: tokens that attention looks back over, itself included; None for all.
+        softcap: c of c·tanh(score / c), or None.
+        activation: of the FFN's gate; None is SiLU.
+    """
+
+    queries: Weights
+    keys: Weights
+    values: Weights
+    output: Weights
+    gate: Weights
+    up: Weights
+    down: Weights
+    mixer_norm: Norm | None
+    mixer_out_norm: Norm | None
+    ffn_norm: Norm | None
+    ffn_out_norm: Norm | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    rotation_kind: str | None
+    activation: Callable[[Tensor], Tensor] | None
+
+
+def check_runs(backbone: Backbone) -> None:
+    """Raise `UserError` with the reason unless `layer_parts` can read this model."""
+    if backbone.family_name not in FAMILIES:
+        raise UserError(
+            f"the fast engine does not run {backbone.family_name}; it runs {', '.join(FAMILIES)}; use engine hf"
+        )
+    for view in backbone.layers:
+        layer_parts(view)
+
+
+@torch.no_grad()
+def layer_parts(view: LayerView) -> LayerParts:
+    """The parts of a layer of one of `FAMILIES`.
+
+    Raises:
+        UserError: a map that is not a plain `nn.Linear` (LoRA not merged, quantised).
+    """
+    attention: Any = view.mixer
+    mlp: Any = view.module.get_submodule("mlp")
+    config = attention.config
+    num_heads, num_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    if hasattr(attention, "qkv_proj"):
+        sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        queries, keys, values = _split(attention.qkv_proj, sizes)
+    else:
+        queries, keys, values = (_weights(attention.q_proj), _weights(attention.k_proj), _weights(attention.v_proj))
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = _split(mlp.gate_up_proj, [config.intermediate_size] * 2)
+    else:
+        gate, up = _weights(mlp.gate_proj), _weights(mlp.up_proj)
+    activation = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+    rotates = bool(getattr(attention, "use_rope", True))
+    return LayerParts(
+        queries=queries,
+        keys=keys,
+        values=values,
+        output=_weights(attention.o_proj),
+        gate=gate,
+        up=up,
+        down=_weights(mlp.down_proj),
+        mixer_norm=_norm(view.kv_norm),
+        mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
+        ffn_norm=None if view.ffn_in is mlp else _norm(view.ffn_in),
+        ffn_out_norm=None if view.ffn_out is mlp else _norm(view.ffn_out),
+        query_norm=_norm(getattr(attention, "q_norm", None)),
+        key_norm=_norm(getattr(attention, "k_norm", None)),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=attention.scaling,
+        softcap=getattr(attention, "attn_logit_softcapping", None),
+        # Families with windows in some layers say so in the layer, the others (Mistral, Phi-3) in the config.
+        window=attention.sliding_window
+        if hasattr(attention, "sliding_window")
+        else getattr(config, "sliding_window", None),
+        rotation_kind=(getattr(attention, "layer_type", None) or "all") if rotates else None,
+        activation=None if isinstance(activation, nn.SiLU) or "SiLU" in type(activation).__name__ else activation,
+    )
+
+
+def rotations(backbone: Backbone, num_places: int, kinds: set[str], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Cosines and sines (num_places, R) of each kind of rotation, for the places from 0, by the model itself."""
+    module: Any = backbone.decoder.get_submodule("rotary_emb")
+    places = torch.arange(num_places, device=like.device)[None]
+    tables = {}
+    for kind in kinds:
+        by_layer_type = hasattr(module, f"{kind}_inv_freq")
+        cos, sin = module(like, places, kind) if by_layer_type else module(like, places)
+        tables[kind] = (cos[0].to(like.dtype), sin[0].to(like.dtype))
+    return tables
+
+
+def logits_softcap(backbone: Backbone) -> float | None:
+    """c of c·tanh(logits / c), where the family's head has one."""
+    return getattr(backbone.model.config, "final_logit_softcapping", None)
+
+
+def final_norm(backbone: Backbone) -> Norm:
+    norm = _norm(backbone.decoder.get_submodule("norm"))
+    assert norm is not None
+    return norm
+
+
+def _norm(module: nn.Module | None) -> Norm | None:
+    if module is None:
+        return None
+    settings: Any = module
+    weight = settings.weight.detach().float()
+    if type(module).__name__.startswith("Gemma"):  # stores the weight less one
+        weight = weight + 1
+    return Norm(weight, float(settings.eps if hasattr(module, "eps") else settings.variance_epsilon))
+
+
+def _weights(module: nn.Module) -> Weights:
+    if type(module) is not nn.Linear:
+        raise UserError(
+            f"the fast engine takes plain linear maps and found {type(module).__name__}; merge adapters, load without "
+            "quantisation, or use engine hf"
+        )
+    return Weights(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def _split(module: nn.Module, sizes: list[int]) -> list[Weights]:
+    whole = _weights(module)
+    biases = [None] * len(sizes) if whole.bias is None else whole.bias.split(sizes)
+    return [Weights(weight, bias) for weight, bias in zip(whole.weight.split(sizes), biases, strict=True)]

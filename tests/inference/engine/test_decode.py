@@ -1,0 +1,150 @@
+"""The fast engine under transformers' `generate`: same options, stop rules and streams; refuses what it does not do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import TextStreamer
+
+import anydepth
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine import choose
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.engine.weights import Int8Linear
+from anydepth.measure.bench import bench
+from tiny import byte_tokenizer, tiny_llama
+
+ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}
+
+
+def ids(batch_size: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(1, 257, (batch_size, length), generator=torch.Generator().manual_seed(3))
+
+
+def routed() -> AdaptedModel:
+    return anydepth.attach(tiny_llama(), ROUTER)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    "penalties": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "minimum": {"do_sample": False, "min_new_tokens": 10, "eos_token_id": 5},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_of_generate_mean_the_same(options: dict[str, Any]) -> None:
+    adapted = routed()
+    settings = {"max_new_tokens": 16, "pad_token_id": 0, **options}
+    torch.manual_seed(1)
+    wanted = adapted.generate(ids(), **settings)
+    torch.manual_seed(1)
+    assert torch.equal(FastEngine(adapted).generate(ids(), **settings), wanted)
+
+
+def test_rows_end_at_their_own_end_token() -> None:
+    adapted = routed()
+    free = adapted.generate(ids(), max_new_tokens=16, do_sample=False, pad_token_id=0)
+    ends = int(free[0, 15])  # what the first row says fourth
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
+    wanted = adapted.generate(ids(), **settings)
+    assert torch.equal(FastEngine(adapted).generate(ids(), **settings), wanted)
+
+
+class Ids(TextStreamer):
+    """Keeps the ids instead of printing their text."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.seen += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streamer_gets_every_token_once() -> None:
+    streamer = Ids()
+    output = FastEngine(routed()).generate(ids(1), max_new_tokens=8, do_sample=False, pad_token_id=0, streamer=streamer)
+    assert streamer.seen == output[0].tolist() and streamer.ended
+
+
+def test_stop_strings() -> None:
+    adapted, tokenizer = routed(), byte_tokenizer()
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "tokenizer": tokenizer}
+    said = [tokenizer.decode([token]) for token in adapted.generate(ids(1), **settings)[0, 12:].tolist()]
+    stops = {"stop_strings": [next(text for text in said if text.isascii() and text.isprintable())], **settings}
+    wanted = adapted.generate(ids(1), **stops)
+    assert wanted.shape[1] < 28 and torch.equal(FastEngine(adapted).generate(ids(1), **stops), wanted)
+    with pytest.raises(UserError, match="tokenizer="):
+        FastEngine(adapted).generate(ids(1), stop_strings=["a"])
+
+
+def test_full_depth_while_disabled() -> None:
+    adapted = routed()
+    engine = FastEngine(adapted)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with adapted.disabled():
+        ours = engine.generate(ids(), **settings)
+    assert torch.equal(ours, tiny_llama().generate(ids(), **settings))
+
+
+def test_long_texts_outgrow_the_first_cache() -> None:
+    adapted = routed()
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    long = ids(2, 240)
+    assert torch.equal(FastEngine(adapted).generate(long, **settings), adapted.generate(long, **settings))
+
+
+def test_what_the_engine_does_not_do_is_refused() -> None:
+    with pytest.raises(UserError, match="greedily or samples"):
+        FastEngine(routed()).generate(ids(), max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="merge adapters"):
+        FastEngine(anydepth.attach(lora, ROUTER))
+    with pytest.raises(UserError, match="int8 weights want a bfloat16 model"):
+        FastEngine(routed(), "int8")
+    with pytest.raises(UserError, match="int3.*float32"):
+        FastEngine(routed(), "int3")
+
+
+def test_auto_says_why_not() -> None:
+    lora = anydepth.attach(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), ROUTER)  # type: ignore[arg-type]
+    said: list[str] = []
+    assert choose(lora, "auto", say=said.append) is None
+    assert len(said) == 1 and "merge adapters" in said[0]
+    assert isinstance(choose(routed(), "auto"), FastEngine)
+    assert choose(routed(), "hf") is None
+    with pytest.raises(UserError, match="auto, hf, fast"):
+        choose(routed(), "quick")
+    with pytest.raises(UserError, match="weights int8 are the fast engine's"):
+        choose(routed(), "hf", "int8")
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_int8_maps_are_their_dequantised_weights(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator).bfloat16()
+    x = torch.randn(num_rows, 64, generator=generator).bfloat16()
+    linear = Int8Linear(weight, bias)
+    wanted = x.float() @ (linear.weight.float() * linear.scales.float()[:, None]).T + bias.float()
+    torch.testing.assert_close(linear(x).float(), wanted, rtol=2e-2, atol=0.15)
+    assert (linear.weight.float() * linear.scales.float()[:, None] - weight.float()).abs().max() < 0.02
+    assert linear.num_bytes == 48 * 64
+
+
+def test_bench_times_the_fast_engine_against_its_own_full_depth() -> None:
+    adapted = routed()
+    (row,) = bench(
+        adapted, ids(4, 24), batch_sizes=[1], prompt_tokens=[24], new_tokens=4, num_runs=1, engine=FastEngine(adapted)
+    )
+    assert (row["engine"], row["weights"]) == ("fast", "float32")
+    assert row["adapted"]["layer_token_share"] < 1 < row["ideal_speedup"]
