@@ -22,12 +22,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, *, vocab_size: int = 257, intermediate_size: int = 48) -> LlamaForCausalLM:
     """Six layers of random weights, large enough that every error shows."""
     config = LlamaConfig(
-        vocab_size=257,
+        vocab_size=vocab_size,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=intermediate_size,
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -9,7 +9,9 @@ from torch import Tensor
 import anydepth
 from anydepth.errors import RunError, UserError
 from anydepth.execution.partial import PartialRunner
-from anydepth.measure.bench import bench, self_check
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.bench import bench
+from anydepth.measure.self_check import self_check
 from tiny import tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}
@@ -50,6 +52,32 @@ def test_full_depth_is_identical_and_ideal_one() -> None:
     )[0]
     assert row["identical_tokens"] is True
     assert row["ideal_speedup"] == 1.0
+
+
+def test_engines_in_turn_and_what_they_read() -> None:
+    adapted = anydepth.attach(tiny_llama(), ROUTER)
+    engines = [None, FastEngine(adapted)]
+    first, second = bench(
+        adapted, windows(), batch_sizes=[1], prompt_tokens=[24], new_tokens=4, num_runs=1, engines=engines
+    )
+    assert [(row["engine"], row["weights"]) for row in (first, second)] == [("hf", "float32"), ("fast", "float32")]
+    over = second["over_first"]
+    assert (over["engine"], over["weights"]) == ("hf", "float32") and "over_first" not in first
+    for side in ("full_depth", "adapted"):
+        ratio = second[side]["tokens_per_second"] / first[side]["tokens_per_second"]
+        assert over[side]["total"] == pytest.approx(ratio)
+    layers = sum(parameter.numel() for parameter in adapted.model.model.layers.parameters())
+    head = adapted.model.lm_head.weight.numel()
+    config = adapted.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    seen = (25 + 26 + 27) / 3  # the three steps after the prompt, their own token included
+    assert first["roofline"]["full_depth"]["bytes_per_step"] == pytest.approx(4 * (layers + head + seen * per_token))
+    for row in (first, second):
+        roof = row["roofline"]
+        assert roof["adapted"]["bytes_per_step"] < roof["full_depth"]["bytes_per_step"]
+        for side in ("full_depth", "adapted"):
+            seconds = roof[side]["bytes_per_step"] / roof["read_bytes_per_second"]
+            assert roof[side]["share"] == pytest.approx(seconds / row[side]["tpot_seconds"])
 
 
 @pytest.mark.parametrize("spec", [ROUTER, {**ROUTER, "kv_rule": "omit"}, {"name": "skip_set", "skip_mixers": [0, 3]}])

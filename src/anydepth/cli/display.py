@@ -117,30 +117,39 @@ def show_eval(document: dict[str, Any]) -> None:
 
 def bench_line(row: dict[str, Any]) -> str:
     return (
-        f"  batch {row['batch_size']}, prompt {row['prompt_tokens']}, new {row['new_tokens']}: "
+        f"  {row['engine']} {row['weights']}, batch {row['batch_size']}, prompt {row['prompt_tokens']}, "
+        f"new {row['new_tokens']}: "
         f"speed-up {row['speedup']:.2f} of {row['ideal_speedup']:.2f}"
     )
 
 
 def show_bench(document: dict[str, Any]) -> None:
-    rows = []
     for row in document["rows"]:
-        numbers = [
-            row["full_depth"]["tokens_per_second"],
-            row["adapted"]["tokens_per_second"],
-            row["speedup"],
-            row["ideal_speedup"],
-            row["realised"],
-            row["prefill"]["realised"],
-            row.get("decode", {}).get("realised"),
-        ]
-        rows.append(
-            [
-                f"{row['batch_size']} × {row['prompt_tokens']}+{row['new_tokens']}",
-                *("" if number is None else f"{number:.3g}" for number in numbers),
-            ]
+        print(
+            f"{row['engine']} {row['weights']}, batch {row['batch_size']}, prompt {row['prompt_tokens']}, new "
+            f"{row['new_tokens']}: {row['adapted']['tokens_per_second']:.1f} tokens/s adapted, "
+            f"{row['full_depth']['tokens_per_second']:.1f} at full depth"
         )
-    table(["batch", "full tok/s", "adapted tok/s", "speed-up", "ideal", "realised", "prefill", "decode"], rows)
+        for name in ("total", "prefill", "decode"):
+            part = row if name == "total" else row.get(name)
+            if part is not None:
+                print(
+                    f"  {name:8}{part['speedup']:.2f}× of {part['ideal_speedup']:.2f}× that the skipped work allows "
+                    f"({part['realised']:.0%})"
+                )
+        if "over_first" in row:
+            over = row["over_first"]
+            print(
+                f"  over {over['engine']} {over['weights']}: {over['full_depth']['total']:.2f}× at full depth, "
+                f"{over['adapted']['total']:.2f}× adapted"
+            )
+        if "roofline" in row:
+            roof = row["roofline"]
+            print(
+                f"  roofline: a step reads {roof['full_depth']['bytes_per_step'] / 1e6:.0f} MB at full depth, "
+                f"{roof['full_depth']['share']:.0%} of the {roof['read_bytes_per_second'] / 1e9:.1f} GB/s that memory "
+                f"gives; adapted {roof['adapted']['bytes_per_step'] / 1e6:.0f} MB, {roof['adapted']['share']:.0%}"
+            )
 
 
 def show_text(document: dict[str, Any], show_depth: bool) -> None:

@@ -64,6 +64,8 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     limit: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="Score the untouched model only.")] = False,
+    engine: Engine = "hf",
+    weights: WeightKind = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DType = "float32",
@@ -71,6 +73,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity with routing on, beside the untouched model."""
+    from anydepth.inference.engine import choose
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.results import document
     from anydepth.training.checkpoint import load_target
@@ -78,6 +81,7 @@ def evaluate(
 
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device)
+    fast = choose(adapted, engine, weights, printer.progress)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
     printer.progress(f"scoring {windows.numel()} tokens of {data} …")
     config = {
@@ -87,8 +91,10 @@ def evaluate(
         "limit": limit,
         "dtype": dtype,
         "full_depth": full_depth,
+        "engine": "hf" if fast is None else "fast",
+        "weights": dtype if fast is None else fast.model.weights,
     }
-    fields = score(adapted, windows, full_depth_only=full_depth)
+    fields = score(adapted, windows, engine=fast, full_depth_only=full_depth)
     printer.result(document("anydepth.eval/1", seed=seed, config=config, label=adapted.label, **fields), show_eval)
 
 
@@ -99,8 +105,10 @@ def bench(
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 64,512.")] = "64",
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
     num_runs: Annotated[int, typer.Option(help="Measured pairs per row.")] = 5,
-    engine: Engine = "hf",
-    weights: WeightKind = None,
+    engine: Annotated[str, typer.Option("--engine", help="hf, fast, or both in turn.")] = "hf",
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Of the fast engine, several with commas: bfloat16,int8.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, turns or messages.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
@@ -113,15 +121,19 @@ def bench(
 ) -> None:
     """Paired wall-clock, full depth and adapted in turn."""
     from anydepth.measure.bench import bench as time_pairs
-    from anydepth.measure.bench import bench_prompts, load_prompts, read_prompts
+    from anydepth.measure.bench import bench_prompts, load_prompts
+    from anydepth.measure.prompts import read_prompts
     from anydepth.measure.results import document
 
     printer = Printer(as_json, quiet)
-    from anydepth.inference.engine import choose
-
     adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
+    if not adapted.methods and engine == "hf":
+        raise UserError(
+            f"{target} has no method attached; give a folder that train or search wrote, --against METHOD, or compare "
+            "engines at full depth with --engine both"
+        )
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
-    fast = choose(adapted, engine, weights, printer.progress)
+    engines = _engines(adapted, engine, weights)
     config = {
         "target": target,
         "engine": engine,
@@ -140,7 +152,7 @@ def bench(
     def say(row: dict[str, Any]) -> None:
         printer.progress(bench_line(row))
 
-    shared: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens, "engine": fast, "on_row": say}
+    shared: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens, "engines": engines, "on_row": say}
     if prompts is not None:
         rows = bench_prompts(adapted, tokenizer, read_prompts(prompts, tokenizer), **shared)
     else:
@@ -158,11 +170,19 @@ def _with_methods(target: str, against: list[str], options: list[str], dtype: st
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
     if against:
         adapted = attach(detach(adapted), [method_options(name, options) for name in against])
-    if not adapted.methods:
-        raise UserError(
-            f"{target} has no method attached; give a folder that train or search wrote, or --against METHOD"
-        )
     return adapted, tokenizer
+
+
+def _engines(adapted: Any, engine: str, weights: str | None) -> list[Any]:
+    """What to bench with: None for the Hugging Face model's own `generate`, fast engines by their weights."""
+    from anydepth.inference.engine.decode import FastEngine
+
+    if engine not in ("hf", "fast", "both"):
+        raise UserError(f"engine '{engine}' is unknown; bench takes hf, fast or both")
+    if engine == "hf" and weights is not None:
+        raise UserError(f"weights {weights} are the fast engine's; use --engine fast or both, or leave them out")
+    fast = [] if engine == "hf" else [FastEngine(adapted, kind) for kind in (weights.split(",") if weights else [None])]
+    return fast if engine == "fast" else [None, *fast]
 
 
 @app.command()

@@ -174,6 +174,11 @@ class AdaptedModel(nn.Module):
             self._run = before
 
     @property
+    def is_enabled(self) -> bool:
+        """False while `disabled`."""
+        return self._enabled
+
+    @property
     def active_methods(self) -> list[Method]:
         """The attached methods, in order; none while `disabled`."""
         return [method for method in self.methods.values() if isinstance(method, Method)] if self._enabled else []

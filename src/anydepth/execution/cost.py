@@ -7,7 +7,7 @@ attention, of which torch sees nothing. The only file with such formulas.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -145,6 +145,33 @@ def kv_bytes(backbone: Backbone, trace: Trace, bytes_per_value: int) -> int:
         width = _kv_width(attention)
         total += int((stays & trace.token_mask).sum()) * 2 * width * bytes_per_value
     return total
+
+
+def step_bytes(
+    backbone: Backbone, trace: Trace, branches: Sequence[tuple[int, int]], head: int, bytes_per_value: int
+) -> float:
+    """Bytes that one decoding step reads, mean over the steps of a trace: weights of what any row runs, and K/V.
+
+    Args:
+        branches: weight bytes of each layer's mixer and FFN.
+        head: weight bytes of the language-model head.
+    """
+    prompt, num_steps = trace.pass_lengths[0], len(trace.pass_lengths) - 1
+    total = 0.0
+    for layer_idx, (view, (mixer, ffn)) in enumerate(zip(backbone.layers, branches, strict=True)):
+        mixer_keep, ffn_keep = trace.mixer_keep[layer_idx, :, prompt:], trace.ffn_keep[layer_idx, :, prompt:]
+        total += mixer * int(mixer_keep.any(0).sum()) + ffn * int(ffn_keep.any(0).sum())
+        if not view.is_recurrent:
+            stays = trace.mixer_keep[layer_idx] if trace.kv_rules[layer_idx] == "omit" else trace.token_mask
+            seen = (stays & trace.token_mask).cumsum(1)[:, prompt:]
+            total += int((seen * mixer_keep).sum()) * 2 * _kv_width(view.mixer) * bytes_per_value
+    return head + total / num_steps
+
+
+def branch_weight_bytes(view: LayerView) -> tuple[int, int]:
+    """Bytes of a layer's mixer and of the rest of it, as stored."""
+    mixer = weight_bytes(view.mixer)
+    return mixer, weight_bytes(view.module) - mixer
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -5,7 +5,7 @@ A `PassRecord` is one forward; a `Trace` joins the forwards of one cached sequen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ class PassRecord:
     def _stack(self, keeps: dict[int, Tensor]) -> Tensor:
         every = torch.ones_like(self.token_mask)
         return torch.stack([keeps.get(layer_idx, every) for layer_idx in range(self.num_layers)])
+
+    def row(self, row: int) -> PassRecord:
+        """The same forward for one row of the batch."""
+
+        def part(keeps: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer_idx: keep[row : row + 1] for layer_idx, keep in keeps.items()}
+
+        return replace(
+            self,
+            token_mask=self.token_mask[row : row + 1],
+            mixer_keep=part(self.mixer_keep),
+            ffn_keep=part(self.ffn_keep),
+            head_rows=1,
+        )
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """`mixer_keep` and `ffn_keep` as (L, B, T)."""
@@ -72,6 +86,11 @@ class Trace:
             kv_rules=[rules.get(layer_idx, "project") for layer_idx in range(records[0].num_layers)],
             cached=records[0].cached,
         )
+
+    def at_full_depth(self) -> Trace:
+        """The same tokens with nothing skipped."""
+        every = torch.ones_like(self.mixer_keep)
+        return replace(self, mixer_keep=every, ffn_keep=every, kv_rules=["project"] * len(self.kv_rules))
 
     @property
     def num_tokens(self) -> int:

@@ -78,9 +78,6 @@ def _depths(adapted: AdaptedModel, num_prompt: int, num_new: int) -> tuple[list[
 
     The first new token comes out of the prompt's last place, the second out of the first's place, and so on.
     """
-    if not adapted.methods:
-        num_layers = adapted.backbone.num_layers
-        return [[1.0] * num_layers] * num_new, [float(num_layers)] * num_new
     trace = adapted.last_trace
     ran: Tensor = (trace.mixer_keep[:, 0].float() + trace.ffn_keep[:, 0].float()) / 2
     places = ran[:, num_prompt - 1 : num_prompt - 1 + num_new].T

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine.decode import FastEngine
 from anydepth.methods.method import Method
 
 
@@ -47,11 +48,16 @@ class Tally:
 
 
 @torch.no_grad()
-def evaluate(adapted: AdaptedModel, windows: Tensor, *, full_depth_only: bool = False) -> dict[str, Any]:
+def evaluate(
+    adapted: AdaptedModel, windows: Tensor, *, engine: FastEngine | None = None, full_depth_only: bool = False
+) -> dict[str, Any]:
     """Loss, depth and agreement on (N, T) windows, each scored without the others.
 
     Returns the fields of `anydepth.eval/1` for the adapted model, with those of the untouched model (gates and LoRA
-    off) under `full_depth`.
+    off; its own weights whatever the engine's) under `full_depth`.
+
+    Args:
+        engine: score its logits; None is the Hugging Face model.
     """
     adapted.eval()
     ours, untouched = Tally(), Tally()
@@ -61,10 +67,16 @@ def evaluate(adapted: AdaptedModel, windows: Tensor, *, full_depth_only: bool = 
             reference = adapted(input_ids=token_ids, use_cache=False).logits
         _add(untouched, adapted, token_ids, reference, reference, at_full_depth=True)
         if not full_depth_only:
-            logits = adapted(input_ids=token_ids, use_cache=False).logits
+            logits = _logits(adapted, token_ids, engine)
             _add(ours, adapted, token_ids, logits, reference, at_full_depth=False)
     full_depth = untouched.fields()
     return {**(full_depth if full_depth_only else ours.fields()), "full_depth": full_depth}
+
+
+def _logits(adapted: AdaptedModel, token_ids: Tensor, engine: FastEngine | None) -> Tensor:
+    if engine is None:
+        return adapted(input_ids=token_ids, use_cache=False).logits
+    return engine.logits(token_ids[0])[None]
 
 
 def _add(

@@ -5,6 +5,7 @@ Beside `backbone.py` the only file that knows Hugging Face attribute names.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def layer_parts(view: LayerView) -> LayerParts:
     """The parts of a layer of one of `FAMILIES`.
 
     Raises:
-        UserError: a map that is not a plain `nn.Linear` (LoRA not merged, quantised).
+        UserError: a map that is neither a plain `nn.Linear` nor one with a LoRA adapter (quantised ones, for example).
     """
     attention: Any = view.mixer
     mlp: Any = view.module.get_submodule("mlp")
@@ -162,10 +163,15 @@ def _norm(module: nn.Module | None) -> Norm | None:
 
 
 def _weights(module: nn.Module) -> Weights:
+    """Weights of a plain linear map, a LoRA adapter on it folded into a copy."""
+    if hasattr(module, "base_layer") and hasattr(module, "merge"):
+        adapter: Any = copy.deepcopy(module)
+        adapter.merge()
+        module = adapter.base_layer
     if type(module) is not nn.Linear:
         raise UserError(
-            f"the fast engine takes plain linear maps and found {type(module).__name__}; merge adapters, load without "
-            "quantisation, or use engine hf"
+            f"the fast engine takes plain linear maps and found {type(module).__name__}; load without quantisation, or "
+            "use engine hf"
         )
     return Weights(module.weight.detach(), None if module.bias is None else module.bias.detach())
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import TextStreamer
 
 import anydepth
+import families
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine import choose
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.engine.weights import Int8Linear
-from anydepth.measure.bench import bench
+from anydepth.inference.engine.weights import Int4Linear, Int8Linear
+from reference import relative_rms
 from tiny import byte_tokenizer, tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}
@@ -104,23 +105,44 @@ def test_long_texts_outgrow_the_first_cache() -> None:
     assert torch.equal(FastEngine(adapted).generate(long, **settings), adapted.generate(long, **settings))
 
 
+class Quantised(torch.nn.Linear):
+    """Stands for a map of a quantising library."""
+
+
 def test_what_the_engine_does_not_do_is_refused() -> None:
     with pytest.raises(UserError, match="greedily or samples"):
         FastEngine(routed()).generate(ids(), max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
-    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="merge adapters"):
-        FastEngine(anydepth.attach(lora, ROUTER))
+    with pytest.raises(UserError, match="does not run opt"):
+        FastEngine(anydepth.attach(families.build("opt"), []))
+    quantised = tiny_llama()
+    quantised.model.layers[2].mlp.up_proj = Quantised(32, 48, bias=False)
+    with pytest.raises(UserError, match="plain linear maps and found Quantised"):
+        FastEngine(anydepth.attach(quantised, []))
     with pytest.raises(UserError, match="int8 weights want a bfloat16 model"):
         FastEngine(routed(), "int8")
     with pytest.raises(UserError, match="int3.*float32"):
         FastEngine(routed(), "int3")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora_is_folded_into_a_copy(use_dora: bool) -> None:
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "up_proj"], use_dora=use_dora))  # type: ignore[arg-type]
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.3)
+    before = {name: value.clone() for name, value in lora.state_dict().items()}
+    adapted = anydepth.attach(lora, ROUTER)
+    wanted = adapted(ids(1), use_cache=False).logits[0]
+    assert relative_rms(FastEngine(adapted).logits(ids(1)[0]), wanted) < 1e-5
+    assert relative_rms(wanted, anydepth.attach(tiny_llama(), ROUTER)(ids(1), use_cache=False).logits[0]) > 1e-2
+    assert all(torch.equal(value, before[name]) for name, value in lora.state_dict().items())
+
+
 def test_auto_says_why_not() -> None:
-    lora = anydepth.attach(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), ROUTER)  # type: ignore[arg-type]
     said: list[str] = []
-    assert choose(lora, "auto", say=said.append) is None
-    assert len(said) == 1 and "merge adapters" in said[0]
+    assert choose(anydepth.attach(families.build("opt"), []), "auto", say=said.append) is None
+    assert len(said) == 1 and "does not run opt" in said[0]
     assert isinstance(choose(routed(), "auto"), FastEngine)
     assert choose(routed(), "hf") is None
     with pytest.raises(UserError, match="auto, hf, fast"):
@@ -135,16 +157,30 @@ def test_int8_maps_are_their_dequantised_weights(num_rows: int) -> None:
     weight, bias = torch.randn(48, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator).bfloat16()
     x = torch.randn(num_rows, 64, generator=generator).bfloat16()
     linear = Int8Linear(weight, bias)
-    wanted = x.float() @ (linear.weight.float() * linear.scales.float()[:, None]).T + bias.float()
-    torch.testing.assert_close(linear(x).float(), wanted, rtol=2e-2, atol=0.15)
-    assert (linear.weight.float() * linear.scales.float()[:, None] - weight.float()).abs().max() < 0.02
+    meant = linear.weight.float() * linear.scales.float()[:, None]
+    torch.testing.assert_close(linear(x).float(), x.float() @ meant.T + bias.float(), rtol=2e-2, atol=0.15)
+    assert ((meant - weight.float()).abs() <= linear.scales.float()[:, None] / 2 + 1e-6).all()
     assert linear.num_bytes == 48 * 64
 
 
-def test_bench_times_the_fast_engine_against_its_own_full_depth() -> None:
-    adapted = routed()
-    (row,) = bench(
-        adapted, ids(4, 24), batch_sizes=[1], prompt_tokens=[24], new_tokens=4, num_runs=1, engine=FastEngine(adapted)
-    )
-    assert (row["engine"], row["weights"]) == ("fast", "float32")
-    assert row["adapted"]["layer_token_share"] < 1 < row["ideal_speedup"]
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_int4_maps_are_within_half_a_step(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(48, 64, generator=generator).bfloat16(), torch.randn(48, generator=generator).bfloat16()
+    x = torch.randn(num_rows, 64, generator=generator).bfloat16()
+    linear = Int4Linear(weight, bias)
+    meant = linear(torch.eye(64).bfloat16()).float().T - bias.float()[:, None]
+    torch.testing.assert_close(linear(x).float(), x.float() @ meant.T + bias.float(), rtol=3e-2, atol=0.3)
+    step = linear.scales[..., 0].float().T.repeat_interleave(32, dim=1)
+    assert ((meant - weight.float()).abs() <= 0.6 * step + 0.02).all()
+    assert linear.num_bytes == 48 * 64 // 2 + 2 * 48 * 2 * 2
+    with pytest.raises(UserError, match="use int8"):
+        Int4Linear(torch.zeros(48, 40), None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("weights", "bound"), [("int8", 0.05), ("int4", 0.5)])
+def test_weight_only_engines_stay_near_the_model(weights: str, bound: float) -> None:
+    adapted = anydepth.attach(tiny_llama(intermediate_size=64, vocab_size=272).bfloat16(), ROUTER)
+    wanted = adapted(ids(1, 40), use_cache=False).logits[0]
+    assert relative_rms(FastEngine(adapted, weights).logits(ids(1, 40)[0]), wanted) < bound

@@ -6,6 +6,7 @@ until a token of the slot runs the layer. Under `omit` it holds the tokens that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,33 +33,53 @@ class Pending:
         return states, places
 
     def rewind(self, length: int) -> None:
-        if self.states:
-            states, places = self.take()
+        while self.states and int(self.places[-1][-1]) >= length:
+            states, places = self.states.pop(), self.places.pop()
             keep = places < length
-            if keep.any():
-                self.states, self.places = [states[keep]], [places[keep]]
+            if bool(keep.any()):
+                self.states.append(states[keep])
+                self.places.append(places[keep])
 
 
 class LayerKV:
-    """Keys and values (slots, heads, capacity, head_dim) of one layer; `counts` tokens of each slot are filled."""
+    """Keys and values of one layer, `counts` tokens of each slot filled.
+
+    Attributes:
+        states: (slots, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
+        counts: filled tokens per slot.
+        pending: per slot, what still has to be filled in.
+        places: per slot, the places (count,) of its tokens where some left none; None where nothing is missing.
+    """
 
     def __init__(self, num_slots: int, capacity: int, num_heads: int, head_dim: int, like: Tensor) -> None:
-        self.keys = like.new_empty(num_slots, num_heads, capacity, head_dim)
-        self.values = torch.empty_like(self.keys)
+        # Zeros: what a mask hides must still be finite.
+        self.states = like.new_zeros(num_slots, 2 * num_heads, capacity, head_dim)
         self.counts = [0] * num_slots
         self.pending = [Pending() for _ in range(num_slots)]
-        self.places: list[Tensor | None] = [None] * num_slots  # (count,) each, where a slot has holes
+        self.places: list[Tensor | None] = [None] * num_slots
 
-    def append(self, slot: int, keys: Tensor, values: Tensor, places: Tensor, seen: int) -> None:
-        """Add (N, heads, head_dim) keys and values of the tokens at `places` (N,), after `seen` tokens of the slot."""
-        start, end = self.counts[slot], self.counts[slot] + len(keys)
-        self.keys[slot, :, start:end] = keys.transpose(0, 1)
-        self.values[slot, :, start:end] = values.transpose(0, 1)
-        before = self.places[slot]
-        if before is not None or start != seen or len(keys) != int(places[-1]) + 1 - seen:
+    def append(self, slot: int, new: Tensor, places: Tensor | None = None) -> None:
+        """Add (N, 2 · heads, head_dim) keys and values of the tokens at `places` (N,); None: the next N, no holes."""
+        start, end = self.counts[slot], self.counts[slot] + len(new)
+        self.states[slot, :, start:end] = new.transpose(0, 1)
+        if places is not None:
+            before = self.places[slot]
             before = torch.arange(start, device=places.device) if before is None else before
             self.places[slot] = torch.cat([before, places])
         self.counts[slot] = end
+
+    def append_rows(self, slots: Sequence[int], index: Tensor, new: Tensor, places: Tensor) -> None:
+        """Add (B, T, 2 · heads, head_dim) at the next `places` (B, T) of several slots without holes.
+
+        Args:
+            index: (B,) the slots, on the device.
+        """
+        self.states[index[:, None], :, places] = new
+        for slot in slots:
+            self.counts[slot] += new.shape[1]
+
+    def has_holes(self, slots: Sequence[int]) -> bool:
+        return any(self.places[slot] is not None for slot in slots)
 
     def rewind(self, slot: int, length: int) -> None:
         self.pending[slot].rewind(length)
@@ -73,17 +94,25 @@ class LayerKV:
         self.counts[slot], self.pending[slot], self.places[slot] = 0, Pending(), None
 
     def grow(self, capacity: int) -> None:
-        more = capacity - self.keys.shape[2]
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat([old, old.new_empty(*old.shape[:2], more, old.shape[3])], dim=2))
+        old = self.states
+        more = old.new_zeros(*old.shape[:2], capacity - old.shape[2], old.shape[3])
+        self.states = torch.cat([old, more], dim=2)
 
 
 class EngineCache:
-    """All layers' K/V for up to `num_slots` sequences, growing with the longest."""
+    """All layers' K/V for up to `num_slots` sequences, growing with the longest, up to `max_length` tokens each."""
 
-    def __init__(self, num_layers: int, num_slots: int, num_heads: int, head_dim: int, like: Tensor) -> None:
-        self.capacity = GROWTH
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_heads: int,
+        head_dim: int,
+        like: Tensor,
+        max_length: int | None = None,
+    ) -> None:
+        self.max_length = max_length
+        self.capacity = GROWTH if max_length is None else min(GROWTH, max_length)
         self.lengths = [0] * num_slots
         self.free = list(range(num_slots))
         self.layers = [LayerKV(num_slots, self.capacity, num_heads, head_dim, like) for _ in range(num_layers)]
@@ -103,8 +132,10 @@ class EngineCache:
 
     def make_room(self, length: int) -> None:
         """Room for sequences of `length` tokens."""
+        assert self.max_length is None or length <= self.max_length, "longer than a slot may grow"
         if length > self.capacity:
-            self.capacity = max(length, self.capacity * 3 // 2, self.capacity + GROWTH)
+            wanted = max(length, self.capacity * 3 // 2, self.capacity + GROWTH)
+            self.capacity = wanted if self.max_length is None else min(wanted, self.max_length)
             for layer in self.layers:
                 layer.grow(self.capacity)
 
@@ -118,6 +149,6 @@ class EngineCache:
     def num_bytes(self) -> int:
         """Bytes of K/V that are filled."""
         return sum(
-            2 * sum(layer.counts) * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size()
+            sum(layer.counts) * layer.states.shape[1] * layer.states.shape[3] * layer.states.element_size()
             for layer in self.layers
         )

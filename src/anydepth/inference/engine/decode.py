@@ -73,7 +73,8 @@ class FastEngine:
         """(T, V) of one sequence of (T,) tokens, in one prefill."""
         cache, methods = self.model.new_cache(1), self.adapted.active_methods
         hidden, record = self.model.forward(token_ids[None], [cache.take_slot()], cache, methods)
-        if methods:
+        record.head_rows = len(token_ids)
+        if self.adapted.is_enabled:
             self.adapted.records = [record]
         return self.model.logits(hidden[0])
 
@@ -98,7 +99,9 @@ class FastEngine:
         slots = [cache.take_slot() for _ in input_ids]
         methods = self.adapted.active_methods
         logits, record = self._prefill(input_ids, kwargs.get("attention_mask"), slots, cache, methods)
-        records = self.adapted.records = [record] if methods else self.adapted.records
+        records = [record]
+        if self.adapted.is_enabled:
+            self.adapted.records = records
         unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         pad: Any = generation_config._pad_token_tensor
         while True:
@@ -113,8 +116,7 @@ class FastEngine:
             if not bool(unfinished.any()):
                 break
             hidden, record = self.model.forward(next_ids[:, None], slots, cache, methods)
-            if methods:
-                records.append(record)
+            records.append(record)
             record.head_rows = len(input_ids)
             logits = self.model.logits(hidden[:, 0])
         if streamer is not None:

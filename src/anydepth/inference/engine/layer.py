@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.inference.engine.weights import Linear, pack
+from anydepth.inference.engine.weights import pack
 from anydepth.models.llama_like import LayerParts, Norm
 
 
@@ -38,12 +38,12 @@ class Rotation:
         part.cos, part.sin = self.cos[index], self.sin[index]
         return part
 
-    def __call__(self, heads: Tensor) -> Tensor:
-        """Rotate (N, H, head_dim); only the first R of each head where the model rotates a part."""
+    def turn(self, heads: Tensor) -> None:
+        """Rotate (N, H, head_dim) in place; only the first R of each head where the model rotates a part."""
         size = self.cos.shape[-1]
-        turned = heads[..., :size] if size < heads.shape[-1] else heads
-        turned = turned * self.cos + turned.roll(size // 2, dims=-1) * self.sin
-        return turned if size == heads.shape[-1] else torch.cat([turned, heads[..., size:]], dim=-1)
+        turned = heads if size == heads.shape[-1] else heads[..., :size]
+        swapped = turned.roll(size // 2, dims=-1)
+        turned.mul_(self.cos).addcmul_(swapped, self.sin)
 
 
 class EngineLayer:
@@ -64,57 +64,84 @@ class EngineLayer:
         self.ffn_norm, self.ffn_out_norm = norm(parts.ffn_norm), norm(parts.ffn_out_norm)
         self.query_norm, self.key_norm = norm(parts.query_norm), norm(parts.key_norm)
 
-    def linears(self) -> list[Linear]:
-        """Every map that a token reads when it runs the whole layer."""
-        return [self.qkv, self.out, self.gate, self.up, self.down]
+    @property
+    def mixer_bytes(self) -> int:
+        """Bytes of weights that the mixer reads."""
+        return self.qkv.num_bytes + self.out.num_bytes
+
+    @property
+    def ffn_bytes(self) -> int:
+        """Bytes of weights that the FFN reads."""
+        return self.gate.num_bytes + self.up.num_bytes + self.down.num_bytes
 
     # --- mixer -------------------------------------------------------------------------------------------------
 
-    def project(self, hidden: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (N, H, head_dim), keys and values (N, H_kv, head_dim) of (N, D) states."""
+    def project(self, hidden: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """Queries (N, H, head_dim), keys and values (N, 2·H_kv, head_dim) of (N, D) states."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
         parts = self.qkv(normed).view(len(hidden), -1, self.head_dim)
+        num_turned = self.num_heads + self.num_kv_heads
+        if self.query_norm is None and self.key_norm is None:
+            if rotation is not None:
+                rotation.turn(parts[:, :num_turned])
+            return parts[:, : self.num_heads], parts[:, self.num_heads :]
         queries, keys, values = parts.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.query_norm is None and self.key_norm is None and rotation is not None:
-            turned = rotation(parts[:, : self.num_heads + self.num_kv_heads])
-            return turned[:, : self.num_heads], turned[:, self.num_heads :], values
         queries, keys = _normed(queries, self.query_norm), _normed(keys, self.key_norm)
         if rotation is not None:
-            queries, keys = rotation(queries), rotation(keys)
-        return queries, keys, values
+            rotation.turn(queries)
+            rotation.turn(keys)
+        return queries, torch.cat([keys, values], dim=1)
 
-    def project_kv(self, hidden: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Keys and values (N, H_kv, head_dim) of tokens that do not run the mixer."""
+    def project_kv(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
+        """Keys and values (N, 2·H_kv, head_dim) of tokens that do not run the mixer."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
-        keys, values = self.kv(normed).view(len(hidden), -1, self.head_dim).chunk(2, dim=1)
-        keys = _normed(keys, self.key_norm)
-        return (keys if rotation is None else rotation(keys)), values
+        both = self.kv(normed).view(len(hidden), -1, self.head_dim)
+        keys = both[:, : self.num_kv_heads]
+        if self.key_norm is not None:
+            keys.copy_(_normed(keys, self.key_norm))
+        if rotation is not None:
+            rotation.turn(keys)
+        return both
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
-        """(N, H·head_dim) outputs of N queries of one sequence over (H_kv, S, head_dim) keys and values."""
-        wide = queries.transpose(0, 1)[None]
+    def attend(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """(R·T, H·head_dim) of R rows with T queries each over their keys and values (R, 2·H_kv, S, head_dim).
+
+        Args:
+            queries: (R·T, H, head_dim).
+            mask: (R, T, S), True is seen; None: everything is.
+        """
+        num_rows, num_heads, group = len(states), self.num_kv_heads, self.num_heads // self.num_kv_heads
+        num_tokens = len(queries) // num_rows
+        # The heads that share keys stand as more queries of one head: no copy of K/V, no grouped attention needed.
+        shared = queries.reshape(num_rows, num_tokens, num_heads, group, self.head_dim).permute(0, 2, 3, 1, 4)
+        shared = shared.reshape(num_rows, num_heads, group * num_tokens, self.head_dim)
+        if mask is not None:
+            mask = mask[:, None, None].expand(-1, -1, group, -1, -1).flatten(2, 3)
+        output = self._scores_to_values(shared, states[:, :num_heads], states[:, num_heads:], mask)
+        output = output.view(num_rows, num_heads, group, num_tokens, self.head_dim).permute(0, 3, 1, 2, 4)
+        return output.reshape(len(queries), -1)
+
+    def attend_causal(self, queries: Tensor, states: Tensor) -> Tensor:
+        """The same for one row whose S queries, in order, are all of its cache, `states` (1, 2·H_kv, S, head_dim)."""
         if self.softcap is not None:
-            return self._attend_capped(wide, keys, values, mask, causal=causal)
+            mask = torch.ones(len(queries), len(queries), dtype=torch.bool, device=queries.device).tril()
+            return self.attend(queries, states, mask[None])
+        keys, values = states.chunk(2, dim=1)
         grouped = self.num_heads != self.num_kv_heads
+        wide = queries.transpose(0, 1)[None]
         output = F.scaled_dot_product_attention(
-            wide, keys[None], values[None], attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
+            wide, keys, values, is_causal=True, scale=self.scale, enable_gqa=grouped
         )
         return output[0].transpose(0, 1).reshape(len(queries), -1)
 
-    def _attend_capped(
-        self, wide: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool
-    ) -> Tensor:
-        """Gemma-2: the scores pass a tanh, which no fused attention of torch takes."""
-        assert self.softcap is not None
-        repeats = self.num_heads // self.num_kv_heads
-        keys, values = keys.repeat_interleave(repeats, dim=0), values.repeat_interleave(repeats, dim=0)
-        scores = torch.tanh(wide[0] @ keys.transpose(1, 2) * self.scale / self.softcap) * self.softcap
-        if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    def _scores_to_values(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
+        # Gemma-2: the scores pass a tanh, which no fused attention of torch takes.
+        scores = torch.tanh(queries @ keys.transpose(-1, -2) * self.scale / self.softcap) * self.softcap
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        output = scores.float().softmax(-1).to(values.dtype) @ values
-        return output.transpose(0, 1).reshape(output.shape[1], -1)
+        return scores.float().softmax(-1).to(values.dtype) @ values
 
     def add_mixer(self, mixed: Tensor, residual: Tensor) -> Tensor:
         """Residual stream behind the mixer, from attention's (N, H·head_dim) output."""

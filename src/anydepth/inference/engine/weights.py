@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from anydepth.errors import UserError
 from anydepth.models.llama_like import Weights
 
-WEIGHT_ONLY = ("int8",)
+WEIGHT_ONLY = ("int8", "int4")
 WEIGHTS = ("float32", "bfloat16", "float16", *WEIGHT_ONLY)
 MANY_ROWS = 16
 """From here on weight-only maps unpack their weights: the packed products are made for few rows."""
@@ -75,9 +75,10 @@ class Int8Linear(Linear):
     """int8 weights with one scale per output, symmetric; bfloat16 activations (`_weight_int8pack_mm`)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12)
-        super().__init__((weight.float() / scales[:, None]).round().to(torch.int8), bias)
-        self.scales = scales.to(torch.bfloat16)
+        # The scales are rounded before the weights, not after: else every row would be off by its scale's rounding.
+        self.scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(torch.bfloat16)
+        steps = (weight.float() / self.scales.float()[:, None]).round().clamp(-127, 127)
+        super().__init__(steps.to(torch.int8), bias)
 
     def product(self, x: Tensor) -> Tensor:
         if len(x) >= MANY_ROWS:
@@ -88,12 +89,44 @@ class Int8Linear(Linear):
         return output if self.bias is None else output.add_(self.bias)
 
 
+class Int4Linear(Linear):
+    """int4 weights with a scale and an offset per group of inputs; bfloat16 activations."""
+
+    group_size = 32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        num_outputs, num_inputs = weight.shape
+        if num_inputs % self.group_size or num_outputs % 16:
+            raise UserError(
+                f"int4 weights want inputs in groups of {self.group_size} and outputs in 16s, not {num_outputs} × "
+                f"{num_inputs}; use int8"
+            )
+        groups = weight.float().view(num_outputs, -1, self.group_size)
+        low, high = groups.amin(2), groups.amax(2)
+        scales = ((high - low) / 15).clamp_min(1e-9).to(torch.bfloat16)
+        offsets = (low + 8 * scales.float()).to(torch.bfloat16)  # a step s stands for (s − 8) · scale + offset
+        steps = ((groups - offsets.float()[..., None]) / scales.float()[..., None] + 8).round().clamp(0, 15)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps.view_as(weight).to(torch.int32), 1)
+        super().__init__(packed, bias)
+        self.scales = torch.stack([scales, offsets], dim=2).transpose(0, 1).contiguous()  # (groups, out, 2)
+
+    @property
+    def num_bytes(self) -> int:
+        return super().num_bytes + self.scales.numel() * self.scales.element_size()
+
+    def product(self, x: Tensor) -> Tensor:
+        output = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.group_size, self.scales)
+        return output if self.bias is None else output.add_(self.bias)
+
+
 def linear_class(kind: str, device: torch.device) -> type[Linear]:
     """The class for weights of a kind (one of `WEIGHTS`) on a device."""
     if kind not in WEIGHTS:
         raise UserError(f"weights '{kind}' are unknown; weights are {', '.join(WEIGHTS)}")
-    if kind == "int8":
-        return Int8Linear
+    if kind in WEIGHT_ONLY:
+        if device.type != "cpu":
+            raise UserError(f"{kind} weights are for the CPU; on {device.type} use bfloat16")
+        return Int8Linear if kind == "int8" else Int4Linear
     if device.type == "cpu" and kind == "bfloat16" and torch.backends.mkldnn.is_available():
         return PrepackedLinear
     return Linear

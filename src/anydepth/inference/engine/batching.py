@@ -1,0 +1,155 @@
+"""Continuous batching: requests join and leave between tokens, each in its own slot of one cache.
+
+The queue costs nothing while it waits: a step prefills at most one request and then decodes one token of every
+running one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from anydepth.errors import UserError
+from anydepth.execution.trace import PassRecord, Trace
+from anydepth.inference.engine.cache import EngineCache
+from anydepth.inference.engine.decode import FastEngine
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and what has become of it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        logits_processor: transformers' own, for this request alone.
+        generator: samples with it; None is greedy.
+        output: new token ids so far, an end token included.
+        records: what ran for this request, forward by forward (batch size 1).
+    """
+
+    prompt: list[int]
+    max_new_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+    logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    generator: torch.Generator | None = None
+    output: list[int] = field(default_factory=list)
+    records: list[PassRecord] = field(default_factory=list)
+    slot: int | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        if len(self.output) >= self.max_new_tokens:
+            return True
+        return bool(self.output) and self.output[-1] in self.eos_token_ids
+
+    @property
+    def trace(self) -> Trace:
+        return Trace.join(self.records)
+
+
+class Batcher:
+    """Decodes many requests together on a fast engine.
+
+    Args:
+        max_batch_size: requests that run at the same time; the others wait in order.
+        max_tokens: bound on the memory of the cache: tokens of K/V of all slots together.
+
+    Raises:
+        UserError: a bound that holds no request.
+    """
+
+    def __init__(self, engine: FastEngine, max_batch_size: int = 8, max_tokens: int = 32768) -> None:
+        if max_batch_size < 1 or max_tokens < max_batch_size:
+            raise UserError(f"a batch of {max_batch_size} in {max_tokens} tokens of cache holds no request; give more")
+        self.engine = engine
+        self.cache: EngineCache = engine.model.new_cache(max_batch_size, max_tokens // max_batch_size)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        """Put a request in the queue.
+
+        Raises:
+            UserError: an empty prompt, or one that no slot can hold with its new tokens.
+        """
+        length = len(request.prompt) + request.max_new_tokens
+        if not request.prompt or request.max_new_tokens < 1:
+            raise UserError("a request needs a prompt of at least one token, and at least one new token to make")
+        if self.cache.max_length is not None and length > self.cache.max_length:
+            raise UserError(
+                f"a request of {len(request.prompt)} + {request.max_new_tokens} tokens does not fit a slot of "
+                f"{self.cache.max_length}; allow more tokens of cache, or fewer requests at once"
+            )
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request, waiting or running; its slot is free for the next step."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request in self.running:
+            self._leave(request)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    @torch.no_grad()
+    def step(self) -> list[Request]:
+        """Let one waiting request in, decode one token of each running one; returns those that got a token."""
+        served = list(self.running)
+        if served:
+            self._decode(served)
+        if self.waiting and self.cache.free:
+            served.append(self._admit(self.waiting.popleft()))
+        for request in served:
+            if request.is_finished:
+                self._leave(request)
+        return served
+
+    def run(self, requests: list[Request]) -> None:
+        """Decode all of them to their ends."""
+        for request in requests:
+            self.add(request)
+        while not self.is_idle:
+            self.step()
+
+    def _admit(self, request: Request) -> Request:
+        request.slot = self.cache.take_slot()
+        self.running.append(request)
+        self.running.sort(key=lambda one: one.slot or 0)  # neighbours in the cache: attention reads them in place
+        self._forward([request], [request.prompt])
+        return request
+
+    def _decode(self, requests: list[Request]) -> None:
+        self._forward(requests, [request.output[-1:] for request in requests])
+
+    def _forward(self, requests: list[Request], new: list[list[int]]) -> None:
+        model, methods = self.engine.model, self.engine.adapted.active_methods
+        token_ids = torch.tensor(new, device=model.device)
+        slots = [request.slot for request in requests if request.slot is not None]
+        hidden, record = model.forward(token_ids, slots, self.cache, methods)
+        logits = model.logits(hidden[:, -1]).float()
+        for row, request in enumerate(requests):
+            request.records.append(record.row(row))
+            request.output.append(_choose(request, logits[row : row + 1]))
+
+    def _leave(self, request: Request) -> None:
+        assert request.slot is not None
+        self.cache.release(request.slot)
+        request.slot = None
+        self.running.remove(request)
+
+
+def _choose(request: Request, logits: Tensor) -> int:
+    """The next token of a request from its (1, V) logits."""
+    if request.logits_processor:
+        so_far: Any = torch.tensor([request.prompt + request.output], device=logits.device)
+        logits = request.logits_processor(so_far, logits)
+    if request.generator is None:
+        return int(logits.argmax(-1))
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=request.generator))

@@ -1,0 +1,41 @@
+"""Prompts out of files, for benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.errors import UserError
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Prompts of a .jsonl file, `prompt`, the first of `turns`, or `messages`; in the chat template if there is one.
+
+    Raises:
+        UserError: no such file, a line that is not JSON, or one without any of the three.
+    """
+    if not path.is_file():
+        raise UserError(f"no file at {path}; give a .jsonl file of prompts")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            prompts.append(_prompt_of(line, f"{path}, line {number}", tokenizer))
+    if not prompts:
+        raise UserError(f"{path} holds no prompt")
+    return prompts
+
+
+def _prompt_of(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON") from error
+    if not isinstance(row, dict) or not any(row.get(key) for key in ("prompt", "turns", "messages")):
+        raise UserError(f"{where} has none of `prompt`, `turns`, `messages`")
+    text = row.get("prompt") or (row.get("turns") or [None])[0]
+    if tokenizer.chat_template is None:
+        return str(text or row["messages"][-1]["content"])
+    messages = row.get("messages") or [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -1,0 +1,94 @@
+"""Seconds and memory of one generation, and how fast this machine reads memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine.decode import FastEngine
+
+Batch = dict[str, Tensor]
+"""`input_ids` and `attention_mask`, (B, T) each."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One generation: seconds to the first token, in all, and the ids."""
+
+    ttft: float
+    total: float
+    token_ids: Tensor
+    peak_memory_bytes: int
+
+    @property
+    def decode(self) -> float:
+        return self.total - self.ttft
+
+
+class _FirstToken(StoppingCriteria):
+    """Notes when the first new token is there. Asked after every step; never stops."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.at is None:
+            _wait(input_ids)
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def time_generation(
+    adapted: AdaptedModel, batch: Batch, new_tokens: int, engine: FastEngine | None, *, full_depth: bool
+) -> Timing:
+    """One greedy generation of exactly `new_tokens` tokens per row."""
+    first = _FirstToken()
+    _reset_peak_memory()
+    with adapted.disabled() if full_depth else nullcontext():
+        started = time.perf_counter()
+        output = (adapted if engine is None else engine).generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[first],
+        )
+        _wait(output)
+        ended = time.perf_counter()
+    assert first.at is not None
+    return Timing(first.at - started, ended - started, output[:, batch["input_ids"].shape[1] :], _peak_memory_bytes())
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
+
+
+def _peak_memory_bytes() -> int:
+    """GPU memory where there is one, else the process's high-water mark."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
