@@ -266,13 +266,14 @@ def test_rewound_cache_goes_on_as_if_never_forward(family: str, adapted: Adapted
 
 
 @torch.no_grad()
-def test_fast_engine_is_the_model(family: str, adapted: AdaptedModel, case: str) -> None:
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_fast_engine_is_the_model(family: str, adapted: AdaptedModel, case: str, native: bool) -> None:
     """Logits of prefill, of single tokens and of several behind a past; then tokens and trace of a padded batch."""
     if family not in ENGINE_FAMILIES:
         with pytest.raises(UserError, match="fast engine does not run"):
             FastEngine(adapted)
         return
-    engine, ids = FastEngine(adapted), families.token_ids()
+    engine, ids = FastEngine(adapted, native=native), families.token_ids()
     wanted, before = logits_of(adapted, ids[:1]), adapted.last_trace
     cache = engine.model.new_cache(2)
     cache.take_slot()

@@ -6,7 +6,6 @@ Beside `backbone.py` the only file that knows Hugging Face attribute names.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +42,7 @@ class LayerParts:
         rotation_kind: which of the model's rotations queries and keys take; None for none.
         window: tokens that attention looks back over, itself included; None for all.
         softcap: c of c·tanh(score / c), or None.
-        activation: of the FFN's gate; None is SiLU.
+        activation: of the FFN's gate, `silu` or `gelu_tanh`.
     """
 
     queries: Weights
@@ -66,7 +65,7 @@ class LayerParts:
     softcap: float | None
     window: int | None
     rotation_kind: str | None
-    activation: Callable[[Tensor], Tensor] | None
+    activation: str
 
 
 def check_runs(backbone: Backbone) -> None:
@@ -125,8 +124,17 @@ def layer_parts(view: LayerView) -> LayerParts:
         if hasattr(attention, "sliding_window")
         else getattr(config, "sliding_window", None),
         rotation_kind=(getattr(attention, "layer_type", None) or "all") if rotates else None,
-        activation=None if isinstance(activation, nn.SiLU) or "SiLU" in type(activation).__name__ else activation,
+        activation=_activation(activation),
     )
+
+
+def _activation(module: nn.Module) -> str:
+    name = type(module).__name__
+    if name in ("SiLU", "SiLUActivation"):
+        return "silu"
+    if name in ("GELUTanh", "PytorchGELUTanh"):
+        return "gelu_tanh"
+    raise UserError(f"the fast engine knows the activations SiLU and tanh-GELU and found {name}; use engine hf")
 
 
 def rotations(backbone: Backbone, num_places: int, kinds: set[str], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -171,7 +171,7 @@ def test_int4_maps_are_within_half_a_step(num_rows: int) -> None:
     linear = Int4Linear(weight, bias)
     meant = linear(torch.eye(64).bfloat16()).float().T - bias.float()[:, None]
     torch.testing.assert_close(linear(x).float(), x.float() @ meant.T + bias.float(), rtol=3e-2, atol=0.3)
-    step = linear.scales[..., 0].float().T.repeat_interleave(32, dim=1)
+    step = linear.scales[..., 0].float().repeat_interleave(32, dim=1)
     assert ((meant - weight.float()).abs() <= 0.6 * step + 0.02).all()
     assert linear.num_bytes == 48 * 64 // 2 + 2 * 48 * 2 * 2
     with pytest.raises(UserError, match="use int8"):

@@ -60,13 +60,17 @@ class LayerKV:
 
     def append(self, slot: int, new: Tensor, places: Tensor | None = None) -> None:
         """Add (N, 2 · heads, head_dim) keys and values of the tokens at `places` (N,); None: the next N, no holes."""
-        start, end = self.counts[slot], self.counts[slot] + len(new)
-        self.states[slot, :, start:end] = new.transpose(0, 1)
+        start = self.counts[slot]
+        self.states[slot, :, start : start + len(new)] = new.transpose(0, 1)
+        self.extend(slot, len(new), places)
+
+    def extend(self, slot: int, num_tokens: int, places: Tensor | None = None) -> None:
+        """Count tokens whose states are written already."""
         if places is not None:
             before = self.places[slot]
-            before = torch.arange(start, device=places.device) if before is None else before
+            before = torch.arange(self.counts[slot], device=places.device) if before is None else before
             self.places[slot] = torch.cat([before, places])
-        self.counts[slot] = end
+        self.counts[slot] += num_tokens
 
     def append_rows(self, slots: Sequence[int], index: Tensor, new: Tensor, places: Tensor) -> None:
         """Add (B, T, 2 · heads, head_dim) at the next `places` (B, T) of several slots without holes.

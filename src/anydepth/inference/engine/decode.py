@@ -37,15 +37,16 @@ class FastEngine:
     Holds the weights a second time, packed; weights that change later (training, a LoRA adapter) are not seen.
 
     Args:
-        weights: float32, bfloat16, float16 or int8; None is the model's own precision.
+        weights: float32, bfloat16, float16, int8 or int4; None is the model's own precision.
+        native: decode with the compiled kernels where they can be had; else PyTorch's own operators.
 
     Raises:
         UserError: a family or weights that it does not run.
     """
 
-    def __init__(self, adapted: AdaptedModel, weights: str | None = None) -> None:
+    def __init__(self, adapted: AdaptedModel, weights: str | None = None, *, native: bool = True) -> None:
         self.adapted = adapted
-        self.model = EngineModel(adapted.backbone, weights)
+        self.model = EngineModel(adapted.backbone, weights, native=native)
 
     def generate(
         self,

@@ -6,12 +6,17 @@ those of `models/llama_like.py`.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.inference.engine.weights import pack
-from anydepth.models.llama_like import LayerParts, Norm
+from anydepth.inference.engine.native import MAX_TOKENS, NativeLayer, Workspace
+from anydepth.inference.engine.weights import Stored, WeightOnlyLinear, pack
+from anydepth.models.llama_like import LayerParts, Norm, Weights
+
+MAPS = ("queries", "keys", "values", "output", "gate", "up", "down")
 
 
 class RMSNorm:
@@ -26,30 +31,36 @@ class RMSNorm:
 
 
 class Rotation:
-    """Cosines and sines (N, 1, R) of N tokens; the sines carry the sign of the half that they rotate."""
+    """Cosines and sines (N, R) of N tokens."""
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        half = sin.shape[-1] // 2
-        self.cos = cos[:, None]
-        self.sin = torch.cat([-sin[:, None, :half], sin[:, None, half:]], dim=-1)
+        self.cos, self.sin = cos, sin
 
     def take(self, index: Tensor) -> Rotation:
-        part = object.__new__(Rotation)
-        part.cos, part.sin = self.cos[index], self.sin[index]
-        return part
+        return Rotation(self.cos[index], self.sin[index])
+
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(N, 1, R) each; the sines carry the sign of the half that they rotate."""
+        half = self.sin.shape[-1] // 2
+        return self.cos[:, None], torch.cat([-self.sin[:, :half], self.sin[:, half:]], dim=-1)[:, None]
 
     def turn(self, heads: Tensor) -> None:
         """Rotate (N, H, head_dim) in place; only the first R of each head where the model rotates a part."""
-        size = self.cos.shape[-1]
+        (cos, sin), size = self.factors, self.cos.shape[-1]
         turned = heads if size == heads.shape[-1] else heads[..., :size]
         swapped = turned.roll(size // 2, dims=-1)
-        turned.mul_(self.cos).addcmul_(swapped, self.sin)
+        turned.mul_(cos).addcmul_(swapped, sin)
 
 
 class EngineLayer:
-    """Mixer and FFN of one layer, over packed weights of a `kind` (`weights.WEIGHTS`)."""
+    """Mixer and FFN of one layer, over packed weights of a `kind` (`weights.WEIGHTS`).
 
-    def __init__(self, parts: LayerParts, kind: str, dtype: torch.dtype) -> None:
+    Args:
+        workspace: of the kernels for few tokens; None is PyTorch's own operators for all.
+    """
+
+    def __init__(self, parts: LayerParts, kind: str, dtype: torch.dtype, workspace: Workspace | None = None) -> None:
         def norm(part: Norm | None) -> RMSNorm | None:
             return None if part is None else RMSNorm(part, dtype)
 
@@ -63,6 +74,23 @@ class EngineLayer:
         self.mixer_norm, self.mixer_out_norm = norm(parts.mixer_norm), norm(parts.mixer_out_norm)
         self.ffn_norm, self.ffn_out_norm = norm(parts.ffn_norm), norm(parts.ffn_out_norm)
         self.query_norm, self.key_norm = norm(parts.query_norm), norm(parts.key_norm)
+        self.native = None
+        if workspace is not None:
+            self.native = NativeLayer(parts, self._stored(parts), dtype, workspace)
+
+    def _stored(self, parts: LayerParts) -> dict[str, Stored]:
+        """Every map as the kernels read it: quantised here, or where the model keeps it."""
+        dense: dict[str, Weights] = {name: getattr(parts, name) for name in MAPS}
+        packed = {"output": self.out, "gate": self.gate, "up": self.up, "down": self.down}
+        if not isinstance(self.qkv, WeightOnlyLinear):
+            return {name: Stored.dense(weights) for name, weights in dense.items()}
+        stored, start = {}, 0
+        for name in ("queries", "keys", "values"):
+            end = start + len(dense[name].weight)
+            stored[name], start = self.qkv.stored(start, end), end
+        return stored | {
+            name: linear.stored() for name, linear in packed.items() if isinstance(linear, WeightOnlyLinear)
+        }
 
     @property
     def mixer_bytes(self) -> int:
@@ -153,8 +181,11 @@ class EngineLayer:
 
     def add_ffn(self, residual: Tensor) -> Tensor:
         """Residual stream behind the FFN, (N, D) to (N, D)."""
+        if self.native is not None and len(residual) <= MAX_TOKENS:
+            return self.native.add_ffn(residual)
         normed = residual if self.ffn_norm is None else self.ffn_norm(residual)
-        gate = self.gate.silu(normed) if self.activation is None else self.activation(self.gate(normed))
+        gated = self.activation == "silu"
+        gate = self.gate.silu(normed) if gated else F.gelu(self.gate(normed), approximate="tanh")
         inner = self.up.times(normed, gate)
         if self.ffn_out_norm is None:
             return self.down.plus(inner, residual)

@@ -11,8 +11,9 @@ from anydepth.errors import UserError
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import GROWTH, EngineCache
 from anydepth.inference.engine.layer import EngineLayer, RMSNorm, Rotation
+from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear, Workspace, why_not
 from anydepth.inference.engine.step import Step
-from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS, pack
+from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS, Stored, WeightOnlyLinear, pack
 from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Weights, check_runs, final_norm, layer_parts, logits_softcap, rotations
@@ -24,12 +25,13 @@ class EngineModel:
     Args:
         backbone: of a model whose family is in `llama_like.FAMILIES`.
         weights: one of `engine.weights.WEIGHTS`; None is the model's own precision.
+        native: use the compiled kernels where they can be had (`why_not_native` says why not).
 
     Raises:
         UserError: a family or a layer that the engine does not run.
     """
 
-    def __init__(self, backbone: Backbone, weights: str | None = None) -> None:
+    def __init__(self, backbone: Backbone, weights: str | None = None, *, native: bool = True) -> None:
         check_runs(backbone)
         own = str(backbone.model.dtype).removeprefix("torch.")
         self.weights = weights or own
@@ -44,11 +46,20 @@ class EngineModel:
         self.backbone = backbone
         self.dtype = backbone.model.dtype
         self.device = backbone.device
-        self.layers = [EngineLayer(layer_parts(view), self.weights, self.dtype) for view in backbone.layers]
+        self.why_not_native = why_not(self.dtype, self.device) if native else "switched off"
+        if self.weights == "int4" and self.why_not_native:
+            raise UserError(f"int4 weights need the compiled kernels, and {self.why_not_native}; or use int8")
+        workspace = None if self.why_not_native else Workspace()
+        self.layers = [EngineLayer(layer_parts(view), self.weights, self.dtype, workspace) for view in backbone.layers]
         self.norm = RMSNorm(final_norm(backbone), self.dtype)
         head = backbone.head
         assert isinstance(head.weight, Tensor)
-        self.head = pack([Weights(head.weight.detach(), None)], self.weights)
+        dense = Weights(head.weight.detach(), None)
+        self.head = pack([dense], self.weights)
+        self.native_head = None
+        if workspace is not None:
+            stored = self.head.stored() if isinstance(self.head, WeightOnlyLinear) else Stored.dense(dense)
+            self.native_head = NativeLinear(stored, final_norm(backbone), self.dtype, workspace)
         self.softcap = logits_softcap(backbone)
         self.num_places = 0
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
@@ -60,8 +71,11 @@ class EngineModel:
         return EngineCache(len(self.layers), num_slots, first.num_kv_heads, first.head_dim, like, max_length)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, V) of (N, D) states behind the last layer."""
-        logits = self.head(self.norm(hidden))
+        """(..., V) of (..., D) states behind the last layer."""
+        if self.native_head is not None and hidden.numel() // hidden.shape[-1] <= MAX_TOKENS:
+            logits = self.native_head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        else:
+            logits = self.head(self.norm(hidden))
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @torch.no_grad()

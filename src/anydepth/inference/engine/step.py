@@ -16,6 +16,8 @@ from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV
 from anydepth.inference.engine.layer import EngineLayer, Rotation
+from anydepth.inference.engine.native import MAX_TOKENS
+from anydepth.inference.engine.native import Rows as NativeRows
 from anydepth.methods.method import Gate, Method, PassContext
 
 
@@ -45,6 +47,7 @@ class Step:
         self.run = Run(context, record, None, list(methods), sparse=True)
         self.rotations: dict[str, Rotation] = {}
         self.masks: dict[tuple[int | None, tuple[int, ...]], Tensor] = {}
+        self.native_rows: dict[tuple[tuple[int, ...], tuple[int, ...]], NativeRows] = {}
         for method in methods:
             method.begin(context)
 
@@ -85,9 +88,7 @@ class Step:
     def _mix(self, layer_idx: int, layer: EngineLayer, hidden: Tensor, gate: Gate | None) -> Tensor:
         kv, everyone = self.cache.layers[layer_idx], range(self.num_rows)
         if gate is None or gate.all_kept:
-            self._settle(layer, kv, self.slots)
-            queries, new = layer.project(hidden, self._rotation(layer))
-            return layer.add_mixer(self._attend_rows(layer, kv, everyone, queries, new), hidden)
+            return self._mix_rows(layer, kv, everyone, hidden)
         if not gate.any_kept:
             if gate.kv_rule == "project":
                 self._defer(kv, hidden, everyone)
@@ -100,17 +101,47 @@ class Step:
         rows = [row for row in range(self.num_rows) if counts[row]]
         if gate.kv_rule == "project":
             self._defer(kv, hidden, [row for row in range(self.num_rows) if not counts[row]])
-        self._settle(layer, kv, [self.slots[row] for row in rows])
         index = gate.keep.flatten().nonzero()[:, 0]
         kept, rotation = hidden[index], self._rotation(layer)
-        queries, new = layer.project(kept, None if rotation is None else rotation.take(index))
         if len(index) == len(rows) * self.num_tokens:
-            mixed = self._attend_rows(layer, kv, rows, queries, new)
-        else:
-            sizes = [counts[row] for row in rows]
-            parts = zip(rows, queries.split(sizes), new.split(sizes), strict=True)
-            mixed = torch.cat([self._attend_some(layer, kv, hidden, gate, *part) for part in parts])
+            return hidden.index_copy(0, index, self._mix_rows(layer, kv, rows, kept))
+        self._settle(layer, kv, [self.slots[row] for row in rows])
+        queries, new = layer.project(kept, None if rotation is None else rotation.take(index))
+        sizes = [counts[row] for row in rows]
+        parts = zip(rows, queries.split(sizes), new.split(sizes), strict=True)
+        mixed = torch.cat([self._attend_some(layer, kv, hidden, gate, *part) for part in parts])
         return hidden.index_copy(0, index, layer.add_mixer(mixed, kept))
+
+    def _mix_rows(self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int], hidden: Tensor) -> Tensor:
+        """All T tokens of these rows run the mixer: (R·T, D) to (R·T, D)."""
+        slots = [self.slots[row] for row in rows]
+        self._settle(layer, kv, slots)
+        holes = kv.has_holes(slots) or any(
+            kv.counts[slot] != self.seen[row] for row, slot in zip(rows, slots, strict=True)
+        )
+        if layer.native is None or len(hidden) > MAX_TOKENS or (holes and layer.window is not None):
+            rotation = self._rotation_of(layer, rows)
+            queries, new = layer.project(hidden, rotation)
+            return layer.add_mixer(self._attend_rows(layer, kv, rows, queries, new, holes=holes), hidden)
+        counts = tuple(kv.counts[slot] for slot in slots)
+        batch = self._native_rows(tuple(rows), counts, layer)
+        output = layer.native.add_mixer(hidden, batch, kv)
+        for row, slot in zip(rows, slots, strict=True):
+            kv.extend(slot, self.num_tokens, self.places[row] if holes else None)
+        return output
+
+    def _native_rows(self, rows: tuple[int, ...], counts: tuple[int, ...], layer: EngineLayer) -> NativeRows:
+        """As the kernels take them; made once for all layers where these rows have seen as much."""
+        key = (rows, counts)
+        if key not in self.native_rows:
+            self.native_rows[key] = NativeRows([self.slots[row] for row in rows], self.num_tokens, counts)
+        batch = self.native_rows[key]
+        kind = layer.rotation_kind
+        if kind is not None and kind not in batch.rotations:
+            rotation = self._rotation_of(layer, rows)
+            assert rotation is not None
+            batch.rotations[kind] = rotation.cos, rotation.sin
+        return batch
 
     def _rotation(self, layer: EngineLayer) -> Rotation | None:
         kind = layer.rotation_kind
@@ -119,6 +150,16 @@ class Step:
         if kind not in self.rotations:
             self.rotations[kind] = self.rotation_at(kind, self.places.flatten())
         return self.rotations[kind]
+
+    def _rotation_of(self, layer: EngineLayer, rows: Sequence[int]) -> Rotation | None:
+        """Of all tokens of these rows."""
+        rotation = self._rotation(layer)
+        if rotation is None or len(rows) == self.num_rows:
+            return rotation
+        size = self.num_tokens
+        return Rotation(
+            *(torch.cat([part[row * size : (row + 1) * size] for row in rows]) for part in (rotation.cos, rotation.sin))
+        )
 
     # --- K/V of tokens that skip -------------------------------------------------------------------------------
 
@@ -144,18 +185,15 @@ class Step:
     # --- attention ---------------------------------------------------------------------------------------------
 
     def _attend_rows(
-        self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int], queries: Tensor, new: Tensor
+        self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int], queries: Tensor, new: Tensor, *, holes: bool
     ) -> Tensor:
         """(R·T, H·head_dim): all T tokens of these rows attend, and leave K/V `new` (R·T, 2·H_kv, head_dim)."""
         slots = [self.slots[row] for row in rows]
-        whole = not kv.has_holes(slots) and all(
-            kv.counts[slot] == self.seen[row] for row, slot in zip(rows, slots, strict=True)
-        )
-        if len(rows) == 1 or not whole:
+        if len(rows) == 1 or holes:
             parts = zip(rows, queries.split(self.num_tokens), new.split(self.num_tokens), strict=True)
             mixed = []
             for row, own, own_new in parts:
-                kv.append(self.slots[row], own_new, None if whole else self.places[row])
+                kv.append(self.slots[row], own_new, self.places[row] if holes else None)
                 mixed.append(self._attend(layer, kv, self.slots[row], own, self.places[row]))
             return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         index = torch.tensor(slots, device=new.device)

@@ -7,6 +7,7 @@ is asked for in the call; each kind fuses what its library can.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,27 @@ WEIGHT_ONLY = ("int8", "int4")
 WEIGHTS = ("float32", "bfloat16", "float16", *WEIGHT_ONLY)
 MANY_ROWS = 16
 """From here on weight-only maps unpack their weights: the packed products are made for few rows."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Weights (out, in) as they lie in memory, by rows, for kernels that read them there.
+
+    Attributes:
+        scales: int8: (out,); int4: (out, in / 32, 2), step and offset of each group.
+        kind: one of `WEIGHTS`.
+    """
+
+    weight: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    kind: str
+    num_inputs: int
+
+    @classmethod
+    def dense(cls, weights: Weights) -> Stored:
+        weight = weights.weight.contiguous()
+        return cls(weight, None, weights.bias, str(weight.dtype).removeprefix("torch."), weight.shape[1])
 
 
 class Linear:
@@ -71,7 +93,15 @@ class PrepackedLinear(Linear):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
 
-class Int8Linear(Linear):
+class WeightOnlyLinear(Linear):
+    """Quantised weights, activations as they are."""
+
+    def stored(self, start: int = 0, end: int | None = None) -> Stored:
+        """Outputs `start` to `end`."""
+        raise NotImplementedError
+
+
+class Int8Linear(WeightOnlyLinear):
     """int8 weights with one scale per output, symmetric; bfloat16 activations (`_weight_int8pack_mm`)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -88,35 +118,46 @@ class Int8Linear(Linear):
         output = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
         return output if self.bias is None else output.add_(self.bias)
 
+    def stored(self, start: int = 0, end: int | None = None) -> Stored:
+        bias = None if self.bias is None else self.bias[start:end]
+        return Stored(self.weight[start:end], self.scales[start:end], bias, "int8", self.weight.shape[1])
 
-class Int4Linear(Linear):
-    """int4 weights with a scale and an offset per group of inputs; bfloat16 activations."""
+
+class Int4Linear(WeightOnlyLinear):
+    """int4 weights with a step and an offset per group of inputs; bfloat16 activations.
+
+    A byte of a group of 32 holds its inputs i (low half) and i + 16 (high half); s means (s − 8) · step + offset. Few
+    rows are the kernels' (`native.py`); here the weights are unpacked.
+    """
 
     group_size = 32
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        num_outputs, num_inputs = weight.shape
-        if num_inputs % self.group_size or num_outputs % 16:
-            raise UserError(
-                f"int4 weights want inputs in groups of {self.group_size} and outputs in 16s, not {num_outputs} × "
-                f"{num_inputs}; use int8"
-            )
-        groups = weight.float().view(num_outputs, -1, self.group_size)
+        if weight.shape[1] % self.group_size:
+            raise UserError(f"int4 weights want inputs in groups of {self.group_size}, not {weight.shape[1]}; use int8")
+        groups = weight.float().view(len(weight), -1, self.group_size)
         low, high = groups.amin(2), groups.amax(2)
         scales = ((high - low) / 15).clamp_min(1e-9).to(torch.bfloat16)
-        offsets = (low + 8 * scales.float()).to(torch.bfloat16)  # a step s stands for (s − 8) · scale + offset
+        offsets = (low + 8 * scales.float()).to(torch.bfloat16)
         steps = ((groups - offsets.float()[..., None]) / scales.float()[..., None] + 8).round().clamp(0, 15)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps.view_as(weight).to(torch.int32), 1)
-        super().__init__(packed, bias)
-        self.scales = torch.stack([scales, offsets], dim=2).transpose(0, 1).contiguous()  # (groups, out, 2)
+        steps = steps.to(torch.uint8)
+        super().__init__(steps[..., :16] | steps[..., 16:] << 4, bias)
+        self.scales = torch.stack([scales, offsets], dim=2)
 
     @property
     def num_bytes(self) -> int:
         return super().num_bytes + self.scales.numel() * self.scales.element_size()
 
     def product(self, x: Tensor) -> Tensor:
-        output = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.group_size, self.scales)
-        return output if self.bias is None else output.add_(self.bias)
+        steps = torch.cat([self.weight & 15, self.weight >> 4], dim=2).to(torch.float32) - 8
+        weight = steps * self.scales[..., :1] + self.scales[..., 1:]
+        return F.linear(x, weight.flatten(1).to(x.dtype), self.bias)
+
+    def stored(self, start: int = 0, end: int | None = None) -> Stored:
+        bias = None if self.bias is None else self.bias[start:end]
+        return Stored(
+            self.weight[start:end], self.scales[start:end], bias, "int4", self.weight.shape[1] * self.group_size
+        )
 
 
 def linear_class(kind: str, device: torch.device) -> type[Linear]:

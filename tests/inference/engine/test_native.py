@@ -1,0 +1,166 @@
+"""The compiled kernels against the same branch in plain PyTorch: every kind of weights, odd sizes, long pasts."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import anydepth
+from anydepth.inference.engine import native
+from anydepth.inference.engine.cache import LayerKV
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.engine.layer import EngineLayer, RMSNorm, Rotation
+from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear, Rows, Workspace
+from anydepth.inference.engine.weights import Int4Linear, Int8Linear, Stored
+from anydepth.models.llama_like import LayerParts, Norm, Weights
+from tiny import tiny_llama
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 72, 100, 6, 2, 20  # no multiple of a vector's width
+
+pytestmark = pytest.mark.skipif(
+    native.why_not(torch.float32, torch.device("cpu")) is not None, reason="no C++ compiler on this machine"
+)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 9, MAX_TOKENS])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_maps(kind: str, num_rows: int) -> None:
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    weight, bias = randn(45, 96).to(dtype), randn(45, seed=1).to(dtype)
+    x, norm = randn(num_rows, 96, seed=2).to(dtype), Norm(1 + 0.3 * randn(96, seed=3), 1e-5)
+    stored, meant = Stored.dense(Weights(weight, bias)), weight.float()
+    if kind == "int8":
+        int8 = Int8Linear(weight, bias)
+        stored, meant = int8.stored(), int8.weight.float() * int8.scales.float()[:, None]
+    if kind == "int4":
+        int4 = Int4Linear(weight, bias)
+        stored, meant = int4.stored(), int4(torch.eye(96).bfloat16()).float().T - bias.float()[:, None]
+    ours = NativeLinear(stored, norm, dtype, Workspace())(x)
+    wanted = F.linear(RMSNorm(norm, dtype)(x).float(), meant, bias.float())
+    bound = 1e-5 if kind == "float32" else 2e-2
+    torch.testing.assert_close(ours.float(), wanted, rtol=bound, atol=10 * bound)
+
+
+def layer_parts(**changes: object) -> LayerParts:
+    def weights(rows: int, cols: int, seed: int) -> Weights:
+        return Weights(0.2 * randn(rows, cols, seed=seed), 0.2 * randn(rows, seed=seed + 50))
+
+    def norm(size: int, seed: int) -> Norm:
+        return Norm(1 + 0.2 * randn(size, seed=seed), 1e-6)
+
+    parts = {
+        "queries": weights(HEADS * HEAD_DIM, HIDDEN, 1),
+        "keys": weights(KV_HEADS * HEAD_DIM, HIDDEN, 2),
+        "values": weights(KV_HEADS * HEAD_DIM, HIDDEN, 3),
+        "output": weights(HIDDEN, HEADS * HEAD_DIM, 4),
+        "gate": weights(INNER, HIDDEN, 5),
+        "up": weights(INNER, HIDDEN, 6),
+        "down": weights(HIDDEN, INNER, 7),
+        "mixer_norm": norm(HIDDEN, 8),
+        "ffn_norm": norm(HIDDEN, 9),
+        **dict.fromkeys(("mixer_out_norm", "ffn_out_norm", "query_norm", "key_norm", "softcap", "window")),
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "scale": HEAD_DIM**-0.5,
+        "rotation_kind": "all",
+        "activation": "silu",
+        **changes,
+    }
+    return LayerParts(**parts)  # type: ignore[arg-type]
+
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "llama": {},
+    "window": {"window": 9},
+    "gemma": {
+        "softcap": 3.0,
+        "activation": "gelu_tanh",
+        "mixer_out_norm": Norm(1 + 0.2 * randn(HIDDEN), 1e-6),
+        "ffn_out_norm": Norm(1 + 0.2 * randn(HIDDEN), 1e-6),
+    },
+    "norms_of_heads": {"query_norm": Norm(1 + randn(HEAD_DIM), 1e-6), "key_norm": Norm(1 + randn(HEAD_DIM), 1e-6)},
+    "no_rotation": {"rotation_kind": None},
+}
+
+
+@pytest.mark.parametrize("past", [0, 3, 70, 1500])
+@pytest.mark.parametrize("num_tokens", [1, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -> None:
+    """Two rows with pasts of different lengths; 1500 is cut into parts that several threads take."""
+    parts = layer_parts(**VARIANTS[variant])
+    ours = EngineLayer(parts, "float32", torch.float32, Workspace())
+    plain = EngineLayer(parts, "float32", torch.float32)
+    assert ours.native is not None
+    kv = LayerKV(3, past + 20, KV_HEADS, HEAD_DIM, torch.empty(0))
+    kv.states[:, :, : past + 5] = randn(3, 2 * KV_HEADS, past + 5, HEAD_DIM)
+    slots, counts = [2, 0], [past, past + 5]
+    hidden = randn(2 * num_tokens, HIDDEN, seed=20)
+    places = torch.tensor([count + new for count in counts for new in range(num_tokens)])
+    angles = places[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01]).repeat(2)
+    rotation = None if parts.rotation_kind is None else Rotation(angles.cos(), angles.sin())
+    queries, new = plain.project(hidden, rotation)
+    for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        kv.states[slot, :, count : count + num_tokens] = new[row * num_tokens : (row + 1) * num_tokens].transpose(0, 1)
+    mixed = []
+    for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        own = places[row * num_tokens : (row + 1) * num_tokens, None]
+        columns = torch.arange(count + num_tokens)
+        mask = (columns <= own) & (columns > own - (parts.window or 10**6))
+        states = kv.states[slot : slot + 1, :, : count + num_tokens]
+        mixed.append(plain.attend(queries[row * num_tokens : (row + 1) * num_tokens], states, mask[None]))
+    wanted, wanted_states = plain.add_mixer(torch.cat(mixed), hidden), kv.states.clone()
+    for slot, count in zip(slots, counts, strict=True):
+        kv.states[slot, :, count : count + num_tokens] = float("nan")  # the kernel writes them itself
+    rows = Rows(slots, num_tokens, counts)
+    if rotation is not None:
+        rows.rotations["all"] = rotation.cos, rotation.sin
+    torch.testing.assert_close(ours.native.add_mixer(hidden, rows, kv), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.native.add_ffn(hidden), plain.add_ffn(hidden), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder, and no library loaded."""
+    monkeypatch.setenv("ANYDEPTH_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def test_compiled_once_for_a_machine(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library()
+    (built,) = (fresh / "native").iterdir()
+    native.library.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: pytest.fail("compiled again"))
+    native.library()
+    assert list((fresh / "native").iterdir()) == [built]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "could not be started"), ("false", "could not compile")]
+)
+def test_without_a_compiler_the_engine_says_so_and_runs(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, reason: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    adapted = anydepth.attach(tiny_llama(), [])
+    engine = FastEngine(adapted)
+    assert reason in (engine.model.why_not_native or "")
+    ids = torch.arange(1, 9)
+    torch.testing.assert_close(engine.logits(ids), adapted(ids[None]).logits[0], rtol=1e-4, atol=1e-4)
+    assert not any((fresh / "native").iterdir())
+    with pytest.raises(anydepth.UserError, match="int4 weights need the compiled kernels.*use int8"):
+        FastEngine(anydepth.attach(tiny_llama().bfloat16(), []), "int4")
