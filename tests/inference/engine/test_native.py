@@ -15,9 +15,10 @@ import anydepth
 from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.engine.layer import EngineLayer, RMSNorm, Rotation
-from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear, Rows, Workspace
-from anydepth.inference.engine.weights import Int4Linear, Int8Linear, Stored
+from anydepth.inference.engine.layer import EngineLayer, Rotation
+from anydepth.inference.engine.native import MAX_TOKENS, ROWS_AT_ONCE, NativeLinear, Rows
+from anydepth.inference.engine.packing import Memory, pack_panels
+from anydepth.inference.engine.weights import quantise_int4, quantise_int8
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 from tiny import tiny_llama
 
@@ -32,23 +33,36 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 9, MAX_TOKENS])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 9, MAX_TOKENS, ROWS_AT_ONCE + 3])
+@pytest.mark.parametrize("num_inputs", [96, 36])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
-def test_maps(kind: str, num_rows: int) -> None:
+def test_maps(kind: str, num_inputs: int, num_rows: int) -> None:
+    """Two maps at once, whose outputs fill no panel; inputs that fill no vector, one far larger than the others."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    weight, bias = randn(45, 96).to(dtype), randn(45, seed=1).to(dtype)
-    x, norm = randn(num_rows, 96, seed=2).to(dtype), Norm(1 + 0.3 * randn(96, seed=3), 1e-5)
-    stored, meant = Stored.dense(Weights(weight, bias)), weight.float()
-    if kind == "int8":
-        int8 = Int8Linear(weight, bias)
-        stored, meant = int8.stored(), int8.weight.float() * int8.scales.float()[:, None]
     if kind == "int4":
-        int4 = Int4Linear(weight, bias)
-        stored, meant = int4.stored(), int4(torch.eye(96).bfloat16()).float().T - bias.float()[:, None]
-    ours = NativeLinear(stored, norm, dtype, Workspace())(x)
-    wanted = F.linear(RMSNorm(norm, dtype)(x).float(), meant, bias.float())
-    bound = 1e-5 if kind == "float32" else 2e-2
-    torch.testing.assert_close(ours.float(), wanted, rtol=bound, atol=10 * bound)
+        num_inputs = num_inputs // 32 * 32
+    maps = [Weights(randn(size, num_inputs, seed=size).to(dtype), randn(size, seed=1).to(dtype)) for size in (45, 16)]
+    x, norm = randn(num_rows, num_inputs, seed=2).to(dtype), Norm(1 + 0.3 * randn(num_inputs, seed=3), 1e-5)
+    x[:, 5] *= 100
+    memory = Memory()
+    ours = NativeLinear([pack_panels(part, kind, memory) for part in maps], dtype, memory, norm)(x)
+    # Rounded where the Hugging Face model rounds.
+    normed = (x.float() * (x.float().square().mean(-1, keepdim=True) + norm.eps).rsqrt()).to(dtype).float()
+    normed = (normed * norm.weight).to(dtype).float()
+    wanted = torch.cat([F.linear(normed, dequantised(part.weight, kind), part.bias.float()) for part in maps], dim=1)  # type: ignore[union-attr]
+    bound = 1e-5 if kind == "float32" else 1e-2
+    torch.testing.assert_close(ours.float(), wanted, rtol=bound, atol=5 * bound)
+
+
+def dequantised(weight: Tensor, kind: str) -> Tensor:
+    """(out, in) float32, what the kernels should make of it."""
+    if kind == "int8":
+        steps, scales = quantise_int8(weight)
+        return steps.float() * scales.float()[:, None]
+    if kind == "int4":
+        steps, step, offset = quantise_int4(weight)
+        return ((steps.float() - 8) * step.float()[..., None] + offset.float()[..., None]).flatten(1)
+    return weight.float()
 
 
 def layer_parts(**changes: object) -> LayerParts:
@@ -100,7 +114,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -> None:
     """Two rows with pasts of different lengths; 1500 is cut into parts that several threads take."""
     parts = layer_parts(**VARIANTS[variant])
-    ours = EngineLayer(parts, "float32", torch.float32, Workspace())
+    ours = EngineLayer(parts, "float32", torch.float32, Memory())
     plain = EngineLayer(parts, "float32", torch.float32)
     assert ours.native is not None
     kv = LayerKV(3, past + 20, KV_HEADS, HEAD_DIM, torch.empty(0))

@@ -18,27 +18,23 @@ GROWTH = 256
 
 @dataclass
 class Pending:
-    """States (N, D) of a slot's tokens, and their places in the sequence (N,), whose K/V nobody needed yet."""
+    """States (N, D) of a slot's next tokens, whose K/V nobody needed yet."""
 
     states: list[Tensor] = field(default_factory=list)
-    places: list[Tensor] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.states)
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """All of them, oldest first; nothing is pending afterwards."""
-        states, places = torch.cat(self.states), torch.cat(self.places)
-        self.states, self.places = [], []
-        return states, places
+    def take(self) -> Tensor:
+        """All of them, in order; nothing is pending afterwards."""
+        states = self.states[0] if len(self.states) == 1 else torch.cat(self.states)
+        self.states = []
+        return states
 
-    def rewind(self, length: int) -> None:
-        while self.states and int(self.places[-1][-1]) >= length:
-            states, places = self.states.pop(), self.places.pop()
-            keep = places < length
-            if bool(keep.any()):
-                self.states.append(states[keep])
-                self.places.append(places[keep])
+    def keep(self, count: int) -> None:
+        """Only the first `count` tokens."""
+        states = self.take()[:count] if self.states else None
+        self.states = [states] if states is not None and len(states) else []
 
 
 class LayerKV:
@@ -86,7 +82,7 @@ class LayerKV:
         return any(self.places[slot] is not None for slot in slots)
 
     def rewind(self, slot: int, length: int) -> None:
-        self.pending[slot].rewind(length)
+        self.pending[slot].keep(max(length - self.counts[slot], 0))
         places = self.places[slot]
         if places is None:
             self.counts[slot] = min(self.counts[slot], length)

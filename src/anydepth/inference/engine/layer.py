@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.inference.engine.native import MAX_TOKENS, NativeLayer, Workspace
-from anydepth.inference.engine.weights import Stored, WeightOnlyLinear, pack
-from anydepth.models.llama_like import LayerParts, Norm, Weights
-
-MAPS = ("queries", "keys", "values", "output", "gate", "up", "down")
+from anydepth.inference.engine.native import MAPS, MAX_TOKENS, NativeLayer, NativeLinear
+from anydepth.inference.engine.packing import Memory, pack_panels
+from anydepth.inference.engine.weights import WEIGHT_ONLY, Linear, without_kernels
+from anydepth.models.llama_like import LayerParts, Norm
 
 
 class RMSNorm:
@@ -54,43 +53,37 @@ class Rotation:
 
 
 class EngineLayer:
-    """Mixer and FFN of one layer, over packed weights of a `kind` (`weights.WEIGHTS`).
+    """Mixer and FFN of one layer, over weights of a `kind` (`weights.WEIGHTS`).
 
     Args:
-        workspace: of the kernels for few tokens; None is PyTorch's own operators for all.
+        memory: of the kernels, for few tokens; None is PyTorch's own operators for all.
     """
 
-    def __init__(self, parts: LayerParts, kind: str, dtype: torch.dtype, workspace: Workspace | None = None) -> None:
+    def __init__(self, parts: LayerParts, kind: str, dtype: torch.dtype, memory: Memory | None = None) -> None:
         def norm(part: Norm | None) -> RMSNorm | None:
             return None if part is None else RMSNorm(part, dtype)
+
+        packed = {} if memory is None else {role: pack_panels(getattr(parts, role), kind, memory) for role in MAPS}
+
+        def joined(*roles: str) -> Linear:
+            maps = [getattr(parts, role) for role in roles]
+            if memory is None:
+                return without_kernels(maps, kind)
+            if kind in WEIGHT_ONLY:
+                return NativeLinear([packed[role] for role in roles], dtype, memory)
+            return Linear(maps)
 
         self.num_heads, self.num_kv_heads, self.head_dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
         self.scale, self.softcap, self.window = parts.scale, parts.softcap, parts.window
         self.rotation_kind, self.activation = parts.rotation_kind, parts.activation
-        self.qkv = pack([parts.queries, parts.keys, parts.values], kind)
-        self.kv = pack([parts.keys, parts.values], kind)  # for tokens that only leave K/V; read when one does
-        self.out = pack([parts.output], kind)
-        self.gate, self.up, self.down = pack([parts.gate], kind), pack([parts.up], kind), pack([parts.down], kind)
+        self.qkv = joined("queries", "keys", "values")
+        self.kv = joined("keys", "values")  # for tokens that only leave K/V
+        self.out = joined("output")
+        self.gate, self.up, self.down = joined("gate"), joined("up"), joined("down")
         self.mixer_norm, self.mixer_out_norm = norm(parts.mixer_norm), norm(parts.mixer_out_norm)
         self.ffn_norm, self.ffn_out_norm = norm(parts.ffn_norm), norm(parts.ffn_out_norm)
         self.query_norm, self.key_norm = norm(parts.query_norm), norm(parts.key_norm)
-        self.native = None
-        if workspace is not None:
-            self.native = NativeLayer(parts, self._stored(parts), dtype, workspace)
-
-    def _stored(self, parts: LayerParts) -> dict[str, Stored]:
-        """Every map as the kernels read it: quantised here, or where the model keeps it."""
-        dense: dict[str, Weights] = {name: getattr(parts, name) for name in MAPS}
-        packed = {"output": self.out, "gate": self.gate, "up": self.up, "down": self.down}
-        if not isinstance(self.qkv, WeightOnlyLinear):
-            return {name: Stored.dense(weights) for name, weights in dense.items()}
-        stored, start = {}, 0
-        for name in ("queries", "keys", "values"):
-            end = start + len(dense[name].weight)
-            stored[name], start = self.qkv.stored(start, end), end
-        return stored | {
-            name: linear.stored() for name, linear in packed.items() if isinstance(linear, WeightOnlyLinear)
-        }
+        self.native = None if memory is None else NativeLayer(parts, packed, dtype, memory)
 
     @property
     def mixer_bytes(self) -> int:

@@ -11,9 +11,10 @@ from anydepth.errors import UserError
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import GROWTH, EngineCache
 from anydepth.inference.engine.layer import EngineLayer, RMSNorm, Rotation
-from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear, Workspace, why_not
+from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear, why_not
+from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.step import Step
-from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS, Stored, WeightOnlyLinear, pack
+from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS, Linear, without_kernels
 from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Weights, check_runs, final_norm, layer_parts, logits_softcap, rotations
@@ -49,17 +50,19 @@ class EngineModel:
         self.why_not_native = why_not(self.dtype, self.device) if native else "switched off"
         if self.weights == "int4" and self.why_not_native:
             raise UserError(f"int4 weights need the compiled kernels, and {self.why_not_native}; or use int8")
-        workspace = None if self.why_not_native else Workspace()
-        self.layers = [EngineLayer(layer_parts(view), self.weights, self.dtype, workspace) for view in backbone.layers]
+        memory = None if self.why_not_native else Memory()
+        self.layers = [EngineLayer(layer_parts(view), self.weights, self.dtype, memory) for view in backbone.layers]
         self.norm = RMSNorm(final_norm(backbone), self.dtype)
         head = backbone.head
         assert isinstance(head.weight, Tensor)
         dense = Weights(head.weight.detach(), None)
-        self.head = pack([dense], self.weights)
         self.native_head = None
-        if workspace is not None:
-            stored = self.head.stored() if isinstance(self.head, WeightOnlyLinear) else Stored.dense(dense)
-            self.native_head = NativeLinear(stored, final_norm(backbone), self.dtype, workspace)
+        if memory is None:
+            self.head = without_kernels([dense], self.weights)
+        else:
+            packed = pack_panels(dense, self.weights, memory)
+            self.native_head = NativeLinear([packed], self.dtype, memory, final_norm(backbone))
+            self.head = NativeLinear([packed], self.dtype, memory) if self.weights in WEIGHT_ONLY else Linear([dense])
         self.softcap = logits_softcap(backbone)
         self.num_places = 0
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
@@ -72,10 +75,12 @@ class EngineModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of (..., D) states behind the last layer."""
-        if self.native_head is not None and hidden.numel() // hidden.shape[-1] <= MAX_TOKENS:
-            logits = self.native_head(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], -1)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self.native_head is not None and len(flat) <= MAX_TOKENS:
+            logits = self.native_head(flat)
         else:
-            logits = self.head(self.norm(hidden))
+            logits = self.head(self.norm(flat))
+        logits = logits.view(*hidden.shape[:-1], -1)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @torch.no_grad()
@@ -102,6 +107,6 @@ class EngineModel:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             self.tables = rotations(self.backbone, self.num_places, kinds, like)
 
-    def _rotation(self, kind: str, places: Tensor) -> Rotation:
+    def _rotation(self, kind: str, places: Tensor | slice) -> Rotation:
         cos, sin = self.tables[kind]
         return Rotation(cos[places], sin[places])

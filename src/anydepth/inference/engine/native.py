@@ -1,4 +1,4 @@
-"""The decoding kernels of `kernels.cpp`: compiled once for this machine, called on tensors through ctypes.
+"""The decoding kernels of `kernels/`: compiled once for this machine, called on tensors through ctypes.
 
 Needs a C++ compiler with OpenMP (g++ or clang++) and runs on the CPU. Without one the engine runs on PyTorch's own
 operators, slower.
@@ -23,16 +23,20 @@ import torch
 from torch import Tensor
 
 from anydepth.inference.engine.cache import LayerKV
-from anydepth.inference.engine.weights import Stored
+from anydepth.inference.engine.packing import Memory, PackedWeights
+from anydepth.inference.engine.weights import Linear
 from anydepth.models.llama_like import LayerParts, Norm
 from anydepth.models.load import cache_folder
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp")
+SOURCES = Path(__file__).with_name("kernels")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 MAX_TOKENS = 16
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
+ROWS_AT_ONCE = 128
+"""Of quantised maps, that oneDNN has no kernels for: inputs that still lie in the second cache."""
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+MAPS = ("queries", "keys", "values", "output", "gate", "up", "down")
 NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm")
 
 
@@ -49,7 +53,7 @@ class _Norm(Structure):
 
 class _Layer(Structure):
     _fields_ = [
-        *((name, _Matrix) for name in ("queries", "keys", "values", "output", "gate", "up", "down")),
+        *((name, _Matrix) for name in MAPS),
         *((name, _Norm) for name in NORMS),
         *(
             (name, c_int32)
@@ -93,8 +97,9 @@ def library() -> Any:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise BuildError("there is no C++ compiler; install g++")
-    command = [compiler, *FLAGS, str(SOURCE)]
-    made_of = SOURCE.read_text() + " ".join(command) + platform.platform() + _cpu()
+    command = [compiler, *FLAGS, str(SOURCES / "layer.cpp")]
+    sources = "".join(path.read_text() for path in sorted(SOURCES.iterdir()))
+    made_of = sources + " ".join(command) + platform.platform() + _cpu()
     path = cache_folder() / "native" / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,17 +143,6 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-class Workspace:
-    """Scratch memory that the layers of a model share."""
-
-    def __init__(self) -> None:
-        self.floats = torch.empty(0)
-
-    def reserve(self, num_floats: int) -> None:
-        if num_floats > self.floats.numel():
-            self.floats = torch.empty(num_floats)
-
-
 class Rows:
     """R rows of T new tokens each, behind `counts` tokens of K/V each, as the kernels take them.
 
@@ -169,49 +163,55 @@ class NativeLayer:
     """Mixer and FFN of a layer for up to `MAX_TOKENS` tokens, (N, D) in and out, residual stream included.
 
     Args:
-        matrices: weights by role (`queries`, …, `down`), as they lie in memory.
-        workspace: shared by the layers of a model; grown where this one needs more.
+        maps: packed weights by role (`MAPS`).
     """
 
     def __init__(
-        self, parts: LayerParts, matrices: dict[str, Stored], dtype: torch.dtype, workspace: Workspace
+        self, parts: LayerParts, maps: dict[str, PackedWeights], dtype: torch.dtype, memory: Memory
     ) -> None:
         self.rotation_kind = parts.rotation_kind
-        self.matrices = matrices  # the struct only points to them
+        self.maps = maps  # the struct only points to them
         self.norms = {name: getattr(parts, name) for name in NORMS if getattr(parts, name) is not None}
         self.struct = _Layer(
             heads=parts.num_heads,
             kv_heads=parts.num_kv_heads,
             head_dim=parts.head_dim,
-            hidden=matrices["gate"].num_inputs,
+            hidden=maps["gate"].num_inputs,
             window=parts.window or 0,
             activation=ACTIVATIONS[parts.activation],
             in_bf16=dtype == torch.bfloat16,
             scale=parts.scale,
             softcap=parts.softcap or 0.0,
-            **{name: _matrix(stored) for name, stored in matrices.items()},
+            **{name: _matrix(packed) for name, packed in maps.items()},
             **{name: _norm(norm) for name, norm in self.norms.items()},
         )
         self.pointer = byref(self.struct)
-        self.workspace = workspace
+        self.memory = memory
         self.library = library()
-        workspace.reserve(self.library.anydepth_workspace(self.pointer, MAX_TOKENS))
+        memory.reserve(self.library.anydepth_workspace(self.pointer, MAX_TOKENS))
 
     def add_mixer(self, hidden: Tensor, rows: Rows, kv: LayerKV) -> Tensor:
         """The residual stream behind the mixer; the tokens' K/V are written into the cache, its counts are not."""
+        output = torch.empty_like(hidden)
+        self.library.anydepth_mixer(
+            self.pointer, self._batch(rows, kv), c_void_p(hidden.data_ptr()), c_void_p(output.data_ptr())
+        )
+        return output
+
+    def fill(self, hidden: Tensor, rows: Rows, kv: LayerKV) -> None:
+        """Write the K/V of tokens that do not run the mixer into the cache; its counts stay."""
+        self.library.anydepth_fill(self.pointer, self._batch(rows, kv), c_void_p(hidden.data_ptr()))
+
+    def _batch(self, rows: Rows, kv: LayerKV) -> Any:
         batch = rows.struct
         batch.cache, batch.capacity = kv.states.data_ptr(), kv.states.shape[2]
-        batch.workspace = self.workspace.floats.data_ptr()
+        batch.workspace = self.memory.scratch.data_ptr()
         batch.cos = batch.sin = None
         if self.rotation_kind is not None:
             cos, sin = rows.rotations[self.rotation_kind]
             self.struct.rotated = cos.shape[-1]
             batch.cos, batch.sin = cos.data_ptr(), sin.data_ptr()
-        output = torch.empty_like(hidden)
-        self.library.anydepth_mixer(
-            self.pointer, byref(batch), c_void_p(hidden.data_ptr()), c_void_p(output.data_ptr())
-        )
-        return output
+        return byref(batch)
 
     def add_ffn(self, hidden: Tensor) -> Tensor:
         """The residual stream behind the FFN."""
@@ -220,45 +220,56 @@ class NativeLayer:
             self.pointer,
             c_void_p(hidden.data_ptr()),
             c_void_p(output.data_ptr()),
-            c_void_p(self.workspace.floats.data_ptr()),
+            c_void_p(self.memory.scratch.data_ptr()),
             len(hidden),
         )
         return output
 
 
-class NativeLinear:
-    """A map behind a norm, such as the head, for up to `MAX_TOKENS` rows."""
+class NativeLinear(Linear):
+    """Maps of the same input, such as the head, perhaps behind a norm, for any number of rows."""
 
-    def __init__(self, stored: Stored, norm: Norm, dtype: torch.dtype, workspace: Workspace) -> None:
-        self.stored, self.norm = stored, norm  # the structs only point to them
-        self.structs = _matrix(stored), _norm(norm)
+    def __init__(
+        self, maps: Sequence[PackedWeights], dtype: torch.dtype, memory: Memory, norm: Norm | None = None
+    ) -> None:
+        self.packed, self.norm = maps, norm  # the structs only point to them
+        self.structs = [_matrix(packed) for packed in maps]
+        self.norm_struct = _Norm() if norm is None else _norm(norm)
         self.in_bf16 = dtype == torch.bfloat16
-        self.workspace = workspace
-        workspace.reserve(MAX_TOKENS * (stored.num_inputs + len(stored.weight)))
+        self.memory = memory
+        memory.reserve(ROWS_AT_ONCE * max(packed.num_outputs for packed in maps))
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        matrix, norm = self.structs
-        output = hidden.new_empty(len(hidden), matrix.rows)
-        library().anydepth_linear(
-            byref(matrix),
-            byref(norm),
-            c_void_p(hidden.data_ptr()),
-            c_void_p(output.data_ptr()),
-            c_void_p(self.workspace.floats.data_ptr()),
-            len(hidden),
-            self.in_bf16,
-        )
+    @property
+    def num_bytes(self) -> int:
+        return sum(packed.num_bytes for packed in self.packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs = [self._product(x.contiguous(), matrix) for matrix in self.structs]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _product(self, x: Tensor, matrix: _Matrix) -> Tensor:
+        output = x.new_empty(len(x), matrix.rows)
+        for start in range(0, len(x), ROWS_AT_ONCE):
+            library().anydepth_linear(
+                byref(matrix),
+                byref(self.norm_struct),
+                c_void_p(x[start].data_ptr()),
+                c_void_p(output[start].data_ptr()),
+                c_void_p(self.memory.scratch.data_ptr()),
+                min(ROWS_AT_ONCE, len(x) - start),
+                self.in_bf16,
+            )
         return output
 
 
-def _matrix(stored: Stored) -> _Matrix:
+def _matrix(packed: PackedWeights) -> _Matrix:
     return _Matrix(
-        weight=stored.weight.data_ptr(),
-        scales=None if stored.scales is None else stored.scales.data_ptr(),
-        bias=None if stored.bias is None else stored.bias.data_ptr(),
-        rows=len(stored.weight),
-        cols=stored.num_inputs,
-        kind=KINDS[stored.kind],
+        weight=packed.weight.data_ptr(),
+        scales=None if packed.scales is None else packed.scales.data_ptr(),
+        bias=None if packed.bias is None else packed.bias.data_ptr(),
+        rows=packed.num_outputs,
+        cols=packed.num_inputs,
+        kind=KINDS[packed.kind],
     )
 
 

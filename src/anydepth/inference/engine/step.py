@@ -34,7 +34,7 @@ class Step:
         slots: Sequence[int],
         cache: EngineCache,
         methods: Sequence[Method],
-        rotation_at: Callable[[str, Tensor], Rotation],
+        rotation_at: Callable[[str, Tensor | slice], Rotation],
     ) -> None:
         self.cache, self.slots, self.rotation_at = cache, list(slots), rotation_at
         self.num_rows, self.num_tokens = token_ids.shape
@@ -166,21 +166,24 @@ class Step:
     def _defer(self, kv: LayerKV, hidden: Tensor, rows: Sequence[int]) -> None:
         """Nobody of these rows runs the mixer now: their K/V wait until somebody does."""
         for row in rows:
-            pending = kv.pending[self.slots[row]]
-            pending.states.append(hidden[row * self.num_tokens : (row + 1) * self.num_tokens])
-            pending.places.append(self.places[row])
+            kv.pending[self.slots[row]].states.append(hidden[row * self.num_tokens : (row + 1) * self.num_tokens])
 
     def _settle(self, layer: EngineLayer, kv: LayerKV, slots: Sequence[int]) -> None:
-        """Project what earlier tokens of these slots left pending, all of them in one product."""
-        waiting = [slot for slot in slots if kv.pending[slot]]
-        if not waiting:
-            return
-        taken = [kv.pending[slot].take() for slot in waiting]
-        places = torch.cat([part[1] for part in taken])
-        rotation = None if layer.rotation_kind is None else self.rotation_at(layer.rotation_kind, places)
-        new = layer.project_kv(torch.cat([part[0] for part in taken]), rotation)
-        for slot, part in zip(waiting, new.split([len(part[1]) for part in taken]), strict=True):
-            kv.append(slot, part)
+        """Project what earlier tokens of these slots left pending, all of a slot in one product."""
+        for slot in slots:
+            if kv.pending[slot]:
+                states = kv.pending[slot].take()
+                start, count = kv.counts[slot], len(states)
+                places = slice(start, start + count)  # under `project` no token before them is missing
+                rotation = None if layer.rotation_kind is None else self.rotation_at(layer.rotation_kind, places)
+                if layer.native is not None and count <= MAX_TOKENS:
+                    rows = NativeRows([slot], count, [start])
+                    if layer.rotation_kind is not None and rotation is not None:
+                        rows.rotations[layer.rotation_kind] = rotation.cos, rotation.sin
+                    layer.native.fill(states, rows, kv)
+                    kv.extend(slot, count)
+                else:
+                    kv.append(slot, layer.project_kv(states, rotation))
 
     # --- attention ---------------------------------------------------------------------------------------------
 

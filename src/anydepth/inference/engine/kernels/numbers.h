@@ -1,0 +1,101 @@
+// Floats by the vector, bfloat16, and what rounds between them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V>
+inline V load(const void* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+// Where the processor's vectors are shorter, the compiler takes several.
+constexpr int WIDTH = 16;
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+
+inline float one(float value) { return value; }
+inline float one(bf16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    return load<float>(&bits);
+}
+
+// WIDTH values as floats. Compilers turn plain conversion loops into far worse code than the processor can run.
+inline floats wide(const float* from) { return load<floats>(from); }
+inline floats wide(const bf16* from) {
+#if defined(__AVX512BW__)
+    return floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16));
+#else
+    floats values;
+    for (int i = 0; i < WIDTH; ++i) values[i] = one(from[i]);
+    return values;
+#endif
+}
+
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, bf16* to) {
+    uint32_t bits = load<uint32_t>(&value);
+    bits += 0x7fff + ((bits >> 16) & 1);  // to the nearest, ties to even
+    to->bits = uint16_t(bits >> 16);
+}
+template <class A>
+inline float rounded(float value) {
+    A kept;
+    store(value, &kept);
+    return one(kept);
+}
+
+inline float sum(const floats& values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(__m512(values));
+#else
+    float total = 0;
+    for (int i = 0; i < WIDTH; ++i) total += values[i];
+    return total;
+#endif
+}
+
+inline float dot(const float* a, const float* b, int size) {
+    floats acc = {};
+    int i = 0;
+    for (; i + WIDTH <= size; i += WIDTH) acc += wide(a + i) * wide(b + i);
+    float total = sum(acc);
+    for (; i < size; ++i) total += a[i] * b[i];
+    return total;
+}
+
+// e^x for x <= 0, to 2 units in the last place of float32 (Cephes' polynomial).
+inline floats exponential(floats x) {
+    x = x < -87.0f ? floats{} - 87.0f : x;
+    const ints k = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);  // truncation rounds to the nearest here
+    const floats whole = __builtin_convertvector(k, floats);
+    const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const ints scale = (k + 127) << 23;
+    return p * load<floats>(&scale);
+}
+
+inline floats sigmoid(floats x) {
+    const floats e = exponential(x < 0.0f ? x : -x);
+    return (x < 0.0f ? e : floats{} + 1.0f) / (1.0f + e);
+}
+
+}  // namespace
