@@ -10,6 +10,7 @@ import typer
 from anydepth.cli.app import app
 from anydepth.cli.display import Printer, bench_line, show_bench, show_eval, show_inspection, show_methods
 from anydepth.cli.options import (
+    Compiled,
     Data,
     Device,
     DType,
@@ -109,6 +110,7 @@ def bench(
     weights: Annotated[
         str | None, typer.Option("--weights", help="Of the fast engine, several with commas: bfloat16,int8.")
     ] = None,
+    compiled: Compiled = False,
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, turns or messages.")] = None,
     against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
@@ -133,11 +135,12 @@ def bench(
             "engines at full depth with --engine both"
         )
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
-    engines = _engines(adapted, engine, weights)
+    engines = _engines(adapted, engine, weights, compiled)
     config = {
         "target": target,
         "engine": engine,
         "weights": weights,
+        "compiled": compiled,
         "batch_sizes": batch_sizes,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -173,7 +176,7 @@ def _with_methods(target: str, against: list[str], options: list[str], dtype: st
     return adapted, tokenizer
 
 
-def _engines(adapted: Any, engine: str, weights: str | None) -> list[Any]:
+def _engines(adapted: Any, engine: str, weights: str | None, compiled: bool) -> list[Any]:
     """What to bench with: None for the Hugging Face model's own `generate`, fast engines by their weights."""
     from anydepth.inference.engine.decode import FastEngine
 
@@ -181,7 +184,10 @@ def _engines(adapted: Any, engine: str, weights: str | None) -> list[Any]:
         raise UserError(f"engine '{engine}' is unknown; bench takes hf, fast or both")
     if engine == "hf" and weights is not None:
         raise UserError(f"weights {weights} are the fast engine's; use --engine fast or both, or leave them out")
-    fast = [] if engine == "hf" else [FastEngine(adapted, kind) for kind in (weights.split(",") if weights else [None])]
+    if engine == "hf" and compiled:
+        raise UserError("--compile is the fast engine's; use --engine fast or both, or leave it out")
+    kinds = weights.split(",") if weights else [None]
+    fast = [] if engine == "hf" else [FastEngine(adapted, kind, compiled=compiled) for kind in kinds]
     return fast if engine == "fast" else [None, *fast]
 
 

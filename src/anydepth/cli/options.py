@@ -22,7 +22,10 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a r
 Data = Annotated[str, typer.Option("--data", help="NAME:SPLIT (embedded:valid, wikitext-2:valid) or a text file.")]
 Engine = Annotated[str, typer.Option("--engine", help="hf, fast, or auto: fast where it runs the model.")]
 WeightKind = Annotated[
-    str | None, typer.Option("--weights", help="Of the fast engine: int8, or the model's own precision.")
+    str | None, typer.Option("--weights", help="Of the fast engine: int8, int4, or the model's own precision.")
+]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="torch.compile in the fast engine; the first start takes a minute.")
 ]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]

@@ -9,7 +9,7 @@ import typer
 
 from anydepth.cli.app import app
 from anydepth.cli.display import Printer, show_text
-from anydepth.cli.options import Device, DType, Engine, Json, Quiet, Seed, Target, WeightKind
+from anydepth.cli.options import Compiled, Device, DType, Engine, Json, Quiet, Seed, Target, WeightKind
 from anydepth.errors import UserError
 
 
@@ -22,6 +22,7 @@ def generate(
     show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour each token by the layers it ran.")] = False,
     engine: Engine = "auto",
     weights: WeightKind = None,
+    compiled: Compiled = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: DType = "float32",
@@ -39,7 +40,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
     printer = Printer(as_json, quiet)
-    fast = choose(adapted, engine, weights, printer.progress)
+    fast = choose(adapted, engine, weights, printer.progress, compiled=compiled)
     fields = write(
         adapted, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, engine=fast
     )

@@ -12,7 +12,9 @@ from torch import Tensor
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
+from anydepth.inference.engine import native
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.engine.packing import huge
 
 BUFFER_BYTES = 2**28
 """More than any cache holds."""
@@ -20,15 +22,21 @@ BUFFER_BYTES = 2**28
 
 @lru_cache(maxsize=1)
 def _buffer(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return huge(BUFFER_BYTES).view(torch.int32).fill_(1)
     return torch.ones(BUFFER_BYTES // 4, dtype=torch.int32, device=device)
 
 
 def read_bandwidth(device: torch.device, num_passes: int = 3) -> float:
-    """Bytes per second of the best of a few passes over a buffer, all threads."""
+    """Bytes per second of the best of a few passes over a buffer, all threads: by the kernels, or by torch."""
     buffer, best = _buffer(device), 0.0
+    by_kernel = native.why_not(torch.float32, device) is None
     for _ in range(num_passes):
         started = time.perf_counter()
-        buffer.max().item()
+        if by_kernel:
+            native.read(buffer)
+        else:
+            buffer.max().item()
         best = max(best, BUFFER_BYTES / (time.perf_counter() - started))
     return best
 

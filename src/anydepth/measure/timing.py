@@ -60,7 +60,8 @@ def time_generation(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
+            # No token ends it: forbidding the end token for so long would look through the vocabulary at every step.
+            eos_token_id=adapted.config.vocab_size,
             do_sample=False,
             pad_token_id=0,
             stopping_criteria=[first],

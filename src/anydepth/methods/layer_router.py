@@ -137,6 +137,9 @@ class LayerRouter(Method):
     def begin(self, context: PassContext) -> None:
         self.gates = []
 
+    def reads_state(self, layer_idx: int) -> bool:
+        return layer_idx == self.config.always_keep
+
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         if layer_idx == self.config.always_keep:
             self.gates = self._plan(hidden, context)

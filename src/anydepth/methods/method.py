@@ -125,6 +125,14 @@ class Method(nn.Module):
     def begin(self, context: PassContext) -> None:
         """Called once per forward, before the first layer."""
 
+    def reads_state(self, layer_idx: int) -> bool:
+        """Whether gates of this layer depend on the states they are asked with.
+
+        False: the answer is known before the layers in front of it have run, and the states given may be older ones;
+        the fast engine then runs several layers in one call.
+        """
+        return True
+
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         """Who runs the whole layer, from its (B, T, D) input. None: everybody."""
 

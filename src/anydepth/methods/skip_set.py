@@ -48,6 +48,9 @@ class SkipSet(Method):
         # Whole layers need no gates on branches, and skip a little faster without.
         self.gates_branches = bool(self.closed_mixers or self.closed_ffns)
 
+    def reads_state(self, layer_idx: int) -> bool:
+        return False
+
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         return self._closed(context) if layer_idx in self.closed_layers else None
 

@@ -70,5 +70,8 @@ class StochasticDepth(Method):
         # A dropped row drops whole: no later token of it runs the layer, so no K/V is needed there.
         self.gates = Gate.of_plan(keep, context, "omit")
 
+    def reads_state(self, layer_idx: int) -> bool:
+        return False
+
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         return self.gates[layer_idx] if self.gates else None

@@ -6,6 +6,7 @@ Beside `backbone.py` the only file that knows Hugging Face attribute names.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +138,9 @@ def _activation(module: nn.Module) -> str:
     raise UserError(f"the fast engine knows the activations SiLU and tanh-GELU and found {name}; use engine hf")
 
 
-def rotations(backbone: Backbone, num_places: int, kinds: set[str], like: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def rotations(
+    backbone: Backbone, num_places: int, kinds: Sequence[str], like: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Cosines and sines (num_places, R) of each kind of rotation, for the places from 0, by the model itself."""
     module: Any = backbone.decoder.get_submodule("rotary_emb")
     places = torch.arange(num_places, device=like.device)[None]

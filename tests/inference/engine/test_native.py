@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.layer import EngineLayer, Rotation
-from anydepth.inference.engine.native import MAX_TOKENS, ROWS_AT_ONCE, NativeLinear, Rows
+from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, ROWS_AT_ONCE, TAP, NativeLinear, Rows, run_layers
 from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.weights import quantise_int4, quantise_int8
 from anydepth.models.llama_like import LayerParts, Norm, Weights
@@ -114,8 +115,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -> None:
     """Two rows with pasts of different lengths; 1500 is cut into parts that several threads take."""
     parts = layer_parts(**VARIANTS[variant])
-    ours = EngineLayer(parts, "float32", torch.float32, Memory())
-    plain = EngineLayer(parts, "float32", torch.float32)
+    ours = EngineLayer(parts, "float32", torch.float32, ["all"], Memory())
+    plain = EngineLayer(parts, "float32", torch.float32, ["all"])
     assert ours.native is not None
     kv = LayerKV(3, past + 20, KV_HEADS, HEAD_DIM, torch.empty(0))
     kv.states[:, :, : past + 5] = randn(3, 2 * KV_HEADS, past + 5, HEAD_DIM)
@@ -137,12 +138,24 @@ def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -
     wanted, wanted_states = plain.add_mixer(torch.cat(mixed), hidden), kv.states.clone()
     for slot, count in zip(slots, counts, strict=True):
         kv.states[slot, :, count : count + num_tokens] = float("nan")  # the kernel writes them itself
-    rows = Rows(slots, num_tokens, counts)
-    if rotation is not None:
-        rows.rotations["all"] = rotation.cos, rotation.sin
-    torch.testing.assert_close(ours.native.add_mixer(hidden, rows, kv), wanted, rtol=1e-4, atol=1e-5)
+    rows = Rows(slots, num_tokens, counts, [] if rotation is None else [(rotation.cos, rotation.sin)])
+    after_mixer, _ = run_layers([ours.native], [kv], [MIXER], rows, hidden)
+    torch.testing.assert_close(after_mixer, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.native.add_ffn(hidden), plain.add_ffn(hidden), rtol=1e-4, atol=1e-5)
+    after_layer, taps = run_layers([ours.native], [kv], [MIXER | FFN | TAP], rows, hidden)
+    torch.testing.assert_close(after_layer, plain.add_ffn(wanted), rtol=1e-4, atol=1e-5)
+    assert torch.equal(taps, hidden[None])
+    for slot, count in zip(slots, counts, strict=True):
+        kv.states[slot, :, count : count + num_tokens] = float("nan")
+    ours.native.fill(hidden, rows, kv)  # the same K/V, by tokens that do not attend
+    torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
+    nothing, taps = run_layers([ours.native] * 2, [kv] * 2, [0, TAP], rows, hidden)
+    assert torch.equal(nothing, hidden) and torch.equal(taps, hidden[None])
+
+
+def test_read_reads_all() -> None:
+    buffer = torch.arange(5 * 1024, dtype=torch.int32)
+    assert native.read(buffer) == int(buffer.sum())
 
 
 @pytest.fixture
@@ -152,6 +165,16 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     native.library.cache_clear()
     yield tmp_path
     native.library.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_older_processors(fresh: Path, monkeypatch: pytest.MonkeyPatch, processor: str) -> None:
+    """Without the instructions of this machine the same results: forms that are compiled elsewhere."""
+    monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("native", processor) for flag in native.FLAGS))
+    for kind in ("float32", "bfloat16", "int8", "int4"):
+        test_maps(kind, 96, 3)
+    test_branches_are_those_of_torch("llama", 4, 70)
 
 
 def test_compiled_once_for_a_machine(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

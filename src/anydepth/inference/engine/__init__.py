@@ -15,13 +15,18 @@ ENGINES = ("auto", "hf", "fast")
 
 
 def choose(
-    adapted: AdaptedModel, engine: str = "auto", weights: str | None = None, say: Callable[[str], None] = print
+    adapted: AdaptedModel,
+    engine: str = "auto",
+    weights: str | None = None,
+    say: Callable[[str], None] = print,
+    *,
+    compiled: bool = False,
 ) -> FastEngine | None:
     """The fast engine, or None for the Hugging Face model's own `generate`.
 
     Args:
         engine: `hf`, `fast`, or `auto`: fast where it runs the model; `say` is told why not.
-        weights: of the fast engine, see `FastEngine`.
+        weights, compiled: of the fast engine, see `FastEngine`.
 
     Raises:
         UserError: an unknown engine; `fast` for a model that it does not run; weights with `hf`.
@@ -33,9 +38,11 @@ def choose(
     if engine == "hf":
         if weights is not None:
             raise UserError(f"weights {weights} are the fast engine's; use engine fast, or leave them out")
+        if compiled:
+            raise UserError("compile is the fast engine's; use engine fast, or leave it out")
         return None
-    if engine == "fast" or weights is not None:
-        return FastEngine(adapted, weights)
+    if engine == "fast" or weights is not None or compiled:
+        return FastEngine(adapted, weights, compiled=compiled)
     try:
         return FastEngine(adapted)
     except UserError as error:

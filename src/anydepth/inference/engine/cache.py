@@ -6,11 +6,14 @@ until a token of the slot runs the layer. Under `omit` it holds the tokens that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from anydepth.inference.engine.packing import huge
 
 GROWTH = 256
 """Tokens of room that a cache grows by at least."""
@@ -49,7 +52,7 @@ class LayerKV:
 
     def __init__(self, num_slots: int, capacity: int, num_heads: int, head_dim: int, like: Tensor) -> None:
         # Zeros: what a mask hides must still be finite.
-        self.states = like.new_zeros(num_slots, 2 * num_heads, capacity, head_dim)
+        self.states = _zeros((num_slots, 2 * num_heads, capacity, head_dim), like)
         self.counts = [0] * num_slots
         self.pending = [Pending() for _ in range(num_slots)]
         self.places: list[Tensor | None] = [None] * num_slots
@@ -78,9 +81,6 @@ class LayerKV:
         for slot in slots:
             self.counts[slot] += new.shape[1]
 
-    def has_holes(self, slots: Sequence[int]) -> bool:
-        return any(self.places[slot] is not None for slot in slots)
-
     def rewind(self, slot: int, length: int) -> None:
         self.pending[slot].keep(max(length - self.counts[slot], 0))
         places = self.places[slot]
@@ -95,8 +95,14 @@ class LayerKV:
 
     def grow(self, capacity: int) -> None:
         old = self.states
-        more = old.new_zeros(*old.shape[:2], capacity - old.shape[2], old.shape[3])
-        self.states = torch.cat([old, more], dim=2)
+        self.states = _zeros((*old.shape[:2], capacity, old.shape[3]), old)
+        self.states[:, :, : old.shape[2]] = old
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return huge(math.prod(shape) * like.element_size()).view(like.dtype).view(shape)
 
 
 class EngineCache:

@@ -39,14 +39,17 @@ class FastEngine:
     Args:
         weights: float32, bfloat16, float16, int8 or int4; None is the model's own precision.
         native: decode with the compiled kernels where they can be had; else PyTorch's own operators.
+        compiled: put the branches through `torch.compile` in their place: for GPUs; the first start takes a minute.
 
     Raises:
         UserError: a family or weights that it does not run.
     """
 
-    def __init__(self, adapted: AdaptedModel, weights: str | None = None, *, native: bool = True) -> None:
+    def __init__(
+        self, adapted: AdaptedModel, weights: str | None = None, *, native: bool = True, compiled: bool = False
+    ) -> None:
         self.adapted = adapted
-        self.model = EngineModel(adapted.backbone, weights, native=native)
+        self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
 
     def generate(
         self,

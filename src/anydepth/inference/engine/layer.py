@@ -6,16 +6,20 @@ those of `models/llama_like.py`.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.inference.engine.native import MAPS, MAX_TOKENS, NativeLayer, NativeLinear
+from anydepth.inference.engine.native import MAPS, NativeLayer, NativeLinear
 from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.weights import WEIGHT_ONLY, Linear, without_kernels
 from anydepth.models.llama_like import LayerParts, Norm
+from anydepth.models.load import cache_folder
 
 
 class RMSNorm:
@@ -56,10 +60,21 @@ class EngineLayer:
     """Mixer and FFN of one layer, over weights of a `kind` (`weights.WEIGHTS`).
 
     Args:
+        rotation_kinds: all that the model has, by number.
         memory: of the kernels, for few tokens; None is PyTorch's own operators for all.
+        compiled: put the branches, not the attention between them, through `torch.compile`.
     """
 
-    def __init__(self, parts: LayerParts, kind: str, dtype: torch.dtype, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        parts: LayerParts,
+        kind: str,
+        dtype: torch.dtype,
+        rotation_kinds: Sequence[str],
+        memory: Memory | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
         def norm(part: Norm | None) -> RMSNorm | None:
             return None if part is None else RMSNorm(part, dtype)
 
@@ -67,9 +82,9 @@ class EngineLayer:
 
         def joined(*roles: str) -> Linear:
             maps = [getattr(parts, role) for role in roles]
-            if memory is None:
+            if memory is None and not compiled:
                 return without_kernels(maps, kind)
-            if kind in WEIGHT_ONLY:
+            if memory is not None and kind in WEIGHT_ONLY:
                 return NativeLinear([packed[role] for role in roles], dtype, memory)
             return Linear(maps)
 
@@ -83,7 +98,13 @@ class EngineLayer:
         self.mixer_norm, self.mixer_out_norm = norm(parts.mixer_norm), norm(parts.mixer_out_norm)
         self.ffn_norm, self.ffn_out_norm = norm(parts.ffn_norm), norm(parts.ffn_out_norm)
         self.query_norm, self.key_norm = norm(parts.query_norm), norm(parts.key_norm)
-        self.native = None if memory is None else NativeLayer(parts, packed, dtype, memory)
+        self.native = None
+        if memory is not None:
+            rotation = None if parts.rotation_kind is None else rotation_kinds.index(parts.rotation_kind)
+            self.native = NativeLayer(parts, packed, rotation, dtype, memory)
+        if compiled:
+            self.add_ffn, self.add_mixer = _compiled(self.add_ffn), _compiled(self.add_mixer)
+            self.project, self.project_kv = _compiled(self.project), _compiled(self.project_kv)
 
     @property
     def mixer_bytes(self) -> int:
@@ -174,8 +195,6 @@ class EngineLayer:
 
     def add_ffn(self, residual: Tensor) -> Tensor:
         """Residual stream behind the FFN, (N, D) to (N, D)."""
-        if self.native is not None and len(residual) <= MAX_TOKENS:
-            return self.native.add_ffn(residual)
         normed = residual if self.ffn_norm is None else self.ffn_norm(residual)
         gated = self.activation == "silu"
         gate = self.gate.silu(normed) if gated else F.gelu(self.gate(normed), approximate="tanh")
@@ -183,6 +202,16 @@ class EngineLayer:
         if self.ffn_out_norm is None:
             return self.down.plus(inner, residual)
         return residual + self.ffn_out_norm(self.down(inner))
+
+
+def _compiled(branch: Callable[..., Any]) -> Callable[..., Any]:
+    """All layers of a shape share one graph; on a GPU it is replayed as a CUDA graph.
+
+    The artefacts stay in the cache folder, so that the second start is a matter of seconds.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
+    return torch.compile(branch, dynamic=True, mode=mode)
 
 
 def _normed(heads: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -27,12 +27,15 @@ class EngineModel:
         backbone: of a model whose family is in `llama_like.FAMILIES`.
         weights: one of `engine.weights.WEIGHTS`; None is the model's own precision.
         native: use the compiled kernels where they can be had (`why_not_native` says why not).
+        compiled: use `torch.compile` in their place.
 
     Raises:
         UserError: a family or a layer that the engine does not run.
     """
 
-    def __init__(self, backbone: Backbone, weights: str | None = None, *, native: bool = True) -> None:
+    def __init__(
+        self, backbone: Backbone, weights: str | None = None, *, native: bool = True, compiled: bool = False
+    ) -> None:
         check_runs(backbone)
         own = str(backbone.model.dtype).removeprefix("torch.")
         self.weights = weights or own
@@ -47,11 +50,18 @@ class EngineModel:
         self.backbone = backbone
         self.dtype = backbone.model.dtype
         self.device = backbone.device
-        self.why_not_native = why_not(self.dtype, self.device) if native else "switched off"
+        if compiled and self.weights in WEIGHT_ONLY:
+            raise UserError(f"torch.compile is for dense weights, not {self.weights}; leave one of the two out")
+        self.why_not_native = "switched off" if compiled or not native else why_not(self.dtype, self.device)
         if self.weights == "int4" and self.why_not_native:
             raise UserError(f"int4 weights need the compiled kernels, and {self.why_not_native}; or use int8")
         memory = None if self.why_not_native else Memory()
-        self.layers = [EngineLayer(layer_parts(view), self.weights, self.dtype, memory) for view in backbone.layers]
+        parts = [layer_parts(view) for view in backbone.layers]
+        self.rotation_kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
+        self.layers = [
+            EngineLayer(part, self.weights, self.dtype, self.rotation_kinds, memory, compiled=compiled)
+            for part in parts
+        ]
         self.norm = RMSNorm(final_norm(backbone), self.dtype)
         head = backbone.head
         assert isinstance(head.weight, Tensor)
@@ -91,10 +101,9 @@ class EngineModel:
         longest = max(cache.lengths[slot] for slot in slots) + token_ids.shape[1]
         cache.make_room(longest)
         self._prepare_rotations(longest)
-        step = Step(token_ids, slots, cache, methods, self._rotation)
+        step = Step(token_ids, slots, cache, methods, self.rotation_kinds, self._rotation)
         hidden = self.backbone.decoder.get_submodule(self.backbone.family.embedding)(token_ids).flatten(0, 1)
-        for layer_idx, layer in enumerate(self.layers):
-            hidden = step.through(layer_idx, layer, hidden)
+        hidden = step.through(self.layers, hidden)
         for slot in slots:
             cache.lengths[slot] += token_ids.shape[1]
         return hidden.view(*token_ids.shape, -1), step.run.record
@@ -103,9 +112,8 @@ class EngineModel:
         """Tables for the places up to `length`."""
         if not self.tables or length > self.num_places:
             self.num_places = length + GROWTH
-            kinds = {layer.rotation_kind for layer in self.layers if layer.rotation_kind is not None}
             like = torch.empty(0, dtype=self.dtype, device=self.device)
-            self.tables = rotations(self.backbone, self.num_places, kinds, like)
+            self.tables = rotations(self.backbone, self.num_places, self.rotation_kinds, like)
 
     def _rotation(self, kind: str, places: Tensor | slice) -> Rotation:
         cos, sin = self.tables[kind]

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ MAX_TOKENS = 16
 ROWS_AT_ONCE = 128
 """Of quantised maps, that oneDNN has no kernels for: inputs that still lie in the second cache."""
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+MIXER, FFN, TAP = 1, 2, 4
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAPS = ("queries", "keys", "values", "output", "gate", "up", "down")
 NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm")
@@ -57,27 +58,22 @@ class _Layer(Structure):
         *((name, _Norm) for name in NORMS),
         *(
             (name, c_int32)
-            for name in (
-                "hidden",
-                "heads",
-                "kv_heads",
-                "head_dim",
-                "rotated",
-                "window",
-                "activation",
-                "in_bf16",
-            )
+            for name in ("hidden", "heads", "kv_heads", "head_dim", "window", "activation", "in_bf16", "rotation")
         ),
         ("scale", c_float),
         ("softcap", c_float),
     ]
 
 
+class _Rotation(Structure):
+    _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("size", c_int64)]
+
+
 class _Batch(Structure):
     _fields_ = [
         ("rows", c_int32),
         ("tokens", c_int32),
-        *((name, c_void_p) for name in ("slots", "counts", "cos", "sin", "cache")),
+        *((name, c_void_p) for name in ("slots", "counts", "rotations")),
         ("capacity", c_int64),
         ("workspace", c_void_p),
     ]
@@ -115,8 +111,8 @@ def library() -> Any:
             os.replace(built, path)
     # torch is loaded already, and with it the OpenMP library that both then share: one team of threads.
     kernels: Any = ctypes.CDLL(str(path))
-    kernels.anydepth_workspace.restype = c_int64
-    for number, struct in enumerate((_Matrix, _Norm, _Layer, _Batch)):
+    kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
+    for number, struct in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch)):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(struct), struct
     return kernels
 
@@ -146,30 +142,49 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 class Rows:
     """R rows of T new tokens each, behind `counts` tokens of K/V each, as the kernels take them.
 
-    Attributes:
-        rotations: by kind, cosines and sines (R·T, rotated) each.
-    """
-
-    def __init__(self, slots: Sequence[int], num_tokens: int, counts: Sequence[int]) -> None:
-        self.slots = torch.tensor(slots)
-        self.rotations: dict[str, tuple[Tensor, Tensor]] = {}
-        self.counts = torch.tensor(counts)
-        self.struct = _Batch(
-            rows=len(slots), tokens=num_tokens, slots=self.slots.data_ptr(), counts=self.counts.data_ptr()
-        )
-
-
-class NativeLayer:
-    """Mixer and FFN of a layer for up to `MAX_TOKENS` tokens, (N, D) in and out, residual stream included.
-
     Args:
-        maps: packed weights by role (`MAPS`).
+        rotations: cosines and sines (R·T, size) of each kind that layers name by number.
     """
 
     def __init__(
-        self, parts: LayerParts, maps: dict[str, PackedWeights], dtype: torch.dtype, memory: Memory
+        self, slots: Sequence[int], num_tokens: int, counts: Sequence[int], rotations: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
-        self.rotation_kind = parts.rotation_kind
+        self.slots, self.counts = (c_int64 * len(slots))(*slots), (c_int64 * len(slots))(*counts)
+        self.tensors = rotations  # the structs only point to them
+        self.rotations = (_Rotation * len(rotations))(
+            *(_Rotation(cos.data_ptr(), sin.data_ptr(), cos.shape[-1]) for cos, sin in rotations)
+        )
+        self.struct = _Batch(
+            rows=len(slots),
+            tokens=num_tokens,
+            slots=addressof(self.slots),
+            counts=addressof(self.counts),
+            rotations=addressof(self.rotations),
+        )
+
+    def over(self, kv: LayerKV, memory: Memory) -> Any:
+        """The struct, for caches of the size of this one."""
+        self.struct.capacity = kv.states.shape[2]
+        self.struct.workspace = memory.scratch.data_ptr()
+        return byref(self.struct)
+
+
+class NativeLayer:
+    """The weights and settings of one layer.
+
+    Args:
+        maps: packed weights by role (`MAPS`).
+        rotation: number of the rotation of queries and keys, None for none.
+    """
+
+    def __init__(
+        self,
+        parts: LayerParts,
+        maps: dict[str, PackedWeights],
+        rotation: int | None,
+        dtype: torch.dtype,
+        memory: Memory,
+    ) -> None:
         self.maps = maps  # the struct only points to them
         self.norms = {name: getattr(parts, name) for name in NORMS if getattr(parts, name) is not None}
         self.struct = _Layer(
@@ -177,6 +192,7 @@ class NativeLayer:
             kv_heads=parts.num_kv_heads,
             head_dim=parts.head_dim,
             hidden=maps["gate"].num_inputs,
+            rotation=-1 if rotation is None else rotation,
             window=parts.window or 0,
             activation=ACTIVATIONS[parts.activation],
             in_bf16=dtype == torch.bfloat16,
@@ -187,43 +203,44 @@ class NativeLayer:
         )
         self.pointer = byref(self.struct)
         self.memory = memory
-        self.library = library()
-        memory.reserve(self.library.anydepth_workspace(self.pointer, MAX_TOKENS))
-
-    def add_mixer(self, hidden: Tensor, rows: Rows, kv: LayerKV) -> Tensor:
-        """The residual stream behind the mixer; the tokens' K/V are written into the cache, its counts are not."""
-        output = torch.empty_like(hidden)
-        self.library.anydepth_mixer(
-            self.pointer, self._batch(rows, kv), c_void_p(hidden.data_ptr()), c_void_p(output.data_ptr())
-        )
-        return output
+        memory.reserve(library().anydepth_workspace(self.pointer, MAX_TOKENS))
 
     def fill(self, hidden: Tensor, rows: Rows, kv: LayerKV) -> None:
-        """Write the K/V of tokens that do not run the mixer into the cache; its counts stay."""
-        self.library.anydepth_fill(self.pointer, self._batch(rows, kv), c_void_p(hidden.data_ptr()))
-
-    def _batch(self, rows: Rows, kv: LayerKV) -> Any:
-        batch = rows.struct
-        batch.cache, batch.capacity = kv.states.data_ptr(), kv.states.shape[2]
-        batch.workspace = self.memory.scratch.data_ptr()
-        batch.cos = batch.sin = None
-        if self.rotation_kind is not None:
-            cos, sin = rows.rotations[self.rotation_kind]
-            self.struct.rotated = cos.shape[-1]
-            batch.cos, batch.sin = cos.data_ptr(), sin.data_ptr()
-        return byref(batch)
-
-    def add_ffn(self, hidden: Tensor) -> Tensor:
-        """The residual stream behind the FFN."""
-        output = torch.empty_like(hidden)
-        self.library.anydepth_ffn(
-            self.pointer,
-            c_void_p(hidden.data_ptr()),
-            c_void_p(output.data_ptr()),
-            c_void_p(self.memory.scratch.data_ptr()),
-            len(hidden),
+        """Write the K/V of (N, D) states that do not run the mixer into the cache; its counts stay."""
+        library().anydepth_fill(
+            self.pointer, c_void_p(kv.states.data_ptr()), rows.over(kv, self.memory), c_void_p(hidden.data_ptr())
         )
-        return output
+
+
+def run_layers(
+    layers: Sequence[NativeLayer], caches: Sequence[LayerKV], parts: Sequence[int], rows: Rows, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the `parts` (`MIXER`, `FFN`, `TAP`, added up) of consecutive layers for up to `MAX_TOKENS` tokens.
+
+    K/V are written into the caches; their counts stay.
+
+    Returns:
+        (N, D) states behind the last layer, and (taps, N, D) those in front of the layers with `TAP`.
+    """
+    output = torch.empty_like(hidden)
+    taps = hidden.new_empty(sum(1 for part in parts if part & TAP), *hidden.shape)
+    number = len(layers)
+    library().anydepth_layers(
+        (c_void_p * number)(*(addressof(layer.struct) for layer in layers)),
+        (c_void_p * number)(*(kv.states.data_ptr() for kv in caches)),
+        (c_int32 * number)(*parts),
+        number,
+        rows.over(caches[0], layers[0].memory),
+        c_void_p(hidden.data_ptr()),
+        c_void_p(output.data_ptr()),
+        c_void_p(taps.data_ptr()),
+    )
+    return output, taps
+
+
+def read(buffer: Tensor) -> int:
+    """Read a buffer of int32 once, all threads, at the speed of the memory; returns the sum."""
+    return library().anydepth_read(c_void_p(buffer.data_ptr()), c_int64(buffer.numel() * buffer.element_size()))
 
 
 class NativeLinear(Linear):

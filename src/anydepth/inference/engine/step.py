@@ -8,6 +8,7 @@ branch that no token runs are not read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,15 +17,24 @@ from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV
 from anydepth.inference.engine.layer import EngineLayer, Rotation
-from anydepth.inference.engine.native import MAX_TOKENS
-from anydepth.inference.engine.native import Rows as NativeRows
+from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, TAP, NativeLayer, Rows, run_layers
 from anydepth.methods.method import Gate, Method, PassContext
+
+
+@dataclass
+class Span:
+    """Consecutive layers, not run yet, of which every branch runs for all tokens or for none: one call of the kernels."""
+
+    layers: list[NativeLayer] = field(default_factory=list)
+    caches: list[LayerKV] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
 
 
 class Step:
     """(B, T) new tokens of the sequences in `slots`; masks and rotations are prepared once and shared by the layers.
 
     Args:
+        rotation_kinds: all that the model has, by number.
         rotation_at: the rotation of a kind for tokens at given places.
     """
 
@@ -34,59 +44,132 @@ class Step:
         slots: Sequence[int],
         cache: EngineCache,
         methods: Sequence[Method],
+        rotation_kinds: Sequence[str],
         rotation_at: Callable[[str, Tensor | slice], Rotation],
     ) -> None:
-        self.cache, self.slots, self.rotation_at = cache, list(slots), rotation_at
+        self.cache, self.slots = cache, list(slots)
+        self.rotation_kinds, self.rotation_at = rotation_kinds, rotation_at
         self.num_rows, self.num_tokens = token_ids.shape
         self.seen = [cache.lengths[slot] for slot in slots]
         new = torch.arange(self.num_tokens, device=token_ids.device)
-        self.places = torch.stack([new + seen for seen in self.seen])  # (B, T)
+        self.places = new + torch.tensor(self.seen, device=token_ids.device)[:, None]  # (B, T)
         token_mask = torch.ones_like(token_ids, dtype=torch.bool)
         context = PassContext(token_mask, self.places, training=False)
         record = PassRecord(token_mask, self.seen[0], cached=True, num_layers=len(cache.layers))
         self.run = Run(context, record, None, list(methods), sparse=True)
         self.rotations: dict[str, Rotation] = {}
         self.masks: dict[tuple[int | None, tuple[int, ...]], Tensor] = {}
-        self.native_rows: dict[tuple[tuple[int, ...], tuple[int, ...]], NativeRows] = {}
+        self.rows: dict[tuple[int, ...], Rows] = {}
         for method in methods:
             method.begin(context)
 
-    # --- one layer ---------------------------------------------------------------------------------------------
+    # --- layer after layer -------------------------------------------------------------------------------------
 
-    def through(self, layer_idx: int, layer: EngineLayer, hidden: Tensor) -> Tensor:
-        """(B·T, D) states in front of a layer to those behind it."""
-        run = self.run
-        if not run.methods:
-            return layer.add_ffn(self._mix(layer_idx, layer, hidden, None))
+    def through(self, layers: Sequence[EngineLayer], hidden: Tensor) -> Tensor:
+        """(B·T, D) states in front of the first layer to those behind the last."""
+        span, methods = Span(), self.run.methods
+        for layer_idx, (layer, kv) in enumerate(zip(layers, self.cache.layers, strict=True)):
+            reads_state = bool(methods) and any(method.reads_state(layer_idx) for method in methods)
+            if reads_state:
+                hidden = self._run_span(span, hidden)
+            gate, mixer_gate = self._ask_mixer(layer_idx, hidden)
+            if reads_state and self.run.gates_branches:  # what the FFN's gate reads is not there yet
+                hidden = self._mix(layer, kv, hidden, mixer_gate)
+                hidden = self._feed(layer, kv, hidden, self._ask_ffn(layer_idx, gate, hidden))
+                continue
+            ffn_gate = self._ask_ffn(layer_idx, gate, hidden)
+            parts = self._parts(layer, kv, mixer_gate, ffn_gate)
+            if parts is not None and layer.native is not None:
+                span.layers.append(layer.native)
+                span.caches.append(kv)
+                span.parts.append(parts)
+            else:
+                hidden = self._mix(layer, kv, self._run_span(span, hidden), mixer_gate)
+                hidden = self._feed(layer, kv, hidden, ffn_gate)
+        return self._run_span(span, hidden)
+
+    def _ask_mixer(self, layer_idx: int, hidden: Tensor) -> tuple[Gate | None, Gate | None]:
+        """The gate of the whole layer, and that of its mixer."""
+        if not self.run.methods:
+            return None, None
         shaped = hidden.view(self.num_rows, self.num_tokens, -1)
-        gate = run.ask("layer_gate", layer_idx, shaped)
-        mixer_gate = ffn_gate = gate
-        if run.gates_branches:
-            mixer_gate = Gate.both(gate, run.ask("mixer_gate", layer_idx, shaped))
-        hidden = self._mix(layer_idx, layer, hidden, mixer_gate)
-        if run.gates_branches:
-            shaped = hidden.view(self.num_rows, self.num_tokens, -1)
-            ffn_gate = Gate.both(gate, run.ask("ffn_gate", layer_idx, shaped))
-        self._record(layer_idx, mixer_gate, ffn_gate)
-        return self._feed(layer, hidden, ffn_gate)
-
-    def _record(self, layer_idx: int, mixer_gate: Gate | None, ffn_gate: Gate | None) -> None:
+        gate = mixer_gate = self.run.ask("layer_gate", layer_idx, shaped)
+        if self.run.gates_branches:
+            mixer_gate = Gate.both(gate, self.run.ask("mixer_gate", layer_idx, shaped))
         if mixer_gate is not None:
             self.run.record.mixer_keep[layer_idx] = mixer_gate.keep
             self.run.record.kv_rules[layer_idx] = mixer_gate.kv_rule
-        if ffn_gate is not None:
-            self.run.record.ffn_keep[layer_idx] = ffn_gate.keep
+        return gate, mixer_gate
 
-    def _feed(self, layer: EngineLayer, hidden: Tensor, gate: Gate | None) -> Tensor:
+    def _ask_ffn(self, layer_idx: int, gate: Gate | None, hidden: Tensor) -> Gate | None:
+        if not self.run.methods:
+            return None
+        if self.run.gates_branches:
+            shaped = hidden.view(self.num_rows, self.num_tokens, -1)
+            gate = Gate.both(gate, self.run.ask("ffn_gate", layer_idx, shaped))
+        if gate is not None:
+            self.run.record.ffn_keep[layer_idx] = gate.keep
+        return gate
+
+    # --- many layers at once -----------------------------------------------------------------------------------
+
+    def _parts(self, layer: EngineLayer, kv: LayerKV, mixer_gate: Gate | None, ffn_gate: Gate | None) -> int | None:
+        """What a span runs of this layer, its K/V counted already; None if it cannot be part of one."""
+        mixes, feeds = _everybody(mixer_gate), _everybody(ffn_gate)
+        if layer.native is None or self.num_rows * self.num_tokens > MAX_TOKENS or mixes is None or feeds is None:
+            return None
+        parts = FFN if feeds else 0
+        if mixes:
+            if self._has_holes(kv, range(self.num_rows)):
+                self._settle(layer, kv, self.slots)
+                if self._has_holes(kv, range(self.num_rows)):
+                    return None
+            for slot in self.slots:
+                kv.counts[slot] += self.num_tokens
+            return parts | MIXER
+        return parts | TAP if mixer_gate is not None and mixer_gate.kv_rule == "project" else parts
+
+    def _run_span(self, span: Span, hidden: Tensor) -> Tensor:
+        """Run it, and empty it."""
+        if not span.layers:
+            return hidden
+        hidden, taps = run_layers(span.layers, span.caches, span.parts, self._rows(range(self.num_rows)), hidden)
+        waiting = [kv for kv, parts in zip(span.caches, span.parts, strict=True) if parts & TAP]
+        for kv, states in zip(waiting, taps, strict=True):
+            self._defer(kv, states, range(self.num_rows))
+        span.layers, span.caches, span.parts = [], [], []
+        return hidden
+
+    def _rows(self, rows: Sequence[int]) -> Rows:
+        """As the kernels take them, behind all tokens that they have seen."""
+        key = tuple(rows)
+        if key not in self.rows:
+            self.rows[key] = self._rows_behind(key, [self.seen[row] for row in rows])
+        return self.rows[key]
+
+    def _rows_behind(self, rows: Sequence[int], counts: Sequence[int]) -> Rows:
+        rotations = [self._rotation_of(kind, rows) for kind in self.rotation_kinds]
+        pairs = [(rotation.cos, rotation.sin) for rotation in rotations]
+        return Rows([self.slots[row] for row in rows], self.num_tokens, counts, pairs)
+
+    # --- one branch --------------------------------------------------------------------------------------------
+
+    def _feed(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
         if gate is None or gate.all_kept:
-            return layer.add_ffn(hidden)
+            return self._feed_all(layer, kv, hidden)
         if not gate.any_kept:
             return hidden
         index = gate.keep.flatten().nonzero()[:, 0]
-        return hidden.index_copy(0, index, layer.add_ffn(hidden[index]))
+        return hidden.index_copy(0, index, self._feed_all(layer, kv, hidden[index]))
 
-    def _mix(self, layer_idx: int, layer: EngineLayer, hidden: Tensor, gate: Gate | None) -> Tensor:
-        kv, everyone = self.cache.layers[layer_idx], range(self.num_rows)
+    def _feed_all(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor) -> Tensor:
+        if layer.native is None or len(hidden) > MAX_TOKENS:
+            return layer.add_ffn(hidden)
+        anyone = [0] * len(hidden)  # an FFN has no cache
+        return run_layers([layer.native], [kv], [FFN], Rows(anyone, 1, anyone, []), hidden)[0]
+
+    def _mix(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+        everyone = range(self.num_rows)
         if gate is None or gate.all_kept:
             return self._mix_rows(layer, kv, everyone, hidden)
         if not gate.any_kept:
@@ -102,7 +185,7 @@ class Step:
         if gate.kv_rule == "project":
             self._defer(kv, hidden, [row for row in range(self.num_rows) if not counts[row]])
         index = gate.keep.flatten().nonzero()[:, 0]
-        kept, rotation = hidden[index], self._rotation(layer)
+        kept, rotation = hidden[index], self._rotation(layer.rotation_kind)
         if len(index) == len(rows) * self.num_tokens:
             return hidden.index_copy(0, index, self._mix_rows(layer, kv, rows, kept))
         self._settle(layer, kv, [self.slots[row] for row in rows])
@@ -116,45 +199,39 @@ class Step:
         """All T tokens of these rows run the mixer: (R·T, D) to (R·T, D)."""
         slots = [self.slots[row] for row in rows]
         self._settle(layer, kv, slots)
-        holes = kv.has_holes(slots) or any(
-            kv.counts[slot] != self.seen[row] for row, slot in zip(rows, slots, strict=True)
-        )
+        holes = self._has_holes(kv, rows)
         if layer.native is None or len(hidden) > MAX_TOKENS or (holes and layer.window is not None):
-            rotation = self._rotation_of(layer, rows)
+            rotation = None if layer.rotation_kind is None else self._rotation_of(layer.rotation_kind, rows)
             queries, new = layer.project(hidden, rotation)
             return layer.add_mixer(self._attend_rows(layer, kv, rows, queries, new, holes=holes), hidden)
-        counts = tuple(kv.counts[slot] for slot in slots)
-        batch = self._native_rows(tuple(rows), counts, layer)
-        output = layer.native.add_mixer(hidden, batch, kv)
+        behind = self._rows_behind(rows, [kv.counts[slot] for slot in slots]) if holes else self._rows(rows)
+        output, _ = run_layers([layer.native], [kv], [MIXER], behind, hidden)
         for row, slot in zip(rows, slots, strict=True):
             kv.extend(slot, self.num_tokens, self.places[row] if holes else None)
         return output
 
-    def _native_rows(self, rows: tuple[int, ...], counts: tuple[int, ...], layer: EngineLayer) -> NativeRows:
-        """As the kernels take them; made once for all layers where these rows have seen as much."""
-        key = (rows, counts)
-        if key not in self.native_rows:
-            self.native_rows[key] = NativeRows([self.slots[row] for row in rows], self.num_tokens, counts)
-        batch = self.native_rows[key]
-        kind = layer.rotation_kind
-        if kind is not None and kind not in batch.rotations:
-            rotation = self._rotation_of(layer, rows)
-            assert rotation is not None
-            batch.rotations[kind] = rotation.cos, rotation.sin
-        return batch
+    def _has_holes(self, kv: LayerKV, rows: Sequence[int]) -> bool:
+        """Whether tokens that these rows have seen left no K/V here, or not yet."""
+        for row in rows:
+            slot = self.slots[row]
+            if kv.counts[slot] != self.seen[row] or kv.places[slot] is not None:
+                return True
+        return False
 
-    def _rotation(self, layer: EngineLayer) -> Rotation | None:
-        kind = layer.rotation_kind
+    def _rotation(self, kind: str | None) -> Rotation | None:
+        """Of all tokens."""
         if kind is None:
             return None
         if kind not in self.rotations:
-            self.rotations[kind] = self.rotation_at(kind, self.places.flatten())
+            one_row = slice(self.seen[0], self.seen[0] + self.num_tokens)
+            self.rotations[kind] = self.rotation_at(kind, one_row if self.num_rows == 1 else self.places.flatten())
         return self.rotations[kind]
 
-    def _rotation_of(self, layer: EngineLayer, rows: Sequence[int]) -> Rotation | None:
+    def _rotation_of(self, kind: str, rows: Sequence[int]) -> Rotation:
         """Of all tokens of these rows."""
-        rotation = self._rotation(layer)
-        if rotation is None or len(rows) == self.num_rows:
+        rotation = self._rotation(kind)
+        assert rotation is not None
+        if len(rows) == self.num_rows:
             return rotation
         size = self.num_tokens
         return Rotation(
@@ -175,15 +252,14 @@ class Step:
                 states = kv.pending[slot].take()
                 start, count = kv.counts[slot], len(states)
                 places = slice(start, start + count)  # under `project` no token before them is missing
-                rotation = None if layer.rotation_kind is None else self.rotation_at(layer.rotation_kind, places)
                 if layer.native is not None and count <= MAX_TOKENS:
-                    rows = NativeRows([slot], count, [start])
-                    if layer.rotation_kind is not None and rotation is not None:
-                        rows.rotations[layer.rotation_kind] = rotation.cos, rotation.sin
-                    layer.native.fill(states, rows, kv)
+                    rotations = [self.rotation_at(kind, places) for kind in self.rotation_kinds]
+                    pairs = [(rotation.cos, rotation.sin) for rotation in rotations]
+                    layer.native.fill(states, Rows([slot], count, [start], pairs), kv)
                     kv.extend(slot, count)
                 else:
-                    kv.append(slot, layer.project_kv(states, rotation))
+                    kind = layer.rotation_kind
+                    kv.append(slot, layer.project_kv(states, None if kind is None else self.rotation_at(kind, places)))
 
     # --- attention ---------------------------------------------------------------------------------------------
 
@@ -225,12 +301,12 @@ class Step:
         slot, keep = self.slots[row], gate.keep[row]
         kept_places, skipped = self.places[row][keep], (~keep).nonzero()[:, 0]
         if gate.kv_rule == "omit":
-            holes = kv.has_holes([slot]) or len(skipped) > 0 or kv.counts[slot] != self.seen[row]
+            holes = len(skipped) > 0 or self._has_holes(kv, [row])
             kv.append(slot, new, kept_places if holes else None)
         elif len(skipped) == 0:
             kv.append(slot, new)
         else:
-            flat, rotation = skipped + row * self.num_tokens, self._rotation(layer)
+            flat, rotation = skipped + row * self.num_tokens, self._rotation(layer.rotation_kind)
             other = layer.project_kv(hidden[flat], None if rotation is None else rotation.take(flat))
             order = torch.cat([keep.nonzero()[:, 0], skipped]).argsort()
             kv.append(slot, torch.cat([new, other])[order])
@@ -251,3 +327,10 @@ class Step:
         if layer.window is not None:
             mask &= columns > places[:, None] - layer.window
         return layer.attend(queries, states, mask[None])
+
+
+def _everybody(gate: Gate | None) -> bool | None:
+    """True if all tokens run the branch, False if none does, None if some do."""
+    if gate is None or gate.all_kept:
+        return True
+    return None if gate.any_kept else False

@@ -1,9 +1,10 @@
-// Decoding kernels: one branch of a Llama-like layer for a few tokens, in one parallel region.
+// Decoding kernels: layers of a Llama-like decoder for a few tokens.
 //
 // Weights are read once for all tokens (`product.h`); sums are in float32, and results are rounded to the activations'
 // type where the Hugging Face model rounds them. `native.py` compiles this file for the machine that it runs on and calls
 // it through a C interface; the structs here and there must match.
 
+#include "attention.h"
 #include "product.h"
 
 extern "C" {
@@ -17,20 +18,27 @@ struct Norm {  // x / rms(x) · weight, over `size` values; none if weight is nu
 struct Layer {
     Matrix queries, keys, values, output, gate, up, down;
     Norm mixer_norm, mixer_out_norm, ffn_norm, ffn_out_norm, query_norm, key_norm;
-    int32_t hidden, heads, kv_heads, head_dim, rotated, window, activation, in_bf16;
+    int32_t hidden, heads, kv_heads, head_dim, window, activation, in_bf16;
+    int32_t rotation;  // which of the batch's, -1 for none
     float scale, softcap;
+};
+
+struct Rotation {  // (R·T, size) each, in the activations' type
+    const void* cos;
+    const void* sin;
+    int64_t size;
 };
 
 struct Batch {  // R rows of T tokens each
     int32_t rows, tokens;
     const int64_t* slots;   // (R,)
     const int64_t* counts;  // (R,) K/V that the slot held before
-    const void* cos;        // (R·T, rotated) in the activations' type, or null
-    const void* sin;
-    void* cache;  // (slots, 2 · kv_heads, capacity, head_dim)
-    int64_t capacity;
+    const Rotation* rotations;
+    int64_t capacity;  // of a slot, in tokens
     float* workspace;
 };
+
+enum Part : int32_t { MIXER = 1, FFN = 2, TAP = 4 };  // of a layer in `anydepth_layers`
 
 }  // extern "C"
 
@@ -75,95 +83,16 @@ void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A*
     }
 }
 
-// --- attention ---------------------------------------------------------------------------------------------------
-
-constexpr int CHUNK = 64;
-constexpr int MAX_HEAD_DIM = 256;
-constexpr int KEYS_PER_SPLIT = 256;
-constexpr int MAX_SPLITS = 16;
-
-inline int num_splits(int64_t keys) {
-    return int(std::min<int64_t>(MAX_SPLITS, std::max<int64_t>(1, keys / KEYS_PER_SPLIT)));
-}
-
-// Softmax-weighted values of one query over one part of the keys: largest score, sum of weights, weighted sum.
-struct Part {
-    float largest, total;
-    float values[MAX_HEAD_DIM];
-};
-
-// The queries of one row that share a key head, over keys begin..end. `queries` (T, heads, head_dim) of the row.
-template <class A>
-void attend(const Layer& l, const A* keys, const A* values, const float* queries, int tokens, int64_t before,
-            int64_t begin, int64_t end, Part* parts, int64_t stride) {
-    const int size = l.head_dim, group = l.heads / l.kv_heads, num = tokens * group;
-    float states[CHUNK * MAX_HEAD_DIM], scores[CHUNK];
-    for (int q = 0; q < num; ++q) {
-        Part& part = parts[q * stride];
-        part.largest = -1e30f, part.total = 0;
-        std::memset(part.values, 0, size * sizeof(float));
-    }
-    const auto widen = [&](const A* from, int64_t count) {
-        const int64_t all = count * size;
-        int64_t i = 0;
-        for (; i + WIDTH <= all; i += WIDTH) {
-            const floats value = wide(from + i);
-            std::memcpy(states + i, &value, sizeof value);
-        }
-        for (; i < all; ++i) states[i] = one(from[i]);
-    };
-    static thread_local std::vector<float> weights;
-    weights.resize(std::max<size_t>(weights.size(), size_t(num) * CHUNK));
-    for (int64_t start = begin; start < end; start += CHUNK) {
-        const int count = int(std::min<int64_t>(CHUNK, end - start));
-        widen(keys + start * size, count);
-        for (int q = 0; q < num; ++q) {
-            const int token = q / group;
-            const float* query = queries + (int64_t(token) * l.heads + q % group) * size;
-            const int64_t last = before + token, first = l.window ? last - l.window + 1 : 0;
-            float largest = -1e30f;
-            for (int k = 0; k < CHUNK; ++k) {
-                scores[k] = -1e30f;
-                if (k >= count || start + k > last || start + k < first) continue;
-                float score = dot(query, states + k * size, size) * l.scale;
-                if (l.softcap) score = std::tanh(score / l.softcap) * l.softcap;
-                scores[k] = score;
-                largest = std::max(largest, score);
-            }
-            Part& part = parts[q * stride];
-            const float now = std::max(part.largest, largest);
-            const float shrink = std::exp(part.largest - now);
-            floats total = {};
-            for (int k = 0; k < CHUNK; k += WIDTH) {
-                const floats score = wide(scores + k);
-                floats weight = exponential(score - now);
-                weight = score > -1e29f ? weight : floats{};
-                std::memcpy(&weights[q * CHUNK + k], &weight, sizeof weight);
-                total += weight;
-            }
-            part.largest = now;
-            part.total = part.total * shrink + sum(total);
-            for (int i = 0; i < size; ++i) part.values[i] *= shrink;
-        }
-        widen(values + start * size, count);
-        for (int q = 0; q < num; ++q) {
-            float* to = parts[q * stride].values;
-            for (int k = 0; k < count; ++k) {
-                const float weight = weights[q * CHUNK + k];
-                const float* from = states + k * size;
-                for (int i = 0; i < size; ++i) to[i] += weight * from[i];
-            }
-        }
-    }
-}
+// --- around attention ---------------------------------------------------------------------------------------------
 
 // Heads of token `n` of the batch, in place.
 template <class A>
 void rotate(const Layer& l, const Batch& b, int n, float* heads, int num) {
-    if (!b.cos) return;
-    const A* cos = static_cast<const A*>(b.cos) + int64_t(n) * l.rotated;
-    const A* sin = static_cast<const A*>(b.sin) + int64_t(n) * l.rotated;
-    const int half = l.rotated / 2;
+    if (l.rotation < 0) return;
+    const Rotation& rotation = b.rotations[l.rotation];
+    const A* cos = static_cast<const A*>(rotation.cos) + n * rotation.size;
+    const A* sin = static_cast<const A*>(rotation.sin) + n * rotation.size;
+    const int half = int(rotation.size / 2);
     for (int h = 0; h < num; ++h, heads += l.head_dim)
         for (int i = 0; i < half; ++i) {
             const float x = heads[i], y = heads[i + half];
@@ -174,12 +103,12 @@ void rotate(const Layer& l, const Batch& b, int n, float* heads, int num) {
 
 // Keys and values of token `n` of the batch into the cache, the keys normalised and rotated.
 template <class A>
-void leave(const Layer& l, const Batch& b, int n, float* keys, const float* values) {
+void leave(const Layer& l, const Batch& b, void* cache, int n, float* keys, const float* values) {
     const int size = l.head_dim, row = n / b.tokens;
     if (l.key_norm.weight) normalise<A>(l.key_norm, keys, l.kv_heads * size / l.key_norm.size);
     rotate<A>(l, b, n, keys, l.kv_heads);
     const int64_t head = b.capacity * size, place = (b.counts[row] + n % b.tokens) * size;
-    A* slot = static_cast<A*>(b.cache) + b.slots[row] * 2 * l.kv_heads * head;
+    A* slot = static_cast<A*>(cache) + b.slots[row] * 2 * l.kv_heads * head;
     for (int h = 0; h < l.kv_heads; ++h)
         for (int i = 0; i < size; ++i) {
             store(keys[h * size + i], slot + h * head + place + i);
@@ -190,14 +119,14 @@ void leave(const Layer& l, const Batch& b, int n, float* keys, const float* valu
 // --- branches ----------------------------------------------------------------------------------------------------
 
 template <class A>
-void mixer(const Layer& l, const Batch& b, const A* from, A* to) {
+void mixer(const Layer& l, const Batch& b, void* cache, const A* from, A* to) {
     const int num = b.rows * b.tokens, size = l.head_dim, group = l.heads / l.kv_heads;
     const int width = l.heads * size, kv_width = l.kv_heads * size;
     float* mixed = b.workspace;
     float* queries = mixed + int64_t(num) * width;
     float* keys = queries + int64_t(num) * std::max(l.hidden, width);
     float* values = keys + int64_t(num) * kv_width;
-    Part* parts = reinterpret_cast<Part*>(values + int64_t(num) * kv_width);
+    Share* parts = reinterpret_cast<Share*>(values + int64_t(num) * kv_width);
     const int64_t head_stride = b.capacity * size, slot_stride = 2 * l.kv_heads * head_stride;
     int64_t longest = 0;
     for (int r = 0; r < b.rows; ++r) longest = std::max(longest, b.counts[r] + b.tokens);
@@ -214,26 +143,26 @@ void mixer(const Layer& l, const Batch& b, const A* from, A* to) {
             float* q = queries + int64_t(n) * width;
             if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
             rotate<A>(l, b, n, q, l.heads);
-            leave<A>(l, b, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
+            leave<A>(l, b, cache, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
         }
-        const int64_t stride = splits;  // parts of a query stand together
+        const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
 #pragma omp for schedule(dynamic)
         for (int item = 0; item < b.rows * l.kv_heads * splits; ++item) {
             const int split = item % splits, h = item / splits % l.kv_heads, row = item / splits / l.kv_heads;
             const int64_t all = b.counts[row] + b.tokens;
             const int64_t first = l.window ? std::max<int64_t>(0, b.counts[row] - l.window + 1) : 0;
             const int64_t begin = first + (all - first) * split / splits, end = first + (all - first) * (split + 1) / splits;
-            const A* slot = static_cast<const A*>(b.cache) + b.slots[row] * slot_stride;
+            const A* slot = static_cast<const A*>(cache) + b.slots[row] * slot_stride;
             const int64_t query = (int64_t(row) * l.kv_heads + h) * b.tokens * group;
-            attend<A>(l, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
+            attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
                       queries + (int64_t(row) * b.tokens * l.heads + h * group) * size, b.tokens, b.counts[row], begin, end,
-                      parts + query * splits + split, stride);
+                      parts + query * splits + split, splits);  // the shares of a query stand together
         }
 #pragma omp for
         for (int query = 0; query < num * l.heads; ++query) {
             const int shared = query % group, token = query / group % b.tokens;
             const int h = query / group / b.tokens % l.kv_heads, row = query / group / b.tokens / l.kv_heads;
-            const Part* own = parts + int64_t(query) * splits;
+            const Share* own = parts + int64_t(query) * splits;
             float largest = own[0].largest, total = 0;
             for (int s = 1; s < splits; ++s) largest = std::max(largest, own[s].largest);
             float* result = mixed + (int64_t(row) * b.tokens + token) * width + (h * group + shared) * size;
@@ -251,7 +180,7 @@ void mixer(const Layer& l, const Batch& b, const A* from, A* to) {
 
 // K/V of tokens that do not run the mixer.
 template <class A>
-void fill(const Layer& l, const Batch& b, const A* from) {
+void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
     const int num = b.rows * b.tokens, kv_width = l.kv_heads * l.head_dim;
     float* keys = b.workspace;
     float* values = keys + int64_t(num) * kv_width;
@@ -262,7 +191,7 @@ void fill(const Layer& l, const Batch& b, const A* from) {
         product<A>(l.values, x, num, values);
 #pragma omp barrier
 #pragma omp for
-        for (int n = 0; n < num; ++n) leave<A>(l, b, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
+        for (int n = 0; n < num; ++n) leave<A>(l, b, cache, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
     }
 }
 
@@ -301,6 +230,20 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, int num) {
     }
 }
 
+// Parts of n layers, one after the other, on (R·T, hidden) states; those in front of a layer with TAP are copied out.
+template <class A>
+void layers(const Layer* const* all, void* const* caches, const int32_t* parts, int n, const Batch& b, const A* from, A* to,
+            A* taps) {
+    const int num = b.rows * b.tokens;
+    const size_t size = size_t(num) * all[0]->hidden;
+    for (int i = 0; i < n; ++i) {
+        if (parts[i] & TAP) std::memcpy(taps, from, size * sizeof(A)), taps += size;
+        if (parts[i] & MIXER) mixer<A>(*all[i], b, caches[i], from, to), from = to;
+        if (parts[i] & FFN) ffn<A>(*all[i], from, to, b.workspace, num), from = to;
+    }
+    if (from != to) std::memcpy(to, from, size * sizeof(A));
+}
+
 template <class A>
 void linear(const Matrix& w, const Norm& norm, const A* from, A* to, float* sums, int num) {
 #pragma omp parallel
@@ -322,30 +265,25 @@ extern "C" {
 // Floats of workspace that a call may need.
 int64_t anydepth_workspace(const Layer* l, int32_t num_tokens) {
     const int64_t width = int64_t(l->heads) * l->head_dim, kv_width = int64_t(l->kv_heads) * l->head_dim;
-    const int64_t parts = int64_t(num_tokens) * l->heads * MAX_SPLITS * (sizeof(Part) / sizeof(float));
+    const int64_t parts = int64_t(num_tokens) * l->heads * MAX_SPLITS * (sizeof(Share) / sizeof(float));
     const int64_t mixed = num_tokens * (width + std::max<int64_t>(l->hidden, width) + 2 * kv_width);
     return std::max(mixed + parts, int64_t(num_tokens) * (l->hidden + 2 * l->gate.rows));
 }
 
-void anydepth_mixer(const Layer* l, const Batch* b, const void* from, void* to) {
-    if (l->in_bf16)
-        mixer<bf16>(*l, *b, static_cast<const bf16*>(from), static_cast<bf16*>(to));
+void anydepth_layers(const Layer* const* all, void* const* caches, const int32_t* parts, int32_t n, const Batch* b,
+                     const void* from, void* to, void* taps) {
+    if (all[0]->in_bf16)
+        layers<bf16>(all, caches, parts, n, *b, static_cast<const bf16*>(from), static_cast<bf16*>(to), static_cast<bf16*>(taps));
     else
-        mixer<float>(*l, *b, static_cast<const float*>(from), static_cast<float*>(to));
+        layers<float>(all, caches, parts, n, *b, static_cast<const float*>(from), static_cast<float*>(to),
+                      static_cast<float*>(taps));
 }
 
-void anydepth_fill(const Layer* l, const Batch* b, const void* from) {
+void anydepth_fill(const Layer* l, void* cache, const Batch* b, const void* from) {
     if (l->in_bf16)
-        fill<bf16>(*l, *b, static_cast<const bf16*>(from));
+        fill<bf16>(*l, *b, cache, static_cast<const bf16*>(from));
     else
-        fill<float>(*l, *b, static_cast<const float*>(from));
-}
-
-void anydepth_ffn(const Layer* l, const void* from, void* to, float* workspace, int32_t num_tokens) {
-    if (l->in_bf16)
-        ffn<bf16>(*l, static_cast<const bf16*>(from), static_cast<bf16*>(to), workspace, num_tokens);
-    else
-        ffn<float>(*l, static_cast<const float*>(from), static_cast<float*>(to), workspace, num_tokens);
+        fill<float>(*l, *b, cache, static_cast<const float*>(from));
 }
 
 void anydepth_linear(const Matrix* w, const Norm* norm, const void* from, void* to, float* workspace, int32_t num_tokens,
@@ -356,8 +294,24 @@ void anydepth_linear(const Matrix* w, const Norm* norm, const void* from, void* 
         linear<float>(*w, *norm, static_cast<const float*>(from), static_cast<float*>(to), workspace, num_tokens);
 }
 
+// Reads memory as fast as it gives: what the kernels are measured against.
+int64_t anydepth_read(const void* memory, int64_t num_bytes) {
+    int64_t total = 0;
+    const char* start = static_cast<const char*>(memory);
+#pragma omp parallel for reduction(+ : total) schedule(static)
+    for (int64_t page = 0; page < num_bytes / 4096; ++page) {
+        ints sum = {};
+        for (const char* at = start + page * 4096; at < start + (page + 1) * 4096; at += 64) {
+            __builtin_prefetch(at + AHEAD);
+            sum += load<ints>(at);
+        }
+        for (int k = 0; k < WIDTH; ++k) total += sum[k];
+    }
+    return total;
+}
+
 int32_t anydepth_sizes(int32_t which) {  // for the check that both sides mean the same structs
-    const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Batch)};
+    const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch)};
     return sizes[which];
 }
 

@@ -1,0 +1,365 @@
+"""The fast engine against the Hugging Face model and llama.cpp on the embedded model: `results/engine.json`.
+
+    python benchmarks/engine.py [SECTION ...] [--num-runs 7]
+
+Sections are run in turn and kept one by one; without names, all. `peers` needs the benchmark extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from llama_cpp_peer import LlamaCpp
+from torch import Tensor
+
+import anydepth
+from anydepth.execution.adapted import attach, detach
+from anydepth.inference.engine.batching import Batcher, Request
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.bench import bench
+from anydepth.measure.evaluate import evaluate
+from anydepth.measure.prompts import read_prompts
+from anydepth.measure.results import document, read_document, write_json
+from anydepth.measure.roofline import read_bandwidth
+from anydepth.measure.timing import time_generation
+from anydepth.training.data import load_windows
+
+RESULT = Path(__file__).resolve().parent / "results" / "engine.json"
+NEW_TOKENS = 64
+# In the order in which `anydepth search embedded --strategy greedy --budget 0.5` leaves them out.
+GREEDY = [14, 7, 17, 4, 26, 16, 3, 18, 25, 5, 15, 8, 20, 12, 21]
+ALWAYS_KEEP = 3
+ROUTED = 27
+
+
+def random_router(share: float) -> dict[str, Any]:
+    """Gates of one rate that leave `share` of all 30 layers out: what a router costs that knows nothing."""
+    rate = 1 - share * 30 / ROUTED
+    return {"name": "layer_router", "router": "random", "always_keep": ALWAYS_KEEP, "rates": [rate] * ROUTED}
+
+
+def learned_router(share: float) -> dict[str, Any]:
+    """A trained router's network and cost; its biases decide, so that every run leaves out the same layers."""
+    skipped = GREEDY[: round(share * 30)]
+    return {
+        "name": "layer_router",
+        "always_keep": ALWAYS_KEEP,
+        "initial_skip_layers": [layer_idx for layer_idx in skipped if layer_idx >= ALWAYS_KEEP],
+    }
+
+
+def prompts_of(tokenizer: Any, length: int, number: int) -> Tensor:
+    return load_windows("wikitext-2:valid", tokenizer, length, max_windows=number)
+
+
+def batch_of(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+def peers(num_runs: int) -> dict[str, Any]:
+    """Full depth, batch 1: transformers, this engine and llama.cpp in turn, the same prompts."""
+    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    adapted = attach(model, [])
+    engines: dict[str, Any] = {"hf bfloat16": None}
+    engines |= {f"fast {kind}": FastEngine(adapted, kind) for kind in ("bfloat16", "int8", "int4")}
+    others = {f"llama.cpp {kind}": LlamaCpp(kind, torch.get_num_threads(), 1024) for kind in ("bfloat16", "int8")}
+    names = [*engines, *others]
+    rows = []
+    for length in (64, 512):
+        windows = prompts_of(tokenizer, length, num_runs + 1)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        bandwidth, agreeing = [], {name: 0 for name in others}
+        for number, window in enumerate(windows):
+            batch, tokens = batch_of(window[None]), {}
+            for place in range(len(names)):
+                name = names[(place + number) % len(names)]
+                bandwidth.append(read_bandwidth(adapted.device))
+                if name in others:
+                    first, total, tokens[name] = others[name].generate(window.tolist(), NEW_TOKENS)
+                else:
+                    timing = time_generation(adapted, batch, NEW_TOKENS, engines[name], full_depth=True)
+                    first, total, tokens[name] = timing.ttft, timing.total, timing.token_ids[0].tolist()
+                if number:  # the first window warms up
+                    times[name].append((first, (total - first) / (NEW_TOKENS - 1)))
+            for name in others:
+                agreeing[name] += tokens[name] == tokens[name.replace("llama.cpp", "fast")]
+        speed = median(bandwidth)
+        for name in names:
+            row = {
+                "engine": name,
+                "prompt_tokens": length,
+                "ttft_seconds": median(first for first, _ in times[name]),
+                "tpot_seconds": median(each for _, each in times[name]),
+                "tpot_range": [min(each for _, each in times[name]), max(each for _, each in times[name])],
+            }
+            for other in names:
+                row[f"decode_over {other}"] = paired(times[other], times[name], 1)
+                row[f"prefill_over {other}"] = paired(times[other], times[name], 0)
+            if engines.get(name) is not None:
+                read = sum(layer.mixer_bytes + layer.ffn_bytes for layer in engines[name].model.layers)
+                row["bytes_per_step"] = read + engines[name].model.head.num_bytes
+                row["roofline_share"] = row["bytes_per_step"] / speed / row["tpot_seconds"]
+            if name in others:
+                row["same_tokens_as_fast"] = f"{agreeing[name]} of {num_runs + 1} prompts"
+            rows.append(row)
+            say(
+                row,
+                "engine",
+                "prompt_tokens",
+                "ttft_seconds",
+                "tpot_seconds",
+                "decode_over hf bfloat16",
+                "roofline_share",
+            )
+        rows.append({"read_bytes_per_second": speed, "prompt_tokens": length})
+    return {"rows": rows}
+
+
+def paired(theirs: list[tuple[float, ...]], ours: list[tuple[float, ...]], part: int) -> float:
+    return median(their[part] / our[part] for their, our in zip(theirs, ours, strict=True))
+
+
+def skipping(num_runs: int) -> dict[str, Any]:
+    """How much of what is skipped becomes time, in decode and in prefill; fill of K/V and routers included."""
+    methods: dict[str, dict[str, Any]] = {}
+    for number in (5, 10, 15):
+        for option in ("skip_layers", "skip_mixers", "skip_ffns"):
+            methods[f"{option} {number}"] = {"name": "skip_set", option: sorted(GREEDY[:number])}
+    for share in (0.2, 0.35, 0.5):
+        methods[f"router, fixed plan {share}"] = learned_router(share)
+        methods[f"router, random {share}"] = random_router(share)
+    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    windows, rows = prompts_of(tokenizer, 512, num_runs), []
+    for name, method in methods.items():
+        adapted = attach(model, method)
+        for row in bench(
+            adapted,
+            windows,
+            batch_sizes=[1],
+            prompt_tokens=[64, 512],
+            new_tokens=NEW_TOKENS,
+            num_runs=num_runs,
+            engines=[FastEngine(adapted)],
+        ):
+            rows.append({"method": name, **row})
+            decode, prefill = row["decode"], row["prefill"]
+            print(
+                f"{name} {row['prompt_tokens']}: decode {decode['speedup']:.2f} ({decode['realised']:.3f}), "
+                f"prefill {prefill['speedup']:.2f} ({prefill['realised']:.3f})",
+                flush=True,
+            )
+        detach(adapted)
+    return {"rows": rows}
+
+
+def verify(num_runs: int) -> dict[str, Any]:
+    """One pass over several tokens behind a past, against a pass over one."""
+    model, _ = anydepth.load_model("embedded", dtype="bfloat16")
+    adapted, rows = attach(model, []), []
+    counts = (1, 2, 4, 5, 8, 16)
+    for kind in ("bfloat16", "int8"):
+        engine = FastEngine(adapted, kind).model
+        cache = engine.new_cache(1)
+        slot = cache.take_slot()
+        ids = torch.arange(1, 145)[None]
+        engine.forward(ids[:, :128], [slot], cache)
+        times: dict[int, list[float]] = {count: [] for count in counts}
+        for _ in range(20 * num_runs):
+            for count in counts:
+                started = time.perf_counter()
+                engine.logits(engine.forward(ids[:, 128 : 128 + count], [slot], cache)[0])
+                times[count].append(time.perf_counter() - started)
+                cache.rewind(slot, 128)
+        for count in counts:
+            ratio = median(some / one for some, one in zip(times[count], times[1], strict=True))
+            rows.append({"weights": kind, "tokens": count, "seconds": median(times[count]), "over_one": ratio})
+            say(rows[-1], "weights", "tokens", "seconds", "over_one")
+    return {"rows": rows}
+
+
+def batches(num_runs: int) -> dict[str, Any]:
+    """Throughput over batch size, at full depth and with rows of mixed depths; and with requests that wait."""
+    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    rows, windows = [], prompts_of(tokenizer, NEW_TOKENS, 64)
+    for name, method in (("full depth", []), ("router, random 0.35", random_router(0.35))):
+        adapted = attach(model, method)
+        engine = FastEngine(adapted)
+        alone: dict[int, list[int]] = {}
+        single = 0.0
+        for batch_size in (1, 2, 4, 8, 16, 32):
+            seconds, tokens = [], 0
+            for _ in range(max(num_runs // 2, 2)):
+                requests = [Request(window.tolist(), NEW_TOKENS) for window in windows[:batch_size]]
+                batcher = Batcher(engine, batch_size)
+                for request in requests:
+                    batcher.add(request)
+                while batcher.waiting:
+                    batcher.step()
+                started, before = time.perf_counter(), sum(len(request.output) for request in requests)
+                while not batcher.is_idle:
+                    batcher.step()
+                tokens = sum(len(request.output) for request in requests) - before
+                seconds.append(time.perf_counter() - started)
+                for number, request in enumerate(requests):
+                    alone.setdefault(number, request.output)
+            if batch_size == 1:
+                single = tokens / median(seconds)
+            same = sum(request.output == alone[number] for number, request in enumerate(requests))
+            rows.append(
+                {
+                    "method": name,
+                    "batch_size": batch_size,
+                    "decode_tokens_per_second": tokens / median(seconds),
+                    "ideal_tokens_per_second": batch_size * single,
+                    "same_as_smaller_batches": f"{same} of {batch_size}",
+                }
+            )
+            say(rows[-1], *rows[-1])
+        detach(adapted)
+    adapted = attach(model, [])
+    engine = FastEngine(adapted)
+    for queued in (8, 16, 32, 64):
+        batcher = Batcher(engine, 8)
+        requests = [Request(window.tolist(), 32) for window in windows[:queued]]
+        for request in requests:
+            batcher.add(request)
+        decode, steps = 0.0, 0
+        while not batcher.is_idle:
+            full = len(batcher.running) == 8 and not batcher.cache.free
+            started = time.perf_counter()
+            batcher.step()
+            if full:
+                decode, steps = decode + time.perf_counter() - started, steps + 1
+        rows.append({"queued": queued, "seconds_per_step_of_8": decode / steps, "steps": steps})
+        say(rows[-1], *rows[-1])
+    return {"rows": rows}
+
+
+def context(num_runs: int) -> dict[str, Any]:
+    """Seconds per token over the length of the past, beside the bytes that are read for it."""
+    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    adapted = attach(model, [])
+    engine = FastEngine(adapted).model
+    ids = prompts_of(tokenizer, 4096, 1)
+    lengths = (64, 512, 1024, 2048, 4064)
+    caches = {length: engine.new_cache(1) for length in lengths}
+    for length, cache in caches.items():
+        engine.forward(ids[:, :length], [cache.take_slot()], cache)
+    times: dict[int, list[float]] = {length: [] for length in lengths}
+    for _ in range(5 * num_runs):
+        for length, cache in caches.items():
+            started = time.perf_counter()
+            for place in range(length, length + 4):
+                engine.logits(engine.forward(ids[:, place : place + 1], [0], cache)[0])
+            times[length].append((time.perf_counter() - started) / 4)
+            cache.rewind(0, length)
+    weights = sum(layer.mixer_bytes + layer.ffn_bytes for layer in engine.layers) + engine.head.num_bytes
+    rows = []
+    for length in lengths:
+        kv = caches[length].num_bytes
+        seconds = median(times[length])
+        over = median(long / short for long, short in zip(times[length], times[lengths[0]], strict=True))
+        extra = kv - caches[lengths[0]].num_bytes
+        rows.append(
+            {
+                "past_tokens": length,
+                "tpot_seconds": seconds,
+                "kv_bytes": kv,
+                "weight_bytes": weights,
+                "time_over_64": over,
+                "bytes_over_64": (weights + kv) / (weights + caches[lengths[0]].num_bytes),
+                "extra_bytes_per_extra_second": extra / (seconds - median(times[lengths[0]])) if extra else None,
+            }
+        )
+        say(rows[-1], "past_tokens", "tpot_seconds", "time_over_64", "bytes_over_64", "extra_bytes_per_extra_second")
+    return {"rows": rows}
+
+
+def identical(num_runs: int) -> dict[str, Any]:
+    """float32: token for token the Hugging Face engine's, 50 prompts, every method."""
+    model, tokenizer = anydepth.load_model("embedded")
+    prompts = read_prompts(Path(os.environ["ANYDEPTH_DATA"]) / "spec_bench" / "question.jsonl", tokenizer)[::4][:50]
+    methods: dict[str, Any] = {
+        "full depth": [],
+        "skip_set": {"name": "skip_set", "skip_layers": [7, 14], "skip_mixers": [4], "skip_ffns": [17, 26]},
+        "layer_router project": random_router(0.2),
+        "layer_router omit": {**random_router(0.2), "kv_rule": "omit"},
+        "stochastic_depth": {"name": "stochastic_depth"},
+    }
+    rows = []
+    for name, method in methods.items():
+        adapted = attach(model, method)
+        engine, same = FastEngine(adapted), 0
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt")
+            inputs = {key: value[:, -128:] for key, value in inputs.items()}
+            options: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+            same += torch.equal(engine.generate(**inputs, **options), adapted.generate(**inputs, **options))
+        rows.append({"method": name, "num_prompts": len(prompts), "identical": same})
+        say(rows[-1], *rows[-1])
+        detach(adapted)
+    return {"rows": rows}
+
+
+def quality(num_runs: int) -> dict[str, Any]:
+    """Perplexity on WikiText-2 valid by the kinds of weights."""
+    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    adapted, rows = attach(model, []), []
+    windows = prompts_of(tokenizer, 1024, 60)
+    for kind in ("bfloat16", "int8", "int4"):
+        scores = evaluate(adapted, windows, engine=FastEngine(adapted, kind))
+        rows.append(
+            {"weights": kind, **{key: scores[key] for key in ("perplexity", "loss", "agreement", "num_tokens")}}
+        )
+        rows[-1]["over_bfloat16"] = rows[-1]["perplexity"] / rows[0]["perplexity"]
+        say(rows[-1], *rows[-1])
+    return {"rows": rows}
+
+
+SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    section.__name__: section for section in (peers, skipping, verify, batches, context, identical, quality)
+}
+
+
+def say(row: dict[str, Any], *keys: str) -> None:
+    cells: Iterable[Any] = (row.get(key) for key in keys)
+    print(
+        *(
+            f"{key} {cell:.4g}" if isinstance(cell, float) else f"{key} {cell}"
+            for key, cell in zip(keys, cells, strict=True)
+        ),
+        sep=", ",
+        flush=True,
+    )
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default all")
+    parser.add_argument("--num-runs", type=int, default=7)
+    arguments = parser.parse_args()
+    for name in arguments.sections or SECTIONS:
+        print(f"--- {name}", flush=True)
+        command = f"python benchmarks/engine.py {name} --num-runs {arguments.num_runs}"
+        result = SECTIONS[name](arguments.num_runs)
+        known = read_document(RESULT)["sections"] if RESULT.exists() else {}
+        own = document(
+            f"anydepth.engine_{name}/1", seed=0, config={"num_runs": arguments.num_runs}, command=command, **result
+        )
+        whole = document("anydepth.engine/1", seed=0, config={}, sections={**known, name: own})
+        write_json(RESULT, whole)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+// Attention of a few queries over a long cache, cut into parts that threads take: each part leaves its largest score,
+// the sum of its weights and the weighted sum of its values, which are put together afterwards.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int CHUNK = 64;  // keys that stay in the nearest cache for all queries that share them
+constexpr int MAX_HEAD_DIM = 256;
+constexpr int MAX_SPLITS = 16;
+
+inline int num_splits(int64_t keys) { return int(std::min<int64_t>(MAX_SPLITS, (keys + CHUNK - 1) / CHUNK)); }
+
+struct Heads {
+    int size, heads, group;  // dimension; all; those that share keys
+    int64_t window;          // tokens looked back over, the own included; 0 for all
+    float scale, softcap;
+};
+
+struct Share {
+    float largest, total;
+    float values[MAX_HEAD_DIM];
+};
+
+// Lane k is the sum of the lanes of `of`[k].
+inline __attribute__((always_inline)) floats sums(floats of[WIDTH]) {
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int distance = 1; distance < WIDTH; distance *= 2) {
+        // Of lanes that differ in `distance`, the first of both vectors beside each other, and the second of both.
+        const __m512i other = _mm512_slli_epi32(_mm512_and_si512(lanes, _mm512_set1_epi32(distance)), 4 - __builtin_ctz(distance));
+        const __m512i first = _mm512_or_si512(_mm512_andnot_si512(_mm512_set1_epi32(distance), lanes), other);
+        const __m512i second = _mm512_or_si512(first, _mm512_set1_epi32(distance));
+        for (int k = 0; k < WIDTH / 2 / distance; ++k) {
+            const __m512 a = __m512(of[2 * k]), b = __m512(of[2 * k + 1]);
+            of[k] = floats(_mm512_permutex2var_ps(a, first, b)) + floats(_mm512_permutex2var_ps(a, second, b));
+        }
+    }
+    return of[0];
+#else
+    floats result;
+    for (int k = 0; k < WIDTH; ++k) result[k] = sum(of[k]);
+    return result;
+#endif
+}
+
+// WIDTH values from place `i` on of a row of `size`, zeros behind its end.
+template <class A>
+inline __attribute__((always_inline)) floats part_of(const A* row, int i, int size) {
+    if (i + WIDTH <= size) return wide(row + i);
+    floats values = {};
+    for (int j = i; j < size; ++j) values[j - i] = one(row[j]);
+    return values;
+}
+
+// The same row of the next chunk, while this one is worked on.
+template <class A>
+inline __attribute__((always_inline)) void ask_for(const A* row, int size) {
+    for (int i = 0; i < size; i += 64 / int(sizeof(A))) __builtin_prefetch(row + i);
+}
+
+// Products of one query with a key, not yet added up across lanes.
+inline __attribute__((always_inline)) floats products_of(const float* query, const float* key, int size) {
+    floats products = {};
+    for (int i = 0; i < size; i += WIDTH) products += part_of(query, i, size) * part_of(key, i, size);
+    return products;
+}
+inline __attribute__((always_inline)) floats products_of(const bf16* query, const bf16* key, int size) {
+    floats products = {};
+    int i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + 2 * WIDTH <= size; i += 2 * WIDTH)
+        products = floats(_mm512_dpbf16_ps(__m512(products), load<__m512bh>(query + i), load<__m512bh>(key + i)));
+#endif
+    for (; i < size; i += WIDTH) products += part_of(query, i, size) * part_of(key, i, size);
+    return products;
+}
+
+// Scores of one query for `count` keys, at most CHUNK; those outside of `from`..`to` are NEVER. Returns the largest.
+constexpr float NEVER = -1e30f;
+template <int SIZE, class A>
+inline float score(const Heads& h, const A* query, const A* keys, int count, int from, int to, float* scores) {
+    const int size = SIZE ? SIZE : h.size;
+    floats largest = floats{} + NEVER;
+    ints lanes;
+    for (int k = 0; k < WIDTH; ++k) lanes[k] = k;
+    for (int start = 0; start < count; start += WIDTH, lanes += WIDTH) {
+        floats products[WIDTH];
+        for (int k = 0; k < WIDTH; ++k) {
+            const A* key = keys + int64_t(std::min(start + k, count - 1)) * size;
+            ask_for(key + CHUNK * size, size);
+            products[k] = products_of(query, key, size);
+        }
+        floats some = sums(products) * h.scale;
+        if (h.softcap)
+            for (int k = 0; k < WIDTH; ++k) some[k] = std::tanh(some[k] / h.softcap) * h.softcap;
+        some = (lanes >= from) & (lanes < to) ? some : floats{} + NEVER;
+        largest = some > largest ? some : largest;
+        std::memcpy(scores + start, &some, sizeof some);
+    }
+    float result = largest[0];
+    for (int k = 1; k < WIDTH; ++k) result = std::max(result, largest[k]);
+    return result;
+}
+
+// Scores to weights in place, in the measure of a share's largest score; returns what its sums so far shrink by.
+inline float weigh(float* scores, int count, float largest, Share& share) {
+    const float now = std::max(share.largest, largest), shrink = std::exp(share.largest - now);
+    floats total = {};
+    for (int k = 0; k < count; k += WIDTH) {
+        const floats some = wide(scores + k);
+        const floats weights = some > NEVER / 2 ? exponential(some - now) : floats{};
+        std::memcpy(scores + k, &weights, sizeof weights);
+        total += weights;
+    }
+    share.largest = now;
+    share.total = share.total * shrink + sum(total);
+    return shrink;
+}
+
+// Weighted values of Q queries onto their shares, which shrink first. `weights` (Q, CHUNK).
+template <int SIZE, int Q, class A>
+inline void gather(const Heads& h, const A* values, int count, const float* weights, const float* shrinks, Share* shares,
+                   int64_t stride) {
+    const int size = SIZE ? SIZE : h.size;
+    constexpr int VECTORS = 4;
+    for (int start = 0; start < size; start += VECTORS * WIDTH) {
+        const int vectors = std::min(VECTORS, (size - start + WIDTH - 1) / WIDTH);
+        floats acc[Q][VECTORS] = {};
+        for (int k = 0; k < count; ++k) {
+            ask_for(values + int64_t(k + CHUNK) * size + start, std::min(size, VECTORS * WIDTH));
+            floats some[VECTORS];
+            for (int v = 0; v < VECTORS; ++v) some[v] = part_of(values + int64_t(k) * size, start + v * WIDTH, size);
+            for (int q = 0; q < Q; ++q)
+                for (int v = 0; v < VECTORS; ++v) acc[q][v] += weights[q * CHUNK + k] * some[v];
+        }
+        for (int q = 0; q < Q; ++q)
+            for (int v = 0; v < vectors; ++v) {
+                float* to = shares[q * stride].values + start + v * WIDTH;
+                const floats value = wide(to) * shrinks[q] + acc[q][v];
+                std::memcpy(to, &value, sizeof value);
+            }
+    }
+}
+
+// The queries of one row that share a key head, over keys begin..end, into a share each, `stride` apart.
+// `queries` (tokens, heads, size), the first token behind `before` others.
+template <int SIZE, class A>
+void attend_to(const Heads& h, const A* keys, const A* values, const float* queries, int tokens, int64_t before, int64_t begin,
+            int64_t end, Share* shares, int64_t stride) {
+    const int num = tokens * h.group, size = h.size;
+    static thread_local std::vector<A> own;          // (num, size) queries, one key head's together
+    static thread_local std::vector<float> weights;  // (num, CHUNK)
+    static thread_local std::vector<float> shrinks;  // (num,)
+    own.resize(size_t(num) * size), weights.resize(size_t(num) * CHUNK), shrinks.resize(num);
+    for (int q = 0; q < num; ++q) {
+        shares[q * stride] = {NEVER, 0.0f, {}};
+        const float* query = queries + (int64_t(q / h.group) * h.heads + q % h.group) * size;
+        for (int i = 0; i < size; ++i) store(query[i], &own[q * size + i]);
+    }
+    for (int64_t start = begin; start < end; start += CHUNK) {
+        const int count = int(std::min<int64_t>(CHUNK, end - start));
+        for (int q = 0; q < num; ++q) {
+            const int64_t last = before + q / h.group, first = h.window ? last - h.window + 1 : 0;
+            float* scores = &weights[q * CHUNK];
+            const float largest = score<SIZE>(h, &own[q * size], keys + start * size, count, int(std::max<int64_t>(first - start, 0)),
+                                        int(std::min<int64_t>(last - start + 1, count)), scores);
+            shrinks[q] = weigh(scores, count, largest, shares[q * stride]);
+        }
+        const auto some = [&](auto count_of, int q) {
+            gather<SIZE, decltype(count_of)::value>(h, values + start * size, count, &weights[q * CHUNK], &shrinks[q],
+                                                    shares + q * stride, stride);
+        };
+        int q = 0;
+        for (; q + 3 <= num; q += 3) some(std::integral_constant<int, 3>{}, q);
+        for (; q < num; ++q) some(std::integral_constant<int, 1>{}, q);
+    }
+}
+
+template <class A, class... Arguments>
+void attend(const Heads& h, const A* keys, const A* values, Arguments... rest) {
+    if (h.size == 64) attend_to<64>(h, keys, values, rest...);
+    else if (h.size == 128) attend_to<128>(h, keys, values, rest...);
+    else attend_to<0>(h, keys, values, rest...);
+}
+
+}  // namespace
