@@ -78,7 +78,7 @@ def peers(num_runs: int) -> dict[str, Any]:
     for length in (64, 512):
         windows = prompts_of(tokenizer, length, num_runs + 1)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-        bandwidth, agreeing = [], {name: 0 for name in others}
+        bandwidth, agreeing = [], dict.fromkeys(others, 0)
         for number, window in enumerate(windows):
             batch, tokens = batch_of(window[None]), {}
             for place in range(len(names)):

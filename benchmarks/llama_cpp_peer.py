@@ -19,7 +19,7 @@ KINDS = {"bfloat16": gguf.GGMLQuantizationType.BF16, "int8": gguf.GGMLQuantizati
 
 
 def gguf_of(kind: str) -> Path:
-    """The embedded model with its matrices in `kind`, made once: dequantised, rounded to bfloat16, and on from there."""
+    """The embedded model with its matrices in `kind`, made once from the bfloat16 that our engine runs."""
     path = cache_folder() / f"embedded-{kind}.gguf"
     if path.exists():
         return path

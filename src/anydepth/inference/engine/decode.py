@@ -108,16 +108,18 @@ class FastEngine:
             self.adapted.records = records
         unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         pad: Any = generation_config._pad_token_tensor
+        num_ended = 0
         while True:
             scores = logits_processor(input_ids, logits.float())
             next_ids = torch.multinomial(scores.softmax(-1), 1)[:, 0] if sampling else scores.argmax(-1)
-            if generation_config._eos_token_tensor is not None:
+            if num_ended and generation_config._eos_token_tensor is not None:
                 next_ids = next_ids * unfinished + pad * (1 - unfinished)
             input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
             if streamer is not None:
                 streamer.put(next_ids.cpu())
             unfinished = unfinished & ~stopping_criteria(input_ids, scores)
-            if not bool(unfinished.any()):
+            num_ended = len(input_ids) - int(unfinished.sum())
+            if num_ended == len(input_ids):
                 break
             hidden, record = self.model.forward(next_ids[:, None], slots, cache, methods)
             records.append(record)

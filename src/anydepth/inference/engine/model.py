@@ -106,7 +106,7 @@ class EngineModel:
         hidden = step.through(self.layers, hidden)
         for slot in slots:
             cache.lengths[slot] += token_ids.shape[1]
-        return hidden.view(*token_ids.shape, -1), step.run.record
+        return hidden.view(*token_ids.shape, -1), step.record
 
     def _prepare_rotations(self, length: int) -> None:
         """Tables for the places up to `length`."""

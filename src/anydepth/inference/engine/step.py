@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from anydepth.methods.method import Gate, Method, PassContext
 
 @dataclass
 class Span:
-    """Consecutive layers, not run yet, of which every branch runs for all tokens or for none: one call of the kernels."""
+    """Consecutive layers, not run yet, of which every branch runs for all tokens or for none: one call."""
 
     layers: list[NativeLayer] = field(default_factory=list)
     caches: list[LayerKV] = field(default_factory=list)
@@ -50,34 +51,42 @@ class Step:
         self.cache, self.slots = cache, list(slots)
         self.rotation_kinds, self.rotation_at = rotation_kinds, rotation_at
         self.num_rows, self.num_tokens = token_ids.shape
+        self.device = token_ids.device
         self.seen = [cache.lengths[slot] for slot in slots]
-        new = torch.arange(self.num_tokens, device=token_ids.device)
-        self.places = new + torch.tensor(self.seen, device=token_ids.device)[:, None]  # (B, T)
         token_mask = torch.ones_like(token_ids, dtype=torch.bool)
-        context = PassContext(token_mask, self.places, training=False)
-        record = PassRecord(token_mask, self.seen[0], cached=True, num_layers=len(cache.layers))
-        self.run = Run(context, record, None, list(methods), sparse=True)
+        self.record = PassRecord(token_mask, self.seen[0], cached=True, num_layers=len(cache.layers))
+        self.methods = list(methods)
+        self.gates_branches = any(method.gates_branches for method in methods)
         self.rotations: dict[str, Rotation] = {}
         self.masks: dict[tuple[int | None, tuple[int, ...]], Tensor] = {}
         self.rows: dict[tuple[int, ...], Rows] = {}
-        for method in methods:
-            method.begin(context)
+        if methods:
+            context = PassContext(token_mask, self.places, training=False)
+            self.run = Run(context, self.record, None, self.methods, sparse=True)
+            for method in methods:
+                method.begin(context)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(B, T) places of the tokens in their sequences."""
+        new = torch.arange(self.num_tokens, device=self.device)
+        return new + torch.tensor(self.seen, device=self.device)[:, None]
 
     # --- layer after layer -------------------------------------------------------------------------------------
 
     def through(self, layers: Sequence[EngineLayer], hidden: Tensor) -> Tensor:
         """(B·T, D) states in front of the first layer to those behind the last."""
-        span, methods = Span(), self.run.methods
+        span, methods = Span(), self.methods
         for layer_idx, (layer, kv) in enumerate(zip(layers, self.cache.layers, strict=True)):
             reads_state = bool(methods) and any(method.reads_state(layer_idx) for method in methods)
             if reads_state:
                 hidden = self._run_span(span, hidden)
-            gate, mixer_gate = self._ask_mixer(layer_idx, hidden)
-            if reads_state and self.run.gates_branches:  # what the FFN's gate reads is not there yet
+            gate, mixer_gate = self._ask_mixer(layer_idx, hidden) if methods else (None, None)
+            if reads_state and self.gates_branches:  # what the FFN's gate reads is not there yet
                 hidden = self._mix(layer, kv, hidden, mixer_gate)
                 hidden = self._feed(layer, kv, hidden, self._ask_ffn(layer_idx, gate, hidden))
                 continue
-            ffn_gate = self._ask_ffn(layer_idx, gate, hidden)
+            ffn_gate = self._ask_ffn(layer_idx, gate, hidden) if methods else None
             parts = self._parts(layer, kv, mixer_gate, ffn_gate)
             if parts is not None and layer.native is not None:
                 span.layers.append(layer.native)
@@ -90,25 +99,21 @@ class Step:
 
     def _ask_mixer(self, layer_idx: int, hidden: Tensor) -> tuple[Gate | None, Gate | None]:
         """The gate of the whole layer, and that of its mixer."""
-        if not self.run.methods:
-            return None, None
         shaped = hidden.view(self.num_rows, self.num_tokens, -1)
         gate = mixer_gate = self.run.ask("layer_gate", layer_idx, shaped)
-        if self.run.gates_branches:
+        if self.gates_branches:
             mixer_gate = Gate.both(gate, self.run.ask("mixer_gate", layer_idx, shaped))
         if mixer_gate is not None:
-            self.run.record.mixer_keep[layer_idx] = mixer_gate.keep
-            self.run.record.kv_rules[layer_idx] = mixer_gate.kv_rule
+            self.record.mixer_keep[layer_idx] = mixer_gate.keep
+            self.record.kv_rules[layer_idx] = mixer_gate.kv_rule
         return gate, mixer_gate
 
     def _ask_ffn(self, layer_idx: int, gate: Gate | None, hidden: Tensor) -> Gate | None:
-        if not self.run.methods:
-            return None
-        if self.run.gates_branches:
+        if self.gates_branches:
             shaped = hidden.view(self.num_rows, self.num_tokens, -1)
             gate = Gate.both(gate, self.run.ask("ffn_gate", layer_idx, shaped))
         if gate is not None:
-            self.run.record.ffn_keep[layer_idx] = gate.keep
+            self.record.ffn_keep[layer_idx] = gate.keep
         return gate
 
     # --- many layers at once -----------------------------------------------------------------------------------
