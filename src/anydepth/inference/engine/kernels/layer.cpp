@@ -116,6 +116,7 @@ void leave(const Layer& l, const Batch& b, void* cache, int n, float* keys, cons
         }
 }
 
+// Every thread of the team calls these, with the same arguments; states are whole when they return.
 // --- branches ----------------------------------------------------------------------------------------------------
 
 template <class A>
@@ -131,51 +132,53 @@ void mixer(const Layer& l, const Batch& b, void* cache, const A* from, A* to) {
     int64_t longest = 0;
     for (int r = 0; r < b.rows; ++r) longest = std::max(longest, b.counts[r] + b.tokens);
     const int splits = num_splits(longest);
-#pragma omp parallel
-    {
-        const Packed& x = prepared<A>(l.queries, l.mixer_norm, from, num);
-        product<A>(l.queries, x, num, queries);
-        product<A>(l.keys, x, num, keys);
-        product<A>(l.values, x, num, values);
+    const Packed& x = prepared<A>(l.queries, l.mixer_norm, from, num);
+    product<A>(l.queries, x, num, queries);
+    product<A>(l.keys, x, num, keys);
+    product<A>(l.values, x, num, values);
 #pragma omp barrier
 #pragma omp for
-        for (int n = 0; n < num; ++n) {
-            float* q = queries + int64_t(n) * width;
-            if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
-            rotate<A>(l, b, n, q, l.heads);
+    for (int item = 0; item < 2 * num; ++item) {
+        const int n = item / 2;
+        if (item % 2) {
             leave<A>(l, b, cache, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
+            continue;
         }
-        const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
-#pragma omp for schedule(dynamic)
-        for (int item = 0; item < b.rows * l.kv_heads * splits; ++item) {
-            const int split = item % splits, h = item / splits % l.kv_heads, row = item / splits / l.kv_heads;
-            const int64_t all = b.counts[row] + b.tokens;
-            const int64_t first = l.window ? std::max<int64_t>(0, b.counts[row] - l.window + 1) : 0;
-            const int64_t begin = first + (all - first) * split / splits, end = first + (all - first) * (split + 1) / splits;
-            const A* slot = static_cast<const A*>(cache) + b.slots[row] * slot_stride;
-            const int64_t query = (int64_t(row) * l.kv_heads + h) * b.tokens * group;
-            attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
-                      queries + (int64_t(row) * b.tokens * l.heads + h * group) * size, b.tokens, b.counts[row], begin, end,
-                      parts + query * splits + split, splits);  // the shares of a query stand together
-        }
-#pragma omp for
-        for (int query = 0; query < num * l.heads; ++query) {
-            const int shared = query % group, token = query / group % b.tokens;
-            const int h = query / group / b.tokens % l.kv_heads, row = query / group / b.tokens / l.kv_heads;
-            const Share* own = parts + int64_t(query) * splits;
-            float largest = own[0].largest, total = 0;
-            for (int s = 1; s < splits; ++s) largest = std::max(largest, own[s].largest);
-            float* result = mixed + (int64_t(row) * b.tokens + token) * width + (h * group + shared) * size;
-            std::memset(result, 0, size * sizeof(float));
-            for (int s = 0; s < splits; ++s) {
-                const float weight = std::exp(own[s].largest - largest);
-                total += weight * own[s].total;
-                for (int i = 0; i < size; ++i) result[i] += weight * own[s].values[i];
-            }
-            for (int i = 0; i < size; ++i) result[i] = rounded<A>(result[i] / total);
-        }
-        add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, num);
+        float* q = queries + int64_t(n) * width;
+        if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
+        rotate<A>(l, b, n, q, l.heads);
     }
+    const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
+#pragma omp for schedule(dynamic)
+    for (int item = 0; item < b.rows * l.kv_heads * splits; ++item) {
+        const int split = item % splits, h = item / splits % l.kv_heads, row = item / splits / l.kv_heads;
+        const int64_t all = b.counts[row] + b.tokens;
+        const int64_t first = l.window ? std::max<int64_t>(0, b.counts[row] - l.window + 1) : 0;
+        const int64_t begin = first + (all - first) * split / splits, end = first + (all - first) * (split + 1) / splits;
+        const A* slot = static_cast<const A*>(cache) + b.slots[row] * slot_stride;
+        const int64_t query = (int64_t(row) * l.kv_heads + h) * b.tokens * group;
+        attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
+                  queries + (int64_t(row) * b.tokens * l.heads + h * group) * size, b.tokens, b.counts[row], begin, end,
+                  parts + query * splits + split, splits);  // the shares of a query stand together
+    }
+#pragma omp for
+    for (int query = 0; query < num * l.heads; ++query) {
+        const int shared = query % group, token = query / group % b.tokens;
+        const int h = query / group / b.tokens % l.kv_heads, row = query / group / b.tokens / l.kv_heads;
+        const Share* own = parts + int64_t(query) * splits;
+        float largest = own[0].largest, total = 0;
+        for (int s = 1; s < splits; ++s) largest = std::max(largest, own[s].largest);
+        float* result = mixed + (int64_t(row) * b.tokens + token) * width + (h * group + shared) * size;
+        std::memset(result, 0, size * sizeof(float));
+        for (int s = 0; s < splits; ++s) {
+            const float weight = std::exp(own[s].largest - largest);
+            total += weight * own[s].total;
+            for (int i = 0; i < size; ++i) result[i] += weight * own[s].values[i];
+        }
+        for (int i = 0; i < size; ++i) result[i] = rounded<A>(result[i] / total);
+    }
+    add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, num);
+#pragma omp barrier
 }
 
 // K/V of tokens that do not run the mixer.
@@ -218,16 +221,14 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, int num) {
     float* inner = workspace;
     float* ups = inner + int64_t(num) * rows;
     float* scratch = ups + int64_t(num) * rows;
-#pragma omp parallel
-    {
-        const Packed& x = prepared<A>(l.gate, l.ffn_norm, from, num);
-        product<A>(l.gate, x, num, inner);
-        const Range own = product<A>(l.up, x, num, ups);  // the same rows: nothing to wait for
-        for (int64_t start = own.begin; start < int64_t(num) * rows; start += rows)
-            combine<A>(l.activation, inner + start, ups + start, own.end - own.begin);
+    const Packed& x = prepared<A>(l.gate, l.ffn_norm, from, num);
+    product<A>(l.gate, x, num, inner);
+    const Range own = product<A>(l.up, x, num, ups);  // the same rows: nothing to wait for
+    for (int64_t start = own.begin; start < int64_t(num) * rows; start += rows)
+        combine<A>(l.activation, inner + start, ups + start, own.end - own.begin);
 #pragma omp barrier
-        add_product<A>(l.down, l.ffn_out_norm, inner, from, to, scratch, num);
-    }
+    add_product<A>(l.down, l.ffn_out_norm, inner, from, to, scratch, num);
+#pragma omp barrier
 }
 
 // Parts of n layers, one after the other, on (R·T, hidden) states; those in front of a layer with TAP are copied out.
@@ -236,12 +237,22 @@ void layers(const Layer* const* all, void* const* caches, const int32_t* parts, 
             A* taps) {
     const int num = b.rows * b.tokens;
     const size_t size = size_t(num) * all[0]->hidden;
-    for (int i = 0; i < n; ++i) {
-        if (parts[i] & TAP) std::memcpy(taps, from, size * sizeof(A)), taps += size;
-        if (parts[i] & MIXER) mixer<A>(*all[i], b, caches[i], from, to), from = to;
-        if (parts[i] & FFN) ffn<A>(*all[i], from, to, b.workspace, num), from = to;
+#pragma omp parallel
+    {
+        const A* now = from;
+        A* tap = taps;
+        for (int i = 0; i < n; ++i) {
+            if (parts[i] & TAP) {
+#pragma omp master
+                std::memcpy(tap, now, size * sizeof(A));
+                tap += size;
+            }
+            if (parts[i] & MIXER) mixer<A>(*all[i], b, caches[i], now, to), now = to;
+            if (parts[i] & FFN) ffn<A>(*all[i], now, to, b.workspace, num), now = to;
+        }
+#pragma omp master
+        if (now != to) std::memcpy(to, now, size * sizeof(A));
     }
-    if (from != to) std::memcpy(to, from, size * sizeof(A));
 }
 
 template <class A>
