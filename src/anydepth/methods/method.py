@@ -59,9 +59,10 @@ class Gate:
         real = context.token_mask
         keep = keep & real
         flags = torch.stack([keep.flatten(1).any(1), (keep | ~real).flatten(1).all(1)]).tolist()
+        each = [None] * len(keep) if weights is None else weights.unbind()
         return [
-            cls(keep[g], kv_rule, flags[0][g], flags[1][g], None if weights is None else weights[g])
-            for g in range(keep.shape[0])
+            cls(part, kv_rule, any_kept, all_kept, weight)
+            for part, any_kept, all_kept, weight in zip(keep.unbind(), *flags, each, strict=True)
         ]
 
     @classmethod

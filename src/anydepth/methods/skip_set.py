@@ -39,6 +39,7 @@ class SkipSet(Method):
         for option in ("skip_layers", "skip_mixers", "skip_ffns"):
             check_layers(getattr(config, option), self.num_layers, option)
         self.choose(config.skip_layers, config.skip_mixers, config.skip_ffns)
+        self.closed: Gate | None = None
 
     def choose(self, layers: Iterable[int], mixers: Iterable[int] = (), ffns: Iterable[int] = ()) -> None:
         """Leave out these from now on; how a search tries one candidate after the other."""
@@ -51,15 +52,15 @@ class SkipSet(Method):
     def reads_state(self, layer_idx: int) -> bool:
         return False
 
+    def begin(self, context: PassContext) -> None:
+        # No token ever runs the branch, so its K/V would never be read: `omit`.
+        self.closed = Gate.closed(context, "omit")
+
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self._closed(context) if layer_idx in self.closed_layers else None
+        return self.closed if layer_idx in self.closed_layers else None
 
     def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self._closed(context) if layer_idx in self.closed_mixers else None
+        return self.closed if layer_idx in self.closed_mixers else None
 
     def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self._closed(context) if layer_idx in self.closed_ffns else None
-
-    def _closed(self, context: PassContext) -> Gate:
-        # No token ever runs the branch, so its K/V would never be read: `omit`.
-        return Gate.closed(context, "omit")
+        return self.closed if layer_idx in self.closed_ffns else None

@@ -17,7 +17,7 @@ from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.layer import EngineLayer, Rotation
-from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, ROWS_AT_ONCE, TAP, NativeLinear, Rows, run_layers
+from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, ROWS_AT_ONCE, TAP, NativeLinear, Rows, Task, run_tasks
 from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.weights import quantise_int4, quantise_int8
 from anydepth.models.llama_like import LayerParts, Norm, Weights
@@ -139,17 +139,17 @@ def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -
     for slot, count in zip(slots, counts, strict=True):
         kv.states[slot, :, count : count + num_tokens] = float("nan")  # the kernel writes them itself
     rows = Rows(slots, num_tokens, counts, [] if rotation is None else [(rotation.cos, rotation.sin)])
-    after_mixer, _ = run_layers([ours.native], [kv], [MIXER], rows, hidden)
+    after_mixer, _ = run_tasks([Task(ours.native, kv, MIXER)], rows, hidden)
     torch.testing.assert_close(after_mixer, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    after_layer, taps = run_layers([ours.native], [kv], [MIXER | FFN | TAP], rows, hidden)
+    after_layer, taps = run_tasks([Task(ours.native, kv, MIXER | FFN | TAP)], rows, hidden)
     torch.testing.assert_close(after_layer, plain.add_ffn(wanted), rtol=1e-4, atol=1e-5)
     assert torch.equal(taps, hidden[None])
     for slot, count in zip(slots, counts, strict=True):
         kv.states[slot, :, count : count + num_tokens] = float("nan")
     ours.native.fill(hidden, rows, kv)  # the same K/V, by tokens that do not attend
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    nothing, taps = run_layers([ours.native] * 2, [kv] * 2, [0, TAP], rows, hidden)
+    nothing, taps = run_tasks([Task(ours.native, kv, 0), Task(ours.native, kv, TAP)], rows, hidden)
     assert torch.equal(nothing, hidden) and torch.equal(taps, hidden[None])
 
 

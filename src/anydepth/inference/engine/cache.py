@@ -28,6 +28,10 @@ class Pending:
     def __bool__(self) -> bool:
         return bool(self.states)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(states) for states in self.states)
+
     def take(self) -> Tensor:
         """All of them, in order; nothing is pending afterwards."""
         states = self.states[0] if len(self.states) == 1 else torch.cat(self.states)

@@ -15,7 +15,9 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from ctypes import Structure, addressof, byref, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,13 @@ class _Batch(Structure):
     ]
 
 
+class _Task(Structure):
+    _fields_ = [(name, c_int64) for name in ("layer", "cache", "parts", "num_waiting", "waiting")]
+
+
+TASK_FIELDS = len(_Task._fields_)
+
+
 class BuildError(Exception):
     """The kernels cannot be had here; the message says why."""
 
@@ -112,7 +121,7 @@ def library() -> Any:
     # torch is loaded already, and with it the OpenMP library that both then share: one team of threads.
     kernels: Any = ctypes.CDLL(str(path))
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
-    for number, struct in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch)):
+    for number, struct in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch, _Task)):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(struct), struct
     return kernels
 
@@ -201,7 +210,7 @@ class NativeLayer:
             **{name: _matrix(packed) for name, packed in maps.items()},
             **{name: _norm(norm) for name, norm in self.norms.items()},
         )
-        self.pointer = byref(self.struct)
+        self.pointer, self.address = byref(self.struct), addressof(self.struct)
         self.memory = memory
         memory.reserve(library().anydepth_workspace(self.pointer, MAX_TOKENS))
 
@@ -212,25 +221,40 @@ class NativeLayer:
         )
 
 
-def run_layers(
-    layers: Sequence[NativeLayer], caches: Sequence[LayerKV], parts: Sequence[int], rows: Rows, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Run the `parts` (`MIXER`, `FFN`, `TAP`, added up) of consecutive layers for up to `MAX_TOKENS` tokens.
+@dataclass
+class Task:
+    """What to run of one layer, and over which cache.
 
-    K/V are written into the caches; their counts stay.
+    Attributes:
+        parts: of `MIXER`, `FFN` and `TAP`, added up.
+        waiting: states (N, D) of the tokens right in front of the new ones of a single row: their K/V come first.
+    """
+
+    layer: NativeLayer
+    kv: LayerKV
+    parts: int
+    waiting: Tensor | None = None
+
+    def fields(self) -> tuple[int, ...]:
+        """As `_Task` has them."""
+        waiting, cache = self.waiting, self.kv.states.data_ptr()
+        if waiting is None:
+            return (self.layer.address, cache, self.parts, 0, 0)
+        return (self.layer.address, cache, self.parts, len(waiting), waiting.data_ptr())
+
+
+def run_tasks(tasks: Sequence[Task], rows: Rows, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Run tasks, one after the other, for up to `MAX_TOKENS` tokens. K/V are written into the caches; their counts stay.
 
     Returns:
         (N, D) states behind the last layer, and (taps, N, D) those in front of the layers with `TAP`.
     """
     output = torch.empty_like(hidden)
-    taps = hidden.new_empty(sum(1 for part in parts if part & TAP), *hidden.shape)
-    number = len(layers)
-    library().anydepth_layers(
-        (c_void_p * number)(*(addressof(layer.struct) for layer in layers)),
-        (c_void_p * number)(*(kv.states.data_ptr() for kv in caches)),
-        (c_int32 * number)(*parts),
-        number,
-        rows.over(caches[0], layers[0].memory),
+    taps = hidden.new_empty(sum(1 for task in tasks if task.parts & TAP), *hidden.shape)
+    library().anydepth_run(
+        (c_int64 * (TASK_FIELDS * len(tasks)))(*chain.from_iterable(task.fields() for task in tasks)),
+        len(tasks),
+        rows.over(tasks[0].kv, tasks[0].layer.memory),
         c_void_p(hidden.data_ptr()),
         c_void_p(output.data_ptr()),
         c_void_p(taps.data_ptr()),

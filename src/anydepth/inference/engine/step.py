@@ -8,7 +8,6 @@ branch that no token runs are not read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -18,17 +17,8 @@ from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV
 from anydepth.inference.engine.layer import EngineLayer, Rotation
-from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, TAP, NativeLayer, Rows, run_layers
+from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, TAP, Rows, Task, run_tasks
 from anydepth.methods.method import Gate, Method, PassContext
-
-
-@dataclass
-class Span:
-    """Consecutive layers, not run yet, of which every branch runs for all tokens or for none: one call."""
-
-    layers: list[NativeLayer] = field(default_factory=list)
-    caches: list[LayerKV] = field(default_factory=list)
-    parts: list[int] = field(default_factory=list)
 
 
 class Step:
@@ -76,7 +66,8 @@ class Step:
 
     def through(self, layers: Sequence[EngineLayer], hidden: Tensor) -> Tensor:
         """(B·T, D) states in front of the first layer to those behind the last."""
-        span, methods = Span(), self.methods
+        methods = self.methods
+        span: list[Task] = []  # not run yet: layers of which every branch runs for all tokens or for none
         for layer_idx, (layer, kv) in enumerate(zip(layers, self.cache.layers, strict=True)):
             reads_state = bool(methods) and any(method.reads_state(layer_idx) for method in methods)
             if reads_state:
@@ -87,11 +78,9 @@ class Step:
                 hidden = self._feed(layer, kv, hidden, self._ask_ffn(layer_idx, gate, hidden))
                 continue
             ffn_gate = self._ask_ffn(layer_idx, gate, hidden) if methods else None
-            parts = self._parts(layer, kv, mixer_gate, ffn_gate)
-            if parts is not None and layer.native is not None:
-                span.layers.append(layer.native)
-                span.caches.append(kv)
-                span.parts.append(parts)
+            task = self._task(layer, kv, mixer_gate, ffn_gate)
+            if task is not None:
+                span.append(task)
             else:
                 hidden = self._mix(layer, kv, self._run_span(span, hidden), mixer_gate)
                 hidden = self._feed(layer, kv, hidden, ffn_gate)
@@ -118,31 +107,43 @@ class Step:
 
     # --- many layers at once -----------------------------------------------------------------------------------
 
-    def _parts(self, layer: EngineLayer, kv: LayerKV, mixer_gate: Gate | None, ffn_gate: Gate | None) -> int | None:
+    def _task(self, layer: EngineLayer, kv: LayerKV, mixer_gate: Gate | None, ffn_gate: Gate | None) -> Task | None:
         """What a span runs of this layer, its K/V counted already; None if it cannot be part of one."""
         mixes, feeds = _everybody(mixer_gate), _everybody(ffn_gate)
         if layer.native is None or self.num_rows * self.num_tokens > MAX_TOKENS or mixes is None or feeds is None:
             return None
-        parts = FFN if feeds else 0
+        task = Task(layer.native, kv, FFN if feeds else 0)
         if mixes:
             if self._has_holes(kv, range(self.num_rows)):
-                self._settle(layer, kv, self.slots)
-                if self._has_holes(kv, range(self.num_rows)):
-                    return None
-            for slot in self.slots:
-                kv.counts[slot] += self.num_tokens
-            return parts | MIXER
-        return parts | TAP if mixer_gate is not None and mixer_gate.kv_rule == "project" else parts
+                task.waiting = self._waiting(kv)
+                if task.waiting is None:
+                    self._settle(layer, kv, self.slots)
+                    if self._has_holes(kv, range(self.num_rows)):
+                        return None
+            for slot, seen in zip(self.slots, self.seen, strict=True):
+                kv.counts[slot] = seen + self.num_tokens
+            task.parts |= MIXER
+        elif mixer_gate is not None and mixer_gate.kv_rule == "project":
+            task.parts |= TAP
+        return task
 
-    def _run_span(self, span: Span, hidden: Tensor) -> Tensor:
+    def _waiting(self, kv: LayerKV) -> Tensor | None:
+        """What the only row left pending, if that is all it lacks, and few enough to be filled in by the way."""
+        slot = self.slots[0]
+        pending = kv.pending[slot]
+        if self.num_rows > 1 or not pending or pending.num_tokens > MAX_TOKENS or kv.places[slot] is not None:
+            return None
+        return pending.take()
+
+    def _run_span(self, span: list[Task], hidden: Tensor) -> Tensor:
         """Run it, and empty it."""
-        if not span.layers:
+        if not span:
             return hidden
-        hidden, taps = run_layers(span.layers, span.caches, span.parts, self._rows(range(self.num_rows)), hidden)
-        waiting = [kv for kv, parts in zip(span.caches, span.parts, strict=True) if parts & TAP]
-        for kv, states in zip(waiting, taps, strict=True):
+        hidden, taps = run_tasks(span, self._rows(range(self.num_rows)), hidden)
+        waiting = [task.kv for task in span if task.parts & TAP]
+        for kv, states in zip(waiting, taps.unbind(), strict=True):
             self._defer(kv, states, range(self.num_rows))
-        span.layers, span.caches, span.parts = [], [], []
+        span.clear()
         return hidden
 
     def _rows(self, rows: Sequence[int]) -> Rows:
@@ -171,7 +172,7 @@ class Step:
         if layer.native is None or len(hidden) > MAX_TOKENS:
             return layer.add_ffn(hidden)
         anyone = [0] * len(hidden)  # an FFN has no cache
-        return run_layers([layer.native], [kv], [FFN], Rows(anyone, 1, anyone, []), hidden)[0]
+        return run_tasks([Task(layer.native, kv, FFN)], Rows(anyone, 1, anyone, []), hidden)[0]
 
     def _mix(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
         everyone = range(self.num_rows)
@@ -210,7 +211,7 @@ class Step:
             queries, new = layer.project(hidden, rotation)
             return layer.add_mixer(self._attend_rows(layer, kv, rows, queries, new, holes=holes), hidden)
         behind = self._rows_behind(rows, [kv.counts[slot] for slot in slots]) if holes else self._rows(rows)
-        output, _ = run_layers([layer.native], [kv], [MIXER], behind, hidden)
+        output, _ = run_tasks([Task(layer.native, kv, MIXER)], behind, hidden)
         for row, slot in zip(rows, slots, strict=True):
             kv.extend(slot, self.num_tokens, self.places[row] if holes else None)
         return output
@@ -247,8 +248,9 @@ class Step:
 
     def _defer(self, kv: LayerKV, hidden: Tensor, rows: Sequence[int]) -> None:
         """Nobody of these rows runs the mixer now: their K/V wait until somebody does."""
+        parts = hidden.split(self.num_tokens)
         for row in rows:
-            kv.pending[self.slots[row]].states.append(hidden[row * self.num_tokens : (row + 1) * self.num_tokens])
+            kv.pending[self.slots[row]].states.append(parts[row])
 
     def _settle(self, layer: EngineLayer, kv: LayerKV, slots: Sequence[int]) -> None:
         """Project what earlier tokens of these slots left pending, all of a slot in one product."""

@@ -38,7 +38,16 @@ struct Batch {  // R rows of T tokens each
     float* workspace;
 };
 
-enum Part : int32_t { MIXER = 1, FFN = 2, TAP = 4 };  // of a layer in `anydepth_layers`
+constexpr int MAX_ROTATIONS = 4;
+
+enum Part : int64_t { MIXER = 1, FFN = 2, TAP = 4 };  // TAP: the states in front of the layer are copied out
+
+struct Task {
+    const Layer* layer;
+    void* cache;
+    int64_t parts, num_waiting;
+    const void* waiting;  // states of the tokens right in front of a batch of one row, whose K/V are still missing
+};
 
 }  // extern "C"
 
@@ -187,15 +196,27 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
     const int num = b.rows * b.tokens, kv_width = l.kv_heads * l.head_dim;
     float* keys = b.workspace;
     float* values = keys + int64_t(num) * kv_width;
-#pragma omp parallel
-    {
-        const Packed& x = prepared<A>(l.keys, l.mixer_norm, from, num);
-        product<A>(l.keys, x, num, keys);
-        product<A>(l.values, x, num, values);
+    const Packed& x = prepared<A>(l.keys, l.mixer_norm, from, num);
+    product<A>(l.keys, x, num, keys);
+    product<A>(l.values, x, num, values);
 #pragma omp barrier
 #pragma omp for
-        for (int n = 0; n < num; ++n) leave<A>(l, b, cache, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
+    for (int n = 0; n < num; ++n) leave<A>(l, b, cache, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
+}
+
+// The same for the `num` tokens right in front of those of a batch of one row.
+template <class A>
+void fill_before(const Layer& l, const Batch& b, void* cache, const void* from, int num) {
+    Batch before = b;
+    const int64_t count = b.counts[0] - num;
+    Rotation rotations[MAX_ROTATIONS];
+    before.tokens = num, before.counts = &count, before.rotations = rotations;
+    if (l.rotation >= 0) {  // what is given is part of the whole table
+        const Rotation& own = b.rotations[l.rotation];
+        const int64_t shift = num * own.size;
+        rotations[l.rotation] = {static_cast<const A*>(own.cos) - shift, static_cast<const A*>(own.sin) - shift, own.size};
     }
+    fill<A>(l, before, cache, static_cast<const A*>(from));
 }
 
 inline floats activated(int kind, floats x) {
@@ -231,24 +252,24 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, int num) {
 #pragma omp barrier
 }
 
-// Parts of n layers, one after the other, on (R·T, hidden) states; those in front of a layer with TAP are copied out.
+// Tasks one after the other on (R·T, hidden) states.
 template <class A>
-void layers(const Layer* const* all, void* const* caches, const int32_t* parts, int n, const Batch& b, const A* from, A* to,
-            A* taps) {
+void run(const Task* tasks, int n, const Batch& b, const A* from, A* to, A* taps) {
     const int num = b.rows * b.tokens;
-    const size_t size = size_t(num) * all[0]->hidden;
+    const size_t size = size_t(num) * tasks[0].layer->hidden;
 #pragma omp parallel
     {
         const A* now = from;
         A* tap = taps;
-        for (int i = 0; i < n; ++i) {
-            if (parts[i] & TAP) {
+        for (const Task* task = tasks; task < tasks + n; ++task) {
+            if (task->parts & TAP) {
 #pragma omp master
                 std::memcpy(tap, now, size * sizeof(A));
                 tap += size;
             }
-            if (parts[i] & MIXER) mixer<A>(*all[i], b, caches[i], now, to), now = to;
-            if (parts[i] & FFN) ffn<A>(*all[i], now, to, b.workspace, num), now = to;
+            if (task->num_waiting) fill_before<A>(*task->layer, b, task->cache, task->waiting, int(task->num_waiting));
+            if (task->parts & MIXER) mixer<A>(*task->layer, b, task->cache, now, to), now = to;
+            if (task->parts & FFN) ffn<A>(*task->layer, now, to, b.workspace, num), now = to;
         }
 #pragma omp master
         if (now != to) std::memcpy(to, now, size * sizeof(A));
@@ -281,16 +302,15 @@ int64_t anydepth_workspace(const Layer* l, int32_t num_tokens) {
     return std::max(mixed + parts, int64_t(num_tokens) * (l->hidden + 2 * l->gate.rows));
 }
 
-void anydepth_layers(const Layer* const* all, void* const* caches, const int32_t* parts, int32_t n, const Batch* b,
-                     const void* from, void* to, void* taps) {
-    if (all[0]->in_bf16)
-        layers<bf16>(all, caches, parts, n, *b, static_cast<const bf16*>(from), static_cast<bf16*>(to), static_cast<bf16*>(taps));
+void anydepth_run(const Task* tasks, int32_t n, const Batch* b, const void* from, void* to, void* taps) {
+    if (tasks[0].layer->in_bf16)
+        run<bf16>(tasks, n, *b, static_cast<const bf16*>(from), static_cast<bf16*>(to), static_cast<bf16*>(taps));
     else
-        layers<float>(all, caches, parts, n, *b, static_cast<const float*>(from), static_cast<float*>(to),
-                      static_cast<float*>(taps));
+        run<float>(tasks, n, *b, static_cast<const float*>(from), static_cast<float*>(to), static_cast<float*>(taps));
 }
 
 void anydepth_fill(const Layer* l, void* cache, const Batch* b, const void* from) {
+#pragma omp parallel
     if (l->in_bf16)
         fill<bf16>(*l, *b, cache, static_cast<const bf16*>(from));
     else
@@ -322,7 +342,7 @@ int64_t anydepth_read(const void* memory, int64_t num_bytes) {
 }
 
 int32_t anydepth_sizes(int32_t which) {  // for the check that both sides mean the same structs
-    const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch)};
+    const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch), sizeof(Task)};
     return sizes[which];
 }
 
