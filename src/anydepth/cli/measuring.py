@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +107,7 @@ def bench(
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 64,512.")] = "64",
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
     num_runs: Annotated[int, typer.Option(help="Measured pairs per row.")] = 5,
-    engine: Annotated[str, typer.Option("--engine", help="hf, fast, or both in turn.")] = "hf",
+    engine: Annotated[str, typer.Option("--engine", help="hf, fast, both in turn, or auto: fast if it can.")] = "auto",
     weights: Annotated[
         str | None, typer.Option("--weights", help="Of the fast engine, several with commas: bfloat16,int8.")
     ] = None,
@@ -129,13 +130,13 @@ def bench(
 
     printer = Printer(as_json, quiet)
     adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
-    if not adapted.methods and engine == "hf":
+    if not adapted.methods and engine in ("auto", "hf"):
         raise UserError(
             f"{target} has no method attached; give a folder that train or search wrote, --against METHOD, or compare "
             "engines at full depth with --engine both"
         )
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
-    engines = _engines(adapted, engine, weights, compiled)
+    engines = _engines(adapted, engine, weights, compiled, printer.progress)
     config = {
         "target": target,
         "engine": engine,
@@ -176,19 +177,16 @@ def _with_methods(target: str, against: list[str], options: list[str], dtype: st
     return adapted, tokenizer
 
 
-def _engines(adapted: Any, engine: str, weights: str | None, compiled: bool) -> list[Any]:
+def _engines(adapted: Any, engine: str, weights: str | None, compiled: bool, say: Callable[[str], None]) -> list[Any]:
     """What to bench with: None for the Hugging Face model's own `generate`, fast engines by their weights."""
-    from anydepth.inference.engine.decode import FastEngine
+    from anydepth.inference.engine import ENGINES, choose
 
-    if engine not in ("hf", "fast", "both"):
-        raise UserError(f"engine '{engine}' is unknown; bench takes hf, fast or both")
-    if engine == "hf" and weights is not None:
-        raise UserError(f"weights {weights} are the fast engine's; use --engine fast or both, or leave them out")
-    if engine == "hf" and compiled:
-        raise UserError("--compile is the fast engine's; use --engine fast or both, or leave it out")
+    if engine not in (*ENGINES, "both"):
+        raise UserError(f"engine '{engine}' is unknown; bench takes {', '.join(ENGINES)} or both")
     kinds = weights.split(",") if weights else [None]
-    fast = [] if engine == "hf" else [FastEngine(adapted, kind, compiled=compiled) for kind in kinds]
-    return fast if engine == "fast" else [None, *fast]
+    one = "fast" if engine == "both" else engine
+    chosen = [choose(adapted, one, kind, say, compiled=compiled) for kind in kinds]
+    return [None, *chosen] if engine == "both" else chosen
 
 
 @app.command()

@@ -23,6 +23,7 @@ from anydepth.calibration.skip_search import search
 from anydepth.config import DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, validate
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.inference.engine import choose
 from anydepth.inference.generate import generate
 from anydepth.measure.bench import bench, load_prompts
 from anydepth.measure.evaluate import evaluate
@@ -161,6 +162,7 @@ class Runner:
                 prompt_tokens=settings.prompt_tokens,
                 new_tokens=settings.new_tokens,
                 num_runs=settings.num_runs,
+                engines=[choose(adapted, settings.engine, say=self.say)],
             )
         return {"rows": rows}
 

@@ -17,7 +17,17 @@ from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.layer import EngineLayer, Rotation
-from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, ROWS_AT_ONCE, TAP, NativeLinear, Rows, Task, run_tasks
+from anydepth.inference.engine.native import (
+    FFN,
+    MAX_TOKENS,
+    MIXER,
+    ROWS_AT_ONCE,
+    TAP,
+    NativeLinear,
+    Rows,
+    Task,
+    run_tasks,
+)
 from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.weights import quantise_int4, quantise_int8
 from anydepth.models.llama_like import LayerParts, Norm, Weights

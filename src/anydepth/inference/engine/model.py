@@ -52,11 +52,15 @@ class EngineModel:
         self.device = backbone.device
         if compiled and self.weights in WEIGHT_ONLY:
             raise UserError(f"torch.compile is for dense weights, not {self.weights}; leave one of the two out")
-        self.why_not_native = "switched off" if compiled or not native else why_not(self.dtype, self.device)
+        parts = [layer_parts(view) for view in backbone.layers]
+        self.why_not_native = (
+            "switched off"
+            if compiled or not native
+            else why_not(self.dtype, self.device, max(part.head_dim for part in parts))
+        )
         if self.weights == "int4" and self.why_not_native:
             raise UserError(f"int4 weights need the compiled kernels, and {self.why_not_native}; or use int8")
         memory = None if self.why_not_native else Memory()
-        parts = [layer_parts(view) for view in backbone.layers]
         self.rotation_kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
         self.layers = [
             EngineLayer(part, self.weights, self.dtype, self.rotation_kinds, memory, compiled=compiled)

@@ -34,6 +34,7 @@ SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 MAX_TOKENS = 16
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
+MAX_HEAD_DIM = 256
 ROWS_AT_ONCE = 128
 """Of quantised maps, that oneDNN has no kernels for: inputs that still lie in the second cache."""
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -135,12 +136,14 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+def why_not(dtype: torch.dtype, device: torch.device, head_dim: int = 0) -> str | None:
     """Why the kernels do not run here; None if they do."""
     if device.type != "cpu":
         return f"they are for the CPU, not {device.type}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"they do not compute in {str(dtype).removeprefix('torch.')}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"their heads have at most {MAX_HEAD_DIM} dimensions, not {head_dim}"
     try:
         library()
     except BuildError as error:
@@ -220,6 +223,21 @@ class NativeLayer:
             self.pointer, c_void_p(kv.states.data_ptr()), rows.over(kv, self.memory), c_void_p(hidden.data_ptr())
         )
 
+    def attend(self, queries: Tensor, kv: LayerKV, slot: int, seen: Tensor) -> Tensor:
+        """(N, H·head_dim) of queries (N, H, head_dim) of a slot, each over the first `seen` (N,) tokens it holds."""
+        queries, seen = queries.contiguous(), seen.contiguous()
+        output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
+        library().anydepth_attend(
+            self.pointer,
+            c_void_p(kv.states[slot].data_ptr()),
+            c_int64(kv.states.shape[2]),
+            c_void_p(seen.data_ptr()),
+            len(queries),
+            c_void_p(queries.data_ptr()),
+            c_void_p(output.data_ptr()),
+        )
+        return output
+
 
 @dataclass
 class Task:
@@ -244,7 +262,7 @@ class Task:
 
 
 def run_tasks(tasks: Sequence[Task], rows: Rows, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Run tasks, one after the other, for up to `MAX_TOKENS` tokens. K/V are written into the caches; their counts stay.
+    """Run tasks, one after the other, for up to `MAX_TOKENS` tokens. K/V go into the caches; their counts stay.
 
     Returns:
         (N, D) states behind the last layer, and (taps, N, D) those in front of the layers with `TAP`.

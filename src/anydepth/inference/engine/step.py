@@ -322,6 +322,9 @@ class Step:
     def _attend(self, layer: EngineLayer, kv: LayerKV, slot: int, queries: Tensor, places: Tensor) -> Tensor:
         """Queries at `places` (N,) over what the slot holds, their own K/V included."""
         count, holes = kv.counts[slot], kv.places[slot]
+        if layer.native is not None and (holes is None or layer.window is None):
+            seen = places + 1 if holes is None else torch.searchsorted(holes, places, right=True)
+            return layer.native.attend(queries, kv, slot, seen)
         states = kv.states[slot : slot + 1, :, :count]
         if holes is None or layer.window is None:  # slots and places differ only in what a window counts
             if self.num_tokens == 1:  # sees everything up to itself

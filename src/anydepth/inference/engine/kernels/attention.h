@@ -148,11 +148,48 @@ inline void gather(const Heads& h, const A* values, int count, const float* weig
     }
 }
 
+#if defined(__AVX512BF16__)
+// With weights rounded to bfloat16 as well, as the Hugging Face model has them: two keys at a time.
+template <int SIZE, int Q, std::enable_if_t<SIZE != 0, int> = 0>
+inline void gather(const Heads&, const bf16* values, int count, const float* weights, const float* shrinks, Share* shares,
+                   int64_t stride) {
+    bf16 rounded[Q][CHUNK];
+    for (int q = 0; q < Q; ++q)
+        for (int k = 0; k < CHUNK; ++k) store(weights[q * CHUNK + k], &rounded[q][k]);
+    for (int start = 0; start < SIZE; start += 64) {
+        __m512 low[Q][2] = {}, high[Q][2] = {};  // values 0-3 and 4-7 of every 8
+        for (int k = 0; k < count; k += 2) {
+            const bf16* first = values + int64_t(k) * SIZE + start;
+            const bf16* second = k + 1 < count ? first + SIZE : first;  // its weight is zero
+            ask_for(first + CHUNK * SIZE, 64), ask_for(second + CHUNK * SIZE, 64);
+            for (int v = 0; v < 2; ++v) {
+                const __m512i a = load<__m512i>(first + 32 * v), b = load<__m512i>(second + 32 * v);
+                const __m512bh lows = __m512bh(_mm512_unpacklo_epi16(a, b)), highs = __m512bh(_mm512_unpackhi_epi16(a, b));
+                for (int q = 0; q < Q; ++q) {
+                    const __m512bh both = __m512bh(_mm512_set1_epi32(load<int32_t>(&rounded[q][k])));
+                    low[q][v] = _mm512_dpbf16_ps(low[q][v], lows, both);
+                    high[q][v] = _mm512_dpbf16_ps(high[q][v], highs, both);
+                }
+            }
+        }
+        const __m512i order[] = {_mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0),
+                                 _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8)};
+        for (int q = 0; q < Q; ++q)
+            for (int part = 0; part < 4; ++part) {
+                float* to = shares[q * stride].values + start + part * WIDTH;
+                const __m512 sums = _mm512_permutex2var_ps(low[q][part / 2], order[part % 2], high[q][part / 2]);
+                const floats value = wide(to) * shrinks[q] + floats(sums);
+                std::memcpy(to, &value, sizeof value);
+            }
+    }
+}
+#endif
+
 // The queries of one row that share a key head, over keys begin..end, into a share each, `stride` apart.
-// `queries` (tokens, heads, size), the first token behind `before` others.
-template <int SIZE, class A>
-void attend_to(const Heads& h, const A* keys, const A* values, const float* queries, int tokens, int64_t before, int64_t begin,
-            int64_t end, Share* shares, int64_t stride) {
+// `queries` (tokens, heads, size); `seen` (tokens,) keys that each token sees, a window apart.
+template <int SIZE, class A, class Q>
+void attend_to(const Heads& h, const A* keys, const A* values, const Q* queries, int tokens, const int64_t* seen, int64_t begin,
+               int64_t end, Share* shares, int64_t stride) {
     const int num = tokens * h.group, size = h.size;
     static thread_local std::vector<A> own;          // (num, size) queries, one key head's together
     static thread_local std::vector<float> weights;  // (num, CHUNK)
@@ -160,16 +197,16 @@ void attend_to(const Heads& h, const A* keys, const A* values, const float* quer
     own.resize(size_t(num) * size), weights.resize(size_t(num) * CHUNK), shrinks.resize(num);
     for (int q = 0; q < num; ++q) {
         shares[q * stride] = {NEVER, 0.0f, {}};
-        const float* query = queries + (int64_t(q / h.group) * h.heads + q % h.group) * size;
-        for (int i = 0; i < size; ++i) store(query[i], &own[q * size + i]);
+        const Q* query = queries + (int64_t(q / h.group) * h.heads + q % h.group) * size;
+        for (int i = 0; i < size; ++i) store(one(query[i]), &own[q * size + i]);
     }
     for (int64_t start = begin; start < end; start += CHUNK) {
         const int count = int(std::min<int64_t>(CHUNK, end - start));
         for (int q = 0; q < num; ++q) {
-            const int64_t last = before + q / h.group, first = h.window ? last - h.window + 1 : 0;
+            const int64_t last = seen[q / h.group], first = h.window ? last - h.window : 0;
             float* scores = &weights[q * CHUNK];
             const float largest = score<SIZE>(h, &own[q * size], keys + start * size, count, int(std::max<int64_t>(first - start, 0)),
-                                        int(std::min<int64_t>(last - start + 1, count)), scores);
+                                        int(std::min<int64_t>(last - start, count)), scores);
             shrinks[q] = weigh(scores, count, largest, shares[q * stride]);
         }
         const auto some = [&](auto count_of, int q) {
@@ -187,6 +224,19 @@ void attend(const Heads& h, const A* keys, const A* values, Arguments... rest) {
     if (h.size == 64) attend_to<64>(h, keys, values, rest...);
     else if (h.size == 128) attend_to<128>(h, keys, values, rest...);
     else attend_to<0>(h, keys, values, rest...);
+}
+
+// The shares of one query together: `put` (i, value i).
+template <class Put>
+inline void join(const Share* own, int num, int size, const Put& put) {
+    float largest = own[0].largest, total = 0, values[MAX_HEAD_DIM] = {};
+    for (int s = 1; s < num; ++s) largest = std::max(largest, own[s].largest);
+    for (int s = 0; s < num; ++s) {
+        const float weight = std::exp(own[s].largest - largest);
+        total += weight * own[s].total;
+        for (int i = 0; i < size; ++i) values[i] += weight * own[s].values[i];
+    }
+    for (int i = 0; i < size; ++i) put(i, values[i] / total);
 }
 
 }  // namespace

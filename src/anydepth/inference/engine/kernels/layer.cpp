@@ -166,25 +166,19 @@ void mixer(const Layer& l, const Batch& b, void* cache, const A* from, A* to) {
         const int64_t begin = first + (all - first) * split / splits, end = first + (all - first) * (split + 1) / splits;
         const A* slot = static_cast<const A*>(cache) + b.slots[row] * slot_stride;
         const int64_t query = (int64_t(row) * l.kv_heads + h) * b.tokens * group;
+        std::vector<int64_t> seen(b.tokens);
+        for (int t = 0; t < b.tokens; ++t) seen[t] = b.counts[row] + t + 1;
         attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
-                  queries + (int64_t(row) * b.tokens * l.heads + h * group) * size, b.tokens, b.counts[row], begin, end,
+                  queries + (int64_t(row) * b.tokens * l.heads + h * group) * size, b.tokens, seen.data(), begin, end,
                   parts + query * splits + split, splits);  // the shares of a query stand together
     }
 #pragma omp for
     for (int query = 0; query < num * l.heads; ++query) {
         const int shared = query % group, token = query / group % b.tokens;
         const int h = query / group / b.tokens % l.kv_heads, row = query / group / b.tokens / l.kv_heads;
-        const Share* own = parts + int64_t(query) * splits;
-        float largest = own[0].largest, total = 0;
-        for (int s = 1; s < splits; ++s) largest = std::max(largest, own[s].largest);
-        float* result = mixed + (int64_t(row) * b.tokens + token) * width + (h * group + shared) * size;
-        std::memset(result, 0, size * sizeof(float));
-        for (int s = 0; s < splits; ++s) {
-            const float weight = std::exp(own[s].largest - largest);
-            total += weight * own[s].total;
-            for (int i = 0; i < size; ++i) result[i] += weight * own[s].values[i];
-        }
-        for (int i = 0; i < size; ++i) result[i] = rounded<A>(result[i] / total);
+        join(parts + int64_t(query) * splits, splits, size, [&](int i, float value) {
+            mixed[(int64_t(row) * b.tokens + token) * width + (h * group + shared) * size + i] = rounded<A>(value);
+        });
     }
     add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, num);
 #pragma omp barrier
@@ -217,6 +211,31 @@ void fill_before(const Layer& l, const Batch& b, void* cache, const void* from, 
         rotations[l.rotation] = {static_cast<const A*>(own.cos) - shift, static_cast<const A*>(own.sin) - shift, own.size};
     }
     fill<A>(l, before, cache, static_cast<const A*>(from));
+}
+
+// Many queries of one row over what its slot holds: (N, heads, head_dim) in, (N, heads · head_dim) out.
+template <class A>
+void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* seen, int num, const A* queries, A* out) {
+    constexpr int TOKENS = 16;
+    const int size = l.head_dim, group = l.heads / l.kv_heads, blocks = (num + TOKENS - 1) / TOKENS;
+    const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
+    const int64_t head = capacity * size;
+#pragma omp parallel
+    {
+        std::vector<Share> shares(TOKENS * group);
+#pragma omp for schedule(dynamic)
+        for (int item = blocks * l.kv_heads - 1; item >= 0; --item) {  // the longest first
+            const int h = item % l.kv_heads, first = item / l.kv_heads * TOKENS, tokens = std::min(TOKENS, num - first);
+            const int64_t begin = l.window ? std::max<int64_t>(0, seen[first] - l.window) : 0, end = seen[first + tokens - 1];
+            const int64_t place = int64_t(first) * l.heads + h * group;
+            attend<A>(heads, slot + h * head, slot + (l.kv_heads + h) * head, queries + place * size, tokens, seen + first, begin,
+                      end, shares.data(), 1);
+            for (int q = 0; q < tokens * group; ++q)
+                join(&shares[q], 1, size, [&](int i, float value) {
+                    store(value, out + (place + int64_t(q / group) * l.heads + q % group) * size + i);
+                });
+        }
+    }
 }
 
 inline floats activated(int kind, floats x) {
@@ -315,6 +334,16 @@ void anydepth_fill(const Layer* l, void* cache, const Batch* b, const void* from
         fill<bf16>(*l, *b, cache, static_cast<const bf16*>(from));
     else
         fill<float>(*l, *b, cache, static_cast<const float*>(from));
+}
+
+void anydepth_attend(const Layer* l, const void* slot, int64_t capacity, const int64_t* seen, int32_t num, const void* queries,
+                     void* out) {
+    if (l->in_bf16)
+        attend_all<bf16>(*l, static_cast<const bf16*>(slot), capacity, seen, num, static_cast<const bf16*>(queries),
+                         static_cast<bf16*>(out));
+    else
+        attend_all<float>(*l, static_cast<const float*>(slot), capacity, seen, num, static_cast<const float*>(queries),
+                          static_cast<float*>(out));
 }
 
 void anydepth_linear(const Matrix* w, const Norm* norm, const void* from, void* to, float* workspace, int32_t num_tokens,
