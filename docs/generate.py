@@ -1,7 +1,7 @@
 """Fills the generated parts of the pages while mkdocs builds them: what code or results say is written there once.
 
 A line `<!-- generate: WHAT -->` in a page is replaced: `options NAME` (a method's Config), `method NAME` (lossless,
-trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results`, `result-files`. Not a
+trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results`, `engine`, `result-files`. Not a
 script to run: mkdocs loads it as a hook.
 """
 
@@ -16,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"^<!-- generate: (\S+) ?(\S*) -->$", re.MULTILINE)
-RESULTS = re.compile(r"<!-- results:start -->\n(.*?)<!-- results:end -->", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -66,9 +65,19 @@ def commands() -> str:
 
 
 def results() -> str:
-    """The results table of the README."""
-    found = RESULTS.search((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert found, "README.md has lost its results:start and results:end marks"
+    """The tables of methods in the README."""
+    return _of_readme("results")
+
+
+def engine() -> str:
+    """The tables of the fast engine in the README."""
+    return _of_readme("engine")
+
+
+def _of_readme(part: str) -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {part}:start -->\n(.*?)<!-- {part}:end -->", text, re.DOTALL)
+    assert found, f"README.md has lost its {part}:start and {part}:end marks"
     return found[1]
 
 
@@ -88,6 +97,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "families": families,
     "commands": commands,
     "results": results,
+    "engine": engine,
     "result-files": result_files,
 }
 

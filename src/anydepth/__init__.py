@@ -27,6 +27,7 @@ _HOMES = {
     "load": "anydepth.training.checkpoint",
     "save": "anydepth.training.checkpoint",
     "METHODS": "anydepth.methods",
+    "FastEngine": "anydepth.inference.engine.decode",
     "LayerRouter": "anydepth.methods.layer_router",
     "SkipSet": "anydepth.methods.skip_set",
     "StochasticDepth": "anydepth.methods.stochastic_depth",
@@ -36,6 +37,7 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "AdaptedModel",
+    "FastEngine",
     "LayerRouter",
     "RunError",
     "SkipSet",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from anydepth.errors import RunError, UserError
     from anydepth.execution.adapted import AdaptedModel, attach, detach
     from anydepth.execution.trace import Trace
+    from anydepth.inference.engine.decode import FastEngine
     from anydepth.methods import METHODS
     from anydepth.methods.layer_router import LayerRouter
     from anydepth.methods.skip_set import SkipSet

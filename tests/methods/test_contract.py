@@ -266,6 +266,30 @@ def test_rewound_cache_goes_on_as_if_never_forward(family: str, adapted: Adapted
 
 
 @torch.no_grad()
+def test_gates_that_do_not_read_the_state(model: PreTrainedModel, adapted: AdaptedModel) -> None:
+    """Where a method says that it does not look at the state, any state gives the same gates."""
+    ids = families.token_ids()
+    wanted = logits_of(adapted, ids)
+    trace = adapted.last_trace
+    for method in adapted.active_methods:
+        for hook in ("layer_gate", "mixer_gate", "ffn_gate"):
+            setattr(method, hook, blindfolded(method, getattr(method, hook)))
+    assert torch.equal(logits_of(adapted, ids), wanted)
+    assert torch.equal(adapted.last_trace.mixer_keep, trace.mixer_keep)
+
+
+def blindfolded(method: Method, own: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that sees NaN where its method says that it does not look."""
+
+    def hook(layer_idx: int, hidden: Tensor, context: Any) -> Any:
+        return own(
+            layer_idx, hidden if method.reads_state(layer_idx) else torch.full_like(hidden, float("nan")), context
+        )
+
+    return hook
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 def test_fast_engine_is_the_model(family: str, adapted: AdaptedModel, case: str, native: bool) -> None:
     """Logits of prefill, of single tokens and of several behind a past; then tokens and trace of a padded batch."""

@@ -128,7 +128,7 @@ def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -
     ours = EngineLayer(parts, "float32", torch.float32, ["all"], Memory())
     plain = EngineLayer(parts, "float32", torch.float32, ["all"])
     assert ours.native is not None
-    kv = LayerKV(3, past + 20, KV_HEADS, HEAD_DIM, torch.empty(0))
+    kv = LayerKV(torch.zeros(3, 2 * KV_HEADS, past + 20, HEAD_DIM))
     kv.states[:, :, : past + 5] = randn(3, 2 * KV_HEADS, past + 5, HEAD_DIM)
     slots, counts = [2, 0], [past, past + 5]
     hidden = randn(2 * num_tokens, HIDDEN, seed=20)

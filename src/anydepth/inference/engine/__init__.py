@@ -41,10 +41,13 @@ def choose(
         if compiled:
             raise UserError("compile is the fast engine's; use engine fast, or leave it out")
         return None
-    if engine == "fast" or weights is not None or compiled:
-        return FastEngine(adapted, weights, compiled=compiled)
     try:
-        return FastEngine(adapted)
+        fast = FastEngine(adapted, weights, compiled=compiled)
     except UserError as error:
+        if engine == "fast" or weights is not None or compiled:
+            raise
         say(f"engine hf: {error}")
         return None
+    if fast.model.why_not_native is not None and not compiled:
+        say(f"engine fast, by PyTorch's own operators, slower: {fast.model.why_not_native}")
+    return fast

@@ -47,16 +47,18 @@ class Pending:
 class LayerKV:
     """Keys and values of one layer, `counts` tokens of each slot filled.
 
-    Attributes:
+    Args:
         states: (slots, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
+
+    Attributes:
         counts: filled tokens per slot.
         pending: per slot, what still has to be filled in.
         places: per slot, the places (count,) of its tokens where some left none; None where nothing is missing.
     """
 
-    def __init__(self, num_slots: int, capacity: int, num_heads: int, head_dim: int, like: Tensor) -> None:
-        # Zeros: what a mask hides must still be finite.
-        self.states = _zeros((num_slots, 2 * num_heads, capacity, head_dim), like)
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+        num_slots = len(states)
         self.counts = [0] * num_slots
         self.pending = [Pending() for _ in range(num_slots)]
         self.places: list[Tensor | None] = [None] * num_slots
@@ -97,17 +99,6 @@ class LayerKV:
     def clear(self, slot: int) -> None:
         self.counts[slot], self.pending[slot], self.places[slot] = 0, Pending(), None
 
-    def grow(self, capacity: int) -> None:
-        old = self.states
-        self.states = _zeros((*old.shape[:2], capacity, old.shape[3]), old)
-        self.states[:, :, : old.shape[2]] = old
-
-
-def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    if like.device.type != "cpu":
-        return like.new_zeros(shape)
-    return huge(math.prod(shape) * like.element_size()).view(like.dtype).view(shape)
-
 
 class EngineCache:
     """All layers' K/V for up to `num_slots` sequences, growing with the longest, up to `max_length` tokens each."""
@@ -125,7 +116,9 @@ class EngineCache:
         self.capacity = GROWTH if max_length is None else min(GROWTH, max_length)
         self.lengths = [0] * num_slots
         self.free = list(range(num_slots))
-        self.layers = [LayerKV(num_slots, self.capacity, num_heads, head_dim, like) for _ in range(num_layers)]
+        # One block, so that it is large enough for huge pages. Zeros: what a mask hides must still be finite.
+        self.states = _zeros((num_layers, num_slots, 2 * num_heads, self.capacity, head_dim), like)
+        self.layers = [LayerKV(states) for states in self.states]
 
     def take_slot(self) -> int:
         """An empty slot; the lowest that is free."""
@@ -146,8 +139,11 @@ class EngineCache:
         if length > self.capacity:
             wanted = max(length, self.capacity * 3 // 2, self.capacity + GROWTH)
             self.capacity = wanted if self.max_length is None else min(wanted, self.max_length)
-            for layer in self.layers:
-                layer.grow(self.capacity)
+            before = self.states
+            self.states = _zeros((*before.shape[:3], self.capacity, before.shape[4]), before)
+            self.states[:, :, :, : before.shape[3]] = before
+            for layer, states in zip(self.layers, self.states, strict=True):
+                layer.states = states
 
     def rewind(self, slot: int, length: int) -> None:
         """Forget the tokens of a slot from place `length` on."""
@@ -162,3 +158,9 @@ class EngineCache:
             sum(layer.counts) * layer.states.shape[1] * layer.states.shape[3] * layer.states.element_size()
             for layer in self.layers
         )
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    return huge(math.prod(shape) * like.element_size()).view(like.dtype).view(shape)

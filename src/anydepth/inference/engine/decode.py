@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -108,18 +109,23 @@ class FastEngine:
             self.adapted.records = records
         unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         pad: Any = generation_config._pad_token_tensor
+        # Known without asking at every step: the end by length.
+        lengths = [criterion for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
+        max_length = min((criterion.max_length for criterion in lengths), default=None)
+        others = StoppingCriteriaList(criterion for criterion in stopping_criteria if criterion not in lengths)
         num_ended = 0
         while True:
             scores = logits_processor(input_ids, logits.float())
-            next_ids = torch.multinomial(scores.softmax(-1), 1)[:, 0] if sampling else scores.argmax(-1)
+            next_ids = torch.multinomial(scores.softmax(-1), 1)[:, 0] if sampling else _largest(scores)
             if num_ended and generation_config._eos_token_tensor is not None:
                 next_ids = next_ids * unfinished + pad * (1 - unfinished)
             input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
             if streamer is not None:
                 streamer.put(next_ids.cpu())
-            unfinished = unfinished & ~stopping_criteria(input_ids, scores)
-            num_ended = len(input_ids) - int(unfinished.sum())
-            if num_ended == len(input_ids):
+            if others:
+                unfinished = unfinished & ~others(input_ids, scores)
+                num_ended = len(input_ids) - int(unfinished.sum())
+            if num_ended == len(input_ids) or input_ids.shape[1] == max_length:
                 break
             hidden, record = self.model.forward(next_ids[:, None], slots, cache, methods)
             records.append(record)
@@ -142,6 +148,11 @@ class FastEngine:
         record = _padded(records, input_ids.shape[1])
         record.head_rows = len(input_ids)
         return self.model.logits(torch.cat(last)), record
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """(B,) places of the first of the largest of (B, V) scores. numpy looks ten times as fast as torch."""
+    return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1)
 
 
 def _padded(records: list[PassRecord], num_tokens: int) -> PassRecord:

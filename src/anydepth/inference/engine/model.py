@@ -77,6 +77,7 @@ class EngineModel:
             packed = pack_panels(dense, self.weights, memory)
             self.native_head = NativeLinear([packed], self.dtype, memory, final_norm(backbone))
             self.head = NativeLinear([packed], self.dtype, memory) if self.weights in WEIGHT_ONLY else Linear([dense])
+        self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
         self.softcap = logits_softcap(backbone)
         self.num_places = 0
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
@@ -106,7 +107,7 @@ class EngineModel:
         cache.make_room(longest)
         self._prepare_rotations(longest)
         step = Step(token_ids, slots, cache, methods, self.rotation_kinds, self._rotation)
-        hidden = self.backbone.decoder.get_submodule(self.backbone.family.embedding)(token_ids).flatten(0, 1)
+        hidden = self.embedding(token_ids).flatten(0, 1)
         hidden = step.through(self.layers, hidden)
         for slot in slots:
             cache.lengths[slot] += token_ids.shape[1]

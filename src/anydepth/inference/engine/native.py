@@ -32,7 +32,7 @@ from anydepth.models.load import cache_folder
 
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
-MAX_TOKENS = 16
+MAX_TOKENS = 64
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
 MAX_HEAD_DIM = 256
 ROWS_AT_ONCE = 128
@@ -107,24 +107,32 @@ def library() -> Any:
     sources = "".join(path.read_text() for path in sorted(SOURCES.iterdir()))
     made_of = sources + " ".join(command) + platform.platform() + _cpu()
     path = cache_folder() / "native" / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / "kernels.so"
-            try:
-                subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=True)
-            except OSError as error:
-                raise BuildError(f"the compiler {compiler} could not be started ({error.strerror})") from error
-            except subprocess.CalledProcessError as error:
-                why = (error.stderr.strip().splitlines() or ["no message"])[-1]
-                raise BuildError(f"{compiler} could not compile the kernels ({why})") from error
-            os.replace(built, path)
-    # torch is loaded already, and with it the OpenMP library that both then share: one team of threads.
-    kernels: Any = ctypes.CDLL(str(path))
+    try:
+        if not path.exists():
+            _build(command, path)
+        # torch is loaded already, and with it the OpenMP library that both then share: one team of threads.
+        kernels: Any = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be made or loaded ({error.strerror or error})") from error
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
     for number, struct in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch, _Task)):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(struct), struct
     return kernels
+
+
+def _build(command: list[str], path: Path) -> None:
+    """Compile; in place at once, whole, also when two processes compile at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / "kernels.so"
+        try:
+            subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=True)
+        except OSError as error:
+            raise BuildError(f"the compiler {command[0]} could not be started ({error.strerror})") from error
+        except subprocess.CalledProcessError as error:
+            why = (error.stderr.strip().splitlines() or ["no message"])[-1]
+            raise BuildError(f"{command[0]} could not compile the kernels ({why})") from error
+        os.replace(built, path)
 
 
 def _cpu() -> str:
@@ -239,7 +247,7 @@ class NativeLayer:
         return output
 
 
-@dataclass
+@dataclass(slots=True)
 class Task:
     """What to run of one layer, and over which cache.
 

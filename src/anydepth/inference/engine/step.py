@@ -109,8 +109,10 @@ class Step:
 
     def _task(self, layer: EngineLayer, kv: LayerKV, mixer_gate: Gate | None, ffn_gate: Gate | None) -> Task | None:
         """What a span runs of this layer, its K/V counted already; None if it cannot be part of one."""
+        if layer.native is None or self.num_rows * self.num_tokens > MAX_TOKENS:
+            return None
         mixes, feeds = _everybody(mixer_gate), _everybody(ffn_gate)
-        if layer.native is None or self.num_rows * self.num_tokens > MAX_TOKENS or mixes is None or feeds is None:
+        if mixes is None or feeds is None:
             return None
         task = Task(layer.native, kv, FFN if feeds else 0)
         if mixes:

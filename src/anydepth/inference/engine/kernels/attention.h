@@ -14,7 +14,11 @@ constexpr int CHUNK = 64;  // keys that stay in the nearest cache for all querie
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 16;
 
-inline int num_splits(int64_t keys) { return int(std::min<int64_t>(MAX_SPLITS, (keys + CHUNK - 1) / CHUNK)); }
+// Parts that the keys of each of `items` are cut into: enough for many threads, and no part shorter than a chunk.
+inline int num_splits(int64_t keys, int items) {
+    const int64_t wanted = std::max(1, 4 * MAX_SPLITS / items);
+    return int(std::min<int64_t>({MAX_SPLITS, wanted, (keys + CHUNK - 1) / CHUNK}));
+}
 
 struct Heads {
     int size, heads, group;  // dimension; all; those that share keys

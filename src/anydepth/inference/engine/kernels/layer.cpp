@@ -140,7 +140,7 @@ void mixer(const Layer& l, const Batch& b, void* cache, const A* from, A* to) {
     const int64_t head_stride = b.capacity * size, slot_stride = 2 * l.kv_heads * head_stride;
     int64_t longest = 0;
     for (int r = 0; r < b.rows; ++r) longest = std::max(longest, b.counts[r] + b.tokens);
-    const int splits = num_splits(longest);
+    const int splits = num_splits(longest, b.rows * l.kv_heads);
     const Packed& x = prepared<A>(l.queries, l.mixer_norm, from, num);
     product<A>(l.queries, x, num, queries);
     product<A>(l.keys, x, num, keys);
