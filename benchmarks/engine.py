@@ -34,8 +34,8 @@ RESULT = Path(__file__).resolve().parent / "results" / "engine.json"
 NEW_TOKENS = 64
 # In the order in which `anydepth search embedded --strategy greedy --budget 0.5` leaves them out.
 GREEDY = [14, 7, 17, 4, 26, 16, 3, 18, 25, 5, 15, 8, 20, 12, 21]
-# Of branches alone, spread over the later layers: without the fifteen FFNs that greedy search names, or without the second
-# layer's, bfloat16 is too rough for the self-check (0.11 apart by rounding alone; 6e-6 in float32).
+# Of branches alone, spread over the later layers: without the fifteen FFNs that greedy search names, or without the
+# second layer's, bfloat16 is too rough for the self-check (0.11 apart by rounding alone; 6e-6 in float32).
 SPREAD = {5: range(3, 30, 6), 10: [*range(3, 30, 3), 28], 15: range(14, 29)}
 ALWAYS_KEEP = 3
 ROUTED = 27
@@ -339,7 +339,7 @@ SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
 def markdown(sections: dict[str, Any]) -> str:
     """The committed result as tables."""
     lines = [
-        "| batch 1, 64 new tokens | ms a token behind 64 / 512 | × transformers | × llama.cpp of that width | roofline | prefill of 512, × transformers |",
+        "| batch 1 | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers |",
         "| --- |" + " --- |" * 5,
     ]
     rows = {(row["engine"], row["prompt_tokens"]): row for row in sections["peers"]["rows"] if "engine" in row}

@@ -1,8 +1,8 @@
 """Fills the generated parts of the pages while mkdocs builds them: what code or results say is written there once.
 
 A line `<!-- generate: WHAT -->` in a page is replaced: `options NAME` (a method's Config), `method NAME` (lossless,
-trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results`, `engine`, `result-files`. Not a
-script to run: mkdocs loads it as a hook.
+trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results`, `engine`,
+`result-files`. Not a script to run: mkdocs loads it as a hook.
 """
 
 from __future__ import annotations

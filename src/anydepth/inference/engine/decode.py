@@ -112,7 +112,7 @@ class FastEngine:
         # Known without asking at every step: the end by length.
         lengths = [criterion for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
         max_length = min((criterion.max_length for criterion in lengths), default=None)
-        others = StoppingCriteriaList(criterion for criterion in stopping_criteria if criterion not in lengths)
+        others: Any = StoppingCriteriaList(criterion for criterion in stopping_criteria if criterion not in lengths)
         num_ended = 0
         while True:
             scores = logits_processor(input_ids, logits.float())
