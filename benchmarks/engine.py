@@ -339,7 +339,7 @@ SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
 def markdown(sections: dict[str, Any]) -> str:
     """The committed result as tables."""
     lines = [
-        "| batch 1 | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers |",
+        "| | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers |",
         "| --- |" + " --- |" * 5,
     ]
     rows = {(row["engine"], row["prompt_tokens"]): row for row in sections["peers"]["rows"] if "engine" in row}

@@ -290,14 +290,28 @@ def blindfolded(method: Method, own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
-def test_fast_engine_is_the_model(family: str, adapted: AdaptedModel, case: str, native: bool) -> None:
-    """Logits of prefill, of single tokens and of several behind a past; then tokens and trace of a padded batch."""
+def test_fast_engine_is_the_model(
+    family: str, adapted: AdaptedModel, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if family not in ENGINE_FAMILIES:
         with pytest.raises(UserError, match="fast engine does not run"):
             FastEngine(adapted)
         return
-    engine, ids = FastEngine(adapted, native=native), families.token_ids()
+    # So that the longest part below is one of many tokens, the others are of few.
+    monkeypatch.setattr("anydepth.inference.engine.step.MAX_TOKENS", 16)
+    assert_engine_is_the_model(FastEngine(adapted), adapted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["skip_branches", "router_project", "router_omit"])
+def test_fast_engine_without_kernels_is_the_model(family: str, adapted: AdaptedModel, case: str) -> None:
+    if family in ENGINE_FAMILIES:
+        assert_engine_is_the_model(FastEngine(adapted, native=False), adapted)
+
+
+def assert_engine_is_the_model(engine: FastEngine, adapted: AdaptedModel) -> None:
+    """Logits of prefill, of single tokens and of several behind a past; then tokens and trace of a padded batch."""
+    ids = families.token_ids()
     wanted, before = logits_of(adapted, ids[:1]), adapted.last_trace
     cache = engine.model.new_cache(2)
     cache.take_slot()
