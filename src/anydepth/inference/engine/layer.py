@@ -92,7 +92,7 @@ class EngineLayer:
         self.scale, self.softcap, self.window = parts.scale, parts.softcap, parts.window
         self.rotation_kind, self.activation = parts.rotation_kind, parts.activation
         self.qkv = joined("queries", "keys", "values")
-        self.kv = joined("keys", "values")  # for tokens that only leave K/V
+        self.queries, self.kv = joined("queries"), joined("keys", "values")  # where some tokens only leave K/V
         self.out = joined("output")
         self.gate, self.up, self.down = joined("gate"), joined("up"), joined("down")
         self.mixer_norm, self.mixer_out_norm = norm(parts.mixer_norm), norm(parts.mixer_out_norm)
@@ -105,6 +105,7 @@ class EngineLayer:
         if compiled:
             self.add_ffn, self.add_mixer = _compiled(self.add_ffn), _compiled(self.add_mixer)
             self.project, self.project_kv = _compiled(self.project), _compiled(self.project_kv)
+            self.project_queries = _compiled(self.project_queries)
 
     @property
     def mixer_bytes(self) -> int:
@@ -133,6 +134,14 @@ class EngineLayer:
             rotation.turn(queries)
             rotation.turn(keys)
         return queries, torch.cat([keys, values], dim=1)
+
+    def project_queries(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
+        """Queries (N, H, head_dim) alone of (N, D) states."""
+        normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
+        queries = _normed(self.queries(normed).view(len(hidden), -1, self.head_dim), self.query_norm)
+        if rotation is not None:
+            rotation.turn(queries)
+        return queries
 
     def project_kv(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
         """Keys and values (N, 2·H_kv, head_dim) of tokens that do not run the mixer."""

@@ -197,11 +197,22 @@ class Step:
         if len(index) == len(rows) * self.num_tokens:
             return hidden.index_copy(0, index, self._mix_rows(layer, kv, rows, kept))
         self._settle(layer, kv, [self.slots[row] for row in rows])
-        queries, new = layer.project(kept, None if rotation is None else rotation.take(index))
+        rotation = None if rotation is None else rotation.take(index)
         sizes = [counts[row] for row in rows]
-        parts = zip(rows, queries.split(sizes), new.split(sizes), strict=True)
-        mixed = torch.cat([self._attend_some(layer, kv, hidden, gate, *part) for part in parts])
-        return hidden.index_copy(0, index, layer.add_mixer(mixed, kept))
+        if gate.kv_rule == "project":
+            queries = layer.project_queries(kept, rotation)
+            for row in rows:  # every token's K/V come from the state in front of the layer, whether it runs it or not
+                self._fill(layer, kv, self.slots[row], hidden[row * self.num_tokens : (row + 1) * self.num_tokens])
+        else:
+            queries, new = layer.project(kept, rotation)
+            for row, own in zip(rows, new.split(sizes), strict=True):
+                holes = counts[row] < self.num_tokens or self._has_holes(kv, [row])
+                kv.append(self.slots[row], own, self.places[row][gate.keep[row]] if holes else None)
+        mixed = [
+            self._attend(layer, kv, self.slots[row], own, self.places[row][gate.keep[row]])
+            for row, own in zip(rows, queries.split(sizes), strict=True)
+        ]
+        return hidden.index_copy(0, index, layer.add_mixer(torch.cat(mixed), kept))
 
     def _mix_rows(self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int], hidden: Tensor) -> Tensor:
         """All T tokens of these rows run the mixer: (R·T, D) to (R·T, D)."""
@@ -258,17 +269,20 @@ class Step:
         """Project what earlier tokens of these slots left pending, all of a slot in one product."""
         for slot in slots:
             if kv.pending[slot]:
-                states = kv.pending[slot].take()
-                start, count = kv.counts[slot], len(states)
-                places = slice(start, start + count)  # under `project` no token before them is missing
-                if layer.native is not None and count <= MAX_TOKENS:
-                    rotations = [self.rotation_at(kind, places) for kind in self.rotation_kinds]
-                    pairs = [(rotation.cos, rotation.sin) for rotation in rotations]
-                    layer.native.fill(states, Rows([slot], count, [start], pairs), kv)
-                    kv.extend(slot, count)
-                else:
-                    kind = layer.rotation_kind
-                    kv.append(slot, layer.project_kv(states, None if kind is None else self.rotation_at(kind, places)))
+                self._fill(layer, kv, slot, kv.pending[slot].take())
+
+    def _fill(self, layer: EngineLayer, kv: LayerKV, slot: int, states: Tensor) -> None:
+        """K/V of a slot's next tokens, from their states (N, D). Under `project` no token before them is missing."""
+        start, count = kv.counts[slot], len(states)
+        places = slice(start, start + count)
+        if layer.native is not None and count <= MAX_TOKENS:
+            rotations = [self.rotation_at(kind, places) for kind in self.rotation_kinds]
+            pairs = [(rotation.cos, rotation.sin) for rotation in rotations]
+            layer.native.fill(states, Rows([slot], count, [start], pairs), kv)
+            kv.extend(slot, count)
+        else:
+            kind = layer.rotation_kind
+            kv.append(slot, layer.project_kv(states, None if kind is None else self.rotation_at(kind, places)))
 
     # --- attention ---------------------------------------------------------------------------------------------
 
@@ -302,24 +316,6 @@ class Step:
                 mask &= columns > places[..., None] - window
             self.masks[key] = mask
         return self.masks[key]
-
-    def _attend_some(
-        self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate, row: int, queries: Tensor, new: Tensor
-    ) -> Tensor:
-        """One row, of which the kept tokens attend; under `project` the others leave K/V projected from their state."""
-        slot, keep = self.slots[row], gate.keep[row]
-        kept_places, skipped = self.places[row][keep], (~keep).nonzero()[:, 0]
-        if gate.kv_rule == "omit":
-            holes = len(skipped) > 0 or self._has_holes(kv, [row])
-            kv.append(slot, new, kept_places if holes else None)
-        elif len(skipped) == 0:
-            kv.append(slot, new)
-        else:
-            flat, rotation = skipped + row * self.num_tokens, self._rotation(layer.rotation_kind)
-            other = layer.project_kv(hidden[flat], None if rotation is None else rotation.take(flat))
-            order = torch.cat([keep.nonzero()[:, 0], skipped]).argsort()
-            kv.append(slot, torch.cat([new, other])[order])
-        return self._attend(layer, kv, slot, queries, kept_places)
 
     def _attend(self, layer: EngineLayer, kv: LayerKV, slot: int, queries: Tensor, places: Tensor) -> Tensor:
         """Queries at `places` (N,) over what the slot holds, their own K/V included."""
