@@ -14,10 +14,10 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from anydepth.config import StrictConfig
+from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Gate, KVRule, Method, PassContext, check_layers
 from anydepth.models.backbone import Backbone
 
@@ -67,43 +67,6 @@ class LayerRouterConfig(StrictConfig):
         return self
 
 
-class RouterNetwork(nn.Module):
-    """LayerNorm, then a linear map D → G and an MLP D → D/2 → D/4 → G added, in float32: (B, T, D) to (G, B, T) logits.
-
-    The linear map is what `calibration/router_fit.py` can solve for; it starts at zero.
-    """
-
-    def __init__(self, hidden_size: int, biases: Tensor, generator: torch.Generator) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        half, quarter = max(hidden_size // 2, 1), max(hidden_size // 4, 1)
-        self.hidden = nn.ModuleList([nn.Linear(hidden_size, half), nn.Linear(half, quarter)])
-        self.out = nn.Linear(quarter, len(biases), bias=False)
-        self.direct = nn.Linear(hidden_size, len(biases))
-        with torch.no_grad():
-            for linear in (*self.linears(), self.out):
-                linear.weight.normal_(0, linear.in_features**-0.5, generator=generator)
-            for linear in self.linears():
-                linear.bias.zero_()
-            self.out.weight.mul_(0.1)
-            self.direct.weight.zero_()
-            self.direct.bias.copy_(biases)
-
-    def linears(self) -> list[nn.Linear]:
-        return [linear for linear in self.hidden if isinstance(linear, nn.Linear)]
-
-    def forward(self, states: Tensor) -> Tensor:
-        # Autocast would take the logits to bfloat16, where a threshold falls between few values.
-        with torch.autocast(states.device.type, enabled=False):
-            normed = x = self.norm(states.float())
-            for linear in self.linears():
-                x = F.gelu(linear(x))
-            return (self.direct(normed) + self.out(x)).movedim(-1, 0)
-
-    def flops(self, num_tokens: int) -> int:
-        return sum(2 * num_tokens * linear.weight.numel() for linear in (*self.linears(), self.out, self.direct))
-
-
 class LayerRouter(Method):
     """Decides per token, after `always_keep` layers, which of the layers behind them it runs."""
 
@@ -124,11 +87,12 @@ class LayerRouter(Method):
         self.backward_temperature = config.backward_temperature
         self.gates: list[Gate] = []
         self.pinned: Tensor | None = None
-        self.network: RouterNetwork | None = None
+        self.network: GateNetwork | None = None
         if config.router == "learned":
             closed = torch.tensor([layer_idx in config.initial_skip_layers for layer_idx in self.routed])
             biases = torch.where(closed, -config.initial_bias, config.initial_bias)
-            self.network = RouterNetwork(backbone.hidden_size, biases, self.generator)
+            size = backbone.hidden_size
+            self.network = GateNetwork(size, (size // 2, size // 4), biases, self.generator)
 
     def set_progress(self, progress: float) -> None:
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
@@ -160,7 +124,7 @@ class LayerRouter(Method):
             return Gate.of_plan(self.pinned.expand(-1, *context.token_mask.shape), context, self.config.kv_rule)
         if self.network is None:
             return Gate.of_plan(self._random_keep(context), context, self.config.kv_rule)
-        logits = self.network(hidden.detach())
+        logits = context.evaluate(self.network, hidden.detach()).movedim(-1, 0)
         if not context.training:
             context.notes[self.name] = {"router_logits": logits}
             return Gate.of_plan(logits > self.config.threshold, context, self.config.kv_rule)

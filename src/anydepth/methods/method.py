@@ -6,7 +6,7 @@ about a layer, a mixer or an FFN. Decisions at inference are deterministic, caus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
+from anydepth.methods.gate_network import GateNetwork
 from anydepth.models.backbone import Backbone
 
 KVRule = Literal["project", "omit"]
@@ -28,12 +29,14 @@ class PassContext:
         positions: (B, T) int, place of each token among the real tokens of its row, earlier forwards included.
         training: whether decisions may be sampled.
         notes: what methods keep of this forward for their losses, by method name.
+        evaluate: logits of a method's network for states; an engine may have a faster way than the network's own.
     """
 
     token_mask: Tensor
     positions: Tensor
     training: bool
     notes: dict[str, Any] = field(default_factory=dict)
+    evaluate: Callable[[GateNetwork, Tensor], Tensor] = GateNetwork.__call__
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Gate:
     def of_plan(cls, keep: Tensor, context: PassContext, kv_rule: KVRule, weights: Tensor | None = None) -> list[Gate]:
         """Gates of G branches from (G, B, T) decisions, with one host synchronisation for all of them."""
         real = context.token_mask
+        if real.numel() == 1 and weights is None:  # a token of a decode, where every operator more is felt
+            runs, skips = cls(real, kv_rule, any_kept=True, all_kept=True), cls.closed(context, kv_rule)
+            return [runs if kept else skips for kept in keep.flatten().tolist()]
         keep = keep & real
         flags = torch.stack([keep.flatten(1).any(1), (keep | ~real).flatten(1).all(1)]).tolist()
         each = [None] * len(keep) if weights is None else weights.unbind()

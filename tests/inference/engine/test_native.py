@@ -26,7 +26,7 @@ from anydepth.inference.engine.native import (
     NativeLinear,
     Rows,
     Task,
-    run_tasks,
+    Tasks,
 )
 from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.weights import quantise_int4, quantise_int8
@@ -149,18 +149,18 @@ def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -
     for slot, count in zip(slots, counts, strict=True):
         kv.states[slot, :, count : count + num_tokens] = float("nan")  # the kernel writes them itself
     rows = Rows(slots, num_tokens, counts, [] if rotation is None else [(rotation.cos, rotation.sin)])
-    after_mixer, _ = run_tasks([Task(ours.native, kv, MIXER)], rows, hidden)
+    after_mixer, _ = Tasks([Task(ours.native, kv, MIXER)]).run(rows, hidden)
     torch.testing.assert_close(after_mixer, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    after_layer, taps = run_tasks([Task(ours.native, kv, MIXER | FFN | TAP)], rows, hidden)
+    after_layer, taps = Tasks([Task(ours.native, kv, MIXER | FFN | TAP)]).run(rows, hidden)
     torch.testing.assert_close(after_layer, plain.add_ffn(wanted), rtol=1e-4, atol=1e-5)
-    assert torch.equal(taps, hidden[None])
+    assert torch.equal(torch.stack([*taps]), hidden[None])
     for slot, count in zip(slots, counts, strict=True):
         kv.states[slot, :, count : count + num_tokens] = float("nan")
     ours.native.fill(hidden, rows, kv)  # the same K/V, by tokens that do not attend
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    nothing, taps = run_tasks([Task(ours.native, kv, 0), Task(ours.native, kv, TAP)], rows, hidden)
-    assert torch.equal(nothing, hidden) and torch.equal(taps, hidden[None])
+    nothing, taps = Tasks([Task(ours.native, kv, 0), Task(ours.native, kv, TAP)]).run(rows, hidden)
+    assert torch.equal(nothing, hidden) and torch.equal(torch.stack([*taps]), hidden[None])
 
 
 def test_read_reads_all() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +120,7 @@ class EngineCache:
         # One block, so that it is large enough for huge pages. Zeros: what a mask hides must still be finite.
         self.states = _zeros((num_layers, num_slots, 2 * num_heads, self.capacity, head_dim), like)
         self.layers = [LayerKV(states) for states in self.states]
+        self.whole_pass: Any = None  # kept by a step: `native.Tasks` over the K/V where they lie
 
     def take_slot(self) -> int:
         """An empty slot; the lowest that is free."""
@@ -142,6 +144,7 @@ class EngineCache:
             before = self.states
             self.states = _zeros((*before.shape[:3], self.capacity, before.shape[4]), before)
             self.states[:, :, :, : before.shape[3]] = before
+            self.whole_pass = None
             for layer, states in zip(self.layers, self.states, strict=True):
                 layer.states = states
 

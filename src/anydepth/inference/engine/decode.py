@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -109,10 +110,13 @@ class FastEngine:
             self.adapted.records = records
         unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         pad: Any = generation_config._pad_token_tensor
-        # Known without asking at every step: the end by length.
+        # Known without asking at every step: the end by length, and that no end token has come.
         lengths = [criterion for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
+        ends = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
         max_length = min((criterion.max_length for criterion in lengths), default=None)
-        others: Any = StoppingCriteriaList(criterion for criterion in stopping_criteria if criterion not in lengths)
+        end_ids = {token for criterion in ends for token in criterion.eos_token_id.tolist()}
+        criteria: Any = StoppingCriteriaList(criterion for criterion in stopping_criteria if criterion not in lengths)
+        ask_always = len(criteria) > len(ends)
         num_ended = 0
         while True:
             scores = logits_processor(input_ids, logits.float())
@@ -122,8 +126,8 @@ class FastEngine:
             input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
             if streamer is not None:
                 streamer.put(next_ids.cpu())
-            if others:
-                unfinished = unfinished & ~others(input_ids, scores)
+            if ask_always or not end_ids.isdisjoint(next_ids.tolist()):
+                unfinished = unfinished & ~criteria(input_ids, scores)
                 num_ended = len(input_ids) - int(unfinished.sum())
             if num_ended == len(input_ids) or input_ids.shape[1] == max_length:
                 break

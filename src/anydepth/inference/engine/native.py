@@ -38,7 +38,7 @@ MAX_HEAD_DIM = 256
 ROWS_AT_ONCE = 128
 """Of quantised maps, that oneDNN has no kernels for: inputs that still lie in the second cache."""
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-MIXER, FFN, TAP = 1, 2, 4
+MIXER, FFN, TAP, OMIT = 1, 2, 4, 8
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAPS = ("queries", "keys", "values", "output", "gate", "up", "down")
 NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm")
@@ -83,7 +83,21 @@ class _Batch(Structure):
 
 
 class _Task(Structure):
-    _fields_ = [(name, c_int64) for name in ("layer", "cache", "parts", "num_waiting", "waiting")]
+    _fields_ = [
+        (name, c_int64)
+        for name in (
+            "layer",
+            "cache",
+            "parts",
+            "counts",
+            "waiting",
+            "num_waiting",
+            "mixed",
+            "num_mixed",
+            "fed",
+            "num_fed",
+        )
+    ]
 
 
 TASK_FIELDS = len(_Task._fields_)
@@ -252,40 +266,55 @@ class Task:
     """What to run of one layer, and over which cache.
 
     Attributes:
-        parts: of `MIXER`, `FFN` and `TAP`, added up.
+        parts: of `MIXER`, `FFN`, `TAP` and `OMIT`, added up. `OMIT`: tokens that do not run the mixer leave no K/V;
+            without it all tokens of a row leave them as soon as one of the row runs it.
+        counts: K/V that each row held before in this layer, where they are not those of the `Rows`.
         waiting: states (N, D) of the tokens right in front of the new ones of a single row: their K/V come first.
+        mixed, fed: int64 places in (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
     """
 
     layer: NativeLayer
     kv: LayerKV
     parts: int
+    counts: Tensor | None = None
     waiting: Tensor | None = None
+    mixed: Tensor | None = None
+    fed: Tensor | None = None
 
     def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
-        waiting, cache = self.waiting, self.kv.states.data_ptr()
-        if waiting is None:
-            return (self.layer.address, cache, self.parts, 0, 0)
-        return (self.layer.address, cache, self.parts, len(waiting), waiting.data_ptr())
+        counts = 0 if self.counts is None else self.counts.data_ptr()
+        return (
+            *(self.layer.address, self.kv.states.data_ptr(), self.parts, counts),
+            *(_list(self.waiting) + _list(self.mixed) + _list(self.fed)),
+        )
 
 
-def run_tasks(tasks: Sequence[Task], rows: Rows, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Run tasks, one after the other, for up to `MAX_TOKENS` tokens. K/V go into the caches; their counts stay.
+class Tasks:
+    """Tasks to run one after the other; may be run again for as long as weights and caches lie where they lie."""
 
-    Returns:
-        (N, D) states behind the last layer, and (taps, N, D) those in front of the layers with `TAP`.
-    """
-    output = torch.empty_like(hidden)
-    taps = hidden.new_empty(sum(1 for task in tasks if task.parts & TAP), *hidden.shape)
-    library().anydepth_run(
-        (c_int64 * (TASK_FIELDS * len(tasks)))(*chain.from_iterable(task.fields() for task in tasks)),
-        len(tasks),
-        rows.over(tasks[0].kv, tasks[0].layer.memory),
-        c_void_p(hidden.data_ptr()),
-        c_void_p(output.data_ptr()),
-        c_void_p(taps.data_ptr()),
-    )
-    return output, taps
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tuple(tasks)  # the array only points to what they hold
+        self.array = (c_int64 * (TASK_FIELDS * len(tasks)))(*chain.from_iterable(task.fields() for task in tasks))
+        self.num_taps = sum(1 for task in tasks if task.parts & TAP)
+
+    def run(self, rows: Rows, hidden: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """For up to `MAX_TOKENS` tokens. K/V go into the caches; their counts stay.
+
+        Returns:
+            (N, D) states behind the last layer, and those in front of the layers with `TAP`, each (N, D).
+        """
+        first, output = self.tasks[0], torch.empty_like(hidden)
+        taps = hidden.new_empty(self.num_taps, *hidden.shape) if self.num_taps else None
+        library().anydepth_run(
+            self.array,
+            len(self.tasks),
+            rows.over(first.kv, first.layer.memory),
+            c_void_p(hidden.data_ptr()),
+            c_void_p(output.data_ptr()),
+            None if taps is None else c_void_p(taps.data_ptr()),
+        )
+        return output, () if taps is None else taps.unbind()
 
 
 def read(buffer: Tensor) -> int:
@@ -327,6 +356,11 @@ class NativeLinear(Linear):
                 self.in_bf16,
             )
         return output
+
+
+def _list(part: Tensor | None) -> tuple[int, int]:
+    """Where it lies, and how long it is."""
+    return (0, 0) if part is None else (part.data_ptr(), len(part))
 
 
 def _matrix(packed: PackedWeights) -> _Matrix:

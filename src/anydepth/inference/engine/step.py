@@ -17,7 +17,8 @@ from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV
 from anydepth.inference.engine.layer import EngineLayer, Rotation
-from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, TAP, Rows, Task, run_tasks
+from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, OMIT, TAP, Rows, Task, Tasks
+from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Gate, Method, PassContext
 
 
@@ -27,6 +28,7 @@ class Step:
     Args:
         rotation_kinds: all that the model has, by number.
         rotation_at: the rotation of a kind for tokens at given places.
+        evaluate: logits of a method's network for states.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class Step:
         methods: Sequence[Method],
         rotation_kinds: Sequence[str],
         rotation_at: Callable[[str, Tensor | slice], Rotation],
+        evaluate: Callable[[GateNetwork, Tensor], Tensor],
     ) -> None:
         self.cache, self.slots = cache, list(slots)
         self.rotation_kinds, self.rotation_at = rotation_kinds, rotation_at
         self.num_rows, self.num_tokens = token_ids.shape
+        self.few_tokens = token_ids.numel() <= MAX_TOKENS
         self.device = token_ids.device
         self.seen = [cache.lengths[slot] for slot in slots]
         token_mask = torch.ones_like(token_ids, dtype=torch.bool)
@@ -49,9 +53,11 @@ class Step:
         self.gates_branches = any(method.gates_branches for method in methods)
         self.rotations: dict[str, Rotation] = {}
         self.masks: dict[tuple[int | None, tuple[int, ...]], Tensor] = {}
-        self.rows: dict[tuple[int, ...], Rows] = {}
+        self.span: list[Task] = []  # asked for, not run yet
+        self.asked_with: tuple[Tensor | None, Tensor] = None, token_ids
+        self.tapped: list[tuple[LayerKV, Sequence[int]]] = []  # by the span: rows whose K/V wait
         if methods:
-            context = PassContext(token_mask, self.places, training=False)
+            context = PassContext(token_mask, self.places, training=False, evaluate=evaluate)
             self.run = Run(context, self.record, None, self.methods, sparse=True)
             for method in methods:
                 method.begin(context)
@@ -67,28 +73,47 @@ class Step:
     def through(self, layers: Sequence[EngineLayer], hidden: Tensor) -> Tensor:
         """(B·T, D) states in front of the first layer to those behind the last."""
         methods = self.methods
-        span: list[Task] = []  # not run yet: layers of which every branch runs for all tokens or for none
+        if not methods and self.few_tokens and layers[0].native is not None and self._is_whole():
+            return self._through_all(layers, hidden)
         for layer_idx, (layer, kv) in enumerate(zip(layers, self.cache.layers, strict=True)):
-            reads_state = bool(methods) and any(method.reads_state(layer_idx) for method in methods)
-            if reads_state:
-                hidden = self._run_span(span, hidden)
-            gate, mixer_gate = self._ask_mixer(layer_idx, hidden) if methods else (None, None)
-            if reads_state and self.gates_branches:  # what the FFN's gate reads is not there yet
-                hidden = self._mix(layer, kv, hidden, mixer_gate)
-                hidden = self._feed(layer, kv, hidden, self._ask_ffn(layer_idx, gate, hidden))
+            if not methods:
+                hidden = self._feed(layer, kv, self._mix(layer, kv, hidden, None), None)
                 continue
-            ffn_gate = self._ask_ffn(layer_idx, gate, hidden) if methods else None
-            task = self._task(layer, kv, mixer_gate, ffn_gate)
-            if task is not None:
-                span.append(task)
-            else:
-                hidden = self._mix(layer, kv, self._run_span(span, hidden), mixer_gate)
-                hidden = self._feed(layer, kv, hidden, ffn_gate)
-        return self._run_span(span, hidden)
+            reads_state = any(method.reads_state(layer_idx) for method in methods)
+            if reads_state:
+                hidden = self._run_span(hidden)
+            gate, mixer_gate = self._ask_mixer(layer_idx, hidden)
+            hidden = self._mix(layer, kv, hidden, mixer_gate)
+            if reads_state and self.gates_branches:  # the FFN's gate reads what the mixer makes
+                hidden = self._run_span(hidden)
+            hidden = self._feed(layer, kv, hidden, self._ask_ffn(layer_idx, gate, hidden))
+        return self._run_span(hidden)
+
+    def _is_whole(self) -> bool:
+        """Whether every layer holds all that its rows have seen."""
+        return not any(self._has_holes(kv, range(self.num_rows)) for kv in self.cache.layers)
+
+    def _through_all(self, layers: Sequence[EngineLayer], hidden: Tensor) -> Tensor:
+        """The same at full depth, with nothing to decide: the same tasks at every step."""
+        cache = self.cache
+        if cache.whole_pass is None:
+            natives = [(layer.native, kv) for layer, kv in zip(layers, cache.layers, strict=True)]
+            cache.whole_pass = Tasks([Task(native, kv, MIXER | FFN) for native, kv in natives if native is not None])
+        hidden, _ = cache.whole_pass.run(self._rows, hidden)
+        for kv in cache.layers:
+            for slot in self.slots:
+                kv.counts[slot] += self.num_tokens
+        return hidden
+
+    def _shaped(self, hidden: Tensor) -> Tensor:
+        """(B, T, D); kept, as many layers ask with the same states."""
+        if self.asked_with[0] is not hidden:
+            self.asked_with = hidden, hidden.view(self.num_rows, self.num_tokens, -1)
+        return self.asked_with[1]
 
     def _ask_mixer(self, layer_idx: int, hidden: Tensor) -> tuple[Gate | None, Gate | None]:
         """The gate of the whole layer, and that of its mixer."""
-        shaped = hidden.view(self.num_rows, self.num_tokens, -1)
+        shaped = self._shaped(hidden)
         gate = mixer_gate = self.run.ask("layer_gate", layer_idx, shaped)
         if self.gates_branches:
             mixer_gate = Gate.both(gate, self.run.ask("mixer_gate", layer_idx, shaped))
@@ -99,34 +124,71 @@ class Step:
 
     def _ask_ffn(self, layer_idx: int, gate: Gate | None, hidden: Tensor) -> Gate | None:
         if self.gates_branches:
-            shaped = hidden.view(self.num_rows, self.num_tokens, -1)
-            gate = Gate.both(gate, self.run.ask("ffn_gate", layer_idx, shaped))
+            gate = Gate.both(gate, self.run.ask("ffn_gate", layer_idx, self._shaped(hidden)))
         if gate is not None:
             self.record.ffn_keep[layer_idx] = gate.keep
         return gate
 
-    # --- many layers at once -----------------------------------------------------------------------------------
+    # --- few tokens: branches wait in the span, and run in one call ---------------------------------------------
 
-    def _task(self, layer: EngineLayer, kv: LayerKV, mixer_gate: Gate | None, ffn_gate: Gate | None) -> Task | None:
-        """What a span runs of this layer, its K/V counted already; None if it cannot be part of one."""
-        if layer.native is None or self.num_rows * self.num_tokens > MAX_TOKENS:
+    def _mix(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+        task = self._mixer_task(layer, kv, gate)
+        if task is None:
+            return self._mix_by_operators(layer, kv, self._run_span(hidden), gate)
+        if task.parts:
+            self.span.append(task)
+        return hidden
+
+    def _feed(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+        if gate is not None and not gate.any_kept:
+            return hidden
+        index = None if gate is None or gate.all_kept else gate.keep.flatten().nonzero()[:, 0]
+        if layer.native is None or not self.few_tokens:
+            hidden = self._run_span(hidden)
+            if index is None:
+                return layer.add_ffn(hidden)
+            return hidden.index_copy(0, index, layer.add_ffn(hidden[index]))
+        if self.span and self.span[-1].layer is layer.native:
+            self.span[-1].parts |= FFN
+            self.span[-1].fed = index
+        else:
+            self.span.append(Task(layer.native, kv, FFN, fed=index))
+        return hidden
+
+    def _mixer_task(self, layer: EngineLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
+        """What a span runs of this mixer, its K/V counted already; None if that is for the operators."""
+        if layer.native is None or not self.few_tokens:
             return None
-        mixes, feeds = _everybody(mixer_gate), _everybody(ffn_gate)
-        if mixes is None or feeds is None:
-            return None
-        task = Task(layer.native, kv, FFN if feeds else 0)
-        if mixes:
-            if self._has_holes(kv, range(self.num_rows)):
-                task.waiting = self._waiting(kv)
-                if task.waiting is None:
-                    self._settle(layer, kv, self.slots)
-                    if self._has_holes(kv, range(self.num_rows)):
+        task, everyone = Task(layer.native, kv, 0), range(self.num_rows)
+        omit = gate is not None and gate.kv_rule == "omit"
+        if gate is not None and not gate.any_kept:
+            if not omit:
+                task.parts = TAP
+                self.tapped.append((kv, everyone))
+            return task
+        rows, counts = everyone, [self.num_tokens] * self.num_rows
+        if gate is not None and not gate.all_kept:
+            counts = gate.keep.sum(1).tolist()
+            rows = [row for row in everyone if counts[row]]
+            task.mixed = gate.keep.flatten().nonzero()[:, 0]
+        if self._has_holes(kv, rows):
+            task.waiting = self._waiting(kv)
+            if task.waiting is not None:
+                kv.extend(self.slots[0], len(task.waiting))
+            else:
+                self._settle(layer, kv, [self.slots[row] for row in rows])
+                if self._has_holes(kv, rows):
+                    if layer.window is not None:
                         return None
-            for slot, seen in zip(self.slots, self.seen, strict=True):
-                kv.counts[slot] = seen + self.num_tokens
-            task.parts |= MIXER
-        elif mixer_gate is not None and mixer_gate.kv_rule == "project":
+                    task.counts = torch.tensor([kv.counts[slot] for slot in self.slots])
+        if len(rows) < self.num_rows and not omit:
             task.parts |= TAP
+            self.tapped.append((kv, [row for row in everyone if not counts[row]]))
+        task.parts |= MIXER | (OMIT if omit else 0)
+        for row in rows:
+            ran = counts[row] if omit else self.num_tokens
+            holes = ran < self.num_tokens or task.counts is not None
+            kv.extend(self.slots[row], ran, self._places_of(row, gate) if holes else None)
         return task
 
     def _waiting(self, kv: LayerKV) -> Tensor | None:
@@ -137,46 +199,27 @@ class Step:
             return None
         return pending.take()
 
-    def _run_span(self, span: list[Task], hidden: Tensor) -> Tensor:
-        """Run it, and empty it."""
-        if not span:
+    def _run_span(self, hidden: Tensor) -> Tensor:
+        """Run what waits in the span, and empty it."""
+        if not self.span:
             return hidden
-        hidden, taps = run_tasks(span, self._rows(range(self.num_rows)), hidden)
-        waiting = [task.kv for task in span if task.parts & TAP]
-        for kv, states in zip(waiting, taps.unbind(), strict=True):
-            self._defer(kv, states, range(self.num_rows))
-        span.clear()
+        hidden, taps = Tasks(self.span).run(self._rows, hidden)
+        for (kv, rows), states in zip(self.tapped, taps, strict=True):
+            self._defer(kv, states, rows)
+        self.span.clear()
+        self.tapped.clear()
         return hidden
 
-    def _rows(self, rows: Sequence[int]) -> Rows:
-        """As the kernels take them, behind all tokens that they have seen."""
-        key = tuple(rows)
-        if key not in self.rows:
-            self.rows[key] = self._rows_behind(key, [self.seen[row] for row in rows])
-        return self.rows[key]
+    @cached_property
+    def _rows(self) -> Rows:
+        """All of them, as the kernels take them, behind all tokens that they have seen."""
+        rotations = [self._rotation(kind) for kind in self.rotation_kinds]
+        pairs = [(rotation.cos, rotation.sin) for rotation in rotations if rotation is not None]
+        return Rows(self.slots, self.num_tokens, self.seen, pairs)
 
-    def _rows_behind(self, rows: Sequence[int], counts: Sequence[int]) -> Rows:
-        rotations = [self._rotation_of(kind, rows) for kind in self.rotation_kinds]
-        pairs = [(rotation.cos, rotation.sin) for rotation in rotations]
-        return Rows([self.slots[row] for row in rows], self.num_tokens, counts, pairs)
+    # --- many tokens, or no kernels: branch by branch ------------------------------------------------------------
 
-    # --- one branch --------------------------------------------------------------------------------------------
-
-    def _feed(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
-        if gate is None or gate.all_kept:
-            return self._feed_all(layer, kv, hidden)
-        if not gate.any_kept:
-            return hidden
-        index = gate.keep.flatten().nonzero()[:, 0]
-        return hidden.index_copy(0, index, self._feed_all(layer, kv, hidden[index]))
-
-    def _feed_all(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor) -> Tensor:
-        if layer.native is None or len(hidden) > MAX_TOKENS:
-            return layer.add_ffn(hidden)
-        anyone = [0] * len(hidden)  # an FFN has no cache
-        return run_tasks([Task(layer.native, kv, FFN)], Rows(anyone, 1, anyone, []), hidden)[0]
-
-    def _mix(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+    def _mix_by_operators(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
         everyone = range(self.num_rows)
         if gate is None or gate.all_kept:
             return self._mix_rows(layer, kv, everyone, hidden)
@@ -207,9 +250,9 @@ class Step:
             queries, new = layer.project(kept, rotation)
             for row, own in zip(rows, new.split(sizes), strict=True):
                 holes = counts[row] < self.num_tokens or self._has_holes(kv, [row])
-                kv.append(self.slots[row], own, self.places[row][gate.keep[row]] if holes else None)
+                kv.append(self.slots[row], own, self._places_of(row, gate) if holes else None)
         mixed = [
-            self._attend(layer, kv, self.slots[row], own, self.places[row][gate.keep[row]])
+            self._attend(layer, kv, self.slots[row], own, self._places_of(row, gate))
             for row, own in zip(rows, queries.split(sizes), strict=True)
         ]
         return hidden.index_copy(0, index, layer.add_mixer(torch.cat(mixed), kept))
@@ -218,16 +261,14 @@ class Step:
         """All T tokens of these rows run the mixer: (R·T, D) to (R·T, D)."""
         slots = [self.slots[row] for row in rows]
         self._settle(layer, kv, slots)
+        rotation = None if layer.rotation_kind is None else self._rotation_of(layer.rotation_kind, rows)
+        queries, new = layer.project(hidden, rotation)
         holes = self._has_holes(kv, rows)
-        if layer.native is None or len(hidden) > MAX_TOKENS or (holes and layer.window is not None):
-            rotation = None if layer.rotation_kind is None else self._rotation_of(layer.rotation_kind, rows)
-            queries, new = layer.project(hidden, rotation)
-            return layer.add_mixer(self._attend_rows(layer, kv, rows, queries, new, holes=holes), hidden)
-        behind = self._rows_behind(rows, [kv.counts[slot] for slot in slots]) if holes else self._rows(rows)
-        output, _ = run_tasks([Task(layer.native, kv, MIXER)], behind, hidden)
-        for row, slot in zip(rows, slots, strict=True):
-            kv.extend(slot, self.num_tokens, self.places[row] if holes else None)
-        return output
+        return layer.add_mixer(self._attend_rows(layer, kv, rows, queries, new, holes=holes), hidden)
+
+    def _places_of(self, row: int, gate: Gate | None) -> Tensor:
+        """Of the tokens of a row that a gate keeps."""
+        return self.places[row] if gate is None else self.places[row][gate.keep[row]]
 
     def _has_holes(self, kv: LayerKV, rows: Sequence[int]) -> bool:
         """Whether tokens that these rows have seen left no K/V here, or not yet."""
@@ -261,7 +302,7 @@ class Step:
 
     def _defer(self, kv: LayerKV, hidden: Tensor, rows: Sequence[int]) -> None:
         """Nobody of these rows runs the mixer now: their K/V wait until somebody does."""
-        parts = hidden.split(self.num_tokens)
+        parts = hidden.split(self.num_tokens) if self.num_rows > 1 else (hidden,)
         for row in rows:
             kv.pending[self.slots[row]].states.append(parts[row])
 
@@ -335,10 +376,3 @@ class Step:
         if layer.window is not None:
             mask &= columns > places[:, None] - layer.window
         return layer.attend(queries, states, mask[None])
-
-
-def _everybody(gate: Gate | None) -> bool | None:
-    """True if all tokens run the branch, False if none does, None if some do."""
-    if gate is None or gate.all_kept:
-        return True
-    return None if gate.any_kept else False

@@ -5,6 +5,7 @@
 // it through a C interface; the structs here and there must match.
 
 #include "attention.h"
+#include "network.h"
 #include "product.h"
 
 extern "C" {
@@ -40,18 +41,33 @@ struct Batch {  // R rows of T tokens each
 
 constexpr int MAX_ROTATIONS = 4;
 
-enum Part : int64_t { MIXER = 1, FFN = 2, TAP = 4 };  // TAP: the states in front of the layer are copied out
+// TAP: the states in front of the layer are copied out. OMIT: tokens that do not run the mixer leave no K/V; else all
+// tokens of a row leave them as soon as one of the row runs it.
+enum Part : int64_t { MIXER = 1, FFN = 2, TAP = 4, OMIT = 8 };
 
 struct Task {
     const Layer* layer;
     void* cache;
-    int64_t parts, num_waiting;
-    const void* waiting;  // states of the tokens right in front of a batch of one row, whose K/V are still missing
+    int64_t parts;
+    const int64_t* counts;  // (R,) K/V that the slots held before in this layer; those of the batch if null
+    const void* waiting;    // states of the tokens right in front of a batch of one row, whose K/V are still missing
+    int64_t num_waiting;
+    const int64_t* mixed;  // places of the tokens that run the mixer in the batch, in order; all if null
+    int64_t num_mixed;
+    const int64_t* fed;  // the same for the FFN
+    int64_t num_fed;
 };
 
 }  // extern "C"
 
 namespace {
+
+// Tokens of a batch, in order.
+struct Tokens {
+    const int64_t* list;  // all if null
+    int num;
+    int64_t operator[](int i) const { return list ? list[i] : i; }
+};
 
 // In place over `size` values each.
 template <class A>
@@ -62,33 +78,35 @@ void normalise(const Norm& norm, float* x, int num) {
     }
 }
 
-// (num, size) states, normalised, packed for a map. Every thread makes its own: cheaper than waiting for one that does.
+// States of some tokens, normalised, packed for a map. Every thread makes its own: cheaper than waiting for one that does.
 template <class A>
-const Packed& prepared(const Matrix& w, const Norm& norm, const A* from, int num) {
+const Packed& prepared(const Matrix& w, const Norm& norm, const A* from, const Tokens& tokens) {
     static thread_local std::vector<float> x;
-    x.resize(size_t(num) * w.cols);
-    for (int64_t i = 0; i < int64_t(num) * w.cols; ++i) x[i] = one(from[i]);
-    if (norm.weight) normalise<A>(norm, x.data(), num);
-    return pack(w.kind, x.data(), num, w.cols);
+    x.resize(size_t(tokens.num) * w.cols);
+    for (int n = 0; n < tokens.num; ++n)
+        for (int i = 0; i < w.cols; ++i) x[size_t(n) * w.cols + i] = one(from[tokens[n] * w.cols + i]);
+    if (norm.weight) normalise<A>(norm, x.data(), tokens.num);
+    return pack(w.kind, x.data(), tokens.num, w.cols);
 }
 
-// x Wᵀ + b, perhaps normalised, added to the residual stream. `scratch`: (tokens, rows).
+// x Wᵀ + b of some tokens, perhaps normalised, added to the residual stream. `scratch`: (tokens, rows).
 template <class A>
-void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A* residual, A* to, float* scratch, int num) {
-    const auto add = [&](int token, int begin, int end) {
-        const int64_t start = int64_t(token) * w.rows;
-        for (int64_t i = start + begin; i < start + end; ++i) store(one(residual[i]) + scratch[i], to + i);
+void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A* residual, A* to, float* scratch,
+                 const Tokens& tokens) {
+    const auto add = [&](int n, int begin, int end) {
+        const int64_t start = tokens[n] * w.rows, own = int64_t(n) * w.rows;
+        for (int i = begin; i < end; ++i) store(one(residual[start + i]) + scratch[own + i], to + start + i);
     };
-    const Range own = product<A>(w, pack(w.kind, x, num, w.cols), num, scratch);
+    const Range own = product<A>(w, pack(w.kind, x, tokens.num, w.cols), tokens.num, scratch);
     if (!out_norm.weight) {
-        for (int token = 0; token < num; ++token) add(token, own.begin, own.end);
+        for (int n = 0; n < tokens.num; ++n) add(n, own.begin, own.end);
         return;
     }
 #pragma omp barrier
 #pragma omp for
-    for (int token = 0; token < num; ++token) {
-        normalise<A>(out_norm, scratch + int64_t(token) * w.rows, 1);
-        add(token, 0, w.rows);
+    for (int n = 0; n < tokens.num; ++n) {
+        normalise<A>(out_norm, scratch + int64_t(n) * w.rows, 1);
+        add(n, 0, w.rows);
     }
 }
 
@@ -96,7 +114,7 @@ void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A*
 
 // Heads of token `n` of the batch, in place.
 template <class A>
-void rotate(const Layer& l, const Batch& b, int n, float* heads, int num) {
+void rotate(const Layer& l, const Batch& b, int64_t n, float* heads, int num) {
     if (l.rotation < 0) return;
     const Rotation& rotation = b.rotations[l.rotation];
     const A* cos = static_cast<const A*>(rotation.cos) + n * rotation.size;
@@ -110,77 +128,106 @@ void rotate(const Layer& l, const Batch& b, int n, float* heads, int num) {
         }
 }
 
-// Keys and values of token `n` of the batch into the cache, the keys normalised and rotated.
+// Keys and values of token `n` of the batch into the cache, behind `place` others; the keys normalised and rotated.
 template <class A>
-void leave(const Layer& l, const Batch& b, void* cache, int n, float* keys, const float* values) {
-    const int size = l.head_dim, row = n / b.tokens;
+void leave(const Layer& l, const Batch& b, void* cache, int64_t n, int64_t place, float* keys, const float* values) {
+    const int size = l.head_dim;
     if (l.key_norm.weight) normalise<A>(l.key_norm, keys, l.kv_heads * size / l.key_norm.size);
     rotate<A>(l, b, n, keys, l.kv_heads);
-    const int64_t head = b.capacity * size, place = (b.counts[row] + n % b.tokens) * size;
-    A* slot = static_cast<A*>(cache) + b.slots[row] * 2 * l.kv_heads * head;
+    const int64_t head = b.capacity * size;
+    A* slot = static_cast<A*>(cache) + b.slots[n / b.tokens] * 2 * l.kv_heads * head;
     for (int h = 0; h < l.kv_heads; ++h)
         for (int i = 0; i < size; ++i) {
-            store(keys[h * size + i], slot + h * head + place + i);
-            store(values[h * size + i], slot + (l.kv_heads + h) * head + place + i);
+            store(keys[h * size + i], slot + h * head + place * size + i);
+            store(values[h * size + i], slot + (l.kv_heads + h) * head + place * size + i);
         }
 }
 
-// Every thread of the team calls these, with the same arguments; states are whole when they return.
+// Who runs a mixer, row by row, who leaves K/V there, and how many K/V each sees.
+struct Mixing {
+    std::vector<int64_t> first;    // (R + 1,) of a row among those that run it
+    std::vector<int64_t> writers;  // tokens that leave K/V
+    std::vector<int64_t> places;   // of those in their slots
+    std::vector<int64_t> seen;     // for those that run it
+
+    void plan(const Batch& b, const int64_t* counts, const Tokens& kept, bool omit) {
+        first.clear(), writers.clear(), places.clear(), seen.clear();
+        int i = 0;
+        for (int row = 0; row < b.rows; ++row) {
+            first.push_back(i);
+            const int64_t start = int64_t(row) * b.tokens, end = start + b.tokens;
+            for (; i < kept.num && kept[i] < end; ++i)
+                seen.push_back(counts[row] + 1 + (omit ? i - first[row] : kept[i] - start));
+            if (i == first[row]) continue;
+            for (int64_t k = 0; k < (omit ? i - first[row] : b.tokens); ++k) {
+                writers.push_back(omit ? kept[int(first[row] + k)] : start + k);
+                places.push_back(counts[row] + k);
+            }
+        }
+        first.push_back(i);
+    }
+};
+
 // --- branches ----------------------------------------------------------------------------------------------------
+// Every thread of the team calls these, with the same arguments; states are whole when they return.
 
 template <class A>
-void mixer(const Layer& l, const Batch& b, void* cache, const A* from, A* to) {
-    const int num = b.rows * b.tokens, size = l.head_dim, group = l.heads / l.kv_heads;
+void mixer(const Layer& l, const Batch& b, const int64_t* counts, void* cache, const A* from, A* to, const Tokens& kept,
+           bool omit) {
+    static thread_local Mixing who;
+    who.plan(b, counts, kept, omit);
+    const Tokens writers{who.writers.data(), int(who.writers.size())};
+    const int num = kept.num, size = l.head_dim, group = l.heads / l.kv_heads;
     const int width = l.heads * size, kv_width = l.kv_heads * size;
     float* mixed = b.workspace;
     float* queries = mixed + int64_t(num) * width;
     float* keys = queries + int64_t(num) * std::max(l.hidden, width);
-    float* values = keys + int64_t(num) * kv_width;
-    Share* parts = reinterpret_cast<Share*>(values + int64_t(num) * kv_width);
+    float* values = keys + int64_t(writers.num) * kv_width;
+    Share* parts = reinterpret_cast<Share*>(values + int64_t(writers.num) * kv_width);
     const int64_t head_stride = b.capacity * size, slot_stride = 2 * l.kv_heads * head_stride;
-    int64_t longest = 0;
-    for (int r = 0; r < b.rows; ++r) longest = std::max(longest, b.counts[r] + b.tokens);
+    const int64_t longest = *std::max_element(who.seen.begin(), who.seen.end());
     const int splits = num_splits(longest, b.rows * l.kv_heads);
-    const Packed& x = prepared<A>(l.queries, l.mixer_norm, from, num);
-    product<A>(l.queries, x, num, queries);
-    product<A>(l.keys, x, num, keys);
-    product<A>(l.values, x, num, values);
+    const Packed* x = &prepared<A>(l.queries, l.mixer_norm, from, kept);
+    product<A>(l.queries, *x, num, queries);
+    if (writers.num != num) x = &prepared<A>(l.keys, l.mixer_norm, from, writers);
+    product<A>(l.keys, *x, writers.num, keys);
+    product<A>(l.values, *x, writers.num, values);
 #pragma omp barrier
 #pragma omp for
-    for (int item = 0; item < 2 * num; ++item) {
-        const int n = item / 2;
-        if (item % 2) {
-            leave<A>(l, b, cache, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
-            continue;
+    for (int item = 0; item < num + writers.num; ++item) {
+        if (item < num) {
+            float* q = queries + int64_t(item) * width;
+            if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
+            rotate<A>(l, b, kept[item], q, l.heads);
+        } else {
+            const int64_t i = item - num, start = i * kv_width;
+            leave<A>(l, b, cache, writers[int(i)], who.places[i], keys + start, values + start);
         }
-        float* q = queries + int64_t(n) * width;
-        if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
-        rotate<A>(l, b, n, q, l.heads);
     }
     const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
 #pragma omp for schedule(dynamic)
     for (int item = 0; item < b.rows * l.kv_heads * splits; ++item) {
         const int split = item % splits, h = item / splits % l.kv_heads, row = item / splits / l.kv_heads;
-        const int64_t all = b.counts[row] + b.tokens;
-        const int64_t first = l.window ? std::max<int64_t>(0, b.counts[row] - l.window + 1) : 0;
-        const int64_t begin = first + (all - first) * split / splits, end = first + (all - first) * (split + 1) / splits;
+        const int64_t own = who.first[row], tokens = who.first[row + 1] - own;
+        if (!tokens) continue;
+        const int64_t* seen = &who.seen[own];
+        const int64_t all = seen[tokens - 1], start = l.window ? std::max<int64_t>(0, seen[0] - l.window) : 0;
+        const int64_t begin = start + (all - start) * split / splits, end = start + (all - start) * (split + 1) / splits;
         const A* slot = static_cast<const A*>(cache) + b.slots[row] * slot_stride;
-        const int64_t query = (int64_t(row) * l.kv_heads + h) * b.tokens * group;
-        std::vector<int64_t> seen(b.tokens);
-        for (int t = 0; t < b.tokens; ++t) seen[t] = b.counts[row] + t + 1;
+        const int64_t query = own * l.heads + h * tokens * group;
         attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
-                  queries + (int64_t(row) * b.tokens * l.heads + h * group) * size, b.tokens, seen.data(), begin, end,
-                  parts + query * splits + split, splits);  // the shares of a query stand together
+                  queries + (own * l.heads + h * group) * size, int(tokens), seen, begin, end, parts + query * splits + split,
+                  splits);  // the shares of a query stand together
     }
 #pragma omp for
-    for (int query = 0; query < num * l.heads; ++query) {
-        const int shared = query % group, token = query / group % b.tokens;
-        const int h = query / group / b.tokens % l.kv_heads, row = query / group / b.tokens / l.kv_heads;
-        join(parts + int64_t(query) * splits, splits, size, [&](int i, float value) {
-            mixed[(int64_t(row) * b.tokens + token) * width + (h * group + shared) * size + i] = rounded<A>(value);
-        });
+    for (int item = 0; item < num * l.heads; ++item) {
+        const int i = item / l.heads, head = item % l.heads;
+        const int64_t row = kept[i] / b.tokens, own = who.first[row], tokens = who.first[row + 1] - own;
+        const int64_t query = own * l.heads + head / group * tokens * group + (i - own) * group + head % group;
+        join(parts + query * splits, splits, size,
+             [&](int k, float value) { mixed[int64_t(i) * width + head * size + k] = rounded<A>(value); });
     }
-    add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, num);
+    add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, kept);
 #pragma omp barrier
 }
 
@@ -190,12 +237,14 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
     const int num = b.rows * b.tokens, kv_width = l.kv_heads * l.head_dim;
     float* keys = b.workspace;
     float* values = keys + int64_t(num) * kv_width;
-    const Packed& x = prepared<A>(l.keys, l.mixer_norm, from, num);
+    const Packed& x = prepared<A>(l.keys, l.mixer_norm, from, Tokens{nullptr, num});
     product<A>(l.keys, x, num, keys);
     product<A>(l.values, x, num, values);
 #pragma omp barrier
 #pragma omp for
-    for (int n = 0; n < num; ++n) leave<A>(l, b, cache, n, keys + int64_t(n) * kv_width, values + int64_t(n) * kv_width);
+    for (int n = 0; n < num; ++n)
+        leave<A>(l, b, cache, n, b.counts[n / b.tokens] + n % b.tokens, keys + int64_t(n) * kv_width,
+                 values + int64_t(n) * kv_width);
 }
 
 // The same for the `num` tokens right in front of those of a batch of one row.
@@ -256,18 +305,18 @@ void combine(int kind, float* gates, const float* ups, int size) {
 }
 
 template <class A>
-void ffn(const Layer& l, const A* from, A* to, float* workspace, int num) {
-    const int rows = l.gate.rows;
+void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& kept) {
+    const int rows = l.gate.rows, num = kept.num;
     float* inner = workspace;
     float* ups = inner + int64_t(num) * rows;
     float* scratch = ups + int64_t(num) * rows;
-    const Packed& x = prepared<A>(l.gate, l.ffn_norm, from, num);
+    const Packed& x = prepared<A>(l.gate, l.ffn_norm, from, kept);
     product<A>(l.gate, x, num, inner);
     const Range own = product<A>(l.up, x, num, ups);  // the same rows: nothing to wait for
     for (int64_t start = own.begin; start < int64_t(num) * rows; start += rows)
         combine<A>(l.activation, inner + start, ups + start, own.end - own.begin);
 #pragma omp barrier
-    add_product<A>(l.down, l.ffn_out_norm, inner, from, to, scratch, num);
+    add_product<A>(l.down, l.ffn_out_norm, inner, from, to, scratch, kept);
 #pragma omp barrier
 }
 
@@ -276,19 +325,29 @@ template <class A>
 void run(const Task* tasks, int n, const Batch& b, const A* from, A* to, A* taps) {
     const int num = b.rows * b.tokens;
     const size_t size = size_t(num) * tasks[0].layer->hidden;
+    if (std::any_of(tasks, tasks + n, [](const Task& task) { return task.mixed || task.fed; })) {
+        std::memcpy(to, from, size * sizeof(A));  // for the tokens that a branch leaves as they are
+        from = to;
+    }
 #pragma omp parallel
     {
         const A* now = from;
         A* tap = taps;
         for (const Task* task = tasks; task < tasks + n; ++task) {
+            const int64_t* counts = task->counts ? task->counts : b.counts;
+            const Tokens mixed{task->mixed, task->mixed ? int(task->num_mixed) : num};
+            const Tokens fed{task->fed, task->fed ? int(task->num_fed) : num};
             if (task->parts & TAP) {
 #pragma omp master
                 std::memcpy(tap, now, size * sizeof(A));
                 tap += size;
             }
             if (task->num_waiting) fill_before<A>(*task->layer, b, task->cache, task->waiting, int(task->num_waiting));
-            if (task->parts & MIXER) mixer<A>(*task->layer, b, task->cache, now, to), now = to;
-            if (task->parts & FFN) ffn<A>(*task->layer, now, to, b.workspace, num), now = to;
+            if (task->parts & MIXER) {
+                mixer<A>(*task->layer, b, counts, task->cache, now, to, mixed, task->parts & OMIT);
+                now = to;
+            }
+            if (task->parts & FFN) ffn<A>(*task->layer, now, to, b.workspace, fed), now = to;
         }
 #pragma omp master
         if (now != to) std::memcpy(to, now, size * sizeof(A));
@@ -299,7 +358,7 @@ template <class A>
 void linear(const Matrix& w, const Norm& norm, const A* from, A* to, float* sums, int num) {
 #pragma omp parallel
     {
-        const Packed& x = prepared<A>(w, norm, from, num);
+        const Packed& x = prepared<A>(w, norm, from, Tokens{nullptr, num});
         const Range own = product<A>(w, x, num, sums);
         for (int token = 0; token < num; ++token)
             for (int64_t i = int64_t(token) * w.rows + own.begin; i < int64_t(token) * w.rows + own.end; ++i)
@@ -354,6 +413,15 @@ void anydepth_linear(const Matrix* w, const Norm* norm, const void* from, void* 
         linear<float>(*w, *norm, static_cast<const float*>(from), static_cast<float*>(to), workspace, num_tokens);
 }
 
+// (tokens, G) logits of (tokens, D) states.
+void anydepth_evaluate(const Network* net, const void* from, float* logits, float* workspace, int32_t num_tokens,
+                       int32_t in_bf16) {
+    if (in_bf16)
+        evaluate(*net, static_cast<const bf16*>(from), num_tokens, logits, workspace);
+    else
+        evaluate(*net, static_cast<const float*>(from), num_tokens, logits, workspace);
+}
+
 // Reads memory as fast as it gives: what the kernels are measured against.
 int64_t anydepth_read(const void* memory, int64_t num_bytes) {
     int64_t total = 0;
@@ -371,7 +439,8 @@ int64_t anydepth_read(const void* memory, int64_t num_bytes) {
 }
 
 int32_t anydepth_sizes(int32_t which) {  // for the check that both sides mean the same structs
-    const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch), sizeof(Task)};
+    const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch), sizeof(Task),
+                             sizeof(Dense), sizeof(Network)};
     return sizes[which];
 }
 
