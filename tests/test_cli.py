@@ -156,12 +156,19 @@ def test_bench_against_a_method_on_a_base(base: Path, text: Path) -> None:
         3,
         "--num-runs",
         1,
+        "--batch-sizes",
+        "1,2",
+        "--requests",
+        5,
         "--json",
         "--quiet",
     )
-    row = json.loads(done.stdout)["rows"][0]
+    document = json.loads(done.stdout)
+    row = document["rows"][0]
     assert row["adapted"]["mean_depth"] == 4
     assert row["ideal_speedup"] > 1
+    assert [(queue["batch_size"], queue["num_requests"]) for queue in document["queues"]] == [(1, 5), (2, 5)]
+    assert all(queue["adapted"]["tokens_per_second"] > 0 for queue in document["queues"])
 
 
 def test_bench_of_given_prompts(tmp_path: Path, finished: Path) -> None:

@@ -150,6 +150,12 @@ def show_bench(document: dict[str, Any]) -> None:
                 f"{roof['full_depth']['share']:.0%} of the {roof['read_bytes_per_second'] / 1e9:.1f} GB/s that memory "
                 f"gives; adapted {roof['adapted']['bytes_per_step'] / 1e6:.0f} MB, {roof['adapted']['share']:.0%}"
             )
+    for row in document.get("queues", []):
+        print(
+            f"{row['num_requests']} requests queued, {row['batch_size']} at a time, {row['weights']}: "
+            f"{row['adapted']['tokens_per_second']:.0f} tokens/s adapted, "
+            f"{row['full_depth']['tokens_per_second']:.0f} at full depth ({row['speedup']:.2f}×)"
+        )
 
 
 def show_text(document: dict[str, Any], show_depth: bool) -> None:

@@ -107,6 +107,9 @@ def bench(
     prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 64,512.")] = "64",
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
     num_runs: Annotated[int, typer.Option(help="Measured pairs per row.")] = 5,
+    requests: Annotated[
+        int | None, typer.Option(help="Queue so many at once too: continuous batching, batch-sizes at a time.")
+    ] = None,
     engine: Annotated[str, typer.Option("--engine", help="hf, fast, both in turn, or auto: fast if it can.")] = "auto",
     weights: Annotated[
         str | None, typer.Option("--weights", help="Of the fast engine, several with commas: bfloat16,int8.")
@@ -123,10 +126,12 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Paired wall-clock, full depth and adapted in turn."""
+    arguments = dict(locals())
     from anydepth.measure.bench import bench as time_pairs
     from anydepth.measure.bench import bench_prompts, load_prompts
     from anydepth.measure.prompts import read_prompts
     from anydepth.measure.results import document
+    from anydepth.measure.throughput import throughput
 
     printer = Printer(as_json, quiet)
     adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
@@ -137,32 +142,29 @@ def bench(
         )
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
     engines = _engines(adapted, engine, weights, compiled, printer.progress)
-    config = {
-        "target": target,
-        "engine": engine,
-        "weights": weights,
-        "compiled": compiled,
-        "batch_sizes": batch_sizes,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "num_runs": num_runs,
-        "dtype": dtype,
-        "data": data,
-        "against": against,
-        "prompts": prompts,
-        "options": options,
-    }
+    if requests is not None and None in engines:
+        raise UserError("--requests is continuous batching, which the fast engine has; add --engine fast")
+    config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
 
     def say(row: dict[str, Any]) -> None:
         printer.progress(bench_line(row))
 
     shared: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens, "engines": engines, "on_row": say}
     if prompts is not None:
-        rows = bench_prompts(adapted, tokenizer, read_prompts(prompts, tokenizer), **shared)
+        texts = read_prompts(prompts, tokenizer)
+        rows = bench_prompts(adapted, tokenizer, texts, **shared)
+        ids = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
     else:
         windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
         rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)
-    result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows)
+        ids = [window[: lengths[0]] for window in windows]
+    queues = [
+        row
+        for fast in engines
+        if fast is not None and requests is not None
+        for row in throughput(fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens)
+    ]
+    result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows, queues=queues)
     printer.result(result, show_bench)
 
 

@@ -7,11 +7,10 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
@@ -34,17 +33,20 @@ class Timing:
         return self.total - self.ttft
 
 
-class _FirstToken(StoppingCriteria):
-    """Notes when the first new token is there. Asked after every step; never stops."""
+class _FirstToken(BaseStreamer):
+    """Notes when the first new token is there, on the host."""
 
     def __init__(self) -> None:
+        self.num_puts = 0
         self.at: float | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        if self.at is None:
-            _wait(input_ids)
+    def put(self, value: Tensor) -> None:
+        self.num_puts += 1
+        if self.num_puts == 2:  # the first is the prompt
             self.at = time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def end(self) -> None:
+        pass
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def time_generation(
             eos_token_id=adapted.config.vocab_size,
             do_sample=False,
             pad_token_id=0,
-            stopping_criteria=[first],
+            streamer=first,
         )
         _wait(output)
         ended = time.perf_counter()

@@ -1,0 +1,70 @@
+"""Tokens per second of many requests through continuous batching, at full depth and adapted, in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from anydepth.errors import UserError
+from anydepth.inference.engine.batching import Batcher, Request
+from anydepth.inference.engine.decode import FastEngine
+
+
+def throughput(
+    engine: FastEngine,
+    prompts: Sequence[Tensor],
+    *,
+    batch_sizes: list[int],
+    num_requests: int,
+    new_tokens: int,
+    num_runs: int = 3,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """One row per batch size: `num_requests` queued at once, so many run together; prompts are taken in turn.
+
+    Args:
+        prompts: token ids (T,) each.
+    """
+    if num_requests < 1 or not prompts:
+        raise UserError(f"throughput needs requests and prompts; came {num_requests} and {len(prompts)}")
+    wanted = [prompts[number % len(prompts)].tolist() for number in range(num_requests)]
+    rows = []
+    for batch_size in batch_sizes:
+        pairs = []
+        for number in range(num_runs + 1):  # the first warms up
+            seconds = {}
+            for full_depth in (True, False) if number % 2 else (False, True):
+                seconds[full_depth] = _seconds(engine, wanted, batch_size, new_tokens, full_depth=full_depth)
+            pairs.append((seconds[True], seconds[False]))
+        tokens = num_requests * new_tokens
+        full, ours = (median(pair[side] for pair in pairs[1:]) for side in (0, 1))
+        row = {
+            "weights": engine.model.weights,
+            "batch_size": batch_size,
+            "num_requests": num_requests,
+            "new_tokens": new_tokens,
+            "num_runs": num_runs,
+            "full_depth": {"tokens_per_second": tokens / full},
+            "adapted": {"tokens_per_second": tokens / ours},
+            "speedup": median(theirs / ours for theirs, ours in pairs[1:]),
+        }
+        rows.append(row)
+        on_row(row)
+    return rows
+
+
+def _seconds(
+    engine: FastEngine, prompts: list[list[int]], batch_size: int, new_tokens: int, *, full_depth: bool
+) -> float:
+    """From the first request in to the last one out, prompts included."""
+    longest = max(len(prompt) for prompt in prompts) + new_tokens
+    batcher = Batcher(engine, batch_size, max_tokens=batch_size * longest)
+    with engine.adapted.disabled() if full_depth else nullcontext():
+        started = time.perf_counter()
+        batcher.run([Request(prompt, new_tokens) for prompt in prompts])
+        return time.perf_counter() - started
