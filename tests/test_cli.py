@@ -199,7 +199,14 @@ def test_prompt_from_standard_input_and_depth_in_a_pipe(finished: Path) -> None:
 
 def test_methods_and_help_read_well() -> None:
     listed = json.loads(anydepth("methods", "--json").stdout)["methods"]
-    assert [method["name"] for method in listed] == ["skip_set", "stochastic_depth", "layer_router"]
+    assert [method["name"] for method in listed] == [
+        "skip_set",
+        "stochastic_depth",
+        "layer_router",
+        "mixture_of_depths",
+        "exit_gate",
+        "ffn_router",
+    ]
     assert all(option["help"] for method in listed for option in method["options"].values())
     for arguments in (["--help"], ["run", "--help"], ["bench", "-h"]):
         assert anydepth(*arguments).returncode == 0

@@ -77,7 +77,7 @@ def test_cost_is_what_torch_counts(loaded: tuple[PreTrainedModel, Tensor]) -> No
     with FlopCounterMode(display=False) as counter:
         adapted(ids[:1], use_cache=False)
     trace = adapted.last_trace
-    counted = cost.flops(adapted.backbone, trace, adapted.methods.values())
+    counted = cost.flops(adapted.backbone, trace)
     pairs = int(trace.mixer_keep.sum()) * 96
     anydepth.detach(adapted)
     assert counted.total - counter.get_total_flops() == pairs * 4 * 576

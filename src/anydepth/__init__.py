@@ -28,7 +28,10 @@ _HOMES = {
     "save": "anydepth.training.checkpoint",
     "METHODS": "anydepth.methods",
     "FastEngine": "anydepth.inference.engine.decode",
+    "ExitGate": "anydepth.methods.exit_gate",
+    "FFNRouter": "anydepth.methods.ffn_router",
     "LayerRouter": "anydepth.methods.layer_router",
+    "MixtureOfDepths": "anydepth.methods.mixture_of_depths",
     "SkipSet": "anydepth.methods.skip_set",
     "StochasticDepth": "anydepth.methods.stochastic_depth",
     "UserError": "anydepth.errors",
@@ -37,8 +40,11 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "AdaptedModel",
+    "ExitGate",
+    "FFNRouter",
     "FastEngine",
     "LayerRouter",
+    "MixtureOfDepths",
     "RunError",
     "SkipSet",
     "StochasticDepth",
@@ -57,7 +63,10 @@ if TYPE_CHECKING:
     from anydepth.execution.trace import Trace
     from anydepth.inference.engine.decode import FastEngine
     from anydepth.methods import METHODS
+    from anydepth.methods.exit_gate import ExitGate
+    from anydepth.methods.ffn_router import FFNRouter
     from anydepth.methods.layer_router import LayerRouter
+    from anydepth.methods.mixture_of_depths import MixtureOfDepths
     from anydepth.methods.skip_set import SkipSet
     from anydepth.methods.stochastic_depth import StochasticDepth
     from anydepth.models.load import load_model

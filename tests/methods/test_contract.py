@@ -27,8 +27,9 @@ from anydepth.methods.method import Method
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from reference import relative_rms, replay
 
+Spec = dict[str, Any] | list[dict[str, Any]]
 RATES = [0.6, 0.3, 0.8, 0.5]
-CASES: dict[str, dict[str, Any]] = {
+CASES: dict[str, Spec] = {
     "skip_layers": {"name": "skip_set", "skip_layers": [1, 3]},
     "skip_first_layer": {"name": "skip_set", "skip_layers": [0, 1]},
     "skip_branches": {"name": "skip_set", "skip_layers": [3], "skip_mixers": [0, 2], "skip_ffns": [1, 2]},
@@ -37,6 +38,10 @@ CASES: dict[str, dict[str, Any]] = {
     "random_project": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": RATES},
     "random_omit": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": RATES, "kv_rule": "omit"},
     "stochastic_depth": {"name": "stochastic_depth", "max_probability": 0.5},
+    "router_sequence": {"name": "layer_router", "always_keep": 1, "granularity": "sequence", "pool_tokens": 5},
+    "mixture_of_depths": {"name": "mixture_of_depths"},
+    "exit_gate": {"name": "exit_gate", "layers": [1, 2, 4]},
+    "hat": [{"name": "exit_gate", "layers": [2, 4]}, {"name": "ffn_router", "layers": [0, 1, 3]}],
 }
 FULL_BUDGET: dict[str, dict[str, Any]] = {
     "skip_set": {"name": "skip_set"},
@@ -44,6 +49,9 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
     "router_omit": {"name": "layer_router", "always_keep": 1, "threshold": float("-inf"), "kv_rule": "omit"},
     "random": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [1.0] * 4},
     "stochastic_depth": {"name": "stochastic_depth", "max_probability": 0.9},
+    "mixture_of_depths": {"name": "mixture_of_depths", "weigh": False, "threshold": float("-inf")},
+    "exit_gate": {"name": "exit_gate", "threshold": float("inf")},
+    "ffn_router": {"name": "ffn_router"},
 }
 TOLERANCE = 1e-5
 
@@ -53,7 +61,7 @@ def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def attach(model: PreTrainedModel, spec: dict[str, Any]) -> AdaptedModel:
+def attach(model: PreTrainedModel, spec: Spec) -> AdaptedModel:
     """Attached, with a router whose decisions really differ between tokens."""
     adapted = anydepth.attach(model, spec)
     generator = torch.Generator().manual_seed(11)
@@ -61,6 +69,9 @@ def attach(model: PreTrainedModel, spec: dict[str, Any]) -> AdaptedModel:
         for name, parameter in adapted.methods.named_parameters():
             if "out." in name or "direct." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for name, buffer in adapted.methods.named_buffers():
+            if name.endswith("thresholds"):
+                buffer.zero_()
     return adapted
 
 
@@ -75,9 +86,14 @@ def logits_of(adapted: AdaptedModel, ids: Tensor, **options: Any) -> Tensor:
 
 def assert_mixed(adapted: AdaptedModel) -> None:
     """Router cases decide differently for different tokens; else the checks below would prove little."""
-    if "layer_router" in adapted.methods:
-        share = adapted.last_trace.mixer_keep[1:].float().mean((1, 2))
+    if {"layer_router", "mixture_of_depths", "exit_gate"} & set(adapted.methods):
+        share = adapted.last_trace.ffn_keep.float().mean((1, 2))
         assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
+
+
+def weights_of(adapted: AdaptedModel) -> dict[int, Tensor] | None:
+    """What layers are multiplied with, where a method weighs them."""
+    return adapted.context.notes.get("mixture_of_depths/weights")
 
 
 # --- 1, 2: off and full budget are the backbone -----------------------------------------------------------
@@ -134,7 +150,7 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
         return real, [torch.zeros(1) if part is None else part.flatten() for part in gradients]
 
     sparse = value_and_gradients(logits_of(adapted, ids, **mask_option))
-    trace = adapted.last_trace
+    trace, weights = adapted.last_trace, weights_of(adapted)
     assert_mixed(adapted)
     with adapted.masked():
         masked = value_and_gradients(logits_of(adapted, ids, **mask_option))
@@ -143,7 +159,7 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
     if padded:  # a stock model computes its padding; what happens there is nobody's business
         keep = trace.mixer_keep | ~trace.token_mask
         trace = dataclasses.replace(trace, mixer_keep=keep, ffn_keep=trace.ffn_keep | ~trace.token_mask)
-    wanted = value_and_gradients(replay(model, family, ids, trace, **mask_option))
+    wanted = value_and_gradients(replay(model, family, ids, trace, weights=weights, **mask_option))
     for values, gradients in (sparse, masked):
         assert relative_rms(values, wanted[0]) <= TOLERANCE
         for ours, theirs in zip(gradients, wanted[1], strict=True):
@@ -438,16 +454,15 @@ def test_cost_is_what_torch_counts(family: str, case: str, monkeypatch: pytest.M
     adapted = attach(families.build(family, attention="eager"), CASES[case])  # torch does not count sdpa on CPU
     adapted.config._experts_implementation = "eager"  # nor grouped products
     recurrence = uncounted_recurrence(monkeypatch)
-    methods = list(adapted.methods.values())
     ids = families.token_ids()
     with FlopCounterMode(display=False) as counter:
         logits_of(adapted, ids)
     measured = counter.get_total_flops() + recurrence()
-    counted = cost.flops(adapted.backbone, adapted.last_trace, methods)
+    counted = cost.flops(adapted.backbone, adapted.last_trace)
     assert counted.total == measured
     with FlopCounterMode(display=False) as counter:
         adapted.generate(input_ids=ids[:, :12], max_new_tokens=9, min_new_tokens=9, do_sample=False)
-    generated = cost.flops(adapted.backbone, adapted.last_trace, methods)
+    generated = cost.flops(adapted.backbone, adapted.last_trace)
     assert generated.total == counter.get_total_flops() + recurrence()
     with adapted.disabled(), FlopCounterMode(display=False) as counter:
         logits_of(adapted, ids)

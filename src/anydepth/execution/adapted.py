@@ -22,7 +22,8 @@ from anydepth.execution.gate import GatedLayer
 from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord, Trace
 from anydepth.methods import METHODS, method_class
-from anydepth.methods.method import Method, PassContext
+from anydepth.methods.gate_network import GateNetwork
+from anydepth.methods.method import ExitState, Memory, Method, PassContext
 from anydepth.models.backbone import Backbone
 
 MethodSpec = StrictConfig | Mapping[str, Any]
@@ -95,7 +96,9 @@ class AdaptedModel(nn.Module):
         token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
         methods = self.active_methods
         record = PassRecord(token_mask, 0 if cache is None else cache.num_seen, cache is not None, len(self._gated))
-        context = PassContext(token_mask, positions, self.training)
+        memory = Memory() if cache is None else Memory(cache.method_memory)
+        evaluate = record.counting(GateNetwork.__call__)
+        context = PassContext(token_mask, positions, self.training, evaluate=evaluate, memory=memory)
         self._run = Run(context, record, cache, methods, self._sparse)
         if record.past_length == 0:
             self._records = []
@@ -211,6 +214,19 @@ class AdaptedModel(nn.Module):
             for term, value in method.auxiliary_losses(self.context).items():
                 losses[f"{name}/{term}"] = value
         return losses
+
+    def policy_losses(self, token_losses: Tensor) -> dict[str, Tensor]:
+        """Losses from what the decisions of the last forward led to, by `method/term`."""
+        return {
+            f"{method.name}/{term}": value
+            for method in self.active_methods
+            for term, value in method.policy_losses(self.context, token_losses).items()
+        }
+
+    def exit_states(self) -> dict[str, list[ExitState]]:
+        """The exits that the last forward passed, by method, for losses over them."""
+        exits = {method.name: method.exit_states(self.context) for method in self.active_methods}
+        return {name: states for name, states in exits.items() if states}
 
     @property
     def label(self) -> str:

@@ -126,6 +126,22 @@ class AdaptiveCache(DynamicCache):
             if not isinstance(layer, LinearAttentionCacheLayerMixin):
                 self.layers[layer_idx] = SlottedLayer()
         self.num_seen = 0
+        self.method_memory: dict[str, Tensor] = {}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_memory(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.method_memory = {name: part.repeat_interleave(repeats, 0) for name, part in self.method_memory.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_memory(indices)
+
+    def _select_memory(self, rows: Tensor) -> None:
+        self.method_memory = {name: part[rows.to(part.device)] for name, part in self.method_memory.items()}
 
     def slots(self, layer_idx: int) -> SlottedLayer:
         layer = self.layers[layer_idx]
@@ -157,6 +173,7 @@ class AdaptiveCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.num_seen = 0
+        self.method_memory = {}
 
     def recurrent_rows(self, layer_idx: int, rows: Tensor) -> Cache:
         """A recurrent layer's state of some rows, to run those rows alone; put back with `write_recurrent_rows`."""

@@ -7,7 +7,7 @@ attention, of which torch sees nothing. The only file with such formulas.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from anydepth.execution.trace import Trace
-from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone, LayerView
 
 
@@ -80,16 +79,14 @@ def layer_cost(view: LayerView) -> LayerCost:
     return LayerCost(mixer, skipped, 4 * _attention_width(attention), ffn)
 
 
-def flops(backbone: Backbone, trace: Trace, methods: Iterable[Method] = ()) -> FlopCount:
+def flops(backbone: Backbone, trace: Trace) -> FlopCount:
     """FLOPs of everything a trace says ran, real tokens only, and of full depth on the same tokens."""
     layers = full = 0
     for layer_idx, view in enumerate(backbone.layers):
         ran, whole = _layer_flops(view, layer_idx, trace)
         layers, full = layers + ran, full + whole
     head = sum(trace.head_rows) * _linear_flops(backbone.head)
-    tokens = [int(part.sum()) for part in trace.token_mask.split(trace.pass_lengths, dim=1)]
-    router = sum(method.router_flops(num_tokens) for method in methods for num_tokens in tokens)
-    return FlopCount(layers, full, head, router)
+    return FlopCount(layers, full, head, trace.router_flops)
 
 
 def _layer_flops(view: LayerView, layer_idx: int, trace: Trace) -> tuple[int, int]:

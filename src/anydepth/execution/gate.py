@@ -60,7 +60,7 @@ class GatedLayer:
         arguments = {**dict(zip(self.view.argument_names, args, strict=False)), **kwargs}
         gate = run.ask("layer_gate", self.layer_idx, hidden)
         if run.gates_branches:
-            self._gate_branches(run, gate, hidden)
+            self._gate_branches(run, gate, hidden, arguments)
             return self.own_layer(hidden, **arguments)
         if gate is not None:
             self._record(run, gate, mixer=True, ffn=True)
@@ -88,7 +88,7 @@ class GatedLayer:
             output = self.runner.run_masked(run, gate, self.own_layer, hidden, hidden, arguments)
         return _blend(output, hidden, gate)
 
-    def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor) -> None:
+    def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """A layer gate beside branch gates is a gate on both branches."""
         mixer_gate = Gate.both(layer_gate, run.ask("mixer_gate", self.layer_idx, hidden))
         for gates, gate in ((run.mixer_gates, mixer_gate), (run.ffn_gates, layer_gate)):
@@ -97,6 +97,10 @@ class GatedLayer:
                 gates[self.layer_idx] = gate
         if mixer_gate is not None:
             self._record(run, mixer_gate, mixer=True)
+        if mixer_gate is None or mixer_gate.any_kept or not run.sparse:
+            self.runner.settle(run)
+        elif not self.runner.sees_every_token(mixer_gate):
+            self.runner.defer(run, mixer_gate, hidden, arguments)
 
     def _record(self, run: Run, gate: Gate, *, mixer: bool = False, ffn: bool = False) -> None:
         if mixer:
@@ -124,7 +128,7 @@ class GatedLayer:
         nothing = torch.zeros_like(hidden)
         if not run.sparse:
             return self.runner.run_masked(run, gate, self.own_mixer, hidden, nothing, arguments)
-        if not gate.any_kept and (gate.kv_rule == "omit" or run.cache is None):
+        if not gate.any_kept:
             return nothing
         return self.runner.run_on_kept(run, gate, self.own_mixer, hidden, nothing, arguments, lambda normed: normed)
 

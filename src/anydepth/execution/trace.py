@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from anydepth.methods.gate_network import Evaluate, GateNetwork
+
 
 @dataclass
 class PassRecord:
@@ -23,6 +25,21 @@ class PassRecord:
     ffn_keep: dict[int, Tensor] = field(default_factory=dict)
     kv_rules: dict[int, str] = field(default_factory=dict)
     head_rows: int = 0
+    router_flops: int = 0
+
+    def counting(self, evaluate: Evaluate) -> Evaluate:
+        """The same evaluation of networks, its FLOPs added to this record; padding is not counted."""
+
+        def counted(network: GateNetwork, states: Tensor) -> Tensor:
+            self.count(network, states)
+            return evaluate(network, states)
+
+        return counted
+
+    def count(self, network: GateNetwork, states: Tensor) -> None:
+        """One evaluation for (B, T, D) states, or for one state per row."""
+        each_token = states.shape[:2] == self.token_mask.shape
+        self.router_flops += network.flops(int(self.token_mask.sum()) if each_token else states.shape[0])
 
     def _stack(self, keeps: dict[int, Tensor]) -> Tensor:
         every = torch.ones_like(self.token_mask)
@@ -40,6 +57,7 @@ class PassRecord:
             mixer_keep=part(self.mixer_keep),
             ffn_keep=part(self.ffn_keep),
             head_rows=1,
+            router_flops=self.router_flops // len(self.token_mask),
         )
 
     def stacked(self) -> tuple[Tensor, Tensor]:
@@ -59,6 +77,7 @@ class Trace:
         head_rows: rows of logits that each forward computed, over the whole batch.
         kv_rules: per layer, how a token that skips the mixer leaves K/V: `project` or `omit`.
         cached: whether the forwards shared a cache.
+        router_flops: what the methods' decisions cost.
     """
 
     mixer_keep: Tensor
@@ -68,6 +87,7 @@ class Trace:
     head_rows: list[int]
     kv_rules: list[str]
     cached: bool
+    router_flops: int = 0
 
     @classmethod
     def join(cls, records: list[PassRecord]) -> Trace:
@@ -85,12 +105,14 @@ class Trace:
             head_rows=[record.head_rows for record in records],
             kv_rules=[rules.get(layer_idx, "project") for layer_idx in range(records[0].num_layers)],
             cached=records[0].cached,
+            router_flops=sum(record.router_flops for record in records),
         )
 
     def at_full_depth(self) -> Trace:
         """The same tokens with nothing skipped."""
         every = torch.ones_like(self.mixer_keep)
-        return replace(self, mixer_keep=every, ffn_keep=every, kv_rules=["project"] * len(self.kv_rules))
+        rules = ["project"] * len(self.kv_rules)
+        return replace(self, mixer_keep=every, ffn_keep=every, kv_rules=rules, router_flops=0)
 
     @property
     def num_tokens(self) -> int:

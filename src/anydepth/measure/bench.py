@@ -24,7 +24,6 @@ from anydepth.inference.generate import check_window
 from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
 from anydepth.measure.timing import Batch, Timing, time_generation
-from anydepth.methods.method import Method
 from anydepth.training.data import load_windows
 
 Engine = FastEngine | None
@@ -204,11 +203,6 @@ def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:
     )
 
 
-def _flops(adapted: AdaptedModel, trace: Trace) -> cost.FlopCount:
-    methods = [method for method in adapted.methods.values() if isinstance(method, Method)]
-    return cost.flops(adapted.backbone, trace, methods)
-
-
 def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int, engine: Engine) -> Pair:
     """Full depth and adapted, taking turns at going first."""
     timings = {}
@@ -216,7 +210,9 @@ def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int, eng
         timings[full_depth] = time_generation(adapted, batch, new_tokens, engine, full_depth=full_depth)
     records = adapted.records  # full depth leaves none
     trace, prefill = Trace.join(records), Trace.join(records[:1])
-    return Pair(timings[True], timings[False], trace, _flops(adapted, trace), _flops(adapted, prefill))
+    return Pair(
+        timings[True], timings[False], trace, cost.flops(adapted.backbone, trace), cost.flops(adapted.backbone, prefill)
+    )
 
 
 def _ratio(pairs: list[Pair], part: Callable[[Timing], float]) -> float:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.methods.method import Method
 
 
 @dataclass
@@ -95,8 +94,7 @@ def _add(
     else:
         trace = adapted.last_trace
         mixer, ffn = trace.executed_share()
-        methods = [method for method in adapted.methods.values() if isinstance(method, Method)]
-        count = cost.flops(adapted.backbone, trace, methods)
+        count = cost.flops(adapted.backbone, trace)
         tally.layer_flops += count.layers
         tally.full_layer_flops += count.full_depth_layers
         tally.depth += trace.mean_depth * token_ids.numel()

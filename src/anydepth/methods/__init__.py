@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 
 from anydepth.errors import UserError
+from anydepth.methods.exit_gate import ExitGate
+from anydepth.methods.ffn_router import FFNRouter
 from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.method import Method
+from anydepth.methods.mixture_of_depths import MixtureOfDepths
 from anydepth.methods.skip_set import SkipSet
 from anydepth.methods.stochastic_depth import StochasticDepth
 
@@ -14,6 +17,9 @@ METHODS: dict[str, type[Method]] = {
     "skip_set": SkipSet,
     "stochastic_depth": StochasticDepth,
     "layer_router": LayerRouter,
+    "mixture_of_depths": MixtureOfDepths,
+    "exit_gate": ExitGate,
+    "ffn_router": FFNRouter,
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Evaluate = Callable[["GateNetwork", Tensor], Tensor]
+"""Logits of a network for states."""
 
 
 class GateNetwork(nn.Module):

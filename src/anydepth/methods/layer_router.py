@@ -1,8 +1,8 @@
-"""Dynamic layer routing: a small network reads a token's early state and decides which later layers it runs.
+"""Dynamic layer routing: a small network reads an early state and decides which later layers are run.
 
-All gates of a token depend on one state, so its whole plan is known after `always_keep` layers. Lossy; trained with
-the Gumbel straight-through estimator. Dynamic Layer Routing; Skip-Layer attention (Zeng et al. 2023); Gumbel-softmax
-(Jang et al. 2017).
+Per token, or per sequence from its first `pool_tokens` tokens. All gates of a token depend on one state, so its whole
+plan is known after `always_keep` layers. Lossy; trained with the Gumbel straight-through estimator (Jang et al. 2017)
+or with REINFORCE (Williams 1992). Dynamic Layer Routing; Skip-Layer attention (Zeng et al. 2023).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
@@ -26,6 +26,20 @@ class LayerRouterConfig(StrictConfig):
     """Options of `layer_router`."""
 
     always_keep: int = Field(default=4, ge=1, description="First layers that every token runs; the router reads there.")
+    input: Literal["state", "embeddings"] = Field(
+        default="state", description="What it reads: the state behind always_keep layers, or the token's embedding."
+    )
+    granularity: Literal["token", "sequence", "batch"] = Field(
+        default="token",
+        description="Whose plan: each token's own; one per sequence, from its first pool_tokens tokens, which run at "
+        "full depth; batch: one per batch in training, to reproduce earlier work; at inference as sequence.",
+    )
+    pool_tokens: int = Field(
+        default=32, ge=1, description="First tokens that a sequence's plan is made from; training varies their number."
+    )
+    estimator: Literal["gumbel_ste", "reinforce"] = Field(
+        default="gumbel_ste", description="How gates learn: straight through sampled gates, or from what choices cost."
+    )
     router: Literal["learned", "random"] = Field(
         default="learned", description="A trained network, or pseudo-random gates of fixed rates: the control."
     )
@@ -51,7 +65,14 @@ class LayerRouterConfig(StrictConfig):
     sparsity_slope: tuple[float, float] = Field(
         default=(1.0, 1.0), description="Relative price of the first and of the last routed layer; linear between."
     )
+    target_rule: Literal["quadratic", "lagrange"] = Field(
+        default="quadratic", description="β·(skip − target_skip)², or a price on layers that rises until it is reached."
+    )
     target_weight: float = Field(default=8.0, ge=0, description="β of β·(skip − target_skip)².")
+    lagrange_rate: float = Field(default=0.05, gt=0, description="Steps of the price, times (target_skip − skip).")
+    baseline_momentum: float = Field(
+        default=0.9, ge=0, lt=1, description="Of the moving mean cost that REINFORCE compares with."
+    )
     seed: int = Field(default=0, description="Seed of the method's own random generator.")
 
     @model_validator(mode="after")
@@ -60,6 +81,8 @@ class LayerRouterConfig(StrictConfig):
             raise ValueError("router=random needs rates: one share in [0, 1] per routed layer")
         if self.router == "learned" and self.rates is not None:
             raise ValueError("rates are for router=random; with router=learned leave them out")
+        if self.router == "random" and self.granularity != "token":
+            raise ValueError(f"router=random decides per token; granularity came as {self.granularity}")
         if any(not 0 <= rate <= 1 for rate in self.rates or []):
             raise ValueError(f"rates must lie in [0, 1], came {self.rates}")
         if math.isnan(self.threshold):
@@ -68,11 +91,14 @@ class LayerRouterConfig(StrictConfig):
 
 
 class LayerRouter(Method):
-    """Decides per token, after `always_keep` layers, which of the layers behind them it runs."""
+    """Decides, after `always_keep` layers or from the embeddings, which of the layers behind them are run."""
 
     Config = LayerRouterConfig
     name = "layer_router"
-    summary = "a trained router decides per token which layers to run"
+    summary = "a trained router decides per token or sequence which layers to run"
+
+    price: Tensor
+    baseline: Tensor
 
     def __init__(self, config: LayerRouterConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -81,11 +107,15 @@ class LayerRouter(Method):
                 f"always_keep is {config.always_keep}; this model has {self.num_layers} layers, keep fewer"
             )
         self.routed = list(range(config.always_keep, self.num_layers))
+        self.read_at = 0 if config.input == "embeddings" else config.always_keep
         if config.rates is not None and len(config.rates) != len(self.routed):
             raise ValueError(f"rates has {len(config.rates)} values; {len(self.routed)} layers are routed")
         check_layers(config.initial_skip_layers, self.num_layers, "initial_skip_layers")
         self.backward_temperature = config.backward_temperature
+        self.learns_by_policy = config.estimator == "reinforce"
         self.gates: list[Gate] = []
+        self.pool_tokens = config.pool_tokens
+        self.is_pooling = True
         self.pinned: Tensor | None = None
         self.network: GateNetwork | None = None
         if config.router == "learned":
@@ -93,6 +123,8 @@ class LayerRouter(Method):
             biases = torch.where(closed, -config.initial_bias, config.initial_bias)
             size = backbone.hidden_size
             self.network = GateNetwork(size, (size // 2, size // 4), biases, self.generator)
+        self.register_buffer("price", torch.zeros(()))  # the Lagrange multiplier
+        self.register_buffer("baseline", torch.full((), math.nan))  # mean cost so far, REINFORCE
 
     def set_progress(self, progress: float) -> None:
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
@@ -100,12 +132,20 @@ class LayerRouter(Method):
 
     def begin(self, context: PassContext) -> None:
         self.gates = []
+        if self.config.granularity == "token":
+            return
+        self.pool_tokens = self.config.pool_tokens
+        if context.training:  # a split point between half and twice as many
+            drawn = torch.rand((), generator=self.generator).item()
+            longest = max(context.token_mask.shape[1] - 1, 1)
+            self.pool_tokens = max(min(round(self.config.pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
+        self.is_pooling = bool((context.positions < self.pool_tokens).any())
 
     def reads_state(self, layer_idx: int) -> bool:
-        return layer_idx == self.config.always_keep
+        return layer_idx == self.read_at and self.is_pooling
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        if layer_idx == self.config.always_keep:
+        if layer_idx == self.read_at:
             self.gates = self._plan(hidden, context)
         return self.gates[layer_idx - self.config.always_keep] if layer_idx >= self.config.always_keep else None
 
@@ -118,34 +158,66 @@ class LayerRouter(Method):
         finally:
             self.pinned = None
 
+    # --- decisions -----------------------------------------------------------------------------------------------
+
     def _plan(self, hidden: Tensor, context: PassContext) -> list[Gate]:
-        """Gates of all routed layers, from the (B, T, D) state after the layers that everybody runs."""
+        """Gates of all routed layers, from the (B, T, D) state that the router reads."""
         if self.pinned is not None:
             return Gate.of_plan(self.pinned.expand(-1, *context.token_mask.shape), context, self.config.kv_rule)
         if self.network is None:
             return Gate.of_plan(self._random_keep(context), context, self.config.kv_rule)
-        logits = context.evaluate(self.network, hidden.detach()).movedim(-1, 0)
+        if self.config.granularity == "token":
+            logits, free = context.evaluate(self.network, hidden.detach()).movedim(-1, 0), None
+        else:
+            logits, free = self._pooled_logits(hidden.detach(), context), context.positions < self.pool_tokens
+        notes = context.notes.setdefault(self.name, {})
+        notes["router_logits"] = logits
         if not context.training:
-            context.notes[self.name] = {"router_logits": logits}
-            return Gate.of_plan(logits > self.config.threshold, context, self.config.kv_rule)
-        noisy = logits - self.config.threshold + self._noise(logits, context)
+            keep = logits > self.config.threshold
+            return Gate.of_plan(keep if free is None else keep | free, context, self.config.kv_rule)
+        margin = logits - self.config.threshold
+        noisy = margin + self.logistic_noise(logits, context)
         keep = noisy > 0
-        soft = torch.sigmoid(noisy / self.backward_temperature)
-        weights = keep.float() + soft - soft.detach()
-        weights = weights * context.token_mask
-        context.notes[self.name] = {"router_logits": logits, "weights": weights}
+        if self.learns_by_policy:
+            notes["actions"] = (margin, keep)
+            soft, weights = torch.sigmoid(margin), None
+        else:
+            soft = torch.sigmoid(noisy / self.backward_temperature)
+            soft = weights = keep.float() + soft - soft.detach()
+        routed = context.token_mask if free is None else context.token_mask & ~free
+        notes["rates"] = (soft * routed).sum((1, 2)) / routed.sum().clamp_min(1)
+        notes["routed"] = routed
+        if free is not None:
+            keep = keep | free
+            weights = None if weights is None else torch.where(free, 1.0, weights)
+        weights = None if weights is None else weights * context.token_mask
         return Gate.of_plan(keep, context, self.config.kv_rule, weights)
 
-    def _noise(self, logits: Tensor, context: PassContext) -> Tensor:
-        """Logistic noise, the difference of the two classes' Gumbel noise; one draw per forward.
+    def _pooled_logits(self, hidden: Tensor, context: PassContext) -> Tensor:
+        """(G, B, 1) logits from the mean state of the first `pool_tokens` tokens of each sequence.
 
-        Kept in the context: with gradient checkpointing the layer runs again and must decide the same.
+        They mean nothing before those are all there; until then no gate is closed.
         """
-        notes = context.notes.setdefault(f"{self.name}/noise", {})
-        if "noise" not in notes:
-            uniform = torch.rand(logits.shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
-            notes["noise"] = torch.logit(uniform).to(logits.device)
-        return notes["noise"]
+        assert self.network is not None
+        known = torch.zeros(len(hidden), len(self.routed), device=hidden.device)
+        if not self.is_pooling:  # all of these sequences had theirs
+            return context.memory.recall(f"{self.name}/logits", known).T[..., None]
+        pool = hidden.new_zeros(len(hidden), self.pool_tokens, hidden.shape[-1], dtype=torch.float32)
+        pool = context.memory.recall(f"{self.name}/pool", pool).clone()
+        rows, columns = ((context.positions < self.pool_tokens) & context.token_mask).nonzero(as_tuple=True)
+        pool[rows, context.positions[rows, columns]] = hidden[rows, columns].float()
+        mean = pool.mean(1, keepdim=True)
+        if self.config.granularity == "batch" and context.training:
+            mean = mean.mean(0, keepdim=True).expand_as(mean)
+        logits = context.evaluate(self.network, mean.contiguous())  # (B, 1, G)
+        if not context.training:
+            context.memory.remember(f"{self.name}/pool", pool)
+            context.memory.remember(f"{self.name}/logits", logits[:, 0])
+        return logits.movedim(-1, 0)
+
+    def logistic_noise(self, logits: Tensor, context: PassContext, key: int = 0) -> Tensor:
+        noise = super().logistic_noise(logits, context, key)
+        return noise[:, :1].expand_as(noise) if self.config.granularity == "batch" else noise
 
     def _random_keep(self, context: PassContext) -> Tensor:
         """(G, B, T) gates of the configured rates, pseudo-random in (layer, place of the token, seed).
@@ -158,24 +230,59 @@ class LayerRouter(Method):
         rates = torch.tensor(self.config.rates, device=uniform.device)
         return uniform < rates[:, None, None]
 
+    # --- losses --------------------------------------------------------------------------------------------------
+
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
-        """`sparsity`: λ·Σ w_l·mean(g_l); `target`: β·(skip − s*)². Means over real tokens."""
-        notes = context.notes.get(self.name, {})
-        if "weights" not in notes:
+        """`sparsity`: λ·Σ w_l·mean(g_l); `target`: β·(skip − s*)², or price·mean(g). Means over routed real tokens."""
+        rates = context.notes.get(self.name, {}).get("rates")  # (G,)
+        if rates is None:
             return {}
-        rates = notes["weights"].sum((1, 2)) / context.token_mask.sum()  # (G,)
         losses = {}
-        if self.config.sparsity_weight:
-            first, last = self.config.sparsity_slope
-            prices = torch.linspace(first, last, len(self.routed), device=rates.device)
-            losses["sparsity"] = self.config.sparsity_weight * (prices * rates).sum()
-        if self.config.target_weight:
-            skipped = 1 - rates.mean()
+        if self.config.sparsity_weight and not self.learns_by_policy:
+            losses["sparsity"] = self.config.sparsity_weight * (self._prices(rates) * rates).sum()
+        skipped = 1 - rates.mean()
+        if self.config.target_rule == "lagrange":
+            self.price += self.config.lagrange_rate * (self.config.target_skip - skipped.item())
+            self.price.clamp_(min=0)
+            if not self.learns_by_policy:
+                losses["target"] = self.price.clone() * rates.mean()
+        elif self.config.target_weight:
             losses["target"] = self.config.target_weight * (skipped - self.config.target_skip) ** 2
         return losses
 
-    def router_flops(self, num_tokens: int) -> int:
-        return 0 if self.network is None else self.network.flops(num_tokens)
+    def _prices(self, rates: Tensor) -> Tensor:
+        """(G,) relative prices of the routed layers."""
+        first, last = self.config.sparsity_slope
+        return torch.linspace(first, last, len(self.routed), device=rates.device)
+
+    def policy_losses(self, context: PassContext, token_losses: Tensor) -> dict[str, Tensor]:
+        """`policy`: −(baseline − cost)·log p(gates), cost = cross-entropy + λ·Σ w_l·g_l + price·mean(g).
+
+        A decision is charged with the loss of the tokens that it is about: a token's own, or the mean of the sequence
+        or batch behind its first tokens.
+        """
+        notes = context.notes.get(self.name, {})
+        if not self.learns_by_policy or "actions" not in notes:
+            return {}
+        margin, keep = notes["actions"]  # (G, B, T or 1)
+        routed, gates = notes["routed"], keep.float()
+        active = self.config.sparsity_weight * (self._prices(margin)[:, None, None] * gates).sum(0)
+        active = active + self.price * gates.mean(0)  # (B, T or 1)
+        if self.config.granularity == "token":
+            cost, counted = token_losses + active, routed
+        else:
+            lengths = routed.sum(1, keepdim=True)
+            cost = (token_losses * routed).sum(1, keepdim=True) / lengths.clamp_min(1) + active
+            counted = lengths > 0
+            if self.config.granularity == "batch":
+                cost = (cost * counted).sum(0, keepdim=True).expand_as(cost) / counted.sum().clamp_min(1)
+        mean_cost = cost[counted].mean()
+        baseline = torch.where(self.baseline.isnan(), mean_cost, self.baseline)
+        log_probability = torch.where(keep, nn.functional.logsigmoid(margin), nn.functional.logsigmoid(-margin)).sum(0)
+        loss = -((baseline - cost).detach() * log_probability)[counted].mean()
+        momentum = self.config.baseline_momentum
+        self.baseline.copy_(momentum * baseline + (1 - momentum) * mean_cost)
+        return {"policy": loss}
 
 
 def _hash(numbers: Tensor) -> Tensor:

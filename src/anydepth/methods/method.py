@@ -6,7 +6,7 @@ about a layer, a mixer or an FFN. Decisions at inference are deterministic, caus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -14,10 +14,45 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
-from anydepth.methods.gate_network import GateNetwork
+from anydepth.methods.gate_network import Evaluate, GateNetwork
 from anydepth.models.backbone import Backbone
 
 KVRule = Literal["project", "omit"]
+
+
+class Memory:
+    """Tensors that methods keep per sequence, in step with the K/V cache; empty where there is none.
+
+    What was remembered of tokens that the cache forgot (`rewind`) stays: a method must write it anew as it sees their
+    places again.
+
+    Args:
+        kept: by name, a row for each sequence of the cache.
+        rows: those of this forward; None is all, in order.
+        num_rows: of the cache, where `rows` are given.
+    """
+
+    def __init__(
+        self, kept: dict[str, Tensor] | None = None, rows: Sequence[int] | None = None, num_rows: int = 0
+    ) -> None:
+        self.kept = {} if kept is None else kept
+        self.rows = None if rows is None else list(rows)
+        self.num_rows = num_rows
+
+    def recall(self, name: str, like: Tensor) -> Tensor:
+        """(B, ...) what was remembered; zeros at the start, of the shape of `like` (B, ...)."""
+        if self.rows is None:
+            return self.kept.get(name, torch.zeros_like(like))
+        return self.kept[name][self.rows] if name in self.kept else torch.zeros_like(like)
+
+    def remember(self, name: str, values: Tensor) -> None:
+        """Keep (B, ...) values, the same shape at every forward."""
+        if self.rows is None:
+            self.kept[name] = values
+            return
+        if name not in self.kept:
+            self.kept[name] = values.new_zeros(self.num_rows, *values.shape[1:])
+        self.kept[name][self.rows] = values
 
 
 @dataclass
@@ -30,13 +65,15 @@ class PassContext:
         training: whether decisions may be sampled.
         notes: what methods keep of this forward for their losses, by method name.
         evaluate: logits of a method's network for states; an engine may have a faster way than the network's own.
+        memory: what methods remember of these sequences from earlier forwards.
     """
 
     token_mask: Tensor
     positions: Tensor
     training: bool
     notes: dict[str, Any] = field(default_factory=dict)
-    evaluate: Callable[[GateNetwork, Tensor], Tensor] = GateNetwork.__call__
+    evaluate: Evaluate = GateNetwork.__call__
+    memory: Memory = field(default_factory=lambda: Memory())
 
 
 @dataclass(frozen=True)
@@ -47,7 +84,7 @@ class Gate:
         keep: (B, T) bool; padding is never kept.
         kv_rule: how tokens that skip a mixer leave K/V there.
         any_kept, all_kept: the same over real tokens, known to the host.
-        weight: (B, T) straight-through multiplier, equal to `keep` in value, through which the gate's gradient flows.
+        weight: (B, T) w of h + w·(f(h) − h), 0 where a token skips. In training the gate's gradient flows through it.
     """
 
     keep: Tensor
@@ -97,6 +134,18 @@ def _or_keep(gate: Gate) -> Tensor:
     return gate.keep.float() if gate.weight is None else gate.weight
 
 
+@dataclass(frozen=True)
+class ExitState:
+    """An exit that a forward passed: (B, T, D) states of the residual stream, and the tokens' (B, T) weights there.
+
+    Attributes:
+        states: None stands for the model's own output.
+    """
+
+    states: Tensor | None
+    weights: Tensor
+
+
 class Method(nn.Module):
     """Base of every method. Subclasses override what differs and keep their parameters in float32.
 
@@ -114,6 +163,8 @@ class Method(nn.Module):
     lossless: ClassVar[bool] = False
     trained: ClassVar[bool] = True
     gates_branches: bool = False
+    learns_by_policy: bool = False
+    """Whether training asks for `policy_losses`."""
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
@@ -125,6 +176,17 @@ class Method(nn.Module):
     def reseed(self, seed: int) -> None:
         """Restart this method's own randomness; training calls it every step, so that a resumed run repeats it."""
         self.generator.manual_seed(seed)
+
+    def logistic_noise(self, logits: Tensor, context: PassContext, key: int = 0) -> Tensor:
+        """The difference of two classes' Gumbel noise, of the shape of `logits`; one draw per forward and `key`.
+
+        Kept in the context: with gradient checkpointing a layer runs again and must decide the same.
+        """
+        drawn = context.notes.setdefault(f"{self.name}/noise", {})
+        if key not in drawn:
+            uniform = torch.rand(logits.shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
+            drawn[key] = torch.logit(uniform).to(logits.device)
+        return drawn[key]
 
     def set_progress(self, progress: float) -> None:
         """Step the schedules of the config to `progress` in [0, 1] of training."""
@@ -149,13 +211,27 @@ class Method(nn.Module):
     def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         """Who runs the FFN, from the (B, T, D) residual stream in front of it. None: everybody."""
 
+    def ffn_network(self, layer_idx: int) -> tuple[GateNetwork, float] | None:
+        """A network of one logit and a threshold that it must be above, where `ffn_gate` is just that at inference.
+
+        The fast engine then decides inside its kernels, and asks nothing else of the method.
+        """
+
+    def exit_states(self, context: PassContext) -> list[ExitState]:
+        """States from which a token's output could be taken as well, for a loss over exits; training only."""
+        return []
+
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """Scalar losses of the last forward over real tokens, by name, weights applied."""
         return {}
 
-    def router_flops(self, num_tokens: int) -> int:
-        """FLOPs the decisions themselves cost, for `num_tokens` tokens through one forward."""
-        return 0
+    def policy_losses(self, context: PassContext, token_losses: Tensor) -> dict[str, Tensor]:
+        """Scalar losses from what decisions led to: (B, T) cross-entropy of the token behind each, without gradient."""
+        return {}
+
+    def metrics(self, context: PassContext) -> dict[str, float]:
+        """Figures about the last training forward that are no losses, by name."""
+        return {}
 
 
 def check_layers(layers: Sequence[int], num_layers: int, option: str) -> None:

@@ -35,6 +35,7 @@ class Family:
     decoder: str = "model"
     layers: str = "layers"
     embedding: str = "embed_tokens"
+    final_norm: str = "norm"
     mixer: tuple[str, ...] = ("self_attn",)
     kv_norm: tuple[str, ...] = ("input_layernorm",)
     mixer_out: tuple[str, ...] = ("self_attn",)
@@ -71,6 +72,7 @@ FAMILIES: dict[str, Family] = {
         decoder="transformer",
         layers="h",
         embedding="wte",
+        final_norm="ln_f",
         mixer=("attn",),
         kv_norm=("ln_1",),
         mixer_out=("attn",),
@@ -80,6 +82,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         decoder="gpt_neox",
         embedding="embed_in",
+        final_norm="final_layer_norm",
         mixer=("attention",),
         mixer_out=("attention",),
         cache_argument="layer_past",
@@ -87,6 +90,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "opt": Family(
         decoder="model.decoder",
+        final_norm="final_layer_norm",
         kv_norm=("self_attn_layer_norm",),
         ffn_in=("final_layer_norm",),
         ffn_out=("fc2",),
@@ -95,6 +99,7 @@ FAMILIES: dict[str, Family] = {
         decoder="transformer",
         layers="h",
         embedding="word_embeddings",
+        final_norm="ln_f",
         mixer=("self_attention",),
         kv_norm=("ln_attn", "input_layernorm"),
         mixer_out=("self_attention",),
@@ -250,6 +255,15 @@ class Backbone:
         head = self.model.get_output_embeddings()
         assert head is not None, "a causal LM has an output embedding"
         return head
+
+    def logits_of(self, states: Tensor) -> Tensor:
+        """(..., V) logits of (..., D) states of the residual stream: the model's final norm and head."""
+        for name in (self.family.final_norm, "project_out"):  # the latter, and no norm at all, in some OPT models
+            part = getattr(self.decoder, name, None)
+            states = states if part is None else part(states)
+        logits = self.head(states)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
     def attention_implementation(self) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from anydepth.methods.method import ExitState
 
 IGNORED = -100
 
@@ -25,6 +29,41 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperat
     for part, target in zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True):
         total = total + checkpoint(_total_divergence, part, target, temperature, use_reentrant=False)
     return total * temperature**2 / max(int(wanted.sum()), 1)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, T) cross-entropy of the token behind each, in float32; 0 where none is to be predicted.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T) ids, −100 where a token is not to be predicted.
+    """
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return F.cross_entropy(logits.float().transpose(1, 2), shifted, ignore_index=IGNORED, reduction="none")
+
+
+def expected_exit_loss(
+    exits: list[ExitState], logits: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Σ over exits of weight · cross-entropy there, the mean over predicted tokens.
+
+    The logits of one exit exist at a time; they are computed again for the gradient.
+
+    Args:
+        logits: (B, T, V), the model's own output, which an exit without states stands for.
+        logits_of: final norm and head.
+    """
+
+    def at(states: Tensor, weights: Tensor) -> Tensor:
+        return (token_losses(logits_of(states), labels) * weights).sum()
+
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part in exits:
+        if part.states is None:
+            total = total + (token_losses(logits, labels) * part.weights).sum()
+        else:
+            total = total + checkpoint(at, part.states, part.weights, use_reentrant=False)
+    return total / max(int((labels[:, 1:] != IGNORED).sum()), 1)
 
 
 def _total_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

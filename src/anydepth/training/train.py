@@ -32,7 +32,7 @@ from anydepth.methods.method import Method
 from anydepth.models.backbone import unwrap
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset
-from anydepth.training.losses import distillation_loss
+from anydepth.training.losses import distillation_loss, expected_exit_loss, token_losses
 
 STEPS = "steps"
 COMPLETE = "history.json"
@@ -146,6 +146,12 @@ class AdaptedTrainer(Trainer):
         terms = {"lm_loss": output.loss}
         if isinstance(adapted, AdaptedModel):
             terms |= adapted.auxiliary_losses()
+            if any(method.learns_by_policy for method in adapted.active_methods):
+                terms |= adapted.policy_losses(token_losses(output.logits.detach(), inputs["labels"]))
+            for name, exits in adapted.exit_states().items():
+                terms[f"{name}/expected"] = expected_exit_loss(
+                    exits, output.logits, inputs["labels"], adapted.backbone.logits_of
+                )
         weight = 1.0
         distillation = self.settings.distillation
         if distillation is not None and self.state.global_step >= distillation.warmup_steps:
@@ -164,6 +170,9 @@ class AdaptedTrainer(Trainer):
             self.terms[name] += share * value.item()
         if isinstance(self.model, AdaptedModel):
             self.terms["mean_depth"] += share * self.model.last_trace.mean_depth
+            for method in self.model.active_methods:
+                for name, figure in method.metrics(self.model.context).items():
+                    self.terms[f"{method.name}/{name}"] += share * figure
         self.micro_step += 1
 
     def finish_step(self) -> None:
@@ -201,7 +210,8 @@ class AdaptedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: value.cpu().contiguous() for name, value in trainable_state(self.module).items()}
+        state = {**trainable_state(self.module), **_method_buffers(self.module)}
+        state = {name: value.cpu().contiguous() for name, value in state.items()}
         save_file(state, folder / "trainable.safetensors")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -212,7 +222,7 @@ class AdaptedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         state = load_file(folder / "trainable.safetensors")
-        parameters = dict(self.module.named_parameters())
+        parameters = {**dict(self.module.named_parameters()), **_method_buffers(self.module)}
         with torch.no_grad():
             for name, value in state.items():
                 parameters[name].copy_(value)
@@ -286,6 +296,11 @@ def _last_complete(out: Path) -> Path | None:
         else:
             shutil.rmtree(folder)
     return max(complete)[1] if complete else None
+
+
+def _method_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What methods learn without a gradient, such as running quantiles."""
+    return {name: value for name, value in model.named_buffers() if name.startswith("methods.")}
 
 
 def _seed_of(seed: int, micro_step: int, number: int) -> int:

@@ -120,6 +120,7 @@ class EngineCache:
         # One block, so that it is large enough for huge pages. Zeros: what a mask hides must still be finite.
         self.states = _zeros((num_layers, num_slots, 2 * num_heads, self.capacity, head_dim), like)
         self.layers = [LayerKV(states) for states in self.states]
+        self.method_memory: dict[str, Tensor] = {}
         self.whole_pass: Any = None  # kept by a step: `native.Tasks` over the K/V where they lie
 
     def take_slot(self) -> int:

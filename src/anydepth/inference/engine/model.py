@@ -16,7 +16,6 @@ from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.step import Step
 from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS, Linear, without_kernels
-from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Weights, check_runs, final_norm, layer_parts, logits_softcap, rotations
@@ -73,7 +72,7 @@ class EngineModel:
         assert isinstance(head.weight, Tensor)
         dense = Weights(head.weight.detach(), None)
         self.native_head = None
-        self.evaluate = GateNetwork.__call__ if memory is None else NativeNetworks(memory).evaluate
+        self.networks = None if memory is None else NativeNetworks(memory)
         if memory is None:
             self.head = without_kernels([dense], self.weights)
         else:
@@ -109,7 +108,7 @@ class EngineModel:
         longest = max(cache.lengths[slot] for slot in slots) + token_ids.shape[1]
         cache.make_room(longest)
         self._prepare_rotations(longest)
-        step = Step(token_ids, slots, cache, methods, self.rotation_kinds, self._rotation, self.evaluate)
+        step = Step(token_ids, slots, cache, methods, self.rotation_kinds, self._rotation, self.networks)
         hidden = self.embedding(token_ids).flatten(0, 1)
         hidden = step.through(self.layers, hidden)
         for slot in slots:

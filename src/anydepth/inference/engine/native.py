@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -84,19 +85,9 @@ class _Batch(Structure):
 
 class _Task(Structure):
     _fields_ = [
-        (name, c_int64)
-        for name in (
-            "layer",
-            "cache",
-            "parts",
-            "counts",
-            "waiting",
-            "num_waiting",
-            "mixed",
-            "num_mixed",
-            "fed",
-            "num_fed",
-        )
+        *((name, c_int64) for name in ("layer", "cache", "parts", "counts")),
+        *((name, c_int64) for name in ("waiting", "num_waiting", "mixed", "num_mixed", "fed", "num_fed")),
+        *((name, c_int64) for name in ("gate", "logits", "threshold")),  # the threshold is a double
     ]
 
 
@@ -129,8 +120,8 @@ def library() -> Any:
     except OSError as error:
         raise BuildError(f"{path} cannot be made or loaded ({error.strerror or error})") from error
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
-    for number, struct in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch, _Task)):
-        assert kernels.anydepth_sizes(number) == ctypes.sizeof(struct), struct
+    for number, kind in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch, _Task)):
+        assert kernels.anydepth_sizes(number) == ctypes.sizeof(kind), kind
     return kernels
 
 
@@ -262,6 +253,24 @@ class NativeLayer:
 
 
 @dataclass(slots=True)
+class Decision:
+    """Made inside the kernels: a token is let through whose logit is above the threshold.
+
+    Attributes:
+        network: address of a network of one logit (`networks.py`).
+        logits: (N,) float32, written for all tokens.
+    """
+
+    network: int
+    threshold: float
+    logits: Tensor
+
+    def fields(self) -> tuple[int, int, int]:
+        """As `_Task` has them."""
+        return self.network, self.logits.data_ptr(), struct.unpack("q", struct.pack("d", self.threshold))[0]
+
+
+@dataclass(slots=True)
 class Task:
     """What to run of one layer, and over which cache.
 
@@ -271,6 +280,7 @@ class Task:
         counts: K/V that each row held before in this layer, where they are not those of the `Rows`.
         waiting: states (N, D) of the tokens right in front of the new ones of a single row: their K/V come first.
         mixed, fed: int64 places in (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
+        decision: of the FFN: only tokens of `fed` run it whom it lets.
     """
 
     layer: NativeLayer
@@ -280,6 +290,7 @@ class Task:
     waiting: Tensor | None = None
     mixed: Tensor | None = None
     fed: Tensor | None = None
+    decision: Decision | None = None
 
     def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
@@ -287,6 +298,7 @@ class Task:
         return (
             *(self.layer.address, self.kv.states.data_ptr(), self.parts, counts),
             *(_list(self.waiting) + _list(self.mixed) + _list(self.fed)),
+            *((0, 0, 0) if self.decision is None else self.decision.fields()),
         )
 
 

@@ -57,6 +57,11 @@ class NativeNetworks:
         )
         return logits
 
+    def address(self, network: GateNetwork) -> int | None:
+        """For the kernels; None if it is not for them."""
+        struct = self._struct(network)
+        return None if struct is None else addressof(struct)
+
     def _struct(self, network: GateNetwork) -> _Network | None:
         """None: not for the kernels."""
         address, known = network.direct.weight.data_ptr(), self.known.get(network)

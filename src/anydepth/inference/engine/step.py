@@ -17,9 +17,10 @@ from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV
 from anydepth.inference.engine.layer import EngineLayer, Rotation
-from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, OMIT, TAP, Rows, Task, Tasks
+from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, OMIT, TAP, Decision, Rows, Task, Tasks
+from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, Method, PassContext
+from anydepth.methods.method import Gate, Memory, Method, PassContext
 
 
 class Step:
@@ -28,7 +29,7 @@ class Step:
     Args:
         rotation_kinds: all that the model has, by number.
         rotation_at: the rotation of a kind for tokens at given places.
-        evaluate: logits of a method's network for states.
+        networks: of gates, through the kernels; None: there are none.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Step:
         methods: Sequence[Method],
         rotation_kinds: Sequence[str],
         rotation_at: Callable[[str, Tensor | slice], Rotation],
-        evaluate: Callable[[GateNetwork, Tensor], Tensor],
+        networks: NativeNetworks | None,
     ) -> None:
         self.cache, self.slots = cache, list(slots)
         self.rotation_kinds, self.rotation_at = rotation_kinds, rotation_at
@@ -57,8 +58,12 @@ class Step:
         self.asked_with: tuple[Tensor | None, Tensor] = None, token_ids
         self.tapped: list[tuple[LayerKV, Sequence[int]]] = []  # by the span: rows whose K/V wait
         if methods:
-            context = PassContext(token_mask, self.places, training=False, evaluate=evaluate)
+            evaluate = self.record.counting(GateNetwork.__call__ if networks is None else networks.evaluate)
+            memory = Memory(cache.method_memory, self.slots, len(cache.lengths))
+            context = PassContext(token_mask, self.places, training=False, evaluate=evaluate, memory=memory)
             self.run = Run(context, self.record, None, self.methods, sparse=True)
+            self.networks = networks if self.few_tokens else None
+            self.decisions: dict[int, tuple[Decision, Gate | None]] = {}  # by layer: left to the kernels
             for method in methods:
                 method.begin(context)
 
@@ -79,15 +84,61 @@ class Step:
             if not methods:
                 hidden = self._feed(layer, kv, self._mix(layer, kv, hidden, None), None)
                 continue
-            reads_state = any(method.reads_state(layer_idx) for method in methods)
+            decision = self._decision(layer_idx)
+            asked = [method for method in methods if decision is None or method is not self.ffn_asker]
+            reads_state = any(method.reads_state(layer_idx) for method in asked)
             if reads_state:
                 hidden = self._run_span(hidden)
             gate, mixer_gate = self._ask_mixer(layer_idx, hidden)
+            if gate is not None and gate.weight is not None:
+                hidden = self._through_weighed(layer, kv, layer_idx, gate, mixer_gate, hidden)
+                continue
             hidden = self._mix(layer, kv, hidden, mixer_gate)
+            if decision is not None:
+                self.decisions[layer_idx] = decision, gate
+                hidden = self._feed(layer, kv, hidden, gate, decision)
+                continue
             if reads_state and self.gates_branches:  # the FFN's gate reads what the mixer makes
                 hidden = self._run_span(hidden)
             hidden = self._feed(layer, kv, hidden, self._ask_ffn(layer_idx, gate, hidden))
-        return self._run_span(hidden)
+        hidden = self._run_span(hidden)
+        if methods:
+            self._note_decisions()
+        return hidden
+
+    def _through_weighed(
+        self, layer: EngineLayer, kv: LayerKV, layer_idx: int, gate: Gate, mixer_gate: Gate | None, hidden: Tensor
+    ) -> Tensor:
+        """A layer whose gate weighs what it adds: h + w·(f(h) − h); beside gates of branches, what each adds."""
+        hidden = before = self._run_span(hidden)
+        hidden = self._run_span(self._mix(layer, kv, hidden, mixer_gate))
+        if self.gates_branches:
+            hidden = before = _weighed(mixer_gate, hidden, before)
+        ffn_gate = self._ask_ffn(layer_idx, gate, hidden)
+        return _weighed(ffn_gate, self._run_span(self._feed(layer, kv, hidden, ffn_gate)), before)
+
+    @cached_property
+    def ffn_asker(self) -> Method | None:
+        """The only method that gates FFNs alone."""
+        askers = [method for method in self.methods if type(method).ffn_gate is not Method.ffn_gate]
+        return askers[0] if len(askers) == 1 else None
+
+    def _decision(self, layer_idx: int) -> Decision | None:
+        """Whose FFN runs, if the kernels can decide it."""
+        if self.networks is None or self.ffn_asker is None:
+            return None
+        asked = self.ffn_asker.ffn_network(layer_idx)
+        network = None if asked is None else self.networks.address(asked[0])
+        if asked is None or network is None:
+            return None
+        self.record.router_flops += asked[0].flops(self.num_rows * self.num_tokens)
+        return Decision(network, asked[1], torch.zeros(self.num_rows * self.num_tokens))
+
+    def _note_decisions(self) -> None:
+        """What the kernels decided, once it is known."""
+        for layer_idx, (decision, gate) in self.decisions.items():
+            keep = (decision.logits > decision.threshold).view(self.num_rows, self.num_tokens)
+            self.record.ffn_keep[layer_idx] = keep if gate is None else keep & gate.keep
 
     def _is_whole(self) -> bool:
         """Whether every layer holds all that its rows have seen."""
@@ -139,7 +190,9 @@ class Step:
             self.span.append(task)
         return hidden
 
-    def _feed(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+    def _feed(
+        self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None, decision: Decision | None = None
+    ) -> Tensor:
         if gate is not None and not gate.any_kept:
             return hidden
         index = None if gate is None or gate.all_kept else gate.keep.flatten().nonzero()[:, 0]
@@ -149,10 +202,12 @@ class Step:
                 return layer.add_ffn(hidden)
             return hidden.index_copy(0, index, layer.add_ffn(hidden[index]))
         if self.span and self.span[-1].layer is layer.native:
-            self.span[-1].parts |= FFN
-            self.span[-1].fed = index
+            task = self.span[-1]
         else:
-            self.span.append(Task(layer.native, kv, FFN, fed=index))
+            task = Task(layer.native, kv, 0)
+            self.span.append(task)
+        task.parts |= FFN
+        task.fed, task.decision = index, decision
         return hidden
 
     def _mixer_task(self, layer: EngineLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
@@ -376,3 +431,11 @@ class Step:
         if layer.window is not None:
             mask &= columns > places[:, None] - layer.window
         return layer.attend(queries, states, mask[None])
+
+
+def _weighed(gate: Gate | None, hidden: Tensor, before: Tensor) -> Tensor:
+    """(N, D) states behind a branch, with its gate's weight on what it added."""
+    if gate is None or gate.weight is None:
+        return hidden
+    weight = gate.weight.flatten()[:, None].to(hidden.dtype)
+    return weight * hidden + (1 - weight) * before

@@ -56,6 +56,9 @@ struct Task {
     int64_t num_mixed;
     const int64_t* fed;  // the same for the FFN
     int64_t num_fed;
+    const Network* gate;  // of the FFN, if it is not null: of `fed`, those run it whose logit is above the threshold
+    float* logits;        // (R·T,), left for the caller
+    double threshold;
 };
 
 }  // extern "C"
@@ -320,12 +323,26 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
 #pragma omp barrier
 }
 
+// Tokens whose gate is open.
+struct Decision {
+    std::vector<int64_t> kept;
+
+    template <class A>
+    Tokens make(const Task& task, const Tokens& asked, const A* states, int num, float* workspace) {
+        logits_of(*task.gate, states, num, task.logits, workspace);
+        kept.clear();
+        for (int i = 0; i < asked.num; ++i)
+            if (task.logits[asked[i]] > task.threshold) kept.push_back(asked[i]);
+        return {kept.data(), int(kept.size())};
+    }
+};
+
 // Tasks one after the other on (R·T, hidden) states.
 template <class A>
 void run(const Task* tasks, int n, const Batch& b, const A* from, A* to, A* taps) {
     const int num = b.rows * b.tokens;
     const size_t size = size_t(num) * tasks[0].layer->hidden;
-    if (std::any_of(tasks, tasks + n, [](const Task& task) { return task.mixed || task.fed; })) {
+    if (std::any_of(tasks, tasks + n, [](const Task& task) { return task.mixed || task.fed || task.gate; })) {
         std::memcpy(to, from, size * sizeof(A));  // for the tokens that a branch leaves as they are
         from = to;
     }
@@ -347,7 +364,12 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to, A* taps
                 mixer<A>(*task->layer, b, counts, task->cache, now, to, mixed, task->parts & OMIT);
                 now = to;
             }
-            if (task->parts & FFN) ffn<A>(*task->layer, now, to, b.workspace, fed), now = to;
+            if (task->parts & FFN) {
+                static thread_local Decision decision;
+                const Tokens kept = task->gate ? decision.make(*task, fed, now, num, b.workspace) : fed;
+                if (kept.num) ffn<A>(*task->layer, now, to, b.workspace, kept);
+                now = to;
+            }
         }
 #pragma omp master
         if (now != to) std::memcpy(to, now, size * sizeof(A));
@@ -416,10 +438,11 @@ void anydepth_linear(const Matrix* w, const Norm* norm, const void* from, void* 
 // (tokens, G) logits of (tokens, D) states.
 void anydepth_evaluate(const Network* net, const void* from, float* logits, float* workspace, int32_t num_tokens,
                        int32_t in_bf16) {
+#pragma omp parallel
     if (in_bf16)
-        evaluate(*net, static_cast<const bf16*>(from), num_tokens, logits, workspace);
+        logits_of(*net, static_cast<const bf16*>(from), num_tokens, logits, workspace);
     else
-        evaluate(*net, static_cast<const float*>(from), num_tokens, logits, workspace);
+        logits_of(*net, static_cast<const float*>(from), num_tokens, logits, workspace);
 }
 
 // Reads memory as fast as it gives: what the kernels are measured against.

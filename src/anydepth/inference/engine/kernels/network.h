@@ -63,21 +63,19 @@ inline void dense(const Dense& map, const float* x, int num, float* out, bool ad
         }
 }
 
-// (num, G) logits. `workspace`: 2 · num · MAX_WIDTH floats.
+// (num, G) logits, whole when the team returns. `workspace`: 2 · num · MAX_WIDTH floats.
 template <class A>
-void evaluate(const Network& net, const A* from, int num, float* logits, float* workspace) {
-#pragma omp parallel
-    {
-        const float* x = standardised(net, from, num);
-        dense(net.direct, x, num, logits, false, false);
-        for (int64_t i = 0; i < net.mlp_size; ++i) {
-            const bool last = i + 1 == net.mlp_size;
-            float* to = last ? logits : workspace + (i % 2) * num * MAX_WIDTH;
-            dense(net.mlp[i], x, num, to, last, !last);
-            x = to;
+void logits_of(const Network& net, const A* from, int num, float* logits, float* workspace) {
+    const float* x = standardised(net, from, num);
+    dense(net.direct, x, num, logits, false, false);
+    for (int64_t i = 0; i < net.mlp_size; ++i) {
+        const bool last = i + 1 == net.mlp_size;
+        float* to = last ? logits : workspace + (i % 2) * num * MAX_WIDTH;
+        dense(net.mlp[i], x, num, to, last, !last);
+        x = to;
 #pragma omp barrier
-        }
     }
+#pragma omp barrier
 }
 
 }  // namespace

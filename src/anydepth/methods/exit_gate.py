@@ -1,0 +1,135 @@
+"""Exit gates: in front of chosen layers a small network decides whether a token has been through enough of them.
+
+Hierarchical Adaptive Transformer, vertical; CALM's K/V rule `propagate` (Schuster et al. 2022): the state of a token
+that left is frozen, and is what deeper layers project its K/V from. Training samples hard exits, which the states
+follow, and pays the expected loss under the soft distribution p(l) = s_l·Π_{j<l}(1 − s_j): through it alone the gates
+learn. Lossy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from anydepth.config import StrictConfig
+from anydepth.methods.gate_network import GateNetwork
+from anydepth.methods.method import ExitState, Gate, Method, PassContext, check_layers
+from anydepth.models.backbone import Backbone
+
+
+class ExitGateConfig(StrictConfig):
+    """Options of `exit_gate`."""
+
+    layers: list[int] | None = Field(
+        default=None, description="Layers with a gate in front; null is five, spread from a fifth of the depth on."
+    )
+    widths: list[int] = Field(default=[64, 32], description="Hidden layers of the gates' networks.")
+    kv_rule: Literal["propagate"] = Field(
+        default="propagate", description="Deeper layers project K/V from the state that a token left with."
+    )
+    threshold: float = Field(default=0.0, description="At inference a token exits if its logit is above this.")
+    initial_bias: float = Field(default=2.0, description="Logits start at minus this: tokens go on.")
+    forward_temperature: float = Field(default=0.5, ge=0, description="Scale of the noise that exits are sampled with.")
+    backward_temperature: float = Field(default=1.0, gt=0, description="Temperature of the soft distribution.")
+    expected_weight: float = Field(default=1.0, ge=0, description="Of the expected cross-entropy over exits.")
+    target_depth: float = Field(
+        default=0.67, gt=0, le=1, description="Expected share of layers run, mean over real tokens."
+    )
+    target_weight: float = Field(default=8.0, ge=0, description="β of β·(expected depth − target_depth)².")
+    seed: int = Field(default=0, description="Seed of the gates and of their noise.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExitGateConfig:
+        if math.isnan(self.threshold):
+            raise ValueError("threshold is nan; it must be a number (inf lets nobody exit)")
+        return self
+
+
+class ExitGate(Method):
+    """Decides per token in front of each layer of `layers` whether it leaves; the rest of the layers it then skips."""
+
+    Config = ExitGateConfig
+    name = "exit_gate"
+    summary = "gates in front of chosen layers let tokens leave early"
+
+    def __init__(self, config: ExitGateConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        layers = _spread(self.num_layers) if config.layers is None else sorted(config.layers)
+        check_layers(layers, self.num_layers, "layers")
+        if not layers or layers[0] == 0:
+            raise ValueError(f"layers is {layers}; a gate needs at least one layer in front of it, from 1 on")
+        self.exits = layers
+        size, start = backbone.hidden_size, torch.tensor([-config.initial_bias])
+        self.networks = {layer_idx: GateNetwork(size, config.widths, start, self.generator) for layer_idx in layers}
+        self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
+        self.gate: Gate | None = None
+
+    def begin(self, context: PassContext) -> None:
+        self.gate = None  # nobody has left
+
+    def reads_state(self, layer_idx: int) -> bool:
+        return layer_idx in self.networks and (self.gate is None or self.gate.any_kept)
+
+    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        decided = context.notes.setdefault(f"{self.name}/gates", {})
+        if layer_idx in decided:  # a layer that gradient checkpointing runs again
+            return decided[layer_idx]
+        if self.reads_state(layer_idx):
+            self.gate = self._decide(layer_idx, hidden, context)
+        decided[layer_idx] = self.gate
+        return self.gate
+
+    def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
+        logit = context.evaluate(self.networks[layer_idx], hidden.detach())[..., 0]
+        margin = logit - self.config.threshold
+        if context.training:
+            context.notes.setdefault(self.name, {})[layer_idx] = (hidden, margin)
+            noise = self.logistic_noise(margin, context, layer_idx)
+            margin = margin + self.config.forward_temperature * noise
+        goes_on = ~(margin > 0)
+        if self.gate is not None:
+            goes_on = goes_on & self.gate.keep
+        return Gate.of_plan(goes_on[None], context, "project")[0]
+
+    def _distribution(self, context: PassContext) -> tuple[list[Tensor], Tensor]:
+        """p(l) of each gate passed, (B, T) each, and what is left for the last layer."""
+        left, leaving = None, []
+        for _, margin in context.notes[self.name].values():
+            soft = torch.sigmoid(margin / self.config.backward_temperature)
+            left = torch.ones_like(soft) if left is None else left
+            leaving.append(left * soft)
+            left = left * (1 - soft)
+        assert left is not None
+        return leaving, left
+
+    def exit_states(self, context: PassContext) -> list[ExitState]:
+        notes = context.notes.get(self.name)
+        if not notes or not self.config.expected_weight:
+            return []
+        leaving, left = self._distribution(context)
+        weight = self.config.expected_weight
+        exits = [ExitState(hidden, weight * part) for (hidden, _), part in zip(notes.values(), leaving, strict=True)]
+        return [*exits, ExitState(None, weight * left)]
+
+    def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
+        """`target`: β·(expected depth − d*)², the mean over real tokens."""
+        notes = context.notes.get(self.name)
+        if not notes or not self.config.target_weight:
+            return {}
+        leaving, left = self._distribution(context)
+        share = left
+        for layer_idx, part in zip(notes, leaving, strict=True):
+            share = share + part * layer_idx / self.num_layers
+        depth = share[context.token_mask].mean()
+        return {"target": self.config.target_weight * (depth - self.config.target_depth) ** 2}
+
+
+def _spread(num_layers: int) -> list[int]:
+    """Five layers, for 22 of them 4, 8, 12, 16 and 20; fewer in a shallow model."""
+    return sorted(
+        {max(1, round(num_layers * share)) for share in (0.2, 0.36, 0.54, 0.72, 0.88)} & set(range(num_layers))
+    )

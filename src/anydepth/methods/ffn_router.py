@@ -1,0 +1,128 @@
+"""FFN routing: in each layer a score decides per token whether its FFN runs; mixers always run, so K/V are exact.
+
+The token choice of mixture-of-experts with one expert and nothing (Hierarchical Adaptive Transformer, horizontal).
+Training lets through the tokens above a running quantile of the scores, so that a share `capacity` runs, and carries
+the gate's gradient straight through; inference compares with the same quantile, held still. Lossy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anydepth.config import StrictConfig
+from anydepth.methods.gate_network import GateNetwork
+from anydepth.methods.method import Gate, Method, PassContext, check_layers
+from anydepth.models.backbone import Backbone
+
+
+class FFNRouterConfig(StrictConfig):
+    """Options of `ffn_router`."""
+
+    layers: list[int] | None = Field(default=None, description="Layers whose FFN is routed; null is all but the first.")
+    capacity: float = Field(default=0.55, gt=0, le=1, description="Share of tokens whose FFN runs, in each layer.")
+    initial_capacity: float = Field(
+        default=0.9, gt=0, le=1, description="Share at the start of training; falls to capacity in its first half."
+    )
+    widths: list[int] = Field(default=[], description="Hidden layers of the scoring network; none is a linear map.")
+    threshold_shift: float = Field(
+        default=0.0, description="Added to the learned thresholds at inference: more skips more (−inf keeps all)."
+    )
+    backward_temperature: float = Field(default=1.0, gt=0, description="Temperature of the straight-through gradient.")
+    z_loss_weight: float = Field(default=1e-3, ge=0, description="Of mean(logsumexp([0, s])²): keeps scores small.")
+    entropy_weight: float = Field(
+        default=1e-3, ge=0, description="Of minus the gates' mean entropy: against gates that settle too early."
+    )
+    capacity_weight: float = Field(default=1.0, ge=0, description="Of (mean σ(s − threshold) − capacity)², per layer.")
+    quantile_momentum: float = Field(default=0.9, ge=0, lt=1, description="Of the running quantile, per forward.")
+    seed: int = Field(default=0, description="Seed of the scoring networks.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FFNRouterConfig:
+        if math.isnan(self.threshold_shift):
+            raise ValueError("threshold_shift is nan; it must be a number (−inf keeps every FFN)")
+        return self
+
+
+class FFNRouter(Method):
+    """Decides per token and layer, in front of the FFN, whether it runs."""
+
+    Config = FFNRouterConfig
+    name = "ffn_router"
+    summary = "a score per token and layer decides whether the FFN runs"
+    gates_branches = True
+
+    thresholds: Tensor
+
+    def __init__(self, config: FFNRouterConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        layers = list(range(1, self.num_layers)) if config.layers is None else config.layers
+        check_layers(layers, self.num_layers, "layers")
+        self.places = {layer_idx: place for place, layer_idx in enumerate(layers)}
+        size, start = backbone.hidden_size, torch.zeros(1)
+        self.networks = [GateNetwork(size, config.widths, start, self.generator) for _ in layers]
+        self.by_layer = nn.ModuleDict({str(layer): part for layer, part in zip(layers, self.networks, strict=True)})
+        for network in self.networks:
+            nn.init.normal_(network.direct.weight, std=0.02, generator=self.generator)  # no two tokens alike
+        self.register_buffer("thresholds", torch.full((len(layers),), -math.inf))  # until training has seen scores
+        self.limits: list[float] = []
+        self.capacity = config.capacity
+
+    def set_progress(self, progress: float) -> None:
+        first, last = self.config.initial_capacity, self.config.capacity
+        self.capacity = last + (first - last) * max(1 - 2 * progress, 0)
+
+    def begin(self, context: PassContext) -> None:
+        self.limits = [threshold + self.config.threshold_shift for threshold in self.thresholds.tolist()]
+
+    def reads_state(self, layer_idx: int) -> bool:
+        return layer_idx in self.places
+
+    def ffn_network(self, layer_idx: int) -> tuple[GateNetwork, float] | None:
+        place = self.places.get(layer_idx)
+        return None if place is None else (self.networks[place], self.limits[place])
+
+    def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        place = self.places.get(layer_idx)
+        if place is None:
+            return None
+        score = context.evaluate(self.networks[place], hidden.detach())[..., 0]
+        if not context.training:
+            return Gate.of_plan((score > self.limits[place])[None], context, "project")[0]
+        threshold = self._quantile(place, score, context)
+        keep = score > threshold
+        soft = torch.sigmoid((score - threshold) / self.config.backward_temperature)
+        weight = (keep.float() + soft - soft.detach()) * context.token_mask
+        context.notes.setdefault(self.name, {})[layer_idx] = (score, soft)
+        return Gate.of_plan(keep[None], context, "project", weight[None])[0]
+
+    @torch.no_grad()
+    def _quantile(self, place: int, score: Tensor, context: PassContext) -> float:
+        """The running score that a share `capacity` of real tokens is above. Seen once per forward: checkpointing asks
+        again, and must get the same answer."""
+        seen = context.notes.setdefault(f"{self.name}/quantile", {})
+        if place not in seen:
+            now = torch.quantile(score[context.token_mask].float(), 1 - self.capacity).item()
+            before = self.thresholds[place].item()
+            momentum = self.config.quantile_momentum if math.isfinite(before) else 0.0
+            seen[place] = now if not momentum else momentum * before + (1 - momentum) * now
+            self.thresholds[place] = seen[place]
+        return seen[place]
+
+    def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
+        """`z_loss`, `entropy` and `capacity`, means over real tokens and layers."""
+        notes = context.notes.get(self.name)
+        if not notes:
+            return {}
+        score = torch.stack([score[context.token_mask] for score, _ in notes.values()])  # (layers, N)
+        soft = torch.stack([soft[context.token_mask] for _, soft in notes.values()])
+        entropy = F.binary_cross_entropy(soft, soft)
+        return {
+            "z_loss": self.config.z_loss_weight * F.softplus(score).square().mean(),
+            "entropy": -self.config.entropy_weight * entropy,
+            "capacity": self.config.capacity_weight * (soft.mean(1) - self.capacity).square().mean(),
+        }

@@ -1,0 +1,120 @@
+"""Mixture of depths: in chosen layers each sequence sends its best-scored tokens through, the others go around.
+
+Raposo et al. 2024: training lets the top ⌈C·T⌉ tokens of a sequence run (expert choice) and adds r·f(h), r a router's
+weight; a predictor, trained beside it on who was chosen, decides at inference, where the future is not known. Lossy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anydepth.config import StrictConfig
+from anydepth.methods.gate_network import GateNetwork
+from anydepth.methods.method import Gate, KVRule, Method, PassContext, check_layers
+from anydepth.models.backbone import Backbone
+
+
+class MixtureOfDepthsConfig(StrictConfig):
+    """Options of `mixture_of_depths`."""
+
+    layers: list[int] | None = Field(default=None, description="Layers with a choice; null is every other, from 1 on.")
+    capacity: float = Field(
+        default=0.5, gt=0, le=1, description="Share C of a sequence's tokens that run, in training."
+    )
+    kv_rule: KVRule = Field(
+        default="omit", description="K/V of a token that goes around: none, or its state projected."
+    )
+    weigh: bool = Field(default=True, description="Add r·f(h) with r = 2·σ(score); no: f(h), r only in the gradient.")
+    widths: list[int] = Field(default=[], description="Hidden layers of the scoring network; none is a linear map.")
+    predictor_widths: list[int] = Field(default=[64], description="Hidden layers of the predictor.")
+    threshold: float = Field(default=0.0, description="At inference a token runs if the predictor's logit is above it.")
+    initial_bias: float = Field(default=2.0, description="Of the predictor at the start: everybody runs.")
+    predictor_weight: float = Field(default=1.0, ge=0, description="Of the predictor's binary cross-entropy.")
+    seed: int = Field(default=0, description="Seed of the networks.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MixtureOfDepthsConfig:
+        if math.isnan(self.threshold):
+            raise ValueError("threshold is nan; it must be a number (−inf lets everybody run)")
+        return self
+
+
+class MixtureOfDepths(Method):
+    """Scores the tokens of a sequence in front of each chosen layer, and predicts who will be among the best."""
+
+    Config = MixtureOfDepthsConfig
+    name = "mixture_of_depths"
+    summary = "in every other layer the best-scored tokens of a sequence run"
+
+    def __init__(self, config: MixtureOfDepthsConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        layers = list(range(1, self.num_layers, 2)) if config.layers is None else config.layers
+        check_layers(layers, self.num_layers, "layers")
+        size, generator = backbone.hidden_size, self.generator
+        open_at_first = torch.tensor([config.initial_bias])
+        self.routers = {i: GateNetwork(size, config.widths, torch.zeros(1), generator) for i in layers}
+        self.predictors = {i: GateNetwork(size, config.predictor_widths, open_at_first, generator) for i in layers}
+        for router in self.routers.values():
+            nn.init.normal_(router.direct.weight, std=0.02, generator=generator)  # no two tokens alike
+        self.by_layer = nn.ModuleDict(
+            {str(i): nn.ModuleDict({"router": self.routers[i], "predictor": self.predictors[i]}) for i in layers}
+        )
+
+    def reads_state(self, layer_idx: int) -> bool:
+        return layer_idx in self.routers
+
+    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        if layer_idx not in self.routers:
+            return None
+        if not context.training and not self.config.weigh:
+            keep, weights = self._predicted(layer_idx, hidden, context) > self.config.threshold, None
+        else:
+            score = context.evaluate(self.routers[layer_idx], hidden.detach())[..., 0]
+            predicted = self._predicted(layer_idx, hidden, context)
+            keep = predicted > self.config.threshold
+            if context.training:
+                keep = self._best(score, context.token_mask)
+                context.notes.setdefault(self.name, {})[layer_idx] = (predicted, keep)
+            factor = 2 * torch.sigmoid(score)
+            if not self.config.weigh:
+                factor = 1 + factor - factor.detach()
+            weights = (factor * (keep & context.token_mask))[None]
+            context.notes.setdefault(f"{self.name}/weights", {})[layer_idx] = weights[0].detach()
+        return Gate.of_plan(keep[None], context, self.config.kv_rule, weights)[0]
+
+    def _predicted(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Tensor:
+        """(B, T) logits of being among the best."""
+        return context.evaluate(self.predictors[layer_idx], hidden.detach())[..., 0]
+
+    def _best(self, score: Tensor, real: Tensor) -> Tensor:
+        """(B, T) the ⌈C·n⌉ best of the n real tokens of each row."""
+        wanted = (real.sum(1, keepdim=True) * self.config.capacity).ceil()
+        order = score.detach().masked_fill(~real, -math.inf).argsort(dim=1, descending=True)
+        return order.argsort(dim=1) < wanted
+
+    def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
+        """`predictor`: binary cross-entropy, the mean over real tokens and layers."""
+        notes = context.notes.get(self.name)
+        if not notes or not self.config.predictor_weight:
+            return {}
+        real = context.token_mask
+        logits = torch.stack([predicted[real] for predicted, _ in notes.values()])
+        chosen = torch.stack([keep[real] for _, keep in notes.values()]).float()
+        return {"predictor": self.config.predictor_weight * F.binary_cross_entropy_with_logits(logits, chosen)}
+
+    def metrics(self, context: PassContext) -> dict[str, float]:
+        """`predictor_accuracy`, and `predicted_capacity`: the share that would run at inference."""
+        notes, real = context.notes.get(self.name), context.token_mask
+        if not notes:
+            return {}
+        guesses = torch.stack([predicted[real] > self.config.threshold for predicted, _ in notes.values()])
+        chosen = torch.stack([keep[real] for _, keep in notes.values()])
+        return {
+            "predictor_accuracy": (guesses == chosen).float().mean().item(),
+            "predicted_capacity": guesses.float().mean().item(),
+        }
