@@ -11,7 +11,7 @@ import pytest
 from anydepth.config import Recipe, StrictConfig, load_recipe, validate
 from anydepth.errors import UserError
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -21,7 +21,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_recipes_are_found() -> None:
-    assert len(RECIPES) >= 7
+    assert len(RECIPES) >= 36
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from anydepth.errors import UserError
 
@@ -45,6 +45,12 @@ class ModelConfig(StrictConfig):
     target: str = Field(default="embedded", description="`embedded`, a hub name, a folder, or a .gguf file.")
     dtype: DType = Field(default="float32", description="Precision of the backbone's weights.")
     device: Device = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:1, …")
+    quantisation: Literal["nf4"] | None = Field(
+        default=None, description="nf4: linear maps of the base in 4 bits (bitsandbytes); LoRA learns beside them."
+    )
+    attention: Literal["sdpa", "eager"] | None = Field(
+        default=None, description="Attention implementation; null is transformers' choice."
+    )
 
 
 class DataConfig(StrictConfig):
@@ -93,6 +99,19 @@ class TrainConfig(StrictConfig):
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 turns autocast on.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute layers in backward to save memory.")
     save_every: int = Field(default=50, ge=1, description="Steps between checkpoints to resume from.")
+
+
+class PhaseConfig(StrictConfig):
+    """One of several trainings in turn, each of which starts from what the one before it left."""
+
+    name: str = Field(pattern=r"^[\w-]+$", description="Names its folder under phases/.")
+    train: list[str] = Field(min_length=1, description="Methods that this phase trains.")
+    frozen: list[str] = Field(default=[], description="Methods that are attached meanwhile and decide as at inference.")
+    max_steps: int = Field(ge=1, description="Optimiser steps.")
+    learning_rate: float | None = Field(default=None, gt=0, description="Instead of the recipe's train.learning_rate.")
+    router_learning_rate: float | None = Field(default=None, gt=0, description="Instead of the recipe's.")
+    warmup_steps: int | None = Field(default=None, ge=0, description="Instead of the recipe's.")
+    train_lora: bool = Field(default=True, description="Whether a LoRA adapter learns on in this phase.")
 
 
 class SearchConfig(StrictConfig):
@@ -157,6 +176,9 @@ class Recipe(StrictConfig):
         default=None, description="Fit the router first; null starts from initial_bias and initial_skip_layers."
     )
     train: TrainConfig | None = Field(default=None, description="Training; null attaches the methods as they are.")
+    phases: list[PhaseConfig] = Field(
+        default=[], description="Trainings in turn, with the other settings of train; none is one training of all."
+    )
     calibrate: CalibrateConfig | None = Field(default=None, description="Set a router's threshold; null keeps it.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
     bench: BenchConfig = Field(default=BenchConfig(), description="Speed.")
@@ -170,6 +192,25 @@ class Recipe(StrictConfig):
         if not isinstance(methods, list):
             return methods
         return [{"name": method} if isinstance(method, str) else method for method in methods]
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Recipe:
+        names = [str(method.get("name")) for method in self.methods]
+        if self.phases and self.train is None:
+            raise ValueError("phases need a train section, for what they share")
+        for phase in self.phases:
+            unknown = [name for name in (*phase.train, *phase.frozen) if name not in names]
+            if unknown:
+                raise ValueError(
+                    f"phase {phase.name} names {unknown[0]}, which methods does not; it has {', '.join(names)}"
+                )
+            both = sorted(set(phase.train) & set(phase.frozen))
+            if both:
+                raise ValueError(f"phase {phase.name} both trains and freezes {both[0]}")
+        labels = [phase.name for phase in self.phases]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"two phases have the same name; names are {', '.join(labels)}")
+        return self
 
     def method_configs(self) -> list[StrictConfig]:
         """The methods' configs, validated. Loads the methods, hence torch."""

@@ -61,7 +61,7 @@ def test_planted_dependence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     fit_router(adapted, windows(num=20))
     assert router.network is not None
     states = torch.randn(500, 32, generator=torch.Generator().manual_seed(5))
-    runs = router.network(states[None])[:, 0] > 0  # (layers, tokens)
+    runs = router.network(states[None])[0].T > 0  # (layers, tokens)
     assert runs[1:4].float().mean() > 0.95 and runs[4].float().mean() < 0.05
     agrees = (runs[0] == (states[:, 3] > states[:, 3].quantile(0.5))).float().mean()
     assert agrees > 0.9, f"the planted direction decides {agrees:.0%} of the tokens"

@@ -50,7 +50,7 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
     "random": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [1.0] * 4},
     "stochastic_depth": {"name": "stochastic_depth", "max_probability": 0.9},
     "mixture_of_depths": {"name": "mixture_of_depths", "weigh": False, "threshold": float("-inf")},
-    "exit_gate": {"name": "exit_gate", "threshold": float("inf")},
+    "exit_gate": {"name": "exit_gate", "threshold": float("-inf")},
     "ffn_router": {"name": "ffn_router"},
 }
 TOLERANCE = 1e-5

@@ -1,35 +1,198 @@
-"""Setting a router's threshold so that it skips a wanted share, on text, with the gates of inference."""
+"""Setting thresholds so that a wanted share is skipped, or a wanted speed reached on this machine, at a bounded loss.
+
+Methods compare a score with one threshold each (`Method.budget_option`). All thresholds move together: each to the
+same quantile of its method's scores on calibration text, so that one number in [0, 1) steers any composition.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anydepth.errors import RunError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.methods.layer_router import LayerRouter
+from anydepth.methods.method import Method
+
+SHARES = 64
+"""Quantiles told apart; finer ones are within the noise of a timing."""
 
 
 @torch.no_grad()
-def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -> float:
-    """Move `layer_router`'s threshold to the quantile of its logits that skips `target_skip` of routed layer-tokens.
-
-    The router reads a state in front of every routed layer, so its logits do not depend on the threshold and one
-    pass over (N, T) `windows` is exact. Returns the share that those windows skip then.
+def collect_scores(adapted: AdaptedModel, windows: Tensor) -> dict[str, Tensor]:
+    """Sorted scores (N,) by method on (M, T) windows, with nothing skipped for the sake of any threshold.
 
     Raises:
-        RunError: the adapted model has no learned router.
+        RunError: no attached method has a threshold to set.
     """
-    router = adapted.methods["layer_router"] if "layer_router" in adapted.methods else None  # noqa: SIM401 - a ModuleDict has no get
-    if not isinstance(router, LayerRouter) or router.network is None:
-        raise RunError("a skip share can be set for a learned layer_router only; this model has none")
     adapted.eval()
-    logits = []
-    for window in windows:
-        adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
-        logits.append(adapted.context.notes["layer_router"]["router_logits"].flatten())
-    scores = torch.cat(logits)
-    # torch.quantile takes at most 16M values; a sorted index has no such end and is an actual logit.
-    threshold = scores.sort().values[round(target_skip * (scores.numel() - 1))].item()
-    router.config = router.config.model_copy(update={"threshold": threshold})
-    return (scores <= threshold).double().mean().item()
+    with_threshold = _with_threshold(adapted)
+    before = thresholds_of(adapted)
+    set_thresholds(adapted, dict.fromkeys(before, -math.inf))
+    found: dict[str, list[Tensor]] = {method.name: [] for method in with_threshold}
+    try:
+        for window in windows:
+            adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
+            for method in with_threshold:
+                found[method.name].append(method.scores(adapted.context).float().cpu())
+    finally:
+        set_thresholds(adapted, before)
+    # torch.quantile takes at most 16M values; a sorted index has no such end and is an actual score.
+    return {name: torch.cat(parts).sort().values for name, parts in found.items()}
+
+
+def _with_threshold(adapted: AdaptedModel) -> list[Method]:
+    methods = [method for method in adapted.active_methods if method.budget_option is not None]
+    methods = [method for method in methods if getattr(method, "network", method) is not None]  # random gates have none
+    if not methods:
+        raise RunError(
+            f"nothing to calibrate: no method of this model ({adapted.label}) compares a score with a threshold; "
+            "layer_router, mixture_of_depths, exit_gate and ffn_router do"
+        )
+    return methods
+
+
+def thresholds_of(adapted: AdaptedModel) -> dict[str, float]:
+    """The threshold of each method that has one."""
+    return {method.name: getattr(method.config, str(method.budget_option)) for method in _with_threshold(adapted)}
+
+
+def set_thresholds(adapted: AdaptedModel, thresholds: dict[str, float]) -> None:
+    """Give methods new thresholds; all else of their configs stays."""
+    for method in _with_threshold(adapted):
+        if method.name in thresholds:
+            update = {str(method.budget_option): thresholds[method.name]}
+            method.config = method.config.model_copy(update=update)
+
+
+def thresholds_at(scores: dict[str, Tensor], share: float) -> dict[str, float]:
+    """Those that skip a share of what each method decides about, on the text that the scores are of."""
+    if share <= 0:
+        return dict.fromkeys(scores, -math.inf)
+    return {name: part[min(round(share * len(part)), len(part)) - 1].item() for name, part in scores.items()}
+
+
+def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -> float:
+    """Skip `target_skip` of what methods decide about. Exact for a `layer_router`, whose scores precede its gates.
+
+    Returns the share of scores on (M, T) windows that are skipped then.
+
+    Raises:
+        RunError: no attached method has a threshold to set.
+    """
+    scores = collect_scores(adapted, windows)
+    thresholds = thresholds_at(scores, target_skip)
+    set_thresholds(adapted, thresholds)
+    skipped = sum(int((part <= thresholds[name]).sum()) for name, part in scores.items())
+    return skipped / sum(len(part) for part in scores.values())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `find_budget` chose.
+
+    Attributes:
+        share: quantile that the thresholds stand at.
+        speedup: median of paired ratios on this machine; None where no speed was asked for.
+        perplexity_increase: relative, against full depth; None where no bound was asked for.
+        trajectory: every share tried, with what was measured.
+    """
+
+    share: float
+    thresholds: dict[str, float]
+    speedup: float | None
+    perplexity_increase: float | None
+    trajectory: list[dict[str, float]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Unreachable(RunError):
+    """The bounds cannot be met; the message names the best that can."""
+
+
+def find_budget(
+    adapted: AdaptedModel,
+    scores: dict[str, Tensor],
+    *,
+    target_speedup: float | None = None,
+    speedup: Callable[[], list[float]] | None = None,
+    max_perplexity_increase: float | None = None,
+    perplexity_increase: Callable[[], float] | None = None,
+    on_try: Callable[[dict[str, float]], None] = lambda row: None,
+) -> Budget:
+    """Set thresholds to the smallest share that reaches a speed, or the largest that keeps a bound on quality.
+
+    Both are monotone in the share up to noise, so it is bisected. With both bounds the speed decides, and quality must
+    hold there. The thresholds stay as they were if nothing meets the bounds.
+
+    Args:
+        scores: of `collect_scores`.
+        speedup: paired ratios full depth ÷ adapted, measured with the thresholds that are set.
+        perplexity_increase: relative to full depth, the same way.
+
+    Raises:
+        Unreachable: with the best that was found.
+    """
+    before, tried = thresholds_of(adapted), []
+
+    def look(number: int, measure: Callable[[], float], name: str) -> float:
+        set_thresholds(adapted, thresholds_at(scores, number / SHARES))
+        row = {"share": number / SHARES, name: measure()}
+        tried.append(row)
+        on_try(row)
+        return row[name]
+
+    try:
+        if speedup is not None and target_speedup is not None:
+            fast = speedup
+            number = _bisect(lambda n: look(n, lambda: median(fast()), "speedup") >= target_speedup)
+            if number == SHARES:
+                best = max(tried, key=lambda row: row["speedup"])
+                raise Unreachable(
+                    f"a speed-up of {target_speedup:g} is out of reach here: the most measured was "
+                    f"{best['speedup']:.2f}, with {best['share']:.0%} of decisions skipping"
+                )
+            number = _nearest(number, tried, target_speedup)
+        else:
+            assert perplexity_increase is not None and max_perplexity_increase is not None
+            loss = perplexity_increase
+            too_far = _bisect(lambda n: look(n, loss, "perplexity_increase") > max_perplexity_increase)
+            number = too_far - 1
+        share = number / SHARES
+        set_thresholds(adapted, thresholds_at(scores, share))
+        final_speedup = median(speedup()) if speedup is not None else None
+        increase = perplexity_increase() if perplexity_increase is not None else None
+        if increase is not None and max_perplexity_increase is not None and increase > max_perplexity_increase:
+            raise Unreachable(
+                f"a speed-up of {target_speedup:g} costs {increase:.1%} of perplexity, more than the "
+                f"{max_perplexity_increase:.1%} allowed; ask for less speed, or allow more"
+            )
+    except BaseException:
+        set_thresholds(adapted, before)
+        raise
+    return Budget(share, thresholds_of(adapted), final_speedup, increase, tried)
+
+
+def _bisect(reaches: Callable[[int], bool]) -> int:
+    """The smallest number below `SHARES` that reaches it, `SHARES` if none does."""
+    low, high = 0, SHARES
+    while low < high:
+        middle = (low + high) // 2
+        if reaches(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _nearest(number: int, tried: list[dict[str, float]], target: float) -> int:
+    """Of the numbers around the crossing, the one measured nearest to the target."""
+    near = [row for row in tried if abs(row["share"] * SHARES - number) <= 1.5]
+    return round(min(near, key=lambda row: abs(row["speedup"] - target))["share"] * SHARES) if near else number

@@ -105,6 +105,16 @@ def show_search(document: dict[str, Any]) -> None:
     print(f"agreement with full depth: {document['agreement']:.3f}  ({document['seconds']:.0f} s)")
 
 
+def show_calibration(document: dict[str, Any]) -> None:
+    for name, threshold in document["thresholds"].items():
+        print(f"{name}: threshold {threshold:.4g}")
+    print(f"share of decisions that skip: {document['share']:.0%}")
+    if document["speedup"] is not None:
+        print(f"speed-up: {document['speedup']:.2f}× (median of pairs, measured)")
+    if document["perplexity_increase"] is not None:
+        print(f"perplexity: {document['perplexity_increase']:+.1%} against the untouched model")
+
+
 def show_eval(document: dict[str, Any]) -> None:
     keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share")
     full = document["full_depth"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -155,8 +155,7 @@ class AdaptedModel(nn.Module):
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """The base model: full depth, and a LoRA adapter off as well."""
-        adapter_off = self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
-        with self.disabled(), adapter_off:
+        with self.disabled(), without_adapter(self.model):
             yield
 
     @contextmanager
@@ -244,6 +243,21 @@ class AdaptedModel(nn.Module):
             if name == "model":  # not set yet: looking it up there would not end
                 raise
             return getattr(self.model, name)
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """A model without its LoRA adapter, where it has one."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    learning = {part: part.requires_grad for part in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for part, learns in learning.items():  # PEFT would leave a frozen adapter learning
+            part.requires_grad_(learns)
 
 
 def attach(model: nn.Module, methods: MethodSpec | Sequence[MethodSpec]) -> AdaptedModel:

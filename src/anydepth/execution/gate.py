@@ -77,9 +77,8 @@ class GatedLayer:
             return hidden
         if self.runner.sees_every_token(gate):
             if run.sparse:  # the recurrent state must see every token, the FFN need not
-                run.ffn_gates[self.layer_idx] = gate.without_weight()
+                run.ffn_gates[self.layer_idx] = gate.without_weight()  # stays: backward may run the layer again
             output = first_output(self.own_layer(hidden, **arguments))
-            run.ffn_gates.pop(self.layer_idx, None)
         elif run.sparse:
             output = self.runner.run_on_kept(run, gate, self.own_layer, hidden, hidden, arguments, self.view.normalise)
             if gate.weight is None:
@@ -91,6 +90,7 @@ class GatedLayer:
     def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """A layer gate beside branch gates is a gate on both branches."""
         mixer_gate = Gate.both(layer_gate, run.ask("mixer_gate", self.layer_idx, hidden))
+        run.layer_gates[self.layer_idx] = layer_gate
         for gates, gate in ((run.mixer_gates, mixer_gate), (run.ffn_gates, layer_gate)):
             gates.pop(self.layer_idx, None)
             if gate is not None:
@@ -168,7 +168,8 @@ class GatedLayer:
 
     def _ask_ffn(self, run: Run, residual: Tensor) -> None:
         tokens = residual.view(*run.shape, -1)
-        gate = Gate.both(run.ffn_gates.get(self.layer_idx), run.ask("ffn_gate", self.layer_idx, tokens))
+        # Not what `ffn_gates` has: gradient checkpointing runs the FFN again, and would meet its own gate there.
+        gate = Gate.both(run.layer_gates.get(self.layer_idx), run.ask("ffn_gate", self.layer_idx, tokens))
         if gate is not None:
             run.ffn_gates[self.layer_idx] = gate
             self._record(run, gate, ffn=True)

@@ -7,6 +7,7 @@ The model's own forward runs unchanged. What it is handed differs: the kept toke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from anydepth.methods.method import Gate, Method, PassContext
 from anydepth.models.backbone import LayerView
 
 Forward = Callable[..., Any]
+_KEEPS_CACHE = "_can_checkpoint_with_cache"
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Run:
     cache: AdaptiveCache | None
     methods: list[Method]
     sparse: bool
+    layer_gates: dict[int, Gate | None] = field(default_factory=dict)  # beside gates of branches
     mixer_gates: dict[int, Gate] = field(default_factory=dict)
     ffn_gates: dict[int, Gate] = field(default_factory=dict)
 
@@ -161,7 +164,8 @@ class PartialRunner:
         # A skipped token sees itself: its output is dropped, but a NaN would stay in the gradient.
         visible[..., -num_tokens:] |= torch.eye(num_tokens, dtype=torch.bool, device=hidden.device)
         mask = _in_form_of(arguments.get("attention_mask"), visible)
-        return first_output(own(hidden, **self._for_attention(arguments, tap, mask)))
+        with self._keeping_tap():
+            return first_output(own(hidden, **self._for_attention(arguments, tap, mask)))
 
     def run_on_kept(
         self,
@@ -189,12 +193,29 @@ class PartialRunner:
             tap = self._tap(run, group, skipped if group.num_kept else None, places)
             if group.num_kept:
                 kept = group.take(hidden, group.kept)
-                base = group.put(base, first_output(own(kept, **self._for_group(run, group, arguments, tap, places))))
+                with self._keeping_tap():
+                    output = own(kept, **self._for_group(run, group, arguments, tap, places))
+                base = group.put(base, first_output(output))
             elif skipped is not None:
                 tap.new = skipped
             written.append((group, tap, places))
         self._write(run, written)
         return base
+
+    @contextmanager
+    def _keeping_tap(self) -> Iterator[None]:
+        """Under gradient checkpointing transformers takes the cache away from a layer, for it would be written twice; a
+        `KVTap` may be."""
+        module: Any = self.view.module
+        own = module.__dict__.get(_KEEPS_CACHE)
+        setattr(module, _KEEPS_CACHE, True)
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(module, _KEEPS_CACHE)
+            else:
+                setattr(module, _KEEPS_CACHE, own)
 
     def _run_recurrent_rows(
         self, run: Run, group: Group, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]

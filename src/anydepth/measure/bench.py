@@ -102,6 +102,19 @@ def bench_prompts(
     return rows
 
 
+def paired_speedups(
+    adapted: AdaptedModel, windows: Tensor, new_tokens: int, num_runs: int, engine: Engine = None
+) -> list[float]:
+    """`num_runs` ratios of total time, full depth ÷ adapted, at batch 1; prompts are (N, T) windows in turn."""
+    batches = [
+        {"input_ids": window[None].to(adapted.device), "attention_mask": torch.ones(1, len(window), dtype=torch.long)}
+        for window in windows
+    ]
+    _pair(adapted, batches[0], new_tokens, 0, engine)  # warm-up
+    pairs = [_pair(adapted, batches[run % len(batches)], new_tokens, run, engine) for run in range(num_runs)]
+    return [pair.full.total / pair.ours.total for pair in pairs]
+
+
 @dataclass(frozen=True)
 class Pair:
     """The same generation at full depth and adapted, and what the adapted one cost, in all and for the prompt."""

@@ -31,6 +31,7 @@ from anydepth.measure.results import document, read_document, source_commit, wri
 from anydepth.models.load import load_model
 from anydepth.training.checkpoint import is_checkpoint, load_target, save
 from anydepth.training.data import load_windows
+from anydepth.training.phases import PHASES, train_phases
 from anydepth.training.train import STEPS, add_lora, train
 
 Say = Callable[[str], None]
@@ -105,7 +106,8 @@ class Runner:
         for stage in stages:
             (self.out / f"{stage}.json").unlink(missing_ok=True)
             if stage == "train":
-                shutil.rmtree(self.out / STEPS, ignore_errors=True)
+                for folder in (STEPS, PHASES):
+                    shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def train(self) -> dict[str, Any]:
         """Attach, train and calibrate; afterwards the folder is a checkpoint. Goes on where it was interrupted."""
@@ -121,9 +123,11 @@ class Runner:
             adapted.methods.load_state_dict(load_file(self.out / FITTED))
         if recipe.train is not None:
             windows = self._training_windows(tokenizer)
-            result = train(
-                adapted, windows, recipe.train, self.out, seed=recipe.seed, resume=True, on_step=self.on_step
-            )
+            shared: dict[str, Any] = {"seed": recipe.seed, "resume": True, "on_step": self.on_step}
+            if recipe.phases:
+                adapted, result = train_phases(adapted, windows, recipe.train, recipe.phases, self.out, **shared)
+            else:
+                result = train(adapted, windows, recipe.train, self.out, **shared)
             fields |= {
                 "loss_history": result.loss_history,
                 "seconds": result.seconds,
@@ -198,7 +202,13 @@ class Runner:
 
     def _base(self) -> Any:
         model = self.recipe.model
-        return load_model(model.target, dtype=model.dtype, device=model.device)
+        return load_model(
+            model.target,
+            dtype=model.dtype,
+            device=model.device,
+            quantisation=model.quantisation,
+            attention=model.attention,
+        )
 
     def _adapted(self, *, merge: bool, dtype: DType | None = None) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
         assert is_checkpoint(self.out), "the train stage leaves a checkpoint, trained or not"

@@ -31,8 +31,8 @@ class ExitGateConfig(StrictConfig):
     kv_rule: Literal["propagate"] = Field(
         default="propagate", description="Deeper layers project K/V from the state that a token left with."
     )
-    threshold: float = Field(default=0.0, description="At inference a token exits if its logit is above this.")
-    initial_bias: float = Field(default=2.0, description="Logits start at minus this: tokens go on.")
+    threshold: float = Field(default=0.0, description="At inference a token goes on if its logit is above this.")
+    initial_bias: float = Field(default=2.0, description="Logits start at this: tokens go on.")
     forward_temperature: float = Field(default=0.5, ge=0, description="Scale of the noise that exits are sampled with.")
     backward_temperature: float = Field(default=1.0, gt=0, description="Temperature of the soft distribution.")
     expected_weight: float = Field(default=1.0, ge=0, description="Of the expected cross-entropy over exits.")
@@ -45,7 +45,7 @@ class ExitGateConfig(StrictConfig):
     @model_validator(mode="after")
     def _consistent(self) -> ExitGateConfig:
         if math.isnan(self.threshold):
-            raise ValueError("threshold is nan; it must be a number (inf lets nobody exit)")
+            raise ValueError("threshold is nan; it must be a number (−inf lets nobody exit)")
         return self
 
 
@@ -55,6 +55,7 @@ class ExitGate(Method):
     Config = ExitGateConfig
     name = "exit_gate"
     summary = "gates in front of chosen layers let tokens leave early"
+    budget_option = "threshold"
 
     def __init__(self, config: ExitGateConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -63,7 +64,7 @@ class ExitGate(Method):
         if not layers or layers[0] == 0:
             raise ValueError(f"layers is {layers}; a gate needs at least one layer in front of it, from 1 on")
         self.exits = layers
-        size, start = backbone.hidden_size, torch.tensor([-config.initial_bias])
+        size, start = backbone.hidden_size, torch.tensor([config.initial_bias])
         self.networks = {layer_idx: GateNetwork(size, config.widths, start, self.generator) for layer_idx in layers}
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
         self.gate: Gate | None = None
@@ -75,31 +76,32 @@ class ExitGate(Method):
         return layer_idx in self.networks and (self.gate is None or self.gate.any_kept)
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        decided = context.notes.setdefault(f"{self.name}/gates", {})
-        if layer_idx in decided:  # a layer that gradient checkpointing runs again
-            return decided[layer_idx]
+        # Who came here; kept, as gradient checkpointing runs a layer again after deeper ones.
+        came = context.notes.setdefault(f"{self.name}/came", {}).setdefault(layer_idx, self.gate)
+        self.gate = came
         if self.reads_state(layer_idx):
-            self.gate = self._decide(layer_idx, hidden, context)
-        decided[layer_idx] = self.gate
+            self.gate = self._decide(layer_idx, hidden, context, came)
         return self.gate
 
-    def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
+    def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext, came: Gate | None) -> Gate:
         logit = context.evaluate(self.networks[layer_idx], hidden.detach())[..., 0]
-        margin = logit - self.config.threshold
-        if context.training:
+        goes_on = logit > self.config.threshold
+        if self.samples(context):
+            margin = logit - self.config.threshold
             context.notes.setdefault(self.name, {})[layer_idx] = (hidden, margin)
             noise = self.logistic_noise(margin, context, layer_idx)
-            margin = margin + self.config.forward_temperature * noise
-        goes_on = ~(margin > 0)
-        if self.gate is not None:
-            goes_on = goes_on & self.gate.keep
+            goes_on = margin + self.config.forward_temperature * noise > 0
+        else:
+            self.note_scores(logit, context)
+        if came is not None:
+            goes_on = goes_on & came.keep
         return Gate.of_plan(goes_on[None], context, "project")[0]
 
     def _distribution(self, context: PassContext) -> tuple[list[Tensor], Tensor]:
         """p(l) of each gate passed, (B, T) each, and what is left for the last layer."""
         left, leaving = None, []
         for _, margin in context.notes[self.name].values():
-            soft = torch.sigmoid(margin / self.config.backward_temperature)
+            soft = torch.sigmoid(-margin / self.config.backward_temperature)
             left = torch.ones_like(soft) if left is None else left
             leaving.append(left * soft)
             left = left * (1 - soft)

@@ -29,8 +29,8 @@ class FFNRouterConfig(StrictConfig):
         default=0.9, gt=0, le=1, description="Share at the start of training; falls to capacity in its first half."
     )
     widths: list[int] = Field(default=[], description="Hidden layers of the scoring network; none is a linear map.")
-    threshold_shift: float = Field(
-        default=0.0, description="Added to the learned thresholds at inference: more skips more (−inf keeps all)."
+    threshold: float = Field(
+        default=0.0, description="At inference an FFN runs if the score less its layer's quantile is above this."
     )
     backward_temperature: float = Field(default=1.0, gt=0, description="Temperature of the straight-through gradient.")
     z_loss_weight: float = Field(default=1e-3, ge=0, description="Of mean(logsumexp([0, s])²): keeps scores small.")
@@ -43,8 +43,8 @@ class FFNRouterConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> FFNRouterConfig:
-        if math.isnan(self.threshold_shift):
-            raise ValueError("threshold_shift is nan; it must be a number (−inf keeps every FFN)")
+        if math.isnan(self.threshold):
+            raise ValueError("threshold is nan; it must be a number (−inf keeps every FFN)")
         return self
 
 
@@ -55,6 +55,7 @@ class FFNRouter(Method):
     name = "ffn_router"
     summary = "a score per token and layer decides whether the FFN runs"
     gates_branches = True
+    budget_option = "threshold"
 
     thresholds: Tensor
 
@@ -77,7 +78,7 @@ class FFNRouter(Method):
         self.capacity = last + (first - last) * max(1 - 2 * progress, 0)
 
     def begin(self, context: PassContext) -> None:
-        self.limits = [threshold + self.config.threshold_shift for threshold in self.thresholds.tolist()]
+        self.limits = [quantile + self.config.threshold for quantile in self.thresholds.tolist()]
 
     def reads_state(self, layer_idx: int) -> bool:
         return layer_idx in self.places
@@ -91,7 +92,8 @@ class FFNRouter(Method):
         if place is None:
             return None
         score = context.evaluate(self.networks[place], hidden.detach())[..., 0]
-        if not context.training:
+        if not self.samples(context):
+            self.note_scores(score - self.thresholds[place], context)
             return Gate.of_plan((score > self.limits[place])[None], context, "project")[0]
         threshold = self._quantile(place, score, context)
         keep = score > threshold

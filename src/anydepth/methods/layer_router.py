@@ -66,7 +66,8 @@ class LayerRouterConfig(StrictConfig):
         default=(1.0, 1.0), description="Relative price of the first and of the last routed layer; linear between."
     )
     target_rule: Literal["quadratic", "lagrange"] = Field(
-        default="quadratic", description="β·(skip − target_skip)², or a price on layers that rises until it is reached."
+        default="quadratic",
+        description="β·(skip − target_skip)²; lagrange adds a price on layers that rises till it holds.",
     )
     target_weight: float = Field(default=8.0, ge=0, description="β of β·(skip − target_skip)².")
     lagrange_rate: float = Field(default=0.05, gt=0, description="Steps of the price, times (target_skip − skip).")
@@ -97,6 +98,8 @@ class LayerRouter(Method):
     name = "layer_router"
     summary = "a trained router decides per token or sequence which layers to run"
 
+    budget_option = "threshold"
+
     price: Tensor
     baseline: Tensor
 
@@ -124,7 +127,7 @@ class LayerRouter(Method):
             size = backbone.hidden_size
             self.network = GateNetwork(size, (size // 2, size // 4), biases, self.generator)
         self.register_buffer("price", torch.zeros(()))  # the Lagrange multiplier
-        self.register_buffer("baseline", torch.full((), math.nan))  # mean cost so far, REINFORCE
+        self.register_buffer("baseline", torch.full((), math.inf))  # mean cost so far, once there is one
 
     def set_progress(self, progress: float) -> None:
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
@@ -135,7 +138,7 @@ class LayerRouter(Method):
         if self.config.granularity == "token":
             return
         self.pool_tokens = self.config.pool_tokens
-        if context.training:  # a split point between half and twice as many
+        if self.samples(context):  # a split point between half and twice as many
             drawn = torch.rand((), generator=self.generator).item()
             longest = max(context.token_mask.shape[1] - 1, 1)
             self.pool_tokens = max(min(round(self.config.pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
@@ -171,8 +174,8 @@ class LayerRouter(Method):
         else:
             logits, free = self._pooled_logits(hidden.detach(), context), context.positions < self.pool_tokens
         notes = context.notes.setdefault(self.name, {})
-        notes["router_logits"] = logits
-        if not context.training:
+        if not self.samples(context):
+            self.note_scores(logits, context)
             keep = logits > self.config.threshold
             return Gate.of_plan(keep if free is None else keep | free, context, self.config.kv_rule)
         margin = logits - self.config.threshold
@@ -207,10 +210,10 @@ class LayerRouter(Method):
         rows, columns = ((context.positions < self.pool_tokens) & context.token_mask).nonzero(as_tuple=True)
         pool[rows, context.positions[rows, columns]] = hidden[rows, columns].float()
         mean = pool.mean(1, keepdim=True)
-        if self.config.granularity == "batch" and context.training:
+        if self.config.granularity == "batch" and self.samples(context):
             mean = mean.mean(0, keepdim=True).expand_as(mean)
         logits = context.evaluate(self.network, mean.contiguous())  # (B, 1, G)
-        if not context.training:
+        if not self.samples(context):
             context.memory.remember(f"{self.name}/pool", pool)
             context.memory.remember(f"{self.name}/logits", logits[:, 0])
         return logits.movedim(-1, 0)
@@ -233,7 +236,7 @@ class LayerRouter(Method):
     # --- losses --------------------------------------------------------------------------------------------------
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
-        """`sparsity`: λ·Σ w_l·mean(g_l); `target`: β·(skip − s*)², or price·mean(g). Means over routed real tokens."""
+        """`sparsity`: λ·Σ w_l·mean(g_l); `target`: β·(skip − s*)²; `price`: price·mean(g). Over routed real tokens."""
         rates = context.notes.get(self.name, {}).get("rates")  # (G,)
         if rates is None:
             return {}
@@ -241,13 +244,13 @@ class LayerRouter(Method):
         if self.config.sparsity_weight and not self.learns_by_policy:
             losses["sparsity"] = self.config.sparsity_weight * (self._prices(rates) * rates).sum()
         skipped = 1 - rates.mean()
+        if self.config.target_weight:
+            losses["target"] = self.config.target_weight * (skipped - self.config.target_skip) ** 2
         if self.config.target_rule == "lagrange":
             self.price += self.config.lagrange_rate * (self.config.target_skip - skipped.item())
             self.price.clamp_(min=0)
             if not self.learns_by_policy:
-                losses["target"] = self.price.clone() * rates.mean()
-        elif self.config.target_weight:
-            losses["target"] = self.config.target_weight * (skipped - self.config.target_skip) ** 2
+                losses["price"] = self.price.clone() * rates.mean()
         return losses
 
     def _prices(self, rates: Tensor) -> Tensor:
@@ -277,7 +280,7 @@ class LayerRouter(Method):
             if self.config.granularity == "batch":
                 cost = (cost * counted).sum(0, keepdim=True).expand_as(cost) / counted.sum().clamp_min(1)
         mean_cost = cost[counted].mean()
-        baseline = torch.where(self.baseline.isnan(), mean_cost, self.baseline)
+        baseline = torch.where(self.baseline.isinf(), mean_cost, self.baseline)
         log_probability = torch.where(keep, nn.functional.logsigmoid(margin), nn.functional.logsigmoid(-margin)).sum(0)
         loss = -((baseline - cost).detach() * log_probability)[counted].mean()
         momentum = self.config.baseline_momentum

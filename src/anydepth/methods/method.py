@@ -165,6 +165,10 @@ class Method(nn.Module):
     gates_branches: bool = False
     learns_by_policy: bool = False
     """Whether training asks for `policy_losses`."""
+    budget_option: ClassVar[str | None] = None
+    """The option that a score must be above for a token to run, where there is one: what calibration sets."""
+    is_frozen: bool = False
+    """Attached while others are trained: it decides as at inference."""
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
@@ -187,6 +191,20 @@ class Method(nn.Module):
             uniform = torch.rand(logits.shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
             drawn[key] = torch.logit(uniform).to(logits.device)
         return drawn[key]
+
+    def samples(self, context: PassContext) -> bool:
+        """Whether decisions of this forward are sampled, for training, rather than taken as at inference."""
+        return context.training and not self.is_frozen
+
+    def note_scores(self, scores: Tensor, context: PassContext) -> None:
+        """Keep (..., B, T) numbers that an inference compares with `budget_option`."""
+        context.notes.setdefault(f"{self.name}/scores", []).append(scores)
+
+    def scores(self, context: PassContext) -> Tensor:
+        """(N,) those of the last forward, of real tokens."""
+        real, noted = context.token_mask, context.notes.get(f"{self.name}/scores", [])
+        parts = [part[..., real] if part.shape[-2:] == real.shape else part for part in noted]
+        return torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
 
     def set_progress(self, progress: float) -> None:
         """Step the schedules of the config to `progress` in [0, 1] of training."""

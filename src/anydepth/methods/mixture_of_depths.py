@@ -49,6 +49,7 @@ class MixtureOfDepths(Method):
 
     Config = MixtureOfDepthsConfig
     name = "mixture_of_depths"
+    budget_option = "threshold"
     summary = "in every other layer the best-scored tokens of a sequence run"
 
     def __init__(self, config: MixtureOfDepthsConfig, backbone: Backbone) -> None:
@@ -71,13 +72,13 @@ class MixtureOfDepths(Method):
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         if layer_idx not in self.routers:
             return None
-        if not context.training and not self.config.weigh:
-            keep, weights = self._predicted(layer_idx, hidden, context) > self.config.threshold, None
-        else:
+        predicted = context.evaluate(self.predictors[layer_idx], hidden.detach())[..., 0]  # (B, T)
+        keep, weights = predicted > self.config.threshold, None
+        if not self.samples(context):
+            self.note_scores(predicted, context)
+        if self.samples(context) or self.config.weigh:
             score = context.evaluate(self.routers[layer_idx], hidden.detach())[..., 0]
-            predicted = self._predicted(layer_idx, hidden, context)
-            keep = predicted > self.config.threshold
-            if context.training:
+            if self.samples(context):
                 keep = self._best(score, context.token_mask)
                 context.notes.setdefault(self.name, {})[layer_idx] = (predicted, keep)
             factor = 2 * torch.sigmoid(score)
@@ -86,10 +87,6 @@ class MixtureOfDepths(Method):
             weights = (factor * (keep & context.token_mask))[None]
             context.notes.setdefault(f"{self.name}/weights", {})[layer_idx] = weights[0].detach()
         return Gate.of_plan(keep[None], context, self.config.kv_rule, weights)[0]
-
-    def _predicted(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Tensor:
-        """(B, T) logits of being among the best."""
-        return context.evaluate(self.predictors[layer_idx], hidden.detach())[..., 0]
 
     def _best(self, score: Tensor, real: Tensor) -> Tensor:
         """(B, T) the ⌈C·n⌉ best of the n real tokens of each row."""

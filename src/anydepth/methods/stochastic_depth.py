@@ -60,7 +60,7 @@ class StochasticDepth(Method):
 
     def begin(self, context: PassContext) -> None:
         self.gates = []
-        if not context.training:
+        if not self.samples(context):
             return
         batch_size, num_tokens = context.token_mask.shape
         num_draws = 1 if self.config.per == "batch" else batch_size

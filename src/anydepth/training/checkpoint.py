@@ -25,7 +25,7 @@ from anydepth.execution.adapted import AdaptedModel, attach
 from anydepth.measure.results import write_json
 from anydepth.methods.method import Method
 from anydepth.models.backbone import unwrap
-from anydepth.models.load import DType, base_fingerprint, load_model
+from anydepth.models.load import DType, base_fingerprint, is_quantised, load_model
 
 MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"
@@ -54,7 +54,12 @@ def save(adapted: AdaptedModel, folder: str | Path, *, base: str | None = None) 
     staging.rename(weights)
     manifest = {
         "schema": SCHEMA,
-        "base": {"target": base or unwrap(model).name_or_path, "fingerprint": base_fingerprint(unwrap(model))},
+        "base": {
+            "target": base or unwrap(model).name_or_path,
+            "fingerprint": None if is_quantised(model) else base_fingerprint(model),
+            "light_fingerprint": base_fingerprint(model, light=True),
+            "quantisation": "nf4" if is_quantised(model) else None,
+        },
         "methods": [{"name": name, **part.config.model_dump(mode="json")} for name, part in methods.items()],
         "weights": weights.name,
         "files": files,
@@ -99,10 +104,11 @@ def _load(
     target = base or manifest["base"]["target"]
     if not target:
         raise UserError(f"{folder} was saved from a model without a name; pass base= with its folder or hub name")
-    model, tokenizer = load_model(target, dtype=dtype, device=device)
+    quantisation = manifest["base"].get("quantisation")
+    model, tokenizer = load_model(target, dtype=dtype, device=device, quantisation=quantisation)
     check_base(model, manifest, folder)
     wrapped: Any = _with_adapter(model, manifest, folder)
-    if merge and isinstance(wrapped, PeftModel):
+    if merge and isinstance(wrapped, PeftModel) and not is_quantised(wrapped):  # merging would round to 4 bits
         wrapped = wrapped.merge_and_unload()
     adapted = attach(wrapped, manifest["methods"])
     load_method_weights(adapted, folder, manifest)
@@ -112,6 +118,11 @@ def _load(
 def is_checkpoint(target: str | Path) -> bool:
     """Whether `target` is a folder that anydepth wrote."""
     return (Path(target) / MANIFEST).exists()
+
+
+def has_adapter(adapted: AdaptedModel) -> bool:
+    """Whether a LoRA adapter stands beside the weights, not folded into them."""
+    return isinstance(adapted.model, PeftModel)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -137,7 +148,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -> None:
     """Raise `UserError` unless `model` is the base that the checkpoint was made for."""
-    if base_fingerprint(model) != manifest["base"]["fingerprint"]:
+    light = is_quantised(model) or manifest["base"]["fingerprint"] is None
+    if base_fingerprint(model, light=light) != manifest["base"]["light_fingerprint" if light else "fingerprint"]:
         raise UserError(
             f"{folder} was made for the base model '{manifest['base']['target']}', whose weights differ from "
             f"'{model.name_or_path}'; load it with the base it was trained on"

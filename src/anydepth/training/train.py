@@ -26,10 +26,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from anydepth.config import TrainConfig
 from anydepth.errors import RunError, UserError
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.execution.adapted import AdaptedModel, without_adapter
 from anydepth.measure.results import write_json
 from anydepth.methods.method import Method
 from anydepth.models.backbone import unwrap
+from anydepth.models.load import is_quantised
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset
 from anydepth.training.losses import distillation_loss, expected_exit_loss, token_losses
@@ -116,6 +117,10 @@ class AdaptedTrainer(Trainer):
         self.terms: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
         self.windows = WindowDataset(windows, num_items=config.max_steps * batch, seed=seed)
+        if isinstance(model, AdaptedModel) and is_quantised(model.model):
+            model._hf_peft_config_loaded = (
+                True  # the Trainer refuses a 4-bit base without; gates and LoRA are beside it
+            )
         super().__init__(model=model, args=_arguments(config, out, seed), train_dataset=self.windows)
         self.model_accepts_loss_kwargs = False  # our losses are means already
         self.remove_callback(_progress_callback(self))
@@ -242,7 +247,7 @@ class _StepWatch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not isinstance(self.trainer.model, AdaptedModel):
             return
-        gates = self.trainer.model.methods.named_parameters()
+        gates = [(name, gate) for name, gate in self.trainer.model.methods.named_parameters() if gate.requires_grad]
         silent = {name for name, gate in gates if gate.grad is None or not gate.grad.any()}
         self.silent = silent if self.silent is None else self.silent & silent
         if self.silent and state.global_step + 1 - self.trainer.first_step >= 5:
@@ -316,8 +321,6 @@ def _execution(model: nn.Module, execution: str) -> Iterator[None]:
 @torch.no_grad()
 def _teacher_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of the same model with gates and LoRA off."""
-    peft = model.model if isinstance(model, AdaptedModel) else model
-    gates_off = model.disabled() if isinstance(model, AdaptedModel) else contextlib.nullcontext()
-    lora_off = peft.disable_adapter() if isinstance(peft, PeftModel) else contextlib.nullcontext()
-    with gates_off, lora_off:
+    untouched = model.untouched() if isinstance(model, AdaptedModel) else without_adapter(model)
+    with untouched:
         return model(input_ids=inputs["input_ids"], use_cache=False).logits

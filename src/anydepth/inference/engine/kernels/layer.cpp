@@ -86,8 +86,11 @@ template <class A>
 const Packed& prepared(const Matrix& w, const Norm& norm, const A* from, const Tokens& tokens) {
     static thread_local std::vector<float> x;
     x.resize(size_t(tokens.num) * w.cols);
-    for (int n = 0; n < tokens.num; ++n)
-        for (int i = 0; i < w.cols; ++i) x[size_t(n) * w.cols + i] = one(from[tokens[n] * w.cols + i]);
+    for (int n = 0; n < tokens.num; ++n) {
+        const A* row = from + tokens[n] * w.cols;
+        float* own = x.data() + size_t(n) * w.cols;
+        for (int i = 0; i < w.cols; ++i) own[i] = one(row[i]);
+    }
     if (norm.weight) normalise<A>(norm, x.data(), tokens.num);
     return pack(w.kind, x.data(), tokens.num, w.cols);
 }

@@ -1,0 +1,126 @@
+"""Several trainings in turn, each with some of the methods: first the routers, then the exits.
+
+Each phase leaves what it trained in a folder of its own, whole or not at all, so that a run that was interrupted goes
+on in the phase where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anydepth.config import PhaseConfig, TrainConfig
+from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.measure.results import write_json
+from anydepth.methods.method import Method
+from anydepth.training.train import TrainResult, train
+
+PHASES = "phases"
+STATE = "state.safetensors"
+DONE = "phase.json"
+"""Last file of a phase's folder."""
+
+
+def train_phases(
+    adapted: AdaptedModel,
+    windows: Tensor,
+    config: TrainConfig,
+    phases: Sequence[PhaseConfig],
+    out: Path,
+    *,
+    seed: int = 0,
+    resume: bool = True,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> tuple[AdaptedModel, TrainResult]:
+    """Train the methods of `adapted` phase by phase on (N, T) windows.
+
+    A method that a phase neither trains nor freezes is taken off meanwhile; a frozen one decides as at inference.
+
+    Args:
+        config: of every phase, but for what the phase itself sets.
+
+    Returns:
+        The model with all of its methods attached anew, and the losses of all phases in a row, each with its `phase`.
+    """
+    configs = {method.name: method.config for method in adapted.active_methods}
+    states = {name: part.state_dict() for name, part in adapted.methods.items()}
+    history: list[dict[str, float]] = []
+    seconds = tokens = 0.0
+    for number, phase in enumerate(phases):
+        folder = out / PHASES / phase.name
+        model = detach(adapted)
+        adapted = attach(model, [configs[name] for name in configs if name in (*phase.train, *phase.frozen)])
+        _load_states(adapted, states)
+        settings = _settings(config, phase)
+        if not (folder / DONE).exists():
+            _ask_for_gradients(adapted, phase)
+            first = len(history)
+
+            def say(row: dict[str, float], first: int = first, number: int = number) -> None:
+                if on_step is not None:
+                    on_step({**row, "step": row["step"] + first, "phase": number})
+
+            result = train(adapted, windows, settings, folder, seed=seed + number, resume=resume, on_step=say)
+            _save(adapted, folder, result)
+        done = json.loads((folder / DONE).read_text())
+        _restore(adapted, load_file(folder / STATE))
+        states |= {name: part.state_dict() for name, part in adapted.methods.items()}
+        history += [{**row, "step": row["step"] + len(history), "phase": number} for row in done["loss_history"]]
+        seconds, tokens = seconds + done["seconds"], tokens + done["tokens_per_second"] * done["seconds"]
+    adapted = attach(detach(adapted), list(configs.values()))
+    _load_states(adapted, states)
+    return adapted.eval(), TrainResult(history, seconds, tokens / max(seconds, 1e-9))
+
+
+def _settings(config: TrainConfig, phase: PhaseConfig) -> TrainConfig:
+    own = {key: getattr(phase, key) for key in ("max_steps", "learning_rate", "router_learning_rate", "warmup_steps")}
+    return config.model_copy(update={key: value for key, value in own.items() if value is not None})
+
+
+def _load_states(adapted: AdaptedModel, states: dict[str, dict[str, Tensor]]) -> None:
+    for name, part in adapted.methods.items():
+        part.load_state_dict(states[name])
+
+
+def _ask_for_gradients(adapted: AdaptedModel, phase: PhaseConfig) -> None:
+    for name, method in adapted.methods.items():
+        assert isinstance(method, Method)
+        method.is_frozen = name in phase.frozen
+        method.requires_grad_(not method.is_frozen)
+    for name, parameter in adapted.model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(phase.train_lora)
+
+
+def _adapter(adapted: AdaptedModel) -> dict[str, Tensor]:
+    """Parameters of the LoRA adapter, by name."""
+    if not isinstance(adapted.model, PeftModel):
+        return {}
+    return {f"model.{name}": part for name, part in adapted.model.named_parameters() if "lora_" in name}
+
+
+def _save(adapted: AdaptedModel, folder: Path, result: TrainResult) -> None:
+    """The methods with their buffers, and the adapter; then the document that says it is whole."""
+    methods = {f"methods.{name}": part for name, part in adapted.methods.state_dict().items()}
+    state = {name: part.detach().cpu().contiguous() for name, part in {**methods, **_adapter(adapted)}.items()}
+    save_file(state, folder / STATE)
+    fields: dict[str, Any] = {
+        "loss_history": result.loss_history,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    write_json(folder / DONE, fields)
+
+
+@torch.no_grad()
+def _restore(adapted: AdaptedModel, state: dict[str, Tensor]) -> None:
+    own = {f"methods.{name}": part for name, part in adapted.methods.state_dict(keep_vars=True).items()}
+    for name, part in {**own, **_adapter(adapted)}.items():
+        part.copy_(state[name])

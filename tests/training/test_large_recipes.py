@@ -1,0 +1,72 @@
+"""Every recipe for a large model, two steps on a random model of its family: as deep, narrow, 4 bits included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+import anydepth
+from anydepth.config import load_recipe
+from anydepth.measure.run import Runner
+from tiny import byte_tokenizer, save_text
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "large").glob("*.yaml"))
+COMMON: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 128,  # bitsandbytes packs 32 outputs at a time on the CPU
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+SHAPES: dict[str, PreTrainedConfig] = {
+    "tinyllama-1.1b": LlamaConfig(**COMMON, num_hidden_layers=22, num_key_value_heads=1),
+    "qwen2.5-3b": Qwen2Config(**COMMON, num_hidden_layers=36, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2.5-7b": Qwen2Config(**COMMON, num_hidden_layers=28, num_key_value_heads=2),
+    "openllama-3b": LlamaConfig(**COMMON, num_hidden_layers=26, num_key_value_heads=4),
+    "llama-3.1-8b": LlamaConfig(**COMMON, num_hidden_layers=32, num_key_value_heads=2),
+}
+ALWAYS = ("tinyllama-1.1b_hat", "qwen2.5-3b_layer_router_token")
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=() if p.stem in ALWAYS else pytest.mark.slow) for p in RECIPES]
+)
+def test_two_steps_of_every_large_recipe(tmp_path: Path, path: Path) -> None:
+    torch.manual_seed(0)
+    config = SHAPES[path.stem.partition("_")[0]]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    text = save_text(tmp_path / "text.txt")
+    recipe = load_recipe(path)
+    overrides = [
+        f"model.target={tmp_path / 'base'}",
+        "model.device=cpu",
+        f"data.train={text}",
+        "data.sequence_length=32",
+    ]
+    if recipe.train is not None:
+        overrides += ["train.max_steps=2", "train.batch_size=1", "train.gradient_accumulation_steps=2"]
+        overrides += ["train.warmup_steps=1"]
+    if recipe.train is not None and recipe.train.distillation is not None:
+        overrides += ["train.distillation.warmup_steps=0"]
+    if recipe.calibrate is not None:
+        overrides += ["calibrate.num_windows=2"]
+    if recipe.search is not None:
+        overrides += ["search.num_windows=1", "search.sequence_length=32", "search.strategy=influence"]
+    overrides += [f"phases.{number}.max_steps=2" for number in range(len(recipe.phases))]
+    runner = Runner(load_recipe(path, overrides), tmp_path / "out", say=lambda line: None)
+    runner.search()
+    document = runner.train()
+    steps = 2 * max(len(recipe.phases), 1) if recipe.train is not None else 0
+    assert len(document["loss_history"]) == steps
+    adapted = anydepth.load(tmp_path / "out", dtype="bfloat16")
+    ids = torch.arange(1, 40)[None]
+    assert adapted(input_ids=ids).logits.isfinite().all()
+    if recipe.model.quantisation == "nf4":
+        assert adapted.backbone.model.is_loaded_in_4bit
