@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` and a wrong optio
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ def main() -> None:
 def _exit_code(arguments: list[str]) -> int:
     # Libraries warn each other of coming versions; no user of a command can act on that.
     warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it wants kernels from the hub, and says so on import
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five lines of retries before the one that says it
     interrupted = "interrupted; `train --resume` and `run` go on where they were"

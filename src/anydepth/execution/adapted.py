@@ -54,6 +54,7 @@ class AdaptedModel(nn.Module):
         self._records: list[PassRecord] = []
         self._enabled = True
         self._sparse = True
+        self._stand_in: Method | None = None
         self._install()
 
     # --- in and out of the model ---------------------------------------------------------------------------------
@@ -183,7 +184,20 @@ class AdaptedModel(nn.Module):
     @property
     def active_methods(self) -> list[Method]:
         """The attached methods, in order; none while `disabled`."""
-        return [method for method in self.methods.values() if isinstance(method, Method)] if self._enabled else []
+        if not self._enabled:
+            return []
+        if self._stand_in is not None:
+            return [self._stand_in]
+        return [method for method in self.methods.values() if isinstance(method, Method)]
+
+    @contextmanager
+    def deciding(self, stand_in: Method) -> Iterator[None]:
+        """Another method's decisions in place of the attached ones', such as those of an earlier forward."""
+        before, self._stand_in = self._stand_in, stand_in
+        try:
+            yield
+        finally:
+            self._stand_in = before
 
     @property
     def records(self) -> list[PassRecord]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from anydepth.config import StrictConfig
 from anydepth.errors import RunError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.weights import WEIGHT_ONLY
 from anydepth.methods.method import Gate, Method, PassContext
@@ -25,26 +24,32 @@ MOST = 0.5
 def self_check(adapted: AdaptedModel, token_ids: Tensor, engines: Sequence[FastEngine | None] = ()) -> None:
     """Sparse = masked, cached = uncached, fast engine = model, on this very model; raises `RunError` otherwise.
 
-    Where rounding moves a decision across its threshold, the tokens before it are compared.
+    All of them are given the decisions of one forward: near a threshold, rounding alone would decide otherwise.
     """
-    sparse = adapted(input_ids=token_ids, use_cache=False).logits
-    before = adapted.last_trace
-    tolerance = _tolerance(adapted, token_ids, sparse, before)
-    with adapted.masked():
-        masked = adapted(input_ids=token_ids, use_cache=False).logits
-    _compare("sparse and masked execution", adapted, sparse, masked, before, tolerance)
-    cache, cut = adapted.new_cache(), token_ids.shape[1] * 3 // 4
-    parts = [
-        adapted(input_ids=part, past_key_values=cache).logits
-        for part in (token_ids[:, :cut], token_ids[:, cut : cut + 1], token_ids[:, cut + 1 :])
-    ]
-    _compare("cached and uncached execution", adapted, sparse, torch.cat(parts, dim=1), before, tolerance)
-    for engine in engines:
-        if engine is not None and engine.model.weights not in WEIGHT_ONLY:
-            _check_engine(adapted, token_ids[:1], engine, tolerance)
+    adapted(input_ids=token_ids, use_cache=False)
+    with adapted.deciding(Replay(adapted)):
+        sparse = adapted(input_ids=token_ids, use_cache=False).logits
+        tolerance = _tolerance(adapted, token_ids, sparse)
+        with adapted.masked():
+            masked = adapted(input_ids=token_ids, use_cache=False).logits
+        _compare("sparse and masked execution", sparse, masked, tolerance)
+        cut = token_ids.shape[1] * 3 // 4
+        pieces = (slice(cut), slice(cut, cut + 1), slice(cut + 1, None))
+        cache = adapted.new_cache()
+        parts = [adapted(input_ids=token_ids[:, piece], past_key_values=cache).logits for piece in pieces]
+        _compare("cached and uncached execution", sparse, torch.cat(parts, dim=1), tolerance)
+        for engine in engines:
+            if engine is not None and engine.model.weights not in WEIGHT_ONLY:
+                state = engine.model.new_cache(1)
+                slot, first = state.take_slot(), token_ids[:1]
+                hidden = [
+                    engine.model.forward(first[:, piece], [slot], state, adapted.active_methods)[0] for piece in pieces
+                ]
+                ours = engine.model.logits(torch.cat(hidden, dim=1))
+                _compare("the fast engine and the model", sparse[:1], ours, tolerance)
 
 
-def _tolerance(adapted: AdaptedModel, token_ids: Tensor, logits: Tensor, before: Trace) -> float:
+def _tolerance(adapted: AdaptedModel, token_ids: Tensor, logits: Tensor) -> float:
     """What rounding may do to this very model: a model that lost half its layers can be rough.
 
     In float16 and bfloat16 three times what a perturbation of the embeddings by one rounding does, if that is more.
@@ -57,20 +62,7 @@ def _tolerance(adapted: AdaptedModel, token_ids: Tensor, logits: Tensor, before:
     signs = torch.randint(0, 2, embedded.shape, generator=torch.Generator().manual_seed(0)).to(embedded.device) * 2 - 1
     nudged = (embedded.float() * (1 + signs * torch.finfo(logits.dtype).eps / 2)).to(embedded.dtype)
     other = adapted(inputs_embeds=nudged, use_cache=False).logits
-    error, _ = _error(adapted, logits, other, before)
-    return min(max(least, 3 * error), MOST)
-
-
-def _check_engine(adapted: AdaptedModel, token_ids: Tensor, engine: FastEngine, tolerance: float) -> None:
-    """The engine given the model's own decisions: rounding apart, the same logits for every token."""
-    logits = adapted(input_ids=token_ids, use_cache=False).logits
-    replay = Replay(adapted)
-    cache = engine.model.new_cache(1)
-    slot, cut = cache.take_slot(), token_ids.shape[1] * 3 // 4
-    parts = (token_ids[:, :cut], token_ids[:, cut : cut + 1], token_ids[:, cut + 1 :])
-    hidden = [engine.model.forward(part, [slot], cache, [replay])[0] for part in parts]
-    ours = engine.model.logits(torch.cat(hidden, dim=1))
-    _compare("the fast engine and the model", adapted, logits, ours, adapted.last_trace, tolerance)
+    return min(max(least, 3 * _error(logits, other)), MOST)
 
 
 class Replay(Method):
@@ -96,22 +88,18 @@ class Replay(Method):
         return Gate.of_plan(keep[None].gather(2, context.positions[None]), context, kv_rule)[0]
 
 
-def _error(adapted: AdaptedModel, ours: Tensor, other: Tensor, before: Trace) -> tuple[float, int]:
-    """Relative error of the tokens before the first decision that moved, and how many they are."""
-    after = adapted.last_trace
-    moved = ((before.mixer_keep != after.mixer_keep) | (before.ffn_keep != after.ffn_keep)).any(0).any(0)
-    same = int(moved.nonzero()[0]) if moved.any() else ours.shape[1]
-    error = (ours[:, :same] - other[:, :same]).float().norm() / other[:, :same].float().norm().clamp_min(1e-9)
-    return error.item(), same
+def _error(ours: Tensor, other: Tensor) -> float:
+    """Relative, of all tokens together."""
+    return ((ours - other).float().norm() / other.float().norm().clamp_min(1e-9)).item()
 
 
-def _compare(what: str, adapted: AdaptedModel, ours: Tensor, other: Tensor, before: Trace, tolerance: float) -> None:
-    error, same = _error(adapted, ours, other, before)
-    if same < ours.shape[1] // 4 or not error <= tolerance:
+def _compare(what: str, ours: Tensor, other: Tensor, tolerance: float) -> None:
+    error = _error(ours, other)
+    if not error <= tolerance:
         advice = "please report this model"
         if ours.dtype != torch.float32:
             advice = "try dtype float32: if that passes, rounding is to blame, and this model so reduced is too rough"
         raise RunError(
-            f"self-check failed: {what} agree on {same} of {ours.shape[1]} tokens with relative error {error:.1e}; no "
-            f"speed is reported for an execution that is not its own definition; {advice}"
+            f"self-check failed: {what} differ by {error:.1e} (relative), with the same decisions; no speed is reported "
+            f"for an execution that is not its own definition; {advice}"
         )

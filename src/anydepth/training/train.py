@@ -118,9 +118,8 @@ class AdaptedTrainer(Trainer):
         batch = config.batch_size * config.gradient_accumulation_steps
         self.windows = WindowDataset(windows, num_items=config.max_steps * batch, seed=seed)
         if isinstance(model, AdaptedModel) and is_quantised(model.model):
-            model._hf_peft_config_loaded = (
-                True  # the Trainer refuses a 4-bit base without; gates and LoRA are beside it
-            )
+            # The Trainer refuses a 4-bit base without; what is trained here stands beside it.
+            vars(model)["_hf_peft_config_loaded"] = True
         super().__init__(model=model, args=_arguments(config, out, seed), train_dataset=self.windows)
         self.model_accepts_loss_kwargs = False  # our losses are means already
         self.remove_callback(_progress_callback(self))
