@@ -6,6 +6,7 @@ A `PassRecord` is one forward; a `Trace` joins the forwards of one cached sequen
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,12 @@ class PassRecord:
     def count(self, network: GateNetwork, states: Tensor) -> None:
         """One evaluation for (B, T, D) states, or for one state per row."""
         each_token = states.shape[:2] == self.token_mask.shape
-        self.router_flops += network.flops(int(self.token_mask.sum()) if each_token else states.shape[0])
+        self.router_flops += network.flops(self.num_real if each_token else states.shape[0])
+
+    @cached_property
+    def num_real(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.token_mask.sum())
 
     def _stack(self, keeps: dict[int, Tensor]) -> Tensor:
         every = torch.ones_like(self.token_mask)

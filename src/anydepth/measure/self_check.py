@@ -98,7 +98,7 @@ def _compare(what: str, ours: Tensor, other: Tensor, tolerance: float) -> None:
     if not error <= tolerance:
         advice = "please report this model"
         if ours.dtype != torch.float32:
-            advice = "try dtype float32: if that passes, rounding is to blame, and this model so reduced is too rough"
+            advice = "try dtype float32: if that passes, rounding is to blame; so reduced, the model is rough"
         raise RunError(
             f"self-check failed: {what} differ by {error:.1e} (relative), with the same decisions; no speed is reported "
             f"for an execution that is not its own definition; {advice}"

@@ -93,7 +93,7 @@ class ExitGate(Method):
             goes_on = margin + self.config.forward_temperature * noise > 0
         else:
             self.note_scores(logit, context)
-        if came is not None:
+        if came is not None and not came.all_kept:
             goes_on = goes_on & came.keep
         return Gate.of_plan(goes_on[None], context, "project")[0]
 

@@ -40,6 +40,7 @@ class GateNetwork(nn.Module):
                 self.out.weight.mul_(0.1)
             self.direct.weight.zero_()
             self.direct.bias.copy_(biases)
+        self.flops_per_token = sum(2 * linear.weight.numel() for linear in (*self.mlp, self.direct))
 
     @property
     def mlp(self) -> list[nn.Linear]:
@@ -60,4 +61,4 @@ class GateNetwork(nn.Module):
             return logits + self.out(x)
 
     def flops(self, num_tokens: int) -> int:
-        return sum(2 * num_tokens * linear.weight.numel() for linear in (*self.mlp, self.direct))
+        return num_tokens * self.flops_per_token

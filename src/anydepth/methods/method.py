@@ -98,8 +98,13 @@ class Gate:
         """Gates of G branches from (G, B, T) decisions, with one host synchronisation for all of them."""
         real = context.token_mask
         if real.numel() == 1 and weights is None:  # a token of a decode, where every operator more is felt
-            runs, skips = cls(real, kv_rule, any_kept=True, all_kept=True), cls.closed(context, kv_rule)
-            return [runs if kept else skips for kept in keep.flatten().tolist()]
+            decided = keep.flatten().tolist()
+            either: dict[bool, Gate] = {}
+            if True in decided:
+                either[True] = cls(real, kv_rule, any_kept=True, all_kept=True)
+            if False in decided:
+                either[False] = cls.closed(context, kv_rule)
+            return [either[kept] for kept in decided]
         keep = keep & real
         flags = torch.stack([keep.flatten(1).any(1), (keep | ~real).flatten(1).all(1)]).tolist()
         each = [None] * len(keep) if weights is None else weights.unbind()

@@ -258,16 +258,16 @@ class Decision:
 
     Attributes:
         network: address of a network of one logit (`networks.py`).
-        logits: (N,) float32, written for all tokens.
+        logits: address of (N,) float32, written for all tokens.
     """
 
     network: int
     threshold: float
-    logits: Tensor
+    logits: int
 
     def fields(self) -> tuple[int, int, int]:
         """As `_Task` has them."""
-        return self.network, self.logits.data_ptr(), struct.unpack("q", struct.pack("d", self.threshold))[0]
+        return self.network, self.logits, struct.unpack("q", struct.pack("d", self.threshold))[0]
 
 
 @dataclass(slots=True)
@@ -294,6 +294,9 @@ class Task:
 
     def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
+        if self.counts is None and self.waiting is None and self.mixed is None and self.fed is None:
+            decision = (0, 0, 0) if self.decision is None else self.decision.fields()
+            return (self.layer.address, self.kv.states.data_ptr(), self.parts, 0, 0, 0, 0, 0, 0, 0, *decision)
         counts = 0 if self.counts is None else self.counts.data_ptr()
         return (
             *(self.layer.address, self.kv.states.data_ptr(), self.parts, counts),

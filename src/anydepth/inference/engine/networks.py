@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import Structure, addressof, byref, c_float, c_int64, c_void_p
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -64,7 +65,9 @@ class NativeNetworks:
 
     def _struct(self, network: GateNetwork) -> _Network | None:
         """None: not for the kernels."""
-        address, known = network.direct.weight.data_ptr(), self.known.get(network)
+        # Past `nn.Module.__getattr__`: this is asked for every layer of every step.
+        weight: Any = network._modules["direct"]
+        address, known = weight._parameters["weight"].data_ptr(), self.known.get(network)
         if known is not None and known[0] == address:
             return known[1]
         parameters = list(network.parameters())

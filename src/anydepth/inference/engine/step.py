@@ -63,7 +63,7 @@ class Step:
             context = PassContext(token_mask, self.places, training=False, evaluate=evaluate, memory=memory)
             self.run = Run(context, self.record, None, self.methods, sparse=True)
             self.networks = networks if self.few_tokens else None
-            self.decisions: dict[int, tuple[Decision, Gate | None]] = {}  # by layer: left to the kernels
+            self.decided: list[tuple[int, float, Gate | None]] = []  # layers left to the kernels, and their thresholds
             for method in methods:
                 method.begin(context)
 
@@ -85,8 +85,10 @@ class Step:
                 hidden = self._feed(layer, kv, self._mix(layer, kv, hidden, None), None)
                 continue
             decision = self._decision(layer_idx)
-            asked = [method for method in methods if decision is None or method is not self.ffn_asker]
-            reads_state = any(method.reads_state(layer_idx) for method in asked)
+            reads_state = False
+            for method in methods:
+                if method.reads_state(layer_idx) and (decision is None or method is not self.ffn_asker):
+                    reads_state = True
             if reads_state:
                 hidden = self._run_span(hidden)
             gate, mixer_gate = self._ask_mixer(layer_idx, hidden)
@@ -95,7 +97,7 @@ class Step:
                 continue
             hidden = self._mix(layer, kv, hidden, mixer_gate)
             if decision is not None:
-                self.decisions[layer_idx] = decision, gate
+                self.decided.append((layer_idx, decision.threshold, gate))
                 hidden = self._feed(layer, kv, hidden, gate, decision)
                 continue
             if reads_state and self.gates_branches:  # the FFN's gate reads what the mixer makes
@@ -125,19 +127,28 @@ class Step:
 
     def _decision(self, layer_idx: int) -> Decision | None:
         """Whose FFN runs, if the kernels can decide it."""
-        if self.networks is None or self.ffn_asker is None:
+        if self.networks is None or not self.gates_branches or self.ffn_asker is None:
             return None
         asked = self.ffn_asker.ffn_network(layer_idx)
         network = None if asked is None else self.networks.address(asked[0])
         if asked is None or network is None:
             return None
         self.record.router_flops += asked[0].flops(self.num_rows * self.num_tokens)
-        return Decision(network, asked[1], torch.zeros(self.num_rows * self.num_tokens))
+        return Decision(network, asked[1], self.ffn_logits.data_ptr() + 4 * layer_idx * self.ffn_logits.shape[1])
+
+    @cached_property
+    def ffn_logits(self) -> Tensor:
+        """(L, B·T) float32 of gates that the kernels ask."""
+        return torch.zeros(len(self.cache.layers), self.num_rows * self.num_tokens)
 
     def _note_decisions(self) -> None:
         """What the kernels decided, once it is known."""
-        for layer_idx, (decision, gate) in self.decisions.items():
-            keep = (decision.logits > decision.threshold).view(self.num_rows, self.num_tokens)
+        if not self.decided:
+            return
+        layers = [layer_idx for layer_idx, _, _ in self.decided]
+        thresholds = torch.tensor([threshold for _, threshold, _ in self.decided])
+        open_gates = (self.ffn_logits[layers] > thresholds[:, None]).view(-1, self.num_rows, self.num_tokens)
+        for (layer_idx, _, gate), keep in zip(self.decided, open_gates.unbind(), strict=True):
             self.record.ffn_keep[layer_idx] = keep if gate is None else keep & gate.keep
 
     def _is_whole(self) -> bool:
