@@ -171,6 +171,33 @@ def test_bench_against_a_method_on_a_base(base: Path, text: Path) -> None:
     assert all(queue["adapted"]["tokens_per_second"] > 0 for queue in document["queues"])
 
 
+def test_calibrate_writes_a_checkpoint_that_keeps_its_bound(tmp_path: Path, finished: Path, text: Path) -> None:
+    command = ["calibrate", finished, "--data", text, "--sequence-length", 32, "--num-windows", 2, "--num-runs", 1]
+    done = anydepth(*command, "--max-perplexity-increase", 0.5, "--out", tmp_path / "set", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["schema"] == "anydepth.calibrate/1" and document["met"]
+    assert document["perplexity_increase"] <= 0.5
+    manifest = json.loads((tmp_path / "set" / "anydepth.json").read_text())
+    assert manifest["methods"][0]["threshold"] == document["thresholds"]["layer_router"]
+    again = anydepth("eval", tmp_path / "set", "--data", text, "--sequence-length", 32, "--limit", 2, "--json", "--quiet")
+    scores = json.loads(again.stdout)
+    increase = scores["perplexity"] / scores["full_depth"]["perplexity"] - 1
+    assert increase == pytest.approx(document["perplexity_increase"], abs=1e-4)
+
+
+def test_calibrate_refuses_what_is_out_of_reach(tmp_path: Path, finished: Path, base: Path, text: Path) -> None:
+    command = ["calibrate", finished, "--out", tmp_path / "set", "--data", text, "--quiet", "--sequence-length", 32]
+    small = ["--num-windows", 2, "--num-runs", 1, "--prompt-tokens", 8, "--new-tokens", 4]
+    line = refused(*command, *small, "--target-speedup", 50, code=1)
+    assert "speed-up of 50 is out of reach here: the most measured was" in line
+    assert not (tmp_path / "set").exists()
+    assert "--target-speedup 1.3" in refused(*command)
+    assert "came 0.5" in refused(*command, "--target-speedup", 0.5)
+    command[1] = base
+    assert "nothing to calibrate" in refused(*command, "--target-speedup", 1.2, code=1)
+
+
 def test_bench_of_given_prompts(tmp_path: Path, finished: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "the sea"}, {"turns": ["the night is long", "why"]}, {"messages": [{"content": "light"}]}]

@@ -1,0 +1,87 @@
+"""Seconds of a training step, masked and sparse in turn, at 40% of routed layer-tokens skipped.
+
+    python benchmarks/step_time.py [--num-runs 7]     writes results/step_time.json
+
+SmolLM2-135M in float32, LoRA of rank 8, two windows of 256 tokens, forward and backward with the method's losses. Gates
+are a trained router's (per token, with its gradient), set to the share by its biases, so that tokens differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import anydepth
+from anydepth.calibration.budget import collect_scores, set_thresholds, thresholds_at
+from anydepth.config import TrainConfig
+from anydepth.execution.adapted import attach
+from anydepth.measure.results import document, write_json
+from anydepth.training.data import load_windows
+from anydepth.training.train import add_lora
+
+RESULT = Path(__file__).resolve().parent / "results" / "step_time.json"
+SHARE = 0.4
+METHODS: dict[str, dict[str, Any]] = {
+    "layer_router, token": {"name": "layer_router"},
+    "layer_router, sequence": {"name": "layer_router", "granularity": "sequence", "pool_tokens": 16},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-runs", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rows = []
+    for name, method in METHODS.items():
+        model, tokenizer = anydepth.load_model("embedded")
+        config = TrainConfig.model_validate({"lora": {"rank": 8, "alpha": 16}})
+        adapted = attach(add_lora(model, config), {**method, "seed": arguments.seed})
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(arguments.seed)
+            for part, parameter in adapted.methods.named_parameters():
+                if "direct.weight" in part:
+                    parameter.normal_(0, 0.3, generator=generator)  # undecided gates, that differ between tokens
+        windows = load_windows("wikitext-2:train", tokenizer, 256, max_windows=2)
+        set_thresholds(adapted, thresholds_at(collect_scores(adapted, windows), SHARE))
+        adapted.train()
+        times: dict[str, list[float]] = {"masked": [], "sparse": []}
+        shares = []
+        for number in range(arguments.num_runs + 1):
+            for execution in ("masked", "sparse") if number % 2 else ("sparse", "masked"):
+                for method_part in adapted.active_methods:
+                    method_part.reseed(number)
+                started = time.perf_counter()
+                with adapted.masked() if execution == "masked" else nullcontext():
+                    output = adapted(input_ids=windows, labels=windows, use_cache=False)
+                loss = output.loss + torch.stack(list(adapted.auxiliary_losses().values())).sum()
+                loss.backward()
+                adapted.zero_grad(set_to_none=True)
+                if number:
+                    times[execution].append(time.perf_counter() - started)
+            shares.append(1 - adapted.last_trace.mixer_keep[4:].double().mean().item())
+        ratio = median(sparse / masked for sparse, masked in zip(times["sparse"], times["masked"], strict=True))
+        rows.append(
+            {
+                "method": name,
+                "skipped": sum(shares) / len(shares),
+                "masked_seconds": median(times["masked"]),
+                "sparse_seconds": median(times["sparse"]),
+                "sparse_over_masked": ratio,
+            }
+        )
+        print(rows[-1], flush=True)
+    command = f"python benchmarks/step_time.py --num-runs {arguments.num_runs}"
+    write_json(
+        RESULT, document("anydepth.step_time/1", seed=arguments.seed, config=vars(arguments), command=command, rows=rows)
+    )
+
+
+if __name__ == "__main__":
+    main()
