@@ -78,9 +78,8 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     command = f"python benchmarks/step_time.py --num-runs {arguments.num_runs}"
-    write_json(
-        RESULT, document("anydepth.step_time/1", seed=arguments.seed, config=vars(arguments), command=command, rows=rows)
-    )
+    schema, config = "anydepth.step_time/1", vars(arguments)
+    write_json(RESULT, document(schema, seed=arguments.seed, config=config, command=command, rows=rows))
 
 
 if __name__ == "__main__":

@@ -180,7 +180,9 @@ def test_calibrate_writes_a_checkpoint_that_keeps_its_bound(tmp_path: Path, fini
     assert document["perplexity_increase"] <= 0.5
     manifest = json.loads((tmp_path / "set" / "anydepth.json").read_text())
     assert manifest["methods"][0]["threshold"] == document["thresholds"]["layer_router"]
-    again = anydepth("eval", tmp_path / "set", "--data", text, "--sequence-length", 32, "--limit", 2, "--json", "--quiet")
+    again = anydepth(
+        "eval", tmp_path / "set", "--data", text, "--sequence-length", 32, "--limit", 2, "--json", "--quiet"
+    )
     scores = json.loads(again.stdout)
     increase = scores["perplexity"] / scores["full_depth"]["perplexity"] - 1
     assert increase == pytest.approx(document["perplexity_increase"], abs=1e-4)

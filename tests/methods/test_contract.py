@@ -40,7 +40,7 @@ CASES: dict[str, Spec] = {
     "stochastic_depth": {"name": "stochastic_depth", "max_probability": 0.5},
     "router_sequence": {"name": "layer_router", "always_keep": 1, "granularity": "sequence", "pool_tokens": 5},
     "mixture_of_depths": {"name": "mixture_of_depths"},
-    "exit_gate": {"name": "exit_gate", "layers": [1, 2, 4], "widths": [4]},
+    "exit_gate": {"name": "exit_gate", "layers": [1, 3], "widths": [4]},
     "hat": [{"name": "exit_gate", "layers": [2, 4]}, {"name": "ffn_router", "layers": [0, 1, 3]}],
 }
 FULL_BUDGET: dict[str, dict[str, Any]] = {

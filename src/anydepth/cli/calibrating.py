@@ -43,7 +43,7 @@ def calibrate(
     arguments = dict(locals())
     from anydepth.calibration.budget import collect_scores, find_budget, set_thresholds, thresholds_of
     from anydepth.inference.engine import choose
-    from anydepth.measure.bench import paired_speedups
+    from anydepth.measure.bench import load_prompts, paired_speedups
     from anydepth.measure.evaluate import evaluate
     from anydepth.measure.results import document, write_json
     from anydepth.training.checkpoint import has_adapter, load_target, read_manifest, save
@@ -57,7 +57,7 @@ def calibrate(
         raise UserError(f"--max-perplexity-increase is a share of at least 0; came {max_perplexity_increase:g}")
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device)
-    windows = load_windows(data, tokenizer, max(sequence_length, prompt_tokens), max_windows=max(num_windows, 2))
+    windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
     scores = collect_scores(adapted, windows)
     measures: dict[str, Any] = {}
     if target_speedup is not None:
@@ -65,10 +65,11 @@ def calibrate(
         if has_adapter(adapted):
             timed, _ = load_target(target, dtype=dtype, device=device, merge=True)
         fast = choose(timed, engine, None, printer.progress)
+        prompts = load_prompts(timed, tokenizer, data, [prompt_tokens], new_tokens)[:num_runs]
 
         def speedups() -> list[float]:
             set_thresholds(timed, thresholds_of(adapted))
-            return paired_speedups(timed, windows[:, :prompt_tokens], new_tokens, num_runs, fast)
+            return paired_speedups(timed, prompts, new_tokens, num_runs, fast)
 
         measures["speedup"] = speedups
     if max_perplexity_increase is not None:

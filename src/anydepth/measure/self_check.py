@@ -100,6 +100,6 @@ def _compare(what: str, ours: Tensor, other: Tensor, tolerance: float) -> None:
         if ours.dtype != torch.float32:
             advice = "try dtype float32: if that passes, rounding is to blame; so reduced, the model is rough"
         raise RunError(
-            f"self-check failed: {what} differ by {error:.1e} (relative) under the same decisions; no speed is reported "
+            f"self-check failed: {what} differ by {error:.1e} (relative) under the same decisions; no speed is told "
             f"for an execution that is not its own definition; {advice}"
         )
