@@ -167,9 +167,10 @@ class GatedLayer:
         return output if run is None else self._finish_ffn(run, output)
 
     def _ask_ffn(self, run: Run, residual: Tensor) -> None:
-        tokens = residual.view(*run.shape, -1)
         # Not what `ffn_gates` has: gradient checkpointing runs the FFN again, and would meet its own gate there.
-        gate = Gate.both(run.layer_gates.get(self.layer_idx), run.ask("ffn_gate", self.layer_idx, tokens))
+        gate = run.layer_gates.get(self.layer_idx)
+        if gate is None or gate.any_kept:  # else nobody is left to ask about
+            gate = Gate.both(gate, run.ask("ffn_gate", self.layer_idx, residual.view(*run.shape, -1)))
         if gate is not None:
             run.ffn_gates[self.layer_idx] = gate
             self._record(run, gate, ffn=True)

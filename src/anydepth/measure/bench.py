@@ -106,10 +106,8 @@ def paired_speedups(
     adapted: AdaptedModel, windows: Tensor, new_tokens: int, num_runs: int, engine: Engine = None
 ) -> list[float]:
     """`num_runs` ratios of total time, full depth ÷ adapted, at batch 1; prompts are (N, T) windows in turn."""
-    batches = [
-        {"input_ids": window[None].to(adapted.device), "attention_mask": torch.ones(1, len(window), dtype=torch.long)}
-        for window in windows
-    ]
+    prompts = [window[None].to(adapted.device) for window in windows]
+    batches = [{"input_ids": prompt, "attention_mask": torch.ones_like(prompt)} for prompt in prompts]
     _pair(adapted, batches[0], new_tokens, 0, engine)  # warm-up
     pairs = [_pair(adapted, batches[run % len(batches)], new_tokens, run, engine) for run in range(num_runs)]
     return [pair.full.total / pair.ours.total for pair in pairs]

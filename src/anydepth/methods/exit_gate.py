@@ -63,7 +63,6 @@ class ExitGate(Method):
         check_layers(layers, self.num_layers, "layers")
         if not layers or layers[0] == 0:
             raise ValueError(f"layers is {layers}; a gate needs at least one layer in front of it, from 1 on")
-        self.exits = layers
         size, start = backbone.hidden_size, torch.tensor([config.initial_bias])
         self.networks = {layer_idx: GateNetwork(size, config.widths, start, self.generator) for layer_idx in layers}
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})

@@ -259,11 +259,13 @@ class Decision:
     Attributes:
         network: address of a network of one logit (`networks.py`).
         logits: address of (N,) float32, written for all tokens.
+        flops: what making it costs.
     """
 
     network: int
     threshold: float
     logits: int
+    flops: int
 
     def fields(self) -> tuple[int, int, int]:
         """As `_Task` has them."""

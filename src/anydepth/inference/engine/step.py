@@ -96,7 +96,8 @@ class Step:
                 hidden = self._through_weighed(layer, kv, layer_idx, gate, mixer_gate, hidden)
                 continue
             hidden = self._mix(layer, kv, hidden, mixer_gate)
-            if decision is not None:
+            if decision is not None and (gate is None or gate.any_kept):
+                self.record.router_flops += decision.flops
                 self.decided.append((layer_idx, decision.threshold, gate))
                 hidden = self._feed(layer, kv, hidden, gate, decision)
                 continue
@@ -133,8 +134,9 @@ class Step:
         network = None if asked is None else self.networks.address(asked[0])
         if asked is None or network is None:
             return None
-        self.record.router_flops += asked[0].flops(self.num_rows * self.num_tokens)
-        return Decision(network, asked[1], self.ffn_logits.data_ptr() + 4 * layer_idx * self.ffn_logits.shape[1])
+        num_tokens = self.num_rows * self.num_tokens
+        logits = self.ffn_logits.data_ptr() + 4 * layer_idx * num_tokens
+        return Decision(network, asked[1], logits, asked[0].flops(num_tokens))
 
     @cached_property
     def ffn_logits(self) -> Tensor:
@@ -185,7 +187,7 @@ class Step:
         return gate, mixer_gate
 
     def _ask_ffn(self, layer_idx: int, gate: Gate | None, hidden: Tensor) -> Gate | None:
-        if self.gates_branches:
+        if self.gates_branches and (gate is None or gate.any_kept):  # else nobody is left to ask about
             gate = Gate.both(gate, self.run.ask("ffn_gate", layer_idx, self._shaped(hidden)))
         if gate is not None:
             self.record.ffn_keep[layer_idx] = gate.keep
