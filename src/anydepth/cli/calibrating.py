@@ -49,12 +49,7 @@ def calibrate(
     from anydepth.training.checkpoint import has_adapter, load_target, read_manifest, save
     from anydepth.training.data import load_windows
 
-    if target_speedup is None and max_perplexity_increase is None:
-        raise UserError("calibrate to what? give --target-speedup 1.3, --max-perplexity-increase 0.03, or both")
-    if target_speedup is not None and target_speedup <= 1:
-        raise UserError(f"--target-speedup is a factor above 1, such as 1.3; came {target_speedup:g}")
-    if max_perplexity_increase is not None and max_perplexity_increase < 0:
-        raise UserError(f"--max-perplexity-increase is a share of at least 0; came {max_perplexity_increase:g}")
+    _check_bounds(target_speedup, max_perplexity_increase)
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
@@ -99,3 +94,12 @@ def calibrate(
     )
     write_json(out / "calibrate.json", result)
     printer.result(result, show_calibration)
+
+
+def _check_bounds(target_speedup: float | None, max_perplexity_increase: float | None) -> None:
+    if target_speedup is None and max_perplexity_increase is None:
+        raise UserError("calibrate to what? give --target-speedup 1.3, --max-perplexity-increase 0.03, or both")
+    if target_speedup is not None and target_speedup <= 1:
+        raise UserError(f"--target-speedup is a factor above 1, such as 1.3; came {target_speedup:g}")
+    if max_perplexity_increase is not None and max_perplexity_increase < 0:
+        raise UserError(f"--max-perplexity-increase is a share of at least 0; came {max_perplexity_increase:g}")

@@ -142,6 +142,8 @@ def bench(
         )
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
     engines = _engines(adapted, engine, weights, compiled, printer.progress)
+    if requests is not None and requests < 1:
+        raise UserError(f"--requests is a number of at least 1; came {requests}")
     if requests is not None and None in engines:
         raise UserError("--requests is continuous batching, which the fast engine has; add --engine fast")
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
@@ -162,7 +164,9 @@ def bench(
         row
         for fast in engines
         if fast is not None and requests is not None
-        for row in throughput(fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens)
+        for row in throughput(
+            fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens, num_runs=num_runs
+        )
     ]
     result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows, queues=queues)
     printer.result(result, show_bench)

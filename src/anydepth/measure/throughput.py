@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
 from torch import Tensor
 
-from anydepth.errors import UserError
 from anydepth.inference.engine.batching import Batcher, Request
 from anydepth.inference.engine.decode import FastEngine
 
@@ -23,15 +22,12 @@ def throughput(
     num_requests: int,
     new_tokens: int,
     num_runs: int = 3,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """One row per batch size: `num_requests` queued at once, so many run together; prompts are taken in turn.
 
     Args:
         prompts: token ids (T,) each.
     """
-    if num_requests < 1 or not prompts:
-        raise UserError(f"throughput needs requests and prompts; came {num_requests} and {len(prompts)}")
     wanted = [prompts[number % len(prompts)].tolist() for number in range(num_requests)]
     rows = []
     for batch_size in batch_sizes:
@@ -43,7 +39,7 @@ def throughput(
             pairs.append((seconds[True], seconds[False]))
         tokens = num_requests * new_tokens
         full, ours = (median(pair[side] for pair in pairs[1:]) for side in (0, 1))
-        row = {
+        row: dict[str, Any] = {
             "weights": engine.model.weights,
             "batch_size": batch_size,
             "num_requests": num_requests,
@@ -54,7 +50,6 @@ def throughput(
             "speedup": median(theirs / ours for theirs, ours in pairs[1:]),
         }
         rows.append(row)
-        on_row(row)
     return rows
 
 
