@@ -335,7 +335,9 @@ def test_interrupting_training_loses_nothing(tmp_path: Path, base: Path, text: P
     recipe = write_recipe(tmp_path / "recipe.yaml", base, text, train=train)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "anydepth.cli", "train", str(recipe), "--resume", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that.
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeding)
     while not list(out.glob("steps/checkpoint-*")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

@@ -40,8 +40,9 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 120)  # a pipe has no width to fold labels for
+    # A pipe has no width to fold labels for.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
 
 
 def show_inspection(document: dict[str, Any]) -> None:
