@@ -23,7 +23,7 @@ from anydepth.config import TrainConfig
 from anydepth.execution.adapted import attach
 from anydepth.measure.results import document, write_json
 from anydepth.training.data import load_windows
-from anydepth.training.train import add_lora
+from anydepth.training.train import prepare
 
 RESULT = Path(__file__).resolve().parent / "results" / "step_time.json"
 SHARE = 0.4
@@ -42,7 +42,7 @@ def main() -> None:
     for name, method in METHODS.items():
         model, tokenizer = anydepth.load_model("embedded")
         config = TrainConfig.model_validate({"lora": {"rank": 8, "alpha": 16}})
-        adapted = attach(add_lora(model, config), {**method, "seed": arguments.seed})
+        adapted = attach(prepare(model, config), {**method, "seed": arguments.seed})
         with torch.no_grad():
             generator = torch.Generator().manual_seed(arguments.seed)
             for part, parameter in adapted.methods.named_parameters():

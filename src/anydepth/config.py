@@ -39,10 +39,42 @@ class StrictConfig(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
+class TokenizerConfig(StrictConfig):
+    """A tokenizer of SentencePiece's form, trained on the training text."""
+
+    kind: Literal["unigram", "bpe"] = Field(default="unigram", description="How its pieces are found.")
+    size: int = Field(default=4096, ge=512, description="Pieces, 256 for single bytes included.")
+
+
+class ScratchConfig(StrictConfig):
+    """A decoder with random weights, to be trained whole (`train.backbone: true`)."""
+
+    architecture: str = Field(default="llama", description="transformers' name of the family: llama, gpt2, qwen3, …")
+    hidden_size: int = Field(default=256, ge=8, description="Width of the residual stream.")
+    num_layers: int = Field(default=8, ge=2, description="Depth.")
+    num_heads: int = Field(default=4, ge=1, description="Heads of queries; hidden_size is a multiple of it.")
+    num_kv_heads: int | None = Field(default=None, ge=1, description="Heads of keys and values; null is num_heads.")
+    ffn_size: int = Field(default=688, ge=8, description="Inner width of the FFN.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Every dropout that the architecture has.")
+    max_positions: int = Field(default=1024, ge=8, description="Longest sequence.")
+    tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="Trained on data.train first.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScratchConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
 class ModelConfig(StrictConfig):
     """Which base model, in which precision, where."""
 
     target: str = Field(default="embedded", description="`embedded`, a hub name, a folder, or a .gguf file.")
+    scratch: ScratchConfig | None = Field(
+        default=None, description="A new decoder and tokenizer in place of target; null is none."
+    )
     dtype: DType = Field(default="float32", description="Precision of the backbone's weights.")
     device: Device = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:1, …")
     quantisation: Literal["nf4"] | None = Field(
@@ -81,7 +113,7 @@ class DistillationSettings(StrictConfig):
 
 
 class TrainConfig(StrictConfig):
-    """Training, by transformers' Trainer. The backbone is frozen."""
+    """Training, by transformers' Trainer. The backbone is frozen unless `backbone` says otherwise."""
 
     max_steps: int = Field(default=100, ge=1, description="Optimiser steps.")
     batch_size: int = Field(default=2, ge=1, description="Windows per forward.")
@@ -91,6 +123,7 @@ class TrainConfig(StrictConfig):
     warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
     max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+    backbone: bool = Field(default=False, description="Train all weights of the backbone; the checkpoint holds them.")
     lora: LoraSettings | None = Field(default=None, description="Adapters on the backbone; null trains gates alone.")
     distillation: DistillationSettings | None = Field(default=None, description="Teacher; null is cross-entropy alone.")
     execution: Literal["masked", "sparse"] = Field(
@@ -99,6 +132,12 @@ class TrainConfig(StrictConfig):
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 turns autocast on.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute layers in backward to save memory.")
     save_every: int = Field(default=50, ge=1, description="Steps between checkpoints to resume from.")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TrainConfig:
+        if self.backbone and self.lora is not None:
+            raise ValueError("backbone trains all weights and lora adapters beside frozen ones; give one of them")
+        return self
 
 
 class PhaseConfig(StrictConfig):
@@ -192,6 +231,17 @@ class Recipe(StrictConfig):
         if not isinstance(methods, list):
             return methods
         return [{"name": method} if isinstance(method, str) else method for method in methods]
+
+    @model_validator(mode="after")
+    def _backbone_learns(self) -> Recipe:
+        learns = self.train is not None and self.train.backbone
+        if self.model.scratch is not None and not learns:
+            raise ValueError("model.scratch starts from random weights, which train.backbone: true must train")
+        if learns and self.model.quantisation is not None:
+            raise ValueError("weights in 4 bits cannot be trained; give train.lora in place of train.backbone")
+        if learns and self.phases:
+            raise ValueError("phases train methods and LoRA; train.backbone is one training of everything")
+        return self
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Recipe:

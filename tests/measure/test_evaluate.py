@@ -9,7 +9,7 @@ import anydepth
 from anydepth.config import TrainConfig
 from anydepth.execution import cost
 from anydepth.measure.evaluate import evaluate
-from anydepth.training.train import add_lora
+from anydepth.training.train import prepare
 from tiny import tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.1}
@@ -65,7 +65,7 @@ def test_routed_numbers_are_those_of_the_routed_forward() -> None:
 
 def test_untouched_means_gates_and_adapters_off() -> None:
     stock = evaluate(anydepth.attach(tiny_llama(), []), windows())
-    model = add_lora(tiny_llama(), TrainConfig.model_validate({"lora": {"rank": 2}}))
+    model = prepare(tiny_llama(), TrainConfig.model_validate({"lora": {"rank": 2}}))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))

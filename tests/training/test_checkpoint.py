@@ -12,7 +12,7 @@ from safetensors import safe_open
 import anydepth
 from anydepth.config import TrainConfig
 from anydepth.errors import UserError
-from anydepth.training.train import add_lora
+from anydepth.training.train import prepare
 from tiny import save_base, tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.5}
@@ -27,7 +27,7 @@ def base(tmp_path: Path) -> Path:
 def saved(tmp_path: Path, base: Path) -> Path:
     model, _ = anydepth.load_model(str(base))
     config = TrainConfig.model_validate({"lora": {"rank": 2}})
-    adapted = anydepth.attach(add_lora(model, config), ROUTER)
+    adapted = anydepth.attach(prepare(model, config), ROUTER)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -12,7 +12,7 @@ from anydepth.config import PhaseConfig, Recipe, TrainConfig, validate
 from anydepth.errors import UserError
 from anydepth.training import phases as training_phases
 from anydepth.training.phases import train_phases
-from anydepth.training.train import TrainResult, add_lora
+from anydepth.training.train import TrainResult, prepare
 from tiny import tiny_llama
 
 METHODS = [{"name": "exit_gate", "layers": [2, 4], "initial_bias": 0.3}, {"name": "ffn_router"}]
@@ -30,7 +30,7 @@ def windows() -> torch.Tensor:
 
 
 def trained(out: Path) -> tuple[anydepth.AdaptedModel, TrainResult]:
-    adapted = anydepth.attach(add_lora(tiny_llama(), CONFIG), METHODS)
+    adapted = anydepth.attach(prepare(tiny_llama(), CONFIG), METHODS)
     return train_phases(adapted, windows(), CONFIG, PHASES, out)
 
 

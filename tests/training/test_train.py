@@ -18,7 +18,7 @@ import anydepth
 from anydepth.config import TrainConfig
 from anydepth.errors import RunError, UserError
 from anydepth.training.losses import IGNORED, distillation_loss
-from anydepth.training.train import add_lora, train
+from anydepth.training.train import prepare, train
 from tiny import save_base, save_text, tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.5, "target_skip": 0.5}
@@ -33,7 +33,7 @@ def settings(**changes: object) -> TrainConfig:
 
 
 def trained(tmp_path: Path, config: TrainConfig, method: dict[str, object] = ROUTER) -> anydepth.AdaptedModel:
-    adapted = anydepth.attach(add_lora(tiny_llama(), config), method)
+    adapted = anydepth.attach(prepare(tiny_llama(), config), method)
     adapted.result = train(adapted, windows(), config, tmp_path)
     return adapted
 
@@ -78,12 +78,12 @@ def test_training_stops_when_a_gate_gets_no_gradient(tmp_path: Path) -> None:
 def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
     config = settings(lora=None)
     with pytest.raises(UserError, match="nothing to train"):
-        train(anydepth.attach(add_lora(tiny_llama(), config), []), windows(), config, tmp_path)
+        train(anydepth.attach(prepare(tiny_llama(), config), []), windows(), config, tmp_path)
 
 
 def test_an_unknown_lora_target_is_refused() -> None:
     with pytest.raises(UserError, match="nosuch_proj"):
-        add_lora(tiny_llama(), settings(lora={"target": ["nosuch_proj"]}))
+        prepare(tiny_llama(), settings(lora={"target": ["nosuch_proj"]}))
 
 
 def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:

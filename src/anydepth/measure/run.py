@@ -29,10 +29,11 @@ from anydepth.measure.bench import bench, load_prompts
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.results import document, read_document, source_commit, write_json
 from anydepth.models.load import load_model
+from anydepth.models.scratch import scratch_folder
 from anydepth.training.checkpoint import is_checkpoint, load_target, save
-from anydepth.training.data import load_windows
+from anydepth.training.data import load_texts, load_windows
 from anydepth.training.phases import PHASES, train_phases
-from anydepth.training.train import STEPS, add_lora, train
+from anydepth.training.train import STEPS, prepare, train
 
 Say = Callable[[str], None]
 RECIPE = "recipe.json"
@@ -117,7 +118,7 @@ class Runner:
         recipe = self.recipe
         model, tokenizer = self._base()
         fields: dict[str, Any] = {"loss_history": [], "seconds": 0.0, "tokens_per_second": 0.0}
-        wrapped: nn.Module = model if recipe.train is None else add_lora(model, recipe.train, seed=recipe.seed)
+        wrapped: nn.Module = model if recipe.train is None else prepare(model, recipe.train, seed=recipe.seed)
         adapted = attach(wrapped, self._methods())
         if recipe.router_fit is not None:
             adapted.methods.load_state_dict(load_file(self.out / FITTED))
@@ -136,7 +137,8 @@ class Runner:
         if recipe.calibrate is not None:
             windows = self._training_windows(tokenizer)[: recipe.calibrate.num_windows]
             fields["calibrated_skip_share"] = set_skip_share(adapted, windows, recipe.calibrate.skip_share)
-        save(adapted, self.out, base=recipe.model.target)
+        trained = recipe.train is not None and recipe.train.backbone
+        save(adapted, self.out, base=recipe.model.target, own_base=tokenizer if trained else None)
         detach(adapted)
         return {**fields, "checkpoint": str(self.out)}
 
@@ -201,9 +203,12 @@ class Runner:
         return " + ".join([*names, *(["LoRA"] if lora else [])])
 
     def _base(self) -> Any:
-        model = self.recipe.model
+        model, target = self.recipe.model, self.recipe.model.target
+        if model.scratch is not None:
+            texts = load_texts(self.recipe.data.train)
+            target = str(scratch_folder(model.scratch, texts, self.out / "scratch", seed=self.recipe.seed))
         return load_model(
-            model.target,
+            target,
             dtype=model.dtype,
             device=model.device,
             quantisation=model.quantisation,

@@ -1,6 +1,6 @@
 """Checkpoints: the methods' weights, the LoRA adapter if there is one, their config, and the base they belong to.
 
-Never a tensor of the backbone. A folder holds `anydepth.json` (the manifest, replaced atomically and last) and
+The base is named, never copied, unless training changed it: then it is part of the checkpoint. A folder holds `anydepth.json` (the manifest, replaced atomically and last) and
 `weights-<hash>/` beside it, so that a crash while saving leaves the former checkpoint whole.
 """
 
@@ -29,13 +29,23 @@ from anydepth.models.load import DType, base_fingerprint, is_quantised, load_mod
 
 MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"
+BASE = "base"
+"""Folder of a base that was trained, beside the methods' weights."""
 
 
-def save(adapted: AdaptedModel, folder: str | Path, *, base: str | None = None) -> Path:
+def save(
+    adapted: AdaptedModel,
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    own_base: PreTrainedTokenizerBase | None = None,
+) -> Path:
     """Write what anydepth added to the model into `folder`.
 
     Args:
         base: how to load the base model again; its `name_or_path` when left out.
+        own_base: the tokenizer of a base whose weights were trained: both are written too, as a plain Hugging Face
+            checkpoint.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +58,9 @@ def save(adapted: AdaptedModel, folder: str | Path, *, base: str | None = None) 
     save_file(tensors, staging / "methods.safetensors")
     if isinstance(model, PeftModel):
         model.save_pretrained(str(staging / "adapter"), save_embedding_layers=False)
+    if own_base is not None:
+        unwrap(model).save_pretrained(str(staging / BASE))
+        own_base.save_pretrained(str(staging / BASE))
     files = {str(path.relative_to(staging)): _digest(path) for path in sorted(staging.rglob("*")) if path.is_file()}
     weights = folder / f"weights-{_digest_of(files)}"
     shutil.rmtree(weights, ignore_errors=True)
@@ -55,7 +68,7 @@ def save(adapted: AdaptedModel, folder: str | Path, *, base: str | None = None) 
     manifest = {
         "schema": SCHEMA,
         "base": {
-            "target": base or unwrap(model).name_or_path,
+            "target": None if own_base is not None else base or unwrap(model).name_or_path,
             "fingerprint": None if is_quantised(model) else base_fingerprint(model),
             "light_fingerprint": base_fingerprint(model, light=True),
             "quantisation": "nf4" if is_quantised(model) else None,
@@ -101,7 +114,8 @@ def _load(
     folder: Path, base: str | None, dtype: DType, device: str, *, merge: bool
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     manifest = read_manifest(folder)
-    target = base or manifest["base"]["target"]
+    own = folder / manifest["weights"] / BASE
+    target = base or (str(own) if own.exists() else manifest["base"]["target"])
     if not target:
         raise UserError(f"{folder} was saved from a model without a name; pass base= with its folder or hub name")
     quantisation = manifest["base"].get("quantisation")
@@ -151,7 +165,7 @@ def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -
     light = is_quantised(model) or manifest["base"]["fingerprint"] is None
     if base_fingerprint(model, light=light) != manifest["base"]["light_fingerprint" if light else "fingerprint"]:
         raise UserError(
-            f"{folder} was made for the base model '{manifest['base']['target']}', whose weights differ from "
+            f"{folder} was made for the base model '{manifest['base']['target'] or BASE}', whose weights differ from "
             f"'{model.name_or_path}'; load it with the base it was trained on"
         )
 

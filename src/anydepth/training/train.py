@@ -1,4 +1,4 @@
-"""Training of methods and LoRA adapters on transformers' Trainer; the backbone stays frozen.
+"""Training of methods, LoRA adapters or whole models on transformers' Trainer.
 
 Interrupted training goes on with bitwise the same loss curve: the order of the windows, the methods' randomness and
 the teacher depend on (seed, step) alone, and the rest is in the Trainer's checkpoints, each of which counts only
@@ -49,9 +49,9 @@ class TrainResult:
     tokens_per_second: float
 
 
-def add_lora(model: PreTrainedModel, config: TrainConfig, *, seed: int = 0) -> PreTrainedModel | PeftModel:
-    """The model with a LoRA adapter as the recipe says, its backbone frozen; just frozen without `lora`."""
-    model.requires_grad_(False)
+def prepare(model: PreTrainedModel, config: TrainConfig, *, seed: int = 0) -> PreTrainedModel | PeftModel:
+    """The model as the recipe trains it: whole, frozen with a LoRA adapter, or just frozen."""
+    model.requires_grad_(config.backbone)
     if config.lora is None:
         return model
     torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def train(
         UserError: nothing to train. RunError: a gate got no gradient, or the loss is not finite.
     """
     if not trainable_state(model):
-        raise UserError("nothing to train: the recipe names neither a trained method nor train.lora")
+        raise UserError("nothing to train: the recipe names no trained method, no train.lora and no train.backbone")
     start = _last_complete(out) if resume else None
     if not resume:
         shutil.rmtree(out / STEPS, ignore_errors=True)
