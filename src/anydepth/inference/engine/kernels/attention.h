@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <vector>
 
+#include <omp.h>
+
 #include "numbers.h"
 
 namespace {
@@ -14,9 +16,9 @@ constexpr int CHUNK = 64;  // keys that stay in the nearest cache for all querie
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 16;
 
-// Parts that the keys of each of `items` are cut into: enough for many threads, and no part shorter than a chunk.
+// Parts that the keys of each of `items` are cut into: a few for each thread of the team, none shorter than a chunk.
 inline int num_splits(int64_t keys, int items) {
-    const int64_t wanted = std::max(1, 4 * MAX_SPLITS / items);
+    const int64_t wanted = (4 * omp_get_num_threads() + items - 1) / items;
     return int(std::min<int64_t>({MAX_SPLITS, wanted, (keys + CHUNK - 1) / CHUNK}));
 }
 
@@ -34,17 +36,17 @@ struct Share {
 // Lane k is the sum of the lanes of `of`[k].
 inline __attribute__((always_inline)) floats sums(floats of[WIDTH]) {
 #if defined(__AVX512F__)
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int distance = 1; distance < WIDTH; distance *= 2) {
-        // Of lanes that differ in `distance`, the first of both vectors beside each other, and the second of both.
-        const __m512i other = _mm512_slli_epi32(_mm512_and_si512(lanes, _mm512_set1_epi32(distance)), 4 - __builtin_ctz(distance));
-        const __m512i first = _mm512_or_si512(_mm512_andnot_si512(_mm512_set1_epi32(distance), lanes), other);
-        const __m512i second = _mm512_or_si512(first, _mm512_set1_epi32(distance));
+    // Of lanes that differ in `distance`, half are of one vector and half of the other; what they lack is swapped in.
+    const auto merge = [&](int distance, __mmask16 odd, auto swap) __attribute__((always_inline)) {
         for (int k = 0; k < WIDTH / 2 / distance; ++k) {
             const __m512 a = __m512(of[2 * k]), b = __m512(of[2 * k + 1]);
-            of[k] = floats(_mm512_permutex2var_ps(a, first, b)) + floats(_mm512_permutex2var_ps(a, second, b));
+            of[k] = floats(_mm512_mask_blend_ps(odd, a, b)) + floats(swap(_mm512_mask_blend_ps(odd, b, a)));
         }
-    }
+    };
+    merge(1, 0xaaaa, [](__m512 x) { return _mm512_permute_ps(x, 0xb1); });
+    merge(2, 0xcccc, [](__m512 x) { return _mm512_permute_ps(x, 0x4e); });
+    merge(4, 0xf0f0, [](__m512 x) { return _mm512_shuffle_f32x4(x, x, 0xb1); });
+    merge(8, 0xff00, [](__m512 x) { return _mm512_shuffle_f32x4(x, x, 0x4e); });
     return of[0];
 #else
     floats result;
@@ -62,10 +64,10 @@ inline __attribute__((always_inline)) floats part_of(const A* row, int i, int si
     return values;
 }
 
-// The same row of the next chunk, while this one is worked on.
+// Memory that is wanted soon; asked for bit by bit, or the processor waits for all of it.
 template <class A>
-inline __attribute__((always_inline)) void ask_for(const A* row, int size) {
-    for (int i = 0; i < size; i += 64 / int(sizeof(A))) __builtin_prefetch(row + i);
+inline __attribute__((always_inline)) void ask_for(const A* from, int size) {
+    for (int i = 0; i < size; i += 64 / int(sizeof(A))) __builtin_prefetch(from + i);
 }
 
 // Products of one query with a key, not yet added up across lanes.
@@ -97,7 +99,6 @@ inline float score(const Heads& h, const A* query, const A* keys, int count, int
         floats products[WIDTH];
         for (int k = 0; k < WIDTH; ++k) {
             const A* key = keys + int64_t(std::min(start + k, count - 1)) * size;
-            ask_for(key + CHUNK * size, size);
             products[k] = products_of(query, key, size);
         }
         floats some = sums(products) * h.scale;
@@ -137,7 +138,6 @@ inline void gather(const Heads& h, const A* values, int count, const float* weig
         const int vectors = std::min(VECTORS, (size - start + WIDTH - 1) / WIDTH);
         floats acc[Q][VECTORS] = {};
         for (int k = 0; k < count; ++k) {
-            ask_for(values + int64_t(k + CHUNK) * size + start, std::min(size, VECTORS * WIDTH));
             floats some[VECTORS];
             for (int v = 0; v < VECTORS; ++v) some[v] = part_of(values + int64_t(k) * size, start + v * WIDTH, size);
             for (int q = 0; q < Q; ++q)
@@ -165,7 +165,6 @@ inline void gather(const Heads&, const bf16* values, int count, const float* wei
         for (int k = 0; k < count; k += 2) {
             const bf16* first = values + int64_t(k) * SIZE + start;
             const bf16* second = k + 1 < count ? first + SIZE : first;  // its weight is zero
-            ask_for(first + CHUNK * SIZE, 64), ask_for(second + CHUNK * SIZE, 64);
             for (int v = 0; v < 2; ++v) {
                 const __m512i a = load<__m512i>(first + 32 * v), b = load<__m512i>(second + 32 * v);
                 const __m512bh lows = __m512bh(_mm512_unpacklo_epi16(a, b)), highs = __m512bh(_mm512_unpackhi_epi16(a, b));
@@ -206,7 +205,9 @@ void attend_to(const Heads& h, const A* keys, const A* values, const Q* queries,
     }
     for (int64_t start = begin; start < end; start += CHUNK) {
         const int count = int(std::min<int64_t>(CHUNK, end - start));
+        const int next = int(std::min<int64_t>(CHUNK, end - start - count));
         for (int q = 0; q < num; ++q) {
+            ask_for(values + (start + count * q / num) * size, (count * (q + 1) / num - count * q / num) * size);
             const int64_t last = seen[q / h.group], first = h.window ? last - h.window : 0;
             float* scores = &weights[q * CHUNK];
             const float largest = score<SIZE>(h, &own[q * size], keys + start * size, count, int(std::max<int64_t>(first - start, 0)),
@@ -214,6 +215,8 @@ void attend_to(const Heads& h, const A* keys, const A* values, const Q* queries,
             shrinks[q] = weigh(scores, count, largest, shares[q * stride]);
         }
         const auto some = [&](auto count_of, int q) {
+            const int n = decltype(count_of)::value;
+            ask_for(keys + (start + CHUNK + next * q / num) * size, (next * (q + n) / num - next * q / num) * size);
             gather<SIZE, decltype(count_of)::value>(h, values + start * size, count, &weights[q * CHUNK], &shrinks[q],
                                                     shares + q * stride, stride);
         };

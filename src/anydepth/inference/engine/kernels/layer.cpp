@@ -98,12 +98,12 @@ const Packed& prepared(const Matrix& w, const Norm& norm, const A* from, const T
 // x Wᵀ + b of some tokens, perhaps normalised, added to the residual stream. `scratch`: (tokens, rows).
 template <class A>
 void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A* residual, A* to, float* scratch,
-                 const Tokens& tokens) {
+                 const Tokens& tokens, const Matrix* next) {
     const auto add = [&](int n, int begin, int end) {
         const int64_t start = tokens[n] * w.rows, own = int64_t(n) * w.rows;
         for (int i = begin; i < end; ++i) store(one(residual[start + i]) + scratch[own + i], to + start + i);
     };
-    const Range own = product<A>(w, pack(w.kind, x, tokens.num, w.cols), tokens.num, scratch);
+    const Range own = product<A>(w, pack(w.kind, x, tokens.num, w.cols), tokens.num, scratch, next);
     if (!out_norm.weight) {
         for (int n = 0; n < tokens.num; ++n) add(n, own.begin, own.end);
         return;
@@ -179,7 +179,7 @@ struct Mixing {
 
 template <class A>
 void mixer(const Layer& l, const Batch& b, const int64_t* counts, void* cache, const A* from, A* to, const Tokens& kept,
-           bool omit) {
+           bool omit, const Matrix* next) {
     static thread_local Mixing who;
     who.plan(b, counts, kept, omit);
     const Tokens writers{who.writers.data(), int(who.writers.size())};
@@ -194,10 +194,10 @@ void mixer(const Layer& l, const Batch& b, const int64_t* counts, void* cache, c
     const int64_t longest = *std::max_element(who.seen.begin(), who.seen.end());
     const int splits = num_splits(longest, b.rows * l.kv_heads);
     const Packed* x = &prepared<A>(l.queries, l.mixer_norm, from, kept);
-    product<A>(l.queries, *x, num, queries);
+    product<A>(l.queries, *x, num, queries, &l.keys);
     if (writers.num != num) x = &prepared<A>(l.keys, l.mixer_norm, from, writers);
-    product<A>(l.keys, *x, writers.num, keys);
-    product<A>(l.values, *x, writers.num, values);
+    product<A>(l.keys, *x, writers.num, keys, &l.values);
+    product<A>(l.values, *x, writers.num, values, &l.output);
 #pragma omp barrier
 #pragma omp for
     for (int item = 0; item < num + writers.num; ++item) {
@@ -233,7 +233,7 @@ void mixer(const Layer& l, const Batch& b, const int64_t* counts, void* cache, c
         join(parts + query * splits, splits, size,
              [&](int k, float value) { mixed[int64_t(i) * width + head * size + k] = rounded<A>(value); });
     }
-    add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, kept);
+    add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, kept, next);
 #pragma omp barrier
 }
 
@@ -244,7 +244,7 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
     float* keys = b.workspace;
     float* values = keys + int64_t(num) * kv_width;
     const Packed& x = prepared<A>(l.keys, l.mixer_norm, from, Tokens{nullptr, num});
-    product<A>(l.keys, x, num, keys);
+    product<A>(l.keys, x, num, keys, &l.values);
     product<A>(l.values, x, num, values);
 #pragma omp barrier
 #pragma omp for
@@ -311,18 +311,18 @@ void combine(int kind, float* gates, const float* ups, int size) {
 }
 
 template <class A>
-void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& kept) {
+void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& kept, const Matrix* next) {
     const int rows = l.gate.rows, num = kept.num;
     float* inner = workspace;
     float* ups = inner + int64_t(num) * rows;
     float* scratch = ups + int64_t(num) * rows;
     const Packed& x = prepared<A>(l.gate, l.ffn_norm, from, kept);
-    product<A>(l.gate, x, num, inner);
-    const Range own = product<A>(l.up, x, num, ups);  // the same rows: nothing to wait for
+    product<A>(l.gate, x, num, inner, &l.up);
+    const Range own = product<A>(l.up, x, num, ups, &l.down);  // the same rows: nothing to wait for
     for (int64_t start = own.begin; start < int64_t(num) * rows; start += rows)
         combine<A>(l.activation, inner + start, ups + start, own.end - own.begin);
 #pragma omp barrier
-    add_product<A>(l.down, l.ffn_out_norm, inner, from, to, scratch, kept);
+    add_product<A>(l.down, l.ffn_out_norm, inner, from, to, scratch, kept, next);
 #pragma omp barrier
 }
 
@@ -340,6 +340,11 @@ struct Decision {
     }
 };
 
+// The map that a task reads first.
+inline const Matrix* first_of(const Task& task) {
+    return task.parts & MIXER ? &task.layer->queries : &task.layer->gate;
+}
+
 // Tasks one after the other on (R·T, hidden) states.
 template <class A>
 void run(const Task* tasks, int n, const Batch& b, const A* from, A* to, A* taps) {
@@ -355,6 +360,7 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to, A* taps
         A* tap = taps;
         for (const Task* task = tasks; task < tasks + n; ++task) {
             const int64_t* counts = task->counts ? task->counts : b.counts;
+            const Matrix* next = task + 1 < tasks + n ? first_of(task[1]) : nullptr;
             const Tokens mixed{task->mixed, task->mixed ? int(task->num_mixed) : num};
             const Tokens fed{task->fed, task->fed ? int(task->num_fed) : num};
             if (task->parts & TAP) {
@@ -364,13 +370,14 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to, A* taps
             }
             if (task->num_waiting) fill_before<A>(*task->layer, b, task->cache, task->waiting, int(task->num_waiting));
             if (task->parts & MIXER) {
-                mixer<A>(*task->layer, b, counts, task->cache, now, to, mixed, task->parts & OMIT);
+                mixer<A>(*task->layer, b, counts, task->cache, now, to, mixed, task->parts & OMIT,
+                         task->parts & FFN ? &task->layer->gate : next);
                 now = to;
             }
             if (task->parts & FFN) {
                 static thread_local Decision decision;
                 const Tokens kept = task->gate ? decision.make(*task, fed, now, num, b.workspace) : fed;
-                if (kept.num) ffn<A>(*task->layer, now, to, b.workspace, kept);
+                if (kept.num) ffn<A>(*task->layer, now, to, b.workspace, kept, next);
                 now = to;
             }
         }

@@ -159,130 +159,143 @@ inline const Packed& pack(int kind, const float* x, int num_tokens, int cols) {
 }
 
 // --- panels ------------------------------------------------------------------------------------------------------
+// Panels are read one by one, a single stream from the first byte to the last: two side by side halve what memory gives
+// wherever panels are short. Sums of neighbouring steps are kept apart, or each would wait for the one before it.
 
-// Each: results of R panels from `panel` on for M tokens from `token` on, without bias.
-template <int R, int M>
-struct Results {
-    floats values[R][M];
+// Where to ask for weights while those at a place are read: on in the share of a thread, and behind it in what comes next,
+// or memory would rest while threads wait for each other.
+struct Ahead {
+    const char* end;
+    int64_t jump;  // from there to what comes next
+    void ask_from(const char* at) const {
+        at += AHEAD;
+        __builtin_prefetch(at < end ? at : at + jump);
+    }
 };
 
-template <int R, int M>
-inline Results<R, M> float32_panels(const Matrix& w, const Packed& x, int panel, int token) {
-    Results<R, M> results = {};
+template <int CHAINS, class Step>
+inline __attribute__((always_inline)) void in_chains(int steps, Step step) {
+    int k = 0;
+    for (; k + CHAINS <= steps; k += CHAINS)
+        for (int chain = 0; chain < CHAINS; ++chain) step(k + chain, chain);  // unrolled, or sums would lie in memory
+    for (; k < steps; ++k) step(k, 0);
+}
+
+// Each: results of a panel for M tokens from `token` on, without bias.
+template <int M>
+struct Results {
+    floats values[M];
+};
+
+template <int M>
+inline Results<M> float32_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
+    floats sums[2][M] = {};
     const float* from = static_cast<const float*>(w.weight) + int64_t(panel) * w.cols * ROWS;
     const float* inputs = x.floats.data() + int64_t(token) * x.stride;
-    for (int k = 0; k < w.cols; ++k)
-        for (int r = 0; r < R; ++r) {
-            const float* step = from + (int64_t(r) * w.cols + k) * ROWS;
-            __builtin_prefetch(reinterpret_cast<const char*>(step) + AHEAD);
-            for (int m = 0; m < M; ++m) results.values[r][m] += wide(step) * inputs[int64_t(m) * x.stride + k];
-        }
+    in_chains<2>(w.cols, [&](int k, int chain) __attribute__((always_inline)) {
+        const float* step = from + int64_t(k) * ROWS;
+        ahead.ask_from(reinterpret_cast<const char*>(step));
+        for (int m = 0; m < M; ++m) sums[chain][m] += wide(step) * inputs[int64_t(m) * x.stride + k];
+    });
+    Results<M> results;
+    for (int m = 0; m < M; ++m) results.values[m] = sums[0][m] + sums[1][m];
     return results;
 }
 
-template <int R, int M>
-inline Results<R, M> bfloat16_panels(const Matrix& w, const Packed& x, int panel, int token) {
-    Results<R, M> results = {};
+template <int M>
+inline Results<M> bfloat16_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
+    floats sums[2][M] = {};
     const int steps = (w.cols + 1) / 2;
     const char* from = static_cast<const char*>(w.weight) + int64_t(panel) * steps * 64;
     const bf16* inputs = x.bf16s.data() + int64_t(token) * x.stride;
-    for (int k = 0; k < steps; ++k)
-        for (int r = 0; r < R; ++r) {
-            const char* step = from + (int64_t(r) * steps + k) * 64;
-            __builtin_prefetch(step + AHEAD);
-            const ints weights = load<ints>(step);
-            for (int m = 0; m < M; ++m)
-                results.values[r][m] =
-                    add_pair(results.values[r][m], weights, load<int32_t>(inputs + int64_t(m) * x.stride + 2 * k));
-        }
+    in_chains<2>(steps, [&](int k, int chain) __attribute__((always_inline)) {
+        const char* step = from + int64_t(k) * 64;
+        ahead.ask_from(step);
+        const ints weights = load<ints>(step);
+        for (int m = 0; m < M; ++m)
+            sums[chain][m] = add_pair(sums[chain][m], weights, load<int32_t>(inputs + int64_t(m) * x.stride + 2 * k));
+    });
+    Results<M> results;
+    for (int m = 0; m < M; ++m) results.values[m] = sums[0][m] + sums[1][m];
     return results;
 }
 
 // A byte b is the weight (b − 128) · scale.
-template <int R, int M>
-inline Results<R, M> int8_panels(const Matrix& w, const Packed& x, int panel, int token) {
-    ints high[R][M] = {}, low[R][M] = {};
+template <int M>
+inline Results<M> int8_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
+    constexpr int CHAINS = M <= 4 ? 2 : 1;  // many tokens are chains enough
+    ints high[CHAINS][M] = {}, low[CHAINS][M] = {};
     const int steps = (w.cols + 3) / 4;
     const char* from = static_cast<const char*>(w.weight) + int64_t(panel) * steps * 64;
+    const bf16* scales = static_cast<const bf16*>(w.scales) + int64_t(panel) * ROWS;
+    __builtin_prefetch(scales + 2 * ROWS);
     const int64_t start = int64_t(token) * x.stride;
-    for (int k = 0; k < steps; ++k)
-        for (int r = 0; r < R; ++r) {
-            const char* step = from + (int64_t(r) * steps + k) * 64;
-            __builtin_prefetch(step + AHEAD);
-            const ints weights = load<ints>(step);
-            for (int m = 0; m < M; ++m) {
-                const int64_t place = start + int64_t(m) * x.stride + 4 * k;
-                high[r][m] = add_bytes(high[r][m], weights, load<int32_t>(x.high.data() + place));
-                low[r][m] = add_bytes(low[r][m], weights, load<int32_t>(x.low.data() + place));
-            }
-        }
-    Results<R, M> results;
-    for (int r = 0; r < R; ++r)
+    in_chains<CHAINS>(steps, [&](int k, int chain) __attribute__((always_inline)) {
+        const char* step = from + int64_t(k) * 64;
+        ahead.ask_from(step);
+        const ints weights = load<ints>(step);
         for (int m = 0; m < M; ++m) {
-            const floats highs = __builtin_convertvector(high[r][m] - 128 * x.sums_high[token + m], floats);
-            const floats lows = __builtin_convertvector(low[r][m] - 128 * x.sums_low[token + m], floats);
-            const bf16* scales = static_cast<const bf16*>(w.scales) + (panel + r) * ROWS;
-            results.values[r][m] = (highs * 256.0f + lows) * wide(scales) * x.scales[token + m];
+            const int64_t place = start + int64_t(m) * x.stride + 4 * k;
+            high[chain][m] = add_bytes(high[chain][m], weights, load<int32_t>(x.high.data() + place));
+            low[chain][m] = add_bytes(low[chain][m], weights, load<int32_t>(x.low.data() + place));
         }
+    });
+    Results<M> results;
+    for (int m = 0; m < M; ++m) {
+        for (int chain = 1; chain < CHAINS; ++chain) high[0][m] += high[chain][m], low[0][m] += low[chain][m];
+        const floats highs = __builtin_convertvector(high[0][m] - 128 * x.sums_high[token + m], floats);
+        const floats lows = __builtin_convertvector(low[0][m] - 128 * x.sums_low[token + m], floats);
+        results.values[m] = (highs * 256.0f + lows) * wide(scales) * x.scales[token + m];
+    }
     return results;
 }
 
 // A byte of step c holds input 8c + i % 4 of a group in its low half and 8c + 4 + i % 4 in its high one; a half s is the
 // weight (s − 8) · step + offset.
-template <int R, int M>
-inline Results<R, M> int4_panels(const Matrix& w, const Packed& x, int panel, int token) {
-    Results<R, M> results = {};
+template <int M>
+inline Results<M> int4_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
+    Results<M> results = {};
     constexpr int STEPS = GROUP / 8, BYTES = STEPS * 64;
     const int groups = w.cols / GROUP;
-    for (int g = 0; g < groups; ++g)
-        for (int r = 0; r < R; ++r) {
-            const int64_t place = int64_t(panel + r) * groups + g;
-            const char* from = static_cast<const char*>(w.weight) + place * BYTES;
-            const bf16* scales = static_cast<const bf16*>(w.scales) + place * 2 * ROWS;
-            __builtin_prefetch(reinterpret_cast<const char*>(scales) + AHEAD / 4);
-            ints high[M] = {}, low[M] = {};
-            for (int c = 0; c < STEPS; ++c) {
-                __builtin_prefetch(from + c * 64 + AHEAD);
-                const ints both = load<ints>(from + c * 64);
-                const ints halves[] = {both & 0x0f0f0f0f, (both >> 4) & 0x0f0f0f0f};
-                for (int m = 0; m < M; ++m)
-                    for (int h = 0; h < 2; ++h) {
-                        const int64_t input = int64_t(token + m) * x.stride + g * GROUP + 8 * c + 4 * h;
-                        high[m] = add_bytes(high[m], halves[h], load<int32_t>(x.high.data() + input));
-                        low[m] = add_bytes(low[m], halves[h], load<int32_t>(x.low.data() + input));
-                    }
-            }
-            const floats step = wide(scales), offset = wide(scales + ROWS) - 8.0f * step;
-            for (int m = 0; m < M; ++m) {
-                const floats sums = __builtin_convertvector(high[m] * 256 + low[m], floats) * x.scales[token + m];
-                results.values[r][m] += sums * step + offset * x.group_sums[int64_t(token + m) * groups + g];
-            }
+    for (int g = 0; g < groups; ++g) {
+        const int64_t place = int64_t(panel) * groups + g;
+        const char* from = static_cast<const char*>(w.weight) + place * BYTES;
+        const bf16* scales = static_cast<const bf16*>(w.scales) + place * 2 * ROWS;
+        __builtin_prefetch(reinterpret_cast<const char*>(scales) + AHEAD / 4);
+        ints high[M] = {}, low[M] = {};
+        for (int c = 0; c < STEPS; ++c) {
+            ahead.ask_from(from + c * 64);
+            const ints both = load<ints>(from + c * 64);
+            const ints halves[] = {both & 0x0f0f0f0f, (both >> 4) & 0x0f0f0f0f};
+            for (int m = 0; m < M; ++m)
+                for (int h = 0; h < 2; ++h) {
+                    const int64_t input = int64_t(token + m) * x.stride + g * GROUP + 8 * c + 4 * h;
+                    high[m] = add_bytes(high[m], halves[h], load<int32_t>(x.high.data() + input));
+                    low[m] = add_bytes(low[m], halves[h], load<int32_t>(x.low.data() + input));
+                }
         }
-    return results;
-}
-
-template <int KIND, int R, int M>
-inline void write_panels(const Matrix& w, const Packed& x, int panel, int token, float* out) {
-    Results<R, M> results;
-    if constexpr (KIND == FLOAT32) results = float32_panels<R, M>(w, x, panel, token);
-    if constexpr (KIND == BFLOAT16) results = bfloat16_panels<R, M>(w, x, panel, token);
-    if constexpr (KIND == INT8) results = int8_panels<R, M>(w, x, panel, token);
-    if constexpr (KIND == INT4) results = int4_panels<R, M>(w, x, panel, token);
-    for (int r = 0; r < R; ++r)
+        const floats step = wide(scales), offset = wide(scales + ROWS) - 8.0f * step;
         for (int m = 0; m < M; ++m) {
-            const int row = (panel + r) * ROWS;
-            float* to = out + int64_t(token + m) * w.rows + row;
-            std::memcpy(to, &results.values[r][m], std::min(ROWS, w.rows - row) * sizeof(float));
+            const floats sums = __builtin_convertvector(high[m] * 256 + low[m], floats) * x.scales[token + m];
+            results.values[m] += sums * step + offset * x.group_sums[int64_t(token + m) * groups + g];
         }
+    }
+    return results;
 }
 
 // M tokens at a time: as many sums as registers hold.
 template <int KIND, int M>
-void panels_of(const Matrix& w, const Packed& x, int begin, int end, int token, float* out) {
-    constexpr int R = KIND == FLOAT32 || KIND == BFLOAT16 ? 2 : M <= 4 ? 2 : 1;
-    int panel = begin;
-    for (; panel + R <= end; panel += R) write_panels<KIND, R, M>(w, x, panel, token, out);
-    for (; panel < end; ++panel) write_panels<KIND, 1, M>(w, x, panel, token, out);
+void panels_of(const Matrix& w, const Packed& x, int begin, int end, int token, float* out, const Ahead& ahead) {
+    for (int panel = begin; panel < end; ++panel) {
+        Results<M> results;
+        if constexpr (KIND == FLOAT32) results = float32_panel<M>(w, x, panel, token, ahead);
+        if constexpr (KIND == BFLOAT16) results = bfloat16_panel<M>(w, x, panel, token, ahead);
+        if constexpr (KIND == INT8) results = int8_panel<M>(w, x, panel, token, ahead);
+        if constexpr (KIND == INT4) results = int4_panel<M>(w, x, panel, token, ahead);
+        const int row = panel * ROWS, rows = std::min(ROWS, w.rows - row);
+        for (int m = 0; m < M; ++m)
+            std::memcpy(out + int64_t(token + m) * w.rows + row, &results.values[m], rows * sizeof(float));
+    }
 }
 
 struct Range {
@@ -291,27 +304,40 @@ struct Range {
 
 // Panels `begin` to `end` for all tokens; a panel stays in the nearest cache while further tokens need it.
 template <int KIND>
-void multiply(const Matrix& w, const Packed& x, int num_tokens, float* out, Range own) {
-    using Panels = void (*)(const Matrix&, const Packed&, int, int, int, float*);
+void multiply(const Matrix& w, const Packed& x, int num_tokens, float* out, Range own, const Ahead& ahead) {
+    using Panels = void (*)(const Matrix&, const Packed&, int, int, int, float*, const Ahead&);
     static constexpr Panels panels[] = {panels_of<KIND, 1>, panels_of<KIND, 2>, panels_of<KIND, 3>, panels_of<KIND, 4>,
                                         panels_of<KIND, 5>, panels_of<KIND, 6>, panels_of<KIND, 7>, panels_of<KIND, 8>};
-    const int some = num_tokens <= 8 ? std::max(own.end - own.begin, 1) : 2;
+    const int some = num_tokens <= 8 ? std::max(own.end - own.begin, 1) : 1;
     for (int panel = own.begin; panel < own.end; panel += some)
         for (int token = 0; token < num_tokens; token += 8)
-            panels[std::min(num_tokens - token, 8) - 1](w, x, panel, std::min(panel + some, own.end), token, out);
+            panels[std::min(num_tokens - token, 8) - 1](w, x, panel, std::min(panel + some, own.end), token, out, ahead);
+}
+
+// The panels of this thread.
+inline Range share_of(const Matrix& w) {
+    const int threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t panels = (w.rows + ROWS - 1) / ROWS;
+    return {int(panels * me / threads), int(panels * (me + 1) / threads)};
+}
+
+inline const char* panel_at(const Matrix& w, int panel) {
+    const int inputs = w.kind == FLOAT32 ? 1 : w.kind == BFLOAT16 ? 2 : w.kind == INT8 ? 4 : 8;  // in 64 bytes
+    return static_cast<const char*>(w.weight) + int64_t(panel) * ((w.cols + inputs - 1) / inputs) * 64;
 }
 
 // (tokens, rows) of x Wᵀ + b. Every thread of the team does its share of the rows, which it returns; no barrier.
+// `next`: the map that is read next, if that is known.
 template <class A>
-Range product(const Matrix& w, const Packed& x, int num_tokens, float* out) {
-    const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t panels = (w.rows + ROWS - 1) / ROWS;
-    const Range own{int(panels * me / threads), int(panels * (me + 1) / threads)};
+Range product(const Matrix& w, const Packed& x, int num_tokens, float* out, const Matrix* next = nullptr) {
+    const Range own = share_of(w);
+    const char* end = panel_at(w, own.end);
+    const Ahead ahead{end, next ? panel_at(*next, share_of(*next).begin) - end : 0};
     switch (w.kind) {
-        case FLOAT32: multiply<FLOAT32>(w, x, num_tokens, out, own); break;
-        case BFLOAT16: multiply<BFLOAT16>(w, x, num_tokens, out, own); break;
-        case INT8: multiply<INT8>(w, x, num_tokens, out, own); break;
-        default: multiply<INT4>(w, x, num_tokens, out, own);
+        case FLOAT32: multiply<FLOAT32>(w, x, num_tokens, out, own, ahead); break;
+        case BFLOAT16: multiply<BFLOAT16>(w, x, num_tokens, out, own, ahead); break;
+        case INT8: multiply<INT8>(w, x, num_tokens, out, own, ahead); break;
+        default: multiply<INT4>(w, x, num_tokens, out, own, ahead);
     }
     const Range rows{own.begin * ROWS, std::min(own.end * ROWS, w.rows)};
     const A* bias = static_cast<const A*>(w.bias);
