@@ -339,9 +339,11 @@ SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
 def markdown(sections: dict[str, Any]) -> str:
     """The committed result as tables."""
     lines = [
-        "| | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers |",
-        "| --- |" + " --- |" * 5,
+        "| | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers "
+        "| perplexity |",
+        "| --- |" + " --- |" * 6,
     ]
+    perplexity = {f"fast {row['weights']}": row["perplexity"] for row in sections["quality"]["rows"]}
     rows = {(row["engine"], row["prompt_tokens"]): row for row in sections["peers"]["rows"] if "engine" in row}
     for name in dict.fromkeys(name for name, _ in rows):
         short, long = rows[name, 64], rows[name, 512]
@@ -354,6 +356,7 @@ def markdown(sections: dict[str, Any]) -> str:
             against,
             f"{short['roofline_share']:.0%}" if "roofline_share" in short else "",
             f"{long['prefill_over hf bfloat16']:.2f}",
+            f"{perplexity[name]:.2f}" if name in perplexity else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| left out | decode: measured of ideal (realised) | prefill of 512 |", "| --- |" + " --- |" * 2]

@@ -87,6 +87,31 @@ def test_a_run_ends_in_one_document_and_a_page(finished: Path) -> None:
     assert "</html>" in (finished / "report.html").read_text()
 
 
+def test_a_decoder_from_scratch_is_a_target_like_any_other(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 2, "ffn_size": 48, "tokenizer": {"size": 600}}
+    recipe = tmp_path / "scratch.yaml"
+    described = {
+        "model": {"scratch": shape},
+        "data": {"train": "embedded:valid", "sequence_length": 64},
+        "methods": [{"name": "layer_router", "always_keep": 1}],
+        "train": {"backbone": True, "max_steps": 8, "batch_size": 4, "learning_rate": 0.01, "save_every": 4},
+    }
+    recipe.write_text(yaml.safe_dump(described))
+    done = anydepth("train", recipe, "--out", tmp_path / "out", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    losses = [row["lm_loss"] for row in json.loads(done.stdout)["loss_history"]]
+    assert losses[-1] < losses[0] - 0.3
+    (tmp_path / "out").rename(tmp_path / "moved")
+    done = anydepth(
+        "eval", tmp_path / "moved", "--data", "embedded:valid", "--sequence-length", 64, "--limit", 4, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["full_depth"]["loss"] < losses[0]  # the trained weights, not the first ones
+    described["train"] = None
+    recipe.write_text(yaml.safe_dump(described))
+    assert "train.backbone: true" in refused("train", recipe, "--out", tmp_path / "other")
+
+
 def test_a_second_run_keeps_what_is_done(finished: Path, recipe: Path) -> None:
     before = {path.name: path.read_bytes() for path in finished.glob("*.json") if path.name != "run.json"}
     done = anydepth("run", recipe, "--out", finished)

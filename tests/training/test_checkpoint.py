@@ -57,6 +57,21 @@ def test_no_tensor_of_the_backbone_is_saved(saved: Path) -> None:
                 assert "lora_" in name or name.startswith("layer_router."), name
 
 
+def test_a_base_that_was_trained_is_part_of_the_checkpoint(tmp_path: Path, base: Path) -> None:
+    model, tokenizer = anydepth.load_model(str(base))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    folder = anydepth.save(anydepth.attach(model, ROUTER), tmp_path / "saved", own_base=tokenizer)
+    moved = folder.rename(tmp_path / "moved")
+    adapted = anydepth.load(moved)
+    for name, value in model.state_dict().items():
+        assert torch.equal(adapted.model.state_dict()[name], value), name
+    plain, _ = anydepth.load_model(str(weights_of(moved) / "base"))  # and a Hugging Face checkpoint of its own
+    ids = torch.arange(1, 9)[None]
+    with adapted.disabled():
+        assert torch.equal(plain(ids).logits, adapted(ids).logits)
+
+
 def test_saving_again_leaves_one_set_of_weights(saved: Path) -> None:
     anydepth.save(anydepth.load(saved), saved)
     assert len(list(saved.glob("weights-*"))) == 1

@@ -88,7 +88,8 @@ def calibrate(
         **measures,
     )
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
-    save(adapted, out, base=read_manifest(Path(target))["base"]["target"])
+    base = read_manifest(Path(target))["base"]["target"]
+    save(adapted, out, base=base, own_base=tokenizer if base is None else None)
     result = document(
         "anydepth.calibrate/1", seed=seed, config=config, label=adapted.label, met=True, **found.to_json()
     )
