@@ -339,8 +339,10 @@ SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
 def markdown(sections: dict[str, Any]) -> str:
     """The committed result as tables."""
     lines = [
-        "| | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers "
-        "| perplexity |",
+        (
+            "| | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers "
+            "| perplexity |"
+        ),
         "| --- |" + " --- |" * 6,
     ]
     perplexity = {f"fast {row['weights']}": row["perplexity"] for row in sections["quality"]["rows"]}

@@ -1,8 +1,8 @@
 """Checkpoints: the methods' weights, the LoRA adapter if there is one, their config, and the base they belong to.
 
 The base is named, never copied, unless training changed it: then it is part of the checkpoint. A folder holds
-`anydepth.json` (the manifest, replaced atomically and last) and `weights-<hash>/` beside it, so that a crash while saving
-leaves the former checkpoint whole.
+`anydepth.json` (the manifest, replaced atomically and last) and `weights-<hash>/` beside it, so that a crash while
+saving leaves the former checkpoint whole.
 """
 
 from __future__ import annotations
