@@ -118,7 +118,7 @@ class TrainConfig(StrictConfig):
     max_steps: int = Field(default=100, ge=1, description="Optimiser steps.")
     batch_size: int = Field(default=2, ge=1, description="Windows per forward.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forwards per optimiser step.")
-    learning_rate: float = Field(default=3e-4, gt=0, description="Peak rate of the adapters (cosine to 0).")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Peak rate of adapters or backbone (cosine to 0).")
     router_learning_rate: float | None = Field(default=None, gt=0, description="Peak rate of the methods' weights.")
     warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")

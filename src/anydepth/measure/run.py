@@ -205,8 +205,8 @@ class Runner:
     def _base(self) -> Any:
         model, target = self.recipe.model, self.recipe.model.target
         if model.scratch is not None:
-            texts = load_texts(self.recipe.data.train)
-            target = str(scratch_folder(model.scratch, texts, self.out / "scratch", seed=self.recipe.seed))
+            corpus, folder = self.recipe.data.train, self.out / "scratch"
+            target = str(scratch_folder(model.scratch, lambda: load_texts(corpus), folder, seed=self.recipe.seed))
         return load_model(
             target,
             dtype=model.dtype,

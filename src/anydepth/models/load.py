@@ -215,19 +215,26 @@ def cache_folder() -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Save a GGUF as safetensors; in place at once, whole, also when two processes convert at a time."""
-    model, tokenizer = _from_gguf(gguf, torch.float32)
+    """Save a GGUF as safetensors."""
+    try:
+        save_whole(*_from_gguf(gguf, torch.float32), folder)
+    except OSError as error:
+        raise UserError(
+            f"the embedded model could not be cached in {folder} ({error.strerror}); "
+            "make room there or set ANYDEPTH_CACHE"
+        ) from error
+
+
+def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save both in place at once, whole, also when two processes do it at a time."""
     staging = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         model.save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         staging.rename(folder)
-    except OSError as error:
+    except OSError:
         if not (folder / "config.json").exists():  # else the other process was first
-            raise UserError(
-                f"the embedded model could not be cached in {folder} ({error.strerror}); "
-                "make room there or set ANYDEPTH_CACHE"
-            ) from error
+            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -1,15 +1,14 @@
 """A small decoder with random weights, and a tokenizer trained on the text that it is to learn.
 
 The decoder is a stock transformers architecture. The tokenizer is of SentencePiece's form (Kudo and Richardson 2018):
-pieces start with ▁ where a word does, and what no piece covers is spelt in bytes, so that every text comes back.
+pieces start with ▁ where a word does, and what no piece covers is spelt in bytes, so that every text without ▁ comes
+back.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,63 +24,66 @@ from transformers import (
 
 from anydepth.config import ScratchConfig, TokenizerConfig
 from anydepth.errors import UserError
+from anydepth.models.load import save_whole
 
 UNKNOWN, END = "<unk>", "</s>"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout")
 """What transformers' families call their dropout."""
+FFN_SIZES = ("intermediate_size", "n_inner", "ffn_dim")
+"""And the inner width of their FFN."""
 
 
-def scratch_folder(config: ScratchConfig, texts: Iterable[str], folder: Path, *, seed: int) -> Path:
+def scratch_folder(config: ScratchConfig, read_texts: Callable[[], list[str]], folder: Path, *, seed: int) -> Path:
     """A folder that `load_model` reads, with an untrained decoder; made once, whole, and then kept.
+
+    Args:
+        read_texts: what the tokenizer is trained on; called only while there is no folder yet.
 
     Raises:
         UserError: an architecture that transformers does not know, widths that do not fit, or too little text.
     """
-    if (folder / "config.json").exists():
-        return folder
-    tokenizer = train_tokenizer(config.tokenizer, texts, max_length=config.max_positions)
-    model = build_decoder(config, tokenizer, seed=seed)
-    staging = folder.with_name(f".{folder.name}-{os.getpid()}")
-    try:
-        tokenizer.save_pretrained(str(staging))
-        model.save_pretrained(str(staging))
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    if not (folder / "config.json").exists():
+        tokenizer = train_tokenizer(config.tokenizer, read_texts(), max_length=config.max_positions)
+        save_whole(build_decoder(config, tokenizer, seed=seed), tokenizer, folder)
     return folder
 
 
 def build_decoder(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """The decoder that `config` describes, its weights drawn from `seed`."""
+    where = f"model.scratch: no '{config.architecture}' decoder of this shape"
+    try:
+        known = AutoConfig.for_model(config.architecture)
+    except ValueError as error:
+        raise UserError(f"{where}; transformers does not know the name, try llama") from error
+    ffn_size = next((name for name in FFN_SIZES if hasattr(known, name)), None)
+    if ffn_size is None:
+        raise UserError(f"{where}; its FFN has no width to set, try llama")
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads or config.num_heads,
-        "head_dim": config.hidden_size // config.num_heads,
-        "intermediate_size": config.ffn_size,
+        ffn_size: config.ffn_size,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": True,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
+        **{name: config.dropout for name in DROPOUTS if hasattr(known, name)},
     }
+    if hasattr(known, "head_dim"):
+        shape["head_dim"] = config.hidden_size // config.num_heads
+    if hasattr(known, "num_key_value_heads"):
+        shape["num_key_value_heads"] = config.num_kv_heads or config.num_heads
+    elif config.num_kv_heads is not None:
+        raise UserError(f"{where}; all its heads have keys and values of their own, leave num_kv_heads out")
+    torch.manual_seed(seed)
     try:
-        known = AutoConfig.for_model(config.architecture)
-        shape |= {name: config.dropout for name in DROPOUTS if hasattr(known, name)}
-        names = {"intermediate_size": "n_inner"} if hasattr(known, "n_inner") else {}
-        described = AutoConfig.for_model(
-            config.architecture,
-            **{names.get(key, key): value for key, value in shape.items() if hasattr(known, names.get(key, key))},
-        )
-        torch.manual_seed(seed)
+        described = AutoConfig.for_model(config.architecture, **shape)
         return AutoModelForCausalLM.from_config(described, dtype=torch.float32)
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.scratch: no '{config.architecture}' decoder of this shape ({reason[:200]})") from error
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{where} ({str(error).strip().splitlines()[0][:200]})") from error
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], *, max_length: int) -> PreTrainedTokenizerFast:

@@ -185,6 +185,7 @@ def test_older_processors(fresh: Path, monkeypatch: pytest.MonkeyPatch, processo
     for kind in ("float32", "bfloat16", "int8", "int4"):
         test_maps(kind, 96, 3)
     test_branches_are_those_of_torch("llama", 4, 70)
+    assert len(list((fresh / "native").iterdir())) == 1  # compiled for that processor, and nothing else was run
 
 
 def test_compiled_once_for_a_machine(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

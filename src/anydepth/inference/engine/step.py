@@ -1,4 +1,4 @@
-"""One forward of the fast engine in progress: who runs which branch, what K/V they leave, what they attend to.
+"""One forward of the fast engine in progress: who runs which branch, and which of them the kernels run together.
 
 Tokens are a flat list, (B·T, D), so that a layer runs for the ones that it keeps and nothing is padded or masked out.
 Decisions come from the same `Method` objects, asked the same questions, as on the Hugging Face model. Weights of a
@@ -19,16 +19,15 @@ from anydepth.inference.engine.cache import EngineCache, LayerKV
 from anydepth.inference.engine.layer import EngineLayer, Rotation
 from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, OMIT, TAP, Decision, Rows, Task, Tasks
 from anydepth.inference.engine.networks import NativeNetworks
+from anydepth.inference.engine.operators import RowPass
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Gate, Memory, Method, PassContext
 
 
-class Step:
-    """(B, T) new tokens of the sequences in `slots`; masks and rotations are prepared once and shared by the layers.
+class Step(RowPass):
+    """A pass whose branches are decided, and of few tokens run by the kernels, as many as possible in a call.
 
     Args:
-        rotation_kinds: all that the model has, by number.
-        rotation_at: the rotation of a kind for tokens at given places.
         networks: of gates, through the kernels; None: there are none.
     """
 
@@ -42,18 +41,12 @@ class Step:
         rotation_at: Callable[[str, Tensor | slice], Rotation],
         networks: NativeNetworks | None,
     ) -> None:
-        self.cache, self.slots = cache, list(slots)
-        self.rotation_kinds, self.rotation_at = rotation_kinds, rotation_at
-        self.num_rows, self.num_tokens = token_ids.shape
+        super().__init__(token_ids, slots, cache, rotation_kinds, rotation_at)
         self.few_tokens = token_ids.numel() <= MAX_TOKENS
-        self.device = token_ids.device
-        self.seen = [cache.lengths[slot] for slot in slots]
         token_mask = torch.ones_like(token_ids, dtype=torch.bool)
         self.record = PassRecord(token_mask, self.seen[0], cached=True, num_layers=len(cache.layers))
         self.methods = list(methods)
         self.gates_branches = any(method.gates_branches for method in methods)
-        self.rotations: dict[str, Rotation] = {}
-        self.masks: dict[tuple[int | None, tuple[int, ...]], Tensor] = {}
         self.span: list[Task] = []  # asked for, not run yet
         self.asked_with: tuple[Tensor | None, Tensor] = None, token_ids
         self.tapped: list[tuple[LayerKV, Sequence[int]]] = []  # by the span: rows whose K/V wait
@@ -66,12 +59,6 @@ class Step:
             self.decided: list[tuple[int, float, Gate | None]] = []  # layers left to the kernels, and their thresholds
             for method in methods:
                 method.begin(context)
-
-    @cached_property
-    def places(self) -> Tensor:
-        """(B, T) places of the tokens in their sequences."""
-        new = torch.arange(self.num_tokens, device=self.device)
-        return new + torch.tensor(self.seen, device=self.device)[:, None]
 
     # --- layer after layer -------------------------------------------------------------------------------------
 
@@ -155,7 +142,7 @@ class Step:
 
     def _is_whole(self) -> bool:
         """Whether every layer holds all that its rows have seen."""
-        return not any(self._has_holes(kv, range(self.num_rows)) for kv in self.cache.layers)
+        return not any(self.has_holes(kv, range(self.num_rows)) for kv in self.cache.layers)
 
     def _through_all(self, layers: Sequence[EngineLayer], hidden: Tensor) -> Tensor:
         """The same at full depth, with nothing to decide: the same tasks at every step."""
@@ -198,7 +185,7 @@ class Step:
     def _mix(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
         task = self._mixer_task(layer, kv, gate)
         if task is None:
-            return self._mix_by_operators(layer, kv, self._run_span(hidden), gate)
+            return self.mix(layer, kv, self._run_span(hidden), gate)
         if task.parts:
             self.span.append(task)
         return hidden
@@ -239,13 +226,13 @@ class Step:
             counts = gate.keep.sum(1).tolist()
             rows = [row for row in everyone if counts[row]]
             task.mixed = gate.keep.flatten().nonzero()[:, 0]
-        if self._has_holes(kv, rows):
+        if self.has_holes(kv, rows):
             task.waiting = self._waiting(kv)
             if task.waiting is not None:
                 kv.extend(self.slots[0], len(task.waiting))
             else:
-                self._settle(layer, kv, [self.slots[row] for row in rows])
-                if self._has_holes(kv, rows):
+                self.settle(layer, kv, [self.slots[row] for row in rows])
+                if self.has_holes(kv, rows):
                     if layer.window is not None:
                         return None
                     task.counts = torch.tensor([kv.counts[slot] for slot in self.slots])
@@ -256,7 +243,7 @@ class Step:
         for row in rows:
             ran = counts[row] if omit else self.num_tokens
             holes = ran < self.num_tokens or task.counts is not None
-            kv.extend(self.slots[row], ran, self._places_of(row, gate) if holes else None)
+            kv.extend(self.slots[row], ran, self.places_of(row, gate) if holes else None)
         return task
 
     def _waiting(self, kv: LayerKV) -> Tensor | None:
@@ -273,7 +260,7 @@ class Step:
             return hidden
         hidden, taps = Tasks(self.span).run(self._rows, hidden)
         for (kv, rows), states in zip(self.tapped, taps, strict=True):
-            self._defer(kv, states, rows)
+            self.defer(kv, states, rows)
         self.span.clear()
         self.tapped.clear()
         return hidden
@@ -281,169 +268,9 @@ class Step:
     @cached_property
     def _rows(self) -> Rows:
         """All of them, as the kernels take them, behind all tokens that they have seen."""
-        rotations = [self._rotation(kind) for kind in self.rotation_kinds]
+        rotations = [self.rotation(kind) for kind in self.rotation_kinds]
         pairs = [(rotation.cos, rotation.sin) for rotation in rotations if rotation is not None]
         return Rows(self.slots, self.num_tokens, self.seen, pairs)
-
-    # --- many tokens, or no kernels: branch by branch ------------------------------------------------------------
-
-    def _mix_by_operators(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
-        everyone = range(self.num_rows)
-        if gate is None or gate.all_kept:
-            return self._mix_rows(layer, kv, everyone, hidden)
-        if not gate.any_kept:
-            if gate.kv_rule == "project":
-                self._defer(kv, hidden, everyone)
-            return hidden
-        return self._mix_some(layer, kv, hidden, gate)
-
-    def _mix_some(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate) -> Tensor:
-        """Some tokens run the mixer. Rows where none does keep their K/V pending, or leave none (`omit`)."""
-        counts = gate.keep.sum(1).tolist()
-        rows = [row for row in range(self.num_rows) if counts[row]]
-        if gate.kv_rule == "project":
-            self._defer(kv, hidden, [row for row in range(self.num_rows) if not counts[row]])
-        index = gate.keep.flatten().nonzero()[:, 0]
-        kept, rotation = hidden[index], self._rotation(layer.rotation_kind)
-        if len(index) == len(rows) * self.num_tokens:
-            return hidden.index_copy(0, index, self._mix_rows(layer, kv, rows, kept))
-        self._settle(layer, kv, [self.slots[row] for row in rows])
-        rotation = None if rotation is None else rotation.take(index)
-        sizes = [counts[row] for row in rows]
-        if gate.kv_rule == "project":
-            queries = layer.project_queries(kept, rotation)
-            for row in rows:  # every token's K/V come from the state in front of the layer, whether it runs it or not
-                self._fill(layer, kv, self.slots[row], hidden[row * self.num_tokens : (row + 1) * self.num_tokens])
-        else:
-            queries, new = layer.project(kept, rotation)
-            for row, own in zip(rows, new.split(sizes), strict=True):
-                holes = counts[row] < self.num_tokens or self._has_holes(kv, [row])
-                kv.append(self.slots[row], own, self._places_of(row, gate) if holes else None)
-        mixed = [
-            self._attend(layer, kv, self.slots[row], own, self._places_of(row, gate))
-            for row, own in zip(rows, queries.split(sizes), strict=True)
-        ]
-        return hidden.index_copy(0, index, layer.add_mixer(torch.cat(mixed), kept))
-
-    def _mix_rows(self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int], hidden: Tensor) -> Tensor:
-        """All T tokens of these rows run the mixer: (R·T, D) to (R·T, D)."""
-        slots = [self.slots[row] for row in rows]
-        self._settle(layer, kv, slots)
-        rotation = None if layer.rotation_kind is None else self._rotation_of(layer.rotation_kind, rows)
-        queries, new = layer.project(hidden, rotation)
-        holes = self._has_holes(kv, rows)
-        return layer.add_mixer(self._attend_rows(layer, kv, rows, queries, new, holes=holes), hidden)
-
-    def _places_of(self, row: int, gate: Gate | None) -> Tensor:
-        """Of the tokens of a row that a gate keeps."""
-        return self.places[row] if gate is None else self.places[row][gate.keep[row]]
-
-    def _has_holes(self, kv: LayerKV, rows: Sequence[int]) -> bool:
-        """Whether tokens that these rows have seen left no K/V here, or not yet."""
-        for row in rows:
-            slot = self.slots[row]
-            if kv.counts[slot] != self.seen[row] or kv.places[slot] is not None:
-                return True
-        return False
-
-    def _rotation(self, kind: str | None) -> Rotation | None:
-        """Of all tokens."""
-        if kind is None:
-            return None
-        if kind not in self.rotations:
-            one_row = slice(self.seen[0], self.seen[0] + self.num_tokens)
-            self.rotations[kind] = self.rotation_at(kind, one_row if self.num_rows == 1 else self.places.flatten())
-        return self.rotations[kind]
-
-    def _rotation_of(self, kind: str, rows: Sequence[int]) -> Rotation:
-        """Of all tokens of these rows."""
-        rotation = self._rotation(kind)
-        assert rotation is not None
-        if len(rows) == self.num_rows:
-            return rotation
-        size = self.num_tokens
-        return Rotation(
-            *(torch.cat([part[row * size : (row + 1) * size] for row in rows]) for part in (rotation.cos, rotation.sin))
-        )
-
-    # --- K/V of tokens that skip -------------------------------------------------------------------------------
-
-    def _defer(self, kv: LayerKV, hidden: Tensor, rows: Sequence[int]) -> None:
-        """Nobody of these rows runs the mixer now: their K/V wait until somebody does."""
-        parts = hidden.split(self.num_tokens) if self.num_rows > 1 else (hidden,)
-        for row in rows:
-            kv.pending[self.slots[row]].states.append(parts[row])
-
-    def _settle(self, layer: EngineLayer, kv: LayerKV, slots: Sequence[int]) -> None:
-        """Project what earlier tokens of these slots left pending, all of a slot in one product."""
-        for slot in slots:
-            if kv.pending[slot]:
-                self._fill(layer, kv, slot, kv.pending[slot].take())
-
-    def _fill(self, layer: EngineLayer, kv: LayerKV, slot: int, states: Tensor) -> None:
-        """K/V of a slot's next tokens, from their states (N, D). Under `project` no token before them is missing."""
-        start, count = kv.counts[slot], len(states)
-        places = slice(start, start + count)
-        if layer.native is not None and count <= MAX_TOKENS:
-            rotations = [self.rotation_at(kind, places) for kind in self.rotation_kinds]
-            pairs = [(rotation.cos, rotation.sin) for rotation in rotations]
-            layer.native.fill(states, Rows([slot], count, [start], pairs), kv)
-            kv.extend(slot, count)
-        else:
-            kind = layer.rotation_kind
-            kv.append(slot, layer.project_kv(states, None if kind is None else self.rotation_at(kind, places)))
-
-    # --- attention ---------------------------------------------------------------------------------------------
-
-    def _attend_rows(
-        self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int], queries: Tensor, new: Tensor, *, holes: bool
-    ) -> Tensor:
-        """(R·T, H·head_dim): all T tokens of these rows attend, and leave K/V `new` (R·T, 2·H_kv, head_dim)."""
-        slots = [self.slots[row] for row in rows]
-        if len(rows) == 1 or holes:
-            parts = zip(rows, queries.split(self.num_tokens), new.split(self.num_tokens), strict=True)
-            mixed = []
-            for row, own, own_new in parts:
-                kv.append(self.slots[row], own_new, self.places[row] if holes else None)
-                mixed.append(self._attend(layer, kv, self.slots[row], own, self.places[row]))
-            return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-        index = torch.tensor(slots, device=new.device)
-        places = self.places if len(rows) == self.num_rows else self.places[list(rows)]
-        kv.append_rows(slots, index, new.view(len(rows), self.num_tokens, *new.shape[1:]), places)
-        longest = max(kv.counts[slot] for slot in slots)
-        in_order = slots == list(range(slots[0], slots[0] + len(slots)))
-        states = kv.states[slots[0] : slots[0] + len(slots), :, :longest] if in_order else kv.states[index, :, :longest]
-        return layer.attend(queries, states, self._mask(layer.window, rows, places, longest))
-
-    def _mask(self, window: int | None, rows: Sequence[int], places: Tensor, length: int) -> Tensor:
-        """(R, T, length): what tokens at `places` (R, T) see of slots without holes."""
-        key = (window, tuple(rows))
-        if key not in self.masks:
-            columns = torch.arange(length, device=places.device)
-            mask = columns <= places[..., None]
-            if window is not None:
-                mask &= columns > places[..., None] - window
-            self.masks[key] = mask
-        return self.masks[key]
-
-    def _attend(self, layer: EngineLayer, kv: LayerKV, slot: int, queries: Tensor, places: Tensor) -> Tensor:
-        """Queries at `places` (N,) over what the slot holds, their own K/V included."""
-        count, holes = kv.counts[slot], kv.places[slot]
-        if layer.native is not None and (holes is None or layer.window is None):
-            seen = places + 1 if holes is None else torch.searchsorted(holes, places, right=True)
-            return layer.native.attend(queries, kv, slot, seen)
-        states = kv.states[slot : slot + 1, :, :count]
-        if holes is None or layer.window is None:  # slots and places differ only in what a window counts
-            if self.num_tokens == 1:  # sees everything up to itself
-                start = 0 if layer.window is None else max(count - layer.window, 0)
-                return layer.attend(queries, states[:, :, start:], None)
-            if len(queries) == count and (layer.window is None or count <= layer.window):
-                return layer.attend_causal(queries, states)
-        columns = torch.arange(count, device=places.device) if holes is None else holes
-        mask = columns <= places[:, None]
-        if layer.window is not None:
-            mask &= columns > places[:, None] - layer.window
-        return layer.attend(queries, states, mask[None])
 
 
 def _weighed(gate: Gate | None, hidden: Tensor, before: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ inline const Packed& pack(int kind, const float* x, int num_tokens, int cols) {
 }
 
 // --- panels ------------------------------------------------------------------------------------------------------
-// Panels are read one by one, a single stream from the first byte to the last: two side by side halve what memory gives
-// wherever panels are short. Sums of neighbouring steps are kept apart, or each would wait for the one before it.
+// Panels are read one by one, a single stream from the first byte to the last: two side by side take much of what memory
+// gives away wherever panels are short. Sums of neighbouring steps are kept apart, or each would wait for the one before it.
 
 // Where to ask for weights while those at a place are read: on in the share of a thread, and behind it in what comes next,
 // or memory would rest while threads wait for each other.

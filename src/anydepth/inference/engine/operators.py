@@ -1,0 +1,207 @@
+"""Mixers by PyTorch's operators, for many tokens or where there are no kernels, and the K/V that tokens leave.
+
+Rows run one branch at a time; nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from anydepth.inference.engine.cache import EngineCache, LayerKV
+from anydepth.inference.engine.layer import EngineLayer, Rotation
+from anydepth.inference.engine.native import MAX_TOKENS, Rows
+from anydepth.methods.method import Gate
+
+
+class RowPass:
+    """(B, T) new tokens of the sequences in `slots`; masks and rotations are prepared once and shared by the layers.
+
+    Args:
+        rotation_kinds: all that the model has, by number.
+        rotation_at: the rotation of a kind for tokens at given places.
+    """
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        slots: Sequence[int],
+        cache: EngineCache,
+        rotation_kinds: Sequence[str],
+        rotation_at: Callable[[str, Tensor | slice], Rotation],
+    ) -> None:
+        self.cache, self.slots = cache, list(slots)
+        self.rotation_kinds, self.rotation_at = rotation_kinds, rotation_at
+        self.num_rows, self.num_tokens = token_ids.shape
+        self.device = token_ids.device
+        self.seen = [cache.lengths[slot] for slot in slots]
+        self.rotations: dict[str, Rotation] = {}
+        self.masks: dict[tuple[int | None, tuple[int, ...]], Tensor] = {}
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(B, T) places of the tokens in their sequences."""
+        new = torch.arange(self.num_tokens, device=self.device)
+        return new + torch.tensor(self.seen, device=self.device)[:, None]
+
+    def mix(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+        """(B·T, D) states in front of the mixer to those behind it, for the tokens that the gate keeps."""
+        everyone = range(self.num_rows)
+        if gate is None or gate.all_kept:
+            return self._mix_rows(layer, kv, everyone, hidden)
+        if not gate.any_kept:
+            if gate.kv_rule == "project":
+                self.defer(kv, hidden, everyone)
+            return hidden
+        return self._mix_some(layer, kv, hidden, gate)
+
+    def _mix_some(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate) -> Tensor:
+        """Some tokens run the mixer. Rows where none does keep their K/V pending, or leave none (`omit`)."""
+        counts = gate.keep.sum(1).tolist()
+        rows = [row for row in range(self.num_rows) if counts[row]]
+        if gate.kv_rule == "project":
+            self.defer(kv, hidden, [row for row in range(self.num_rows) if not counts[row]])
+        index = gate.keep.flatten().nonzero()[:, 0]
+        kept, rotation = hidden[index], self.rotation(layer.rotation_kind)
+        if len(index) == len(rows) * self.num_tokens:
+            return hidden.index_copy(0, index, self._mix_rows(layer, kv, rows, kept))
+        self.settle(layer, kv, [self.slots[row] for row in rows])
+        rotation = None if rotation is None else rotation.take(index)
+        sizes = [counts[row] for row in rows]
+        if gate.kv_rule == "project":
+            queries = layer.project_queries(kept, rotation)
+            for row in rows:  # every token's K/V come from the state in front of the layer, whether it runs it or not
+                self._fill(layer, kv, self.slots[row], hidden[row * self.num_tokens : (row + 1) * self.num_tokens])
+        else:
+            queries, new = layer.project(kept, rotation)
+            for row, own in zip(rows, new.split(sizes), strict=True):
+                holes = counts[row] < self.num_tokens or self.has_holes(kv, [row])
+                kv.append(self.slots[row], own, self.places_of(row, gate) if holes else None)
+        mixed = [
+            self._attend(layer, kv, self.slots[row], own, self.places_of(row, gate))
+            for row, own in zip(rows, queries.split(sizes), strict=True)
+        ]
+        return hidden.index_copy(0, index, layer.add_mixer(torch.cat(mixed), kept))
+
+    def _mix_rows(self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int], hidden: Tensor) -> Tensor:
+        """All T tokens of these rows run the mixer: (R·T, D) to (R·T, D)."""
+        slots = [self.slots[row] for row in rows]
+        self.settle(layer, kv, slots)
+        rotation = None if layer.rotation_kind is None else self._rotation_of(layer.rotation_kind, rows)
+        queries, new = layer.project(hidden, rotation)
+        holes = self.has_holes(kv, rows)
+        return layer.add_mixer(self._attend_rows(layer, kv, rows, queries, new, holes=holes), hidden)
+
+    def places_of(self, row: int, gate: Gate | None) -> Tensor:
+        """Of the tokens of a row that a gate keeps."""
+        return self.places[row] if gate is None else self.places[row][gate.keep[row]]
+
+    def has_holes(self, kv: LayerKV, rows: Sequence[int]) -> bool:
+        """Whether tokens that these rows have seen left no K/V here, or not yet."""
+        for row in rows:
+            slot = self.slots[row]
+            if kv.counts[slot] != self.seen[row] or kv.places[slot] is not None:
+                return True
+        return False
+
+    def rotation(self, kind: str | None) -> Rotation | None:
+        """Of all tokens."""
+        if kind is None:
+            return None
+        if kind not in self.rotations:
+            one_row = slice(self.seen[0], self.seen[0] + self.num_tokens)
+            self.rotations[kind] = self.rotation_at(kind, one_row if self.num_rows == 1 else self.places.flatten())
+        return self.rotations[kind]
+
+    def _rotation_of(self, kind: str, rows: Sequence[int]) -> Rotation:
+        """Of all tokens of these rows."""
+        rotation = self.rotation(kind)
+        assert rotation is not None
+        if len(rows) == self.num_rows:
+            return rotation
+        size = self.num_tokens
+        return Rotation(
+            *(torch.cat([part[row * size : (row + 1) * size] for row in rows]) for part in (rotation.cos, rotation.sin))
+        )
+
+    # --- K/V of tokens that skip -------------------------------------------------------------------------------
+
+    def defer(self, kv: LayerKV, hidden: Tensor, rows: Sequence[int]) -> None:
+        """Nobody of these rows runs the mixer now: their K/V wait until somebody does."""
+        parts = hidden.split(self.num_tokens) if self.num_rows > 1 else (hidden,)
+        for row in rows:
+            kv.pending[self.slots[row]].states.append(parts[row])
+
+    def settle(self, layer: EngineLayer, kv: LayerKV, slots: Sequence[int]) -> None:
+        """Project what earlier tokens of these slots left pending, all of a slot in one product."""
+        for slot in slots:
+            if kv.pending[slot]:
+                self._fill(layer, kv, slot, kv.pending[slot].take())
+
+    def _fill(self, layer: EngineLayer, kv: LayerKV, slot: int, states: Tensor) -> None:
+        """K/V of a slot's next tokens, from their states (N, D). Under `project` no token before them is missing."""
+        start, count = kv.counts[slot], len(states)
+        places = slice(start, start + count)
+        if layer.native is not None and count <= MAX_TOKENS:
+            rotations = [self.rotation_at(kind, places) for kind in self.rotation_kinds]
+            pairs = [(rotation.cos, rotation.sin) for rotation in rotations]
+            layer.native.fill(states, Rows([slot], count, [start], pairs), kv)
+            kv.extend(slot, count)
+        else:
+            kind = layer.rotation_kind
+            kv.append(slot, layer.project_kv(states, None if kind is None else self.rotation_at(kind, places)))
+
+    # --- attention ---------------------------------------------------------------------------------------------
+
+    def _attend_rows(
+        self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int], queries: Tensor, new: Tensor, *, holes: bool
+    ) -> Tensor:
+        """(R·T, H·head_dim): all T tokens of these rows attend, and leave K/V `new` (R·T, 2·H_kv, head_dim)."""
+        slots = [self.slots[row] for row in rows]
+        if len(rows) == 1 or holes:
+            parts = zip(rows, queries.split(self.num_tokens), new.split(self.num_tokens), strict=True)
+            mixed = []
+            for row, own, own_new in parts:
+                kv.append(self.slots[row], own_new, self.places[row] if holes else None)
+                mixed.append(self._attend(layer, kv, self.slots[row], own, self.places[row]))
+            return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        index = torch.tensor(slots, device=new.device)
+        places = self.places if len(rows) == self.num_rows else self.places[list(rows)]
+        kv.append_rows(slots, index, new.view(len(rows), self.num_tokens, *new.shape[1:]), places)
+        longest = max(kv.counts[slot] for slot in slots)
+        in_order = slots == list(range(slots[0], slots[0] + len(slots)))
+        states = kv.states[slots[0] : slots[0] + len(slots), :, :longest] if in_order else kv.states[index, :, :longest]
+        return layer.attend(queries, states, self._mask(layer.window, rows, places, longest))
+
+    def _mask(self, window: int | None, rows: Sequence[int], places: Tensor, length: int) -> Tensor:
+        """(R, T, length): what tokens at `places` (R, T) see of slots without holes."""
+        key = (window, tuple(rows))
+        if key not in self.masks:
+            columns = torch.arange(length, device=places.device)
+            mask = columns <= places[..., None]
+            if window is not None:
+                mask &= columns > places[..., None] - window
+            self.masks[key] = mask
+        return self.masks[key]
+
+    def _attend(self, layer: EngineLayer, kv: LayerKV, slot: int, queries: Tensor, places: Tensor) -> Tensor:
+        """Queries at `places` (N,) over what the slot holds, their own K/V included."""
+        count, holes = kv.counts[slot], kv.places[slot]
+        if layer.native is not None and (holes is None or layer.window is None):
+            seen = places + 1 if holes is None else torch.searchsorted(holes, places, right=True)
+            return layer.native.attend(queries, kv, slot, seen)
+        states = kv.states[slot : slot + 1, :, :count]
+        if holes is None or layer.window is None:  # slots and places differ only in what a window counts
+            if self.num_tokens == 1:  # sees everything up to itself
+                start = 0 if layer.window is None else max(count - layer.window, 0)
+                return layer.attend(queries, states[:, :, start:], None)
+            if len(queries) == count and (layer.window is None or count <= layer.window):
+                return layer.attend_causal(queries, states)
+        columns = torch.arange(count, device=places.device) if holes is None else holes
+        mask = columns <= places[:, None]
+        if layer.window is not None:
+            mask &= columns > places[:, None] - layer.window
+        return layer.attend(queries, states, mask[None])
