@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, Method, PassContext, check_layers
+from anydepth.methods.method import Gate, Method, PassContext, Rules, Threshold, check_layers
 from anydepth.models.backbone import Backbone
 
 
@@ -78,14 +78,23 @@ class FFNRouter(Method):
         self.capacity = last + (first - last) * max(1 - 2 * progress, 0)
 
     def begin(self, context: PassContext) -> None:
-        self.limits = [quantile + self.config.threshold for quantile in self.thresholds.tolist()]
+        self.limits = self._limits()
+
+    def _limits(self) -> list[float]:
+        return [quantile + self.config.threshold for quantile in self.thresholds.tolist()]
 
     def reads_state(self, layer_idx: int) -> bool:
         return layer_idx in self.places
 
-    def ffn_network(self, layer_idx: int) -> tuple[GateNetwork, float] | None:
-        place = self.places.get(layer_idx)
-        return None if place is None else (self.networks[place], self.limits[place])
+    def rules(self) -> Rules:
+        limits = self._limits()
+
+        def make() -> Rules:
+            return Rules(
+                ffns={i: Threshold(self.networks[place], limits[place], i) for i, place in self.places.items()}
+            )
+
+        return self.keep_rules(limits, make)
 
     def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         place = self.places.get(layer_idx)

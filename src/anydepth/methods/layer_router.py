@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, KVRule, Method, PassContext, check_layers
+from anydepth.methods.method import Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
 from anydepth.models.backbone import Backbone
 
 
@@ -143,6 +143,17 @@ class LayerRouter(Method):
             longest = max(context.token_mask.shape[1] - 1, 1)
             self.pool_tokens = max(min(round(self.config.pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
         self.is_pooling = bool((context.positions < self.pool_tokens).any())
+
+    def rules(self) -> Rules | None:
+        config, network = self.config, self.network
+        if network is None or self.pinned is not None or config.granularity != "token" or config.kv_rule != "project":
+            return None
+
+        def make() -> Rules:
+            columns = enumerate(self.routed)
+            return Rules(layers={i: Threshold(network, config.threshold, self.read_at, g) for g, i in columns})
+
+        return self.keep_rules(config.threshold, make)
 
     def reads_state(self, layer_idx: int) -> bool:
         return layer_idx == self.read_at and self.is_pooling

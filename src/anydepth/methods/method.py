@@ -6,7 +6,7 @@ about a layer, a mixer or an FFN. Decisions at inference are deterministic, caus
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -140,6 +140,42 @@ def _or_keep(gate: Gate) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """A gate at inference that is one logit of a network: a token runs if it is above the threshold.
+
+    Attributes:
+        network: asked with states of the residual stream: those in front of layer `reads_at`, or, for the gate of an
+            FFN, in front of that.
+        column: which of its logits.
+        leaves: whether a token that is not above runs no later layer either.
+    """
+
+    network: GateNetwork
+    threshold: float
+    reads_at: int
+    column: int = 0
+    leaves: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Rules:
+    """All gates of a method at inference, where that is all they are. What stays away everybody runs.
+
+    Tokens that a threshold stops leave K/V by `project`, closed mixers by `omit`.
+
+    Attributes:
+        layers, ffns: by layer.
+        closed_layers, closed_mixers, closed_ffns: that nobody runs.
+    """
+
+    layers: Mapping[int, Threshold] = field(default_factory=dict)
+    ffns: Mapping[int, Threshold] = field(default_factory=dict)
+    closed_layers: frozenset[int] = frozenset()
+    closed_mixers: frozenset[int] = frozenset()
+    closed_ffns: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class ExitState:
     """An exit that a forward passed: (B, T, D) states of the residual stream, and the tokens' (B, T) weights there.
 
@@ -179,6 +215,7 @@ class Method(nn.Module):
         super().__init__()
         self.config = config
         self.num_layers = backbone.num_layers
+        self.known_rules: tuple[Any, Rules] | None = None
         self.generator = torch.Generator()
         self.reseed(getattr(config, "seed", 0))
 
@@ -234,11 +271,19 @@ class Method(nn.Module):
     def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         """Who runs the FFN, from the (B, T, D) residual stream in front of it. None: everybody."""
 
-    def ffn_network(self, layer_idx: int) -> tuple[GateNetwork, float] | None:
-        """A network of one logit and a threshold that it must be above, where `ffn_gate` is just that at inference.
+    def rules(self) -> Rules | None:
+        """The same gates at inference as thresholds; None: they are more than that.
 
-        The fast engine then decides inside its kernels, and asks nothing else of the method.
+        The fast engine then decides inside its kernels, and asks nothing else of the method. As long as nothing changes
+        it gets the same object (`keep_rules`), and keeps what it prepared for it.
         """
+        return None
+
+    def keep_rules(self, made_of: Any, make: Callable[[], Rules]) -> Rules:
+        """The rules made before, unless what they are made of has changed."""
+        if self.known_rules is None or self.known_rules[0] != made_of:
+            self.known_rules = made_of, make()
+        return self.known_rules[1]
 
     def exit_states(self, context: PassContext) -> list[ExitState]:
         """States from which a token's output could be taken as well, for a loss over exits; training only."""

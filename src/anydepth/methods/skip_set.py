@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from anydepth.config import StrictConfig
-from anydepth.methods.method import Gate, Method, PassContext, check_layers
+from anydepth.methods.method import Gate, Method, PassContext, Rules, check_layers
 from anydepth.models.backbone import Backbone
 
 
@@ -48,9 +48,15 @@ class SkipSet(Method):
         self.closed_ffns = frozenset(ffns)
         # Whole layers need no gates on branches, and skip a little faster without.
         self.gates_branches = bool(self.closed_mixers or self.closed_ffns)
+        self.closed_rules = Rules(
+            closed_layers=self.closed_layers, closed_mixers=self.closed_mixers, closed_ffns=self.closed_ffns
+        )
 
     def reads_state(self, layer_idx: int) -> bool:
         return False
+
+    def rules(self) -> Rules:
+        return self.closed_rules
 
     def begin(self, context: PassContext) -> None:
         # No token ever runs the branch, so its K/V would never be read: `omit`.

@@ -16,19 +16,20 @@ import anydepth
 from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.engine.layer import EngineLayer, Rotation
+from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import (
     FFN,
     MAX_TOKENS,
     MIXER,
     ROWS_AT_ONCE,
-    TAP,
     NativeLinear,
     Rows,
     Task,
     Tasks,
+    rotation_structs,
 )
 from anydepth.inference.engine.packing import Memory, pack_panels
+from anydepth.inference.engine.rotations import Rotation
 from anydepth.inference.engine.weights import quantise_int4, quantise_int8
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 from tiny import tiny_llama
@@ -105,6 +106,12 @@ def layer_parts(**changes: object) -> LayerParts:
     return LayerParts(**parts)  # type: ignore[arg-type]
 
 
+def rotation_table(num_places: int) -> tuple[Tensor, Tensor]:
+    """Of the first 8 dimensions of each head."""
+    angles = torch.arange(num_places)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01]).repeat(2)
+    return angles.cos(), angles.sin()
+
+
 VARIANTS: dict[str, dict[str, object]] = {
     "llama": {},
     "window": {"window": 9},
@@ -128,13 +135,13 @@ def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -
     ours = EngineLayer(parts, "float32", torch.float32, ["all"], Memory())
     plain = EngineLayer(parts, "float32", torch.float32, ["all"])
     assert ours.native is not None
-    kv = LayerKV(torch.zeros(3, 2 * KV_HEADS, past + 20, HEAD_DIM))
+    kv = LayerKV(torch.zeros(3, 2 * KV_HEADS, past + 20, HEAD_DIM), HIDDEN)
     kv.states[:, :, : past + 5] = randn(3, 2 * KV_HEADS, past + 5, HEAD_DIM)
     slots, counts = [2, 0], [past, past + 5]
     hidden = randn(2 * num_tokens, HIDDEN, seed=20)
     places = torch.tensor([count + new for count in counts for new in range(num_tokens)])
-    angles = places[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01]).repeat(2)
-    rotation = None if parts.rotation_kind is None else Rotation(angles.cos(), angles.sin())
+    table = rotation_table(past + 20)
+    rotation = None if parts.rotation_kind is None else Rotation(table[0][places], table[1][places])
     queries, new = plain.project(hidden, rotation)
     for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
         kv.states[slot, :, count : count + num_tokens] = new[row * num_tokens : (row + 1) * num_tokens].transpose(0, 1)
@@ -148,19 +155,39 @@ def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -
     wanted, wanted_states = plain.add_mixer(torch.cat(mixed), hidden), kv.states.clone()
     for slot, count in zip(slots, counts, strict=True):
         kv.states[slot, :, count : count + num_tokens] = float("nan")  # the kernel writes them itself
-    rows = Rows(slots, num_tokens, counts, [] if rotation is None else [(rotation.cos, rotation.sin)])
-    after_mixer, _ = Tasks([Task(ours.native, kv, MIXER)]).run(rows, hidden)
+    rows = Rows(slots, num_tokens, counts, rotation_structs([table]))
+    after_mixer = Tasks([Task(ours.native, kv, MIXER)]).run(rows, hidden)
     torch.testing.assert_close(after_mixer, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    after_layer, taps = Tasks([Task(ours.native, kv, MIXER | FFN | TAP)]).run(rows, hidden)
+    after_layer = Tasks([Task(ours.native, kv, MIXER | FFN)]).run(rows, hidden)
     torch.testing.assert_close(after_layer, plain.add_ffn(wanted), rtol=1e-4, atol=1e-5)
-    assert torch.equal(torch.stack([*taps]), hidden[None])
     for slot, count in zip(slots, counts, strict=True):
         kv.states[slot, :, count : count + num_tokens] = float("nan")
     ours.native.fill(hidden, rows, kv)  # the same K/V, by tokens that do not attend
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    nothing, taps = Tasks([Task(ours.native, kv, 0), Task(ours.native, kv, TAP)]).run(rows, hidden)
-    assert torch.equal(nothing, hidden) and torch.equal(torch.stack([*taps]), hidden[None])
+
+
+@pytest.mark.parametrize("num_waiting", [1, MAX_TOKENS, MAX_TOKENS + 7])
+def test_states_wait_until_a_token_of_their_row_runs(num_waiting: int) -> None:
+    """Two rows behind 3 tokens each: nobody runs for a while, then a token of the second row does."""
+    parts, past = layer_parts(), 3
+    ours = EngineLayer(parts, "float32", torch.float32, ["all"], Memory())
+    plain = EngineLayer(parts, "float32", torch.float32, ["all"])
+    assert ours.native is not None
+    length = past + num_waiting + 1
+    kv, table = LayerKV(torch.zeros(2, 2 * KV_HEADS, length, HEAD_DIM), HIDDEN), rotation_table(length)
+    hidden = randn(2, num_waiting + 1, HIDDEN)
+    for step in range(num_waiting + 1):
+        rows = Rows([0, 1], 1, [past + step] * 2, rotation_structs([table]))
+        runs = step == num_waiting
+        task = Task(ours.native, kv, MIXER if runs else 0, waits=True, mixed=torch.tensor([1]) if runs else None)
+        output = Tasks([task]).run(rows, hidden[:, step].contiguous())
+        assert torch.equal(output[0], hidden[0, step]) and torch.equal(output[1], hidden[1, step]) != runs
+    assert [*kv.num_waiting] == [num_waiting + 1, 0]
+    assert torch.equal(kv.take_waiting(0), hidden[0]) and kv.states[0].count_nonzero() == 0
+    places = slice(past, length)
+    wanted = plain.project_kv(hidden[1], Rotation(table[0][places], table[1][places]))
+    torch.testing.assert_close(kv.states[1, :, past:], wanted.transpose(0, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_read_reads_all() -> None:

@@ -1,14 +1,15 @@
 """Preallocated K/V: one slot per sequence, every layer with its own count of tokens.
 
-Under the KV rule `project` a layer holds every token of a slot, in order; those that skipped wait as *pending* states
-until a token of the slot runs the layer. Under `omit` it holds the tokens that ran, each with its place.
+Under the KV rule `project` a layer holds every token of a slot, in order; of the latest, where they all skipped, the
+states wait until a token of the slot runs the layer. Under `omit` it holds the tokens that ran, each with its place.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from ctypes import c_int64
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,49 +21,50 @@ GROWTH = 256
 """Tokens of room that a cache grows by at least."""
 
 
-@dataclass
-class Pending:
-    """States (N, D) of a slot's next tokens, whose K/V nobody needed yet."""
-
-    states: list[Tensor] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.states)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(states) for states in self.states)
-
-    def take(self) -> Tensor:
-        """All of them, in order; nothing is pending afterwards."""
-        states = self.states[0] if len(self.states) == 1 else torch.cat(self.states)
-        self.states = []
-        return states
-
-    def keep(self, count: int) -> None:
-        """Only the first `count` tokens."""
-        states = self.take()[:count] if self.states else None
-        self.states = [states] if states is not None and len(states) else []
-
-
 class LayerKV:
     """Keys and values of one layer, `counts` tokens of each slot filled.
 
     Args:
         states: (slots, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
+        hidden_size: D of the residual stream.
 
     Attributes:
         counts: filled tokens per slot.
-        pending: per slot, what still has to be filled in.
+        num_waiting: tokens per slot, behind those, whose K/V nobody needed yet; the kernels count here as well.
         places: per slot, the places (count,) of its tokens where some left none; None where nothing is missing.
     """
 
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
+    def __init__(self, states: Tensor, hidden_size: int) -> None:
+        self.states, self.hidden_size = states, hidden_size
         num_slots = len(states)
         self.counts = [0] * num_slots
-        self.pending = [Pending() for _ in range(num_slots)]
+        self.num_waiting = (c_int64 * num_slots)()
         self.places: list[Tensor | None] = [None] * num_slots
+
+    @cached_property
+    def waiting(self) -> Tensor:
+        """(slots, capacity, D): in front of the layer, of the tokens that wait."""
+        num_slots, _, capacity, _ = self.states.shape
+        return self.states.new_empty(num_slots, capacity, self.hidden_size)
+
+    def wait(self, slot: int, states: Tensor) -> None:
+        """Put (N, D) states of the slot's next tokens to those that wait."""
+        count = self.num_waiting[slot]
+        self.waiting[slot, count : count + len(states)] = states
+        self.num_waiting[slot] = count + len(states)
+
+    def take_waiting(self, slot: int) -> Tensor:
+        """(N, D) all states that wait, in order; none does afterwards."""
+        states = self.waiting[slot, : self.num_waiting[slot]]
+        self.num_waiting[slot] = 0
+        return states
+
+    def move(self, states: Tensor) -> None:
+        """Into a larger place, to which the K/V have been copied."""
+        self.states, waiting = states, self.__dict__.pop("waiting", None)
+        if waiting is not None:
+            for slot, count in enumerate(self.num_waiting):
+                self.waiting[slot, :count] = waiting[slot, :count]
 
     def append(self, slot: int, new: Tensor, places: Tensor | None = None) -> None:
         """Add (N, 2 · heads, head_dim) keys and values of the tokens at `places` (N,); None: the next N, no holes."""
@@ -89,7 +91,7 @@ class LayerKV:
             self.counts[slot] += new.shape[1]
 
     def rewind(self, slot: int, length: int) -> None:
-        self.pending[slot].keep(max(length - self.counts[slot], 0))
+        self.num_waiting[slot] = max(min(self.num_waiting[slot], length - self.counts[slot]), 0)
         places = self.places[slot]
         if places is None:
             self.counts[slot] = min(self.counts[slot], length)
@@ -98,7 +100,7 @@ class LayerKV:
             self.places[slot] = places[: self.counts[slot]]
 
     def clear(self, slot: int) -> None:
-        self.counts[slot], self.pending[slot], self.places[slot] = 0, Pending(), None
+        self.counts[slot], self.num_waiting[slot], self.places[slot] = 0, 0, None
 
 
 class EngineCache:
@@ -110,6 +112,7 @@ class EngineCache:
         num_slots: int,
         num_heads: int,
         head_dim: int,
+        hidden_size: int,
         like: Tensor,
         max_length: int | None = None,
     ) -> None:
@@ -119,9 +122,9 @@ class EngineCache:
         self.free = list(range(num_slots))
         # One block, so that it is large enough for huge pages. Zeros: what a mask hides must still be finite.
         self.states = _zeros((num_layers, num_slots, 2 * num_heads, self.capacity, head_dim), like)
-        self.layers = [LayerKV(states) for states in self.states]
+        self.layers = [LayerKV(states, hidden_size) for states in self.states]
         self.method_memory: dict[str, Tensor] = {}
-        self.whole_pass: Any = None  # kept by a step: `native.Tasks` over the K/V where they lie
+        self.kept_passes: dict[Any, Any] = {}  # `KeptPass` over the K/V where they lie
 
     def take_slot(self) -> int:
         """An empty slot; the lowest that is free."""
@@ -145,9 +148,9 @@ class EngineCache:
             before = self.states
             self.states = _zeros((*before.shape[:3], self.capacity, before.shape[4]), before)
             self.states[:, :, :, : before.shape[3]] = before
-            self.whole_pass = None
+            self.kept_passes.clear()
             for layer, states in zip(self.layers, self.states, strict=True):
-                layer.states = states
+                layer.move(states)
 
     def rewind(self, slot: int, length: int) -> None:
         """Forget the tokens of a slot from place `length` on."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from anydepth.inference.engine.native import MAPS, NativeLayer, NativeLinear
 from anydepth.inference.engine.packing import Memory, pack_panels
+from anydepth.inference.engine.rotations import Rotation
 from anydepth.inference.engine.weights import WEIGHT_ONLY, Linear, without_kernels
 from anydepth.models.llama_like import LayerParts, Norm
 from anydepth.models.load import cache_folder
@@ -31,29 +31,6 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class Rotation:
-    """Cosines and sines (N, R) of N tokens."""
-
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos, self.sin = cos, sin
-
-    def take(self, index: Tensor) -> Rotation:
-        return Rotation(self.cos[index], self.sin[index])
-
-    @cached_property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(N, 1, R) each; the sines carry the sign of the half that they rotate."""
-        half = self.sin.shape[-1] // 2
-        return self.cos[:, None], torch.cat([-self.sin[:, :half], self.sin[:, half:]], dim=-1)[:, None]
-
-    def turn(self, heads: Tensor) -> None:
-        """Rotate (N, H, head_dim) in place; only the first R of each head where the model rotates a part."""
-        (cos, sin), size = self.factors, self.cos.shape[-1]
-        turned = heads if size == heads.shape[-1] else heads[..., :size]
-        swapped = turned.roll(size // 2, dims=-1)
-        turned.mul_(cos).addcmul_(swapped, sin)
 
 
 class EngineLayer:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from anydepth.errors import UserError
 from anydepth.execution.trace import PassRecord
-from anydepth.inference.engine.cache import GROWTH, EngineCache
-from anydepth.inference.engine.layer import EngineLayer, RMSNorm, Rotation
+from anydepth.inference.engine.cache import EngineCache
+from anydepth.inference.engine.layer import EngineLayer, RMSNorm
 from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear, why_not
 from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.inference.engine.packing import Memory, pack_panels
+from anydepth.inference.engine.rotations import Rotations
 from anydepth.inference.engine.step import Step
 from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS, Linear, without_kernels
 from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import Weights, check_runs, final_norm, layer_parts, logits_softcap, rotations
+from anydepth.models.llama_like import Weights, check_runs, final_norm, layer_parts, logits_softcap
 
 
 class EngineModel:
@@ -62,11 +63,9 @@ class EngineModel:
         if self.weights == "int4" and self.why_not_native:
             raise UserError(f"int4 weights need the compiled kernels, and {self.why_not_native}; or use int8")
         memory = None if self.why_not_native else Memory()
-        self.rotation_kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
-        self.layers = [
-            EngineLayer(part, self.weights, self.dtype, self.rotation_kinds, memory, compiled=compiled)
-            for part in parts
-        ]
+        kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
+        self.rotations = Rotations(backbone, kinds, self._like)
+        self.layers = [EngineLayer(part, self.weights, self.dtype, kinds, memory, compiled=compiled) for part in parts]
         self.norm = RMSNorm(final_norm(backbone), self.dtype)
         head = backbone.head
         assert isinstance(head.weight, Tensor)
@@ -81,14 +80,18 @@ class EngineModel:
             self.head = NativeLinear([packed], self.dtype, memory) if self.weights in WEIGHT_ONLY else Linear([dense])
         self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
         self.softcap = logits_softcap(backbone)
-        self.num_places = 0
-        self.tables: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def _like(self) -> Tensor:
+        """Of the activations' type, where they lie."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def new_cache(self, num_slots: int, max_length: int | None = None) -> EngineCache:
         """An empty cache for `num_slots` sequences of up to `max_length` tokens; None: as long as memory allows."""
-        first = self.layers[0]
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return EngineCache(len(self.layers), num_slots, first.num_kv_heads, first.head_dim, like, max_length)
+        first, hidden_size = self.layers[0], self.backbone.hidden_size
+        return EngineCache(
+            len(self.layers), num_slots, first.num_kv_heads, first.head_dim, hidden_size, self._like, max_length
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of (..., D) states behind the last layer."""
@@ -107,21 +110,10 @@ class EngineModel:
         """States (B, T, D) behind the last layer for (B, T) new tokens of the sequences in `slots`, and what ran."""
         longest = max(cache.lengths[slot] for slot in slots) + token_ids.shape[1]
         cache.make_room(longest)
-        self._prepare_rotations(longest)
-        step = Step(token_ids, slots, cache, methods, self.rotation_kinds, self._rotation, self.networks)
+        self.rotations.make_room(longest)
+        step = Step(token_ids, slots, cache, methods, self.rotations, self.networks)
         hidden = self.embedding(token_ids).flatten(0, 1)
         hidden = step.through(self.layers, hidden)
         for slot in slots:
             cache.lengths[slot] += token_ids.shape[1]
         return hidden.view(*token_ids.shape, -1), step.record
-
-    def _prepare_rotations(self, length: int) -> None:
-        """Tables for the places up to `length`."""
-        if not self.tables or length > self.num_places:
-            self.num_places = length + GROWTH
-            like = torch.empty(0, dtype=self.dtype, device=self.device)
-            self.tables = rotations(self.backbone, self.num_places, self.rotation_kinds, like)
-
-    def _rotation(self, kind: str, places: Tensor | slice) -> Rotation:
-        cos, sin = self.tables[kind]
-        return Rotation(cos[places], sin[places])

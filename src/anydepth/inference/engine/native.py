@@ -11,8 +11,8 @@ import hashlib
 import os
 import platform
 import shutil
-import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from ctypes import Structure, addressof, byref, c_float, c_int32, c_int64, c_void_p
@@ -39,7 +39,7 @@ MAX_HEAD_DIM = 256
 ROWS_AT_ONCE = 128
 """Of quantised maps, that oneDNN has no kernels for: inputs that still lie in the second cache."""
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-MIXER, FFN, TAP, OMIT = 1, 2, 4, 8
+MIXER, FFN, OMIT, EXIT = 1, 2, 4, 8
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAPS = ("queries", "keys", "values", "output", "gate", "up", "down")
 NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm")
@@ -83,11 +83,15 @@ class _Batch(Structure):
     ]
 
 
+GATE_FIELDS = ("network", "logits", "column", "stride", "threshold")  # the last is a float, and four bytes unused
+
+
 class _Task(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("layer", "cache", "parts", "counts")),
         *((name, c_int64) for name in ("waiting", "num_waiting", "mixed", "num_mixed", "fed", "num_fed")),
-        *((name, c_int64) for name in ("gate", "logits", "threshold")),  # the threshold is a double
+        *((f"gate_{name}", c_int64) for name in GATE_FIELDS),
+        *((f"ffn_gate_{name}", c_int64) for name in GATE_FIELDS),
     ]
 
 
@@ -122,6 +126,7 @@ def library() -> Any:
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
     for number, kind in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch, _Task)):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(kind), kind
+    assert kernels.anydepth_sizes(8) == MAX_TOKENS
     return kernels
 
 
@@ -164,27 +169,31 @@ def why_not(dtype: torch.dtype, device: torch.device, head_dim: int = 0) -> str 
     return None
 
 
+def rotation_structs(tables: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """Cosines and sines (places, size) of each kind of rotation, which layers name by number."""
+    structs: Any = (_Rotation * len(tables))(
+        *(_Rotation(cos.data_ptr(), sin.data_ptr(), cos.shape[-1]) for cos, sin in tables)
+    )
+    structs.tensors = tables  # not to be freed before the structs
+    return structs
+
+
 class Rows:
-    """R rows of T new tokens each, behind `counts` tokens of K/V each, as the kernels take them.
+    """R rows of T new tokens each, behind `counts` tokens each, as the kernels take them.
 
     Args:
-        rotations: cosines and sines (R·T, size) of each kind that layers name by number.
+        rotations: `rotation_structs` that reach to the last token's place.
     """
 
-    def __init__(
-        self, slots: Sequence[int], num_tokens: int, counts: Sequence[int], rotations: Sequence[tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, slots: Sequence[int], num_tokens: int, counts: Sequence[int], rotations: Any) -> None:
         self.slots, self.counts = (c_int64 * len(slots))(*slots), (c_int64 * len(slots))(*counts)
-        self.tensors = rotations  # the structs only point to them
-        self.rotations = (_Rotation * len(rotations))(
-            *(_Rotation(cos.data_ptr(), sin.data_ptr(), cos.shape[-1]) for cos, sin in rotations)
-        )
+        self.rotations = rotations  # the struct only points to them
         self.struct = _Batch(
             rows=len(slots),
             tokens=num_tokens,
             slots=addressof(self.slots),
             counts=addressof(self.counts),
-            rotations=addressof(self.rotations),
+            rotations=addressof(rotations),
         )
 
     def over(self, kv: LayerKV, memory: Memory) -> Any:
@@ -228,7 +237,7 @@ class NativeLayer:
         )
         self.pointer, self.address = byref(self.struct), addressof(self.struct)
         self.memory = memory
-        memory.reserve(library().anydepth_workspace(self.pointer, MAX_TOKENS))
+        memory.reserve(library().anydepth_workspace(self.pointer))
 
     def fill(self, hidden: Tensor, rows: Rows, kv: LayerKV) -> None:
         """Write the K/V of (N, D) states that do not run the mixer into the cache; its counts stay."""
@@ -253,23 +262,27 @@ class NativeLayer:
 
 
 @dataclass(slots=True)
-class Decision:
-    """Made inside the kernels: a token is let through whose logit is above the threshold.
+class NativeGate:
+    """Inside the kernels: a token is let through whose logit is above the threshold.
 
     Attributes:
-        network: address of a network of one logit (`networks.py`).
-        logits: address of (N,) float32, written for all tokens.
-        flops: what making it costs.
+        network: address of the network that gives the logits (`networks.py`); 0: a gate before has asked it.
+        logits: (N, G) float32, written for all tokens.
+        column: which of the G.
     """
 
     network: int
+    logits: Tensor
+    column: int
     threshold: float
-    logits: int
-    flops: int
 
-    def fields(self) -> tuple[int, int, int]:
+    def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
-        return self.network, self.logits, struct.unpack("q", struct.pack("d", self.threshold))[0]
+        threshold = int.from_bytes(bytes(c_float(self.threshold)), sys.byteorder)
+        return self.network, self.logits.data_ptr(), self.column, self.logits.shape[1], threshold
+
+
+EVERYBODY = (0,) * len(GATE_FIELDS)
 
 
 @dataclass(slots=True)
@@ -277,33 +290,39 @@ class Task:
     """What to run of one layer, and over which cache.
 
     Attributes:
-        parts: of `MIXER`, `FFN`, `TAP` and `OMIT`, added up. `OMIT`: tokens that do not run the mixer leave no K/V;
-            without it all tokens of a row leave them as soon as one of the row runs it.
+        parts: of `MIXER`, `FFN`, `OMIT` and `EXIT`, added up. `OMIT`: tokens that do not run the mixer leave no K/V;
+            without it all tokens of a row leave them as soon as one of the row runs it. `EXIT`: tokens that `gate`
+            stops run no later layer either.
+        waits: the states of rows none of whose tokens run the mixer are put to those that wait in the cache, and those
+            of the others are taken from there.
         counts: K/V that each row held before in this layer, where they are not those of the `Rows`.
-        waiting: states (N, D) of the tokens right in front of the new ones of a single row: their K/V come first.
         mixed, fed: int64 places in (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
-        decision: of the FFN: only tokens of `fed` run it whom it lets.
+        gate: of the layer, in place of `mixed` and `fed`.
+        ffn_gate: of the FFN.
     """
 
     layer: NativeLayer
     kv: LayerKV
     parts: int
+    waits: bool = False
     counts: Tensor | None = None
-    waiting: Tensor | None = None
     mixed: Tensor | None = None
     fed: Tensor | None = None
-    decision: Decision | None = None
+    gate: NativeGate | None = None
+    ffn_gate: NativeGate | None = None
 
     def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
-        if self.counts is None and self.waiting is None and self.mixed is None and self.fed is None:
-            decision = (0, 0, 0) if self.decision is None else self.decision.fields()
-            return (self.layer.address, self.kv.states.data_ptr(), self.parts, 0, 0, 0, 0, 0, 0, 0, *decision)
-        counts = 0 if self.counts is None else self.counts.data_ptr()
         return (
-            *(self.layer.address, self.kv.states.data_ptr(), self.parts, counts),
-            *(_list(self.waiting) + _list(self.mixed) + _list(self.fed)),
-            *((0, 0, 0) if self.decision is None else self.decision.fields()),
+            self.layer.address,
+            self.kv.states.data_ptr(),
+            self.parts,
+            0 if self.counts is None else self.counts.data_ptr(),
+            *((self.kv.waiting.data_ptr(), addressof(self.kv.num_waiting)) if self.waits else (0, 0)),
+            *_list(self.mixed),
+            *_list(self.fed),
+            *(EVERYBODY if self.gate is None else self.gate.fields()),
+            *(EVERYBODY if self.ffn_gate is None else self.ffn_gate.fields()),
         )
 
 
@@ -313,25 +332,21 @@ class Tasks:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tuple(tasks)  # the array only points to what they hold
         self.array = (c_int64 * (TASK_FIELDS * len(tasks)))(*chain.from_iterable(task.fields() for task in tasks))
-        self.num_taps = sum(1 for task in tasks if task.parts & TAP)
 
-    def run(self, rows: Rows, hidden: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """For up to `MAX_TOKENS` tokens. K/V go into the caches; their counts stay.
+    def run(self, rows: Rows, hidden: Tensor) -> Tensor:
+        """(N, D) states to those behind the last layer, N up to `MAX_TOKENS`.
 
-        Returns:
-            (N, D) states behind the last layer, and those in front of the layers with `TAP`, each (N, D).
+        K/V go into the caches, whose counts stay, but for those of what waits.
         """
         first, output = self.tasks[0], torch.empty_like(hidden)
-        taps = hidden.new_empty(self.num_taps, *hidden.shape) if self.num_taps else None
         library().anydepth_run(
             self.array,
             len(self.tasks),
             rows.over(first.kv, first.layer.memory),
             c_void_p(hidden.data_ptr()),
             c_void_p(output.data_ptr()),
-            None if taps is None else c_void_p(taps.data_ptr()),
         )
-        return output, () if taps is None else taps.unbind()
+        return output
 
 
 def read(buffer: Tensor) -> int:

@@ -5,36 +5,24 @@ Rows run one branch at a time; nothing is padded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from anydepth.inference.engine.cache import EngineCache, LayerKV
-from anydepth.inference.engine.layer import EngineLayer, Rotation
+from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import MAX_TOKENS, Rows
+from anydepth.inference.engine.rotations import Rotation, Rotations
 from anydepth.methods.method import Gate
 
 
 class RowPass:
-    """(B, T) new tokens of the sequences in `slots`; masks and rotations are prepared once and shared by the layers.
+    """(B, T) new tokens of the sequences in `slots`; masks and rotations are prepared once and shared by the layers."""
 
-    Args:
-        rotation_kinds: all that the model has, by number.
-        rotation_at: the rotation of a kind for tokens at given places.
-    """
-
-    def __init__(
-        self,
-        token_ids: Tensor,
-        slots: Sequence[int],
-        cache: EngineCache,
-        rotation_kinds: Sequence[str],
-        rotation_at: Callable[[str, Tensor | slice], Rotation],
-    ) -> None:
-        self.cache, self.slots = cache, list(slots)
-        self.rotation_kinds, self.rotation_at = rotation_kinds, rotation_at
+    def __init__(self, token_ids: Tensor, slots: Sequence[int], cache: EngineCache, tables: Rotations) -> None:
+        self.cache, self.slots, self.tables = cache, list(slots), tables
         self.num_rows, self.num_tokens = token_ids.shape
         self.device = token_ids.device
         self.seen = [cache.lengths[slot] for slot in slots]
@@ -113,7 +101,7 @@ class RowPass:
             return None
         if kind not in self.rotations:
             one_row = slice(self.seen[0], self.seen[0] + self.num_tokens)
-            self.rotations[kind] = self.rotation_at(kind, one_row if self.num_rows == 1 else self.places.flatten())
+            self.rotations[kind] = self.tables.at(kind, one_row if self.num_rows == 1 else self.places.flatten())
         return self.rotations[kind]
 
     def _rotation_of(self, kind: str, rows: Sequence[int]) -> Rotation:
@@ -130,29 +118,27 @@ class RowPass:
     # --- K/V of tokens that skip -------------------------------------------------------------------------------
 
     def defer(self, kv: LayerKV, hidden: Tensor, rows: Sequence[int]) -> None:
-        """Nobody of these rows runs the mixer now: their K/V wait until somebody does."""
+        """Nobody of these rows runs the mixer now: their states wait until somebody does."""
         parts = hidden.split(self.num_tokens) if self.num_rows > 1 else (hidden,)
         for row in rows:
-            kv.pending[self.slots[row]].states.append(parts[row])
+            kv.wait(self.slots[row], parts[row])
 
     def settle(self, layer: EngineLayer, kv: LayerKV, slots: Sequence[int]) -> None:
-        """Project what earlier tokens of these slots left pending, all of a slot in one product."""
+        """Project what waits in these slots, all of a slot in one product."""
         for slot in slots:
-            if kv.pending[slot]:
-                self._fill(layer, kv, slot, kv.pending[slot].take())
+            if kv.num_waiting[slot]:
+                self._fill(layer, kv, slot, kv.take_waiting(slot))
 
     def _fill(self, layer: EngineLayer, kv: LayerKV, slot: int, states: Tensor) -> None:
         """K/V of a slot's next tokens, from their states (N, D). Under `project` no token before them is missing."""
         start, count = kv.counts[slot], len(states)
-        places = slice(start, start + count)
         if layer.native is not None and count <= MAX_TOKENS:
-            rotations = [self.rotation_at(kind, places) for kind in self.rotation_kinds]
-            pairs = [(rotation.cos, rotation.sin) for rotation in rotations]
-            layer.native.fill(states, Rows([slot], count, [start], pairs), kv)
+            layer.native.fill(states, Rows([slot], count, [start], self.tables.structs), kv)
             kv.extend(slot, count)
         else:
             kind = layer.rotation_kind
-            kv.append(slot, layer.project_kv(states, None if kind is None else self.rotation_at(kind, places)))
+            rotation = None if kind is None else self.tables.at(kind, slice(start, start + count))
+            kv.append(slot, layer.project_kv(states, rotation))
 
     # --- attention ---------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ struct Layer {
     float scale, softcap;
 };
 
-struct Rotation {  // (R·T, size) each, in the activations' type
+struct Rotation {  // (places, size) each, in the activations' type
     const void* cos;
     const void* sin;
     int64_t size;
@@ -33,32 +33,38 @@ struct Rotation {  // (R·T, size) each, in the activations' type
 struct Batch {  // R rows of T tokens each
     int32_t rows, tokens;
     const int64_t* slots;   // (R,)
-    const int64_t* counts;  // (R,) K/V that the slot held before
+    const int64_t* counts;  // (R,) tokens in front of the new ones
     const Rotation* rotations;
     int64_t capacity;  // of a slot, in tokens
     float* workspace;
 };
 
-constexpr int MAX_ROTATIONS = 4;
+constexpr int MAX_TOKENS = 64;  // of a call
 
-// TAP: the states in front of the layer are copied out. OMIT: tokens that do not run the mixer leave no K/V; else all
-// tokens of a row leave them as soon as one of the row runs it.
-enum Part : int64_t { MIXER = 1, FFN = 2, TAP = 4, OMIT = 8 };
+// OMIT: tokens that do not run the mixer leave no K/V; else all tokens of a row leave them as soon as one of the row runs
+// it. EXIT: tokens that the layer's gate stops run no later layer either.
+enum Part : int64_t { MIXER = 1, FFN = 2, OMIT = 4, EXIT = 8 };
+
+// Lets those tokens through whose logit is above a threshold; everybody if `logits` is null.
+struct Gate {
+    const Network* network;  // asked here; null: by a gate before
+    float* logits;           // (R·T, stride), left for the caller
+    int64_t column, stride;
+    float threshold, unused;
+};
 
 struct Task {
     const Layer* layer;
     void* cache;
     int64_t parts;
     const int64_t* counts;  // (R,) K/V that the slots held before in this layer; those of the batch if null
-    const void* waiting;    // states of the tokens right in front of a batch of one row, whose K/V are still missing
-    int64_t num_waiting;
-    const int64_t* mixed;  // places of the tokens that run the mixer in the batch, in order; all if null
+    void* waiting;          // (slots, capacity, hidden) states of the latest tokens of rows none of which ran the mixer
+    int64_t* num_waiting;   // (slots,)
+    const int64_t* mixed;   // places of the tokens that run the mixer in the batch, in order; all if null
     int64_t num_mixed;
     const int64_t* fed;  // the same for the FFN
     int64_t num_fed;
-    const Network* gate;  // of the FFN, if it is not null: of `fed`, those run it whose logit is above the threshold
-    float* logits;        // (R·T,), left for the caller
-    double threshold;
+    Gate gate, ffn_gate;  // of the layer, where `mixed` and `fed` are null; and of the FFN
 };
 
 }  // extern "C"
@@ -123,8 +129,9 @@ template <class A>
 void rotate(const Layer& l, const Batch& b, int64_t n, float* heads, int num) {
     if (l.rotation < 0) return;
     const Rotation& rotation = b.rotations[l.rotation];
-    const A* cos = static_cast<const A*>(rotation.cos) + n * rotation.size;
-    const A* sin = static_cast<const A*>(rotation.sin) + n * rotation.size;
+    const int64_t place = b.counts[n / b.tokens] + n % b.tokens;
+    const A* cos = static_cast<const A*>(rotation.cos) + place * rotation.size;
+    const A* sin = static_cast<const A*>(rotation.sin) + place * rotation.size;
     const int half = int(rotation.size / 2);
     for (int h = 0; h < num; ++h, heads += l.head_dim)
         for (int i = 0; i < half; ++i) {
@@ -253,19 +260,31 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
                  values + int64_t(n) * kv_width);
 }
 
-// The same for the `num` tokens right in front of those of a batch of one row.
+// K/V of what waits in the rows that run the mixer; in the other rows the new tokens, `now`, wait as well.
 template <class A>
-void fill_before(const Layer& l, const Batch& b, void* cache, const void* from, int num) {
-    Batch before = b;
-    const int64_t count = b.counts[0] - num;
-    Rotation rotations[MAX_ROTATIONS];
-    before.tokens = num, before.counts = &count, before.rotations = rotations;
-    if (l.rotation >= 0) {  // what is given is part of the whole table
-        const Rotation& own = b.rotations[l.rotation];
-        const int64_t shift = num * own.size;
-        rotations[l.rotation] = {static_cast<const A*>(own.cos) - shift, static_cast<const A*>(own.sin) - shift, own.size};
+void settle(const Task& task, const Batch& b, const A* now, const Tokens& kept) {
+    const int64_t hidden = task.layer->hidden, size = b.tokens * hidden;
+    for (int row = 0, i = 0; row < b.rows; ++row) {
+        const int first = i;
+        while (i < kept.num && kept[i] < int64_t(row + 1) * b.tokens) ++i;
+        A* states = static_cast<A*>(task.waiting) + b.slots[row] * b.capacity * hidden;
+        int64_t& count = task.num_waiting[b.slots[row]];
+        if (i > first) {
+            const int64_t num = count;
+            for (int64_t done = 0; done < num; done += MAX_TOKENS) {
+                const int64_t seen = b.counts[row] - num + done;
+                Batch before = b;
+                before.rows = 1, before.tokens = int32_t(std::min<int64_t>(MAX_TOKENS, num - done));
+                before.slots = b.slots + row, before.counts = &seen;
+                fill<A>(*task.layer, before, task.cache, states + done * hidden);
+            }
+#pragma omp master
+            if (num) count = 0;
+        } else {
+#pragma omp master
+            std::memcpy(states + count * hidden, now + row * size, size * sizeof(A)), count += b.tokens;
+        }
     }
-    fill<A>(l, before, cache, static_cast<const A*>(from));
 }
 
 // Many queries of one row over what its slot holds: (N, heads, head_dim) in, (N, heads · head_dim) out.
@@ -326,19 +345,16 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
 #pragma omp barrier
 }
 
-// Tokens whose gate is open.
-struct Decision {
-    std::vector<int64_t> kept;
-
-    template <class A>
-    Tokens make(const Task& task, const Tokens& asked, const A* states, int num, float* workspace) {
-        logits_of(*task.gate, states, num, task.logits, workspace);
-        kept.clear();
-        for (int i = 0; i < asked.num; ++i)
-            if (task.logits[asked[i]] > task.threshold) kept.push_back(asked[i]);
-        return {kept.data(), int(kept.size())};
-    }
-};
+// Of some tokens those that a gate lets through, into `kept`.
+template <class A>
+Tokens through(const Gate& gate, const Tokens& asked, const A* states, int num, float* workspace, std::vector<int64_t>& kept) {
+    if (gate.network) logits_of(*gate.network, states, num, gate.logits, workspace);
+    std::vector<int64_t> open;
+    for (int i = 0; i < asked.num; ++i)
+        if (gate.logits[asked[i] * gate.stride + gate.column] > gate.threshold) open.push_back(asked[i]);
+    kept.swap(open);  // the tokens asked may be those of `kept`
+    return {kept.data(), int(kept.size())};
+}
 
 // The map that a task reads first.
 inline const Matrix* first_of(const Task& task) {
@@ -347,38 +363,40 @@ inline const Matrix* first_of(const Task& task) {
 
 // Tasks one after the other on (R·T, hidden) states.
 template <class A>
-void run(const Task* tasks, int n, const Batch& b, const A* from, A* to, A* taps) {
+void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
     const int num = b.rows * b.tokens;
     const size_t size = size_t(num) * tasks[0].layer->hidden;
-    if (std::any_of(tasks, tasks + n, [](const Task& task) { return task.mixed || task.fed || task.gate; })) {
+    const auto is_partial = [](const Task& t) { return t.mixed || t.fed || t.gate.logits || t.ffn_gate.logits; };
+    if (std::any_of(tasks, tasks + n, is_partial)) {
         std::memcpy(to, from, size * sizeof(A));  // for the tokens that a branch leaves as they are
         from = to;
     }
 #pragma omp parallel
     {
+        static thread_local std::vector<int64_t> going_on, layer_kept, ffn_kept;
         const A* now = from;
-        A* tap = taps;
+        Tokens all{nullptr, num};  // that have not left
         for (const Task* task = tasks; task < tasks + n; ++task) {
             const int64_t* counts = task->counts ? task->counts : b.counts;
             const Matrix* next = task + 1 < tasks + n ? first_of(task[1]) : nullptr;
-            const Tokens mixed{task->mixed, task->mixed ? int(task->num_mixed) : num};
-            const Tokens fed{task->fed, task->fed ? int(task->num_fed) : num};
-            if (task->parts & TAP) {
-#pragma omp master
-                std::memcpy(tap, now, size * sizeof(A));
-                tap += size;
+            Tokens mixed = task->mixed ? Tokens{task->mixed, int(task->num_mixed)} : all;
+            Tokens fed = task->fed ? Tokens{task->fed, int(task->num_fed)} : all;
+            if (task->gate.logits && all.num) {
+                auto& kept = task->parts & EXIT ? going_on : layer_kept;
+                mixed = fed = through(task->gate, all, now, num, b.workspace, kept);
+                if (task->parts & EXIT) all = mixed;
             }
-            if (task->num_waiting) fill_before<A>(*task->layer, b, task->cache, task->waiting, int(task->num_waiting));
-            if (task->parts & MIXER) {
+            if (!(task->parts & MIXER)) mixed.num = 0;
+            if (task->waiting) settle(*task, b, now, mixed);
+            if (mixed.num) {
                 mixer<A>(*task->layer, b, counts, task->cache, now, to, mixed, task->parts & OMIT,
                          task->parts & FFN ? &task->layer->gate : next);
                 now = to;
             }
-            if (task->parts & FFN) {
-                static thread_local Decision decision;
-                const Tokens kept = task->gate ? decision.make(*task, fed, now, num, b.workspace) : fed;
-                if (kept.num) ffn<A>(*task->layer, now, to, b.workspace, kept, next);
-                now = to;
+            if (task->parts & FFN && fed.num) {
+                if (task->ffn_gate.logits) fed = through(task->ffn_gate, fed, now, num, b.workspace, ffn_kept);
+                if (fed.num) ffn<A>(*task->layer, now, to, b.workspace, fed, next);
+                if (fed.num) now = to;
             }
         }
 #pragma omp master
@@ -405,18 +423,18 @@ void linear(const Matrix& w, const Norm& norm, const A* from, A* to, float* sums
 extern "C" {
 
 // Floats of workspace that a call may need.
-int64_t anydepth_workspace(const Layer* l, int32_t num_tokens) {
-    const int64_t width = int64_t(l->heads) * l->head_dim, kv_width = int64_t(l->kv_heads) * l->head_dim;
-    const int64_t parts = int64_t(num_tokens) * l->heads * MAX_SPLITS * (sizeof(Share) / sizeof(float));
+int64_t anydepth_workspace(const Layer* l) {
+    const int64_t num_tokens = MAX_TOKENS, width = int64_t(l->heads) * l->head_dim, kv_width = int64_t(l->kv_heads) * l->head_dim;
+    const int64_t parts = num_tokens * l->heads * MAX_SPLITS * (sizeof(Share) / sizeof(float));
     const int64_t mixed = num_tokens * (width + std::max<int64_t>(l->hidden, width) + 2 * kv_width);
-    return std::max(mixed + parts, int64_t(num_tokens) * (l->hidden + 2 * l->gate.rows));
+    return std::max(mixed + parts, num_tokens * (l->hidden + 2 * l->gate.rows));
 }
 
-void anydepth_run(const Task* tasks, int32_t n, const Batch* b, const void* from, void* to, void* taps) {
+void anydepth_run(const Task* tasks, int32_t n, const Batch* b, const void* from, void* to) {
     if (tasks[0].layer->in_bf16)
-        run<bf16>(tasks, n, *b, static_cast<const bf16*>(from), static_cast<bf16*>(to), static_cast<bf16*>(taps));
+        run<bf16>(tasks, n, *b, static_cast<const bf16*>(from), static_cast<bf16*>(to));
     else
-        run<float>(tasks, n, *b, static_cast<const float*>(from), static_cast<float*>(to), static_cast<float*>(taps));
+        run<float>(tasks, n, *b, static_cast<const float*>(from), static_cast<float*>(to));
 }
 
 void anydepth_fill(const Layer* l, void* cache, const Batch* b, const void* from) {
@@ -473,7 +491,7 @@ int64_t anydepth_read(const void* memory, int64_t num_bytes) {
 
 int32_t anydepth_sizes(int32_t which) {  // for the check that both sides mean the same structs
     const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch), sizeof(Task),
-                             sizeof(Dense), sizeof(Network)};
+                             sizeof(Dense), sizeof(Network), MAX_TOKENS};
     return sizes[which];
 }
 
