@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.methods.method import Gate, KnownScores, KVRule, Method, PassContext, Rules, Threshold, check_layers
 from anydepth.models.backbone import Backbone
 
 
@@ -145,15 +145,28 @@ class LayerRouter(Method):
         self.is_pooling = bool((context.positions < self.pool_tokens).any())
 
     def rules(self) -> Rules | None:
-        config, network = self.config, self.network
-        if network is None or self.pinned is not None or config.granularity != "token" or config.kv_rule != "project":
+        config = self.config
+        if self.pinned is not None or config.kv_rule != "project":
             return None
 
         def make() -> Rules:
+            scores: GateNetwork | KnownScores | None = self.network if config.granularity == "token" else None
+            threshold = 0.0 if self.network is None else config.threshold
+            scores = scores or KnownScores(len(self.routed), self._known_scores)
             columns = enumerate(self.routed)
-            return Rules(layers={i: Threshold(network, config.threshold, self.read_at, g) for g, i in columns})
+            return Rules(layers={i: Threshold(scores, threshold, self.read_at, column) for column, i in columns})
 
         return self.keep_rules(config.threshold, make)
+
+    def _known_scores(self, context: PassContext) -> Tensor | None:
+        """Of random gates, or of sequences whose plan is made."""
+        if self.network is None:
+            return self._random_scores(context)
+        if bool((context.positions < self.config.pool_tokens).any()):
+            return None
+        known = torch.zeros(len(context.positions), len(self.routed), device=context.positions.device)
+        logits = context.memory.recall(f"{self.name}/logits", known)
+        return logits.T[..., None].expand(-1, *context.positions.shape)
 
     def reads_state(self, layer_idx: int) -> bool:
         return layer_idx == self.read_at and self.is_pooling
@@ -179,7 +192,7 @@ class LayerRouter(Method):
         if self.pinned is not None:
             return Gate.of_plan(self.pinned.expand(-1, *context.token_mask.shape), context, self.config.kv_rule)
         if self.network is None:
-            return Gate.of_plan(self._random_keep(context), context, self.config.kv_rule)
+            return Gate.of_plan(self._random_scores(context) > 0, context, self.config.kv_rule)
         if self.config.granularity == "token":
             logits, free = context.evaluate(self.network, hidden.detach()).movedim(-1, 0), None
         else:
@@ -233,8 +246,8 @@ class LayerRouter(Method):
         noise = super().logistic_noise(logits, context, key)
         return noise[:, :1].expand_as(noise) if self.config.granularity == "batch" else noise
 
-    def _random_keep(self, context: PassContext) -> Tensor:
-        """(G, B, T) gates of the configured rates, pseudo-random in (layer, place of the token, seed).
+    def _random_scores(self, context: PassContext) -> Tensor:
+        """(G, B, T) above 0 at the configured rates, pseudo-random in (layer, place of the token, seed).
 
         Deterministic, so that cached and uncached, padded and single runs agree, and blind to what the token is.
         """
@@ -242,7 +255,7 @@ class LayerRouter(Method):
         layers = torch.tensor(self.routed, device=context.positions.device)[:, None, None]
         uniform = _hash(context.positions[None] * 8191 + layers * 131 + self.config.seed * 65537)
         rates = torch.tensor(self.config.rates, device=uniform.device)
-        return uniform < rates[:, None, None]
+        return rates[:, None, None] - uniform
 
     # --- losses --------------------------------------------------------------------------------------------------
 

@@ -139,20 +139,34 @@ def _or_keep(gate: Gate) -> Tensor:
     return gate.keep.float() if gate.weight is None else gate.weight
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """A gate at inference that is one logit of a network: a token runs if it is above the threshold.
+@dataclass(frozen=True, eq=False)
+class KnownScores:
+    """Scores of tokens that no state of their forward goes into.
 
     Attributes:
-        network: asked with states of the residual stream: those in front of layer `reads_at`, or, for the gate of an
-            FFN, in front of that.
-        column: which of its logits.
+        size: G, of them for each token.
+        make: (G, B, T) for a forward; None: not for this one, whose gates must be asked layer by layer.
+    """
+
+    size: int
+    make: Callable[[PassContext], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A gate at inference that is one of several scores: a token runs if it is above the threshold.
+
+    Attributes:
+        scores: known in advance, or the logits of a network.
+        reads_at: the layer in front of which the network reads the residual stream; in front of its FFN for the gate of
+            an FFN.
+        column: which of the scores.
         leaves: whether a token that is not above runs no later layer either.
     """
 
-    network: GateNetwork
+    scores: GateNetwork | KnownScores
     threshold: float
-    reads_at: int
+    reads_at: int = 0
     column: int = 0
     leaves: bool = False
 

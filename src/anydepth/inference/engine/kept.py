@@ -5,7 +5,7 @@ What the kernels decided is read from the logits that they leave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import EXIT, FFN, MIXER, NativeGate, Rows, Task, Tasks
 from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Rules, Threshold
+from anydepth.methods.method import KnownScores, PassContext, Rules, Threshold
 
 MAX_KEPT = 16
 """Passes that a cache keeps, of different rules and numbers of tokens."""
@@ -50,9 +50,10 @@ class KeptPass:
         first_gated = {*self.layer_gates, *range(min(self.exits, default=self.num_layers), self.num_layers)}
         self.gated = sorted(first_gated)
         """Layers that some tokens may skip, and leave their states waiting."""
-        self.readers = {gate.reads_at: gate for gate in self.layer_gates.values()}
-        self.logits: dict[GateNetwork, Tensor] = {}
-        """(N, G) each, where the kernels leave them."""
+        asking = [gate for gate in self.layer_gates.values() if isinstance(gate.scores, GateNetwork)]
+        self.readers = {gate.reads_at: gate for gate in asking}
+        self.logits: dict[GateNetwork | KnownScores, Tensor] = {}
+        """(N, G) each, where the kernels read them, and leave those of networks."""
         if not self.closed_mixers.isdisjoint([*self.gated, *self.readers]):
             raise Unfit
         tasks = [self._task(i, layer, kv) for i, (layer, kv) in enumerate(zip(layers, cache.layers, strict=True))]
@@ -69,7 +70,7 @@ class KeptPass:
         task = Task(layer.native, kv, 0, waits=layer_idx in self.gated)
         gate, reader = self.layer_gates.get(layer_idx), self.readers.get(layer_idx)
         if reader is not None and gate is None:  # a network asked here about later layers: everybody goes on
-            gate = Threshold(reader.network, float("-inf"), layer_idx)
+            gate = Threshold(reader.scores, float("-inf"), layer_idx)
         if gate is not None:
             task.gate = self._native(gate, layer_idx)
             task.parts |= EXIT if gate.leaves else 0
@@ -82,17 +83,23 @@ class KeptPass:
         return task
 
     def _native(self, gate: Threshold, layer_idx: int) -> NativeGate:
-        address, is_asked = None if self.networks is None else self.networks.address(gate.network), False
-        if gate.network not in self.logits:
-            is_asked = True
-            self.logits[gate.network] = torch.zeros(self.num_tokens, gate.network.direct.out_features)
-        if address is None or is_asked != (gate.reads_at == layer_idx):
+        scores, is_new = gate.scores, gate.scores not in self.logits
+        if is_new:
+            size = scores.size if isinstance(scores, KnownScores) else scores.direct.out_features
+            self.logits[scores] = torch.zeros(self.num_tokens, size)
+        address: int | None = 0
+        if isinstance(scores, GateNetwork):
+            if is_new != (gate.reads_at == layer_idx):  # read too late, or twice
+                raise Unfit
+            if is_new:
+                address = None if self.networks is None else self.networks.address(scores)
+        if address is None:
             raise Unfit
-        return NativeGate(address if is_asked else 0, self.logits[gate.network], gate.column, gate.threshold)
+        return NativeGate(address, self.logits[scores], gate.column, gate.threshold)
 
     def _compared(self, gates: Mapping[int, Threshold]) -> tuple[list[Tensor], Tensor]:
         """The logits (N,) of each gate, and all thresholds (gates, 1)."""
-        columns = [self.logits[gate.network][:, gate.column] for gate in gates.values() if gate.network in self.logits]
+        columns = [self.logits[gate.scores][:, gate.column] for gate in gates.values() if gate.scores in self.logits]
         return columns, torch.tensor([gate.threshold for gate in gates.values()])[:, None]
 
     def _flops(self) -> list[tuple[int | None, int]]:
@@ -100,10 +107,10 @@ class KeptPass:
         costs: list[tuple[int | None, int]] = []
         for layer_idx, gate in self.readers.items():
             before = [place for place in self.exits if place < layer_idx]
-            costs.append((before[-1] if before else None, gate.network.flops(self.num_tokens)))
+            costs.append((before[-1] if before else None, _flops(gate, self.num_tokens)))
         for layer_idx, gate in self.ffn_gates.items():
             if layer_idx not in self.closed_ffns:
-                costs.append((layer_idx if layer_idx in self.gated else None, gate.network.flops(self.num_tokens)))
+                costs.append((layer_idx if layer_idx in self.gated else None, _flops(gate, self.num_tokens)))
         return costs
 
     def fits(self, slots: Sequence[int], seen: Sequence[int]) -> bool:
@@ -115,6 +122,16 @@ class KeptPass:
             for kv in self.waiting:
                 if kv.counts[slot] + kv.num_waiting[slot] != length or kv.places[slot] is not None:
                     return False
+        return True
+
+    def prepare(self, context: Callable[[], PassContext]) -> bool:
+        """Take in the scores that are known in advance; False if they are not for this forward."""
+        for source, logits in self.logits.items():
+            if isinstance(source, KnownScores):
+                scores = source.make(context())
+                if scores is None:
+                    return False
+                logits.copy_(scores.flatten(1).T)
         return True
 
     def run(self, rows: Rows, slots: Sequence[int], seen: Sequence[int], hidden: Tensor, record: PassRecord) -> Tensor:
@@ -154,6 +171,10 @@ class KeptPass:
                 record.ffn_keep[layer_idx] = some
         somebody = keep.any(1).tolist()
         record.router_flops += sum(flops for layer_idx, flops in self.flops if layer_idx is None or somebody[layer_idx])
+
+
+def _flops(gate: Threshold, num_tokens: int) -> int:
+    return gate.scores.flops(num_tokens) if isinstance(gate.scores, GateNetwork) else 0
 
 
 def _together(gates: Sequence[Mapping[int, Threshold]]) -> dict[int, Threshold]:

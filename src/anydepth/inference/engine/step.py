@@ -102,7 +102,9 @@ class Step(RowPass):
             except Unfit:
                 passes[key] = None
         kept = passes[key]
-        return kept if kept is not None and kept.fits(self.slots, self.seen) else None
+        if kept is None or not kept.fits(self.slots, self.seen) or not kept.prepare(lambda: self.run.context):
+            return None
+        return kept
 
     def _through_weighed(
         self, layer: EngineLayer, kv: LayerKV, layer_idx: int, gate: Gate, mixer_gate: Gate | None, hidden: Tensor

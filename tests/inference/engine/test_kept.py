@@ -1,0 +1,138 @@
+"""Passes whose gates the kernels decide against the same gates asked one by one: states, K/V, records and costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from anydepth import FastEngine, FFNRouter, attach
+from anydepth.execution.trace import PassRecord
+from anydepth.inference.engine import native
+from anydepth.inference.engine.cache import EngineCache
+from anydepth.inference.engine.kept import KeptPass
+from anydepth.inference.engine.step import Step
+from anydepth.methods.gate_network import GateNetwork
+from anydepth.methods.method import Method
+from tiny import tiny_llama
+
+pytestmark = pytest.mark.skipif(
+    native.why_not(torch.float32, torch.device("cpu")) is not None, reason="no C++ compiler on this machine"
+)
+
+ROUTER: dict[str, Any] = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0}
+EXITS: dict[str, Any] = {"name": "exit_gate", "layers": [2, 4], "initial_bias": 0.0}
+FFNS: dict[str, Any] = {"name": "ffn_router", "layers": [1, 2, 5]}
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "full depth": [],
+    "skip_set": [{"name": "skip_set", "skip_layers": [2], "skip_mixers": [1], "skip_ffns": [4]}],
+    "token router": [ROUTER],
+    "router on embeddings": [{**ROUTER, "input": "embeddings"}],
+    "random router": [{"name": "layer_router", "always_keep": 2, "router": "random", "rates": [0.5, 0.0, 1.0, 0.6]}],
+    "sequence router": [{**ROUTER, "granularity": "sequence", "pool_tokens": 5}],
+    "exit_gate": [EXITS],
+    "ffn_router": [FFNS],
+    "hat": [EXITS, FFNS],
+    "exits around a skip set": [EXITS, {"name": "skip_set", "skip_layers": [1], "skip_ffns": [3]}],
+}
+STEPS = [([0, 1], 7), ([1], 1), ([0], 1), ([1, 0], 1), ([0], 5), ([1, 0], 3), ([0], 1), ([1], 1)]
+
+
+def engine_of(methods: list[dict[str, Any]]) -> FastEngine:
+    adapted = attach(tiny_llama(), methods)
+    generator = torch.Generator().manual_seed(1)
+    for method in adapted.active_methods:
+        for network in method.modules():
+            if isinstance(network, GateNetwork):  # trained ones: who runs depends on the token
+                torch.nn.init.normal_(network.direct.weight, std=0.3, generator=generator)
+        if isinstance(method, FFNRouter):
+            method.thresholds.zero_()
+    return FastEngine(adapted)
+
+
+def decode(engine: FastEngine, steps: list[tuple[list[int], int]]) -> tuple[list[torch.Tensor], list[PassRecord], Any]:
+    """States and records of steps of some rows and tokens each; the last token is forgotten and said again."""
+    cache, generator = engine.model.new_cache(2), torch.Generator().manual_seed(2)
+    states, records = [], []
+    for slots, num_tokens in steps:
+        ids = torch.randint(1, 256, (len(slots), num_tokens), generator=generator)
+        for _ in range(2):
+            hidden, record = engine.model.forward(ids, slots, cache, engine.adapted.active_methods)
+            states.append(hidden)
+            records.append(record)
+            for slot in slots:
+                cache.rewind(slot, cache.lengths[slot] - 1)
+    return states, records, cache
+
+
+def known_of(cache: EngineCache) -> list[tuple[int, int, torch.Tensor]]:
+    """What the layers hold and keep waiting."""
+    return [
+        (kv.counts[slot], kv.num_waiting[slot], kv.states[slot, :, : kv.counts[slot]])
+        for kv in cache.layers
+        for slot in range(2)
+    ]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_kernels_decide_as_the_methods_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(METHODS[name])
+    runs: list[int] = []
+    run = KeptPass.run
+    monkeypatch.setattr(KeptPass, "run", lambda self, *args: runs.append(1) or run(self, *args))
+    ours, our_records, our_cache = decode(engine, STEPS)
+    wanted_runs = 2 * len(STEPS) - (name == "sequence router")  # its first tokens' plan is not made yet
+    assert len(runs) == wanted_runs
+    monkeypatch.setattr(Step, "_kept_pass", lambda self, layers: None)
+    theirs, their_records, their_cache = decode(engine, STEPS)
+    some_skip = False
+    for own, wanted, own_record, record in zip(ours, theirs, our_records, their_records, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+        for own_keep, keep in zip(own_record.stacked(), record.stacked(), strict=True):
+            assert torch.equal(own_keep, keep)
+            some_skip = some_skip or not bool(keep.all())
+        assert own_record.router_flops == record.router_flops
+        assert own_record.kv_rules == record.kv_rules
+    assert some_skip == (name != "full depth")
+    for own, other in zip(known_of(our_cache), known_of(their_cache), strict=True):
+        assert own[:2] == other[:2]
+        torch.testing.assert_close(own[2], other[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [{"name": "mixture_of_depths"}],  # weighs what layers add
+        [{**ROUTER, "kv_rule": "omit"}],
+        [ROUTER, EXITS],  # two gates of one layer
+        [ROUTER, {"name": "skip_set", "skip_layers": [3]}],
+    ],
+)
+def test_others_are_asked_layer_by_layer(methods: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(methods)
+
+    def never(*args: object) -> None:
+        raise AssertionError("the kernels cannot decide this")
+
+    monkeypatch.setattr(KeptPass, "run", never)
+    decode(engine, STEPS[:3])
+
+
+def test_passes_are_kept_until_rules_or_memory_change() -> None:
+    engine = engine_of([ROUTER])
+    cache = engine.model.new_cache(1)
+    methods: list[Method] = engine.adapted.active_methods
+
+    def step() -> object:
+        engine.model.forward(torch.ones(1, 1, dtype=torch.long), [0], cache, methods)
+        return [*cache.kept_passes.values()][-1]
+
+    first = step()
+    assert first is not None and step() is first and len(cache.kept_passes) == 1
+    methods[0].config = methods[0].config.model_copy(update={"threshold": 5.0})
+    changed = step()
+    assert changed is not first and len(cache.kept_passes) == 2
+    for _ in range(cache.capacity):
+        step()
+    assert step() is not changed  # the K/V have moved
