@@ -87,18 +87,25 @@ void normalise(const Norm& norm, float* x, int num) {
     }
 }
 
-// States of some tokens, normalised, packed for a map. Every thread makes its own: cheaper than waiting for one that does.
+// States, `state_of` (0..num), normalised, packed for a map. Every thread makes its own: cheaper than waiting for one
+// that does.
+template <class A, class StateOf>
+const Packed& prepared(const Matrix& w, const Norm& norm, int num, const StateOf& state_of) {
+    static thread_local std::vector<float> x;
+    x.resize(size_t(num) * w.cols);
+    for (int n = 0; n < num; ++n) {
+        const A* state = state_of(n);
+        float* own = x.data() + size_t(n) * w.cols;
+        for (int i = 0; i < w.cols; ++i) own[i] = one(state[i]);
+    }
+    if (norm.weight) normalise<A>(norm, x.data(), num);
+    return pack(w.kind, x.data(), num, w.cols);
+}
+
+// Those of some tokens of a batch.
 template <class A>
 const Packed& prepared(const Matrix& w, const Norm& norm, const A* from, const Tokens& tokens) {
-    static thread_local std::vector<float> x;
-    x.resize(size_t(tokens.num) * w.cols);
-    for (int n = 0; n < tokens.num; ++n) {
-        const A* row = from + tokens[n] * w.cols;
-        float* own = x.data() + size_t(n) * w.cols;
-        for (int i = 0; i < w.cols; ++i) own[i] = one(row[i]);
-    }
-    if (norm.weight) normalise<A>(norm, x.data(), tokens.num);
-    return pack(w.kind, x.data(), tokens.num, w.cols);
+    return prepared<A>(w, norm, tokens.num, [&](int n) { return from + tokens[n] * w.cols; });
 }
 
 // x Wᵀ + b of some tokens, perhaps normalised, added to the residual stream. `scratch`: (tokens, rows).
@@ -124,12 +131,11 @@ void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A*
 
 // --- around attention ---------------------------------------------------------------------------------------------
 
-// Heads of token `n` of the batch, in place.
+// Heads of a token by its place, in place.
 template <class A>
-void rotate(const Layer& l, const Batch& b, int64_t n, float* heads, int num) {
+void rotate(const Layer& l, const Batch& b, int64_t place, float* heads, int num) {
     if (l.rotation < 0) return;
     const Rotation& rotation = b.rotations[l.rotation];
-    const int64_t place = b.counts[n / b.tokens] + n % b.tokens;
     const A* cos = static_cast<const A*>(rotation.cos) + place * rotation.size;
     const A* sin = static_cast<const A*>(rotation.sin) + place * rotation.size;
     const int half = int(rotation.size / 2);
@@ -141,43 +147,60 @@ void rotate(const Layer& l, const Batch& b, int64_t n, float* heads, int num) {
         }
 }
 
-// Keys and values of token `n` of the batch into the cache, behind `place` others; the keys normalised and rotated.
+// A token that leaves K/V.
 template <class A>
-void leave(const Layer& l, const Batch& b, void* cache, int64_t n, int64_t place, float* keys, const float* values) {
+struct Writer {
+    const A* state;
+    int64_t slot, entry, place;  // behind how many K/V, and behind how many tokens
+};
+
+// Its keys, normalised and rotated here, and values into the cache.
+template <class A>
+void leave(const Layer& l, const Batch& b, void* cache, const Writer<A>& who, float* keys, const float* values) {
     const int size = l.head_dim;
     if (l.key_norm.weight) normalise<A>(l.key_norm, keys, l.kv_heads * size / l.key_norm.size);
-    rotate<A>(l, b, n, keys, l.kv_heads);
+    rotate<A>(l, b, who.place, keys, l.kv_heads);
     const int64_t head = b.capacity * size;
-    A* slot = static_cast<A*>(cache) + b.slots[n / b.tokens] * 2 * l.kv_heads * head;
+    A* slot = static_cast<A*>(cache) + who.slot * 2 * l.kv_heads * head;
     for (int h = 0; h < l.kv_heads; ++h)
         for (int i = 0; i < size; ++i) {
-            store(keys[h * size + i], slot + h * head + place * size + i);
-            store(values[h * size + i], slot + (l.kv_heads + h) * head + place * size + i);
+            store(keys[h * size + i], slot + h * head + who.entry * size + i);
+            store(values[h * size + i], slot + (l.kv_heads + h) * head + who.entry * size + i);
         }
 }
 
-// Who runs a mixer, row by row, who leaves K/V there, and how many K/V each sees.
-struct Mixing {
-    std::vector<int64_t> first;    // (R + 1,) of a row among those that run it
-    std::vector<int64_t> writers;  // tokens that leave K/V
-    std::vector<int64_t> places;   // of those in their slots
-    std::vector<int64_t> seen;     // for those that run it
+inline int64_t place_of(const Batch& b, int64_t token) { return b.counts[token / b.tokens] + token % b.tokens; }
 
-    void plan(const Batch& b, const int64_t* counts, const Tokens& kept, bool omit) {
-        first.clear(), writers.clear(), places.clear(), seen.clear();
+// Who runs a mixer, row by row, who leaves K/V there, and how many K/V each sees.
+template <class A>
+struct Mixing {
+    std::vector<int64_t> first;      // (R + 1,) of a row among those that run it
+    std::vector<Writer<A>> writers;  // what waits in the rows that run it, and the new tokens
+    std::vector<int64_t> seen;       // for those that run it
+    bool alone;                      // nobody else leaves K/V
+
+    void plan(const Task& task, const Batch& b, const A* from, const Tokens& kept) {
+        const int64_t *counts = task.counts ? task.counts : b.counts, hidden = task.layer->hidden;
+        const bool omit = task.parts & OMIT;
+        first.clear(), writers.clear(), seen.clear();
         int i = 0;
         for (int row = 0; row < b.rows; ++row) {
             first.push_back(i);
-            const int64_t start = int64_t(row) * b.tokens, end = start + b.tokens;
+            const int64_t start = int64_t(row) * b.tokens, end = start + b.tokens, slot = b.slots[row];
             for (; i < kept.num && kept[i] < end; ++i)
                 seen.push_back(counts[row] + 1 + (omit ? i - first[row] : kept[i] - start));
             if (i == first[row]) continue;
+            const int64_t waiting = task.waiting ? task.num_waiting[slot] : 0;
+            const A* state = static_cast<const A*>(task.waiting) + slot * b.capacity * hidden;
+            for (int64_t k = -waiting; k < 0; ++k, state += hidden)
+                writers.push_back({state, slot, counts[row] + k, b.counts[row] + k});
             for (int64_t k = 0; k < (omit ? i - first[row] : b.tokens); ++k) {
-                writers.push_back(omit ? kept[int(first[row] + k)] : start + k);
-                places.push_back(counts[row] + k);
+                const int64_t token = omit ? kept[int(first[row] + k)] : start + k;
+                writers.push_back({from + token * hidden, slot, counts[row] + k, place_of(b, token)});
             }
         }
         first.push_back(i);
+        alone = int(writers.size()) == kept.num;
     }
 };
 
@@ -185,36 +208,35 @@ struct Mixing {
 // Every thread of the team calls these, with the same arguments; states are whole when they return.
 
 template <class A>
-void mixer(const Layer& l, const Batch& b, const int64_t* counts, void* cache, const A* from, A* to, const Tokens& kept,
-           bool omit, const Matrix* next) {
-    static thread_local Mixing who;
-    who.plan(b, counts, kept, omit);
-    const Tokens writers{who.writers.data(), int(who.writers.size())};
-    const int num = kept.num, size = l.head_dim, group = l.heads / l.kv_heads;
+void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens& kept, const Matrix* next) {
+    const Layer& l = *task.layer;
+    static thread_local Mixing<A> who;
+    who.plan(task, b, from, kept);
+    const int num = kept.num, writers = int(who.writers.size()), size = l.head_dim, group = l.heads / l.kv_heads;
     const int width = l.heads * size, kv_width = l.kv_heads * size;
     float* mixed = b.workspace;
     float* queries = mixed + int64_t(num) * width;
     float* keys = queries + int64_t(num) * std::max(l.hidden, width);
-    float* values = keys + int64_t(writers.num) * kv_width;
-    Share* parts = reinterpret_cast<Share*>(values + int64_t(writers.num) * kv_width);
+    float* values = keys + int64_t(writers) * kv_width;
+    Share* parts = reinterpret_cast<Share*>(values + int64_t(writers) * kv_width);
     const int64_t head_stride = b.capacity * size, slot_stride = 2 * l.kv_heads * head_stride;
     const int64_t longest = *std::max_element(who.seen.begin(), who.seen.end());
     const int splits = num_splits(longest, b.rows * l.kv_heads);
     const Packed* x = &prepared<A>(l.queries, l.mixer_norm, from, kept);
     product<A>(l.queries, *x, num, queries, &l.keys);
-    if (writers.num != num) x = &prepared<A>(l.keys, l.mixer_norm, from, writers);
-    product<A>(l.keys, *x, writers.num, keys, &l.values);
-    product<A>(l.values, *x, writers.num, values, &l.output);
+    if (!who.alone) x = &prepared<A>(l.keys, l.mixer_norm, writers, [&](int n) { return who.writers[n].state; });
+    product<A>(l.keys, *x, writers, keys, &l.values);
+    product<A>(l.values, *x, writers, values, &l.output);
 #pragma omp barrier
 #pragma omp for
-    for (int item = 0; item < num + writers.num; ++item) {
+    for (int item = 0; item < num + writers; ++item) {
         if (item < num) {
             float* q = queries + int64_t(item) * width;
             if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
-            rotate<A>(l, b, kept[item], q, l.heads);
+            rotate<A>(l, b, place_of(b, kept[item]), q, l.heads);
         } else {
             const int64_t i = item - num, start = i * kv_width;
-            leave<A>(l, b, cache, writers[int(i)], who.places[i], keys + start, values + start);
+            leave<A>(l, b, task.cache, who.writers[i], keys + start, values + start);
         }
     }
     const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
@@ -226,7 +248,7 @@ void mixer(const Layer& l, const Batch& b, const int64_t* counts, void* cache, c
         const int64_t* seen = &who.seen[own];
         const int64_t all = seen[tokens - 1], start = l.window ? std::max<int64_t>(0, seen[0] - l.window) : 0;
         const int64_t begin = start + (all - start) * split / splits, end = start + (all - start) * (split + 1) / splits;
-        const A* slot = static_cast<const A*>(cache) + b.slots[row] * slot_stride;
+        const A* slot = static_cast<const A*>(task.cache) + b.slots[row] * slot_stride;
         const int64_t query = own * l.heads + h * tokens * group;
         attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
                   queries + (own * l.heads + h * group) * size, int(tokens), seen, begin, end, parts + query * splits + split,
@@ -242,6 +264,10 @@ void mixer(const Layer& l, const Batch& b, const int64_t* counts, void* cache, c
     }
     add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, kept, next);
 #pragma omp barrier
+    if (task.waiting)
+#pragma omp master
+        for (int row = 0; row < b.rows; ++row)
+            if (who.first[row + 1] > who.first[row]) task.num_waiting[b.slots[row]] = 0;
 }
 
 // K/V of tokens that do not run the mixer.
@@ -256,34 +282,41 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
 #pragma omp barrier
 #pragma omp for
     for (int n = 0; n < num; ++n)
-        leave<A>(l, b, cache, n, b.counts[n / b.tokens] + n % b.tokens, keys + int64_t(n) * kv_width,
+        leave<A>(l, b, cache, {from, b.slots[n / b.tokens], place_of(b, n), place_of(b, n)}, keys + int64_t(n) * kv_width,
                  values + int64_t(n) * kv_width);
 }
 
-// K/V of what waits in the rows that run the mixer; in the other rows the new tokens, `now`, wait as well.
+// In rows that do not run the mixer the new tokens, `now`, wait. Of what waits in the others the mixer makes the K/V by
+// the way; those of so many that they would not fit beside the new ones are made here.
 template <class A>
 void settle(const Task& task, const Batch& b, const A* now, const Tokens& kept) {
     const int64_t hidden = task.layer->hidden, size = b.tokens * hidden;
+    int64_t room = MAX_TOKENS - int64_t(b.rows) * b.tokens;
     for (int row = 0, i = 0; row < b.rows; ++row) {
         const int first = i;
         while (i < kept.num && kept[i] < int64_t(row + 1) * b.tokens) ++i;
         A* states = static_cast<A*>(task.waiting) + b.slots[row] * b.capacity * hidden;
         int64_t& count = task.num_waiting[b.slots[row]];
-        if (i > first) {
-            const int64_t num = count;
-            for (int64_t done = 0; done < num; done += MAX_TOKENS) {
-                const int64_t seen = b.counts[row] - num + done;
-                Batch before = b;
-                before.rows = 1, before.tokens = int32_t(std::min<int64_t>(MAX_TOKENS, num - done));
-                before.slots = b.slots + row, before.counts = &seen;
-                fill<A>(*task.layer, before, task.cache, states + done * hidden);
-            }
-#pragma omp master
-            if (num) count = 0;
-        } else {
+        if (i == first) {
 #pragma omp master
             std::memcpy(states + count * hidden, now + row * size, size * sizeof(A)), count += b.tokens;
+            continue;
         }
+        const int64_t num = count;
+        room -= num;
+        if (room >= 0) continue;
+        room += num;
+        for (int64_t done = 0; done < num; done += MAX_TOKENS) {
+            const int64_t seen = b.counts[row] - num + done;
+            Batch before = b;
+            before.rows = 1, before.tokens = int32_t(std::min<int64_t>(MAX_TOKENS, num - done));
+            before.slots = b.slots + row, before.counts = &seen;
+            fill<A>(*task.layer, before, task.cache, states + done * hidden);
+        }
+#pragma omp barrier
+#pragma omp master
+        count = 0;
+#pragma omp barrier
     }
 }
 
@@ -377,7 +410,6 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
         const A* now = from;
         Tokens all{nullptr, num};  // that have not left
         for (const Task* task = tasks; task < tasks + n; ++task) {
-            const int64_t* counts = task->counts ? task->counts : b.counts;
             const Matrix* next = task + 1 < tasks + n ? first_of(task[1]) : nullptr;
             Tokens mixed = task->mixed ? Tokens{task->mixed, int(task->num_mixed)} : all;
             Tokens fed = task->fed ? Tokens{task->fed, int(task->num_fed)} : all;
@@ -389,8 +421,7 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
             if (!(task->parts & MIXER)) mixed.num = 0;
             if (task->waiting) settle(*task, b, now, mixed);
             if (mixed.num) {
-                mixer<A>(*task->layer, b, counts, task->cache, now, to, mixed, task->parts & OMIT,
-                         task->parts & FFN ? &task->layer->gate : next);
+                mixer<A>(*task, b, now, to, mixed, task->parts & FFN ? &task->layer->gate : next);
                 now = to;
             }
             if (task->parts & FFN && fed.num) {
