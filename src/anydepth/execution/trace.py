@@ -5,8 +5,10 @@ A `PassRecord` is one forward; a `Trace` joins the forwards of one cached sequen
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ class PassRecord:
     ffn_keep: dict[int, Tensor] = field(default_factory=dict)
     kv_rules: dict[int, str] = field(default_factory=dict)
     head_rows: int = 0
-    router_flops: int = 0
+    router_flops: int = field(default_factory=int)  # no default of the class: see `LaterRecord`
 
     def counting(self, evaluate: Evaluate) -> Evaluate:
         """The same evaluation of networks, its FLOPs added to this record; padding is not counted."""
@@ -69,6 +71,32 @@ class PassRecord:
     def stacked(self) -> tuple[Tensor, Tensor]:
         """`mixer_keep` and `ffn_keep` as (L, B, T)."""
         return self._stack(self.mixer_keep), self._stack(self.ffn_keep)
+
+
+class LaterRecord(PassRecord):
+    """Decisions that are known, but put down only when somebody looks at them: a decoding step would feel it.
+
+    Args:
+        record: of the forward, without decisions.
+        note: puts them down.
+    """
+
+    LATER = ("mixer_keep", "ffn_keep", "kv_rules", "router_flops")
+
+    def __init__(self, record: PassRecord, note: Callable[[PassRecord], None]) -> None:
+        self.token_mask, self.past_length = record.token_mask, record.past_length
+        self.cached, self.num_layers, self.head_rows = record.cached, record.num_layers, record.head_rows
+        self.note = note
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.LATER:
+            raise AttributeError(name)
+        self.mixer_keep, self.ffn_keep, self.kv_rules, self.router_flops = {}, {}, {}, 0
+        self.note(self)
+        return self.__dict__[name]
+
+    def row(self, row: int) -> PassRecord:
+        return PassRecord(**{part.name: getattr(self, part.name) for part in fields(PassRecord)}).row(row)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ What the kernels decided is read from the logits that they leave.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from anydepth.execution.trace import PassRecord
+from anydepth.execution.trace import LaterRecord, PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import EXIT, FFN, MIXER, NativeGate, Rows, Task, Tasks
@@ -43,26 +44,29 @@ class KeptPass:
     ) -> None:
         self.networks, self.num_layers, self.num_tokens = networks, len(layers), num_tokens
         self.layer_gates = _together([one.layers for one in rules])
-        self.ffn_gates = _together([one.ffns for one in rules])
         self.closed_mixers = frozenset[int]().union(*(one.closed_layers | one.closed_mixers for one in rules))
         self.closed_ffns = frozenset[int]().union(*(one.closed_layers | one.closed_ffns for one in rules))
+        ffn_gates = _together([one.ffns for one in rules])
+        self.ffn_gates = {layer_idx: gate for layer_idx, gate in ffn_gates.items() if layer_idx not in self.closed_ffns}
         self.exits = [layer_idx for layer_idx, gate in self.layer_gates.items() if gate.leaves]
         first_gated = {*self.layer_gates, *range(min(self.exits, default=self.num_layers), self.num_layers)}
         self.gated = sorted(first_gated)
         """Layers that some tokens may skip, and leave their states waiting."""
         asking = [gate for gate in self.layer_gates.values() if isinstance(gate.scores, GateNetwork)]
         self.readers = {gate.reads_at: gate for gate in asking}
+        self.flat_logits = torch.zeros(sum(_size(scores) for scores in self._sources()) * num_tokens)
         self.logits: dict[GateNetwork | KnownScores, Tensor] = {}
-        """(N, G) each, where the kernels read them, and leave those of networks."""
+        """(N, G) each, in there, where the kernels read them, and leave those of networks."""
         if not self.closed_mixers.isdisjoint([*self.gated, *self.readers]):
             raise Unfit
         tasks = [self._task(i, layer, kv) for i, (layer, kv) in enumerate(zip(layers, cache.layers, strict=True))]
         self.tasks = Tasks([task for task in tasks if task.parts])
         self.waiting = [cache.layers[layer_idx] for layer_idx in self.gated]
         self.whole = [cache.layers[i] for i in range(self.num_layers) if i not in first_gated | self.closed_mixers]
-        self.columns, self.thresholds = self._compared(self.layer_gates)
-        self.ffn_columns, self.ffn_thresholds = self._compared(self.ffn_gates)
         self.flops = self._flops()
+
+    def _sources(self) -> set[GateNetwork | KnownScores]:
+        return {gate.scores for gate in (*self.layer_gates.values(), *self.ffn_gates.values())}
 
     def _task(self, layer_idx: int, layer: EngineLayer, kv: LayerKV) -> Task:
         if layer.native is None:
@@ -85,8 +89,9 @@ class KeptPass:
     def _native(self, gate: Threshold, layer_idx: int) -> NativeGate:
         scores, is_new = gate.scores, gate.scores not in self.logits
         if is_new:
-            size = scores.size if isinstance(scores, KnownScores) else scores.direct.out_features
-            self.logits[scores] = torch.zeros(self.num_tokens, size)
+            start = sum(logits.numel() for logits in self.logits.values())
+            size = _size(scores) * self.num_tokens
+            self.logits[scores] = self.flat_logits[start : start + size].view(self.num_tokens, -1)
         address: int | None = 0
         if isinstance(scores, GateNetwork):
             if is_new != (gate.reads_at == layer_idx):  # read too late, or twice
@@ -97,11 +102,6 @@ class KeptPass:
             raise Unfit
         return NativeGate(address, self.logits[scores], gate.column, gate.threshold)
 
-    def _compared(self, gates: Mapping[int, Threshold]) -> tuple[list[Tensor], Tensor]:
-        """The logits (N,) of each gate, and all thresholds (gates, 1)."""
-        columns = [self.logits[gate.scores][:, gate.column] for gate in gates.values() if gate.scores in self.logits]
-        return columns, torch.tensor([gate.threshold for gate in gates.values()])[:, None]
-
     def _flops(self) -> list[tuple[int | None, int]]:
         """What asking costs, each with the layer that must have somebody, or an exit somebody who goes on."""
         costs: list[tuple[int | None, int]] = []
@@ -109,8 +109,7 @@ class KeptPass:
             before = [place for place in self.exits if place < layer_idx]
             costs.append((before[-1] if before else None, _flops(gate, self.num_tokens)))
         for layer_idx, gate in self.ffn_gates.items():
-            if layer_idx not in self.closed_ffns:
-                costs.append((layer_idx if layer_idx in self.gated else None, _flops(gate, self.num_tokens)))
+            costs.append((layer_idx if layer_idx in self.gated else None, _flops(gate, self.num_tokens)))
         return costs
 
     def fits(self, slots: Sequence[int], seen: Sequence[int]) -> bool:
@@ -134,8 +133,10 @@ class KeptPass:
                 logits.copy_(scores.flatten(1).T)
         return True
 
-    def run(self, rows: Rows, slots: Sequence[int], seen: Sequence[int], hidden: Tensor, record: PassRecord) -> Tensor:
-        """(N, D) states in front of the first layer to those behind the last; K/V are counted, and what ran noted."""
+    def run(
+        self, rows: Rows, slots: Sequence[int], seen: Sequence[int], hidden: Tensor, record: PassRecord
+    ) -> tuple[Tensor, PassRecord]:
+        """(N, D) states in front of the first layer to those behind the last, and what ran; K/V are counted."""
         hidden = self.tasks.run(rows, hidden)
         for slot, length in zip(slots, seen, strict=True):
             length += self.num_tokens // len(slots)
@@ -143,10 +144,11 @@ class KeptPass:
                 kv.counts[slot] = length
             for kv in self.waiting:
                 kv.counts[slot] = length - kv.num_waiting[slot]
-        self._note(record)
-        return hidden
+        if not self.gated and not self.ffn_gates and not self.closed_mixers and not self.closed_ffns:
+            return hidden, record
+        return hidden, LaterRecord(record, partial(self._note, self.flat_logits.clone()))
 
-    def _note(self, record: PassRecord) -> None:
+    def _note(self, flat_logits: Tensor, record: PassRecord) -> None:
         """Who ran what, and what it cost to decide."""
         shape = record.token_mask.shape
         if self.closed_mixers or self.closed_ffns:
@@ -155,22 +157,32 @@ class KeptPass:
                 record.mixer_keep[layer_idx], record.kv_rules[layer_idx] = nobody, "omit"
             for layer_idx in self.closed_ffns:
                 record.ffn_keep[layer_idx] = nobody
-        if not self.columns and not self.ffn_columns:
+        if not self.logits:
             return
+        sizes = [logits.numel() for logits in self.logits.values()]
+        parts = [part.view(self.num_tokens, -1) for part in flat_logits.split(sizes)]
+        logits = dict(zip(self.logits, parts, strict=True))
+
+        def is_open(gate: Threshold) -> Tensor:
+            return logits[gate.scores][:, gate.column] > gate.threshold
+
         keep = torch.ones(self.num_layers, self.num_tokens, dtype=torch.bool)
-        if self.columns:
-            keep[list(self.layer_gates)] = torch.stack(self.columns) > self.thresholds
-            for layer_idx in self.exits:
+        for layer_idx, gate in self.layer_gates.items():
+            keep[layer_idx] &= is_open(gate)
+            if gate.leaves:
                 keep[layer_idx + 1 :] &= keep[layer_idx]
-            for layer_idx, mixed in zip(self.gated, keep[self.gated].view(-1, *shape).unbind(), strict=True):
-                record.mixer_keep[layer_idx], record.kv_rules[layer_idx] = mixed, "project"
-                record.ffn_keep.setdefault(layer_idx, mixed)
-        if self.ffn_columns:
-            fed = keep[list(self.ffn_gates)] & (torch.stack(self.ffn_columns) > self.ffn_thresholds)
-            for layer_idx, some in zip(self.ffn_gates, fed.view(-1, *shape).unbind(), strict=True):
-                record.ffn_keep[layer_idx] = some
+        for layer_idx in self.gated:
+            mixed = keep[layer_idx].view(shape)
+            record.mixer_keep[layer_idx], record.kv_rules[layer_idx] = mixed, "project"
+            record.ffn_keep.setdefault(layer_idx, mixed)
+        for layer_idx, gate in self.ffn_gates.items():
+            record.ffn_keep[layer_idx] = (keep[layer_idx] & is_open(gate)).view(shape)
         somebody = keep.any(1).tolist()
         record.router_flops += sum(flops for layer_idx, flops in self.flops if layer_idx is None or somebody[layer_idx])
+
+
+def _size(scores: GateNetwork | KnownScores) -> int:
+    return scores.size if isinstance(scores, KnownScores) else scores.direct.out_features
 
 
 def _flops(gate: Threshold, num_tokens: int) -> int:

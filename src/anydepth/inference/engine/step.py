@@ -57,7 +57,8 @@ class Step(RowPass):
         """(B·T, D) states in front of the first layer to those behind the last."""
         kept = self._kept_pass(layers)
         if kept is not None:
-            return kept.run(self._rows, self.slots, self.seen, hidden, self.record)
+            hidden, self.record = kept.run(self._rows, self.slots, self.seen, hidden, self.record)
+            return hidden
         for method in self.methods:
             method.begin(self.run.context)
         for layer_idx, (layer, kv) in enumerate(zip(layers, self.cache.layers, strict=True)):
