@@ -16,10 +16,13 @@ constexpr int CHUNK = 64;  // keys that stay in the nearest cache for all querie
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 16;
 
-// Parts that the keys of each of `items` are cut into: a few for each thread of the team, none shorter than a chunk.
+// Parts that the keys of each of `items` are cut into: a few for each thread of the team, none shorter than a chunk. As
+// many for each thread, or all would wait for the one with more.
 inline int num_splits(int64_t keys, int items) {
-    const int64_t wanted = (4 * omp_get_num_threads() + items - 1) / items;
-    return int(std::min<int64_t>({MAX_SPLITS, wanted, (keys + CHUNK - 1) / CHUNK}));
+    const int64_t threads = omp_get_num_threads(), most = std::min<int64_t>(MAX_SPLITS, (keys + CHUNK - 1) / CHUNK);
+    int64_t splits = std::min(most, (4 * threads + items - 1) / items);
+    while (splits < most && splits * items % threads) ++splits;
+    return int(splits);
 }
 
 struct Heads {
