@@ -1,7 +1,8 @@
 """Run an experiment, `experiments/NAME.yaml` → `results/NAME.json`: one run per variant, resumable, one table.
 
 A variant is the experiment's recipe with its own keys on top, run once per seed. `rates_from: OTHER` gives a random
-router the rates that the variant OTHER was measured to run its layers at.
+router the rates that the variant OTHER was measured to run its layers at; `base_from: OTHER` starts from the base that
+OTHER trained.
 
     python benchmarks/run.py benchmarks/experiments/NAME.yaml [--only VARIANT] [--until train] [--table]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import yaml
 from anydepth.config import Recipe, validate
 from anydepth.measure.results import document, read_document, write_json
 from anydepth.measure.run import Runner
+from anydepth.training.checkpoint import own_base
 
 STAGES = ("search", "fit", "train", "evaluate", "bench")
 ROOT = Path(__file__).resolve().parent
@@ -46,9 +49,14 @@ def main() -> None:
                 if seed != experiment["seeds"][0]:
                     stages = tuple(stage for stage in stages if stage != "bench")
                 documents[name, seed] = run_variant(experiment, name, seed, runs, stages)
-    if arguments.only is None and arguments.until == "bench":
-        rows = [row for (name, seed), stages in documents.items() for row in table_rows(name, seed, stages)]
-        command = f"python benchmarks/run.py {arguments.experiment}"
+    if arguments.only is None and arguments.until in ("evaluate", "bench"):
+        has_own_base = "scratch" in experiment["recipe"]["model"]
+        rows = [
+            row
+            for (name, seed), stages in documents.items()
+            for row in table_rows(name, seed, stages, has_own_base=has_own_base)
+        ]
+        command = f"python benchmarks/run.py {arguments.experiment} --until {arguments.until}"
         result = document(
             "anydepth.experiment/1",
             seed=experiment["seeds"][0],
@@ -72,12 +80,16 @@ def run_variant(
 ) -> dict[str, Any]:
     """The documents of one variant's stages, with one seed."""
     variant = {**experiment["variants"][name]}
-    source = variant.pop("rates_from", None)
+    source, base = variant.pop("rates_from", None), variant.pop("base_from", None)
     recipe = merged({"seed": seed, **experiment["recipe"]}, variant)
     if source is not None:
         router = recipe["methods"][0]
         rates = read_document(runs / f"{source}-{seed}" / "eval.json")["per_layer"]["mixer"]
         router["rates"] = [round(rate, 6) for rate in rates[router["always_keep"] :]]
+    if base is not None:
+        target = own_base(runs / f"{base}-{seed}")
+        assert target is not None, f"{base} trains no weights of the base"
+        recipe["model"] = {**recipe["model"], "scratch": None, "target": str(target)}
     runner = Runner(
         validate(Recipe, recipe, where=name),
         runs / f"{name}-{seed}",
@@ -96,12 +108,16 @@ def merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, **changes, **both}
 
 
-def table_rows(name: str, seed: int, stages: dict[str, Any]) -> list[dict[str, Any]]:
-    """The untouched model and the variant."""
+def table_rows(name: str, seed: int, stages: dict[str, Any], *, has_own_base: bool) -> list[dict[str, Any]]:
+    """The variant, behind the untouched model where all variants share one."""
     quality, train = stages["evaluate"], stages["train"]
     keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share", "num_tokens")
-    rows = [{"variant": "untouched", **{key: quality["full_depth"][key] for key in keys}}]
     row = {"variant": name, "seed": seed, **{key: quality[key] for key in keys}, "train_seconds": train["seconds"]}
+    rows = []
+    if has_own_base:
+        row["full_depth_perplexity"] = quality["full_depth"]["perplexity"]
+    else:
+        rows.append({"variant": "untouched", **{key: quality["full_depth"][key] for key in keys}})
     for measured in stages.get("bench", {}).get("rows", []):
         what = f"{measured['prompt_tokens']}+{measured['new_tokens']} {measured['dtype']}"
         row[f"speedup {what}"] = measured["speedup"]
@@ -117,23 +133,25 @@ def unique(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """One line per variant: means over seeds, half the range behind ±; speed in float32, prefill + decode."""
-    lines = [
-        "| | perplexity | agreement | layers per token | FLOP share | prefill 512 | decode |",
-        "| --- |" + " --- |" * 6,
-    ]
+    columns: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+        "perplexity": lambda own: spread([row["perplexity"] for row in own], 2),
+        "agreement": lambda own: spread([row["agreement"] for row in own], 3),
+        "layers per token": lambda own: spread([row["mean_depth"] for row in own], 2),
+        "FLOP share": lambda own: spread([row["layer_token_share"] for row in own], 3),
+        "the same weights at full depth": lambda own: spread([row["full_depth_perplexity"] for row in own], 2),
+        "prefill 512": lambda own: times(own[0].get("prefill 512+64 float32")),
+        "decode": lambda own: times(own[0].get("decode 64+64 float32")),
+    }
+    left_out = (
+        ("agreement", "prefill 512", "decode")
+        if "full_depth_perplexity" in rows[0]
+        else ("the same weights at full depth",)
+    )
+    columns = {name: cell for name, cell in columns.items() if name not in left_out}
+    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
-        speed = own[0]
-        cells = [
-            name.replace("_", " "),
-            spread([row["perplexity"] for row in own], 2),
-            spread([row["agreement"] for row in own], 3),
-            spread([row["mean_depth"] for row in own], 2),
-            spread([row["layer_token_share"] for row in own], 3),
-            times(speed.get("prefill 512+64 float32")),
-            times(speed.get("decode 64+64 float32")),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([name.replace('_', ' '), *(cell(own) for cell in columns.values())])} |")
     return "\n".join(lines)
 
 

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 NUM_LAYERS = 6
 WINDOW = 128
+COMMON: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 128,  # bitsandbytes packs 32 outputs at a time on the CPU
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+SHAPES: dict[str, PreTrainedConfig] = {  # as deep as the real ones, narrow
+    "tinyllama-1.1b": LlamaConfig(**COMMON, num_hidden_layers=22, num_key_value_heads=1),
+    "qwen2.5-3b": Qwen2Config(**COMMON, num_hidden_layers=36, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2.5-7b": Qwen2Config(**COMMON, num_hidden_layers=28, num_key_value_heads=2),
+    "openllama-3b": LlamaConfig(**COMMON, num_hidden_layers=26, num_key_value_heads=4),
+    "llama-3.1-8b": LlamaConfig(**COMMON, num_hidden_layers=32, num_key_value_heads=2),
+}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

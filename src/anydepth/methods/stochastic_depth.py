@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from anydepth.config import StrictConfig
-from anydepth.methods.method import Gate, Method, PassContext
+from anydepth.methods.method import Gate, Method, PassContext, Rules
 from anydepth.models.backbone import Backbone
 
 
@@ -69,6 +69,9 @@ class StochasticDepth(Method):
         keep = keep[:, :, None].expand(-1, batch_size, num_tokens).to(context.token_mask.device)
         # A dropped row drops whole: no later token of it runs the layer, so no K/V is needed there.
         self.gates = Gate.of_plan(keep, context, "omit")
+
+    def rules(self) -> Rules:
+        return self.keep_rules(None, Rules)  # at inference everybody runs
 
     def reads_state(self, layer_idx: int) -> bool:
         return False

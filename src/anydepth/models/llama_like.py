@@ -175,16 +175,18 @@ def _norm(module: nn.Module | None) -> Norm | None:
 
 def _weights(module: nn.Module) -> Weights:
     """Weights of a plain linear map, a LoRA adapter on it folded into a copy."""
-    if hasattr(module, "base_layer") and hasattr(module, "merge"):
-        adapter: Any = copy.deepcopy(module)
-        adapter.merge()
-        module = adapter.base_layer
-    if type(module) is not nn.Linear:
+    plain: nn.Module = getattr(module, "base_layer", module)
+    if type(plain) is not nn.Linear:
         raise UserError(
-            f"the fast engine takes plain linear maps and found {type(module).__name__}; load without quantisation, or "
+            f"the fast engine takes plain linear maps and found {type(plain).__name__}; load without quantisation, or "
             "use engine hf"
         )
-    return Weights(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    if plain is not module:
+        adapter: Any = copy.deepcopy(module)
+        adapter.merge()
+        plain = adapter.base_layer
+    assert isinstance(plain, nn.Linear)
+    return Weights(plain.weight.detach(), None if plain.bias is None else plain.bias.detach())
 
 
 def _split(module: nn.Module, sizes: list[int]) -> list[Weights]:

@@ -115,8 +115,8 @@ def _load(
     folder: Path, base: str | None, dtype: DType, device: str, *, merge: bool
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     manifest = read_manifest(folder)
-    own = folder / manifest["weights"] / BASE
-    target = base or (str(own) if own.exists() else manifest["base"]["target"])
+    own = _own_base(folder, manifest)
+    target = base or (manifest["base"]["target"] if own is None else str(own))
     if not target:
         raise UserError(f"{folder} was saved from a model without a name; pass base= with its folder or hub name")
     quantisation = manifest["base"].get("quantisation")
@@ -128,6 +128,16 @@ def _load(
     adapted = attach(wrapped, manifest["methods"])
     load_method_weights(adapted, folder, manifest)
     return adapted.eval(), tokenizer
+
+
+def own_base(folder: Path) -> Path | None:
+    """Where a checkpoint has the trained weights of its base, a plain Hugging Face checkpoint; None: it has none."""
+    return _own_base(folder, read_manifest(folder))
+
+
+def _own_base(folder: Path, manifest: dict[str, Any]) -> Path | None:
+    own = folder / manifest["weights"] / BASE
+    return own if own.exists() else None
 
 
 def is_checkpoint(target: str | Path) -> bool:

@@ -16,13 +16,15 @@ constexpr int CHUNK = 64;  // keys that stay in the nearest cache for all querie
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 16;
 
-// Parts that the keys of each of `items` are cut into: a few for each thread of the team, none shorter than a chunk. As
-// many for each thread, or all would wait for the one with more.
-inline int num_splits(int64_t keys, int items) {
-    const int64_t threads = omp_get_num_threads(), most = std::min<int64_t>(MAX_SPLITS, (keys + CHUNK - 1) / CHUNK);
-    int64_t splits = std::min(most, (4 * threads + items - 1) / items);
-    while (splits < most && splits * items % threads) ++splits;
-    return int(splits);
+// Keys of a part: a few parts for each thread of the team. They lie at fixed places, whoever else is in the batch: a token's
+// sums are the same alone, beside other rows and among several tokens of its own, bit by bit (but for the tokens of a pass
+// in which the size doubles).
+inline int64_t part_size(int64_t keys, int kv_heads) {
+    const int threads = omp_get_num_threads();
+    int64_t most = (4 * threads + kv_heads - 1) / kv_heads, size = CHUNK;
+    while (most * kv_heads % threads) ++most;  // as many for each, or all would wait for the one with more
+    while (keys > std::min<int64_t>(most, MAX_SPLITS) * size) size *= 2;
+    return size;
 }
 
 struct Heads {
@@ -191,11 +193,11 @@ inline void gather(const Heads&, const bf16* values, int count, const float* wei
 }
 #endif
 
-// The queries of one row that share a key head, over keys begin..end, into a share each, `stride` apart.
+// The queries of one row that share a key head, over keys begin..end of `all`, into a share each, `stride` apart.
 // `queries` (tokens, heads, size); `seen` (tokens,) keys that each token sees, a window apart.
 template <int SIZE, class A, class Q>
 void attend_to(const Heads& h, const A* keys, const A* values, const Q* queries, int tokens, const int64_t* seen, int64_t begin,
-               int64_t end, Share* shares, int64_t stride) {
+               int64_t end, int64_t all, Share* shares, int64_t stride) {
     const int num = tokens * h.group, size = h.size;
     static thread_local std::vector<A> own;          // (num, size) queries, one key head's together
     static thread_local std::vector<float> weights;  // (num, CHUNK)
@@ -208,7 +210,7 @@ void attend_to(const Heads& h, const A* keys, const A* values, const Q* queries,
     }
     for (int64_t start = begin; start < end; start += CHUNK) {
         const int count = int(std::min<int64_t>(CHUNK, end - start));
-        const int next = int(std::min<int64_t>(CHUNK, end - start - count));
+        const int next = int(std::min<int64_t>(CHUNK, all - start - count));  // perhaps of this thread's next part
         for (int q = 0; q < num; ++q) {
             ask_for(values + (start + count * q / num) * size, (count * (q + 1) / num - count * q / num) * size);
             const int64_t last = seen[q / h.group], first = h.window ? last - h.window : 0;

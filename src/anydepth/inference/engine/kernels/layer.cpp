@@ -220,8 +220,11 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
     float* values = keys + int64_t(writers) * kv_width;
     Share* parts = reinterpret_cast<Share*>(values + int64_t(writers) * kv_width);
     const int64_t head_stride = b.capacity * size, slot_stride = 2 * l.kv_heads * head_stride;
-    const int64_t longest = *std::max_element(who.seen.begin(), who.seen.end());
-    const int splits = num_splits(longest, b.rows * l.kv_heads);
+    int splits = 1;  // of the row that needs the most
+    for (const int64_t seen : who.seen) {
+        const int64_t own_part = part_size(seen, l.kv_heads);
+        splits = std::max(splits, int((seen + own_part - 1) / own_part));
+    }
     const Packed* x = &prepared<A>(l.queries, l.mixer_norm, from, kept);
     product<A>(l.queries, *x, num, queries, &l.keys);
     if (!who.alone) x = &prepared<A>(l.keys, l.mixer_norm, writers, [&](int n) { return who.writers[n].state; });
@@ -246,12 +249,13 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
         const int64_t own = who.first[row], tokens = who.first[row + 1] - own;
         if (!tokens) continue;
         const int64_t* seen = &who.seen[own];
-        const int64_t all = seen[tokens - 1], start = l.window ? std::max<int64_t>(0, seen[0] - l.window) : 0;
-        const int64_t begin = start + (all - start) * split / splits, end = start + (all - start) * (split + 1) / splits;
+        const int64_t all = seen[tokens - 1], own_part = part_size(all, l.kv_heads);
+        const int64_t start = l.window ? std::max<int64_t>(0, seen[0] - l.window) / CHUNK * CHUNK : 0;
+        const int64_t begin = std::max(start, split * own_part), end = std::min(all, (split + 1) * own_part);
         const A* slot = static_cast<const A*>(task.cache) + b.slots[row] * slot_stride;
         const int64_t query = own * l.heads + h * tokens * group;
         attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
-                  queries + (own * l.heads + h * group) * size, int(tokens), seen, begin, end, parts + query * splits + split,
+                  queries + (own * l.heads + h * group) * size, int(tokens), seen, begin, end, all, parts + query * splits + split,
                   splits);  // the shares of a query stand together
     }
 #pragma omp for
@@ -336,7 +340,7 @@ void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* 
             const int64_t begin = l.window ? std::max<int64_t>(0, seen[first] - l.window) : 0, end = seen[first + tokens - 1];
             const int64_t place = int64_t(first) * l.heads + h * group;
             attend<A>(heads, slot + h * head, slot + (l.kv_heads + h) * head, queries + place * size, tokens, seen + first, begin,
-                      end, shares.data(), 1);
+                      end, end, shares.data(), 1);
             for (int q = 0; q < tokens * group; ++q)
                 join(&shares[q], 1, size, [&](int i, float value) {
                     store(value, out + (place + int64_t(q / group) * l.heads + q % group) * size + i);

@@ -1,0 +1,50 @@
+"""The permutation test holds its level on gates that know nothing, and sees a planted dependence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anydepth.measure.conditionality import conditionality
+
+
+def tokens(seed: int, num_tokens: int = 400) -> Tensor:
+    """Ids of a skewed vocabulary, some of them rare."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(num_tokens, generator=generator) ** 3 * 60).long()
+
+
+def test_p_values_of_independent_gates_are_uniform() -> None:
+    p_values = []
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        keep = torch.rand(3, 400, generator=generator) < torch.tensor([0.2, 0.5, 0.9])[:, None]
+        p_values.append(conditionality(keep, tokens(seed), num_permutations=49, seed=seed).p_value)
+    ordered = torch.tensor(sorted(p_values))
+    steps = torch.arange(1, 201) / 200
+    # Kolmogorov-Smirnov at 1%, and half a step of the 50 values that p can take.
+    assert (ordered - steps).abs().max() < 1.63 / 200**0.5 + 0.02
+
+
+def test_dependence_on_the_token_is_seen() -> None:
+    found = 0
+    for seed in range(40):
+        ids, generator = tokens(seed), torch.Generator().manual_seed(2000 + seed)
+        rate = 0.35 + 0.3 * (ids % 2)  # odd ids run more often
+        keep = torch.rand(3, 400, generator=generator) < rate
+        result = conditionality(keep, ids, num_permutations=99, seed=seed)
+        found += result.p_value <= 0.05
+        assert result.mutual_information_bits > result.static_bits
+    assert found >= 39
+
+
+def test_gates_that_never_move_say_nothing() -> None:
+    keep = torch.stack([torch.ones(50, dtype=torch.bool), torch.zeros(50, dtype=torch.bool)])
+    result = conditionality(keep, torch.arange(50) % 4, num_permutations=9)
+    assert (result.num_gates, result.p_value, result.mutual_information_bits) == (0, 1.0, 0.0)
+
+
+def test_a_gate_that_is_the_token_says_all_of_it() -> None:
+    ids = torch.arange(400) % 2
+    result = conditionality((ids == 0)[None], ids, num_permutations=99)
+    assert abs(result.mutual_information_bits - 1) < 1e-9 and result.p_value == 0.01
