@@ -308,15 +308,18 @@ def blindfolded(method: Method, own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("how", ["long parts by operators", "decided in kernels", "asked layer by layer"])
 def test_fast_engine_is_the_model(
-    family: str, adapted: AdaptedModel, case: str, monkeypatch: pytest.MonkeyPatch
+    family: str, adapted: AdaptedModel, case: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if family not in ENGINE_FAMILIES:
         with pytest.raises(UserError, match="fast engine does not run"):
             FastEngine(adapted)
         return
-    # So that the longest part below is one of many tokens, the others are of few.
-    monkeypatch.setattr("anydepth.inference.engine.step.MAX_TOKENS", 16)
+    if how == "long parts by operators":  # the longest part below is then one of many tokens, the others are of few
+        monkeypatch.setattr("anydepth.inference.engine.step.MAX_TOKENS", 16)
+    if how == "asked layer by layer":
+        monkeypatch.setattr("anydepth.inference.engine.step.Step._kept_pass", lambda self, layers: None)
     assert_engine_is_the_model(FastEngine(adapted), adapted)
 
 

@@ -324,6 +324,12 @@ def _refuse_conflicts(methods: list[Method]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"method {name} is given twice; one of each can be attached")
+    by_rule = {method.kv_rule: method.name for method in methods if method.kv_rule is not None}
+    if len(by_rule) > 1:
+        raise UserError(
+            f"tokens that {by_rule['project']} lets skip leave K/V (project), those of {by_rule['omit']} none (omit); "
+            "give both methods the same kv_rule"
+        )
 
 
 def _tokens(kwargs: dict[str, Any], num_seen: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ A `PassRecord` is one forward; a `Trace` joins the forwards of one cached sequen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -59,11 +59,14 @@ class PassRecord:
         def part(keeps: dict[int, Tensor]) -> dict[int, Tensor]:
             return {layer_idx: keep[row : row + 1] for layer_idx, keep in keeps.items()}
 
-        return replace(
-            self,
-            token_mask=self.token_mask[row : row + 1],
+        return PassRecord(
+            self.token_mask[row : row + 1],
+            self.past_length,
+            self.cached,
+            self.num_layers,
             mixer_keep=part(self.mixer_keep),
             ffn_keep=part(self.ffn_keep),
+            kv_rules=self.kv_rules,
             head_rows=1,
             router_flops=self.router_flops // len(self.token_mask),
         )
@@ -91,12 +94,21 @@ class LaterRecord(PassRecord):
     def __getattr__(self, name: str) -> Any:
         if name not in self.LATER:
             raise AttributeError(name)
-        self.mixer_keep, self.ffn_keep, self.kv_rules, self.router_flops = {}, {}, {}, 0
-        self.note(self)
-        return self.__dict__[name]
+        noted = PassRecord(self.token_mask, self.past_length, self.cached, self.num_layers)
+        self.note(noted)
+        for part in self.LATER:
+            setattr(self, part, getattr(noted, part))
+        del self.note
+        return getattr(self, name)
 
     def row(self, row: int) -> PassRecord:
-        return PassRecord(**{part.name: getattr(self, part.name) for part in fields(PassRecord)}).row(row)
+        def note(own: PassRecord) -> None:
+            whole = PassRecord.row(self, row)
+            for part in self.LATER:
+                setattr(own, part, getattr(whole, part))
+
+        part = self.token_mask[row : row + 1]
+        return LaterRecord(PassRecord(part, self.past_length, self.cached, self.num_layers, head_rows=1), note)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import ExitState, Gate, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.methods.method import ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
 from anydepth.models.backbone import Backbone
 
 
@@ -71,13 +71,17 @@ class ExitGate(Method):
     def begin(self, context: PassContext) -> None:
         self.gate = None  # nobody has left
 
+    @property
+    def kv_rule(self) -> KVRule:
+        return "project"
+
     def rules(self) -> Rules:
         threshold = self.config.threshold
 
         def make() -> Rules:
             return Rules(layers={i: Threshold(part, threshold, i, leaves=True) for i, part in self.networks.items()})
 
-        return self.keep_rules(threshold, make)
+        return self.keep_rules(None, make)
 
     def reads_state(self, layer_idx: int) -> bool:
         return layer_idx in self.networks and (self.gate is None or self.gate.any_kept)

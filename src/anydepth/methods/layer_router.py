@@ -144,6 +144,10 @@ class LayerRouter(Method):
             self.pool_tokens = max(min(round(self.config.pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
         self.is_pooling = bool((context.positions < self.pool_tokens).any())
 
+    @property
+    def kv_rule(self) -> KVRule:
+        return self.config.kv_rule
+
     def rules(self) -> Rules | None:
         config = self.config
         if self.pinned is not None or config.kv_rule != "project":
@@ -156,7 +160,7 @@ class LayerRouter(Method):
             columns = enumerate(self.routed)
             return Rules(layers={i: Threshold(scores, threshold, self.read_at, column) for column, i in columns})
 
-        return self.keep_rules(config.threshold, make)
+        return self.keep_rules(None, make)
 
     def _known_scores(self, context: PassContext) -> Tensor | None:
         """Of random gates, or of sequences whose plan is made."""

@@ -123,9 +123,15 @@ class Gate:
 
     @staticmethod
     def both(first: Gate | None, second: Gate | None) -> Gate | None:
-        """The tokens that both gates keep. Two rules for the same K/V are a contradiction, caught on attach."""
+        """The tokens that both gates keep. Where nobody ever runs a mixer no K/V are needed: `omit` then wins.
+
+        Two rules for tokens that some others see are a contradiction, refused on attach.
+        """
         if first is None or second is None:
             return first or second
+        for gate in (first, second):
+            if not gate.any_kept and gate.kv_rule == "omit":
+                return gate
         keep = first.keep & second.keep
         weight = None
         if first.weight is not None or second.weight is not None:
@@ -220,10 +226,21 @@ class Method(nn.Module):
     gates_branches: bool = False
     learns_by_policy: bool = False
     """Whether training asks for `policy_losses`."""
+
+    @property
+    def kv_rule(self) -> KVRule | None:
+        """How tokens that it lets skip a mixer leave K/V where others of their sequence run it; None: it has none."""
+        return None
+
     budget_option: ClassVar[str | None] = None
     """The option that a score must be above for a token to run, where there is one: what calibration sets."""
     is_frozen: bool = False
     """Attached while others are trained: it decides as at inference."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "rules" not in cls.__dict__ and {"layer_gate", "mixer_gate", "ffn_gate"} & cls.__dict__.keys():
+            cls.rules = Method.rules  # gates of its own: inherited rules would not be theirs
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
@@ -294,7 +311,8 @@ class Method(nn.Module):
         return None
 
     def keep_rules(self, made_of: Any, make: Callable[[], Rules]) -> Rules:
-        """The rules made before, unless what they are made of has changed."""
+        """The rules made before, unless the config, or what else they are made of, has changed."""
+        made_of = (self.config, made_of)
         if self.known_rules is None or self.known_rules[0] != made_of:
             self.known_rules = made_of, make()
         return self.known_rules[1]

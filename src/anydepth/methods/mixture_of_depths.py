@@ -66,6 +66,10 @@ class MixtureOfDepths(Method):
             {str(i): nn.ModuleDict({"router": self.routers[i], "predictor": self.predictors[i]}) for i in layers}
         )
 
+    @property
+    def kv_rule(self) -> KVRule:
+        return self.config.kv_rule
+
     def reads_state(self, layer_idx: int) -> bool:
         return layer_idx in self.routers
 

@@ -75,8 +75,20 @@ def check_runs(backbone: Backbone) -> None:
         raise UserError(
             f"the fast engine does not run {backbone.family_name}; it runs {', '.join(FAMILIES)}; use engine hf"
         )
+    for kind in _rotation_kinds(backbone.model.config) & {"dynamic", "longrope"}:
+        raise UserError(
+            f"the fast engine's rotations are the same for sequences of every length, those of this model ({kind}) are "
+            "not; use engine hf"
+        )
     for view in backbone.layers:
         layer_parts(view)
+
+
+def _rotation_kinds(config: Any) -> set[str]:
+    """`rope_type` of each kind of layer."""
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    return {str(part.get("rope_type", "default")) for part in nested or [parameters]}
 
 
 @torch.no_grad()

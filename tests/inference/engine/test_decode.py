@@ -26,6 +26,13 @@ def ids(batch_size: int = 2, length: int = 12) -> Tensor:
     return torch.randint(1, 257, (batch_size, length), generator=torch.Generator().manual_seed(3))
 
 
+def test_methods_of_two_rules_are_refused() -> None:
+    exits = {"name": "exit_gate", "layers": [3]}
+    with pytest.raises(UserError, match="exit_gate lets skip leave K/V .* layer_router none .* same kv_rule"):
+        anydepth.attach(tiny_llama(), [exits, {"name": "layer_router", "kv_rule": "omit"}])
+    anydepth.attach(tiny_llama(), [exits, {"name": "skip_set", "skip_layers": [4]}])  # that nobody ever runs
+
+
 def routed() -> AdaptedModel:
     return anydepth.attach(tiny_llama(), ROUTER)
 
@@ -115,6 +122,10 @@ def test_what_the_engine_does_not_do_is_refused() -> None:
         FastEngine(anydepth.attach(families.build("opt"), []))
     quantised = tiny_llama()
     quantised.model.layers[2].mlp.up_proj = Quantised(32, 48, bias=False)
+    long = tiny_llama()
+    long.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UserError, match=r"rotations .*dynamic"):
+        FastEngine(anydepth.attach(long, []))
     with pytest.raises(UserError, match="plain linear maps and found Quantised"):
         FastEngine(anydepth.attach(quantised, []))
     with pytest.raises(UserError, match="int8 weights want a bfloat16 model"):

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+import families
 from anydepth import FastEngine, attach
 from anydepth.inference.engine import native
 from tiny import tiny_llama
@@ -22,15 +24,24 @@ ROUTER: dict[str, Any] = {"name": "layer_router", "always_keep": 2, "router": "r
 @pytest.mark.parametrize("methods", [[], [ROUTER], [{**ROUTER, "kv_rule": "omit"}]], ids=["full", "router", "omit"])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 def test_bits_do_not_depend_on_company(weights: str, methods: list[dict[str, Any]]) -> None:
-    model = tiny_llama(intermediate_size=64)
-    adapted = attach(model if weights == "float32" else model.bfloat16(), methods)
+    check(tiny_llama(intermediate_size=64), weights, methods)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_bits_behind_a_window(family: str, weights: str) -> None:
+    check(families.build(family), weights, [{**ROUTER, "rates": [0.5, 0.3, 0.8]}])
+
+
+def check(model: PreTrainedModel, weights: str, methods: list[dict[str, Any]]) -> None:
+    adapted = attach(model if weights == "float32" else model.to(torch.bfloat16), methods)
     engine, methods_on = FastEngine(adapted, weights).model, adapted.active_methods
     cache, generator = engine.new_cache(NUM_ROWS), torch.Generator().manual_seed(0)
     for row in range(NUM_ROWS):  # pasts of different lengths, some of more than one part
-        past = torch.randint(1, 256, (1, 20 + 60 * row), generator=generator)
+        past = torch.randint(3, 100, (1, 20 + 60 * row), generator=generator)
         engine.forward(past, [cache.take_slot()], cache, methods_on)
     before = list(cache.lengths)
-    new = torch.randint(1, 256, (NUM_ROWS, NUM_NEW), generator=generator)
+    new = torch.randint(3, 100, (NUM_ROWS, NUM_NEW), generator=generator)
 
     def forget() -> None:
         for slot, length in enumerate(before):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
-from anydepth import FastEngine, FFNRouter, attach
+from anydepth import FastEngine, FFNRouter, LayerRouter, attach
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.kept import KeptPass
 from anydepth.inference.engine.step import Step
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Method
+from anydepth.methods.method import Method, PassContext
 from tiny import tiny_llama
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +36,11 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "exit_gate": [EXITS],
     "ffn_router": [FFNS],
     "hat": [EXITS, FFNS],
-    "exits around a skip set": [EXITS, {"name": "skip_set", "skip_layers": [1], "skip_ffns": [3]}],
+    "exits around a skip set": [
+        EXITS,
+        {"name": "skip_set", "skip_layers": [1, 3], "skip_mixers": [5], "skip_ffns": [4]},
+    ],
+    "ffn_router and a skip set": [{"name": "skip_set", "skip_mixers": [2], "skip_ffns": [3]}, FFNS],
 }
 STEPS = [([0, 1], 7), ([1], 1), ([0], 1), ([1, 0], 1), ([0], 5), ([1, 0], 3), ([0], 1), ([1], 1)]
 
@@ -106,7 +112,7 @@ def test_kernels_decide_as_the_methods_do(name: str, monkeypatch: pytest.MonkeyP
         [{"name": "mixture_of_depths"}],  # weighs what layers add
         [{**ROUTER, "kv_rule": "omit"}],
         [ROUTER, EXITS],  # two gates of one layer
-        [ROUTER, {"name": "skip_set", "skip_layers": [3]}],
+        [ROUTER, {"name": "skip_set", "skip_layers": [3]}],  # a gate of a layer that is closed
     ],
 )
 def test_others_are_asked_layer_by_layer(methods: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +123,59 @@ def test_others_are_asked_layer_by_layer(methods: list[dict[str, Any]], monkeypa
 
     monkeypatch.setattr(KeptPass, "run", never)
     decode(engine, STEPS[:3])
+
+
+def test_records_do_not_hold_the_cache_and_rows_are_noted_later() -> None:
+    engine = engine_of([ROUTER])
+    cache = engine.model.new_cache(2)
+    states = weakref.ref(cache.states)
+    ids = torch.arange(1, 7).view(2, 3)
+    record = engine.model.forward(ids, [0, 1], cache, engine.adapted.active_methods)[1]
+    own = record.row(1)
+    assert not {"mixer_keep", "router_flops"} & (vars(record).keys() | vars(own).keys())
+    del cache
+    gc.collect()
+    assert states() is None
+    assert own.num_real == 3 and own.router_flops * 2 == record.router_flops > 0
+    for layer_idx, keep in record.mixer_keep.items():
+        assert torch.equal(own.mixer_keep[layer_idx], keep[1:])
+
+
+def test_gates_that_move_are_found_again() -> None:
+    """A kept pass points to their weights."""
+    engine = engine_of([ROUTER])
+    cache, methods = engine.model.new_cache(1), engine.adapted.active_methods
+    ids = torch.ones(1, 1, dtype=torch.long)
+    engine.model.forward(ids, [0], cache, methods)
+    network = methods[0].network
+    assert isinstance(network, GateNetwork)
+    for name, value in (("weight", torch.zeros_like(network.direct.weight)), ("bias", torch.full((4,), -9.0))):
+        setattr(network.direct, name, torch.nn.Parameter(value))
+    record = engine.model.forward(ids, [0], cache, methods)[1]
+    assert [bool(record.mixer_keep[layer_idx].any()) for layer_idx in range(2, 6)] == [False] * 4
+
+
+def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of([{**ROUTER, "kv_rule": "omit"}])
+    cache, methods = engine.model.new_cache(1), engine.adapted.active_methods
+    ids = torch.arange(1, 6)[None]
+    wanted = engine.model.forward(ids, [0], cache, methods)[0]
+    cache.rewind(0, 4)
+    own = type(methods[0]).layer_gate
+    with monkeypatch.context() as broken:
+        broken.setattr(type(methods[0]), "layer_gate", lambda *_: 1 / 0 if _[1] == 4 else own(*_))
+        with pytest.raises(ZeroDivisionError):
+            engine.model.forward(ids[:, 4:], [0], cache, methods)
+    again = engine.model.forward(ids[:, 4:], [0], cache, methods)[0]
+    torch.testing.assert_close(again, wanted[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+def test_gates_of_a_subclass_are_its_own() -> None:
+    class Half(LayerRouter):
+        def layer_gate(self, layer_idx: int, hidden: torch.Tensor, context: PassContext) -> None:
+            return None
+
+    assert Half.rules is Method.rules and LayerRouter.rules is not Method.rules
 
 
 def test_passes_are_kept_until_rules_or_memory_change() -> None:

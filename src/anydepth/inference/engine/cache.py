@@ -7,18 +7,22 @@ states wait until a token of the slot runs the layer. Under `omit` it holds the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_int64
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anydepth.inference.engine.packing import huge
 
+if TYPE_CHECKING:
+    from anydepth.inference.engine.kept import KeptPass
+
 GROWTH = 256
 """Tokens of room that a cache grows by at least."""
+FIRST_ROOM = 16
+"""For tokens to wait in a layer; doubled when it is full."""
 
 
 class LayerKV:
@@ -27,28 +31,40 @@ class LayerKV:
     Args:
         states: (slots, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
         hidden_size: D of the residual stream.
+        moved: called when what waits lies elsewhere than before.
 
     Attributes:
         counts: filled tokens per slot.
-        num_waiting: tokens per slot, behind those, whose K/V nobody needed yet; the kernels count here as well.
+        waiting: (slots, room, D) states in front of the layer of the tokens behind those, whose K/V nobody needed yet.
+        num_waiting: how many per slot; the kernels count here as well.
         places: per slot, the places (count,) of its tokens where some left none; None where nothing is missing.
     """
 
-    def __init__(self, states: Tensor, hidden_size: int) -> None:
-        self.states, self.hidden_size = states, hidden_size
+    def __init__(self, states: Tensor, hidden_size: int, moved: Callable[[], object] = lambda: None) -> None:
+        self.states, self.moved = states, moved
         num_slots = len(states)
         self.counts = [0] * num_slots
+        self.waiting = states.new_empty(num_slots, 0, hidden_size)
+        self.room = 0
         self.num_waiting = (c_int64 * num_slots)()
         self.places: list[Tensor | None] = [None] * num_slots
 
-    @cached_property
-    def waiting(self) -> Tensor:
-        """(slots, capacity, D): in front of the layer, of the tokens that wait."""
-        num_slots, _, capacity, _ = self.states.shape
-        return self.states.new_empty(num_slots, capacity, self.hidden_size)
+    def holds_all(self, slot: int, length: int) -> bool:
+        """Whether a slot's first `length` tokens, and no others, left K/V here or wait."""
+        return self.counts[slot] + self.num_waiting[slot] == length and self.places[slot] is None
+
+    def make_room_to_wait(self, slot: int, num_tokens: int) -> None:
+        """For so many more tokens of a slot."""
+        wanted = self.num_waiting[slot] + num_tokens
+        if wanted > self.room:
+            before, self.room = self.waiting, max(wanted, 2 * self.room, FIRST_ROOM)
+            self.waiting = before.new_empty(before.shape[0], self.room, before.shape[2])
+            self.waiting[:, : before.shape[1]] = before
+            self.moved()
 
     def wait(self, slot: int, states: Tensor) -> None:
         """Put (N, D) states of the slot's next tokens to those that wait."""
+        self.make_room_to_wait(slot, len(states))
         count = self.num_waiting[slot]
         self.waiting[slot, count : count + len(states)] = states
         self.num_waiting[slot] = count + len(states)
@@ -58,13 +74,6 @@ class LayerKV:
         states = self.waiting[slot, : self.num_waiting[slot]]
         self.num_waiting[slot] = 0
         return states
-
-    def move(self, states: Tensor) -> None:
-        """Into a larger place, to which the K/V have been copied."""
-        self.states, waiting = states, self.__dict__.pop("waiting", None)
-        if waiting is not None:
-            for slot, count in enumerate(self.num_waiting):
-                self.waiting[slot, :count] = waiting[slot, :count]
 
     def append(self, slot: int, new: Tensor, places: Tensor | None = None) -> None:
         """Add (N, 2 · heads, head_dim) keys and values of the tokens at `places` (N,); None: the next N, no holes."""
@@ -122,9 +131,10 @@ class EngineCache:
         self.free = list(range(num_slots))
         # One block, so that it is large enough for huge pages. Zeros: what a mask hides must still be finite.
         self.states = _zeros((num_layers, num_slots, 2 * num_heads, self.capacity, head_dim), like)
-        self.layers = [LayerKV(states, hidden_size) for states in self.states]
+        self.kept_passes: dict[tuple[object, ...], KeptPass | None] = {}
+        """By rules and number of tokens, over the K/V where they lie; None: the kernels cannot decide those."""
+        self.layers = [LayerKV(states, hidden_size, self.kept_passes.clear) for states in self.states]
         self.method_memory: dict[str, Tensor] = {}
-        self.kept_passes: dict[Any, Any] = {}  # `KeptPass` over the K/V where they lie
 
     def take_slot(self) -> int:
         """An empty slot; the lowest that is free."""
@@ -150,7 +160,7 @@ class EngineCache:
             self.states[:, :, :, : before.shape[3]] = before
             self.kept_passes.clear()
             for layer, states in zip(self.layers, self.states, strict=True):
-                layer.move(states)
+                layer.states = states
 
     def rewind(self, slot: int, length: int) -> None:
         """Forget the tokens of a slot from place `length` on."""

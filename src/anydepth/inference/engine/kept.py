@@ -21,14 +21,106 @@ from anydepth.methods.method import KnownScores, PassContext, Rules, Threshold
 
 MAX_KEPT = 16
 """Passes that a cache keeps, of different rules and numbers of tokens."""
+READ_ONLY = -1
+"""Column of a gate whose network is asked about later layers only: it lets everybody through."""
 
 
 class Unfit(Exception):
     """The kernels cannot decide this; methods must be asked layer by layer."""
 
 
+class Decisions:
+    """The gates of a pass over N tokens.
+
+    Args:
+        rules: of all methods that are on; none is full depth.
+
+    Attributes:
+        layers, ffns: gates by layer, in order.
+        exits: layers that some tokens leave in front of.
+        gated: layers that some tokens may skip, and all others may run.
+        readers: by layer in front of which its network is asked, a gate of each network.
+        columns: by source of scores, the first of its columns among all.
+
+    Raises:
+        Unfit: two gates of one layer, or one of a layer that is closed.
+    """
+
+    def __init__(self, rules: Sequence[Rules], num_layers: int, num_tokens: int) -> None:
+        self.num_layers, self.num_tokens = num_layers, num_tokens
+        self.closed_mixers = frozenset[int]().union(*(one.closed_layers | one.closed_mixers for one in rules))
+        self.closed_ffns = frozenset[int]().union(*(one.closed_layers | one.closed_ffns for one in rules))
+        self.layers = _together([one.layers for one in rules])
+        ffns = _together([one.ffns for one in rules])
+        self.ffns = {layer_idx: gate for layer_idx, gate in ffns.items() if layer_idx not in self.closed_ffns}
+        self.exits = [layer_idx for layer_idx, gate in self.layers.items() if gate.leaves]
+        behind = range(min(self.exits, default=num_layers), num_layers)
+        self.gated = sorted({*self.layers, *behind} - self.closed_mixers)
+        asking = [gate for gate in self.layers.values() if isinstance(gate.scores, GateNetwork)]
+        self.readers = {gate.reads_at: gate for gate in asking}
+        if not self.closed_mixers.isdisjoint([*self.layers, *self.readers]):
+            raise Unfit
+        self.columns: dict[GateNetwork | KnownScores, int] = {}
+        self.num_columns = 0
+        for gate in (*self.layers.values(), *self.ffns.values()):
+            if gate.scores not in self.columns:
+                self.columns[gate.scores] = self.num_columns
+                self.num_columns += _size(gate.scores)
+
+    @property
+    def are_none(self) -> bool:
+        """Whether everybody runs everything."""
+        return not (self.layers or self.ffns or self.closed_mixers or self.closed_ffns)
+
+    def scores(self, source: GateNetwork | KnownScores, flat: Tensor) -> Tensor:
+        """(N, G) those of a source, in the (columns · N,) scores of all."""
+        start, size = self.columns[source] * self.num_tokens, _size(source) * self.num_tokens
+        return flat[start : start + size].view(self.num_tokens, -1)
+
+    def note(self, flat: Tensor, record: PassRecord) -> None:
+        """Put down who ran what, and what it cost to decide."""
+        shape = record.token_mask.shape
+
+        def is_open(gate: Threshold) -> Tensor:
+            return self.scores(gate.scores, flat)[:, gate.column] > gate.threshold
+
+        keep = torch.ones(self.num_layers, self.num_tokens, dtype=torch.bool)
+        for layer_idx, gate in self.layers.items():
+            keep[layer_idx] &= is_open(gate)
+            if gate.leaves:
+                keep[layer_idx + 1 :] &= keep[layer_idx]
+        behind = range(min(self.exits, default=self.num_layers), self.num_layers)
+        for layer_idx in sorted({*self.layers, *behind}):
+            record.mixer_keep[layer_idx] = record.ffn_keep[layer_idx] = keep[layer_idx].view(shape)
+            record.kv_rules[layer_idx] = "project"
+        for layer_idx, gate in self.ffns.items():
+            record.ffn_keep[layer_idx] = (keep[layer_idx] & is_open(gate)).view(shape)
+        nobody = torch.zeros_like(record.token_mask)
+        for layer_idx in self.closed_mixers:
+            record.mixer_keep[layer_idx], record.kv_rules[layer_idx] = nobody, "omit"
+        for layer_idx in self.closed_ffns:
+            record.ffn_keep[layer_idx] = nobody
+        record.router_flops = self._flops(keep.any(1).tolist())
+
+    def _flops(self, somebody: list[bool]) -> int:
+        """Of the networks that were asked: those in front of which an exit left somebody."""
+        total = 0
+        for layer_idx, gate in self.readers.items():
+            before = [place for place in self.exits if place < layer_idx]
+            if not before or somebody[before[-1]]:
+                total += _flops(gate, self.num_tokens)
+        return total + sum(_flops(gate, self.num_tokens) for i, gate in self.ffns.items() if somebody[i])
+
+
 class KeptPass:
     """All layers' tasks for N tokens, over the K/V where they lie.
+
+    Args:
+        networks: of gates; None where there are no kernels for them.
+
+    Attributes:
+        flat: (columns · N,) scores of all gates, where the kernels read them and leave those of networks.
+        whole, waiting: caches of layers that everybody runs, and that tokens may skip.
 
     Raises:
         Unfit: rules that the kernels do not run.
@@ -40,97 +132,79 @@ class KeptPass:
         cache: EngineCache,
         rules: Sequence[Rules],
         networks: NativeNetworks | None,
+        *,
         num_tokens: int,
     ) -> None:
-        self.networks, self.num_layers, self.num_tokens = networks, len(layers), num_tokens
-        self.layer_gates = _together([one.layers for one in rules])
-        self.closed_mixers = frozenset[int]().union(*(one.closed_layers | one.closed_mixers for one in rules))
-        self.closed_ffns = frozenset[int]().union(*(one.closed_layers | one.closed_ffns for one in rules))
-        ffn_gates = _together([one.ffns for one in rules])
-        self.ffn_gates = {layer_idx: gate for layer_idx, gate in ffn_gates.items() if layer_idx not in self.closed_ffns}
-        self.exits = [layer_idx for layer_idx, gate in self.layer_gates.items() if gate.leaves]
-        first_gated = {*self.layer_gates, *range(min(self.exits, default=self.num_layers), self.num_layers)}
-        self.gated = sorted(first_gated)
-        """Layers that some tokens may skip, and leave their states waiting."""
-        asking = [gate for gate in self.layer_gates.values() if isinstance(gate.scores, GateNetwork)]
-        self.readers = {gate.reads_at: gate for gate in asking}
-        self.flat_logits = torch.zeros(sum(_size(scores) for scores in self._sources()) * num_tokens)
-        self.logits: dict[GateNetwork | KnownScores, Tensor] = {}
-        """(N, G) each, in there, where the kernels read them, and leave those of networks."""
-        if not self.closed_mixers.isdisjoint([*self.gated, *self.readers]):
-            raise Unfit
+        self.decisions = decisions = Decisions(rules, len(layers), num_tokens)
+        self.networks = networks
+        self.addresses: dict[GateNetwork, int] = {}
+        self.flat = torch.zeros(decisions.num_columns * num_tokens)
+        self.waiting = [cache.layers[layer_idx] for layer_idx in decisions.gated]
+        for kv in self.waiting:
+            kv.make_room_to_wait(0, num_tokens)
+        skipped = {*decisions.gated, *decisions.closed_mixers}
+        self.whole = [kv for layer_idx, kv in enumerate(cache.layers) if layer_idx not in skipped]
         tasks = [self._task(i, layer, kv) for i, (layer, kv) in enumerate(zip(layers, cache.layers, strict=True))]
+        if not any(task.parts for task in tasks):
+            raise Unfit  # nothing is left to run
         self.tasks = Tasks([task for task in tasks if task.parts])
-        self.waiting = [cache.layers[layer_idx] for layer_idx in self.gated]
-        self.whole = [cache.layers[i] for i in range(self.num_layers) if i not in first_gated | self.closed_mixers]
-        self.flops = self._flops()
-
-    def _sources(self) -> set[GateNetwork | KnownScores]:
-        return {gate.scores for gate in (*self.layer_gates.values(), *self.ffn_gates.values())}
 
     def _task(self, layer_idx: int, layer: EngineLayer, kv: LayerKV) -> Task:
         if layer.native is None:
             raise Unfit
-        task = Task(layer.native, kv, 0, waits=layer_idx in self.gated)
-        gate, reader = self.layer_gates.get(layer_idx), self.readers.get(layer_idx)
-        if reader is not None and gate is None:  # a network asked here about later layers: everybody goes on
-            gate = Threshold(reader.scores, float("-inf"), layer_idx)
+        decisions = self.decisions
+        task = Task(layer.native, kv, 0, waits=layer_idx in decisions.gated)
+        gate, reader = decisions.layers.get(layer_idx), decisions.readers.get(layer_idx)
+        if reader is not None and gate is None:
+            gate = Threshold(reader.scores, 0.0, layer_idx, READ_ONLY)
         if gate is not None:
             task.gate = self._native(gate, layer_idx)
             task.parts |= EXIT if gate.leaves else 0
-        if layer_idx not in self.closed_mixers:
+        if layer_idx not in decisions.closed_mixers:
             task.parts |= MIXER
-        if layer_idx not in self.closed_ffns:
+        if layer_idx not in decisions.closed_ffns:
             task.parts |= FFN
-            if layer_idx in self.ffn_gates:
-                task.ffn_gate = self._native(self.ffn_gates[layer_idx], layer_idx)
+            if layer_idx in decisions.ffns:
+                task.ffn_gate = self._native(decisions.ffns[layer_idx], layer_idx)
         return task
 
     def _native(self, gate: Threshold, layer_idx: int) -> NativeGate:
-        scores, is_new = gate.scores, gate.scores not in self.logits
-        if is_new:
-            start = sum(logits.numel() for logits in self.logits.values())
-            size = _size(scores) * self.num_tokens
-            self.logits[scores] = self.flat_logits[start : start + size].view(self.num_tokens, -1)
-        address: int | None = 0
-        if isinstance(scores, GateNetwork):
-            if is_new != (gate.reads_at == layer_idx):  # read too late, or twice
+        logits, asks = self.decisions.scores(gate.scores, self.flat), 0
+        if isinstance(gate.scores, GateNetwork):
+            is_new = gate.scores not in self.addresses
+            address = None if self.networks is None else self.networks.address(gate.scores)
+            if address is None or is_new != (gate.reads_at == layer_idx):  # read too late, or twice
                 raise Unfit
-            if is_new:
-                address = None if self.networks is None else self.networks.address(scores)
-        if address is None:
-            raise Unfit
-        return NativeGate(address, self.logits[scores], gate.column, gate.threshold)
-
-    def _flops(self) -> list[tuple[int | None, int]]:
-        """What asking costs, each with the layer that must have somebody, or an exit somebody who goes on."""
-        costs: list[tuple[int | None, int]] = []
-        for layer_idx, gate in self.readers.items():
-            before = [place for place in self.exits if place < layer_idx]
-            costs.append((before[-1] if before else None, _flops(gate, self.num_tokens)))
-        for layer_idx, gate in self.ffn_gates.items():
-            costs.append((layer_idx if layer_idx in self.gated else None, _flops(gate, self.num_tokens)))
-        return costs
+            self.addresses[gate.scores] = address
+            asks = address if is_new else 0
+        return NativeGate(asks, logits, gate.column, gate.threshold)
 
     def fits(self, slots: Sequence[int], seen: Sequence[int]) -> bool:
-        """Whether the layers hold, or keep waiting, all that these slots have seen."""
+        """Whether layers hold, or keep waiting, all that these slots have seen, and networks lie where they lay."""
         for slot, length in zip(slots, seen, strict=True):
             for kv in self.whole:
                 if kv.counts[slot] != length or kv.places[slot] is not None:
                     return False
+            if not all(kv.holds_all(slot, length) for kv in self.waiting):
+                return False
+        return self.networks is None or all(self.networks.address(one) == at for one, at in self.addresses.items())
+
+    def has_room(self, slots: Sequence[int]) -> bool:
+        """Make room for all tokens to wait; False if what waits has moved for it."""
+        num_tokens, before = self.decisions.num_tokens // len(slots), [kv.room for kv in self.waiting]
+        for slot in slots:
             for kv in self.waiting:
-                if kv.counts[slot] + kv.num_waiting[slot] != length or kv.places[slot] is not None:
-                    return False
-        return True
+                kv.make_room_to_wait(slot, num_tokens)
+        return before == [kv.room for kv in self.waiting]
 
     def prepare(self, context: Callable[[], PassContext]) -> bool:
         """Take in the scores that are known in advance; False if they are not for this forward."""
-        for source, logits in self.logits.items():
+        for source in self.decisions.columns:
             if isinstance(source, KnownScores):
                 scores = source.make(context())
                 if scores is None:
                     return False
-                logits.copy_(scores.flatten(1).T)
+                self.decisions.scores(source, self.flat).copy_(scores.flatten(1).T)
         return True
 
     def run(
@@ -139,46 +213,14 @@ class KeptPass:
         """(N, D) states in front of the first layer to those behind the last, and what ran; K/V are counted."""
         hidden = self.tasks.run(rows, hidden)
         for slot, length in zip(slots, seen, strict=True):
-            length += self.num_tokens // len(slots)
+            length += self.decisions.num_tokens // len(slots)
             for kv in self.whole:
                 kv.counts[slot] = length
             for kv in self.waiting:
                 kv.counts[slot] = length - kv.num_waiting[slot]
-        if not self.gated and not self.ffn_gates and not self.closed_mixers and not self.closed_ffns:
+        if self.decisions.are_none:
             return hidden, record
-        return hidden, LaterRecord(record, partial(self._note, self.flat_logits.clone()))
-
-    def _note(self, flat_logits: Tensor, record: PassRecord) -> None:
-        """Who ran what, and what it cost to decide."""
-        shape = record.token_mask.shape
-        if self.closed_mixers or self.closed_ffns:
-            nobody = torch.zeros_like(record.token_mask)
-            for layer_idx in self.closed_mixers:
-                record.mixer_keep[layer_idx], record.kv_rules[layer_idx] = nobody, "omit"
-            for layer_idx in self.closed_ffns:
-                record.ffn_keep[layer_idx] = nobody
-        if not self.logits:
-            return
-        sizes = [logits.numel() for logits in self.logits.values()]
-        parts = [part.view(self.num_tokens, -1) for part in flat_logits.split(sizes)]
-        logits = dict(zip(self.logits, parts, strict=True))
-
-        def is_open(gate: Threshold) -> Tensor:
-            return logits[gate.scores][:, gate.column] > gate.threshold
-
-        keep = torch.ones(self.num_layers, self.num_tokens, dtype=torch.bool)
-        for layer_idx, gate in self.layer_gates.items():
-            keep[layer_idx] &= is_open(gate)
-            if gate.leaves:
-                keep[layer_idx + 1 :] &= keep[layer_idx]
-        for layer_idx in self.gated:
-            mixed = keep[layer_idx].view(shape)
-            record.mixer_keep[layer_idx], record.kv_rules[layer_idx] = mixed, "project"
-            record.ffn_keep.setdefault(layer_idx, mixed)
-        for layer_idx, gate in self.ffn_gates.items():
-            record.ffn_keep[layer_idx] = (keep[layer_idx] & is_open(gate)).view(shape)
-        somebody = keep.any(1).tolist()
-        record.router_flops += sum(flops for layer_idx, flops in self.flops if layer_idx is None or somebody[layer_idx])
+        return hidden, LaterRecord(record, partial(self.decisions.note, self.flat.clone()))
 
 
 def _size(scores: GateNetwork | KnownScores) -> int:

@@ -113,7 +113,12 @@ class EngineModel:
         self.rotations.make_room(longest)
         step = Step(token_ids, slots, cache, methods, self.rotations, self.networks)
         hidden = self.embedding(token_ids).flatten(0, 1)
-        hidden = step.through(self.layers, hidden)
+        try:
+            hidden = step.through(self.layers, hidden)
+        except BaseException:
+            for slot in slots:  # layers that have run are not ahead of the others
+                cache.rewind(slot, cache.lengths[slot])
+            raise
         for slot in slots:
             cache.lengths[slot] += token_ids.shape[1]
         return hidden.view(*token_ids.shape, -1), step.record

@@ -36,6 +36,8 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "
 MAX_TOKENS = 64
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
 MAX_HEAD_DIM = 256
+MAX_WIDTH = 8192
+"""Of a layer of a gate's MLP; a wider one is for PyTorch."""
 ROWS_AT_ONCE = 128
 """Of quantised maps, that oneDNN has no kernels for: inputs that still lie in the second cache."""
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -89,7 +91,7 @@ GATE_FIELDS = ("network", "logits", "column", "stride", "threshold")  # the last
 class _Task(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("layer", "cache", "parts", "counts")),
-        *((name, c_int64) for name in ("waiting", "num_waiting", "mixed", "num_mixed", "fed", "num_fed")),
+        *((name, c_int64) for name in ("waiting", "num_waiting", "room", "mixed", "num_mixed", "fed", "num_fed")),
         *((f"gate_{name}", c_int64) for name in GATE_FIELDS),
         *((f"ffn_gate_{name}", c_int64) for name in GATE_FIELDS),
     ]
@@ -126,7 +128,7 @@ def library() -> Any:
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
     for number, kind in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch, _Task)):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(kind), kind
-    assert kernels.anydepth_sizes(8) == MAX_TOKENS
+    assert [kernels.anydepth_sizes(number) for number in (8, 9, 10)] == [MAX_TOKENS, MAX_HEAD_DIM, MAX_WIDTH]
     return kernels
 
 
@@ -268,7 +270,7 @@ class NativeGate:
     Attributes:
         network: address of the network that gives the logits (`networks.py`); 0: a gate before has asked it.
         logits: (N, G) float32, written for all tokens.
-        column: which of the G.
+        column: which of the G; -1: the network is only asked, about later layers, and everybody let through.
     """
 
     network: int
@@ -293,8 +295,8 @@ class Task:
         parts: of `MIXER`, `FFN`, `OMIT` and `EXIT`, added up. `OMIT`: tokens that do not run the mixer leave no K/V;
             without it all tokens of a row leave them as soon as one of the row runs it. `EXIT`: tokens that `gate`
             stops run no later layer either.
-        waits: the states of rows none of whose tokens run the mixer are put to those that wait in the cache, and those
-            of the others are taken from there.
+        waits: the states of rows none of whose tokens run the mixer are put to those that wait in the cache, where
+            there is room, and those of the others are taken from there.
         counts: K/V that each row held before in this layer, where they are not those of the `Rows`.
         mixed, fed: int64 places in (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
         gate: of the layer, in place of `mixed` and `fed`.
@@ -318,12 +320,16 @@ class Task:
             self.kv.states.data_ptr(),
             self.parts,
             0 if self.counts is None else self.counts.data_ptr(),
-            *((self.kv.waiting.data_ptr(), addressof(self.kv.num_waiting)) if self.waits else (0, 0)),
+            *self._waiting(),
             *_list(self.mixed),
             *_list(self.fed),
             *(EVERYBODY if self.gate is None else self.gate.fields()),
             *(EVERYBODY if self.ffn_gate is None else self.ffn_gate.fields()),
         )
+
+    def _waiting(self) -> tuple[int, int, int]:
+        kv = self.kv
+        return (kv.waiting.data_ptr(), addressof(kv.num_waiting), kv.room) if self.waits else (0, 0, 0)
 
 
 class Tasks:

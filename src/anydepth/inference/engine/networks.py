@@ -10,12 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from anydepth.inference.engine.native import MAX_TOKENS, library
+from anydepth.inference.engine.native import MAX_TOKENS, MAX_WIDTH, library
 from anydepth.inference.engine.packing import Memory
 from anydepth.methods.gate_network import GateNetwork
-
-MAX_WIDTH = 8192
-"""Of a layer of the MLP; a wider one is for PyTorch."""
 
 
 class _Dense(Structure):
@@ -65,7 +62,7 @@ class NativeNetworks:
 
     def _struct(self, network: GateNetwork) -> _Network | None:
         """None: not for the kernels."""
-        # Past `nn.Module.__getattr__`: this is asked for every layer of every step.
+        # Past `nn.Module.__getattr__`: this is asked for every network of every step.
         weight: Any = network._modules["direct"]
         address, known = weight._parameters["weight"].data_ptr(), self.known.get(network)
         if known is not None and known[0] == address:
@@ -85,7 +82,7 @@ class NativeNetworks:
             direct=_dense(network.direct),
             eps=norm.eps,
         )
-        struct.points_to = mlp  # not to be freed before the struct
+        struct.points_to = mlp, parameters  # not to be freed before the struct
         self.known[network] = (address, struct)
         return struct
 

@@ -47,7 +47,7 @@ class RowPass:
         return self._mix_some(layer, kv, hidden, gate)
 
     def _mix_some(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate) -> Tensor:
-        """Some tokens run the mixer. Rows where none does keep their K/V pending, or leave none (`omit`)."""
+        """Some tokens run the mixer. The states of rows where none does wait, or are dropped (`omit`)."""
         counts = gate.keep.sum(1).tolist()
         rows = [row for row in range(self.num_rows) if counts[row]]
         if gate.kv_rule == "project":
@@ -62,7 +62,9 @@ class RowPass:
         if gate.kv_rule == "project":
             queries = layer.project_queries(kept, rotation)
             for row in rows:  # every token's K/V come from the state in front of the layer, whether it runs it or not
-                self._fill(layer, kv, self.slots[row], hidden[row * self.num_tokens : (row + 1) * self.num_tokens])
+                holes = self.places[row] if self.has_holes(kv, [row]) else None
+                own = hidden[row * self.num_tokens : (row + 1) * self.num_tokens]
+                self._fill(layer, kv, self.slots[row], own, holes)
         else:
             queries, new = layer.project(kept, rotation)
             for row, own in zip(rows, new.split(sizes), strict=True):
@@ -118,10 +120,14 @@ class RowPass:
     # --- K/V of tokens that skip -------------------------------------------------------------------------------
 
     def defer(self, kv: LayerKV, hidden: Tensor, rows: Sequence[int]) -> None:
-        """Nobody of these rows runs the mixer now: their states wait until somebody does."""
+        """Nobody of these rows runs the mixer now: their states wait until somebody does.
+
+        Behind tokens that left nothing they leave nothing either: what waits is the end of a row without holes.
+        """
         parts = hidden.split(self.num_tokens) if self.num_rows > 1 else (hidden,)
         for row in rows:
-            kv.wait(self.slots[row], parts[row])
+            if kv.holds_all(self.slots[row], self.seen[row]):
+                kv.wait(self.slots[row], parts[row])
 
     def settle(self, layer: EngineLayer, kv: LayerKV, slots: Sequence[int]) -> None:
         """Project what waits in these slots, all of a slot in one product."""
@@ -129,16 +135,16 @@ class RowPass:
             if kv.num_waiting[slot]:
                 self._fill(layer, kv, slot, kv.take_waiting(slot))
 
-    def _fill(self, layer: EngineLayer, kv: LayerKV, slot: int, states: Tensor) -> None:
-        """K/V of a slot's next tokens, from their states (N, D). Under `project` no token before them is missing."""
+    def _fill(self, layer: EngineLayer, kv: LayerKV, slot: int, states: Tensor, places: Tensor | None = None) -> None:
+        """K/V of a slot's next tokens, from their states (N, D); `places` (N,) where tokens before them are missing."""
         start, count = kv.counts[slot], len(states)
-        if layer.native is not None and count <= MAX_TOKENS:
+        if places is None and layer.native is not None and count <= MAX_TOKENS:
             layer.native.fill(states, Rows([slot], count, [start], self.tables.structs), kv)
             kv.extend(slot, count)
         else:
             kind = layer.rotation_kind
-            rotation = None if kind is None else self.tables.at(kind, slice(start, start + count))
-            kv.append(slot, layer.project_kv(states, rotation))
+            where = slice(start, start + count) if places is None else places
+            kv.append(slot, layer.project_kv(states, None if kind is None else self.tables.at(kind, where)), places)
 
     # --- attention ---------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.inference.engine.operators import RowPass
 from anydepth.inference.engine.rotations import Rotations
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, Memory, Method, PassContext
+from anydepth.methods.method import Gate, Memory, Method, PassContext, Rules
 
 
 class Step(RowPass):
@@ -49,6 +49,7 @@ class Step(RowPass):
         self.methods, self.networks = list(methods), networks
         self.gates_branches = any(method.gates_branches for method in methods)
         self.span: list[Task] = []  # asked for, not run yet
+        self.left: list[tuple[LayerKV, int, int, Tensor | None]] = []  # by the span: K/V in a slot, at which places
         self.asked_with: tuple[Tensor | None, Tensor] = None, token_ids
 
     # --- layer after layer -------------------------------------------------------------------------------------
@@ -93,19 +94,27 @@ class Step(RowPass):
             if own is None:
                 return None
             rules.append(own)
-        passes, num_tokens = self.cache.kept_passes, self.num_rows * self.num_tokens
-        key = (num_tokens, *rules)
-        if key not in passes:
-            if len(passes) >= MAX_KEPT:
-                passes.clear()
-            try:
-                passes[key] = KeptPass(layers, self.cache, rules, self.networks, num_tokens)
-            except Unfit:
-                passes[key] = None
-        kept = passes[key]
+        kept = self._kept_for(layers, rules)
         if kept is None or not kept.fits(self.slots, self.seen) or not kept.prepare(lambda: self.run.context):
             return None
-        return kept
+        # What waits may have to move; the pass is then made anew, for its new place.
+        return kept if kept.has_room(self.slots) else self._kept_for(layers, rules)
+
+    def _kept_for(self, layers: Sequence[EngineLayer], rules: Sequence[Rules]) -> KeptPass | None:
+        """The one of these rules; None: the kernels cannot decide them."""
+        passes, num_tokens = self.cache.kept_passes, self.num_rows * self.num_tokens
+        key = (num_tokens, *rules)
+        if key in passes:
+            passes[key] = passes.pop(key)  # the latest is the last
+        else:
+            try:
+                kept = KeptPass(layers, self.cache, rules, self.networks, num_tokens=num_tokens)
+            except Unfit:
+                kept = None
+            if len(passes) >= MAX_KEPT:
+                passes.pop(next(iter(passes)))
+            passes[key] = kept
+        return passes[key]
 
     def _through_weighed(
         self, layer: EngineLayer, kv: LayerKV, layer_idx: int, gate: Gate, mixer_gate: Gate | None, hidden: Tensor
@@ -173,50 +182,50 @@ class Step(RowPass):
         return hidden
 
     def _mixer_task(self, layer: EngineLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
-        """What a span runs of this mixer, its K/V counted already; None if that is for the operators."""
+        """What a span runs of this mixer; None if that is for the operators."""
         if layer.native is None or not self.few_tokens:
             return None
-        task, omit = Task(layer.native, kv, 0), gate is not None and gate.kv_rule == "omit"
-        if gate is not None and not gate.any_kept:
-            task.waits = not omit
-            return task
-        everyone = range(self.num_rows)
-        rows, counts = everyone, [self.num_tokens] * self.num_rows
+        omit = gate is not None and gate.kv_rule == "omit"
+        if not omit and not all(kv.holds_all(slot, seen) for slot, seen in zip(self.slots, self.seen, strict=True)):
+            return None  # another rule left holes
+        task, everyone = Task(layer.native, kv, 0), range(self.num_rows)
+        counts = [self.num_tokens] * self.num_rows
         if gate is not None and not gate.all_kept:
-            counts = gate.keep.sum(1).tolist()
-            rows = [row for row in everyone if counts[row]]
+            counts = gate.keep.sum(1).tolist() if gate.any_kept else [0] * self.num_rows
             task.mixed = gate.keep.flatten().nonzero()[:, 0]
-        lacks_some = self._lacks_some(kv, rows)
-        if omit or lacks_some:
+        rows = [row for row in everyone if counts[row]]
+        if omit:
             self.settle(layer, kv, [self.slots[row] for row in rows])
-        if lacks_some:
-            if layer.window is not None:
-                return None
-            task.counts = torch.tensor([kv.counts[slot] for slot in self.slots])
-        task.parts = MIXER | OMIT if omit else MIXER
-        task.waits = not omit and (len(rows) < self.num_rows or any(kv.num_waiting[slot] for slot in self.slots))
-        for row in rows:
-            slot, ran = self.slots[row], counts[row] if omit else self.num_tokens
-            if ran < self.num_tokens or task.counts is not None:
-                kv.extend(slot, ran, self.places_of(row, gate))
-            else:
-                kv.counts[slot] = self.seen[row] + ran  # the kernels fill in what waits
-        return task
-
-    def _lacks_some(self, kv: LayerKV, rows: Sequence[int]) -> bool:
-        """Whether tokens that these rows have seen left no K/V here, and none wait."""
+            holes = self.has_holes(kv, rows)
+            if layer.window is not None and (holes or any(counts[row] < self.num_tokens for row in rows)):
+                return None  # a window counts places, the kernels K/V
+            if holes:
+                task.counts = torch.tensor([kv.counts[slot] for slot in self.slots])
+        else:
+            for row in everyone:
+                if not counts[row]:
+                    kv.make_room_to_wait(self.slots[row], self.num_tokens)
+            task.waits = len(rows) < self.num_rows or any(kv.num_waiting[slot] for slot in self.slots)
+        if rows:
+            task.parts = MIXER | OMIT if omit else MIXER
         for row in rows:
             slot = self.slots[row]
-            if kv.counts[slot] + kv.num_waiting[slot] != self.seen[row] or kv.places[slot] is not None:
-                return True
-        return False
+            if not omit:  # the kernels leave those of what waits as well
+                self.left.append((kv, slot, self.seen[row] + self.num_tokens - kv.counts[slot], None))
+            else:
+                holes = counts[row] < self.num_tokens or task.counts is not None
+                self.left.append((kv, slot, counts[row], self.places_of(row, gate) if holes else None))
+        return task
 
     def _run_span(self, hidden: Tensor) -> Tensor:
         """Run what waits in the span, and empty it."""
         if not self.span:
             return hidden
         hidden = Tasks(self.span).run(self._rows, hidden)
+        for kv, slot, num_tokens, places in self.left:
+            kv.extend(slot, num_tokens, places)
         self.span.clear()
+        self.left.clear()
         return hidden
 
     @cached_property

@@ -16,16 +16,26 @@ constexpr int CHUNK = 64;  // keys that stay in the nearest cache for all querie
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 16;
 
-// Keys of a part: a few parts for each thread of the team. They lie at fixed places, whoever else is in the batch: a token's
-// sums are the same alone, beside other rows and among several tokens of its own, bit by bit (but for the tokens of a pass
-// in which the size doubles).
-inline int64_t part_size(int64_t keys, int kv_heads) {
-    const int threads = omp_get_num_threads();
-    int64_t most = (4 * threads + kv_heads - 1) / kv_heads, size = CHUNK;
-    while (most * kv_heads % threads) ++most;  // as many for each, or all would wait for the one with more
-    while (keys > std::min<int64_t>(most, MAX_SPLITS) * size) size *= 2;
-    return size;
-}
+// The keys that some tokens of a row see, cut into a few parts for each thread of the team. The cuts lie at fixed places,
+// whoever else is in the batch: a token's sums are the same alone, beside other rows and among several tokens of its own, bit
+// by bit (but for the tokens of a pass in which the size doubles).
+struct Parts {
+    int64_t start, all, size;  // of the keys that are read; of a part
+    int num;
+
+    // `first`, `last`: keys that the first and the last of the tokens see. `window`: 0 for none.
+    Parts(int64_t first, int64_t last, int64_t window, int kv_heads) : all(last), size(CHUNK) {
+        start = window ? std::max<int64_t>(0, first - window) / CHUNK * CHUNK : 0;
+        const int64_t wide = window ? std::min(last, window + CHUNK) : last;
+        const int threads = omp_get_num_threads();
+        int64_t most = (4 * threads + kv_heads - 1) / kv_heads;
+        while (most * kv_heads % threads) ++most;  // as many for each, or all would wait for the one with more
+        while (wide > std::min<int64_t>(most, MAX_SPLITS - 2) * size) size *= 2;
+        num = int((all + size - 1) / size - start / size);
+    }
+    int64_t begin(int part) const { return std::max(start, (start / size + part) * size); }
+    int64_t end(int part) const { return std::min(all, (start / size + part + 1) * size); }
+};
 
 struct Heads {
     int size, heads, group;  // dimension; all; those that share keys

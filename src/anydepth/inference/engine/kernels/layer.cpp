@@ -49,7 +49,8 @@ enum Part : int64_t { MIXER = 1, FFN = 2, OMIT = 4, EXIT = 8 };
 struct Gate {
     const Network* network;  // asked here; null: by a gate before
     float* logits;           // (R·T, stride), left for the caller
-    int64_t column, stride;
+    int64_t column;          // -1: the network is asked about later layers, and everybody let through
+    int64_t stride;
     float threshold, unused;
 };
 
@@ -58,8 +59,9 @@ struct Task {
     void* cache;
     int64_t parts;
     const int64_t* counts;  // (R,) K/V that the slots held before in this layer; those of the batch if null
-    void* waiting;          // (slots, capacity, hidden) states of the latest tokens of rows none of which ran the mixer
+    void* waiting;          // (slots, room, hidden) states of the latest tokens of rows none of which ran the mixer
     int64_t* num_waiting;   // (slots,)
+    int64_t room;
     const int64_t* mixed;   // places of the tokens that run the mixer in the batch, in order; all if null
     int64_t num_mixed;
     const int64_t* fed;  // the same for the FFN
@@ -147,25 +149,23 @@ void rotate(const Layer& l, const Batch& b, int64_t place, float* heads, int num
         }
 }
 
-// A token that leaves K/V.
-template <class A>
-struct Writer {
-    const A* state;
-    int64_t slot, entry, place;  // behind how many K/V, and behind how many tokens
+// Where a token leaves K/V.
+struct Entry {
+    int64_t slot, number, place;  // behind how many K/V, and behind how many tokens
 };
 
-// Its keys, normalised and rotated here, and values into the cache.
+// Keys, normalised and rotated here, and values of a token into the cache.
 template <class A>
-void leave(const Layer& l, const Batch& b, void* cache, const Writer<A>& who, float* keys, const float* values) {
+void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, float* keys, const float* values) {
     const int size = l.head_dim;
     if (l.key_norm.weight) normalise<A>(l.key_norm, keys, l.kv_heads * size / l.key_norm.size);
-    rotate<A>(l, b, who.place, keys, l.kv_heads);
+    rotate<A>(l, b, entry.place, keys, l.kv_heads);
     const int64_t head = b.capacity * size;
-    A* slot = static_cast<A*>(cache) + who.slot * 2 * l.kv_heads * head;
+    A* slot = static_cast<A*>(cache) + entry.slot * 2 * l.kv_heads * head;
     for (int h = 0; h < l.kv_heads; ++h)
         for (int i = 0; i < size; ++i) {
-            store(keys[h * size + i], slot + h * head + who.entry * size + i);
-            store(values[h * size + i], slot + (l.kv_heads + h) * head + who.entry * size + i);
+            store(keys[h * size + i], slot + h * head + entry.number * size + i);
+            store(values[h * size + i], slot + (l.kv_heads + h) * head + entry.number * size + i);
         }
 }
 
@@ -174,15 +174,16 @@ inline int64_t place_of(const Batch& b, int64_t token) { return b.counts[token /
 // Who runs a mixer, row by row, who leaves K/V there, and how many K/V each sees.
 template <class A>
 struct Mixing {
-    std::vector<int64_t> first;      // (R + 1,) of a row among those that run it
-    std::vector<Writer<A>> writers;  // what waits in the rows that run it, and the new tokens
-    std::vector<int64_t> seen;       // for those that run it
-    bool alone;                      // nobody else leaves K/V
+    std::vector<int64_t> first;     // (R + 1,) of a row among those that run it
+    std::vector<Entry> entries;     // of what waits in the rows that run it, and of the new tokens
+    std::vector<const A*> writers;  // their states
+    std::vector<int64_t> seen;      // for those that run it
+    bool alone;                     // nobody else leaves K/V
 
     void plan(const Task& task, const Batch& b, const A* from, const Tokens& kept) {
         const int64_t *counts = task.counts ? task.counts : b.counts, hidden = task.layer->hidden;
         const bool omit = task.parts & OMIT;
-        first.clear(), writers.clear(), seen.clear();
+        first.clear(), entries.clear(), writers.clear(), seen.clear();
         int i = 0;
         for (int row = 0; row < b.rows; ++row) {
             first.push_back(i);
@@ -191,12 +192,15 @@ struct Mixing {
                 seen.push_back(counts[row] + 1 + (omit ? i - first[row] : kept[i] - start));
             if (i == first[row]) continue;
             const int64_t waiting = task.waiting ? task.num_waiting[slot] : 0;
-            const A* state = static_cast<const A*>(task.waiting) + slot * b.capacity * hidden;
-            for (int64_t k = -waiting; k < 0; ++k, state += hidden)
-                writers.push_back({state, slot, counts[row] + k, b.counts[row] + k});
+            const A* state = static_cast<const A*>(task.waiting) + slot * task.room * hidden;
+            for (int64_t k = -waiting; k < 0; ++k, state += hidden) {
+                writers.push_back(state);
+                entries.push_back({slot, counts[row] + k, b.counts[row] + k});
+            }
             for (int64_t k = 0; k < (omit ? i - first[row] : b.tokens); ++k) {
                 const int64_t token = omit ? kept[int(first[row] + k)] : start + k;
-                writers.push_back({from + token * hidden, slot, counts[row] + k, place_of(b, token)});
+                writers.push_back(from + token * hidden);
+                entries.push_back({slot, counts[row] + k, place_of(b, token)});
             }
         }
         first.push_back(i);
@@ -221,13 +225,12 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
     Share* parts = reinterpret_cast<Share*>(values + int64_t(writers) * kv_width);
     const int64_t head_stride = b.capacity * size, slot_stride = 2 * l.kv_heads * head_stride;
     int splits = 1;  // of the row that needs the most
-    for (const int64_t seen : who.seen) {
-        const int64_t own_part = part_size(seen, l.kv_heads);
-        splits = std::max(splits, int((seen + own_part - 1) / own_part));
-    }
+    for (int row = 0; row < b.rows; ++row)
+        if (who.first[row + 1] > who.first[row])
+            splits = std::max(splits, Parts(who.seen[who.first[row]], who.seen[who.first[row + 1] - 1], l.window, l.kv_heads).num);
     const Packed* x = &prepared<A>(l.queries, l.mixer_norm, from, kept);
     product<A>(l.queries, *x, num, queries, &l.keys);
-    if (!who.alone) x = &prepared<A>(l.keys, l.mixer_norm, writers, [&](int n) { return who.writers[n].state; });
+    if (!who.alone) x = &prepared<A>(l.keys, l.mixer_norm, writers, [&](int n) { return who.writers[n]; });
     product<A>(l.keys, *x, writers, keys, &l.values);
     product<A>(l.values, *x, writers, values, &l.output);
 #pragma omp barrier
@@ -239,7 +242,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
             rotate<A>(l, b, place_of(b, kept[item]), q, l.heads);
         } else {
             const int64_t i = item - num, start = i * kv_width;
-            leave<A>(l, b, task.cache, who.writers[i], keys + start, values + start);
+            leave<A>(l, b, task.cache, who.entries[i], keys + start, values + start);
         }
     }
     const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
@@ -249,9 +252,8 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
         const int64_t own = who.first[row], tokens = who.first[row + 1] - own;
         if (!tokens) continue;
         const int64_t* seen = &who.seen[own];
-        const int64_t all = seen[tokens - 1], own_part = part_size(all, l.kv_heads);
-        const int64_t start = l.window ? std::max<int64_t>(0, seen[0] - l.window) / CHUNK * CHUNK : 0;
-        const int64_t begin = std::max(start, split * own_part), end = std::min(all, (split + 1) * own_part);
+        const Parts own_parts(seen[0], seen[tokens - 1], l.window, l.kv_heads);
+        const int64_t begin = own_parts.begin(split), end = own_parts.end(split), all = own_parts.all;
         const A* slot = static_cast<const A*>(task.cache) + b.slots[row] * slot_stride;
         const int64_t query = own * l.heads + h * tokens * group;
         attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
@@ -286,7 +288,7 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
 #pragma omp barrier
 #pragma omp for
     for (int n = 0; n < num; ++n)
-        leave<A>(l, b, cache, {from, b.slots[n / b.tokens], place_of(b, n), place_of(b, n)}, keys + int64_t(n) * kv_width,
+        leave<A>(l, b, cache, {b.slots[n / b.tokens], place_of(b, n), place_of(b, n)}, keys + int64_t(n) * kv_width,
                  values + int64_t(n) * kv_width);
 }
 
@@ -299,7 +301,7 @@ void settle(const Task& task, const Batch& b, const A* now, const Tokens& kept) 
     for (int row = 0, i = 0; row < b.rows; ++row) {
         const int first = i;
         while (i < kept.num && kept[i] < int64_t(row + 1) * b.tokens) ++i;
-        A* states = static_cast<A*>(task.waiting) + b.slots[row] * b.capacity * hidden;
+        A* states = static_cast<A*>(task.waiting) + b.slots[row] * task.room * hidden;
         int64_t& count = task.num_waiting[b.slots[row]];
         if (i == first) {
 #pragma omp master
@@ -386,6 +388,7 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
 template <class A>
 Tokens through(const Gate& gate, const Tokens& asked, const A* states, int num, float* workspace, std::vector<int64_t>& kept) {
     if (gate.network) logits_of(*gate.network, states, num, gate.logits, workspace);
+    if (gate.column < 0) return asked;
     std::vector<int64_t> open;
     for (int i = 0; i < asked.num; ++i)
         if (gate.logits[asked[i] * gate.stride + gate.column] > gate.threshold) open.push_back(asked[i]);
@@ -524,9 +527,9 @@ int64_t anydepth_read(const void* memory, int64_t num_bytes) {
     return total;
 }
 
-int32_t anydepth_sizes(int32_t which) {  // for the check that both sides mean the same structs
+int32_t anydepth_sizes(int32_t which) {  // for the check that both sides mean the same structs and bounds
     const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch), sizeof(Task),
-                             sizeof(Dense), sizeof(Network), MAX_TOKENS};
+                             sizeof(Dense), sizeof(Network), MAX_TOKENS, MAX_HEAD_DIM, int32_t(MAX_WIDTH)};
     return sizes[which];
 }
 
