@@ -32,6 +32,7 @@ from anydepth.measure.timing import time_generation
 from anydepth.training.data import load_windows
 
 RESULT = Path(__file__).resolve().parent / "results" / "engine.json"
+ROUTERS = RESULT.with_name("routers.json")
 NEW_TOKENS = 64
 # In the order in which `anydepth search embedded --strategy greedy --budget 0.5` leaves them out.
 GREEDY = [14, 7, 17, 4, 26, 16, 3, 18, 25, 5, 15, 8, 20, 12, 21]
@@ -357,7 +358,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the committed result as tables, run nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        print(markdown(read_document(RESULT)["sections"]))
+        print(markdown(read_document(RESULT)["sections"], read_document(ROUTERS)["rows"]))
         return
     for name in arguments.sections or SECTIONS:
         print(f"--- {name}", flush=True)

@@ -1,12 +1,12 @@
-"""`results/engine.json` as the tables of the README: `python benchmarks/engine.py --table`."""
+"""`results/engine.json` and `routers.json` as the tables of the README: `python benchmarks/engine.py --table`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def markdown(sections: dict[str, Any]) -> str:
-    """The committed result as tables."""
+def markdown(sections: dict[str, Any], routers: list[dict[str, Any]]) -> str:
+    """The committed results as tables."""
     lines = [
         (
             "| | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers "
@@ -31,7 +31,7 @@ def markdown(sections: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| left out | decode: measured of ideal (realised) | prefill of 512 |", "| --- |" + " --- |" * 2]
-    rows = {(row["method"], row["prompt_tokens"]): row for row in sections["skipping"]["rows"]}
+    rows = {(row["method"], row["prompt_tokens"]): row for row in [*sections["skipping"]["rows"], *routers]}
     for name in dict.fromkeys(name for name, _ in rows):
         cells = [name, phase(rows[name, 64]["decode"]), phase(rows[name, 512]["prefill"])]
         lines.append(f"| {' | '.join(cells)} |")

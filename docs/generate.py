@@ -69,6 +69,11 @@ def results() -> str:
     return _of_readme("results")
 
 
+def variants() -> str:
+    """The table of ways to choose layers in the README."""
+    return _of_readme("variants")
+
+
 def engine() -> str:
     """The tables of the fast engine in the README."""
     return _of_readme("engine")
@@ -97,6 +102,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "families": families,
     "commands": commands,
     "results": results,
+    "variants": variants,
     "engine": engine,
     "result-files": result_files,
 }

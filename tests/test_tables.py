@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
     "router_vs_controls": ["benchmarks/run.py", "benchmarks/experiments/router_vs_controls.yaml", "--table"],
     "router_at_equal_time": ["benchmarks/run.py", "benchmarks/experiments/router_at_equal_time.yaml", "--table"],
+    "variants_from_scratch": ["benchmarks/run.py", "benchmarks/experiments/variants_from_scratch.yaml", "--table"],
     "engine": ["benchmarks/engine.py", "--table"],
 }
 

@@ -111,6 +111,21 @@ def groups_of(keep: Tensor) -> Iterator[Group]:
         yield Group(rows, kept, (~part).nonzero()[:, 1].view(part.shape[0], num_tokens - count))
 
 
+def levelled(keep: Tensor, real: Tensor) -> Tensor:
+    """A (B, T) decision with a few of the `real` tokens that it skips let in, so that all rows keep equally many.
+
+    Rows then run together. Only where a skipped token leaves the same K/V as one that runs (`project`), and what the
+    module makes of it is dropped. As it came if more than an eighth of the tokens would be let in.
+    """
+    counts = keep.sum(1)
+    lacking = counts.max() - counts
+    if int(lacking.sum()) * 8 > int(counts.sum()):
+        return keep
+    skipped = real & ~keep
+    behind = skipped.flip(1).cumsum(1).flip(1)  # padding is in front
+    return keep | (skipped & (behind <= lacking[:, None]))
+
+
 class PartialRunner:
     """Runs one layer, or its mixer, for the tokens that a gate keeps."""
 
@@ -179,7 +194,10 @@ class PartialRunner:
     ) -> Tensor:
         """The kept tokens through the module's own forward, put back into `base`; K/V by the gate's rule."""
         written: list[tuple[Group, KVTap, Tensor | None]] = []
-        for group in groups_of(gate.keep):
+        running = gate.keep
+        if run.context.training and gate.kv_rule == "project" and not self.view.is_recurrent:
+            running = levelled(running, run.context.token_mask)
+        for group in groups_of(running):
             if self.view.is_recurrent:
                 base = self._run_recurrent_rows(run, group, own, hidden, base, arguments)
                 continue
@@ -194,8 +212,12 @@ class PartialRunner:
             if group.num_kept:
                 kept = group.take(hidden, group.kept)
                 with self._keeping_tap():
-                    output = own(kept, **self._for_group(run, group, arguments, tap, places))
-                base = group.put(base, first_output(output))
+                    output = first_output(own(kept, **self._for_group(run, group, arguments, tap, places)))
+                if running is not gate.keep:
+                    output = torch.where(
+                        group.take(gate.keep, group.kept)[..., None], output, group.take(base, group.kept)
+                    )
+                base = group.put(base, output)
             elif skipped is not None:
                 tap.new = skipped
             written.append((group, tap, places))
