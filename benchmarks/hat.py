@@ -76,9 +76,10 @@ def losses(history: list[dict[str, float]], some: int = 10) -> dict[str, dict[st
     found: dict[str, dict[str, list[float]]] = {}
     for phase in dict.fromkeys(row.get("phase", "") for row in history):
         rows = [row for row in history if row.get("phase", "") == phase]
-        terms = [key for key in rows[0] if key.endswith("loss") or key in ("target", "capacity")]
+        terms = [key for key in rows[-1] if key not in ("step", "learning_rate", "phase")]
         found[str(phase)] = {
-            term: [sum(row[term] for row in part) / len(part) for part in (rows[:some], rows[-some:])] for term in terms
+            term: [sum(row.get(term, 0.0) for row in part) / len(part) for part in (rows[:some], rows[-some:])]
+            for term in terms
         }
     return found
 
