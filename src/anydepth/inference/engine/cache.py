@@ -49,6 +49,10 @@ class LayerKV:
         self.num_waiting = (c_int64 * num_slots)()
         self.places: list[Tensor | None] = [None] * num_slots
 
+    def is_whole(self, slot: int, length: int) -> bool:
+        """Whether a slot's first `length` tokens, and no others, left K/V here."""
+        return self.counts[slot] == length and self.places[slot] is None
+
     def holds_all(self, slot: int, length: int) -> bool:
         """Whether a slot's first `length` tokens, and no others, left K/V here or wait."""
         return self.counts[slot] + self.num_waiting[slot] == length and self.places[slot] is None

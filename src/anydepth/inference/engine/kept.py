@@ -38,7 +38,8 @@ class Decisions:
     Attributes:
         layers, ffns: gates by layer, in order.
         exits: layers that some tokens leave in front of.
-        gated: layers that some tokens may skip, and all others may run.
+        passed: layers that a gate, or an exit before, keeps some tokens from.
+        gated: those of them that the others run.
         readers: by layer in front of which its network is asked, a gate of each network.
         columns: by source of scores, the first of its columns among all.
 
@@ -54,8 +55,8 @@ class Decisions:
         ffns = _together([one.ffns for one in rules])
         self.ffns = {layer_idx: gate for layer_idx, gate in ffns.items() if layer_idx not in self.closed_ffns}
         self.exits = [layer_idx for layer_idx, gate in self.layers.items() if gate.leaves]
-        behind = range(min(self.exits, default=num_layers), num_layers)
-        self.gated = sorted({*self.layers, *behind} - self.closed_mixers)
+        self.passed = sorted({*self.layers, *range(min(self.exits, default=num_layers), num_layers)})
+        self.gated = [layer_idx for layer_idx in self.passed if layer_idx not in self.closed_mixers]
         asking = [gate for gate in self.layers.values() if isinstance(gate.scores, GateNetwork)]
         self.readers = {gate.reads_at: gate for gate in asking}
         if not self.closed_mixers.isdisjoint([*self.layers, *self.readers]):
@@ -89,8 +90,7 @@ class Decisions:
             keep[layer_idx] &= is_open(gate)
             if gate.leaves:
                 keep[layer_idx + 1 :] &= keep[layer_idx]
-        behind = range(min(self.exits, default=self.num_layers), self.num_layers)
-        for layer_idx in sorted({*self.layers, *behind}):
+        for layer_idx in self.passed:
             record.mixer_keep[layer_idx] = record.ffn_keep[layer_idx] = keep[layer_idx].view(shape)
             record.kv_rules[layer_idx] = "project"
         for layer_idx, gate in self.ffns.items():
@@ -182,9 +182,8 @@ class KeptPass:
     def fits(self, slots: Sequence[int], seen: Sequence[int]) -> bool:
         """Whether layers hold, or keep waiting, all that these slots have seen, and networks lie where they lay."""
         for slot, length in zip(slots, seen, strict=True):
-            for kv in self.whole:
-                if kv.counts[slot] != length or kv.places[slot] is not None:
-                    return False
+            if not all(kv.is_whole(slot, length) for kv in self.whole):
+                return False
             if not all(kv.holds_all(slot, length) for kv in self.waiting):
                 return False
         return self.networks is None or all(self.networks.address(one) == at for one, at in self.addresses.items())

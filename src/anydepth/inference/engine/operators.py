@@ -91,11 +91,7 @@ class RowPass:
 
     def has_holes(self, kv: LayerKV, rows: Sequence[int]) -> bool:
         """Whether tokens that these rows have seen left no K/V here, or not yet."""
-        for row in rows:
-            slot = self.slots[row]
-            if kv.counts[slot] != self.seen[row] or kv.places[slot] is not None:
-                return True
-        return False
+        return not all(kv.is_whole(self.slots[row], self.seen[row]) for row in rows)
 
     def rotation(self, kind: str | None) -> Rotation | None:
         """Of all tokens."""

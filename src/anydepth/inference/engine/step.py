@@ -191,8 +191,10 @@ class Step(RowPass):
         task, everyone = Task(layer.native, kv, 0), range(self.num_rows)
         counts = [self.num_tokens] * self.num_rows
         if gate is not None and not gate.all_kept:
-            counts = gate.keep.sum(1).tolist() if gate.any_kept else [0] * self.num_rows
-            task.mixed = gate.keep.flatten().nonzero()[:, 0]
+            counts = [0] * self.num_rows
+            if gate.any_kept:
+                counts = gate.keep.sum(1).tolist()
+                task.mixed = gate.keep.flatten().nonzero()[:, 0]
         rows = [row for row in everyone if counts[row]]
         if omit:
             self.settle(layer, kv, [self.slots[row] for row in rows])
