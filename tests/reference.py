@@ -33,7 +33,11 @@ def replay(
     """
     names = names_of(family)
     with ExitStack() as stack:
-        for layer_idx, layer in enumerate(model.get_submodule(names.layers)):
+        layers = list(model.get_submodule(names.layers))
+        if "recompute" in trace.kv_rules:  # full depth, but for what the tokens that left put out
+            stack.enter_context(_leaving(layers, trace.mixer_keep))
+            return model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+        for layer_idx, layer in enumerate(layers):
             mixer_keep = trace.mixer_keep[layer_idx]
             if trace.kv_rules[layer_idx] == "omit":
                 stack.enter_context(_hiding_keys(layer, names, mixer_keep & trace.token_mask))
@@ -45,6 +49,31 @@ def replay(
                     stack.enter_context(_multiplying(getattr(layer, end), mixer_keep))
             stack.enter_context(_multiplying(getattr(layer, names.ffn_end), trace.ffn_keep[layer_idx]))
         return model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@contextmanager
+def _leaving(layers: list[nn.Module], keep: Tensor) -> Any:
+    """(L, B, T) says who has left: the stream in front of the first layer that a token does not run is its output."""
+    streams: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        streams.append(args[0])
+
+    def behind_all(_: nn.Module, __: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        depths = keep.long().cumprod(0).sum(0)  # layers in a row, from the first
+        every = torch.stack([*streams, first])
+        index = depths[None, ..., None].expand(1, *first.shape)
+        first = every.gather(0, index)[0]
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    handles = [layer.register_forward_pre_hook(before) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(behind_all))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

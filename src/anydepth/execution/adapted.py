@@ -65,7 +65,8 @@ class AdaptedModel(nn.Module):
         self._own_decoder = decoder.forward
         self._decoder_arguments = list(inspect.signature(type(decoder).forward).parameters)[1:]
         decoder.forward = self._decoder_forward
-        self._gated = [GatedLayer(view, lambda: self._run) for view in self.backbone.layers]
+        last = self.backbone.layers[-1]
+        self._gated = [GatedLayer(view, lambda: self._run, is_last=view is last) for view in self.backbone.layers]
         self._head_hook = self.backbone.head.register_forward_pre_hook(self._count_head_rows)
 
     def remove(self) -> nn.Module:
@@ -324,6 +325,13 @@ def _refuse_conflicts(methods: list[Method]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"method {name} is given twice; one of each can be attached")
+    for method in methods:
+        if method.kv_rule == "recompute" and len(methods) > 1:
+            raise UserError(
+                f"{method.name} with kv_rule recompute runs missing layers later, at full depth, where "
+                f"{', '.join(name for name in names if name != method.name)} would have to decide again; attach it "
+                "alone, or use kv_rule propagate"
+            )
     by_rule = {method.kv_rule: method.name for method in methods if method.kv_rule is not None}
     if len(by_rule) > 1:
         raise UserError(

@@ -6,6 +6,7 @@ The only caller of transformers' Cache API. Under the KV rule `project` every la
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.configuration_utils import PreTrainedConfig
 
+from anydepth.execution.late import LateLayer
 from anydepth.models.backbone import Rotation
 
 EMPTY = -1
@@ -127,6 +129,7 @@ class AdaptiveCache(DynamicCache):
                 self.layers[layer_idx] = SlottedLayer()
         self.num_seen = 0
         self.method_memory: dict[str, Tensor] = {}
+        self.late: defaultdict[int, LateLayer] = defaultdict(LateLayer)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -134,6 +137,9 @@ class AdaptiveCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        num_rows = next((len(part.arguments[0].real) for part in self.late.values() if part.arguments), 0)
+        for part in self.late.values():
+            part.select_rows(torch.arange(num_rows).repeat_interleave(repeats))
         self.method_memory = {name: part.repeat_interleave(repeats, 0) for name, part in self.method_memory.items()}
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -141,6 +147,8 @@ class AdaptiveCache(DynamicCache):
         self._select_memory(indices)
 
     def _select_memory(self, rows: Tensor) -> None:
+        for part in self.late.values():
+            part.select_rows(rows)
         self.method_memory = {name: part[rows.to(part.device)] for name, part in self.method_memory.items()}
 
     def slots(self, layer_idx: int) -> SlottedLayer:
@@ -168,12 +176,15 @@ class AdaptiveCache(DynamicCache):
             if not isinstance(layer, SlottedLayer):
                 raise RuntimeError("a recurrent layer's state cannot go back; start with a new cache")
             layer.rewind(length)
+        for part in self.late.values():
+            part.rewind(length)
         self.num_seen = length
 
     def reset(self) -> None:
         super().reset()
         self.num_seen = 0
         self.method_memory = {}
+        self.late.clear()
 
     def recurrent_rows(self, layer_idx: int, rows: Tensor) -> Cache:
         """A recurrent layer's state of some rows, to run those rows alone; put back with `write_recurrent_rows`."""

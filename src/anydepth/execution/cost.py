@@ -93,12 +93,13 @@ def _layer_flops(view: LayerView, layer_idx: int, trace: Trace) -> tuple[int, in
     cost, real = layer_cost(view), trace.token_mask
     mixer_keep, ffn_keep = trace.mixer_keep[layer_idx] & real, trace.ffn_keep[layer_idx] & real
     num_tokens, num_mixed, num_fed = int(real.sum()), int(mixer_keep.sum()), int(ffn_keep.sum())
-    omits = trace.kv_rules[layer_idx] == "omit"
+    omits, late = trace.kv_rules[layer_idx] == "omit", int(trace.late[layer_idx].sum())
+    num_mixed, num_fed = num_mixed + late, num_fed + late
     if view.is_recurrent and not omits:
         num_mixed = num_tokens  # its state sees every token
-    pairs, all_pairs = _attended_pairs(mixer_keep, real, trace, omits)
+    pairs, all_pairs = _attended_pairs(mixer_keep, real, trace, omits, trace.late[layer_idx].sum(0).tolist())
     ran = num_mixed * cost.mixer + pairs * cost.per_pair + num_fed * cost.ffn
-    if not omits:
+    if trace.kv_rules[layer_idx] == "project":
         ran += _num_projected(mixer_keep, real, trace) * cost.skipped_mixer * (not view.is_recurrent)
     return ran, num_tokens * (cost.mixer + cost.ffn) + all_pairs * cost.per_pair
 
@@ -116,14 +117,15 @@ def _num_projected(keep: Tensor, real: Tensor, trace: Trace) -> int:
     return int(skipped[:, :needed].sum())
 
 
-def _attended_pairs(keep: Tensor, real: Tensor, trace: Trace, omits: bool) -> tuple[int, int]:
+def _attended_pairs(keep: Tensor, real: Tensor, trace: Trace, omits: bool, late: list[int]) -> tuple[int, int]:
     """Query-key pairs that attention computes as run, and at full depth (masked pairs are computed too)."""
     pairs = all_pairs = seen = slots = 0
-    for kept, tokens in zip(keep.split(trace.pass_lengths, dim=1), real.split(trace.pass_lengths, dim=1), strict=True):
+    passes = (keep.split(trace.pass_lengths, dim=1), real.split(trace.pass_lengths, dim=1), late)
+    for kept, tokens, num_late in zip(*passes, strict=True):
         per_row = kept.sum(1)
         length = tokens.shape[1]
         keys = slots + per_row if omits else torch.full_like(per_row, seen + length)
-        pairs += int((per_row * keys).sum())
+        pairs += int((per_row * keys).sum()) + num_late * (seen + length)
         all_pairs += int(tokens.sum()) * (seen + length)
         if trace.cached:
             seen += length

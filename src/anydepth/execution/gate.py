@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anydepth.execution.late import put_exits_back, through_exits
 from anydepth.execution.partial import Forward, PartialRunner, Run, first_output
 from anydepth.methods.method import Gate
 from anydepth.models.backbone import LayerView
@@ -21,8 +22,8 @@ from anydepth.models.backbone import LayerView
 class GatedLayer:
     """Gates one decoder layer by taking the place of its forward and of its branches' forwards."""
 
-    def __init__(self, view: LayerView, current: Callable[[], Run | None]) -> None:
-        self.view = view
+    def __init__(self, view: LayerView, current: Callable[[], Run | None], *, is_last: bool = False) -> None:
+        self.view, self.is_last = view, is_last
         self.layer_idx = view.layer_idx
         self.runner = PartialRunner(view)
         self.current = current
@@ -64,6 +65,10 @@ class GatedLayer:
             return self.own_layer(hidden, **arguments)
         if gate is not None:
             self._record(run, gate, mixer=True, ffn=True)
+            if gate.kv_rule == "recompute":
+                output = through_exits(run, self.view, gate, self.own_layer, hidden, arguments)
+                output = put_exits_back(run, output) if self.is_last else output
+                return (output, None) if self.view.family.returns_tuple else output
         if gate is None or gate.any_kept or not run.sparse:
             self.runner.settle(run)
         if gate is None or self.runner.is_plain(run, gate):

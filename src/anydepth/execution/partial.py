@@ -35,6 +35,10 @@ class Run:
     layer_gates: dict[int, Gate | None] = field(default_factory=dict)  # beside gates of branches
     mixer_gates: dict[int, Gate] = field(default_factory=dict)
     ffn_gates: dict[int, Gate] = field(default_factory=dict)
+    exits_noted: Gate | None = None  # under the K/V rule `recompute`, see `late.py`
+    left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: who has, and states there
+    late: Tensor | None = None  # (B, N, D) of tokens of earlier forwards
+    has_stopped: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:

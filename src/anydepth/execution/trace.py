@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from anydepth.methods.gate_network import Evaluate, GateNetwork
+
+if TYPE_CHECKING:
+    from anydepth.methods.method import KVRule
 
 
 @dataclass
@@ -26,7 +29,9 @@ class PassRecord:
     num_layers: int
     mixer_keep: dict[int, Tensor] = field(default_factory=dict)
     ffn_keep: dict[int, Tensor] = field(default_factory=dict)
-    kv_rules: dict[int, str] = field(default_factory=dict)
+    kv_rules: dict[int, KVRule] = field(default_factory=dict)
+    late: dict[int, Tensor] = field(default_factory=dict)
+    """(B,) by layer: tokens that ran it although they had left (`recompute`), of this forward or earlier ones."""
     head_rows: int = 0
     router_flops: int = field(default_factory=int)  # no default of the class: see `LaterRecord`
 
@@ -67,6 +72,7 @@ class PassRecord:
             mixer_keep=part(self.mixer_keep),
             ffn_keep=part(self.ffn_keep),
             kv_rules=self.kv_rules,
+            late={layer_idx: number[row : row + 1] for layer_idx, number in self.late.items()},
             head_rows=1,
             router_flops=self.router_flops // len(self.token_mask),
         )
@@ -74,6 +80,11 @@ class PassRecord:
     def stacked(self) -> tuple[Tensor, Tensor]:
         """`mixer_keep` and `ffn_keep` as (L, B, T)."""
         return self._stack(self.mixer_keep), self._stack(self.ffn_keep)
+
+    def stacked_late(self) -> Tensor:
+        """`late` as (L, B)."""
+        none = self.token_mask.new_zeros(len(self.token_mask), dtype=torch.long)
+        return torch.stack([self.late.get(layer_idx, none) for layer_idx in range(self.num_layers)])
 
 
 class LaterRecord(PassRecord):
@@ -84,7 +95,7 @@ class LaterRecord(PassRecord):
         note: puts them down.
     """
 
-    LATER = ("mixer_keep", "ffn_keep", "kv_rules", "router_flops")
+    LATER = ("mixer_keep", "ffn_keep", "kv_rules", "late", "router_flops")
 
     def __init__(self, record: PassRecord, note: Callable[[PassRecord], None]) -> None:
         self.token_mask, self.past_length = record.token_mask, record.past_length
@@ -116,12 +127,13 @@ class Trace:
     """What ran, for (B, T) tokens through L layers. Padding is never counted.
 
     Attributes:
-        mixer_keep: (L, B, T) bool, the token ran this layer's mixer.
+        mixer_keep: (L, B, T) bool, the token ran this layer's mixer, for the sake of its own output.
         ffn_keep: (L, B, T) bool, the token ran this layer's FFN.
+        late: (L, B, passes) how many more tokens ran it in each forward, that had left before: for their K/V.
         token_mask: (B, T) bool, real tokens.
         pass_lengths: tokens of each forward, in order; they add up to T.
         head_rows: rows of logits that each forward computed, over the whole batch.
-        kv_rules: per layer, how a token that skips the mixer leaves K/V: `project` or `omit`.
+        kv_rules: per layer, how a token that skips the mixer leaves K/V: `project`, `omit` or `recompute`.
         cached: whether the forwards shared a cache.
         router_flops: what the methods' decisions cost.
     """
@@ -131,8 +143,9 @@ class Trace:
     token_mask: Tensor
     pass_lengths: list[int]
     head_rows: list[int]
-    kv_rules: list[str]
+    kv_rules: list[KVRule]
     cached: bool
+    late: Tensor
     router_flops: int = 0
 
     @classmethod
@@ -140,7 +153,7 @@ class Trace:
         """One trace out of the forwards of one sequence (all of one batch size)."""
         assert records, "no forward has run yet"
         stacks = [record.stacked() for record in records]
-        rules: dict[int, str] = {}
+        rules: dict[int, KVRule] = {}
         for record in records:
             rules.update(record.kv_rules)
         return cls(
@@ -151,6 +164,7 @@ class Trace:
             head_rows=[record.head_rows for record in records],
             kv_rules=[rules.get(layer_idx, "project") for layer_idx in range(records[0].num_layers)],
             cached=records[0].cached,
+            late=torch.stack([record.stacked_late() for record in records], dim=2),
             router_flops=sum(record.router_flops for record in records),
         )
 
@@ -158,7 +172,8 @@ class Trace:
         """The same tokens with nothing skipped."""
         every = torch.ones_like(self.mixer_keep)
         rules = ["project"] * len(self.kv_rules)
-        return replace(self, mixer_keep=every, ffn_keep=every, kv_rules=rules, router_flops=0)
+        late = torch.zeros_like(self.late)
+        return replace(self, mixer_keep=every, ffn_keep=every, kv_rules=rules, late=late, router_flops=0)
 
     @property
     def num_tokens(self) -> int:
@@ -167,13 +182,13 @@ class Trace:
 
     @property
     def depths(self) -> Tensor:
-        """(B, T) float: layers run per token; a layer with one of its two branches run counts half."""
+        """(B, T) float: layers run for each token's output; one with one of its two branches run counts half."""
         return (self.mixer_keep.float() + self.ffn_keep.float()).sum(0) / 2
 
     @property
     def mean_depth(self) -> float:
-        """Layers run per real token, mean."""
-        return self.depths[self.token_mask].double().mean().item()
+        """Layers run per real token, mean; those that were run late included."""
+        return self.depths[self.token_mask].double().mean().item() + int(self.late.sum()) / self.num_tokens
 
     def executed_share(self) -> tuple[list[float], list[float]]:
         """Share of real tokens that ran each layer's mixer, and each layer's FFN."""

@@ -71,11 +71,16 @@ class Replay(Method):
     Config = StrictConfig
     name = "replay"
     summary = "decisions of a trace"
-    gates_branches = True
 
     def __init__(self, adapted: AdaptedModel) -> None:
         super().__init__(StrictConfig(), adapted.backbone)
         self.trace = adapted.last_trace
+        self.gates_branches = "recompute" not in self.trace.kv_rules  # of exits, which end whole layers
+
+    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        if self.trace.kv_rules[layer_idx] != "recompute":
+            return None
+        return self._gate(self.trace.mixer_keep[layer_idx], layer_idx, context)
 
     def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
         return self._gate(self.trace.mixer_keep[layer_idx], layer_idx, context)
@@ -84,8 +89,8 @@ class Replay(Method):
         return self._gate(self.trace.ffn_keep[layer_idx], layer_idx, context)
 
     def _gate(self, keep: Tensor, layer_idx: int, context: PassContext) -> Gate:
-        kv_rule = "omit" if self.trace.kv_rules[layer_idx] == "omit" else "project"
-        return Gate.of_plan(keep[None].gather(2, context.positions[None]), context, kv_rule)[0]
+        kept = keep[None].gather(2, context.positions[None])
+        return Gate.of_plan(kept, context, self.trace.kv_rules[layer_idx])[0]
 
 
 def _error(ours: Tensor, other: Tensor) -> float:

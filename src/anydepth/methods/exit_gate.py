@@ -28,8 +28,10 @@ class ExitGateConfig(StrictConfig):
         default=None, description="Layers with a gate in front; null is five, spread from a fifth of the depth on."
     )
     widths: list[int] = Field(default=[64, 32], description="Hidden layers of the gates' networks.")
-    kv_rule: Literal["propagate"] = Field(
-        default="propagate", description="Deeper layers project K/V from the state that a token left with."
+    kv_rule: Literal["propagate", "recompute"] = Field(
+        default="propagate",
+        description="Deeper layers project K/V from the state that a token left with, or run it later, exactly, "
+        "together with the next token that goes on.",
     )
     threshold: float = Field(default=0.0, description="At inference a token goes on if its logit is above this.")
     initial_bias: float = Field(default=2.0, description="Logits start at this: tokens go on.")
@@ -73,9 +75,11 @@ class ExitGate(Method):
 
     @property
     def kv_rule(self) -> KVRule:
-        return "project"
+        return "recompute" if self.config.kv_rule == "recompute" else "project"
 
-    def rules(self) -> Rules:
+    def rules(self) -> Rules | None:
+        if self.kv_rule == "recompute":
+            return None  # layers run for more tokens than those of a pass
         threshold = self.config.threshold
 
         def make() -> Rules:
@@ -106,7 +110,7 @@ class ExitGate(Method):
             self.note_scores(logit, context)
         if came is not None and not came.all_kept:
             goes_on = goes_on & came.keep
-        return Gate.of_plan(goes_on[None], context, "project")[0]
+        return Gate.of_plan(goes_on[None], context, self.kv_rule)[0]
 
     def _distribution(self, context: PassContext) -> tuple[list[Tensor], Tensor]:
         """p(l) of each gate passed, (B, T) each, and what is left for the last layer."""

@@ -17,7 +17,8 @@ from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import Evaluate, GateNetwork
 from anydepth.models.backbone import Backbone
 
-KVRule = Literal["project", "omit"]
+KVRule = Literal["project", "omit", "recompute"]
+"""`recompute`: of exits alone. What tokens leave in a layer is what they would at full depth, run when it is needed."""
 
 
 class Memory:

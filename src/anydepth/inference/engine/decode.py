@@ -176,5 +176,6 @@ def _padded(records: list[PassRecord], num_tokens: int) -> PassRecord:
         mixer_keep={i: joined([record.mixer_keep[i] for record in records]) for i in first.mixer_keep},
         ffn_keep={i: joined([record.ffn_keep[i] for record in records]) for i in first.ffn_keep},
         kv_rules=first.kv_rules,
+        late={i: torch.cat([record.late[i] for record in records]) for i in first.late},
         router_flops=sum(record.router_flops for record in records),
     )

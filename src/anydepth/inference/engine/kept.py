@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anydepth.execution.trace import LaterRecord, PassRecord
-from anydepth.inference.engine.cache import EngineCache, LayerKV
+from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import EXIT, FFN, MIXER, NativeGate, Rows, Task, Tasks
 from anydepth.inference.engine.networks import NativeNetworks
@@ -116,6 +116,7 @@ class KeptPass:
     """All layers' tasks for N tokens, over the K/V where they lie.
 
     Args:
+        layers: of the model, or some in a row where there are no rules.
         networks: of gates; None where there are no kernels for them.
 
     Attributes:
@@ -129,7 +130,7 @@ class KeptPass:
     def __init__(
         self,
         layers: Sequence[EngineLayer],
-        cache: EngineCache,
+        caches: Sequence[LayerKV],
         rules: Sequence[Rules],
         networks: NativeNetworks | None,
         *,
@@ -139,12 +140,12 @@ class KeptPass:
         self.networks = networks
         self.addresses: dict[GateNetwork, int] = {}
         self.flat = torch.zeros(decisions.num_columns * num_tokens)
-        self.waiting = [cache.layers[layer_idx] for layer_idx in decisions.gated]
+        self.waiting = [caches[layer_idx] for layer_idx in decisions.gated]
         for kv in self.waiting:
             kv.make_room_to_wait(0, num_tokens)
         skipped = {*decisions.gated, *decisions.closed_mixers}
-        self.whole = [kv for layer_idx, kv in enumerate(cache.layers) if layer_idx not in skipped]
-        tasks = [self._task(i, layer, kv) for i, (layer, kv) in enumerate(zip(layers, cache.layers, strict=True))]
+        self.whole = [kv for layer_idx, kv in enumerate(caches) if layer_idx not in skipped]
+        tasks = [self._task(i, layer, kv) for i, (layer, kv) in enumerate(zip(layers, caches, strict=True))]
         if not any(task.parts for task in tasks):
             raise Unfit  # nothing is left to run
         self.tasks = Tasks([task for task in tasks if task.parts])

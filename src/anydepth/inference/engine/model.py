@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from anydepth.errors import UserError
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache
+from anydepth.inference.engine.exits import ExitPass
 from anydepth.inference.engine.layer import EngineLayer, RMSNorm
 from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear, why_not
 from anydepth.inference.engine.networks import NativeNetworks
@@ -108,17 +110,56 @@ class EngineModel:
         self, token_ids: Tensor, slots: Sequence[int], cache: EngineCache, methods: Sequence[Method] = ()
     ) -> tuple[Tensor, PassRecord]:
         """States (B, T, D) behind the last layer for (B, T) new tokens of the sequences in `slots`, and what ran."""
-        longest = max(cache.lengths[slot] for slot in slots) + token_ids.shape[1]
-        cache.make_room(longest)
-        self.rotations.make_room(longest)
-        step = Step(token_ids, slots, cache, methods, self.rotations, self.networks)
+        num_tokens = token_ids.shape[1]
+        step = self._step(num_tokens, slots, [cache.lengths[slot] for slot in slots], cache, methods)
         hidden = self.embedding(token_ids).flatten(0, 1)
         try:
-            hidden = step.through(self.layers, hidden)
+            if any(method.kv_rule == "recompute" for method in methods):
+                hidden = ExitPass(self, step, hidden).run()
+            else:
+                hidden = step.through(self.layers, hidden)
         except BaseException:
             for slot in slots:  # layers that have run are not ahead of the others
                 cache.rewind(slot, cache.lengths[slot])
             raise
         for slot in slots:
-            cache.lengths[slot] += token_ids.shape[1]
+            cache.lengths[slot] += num_tokens
         return hidden.view(*token_ids.shape, -1), step.record
+
+    @torch.no_grad()
+    def run_layers(
+        self, states: Sequence[Tensor], slots: Sequence[int], cache: EngineCache, first: int, last: int
+    ) -> list[Tensor]:
+        """Layers `first` to `last` − 1 at full depth, for the next tokens of each slot that they have not seen.
+
+        Args:
+            states: (N, D) by slot, of as many tokens as each has.
+
+        Returns:
+            The states behind those layers; their K/V are in the cache, whose `lengths` stay.
+        """
+        caches, num_tokens = cache.layers[first:last], [len(part) for part in states]
+        seen = [caches[0].counts[slot] for slot in slots]
+        longest = max(num_tokens)
+        step = self._step(longest, slots, seen, cache, ())
+        # Behind a row's tokens stands what nobody sees, and is overwritten.
+        padded = [F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
+        hidden = padded[0] if len(padded) == 1 else torch.cat(padded)
+        try:
+            done = step.through(self.layers[first:last], hidden, first).split(longest)
+        except BaseException:
+            num_tokens = [0] * len(slots)
+            raise
+        finally:
+            for kv in caches:
+                for slot, before, count in zip(slots, seen, num_tokens, strict=True):
+                    kv.rewind(slot, before + count)
+        return [part[:count] for part, count in zip(done, num_tokens, strict=True)]
+
+    def _step(
+        self, num_tokens: int, slots: Sequence[int], seen: Sequence[int], cache: EngineCache, methods: Sequence[Method]
+    ) -> Step:
+        """One of `num_tokens` in each row behind those `seen`, with room for them."""
+        cache.make_room(max(seen) + num_tokens)
+        self.rotations.make_room(max(seen) + num_tokens)
+        return Step(num_tokens, slots, seen, cache, methods, self.rotations, self.networks)

@@ -19,13 +19,19 @@ from anydepth.methods.method import Gate
 
 
 class RowPass:
-    """(B, T) new tokens of the sequences in `slots`; masks and rotations are prepared once and shared by the layers."""
+    """New tokens of the sequences in `slots`; masks and rotations are prepared once and shared by the layers.
 
-    def __init__(self, token_ids: Tensor, slots: Sequence[int], cache: EngineCache, tables: Rotations) -> None:
+    Args:
+        num_tokens: T, of each row.
+        seen: tokens of each that were there before.
+    """
+
+    def __init__(
+        self, num_tokens: int, slots: Sequence[int], seen: Sequence[int], cache: EngineCache, tables: Rotations
+    ) -> None:
         self.cache, self.slots, self.tables = cache, list(slots), tables
-        self.num_rows, self.num_tokens = token_ids.shape
-        self.device = token_ids.device
-        self.seen = [cache.lengths[slot] for slot in slots]
+        self.num_rows, self.num_tokens, self.seen = len(self.slots), num_tokens, list(seen)
+        self.device = tables.like.device
         self.rotations: dict[str, Rotation] = {}
         self.masks: dict[tuple[int | None, tuple[int, ...]], Tensor] = {}
 

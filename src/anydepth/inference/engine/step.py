@@ -35,34 +35,36 @@ class Step(RowPass):
 
     def __init__(
         self,
-        token_ids: Tensor,
+        num_tokens: int,
         slots: Sequence[int],
+        seen: Sequence[int],
         cache: EngineCache,
         methods: Sequence[Method],
         tables: Rotations,
         networks: NativeNetworks | None,
     ) -> None:
-        super().__init__(token_ids, slots, cache, tables)
-        self.few_tokens = token_ids.numel() <= MAX_TOKENS
-        token_mask = torch.ones_like(token_ids, dtype=torch.bool)
+        super().__init__(num_tokens, slots, seen, cache, tables)
+        self.few_tokens = self.num_rows * num_tokens <= MAX_TOKENS
+        token_mask = torch.ones(self.num_rows, num_tokens, dtype=torch.bool, device=self.device)
         self.record = PassRecord(token_mask, self.seen[0], cached=True, num_layers=len(cache.layers))
         self.methods, self.networks = list(methods), networks
         self.gates_branches = any(method.gates_branches for method in methods)
         self.span: list[Task] = []  # asked for, not run yet
         self.left: list[tuple[LayerKV, int, int, Tensor | None]] = []  # by the span: K/V in a slot, at which places
-        self.asked_with: tuple[Tensor | None, Tensor] = None, token_ids
+        self.asked_with: tuple[Tensor | None, Tensor] = None, token_mask
 
     # --- layer after layer -------------------------------------------------------------------------------------
 
-    def through(self, layers: Sequence[EngineLayer], hidden: Tensor) -> Tensor:
-        """(B·T, D) states in front of the first layer to those behind the last."""
-        kept = self._kept_pass(layers)
+    def through(self, layers: Sequence[EngineLayer], hidden: Tensor, first: int = 0) -> Tensor:
+        """(B·T, D) states in front of the first of some layers, which is number `first`, to those behind the last."""
+        caches = self.cache.layers[first : first + len(layers)]
+        kept = self._kept_pass(layers, caches, first)
         if kept is not None:
             hidden, self.record = kept.run(self._rows, self.slots, self.seen, hidden, self.record)
             return hidden
         for method in self.methods:
             method.begin(self.run.context)
-        for layer_idx, (layer, kv) in enumerate(zip(layers, self.cache.layers, strict=True)):
+        for layer_idx, (layer, kv) in enumerate(zip(layers, caches, strict=True), first):
             reads_state = any(method.reads_state(layer_idx) for method in self.methods)
             if reads_state:
                 hidden = self._run_span(hidden)
@@ -84,7 +86,7 @@ class Step(RowPass):
         context = PassContext(self.record.token_mask, self.places, training=False, evaluate=evaluate, memory=memory)
         return Run(context, self.record, None, self.methods, sparse=True)
 
-    def _kept_pass(self, layers: Sequence[EngineLayer]) -> KeptPass | None:
+    def _kept_pass(self, layers: Sequence[EngineLayer], caches: Sequence[LayerKV], first: int) -> KeptPass | None:
         """One that fits, if the kernels can decide everything."""
         if not self.few_tokens or layers[0].native is None:
             return None
@@ -94,21 +96,23 @@ class Step(RowPass):
             if own is None:
                 return None
             rules.append(own)
-        kept = self._kept_for(layers, rules)
+        kept = self._kept_for(layers, caches, first, rules)
         if kept is None or not kept.fits(self.slots, self.seen) or not kept.prepare(lambda: self.run.context):
             return None
         # What waits may have to move; the pass is then made anew, for its new place.
-        return kept if kept.has_room(self.slots) else self._kept_for(layers, rules)
+        return kept if kept.has_room(self.slots) else self._kept_for(layers, caches, first, rules)
 
-    def _kept_for(self, layers: Sequence[EngineLayer], rules: Sequence[Rules]) -> KeptPass | None:
+    def _kept_for(
+        self, layers: Sequence[EngineLayer], caches: Sequence[LayerKV], first: int, rules: Sequence[Rules]
+    ) -> KeptPass | None:
         """The one of these rules; None: the kernels cannot decide them."""
         passes, num_tokens = self.cache.kept_passes, self.num_rows * self.num_tokens
-        key = (num_tokens, *rules)
+        key = (num_tokens, first, len(layers), *rules)
         if key in passes:
             passes[key] = passes.pop(key)  # the latest is the last
         else:
             try:
-                kept = KeptPass(layers, self.cache, rules, self.networks, num_tokens=num_tokens)
+                kept = KeptPass(layers, caches, rules, self.networks, num_tokens=num_tokens)
             except Unfit:
                 kept = None
             if len(passes) >= MAX_KEPT:
