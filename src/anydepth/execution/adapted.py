@@ -24,6 +24,7 @@ from anydepth.execution.trace import PassRecord, Trace
 from anydepth.methods import METHODS, method_class
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import ExitState, Memory, Method, PassContext
+from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import Backbone
 
 MethodSpec = StrictConfig | Mapping[str, Any]
@@ -55,6 +56,7 @@ class AdaptedModel(nn.Module):
         self._enabled = True
         self._sparse = True
         self._stand_in: Method | None = None
+        self.draft_counts: Any = None
         self._install()
 
     # --- in and out of the model ---------------------------------------------------------------------------------
@@ -184,12 +186,26 @@ class AdaptedModel(nn.Module):
 
     @property
     def active_methods(self) -> list[Method]:
-        """The attached methods, in order; none while `disabled`."""
+        """The methods that decide, in order: none while `disabled`; at inference none beside a lossless one."""
         if not self._enabled:
             return []
         if self._stand_in is not None:
             return [self._stand_in]
-        return [method for method in self.methods.values() if isinstance(method, Method)]
+        methods = [method for method in self.methods.values() if isinstance(method, Method)]
+        if self.training or not any(method.lossless for method in methods):
+            return methods
+        return []
+
+    @property
+    def speculation(self) -> SelfSpeculation | None:
+        """How drafts are made, where `self_speculation` is attached and on."""
+        found = next((method for method in self.methods.values() if isinstance(method, SelfSpeculation)), None)
+        return found if self._enabled and self._stand_in is None else None
+
+    @property
+    def draft_methods(self) -> list[Method]:
+        """What is attached beside `self_speculation`."""
+        return [method for method in self.methods.values() if isinstance(method, Method) and not method.lossless]
 
     @contextmanager
     def deciding(self, stand_in: Method) -> Iterator[None]:

@@ -10,6 +10,7 @@ from anydepth.methods.ffn_router import FFNRouter
 from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.method import Method
 from anydepth.methods.mixture_of_depths import MixtureOfDepths
+from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.skip_set import SkipSet
 from anydepth.methods.stochastic_depth import StochasticDepth
 
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "mixture_of_depths": MixtureOfDepths,
     "exit_gate": ExitGate,
     "ffn_router": FFNRouter,
+    "self_speculation": SelfSpeculation,
 }
 
 

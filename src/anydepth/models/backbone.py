@@ -256,12 +256,16 @@ class Backbone:
         assert head is not None, "a causal LM has an output embedding"
         return head
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """In front of the head; nothing in some OPT models."""
+        return getattr(self.decoder, self.family.final_norm, None) or nn.Identity()
+
     def logits_of(self, states: Tensor) -> Tensor:
         """(..., V) logits of (..., D) states of the residual stream: the model's final norm and head."""
-        for name in (self.family.final_norm, "project_out"):  # the latter, and no norm at all, in some OPT models
-            part = getattr(self.decoder, name, None)
-            states = states if part is None else part(states)
-        logits = self.head(states)
+        states = self.final_norm(states)
+        project_out = getattr(self.decoder, "project_out", None)  # of some OPT models
+        logits = self.head(states if project_out is None else project_out(states))
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

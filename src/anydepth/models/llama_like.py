@@ -170,7 +170,12 @@ def logits_softcap(backbone: Backbone) -> float | None:
 
 
 def final_norm(backbone: Backbone) -> Norm:
-    norm = _norm(backbone.decoder.get_submodule("norm"))
+    return norm_of(backbone.final_norm)
+
+
+def norm_of(module: nn.Module) -> Norm:
+    """Of one of the model's RMSNorms."""
+    norm = _norm(module)
     assert norm is not None
     return norm
 

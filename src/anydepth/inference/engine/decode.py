@@ -26,9 +26,14 @@ from transformers.generation.configuration_utils import GenerationMode
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
+from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, Trained
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.model import EngineModel
+from anydepth.inference.speculate import Setup, decode
+from anydepth.inference.targets import EngineTarget
 from anydepth.methods.method import Method
+from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.models.llama_like import final_norm
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -52,6 +57,7 @@ class FastEngine:
     ) -> None:
         self.adapted = adapted
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
+        self.drafting: tuple[Any, Setup] | None = None
 
     def generate(
         self,
@@ -100,6 +106,16 @@ class FastEngine:
             raise UserError(
                 "the fast engine decodes greedily or samples, and returns token ids; use engine hf for the rest"
             )
+        if self.adapted.speculation is not None:
+            return self._speculate(
+                self.adapted.speculation,
+                input_ids,
+                kwargs.get("attention_mask"),
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+            )
         sampling = bool(generation_config.do_sample)
         cache = self.model.new_cache(len(input_ids))
         slots = [cache.take_slot() for _ in input_ids]
@@ -138,6 +154,37 @@ class FastEngine:
         if streamer is not None:
             streamer.end()
         return input_ids
+
+    def _speculate(self, method: SelfSpeculation, input_ids: Tensor, *arguments: Any) -> Tensor:
+        """The same tokens, drafted by a part of the model."""
+        setup, taps = self._setup_of(method)
+        target = EngineTarget(self.model, len(input_ids), taps)
+        ids, self.adapted.draft_counts = decode(target, setup, input_ids, *arguments)
+        mask = torch.ones_like(ids[:, :-1], dtype=torch.bool)
+        self.adapted.records = [PassRecord(mask, 0, cached=True, num_layers=len(self.model.layers))]
+        return ids
+
+    def _setup_of(self, method: SelfSpeculation) -> tuple[Setup, list[int]]:
+        """Drafters of a method, made once, and the layers whose states they read."""
+        config, network, reduced = method.config, method.network, tuple(self.adapted.draft_methods)
+        key = (config, network, reduced)
+        if self.drafting is None or self.drafting[0] != key:
+            vocabulary = None if config.exit_vocabulary is None else torch.arange(config.exit_vocabulary)
+            drafters: list[Drafter] = [Lookup()] if config.lookup else []
+            if network is not None:
+                drafters.append(Trained(self.model, network))
+            if config.exit_layers:
+                head = (
+                    self.model.head
+                    if vocabulary is None
+                    else self.model.head_of(final_norm(self.model.backbone), self.model.weights, vocabulary)
+                )
+                drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
+            if reduced:
+                drafters.append(Reduced(reduced))
+            size = self.model.backbone.model.config.vocab_size
+            self.drafting = key, Setup(drafters, config.max_draft, config.adaptive, size)
+        return self.drafting[1], [] if network is None else network.taps
 
     def _prefill(
         self, input_ids: Tensor, mask: Tensor | None, slots: list[int], cache: EngineCache, methods: list[Method]

@@ -12,16 +12,17 @@ from anydepth.errors import UserError
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.exits import ExitPass
-from anydepth.inference.engine.layer import EngineLayer, RMSNorm
-from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear, why_not
+from anydepth.inference.engine.head import Head
+from anydepth.inference.engine.layer import EngineLayer
+from anydepth.inference.engine.native import why_not
 from anydepth.inference.engine.networks import NativeNetworks
-from anydepth.inference.engine.packing import Memory, pack_panels
+from anydepth.inference.engine.packing import Memory
 from anydepth.inference.engine.rotations import Rotations
 from anydepth.inference.engine.step import Step
-from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS, Linear, without_kernels
+from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS
 from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import Weights, check_runs, final_norm, layer_parts, logits_softcap
+from anydepth.models.llama_like import Norm, check_runs, final_norm, layer_parts, logits_softcap
 
 
 class EngineModel:
@@ -64,46 +65,46 @@ class EngineModel:
         )
         if self.weights == "int4" and self.why_not_native:
             raise UserError(f"int4 weights need the compiled kernels, and {self.why_not_native}; or use int8")
-        memory = None if self.why_not_native else Memory()
+        self.memory = memory = None if self.why_not_native else Memory()
         kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
         self.rotations = Rotations(backbone, kinds, self._like)
         self.layers = [EngineLayer(part, self.weights, self.dtype, kinds, memory, compiled=compiled) for part in parts]
-        self.norm = RMSNorm(final_norm(backbone), self.dtype)
-        head = backbone.head
-        assert isinstance(head.weight, Tensor)
-        dense = Weights(head.weight.detach(), None)
-        self.native_head = None
         self.networks = None if memory is None else NativeNetworks(memory)
-        if memory is None:
-            self.head = without_kernels([dense], self.weights)
-        else:
-            packed = pack_panels(dense, self.weights, memory)
-            self.native_head = NativeLinear([packed], self.dtype, memory, final_norm(backbone))
-            self.head = NativeLinear([packed], self.dtype, memory) if self.weights in WEIGHT_ONLY else Linear([dense])
+        self.head = self.head_of(final_norm(backbone), self.weights)
         self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
-        self.softcap = logits_softcap(backbone)
+
+    def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
+        """The model's head behind a norm; of some tokens (V',) where a vocabulary is given."""
+        rows = self.backbone.head.weight
+        assert isinstance(rows, Tensor)
+        some = rows if vocabulary is None else rows[vocabulary]
+        return Head(some, norm, weights, self.dtype, self.memory, logits_softcap(self.backbone))
 
     @property
     def _like(self) -> Tensor:
         """Of the activations' type, where they lie."""
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
-    def new_cache(self, num_slots: int, max_length: int | None = None) -> EngineCache:
-        """An empty cache for `num_slots` sequences of up to `max_length` tokens; None: as long as memory allows."""
+    def new_cache(self, num_slots: int, max_length: int | None = None, *, num_layers: int | None = None) -> EngineCache:
+        """An empty cache for `num_slots` sequences of up to `max_length` tokens; None: as long as memory allows.
+
+        Args:
+            num_layers: of layers like the model's; None is all of them.
+        """
         first, hidden_size = self.layers[0], self.backbone.hidden_size
         return EngineCache(
-            len(self.layers), num_slots, first.num_kv_heads, first.head_dim, hidden_size, self._like, max_length
+            num_layers or len(self.layers),
+            num_slots,
+            first.num_kv_heads,
+            first.head_dim,
+            hidden_size,
+            self._like,
+            max_length,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) of (..., D) states behind the last layer."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        if self.native_head is not None and len(flat) <= MAX_TOKENS:
-            logits = self.native_head(flat)
-        else:
-            logits = self.head(self.norm(flat))
-        logits = logits.view(*hidden.shape[:-1], -1)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return self.head(hidden)
 
     @torch.no_grad()
     def forward(
@@ -138,23 +139,7 @@ class EngineModel:
         Returns:
             The states behind those layers; their K/V are in the cache, whose `lengths` stay.
         """
-        caches, num_tokens = cache.layers[first:last], [len(part) for part in states]
-        seen = [caches[0].counts[slot] for slot in slots]
-        longest = max(num_tokens)
-        step = self._step(longest, slots, seen, cache, ())
-        # Behind a row's tokens stands what nobody sees, and is overwritten.
-        padded = [F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
-        hidden = padded[0] if len(padded) == 1 else torch.cat(padded)
-        try:
-            done = step.through(self.layers[first:last], hidden, first).split(longest)
-        except BaseException:
-            num_tokens = [0] * len(slots)
-            raise
-        finally:
-            for kv in caches:
-                for slot, before, count in zip(slots, seen, num_tokens, strict=True):
-                    kv.rewind(slot, before + count)
-        return [part[:count] for part, count in zip(done, num_tokens, strict=True)]
+        return run_layers(self.layers[first:last], states, slots, cache, first, self.rotations)
 
     def _step(
         self, num_tokens: int, slots: Sequence[int], seen: Sequence[int], cache: EngineCache, methods: Sequence[Method]
@@ -163,3 +148,32 @@ class EngineModel:
         cache.make_room(max(seen) + num_tokens)
         self.rotations.make_room(max(seen) + num_tokens)
         return Step(num_tokens, slots, seen, cache, methods, self.rotations, self.networks)
+
+
+def run_layers(
+    layers: Sequence[EngineLayer],
+    states: Sequence[Tensor],
+    slots: Sequence[int],
+    cache: EngineCache,
+    first: int,
+    rotations: Rotations,
+) -> list[Tensor]:
+    """`EngineModel.run_layers` of any layers, which are those from `first` on of a cache."""
+    caches, num_tokens = cache.layers[first : first + len(layers)], [len(part) for part in states]
+    seen, longest = [caches[0].counts[slot] for slot in slots], max(num_tokens)
+    cache.make_room(max(seen) + longest)
+    rotations.make_room(max(seen) + longest)
+    step = Step(longest, slots, seen, cache, (), rotations, None)
+    # Behind a row's tokens stands what nobody sees, and is overwritten.
+    padded = [part if len(part) == longest else F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
+    hidden = padded[0] if len(padded) == 1 else torch.cat(padded)
+    try:
+        done = step.through(layers, hidden, first).split(longest)
+    except BaseException:
+        num_tokens = [0] * len(slots)
+        raise
+    finally:
+        for kv in caches:
+            for slot, before, count in zip(slots, seen, num_tokens, strict=True):
+                kv.rewind(slot, before + count)
+    return [part[:count] for part, count in zip(done, num_tokens, strict=True)]

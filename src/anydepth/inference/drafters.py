@@ -1,0 +1,224 @@
+"""What guesses the next tokens, cheaply, for `speculate.py` to verify.
+
+A drafter is asked for one token of each row at a time, so that drafting can stop where it no longer pays, and says with
+each token in which of its classes of confidence it is; how often tokens of a class are right is measured meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anydepth.inference.engine.layer import EngineLayer
+from anydepth.inference.engine.model import EngineModel, run_layers
+from anydepth.inference.engine.native import NativeLinear
+from anydepth.inference.engine.packing import pack_panels
+from anydepth.inference.engine.weights import Linear
+from anydepth.inference.targets import Row, Target
+from anydepth.methods.draft_network import DraftNetwork
+from anydepth.methods.method import Method
+from anydepth.models.llama_like import Norm, Weights, layer_parts, norm_of
+
+NUM_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token, and the drafter's class of confidence that it is in, below `NUM_CLASSES`."""
+
+    token: int
+    confidence: int
+
+
+Choose = Callable[[Sequence[Row], Tensor, Tensor | None], tuple[list[int], list[float]]]
+"""The tokens that rows would take, out of (R, V') logits of all tokens or of a vocabulary (V',), and their shares."""
+
+
+class Drafter(Protocol):
+    """What `speculate.py` asks of a drafter."""
+
+    name: str
+
+    def start(self, target: Target, num_rows: int) -> None:
+        """A new generation begins."""
+        ...
+
+    def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
+        """What stands behind `row.last` in each row; None: it has no idea."""
+        ...
+
+    def settle(self, rows: Sequence[Row]) -> None:
+        """Rows have taken what was verified; `row.fresh` has the states of what they took."""
+        ...
+
+
+def _guesses(tokens: list[int], shares: list[float]) -> list[Guess | None]:
+    return [
+        Guess(token, min(int(share * NUM_CLASSES), NUM_CLASSES - 1))
+        for token, share in zip(tokens, shares, strict=True)
+    ]
+
+
+class FirstLayers:
+    """The first layers of the model, and its norm and head on their state (LayerSkip, Elhoushi et al. 2024)."""
+
+    def __init__(self, num_layers: int, head: Callable[[Tensor], Tensor], vocabulary: Tensor | None = None) -> None:
+        self.num_layers, self.head, self.vocabulary = num_layers, head, vocabulary
+        self.name = f"first {num_layers} layers"
+
+    def start(self, target: Target, num_rows: int) -> None:
+        self.target = target
+
+    def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
+        logits = self.head(torch.cat(self.target.first_layers(rows)))
+        return _guesses(*choose(rows, logits, self.vocabulary))
+
+    def settle(self, rows: Sequence[Row]) -> None:
+        pass
+
+
+class Reduced:
+    """The model as attached methods reduce it: a skip set, a router, exits."""
+
+    name = "reduced model"
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self.methods = list(methods)
+
+    def start(self, target: Target, num_rows: int) -> None:
+        self.target = target
+
+    def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
+        return _guesses(*choose(rows, self.target.reduced(rows, self.methods), None))
+
+    def settle(self, rows: Sequence[Row]) -> None:
+        pass
+
+
+@dataclass
+class _Index:
+    """Where n-grams of a row's tokens ended last."""
+
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict)
+    num_tokens: int = 0
+
+
+class Lookup:
+    """What followed the last tokens where they stood before in the text (prompt lookup, Saxena 2023)."""
+
+    name = "lookup"
+
+    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
+        self.sizes = range(longest, shortest - 1, -1)
+
+    def start(self, target: Target, num_rows: int) -> None:
+        self.indices: dict[int, _Index] = {}
+        self.following: dict[int, tuple[int, int]] = {}  # by slot: place of the next guess, and how sure
+
+    def confidence(self, row: Row) -> int | None:
+        """Of its next guess, at the start of a draft; None: it would have none."""
+        self._find(row)
+        return self.following[row.slot][1] if row.slot in self.following else None
+
+    def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
+        return [self._guess(row) for row in rows]
+
+    def _guess(self, row: Row) -> Guess | None:
+        if not row.draft:
+            self._find(row)
+        place, confidence = self.following.get(row.slot, (len(row.ids), 0))
+        if place >= len(row.ids):
+            return None
+        self.following[row.slot] = place + 1, min(confidence + 1, NUM_CLASSES - 1)
+        return Guess(row.ids[place], confidence)
+
+    def _find(self, row: Row) -> None:
+        index = self.indices.setdefault(row.slot, _Index(num_tokens=row.num_padding))
+        ids = row.ids
+        for end in range(index.num_tokens + 1, len(ids)):  # what ends before the last token
+            for size in self.sizes:
+                if end - size >= row.num_padding:
+                    index.ends[tuple(ids[end - size : end])] = end
+        index.num_tokens = max(len(ids) - 1, index.num_tokens)
+        self.following.pop(row.slot, None)
+        for size in self.sizes:
+            end = index.ends.get(tuple(ids[-size:])) if len(ids) - size >= row.num_padding else None
+            if end is not None:
+                self.following[row.slot] = end, size
+                return
+
+    def settle(self, rows: Sequence[Row]) -> None:
+        pass
+
+
+@dataclass
+class _Reading:
+    """What the trained drafter holds of a row."""
+
+    feature: Tensor | None = None
+    unread: list[Tensor] = field(default_factory=list)  # (N, taps · D), of verified tokens whose successors are known
+    num_read: int = 0
+
+
+class Trained:
+    """A `DraftNetwork` on the fast engine, in 8 bits where the kernels run: a wrong guess costs speed, nothing else."""
+
+    name = "trained"
+
+    def __init__(self, model: EngineModel, network: DraftNetwork) -> None:
+        self.model, self.vocabulary = model, network.vocabulary
+        network = copy.deepcopy(network).to(model.dtype)
+        kind = "int8" if model.memory is not None and model.dtype == torch.bfloat16 else model.weights
+        parts = layer_parts(network.view(model.backbone))
+        self.layer = EngineLayer(parts, kind, model.dtype, model.rotations.kinds, model.memory)
+        self.read, self.join = (self._linear(part.weight, kind) for part in (network.read, network.join))
+        norm = norm_of(network.norm)
+        assert isinstance(norm, Norm)
+        self.head = model.head_of(norm, kind, network.vocabulary)
+
+    def start(self, target: Target, num_rows: int) -> None:
+        self.cache = self.model.new_cache(num_rows, num_layers=1)
+        self.rows: dict[int, _Reading] = {}
+
+    def _linear(self, weight: Tensor, kind: str) -> Linear:
+        dense = Weights(weight.detach(), None)
+        if self.model.memory is None:
+            return Linear([dense])
+        return NativeLinear([pack_panels(dense, kind, self.model.memory)], self.model.dtype, self.model.memory)
+
+    def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
+        states = [self._inputs(row) for row in rows]
+        whole = states[0] if len(rows) == 1 else torch.cat(states)
+        parts = list(self.join(whole).split([len(part) for part in states]))
+        slots = [row.slot for row in rows]
+        parts = run_layers([self.layer], parts, slots, self.cache, 0, self.model.rotations)
+        for row, part in zip(rows, parts, strict=True):
+            reading = self.rows[row.slot]
+            reading.feature = part[-1:]
+            if not row.draft:
+                reading.num_read += len(part)
+        last = torch.cat([part[-1:] for part in parts])
+        return _guesses(*choose(rows, self.head(last), self.vocabulary))
+
+    def _inputs(self, row: Row) -> Tensor:
+        """(N, 2 · D) what stands for each token, and the embedding of the one behind."""
+        reading = self.rows[row.slot]
+        if row.draft:
+            assert reading.feature is not None
+            states, ids = reading.feature, row.draft[-1:]
+        else:
+            self.cache.rewind(row.slot, reading.num_read)
+            states = self.read(torch.cat(reading.unread))
+            reading.unread = []
+            ids = row.ids[-len(states) :]
+        embedded = self.model.embedding(torch.tensor(ids, device=states.device))
+        return torch.cat([states, embedded], dim=1)
+
+    def settle(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.rows.setdefault(row.slot, _Reading()).unread.append(torch.cat(row.fresh, dim=1))

@@ -1,0 +1,48 @@
+"""Final norm and head: logits of states, of the whole vocabulary or a part of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from anydepth.inference.engine.layer import RMSNorm
+from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear
+from anydepth.inference.engine.packing import Memory, pack_panels
+from anydepth.inference.engine.weights import WEIGHT_ONLY, Linear, without_kernels
+from anydepth.models.llama_like import Norm, Weights
+
+
+class Head:
+    """Logits (..., V) of states (..., D).
+
+    Args:
+        weight: (V, D) rows of the tokens.
+        kind: one of `weights.WEIGHTS`.
+        memory: of the kernels, for few tokens; None is PyTorch's own operators for all.
+        softcap: c of c·tanh(logits / c), or None.
+    """
+
+    def __init__(
+        self, weight: Tensor, norm: Norm, kind: str, dtype: torch.dtype, memory: Memory | None, softcap: float | None
+    ) -> None:
+        self.norm, self.softcap = RMSNorm(norm, dtype), softcap
+        dense = Weights(weight.detach(), None)
+        self.native: NativeLinear | None = None
+        if memory is None:
+            self.linear = without_kernels([dense], kind)
+        else:
+            packed = pack_panels(dense, kind, memory)
+            self.native = NativeLinear([packed], dtype, memory, norm)
+            self.linear = NativeLinear([packed], dtype, memory) if kind in WEIGHT_ONLY else Linear([dense])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that it reads."""
+        return self.linear.num_bytes
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        native = self.native is not None and len(flat) <= MAX_TOKENS
+        logits = self.native(flat) if native and self.native is not None else self.linear(self.norm(flat))
+        logits = logits.view(*hidden.shape[:-1], -1)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

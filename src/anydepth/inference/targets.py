@@ -1,0 +1,150 @@
+"""The model as speculation runs it: drafts from a part of it, and the verification of drafts at full depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anydepth.inference.engine.model import EngineModel
+from anydepth.methods.method import Method
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence of a batch.
+
+    Attributes:
+        ids: all tokens, padding in front included; the model has seen all but the last.
+        num_padding, num_prompt: how many of them are padding, and padding or prompt.
+        draft: guesses of what follows, in order.
+        early: (1, D) states behind the first layers, of the last token and of drafted ones that have run those only.
+        fresh: by tap, (N, D) states of the tokens that were verified last; of those kept, once they are settled.
+    """
+
+    ids: list[int]
+    num_padding: int = 0
+    slot: int = -1
+    draft: list[int] = field(default_factory=list)
+    early: list[Tensor] = field(default_factory=list)
+    fresh: list[Tensor] = field(default_factory=list)
+    is_done: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.ids)
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens whose K/V are those of the sequence."""
+        return len(self.ids) - 1 - self.num_padding
+
+    @property
+    def last(self) -> int:
+        """The token behind which the next is to be guessed."""
+        return self.draft[-1] if self.draft else self.ids[-1]
+
+
+class Target(Protocol):
+    """What drafters and verification ask of the model.
+
+    Attributes:
+        exit_layer: drafts of this round run so many first layers, which verification does not run again; 0: none.
+    """
+
+    exit_layer: int
+
+    def start(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Take in the prompts; (V,) logits behind each."""
+        ...
+
+    def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
+        """(1, D) states of each row's last token behind the first layers; verification does not run those again."""
+        ...
+
+    def reduced(self, rows: Sequence[Row], methods: Sequence[Method]) -> Tensor:
+        """(R, V) logits behind each row's last token, by the model as its methods reduce it."""
+        ...
+
+    def verify(self, rows: Sequence[Row]) -> list[Tensor]:
+        """(K + 1, V) logits of each row behind its last token and each of its K drafted ones, at full depth."""
+        ...
+
+    def settle(self, rows: Sequence[Row], num_taken: Sequence[int]) -> None:
+        """Rows have taken so many tokens: keep what belongs to them, and forget the rest of what was verified."""
+        ...
+
+
+class EngineTarget:
+    """On the fast engine; rows of any length share one cache.
+
+    Args:
+        taps: layers, counted from 1, behind which states of verified tokens are kept.
+    """
+
+    def __init__(self, model: EngineModel, num_rows: int, taps: Sequence[int] = ()) -> None:
+        self.model, self.taps, self.exit_layer = model, list(taps), 0
+        self.cache = model.new_cache(num_rows)
+        self.stops = sorted({*taps, len(model.layers)})
+
+    def start(self, rows: Sequence[Row]) -> list[Tensor]:
+        last = []
+        for row in rows:
+            row.slot = self.cache.take_slot()
+            states = self._through([row], [self._embed(row.ids[row.num_padding :])], 0)
+            last.append(states[0][-1])
+        return list(self.model.logits(torch.stack(last)))
+
+    def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
+        self._run_first(rows, [self._embed([row.last]) for row in rows])
+        return [row.early[-1] for row in rows]
+
+    def _run_first(self, rows: Sequence[Row], states: list[Tensor]) -> None:
+        if any(len(part) for part in states):
+            slots = [row.slot for row in rows]
+            states = self.model.run_layers(states, slots, self.cache, 0, self.exit_layer)
+            for row, part in zip(rows, states, strict=True):
+                row.early += part.split(1)
+
+    def reduced(self, rows: Sequence[Row], methods: Sequence[Method]) -> Tensor:
+        ids = torch.tensor([[row.last] for row in rows], device=self.model.device)
+        states, _ = self.model.forward(ids, [row.slot for row in rows], self.cache, methods)
+        return self.model.logits(states[:, 0])
+
+    def verify(self, rows: Sequence[Row]) -> list[Tensor]:
+        states = [self._embed([row.ids[-1], *row.draft][len(row.early) :]) for row in rows]
+        if self.exit_layer:
+            self._run_first(rows, states)
+            states = [torch.cat(row.early) for row in rows]
+        else:
+            for row in rows:  # what reduced drafts left
+                self.cache.rewind(row.slot, row.num_seen)
+        states = self._through(rows, states, self.exit_layer)
+        return list(self.model.logits(torch.cat(states)).split([len(part) for part in states]))
+
+    def settle(self, rows: Sequence[Row], num_taken: Sequence[int]) -> None:
+        for row, count in zip(rows, num_taken, strict=True):
+            row.fresh = [part[:count] for part in row.fresh]
+            row.early = []
+            self.cache.rewind(row.slot, row.num_seen)
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        return self.model.embedding(torch.tensor(ids, dtype=torch.long, device=self.model.device))
+
+    def _through(self, rows: Sequence[Row], states: list[Tensor], first: int) -> list[Tensor]:
+        """States of the next tokens in front of a layer to those behind the last, kept where they are tapped."""
+        slots = [row.slot for row in rows]
+        for row in rows:
+            row.fresh = []
+        for stop in self.stops:
+            if stop > first:
+                states = self.model.run_layers(states, slots, self.cache, first, stop)
+                first = stop
+            if stop in self.taps:
+                for row, part in zip(rows, states, strict=True):
+                    row.fresh.append(part)
+        for row in rows:
+            self.cache.lengths[row.slot] = self.cache.layers[-1].counts[row.slot]
+        return states

@@ -1,0 +1,72 @@
+"""Self-speculative decoding: a part of the model drafts tokens, all of it verifies many of them in one pass.
+
+Lossless: forwards run at full depth, and generated tokens are those of full depth, sampled ones too
+(`inference/speculate.py`). Whatever else is attached decides nothing but what drafts are made with. LayerSkip (Elhoushi
+et al. 2024), SWIFT (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Saxena 2023).
+"""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from anydepth.config import StrictConfig
+from anydepth.methods.draft_network import DraftNetwork
+from anydepth.methods.method import Method, check_layers
+from anydepth.models.backbone import Backbone
+
+
+class DraftNetworkConfig(StrictConfig):
+    """A trained drafter: one layer beside the model, and a part of its head."""
+
+    taps: list[int] = Field(
+        default=[], description="Layers, counted from 1, behind which it reads verified tokens; none is the last."
+    )
+    vocabulary_size: int = Field(default=8192, ge=16, description="Tokens that it can guess: those said most.")
+
+
+class SelfSpeculationConfig(StrictConfig):
+    """Options of `self_speculation`."""
+
+    lookup: bool = Field(default=True, description="Draft what followed the last tokens earlier in the text.")
+    exit_layers: list[int] = Field(
+        default=[], description="Draft with so many first layers; of several, with what is worth most at the moment."
+    )
+    exit_vocabulary: int | None = Field(
+        default=None, ge=16, description="Tokens that drafts of first layers can be, the first ids; null is all."
+    )
+    network: DraftNetworkConfig | None = Field(default=None, description="A trained drafter; null is none.")
+    max_draft: int = Field(default=8, ge=1, le=32, description="Tokens drafted at a time, at most.")
+    adaptive: bool = Field(
+        default=True,
+        description="Draft as many as pays by what was measured so far, and none where none does; false: max_draft.",
+    )
+    seed: int = Field(default=0, description="Seed of the trained drafter's first weights.")
+
+    @field_validator("exit_layers", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, layers: object) -> object:
+        return [layers] if isinstance(layers, int) else layers
+
+
+class SelfSpeculation(Method):
+    """Gates nothing; holds how drafts are made, and the weights of a trained drafter."""
+
+    Config = SelfSpeculationConfig
+    name = "self_speculation"
+    summary = "drafts tokens with a part of the model, verifies them with all of it"
+    lossless = True
+    network: DraftNetwork | None
+
+    def __init__(self, config: SelfSpeculationConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        check_layers(config.exit_layers, self.num_layers, "exit_layers")
+        if 0 in config.exit_layers:
+            raise ValueError("exit_layers has 0; a draft needs at least one layer")
+        self.network = None
+        if config.network is not None:
+            taps = sorted(config.network.taps) or [self.num_layers]
+            check_layers([tap - 1 for tap in taps], self.num_layers, "network.taps, less one,")
+            if config.exit_layers and max(config.exit_layers) > taps[0]:
+                raise ValueError(f"network.taps start with {taps[0]}; they must lie behind exit_layers")
+            size = min(config.network.vocabulary_size, backbone.model.config.vocab_size)
+            self.network = DraftNetwork(backbone, taps, size, self.generator)
