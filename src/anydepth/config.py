@@ -140,6 +140,31 @@ class TrainConfig(StrictConfig):
         return self
 
 
+class OwnTextConfig(StrictConfig):
+    """Text that the model writes itself, for the training of a drafter."""
+
+    num_tokens: int = Field(default=600_000, ge=1000, description="Tokens, those of questions included.")
+    temperature: float = Field(default=0.9, gt=0, description="Of questions, which the model makes up itself.")
+    max_question: int = Field(default=96, ge=4, description="Tokens of a question, at most.")
+    max_answer: int = Field(default=192, ge=8, description="Tokens of an answer, at most; answers are greedy.")
+    num_slots: int = Field(default=48, ge=1, le=64, description="Texts written at a time.")
+
+
+class DrafterConfig(StrictConfig):
+    """Training of a drafter's network; the model itself stays as it is."""
+
+    own_text: OwnTextConfig = Field(default=OwnTextConfig(), description="What it learns from.")
+    max_steps: int = Field(default=800, ge=1, description="Optimiser steps.")
+    batch_tokens: int = Field(default=2048, ge=64, description="Tokens per step, padding included.")
+    learning_rate: float = Field(default=6e-4, gt=0, description="Peak rate (warm-up, then cosine).")
+    warmup_steps: int = Field(default=30, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay.")
+    max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+    num_guesses: int = Field(default=3, ge=1, le=6, description="Guesses in a row that it is trained for.")
+    precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="bfloat16 turns autocast on.")
+    save_every: int = Field(default=50, ge=1, description="Steps between states to resume from.")
+
+
 class PhaseConfig(StrictConfig):
     """One of several trainings in turn, each of which starts from what the one before it left."""
 
@@ -218,6 +243,9 @@ class Recipe(StrictConfig):
     phases: list[PhaseConfig] = Field(
         default=[], description="Trainings in turn, with the other settings of train; none is one training of all."
     )
+    drafter: DrafterConfig | None = Field(
+        default=None, description="Training of the network of self_speculation; null does not."
+    )
     calibrate: CalibrateConfig | None = Field(default=None, description="Set a router's threshold; null keeps it.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
     bench: BenchConfig = Field(default=BenchConfig(), description="Speed.")
@@ -239,6 +267,10 @@ class Recipe(StrictConfig):
             raise ValueError("model.scratch starts from random weights, which train.backbone: true must train")
         if learns and self.model.quantisation is not None:
             raise ValueError("weights in 4 bits cannot be trained; give train.lora in place of train.backbone")
+        if self.drafter is not None and self.train is not None:
+            raise ValueError(
+                "a drafter learns from a base that stays as it is; train that first, in a recipe of its own"
+            )
         if learns and self.phases:
             raise ValueError("phases train methods and LoRA; train.backbone is one training of everything")
         return self

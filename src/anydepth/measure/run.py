@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.calibration.budget import set_skip_share
 from anydepth.calibration.router_fit import fit_router
 from anydepth.calibration.skip_search import search
-from anydepth.config import DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, validate
+from anydepth.config import DrafterConfig, DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, validate
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine import choose
@@ -32,6 +33,8 @@ from anydepth.models.load import load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.training.checkpoint import is_checkpoint, load_target, save
 from anydepth.training.data import load_texts, load_windows
+from anydepth.training.drafter import train_drafter
+from anydepth.training.own_text import OWN_TEXT, own_texts
 from anydepth.training.phases import PHASES, train_phases
 from anydepth.training.train import STEPS, prepare, train
 
@@ -107,7 +110,7 @@ class Runner:
         for stage in stages:
             (self.out / f"{stage}.json").unlink(missing_ok=True)
             if stage == "train":
-                for folder in (STEPS, PHASES):
+                for folder in (STEPS, PHASES, OWN_TEXT):
                     shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def train(self) -> dict[str, Any]:
@@ -134,6 +137,8 @@ class Runner:
                 "seconds": result.seconds,
                 "tokens_per_second": result.tokens_per_second,
             }
+        if recipe.drafter is not None:
+            fields |= self._train_drafter(recipe.drafter, adapted, tokenizer)
         if recipe.calibrate is not None:
             windows = self._training_windows(tokenizer)[: recipe.calibrate.num_windows]
             fields["calibrated_skip_share"] = set_skip_share(adapted, windows, recipe.calibrate.skip_share)
@@ -141,6 +146,37 @@ class Runner:
         save(adapted, self.out, base=recipe.model.target, own_base=tokenizer if trained else None)
         detach(adapted)
         return {**fields, "checkpoint": str(self.out)}
+
+    def _train_drafter(
+        self, settings: DrafterConfig, adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any]:
+        """Let the model write, then train the network of `self_speculation` on it."""
+        speculation = adapted.speculation
+        if speculation is None or speculation.network is None:
+            raise UserError("drafter trains the network of self_speculation; give that method a network")
+        started, shared = time.monotonic(), {"seed": self.recipe.seed}
+        texts = own_texts(
+            adapted, tokenizer, speculation.network.taps, settings.own_text, self.out / OWN_TEXT, say=self.say, **shared
+        )
+        written = time.monotonic() - started
+        self.say(f"{sum(len(ids) for ids, _ in texts)} tokens in {len(texts)} texts; training the drafter …")
+        history = train_drafter(
+            speculation.network,
+            adapted.backbone,
+            texts,
+            settings,
+            self.out / STEPS,
+            resume=True,
+            on_step=self.on_step or (lambda row: None),
+            **shared,
+        )
+        return {
+            "loss_history": history,
+            "writing_seconds": written,
+            "seconds": history[-1]["seconds"],
+            "tokens_per_second": len(history) * settings.batch_tokens / history[-1]["seconds"],
+            "num_own_tokens": sum(len(ids) for ids, _ in texts),
+        }
 
     def evaluate(self) -> dict[str, Any]:
         return self._stage("eval", self._evaluate)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.config import OwnTextConfig
+from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.model import EngineModel
 
 MARK = "\x00"
@@ -71,27 +73,15 @@ class Writer:
 
     Args:
         taps: layers behind which states are kept, counted from 1; the last is what the head reads, before its norm.
-        max_question, max_answer: tokens of a turn.
-        temperature: of questions; answers are greedy.
     """
 
     def __init__(
-        self,
-        model: EngineModel,
-        template: Template,
-        taps: list[int],
-        *,
-        num_slots: int = 48,
-        max_question: int = 96,
-        max_answer: int = 192,
-        temperature: float = 1.0,
-        seed: int = 0,
+        self, model: EngineModel, template: Template, taps: list[int], config: OwnTextConfig, *, seed: int = 0
     ) -> None:
-        self.model, self.template, self.taps = model, template, taps
-        self.max_question, self.max_answer, self.temperature = max_question, max_answer, temperature
+        self.model, self.template, self.taps, self.config = model, template, taps, config
         self.generator = torch.Generator().manual_seed(seed)
-        self.cache = model.new_cache(num_slots)
-        self.texts = {self.cache.take_slot(): self._new() for _ in range(num_slots)}
+        self.cache = model.new_cache(config.num_slots)
+        self.texts = {self.cache.take_slot(): self._new() for _ in range(config.num_slots)}
 
     def _new(self) -> _Text:
         return _Text(list(self.template.opening), asks=bool(self.template.between))
@@ -110,13 +100,17 @@ class Writer:
         slots = list(self.texts)
         logits = self.model.logits(torch.stack([last[slot] for slot in slots])).float()
         greedy = logits.argmax(-1).tolist()
-        sampled = torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=self.generator)[:, 0].tolist()
+        sampled = torch.multinomial((logits / self.config.temperature).softmax(-1), 1, generator=self.generator)[
+            :, 0
+        ].tolist()
         ended = []
         for number, slot in enumerate(slots):
             text = self.texts[slot]
             text.ids.append(sampled[number] if text.asks else greedy[number])
             text.turn += 1
-            if text.ids[-1] in self.template.ends or text.turn >= (self.max_question if text.asks else self.max_answer):
+            if text.ids[-1] in self.template.ends or text.turn >= (
+                self.config.max_question if text.asks else self.config.max_answer
+            ):
                 self._end_turn(slot, text, ended)
         return ended
 
@@ -148,47 +142,53 @@ class Writer:
         return {slot: states[number][-1] for number, slot in enumerate(slots)}
 
 
-def write_shards(
-    writer: Callable[[int], Writer],
+OWN_TEXT = "own-text"
+SHARD_TOKENS = 100_000
+
+
+def own_texts(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    taps: list[int],
+    config: OwnTextConfig,
     folder: Path,
     *,
-    num_shards: int,
-    tokens_per_shard: int,
-    on_progress: Callable[[int, int], None] = lambda shard, tokens: None,
-) -> list[Path]:
-    """Files of texts, each written whole or not at all and from a seed of its own, so that an interrupted run goes on.
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Texts as `config` asks for them: (T,) ids and (T, taps, D) states each; written to `folder`, or found there.
 
-    Each holds `ids` (N,), `lengths` of the texts, and `states` (N, taps, D).
+    Each file is written whole or not at all, and from a seed of its own, so that an interrupted run goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"own-text-{number:03d}.safetensors" for number in range(num_shards)]
-    for number, path in enumerate(paths):
-        if path.exists():
-            continue
-        own, texts, total = writer(number), [], 0
-        while total < tokens_per_shard:
-            for text in own.step():
-                texts.append(text)
-                total += len(text.ids)
-                on_progress(number, total)
-        part = path.with_suffix(".part")
-        save_file(
-            {
-                "ids": torch.tensor([token for text in texts for token in text.ids], dtype=torch.int32),
-                "lengths": torch.tensor([len(text.ids) for text in texts]),
-                "states": torch.cat([torch.stack(text.states) for text in texts]),
-            },
-            part,
-        )
-        part.replace(path)
-    return paths
-
-
-def read_shards(paths: list[Path]) -> list[tuple[Tensor, Tensor]]:
-    """All texts: (T,) ids and (T, taps, D) states each."""
-    texts = []
-    for path in paths:
+    size = min(config.num_tokens, SHARD_TOKENS)
+    template = Template.of(tokenizer)
+    texts, model = [], None
+    for number in range(-(-config.num_tokens // size)):
+        path = folder / f"{number:03d}.safetensors"
+        if not path.exists():
+            model = model or EngineModel(adapted.backbone)
+            writer = Writer(model, template, taps, config, seed=seed * 100_003 + number)
+            say(f"writing its own text, {number * size} of {config.num_tokens} tokens …")
+            _write_shard(writer, path, size)
         shard = load_file(path)
         lengths = shard["lengths"].tolist()
         texts += list(zip(shard["ids"].long().split(lengths), shard["states"].split(lengths), strict=True))
     return texts
+
+
+def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
+    """`ids` (N,), `lengths` of the texts, and `states` (N, taps, D)."""
+    texts: list[_Text] = []
+    while sum(len(text.ids) for text in texts) < num_tokens:
+        texts += writer.step()
+    part = path.with_suffix(".part")
+    save_file(
+        {
+            "ids": torch.tensor([token for text in texts for token in text.ids], dtype=torch.int32),
+            "lengths": torch.tensor([len(text.ids) for text in texts]),
+            "states": torch.cat([torch.stack(text.states) for text in texts]),
+        },
+        part,
+    )
+    part.replace(path)

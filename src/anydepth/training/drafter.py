@@ -1,0 +1,222 @@
+"""Training of a drafter (`DraftNetwork`) on text that its model wrote itself, by the model's own distributions.
+
+Behind every token it learns what the model says one token later: KL against the model's distribution over the drafter's
+vocabulary, which the states of that later token give. It is unrolled as it will be used: from the second guess on, its
+own output stands in for states, and the tokens in front of the guessed ones are seen by their real states (EAGLE-3, Li
+et al. 2025, training-time test).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from anydepth.config import DrafterConfig
+from anydepth.errors import RunError
+from anydepth.measure.results import write_json
+from anydepth.methods.draft_network import DraftNetwork
+from anydepth.models.backbone import Backbone
+
+Text = tuple[Tensor, Tensor]
+"""(T,) ids and (T, taps, D) states."""
+STATE, DONE = "step.safetensors", "step.json"
+
+
+class DraftTraining(nn.Module):
+    """The loss of a drafter over a batch of texts, padded on the right."""
+
+    def __init__(self, network: DraftNetwork, backbone: Backbone, num_guesses: int) -> None:
+        super().__init__()
+        self.network, self.num_guesses = network, num_guesses
+        self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
+        with torch.no_grad():
+            head: Any = backbone.head.weight
+            self.head = head[network.vocabulary].float()
+            self.final_norm = backbone.final_norm
+            embedding: Any = backbone.model.get_input_embeddings()
+            self.embedding = embedding
+
+    def forward(self, ids: Tensor, states: Tensor, lengths: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Mean loss, and by guess how many were the model's own first choice, of how many.
+
+        Args:
+            ids: (B, T). states: (B, T, taps, D). lengths: (B,) of the texts.
+        """
+        network, places = self.network, torch.arange(ids.shape[1])
+        with torch.no_grad():
+            teacher = self.teacher(states[:, :, -1])  # (B, T, V'): what follows each token
+            best = teacher.argmax(-1)
+            embedded = self.embedding(ids).float()
+        cache: Any = DynamicCache()
+        feature = network.read(states.flatten(2).to(network.read.weight.dtype))
+        total, counted, right = torch.zeros(()), 0, []
+        for guess in range(self.num_guesses):
+            num_tokens = ids.shape[1] - 1 - guess  # with a token behind to join
+            known = embedded[:, 1 + guess :]
+            feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], known], -1)), guess, cache)
+            logits = F.linear(network.norm(feature), self.head)
+            wanted = places[1 + guess :][None] < lengths[:, None]
+            loss = _divergence(logits[wanted], teacher[:, 1 + guess :][wanted])
+            weight = 0.8**guess
+            total = total + weight * loss.sum()
+            counted += int(wanted.sum()) * weight
+            right.append((int((logits.argmax(-1) == best[:, 1 + guess :])[wanted].sum()), int(wanted.sum())))
+        return total / counted, right
+
+    def teacher(self, last: Tensor) -> Tensor:
+        """(..., V') logits of (..., D) states behind the model's last layer."""
+        dtype = next(self.final_norm.parameters()).dtype
+        return F.linear(self.final_norm(last.to(dtype)).float(), self.head)
+
+    def _layer(self, hidden: Tensor, guess: int, cache: Any) -> Tensor:
+        """The layer over (B, N, D): each token sees the real ones up to `guess` before it, and its own guesses."""
+        num_tokens = hidden.shape[1]
+        places = torch.arange(num_tokens)
+        columns = [places[None] <= places[:, None]]
+        if guess:
+            before = torch.arange(num_tokens + guess)
+            columns = [before[None] <= places[:, None]]  # of the first round, by place of the first guess
+            columns += [
+                torch.arange(num_tokens + guess - earlier)[None] == places[:, None] for earlier in range(1, guess)
+            ]
+            columns.append(places[None] == places[:, None])
+        mask = torch.cat(columns, dim=1)[None, None]
+        positions = (places + guess)[None]
+        output = self.network.layer(
+            hidden,
+            attention_mask=mask.expand(hidden.shape[0], -1, -1, -1),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            position_embeddings=self.rotary(hidden, positions),
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of (N, V') logits, (N,)."""
+    return F.kl_div(student.float().log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+
+
+def vocabulary_of(texts: Sequence[Text], size: int, vocabulary_size: int) -> Tensor:
+    """The ids that stand most often in the texts, in order of the ids."""
+    counts = torch.zeros(vocabulary_size, dtype=torch.long)
+    for ids, _ in texts:
+        counts += torch.bincount(ids, minlength=vocabulary_size)
+    return counts.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def batches_of(texts: Sequence[Text], tokens: int, generator: torch.Generator) -> list[list[int]]:
+    """Texts of similar lengths together, up to so many tokens with padding; in random order."""
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number][0]))
+    batches, batch = [], []
+    for number in order:
+        if batch and (len(batch) + 1) * len(texts[number][0]) > tokens:
+            batches.append(batch)
+            batch = []
+        batch.append(number)
+    batches.append(batch)
+    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def collate(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded ids, states, and the lengths."""
+    longest = max(len(ids) for ids, _ in texts)
+    ids = torch.stack([F.pad(part, (0, longest - len(part))) for part, _ in texts])
+    states = torch.stack([F.pad(part, (0, 0, 0, 0, 0, longest - len(part))) for _, part in texts])
+    return ids, states, torch.tensor([len(part) for part, _ in texts])
+
+
+def train_drafter(
+    network: DraftNetwork,
+    backbone: Backbone,
+    texts: Sequence[Text],
+    config: DrafterConfig,
+    out: Path,
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    on_step: Callable[[dict[str, float]], None] = lambda row: None,
+) -> list[dict[str, float]]:
+    """Train a drafter in place; returns a row of losses and shares of right guesses for each step.
+
+    Raises:
+        RunError: the loss is not finite.
+    """
+    network.vocabulary.copy_(vocabulary_of(texts, len(network.vocabulary), backbone.model.config.vocab_size))
+    training = DraftTraining(network, backbone, config.num_guesses)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    out.mkdir(parents=True, exist_ok=True)
+    history: list[dict[str, float]] = []
+    if resume and (out / DONE).exists():
+        history = _restore(network, optimizer, out)
+    number, epoch = 0, 0
+    started = time.monotonic()
+    while number < config.max_steps:
+        for batch in batches_of(texts, config.batch_tokens, torch.Generator().manual_seed(seed * 1009 + epoch)):
+            number += 1
+            if number > config.max_steps:
+                break
+            if number <= len(history):
+                continue
+            rate = _rate(number, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+                loss, right = training(*collate([texts[i] for i in batch]))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), config.max_gradient_norm)
+            optimizer.step()
+            row = {"step": float(number), "loss": loss.item(), "learning_rate": rate}
+            row |= {f"right_{place + 1}": hits / max(seen, 1) for place, (hits, seen) in enumerate(right)}
+            row["seconds"] = time.monotonic() - started
+            if not row["loss"] < float("inf"):
+                raise RunError(f"step {number}: the loss is not finite; lower the learning rate")
+            history.append(row)
+            on_step(row)
+            if number % config.save_every == 0 or number == config.max_steps:
+                _keep(network, optimizer, history, out)
+        epoch += 1
+    return history
+
+
+def _rate(step: int, config: DrafterConfig) -> float:
+    """Linear warm-up, cosine to a twentieth."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    share = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
+    return config.learning_rate * (0.05 + 0.475 * (1 + torch.cos(torch.tensor(share * torch.pi)).item()))
+
+
+def _keep(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], out: Path) -> None:
+    tensors = {f"weights.{name}": value for name, value in network.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
+    part = out / f"{STATE}.part"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    (out / DONE).unlink(missing_ok=True)
+    part.replace(out / STATE)
+    write_json(out / DONE, {"history": history})
+
+
+def _restore(network: DraftNetwork, optimizer: torch.optim.Optimizer, out: Path) -> list[dict[str, float]]:
+    tensors = load_file(out / STATE)
+    prefix = "weights."
+    network.load_state_dict({name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("adam."):
+            _, number, what = name.split(".")
+            state.setdefault(int(number), {})[what] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return json.loads((out / DONE).read_text())["history"]
