@@ -28,10 +28,12 @@ _HOMES = {
     "save": "anydepth.training.checkpoint",
     "METHODS": "anydepth.methods",
     "FastEngine": "anydepth.inference.engine.decode",
+    "EarlyExit": "anydepth.methods.early_exit",
     "ExitGate": "anydepth.methods.exit_gate",
     "FFNRouter": "anydepth.methods.ffn_router",
     "LayerRouter": "anydepth.methods.layer_router",
     "MixtureOfDepths": "anydepth.methods.mixture_of_depths",
+    "SelfSpeculation": "anydepth.methods.self_speculation",
     "SkipSet": "anydepth.methods.skip_set",
     "StochasticDepth": "anydepth.methods.stochastic_depth",
     "UserError": "anydepth.errors",
@@ -40,12 +42,14 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "AdaptedModel",
+    "EarlyExit",
     "ExitGate",
     "FFNRouter",
     "FastEngine",
     "LayerRouter",
     "MixtureOfDepths",
     "RunError",
+    "SelfSpeculation",
     "SkipSet",
     "StochasticDepth",
     "Trace",
@@ -63,10 +67,12 @@ if TYPE_CHECKING:
     from anydepth.execution.trace import Trace
     from anydepth.inference.engine.decode import FastEngine
     from anydepth.methods import METHODS
+    from anydepth.methods.early_exit import EarlyExit
     from anydepth.methods.exit_gate import ExitGate
     from anydepth.methods.ffn_router import FFNRouter
     from anydepth.methods.layer_router import LayerRouter
     from anydepth.methods.mixture_of_depths import MixtureOfDepths
+    from anydepth.methods.self_speculation import SelfSpeculation
     from anydepth.methods.skip_set import SkipSet
     from anydepth.methods.stochastic_depth import StochasticDepth
     from anydepth.models.load import load_model

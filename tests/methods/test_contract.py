@@ -42,6 +42,16 @@ CASES: dict[str, Spec] = {
     "mixture_of_depths": {"name": "mixture_of_depths"},
     "exit_gate": {"name": "exit_gate", "layers": [1, 3], "widths": [4]},
     "exit_recompute": {"name": "exit_gate", "layers": [1, 3], "widths": [4], "kv_rule": "recompute"},
+    "early_exit": {"name": "early_exit", "layers": [1, 3], "thresholds": [0.3, 0.4]},
+    "early_exit_cosine": {"name": "early_exit", "layers": [2, 3], "confidence": "cosine", "thresholds": 0.5},
+    "early_exit_recompute": {
+        "name": "early_exit",
+        "layers": [2, 4],
+        "confidence": "margin",
+        "thresholds": 0.3,
+        "kv_rule": "recompute",
+    },
+    "early_exit_classifier": {"name": "early_exit", "layers": [1, 3], "confidence": "classifier", "thresholds": 0.5},
     "hat": [{"name": "exit_gate", "layers": [2, 4]}, {"name": "ffn_router", "layers": [0, 1, 3]}],
 }
 FULL_BUDGET: dict[str, dict[str, Any]] = {
@@ -54,6 +64,7 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
     "exit_gate": {"name": "exit_gate", "threshold": float("-inf")},
     "exit_recompute": {"name": "exit_gate", "threshold": float("-inf"), "kv_rule": "recompute"},
     "ffn_router": {"name": "ffn_router"},
+    "early_exit": {"name": "early_exit"},
 }
 TOLERANCE = 1e-5
 
@@ -474,8 +485,8 @@ def test_cost_is_what_torch_counts(family: str, case: str, monkeypatch: pytest.M
     with adapted.disabled(), FlopCounterMode(display=False) as counter:
         logits_of(adapted, ids)
     assert counted.full_depth == counter.get_total_flops() + recurrence()
-    if case not in ("stochastic_depth", "exit_recompute"):  # where one of the tokens goes on, all run the layer
-        assert counted.total < counted.full_depth
+    if case not in ("stochastic_depth", "exit_recompute", "early_exit_recompute"):  # there all run what one needs
+        assert counted.layers < counted.full_depth_layers
 
 
 @pytest.mark.parametrize("spec", [CASES["router_project"], CASES["stochastic_depth"]])

@@ -35,6 +35,8 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> dict[str, Tensor]:
     before = thresholds_of(adapted)
     set_thresholds(adapted, dict.fromkeys(before, -math.inf))
     found: dict[str, list[Tensor]] = {method.name: [] for method in with_threshold}
+    for method in with_threshold:
+        method.is_watched = True
     try:
         for window in windows:
             adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
@@ -42,6 +44,8 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> dict[str, Tensor]:
                 found[method.name].append(method.scores(adapted.context).float().cpu())
     finally:
         set_thresholds(adapted, before)
+        for method in with_threshold:
+            method.is_watched = False
     # torch.quantile takes at most 16M values; a sorted index has no such end and is an actual score.
     return {name: torch.cat(parts).sort().values for name, parts in found.items()}
 
@@ -52,13 +56,18 @@ def _with_threshold(adapted: AdaptedModel) -> list[Method]:
     if not methods:
         raise RunError(
             f"nothing to calibrate: no method of this model ({adapted.label}) compares a score with a threshold; "
-            "layer_router, mixture_of_depths, exit_gate and ffn_router do"
+            "layer_router, mixture_of_depths, exit_gate, ffn_router and early_exit do"
         )
     return methods
 
 
 def thresholds_of(adapted: AdaptedModel) -> dict[str, float]:
     """The threshold of each method that has one."""
+    return {method.name: method.threshold for method in _with_threshold(adapted)}
+
+
+def options_of(adapted: AdaptedModel) -> dict[str, Any]:
+    """The option that holds the threshold, of each method that has one, as its config has it."""
     return {method.name: getattr(method.config, str(method.budget_option)) for method in _with_threshold(adapted)}
 
 
@@ -66,8 +75,7 @@ def set_thresholds(adapted: AdaptedModel, thresholds: dict[str, float]) -> None:
     """Give methods new thresholds; all else of their configs stays."""
     for method in _with_threshold(adapted):
         if method.name in thresholds:
-            update = {str(method.budget_option): thresholds[method.name]}
-            method.config = method.config.model_copy(update=update)
+            method.threshold = thresholds[method.name]
 
 
 def thresholds_at(scores: dict[str, Tensor], share: float) -> dict[str, float]:

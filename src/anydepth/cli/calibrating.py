@@ -23,6 +23,17 @@ def calibrate(
     max_perplexity_increase: Annotated[
         float | None, typer.Option(help="Skip as much as it allows, against full depth: 0.03. With a speed: its bound.")
     ] = None,
+    max_risk: Annotated[
+        float | None, typer.Option(help="Skip as much as can be shown to keep the risk on generated text below: 0.05.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of that bound: 0.95.")] = 0.95,
+    risk: Annotated[str, typer.Option(help="consistency, quality (prompts with references) or difference.")] = (
+        "consistency"
+    ),
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines to bound the risk on; else prompts are cut out of --data.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(help="Prompts to bound the risk on.")] = 100,
     data: Data = "embedded:train",
     num_windows: Annotated[int, typer.Option(help="Windows of text to calibrate on.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
@@ -36,17 +47,22 @@ def calibrate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Set a router's or gate's thresholds to a speed, or a bound on quality.
+    """Set a router's or gate's thresholds to a speed, a bound on quality, or a guaranteed risk.
 
-    Writes a checkpoint folder; refuses what cannot be reached, and says what can.
+    Writes a checkpoint folder; refuses what cannot be reached, and says what can. With --max-risk nothing is skipped
+    where nothing can be shown.
     """
     arguments = dict(locals())
+    if max_risk is not None:
+        if target_speedup is not None or max_perplexity_increase is not None:
+            raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other")
+        _bound_risk(arguments)
+        return
     from anydepth.calibration.budget import collect_scores, find_budget, set_thresholds, thresholds_of
     from anydepth.inference.engine import choose
     from anydepth.measure.bench import load_prompts, paired_speedups
     from anydepth.measure.evaluate import evaluate
-    from anydepth.measure.results import document, write_json
-    from anydepth.training.checkpoint import has_adapter, load_target, read_manifest, save
+    from anydepth.training.checkpoint import has_adapter, load_target
     from anydepth.training.data import load_windows
 
     _check_bounds(target_speedup, max_perplexity_increase)
@@ -60,11 +76,11 @@ def calibrate(
         if has_adapter(adapted):
             timed, _ = load_target(target, dtype=dtype, device=device, merge=True)
         fast = choose(timed, engine, None, printer.progress)
-        prompts = load_prompts(timed, tokenizer, data, [prompt_tokens], new_tokens)[:num_runs]
+        texts = load_prompts(timed, tokenizer, data, [prompt_tokens], new_tokens)[:num_runs]
 
         def speedups() -> list[float]:
             set_thresholds(timed, thresholds_of(adapted))
-            return paired_speedups(timed, prompts, new_tokens, num_runs, fast)
+            return paired_speedups(timed, texts, new_tokens, num_runs, fast)
 
         measures["speedup"] = speedups
     if max_perplexity_increase is not None:
@@ -87,19 +103,81 @@ def calibrate(
         on_try=say,
         **measures,
     )
+    _finish(arguments, adapted, tokenizer, {"met": True, **found.to_json()}, printer)
+
+
+def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dict[str, Any], printer: Printer) -> None:
+    """Write the checkpoint with the new thresholds, and the document."""
+    from anydepth.calibration.budget import options_of
+    from anydepth.measure.results import document, write_json
+    from anydepth.training.checkpoint import is_checkpoint, read_manifest, save
+
+    target, out = arguments["target"], arguments["out"]
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
-    base = read_manifest(Path(target))["base"]["target"]
+    base = read_manifest(Path(target))["base"]["target"] if is_checkpoint(target) else target
     save(adapted, out, base=base, own_base=tokenizer if base is None else None)
-    result = document(
-        "anydepth.calibrate/1", seed=seed, config=config, label=adapted.label, met=True, **found.to_json()
-    )
+    fields |= {"thresholds": options_of(adapted)}
+    result = document("anydepth.calibrate/1", seed=arguments["seed"], config=config, label=adapted.label, **fields)
     write_json(out / "calibrate.json", result)
     printer.result(result, show_calibration)
 
 
+def _bound_risk(arguments: dict[str, Any]) -> None:
+    """`calibrate --max-risk`."""
+    import math
+
+    from anydepth.calibration.budget import collect_scores
+    from anydepth.calibration.generated import bound_risk
+    from anydepth.calibration.guarantee import least_sequences
+    from anydepth.inference.engine import choose
+    from anydepth.measure.prompts import read_prompts, read_references
+    from anydepth.training.checkpoint import load_target
+    from anydepth.training.data import load_windows
+
+    options = dict(arguments)
+    max_risk, confidence, new_tokens = options["max_risk"], options["confidence"], options["new_tokens"]
+    printer = Printer(options["as_json"], options["quiet"])
+    adapted, tokenizer = load_target(options["target"], dtype=options["dtype"], device=options["device"], merge=True)
+    windows = load_windows(options["data"], tokenizer, options["sequence_length"], max_windows=options["num_windows"])
+    references = None
+    if options["prompts"] is not None:
+        texts = read_prompts(options["prompts"], tokenizer)[: options["num_prompts"]]
+        prompts = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
+        references = read_references(options["prompts"], tokenizer, len(prompts))
+    else:
+        length = options["prompt_tokens"]
+        prompts = list(load_windows(options["data"], tokenizer, length, max_windows=options["num_prompts"]))
+    scores = collect_scores(adapted, windows)
+    least = least_sequences(max_risk, confidence) if 0 < max_risk < 1 and 0 < confidence < 1 else 0
+
+    def say(row: dict[str, float]) -> None:
+        printer.progress(f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}")
+
+    found = bound_risk(
+        adapted,
+        scores,
+        prompts,
+        new_tokens=new_tokens,
+        max_risk=max_risk,
+        confidence=confidence,
+        risk=options["risk"],
+        references=references,
+        engine=choose(adapted, options["engine"], None, printer.progress),
+        on_test=say,
+    )
+    if not found.met:
+        why = f"{len(prompts)} sequences are fewer than the {least} that any bound of this kind needs"
+        why = why if len(prompts) < least else f"not even the most careful setting could be shown to keep {max_risk:g}"
+        printer.progress(f"nothing is skipped: {why}")
+    risk = None if math.isnan(found.risk) else found.risk
+    _finish(arguments, adapted, tokenizer, {**found.to_json(), "risk": risk}, printer)
+
+
 def _check_bounds(target_speedup: float | None, max_perplexity_increase: float | None) -> None:
     if target_speedup is None and max_perplexity_increase is None:
-        raise UserError("calibrate to what? give --target-speedup 1.3, --max-perplexity-increase 0.03, or both")
+        raise UserError(
+            "calibrate to what? give --target-speedup 1.3, --max-perplexity-increase 0.03, both, or --max-risk 0.05"
+        )
     if target_speedup is not None and target_speedup <= 1:
         raise UserError(f"--target-speedup is a factor above 1, such as 1.3; came {target_speedup:g}")
     if max_perplexity_increase is not None and max_perplexity_increase < 0:

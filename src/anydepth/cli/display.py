@@ -108,7 +108,18 @@ def show_search(document: dict[str, Any]) -> None:
 
 def show_calibration(document: dict[str, Any]) -> None:
     for name, threshold in document["thresholds"].items():
-        print(f"{name}: threshold {threshold:.4g}")
+        values = threshold if isinstance(threshold, list) else [threshold]
+        print(f"{name}: threshold {', '.join(f'{float(value):.4g}' for value in values)}")
+    if "p_value" in document:
+        if document["met"]:
+            bound, confidence = document["config"]["max_risk"], document["config"]["confidence"]
+            print(
+                f"risk {document['risk']:.3f} on {document['num_sequences']} texts; at most {bound:g} with confidence "
+                f"{confidence:g} (p {document['p_value']:.2g})"
+            )
+        else:
+            print("no setting could be shown to keep the bound: nothing is skipped")
+        return
     print(f"share of decisions that skip: {document['share']:.0%}")
     if document["speedup"] is not None:
         print(f"speed-up: {document['speedup']:.2f}× (median of pairs, measured)")
@@ -125,6 +136,10 @@ def show_eval(document: dict[str, Any]) -> None:
     ]
     table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)
     print(f"\n{document['num_tokens']} tokens scored")
+    if "exits" in document:
+        print()
+        rows = [[str(row["layers"]), f"{row['loss']:.3f}", f"{row['agreement']:.3f}"] for row in document["exits"]]
+        table(["layers", "loss", "agreement"], rows)
 
 
 def bench_line(row: dict[str, Any]) -> str:

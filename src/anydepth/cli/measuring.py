@@ -17,10 +17,12 @@ from anydepth.cli.options import (
     DType,
     Engine,
     Json,
+    MethodOptions,
     Quiet,
     Seed,
     Target,
     WeightKind,
+    by_method,
     method_options,
     numbers,
 )
@@ -66,6 +68,8 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     limit: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="Score the untouched model only.")] = False,
+    exits: Annotated[bool, typer.Option("--exits", help="Score each layer too, as if it were the last.")] = False,
+    options: MethodOptions = None,
     engine: Engine = "hf",
     weights: WeightKind = None,
     seed: Seed = 0,
@@ -77,12 +81,13 @@ def evaluate(
     """Perplexity with routing on, beside the untouched model."""
     from anydepth.inference.engine import choose
     from anydepth.measure.evaluate import evaluate as score
+    from anydepth.measure.evaluate import exit_losses
     from anydepth.measure.results import document
     from anydepth.training.checkpoint import load_target
     from anydepth.training.data import load_windows
 
     printer = Printer(as_json, quiet)
-    adapted, tokenizer = load_target(target, dtype=dtype, device=device)
+    adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
     fast = choose(adapted, engine, weights, printer.progress)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
     printer.progress(f"scoring {windows.numel()} tokens of {data} …")
@@ -93,10 +98,13 @@ def evaluate(
         "limit": limit,
         "dtype": dtype,
         "full_depth": full_depth,
+        "options": options,
         "engine": "hf" if fast is None else "fast",
         "weights": dtype if fast is None else fast.model.weights,
     }
     fields = score(adapted, windows, engine=fast, full_depth_only=full_depth)
+    if exits:
+        fields["exits"] = exit_losses(adapted, windows)
     printer.result(document("anydepth.eval/1", seed=seed, config=config, label=adapted.label, **fields), show_eval)
 
 
@@ -175,9 +183,12 @@ def bench(
 def _with_methods(target: str, against: list[str], options: list[str], dtype: str, device: str) -> tuple[Any, Any]:
     """The model to bench and its tokenizer: with its own methods, or those named on the command line."""
     from anydepth.execution.adapted import attach, detach
-    from anydepth.training.checkpoint import load_target
+    from anydepth.methods.self_speculation import SelfSpeculation
+    from anydepth.training.checkpoint import load_target, with_speculation
 
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
+    if against == [SelfSpeculation.name]:  # drafts with what the target has
+        return with_speculation(adapted, method_options(against[0], options) if options else None), tokenizer
     if against:
         adapted = attach(detach(adapted), [method_options(name, options) for name in against])
     return adapted, tokenizer

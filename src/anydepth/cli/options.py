@@ -27,6 +27,9 @@ WeightKind = Annotated[
 Compiled = Annotated[
     bool, typer.Option("--compile", help="torch.compile in the fast engine; the first start takes a minute.")
 ]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--set", help="Override an option of a method: early_exit.thresholds=0.9.")
+]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
 RecipeDType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
@@ -49,6 +52,18 @@ def method_options(name: str, options: list[str]) -> dict[str, Any]:
             raise UserError(f"--set takes OPTION=VALUE, such as skip_layers=[5,9]; came '{option}'")
         chosen[key] = yaml.safe_load(value)
     return chosen
+
+
+def by_method(options: list[str] | None) -> dict[str, dict[str, Any]]:
+    """`METHOD.OPTION=VALUE` overrides, by method."""
+    found: dict[str, dict[str, Any]] = {}
+    for option in options or []:
+        key, equals, value = option.partition("=")
+        method, dot, name = key.partition(".")
+        if not equals or not dot or not name:
+            raise UserError(f"--set takes METHOD.OPTION=VALUE, such as early_exit.thresholds=0.9; came '{option}'")
+        found.setdefault(method, {})[name] = yaml.safe_load(value)
+    return found
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -55,7 +55,7 @@ class AdaptedModel(nn.Module):
         self._records: list[PassRecord] = []
         self._enabled = True
         self._sparse = True
-        self._stand_in: Method | None = None
+        self._stand_ins: list[Method] | None = None
         self.draft_counts: Any = None
         self._install()
 
@@ -102,7 +102,14 @@ class AdaptedModel(nn.Module):
         record = PassRecord(token_mask, 0 if cache is None else cache.num_seen, cache is not None, len(self._gated))
         memory = Memory() if cache is None else Memory(cache.method_memory)
         evaluate = record.counting(GateNetwork.__call__)
-        context = PassContext(token_mask, positions, self.training, evaluate=evaluate, memory=memory)
+        context = PassContext(
+            token_mask,
+            positions,
+            self.training,
+            evaluate=evaluate,
+            memory=memory,
+            logits_of=record.counting_logits(self._exit_logits),
+        )
         self._run = Run(context, record, cache, methods, self._sparse)
         if record.past_length == 0:
             self._records = []
@@ -126,8 +133,12 @@ class AdaptedModel(nn.Module):
             )
         return cache
 
+    def _exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
+        with self._running(None):  # the head's rows are counted as what the exit costs
+            return self.backbone.logits_of(states, vocabulary)
+
     def _count_head_rows(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._enabled and self._records:
+        if self._enabled and self._records and self._run is not None:
             self._records[-1].head_rows = args[0].numel() // args[0].shape[-1]
 
     # --- use --------------------------------------------------------------------------------------------------------
@@ -137,7 +148,14 @@ class AdaptedModel(nn.Module):
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence."""
+        """transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence.
+
+        With `self_speculation` attached, its loop is the one of `inference/speculate.py`.
+        """
+        if self.speculation is not None and "custom_generate" not in kwargs:
+            from anydepth.inference.hf import speculate  # stands behind this file; here is where users call it
+
+            return speculate(self, *args, **kwargs)
         if self._enabled and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = self.new_cache()
         model: Any = self.model
@@ -186,21 +204,20 @@ class AdaptedModel(nn.Module):
 
     @property
     def active_methods(self) -> list[Method]:
-        """The methods that decide, in order: none while `disabled`; at inference none beside a lossless one."""
+        """The methods that decide, in order: none while `disabled`; beside `self_speculation` none at inference."""
         if not self._enabled:
             return []
-        if self._stand_in is not None:
-            return [self._stand_in]
+        if self._stand_ins is not None:
+            return self._stand_ins
         methods = [method for method in self.methods.values() if isinstance(method, Method)]
-        if self.training or not any(method.lossless for method in methods):
-            return methods
-        return []
+        drafts = not self.training and any(isinstance(method, SelfSpeculation) for method in methods)
+        return [] if drafts else methods
 
     @property
     def speculation(self) -> SelfSpeculation | None:
         """How drafts are made, where `self_speculation` is attached and on."""
         found = next((method for method in self.methods.values() if isinstance(method, SelfSpeculation)), None)
-        return found if self._enabled and self._stand_in is None else None
+        return found if self._enabled and self._stand_ins is None else None
 
     @property
     def draft_methods(self) -> list[Method]:
@@ -208,13 +225,13 @@ class AdaptedModel(nn.Module):
         return [method for method in self.methods.values() if isinstance(method, Method) and not method.lossless]
 
     @contextmanager
-    def deciding(self, stand_in: Method) -> Iterator[None]:
-        """Another method's decisions in place of the attached ones', such as those of an earlier forward."""
-        before, self._stand_in = self._stand_in, stand_in
+    def deciding(self, *stand_ins: Method) -> Iterator[None]:
+        """Other methods' decisions in place of the attached ones', such as those of an earlier forward."""
+        before, self._stand_ins = self._stand_ins, list(stand_ins)
         try:
             yield
         finally:
-            self._stand_in = before
+            self._stand_ins = before
 
     @property
     def records(self) -> list[PassRecord]:
@@ -231,10 +248,15 @@ class AdaptedModel(nn.Module):
         return Trace.join(self._records)
 
     @property
+    def last_run(self) -> Run:
+        """The last forward, as it was executed."""
+        assert self._run is not None, "no forward has run yet"
+        return self._run
+
+    @property
     def context(self) -> PassContext:
         """What the methods saw and noted of the last forward."""
-        assert self._run is not None, "no forward has run yet"
-        return self._run.context
+        return self.last_run.context
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The methods' losses of the last forward, over real tokens, by `method/term`."""
@@ -244,6 +266,14 @@ class AdaptedModel(nn.Module):
             for term, value in method.auxiliary_losses(self.context).items():
                 losses[f"{name}/{term}"] = value
         return losses
+
+    def outcome_losses(self, logits: Tensor) -> dict[str, Tensor]:
+        """Losses from what came out of the last forward, (B, T, V), by `method/term`."""
+        return {
+            f"{method.name}/{term}": value
+            for method in self.active_methods
+            for term, value in method.outcome_losses(self.context, logits).items()
+        }
 
     def policy_losses(self, token_losses: Tensor) -> dict[str, Tensor]:
         """Losses from what the decisions of the last forward led to, by `method/term`."""
@@ -342,18 +372,25 @@ def _refuse_conflicts(methods: list[Method]) -> None:
         if names.count(name) > 1:
             raise UserError(f"method {name} is given twice; one of each can be attached")
     for method in methods:
-        if method.kv_rule == "recompute" and len(methods) > 1:
-            raise UserError(
-                f"{method.name} with kv_rule recompute runs missing layers later, at full depth, where "
-                f"{', '.join(name for name in names if name != method.name)} would have to decide again; attach it "
-                "alone, or use kv_rule propagate"
-            )
+        if method.kv_rule == "recompute":
+            _refuse_beside(method, [other for other in methods if other is not method])
     by_rule = {method.kv_rule: method.name for method in methods if method.kv_rule is not None}
     if len(by_rule) > 1:
         raise UserError(
             f"tokens that {by_rule['project']} lets skip leave K/V (project), those of {by_rule['omit']} none (omit); "
             "give both methods the same kv_rule"
         )
+
+
+def _refuse_beside(method: Method, others: list[Method]) -> None:
+    """What `method` runs later is full depth: nobody else may decide about it."""
+    for other in others:
+        in_training = method.decides_in_training and other.decides_in_training
+        if in_training or (method.decides_at_inference and other.decides_at_inference):
+            raise UserError(
+                f"{method.name} with kv_rule recompute runs missing layers later, at full depth, where {other.name} would "
+                "have to decide again; attach it alone, or use kv_rule propagate"
+            )
 
 
 def _tokens(kwargs: dict[str, Any], num_seen: int) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,8 @@ class SlottedLayer(DynamicLayer):
         num_slots = int(used.max()) + 1 if used.numel() else 0
         self.places = self.places[:, :num_slots]
         self.crop(num_slots - self.num_slots)
+        if num_slots == length and bool((self.places != EMPTY).all()):
+            self.places = None  # nothing is missing any more
 
     def reset(self) -> None:
         super().reset()

@@ -16,7 +16,7 @@ from torch import Tensor
 from anydepth.methods.gate_network import Evaluate, GateNetwork
 
 if TYPE_CHECKING:
-    from anydepth.methods.method import KVRule
+    from anydepth.methods.method import KVRule, LogitsOf
 
 
 @dataclass
@@ -41,6 +41,17 @@ class PassRecord:
         def counted(network: GateNetwork, states: Tensor) -> Tensor:
             self.count(network, states)
             return evaluate(network, states)
+
+        return counted
+
+    def counting_logits(self, logits_of: LogitsOf) -> LogitsOf:
+        """The same logits, their FLOPs added to this record as those of a decision."""
+
+        def counted(states: Tensor, vocabulary: Tensor | None) -> Tensor:
+            logits = logits_of(states, vocabulary)
+            num_tokens = self.num_real if states.shape[:2] == self.token_mask.shape else states.shape[0]
+            self.router_flops += 2 * num_tokens * states.shape[-1] * logits.shape[-1]
+            return logits
 
         return counted
 

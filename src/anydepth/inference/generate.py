@@ -47,6 +47,7 @@ def generate(
     )[0, num_prompt:]
     seconds = time.perf_counter() - started
     layers, depths = _depths(adapted, num_prompt, len(token_ids))
+    counts = adapted.draft_counts if adapted.speculation is not None else None
     return {
         "prompt": prompt,
         "text": tokenizer.decode(token_ids, skip_special_tokens=True),
@@ -56,6 +57,7 @@ def generate(
         "layers": layers,
         "num_layers": adapted.backbone.num_layers,
         "tokens_per_second": len(token_ids) / seconds,
+        **({} if counts is None else counts.to_json()),
     }
 
 

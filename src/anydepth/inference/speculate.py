@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup
+from anydepth.execution.trace import PassRecord
+from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced
 from anydepth.inference.economy import TRY_AGAIN, Economy
 from anydepth.inference.targets import Row, Target
 
@@ -67,6 +69,28 @@ class Counts:
         """Tokens that a verification gives a row, the one that the model itself adds included."""
         return self.num_taken / max(self.num_verified, 1)
 
+    def add(self, other: Counts) -> None:
+        """Count another generation as well."""
+        self.num_verified += other.num_verified
+        self.num_taken += other.num_taken
+        for ours, theirs in ((self.num_drafted, other.num_drafted), (self.num_accepted, other.num_accepted)):
+            for name, count in theirs.items():
+                ours[name] = ours.get(name, 0) + count
+        self.by_place += [[0, 0] for _ in range(len(other.by_place) - len(self.by_place))]
+        for place, (seen, accepted) in enumerate(other.by_place):
+            self.by_place[place][0] += seen
+            self.by_place[place][1] += accepted
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields of documents; `acceptance_by_place` is of guesses in front of which all were right."""
+        return {
+            "acceptance_rate": self.acceptance_rate,
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "acceptance_by_place": [accepted / seen for seen, accepted in self.by_place if seen],
+            "num_drafted": dict(self.num_drafted),
+            "num_accepted": dict(self.num_accepted),
+        }
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -81,6 +105,19 @@ class Setup:
     adaptive: bool
     vocabulary_size: int
     economies: dict[int, Economy] = field(default_factory=dict)
+
+
+def records_of(ids: Tensor, attention_mask: Tensor | None, num_prompt: int, num_layers: int) -> list[PassRecord]:
+    """What a reader of traces sees: the prompt, then token by token, all at full depth."""
+    real = torch.ones_like(ids[:, :-1], dtype=torch.bool)
+    if attention_mask is not None:
+        real[:, :num_prompt] = attention_mask.bool()
+    lengths = [num_prompt, *[1] * (real.shape[1] - num_prompt)]
+    places = accumulate([0, *lengths])
+    return [
+        PassRecord(part, place, cached=True, num_layers=num_layers, head_rows=len(part))
+        for part, place in zip(real.split(lengths, dim=1), places, strict=False)
+    ]
 
 
 @torch.no_grad()
@@ -232,7 +269,8 @@ class Speculation:
 
     def run(self, rows: list[Row], after_round: Callable[[], None] = lambda: None) -> None:
         """Let all rows go to their ends."""
-        logits = self.target.start(rows)
+        reduced = [method for drafter in self.drafters if isinstance(drafter, Reduced) for method in drafter.methods]
+        logits = self.target.start(rows, [method for method in reduced if method.remembers])
         for drafter in self.drafters:
             drafter.start(self.target, len(rows))
         self._take(rows, [part[None] for part in logits])

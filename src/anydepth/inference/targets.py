@@ -56,8 +56,8 @@ class Target(Protocol):
 
     exit_layer: int
 
-    def start(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Take in the prompts; (V,) logits behind each."""
+    def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
+        """Take in the prompts; (V,) logits behind each. `methods` have to see them, too, for what they remember."""
         ...
 
     def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -89,10 +89,14 @@ class EngineTarget:
         self.cache = model.new_cache(num_rows)
         self.stops = sorted({*taps, len(model.layers)})
 
-    def start(self, rows: Sequence[Row]) -> list[Tensor]:
+    def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
         last = []
         for row in rows:
             row.slot = self.cache.take_slot()
+            if methods:
+                ids = torch.tensor([row.ids[row.num_padding :]], device=self.model.device)
+                self.model.forward(ids, [row.slot], self.cache, methods)
+                self.cache.rewind(row.slot, 0)
             states = self._through([row], [self._embed(row.ids[row.num_padding :])], 0)
             last.append(states[0][-1])
         return list(self.model.logits(torch.stack(last)))

@@ -21,6 +21,7 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.generate import check_window
+from anydepth.inference.speculate import Counts
 from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
 from anydepth.measure.timing import Batch, Timing, time_generation
@@ -122,6 +123,7 @@ class Pair:
     trace: Trace
     flops: cost.FlopCount
     prefill_flops: cost.FlopCount
+    drafts: Counts | None
 
 
 def _rows(
@@ -187,6 +189,7 @@ def _row(
             **_medians([pair.ours for pair in pairs], batch_size, new_tokens),
             "mean_depth": mean(pair.trace.mean_depth for pair in pairs),
             "layer_token_share": whole.layer_token_share,
+            **_drafts(pairs),
         },
         "speedup": speedup,
         "speedup_range": _spread(pairs),
@@ -199,6 +202,15 @@ def _row(
         ideal = (whole.full_depth - prefill.full_depth) / (whole.total - prefill.total)
         row["decode"] = _phase(_ratio(pairs, lambda timing: timing.decode), ideal)
     return row
+
+
+def _drafts(pairs: list[Pair]) -> dict[str, Any]:
+    """How drafting went, where there was any."""
+    found = [pair.drafts for pair in pairs if pair.drafts is not None]
+    together = Counts()
+    for counts in found:
+        together.add(counts)
+    return together.to_json() if found else {}
 
 
 def _phase(speedup: float, ideal: float) -> dict[str, float]:
@@ -221,9 +233,9 @@ def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int, eng
         timings[full_depth] = time_generation(adapted, batch, new_tokens, engine, full_depth=full_depth)
     records = adapted.records  # full depth leaves none
     trace, prefill = Trace.join(records), Trace.join(records[:1])
-    return Pair(
-        timings[True], timings[False], trace, cost.flops(adapted.backbone, trace), cost.flops(adapted.backbone, prefill)
-    )
+    whole, first = cost.flops(adapted.backbone, trace), cost.flops(adapted.backbone, prefill)
+    drafts = None if adapted.speculation is None else adapted.draft_counts
+    return Pair(timings[True], timings[False], trace, whole, first, drafts)
 
 
 def _ratio(pairs: list[Pair], part: Callable[[Timing], float]) -> float:

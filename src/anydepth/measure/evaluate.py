@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,3 +102,41 @@ def _add(
     for kept, shares in ((tally.mixer_kept, mixer), (tally.ffn_kept, ffn)):
         kept[:] = kept or [0.0] * num_layers
         kept[:] = [total + share * token_ids.numel() for total, share in zip(kept, shares, strict=True)]
+
+
+@torch.no_grad()
+def exit_losses(adapted: AdaptedModel, windows: Tensor) -> list[dict[str, float]]:
+    """Loss (nats a token) and agreement with the last layer were each layer the last, on (N, T) windows; full depth.
+
+    A row for each layer, from 1: `layers` run, `loss`, `agreement`.
+    """
+    adapted.eval()
+    num_layers = adapted.backbone.num_layers
+    losses, agreeing, num_tokens = [0.0] * num_layers, [0] * num_layers, 0
+    states: dict[int, Tensor] = {}
+
+    def keep(layer_idx: int) -> Callable[..., None]:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            states[layer_idx] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [view.module.register_forward_hook(keep(view.layer_idx)) for view in adapted.backbone.layers]
+    try:
+        for window in windows:
+            token_ids = window[None].to(adapted.device)
+            targets = token_ids[0, 1:]
+            with adapted.disabled():
+                reference = adapted(input_ids=token_ids, use_cache=False).logits[0, :-1].argmax(-1)
+                for layer_idx in range(num_layers):
+                    logits = adapted.backbone.logits_of(states[layer_idx])[0, :-1].float()
+                    losses[layer_idx] += F.cross_entropy(logits, targets, reduction="sum").item()
+                    agreeing[layer_idx] += int((logits.argmax(-1) == reference).sum())
+            num_tokens += targets.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        {"layers": i + 1, "loss": losses[i] / num_tokens, "agreement": agreeing[i] / num_tokens}
+        for i in range(num_layers)
+    ]

@@ -27,6 +27,16 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return prompts
 
 
+def read_references(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]] | None:
+    """Token ids of the `reference` of the first prompts of a file that `read_prompts` reads; None if one has none."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
+    texts = [row.get("reference") for row in rows]
+    texts = [text[0] if isinstance(text, list) and text else text for text in texts]
+    if not all(isinstance(text, str) and text for text in texts):
+        return None
+    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]  # type: ignore[arg-type]
+
+
 def _prompt_of(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         row = json.loads(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from anydepth.errors import UserError
+from anydepth.methods.early_exit import EarlyExit
 from anydepth.methods.exit_gate import ExitGate
 from anydepth.methods.ffn_router import FFNRouter
 from anydepth.methods.layer_router import LayerRouter
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "mixture_of_depths": MixtureOfDepths,
     "exit_gate": ExitGate,
     "ffn_router": FFNRouter,
+    "early_exit": EarlyExit,
     "self_speculation": SelfSpeculation,
 }
 

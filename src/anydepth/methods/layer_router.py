@@ -133,6 +133,10 @@ class LayerRouter(Method):
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
         self.backward_temperature = first if last is None else first * (last / first) ** progress
 
+    @property
+    def remembers(self) -> bool:
+        return self.config.granularity == "sequence"
+
     def begin(self, context: PassContext) -> None:
         self.gates = []
         if self.config.granularity == "token":

@@ -21,6 +21,10 @@ KVRule = Literal["project", "omit", "recompute"]
 """`recompute`: of exits alone. What tokens leave in a layer is what they would at full depth, run when it is needed."""
 
 
+LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
+"""(..., V) logits of (..., D) states by the model's final norm and head; of the tokens (V',) of a vocabulary alone."""
+
+
 class Memory:
     """Tensors that methods keep per sequence, in step with the K/V cache; empty where there is none.
 
@@ -67,6 +71,7 @@ class PassContext:
         notes: what methods keep of this forward for their losses, by method name.
         evaluate: logits of a method's network for states; an engine may have a faster way than the network's own.
         memory: what methods remember of these sequences from earlier forwards.
+        logits_of: what the model would say, were this state its last.
     """
 
     token_mask: Tensor
@@ -75,6 +80,7 @@ class PassContext:
     notes: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = GateNetwork.__call__
     memory: Memory = field(default_factory=lambda: Memory())
+    logits_of: LogitsOf | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,7 @@ class Method(nn.Module):
         summary: one line for `anydepth methods`.
         lossless: whether the output is the full-depth output.
         trained: whether it has parameters to train (or changes training).
+        decides_in_training, decides_at_inference: whether its gates are ever closed then.
         gates_branches: whether it gates mixers or FFNs alone.
     """
 
@@ -224,6 +231,8 @@ class Method(nn.Module):
     summary: ClassVar[str]
     lossless: ClassVar[bool] = False
     trained: ClassVar[bool] = True
+    decides_in_training: ClassVar[bool] = True
+    decides_at_inference: ClassVar[bool] = True
     gates_branches: bool = False
     learns_by_policy: bool = False
     """Whether training asks for `policy_losses`."""
@@ -233,8 +242,25 @@ class Method(nn.Module):
         """How tokens that it lets skip a mixer leave K/V where others of their sequence run it; None: it has none."""
         return None
 
+    @property
+    def remembers(self) -> bool:
+        """Whether later forwards of a sequence depend on what it remembered of the first ones (`Memory`)."""
+        return False
+
     budget_option: ClassVar[str | None] = None
     """The option that a score must be above for a token to run, where there is one: what calibration sets."""
+
+    @property
+    def threshold(self) -> float:
+        """What a score must be above for a token to run; of methods that have one."""
+        return getattr(self.config, str(self.budget_option))
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self.config = self.config.model_copy(update={str(self.budget_option): value})
+
+    is_watched: bool = False
+    """Calibration wants its scores, also where a threshold lets everybody run."""
     is_frozen: bool = False
     """Attached while others are trained: it decides as at inference."""
 
@@ -328,6 +354,10 @@ class Method(nn.Module):
 
     def policy_losses(self, context: PassContext, token_losses: Tensor) -> dict[str, Tensor]:
         """Scalar losses from what decisions led to: (B, T) cross-entropy of the token behind each, without gradient."""
+        return {}
+
+    def outcome_losses(self, context: PassContext, logits: Tensor) -> dict[str, Tensor]:
+        """Scalar losses of the last forward from its (B, T, V) logits, by name, weights applied."""
         return {}
 
     def metrics(self, context: PassContext) -> dict[str, float]:

@@ -37,6 +37,7 @@ class StochasticDepth(Method):
     name = "stochastic_depth"
     summary = "drop layers at random in training; full depth at inference"
     lossless = True
+    decides_at_inference = False
 
     def __init__(self, config: StochasticDepthConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)

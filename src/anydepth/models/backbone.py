@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from anydepth.errors import UserError
@@ -261,11 +262,21 @@ class Backbone:
         """In front of the head; nothing in some OPT models."""
         return getattr(self.decoder, self.family.final_norm, None) or nn.Identity()
 
-    def logits_of(self, states: Tensor) -> Tensor:
-        """(..., V) logits of (..., D) states of the residual stream: the model's final norm and head."""
+    def logits_of(self, states: Tensor, vocabulary: Tensor | None = None) -> Tensor:
+        """(..., V) logits of (..., D) states of the residual stream: the model's final norm and head.
+
+        Args:
+            vocabulary: (V',) tokens to give those of alone.
+        """
         states = self.final_norm(states)
         project_out = getattr(self.decoder, "project_out", None)  # of some OPT models
-        logits = self.head(states if project_out is None else project_out(states))
+        states = states if project_out is None else project_out(states)
+        if vocabulary is None:
+            logits = self.head(states)
+        else:
+            head: Any = self.head
+            bias = getattr(head, "bias", None)
+            logits = F.linear(states, head.weight[vocabulary], None if bias is None else bias[vocabulary])
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel, attach
+from anydepth.execution.adapted import AdaptedModel, MethodSpec, attach, detach
 from anydepth.measure.results import write_json
 from anydepth.methods.method import Method
+from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import DType, base_fingerprint, is_quantised, load_model
+from anydepth.training.shipped import load_shipped, shipped_drafter
 
 MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"
@@ -98,17 +101,74 @@ def load(folder: str | Path, *, base: str | None = None, dtype: DType = "float32
 
 
 def load_target(
-    target: str, *, dtype: DType = "float32", device: str = "cpu", merge: bool = False
+    target: str,
+    *,
+    dtype: DType = "float32",
+    device: str = "cpu",
+    merge: bool = False,
+    lossless: bool = False,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     """A `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
 
     Args:
         merge: fold a LoRA adapter into the weights, as one does to run fast; its base is then no longer at hand.
+        lossless: attach `self_speculation` as well, with the drafter that comes with the package if there is one; the
+            target's own methods then draft.
+        overrides: options by method, in place of those that the target has.
+
+    Raises:
+        UserError: no such target, or an override of a method that is not attached.
     """
     if is_checkpoint(target):
-        return _load(Path(target), None, dtype, device, merge=merge)
-    model, tokenizer = load_model(target, dtype=dtype, device=device)
-    return attach(model, []), tokenizer
+        adapted, tokenizer = _load(Path(target), None, dtype, device, merge=merge)
+    else:
+        model, tokenizer = load_model(target, dtype=dtype, device=device)
+        adapted = attach(model, [])
+    if lossless and SelfSpeculation.name not in adapted.methods:
+        adapted = with_speculation(adapted)
+    if overrides:
+        adapted = with_options(adapted, overrides)
+    return adapted, tokenizer
+
+
+def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any]]) -> AdaptedModel:
+    """The same model, methods and weights, some options changed.
+
+    Raises:
+        UserError: a method that is not attached, or an option that it does not take.
+    """
+    missing = [name for name in overrides if name not in adapted.methods]
+    if missing:
+        raise UserError(f"{missing[0]} is not attached; what is: {', '.join(adapted.methods) or 'nothing'}")
+    weights = adapted.methods.state_dict()
+    specs = [
+        {"name": name, **part.config.model_dump(), **overrides.get(name, {})}
+        for name, part in adapted.methods.items()
+        if isinstance(part, Method)
+    ]
+    again = attach(detach(adapted), specs)
+    again.methods.load_state_dict(weights, strict=False)
+    return again.eval()
+
+
+def with_speculation(adapted: AdaptedModel, options: MethodSpec | None = None) -> AdaptedModel:
+    """The same model and methods, and `self_speculation`.
+
+    Args:
+        options: None is the drafter that comes with the package for this base model, else lookup alone.
+    """
+    weights = adapted.methods.state_dict()
+    configs = [method.config for method in adapted.methods.values() if isinstance(method, Method)]
+    model = detach(adapted)
+    drafter = shipped_drafter(model) if options is None else None
+    if options is None:
+        options = {"name": SelfSpeculation.name} if drafter is None else drafter.options
+    adapted = attach(model, [*configs, options])
+    adapted.methods.load_state_dict(weights, strict=False)
+    if drafter is not None:
+        load_shipped(adapted, drafter)
+    return adapted.eval()
 
 
 def _load(

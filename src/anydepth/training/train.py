@@ -149,7 +149,7 @@ class AdaptedTrainer(Trainer):
             output = model(**inputs, use_cache=False)
         terms = {"lm_loss": output.loss}
         if isinstance(adapted, AdaptedModel):
-            terms |= adapted.auxiliary_losses()
+            terms |= adapted.auxiliary_losses() | adapted.outcome_losses(output.logits)
             if any(method.learns_by_policy for method in adapted.active_methods):
                 terms |= adapted.policy_losses(token_losses(output.logits.detach(), inputs["labels"]))
             for name, exits in adapted.exit_states().items():

@@ -109,8 +109,9 @@ class LayerKV:
         if places is None:
             self.counts[slot] = min(self.counts[slot], length)
         else:
-            self.counts[slot] = int((places < length).sum())
-            self.places[slot] = places[: self.counts[slot]]
+            count = self.counts[slot] = int((places < length).sum())
+            is_whole = count == 0 or int(places[count - 1]) == count - 1
+            self.places[slot] = None if is_whole else places[:count]
 
     def clear(self, slot: int) -> None:
         self.counts[slot], self.num_waiting[slot], self.places[slot] = 0, 0, None

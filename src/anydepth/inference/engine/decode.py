@@ -5,7 +5,6 @@ Options, logits processors, stop rules and streamers are transformers' own; this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,26 +15,19 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
-from transformers.generation.configuration_utils import GenerationMode
 
-from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, Trained
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.model import EngineModel
-from anydepth.inference.speculate import Setup, decode
+from anydepth.inference.loop import check_mode, generate_by
+from anydepth.inference.speculate import Setup, decode, records_of
 from anydepth.inference.targets import EngineTarget
 from anydepth.methods.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
-from anydepth.models.llama_like import final_norm
-
-MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 class FastEngine:
@@ -59,26 +51,9 @@ class FastEngine:
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
         self.drafting: tuple[Any, Setup] | None = None
 
-    def generate(
-        self,
-        *args: Any,
-        streamer: Any = None,
-        stop_strings: str | list[str] | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        stopping_criteria: Sequence[StoppingCriteria] | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`, its decoding loop done here. Greedy and sampling, any batch, left padding."""
-        # transformers 5.23 gives the streamer the prompt, but hides it and the tokenizer from a loop of others.
-        stopping_criteria = StoppingCriteriaList(list(stopping_criteria or []))
-        if stop_strings is not None:
-            if tokenizer is None:
-                raise UserError("stop_strings need tokenizer=, to know how tokens spell them")
-            stopping_criteria.append(StopStringCriteria(tokenizer, stop_strings))
-        loop = partial(self._decode, streamer=streamer)
-        return self.adapted.generate(
-            *args, custom_generate=loop, streamer=streamer, stopping_criteria=stopping_criteria, **kwargs
-        )
+        return generate_by(self._decode, self.adapted, *args, **kwargs)
 
     @torch.no_grad()
     def logits(self, token_ids: Tensor) -> Tensor:
@@ -102,10 +77,7 @@ class FastEngine:
         **kwargs: Any,
     ) -> Tensor:
         """(B, prompt + new) token ids; rows that ended are filled with the pad token."""
-        if generation_config.get_generation_mode() not in MODES or generation_config.return_dict_in_generate:
-            raise UserError(
-                "the fast engine decodes greedily or samples, and returns token ids; use engine hf for the rest"
-            )
+        check_mode(generation_config, "the fast engine")
         if self.adapted.speculation is not None:
             return self._speculate(
                 self.adapted.speculation,
@@ -155,13 +127,14 @@ class FastEngine:
             streamer.end()
         return input_ids
 
-    def _speculate(self, method: SelfSpeculation, input_ids: Tensor, *arguments: Any) -> Tensor:
+    def _speculate(
+        self, method: SelfSpeculation, input_ids: Tensor, attention_mask: Tensor | None, *arguments: Any
+    ) -> Tensor:
         """The same tokens, drafted by a part of the model."""
         setup, taps = self._setup_of(method)
         target = EngineTarget(self.model, len(input_ids), taps)
-        ids, self.adapted.draft_counts = decode(target, setup, input_ids, *arguments)
-        mask = torch.ones_like(ids[:, :-1], dtype=torch.bool)
-        self.adapted.records = [PassRecord(mask, 0, cached=True, num_layers=len(self.model.layers))]
+        ids, self.adapted.draft_counts = decode(target, setup, input_ids, attention_mask, *arguments)
+        self.adapted.records = records_of(ids, attention_mask, input_ids.shape[1], len(self.model.layers))
         return ids
 
     def _setup_of(self, method: SelfSpeculation) -> tuple[Setup, list[int]]:
@@ -173,13 +146,8 @@ class FastEngine:
             drafters: list[Drafter] = [Lookup()] if config.lookup else []
             if network is not None:
                 drafters.append(Trained(self.model, network))
-            if config.exit_layers:
-                head = (
-                    self.model.head
-                    if vocabulary is None
-                    else self.model.head_of(final_norm(self.model.backbone), self.model.weights, vocabulary)
-                )
-                drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
+            head = partial(self.model.exit_logits, vocabulary=vocabulary)
+            drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
             if reduced:
                 drafters.append(Reduced(reduced))
             size = self.model.backbone.model.config.vocab_size

@@ -71,6 +71,7 @@ class EngineModel:
         self.layers = [EngineLayer(part, self.weights, self.dtype, kinds, memory, compiled=compiled) for part in parts]
         self.networks = None if memory is None else NativeNetworks(memory)
         self.head = self.head_of(final_norm(backbone), self.weights)
+        self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
         self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
 
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
@@ -79,6 +80,16 @@ class EngineModel:
         assert isinstance(rows, Tensor)
         some = rows if vocabulary is None else rows[vocabulary]
         return Head(some, norm, weights, self.dtype, self.memory, logits_softcap(self.backbone))
+
+    def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
+        """(..., V) of states of any depth; of a vocabulary (V',) alone, whose rows are packed once."""
+        if vocabulary is None:
+            return self.head(states)
+        known = self.exit_heads.get(id(vocabulary))
+        if known is None:  # with the vocabulary itself, so that its id stays its own
+            known = vocabulary, self.head_of(final_norm(self.backbone), self.weights, vocabulary)
+            self.exit_heads[id(vocabulary)] = known
+        return known[1](states)
 
     @property
     def _like(self) -> Tensor:
@@ -147,7 +158,7 @@ class EngineModel:
         """One of `num_tokens` in each row behind those `seen`, with room for them."""
         cache.make_room(max(seen) + num_tokens)
         self.rotations.make_room(max(seen) + num_tokens)
-        return Step(num_tokens, slots, seen, cache, methods, self.rotations, self.networks)
+        return Step(num_tokens, slots, seen, cache, methods, self.rotations, self.networks, self.exit_logits)
 
 
 def run_layers(

@@ -23,7 +23,7 @@ from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.inference.engine.operators import RowPass
 from anydepth.inference.engine.rotations import Rotations
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, Memory, Method, PassContext, Rules
+from anydepth.methods.method import Gate, LogitsOf, Memory, Method, PassContext, Rules
 
 
 class Step(RowPass):
@@ -31,6 +31,7 @@ class Step(RowPass):
 
     Args:
         networks: of gates, through the kernels; None: there are none.
+        logits_of: by the model's head.
     """
 
     def __init__(
@@ -42,12 +43,13 @@ class Step(RowPass):
         methods: Sequence[Method],
         tables: Rotations,
         networks: NativeNetworks | None,
+        logits_of: LogitsOf | None = None,
     ) -> None:
         super().__init__(num_tokens, slots, seen, cache, tables)
         self.few_tokens = self.num_rows * num_tokens <= MAX_TOKENS
         token_mask = torch.ones(self.num_rows, num_tokens, dtype=torch.bool, device=self.device)
         self.record = PassRecord(token_mask, self.seen[0], cached=True, num_layers=len(cache.layers))
-        self.methods, self.networks = list(methods), networks
+        self.methods, self.networks, self.logits_of = list(methods), networks, logits_of
         self.gates_branches = any(method.gates_branches for method in methods)
         self.span: list[Task] = []  # asked for, not run yet
         self.left: list[tuple[LayerKV, int, int, Tensor | None]] = []  # by the span: K/V in a slot, at which places
@@ -83,7 +85,14 @@ class Step(RowPass):
         """What methods are asked with."""
         evaluate = self.record.counting(GateNetwork.__call__ if self.networks is None else self.networks.evaluate)
         memory = Memory(self.cache.method_memory, self.slots, len(self.cache.lengths))
-        context = PassContext(self.record.token_mask, self.places, training=False, evaluate=evaluate, memory=memory)
+        context = PassContext(
+            self.record.token_mask,
+            self.places,
+            training=False,
+            evaluate=evaluate,
+            memory=memory,
+            logits_of=None if self.logits_of is None else self.record.counting_logits(self.logits_of),
+        )
         return Run(context, self.record, None, self.methods, sparse=True)
 
     def _kept_pass(self, layers: Sequence[EngineLayer], caches: Sequence[LayerKV], first: int) -> KeptPass | None:

@@ -1,0 +1,30 @@
+"""Put a trained drafter into the package.
+
+anydepth train recipes/drafter.yaml --out runs/drafter
+python benchmarks/ship_drafter.py runs/drafter smollm2-135m
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from anydepth.measure.results import read_document
+from anydepth.training.checkpoint import load_target
+from anydepth.training.shipped import folder, ship
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("name")
+    arguments = parser.parse_args()
+    trained = read_document(arguments.checkpoint / "train.json")
+    about = {key: trained[key] for key in ("commit", "dirty", "seed", "num_own_tokens", "writing_seconds", "seconds")}
+    adapted, _ = load_target(str(arguments.checkpoint), dtype="bfloat16")
+    ship(adapted, folder() / arguments.name, about)
+    print(folder() / arguments.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Lossless decoding on the 240 prompts of spec_bench: `results/speculation.json`.
+
+    python benchmarks/speculation.py [speed|peers|lossless|bfloat16 …] [--limit N]
+
+speed: full depth and lossless in turn on the fast engine, bfloat16, batch 1, 64 tokens, by category; with the drafter
+that comes with the package, and with each of its parts. peers: what transformers has, on two prompts of each category,
+each against its own plain decoding. lossless: float32, every kind of drafter, batch 1 and 4, token for token.
+bfloat16: the same, and where tokens differ by how much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+import anydepth
+from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.speculate import Counts
+from anydepth.measure.prompts import read_prompts
+from anydepth.measure.results import document, write_json
+from anydepth.training.checkpoint import with_speculation
+
+RESULT = Path(__file__).resolve().parent / "results" / "speculation.json"
+SCHEMA = "anydepth.speculation/1"
+NEW_TOKENS = 64
+ALONE: dict[str, Any] = {"name": "self_speculation", "lookup": False, "adaptive": False, "max_draft": 4}
+DRAFTERS: dict[str, list[dict[str, Any]]] = {
+    "lookup": [{"name": "self_speculation"}],
+    "first 20 layers": [{**ALONE, "exit_layers": [20]}],
+    "first 26 layers, 8192 tokens": [{**ALONE, "exit_layers": [26], "exit_vocabulary": 8192}],
+    "skip set": [ALONE, {"name": "skip_set", "skip_layers": [11, 13, 19]}],
+    "router": [ALONE, {"name": "layer_router", "router": "random", "rates": [0.9] * 26}],
+    "exits": [ALONE, {"name": "early_exit", "layers": [24, 27], "thresholds": 0.5, "vocabulary": 8192}],
+}
+SHIPPED = "shipped"
+
+
+def prompts_of(limit: int | None) -> dict[str, list[str]]:
+    """By category, `limit` of each."""
+    path = Path(os.environ["ANYDEPTH_DATA"]) / "spec_bench" / "question.jsonl"
+    categories = [json.loads(line)["category"] for line in path.read_text().splitlines()]
+    _, tokenizer = load()
+    by_category: dict[str, list[str]] = defaultdict(list)
+    for category, text in zip(categories, read_prompts(path, tokenizer), strict=True):
+        if limit is None or len(by_category[category]) < limit:
+            by_category[category].append(text)
+    return by_category
+
+
+def load(dtype: str = "bfloat16") -> tuple[Any, Any]:
+    return anydepth.load_model("embedded", dtype=dtype)  # type: ignore[arg-type]
+
+
+def generate(runner: Any, batch: dict[str, Any], **options: Any) -> tuple[torch.Tensor, float]:
+    """New tokens, up to the end of the text, and seconds."""
+    started = time.perf_counter()
+    ids = runner.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2, **options)
+    return ids[:, batch["input_ids"].shape[1] :], time.perf_counter() - started
+
+
+def speculating(model: Any, name: str) -> AdaptedModel:
+    if name == SHIPPED:
+        return with_speculation(attach(model, []))
+    return attach(model, DRAFTERS[name]).eval()
+
+
+def speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    model, tokenizer = load()
+    by_category = prompts_of(arguments.limit)
+    results = {}
+    for name in arguments.drafters or [SHIPPED, "lookup"]:
+        adapted = speculating(model, name)
+        engine = FastEngine(adapted)
+        rows, together = {}, Counts()
+        warm = dict(tokenizer(next(iter(by_category.values()))[0], return_tensors="pt"))
+        for _ in range(3):
+            generate(engine, warm)
+        for category, texts in by_category.items():
+            ratios, seconds, num_tokens, counts, same = [], [0.0, 0.0], 0, Counts(), True
+            for number, text in enumerate(texts):
+                batch = dict(tokenizer(text, return_tensors="pt"))
+                pair = {}
+                for full_depth in (True, False) if number % 2 else (False, True):
+                    if full_depth:
+                        with adapted.disabled():
+                            pair[full_depth] = generate(engine, batch)
+                    else:
+                        pair[full_depth] = generate(engine, batch)
+                        counts.add(adapted.draft_counts)
+                num_tokens += pair[True][0].shape[1]
+                same &= torch.equal(pair[True][0], pair[False][0])
+                ratios.append(pair[True][1] / pair[False][1])
+                seconds = [seconds[0] + pair[True][1], seconds[1] + pair[False][1]]
+            rows[category] = {
+                "num_prompts": len(texts),
+                "speedup": mean(ratios),
+                "median_speedup": median(ratios),
+                "of_total_time": seconds[0] / seconds[1],
+                "full_depth_tokens_per_second": num_tokens / seconds[0],
+                "tokens_per_second": num_tokens / seconds[1],
+                "identical_tokens": same,
+                **counts.to_json(),
+            }
+            together.add(counts)
+            print(
+                f"{name} {category}: {rows[category]['speedup']:.3f} accepts {counts.mean_acceptance_length:.2f} "
+                f"same {same} {counts.num_drafted} {counts.num_accepted}",
+                flush=True,
+            )
+        weights = [row["num_prompts"] for row in rows.values()]
+        overall = sum(row["speedup"] * w for row, w in zip(rows.values(), weights, strict=True)) / sum(weights)
+        print(f"{name}: {overall:.3f} on the mean, at least {min(row['speedup'] for row in rows.values()):.3f}")
+        results[name] = {"speedup": overall, "categories": rows, **together.to_json()}
+        detach(adapted)
+    return results
+
+
+def peers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """transformers' own ways on the same prompts."""
+    model, tokenizer = load()
+    by_category = prompts_of(arguments.limit or 2)
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "prompt lookup": {"prompt_lookup_num_tokens": 10},
+        "assistant_early_exit 20": {"assistant_early_exit": 20},
+        "assistant_early_exit 27": {"assistant_early_exit": 27},
+    }
+    adapted = speculating(model, SHIPPED)
+    engine = FastEngine(adapted)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    num_tokens: dict[str, int] = defaultdict(int)
+
+    def note(way: str, runner: Any, batch: dict[str, Any], **options: Any) -> None:
+        ids, spent = generate(runner, batch, **options)
+        seconds[way].append(spent)
+        num_tokens[way] += ids.shape[1]
+
+    for number, text in enumerate(text for texts in by_category.values() for text in texts):
+        batch = dict(tokenizer(text, return_tensors="pt"))
+        with adapted.disabled():
+            for way, options in ways.items():
+                if way.startswith("assistant"):
+                    model.generation_config.num_assistant_tokens = 1
+                    model.generation_config.assistant_confidence_threshold = 0.0
+                note(way, model, batch, **options)
+            note("anydepth, full depth", engine, batch)
+        note("anydepth, lossless", engine, batch)
+        print(number, {way: round(times[-1], 2) for way, times in seconds.items()}, flush=True)
+    plain, ours = seconds["plain"], seconds["anydepth, full depth"]
+    return {
+        way: {
+            "tokens_per_second": num_tokens[way] / sum(times),
+            "over_its_own_plain": mean(
+                base / own for base, own in zip(ours if way.startswith("anydepth") else plain, times, strict=True)
+            ),
+            "over_transformers": mean(base / own for base, own in zip(plain, times, strict=True)),
+            "num_prompts": len(times),
+        }
+        for way, times in seconds.items()
+    }
+
+
+def lossless(arguments: argparse.Namespace, dtype: str = "float32") -> dict[str, Any]:
+    model, tokenizer = load(dtype)
+    texts = [text for texts in prompts_of(arguments.limit).values() for text in texts]
+    names = arguments.drafters or [*DRAFTERS, SHIPPED]
+    batches = {}
+    for size in (1, 4):
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
+        batches[size] = [
+            dict(tokenizer(part, return_tensors="pt", padding=True, padding_side="left")) for part in parts
+        ]
+    plain = FastEngine(attach(model, []))
+    wanted = {size: [generate(plain, batch)[0] for batch in parts] for size, parts in batches.items()}
+    detach(plain.adapted)
+    results: dict[str, Any] = {}
+    for name in names:
+        adapted = speculating(model, name)
+        engine = FastEngine(adapted)
+        for size, parts in batches.items():
+            together, differ = Counts(), []
+            for number, batch in enumerate(parts):
+                ids, _ = generate(engine, batch)
+                together.add(adapted.draft_counts)
+                if not torch.equal(ids, wanted[size][number]):
+                    differ.append(number)
+            results[f"{name}, batch {size}"] = {
+                "num_prompts": len(texts),
+                "num_identical_batches": len(parts) - len(differ),
+                "num_batches": len(parts),
+                **together.to_json(),
+            }
+            print(f"{dtype} {name} batch {size}: {len(parts) - len(differ)} of {len(parts)} identical", flush=True)
+        detach(adapted)
+    return results
+
+
+def bfloat16(arguments: argparse.Namespace) -> dict[str, Any]:
+    return lossless(arguments, "bfloat16")
+
+
+SECTIONS = {"speed": speed, "peers": peers, "lossless": lossless, "bfloat16": bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
+    parser.add_argument("--limit", type=int, help="prompts of each category")
+    parser.add_argument("--drafters", nargs="*", help="by name; all when left out")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    for section in arguments.sections:
+        found = SECTIONS[section](arguments)
+        known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+        sections = known.get("sections", {})
+        command = f"python benchmarks/speculation.py {section}" + (
+            f" --limit {arguments.limit}" * bool(arguments.limit)
+        )
+        part = document(SCHEMA, seed=0, config={"new_tokens": NEW_TOKENS}, command=command, rows=found)
+        sections[section] = {key: part[key] for key in ("commit", "dirty", "command", "hardware", "rows")}
+        write_json(arguments.out, {**part, "sections": sections, "rows": []})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Speculation on the Hugging Face model itself: any family, any drafter but the trained one.
+
+Each row has a cache of its own, and runs alone: rows accept different lengths, which one cache cannot hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.execution.cache import AdaptiveCache
+from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced
+from anydepth.inference.loop import check_mode, generate_by
+from anydepth.inference.speculate import Setup, decode, records_of
+from anydepth.inference.targets import Row
+from anydepth.methods.method import Gate, KVRule, Method, PassContext
+from anydepth.methods.self_speculation import SelfSpeculation
+
+
+class ExitAt(Method):
+    """All tokens leave in front of one layer, or go on there with those that left before."""
+
+    name = "exit_at"
+    summary = "drafts with the first layers"
+
+    def __init__(self, adapted: AdaptedModel, num_layers: int, *, goes_on: bool) -> None:
+        super().__init__(SelfSpeculation.Config(), adapted.backbone)
+        self.first_missed, self.goes_on = num_layers, goes_on
+
+    @property
+    def kv_rule(self) -> KVRule:
+        return "recompute"
+
+    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        if layer_idx < self.first_missed:
+            return None
+        return Gate(context.token_mask & self.goes_on, "recompute", any_kept=self.goes_on, all_kept=self.goes_on)
+
+
+class HFTarget:
+    """`targets.Target` on an adapted model."""
+
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self.adapted, self.exit_layer = adapted, 0
+        self.caches: list[AdaptiveCache] = []
+
+    def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
+        last = []
+        for number, row in enumerate(rows):
+            row.slot = number
+            self.caches.append(self.adapted.new_cache())
+            ids = row.ids[row.num_padding :]
+            if methods:
+                self._forward(row, ids, *methods)
+                self.caches[number].rewind(0)
+            last.append(self._forward(row, ids)[-1])
+        return last
+
+    def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
+        states = []
+        leaving = ExitAt(self.adapted, self.exit_layer, goes_on=False)
+        for row in rows:
+            with self.adapted.deciding(leaving):
+                ids = torch.tensor([[row.last]], device=self.adapted.device)
+                self.adapted.backbone.decoder(input_ids=ids, past_key_values=self.caches[row.slot], use_cache=True)
+            state = self.adapted.last_run.left[self.exit_layer][1][0]
+            row.early.append(state)
+            states.append(state)
+        return states
+
+    def reduced(self, rows: Sequence[Row], methods: Sequence[Method]) -> Tensor:
+        return torch.stack([self._forward(row, [row.last], *methods)[-1] for row in rows])
+
+    def verify(self, rows: Sequence[Row]) -> list[Tensor]:
+        logits = []
+        for row in rows:
+            unseen = [row.ids[-1], *row.draft][len(row.early) :]
+            if self.exit_layer:
+                own = self._forward(row, unseen, ExitAt(self.adapted, self.exit_layer, goes_on=True))
+                late = self.adapted.last_run.late
+                if late is not None:
+                    own = torch.cat([self.adapted.backbone.logits_of(late[0]), own])
+            else:
+                self.caches[row.slot].rewind(row.num_seen)
+                own = self._forward(row, unseen)
+            logits.append(own)
+        return logits
+
+    def settle(self, rows: Sequence[Row], num_taken: Sequence[int]) -> None:
+        for row in rows:
+            row.early = []
+            self.caches[row.slot].rewind(row.num_seen)
+
+    def _forward(self, row: Row, ids: list[int], *methods: Method) -> Tensor:
+        """(N, V) logits of a row's next tokens."""
+        with self.adapted.deciding(*methods):
+            output = self.adapted(
+                input_ids=torch.tensor([ids], device=self.adapted.device), past_key_values=self.caches[row.slot]
+            )
+        return output.logits[0]
+
+
+def speculate(adapted: AdaptedModel, *args: Any, **kwargs: Any) -> Tensor:
+    """`adapted.generate`, drafted and verified on the model itself.
+
+    Raises:
+        UserError: a model with recurrent layers, whose states cannot go back.
+    """
+    method = adapted.speculation
+    assert method is not None
+    if "recurrent" in adapted.backbone.layer_types():
+        raise UserError("self_speculation takes back what was wrong, which a recurrent layer's state cannot; detach it")
+    if kwargs.get("past_key_values") is not None:
+        raise UserError("self_speculation keeps caches of its own; leave past_key_values out")
+
+    def loop(
+        _: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any = None,
+        **options: Any,
+    ) -> Tensor:
+        check_mode(generation_config, "self_speculation")
+        mask = options.get("attention_mask")
+        ids, adapted.draft_counts = decode(
+            HFTarget(adapted),
+            _setup_of(adapted, method),
+            input_ids,
+            mask,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+        )
+        adapted.records = records_of(ids, mask, input_ids.shape[1], adapted.backbone.num_layers)
+        return ids
+
+    return generate_by(loop, adapted, *args, **kwargs)
+
+
+def _setup_of(adapted: AdaptedModel, method: SelfSpeculation) -> Setup:
+    """Drafters of a method, and what was learned of them, kept with it."""
+    key = (method.config, tuple(adapted.draft_methods))
+    if method.setup is None or method.setup[0] != key:
+        config = method.config
+        vocabulary = None if config.exit_vocabulary is None else torch.arange(config.exit_vocabulary)
+        head = partial(adapted.backbone.logits_of, vocabulary=vocabulary)
+        drafters: list[Drafter] = [Lookup()] if config.lookup else []
+        drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
+        if adapted.draft_methods:
+            drafters.append(Reduced(adapted.draft_methods))
+        method.setup = key, Setup(drafters, config.max_draft, config.adaptive, adapted.config.vocab_size)
+    return method.setup[1]

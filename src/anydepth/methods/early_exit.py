@@ -1,0 +1,265 @@
+"""Early exit by confidence: a token leaves behind the first of chosen layers whose state is sure enough.
+
+Confident Adaptive Language Modeling (Schuster et al. 2022); LayerSkip (Elhoushi et al. 2024) for the training that
+makes early states readable: in training nobody leaves, and every exit pays its cross-entropy, Σ_l e(l)·CE_l with
+e(l) = e_scale·Σ_{i≤l} i, for the last layer (L−1) + e_scale·Σ_{i≤L−2} i, over the exits that a curriculum lets in.
+Lossy; thresholds with a guarantee are what `anydepth calibrate --max-risk` sets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anydepth.config import StrictConfig
+from anydepth.methods.gate_network import GateNetwork
+from anydepth.methods.method import ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.models.backbone import Backbone
+
+
+class EarlyExitConfig(StrictConfig):
+    """Options of `early_exit`."""
+
+    layers: list[int] | None = Field(
+        default=None, description="Layers in front of which tokens may leave; null is half and three quarters of all."
+    )
+    confidence: Literal["max_probability", "margin", "entropy", "cosine", "classifier"] = Field(
+        default="max_probability",
+        description="Of a state: its first choice, how far that is from the second, 1 − entropy ÷ log V, how little "
+        "the last layer turned it, or a trained classifier's.",
+    )
+    thresholds: list[float] | float = Field(
+        default=math.inf,
+        description="A token leaves if its confidence is at least this, one number or one per layer; or a JSON file "
+        "that holds it. Above 1 nobody leaves.",
+    )
+    decay: float | None = Field(
+        default=None,
+        gt=0,
+        description="τ of λ·0.9 + 0.1·exp(−τ·place / decay_length): stricter at first. null is none.",
+    )
+    decay_length: int = Field(default=512, ge=1, description="Places over which thresholds decay.")
+    vocabulary: int | None = Field(
+        default=None, ge=2, description="Confidence over so many tokens alone, the first ids; null is all."
+    )
+    kv_rule: Literal["propagate", "recompute"] = Field(
+        default="propagate",
+        description="Deeper layers project K/V from the state that a token left with, or run later.",
+    )
+    loss_scale: float = Field(default=0.1, ge=0, description="e_scale of the loss over exits in training; 0 is none.")
+    loss_layers: list[int] | None = Field(
+        default=None, description="Layers in front of which training pays; null is all but the first."
+    )
+    curriculum: Literal["none", "rotational", "gradual"] = Field(
+        default="rotational",
+        description="Exits that pay at a step: all; every rotation-th, shifting; or from the last on, more and more.",
+    )
+    rotation: int = Field(default=4, ge=1, description="R of the rotational curriculum.")
+    classifier_weight: float = Field(default=1.0, ge=0, description="Of the classifier's cross-entropy.")
+    seed: int = Field(default=0, description="Seed of the classifier.")
+
+    @field_validator("thresholds", mode="before")
+    @classmethod
+    def _from_file(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        with suppress(ValueError):
+            return float(value)  # "Infinity", as documents have it
+        try:
+            read = json.loads(Path(value).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"thresholds from {value}: {error}") from error
+        return read.get("thresholds", read) if isinstance(read, dict) else read
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EarlyExitConfig:
+        values = self.thresholds if isinstance(self.thresholds, list) else [self.thresholds]
+        if not values or any(math.isnan(value) for value in values):
+            raise ValueError("thresholds must be numbers")
+        return self
+
+
+class EarlyExit(Method):
+    """Decides in front of chosen layers, by confidence in what the head says of the state there."""
+
+    Config = EarlyExitConfig
+    name = "early_exit"
+    summary = "tokens leave at chosen layers once the head is sure of them"
+    budget_option = "thresholds"
+    decides_in_training = False
+    vocabulary: Tensor | None
+
+    def __init__(self, config: EarlyExitConfig, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        half = {max(round(self.num_layers * share), 1) for share in (0.5, 0.75)}
+        self.layers = sorted(half if config.layers is None else config.layers)
+        check_layers(self.layers, self.num_layers, "layers")
+        if not self.layers or self.layers[0] == 0:
+            raise ValueError(f"layers is {self.layers}; an exit needs at least one layer in front of it, from 1 on")
+        self.thresholds_of(config)
+        self.loss_layers = list(range(1, self.num_layers)) if config.loss_layers is None else config.loss_layers
+        check_layers(self.loss_layers, self.num_layers, "loss_layers")
+        size = backbone.model.config.vocab_size
+        self.vocabulary = None if config.vocabulary is None else torch.arange(min(config.vocabulary, size))
+        self.networks: dict[int, GateNetwork] = {}
+        if config.confidence == "classifier":
+            start = torch.zeros(1)
+            self.networks = {i: GateNetwork(backbone.hidden_size, [], start, self.generator) for i in self.layers}
+        self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
+        self.progress = 0.0
+        self.step = 0
+        self.gate: Gate | None = None
+        self.before: Tensor | None = None
+
+    def thresholds_of(self, config: EarlyExitConfig) -> dict[int, float]:
+        """By layer. Raises `ValueError` for a list of another length."""
+        values = config.thresholds if isinstance(config.thresholds, list) else [config.thresholds] * len(self.layers)
+        if len(values) != len(self.layers):
+            raise ValueError(f"thresholds has {len(values)} values; there are {len(self.layers)} layers with an exit")
+        return dict(zip(self.layers, values, strict=True))
+
+    @property
+    def threshold(self) -> float:
+        """Calibration's: a token goes on if its doubt, minus the confidence, is above this. The most careful exit's."""
+        return -max(self.thresholds_of(self.config).values())
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self.config = self.config.model_copy(update={"thresholds": -value})
+
+    def set_progress(self, progress: float) -> None:
+        self.progress = progress
+        self.step += 1
+
+    def begin(self, context: PassContext) -> None:
+        self.gate = self.before = None
+        self.thresholds = self.thresholds_of(self.config)
+
+    @property
+    def kv_rule(self) -> KVRule:
+        return "recompute" if self.config.kv_rule == "recompute" else "project"
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether anybody could leave at all."""
+        return self.is_watched or any(value <= 1 for value in self.thresholds.values())
+
+    def rules(self) -> Rules | None:
+        limits = self.thresholds_of(self.config)
+        if min(limits.values()) > 1:
+            return self.keep_rules((), Rules)
+        if self.config.confidence != "classifier" or self.config.decay is not None or self.kv_rule == "recompute":
+            return None
+
+        def make() -> Rules:
+            # The classifier's logit of "not yet": a token goes on if it is above that of its threshold.
+            gates = {
+                layer_idx: Threshold(part, _logit(1 - limits[layer_idx]), layer_idx, leaves=True)
+                for layer_idx, part in self.networks.items()
+            }
+            return Rules(layers={layer_idx: gate for layer_idx, gate in gates.items() if limits[layer_idx] <= 1})
+
+        return self.keep_rules(tuple(limits.values()), make)
+
+    def reads_state(self, layer_idx: int) -> bool:
+        if not self.is_asked or not (self.gate is None or self.gate.any_kept):
+            return False
+        return layer_idx in self.layers or (self.config.confidence == "cosine" and layer_idx + 1 in self.layers)
+
+    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        if self.samples(context):
+            if layer_idx in self.loss_layers or layer_idx in self.layers:
+                context.notes.setdefault(self.name, {})[layer_idx] = hidden
+            return None
+        if self.reads_state(layer_idx):
+            if layer_idx in self.layers:
+                self.gate = self._decide(layer_idx, hidden, context)
+            self.before = hidden
+        return self.gate
+
+    def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
+        sure = self.confidence(layer_idx, hidden, context)
+        self.note_scores(-sure, context)
+        stays = sure < self._limit(self.thresholds[layer_idx], context)
+        if self.gate is not None and not self.gate.all_kept:
+            stays = stays & self.gate.keep
+        return Gate.of_plan(stays[None], context, self.kv_rule)[0]
+
+    def _limit(self, threshold: float, context: PassContext) -> Tensor | float:
+        """λ at each token's place (CALM, equation 5)."""
+        if self.config.decay is None:
+            return threshold
+        decayed = torch.exp(-self.config.decay * context.positions / self.config.decay_length)
+        return (0.9 * threshold + 0.1 * decayed).clamp(0, 1) if threshold <= 1 else threshold
+
+    @torch.no_grad()
+    def confidence(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Tensor:
+        """(B, T) in [0, 1] (cosine: [−1, 1]) of (B, T, D) states in front of a layer."""
+        kind = self.config.confidence
+        if kind == "classifier":
+            return torch.sigmoid(-context.evaluate(self.networks[layer_idx], hidden)[..., 0])
+        if kind == "cosine":
+            assert self.before is not None, "the layer before is asked too"
+            return F.cosine_similarity(hidden.float(), self.before.float(), dim=-1)
+        assert context.logits_of is not None, "executions give the head"
+        logits = context.logits_of(hidden, self.vocabulary).float()
+        if kind == "max_probability":
+            return (logits.max(-1).values - logits.logsumexp(-1)).exp()
+        if kind == "margin":
+            first, second = logits.topk(2).values.unbind(-1)
+            whole = logits.logsumexp(-1)
+            return (first - whole).exp() - (second - whole).exp()
+        shares = logits.log_softmax(-1)
+        return 1 + (shares.exp() * shares).sum(-1) / math.log(logits.shape[-1])
+
+    # --- training ----------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[int, float]:
+        """e(l) of the exits that pay now, by the layer in front of which they are; the last layer's is 1.
+
+        Of L layers, exit l is behind l of them (l counted from 1 here): its state is in front of layer l.
+        """
+        scale, last = self.config.loss_scale, self.num_layers - 1
+        whole = last + scale * sum(range(last))
+        paying = [layer_idx for layer_idx in self.loss_layers if self._pays(layer_idx)]
+        return {layer_idx: scale * sum(range(layer_idx)) / whole for layer_idx in paying}
+
+    def _pays(self, layer_idx: int) -> bool:
+        if self.config.curriculum == "rotational":
+            return layer_idx % self.config.rotation == self.step % self.config.rotation
+        if self.config.curriculum == "gradual":  # twice as fast as training, from the last to the first
+            return layer_idx >= self.num_layers * (1 - 2 * self.progress)
+        return True
+
+    def exit_states(self, context: PassContext) -> list[ExitState]:
+        notes, weights = context.notes.get(self.name, {}), self.weights()
+        ones = context.token_mask.float()
+        return [ExitState(notes[i], weight * ones) for i, weight in weights.items() if weight and i in notes]
+
+    def outcome_losses(self, context: PassContext, logits: Tensor) -> dict[str, Tensor]:
+        """`classifier`: cross-entropy of whether an exit's first choice is the last layer's, mean over real tokens."""
+        notes = context.notes.get(self.name, {})
+        if not self.networks or not notes or context.logits_of is None:
+            return {}
+        real, losses = context.token_mask, []
+        with torch.no_grad():
+            final = logits.argmax(-1)
+        for layer_idx, network in self.networks.items():
+            states = notes[layer_idx].detach()
+            with torch.no_grad():
+                differs = (context.logits_of(states, None).argmax(-1) != final).float()
+            logit = context.evaluate(network, states)[..., 0]
+            losses.append(F.binary_cross_entropy_with_logits(logit[real], differs[real]))
+        return {"classifier": self.config.classifier_weight * torch.stack(losses).mean()}
+
+
+def _logit(share: float) -> float:
+    return math.inf if share >= 1 else -math.inf if share <= 0 else math.log(share / (1 - share))

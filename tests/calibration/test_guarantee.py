@@ -1,0 +1,128 @@
+"""Learn-then-Test: its p-values against known ones, its promise over repeated trials, and that it fails closed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import anydepth
+from anydepth.calibration.budget import collect_scores, thresholds_of
+from anydepth.calibration.generated import bound_risk
+from anydepth.calibration.guarantee import (
+    difference,
+    inconsistency,
+    learn_then_test,
+    least_sequences,
+    p_value,
+    quality_loss,
+)
+from anydepth.errors import UserError
+from tiny import tiny_llama
+
+EPSILON, DELTA = 0.1, 0.1
+
+
+def test_binary_losses_have_the_exact_tail() -> None:
+    wanted = sum(math.comb(50, k) * 0.1**k * 0.9 ** (50 - k) for k in range(3))
+    assert p_value([1.0, 1.0] + [0.0] * 48, 0.1) == pytest.approx(wanted, rel=1e-9)
+    assert p_value([0.0] * 59, 0.05) < 0.05 < p_value([0.0] * 58, 0.05)
+    assert least_sequences(0.05, 0.95) == 59
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=80), st.floats(0.01, 0.99))
+def test_p_values_are_shares_and_high_risk_is_never_shown_to_be_low(losses: list[float], bound: float) -> None:
+    p = p_value(losses, bound)
+    assert 0 <= p <= 1
+    if sum(losses) / len(losses) >= bound:
+        assert p > 0.3
+
+
+def test_fixed_sequence_stops_at_the_first_that_fails() -> None:
+    risks = [0.0, 0.0, 0.5, 0.0]
+    tested = []
+    found = learn_then_test(lambda i: [risks[i]] * 200, 4, max_risk=0.1, confidence=0.9, on_test=tested.append)
+    assert found.chosen == 1 and found.met and len(tested) == 3
+    nothing = learn_then_test(lambda i: [0.5] * 200, 4, max_risk=0.1, confidence=0.9)
+    assert nothing.chosen is None and not nothing.met and nothing.p_value == 1
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_promise_holds_over_repeated_calibrations(binary: bool) -> None:
+    """True risks rise with the setting and cross the bound; rarely is one chosen above it, yet some are chosen."""
+    generator = torch.Generator().manual_seed(3)
+    true_risks = [0.01 * (number + 1) for number in range(20)]
+    broken, chosen = 0, []
+    for _ in range(300):
+
+        def losses(number: int) -> list[float]:
+            drawn = torch.rand(150, generator=generator)
+            if binary:
+                return (drawn < true_risks[number]).double().tolist()
+            return (drawn * 2 * true_risks[number]).tolist()  # the same mean
+
+        found = learn_then_test(losses, 20, max_risk=EPSILON, confidence=1 - DELTA)
+        risk = 0.0 if found.chosen is None else true_risks[found.chosen]
+        broken += risk > EPSILON
+        chosen.append(risk)
+    assert broken <= 300 * DELTA + 3 * math.sqrt(300 * DELTA * (1 - DELTA))
+    assert sum(chosen) / len(chosen) > 0.02
+
+
+def test_distances_between_texts() -> None:
+    assert inconsistency([1, 2, 3, 4], [1, 2, 3, 4]) == 0
+    assert inconsistency([1, 2], [3, 4]) == 1
+    assert inconsistency([1, 9, 2, 3], [1, 2, 3]) == pytest.approx(1 - 6 / 7)
+    assert inconsistency([], [1]) == 1 and inconsistency([], []) == 0
+    assert quality_loss([1, 2], [1, 2, 3], [1, 2, 3]) == pytest.approx(0.2)
+    assert quality_loss([1, 2, 3], [1, 2], [1, 2, 3]) == 0  # better than full depth is no loss
+    assert difference([1, 2], [1, 2]) == 0 and difference([1, 2], [1, 3]) == 1
+
+
+@pytest.mark.parametrize(("max_risk", "confidence"), [(0.0, 0.9), (1.5, 0.9), (0.1, 1.0), (0.1, 0.0)])
+def test_bounds_are_named(max_risk: float, confidence: float) -> None:
+    with pytest.raises(UserError, match="must be between 0 and 1"):
+        learn_then_test(lambda i: [0.0], 1, max_risk=max_risk, confidence=confidence)
+
+
+# --- on generated text ------------------------------------------------------------------------------------------
+
+
+def calibrated(num_prompts: int, max_risk: float, **options: Any) -> tuple[Any, Any, list[Any]]:
+    adapted = anydepth.attach(tiny_llama(), {"name": "early_exit", "layers": [3, 5]}).eval()
+    ids = torch.randint(3, 200, (num_prompts, 12), generator=torch.Generator().manual_seed(1))
+    scores, rows = collect_scores(adapted, ids[:8]), []
+    found = bound_risk(
+        adapted, scores, list(ids), new_tokens=6, max_risk=max_risk, confidence=0.9, on_test=rows.append, **options
+    )
+    return adapted, found, rows
+
+
+def test_a_loose_bound_lets_tokens_leave() -> None:
+    adapted, found, rows = calibrated(40, 0.9)
+    assert found.met and found.risk < 0.9 and len(rows) >= 1
+    adapted(torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(2)))
+    assert adapted.last_trace.mean_depth < 6
+
+
+@pytest.mark.parametrize("num_prompts", [40, 5])
+def test_it_fails_closed(num_prompts: int) -> None:
+    """Random weights: whoever leaves early says something else. And too few texts show nothing, whatever they show."""
+    adapted, found, rows = calibrated(num_prompts, 0.06)
+    assert not found.met and len(rows) == (1 if num_prompts == 40 else 0)
+    assert thresholds_of(adapted) == {"early_exit": -math.inf}
+    adapted(torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(2)))
+    assert adapted.last_trace.mean_depth == 6
+
+
+def test_quality_needs_references() -> None:
+    with pytest.raises(UserError, match="needs references"):
+        calibrated(40, 0.5, risk="quality")
+    with pytest.raises(UserError, match="risks are consistency, quality, difference"):
+        calibrated(40, 0.5, risk="beauty")
+    _, found, _ = calibrated(40, 0.5, risk="quality", references=[[1, 2, 3]] * 40)
+    assert found.met

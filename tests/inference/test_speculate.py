@@ -1,0 +1,338 @@
+"""Lossless decoding: the tokens of full depth, whatever drafts, whatever is asked of `generate`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import anydepth
+import families
+from anydepth import FastEngine
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference import speculate
+from anydepth.inference.drafters import Lookup
+from anydepth.inference.targets import Row
+from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
+from tiny import byte_tokenizer, tiny_llama
+
+NETWORK = {"taps": [2, 6], "vocabulary_size": 100}
+ALONE: dict[str, Any] = {"name": "self_speculation", "lookup": False, "adaptive": False, "max_draft": 4}
+DRAFTERS: dict[str, list[dict[str, Any]]] = {
+    "lookup": [{"name": "self_speculation"}],
+    "first layers": [{**ALONE, "exit_layers": 3}],
+    "first layers, few tokens": [{**ALONE, "exit_layers": [3], "exit_vocabulary": 60}],
+    "several exits": [{"name": "self_speculation", "exit_layers": [2, 4, 5]}],
+    "skip set": [ALONE, {"name": "skip_set", "skip_layers": [2, 4], "skip_ffns": [3]}],
+    "router, project": [ALONE, {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0}],
+    "router, omit": [ALONE, {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "kv_rule": "omit"}],
+    "sequence router": [
+        ALONE,
+        {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "granularity": "sequence", "pool_tokens": 5},
+    ],
+    "exits": [ALONE, {"name": "exit_gate", "layers": [2, 4], "initial_bias": 0.0}],
+    "exits, run later": [ALONE, {"name": "early_exit", "layers": [2, 4], "thresholds": 0.1, "kv_rule": "recompute"}],
+    "trained": [{**ALONE, "network": NETWORK}],
+    "everything": [
+        {"name": "self_speculation", "exit_layers": [2], "network": NETWORK},
+        {"name": "skip_set", "skip_layers": [2]},
+    ],
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40},
+    "processed": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 9},
+    "penalised samples": {
+        "do_sample": True,
+        "temperature": 1.2,
+        "repetition_penalty": 1.2,
+        "bad_words_ids": [[7], [9, 3]],
+    },
+}
+
+
+@pytest.fixture(params=DRAFTERS)
+def drafter(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def prompts(num_rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """Of different lengths, padded on the left; some repeat themselves, for lookups to find."""
+    ids = torch.randint(3, 100, (num_rows, 21), generator=torch.Generator().manual_seed(seed))
+    ids[:, 12:18] = ids[:, 3:9]
+    mask = torch.ones_like(ids)
+    if num_rows > 1:
+        mask[1, :7] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def both(adapted: AdaptedModel, engine: Any, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens at full depth and speculated, from the same seed."""
+    options = {"max_new_tokens": 30, "pad_token_id": 0, **options}
+    torch.manual_seed(5)
+    with adapted.disabled():
+        wanted = engine.generate(**batch, **options)
+    torch.manual_seed(5)
+    return wanted, engine.generate(**batch, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_gives_the_tokens_of_full_depth(drafter: str, options: str, dtype: torch.dtype) -> None:
+    """Bitwise the same logits, so in bfloat16 too there are no ties to be decided otherwise."""
+    adapted = anydepth.attach(tiny_llama().to(dtype), DRAFTERS[drafter]).eval()
+    engine = FastEngine(adapted)
+    for num_rows, seed in itertools.product((1, 4), (0, 1)):
+        wanted, ours = both(adapted, engine, prompts(num_rows, seed), **OPTIONS[options])
+        assert torch.equal(wanted, ours)
+    if not DRAFTERS[drafter][0].get("adaptive", True):
+        assert adapted.draft_counts.num_drafted  # something was drafted, and not all was right
+        assert adapted.draft_counts.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("name", ["lookup", "first layers", "skip set", "router, omit", "exits", "exits, run later"])
+def test_every_family_gives_the_tokens_of_full_depth(family: str, name: str) -> None:
+    if (
+        max(
+            max(spec.get("exit_layers", [0]) if isinstance(spec.get("exit_layers"), list) else [3])
+            for spec in DRAFTERS[name]
+        )
+        > 4
+    ):
+        pytest.skip("more layers than the tiny models have")
+    adapted = anydepth.attach(families.build(family), DRAFTERS[name]).eval()
+    batch = prompts(2)
+    if family == "qwen3_next":
+        with pytest.raises(UserError, match="recurrent layer's state cannot"):
+            adapted.generate(**batch, max_new_tokens=4)
+        return
+    for options in ("greedy", "sampled"):
+        wanted, ours = both(adapted, adapted, batch, **OPTIONS[options])
+        assert torch.equal(wanted, ours)
+    if family in ENGINE_FAMILIES:
+        wanted, ours = both(adapted, FastEngine(adapted), batch, **OPTIONS["greedy"])
+        assert torch.equal(wanted, ours)
+
+
+def test_what_drafts_like_the_model_is_always_right() -> None:
+    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set"}]).eval()
+    for options in OPTIONS.values():
+        both(adapted, FastEngine(adapted), prompts(3), **options, eos_token_id=None)
+        counts = adapted.draft_counts
+        assert counts.acceptance_rate == 1 and counts.num_drafted["reduced model"] >= 3 * 23
+        assert counts.mean_acceptance_length > 4
+
+
+def test_no_token_runs_the_first_layers_twice() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    engine = FastEngine(adapted)
+    own, ran = engine.model.run_layers, [0] * 6
+
+    def counted(states: Any, slots: Any, cache: Any, first: int, last: int) -> Any:
+        for layer_idx in range(first, last):
+            ran[layer_idx] += sum(len(part) for part in states)
+        return own(states, slots, cache, first, last)
+
+    engine.model.run_layers = counted  # type: ignore[method-assign]
+    engine.generate(**prompts(1), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    counts = adapted.draft_counts
+    drafted = sum(counts.num_drafted.values())
+    assert ran == [21 + counts.num_verified + drafted] * 6
+    assert counts.num_taken == 29 and drafted > counts.num_accepted["first 3 layers"]
+
+
+def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
+    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set"}]).eval()  # drafts far, always right
+    engine, tokenizer, batch = FastEngine(adapted), byte_tokenizer(), prompts(3)
+    with adapted.disabled():
+        whole = engine.generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ends = [int(whole[0, 21 + 6]), int(whole[2, 21 + 17])]
+    stops = [tokenizer.decode(whole[1, 30:32])]
+    for options in ({"eos_token_id": ends}, {"stop_strings": stops, "tokenizer": tokenizer, "eos_token_id": None}):
+        wanted, ours = both(adapted, engine, batch, do_sample=False, max_new_tokens=40, **options)
+        assert torch.equal(wanted, ours)
+        assert ours.shape[1] <= whole.shape[1]
+
+
+class Puts:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_every_step_in_order() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["everything"]).eval()
+    engine, batch, streams = FastEngine(adapted), prompts(3), []
+    for full_depth in (True, False):
+        streams.append(Puts())
+        options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "streamer": streams[-1]}
+        if full_depth:
+            with adapted.disabled():
+                engine.generate(**batch, **options)
+        else:
+            engine.generate(**batch, **options)
+    assert [value.tolist() for value in streams[0].values] == [value.tolist() for value in streams[1].values]
+    assert streams[0].ended == streams[1].ended == 1
+
+
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_a_draft_that_fails_leaves_the_model_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    runner: Any = adapted if path == "hf" else FastEngine(adapted)
+    wanted, ours = both(adapted, runner, prompts(2), do_sample=False)
+    assert torch.equal(wanted, ours)
+    own, calls = speculate.Choice.guess, itertools.count()
+
+    def fails(self: Any, *arguments: Any) -> Any:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return own(self, *arguments)
+
+    monkeypatch.setattr(speculate.Choice, "guess", fails)
+    with pytest.raises(KeyboardInterrupt):
+        runner.generate(**prompts(2), max_new_tokens=30, do_sample=False, pad_token_id=0)
+    monkeypatch.undo()
+    again, ours = both(adapted, runner, prompts(2), do_sample=False)
+    assert torch.equal(again, wanted) and torch.equal(ours, wanted)
+    with adapted.disabled():
+        assert torch.isfinite(adapted(prompts(1)["input_ids"]).logits).all()
+
+
+def test_forwards_run_at_full_depth() -> None:
+    model, ids = tiny_llama(), prompts(2)["input_ids"]
+    wanted = model(ids).logits
+    adapted = anydepth.attach(model, DRAFTERS["skip set"]).eval()
+    assert torch.equal(adapted(ids).logits, wanted)
+    assert adapted.last_trace.mean_depth == 6
+
+
+# --- distribution -----------------------------------------------------------------------------------------------
+
+
+def joint(adapted: AdaptedModel, engine: FastEngine, num_batches: int, **options: Any) -> Tensor:
+    """Counts of the 3 tokens that follow a prompt, sampled: (V, V, V) of a vocabulary of 8."""
+    ids = torch.tensor([[3, 5, 3, 5, 3]]).expand(50, -1)
+    counts = torch.zeros(8, 8, 8)
+    for seed in range(num_batches):
+        torch.manual_seed(seed)
+        rows = engine.generate(
+            input_ids=ids, max_new_tokens=3, do_sample=True, eos_token_id=None, pad_token_id=0, **options
+        )[:, 5:]
+        for row in rows.tolist():
+            counts[tuple(row)] += 1
+    return counts
+
+
+def exact(adapted: AdaptedModel, temperature: float, top_p: float) -> Tensor:
+    """The same as probabilities, by enumeration."""
+    from transformers import TopPLogitsWarper
+
+    shares = torch.ones(8, 8, 8)
+    warp = TopPLogitsWarper(top_p)
+    with adapted.disabled():
+        for first, second in itertools.product(range(8), repeat=2):
+            ids: Any = torch.tensor([[3, 5, 3, 5, 3, first, second]])
+            logits = adapted(ids).logits[0, 4:].float() / temperature
+            steps = torch.stack([warp(ids, part[None])[0].softmax(-1) for part in logits])
+            shares[first, second] = steps[0, first] * steps[1, second] * steps[2]
+    return shares
+
+
+def chi_square_p(counts: Tensor, shares: Tensor) -> float:
+    """Of the hypothesis that counts were drawn from shares; rare cells together."""
+    from math import erfc, sqrt
+
+    wanted = shares.flatten() * counts.sum()
+    seen, rare = counts.flatten(), wanted < 5
+    wanted = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    usable = wanted > 1
+    statistic = float(((seen - wanted)[usable] ** 2 / wanted[usable]).sum())
+    freedom = int(usable.sum()) - 1
+    # Wilson and Hilferty: the cube root is nearly normal.
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / sqrt(2 / (9 * freedom))
+    return 0.5 * erfc(z / sqrt(2))
+
+
+@torch.no_grad()
+def test_sampled_tokens_have_the_joint_distribution_of_full_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a drafter whose tokens are taken for true without verification is found out by the same test."""
+    model = tiny_llama(vocab_size=8)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    adapted = anydepth.attach(model, [{**ALONE, "exit_layers": [3]}]).eval()
+    engine, options = FastEngine(adapted), {"temperature": 0.9, "top_p": 0.9, "top_k": 0}
+    shares = exact(adapted, options["temperature"], options["top_p"])
+    assert chi_square_p(joint(adapted, engine, 80, **options), shares) > 1e-3
+    assert 0.1 < adapted.draft_counts.acceptance_rate < 0.95
+    own = speculate.Speculation._take
+
+    def credulous(self: Any, rows: Any, logits: Any, plans: Any = ()) -> None:
+        for row, part in zip(rows, logits, strict=True):
+            for place, token in enumerate(row.draft):
+                part[place] = torch.full_like(part[place], -1e4)
+                part[place, token] = 0.0
+        own(self, rows, logits, plans)
+
+    monkeypatch.setattr(speculate.Speculation, "_take", credulous)
+    assert chi_square_p(joint(adapted, engine, 80, **options), shares) < 1e-6
+
+
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def test_lookup_goes_on_as_the_text_did() -> None:
+    drafter = Lookup()
+    drafter.start(None, 1)  # type: ignore[arg-type]
+    row = Row([9, 1, 2, 3, 4, 5, 9, 9, 2, 3], slot=0)
+    seen = []
+    for _ in range(4):
+        guess = drafter.guess([row], None)[0]  # type: ignore[arg-type]
+        assert guess is not None
+        seen.append((guess.token, guess.confidence))
+        row.draft.append(guess.token)
+    assert seen == [(4, 2), (5, 3), (9, 4), (9, 5)]
+    row.ids, row.draft = [*row.ids, 7], []
+    assert drafter.guess([row], None) == [None]  # type: ignore[arg-type]
+
+
+def test_padding_is_no_text_to_look_up() -> None:
+    drafter = Lookup()
+    drafter.start(None, 1)  # type: ignore[arg-type]
+    row = Row([0, 0, 0, 0, 5, 6, 0, 0], num_padding=4, slot=0)
+    assert drafter.guess([row], None) == [None]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"exit_layers": [6]}, "exit_layers has \\[6\\]"),
+        ({"exit_layers": [0]}, "at least one layer"),
+        ({"max_draft": 0}, "max_draft"),
+        ({"network": {"taps": [7]}}, "taps"),
+        ({"network": {"taps": [2, 6]}, "exit_layers": [3]}, "behind exit_layers"),
+        ({"draft": 3}, "unknown key"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        anydepth.attach(tiny_llama(), {"name": "self_speculation", **options})
+
+
+def test_modes_that_it_has_not_are_refused() -> None:
+    adapted = anydepth.attach(tiny_llama(), {"name": "self_speculation"}).eval()
+    for runner in (adapted, FastEngine(adapted)):
+        with pytest.raises(UserError, match="greedily or samples"):
+            runner.generate(**prompts(1), max_new_tokens=4, num_beams=2)
