@@ -388,8 +388,8 @@ def _refuse_beside(method: Method, others: list[Method]) -> None:
         in_training = method.decides_in_training and other.decides_in_training
         if in_training or (method.decides_at_inference and other.decides_at_inference):
             raise UserError(
-                f"{method.name} with kv_rule recompute runs missing layers later, at full depth, where {other.name} would "
-                "have to decide again; attach it alone, or use kv_rule propagate"
+                f"{method.name} with kv_rule recompute runs missing layers later, at full depth, where {other.name} "
+                "would have to decide again; attach it alone, or use kv_rule propagate"
             )
 
 

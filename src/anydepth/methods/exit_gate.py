@@ -38,6 +38,11 @@ class ExitGateConfig(StrictConfig):
     forward_temperature: float = Field(default=0.5, ge=0, description="Scale of the noise that exits are sampled with.")
     backward_temperature: float = Field(default=1.0, gt=0, description="Temperature of the soft distribution.")
     expected_weight: float = Field(default=1.0, ge=0, description="Of the expected cross-entropy over exits.")
+    floor: float = Field(
+        default=0.0,
+        ge=0,
+        description="Added to the weight of every exit's cross-entropy: exits that nobody takes learn to be read as well.",
+    )
     target_depth: float = Field(
         default=0.67, gt=0, le=1, description="Expected share of layers run, mean over real tokens."
     )
@@ -128,8 +133,11 @@ class ExitGate(Method):
         if not notes or not self.config.expected_weight:
             return []
         leaving, left = self._distribution(context)
-        weight = self.config.expected_weight
-        exits = [ExitState(hidden, weight * part) for (hidden, _), part in zip(notes.values(), leaving, strict=True)]
+        weight, floor = self.config.expected_weight, self.config.floor
+        exits = [
+            ExitState(hidden, weight * (part + floor))
+            for (hidden, _), part in zip(notes.values(), leaving, strict=True)
+        ]
         return [*exits, ExitState(None, weight * left)]
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
