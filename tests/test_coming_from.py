@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from anydepth.cli import app
+from anydepth.training.data import load_texts
 from tiny import SHAPES, byte_tokenizer, save_text
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ TIMED = ["--data", "text.txt", "--new-tokens", "4", "--num-runs", "1"]
 SMALL = {
     "bench": [*TIMED, "--prompt-tokens", "8,16"],
     "calibrate": [*TIMED, "--prompt-tokens", "8", "--num-windows", "2", "--sequence-length", "32"],
+    "generate": [],
     "eval": ["--data", "text.txt", "--sequence-length", "64"],
 }
 
@@ -35,6 +37,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     AutoModelForCausalLM.from_config(SHAPES["tinyllama-1.1b"]).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     save_text(tmp_path / "text.txt")
+    (tmp_path / "rich.txt").write_text("\n\n".join(load_texts("embedded:valid")[:20]))
     for name in sorted(set(re.findall(r"recipes/[\w./-]+\.yaml", " ".join(COMMANDS)))):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +49,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def shrunk(recipe: dict[str, Any]) -> dict[str, Any]:
     recipe["model"] |= {"target": "base", "device": "cpu"}
     recipe["data"] = {"train": "text.txt", "sequence_length": 32}
+    if "scratch" in recipe["model"]:
+        recipe["model"]["scratch"] |= {"hidden_size": 24, "ffn_size": 48, "tokenizer": {"kind": "unigram", "size": 600}}
+        recipe["data"]["train"] = "rich.txt"
     recipe["eval"] = {"data": "text.txt", "sequence_length": 32, "max_windows": 2}
     recipe["bench"] = {"prompt_tokens": [8], "new_tokens": 4, "num_runs": 1}
     recipe["train"] |= {"max_steps": 2, "batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 1}

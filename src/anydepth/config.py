@@ -181,7 +181,9 @@ class PhaseConfig(StrictConfig):
 class SearchConfig(StrictConfig):
     """Search of a skip set before training; its result replaces the skip lists of the methods that take one."""
 
-    strategy: Literal["influence", "greedy"] = Field(default="influence", description="How layers are chosen.")
+    strategy: Literal["influence", "greedy", "bayesian", "dynamic", "knapsack"] = Field(
+        default="influence", description="How layers are chosen."
+    )
     budget: float = Field(default=0.25, gt=0, lt=1, description="Share of layers (or branches) to leave out.")
     branches: bool = Field(default=False, description="Choose among mixers and FFNs instead of whole layers.")
     num_windows: int = Field(default=4, ge=1, description="Windows of training text to search on.")

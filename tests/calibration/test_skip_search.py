@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import anydepth
 from anydepth.calibration.budget import set_skip_share
-from anydepth.calibration.skip_search import influences, search
+from anydepth.calibration.knapsack import latencies, least_value
+from anydepth.calibration.skip_search import STRATEGIES, influences, search
 from anydepth.errors import RunError, UserError
 from tiny import tiny_llama
 
@@ -54,7 +55,48 @@ def test_influence_is_one_minus_cosine() -> None:
     assert found.config.skip_layers == sorted(order[:2])
 
 
-@pytest.mark.parametrize("strategy", ["influence", "greedy"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_beats_the_mean_of_all_sets(strategy: str) -> None:
+    found = search(tiny_llama(), windows(), strategy=strategy, budget=0.34)
+    size = len(found.config.skip_layers)
+    assert size == 2 or (strategy == "knapsack" and size == 3)  # a clock decides what a third of the time is
+    assert found.agreement == pytest.approx(found.trajectory[-1]["agreement"])
+    every = {chosen: agreement(chosen) for chosen in combinations(range(6), size)}
+    assert found.agreement >= sum(every.values()) / len(every)
+    if strategy == "bayesian":  # keeps both ends; of the six sets that are left it sees all
+        assert found.agreement == max(value for chosen, value in every.items() if not {0, 5} & set(chosen))
+
+
+def test_a_knapsack_takes_what_is_worth_least_for_the_weight() -> None:
+    values, weights = [5.0, 1.0, 1.5, 4.0], [4, 1, 2, 3]
+    wanted = {
+        total: min(
+            sum(values[i] for i in chosen)
+            for size in range(1, 4)
+            for chosen in combinations(range(4), size)
+            if sum(weights[i] for i in chosen) >= total
+        )
+        for total in range(1, 9)
+    }
+    for total, value in wanted.items():
+        chosen = least_value(values, weights, total)
+        assert sum(weights[i] for i in chosen) >= total
+        assert sum(values[i] for i in chosen) == pytest.approx(value)
+
+
+@torch.no_grad()
+def test_latencies_are_there_for_every_branch() -> None:
+    times = latencies(anydepth.attach(tiny_llama(), {"name": "skip_set"}), windows())
+    assert len(times) == 18 and all(time > 0 for time in times.values())
+    assert all(times["layer", i] > max(times["mixer", i], times["ffn", i]) for i in range(6))
+
+
+def test_dynamic_refuses_branches() -> None:
+    with pytest.raises(UserError, match="whole layers"):
+        search(tiny_llama(), windows(), strategy="dynamic", budget=0.3, branches=True)
+
+
+@pytest.mark.parametrize("strategy", ["influence", "greedy", "bayesian", "knapsack"])
 def test_branches_and_the_model_afterwards(strategy: str) -> None:
     model = tiny_llama()
     stock = model(windows()).logits

@@ -2,13 +2,14 @@
 
 `influence`: one pass; a branch that turns the state little is missed little (block influence 1 − cos(h, h'),
 ShortGPT, Men et al. 2024). `greedy`: leaves out one more at a time, always the one after which most next-token
-choices equal full depth; slower, and better where layers work together.
+choices equal full depth; slower, and better where layers work together. `bayesian`, `dynamic`, `knapsack`: files of
+their own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +42,38 @@ class SkipSearchResult:
     trajectory: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What a strategy is asked: which `num_out` of the candidates the model misses least.
+
+    Attributes:
+        adapted: a model with a `skip_set` attached.
+        windows: (N, T) of text.
+        reference: (N, T) next-token choices at full depth.
+    """
+
+    adapted: AdaptedModel
+    windows: Tensor
+    candidates: list[Candidate]
+    num_out: int
+    reference: Tensor
+    seed: int = 0
+
+    def agreement(self, out: Sequence[Candidate]) -> float:
+        """Share of next-token choices that stay those of full depth without some candidates."""
+        method = self.adapted.methods["skip_set"]
+        assert isinstance(method, SkipSet)
+        lists = as_lists(out)
+        method.choose(lists["skip_layers"], lists["skip_mixers"], lists["skip_ffns"])
+        return (_choices(self.adapted, self.windows) == self.reference).double().mean().item()
+
+
+Strategy = Callable[[Problem], list[Candidate]]
+"""The candidates to leave out, in order."""
+
+
 def search(
-    model: nn.Module, windows: Tensor, *, strategy: str, budget: float, branches: bool = False
+    model: nn.Module, windows: Tensor, *, strategy: str, budget: float, branches: bool = False, seed: int = 0
 ) -> SkipSearchResult:
     """The skip set of `budget` (share of layers, or of branches) that `strategy` finds on (N, T) windows.
 
@@ -61,22 +92,16 @@ def search(
                 f"budget {budget} of {len(candidates)} {'branches' if branches else 'layers'} is {num_out} left out; "
                 "choose a share that leaves out at least one and keeps at least one"
             )
-        reference = _choices(adapted, windows)
-        order = STRATEGIES[strategy](adapted, windows, candidates, num_out, reference)
+        problem = Problem(adapted, windows, candidates, num_out, _choices(adapted, windows), seed)
+        order = STRATEGIES[strategy](problem)
         trajectory = []
-        for count in range(1, num_out + 1):
+        for count in range(1, len(order) + 1):
             kind, layer_idx = order[count - 1]
-            trajectory.append(
-                {
-                    "step": count,
-                    "branch": kind,
-                    "layer": layer_idx,
-                    "agreement": _agreement(adapted, windows, order[:count], reference),
-                }
-            )
+            row = {"step": count, "branch": kind, "layer": layer_idx, "agreement": problem.agreement(order[:count])}
+            trajectory.append(row)
     finally:
         detach(adapted)
-    config = SkipSetConfig(**_as_lists(order))
+    config = SkipSetConfig(**as_lists(order))
     return SkipSearchResult(config, trajectory[-1]["agreement"], time.monotonic() - started, trajectory)
 
 
@@ -85,29 +110,51 @@ def _candidates(num_layers: int, branches: bool) -> list[Candidate]:
     return [(kind, layer_idx) for layer_idx in range(num_layers) for kind in kinds]
 
 
-def _as_lists(candidates: list[Candidate]) -> dict[str, list[int]]:
+def as_lists(candidates: Sequence[Candidate]) -> dict[str, list[int]]:
+    """As options of `skip_set`."""
     names = {"layer": "skip_layers", "mixer": "skip_mixers", "ffn": "skip_ffns"}
     return {name: sorted(i for kind, i in candidates if names[kind] == name) for name in names.values()}
 
 
-def _by_influence(
-    adapted: AdaptedModel, windows: Tensor, candidates: list[Candidate], num_out: int, reference: Tensor
-) -> list[Candidate]:
-    influence = influences(adapted, windows)
-    return sorted(candidates, key=lambda candidate: influence[candidate])[:num_out]
+def _by_influence(problem: Problem) -> list[Candidate]:
+    influence = influences(problem.adapted, problem.windows)
+    return sorted(problem.candidates, key=lambda candidate: influence[candidate])[: problem.num_out]
 
 
-def _by_greedy(
-    adapted: AdaptedModel, windows: Tensor, candidates: list[Candidate], num_out: int, reference: Tensor
-) -> list[Candidate]:
+def _by_greedy(problem: Problem) -> list[Candidate]:
     chosen: list[Candidate] = []
-    for _ in range(num_out):
-        rest = [candidate for candidate in candidates if candidate not in chosen]
-        chosen.append(max(rest, key=lambda extra: _agreement(adapted, windows, [*chosen, extra], reference)))
+    for _ in range(problem.num_out):
+        rest = [candidate for candidate in problem.candidates if candidate not in chosen]
+        chosen.append(max(rest, key=lambda extra: problem.agreement([*chosen, extra])))
     return chosen
 
 
-STRATEGIES: dict[str, Callable[..., list[Candidate]]] = {"influence": _by_influence, "greedy": _by_greedy}
+def _bayesian(problem: Problem) -> list[Candidate]:
+    from anydepth.calibration.bayesian import choose
+
+    return choose(problem)
+
+
+def _dynamic(problem: Problem) -> list[Candidate]:
+    from anydepth.calibration.dynamic import choose
+
+    return choose(problem)
+
+
+def _knapsack(problem: Problem) -> list[Candidate]:
+    from anydepth.calibration.knapsack import choose
+
+    return choose(problem)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "influence": _by_influence,
+    "greedy": _by_greedy,
+    "bayesian": _bayesian,
+    "dynamic": _dynamic,
+    "knapsack": _knapsack,
+}
+"""By name; a new one is a function and a line here."""
 
 
 @torch.no_grad()
@@ -116,14 +163,6 @@ def _choices(adapted: AdaptedModel, windows: Tensor) -> Tensor:
     return torch.cat(
         [adapted(input_ids=row[None].to(adapted.device), use_cache=False).logits.argmax(-1) for row in windows]
     )
-
-
-def _agreement(adapted: AdaptedModel, windows: Tensor, out: list[Candidate], reference: Tensor) -> float:
-    method = adapted.methods["skip_set"]
-    assert isinstance(method, SkipSet)
-    lists = _as_lists(out)
-    method.choose(lists["skip_layers"], lists["skip_mixers"], lists["skip_ffns"])
-    return (_choices(adapted, windows) == reference).double().mean().item()
 
 
 @torch.no_grad()

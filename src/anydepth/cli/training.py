@@ -98,7 +98,7 @@ def train(
 def search(
     target: Target,
     out: Out,
-    strategy: Annotated[str, typer.Option(help="influence or greedy.")] = "influence",
+    strategy: Annotated[str, typer.Option(help="influence, greedy, bayesian, dynamic or knapsack.")] = "influence",
     budget: Annotated[float, typer.Option(help="Share of layers, or of branches, to leave out.")] = 0.25,
     branches: Annotated[bool, typer.Option("--branches", help="Choose among mixers and FFNs.")] = False,
     data: Data = "embedded:train",
@@ -135,7 +135,7 @@ def search(
     model, tokenizer = load_model(target, dtype=dtype, device=device)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
     printer.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
-    found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches)
+    found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=seed)
     save(attach(model, found.config), out, base=target)
     result = document(
         "anydepth.search/1",

@@ -83,7 +83,14 @@ class Runner:
         windows = load_windows(
             self.recipe.data.train, tokenizer, settings.sequence_length, max_windows=settings.num_windows
         )
-        found = search(model, windows, strategy=settings.strategy, budget=settings.budget, branches=settings.branches)
+        found = search(
+            model,
+            windows,
+            strategy=settings.strategy,
+            budget=settings.budget,
+            branches=settings.branches,
+            seed=self.recipe.seed,
+        )
         return {
             **found.config.model_dump(),
             "agreement": found.agreement,

@@ -41,7 +41,7 @@ class ExitGateConfig(StrictConfig):
     floor: float = Field(
         default=0.0,
         ge=0,
-        description="Added to the weight of every exit's cross-entropy: exits that nobody takes learn to be read as well.",
+        description="Added to the weight of each exit's cross-entropy: exits that nobody takes become readable too.",
     )
     target_depth: float = Field(
         default=0.67, gt=0, le=1, description="Expected share of layers run, mean over real tokens."
