@@ -1,0 +1,103 @@
+"""What LayerSkip training buys a small decoder: `results/layerskip.json`.
+
+    python benchmarks/run.py benchmarks/experiments/layerskip_from_scratch.yaml --until evaluate
+    python benchmarks/layerskip.py
+
+Loss behind every layer; speculation with the first layers, tokens compared, and early exit at several thresholds, both
+on the fast engine and paired with full depth; trained with LayerSkip and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.bench import bench
+from anydepth.measure.evaluate import evaluate, exit_losses
+from anydepth.measure.results import document, read_document, write_json
+from anydepth.training.checkpoint import load_target
+from anydepth.training.data import load_windows
+
+ROOT = Path(__file__).resolve().parent
+RUNS = ROOT.parent / "runs" / "layerskip_from_scratch"
+EXITS = [2, 4, 6]
+THRESHOLDS = [0.3, 0.5, 0.7, 0.9]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-runs", type=int, default=7)
+    arguments = parser.parse_args()
+    results = {}
+    for name in ("plain", "layerskip"):
+        adapted, tokenizer = load_target(str(RUNS / f"{name}-0"))
+        windows = load_windows("wikitext-2:valid", tokenizer, 256, max_windows=40)
+        model = detach(adapted)
+        results[name] = {
+            "losses_by_layer": exit_losses(attach(model, []), windows),
+            "speculation": {},
+            "early_exit": {},
+        }
+        detach_all(model)
+        for exit_layer in EXITS:
+            spec = {"name": "self_speculation", "lookup": False, "exit_layers": [exit_layer]}
+            row = timed(attach(model, spec).eval(), windows, arguments.num_runs)
+            keys = ("acceptance_rate", "mean_acceptance_length", "num_drafted")
+            results[name]["speculation"][exit_layer] = {
+                "speedup": row["speedup"],
+                "identical_tokens": row["identical_tokens"],
+                **{key: row["adapted"].get(key) for key in keys},
+            }
+            print(name, "first", exit_layer, results[name]["speculation"][exit_layer], flush=True)
+            detach_all(model)
+        for threshold in THRESHOLDS:
+            spec = {"name": "early_exit", "layers": EXITS, "thresholds": threshold}
+            adapted = attach(model, spec).eval()
+            scored = evaluate(adapted, windows)
+            row = timed(adapted, windows, arguments.num_runs)
+            results[name]["early_exit"][threshold] = {
+                "perplexity": scored["perplexity"],
+                "full_depth_perplexity": scored["full_depth"]["perplexity"],
+                "agreement": scored["agreement"],
+                "mean_depth": row["adapted"]["mean_depth"],
+                "speedup": row["speedup"],
+                "ideal_speedup": row["ideal_speedup"],
+            }
+            print(name, "threshold", threshold, results[name]["early_exit"][threshold], flush=True)
+            detach_all(model)
+    trained = {name: read_document(RUNS / f"{name}-0" / "train.json") for name in results}
+    for name, part in results.items():
+        part["trained_at"] = {key: trained[name][key] for key in ("commit", "dirty", "seconds")}
+    command = f"python benchmarks/layerskip.py --num-runs {arguments.num_runs}"
+    config = {**vars(arguments), "exits": EXITS, "thresholds": THRESHOLDS}
+    write_json(
+        ROOT / "results" / "layerskip.json",
+        document("anydepth.layerskip/1", seed=0, config=config, command=command, rows=results),
+    )
+
+
+def timed(adapted: AdaptedModel, windows: Any, num_runs: int) -> dict[str, Any]:
+    """One row of a bench behind 64 tokens."""
+    return bench(
+        adapted,
+        windows,
+        batch_sizes=[1],
+        prompt_tokens=[64],
+        new_tokens=64,
+        num_runs=num_runs,
+        engines=[FastEngine(adapted)],
+    )[0]
+
+
+def detach_all(model: Any) -> None:
+    """Take off whatever is attached."""
+    owner = getattr(model.model.forward, "__self__", None)
+    if isinstance(owner, AdaptedModel):
+        detach(owner)
+
+
+if __name__ == "__main__":
+    main()
