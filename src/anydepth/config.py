@@ -144,7 +144,8 @@ class OwnTextConfig(StrictConfig):
     """Text that the model writes itself, for the training of a drafter."""
 
     num_tokens: int = Field(default=600_000, ge=1000, description="Tokens, those of questions included.")
-    temperature: float = Field(default=0.9, gt=0, description="Of questions, which the model makes up itself.")
+    temperature: float = Field(default=0.8, gt=0, description="Of questions, which the model makes up itself.")
+    opened: float = Field(default=0.85, ge=0, le=1, description="Share of questions whose first words are given.")
     max_question: int = Field(default=96, ge=4, description="Tokens of a question, at most.")
     max_answer: int = Field(default=192, ge=8, description="Tokens of an answer, at most; answers are greedy.")
     num_slots: int = Field(default=48, ge=1, le=64, description="Texts written at a time.")

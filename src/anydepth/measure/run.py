@@ -166,7 +166,7 @@ class Runner:
             adapted, tokenizer, speculation.network.taps, settings.own_text, self.out / OWN_TEXT, say=self.say, **shared
         )
         written = time.monotonic() - started
-        self.say(f"{sum(len(ids) for ids, _ in texts)} tokens in {len(texts)} texts; training the drafter …")
+        self.say(f"{sum(len(text.ids) for text in texts)} tokens in {len(texts)} texts; training the drafter …")
         history = train_drafter(
             speculation.network,
             adapted.backbone,
@@ -182,7 +182,7 @@ class Runner:
             "writing_seconds": written,
             "seconds": history[-1]["seconds"],
             "tokens_per_second": len(history) * settings.batch_tokens / history[-1]["seconds"],
-            "num_own_tokens": sum(len(ids) for ids, _ in texts),
+            "num_own_tokens": sum(len(text.ids) for text in texts),
         }
 
     def evaluate(self) -> dict[str, Any]:

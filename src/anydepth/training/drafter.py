@@ -25,9 +25,8 @@ from anydepth.errors import RunError
 from anydepth.measure.results import write_json
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.models.backbone import Backbone
+from anydepth.training.own_text import Text
 
-Text = tuple[Tensor, Tensor]
-"""(T,) ids and (T, taps, D) states."""
 STATE, DONE = "step.safetensors", "step.json"
 
 
@@ -45,11 +44,14 @@ class DraftTraining(nn.Module):
             embedding: Any = backbone.model.get_input_embeddings()
             self.embedding = embedding
 
-    def forward(self, ids: Tensor, states: Tensor, lengths: Tensor) -> tuple[Tensor, list[tuple[int, int]]]:
+    def forward(
+        self, ids: Tensor, states: Tensor, lengths: Tensor, answers: Tensor
+    ) -> tuple[Tensor, list[tuple[int, int]]]:
         """Mean loss, and by guess how many were the model's own first choice, of how many.
 
         Args:
-            ids: (B, T). states: (B, T, taps, D). lengths: (B,) of the texts.
+            ids: (B, T). states: (B, T, taps, D). lengths: (B,) of the texts. answers: (B,) where they begin: nothing in
+                front of them is to be guessed.
         """
         network, places = self.network, torch.arange(ids.shape[1])
         with torch.no_grad():
@@ -64,7 +66,8 @@ class DraftTraining(nn.Module):
             known = embedded[:, 1 + guess :]
             feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], known], -1)), guess, cache)
             logits = F.linear(network.norm(feature), self.head)
-            wanted = places[1 + guess :][None] < lengths[:, None]
+            said = places[1 + guess :][None]  # the token behind which the model's distribution is guessed
+            wanted = (said < lengths[:, None]) & (said + 1 >= answers[:, None])
             loss = _divergence(logits[wanted], teacher[:, 1 + guess :][wanted])
             weight = 0.8**guess
             total = total + weight * loss.sum()
@@ -108,19 +111,19 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def vocabulary_of(texts: Sequence[Text], size: int, vocabulary_size: int) -> Tensor:
-    """The ids that stand most often in the texts, in order of the ids."""
+    """The ids that stand most often in answers, in order of the ids."""
     counts = torch.zeros(vocabulary_size, dtype=torch.long)
-    for ids, _ in texts:
-        counts += torch.bincount(ids, minlength=vocabulary_size)
+    for text in texts:
+        counts += torch.bincount(text.ids[text.answer :], minlength=vocabulary_size)
     return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
 def batches_of(texts: Sequence[Text], tokens: int, generator: torch.Generator) -> list[list[int]]:
     """Texts of similar lengths together, up to so many tokens with padding; in random order."""
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number][0]))
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number].ids))
     batches, batch = [], []
     for number in order:
-        if batch and (len(batch) + 1) * len(texts[number][0]) > tokens:
+        if batch and (len(batch) + 1) * len(texts[number].ids) > tokens:
             batches.append(batch)
             batch = []
         batch.append(number)
@@ -128,12 +131,12 @@ def batches_of(texts: Sequence[Text], tokens: int, generator: torch.Generator) -
     return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def collate(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded ids, states, and the lengths."""
-    longest = max(len(ids) for ids, _ in texts)
-    ids = torch.stack([F.pad(part, (0, longest - len(part))) for part, _ in texts])
-    states = torch.stack([F.pad(part, (0, 0, 0, 0, 0, longest - len(part))) for _, part in texts])
-    return ids, states, torch.tensor([len(part) for part, _ in texts])
+def collate(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Padded ids and states, the lengths, and where the answers begin."""
+    longest = max(len(text.ids) for text in texts)
+    ids = torch.stack([F.pad(text.ids, (0, longest - len(text.ids))) for text in texts])
+    states = torch.stack([F.pad(text.states, (0, 0, 0, 0, 0, longest - len(text.ids))) for text in texts])
+    return ids, states, torch.tensor([len(text.ids) for text in texts]), torch.tensor([text.answer for text in texts])
 
 
 def train_drafter(

@@ -1,14 +1,14 @@
 """Text that a model writes itself, with the states that its tokens went through: what a drafter learns from.
 
 A chat model first makes up what somebody might ask, behind its own template's opening of a user's turn (Xu et al.
-2024, Magpie), then answers greedily, as it will at inference; any other model goes on from its first token. Many texts
-are written at a time by the fast engine, and a text that ends makes room for the next. Nothing but the model itself
-goes in, so what is trained on it has the model's own licence.
+2024, Magpie) and often a first word or two, for variety; then it answers greedily, as it will at inference. Any other
+model goes on from its first token. Many texts are written at a time by the fast engine, and a text that ends makes room
+for the next. Nothing but the model itself goes in, so what is trained on it has the model's own licence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,43 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.model import EngineModel
 
 MARK = "\x00"
+OPENINGS = (
+    *("Write a", "Write an", "Compose a", "Draft a", "Create a", "Design a", "Develop a", "Suggest", "Recommend"),
+    *("Explain", "Describe", "Discuss", "Define", "Compare", "Evaluate", "Analyze", "Outline", "Identify", "Discover"),
+    *("What is", "What are", "What was", "What does", "What happens if", "How do", "How does", "How many", "How can I"),
+    *(
+        "Who was",
+        "Who wrote",
+        "When did",
+        "Where is",
+        "Which",
+        "Why do",
+        "Why is",
+        "Is it true that",
+        "Can you",
+        "Could",
+    ),
+    *("Imagine you are", "Pretend to be", "Picture yourself as", "You are a", "Act as a", "Given the following"),
+    *(
+        "If a",
+        "If you have",
+        "Suppose",
+        "Solve",
+        "Calculate",
+        "Find the",
+        "Let",
+        "A farmer",
+        "A store",
+        "John has",
+        "Mary",
+    ),
+    *("Write a Python", "Write a function", "Implement", "Fix the bug in", "Write a C++ program", "Write an SQL query"),
+    *("Summarize:", "Summarize the following", "Rewrite", "Paraphrase", "Extract", "List", "Name", "Classify", "Edit"),
+    *("Translate to English:", "Translate German to English:", "Translate French to English:", "Answer the question:"),
+    *("The", "In", "There are", "According to", "Read the following", "Please", "I am", "I want to", "My", "For"),
+    *("Tell me about", "Tell a", "Help me", "Give me", "Provide", "Make", "Plan", "Do you", "Are", "Does", "Should"),
+)
+"""First words of questions: what people ask for."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +95,29 @@ class Template:
         return cls(ids(opening), between_ids, frozenset([end, between_ids[0]]))
 
 
+@dataclass(frozen=True)
+class Text:
+    """One that was written: (T,) ids, (T, taps, D) states, and where the answer begins."""
+
+    ids: Tensor
+    states: Tensor
+    answer: int
+
+
 @dataclass
 class _Text:
-    """One that is being written: `ids`, all but the last of which the model has seen, and their states."""
+    """One that is being written: `ids`, all but the last of which the model has seen, and their states.
+
+    Attributes:
+        asks: whether this is the question's turn. turn: tokens of the turn so far.
+        answer: where the answer begins.
+    """
 
     ids: list[int]
     asks: bool
     states: list[Tensor] = field(default_factory=list)
     turn: int = 0
+    answer: int = 1
 
 
 class Writer:
@@ -73,18 +125,29 @@ class Writer:
 
     Args:
         taps: layers behind which states are kept, counted from 1; the last is what the head reads, before its norm.
+        openings: token ids that questions begin with, and a share of `config.opened` does.
     """
 
     def __init__(
-        self, model: EngineModel, template: Template, taps: list[int], config: OwnTextConfig, *, seed: int = 0
+        self,
+        model: EngineModel,
+        template: Template,
+        taps: list[int],
+        config: OwnTextConfig,
+        openings: Sequence[list[int]] = (),
+        seed: int = 0,
     ) -> None:
         self.model, self.template, self.taps, self.config = model, template, taps, config
         self.generator = torch.Generator().manual_seed(seed)
+        self.openings = openings
         self.cache = model.new_cache(config.num_slots)
         self.texts = {self.cache.take_slot(): self._new() for _ in range(config.num_slots)}
 
     def _new(self) -> _Text:
-        return _Text(list(self.template.opening), asks=bool(self.template.between))
+        ids, asks = list(self.template.opening), bool(self.template.between)
+        if asks and self.openings and torch.rand((), generator=self.generator) < self.config.opened:
+            ids += self.openings[int(torch.randint(len(self.openings), (1,), generator=self.generator))]
+        return _Text(ids, asks)
 
     @torch.no_grad()
     def step(self) -> list[_Text]:
@@ -119,7 +182,7 @@ class Writer:
             if text.ids[-1] in self.template.ends:
                 text.ids.pop()
             text.ids += self.template.between
-            text.asks, text.turn = False, 0
+            text.asks, text.turn, text.answer = False, 0, len(text.ids)
             return
         text.ids = text.ids[: len(text.states)]
         ended.append(text)
@@ -155,30 +218,32 @@ def own_texts(
     *,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Texts as `config` asks for them: (T,) ids and (T, taps, D) states each; written to `folder`, or found there.
+) -> list[Text]:
+    """Texts as `config` asks for them; written to `folder`, or found there.
 
     Each file is written whole or not at all, and from a seed of its own, so that an interrupted run goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size = min(config.num_tokens, SHARD_TOKENS)
     template = Template.of(tokenizer)
+    openings = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in OPENINGS]  # type: ignore[arg-type]
     texts, model = [], None
     for number in range(-(-config.num_tokens // size)):
         path = folder / f"{number:03d}.safetensors"
         if not path.exists():
             model = model or EngineModel(adapted.backbone)
-            writer = Writer(model, template, taps, config, seed=seed * 100_003 + number)
+            writer = Writer(model, template, taps, config, openings, seed * 100_003 + number)
             say(f"writing its own text, {number * size} of {config.num_tokens} tokens …")
             _write_shard(writer, path, size)
         shard = load_file(path)
-        lengths = shard["lengths"].tolist()
-        texts += list(zip(shard["ids"].long().split(lengths), shard["states"].split(lengths), strict=True))
+        lengths, answers = shard["lengths"].tolist(), shard["answers"].tolist()
+        parts = (shard["ids"].long().split(lengths), shard["states"].split(lengths), answers)
+        texts += [Text(*text) for text in zip(*parts, strict=True)]
     return texts
 
 
 def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
-    """`ids` (N,), `lengths` of the texts, and `states` (N, taps, D)."""
+    """`ids` (N,), `lengths` of the texts, where their `answers` begin, and `states` (N, taps, D)."""
     texts: list[_Text] = []
     while sum(len(text.ids) for text in texts) < num_tokens:
         texts += writer.step()
@@ -187,6 +252,7 @@ def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
         {
             "ids": torch.tensor([token for text in texts for token in text.ids], dtype=torch.int32),
             "lengths": torch.tensor([len(text.ids) for text in texts]),
+            "answers": torch.tensor([text.answer for text in texts]),
             "states": torch.cat([torch.stack(text.states) for text in texts]),
         },
         part,

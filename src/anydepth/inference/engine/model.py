@@ -178,13 +178,18 @@ def run_layers(
     # Behind a row's tokens stands what nobody sees, and is overwritten.
     padded = [part if len(part) == longest else F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
     hidden = padded[0] if len(padded) == 1 else torch.cat(padded)
+
+    def forget_beyond(counts: Sequence[int]) -> None:
+        for kv in caches:
+            for slot, before, count in zip(slots, seen, counts, strict=True):
+                kv.rewind(slot, before + count)
+
     try:
         done = step.through(layers, hidden, first).split(longest)
     except BaseException:
-        num_tokens = [0] * len(slots)
+        forget_beyond([0] * len(slots))
         raise
-    finally:
-        for kv in caches:
-            for slot, before, count in zip(slots, seen, num_tokens, strict=True):
-                kv.rewind(slot, before + count)
+    if min(num_tokens) == longest:
+        return list(done)
+    forget_beyond(num_tokens)
     return [part[:count] for part, count in zip(done, num_tokens, strict=True)]
