@@ -211,13 +211,52 @@ def bfloat16(arguments: argparse.Namespace) -> dict[str, Any]:
 SECTIONS = {"speed": speed, "peers": peers, "lossless": lossless, "bfloat16": bfloat16}
 
 
+def markdown(sections: dict[str, Any]) -> str:
+    """The README's table."""
+    speeds, lines = sections["speed"]["rows"], []
+    shipped, looked = speeds[SHIPPED], speeds.get("lookup")
+    lines += [
+        "| prompts | tokens per verification | × full depth | by lookup alone | tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for category, row in shipped["categories"].items():
+        alone = "" if looked is None else f"{looked['categories'][category]['speedup']:.2f}"
+        lines.append(
+            f"| {category.replace('_', ' ')} ({row['num_prompts']}) | {row['mean_acceptance_length']:.2f} | "
+            f"{row['speedup']:.2f} | {alone} | {row['tokens_per_second']:.0f} |"
+        )
+    count = sum(row["num_prompts"] for row in shipped["categories"].values())
+    alone = "" if looked is None else f"{looked['speedup']:.2f}"
+    lines.append(f"| all ({count}) | {shipped['mean_acceptance_length']:.2f} | {shipped['speedup']:.2f} | {alone} | |")
+    if "peers" in sections:
+        peers = sections["peers"]["rows"]
+        count = next(iter(peers.values()))["num_prompts"]
+        lines += [
+            "",
+            f"On {count} of these prompts, two of each kind:",
+            "",
+            "| | tokens/s | × its own plain decoding | × transformers |",
+            "| --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {way} | {row['tokens_per_second']:.1f} | {row['over_its_own_plain']:.2f} | "
+            f"{row['over_transformers']:.2f} |"
+            for way, row in peers.items()
+        ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
     parser.add_argument("--limit", type=int, help="prompts of each category")
     parser.add_argument("--drafters", nargs="*", help="by name; all when left out")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--table", action="store_true", help="print the committed results as a table, run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown(json.loads(arguments.out.read_text())["sections"]))
+        return
     for section in arguments.sections:
         found = SECTIONS[section](arguments)
         known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -226,7 +265,10 @@ def main() -> None:
             f" --limit {arguments.limit}" * bool(arguments.limit)
         )
         part = document(SCHEMA, seed=0, config={"new_tokens": NEW_TOKENS}, command=command, rows=found)
-        sections[section] = {key: part[key] for key in ("commit", "dirty", "command", "hardware", "rows")}
+        for row in found.values():
+            row |= {"commit": part["commit"], "dirty": part["dirty"]}
+        rows = {**sections.get(section, {}).get("rows", {}), **found}  # drafters can be measured one by one
+        sections[section] = {"command": command, "hardware": part["hardware"], "rows": rows}
         write_json(arguments.out, {**part, "sections": sections, "rows": []})
 
 

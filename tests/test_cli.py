@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tiny import WINDOW, save_base, save_text
+from tiny import NUM_LAYERS, WINDOW, save_base, save_text
 
 RECIPE = {
     "methods": [{"name": "layer_router", "always_keep": 2, "initial_bias": 1.0, "target_skip": 0.3}],
@@ -238,6 +238,67 @@ def test_bench_of_given_prompts(tmp_path: Path, finished: Path) -> None:
     assert "line 1" in refused("bench", finished, "--prompts", prompts, "--quiet")
 
 
+def test_lossless_text_is_that_of_full_depth(base: Path, finished: Path) -> None:
+    options = ("--prompt", "the sea is wide and the sea is", "--max-new-tokens", 24, "--json")
+    wanted = json.loads(anydepth("generate", base, *options).stdout)
+    for target, drafts in ((base, "[2, 4]"), (finished, "[3]")):
+        for engine in ("hf", "fast"):
+            command = ("generate", target, *options, "--lossless", "--engine", engine, "--temperature", 0.0)
+            done = anydepth(*command, "--set", f"self_speculation.exit_layers={drafts}")
+            assert done.returncode == 0, done.stderr
+            document = json.loads(done.stdout)
+            if target == base:
+                assert document["token_ids"] == wanted["token_ids"]
+            assert document["mean_acceptance_length"] >= 1 and document["depths"][0] == NUM_LAYERS
+    assert "early_exit is not attached" in refused("generate", base, *options, "--set", "early_exit.thresholds=0.5")
+    assert "METHOD.OPTION=VALUE" in refused("generate", base, *options, "--set", "thresholds=0.5")
+
+
+def test_bench_of_lossless_decoding(base: Path, text: Path) -> None:
+    command = ("bench", base, "--data", text, "--prompt-tokens", 16, "--new-tokens", 12, "--num-runs", 2)
+    done = anydepth(*command, "--against", "self_speculation", "--engine", "both", "--json")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout)["rows"]:
+        assert row["identical_tokens"] and row["adapted"]["mean_depth"] == NUM_LAYERS
+        assert row["adapted"]["mean_acceptance_length"] >= 1 and row["ideal_speedup"] == 1
+
+
+def test_calibrating_to_a_risk(tmp_path: Path, base: Path, text: Path) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        base,
+        text,
+        methods=[{"name": "early_exit", "layers": [3, 5]}],
+        calibrate=None,
+        train=None,
+    )
+    assert anydepth("train", recipe, "--out", tmp_path / "exits", "--quiet").returncode == 0
+    shared = ("--data", text, "--num-windows", 2, "--sequence-length", 32, "--prompt-tokens", 8, "--new-tokens", 4)
+    command = ("calibrate", tmp_path / "exits", *shared, "--out", tmp_path / "safe")
+    done = anydepth(*command, "--max-risk", 0.9, "--confidence", 0.8, "--num-prompts", 20, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["met"] and document["risk"] < 0.9 and document["num_sequences"] == 20
+    assert 0 < document["thresholds"]["early_exit"] < 1
+    done = anydepth(*command, "--max-risk", 0.01, "--num-prompts", 20)
+    assert done.returncode == 0 and "299" in done.stderr and "nothing is skipped" in done.stdout
+    document = json.loads((tmp_path / "safe" / "calibrate.json").read_text())
+    assert not document["met"] and document["risk"] is None and document["thresholds"]["early_exit"] == "Infinity"
+    shown = anydepth("generate", tmp_path / "safe", "--prompt", "the sea", "--max-new-tokens", 4, "--json")
+    assert set(json.loads(shown.stdout)["depths"]) == {NUM_LAYERS}
+    assert "a bound of its own" in refused(*command, "--max-risk", 0.1, "--target-speedup", 1.2)
+
+
+def test_losses_behind_every_layer(base: Path, text: Path) -> None:
+    done = anydepth("eval", base, "--data", text, "--sequence-length", 64, "--limit", 2, "--exits", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    rows = document["exits"]
+    assert [row["layers"] for row in rows] == list(range(1, NUM_LAYERS + 1))
+    assert rows[-1]["agreement"] == 1 and abs(rows[-1]["loss"] - document["loss"]) < 1e-4
+    assert anydepth("eval", base, "--data", text, "--sequence-length", 64, "--limit", 1, "--exits").returncode == 0
+
+
 def test_report_reads_results(tmp_path: Path, finished: Path) -> None:
     done = anydepth("report", finished, "--out", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
@@ -260,6 +321,8 @@ def test_methods_and_help_read_well() -> None:
         "mixture_of_depths",
         "exit_gate",
         "ffn_router",
+        "early_exit",
+        "self_speculation",
     ]
     assert all(option["help"] for method in listed for option in method["options"].values())
     for arguments in (["--help"], ["run", "--help"], ["bench", "-h"]):

@@ -37,6 +37,7 @@ DRAFTERS: dict[str, list[dict[str, Any]]] = {
     "exits": [ALONE, {"name": "exit_gate", "layers": [2, 4], "initial_bias": 0.0}],
     "exits, run later": [ALONE, {"name": "early_exit", "layers": [2, 4], "thresholds": 0.1, "kv_rule": "recompute"}],
     "trained": [{**ALONE, "network": NETWORK}],
+    "searched": [{**ALONE, "search": {"budget": 0.34, "every": 3, "window": 6}}],
     "everything": [
         {"name": "self_speculation", "exit_layers": [2], "network": NETWORK},
         {"name": "skip_set", "skip_layers": [2]},
@@ -94,16 +95,10 @@ def test_the_engine_gives_the_tokens_of_full_depth(drafter: str, options: str, d
         assert adapted.draft_counts.acceptance_rate < 1
 
 
-@pytest.mark.parametrize("name", ["lookup", "first layers", "skip set", "router, omit", "exits", "exits, run later"])
+@pytest.mark.parametrize(
+    "name", ["lookup", "first layers", "skip set", "router, omit", "exits", "exits, run later", "searched"]
+)
 def test_every_family_gives_the_tokens_of_full_depth(family: str, name: str) -> None:
-    if (
-        max(
-            max(spec.get("exit_layers", [0]) if isinstance(spec.get("exit_layers"), list) else [3])
-            for spec in DRAFTERS[name]
-        )
-        > 4
-    ):
-        pytest.skip("more layers than the tiny models have")
     adapted = anydepth.attach(families.build(family), DRAFTERS[name]).eval()
     batch = prompts(2)
     if family == "qwen3_next":
@@ -306,6 +301,18 @@ def test_lookup_goes_on_as_the_text_did() -> None:
     assert seen == [(4, 2), (5, 3), (9, 4), (9, 5)]
     row.ids, row.draft = [*row.ids, 7], []
     assert drafter.guess([row], None) == [None]  # type: ignore[arg-type]
+
+
+def test_a_search_goes_on_while_text_is_generated_and_keeps_the_best() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["searched"]).eval()
+    engine = FastEngine(adapted)
+    for seed in range(3):
+        engine.generate(**prompts(1, seed), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert engine.drafting is not None
+    drafter: Any = engine.drafting[1].drafters[0]
+    seen = drafter.proposals.seen
+    assert len(seen) >= 5 and all(len(layers) == 2 and 0 <= share <= 1 for layers, share in seen.items())
+    assert seen[tuple(sorted(drafter.method.closed_layers))] == max(seen.values())
 
 
 def test_padding_is_no_text_to_look_up() -> None:

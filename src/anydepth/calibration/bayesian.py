@@ -21,26 +21,53 @@ POOL = 500
 NOISE = 1e-3
 
 
+class Proposals:
+    """Which sets to look at next, and which was best.
+
+    Args:
+        free: numbers of the candidates that may be left out.
+        size: of a set.
+        num_candidates: of all.
+    """
+
+    def __init__(self, free: list[int], size: int, num_candidates: int, seed: int) -> None:
+        self.free, self.size, self.num_candidates = free, size, num_candidates
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seen: dict[tuple[int, ...], float] = {}
+        self.number = 0
+
+    @property
+    def best(self) -> tuple[int, ...] | None:
+        return max(self.seen, key=lambda one: self.seen[one]) if self.seen else None
+
+    def next(self) -> tuple[int, ...]:
+        """A set to look at."""
+        best = self.best
+        if self.seen and self.number % EVERY == 0:
+            pool = [_propose(self.free, self.size, best if i % 2 else None, self.generator) for i in range(POOL)]
+            proposal = pool[int(_upper_bounds(self.seen, pool, self.num_candidates).argmax())]
+        else:
+            proposal = _propose(self.free, self.size, best if self.number % 2 else None, self.generator)
+        self.number += 1
+        return proposal
+
+
 def choose(problem: Problem, num_proposals: int = PROPOSALS) -> list[Candidate]:
     """The best set that was proposed."""
-    generator = torch.Generator().manual_seed(problem.seed)
-    last = max(layer_idx for _, layer_idx in problem.candidates)
-    free = [number for number, (_, layer_idx) in enumerate(problem.candidates) if layer_idx not in (0, last)]
-    if len(free) < problem.num_out:  # too many are wanted to keep both ends
-        free = list(range(len(problem.candidates)))
-    seen: dict[tuple[int, ...], float] = {}
-    for number in range(num_proposals):
-        best = max(seen, key=lambda one: seen[one]) if seen else None
-        if seen and number % EVERY == 0:
-            pool = [_propose(free, problem.num_out, best if i % 2 else None, generator) for i in range(POOL)]
-            bounds = _upper_bounds(seen, pool, len(problem.candidates))
-            proposal = pool[int(bounds.argmax())]
-        else:
-            proposal = _propose(free, problem.num_out, best if number % 2 else None, generator)
-        if proposal not in seen:
-            seen[proposal] = problem.agreement([problem.candidates[place] for place in proposal])
-    best = max(seen, key=lambda one: seen[one])
-    return [problem.candidates[place] for place in best]
+    free = inner([layer_idx for _, layer_idx in problem.candidates], problem.num_out)
+    proposals = Proposals(free, problem.num_out, len(problem.candidates), problem.seed)
+    for _ in range(num_proposals):
+        proposal = proposals.next()
+        if proposal not in proposals.seen:
+            found = problem.agreement([problem.candidates[place] for place in proposal])
+            proposals.seen[proposal] = found
+    return [problem.candidates[place] for place in proposals.best or ()]
+
+
+def inner(layers: list[int], size: int) -> list[int]:
+    """Places of candidates in neither the first nor the last layer; all where those are too few."""
+    free = [place for place, layer_idx in enumerate(layers) if layer_idx not in (0, max(layers))]
+    return free if len(free) >= size else list(range(len(layers)))
 
 
 def _propose(free: list[int], size: int, near: tuple[int, ...] | None, generator: torch.Generator) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from anydepth.calibration.bayesian import Proposals, inner
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.model import EngineModel, run_layers
 from anydepth.inference.engine.native import NativeLinear
@@ -22,6 +23,8 @@ from anydepth.inference.engine.weights import Linear
 from anydepth.inference.targets import Row, Target
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.method import Method
+from anydepth.methods.self_speculation import OnlineSearchConfig
+from anydepth.methods.skip_set import SkipSet
 from anydepth.models.llama_like import Norm, Weights, layer_parts, norm_of
 
 NUM_CLASSES = 10
@@ -100,6 +103,45 @@ class Reduced:
         pass
 
 
+class Searched(Reduced):
+    """A skip set that is searched on the text being generated (SWIFT, Xia et al. 2024).
+
+    Every few tokens one more set is proposed, and its choices compared with the tokens that the model took.
+    """
+
+    name = "searched skip set"
+
+    def __init__(self, method: SkipSet, config: OnlineSearchConfig) -> None:
+        super().__init__([method])
+        self.method, self.config = method, config
+        num_out = min(max(round(config.budget * method.num_layers), 1), method.num_layers - 1)
+        layers = list(range(method.num_layers))
+        self.proposals = Proposals(inner(layers, num_out), num_out, len(layers), config.seed)
+        self.method.choose(self.proposals.next())
+
+    def start(self, target: Target, num_rows: int) -> None:
+        super().start(target, num_rows)
+        self.looked_at: dict[int, int] = {}
+
+    def settle(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            window = self.config.window
+            looked_at = self.looked_at.setdefault(row.slot, row.num_seen)
+            if row.num_seen < window or row.num_seen - looked_at < self.config.every:
+                continue
+            if len(self.proposals.seen) < self.config.num_proposals:
+                self.looked_at[row.slot] = row.num_seen
+                self._look(row, window)
+
+    def _look(self, row: Row, window: int) -> None:
+        proposal = self.proposals.next()
+        self.method.choose(proposal)
+        said = self.target.rehearse(row, window, self.methods).argmax(-1).tolist()
+        taken = row.ids[-window:]  # behind each of the tokens seen
+        self.proposals.seen[proposal] = sum(a == b for a, b in zip(said, taken, strict=True)) / window
+        self.method.choose(self.proposals.best or proposal)
+
+
 @dataclass
 class _Index:
     """Where n-grams of a row's tokens ended last."""
@@ -121,19 +163,20 @@ class Lookup:
         self.following: dict[int, tuple[int, int]] = {}  # by slot: place of the next guess, and how sure
 
     def confidence(self, row: Row) -> int | None:
-        """Of its next guess, at the start of a draft; None: it would have none."""
-        self._find(row)
-        return self.following[row.slot][1] if row.slot in self.following else None
+        """Of its next guess; None: it would have none."""
+        if not row.draft:
+            self._find(row)
+        place, confidence = self.following.get(row.slot, (len(row.ids), 0))
+        return confidence if place < len(row.ids) else None
 
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
         return [self._guess(row) for row in rows]
 
     def _guess(self, row: Row) -> Guess | None:
-        if not row.draft:
-            self._find(row)
-        place, confidence = self.following.get(row.slot, (len(row.ids), 0))
-        if place >= len(row.ids):
+        confidence = self.confidence(row)
+        if confidence is None:
             return None
+        place = self.following[row.slot][0]
         self.following[row.slot] = place + 1, min(confidence + 1, NUM_CLASSES - 1)
         return Guess(row.ids[place], confidence)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from anydepth.inference.drafters import NUM_CLASSES
 
-HALF_LIFE = 300
-"""Guesses after which an observation counts half: texts change."""
+DECAY = 0.5 ** (1 / 150)
+"""Of an observation, for every later one of its class: texts change."""
 SMOOTHING = 0.15
 """Weight of the newest time in its running mean."""
 PRIOR = 4.0
@@ -19,38 +19,51 @@ TRY_AGAIN = 24
 """Rounds after which a drafter that does not pay is tried again."""
 
 
+FIRST = NUM_CLASSES
+"""Stands for the class in front of a draft's first guess."""
+
+
+@dataclass
+class Share:
+    """Shares of right guesses by class, of which old ones count less and less."""
+
+    right: list[float]
+    seen: list[float]
+
+    @classmethod
+    def prior(cls, shares: list[float]) -> Share:
+        return cls([PRIOR * share for share in shares], [PRIOR] * len(shares))
+
+    def of(self, number: int) -> float:
+        return self.right[number] / self.seen[number]
+
+    def note(self, number: int, *, right: bool) -> None:
+        self.right[number] = DECAY * self.right[number] + right
+        self.seen[number] = DECAY * self.seen[number] + 1
+
+
 @dataclass
 class Record:
-    """Of one drafter: how often its guesses were right, by confidence, and what one costs.
+    """Of one drafter: how often its guesses were right, and what one costs.
 
     Attributes:
-        right, seen: decayed counts by class.
+        known: by the guess's own confidence.
+        next: by the confidence of the guess before it, for a guess that has still to be made.
         seconds: of guessing once, for all rows that are drafted; None: not known yet.
         idle: rounds since it drafted last.
     """
 
-    right: list[float] = field(default_factory=lambda: [PRIOR * (i + 0.5) / NUM_CLASSES for i in range(NUM_CLASSES)])
-    seen: list[float] = field(default_factory=lambda: [PRIOR] * NUM_CLASSES)
+    known: Share = field(default_factory=lambda: Share.prior([(i + 0.5) / NUM_CLASSES for i in range(NUM_CLASSES)]))
+    next: Share = field(
+        default_factory=lambda: Share.prior([*((i + 2.5) / (NUM_CLASSES + 4) for i in range(NUM_CLASSES)), 0.4])
+    )
     seconds: float | None = None
     idle: int = 0
 
-    def rate(self, confidence: int) -> float:
-        """Share of right guesses among those of a class."""
-        return self.right[confidence] / self.seen[confidence]
-
-    @property
-    def mean_rate(self) -> float:
-        """Of all classes."""
-        return sum(self.right) / sum(self.seen)
-
-    def note(self, confidence: int, *, right: bool) -> None:
-        """A guess was right or wrong, where all in front of it were right."""
-        decay = 0.5 ** (1 / HALF_LIFE)
-        for i in range(NUM_CLASSES):
-            self.right[i] *= decay
-            self.seen[i] *= decay
-        self.right[confidence] += right
-        self.seen[confidence] += 1
+    def note(self, before: int, confidence: int, *, right: bool) -> None:
+        """A guess was right or wrong, where all in front of it were right; `before` is the confidence of the last."""
+        self.known.note(confidence, right=right)
+        self.next.note(before, right=right)
         self.idle = 0
 
 
@@ -90,27 +103,25 @@ class Economy:
             return 0.0
         return max((self.wide[1] - self.plain) / (self.wide[0] - self.num_rows), 0.0)
 
-    def pays(self, drafter: str, reached: list[float]) -> bool:
-        """Whether to guess once more for rows whose drafts so far are right with these probabilities.
+    def pays(self, drafter: str, chances: list[float]) -> bool:
+        """Whether to guess once more for rows whose drafts would then be right with these probabilities.
 
         A right guess saves its row a step, of which every other row has its part.
         """
         record = self.of(drafter)
         if self.plain is None or record.seconds is None:
             return True
-        gain = sum(reached) * record.mean_rate * self.plain / self.num_rows
-        return gain > record.seconds + len(reached) * self.more
+        return sum(chances) * self.plain / self.num_rows > record.seconds + len(chances) * self.more
 
-    def worth(self, drafter: str, rate: float | None = None) -> float:
-        """Tokens per second of a row at the best length of draft; `rate` where more is known than the mean."""
+    def worth(self, drafter: str, first: float, later: float) -> float:
+        """Tokens per second of a row at the best length of draft; `first`, `later`: how often its guesses are right."""
         record = self.of(drafter)
         if self.plain is None or record.seconds is None:
             return float("inf")  # to be tried
-        right = record.mean_rate if rate is None else rate
-        best, taken, reached = 1 / self.plain, 1.0, 1.0
+        best, taken, reached = 1 / self.plain, 1.0, first
         for length in range(1, 17):
-            reached *= right
             taken += reached
+            reached *= later
             best = max(best, taken / (self.plain + length * (record.seconds + self.num_rows * self.more)))
         return best
 

@@ -5,6 +5,7 @@ Each row has a cache of its own, and runs alone: rows accept different lengths, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,12 +17,13 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.cache import AdaptiveCache
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced
+from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, Searched
 from anydepth.inference.loop import check_mode, generate_by
 from anydepth.inference.speculate import Setup, decode, records_of
 from anydepth.inference.targets import Row
 from anydepth.methods.method import Gate, KVRule, Method, PassContext
 from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 
 
 class ExitAt(Method):
@@ -77,6 +79,15 @@ class HFTarget:
 
     def reduced(self, rows: Sequence[Row], methods: Sequence[Method]) -> Tensor:
         return torch.stack([self._forward(row, [row.last], *methods)[-1] for row in rows])
+
+    def rehearse(self, row: Row, num_tokens: int, methods: Sequence[Method]) -> Tensor:
+        start, cache = row.num_seen - num_tokens, self.caches[row.slot]
+        try:
+            self.caches[row.slot] = copy.deepcopy(cache)
+            self.caches[row.slot].rewind(start)
+            return self._forward(row, row.ids[row.num_padding :][start : row.num_seen], *methods)
+        finally:
+            self.caches[row.slot] = cache
 
     def verify(self, rows: Sequence[Row]) -> list[Tensor]:
         logits = []
@@ -158,5 +169,7 @@ def _setup_of(adapted: AdaptedModel, method: SelfSpeculation) -> Setup:
         drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
         if adapted.draft_methods:
             drafters.append(Reduced(adapted.draft_methods))
+        if config.search is not None:
+            drafters.append(Searched(SkipSet(SkipSetConfig(), adapted.backbone), config.search))
         method.setup = key, Setup(drafters, config.max_draft, config.adaptive, adapted.config.vocab_size)
     return method.setup[1]

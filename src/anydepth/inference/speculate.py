@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -25,8 +26,8 @@ from transformers import (
 )
 
 from anydepth.execution.trace import PassRecord
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced
-from anydepth.inference.economy import TRY_AGAIN, Economy
+from anydepth.inference.drafters import NUM_CLASSES, Drafter, FirstLayers, Lookup, Reduced
+from anydepth.inference.economy import FIRST, TRY_AGAIN, Economy
 from anydepth.inference.targets import Row, Target
 
 
@@ -202,11 +203,12 @@ class Choice:
     def guess(self, rows: Sequence[Row], logits: Tensor, vocabulary: Tensor | None) -> tuple[list[int], list[float]]:
         """`drafters.Choose`."""
         if not self.processors and not self.sampling:
-            top = logits.float()
-            values, places = top.max(-1)
-            shares = (values - top.logsumexp(-1)).exp().tolist()
-            ids = places if vocabulary is None else vocabulary[places]
-            return ids.tolist(), shares
+            scores = logits.float().cpu().numpy()  # faster than torch at so few numbers
+            places = scores.argmax(-1)
+            tops = scores[range(len(scores)), places]
+            shares = (1 / np.exp(scores - tops[:, None]).sum(-1)).tolist()
+            ids = torch.from_numpy(places)
+            return (ids if vocabulary is None else vocabulary.cpu()[ids]).tolist(), shares
         tokens, shares = [], []
         for row, part in zip(rows, logits, strict=True):
             if vocabulary is not None:
@@ -318,7 +320,7 @@ class Speculation:
                 record.idle = 0
                 return [drafter], drafter
         exits = [drafter for drafter in self.drafters if isinstance(drafter, FirstLayers)]
-        best = max(exits, key=lambda drafter: self.economy.worth(drafter.name), default=None)
+        best = max(exits, key=self._worth, default=None)
         return [one for one in self.drafters if one is best or not isinstance(one, FirstLayers)], None
 
     def _limit(self, row: Row) -> int:
@@ -329,7 +331,15 @@ class Speculation:
     def _worth_it(self, drafter: Drafter, plans: list[Plan]) -> bool:
         if not self.adaptive or any(plan.is_trial and not plan.row.draft for plan in plans):
             return True
-        return self.economy.pays(drafter.name, [plan.reached for plan in plans])
+        return self.economy.pays(drafter.name, [plan.reached * self._next(drafter, plan) for plan in plans])
+
+    def _next(self, drafter: Drafter, plan: Plan) -> float:
+        """How likely the next guess is right."""
+        record = self.economy.of(drafter.name)
+        if isinstance(drafter, Lookup):
+            confidence = drafter.confidence(plan.row)
+            return 0.0 if confidence is None else record.known.of(confidence)
+        return record.next.of(plan.confidences[-1] if plan.confidences else FIRST)
 
     def _guess(self, drafter: Drafter, plans: list[Plan]) -> list[Plan]:
         """One more token of these rows; those that got one."""
@@ -341,7 +351,7 @@ class Speculation:
             if guess is not None:
                 plan.row.draft.append(guess.token)
                 plan.confidences.append(guess.confidence)
-                plan.reached *= self.economy.of(drafter.name).rate(guess.confidence)
+                plan.reached *= self.economy.of(drafter.name).known.of(guess.confidence)
                 got.append(plan)
         return got
 
@@ -351,16 +361,21 @@ class Speculation:
             return trial
         best, most = None, 0.0
         for drafter in candidates:
-            rate = None
-            if isinstance(drafter, Lookup):
-                confidence = drafter.confidence(row)
-                if confidence is None:
-                    continue
-                rate = self.economy.of(drafter.name).rate(confidence)
-            worth = self.economy.worth(drafter.name, rate)
+            worth = self._worth(drafter, row)
             if worth > most:
                 best, most = drafter, worth
         return best
+
+    def _worth(self, drafter: Drafter, row: Row | None = None) -> float:
+        """Tokens per second that are expected of a drafter, on a row if it depends on that; 0 where it has no idea."""
+        record = self.economy.of(drafter.name)
+        first, middle = record.next.of(FIRST), record.next.of(NUM_CLASSES // 2)
+        if isinstance(drafter, Lookup):
+            confidence = None if row is None else drafter.confidence(row)
+            if confidence is None:
+                return 0.0
+            first, middle = record.known.of(confidence), record.known.of(min(confidence + 1, NUM_CLASSES - 1))
+        return self.economy.worth(drafter.name, first, middle)
 
     # --- taking ------------------------------------------------------------------------------------------------
 
@@ -400,8 +415,10 @@ class Speculation:
         self.counts.note(name, len(draft), num_right, len(taken))
         if name is not None:
             record = self.economy.of(name)
+            before = FIRST
             for place in range(min(num_right + 1, len(draft), len(taken))):
-                record.note(plan.confidences[place], right=place < num_right)
+                record.note(before, plan.confidences[place], right=place < num_right)
+                before = plan.confidences[place]
 
 
 @dataclass(eq=False)

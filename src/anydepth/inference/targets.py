@@ -68,6 +68,10 @@ class Target(Protocol):
         """(R, V) logits behind each row's last token, by the model as its methods reduce it."""
         ...
 
+    def rehearse(self, row: Row, num_tokens: int, methods: Sequence[Method]) -> Tensor:
+        """(N, V) logits of a reduced model behind each of a row's last N tokens that were seen; its K/V stay."""
+        ...
+
     def verify(self, rows: Sequence[Row]) -> list[Tensor]:
         """(K + 1, V) logits of each row behind its last token and each of its K drafted ones, at full depth."""
         ...
@@ -116,6 +120,19 @@ class EngineTarget:
         ids = torch.tensor([[row.last] for row in rows], device=self.model.device)
         states, _ = self.model.forward(ids, [row.slot for row in rows], self.cache, methods)
         return self.model.logits(states[:, 0])
+
+    def rehearse(self, row: Row, num_tokens: int, methods: Sequence[Method]) -> Tensor:
+        end, start = row.num_seen, row.num_seen - num_tokens
+        kept = self.cache.states[:, row.slot, :, start:end].clone()
+        self.cache.rewind(row.slot, start)
+        ids = torch.tensor([row.ids[row.num_padding :][start:end]], device=self.model.device)
+        states, _ = self.model.forward(ids, [row.slot], self.cache, methods)
+        self.cache.rewind(row.slot, start)
+        self.cache.states[:, row.slot, :, start:end] = kept
+        for kv in self.cache.layers:
+            kv.extend(row.slot, num_tokens)
+        self.cache.lengths[row.slot] = end
+        return self.model.logits(states[0])
 
     def verify(self, rows: Sequence[Row]) -> list[Tensor]:
         states = [self._embed([row.ids[-1], *row.draft][len(row.early) :]) for row in rows]

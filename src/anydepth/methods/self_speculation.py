@@ -26,6 +26,16 @@ class DraftNetworkConfig(StrictConfig):
     vocabulary_size: int = Field(default=8192, ge=16, description="Tokens that it can guess: those said most.")
 
 
+class OnlineSearchConfig(StrictConfig):
+    """A skip set to draft with, searched on the text being generated."""
+
+    budget: float = Field(default=0.3, gt=0, lt=1, description="Share of layers that drafts leave out.")
+    every: int = Field(default=16, ge=1, description="Tokens between two sets that are looked at.")
+    window: int = Field(default=32, ge=4, description="Last tokens that a set is looked at on.")
+    num_proposals: int = Field(default=60, ge=1, description="Sets, after which the best one stays.")
+    seed: int = Field(default=0, description="Of the proposals.")
+
+
 class SelfSpeculationConfig(StrictConfig):
     """Options of `self_speculation`."""
 
@@ -35,6 +45,9 @@ class SelfSpeculationConfig(StrictConfig):
     )
     exit_vocabulary: int | None = Field(
         default=None, ge=16, description="Tokens that drafts of first layers can be, the first ids; null is all."
+    )
+    search: OnlineSearchConfig | None = Field(
+        default=None, description="Draft with a skip set that is searched meanwhile; null does not."
     )
     network: DraftNetworkConfig | None = Field(default=None, description="A trained drafter; null is none.")
     max_draft: int = Field(default=8, ge=1, le=32, description="Tokens drafted at a time, at most.")

@@ -20,7 +20,7 @@ from transformers import (
 
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, Trained
+from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, Searched, Trained
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.loop import check_mode, generate_by
@@ -28,6 +28,7 @@ from anydepth.inference.speculate import Setup, decode, records_of
 from anydepth.inference.targets import EngineTarget
 from anydepth.methods.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 
 
 class FastEngine:
@@ -150,6 +151,8 @@ class FastEngine:
             drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
             if reduced:
                 drafters.append(Reduced(reduced))
+            if config.search is not None:
+                drafters.append(Searched(SkipSet(SkipSetConfig(), self.model.backbone), config.search))
             size = self.model.backbone.model.config.vocab_size
             self.drafting = key, Setup(drafters, config.max_draft, config.adaptive, size)
         return self.drafting[1], [] if network is None else network.taps
