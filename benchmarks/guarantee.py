@@ -3,8 +3,9 @@
     python benchmarks/run.py benchmarks/experiments/layerskip_from_scratch.yaml --until evaluate
     python benchmarks/guarantee.py
 
-Synthetic: losses drawn from known risks. Real: the decoder trained with LayerSkip goes on from texts of WikiText-2 at every
-setting of its thresholds; each repetition calibrates on some of the texts and is judged by the mean loss of the others.
+Synthetic: losses drawn from known risks. Real: the decoder trained with LayerSkip goes on from texts of WikiText-2 at
+every setting of its thresholds; each repetition calibrates on some of the texts and is judged by the mean loss of the
+others.
 """
 
 from __future__ import annotations
