@@ -53,6 +53,7 @@ def test_states_are_those_of_the_model_and_answers_are_greedy(chat: bool, tmp_pa
     adapted = speculating()
     texts = texts_of(adapted, tmp_path, chat=chat)
     assert sum(len(text.ids) for text in texts) >= 1200
+    assert len({tuple(text.ids.tolist()) for text in texts}) == len(texts)
     model: Any = adapted.model
     for text in texts[:8]:
         output = model(text.ids[None], output_hidden_states=True)
@@ -138,6 +139,29 @@ def test_training_sees_what_the_engine_computes(tmp_path: Path) -> None:
             wanted = guesses[number][0, end - 1]
             assert torch.allclose(found[0], wanted, atol=1e-4, rtol=1e-4)
             row.draft.append(int(text.ids[end + 1 + number]))
+
+
+@torch.no_grad()
+def test_the_drafter_reads_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of different lengths as well: what it has read is what the model has seen."""
+    adapted = speculating()
+    engine, seen = FastEngine(adapted), []
+    own = Trained._inputs
+
+    def noted(self: Trained, row: Row) -> Any:
+        inputs = own(self, row)
+        if not row.draft:
+            seen.append((row.slot, self.rows[row.slot].num_read, len(inputs), row.num_seen))
+        return inputs
+
+    monkeypatch.setattr(Trained, "_inputs", noted)
+    ids = torch.randint(3, 200, (2, 14), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    engine.generate(input_ids=ids * mask, attention_mask=mask, **options)
+    assert {slot: number for slot, before, number, _ in seen if not before} == {0: 14, 1: 9}
+    assert all(before + number == known for _, before, number, known in seen)
 
 
 def test_a_drafter_learns_and_resumes_bitwise(tmp_path: Path) -> None:

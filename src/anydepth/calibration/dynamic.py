@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from anydepth.calibration.skip_search import Candidate, Problem
 from anydepth.errors import UserError
+from anydepth.models.backbone import first_output
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def choose(problem: Problem) -> list[Candidate]:
     final: list[Tensor] = []
 
     def keep_last(_: Any, __: Any, output: Any) -> None:
-        final.append(output[0] if isinstance(output, tuple) else output)
+        final.append(first_output(output))
 
     handles.append(views[-1].module.register_forward_hook(keep_last))
     try:
@@ -56,7 +57,7 @@ def choose(problem: Problem) -> list[Candidate]:
     with adapted.disabled():
         for layer_idx, view in enumerate(views):
             arguments = inputs[layer_idx][1]
-            ran = [_output(view.module(states, **arguments)) for states, _ in best]
+            ran = [first_output(view.module(states, **arguments)) for states, _ in best]
             reached: list[tuple[Tensor, list[int]]] = []
             for skipped in range(min(layer_idx + 1, problem.num_out) + 1):
                 ways = []
@@ -71,7 +72,3 @@ def choose(problem: Problem) -> list[Candidate]:
 
 def _nearness(states: Tensor, wanted: Tensor) -> float:
     return F.cosine_similarity(states.float(), wanted.float(), dim=-1).mean().item()
-
-
-def _output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

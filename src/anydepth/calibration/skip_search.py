@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
-from anydepth.models.backbone import Backbone
+from anydepth.models.backbone import Backbone, first_output
 
 Candidate = tuple[str, int]
 """(`layer`, `mixer` or `ffn`, layer index)."""
@@ -182,13 +182,13 @@ def _listening(backbone: Backbone, totals: dict[Candidate, float]) -> Iterator[N
 
     def note_branch(candidate: Candidate) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            added[candidate] = output[0] if isinstance(output, tuple) else output
+            added[candidate] = first_output(output)
 
         return hook
 
     def note_layer(layer_idx: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            before, after = args[0], output[0] if isinstance(output, tuple) else output
+            before, after = args[0], first_output(output)
             ffn = added.pop(("ffn", layer_idx)).view_as(after)
             mixer = added.pop(("mixer", layer_idx))
             turns = {"layer": (before, after), "mixer": (before, before + mixer), "ffn": (after - ffn, after)}

@@ -205,7 +205,8 @@ def show_text(document: dict[str, Any], show_depth: bool) -> None:
 
 
 def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, float]], None]:
-    total = recipe.train.max_steps if recipe.train is not None else 0
+    training = recipe.train or recipe.drafter
+    total = 0 if training is None else training.max_steps
     every = max(total // 20, 1)
 
     def line(row: dict[str, float]) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.execution.late import put_exits_back, through_exits
-from anydepth.execution.partial import Forward, PartialRunner, Run, first_output
+from anydepth.execution.partial import Forward, PartialRunner, Run
 from anydepth.methods.method import Gate
-from anydepth.models.backbone import LayerView
+from anydepth.models.backbone import LayerView, first_output
 
 
 class GatedLayer:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.models.backbone import LayerView
+from anydepth.models.backbone import LayerView, first_output
 
 if TYPE_CHECKING:
     from anydepth.execution.partial import Forward, Run
@@ -115,16 +115,12 @@ def _run(run: Run, view: LayerView, gate: Gate, own: Forward, hidden: Tensor, ar
     run.record.late[view.layer_idx] = torch.cat([*(part.real for part in late.arguments), stayed], dim=1).sum(1)
     states = [*late.states, *([] if run.late is None else [run.late])]
     if not states:
-        return _first(own(hidden, **arguments))
+        return first_output(own(hidden, **arguments))
     num_late = sum(part.shape[1] for part in states)
     joined = _joined([*late.arguments, _taken(run, arguments)], is_recurrent=view.is_recurrent)
-    output = _first(own(torch.cat([*states, hidden], dim=1), **{**arguments, **joined}))
+    output = first_output(own(torch.cat([*states, hidden], dim=1), **{**arguments, **joined}))
     run.late = output[:, :num_late]
     return output[:, num_late:]
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _taken(run: Run, arguments: dict[str, Any]) -> Arguments:

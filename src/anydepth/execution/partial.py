@@ -17,7 +17,7 @@ from torch import Tensor
 from anydepth.execution.cache import EMPTY, AdaptiveCache, KVTap
 from anydepth.execution.trace import PassRecord
 from anydepth.methods.method import Gate, Method, PassContext
-from anydepth.models.backbone import LayerView
+from anydepth.models.backbone import LayerView, first_output
 
 Forward = Callable[..., Any]
 _KEEPS_CACHE = "_can_checkpoint_with_cache"
@@ -342,10 +342,6 @@ class PartialRunner:
             if all_places is not None and places is not None:
                 all_places[rows, : places.shape[1]] = places
         slots.append(all_keys, all_values, all_places, seen)
-
-
-def first_output(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _in_form_of(mask: Tensor | None, visible: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from anydepth.calibration.bayesian import Proposals, inner
+from anydepth.inference.economy import NUM_CLASSES
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.model import EngineModel, run_layers
 from anydepth.inference.engine.native import NativeLinear
@@ -22,12 +22,11 @@ from anydepth.inference.engine.packing import pack_panels
 from anydepth.inference.engine.weights import Linear
 from anydepth.inference.targets import Row, Target
 from anydepth.methods.draft_network import DraftNetwork
-from anydepth.methods.method import Method
-from anydepth.methods.self_speculation import OnlineSearchConfig
-from anydepth.methods.skip_set import SkipSet
+from anydepth.methods.method import LogitsOf, Method
+from anydepth.methods.self_speculation import OnlineSearchConfig, SelfSpeculation
+from anydepth.methods.skip_set import SkipSet, SkipSetConfig
+from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Norm, Weights, layer_parts, norm_of
-
-NUM_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -42,50 +41,50 @@ Choose = Callable[[Sequence[Row], Tensor, Tensor | None], tuple[list[int], list[
 """The tokens that rows would take, out of (R, V') logits of all tokens or of a vocabulary (V',), and their shares."""
 
 
-class Drafter(Protocol):
-    """What `speculate.py` asks of a drafter."""
+class Drafter:
+    """Base of all. Between `start` and `stop` it holds what belongs to one generation, and nothing of it afterwards."""
 
     name: str
+    target: Target | None = None
 
     def start(self, target: Target, num_rows: int) -> None:
-        """A new generation begins."""
-        ...
+        """A generation begins; the prompts' states are in `row.fresh`."""
+        self.target = target
 
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
         """What stands behind `row.last` in each row; None: it has no idea."""
-        ...
+        raise NotImplementedError
 
     def settle(self, rows: Sequence[Row]) -> None:
         """Rows have taken what was verified; `row.fresh` has the states of what they took."""
-        ...
+
+    def stop(self) -> None:
+        """The generation is over, or failed."""
+        self.target = None
 
 
 def _guesses(tokens: list[int], shares: list[float]) -> list[Guess | None]:
+    """None where no token of the drafter's vocabulary is allowed: its share is no number."""
     return [
-        Guess(token, min(int(share * NUM_CLASSES), NUM_CLASSES - 1))
+        Guess(token, min(int(share * NUM_CLASSES), NUM_CLASSES - 1)) if share >= 0 else None
         for token, share in zip(tokens, shares, strict=True)
     ]
 
 
-class FirstLayers:
+class FirstLayers(Drafter):
     """The first layers of the model, and its norm and head on their state (LayerSkip, Elhoushi et al. 2024)."""
 
     def __init__(self, num_layers: int, head: Callable[[Tensor], Tensor], vocabulary: Tensor | None = None) -> None:
         self.num_layers, self.head, self.vocabulary = num_layers, head, vocabulary
         self.name = f"first {num_layers} layers"
 
-    def start(self, target: Target, num_rows: int) -> None:
-        self.target = target
-
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
+        assert self.target is not None
         logits = self.head(torch.cat(self.target.first_layers(rows)))
         return _guesses(*choose(rows, logits, self.vocabulary))
 
-    def settle(self, rows: Sequence[Row]) -> None:
-        pass
 
-
-class Reduced:
+class Reduced(Drafter):
     """The model as attached methods reduce it: a skip set, a router, exits."""
 
     name = "reduced model"
@@ -93,14 +92,9 @@ class Reduced:
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = list(methods)
 
-    def start(self, target: Target, num_rows: int) -> None:
-        self.target = target
-
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
+        assert self.target is not None
         return _guesses(*choose(rows, self.target.reduced(rows, self.methods), None))
-
-    def settle(self, rows: Sequence[Row]) -> None:
-        pass
 
 
 class Searched(Reduced):
@@ -129,11 +123,12 @@ class Searched(Reduced):
             looked_at = self.looked_at.setdefault(row.slot, row.num_seen)
             if row.num_seen < window or row.num_seen - looked_at < self.config.every:
                 continue
-            if len(self.proposals.seen) < self.config.num_proposals:
+            if self.proposals.number < self.config.num_proposals:
                 self.looked_at[row.slot] = row.num_seen
                 self._look(row, window)
 
     def _look(self, row: Row, window: int) -> None:
+        assert self.target is not None
         proposal = self.proposals.next()
         self.method.choose(proposal)
         said = self.target.rehearse(row, window, self.methods).argmax(-1).tolist()
@@ -150,7 +145,7 @@ class _Index:
     num_tokens: int = 0
 
 
-class Lookup:
+class Lookup(Drafter):
     """What followed the last tokens where they stood before in the text (prompt lookup, Saxena 2023)."""
 
     name = "lookup"
@@ -195,9 +190,6 @@ class Lookup:
                 self.following[row.slot] = end, size
                 return
 
-    def settle(self, rows: Sequence[Row]) -> None:
-        pass
-
 
 @dataclass
 class _Reading:
@@ -208,7 +200,7 @@ class _Reading:
     num_read: int = 0
 
 
-class Trained:
+class Trained(Drafter):
     """A `DraftNetwork` on the fast engine, in 8 bits where the kernels run: a wrong guess costs speed, nothing else."""
 
     name = "trained"
@@ -227,6 +219,9 @@ class Trained:
     def start(self, target: Target, num_rows: int) -> None:
         self.cache = self.model.new_cache(num_rows, num_layers=1)
         self.rows: dict[int, _Reading] = {}
+
+    def stop(self) -> None:
+        del self.cache, self.rows
 
     def _linear(self, weight: Tensor, kind: str) -> Linear:
         dense = Weights(weight.detach(), None)
@@ -265,3 +260,31 @@ class Trained:
     def settle(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self.rows.setdefault(row.slot, _Reading()).unread.append(torch.cat(row.fresh, dim=1))
+
+
+def drafters_of(
+    method: SelfSpeculation,
+    others: Sequence[Method],
+    backbone: Backbone,
+    logits_of: LogitsOf,
+    trained: Drafter | None,
+) -> list[Drafter]:
+    """All that a method drafts with.
+
+    Args:
+        others: attached beside it. logits_of: of states of any depth. trained: with its network.
+    """
+    config, vocabulary = method.config, None
+    if config.exit_vocabulary is not None:
+        vocabulary = torch.arange(config.exit_vocabulary, device=backbone.device)
+
+    def head(states: Tensor) -> Tensor:
+        return logits_of(states, vocabulary)
+
+    drafters: list[Drafter] = [Lookup()] if config.lookup else []
+    drafters += [] if trained is None else [trained]
+    drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
+    drafters += [Reduced(others)] if others else []
+    if config.search is not None:
+        drafters.append(Searched(SkipSet(SkipSetConfig(), backbone), config.search))
+    return drafters

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from anydepth.inference.drafters import NUM_CLASSES
-
+NUM_CLASSES = 10
+"""Of a drafter's confidence in a guess."""
+FIRST = NUM_CLASSES
+"""Stands for the class in front of a draft's first guess."""
 DECAY = 0.5 ** (1 / 150)
 """Of an observation, for every later one of its class: texts change."""
 SMOOTHING = 0.15
@@ -17,10 +19,6 @@ PRIOR = 4.0
 """Guesses that what a drafter believes of itself is worth."""
 TRY_AGAIN = 24
 """Rounds after which a drafter that does not pay is tried again."""
-
-
-FIRST = NUM_CLASSES
-"""Stands for the class in front of a draft's first guess."""
 
 
 @dataclass
@@ -44,12 +42,11 @@ class Share:
 
 @dataclass
 class Record:
-    """Of one drafter: how often its guesses were right, and what one costs.
+    """Of one drafter: how often its guesses were right.
 
     Attributes:
         known: by the guess's own confidence.
         next: by the confidence of the guess before it, for a guess that has still to be made.
-        seconds: of guessing once, for all rows that are drafted; None: not known yet.
         idle: rounds since it drafted last.
     """
 
@@ -57,7 +54,6 @@ class Record:
     next: Share = field(
         default_factory=lambda: Share.prior([*((i + 2.5) / (NUM_CLASSES + 4) for i in range(NUM_CLASSES)), 0.4])
     )
-    seconds: float | None = None
     idle: int = 0
 
     def note(self, before: int, confidence: int, *, right: bool) -> None:
@@ -67,20 +63,23 @@ class Record:
         self.idle = 0
 
 
-class Economy:
-    """Of a model and its drafters, for batches of one size."""
+@dataclass
+class Costs:
+    """Seconds, where so many rows are decoded together.
 
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
-        self.records: dict[str, Record] = {}
-        self.plain: float | None = None  # seconds of verifying one token a row
-        self.wide: tuple[float, float] | None = None  # tokens and seconds of larger verifications
+    Attributes:
+        plain: of verifying one token a row; None: not known yet.
+        wide: tokens and seconds of larger verifications, in the mean.
+        guess: of one guess for each row that drafts, by drafter.
+    """
 
-    def of(self, drafter: str) -> Record:
-        return self.records.setdefault(drafter, Record())
+    num_rows: int
+    plain: float | None = None
+    wide: tuple[float, float] | None = None
+    guess: dict[str, float] = field(default_factory=dict)
 
     def note_verification(self, num_tokens: int, seconds: float) -> None:
-        if num_tokens <= self.num_rows:
+        if num_tokens == self.num_rows:
             self.plain = _mean(self.plain, seconds)
         elif self.wide is None:
             self.wide = num_tokens, seconds
@@ -88,18 +87,12 @@ class Economy:
             self.wide = _mean(self.wide[0], num_tokens), _mean(self.wide[1], seconds)
 
     def note_guess(self, drafter: str, seconds: float) -> None:
-        record = self.of(drafter)
-        record.seconds = _mean(record.seconds, seconds)
-
-    @property
-    def is_new(self) -> bool:
-        """Whether a plain step has still to be measured."""
-        return self.plain is None
+        self.guess[drafter] = _mean(self.guess.get(drafter), seconds)
 
     @property
     def more(self) -> float:
-        """Seconds that each further token adds to a verification."""
-        if self.plain is None or self.wide is None or self.wide[0] <= self.num_rows:
+        """That each further token adds to a verification."""
+        if self.plain is None or self.wide is None:
             return 0.0
         return max((self.wide[1] - self.plain) / (self.wide[0] - self.num_rows), 0.0)
 
@@ -108,22 +101,36 @@ class Economy:
 
         A right guess saves its row a step, of which every other row has its part.
         """
-        record = self.of(drafter)
-        if self.plain is None or record.seconds is None:
+        seconds = self.guess.get(drafter)
+        if self.plain is None or seconds is None:
             return True
-        return sum(chances) * self.plain / self.num_rows > record.seconds + len(chances) * self.more
+        return sum(chances) * self.plain / self.num_rows > seconds + len(chances) * self.more
 
     def worth(self, drafter: str, first: float, later: float) -> float:
         """Tokens per second of a row at the best length of draft; `first`, `later`: how often its guesses are right."""
-        record = self.of(drafter)
-        if self.plain is None or record.seconds is None:
+        seconds = self.guess.get(drafter)
+        if self.plain is None or seconds is None:
             return float("inf")  # to be tried
         best, taken, reached = 1 / self.plain, 1.0, first
         for length in range(1, 17):
             taken += reached
             reached *= later
-            best = max(best, taken / (self.plain + length * (record.seconds + self.num_rows * self.more)))
+            best = max(best, taken / (self.plain + length * (seconds + self.num_rows * self.more)))
         return best
+
+
+class Economy:
+    """Of a model and its drafters."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.by_rows: dict[int, Costs] = {}
+
+    def of(self, drafter: str) -> Record:
+        return self.records.setdefault(drafter, Record())
+
+    def costs(self, num_rows: int) -> Costs:
+        return self.by_rows.setdefault(num_rows, Costs(num_rows))
 
 
 def _mean(before: float | None, now: float) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +16,12 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.cache import AdaptiveCache
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, Searched
+from anydepth.inference.drafters import drafters_of
 from anydepth.inference.loop import check_mode, generate_by
 from anydepth.inference.speculate import Setup, decode, records_of
 from anydepth.inference.targets import Row
 from anydepth.methods.method import Gate, KVRule, Method, PassContext
 from anydepth.methods.self_speculation import SelfSpeculation
-from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 
 
 class ExitAt(Method):
@@ -51,6 +49,7 @@ class HFTarget:
 
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted, self.exit_layer = adapted, 0
+        self.max_tokens: int | None = None
         self.caches: list[AdaptiveCache] = []
 
     def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
@@ -159,17 +158,16 @@ def speculate(adapted: AdaptedModel, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _setup_of(adapted: AdaptedModel, method: SelfSpeculation) -> Setup:
-    """Drafters of a method, and what was learned of them, kept with it."""
+    """Drafters of a method, and what was learned of them, kept with it.
+
+    Raises:
+        UserError: nothing to draft with here.
+    """
     key = (method.config, tuple(adapted.draft_methods))
     if method.setup is None or method.setup[0] != key:
-        config = method.config
-        vocabulary = None if config.exit_vocabulary is None else torch.arange(config.exit_vocabulary)
-        head = partial(adapted.backbone.logits_of, vocabulary=vocabulary)
-        drafters: list[Drafter] = [Lookup()] if config.lookup else []
-        drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
-        if adapted.draft_methods:
-            drafters.append(Reduced(adapted.draft_methods))
-        if config.search is not None:
-            drafters.append(Searched(SkipSet(SkipSetConfig(), adapted.backbone), config.search))
+        backbone, config = adapted.backbone, method.config
+        drafters = drafters_of(method, adapted.draft_methods, backbone, backbone.logits_of, None)
+        if not drafters:
+            raise UserError("the trained drafter runs on the fast engine; use engine fast, or let lookup draft as well")
         method.setup = key, Setup(drafters, config.max_draft, config.adaptive, adapted.config.vocab_size)
     return method.setup[1]

@@ -58,5 +58,7 @@ def check_mode(config: GenerationConfig, who: str) -> None:
         raise UserError(
             f"{who} decodes greedily or samples, and returns token ids; use engine hf at full depth for the rest"
         )
+    if type(config.watermarking_config).__name__.startswith("SynthID"):
+        raise UserError(f"{who} asks logits processors more often than once a token, which SynthID's does not stand")
     if config.guidance_scale is not None and config.guidance_scale != 1:
         raise UserError(f"{who} has no classifier-free guidance; use engine hf at full depth")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anydepth.inference.engine.model import EngineModel
+from anydepth.inference.engine.native import MAX_TOKENS
 from anydepth.methods.method import Method
 
 
@@ -52,9 +53,12 @@ class Target(Protocol):
 
     Attributes:
         exit_layer: drafts of this round run so many first layers, which verification does not run again; 0: none.
+        max_tokens: of a verification, all rows together, so that a token's logits are those of a plain step, bitwise;
+            None: it makes no difference.
     """
 
     exit_layer: int
+    max_tokens: int | None
 
     def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
         """Take in the prompts; (V,) logits behind each. `methods` have to see them, too, for what they remember."""
@@ -90,6 +94,7 @@ class EngineTarget:
 
     def __init__(self, model: EngineModel, num_rows: int, taps: Sequence[int] = ()) -> None:
         self.model, self.taps, self.exit_layer = model, list(taps), 0
+        self.max_tokens = MAX_TOKENS if model.why_not_native is None else None
         self.cache = model.new_cache(num_rows)
         self.stops = sorted({*taps, len(model.layers)})
 

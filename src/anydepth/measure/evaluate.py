@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.models.backbone import first_output
 
 
 @dataclass
@@ -117,7 +118,7 @@ def exit_losses(adapted: AdaptedModel, windows: Tensor) -> list[dict[str, float]
 
     def keep(layer_idx: int) -> Callable[..., None]:
         def hook(_: Any, __: Any, output: Any) -> None:
-            states[layer_idx] = output[0] if isinstance(output, tuple) else output
+            states[layer_idx] = first_output(output)
 
         return hook
 

@@ -13,7 +13,7 @@ from anydepth.errors import RunError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.weights import WEIGHT_ONLY
-from anydepth.methods.method import Gate, Method, PassContext
+from anydepth.methods.method import Gate, KVRule, Method, PassContext
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 MOST = 0.5
@@ -76,6 +76,10 @@ class Replay(Method):
         super().__init__(StrictConfig(), adapted.backbone)
         self.trace = adapted.last_trace
         self.gates_branches = "recompute" not in self.trace.kv_rules  # of exits, which end whole layers
+
+    @property
+    def kv_rule(self) -> KVRule | None:
+        return None if self.gates_branches else "recompute"
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         if self.trace.kv_rules[layer_idx] != "recompute":

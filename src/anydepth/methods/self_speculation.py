@@ -81,10 +81,21 @@ class SelfSpeculation(Method):
         if 0 in config.exit_layers:
             raise ValueError("exit_layers has 0; a draft needs at least one layer")
         self.network = None
+        if config.exit_vocabulary is not None and config.exit_vocabulary > backbone.model.config.vocab_size:
+            raise ValueError(
+                f"exit_vocabulary is {config.exit_vocabulary}; the model has {backbone.model.config.vocab_size} tokens"
+            )
         if config.network is not None:
             taps = sorted(config.network.taps) or [self.num_layers]
             check_layers([tap - 1 for tap in taps], self.num_layers, "network.taps, less one,")
+            if taps[-1] != self.num_layers:
+                raise ValueError(
+                    f"network.taps end with {taps[-1]}; the last must be {self.num_layers}, what the head reads"
+                )
             if config.exit_layers and max(config.exit_layers) > taps[0]:
                 raise ValueError(f"network.taps start with {taps[0]}; they must lie behind exit_layers")
             size = min(config.network.vocabulary_size, backbone.model.config.vocab_size)
-            self.network = DraftNetwork(backbone, taps, size, self.generator)
+            try:
+                self.network = DraftNetwork(backbone, taps, size, self.generator)
+            except RuntimeError as error:
+                raise ValueError("network starts from a plain last layer; merge LoRA, and load without nf4") from error

@@ -201,6 +201,11 @@ class LayerView:
         return capture.key_states, capture.value_states
 
 
+def first_output(output: Any) -> Tensor:
+    """What a layer or branch puts out: some give a tuple, of which it is the first."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The Hugging Face causal LM inside a PEFT wrapper, or the model itself."""
     get_base = getattr(model, "get_base_model", None)

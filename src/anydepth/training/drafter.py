@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
 from anydepth.config import DrafterConfig
 from anydepth.errors import RunError
-from anydepth.measure.results import write_json
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.models.backbone import Backbone
+from anydepth.models.llama_like import logits_softcap
+from anydepth.training.losses import divergence
 from anydepth.training.own_text import Text
 
-STATE, DONE = "step.safetensors", "step.json"
+STATE, HISTORY = "drafter.safetensors", "history"
 
 
 class DraftTraining(nn.Module):
@@ -37,12 +40,10 @@ class DraftTraining(nn.Module):
         super().__init__()
         self.network, self.num_guesses = network, num_guesses
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
-        with torch.no_grad():
-            head: Any = backbone.head.weight
-            self.head = head[network.vocabulary].float()
-            self.final_norm = backbone.final_norm
-            embedding: Any = backbone.model.get_input_embeddings()
-            self.embedding = embedding
+        self.softcap = logits_softcap(backbone)
+        self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
+        head: Any = backbone.head.weight
+        self.head = head.detach()[network.vocabulary].float()
 
     def forward(
         self, ids: Tensor, states: Tensor, lengths: Tensor, answers: Tensor
@@ -53,22 +54,22 @@ class DraftTraining(nn.Module):
             ids: (B, T). states: (B, T, taps, D). lengths: (B,) of the texts. answers: (B,) where they begin: nothing in
                 front of them is to be guessed.
         """
-        network, places = self.network, torch.arange(ids.shape[1])
-        with torch.no_grad():
+        network, places = self.network, torch.arange(ids.shape[1], device=ids.device)
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             teacher = self.teacher(states[:, :, -1])  # (B, T, V'): what follows each token
             best = teacher.argmax(-1)
-            embedded = self.embedding(ids).float()
+            embedded = self.embedding(ids).float()  # type: ignore[operator]
         cache: Any = DynamicCache()
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
-        total, counted, right = torch.zeros(()), 0, []
+        total, counted, right = torch.zeros((), device=ids.device), 0.0, []
         for guess in range(self.num_guesses):
             num_tokens = ids.shape[1] - 1 - guess  # with a token behind to join
             known = embedded[:, 1 + guess :]
             feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], known], -1)), guess, cache)
-            logits = F.linear(network.norm(feature), self.head)
+            logits = self._capped(F.linear(network.norm(feature), self.head))
             said = places[1 + guess :][None]  # the token behind which the model's distribution is guessed
             wanted = (said < lengths[:, None]) & (said + 1 >= answers[:, None])
-            loss = _divergence(logits[wanted], teacher[:, 1 + guess :][wanted])
+            loss = divergence(logits[wanted], teacher[:, 1 + guess :][wanted])
             weight = 0.8**guess
             total = total + weight * loss.sum()
             counted += int(wanted.sum()) * weight
@@ -76,21 +77,22 @@ class DraftTraining(nn.Module):
         return total / counted, right
 
     def teacher(self, last: Tensor) -> Tensor:
-        """(..., V') logits of (..., D) states behind the model's last layer."""
+        """(..., V') logits of (..., D) states behind the model's last layer, in float32."""
         dtype = next(self.final_norm.parameters()).dtype
-        return F.linear(self.final_norm(last.to(dtype)).float(), self.head)
+        return self._capped(F.linear(self.final_norm(last.to(dtype)).float(), self.head))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def _layer(self, hidden: Tensor, guess: int, cache: Any) -> Tensor:
         """The layer over (B, N, D): each token sees the real ones up to `guess` before it, and its own guesses."""
-        num_tokens = hidden.shape[1]
-        places = torch.arange(num_tokens)
+        num_tokens, device = hidden.shape[1], hidden.device
+        places = torch.arange(num_tokens, device=device)
         columns = [places[None] <= places[:, None]]
         if guess:
-            before = torch.arange(num_tokens + guess)
+            before = torch.arange(num_tokens + guess, device=device)
             columns = [before[None] <= places[:, None]]  # of the first round, by place of the first guess
-            columns += [
-                torch.arange(num_tokens + guess - earlier)[None] == places[:, None] for earlier in range(1, guess)
-            ]
+            columns += [before[None, : num_tokens + guess - earlier] == places[:, None] for earlier in range(1, guess)]
             columns.append(places[None] == places[:, None])
         mask = torch.cat(columns, dim=1)[None, None]
         positions = (places + guess)[None]
@@ -103,11 +105,6 @@ class DraftTraining(nn.Module):
             position_embeddings=self.rotary(hidden, positions),
         )
         return output[0] if isinstance(output, tuple) else output
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of (N, V') logits, (N,)."""
-    return F.kl_div(student.float().log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none").sum(-1)
 
 
 def vocabulary_of(texts: Sequence[Text], size: int, vocabulary_size: int) -> Tensor:
@@ -156,14 +153,15 @@ def train_drafter(
         RunError: the loss is not finite.
     """
     network.vocabulary.copy_(vocabulary_of(texts, len(network.vocabulary), backbone.model.config.vocab_size))
+    device = network.vocabulary.device
     training = DraftTraining(network, backbone, config.num_guesses)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     out.mkdir(parents=True, exist_ok=True)
     history: list[dict[str, float]] = []
-    if resume and (out / DONE).exists():
-        history = _restore(network, optimizer, out)
+    if resume and (out / STATE).exists():
+        history = _restore(network, optimizer, out / STATE)
     number, epoch = 0, 0
-    started = time.monotonic()
+    started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     while number < config.max_steps:
         for batch in batches_of(texts, config.batch_tokens, torch.Generator().manual_seed(seed * 1009 + epoch)):
             number += 1
@@ -174,8 +172,9 @@ def train_drafter(
             rate = _rate(number, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-                loss, right = training(*collate([texts[i] for i in batch]))
+            inputs = [part.to(device) for part in collate([texts[i] for i in batch])]
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                loss, right = training(*inputs)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), config.max_gradient_norm)
@@ -188,7 +187,7 @@ def train_drafter(
             history.append(row)
             on_step(row)
             if number % config.save_every == 0 or number == config.max_steps:
-                _keep(network, optimizer, history, out)
+                _keep(network, optimizer, history, out / STATE)
         epoch += 1
     return history
 
@@ -201,25 +200,24 @@ def _rate(step: int, config: DrafterConfig) -> float:
     return config.learning_rate * (0.05 + 0.475 * (1 + torch.cos(torch.tensor(share * torch.pi)).item()))
 
 
-def _keep(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], out: Path) -> None:
+def _keep(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], path: Path) -> None:
+    """Weights, optimiser and history in one file, whole or not at all."""
     tensors = {f"weights.{name}": value for name, value in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
-    part = out / f"{STATE}.part"
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
-    (out / DONE).unlink(missing_ok=True)
-    part.replace(out / STATE)
-    write_json(out / DONE, {"history": history})
+    part = path.with_suffix(".part")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, part, {HISTORY: json.dumps(history)})
+    part.replace(path)
 
 
-def _restore(network: DraftNetwork, optimizer: torch.optim.Optimizer, out: Path) -> list[dict[str, float]]:
-    tensors = load_file(out / STATE)
-    prefix = "weights."
+def _restore(network: DraftNetwork, optimizer: torch.optim.Optimizer, path: Path) -> list[dict[str, float]]:
+    prefix, state = "weights.", defaultdict[int, dict[str, Tensor]](dict)
+    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        tensors, history = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()[HISTORY]  # noqa: SIM118
     network.load_state_dict({name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)})
-    state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("adam."):
             _, number, what = name.split(".")
-            state.setdefault(int(number), {})[what] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return json.loads((out / DONE).read_text())["history"]
+            state[int(number)][what] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+    return json.loads(history)

@@ -2,8 +2,9 @@
 
 A chat model first makes up what somebody might ask, behind its own template's opening of a user's turn (Xu et al.
 2024, Magpie) and often a first word or two, for variety; then it answers greedily, as it will at inference. Any other
-model goes on from its first token. Many texts are written at a time by the fast engine, and a text that ends makes room
-for the next. Nothing but the model itself goes in, so what is trained on it has the model's own licence.
+model begins a text by sampling, and goes on greedily. Many texts are written at a time by the fast engine, and a text
+that ends makes room for the next. Nothing but the model itself goes in, so what is trained on it has the model's own
+licence.
 """
 
 from __future__ import annotations
@@ -109,12 +110,12 @@ class _Text:
     """One that is being written: `ids`, all but the last of which the model has seen, and their states.
 
     Attributes:
-        asks: whether this is the question's turn. turn: tokens of the turn so far.
+        asks: whether this is the question's turn, which is sampled. turn: tokens of the turn so far.
         answer: where the answer begins.
     """
 
     ids: list[int]
-    asks: bool
+    asks: bool = True
     states: list[Tensor] = field(default_factory=list)
     turn: int = 0
     answer: int = 1
@@ -144,10 +145,10 @@ class Writer:
         self.texts = {self.cache.take_slot(): self._new() for _ in range(config.num_slots)}
 
     def _new(self) -> _Text:
-        ids, asks = list(self.template.opening), bool(self.template.between)
-        if asks and self.openings and torch.rand((), generator=self.generator) < self.config.opened:
+        ids = list(self.template.opening)
+        if self.template.between and self.openings and torch.rand((), generator=self.generator) < self.config.opened:
             ids += self.openings[int(torch.randint(len(self.openings), (1,), generator=self.generator))]
-        return _Text(ids, asks)
+        return _Text(ids)
 
     @torch.no_grad()
     def step(self) -> list[_Text]:
@@ -163,9 +164,8 @@ class Writer:
         slots = list(self.texts)
         logits = self.model.logits(torch.stack([last[slot] for slot in slots])).float()
         greedy = logits.argmax(-1).tolist()
-        sampled = torch.multinomial((logits / self.config.temperature).softmax(-1), 1, generator=self.generator)[
-            :, 0
-        ].tolist()
+        shares = (logits / self.config.temperature).softmax(-1).cpu()
+        sampled = torch.multinomial(shares, 1, generator=self.generator)[:, 0].tolist()
         ended = []
         for number, slot in enumerate(slots):
             text = self.texts[slot]
@@ -178,20 +178,22 @@ class Writer:
         return ended
 
     def _end_turn(self, slot: int, text: _Text, ended: list[_Text]) -> None:
-        if text.asks:
-            if text.ids[-1] in self.template.ends:
+        has_ended = text.ids[-1] in self.template.ends
+        if text.asks and (self.template.between or not has_ended):
+            if has_ended:
                 text.ids.pop()
             text.ids += self.template.between
             text.asks, text.turn, text.answer = False, 0, len(text.ids)
             return
         text.ids = text.ids[: len(text.states)]
-        ended.append(text)
+        if not text.asks:
+            ended.append(text)
         self.cache.rewind(slot, 0)
         self.texts[slot] = self._new()
 
     def _see(self, slots: list[int], ids: list[list[int]]) -> dict[int, Tensor]:
         """States (D,) behind the last layer of the last tokens, by slot; those at the taps are kept."""
-        states = [self.model.embedding(torch.tensor(part)) for part in ids]
+        states = [self.model.embedding(torch.tensor(part, device=self.model.device)) for part in ids]
         kept, first = [], 0
         for tap in self.taps:
             states = self.model.run_layers(states, slots, self.cache, first, tap)
@@ -200,7 +202,7 @@ class Writer:
         for number, slot in enumerate(slots):
             text = self.texts[slot]
             tapped = torch.stack([part[number] for part in kept], dim=1)  # (N, taps, D)
-            text.states += list(tapped)
+            text.states += list(tapped.cpu())
             self.cache.lengths[slot] += len(ids[number])
         return {slot: states[number][-1] for number, slot in enumerate(slots)}
 

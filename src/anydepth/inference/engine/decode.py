@@ -5,13 +5,11 @@ Options, logits processors, stop rules and streamers are transformers' own; this
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -20,7 +18,8 @@ from transformers import (
 
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, Searched, Trained
+from anydepth.inference.choice import Stops, largest
+from anydepth.inference.drafters import Trained, drafters_of
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.loop import check_mode, generate_by
@@ -28,7 +27,6 @@ from anydepth.inference.speculate import Setup, decode, records_of
 from anydepth.inference.targets import EngineTarget
 from anydepth.methods.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
-from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 
 
 class FastEngine:
@@ -99,26 +97,25 @@ class FastEngine:
             self.adapted.records = records
         unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
         pad: Any = generation_config._pad_token_tensor
-        # Known without asking at every step: the end by length, and that no end token has come.
-        lengths = [criterion for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
-        ends = [criterion for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
-        max_length = min((criterion.max_length for criterion in lengths), default=None)
-        end_ids = {token for criterion in ends for token in criterion.eos_token_id.tolist()}
-        criteria: Any = StoppingCriteriaList(criterion for criterion in stopping_criteria if criterion not in lengths)
-        ask_always = len(criteria) > len(ends)
+        stops = Stops(stopping_criteria)  # asked only where they can say yes
+        criteria: Any = StoppingCriteriaList(part for part in stopping_criteria if type(part) is not MaxLengthCriteria)
         num_ended = 0
         while True:
             scores = logits_processor(input_ids, logits.float())
-            next_ids = torch.multinomial(scores.softmax(-1), 1)[:, 0] if sampling else _largest(scores)
+            next_ids = (
+                torch.multinomial(scores.softmax(-1), 1)[:, 0]
+                if sampling
+                else torch.tensor(largest(scores), device=scores.device)
+            )
             if num_ended and generation_config._eos_token_tensor is not None:
                 next_ids = next_ids * unfinished + pad * (1 - unfinished)
             input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
             if streamer is not None:
                 streamer.put(next_ids.cpu())
-            if ask_always or not end_ids.isdisjoint(next_ids.tolist()):
+            if stops.others or not stops.end_ids.isdisjoint(next_ids.tolist()):
                 unfinished = unfinished & ~criteria(input_ids, scores)
                 num_ended = len(input_ids) - int(unfinished.sum())
-            if num_ended == len(input_ids) or input_ids.shape[1] == max_length:
+            if num_ended == len(input_ids) or input_ids.shape[1] == stops.max_length:
                 break
             hidden, record = self.model.forward(next_ids[:, None], slots, cache, methods)
             records.append(record)
@@ -143,16 +140,8 @@ class FastEngine:
         config, network, reduced = method.config, method.network, tuple(self.adapted.draft_methods)
         key = (config, network, reduced)
         if self.drafting is None or self.drafting[0] != key:
-            vocabulary = None if config.exit_vocabulary is None else torch.arange(config.exit_vocabulary)
-            drafters: list[Drafter] = [Lookup()] if config.lookup else []
-            if network is not None:
-                drafters.append(Trained(self.model, network))
-            head = partial(self.model.exit_logits, vocabulary=vocabulary)
-            drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
-            if reduced:
-                drafters.append(Reduced(reduced))
-            if config.search is not None:
-                drafters.append(Searched(SkipSet(SkipSetConfig(), self.model.backbone), config.search))
+            trained = None if network is None else Trained(self.model, network)
+            drafters = drafters_of(method, reduced, self.model.backbone, self.model.exit_logits, trained)
             size = self.model.backbone.model.config.vocab_size
             self.drafting = key, Setup(drafters, config.max_draft, config.adaptive, size)
         return self.drafting[1], [] if network is None else network.taps
@@ -170,11 +159,6 @@ class FastEngine:
         record = _padded(records, input_ids.shape[1])
         record.head_rows = len(input_ids)
         return self.model.logits(torch.cat(last)), record
-
-
-def _largest(scores: Tensor) -> Tensor:
-    """(B,) places of the first of the largest of (B, V) scores. numpy looks ten times as fast as torch."""
-    return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == "cpu" else scores.argmax(-1)
 
 
 def _padded(records: list[PassRecord], num_tokens: int) -> PassRecord:

@@ -28,7 +28,8 @@ class ExitPass:
     """
 
     def __init__(self, model: EngineModel, step: Step, hidden: Tensor) -> None:
-        self.model, self.step, self.method = model, step, step.methods[0]
+        self.model, self.step = model, step
+        self.method = next(method for method in step.methods if method.kv_rule == "recompute")
         self.num_tokens = step.num_tokens
         self.states = list(hidden.split(step.num_tokens))
         self.earlier = [hidden[:0] for _ in step.slots]
@@ -88,7 +89,7 @@ class ExitPass:
 
     def _record(self, first: int, last: int, gate: Gate) -> None:
         record = self.step.record
-        late = torch.zeros(self.step.num_rows, dtype=torch.long)
+        late = torch.zeros(self.step.num_rows, dtype=torch.long, device=gate.keep.device)
         for row in self.running:
             late[row] = len(self.earlier[row]) + self.num_tokens - int(gate.keep[row].sum())
         for layer_idx in range(first, last):
