@@ -112,7 +112,7 @@ def test_curricula() -> None:
     method: Any = early_exit(curriculum="rotational", rotation=3).methods["early_exit"]
     paying = []
     for step in range(3):
-        method.set_progress(step / 10)
+        method.set_progress(step / 10, step)
         paying.append(set(method.weights()))
     assert paying[0] | paying[1] | paying[2] == {1, 2, 3, 4, 5}
     assert not paying[0] & paying[1] and not paying[1] & paying[2]

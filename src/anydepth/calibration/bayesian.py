@@ -75,7 +75,7 @@ def _propose(free: list[int], size: int, near: tuple[int, ...] | None, generator
     order = [free[place] for place in torch.randperm(len(free), generator=generator).tolist()]
     if near is None:
         return tuple(sorted(order[:size]))
-    num_changed = min(1 + int(torch.randint(2, (1,), generator=generator)), size)
+    num_changed = min(1 + int(torch.randint(2, (1,), generator=generator)), size, len(free) - size)
     leaving = set(sorted(near, key=order.index)[:num_changed])
     entering = [place for place in order if place not in near][:num_changed]
     return tuple(sorted([*(set(near) - leaving), *entering]))

@@ -7,7 +7,8 @@ same quantile of its method's scores on calibration text, so that one number in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -32,20 +33,18 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> dict[str, Tensor]:
     """
     adapted.eval()
     with_threshold = _with_threshold(adapted)
-    before = thresholds_of(adapted)
-    set_thresholds(adapted, dict.fromkeys(before, -math.inf))
+    before = [method.config for method in with_threshold]
     found: dict[str, list[Tensor]] = {method.name: [] for method in with_threshold}
     for method in with_threshold:
-        method.is_watched = True
+        method.threshold, method.is_watched = -math.inf, True
     try:
         for window in windows:
             adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
             for method in with_threshold:
                 found[method.name].append(method.scores(adapted.context).float().cpu())
     finally:
-        set_thresholds(adapted, before)
-        for method in with_threshold:
-            method.is_watched = False
+        for method, config in zip(with_threshold, before, strict=True):
+            method.config, method.is_watched = config, False
     # torch.quantile takes at most 16M values; a sorted index has no such end and is an actual score.
     return {name: torch.cat(parts).sort().values for name, parts in found.items()}
 
@@ -78,11 +77,25 @@ def set_thresholds(adapted: AdaptedModel, thresholds: dict[str, float]) -> None:
             method.threshold = thresholds[method.name]
 
 
+@contextmanager
+def restored_on_failure(adapted: AdaptedModel) -> Iterator[None]:
+    """Thresholds as they were, lists of them too, if what is done here fails."""
+    methods = _with_threshold(adapted)
+    before = [method.config for method in methods]
+    try:
+        yield
+    except BaseException:
+        for method, config in zip(methods, before, strict=True):
+            method.config = config
+        raise
+
+
 def thresholds_at(scores: dict[str, Tensor], share: float) -> dict[str, float]:
     """Those that skip a share of what each method decides about, on the text that the scores are of."""
     if share <= 0:
         return dict.fromkeys(scores, -math.inf)
-    return {name: part[min(round(share * len(part)), len(part)) - 1].item() for name, part in scores.items()}
+    places = {name: min(round(share * len(part)), len(part)) - 1 for name, part in scores.items()}
+    return {name: -math.inf if place < 0 else scores[name][place].item() for name, place in places.items()}
 
 
 def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -> float:
@@ -148,7 +161,7 @@ def find_budget(
     Raises:
         Unreachable: with the best that was found.
     """
-    before, tried = thresholds_of(adapted), []
+    tried: list[dict[str, float]] = []
 
     def look(number: int, measure: Callable[[], float], name: str) -> float:
         set_thresholds(adapted, thresholds_at(scores, number / SHARES))
@@ -157,7 +170,7 @@ def find_budget(
         on_try(row)
         return row[name]
 
-    try:
+    with restored_on_failure(adapted):
         if speedup is not None and target_speedup is not None:
             fast = speedup
             number = _bisect(lambda n: look(n, lambda: median(fast()), "speedup") >= target_speedup)
@@ -182,9 +195,6 @@ def find_budget(
                 f"a speed-up of {target_speedup:g} costs {increase:.1%} of perplexity, more than the "
                 f"{max_perplexity_increase:.1%} allowed; ask for less speed, or allow more"
             )
-    except BaseException:
-        set_thresholds(adapted, before)
-        raise
     return Budget(share, thresholds_of(adapted), final_speedup, increase, tried)
 
 

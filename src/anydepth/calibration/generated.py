@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from anydepth.calibration.budget import set_thresholds, thresholds_at, thresholds_of
+from anydepth.calibration.budget import restored_on_failure, set_thresholds, thresholds_at
 from anydepth.calibration.guarantee import (
     Guarantee,
     difference,
@@ -63,7 +63,8 @@ def bound_risk(
     """Set thresholds to skip as much as can be shown to keep the risk; where nothing can, to skip nothing.
 
     Args:
-        scores: of `collect_scores`; settings are equal steps of the share of them that skips.
+        prompts: drawn at random from those that the bound is to hold for; none of them goes into the scores.
+        scores: of `collect_scores`, on other text; settings are equal steps of the share of them that skips.
         risk: of `RISKS`: distance from the text at full depth (1 − ROUGE-L), how much farther from the references than
             that, or whether they differ at all.
         references: token ids, for `quality`.
@@ -89,12 +90,8 @@ def bound_risk(
         measure = inconsistency if risk == "consistency" else difference
         return [measure(ours, full) for ours, full in pairs]
 
-    before = thresholds_of(adapted)
-    try:
+    with restored_on_failure(adapted):
         found = learn_then_test(losses, num_settings - 1, max_risk=max_risk, confidence=confidence, on_test=on_test)
-    except BaseException:
-        set_thresholds(adapted, before)
-        raise
     share = 0 if found.chosen is None else (found.chosen + 1) / num_settings
     set_thresholds(adapted, thresholds_at(scores, share))
     return found

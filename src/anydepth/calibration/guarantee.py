@@ -40,8 +40,16 @@ class Guarantee:
         return {**asdict(self), "met": self.met}
 
 
+def check_bounds(max_risk: float, confidence: float) -> None:
+    """Raise `UserError` for bounds outside (0, 1)."""
+    for name, value in (("max_risk", max_risk), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise UserError(f"{name} is {value:g}; it must be between 0 and 1, such as 0.05 and 0.95")
+
+
 def least_sequences(max_risk: float, confidence: float) -> int:
     """So many are needed to show anything at all, even if none of them shows a loss."""
+    check_bounds(max_risk, confidence)
     return math.ceil(math.log(1 - confidence) / math.log(1 - max_risk))
 
 
@@ -61,9 +69,7 @@ def learn_then_test(
     Raises:
         UserError: bounds outside (0, 1).
     """
-    for name, value in (("max_risk", max_risk), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise UserError(f"{name} is {value:g}; it must be between 0 and 1, such as 0.05 and 0.95")
+    check_bounds(max_risk, confidence)
     trajectory: list[dict[str, float]] = []
     chosen, num_sequences = None, 0
     for number in range(num_settings):

@@ -126,51 +126,70 @@ def _bound_risk(arguments: dict[str, Any]) -> None:
     """`calibrate --max-risk`."""
     import math
 
-    from anydepth.calibration.budget import collect_scores
+    from anydepth.calibration.budget import collect_scores, set_thresholds, thresholds_of
     from anydepth.calibration.generated import bound_risk
     from anydepth.calibration.guarantee import least_sequences
     from anydepth.inference.engine import choose
-    from anydepth.measure.prompts import read_prompts, read_references
-    from anydepth.training.checkpoint import load_target
-    from anydepth.training.data import load_windows
+    from anydepth.training.checkpoint import has_adapter, load_target
 
     options = dict(arguments)
-    max_risk, confidence, new_tokens = options["max_risk"], options["confidence"], options["new_tokens"]
+    least = least_sequences(options["max_risk"], options["confidence"])
     printer = Printer(options["as_json"], options["quiet"])
-    adapted, tokenizer = load_target(options["target"], dtype=options["dtype"], device=options["device"], merge=True)
-    windows = load_windows(options["data"], tokenizer, options["sequence_length"], max_windows=options["num_windows"])
-    references = None
-    if options["prompts"] is not None:
-        texts = read_prompts(options["prompts"], tokenizer)[: options["num_prompts"]]
-        prompts = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
-        references = read_references(options["prompts"], tokenizer, len(prompts))
-    else:
-        length = options["prompt_tokens"]
-        prompts = list(load_windows(options["data"], tokenizer, length, max_windows=options["num_prompts"]))
-    scores = collect_scores(adapted, windows)
-    least = least_sequences(max_risk, confidence) if 0 < max_risk < 1 and 0 < confidence < 1 else 0
+    load = {"dtype": options["dtype"], "device": options["device"]}
+    adapted, tokenizer = load_target(options["target"], **load)
+    # As it would be run: with a LoRA adapter folded into the weights, which is then not there to be saved.
+    merged = load_target(options["target"], **load, merge=True)[0] if has_adapter(adapted) else adapted
+    windows, prompts, references = _risk_texts(options, tokenizer)
 
     def say(row: dict[str, float]) -> None:
         printer.progress(f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}")
 
     found = bound_risk(
-        adapted,
-        scores,
+        merged,
+        collect_scores(merged, windows),
         prompts,
-        new_tokens=new_tokens,
-        max_risk=max_risk,
-        confidence=confidence,
+        new_tokens=options["new_tokens"],
+        max_risk=options["max_risk"],
+        confidence=options["confidence"],
         risk=options["risk"],
         references=references,
-        engine=choose(adapted, options["engine"], None, printer.progress),
+        engine=choose(merged, options["engine"], None, printer.progress),
         on_test=say,
     )
+    set_thresholds(adapted, thresholds_of(merged))
     if not found.met:
         why = f"{len(prompts)} sequences are fewer than the {least} that any bound of this kind needs"
-        why = why if len(prompts) < least else f"not even the most careful setting could be shown to keep {max_risk:g}"
-        printer.progress(f"nothing is skipped: {why}")
+        few = len(prompts) < least
+        printer.progress(f"nothing is skipped: {why if few else 'no setting could be shown to keep the bound'}")
     risk = None if math.isnan(found.risk) else found.risk
     _finish(arguments, adapted, tokenizer, {**found.to_json(), "risk": risk}, printer)
+
+
+def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any], list[list[int]] | None]:
+    """Windows for scores, and prompts drawn at random from the rest for the risk, with references if they have them."""
+    import torch
+
+    from anydepth.measure.prompts import read_prompts, read_references
+    from anydepth.training.data import load_windows
+
+    generator, count = torch.Generator().manual_seed(options["seed"]), options["num_prompts"]
+    if options["prompts"] is not None:
+        texts = read_prompts(options["prompts"], tokenizer)
+        order = torch.randperm(len(texts), generator=generator)[:count].tolist()
+        references = read_references(options["prompts"], tokenizer, len(texts))
+        prompts = [tokenizer(texts[i], return_tensors="pt")["input_ids"][0] for i in order]
+        windows = load_windows(
+            options["data"], tokenizer, options["sequence_length"], max_windows=options["num_windows"]
+        )
+        return windows, prompts, None if references is None else [references[i] for i in order]
+    pieces = load_windows(options["data"], tokenizer, options["prompt_tokens"])
+    num_scored = max(options["num_windows"] * options["sequence_length"] // options["prompt_tokens"], 1)
+    pieces = pieces[torch.randperm(len(pieces), generator=generator)]
+    if len(pieces) <= num_scored:
+        raise UserError(
+            f"{options['data']} has {len(pieces)} pieces of {options['prompt_tokens']} tokens; give more text"
+        )
+    return pieces[:num_scored], list(pieces[num_scored : num_scored + count]), None
 
 
 def _check_bounds(target_speedup: float | None, max_perplexity_increase: float | None) -> None:

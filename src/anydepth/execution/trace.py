@@ -49,8 +49,7 @@ class PassRecord:
 
         def counted(states: Tensor, vocabulary: Tensor | None) -> Tensor:
             logits = logits_of(states, vocabulary)
-            num_tokens = self.num_real if states.shape[:2] == self.token_mask.shape else states.shape[0]
-            self.router_flops += 2 * num_tokens * states.shape[-1] * logits.shape[-1]
+            self.router_flops += 2 * states.numel() * logits.shape[-1]
             return logits
 
         return counted

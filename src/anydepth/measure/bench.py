@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.errors import UserError
+from anydepth.errors import RunError, UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
@@ -172,6 +172,7 @@ def _over(first: list[Pair], own: list[Pair], row: dict[str, Any]) -> dict[str, 
 def _row(
     adapted: AdaptedModel, batches: list[Batch], pairs: list[Pair], new_tokens: int, engine: Engine
 ) -> dict[str, Any]:
+    _check_lossless(adapted, pairs, engine)
     whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
     batch_size = batches[0]["input_ids"].shape[0]
     speedup = _ratio(pairs, lambda timing: timing.total)
@@ -202,6 +203,19 @@ def _row(
         ideal = (whole.full_depth - prefill.full_depth) / (whole.total - prefill.total)
         row["decode"] = _phase(_ratio(pairs, lambda timing: timing.decode), ideal)
     return row
+
+
+def _check_lossless(adapted: AdaptedModel, pairs: list[Pair], engine: Engine) -> None:
+    """Raise `RunError` where drafts changed the text. On the Hugging Face model in half precision a near tie may."""
+    if adapted.speculation is None or (engine is None and adapted.dtype != torch.float32):
+        return
+    for number, pair in enumerate(pairs):
+        if not torch.equal(pair.full.token_ids, pair.ours.token_ids):
+            place = int((pair.full.token_ids != pair.ours.token_ids).any(0).nonzero()[0])
+            raise RunError(
+                f"lossless decoding gave another text than full depth, in run {number} from token {place} on; no speed "
+                "is told for it; please report this model"
+            )
 
 
 def _drafts(pairs: list[Pair]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
 from anydepth.models.backbone import Backbone
 
+CHUNK = 256
+"""Tokens whose logits exist at a time."""
+
 
 class EarlyExitConfig(StrictConfig):
     """Options of `early_exit`."""
@@ -135,9 +138,8 @@ class EarlyExit(Method):
     def threshold(self, value: float) -> None:
         self.config = self.config.model_copy(update={"thresholds": -value})
 
-    def set_progress(self, progress: float) -> None:
-        self.progress = progress
-        self.step += 1
+    def set_progress(self, progress: float, step: int = 0) -> None:
+        self.progress, self.step = progress, step
 
     def begin(self, context: PassContext) -> None:
         self.gate = self.before = None
@@ -210,15 +212,13 @@ class EarlyExit(Method):
             assert self.before is not None, "the layer before is asked too"
             return F.cosine_similarity(hidden.float(), self.before.float(), dim=-1)
         assert context.logits_of is not None, "executions give the head"
-        logits = context.logits_of(hidden, self.vocabulary).float()
-        if kind == "max_probability":
-            return (logits.max(-1).values - logits.logsumexp(-1)).exp()
-        if kind == "margin":
-            first, second = logits.topk(2).values.unbind(-1)
-            whole = logits.logsumexp(-1)
-            return (first - whole).exp() - (second - whole).exp()
-        shares = logits.log_softmax(-1)
-        return 1 + (shares.exp() * shares).sum(-1) / math.log(logits.shape[-1])
+        asked = context.token_mask if self.gate is None else self.gate.keep
+        sure = hidden.new_zeros(asked.shape, dtype=torch.float32)
+        logits_of, vocabulary = context.logits_of, self.vocabulary
+        # Logits of a few tokens exist at a time: of a long prompt they would be larger than the model.
+        parts = [_sureness(kind, logits_of(part, vocabulary).float()) for part in hidden[asked].split(CHUNK)]
+        sure[asked] = torch.cat(parts) if parts else sure[asked]
+        return sure
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -259,6 +259,18 @@ class EarlyExit(Method):
             logit = context.evaluate(network, states)[..., 0]
             losses.append(F.binary_cross_entropy_with_logits(logit[real], differs[real]))
         return {"classifier": self.config.classifier_weight * torch.stack(losses).mean()}
+
+
+def _sureness(kind: str, logits: Tensor) -> Tensor:
+    """(N,) of (N, V) logits."""
+    whole = logits.logsumexp(-1)
+    if kind == "max_probability":
+        return (logits.max(-1).values - whole).exp()
+    if kind == "margin":
+        first, second = logits.topk(2).values.unbind(-1)
+        return (first - whole).exp() - (second - whole).exp()
+    shares = logits - whole[:, None]
+    return 1 + (shares.exp() * shares).sum(-1) / math.log(logits.shape[-1])
 
 
 def _logit(share: float) -> float:

@@ -73,7 +73,7 @@ class FFNRouter(Method):
         self.limits: list[float] = []
         self.capacity = config.capacity
 
-    def set_progress(self, progress: float) -> None:
+    def set_progress(self, progress: float, step: int = 0) -> None:
         first, last = self.config.initial_capacity, self.config.capacity
         self.capacity = last + (first - last) * max(1 - 2 * progress, 0)
 

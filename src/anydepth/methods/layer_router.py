@@ -129,7 +129,7 @@ class LayerRouter(Method):
         self.register_buffer("price", torch.zeros(()))  # the Lagrange multiplier
         self.register_buffer("baseline", torch.full((), math.inf))  # mean cost so far, once there is one
 
-    def set_progress(self, progress: float) -> None:
+    def set_progress(self, progress: float, step: int = 0) -> None:
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
         self.backward_temperature = first if last is None else first * (last / first) ** progress
 

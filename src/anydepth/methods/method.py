@@ -306,8 +306,8 @@ class Method(nn.Module):
         parts = [part[..., real] if part.shape[-2:] == real.shape else part for part in noted]
         return torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
 
-    def set_progress(self, progress: float) -> None:
-        """Step the schedules of the config to `progress` in [0, 1] of training."""
+    def set_progress(self, progress: float, step: int = 0) -> None:
+        """Step the schedules of the config to `progress` in [0, 1] of training, optimiser step `step`."""
 
     def begin(self, context: PassContext) -> None:
         """Called once per forward, before the first layer."""

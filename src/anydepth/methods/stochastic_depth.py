@@ -44,7 +44,7 @@ class StochasticDepth(Method):
         self.progress = 1.0
         self.gates: list[Gate] = []
 
-    def set_progress(self, progress: float) -> None:
+    def set_progress(self, progress: float, step: int = 0) -> None:
         self.progress = progress
 
     def probabilities(self) -> list[float]:

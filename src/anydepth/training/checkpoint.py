@@ -148,7 +148,10 @@ def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any
         if isinstance(part, Method)
     ]
     again = attach(detach(adapted), specs)
-    again.methods.load_state_dict(weights, strict=False)
+    try:
+        again.methods.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"an option of {', '.join(overrides)} gives its weights another shape; train it so") from error
     return again.eval()
 
 

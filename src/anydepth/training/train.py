@@ -143,7 +143,8 @@ class AdaptedTrainer(Trainer):
         methods = list(adapted.methods.values()) if isinstance(adapted, AdaptedModel) else []
         for number, method in enumerate(methods):
             assert isinstance(method, Method)
-            method.set_progress(self.state.global_step / max(self.settings.max_steps - 1, 1))
+            step = self.state.global_step
+            method.set_progress(step / max(self.settings.max_steps - 1, 1), step)
             method.reseed(_seed_of(self.seed, self.micro_step, number))
         with _execution(adapted, self.settings.execution):
             output = model(**inputs, use_cache=False)
