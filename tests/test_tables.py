@@ -14,6 +14,7 @@ TABLES = {
     "router_at_equal_time": ["benchmarks/run.py", "benchmarks/experiments/router_at_equal_time.yaml", "--table"],
     "variants_from_scratch": ["benchmarks/run.py", "benchmarks/experiments/variants_from_scratch.yaml", "--table"],
     "engine": ["benchmarks/engine.py", "--table"],
+    "hat": ["benchmarks/hat.py", "--table"],
 }
 
 
