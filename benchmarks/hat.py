@@ -91,9 +91,11 @@ def markdown(result: dict[str, Any]) -> str:
     budget = result["calibrated"]
     lines += [
         "",
-        f"Full depth of the same text: {result['as_trained']['full_depth_perplexity']:.1f}. Asked for "
-        f"{budget['target_speedup']:g}×, calibration chose thresholds that it measured at "
-        f"{budget['calibrated_speedup']:.2f}×; on other prompts they give {budget['measured_speedup']:.2f}×.",
+        (
+            f"Full depth of the same text: {result['as_trained']['full_depth_perplexity']:.1f}. Asked for "
+            f"{budget['target_speedup']:g}×, calibration chose thresholds that it measured at "
+            f"{budget['calibrated_speedup']:.2f}×; on other prompts they give {budget['measured_speedup']:.2f}×."
+        ),
     ]
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """Fills the generated parts of the pages while mkdocs builds them: what code or results say is written there once.
 
 A line `<!-- generate: WHAT -->` in a page is replaced: `options NAME` (a method's Config), `method NAME` (lossless,
-trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results`, `engine`,
-`result-files`. Not a script to run: mkdocs loads it as a hook.
+trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results`, `variants`, `hat`,
+`speculation`, `engine`, `result-files`. Not a script to run: mkdocs loads it as a hook.
 """
 
 from __future__ import annotations
@@ -74,6 +74,16 @@ def variants() -> str:
     return _of_readme("variants")
 
 
+def hat() -> str:
+    """The table of the trained hierarchical adaptive transformer in the README."""
+    return _of_readme("hat")
+
+
+def speculation() -> str:
+    """The tables of lossless decoding in the README."""
+    return _of_readme("speculation")
+
+
 def engine() -> str:
     """The tables of the fast engine in the README."""
     return _of_readme("engine")
@@ -103,6 +113,8 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "results": results,
     "variants": variants,
+    "hat": hat,
+    "speculation": speculation,
     "engine": engine,
     "result-files": result_files,
 }

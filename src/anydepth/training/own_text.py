@@ -10,7 +10,7 @@ licence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +107,19 @@ class Text:
 
 @dataclass
 class _Text:
-    """One that is being written: `ids`, all but the last of which the model has seen, and their states.
+    """One that is being written: `ids`, all but the last of which the model has seen.
 
     Attributes:
+        states: (most, taps, D), of which the first `num_seen` are there. One block: so many small ones would be
+            scattered over memory that is then never given back.
         asks: whether this is the question's turn, which is sampled. turn: tokens of the turn so far.
         answer: where the answer begins.
     """
 
     ids: list[int]
+    states: Tensor
+    num_seen: int = 0
     asks: bool = True
-    states: list[Tensor] = field(default_factory=list)
     turn: int = 0
     answer: int = 1
 
@@ -148,12 +151,14 @@ class Writer:
         ids = list(self.template.opening)
         if self.template.between and self.openings and torch.rand((), generator=self.generator) < self.config.opened:
             ids += self.openings[int(torch.randint(len(self.openings), (1,), generator=self.generator))]
-        return _Text(ids)
+        most = len(ids) + len(self.template.between) + self.config.max_question + self.config.max_answer
+        states = torch.empty(most, len(self.taps), self.model.backbone.hidden_size, dtype=self.model.dtype)
+        return _Text(ids, states)
 
     @torch.no_grad()
-    def step(self) -> list[_Text]:
+    def step(self) -> list[Text]:
         """A token more of each text; returns those that have ended."""
-        unseen = {slot: text.ids[len(text.states) :] for slot, text in self.texts.items()}
+        unseen = {slot: text.ids[text.num_seen :] for slot, text in self.texts.items()}
         longer = [slot for slot, ids in unseen.items() if len(ids) > 1]
         last: dict[int, Tensor] = {}
         for slot in longer:
@@ -177,7 +182,7 @@ class Writer:
                 self._end_turn(slot, text, ended)
         return ended
 
-    def _end_turn(self, slot: int, text: _Text, ended: list[_Text]) -> None:
+    def _end_turn(self, slot: int, text: _Text, ended: list[Text]) -> None:
         has_ended = text.ids[-1] in self.template.ends
         if text.asks and (self.template.between or not has_ended):
             if has_ended:
@@ -185,9 +190,9 @@ class Writer:
             text.ids += self.template.between
             text.asks, text.turn, text.answer = False, 0, len(text.ids)
             return
-        text.ids = text.ids[: len(text.states)]
         if not text.asks:
-            ended.append(text)
+            ids = torch.tensor(text.ids[: text.num_seen])
+            ended.append(Text(ids, text.states[: text.num_seen].clone(), text.answer))
         self.cache.rewind(slot, 0)
         self.texts[slot] = self._new()
 
@@ -201,9 +206,9 @@ class Writer:
             first = tap
         for number, slot in enumerate(slots):
             text = self.texts[slot]
-            tapped = torch.stack([part[number] for part in kept], dim=1)  # (N, taps, D)
-            text.states += list(tapped.cpu())
-            self.cache.lengths[slot] += len(ids[number])
+            seen, text.num_seen = text.num_seen, text.num_seen + len(ids[number])
+            text.states[seen : text.num_seen] = torch.stack([part[number] for part in kept], dim=1)
+            self.cache.lengths[slot] = text.num_seen
         return {slot: states[number][-1] for number, slot in enumerate(slots)}
 
 
@@ -246,16 +251,16 @@ def own_texts(
 
 def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
     """`ids` (N,), `lengths` of the texts, where their `answers` begin, and `states` (N, taps, D)."""
-    texts: list[_Text] = []
+    texts: list[Text] = []
     while sum(len(text.ids) for text in texts) < num_tokens:
         texts += writer.step()
     part = path.with_suffix(".part")
     save_file(
         {
-            "ids": torch.tensor([token for text in texts for token in text.ids], dtype=torch.int32),
+            "ids": torch.cat([text.ids for text in texts]).to(torch.int32),
             "lengths": torch.tensor([len(text.ids) for text in texts]),
             "answers": torch.tensor([text.answer for text in texts]),
-            "states": torch.cat([torch.stack(text.states) for text in texts]),
+            "states": torch.cat([text.states for text in texts]),
         },
         part,
     )
