@@ -15,19 +15,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from anydepth.config import StrictConfig, validate
+from anydepth.config import StrictConfig
 from anydepth.errors import UserError
 from anydepth.execution.cache import AdaptiveCache
 from anydepth.execution.gate import GatedLayer
 from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord, Trace
-from anydepth.methods import METHODS, method_class
+from anydepth.methods.compose import MethodSpec, build_methods
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import ExitState, Memory, Method, PassContext
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import Backbone
-
-MethodSpec = StrictConfig | Mapping[str, Any]
 
 
 class AdaptedModel(nn.Module):
@@ -39,12 +37,11 @@ class AdaptedModel(nn.Module):
         backbone: the structural view of the model.
     """
 
-    def __init__(self, model: nn.Module, configs: Sequence[StrictConfig]) -> None:
+    def __init__(self, model: nn.Module, specs: Sequence[MethodSpec]) -> None:
         super().__init__()
         self.backbone = Backbone(model)
         _refuse_second_attachment(self.backbone)
-        methods = [_build(config, self.backbone) for config in configs]
-        _refuse_conflicts(methods)
+        methods = build_methods(specs, self.backbone)
         self.backbone.verify()
         self.model = model
         self.methods = nn.ModuleDict({method.name: method for method in methods})
@@ -331,30 +328,12 @@ def attach(model: nn.Module, methods: MethodSpec | Sequence[MethodSpec]) -> Adap
     Raises:
         UserError: unsupported model, unknown method, or an option that does not fit the model.
     """
-    specs = [methods] if isinstance(methods, StrictConfig | Mapping) else list(methods)
-    return AdaptedModel(model, [_config(spec, f"methods[{i}]") for i, spec in enumerate(specs)])
+    return AdaptedModel(model, [methods] if isinstance(methods, StrictConfig | Mapping) else list(methods))
 
 
 def detach(adapted: AdaptedModel) -> nn.Module:
     """Take the methods off again; returns the model as it was before `attach`."""
     return adapted.remove()
-
-
-def _config(spec: MethodSpec, where: str) -> StrictConfig:
-    if isinstance(spec, StrictConfig):
-        return spec
-    options = dict(spec)
-    return validate(method_class(options.pop("name", None), where).Config, options, where=where)
-
-
-def _build(config: StrictConfig, backbone: Backbone) -> Method:
-    for name, method in METHODS.items():
-        if type(config) is method.Config:
-            try:
-                return method(config, backbone)
-            except ValueError as error:
-                raise UserError(f"{name}: {error}") from error
-    raise UserError(f"{type(config).__name__} is not a method's Config; methods are {', '.join(METHODS)}")
 
 
 def _refuse_second_attachment(backbone: Backbone) -> None:
@@ -364,33 +343,6 @@ def _refuse_second_attachment(backbone: Backbone) -> None:
             f"this model has methods attached already ({', '.join(owner.methods)}); anydepth.detach it first, "
             "or attach all methods at once as a list"
         )
-
-
-def _refuse_conflicts(methods: list[Method]) -> None:
-    names = [method.name for method in methods]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"method {name} is given twice; one of each can be attached")
-    for method in methods:
-        if method.kv_rule == "recompute":
-            _refuse_beside(method, [other for other in methods if other is not method])
-    by_rule = {method.kv_rule: method.name for method in methods if method.kv_rule is not None}
-    if len(by_rule) > 1:
-        raise UserError(
-            f"tokens that {by_rule['project']} lets skip leave K/V (project), those of {by_rule['omit']} none (omit); "
-            "give both methods the same kv_rule"
-        )
-
-
-def _refuse_beside(method: Method, others: list[Method]) -> None:
-    """What `method` runs later is full depth: nobody else may decide about it."""
-    for other in others:
-        in_training = method.decides_in_training and other.decides_in_training
-        if in_training or (method.decides_at_inference and other.decides_at_inference):
-            raise UserError(
-                f"{method.name} with kv_rule recompute runs missing layers later, at full depth, where {other.name} "
-                "would have to decide again; attach it alone, or use kv_rule propagate"
-            )
 
 
 def _tokens(kwargs: dict[str, Any], num_seen: int) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel, MethodSpec, attach, detach
+from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.measure.results import write_json
+from anydepth.methods.compose import MethodSpec
 from anydepth.methods.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import unwrap
