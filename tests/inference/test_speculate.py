@@ -389,7 +389,7 @@ def test_padding_is_no_text_to_look_up() -> None:
         ({"exit_layers": [0]}, "at least one layer"),
         ({"max_draft": 0}, "max_draft"),
         ({"network": {"taps": [7]}}, "taps"),
-        ({"network": {"taps": [2, 4]}}, "last layer"),
+        ({"network": {"taps": [2, 4]}}, "the last must be 6"),
         ({"exit_layers": [3], "exit_vocabulary": 999}, "257 tokens"),
         ({"network": {"taps": [2, 6]}, "exit_layers": [3]}, "behind exit_layers"),
         ({"draft": 3}, "unknown key"),

@@ -42,13 +42,13 @@ CASES: dict[str, Spec] = {
     "mixture_of_depths": {"name": "mixture_of_depths"},
     "exit_gate": {"name": "exit_gate", "layers": [1, 3], "widths": [4]},
     "exit_recompute": {"name": "exit_gate", "layers": [1, 3], "widths": [4], "kv_rule": "recompute"},
-    "early_exit": {"name": "early_exit", "layers": [1, 3], "thresholds": [0.3, 0.4]},
-    "early_exit_cosine": {"name": "early_exit", "layers": [2, 3], "confidence": "cosine", "thresholds": 0.5},
+    "early_exit": {"name": "early_exit", "layers": [1, 3], "thresholds": [0.14, 0.12]},
+    "early_exit_cosine": {"name": "early_exit", "layers": [2, 3], "confidence": "cosine", "thresholds": 0.8},
     "early_exit_recompute": {
         "name": "early_exit",
         "layers": [2, 4],
         "confidence": "margin",
-        "thresholds": 0.3,
+        "thresholds": 0.06,
         "kv_rule": "recompute",
     },
     "early_exit_classifier": {"name": "early_exit", "layers": [1, 3], "confidence": "classifier", "thresholds": 0.5},
@@ -101,7 +101,7 @@ def logits_of(adapted: AdaptedModel, ids: Tensor, **options: Any) -> Tensor:
 
 def assert_mixed(adapted: AdaptedModel) -> None:
     """Router cases decide differently for different tokens; else the checks below would prove little."""
-    if {"layer_router", "mixture_of_depths", "exit_gate"} & set(adapted.methods):
+    if {"layer_router", "mixture_of_depths", "exit_gate", "early_exit"} & set(adapted.methods):
         share = adapted.last_trace.ffn_keep.float().mean((1, 2))
         assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
 
