@@ -15,6 +15,7 @@ TABLES = {
     "variants_from_scratch": ["benchmarks/run.py", "benchmarks/experiments/variants_from_scratch.yaml", "--table"],
     "engine": ["benchmarks/engine.py", "--table"],
     "hat": ["benchmarks/hat.py", "--table"],
+    "speculation": ["benchmarks/speculation.py", "--table"],
 }
 
 

@@ -37,6 +37,9 @@ class Guess:
     confidence: int
 
 
+CATCH_UP = 8
+"""Tokens that a trained drafter reads with its next guess, at most; more are read before."""
+
 Choose = Callable[[Sequence[Row], Tensor, Tensor | None], tuple[list[int], list[float]]]
 """The tokens that rows would take, out of (R, V') logits of all tokens or of a vocabulary (V',), and their shares."""
 
@@ -230,6 +233,15 @@ class Trained(Drafter):
         return NativeLinear([pack_panels(dense, kind, self.model.memory)], self.model.dtype, self.model.memory)
 
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
+        self._run([row for row in rows if row.draft or self.rows[row.slot].unread])
+        features = [self.rows[row.slot].feature for row in rows]
+        last = torch.cat([part for part in features if part is not None])
+        return _guesses(*choose(rows, self.head(last), self.vocabulary))
+
+    def _run(self, rows: Sequence[Row]) -> None:
+        """The layer over what each row has not read yet, or over its last guess."""
+        if not rows:
+            return
         states = [self._inputs(row) for row in rows]
         whole = states[0] if len(rows) == 1 else torch.cat(states)
         parts = list(self.join(whole).split([len(part) for part in states]))
@@ -240,8 +252,6 @@ class Trained(Drafter):
             reading.feature = part[-1:]
             if not row.draft:
                 reading.num_read += len(part)
-        last = torch.cat([part[-1:] for part in parts])
-        return _guesses(*choose(rows, self.head(last), self.vocabulary))
 
     def _inputs(self, row: Row) -> Tensor:
         """(N, 2 · D) what stands for each token, and the embedding of the one behind."""
@@ -260,6 +270,8 @@ class Trained(Drafter):
     def settle(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self.rows.setdefault(row.slot, _Reading()).unread.append(torch.cat(row.fresh, dim=1))
+        # Prompts, and what others have drafted for long, are not part of what a guess costs.
+        self._run([row for row in rows if sum(map(len, self.rows[row.slot].unread)) > CATCH_UP])
 
 
 def drafters_of(
