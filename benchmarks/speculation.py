@@ -248,7 +248,7 @@ def markdown(sections: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS))
     parser.add_argument("--limit", type=int, help="prompts of each category")
     parser.add_argument("--drafters", nargs="*", help="by name; all when left out")
     parser.add_argument("--out", type=Path, default=RESULT)
