@@ -39,7 +39,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def tiny_llama(seed: int = 0, *, vocab_size: int = 257, intermediate_size: int = 48) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, *, vocab_size: int = 257, intermediate_size: int = 48, max_position_embeddings: int = WINDOW
+) -> LlamaForCausalLM:
     """Six layers of random weights, large enough that every error shows."""
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -48,7 +50,7 @@ def tiny_llama(seed: int = 0, *, vocab_size: int = 257, intermediate_size: int =
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=WINDOW,
+        max_position_embeddings=max_position_embeddings,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,

@@ -17,6 +17,7 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference import choice, speculate
 from anydepth.inference.choice import KEPT_NOISE, Noise
 from anydepth.inference.drafters import Lookup
+from anydepth.inference.engine.native import same_bits_until
 from anydepth.inference.targets import Row
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from tiny import byte_tokenizer, tiny_llama
@@ -323,6 +324,19 @@ def test_many_rows_still_have_the_bits_of_full_depth() -> None:
     for num_rows in (8, 24):
         wanted, ours = both(adapted, FastEngine(adapted), prompts(num_rows), do_sample=False)
         assert torch.equal(wanted, ours)
+
+
+def test_contexts_whose_attention_is_cut_into_larger_parts() -> None:
+    """Passes do not reach over the places where the parts double: there the bits would be others."""
+    ids = torch.randint(3, 100, (1, 100), generator=torch.Generator().manual_seed(0)).repeat(1, 3)[:, :240]
+    model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
+    adapted = anydepth.attach(model, [{**ALONE, "max_draft": 8}, {"name": "skip_set", "skip_layers": [2]}]).eval()
+    engine = FastEngine(adapted)
+    for start in range(0, 60, 7):
+        batch = {"input_ids": ids[:, start:], "attention_mask": torch.ones_like(ids[:, start:])}
+        wanted, ours = both(adapted, engine, batch, do_sample=False, max_new_tokens=90, eos_token_id=None)
+        assert torch.equal(wanted, ours)
+    assert same_bits_until(1, 2) <= same_bits_until(257, 2) and same_bits_until(300, 2) >= 300
 
 
 def test_the_state_of_chance_is_that_of_full_depth() -> None:

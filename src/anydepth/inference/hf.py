@@ -103,6 +103,9 @@ class HFTarget:
             logits.append(own)
         return logits
 
+    def room(self, row: Row) -> int | None:
+        return None
+
     def settle(self, rows: Sequence[Row], num_taken: Sequence[int]) -> None:
         for row in rows:
             row.early = []

@@ -183,7 +183,8 @@ class Speculation:
 
     def _room(self, row: Row, limit: int) -> int:
         """The same, of one row: the model itself adds one."""
-        room = self.stops.room(row)
+        room, same = self.stops.room(row), self.target.room(row)
+        limit = limit if same is None else min(limit, same)
         return limit if room is None else min(limit, room - 1)
 
     def _worth_it(self, drafter: Drafter, plans: list[Plan]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anydepth.inference.engine.model import EngineModel
-from anydepth.inference.engine.native import MAX_TOKENS
+from anydepth.inference.engine.native import MAX_TOKENS, same_bits_until
 from anydepth.methods.method import Method
 
 
@@ -78,6 +78,10 @@ class Target(Protocol):
 
     def verify(self, rows: Sequence[Row]) -> list[Tensor]:
         """(K + 1, V) logits of each row behind its last token and each of its K drafted ones, at full depth."""
+        ...
+
+    def room(self, row: Row) -> int | None:
+        """Tokens that a row may draft, for the same reason; None: any number."""
         ...
 
     def settle(self, rows: Sequence[Row], num_taken: Sequence[int]) -> None:
@@ -149,6 +153,10 @@ class EngineTarget:
                 self.cache.rewind(row.slot, row.num_seen)
         states = self._through(rows, states, self.exit_layer)
         return list(self.model.logits(torch.cat(states)).split([len(part) for part in states]))
+
+    def room(self, row: Row) -> int | None:
+        length = row.num_seen + 1
+        return None if self.max_tokens is None else same_bits_until(length, self.model.layers[0].num_kv_heads) - length
 
     def settle(self, rows: Sequence[Row], num_taken: Sequence[int]) -> None:
         for row, count in zip(rows, num_taken, strict=True):

@@ -36,6 +36,8 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "
 MAX_TOKENS = 64
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
 MAX_HEAD_DIM = 256
+CHUNK, MAX_SPLITS = 64, 16
+"""Of attention.h: keys of the smallest part, and parts at most."""
 MAX_WIDTH = 8192
 """Of a layer of a gate's MLP; a wider one is for PyTorch."""
 ROWS_AT_ONCE = 128
@@ -169,6 +171,21 @@ def why_not(dtype: torch.dtype, device: torch.device, head_dim: int = 0) -> str 
     except BuildError as error:
         return str(error)
     return None
+
+
+def same_bits_until(length: int, num_kv_heads: int) -> int:
+    """Up to which length, from `length` on, tokens of one pass have the bits that they have alone.
+
+    Attention cuts long contexts into larger parts (`Parts` of attention.h): a pass must not reach over such a place.
+    """
+    num_threads = torch.get_num_threads()
+    most = -(-4 * num_threads // num_kv_heads)
+    while most * num_kv_heads % num_threads:
+        most += 1
+    until = min(most, MAX_SPLITS - 2) * CHUNK
+    while until < length:
+        until *= 2
+    return until
 
 
 def rotation_structs(tables: Sequence[tuple[Tensor, Tensor]]) -> Any:
