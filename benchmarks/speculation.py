@@ -1,6 +1,6 @@
 """Lossless decoding on the 240 prompts of spec_bench: `results/speculation.json`.
 
-    python benchmarks/speculation.py [speed|peers|lossless|bfloat16 …] [--limit N]
+    python benchmarks/speculation.py [speed|peers|lossless|bfloat16 …] [--limit N] [--drafters NAME …]
 
 speed: full depth and lossless in turn on the fast engine, bfloat16, batch 1, 64 tokens, by category; with the drafter
 that comes with the package, and with each of its parts. peers: what transformers has, on two prompts of each category,

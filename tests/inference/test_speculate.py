@@ -311,7 +311,7 @@ def test_a_search_goes_on_while_text_is_generated_and_keeps_the_best() -> None:
     for seed in range(3):
         engine.generate(**prompts(1, seed), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert engine.drafting is not None
-    drafter: Any = engine.drafting[1].drafters[0]
+    drafter: Any = engine.drafting.drafters[0]
     seen = drafter.proposals.seen
     assert len(seen) >= 5 and all(len(layers) == 2 and 0 <= share <= 1 for layers, share in seen.items())
     assert seen[tuple(sorted(drafter.method.closed_layers))] == max(seen.values())
@@ -379,8 +379,22 @@ def test_nothing_of_a_generation_is_kept() -> None:
     engine = FastEngine(adapted)
     engine.generate(**prompts(2), max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert engine.drafting is not None
-    for drafter in engine.drafting[1].drafters:
-        assert drafter.target is None and "cache" not in vars(drafter)
+    for drafter in engine.drafting.drafters:
+        assert drafter.target is None and getattr(drafter, "cache", None) is None
+        assert not getattr(drafter, "rows", None) and not getattr(drafter, "indices", None)
+
+
+def test_a_prompt_that_fails_says_why() -> None:
+    """Nothing has begun to draft then: what is stopped was never started."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["everything"]).eval()
+    engine = FastEngine(adapted)
+
+    def fails(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    engine.model.run_layers = fails  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(**prompts(2), max_new_tokens=4, do_sample=False, pad_token_id=0)
 
 
 def test_the_trained_drafter_is_of_the_fast_engine() -> None:

@@ -44,7 +44,9 @@ def texts_of(adapted: AdaptedModel, folder: Path, *, chat: bool = True) -> list[
     tokenizer = byte_tokenizer()
     if chat:
         tokenizer.chat_template = CHAT
-    return own_texts(adapted, tokenizer, network_of(adapted).taps, CONFIG, folder)
+    texts, seconds = own_texts(adapted, tokenizer, network_of(adapted).taps, CONFIG, folder)
+    assert seconds > 0
+    return texts
 
 
 @torch.no_grad()
@@ -148,8 +150,8 @@ def test_the_drafter_reads_every_token_once(monkeypatch: pytest.MonkeyPatch) -> 
     engine, seen = FastEngine(adapted), []
     own = Trained._inputs
 
-    def noted(self: Trained, row: Row) -> Any:
-        inputs = own(self, row)
+    def noted(self: Trained, row: Row, cache: Any) -> Any:
+        inputs = own(self, row, cache)
         if not row.draft:
             seen.append((row.slot, self.rows[row.slot].num_read, len(inputs), row.num_seen))
         return inputs

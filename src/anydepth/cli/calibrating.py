@@ -57,7 +57,12 @@ def calibrate(
         if target_speedup is not None or max_perplexity_increase is not None:
             raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other")
         _bound_risk(arguments)
-        return
+    else:
+        _meet_bounds(arguments)
+
+
+def _meet_bounds(options: dict[str, Any]) -> None:
+    """`calibrate --target-speedup` and `--max-perplexity-increase`."""
     from anydepth.calibration.budget import collect_scores, find_budget, set_thresholds, thresholds_of
     from anydepth.inference.engine import choose
     from anydepth.measure.bench import load_prompts, paired_speedups
@@ -65,18 +70,20 @@ def calibrate(
     from anydepth.training.checkpoint import has_adapter, load_target
     from anydepth.training.data import load_windows
 
+    target_speedup, max_perplexity_increase = options["target_speedup"], options["max_perplexity_increase"]
     _check_bounds(target_speedup, max_perplexity_increase)
-    printer = Printer(as_json, quiet)
-    adapted, tokenizer = load_target(target, dtype=dtype, device=device)
-    windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
+    printer, num_runs = Printer(options["as_json"], options["quiet"]), options["num_runs"]
+    load, data = {"dtype": options["dtype"], "device": options["device"]}, options["data"]
+    adapted, tokenizer = load_target(options["target"], **load)
+    windows = load_windows(data, tokenizer, options["sequence_length"], max_windows=options["num_windows"])
     scores = collect_scores(adapted, windows)
     measures: dict[str, Any] = {}
     if target_speedup is not None:
         timed = adapted  # as it would be run: with a LoRA adapter folded into the weights
         if has_adapter(adapted):
-            timed, _ = load_target(target, dtype=dtype, device=device, merge=True)
-        fast = choose(timed, engine, None, printer.progress)
-        texts = load_prompts(timed, tokenizer, data, [prompt_tokens], new_tokens)[:num_runs]
+            timed, _ = load_target(options["target"], **load, merge=True)
+        fast, new_tokens = choose(timed, options["engine"], None, printer.progress), options["new_tokens"]
+        texts = load_prompts(timed, tokenizer, data, [options["prompt_tokens"]], new_tokens)[:num_runs]
 
         def speedups() -> list[float]:
             set_thresholds(timed, thresholds_of(adapted))
@@ -103,7 +110,7 @@ def calibrate(
         on_try=say,
         **measures,
     )
-    _finish(arguments, adapted, tokenizer, {"met": True, **found.to_json()}, printer)
+    _finish(options, adapted, tokenizer, {"met": True, **found.to_json()}, printer)
 
 
 def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dict[str, Any], printer: Printer) -> None:
@@ -122,7 +129,7 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
     printer.result(result, show_calibration)
 
 
-def _bound_risk(arguments: dict[str, Any]) -> None:
+def _bound_risk(options: dict[str, Any]) -> None:
     """`calibrate --max-risk`."""
     import math
 
@@ -132,7 +139,6 @@ def _bound_risk(arguments: dict[str, Any]) -> None:
     from anydepth.inference.engine import choose
     from anydepth.training.checkpoint import has_adapter, load_target
 
-    options = dict(arguments)
     least = least_sequences(options["max_risk"], options["confidence"])
     printer = Printer(options["as_json"], options["quiet"])
     load = {"dtype": options["dtype"], "device": options["device"]}
@@ -162,7 +168,7 @@ def _bound_risk(arguments: dict[str, Any]) -> None:
         few = len(prompts) < least
         printer.progress(f"nothing is skipped: {why if few else 'no setting could be shown to keep the bound'}")
     risk = None if math.isnan(found.risk) else found.risk
-    _finish(arguments, adapted, tokenizer, {**found.to_json(), "risk": risk}, printer)
+    _finish(options, adapted, tokenizer, {**found.to_json(), "risk": risk}, printer)
 
 
 def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any], list[list[int]] | None]:

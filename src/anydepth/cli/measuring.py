@@ -150,16 +150,15 @@ def bench(
         )
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
     engines = _engines(adapted, engine, weights, compiled, printer.progress)
-    if requests is not None and requests < 1:
-        raise UserError(f"--requests is a number of at least 1; came {requests}")
-    if requests is not None and None in engines:
-        raise UserError("--requests is continuous batching, which the fast engine has; add --engine fast")
+    _check_requests(requests, engines)
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
 
-    def say(row: dict[str, Any]) -> None:
-        printer.progress(bench_line(row))
-
-    shared: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens, "engines": engines, "on_row": say}
+    shared: dict[str, Any] = {
+        "batch_sizes": sizes,
+        "new_tokens": new_tokens,
+        "engines": engines,
+        "on_row": lambda row: printer.progress(bench_line(row)),
+    }
     if prompts is not None:
         texts = read_prompts(prompts, tokenizer)
         rows = bench_prompts(adapted, tokenizer, texts, **shared)
@@ -168,16 +167,21 @@ def bench(
         windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
         rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)
         ids = [window[: lengths[0]] for window in windows]
-    queues = [
-        row
-        for fast in engines
-        if fast is not None and requests is not None
-        for row in throughput(
-            fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens, num_runs=num_runs
-        )
-    ]
+    queues = []
+    if requests is not None:
+        for fast in engines:
+            queues += throughput(
+                fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens, num_runs=num_runs
+            )
     result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows, queues=queues)
     printer.result(result, show_bench)
+
+
+def _check_requests(requests: int | None, engines: list[Any]) -> None:
+    if requests is not None and requests < 1:
+        raise UserError(f"--requests is a number of at least 1; came {requests}")
+    if requests is not None and None in engines:
+        raise UserError("--requests is continuous batching, which the fast engine has; add --engine fast")
 
 
 def _with_methods(target: str, against: list[str], options: list[str], dtype: str, device: str) -> tuple[Any, Any]:

@@ -53,7 +53,8 @@ class AdaptedModel(nn.Module):
         self._enabled = True
         self._sparse = True
         self._stand_ins: list[Method] | None = None
-        self.draft_counts: Any = None
+        self.draft_counts: Any = None  # of the last generation that speculated, and how the model itself does
+        self.drafting: Any = None
         self._install()
 
     # --- in and out of the model ---------------------------------------------------------------------------------

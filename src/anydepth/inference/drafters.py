@@ -7,6 +7,7 @@ each token in which of its classes of confidence it is; how often tokens of a cl
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from anydepth.calibration.bayesian import Proposals, inner
 from anydepth.inference.economy import NUM_CLASSES
+from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.model import EngineModel, run_layers
 from anydepth.inference.engine.native import NativeLinear
@@ -26,7 +28,7 @@ from anydepth.methods.method import LogitsOf, Method
 from anydepth.methods.self_speculation import OnlineSearchConfig, SelfSpeculation
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import Norm, Weights, layer_parts, norm_of
+from anydepth.models.llama_like import Weights, layer_parts, norm_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ Choose = Callable[[Sequence[Row], Tensor, Tensor | None], tuple[list[int], list[
 """The tokens that rows would take, out of (R, V') logits of all tokens or of a vocabulary (V',), and their shares."""
 
 
-class Drafter:
+class Drafter(ABC):
     """Base of all. Between `start` and `stop` it holds what belongs to one generation, and nothing of it afterwards."""
 
     name: str
@@ -54,11 +56,11 @@ class Drafter:
         """A generation begins; the prompts' states are in `row.fresh`."""
         self.target = target
 
+    @abstractmethod
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
         """What stands behind `row.last` in each row; None: it has no idea."""
-        raise NotImplementedError
 
-    def settle(self, rows: Sequence[Row]) -> None:
+    def settle(self, rows: Sequence[Row]) -> None:  # noqa: B027 (most have nothing to do)
         """Rows have taken what was verified; `row.fresh` has the states of what they took."""
 
     def stop(self) -> None:
@@ -156,9 +158,12 @@ class Lookup(Drafter):
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self.sizes = range(longest, shortest - 1, -1)
 
-    def start(self, target: Target, num_rows: int) -> None:
         self.indices: dict[int, _Index] = {}
         self.following: dict[int, tuple[int, int]] = {}  # by slot: place of the next guess, and how sure
+
+    def stop(self) -> None:
+        super().stop()
+        self.indices, self.following = {}, {}
 
     def confidence(self, row: Row) -> int | None:
         """Of its next guess; None: it would have none."""
@@ -215,16 +220,17 @@ class Trained(Drafter):
         parts = layer_parts(network.view(model.backbone))
         self.layer = EngineLayer(parts, kind, model.dtype, model.rotations.kinds, model.memory)
         self.read, self.join = (self._linear(part.weight, kind) for part in (network.read, network.join))
-        norm = norm_of(network.norm)
-        assert isinstance(norm, Norm)
-        self.head = model.head_of(norm, kind, network.vocabulary)
-
-    def start(self, target: Target, num_rows: int) -> None:
-        self.cache = self.model.new_cache(num_rows, num_layers=1)
+        self.head = model.head_of(norm_of(network.norm), kind, network.vocabulary)
+        self.cache: EngineCache | None = None
         self.rows: dict[int, _Reading] = {}
 
+    def start(self, target: Target, num_rows: int) -> None:
+        super().start(target, num_rows)
+        self.cache = self.model.new_cache(num_rows, num_layers=1)
+
     def stop(self) -> None:
-        del self.cache, self.rows
+        super().stop()
+        self.cache, self.rows = None, {}
 
     def _linear(self, weight: Tensor, kind: str) -> Linear:
         dense = Weights(weight.detach(), None)
@@ -242,7 +248,8 @@ class Trained(Drafter):
         """The layer over what each row has not read yet, or over its last guess."""
         if not rows:
             return
-        states = [self._inputs(row) for row in rows]
+        assert self.cache is not None, "started"
+        states = [self._inputs(row, self.cache) for row in rows]
         whole = states[0] if len(rows) == 1 else torch.cat(states)
         parts = list(self.join(whole).split([len(part) for part in states]))
         slots = [row.slot for row in rows]
@@ -253,14 +260,14 @@ class Trained(Drafter):
             if not row.draft:
                 reading.num_read += len(part)
 
-    def _inputs(self, row: Row) -> Tensor:
+    def _inputs(self, row: Row, cache: EngineCache) -> Tensor:
         """(N, 2 · D) what stands for each token, and the embedding of the one behind."""
         reading = self.rows[row.slot]
         if row.draft:
             assert reading.feature is not None
             states, ids = reading.feature, row.draft[-1:]
         else:
-            self.cache.rewind(row.slot, reading.num_read)
+            cache.rewind(row.slot, reading.num_read)
             states = self.read(torch.cat(reading.unread))
             reading.unread = []
             ids = row.ids[-len(states) :]

@@ -16,9 +16,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.cache import AdaptiveCache
-from anydepth.inference.drafters import drafters_of
 from anydepth.inference.loop import check_mode, generate_by
-from anydepth.inference.speculate import Setup, decode, records_of
+from anydepth.inference.speculate import decode, records_of, setup_of
 from anydepth.inference.targets import Row
 from anydepth.methods.method import Gate, KVRule, Method, PassContext
 from anydepth.methods.self_speculation import SelfSpeculation
@@ -126,8 +125,6 @@ def speculate(adapted: AdaptedModel, *args: Any, **kwargs: Any) -> Tensor:
     Raises:
         UserError: a model with recurrent layers, whose states cannot go back.
     """
-    method = adapted.speculation
-    assert method is not None
     if "recurrent" in adapted.backbone.layer_types():
         raise UserError("self_speculation takes back what was wrong, which a recurrent layer's state cannot; detach it")
     if kwargs.get("past_key_values") is not None:
@@ -144,9 +141,10 @@ def speculate(adapted: AdaptedModel, *args: Any, **kwargs: Any) -> Tensor:
     ) -> Tensor:
         check_mode(generation_config, "self_speculation")
         mask = options.get("attention_mask")
+        adapted.drafting = setup_of(adapted, adapted.drafting, adapted.backbone.logits_of, None)
         ids, adapted.draft_counts = decode(
             HFTarget(adapted),
-            _setup_of(adapted, method),
+            adapted.drafting,
             input_ids,
             mask,
             logits_processor,
@@ -158,19 +156,3 @@ def speculate(adapted: AdaptedModel, *args: Any, **kwargs: Any) -> Tensor:
         return ids
 
     return generate_by(loop, adapted, *args, **kwargs)
-
-
-def _setup_of(adapted: AdaptedModel, method: SelfSpeculation) -> Setup:
-    """Drafters of a method, and what was learned of them, kept with it.
-
-    Raises:
-        UserError: nothing to draft with here.
-    """
-    key = (method.config, tuple(adapted.draft_methods))
-    if method.setup is None or method.setup[0] != key:
-        backbone, config = adapted.backbone, method.config
-        drafters = drafters_of(method, adapted.draft_methods, backbone, backbone.logits_of, None)
-        if not drafters:
-            raise UserError("the trained drafter runs on the fast engine; use engine fast, or let lookup draft as well")
-        method.setup = key, Setup(drafters, config.max_draft, config.adaptive, adapted.config.vocab_size)
-    return method.setup[1]

@@ -18,23 +18,56 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.choice import Choice, Stops, largest
 from anydepth.inference.counts import Counts
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced
+from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, drafters_of
 from anydepth.inference.economy import FIRST, NUM_CLASSES, TRY_AGAIN, Economy
 from anydepth.inference.targets import Row, Target
+from anydepth.methods.draft_network import DraftNetwork
+from anydepth.methods.method import LogitsOf
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How an engine drafts, kept from one generation to the next."""
+    """How drafts are made, kept from one generation to the next for as long as `made_of` is the same."""
 
+    made_of: Any
     drafters: Sequence[Drafter]
     max_draft: int
     adaptive: bool
     vocabulary_size: int
     economy: Economy = field(default_factory=Economy)
+
+
+def setup_of(
+    adapted: AdaptedModel, known: Setup | None, logits_of: LogitsOf, trained: Callable[[DraftNetwork], Drafter] | None
+) -> Setup:
+    """The one that is known, or a new one if a method or an option has changed.
+
+    Args:
+        logits_of: of states of any depth.
+        trained: a drafter with a trained network; None: there is none here.
+
+    Raises:
+        UserError: nothing to draft with.
+    """
+    method, others = adapted.speculation, tuple(adapted.draft_methods)
+    assert method is not None
+    config, network = method.config, method.network
+    made_of = (config, network, others)
+    if known is not None and known.made_of == made_of:
+        return known
+    own = None if network is None or trained is None else trained(network)
+    drafters = drafters_of(method, others, adapted.backbone, logits_of, own)
+    if not drafters:
+        raise UserError(
+            "there is nothing to draft with: the trained drafter runs on the fast engine; use engine fast, let lookup "
+            "draft, or name exit_layers"
+        )
+    return Setup(made_of, drafters, config.max_draft, config.adaptive, adapted.config.vocab_size)
 
 
 def records_of(ids: Tensor, attention_mask: Tensor | None, num_prompt: int, num_layers: int) -> list[PassRecord]:
@@ -91,10 +124,11 @@ def decode(
 
 @dataclass(eq=False)
 class Plan:
-    """How a row drafts in one round: with what, how sure, and how likely all of it is right."""
+    """How a row drafts in one round: with what, at most how many, how sure, and how likely all of it is right."""
 
     row: Row
     drafter: Drafter | None
+    limit: int
     is_trial: bool
     confidences: list[int] = field(default_factory=list)
     reached: float = 1.0
@@ -148,18 +182,21 @@ class Speculation:
     def _draft(self, rows: list[Row]) -> list[Plan]:
         """Let each row draft for as long as it pays."""
         candidates, trial = self._candidates()
-        plans = [Plan(row, self._drafter_for(row, candidates, trial), trial is not None) for row in rows]
+        most = self._most(len(rows))
+        plans = [
+            Plan(row, self._drafter_for(row, candidates, trial), self._limit(row, most), trial is not None)
+            for row in rows
+        ]
         exits = [plan.drafter for plan in plans if isinstance(plan.drafter, FirstLayers)]
         self.target.exit_layer = exits[0].num_layers if exits else 0
-        limit = self._limit(len(rows))
-        drafting = [plan for plan in plans if plan.drafter is not None and self._room(plan.row, limit) > 0]
+        drafting = [plan for plan in plans if plan.drafter is not None and plan.limit > 0]
         while drafting:
             going_on: list[Plan] = []
             for drafter in candidates:
                 own = [plan for plan in drafting if plan.drafter is drafter]
                 if own and self._worth_it(drafter, own):
                     going_on += self._guess(drafter, own)
-            drafting = [plan for plan in going_on if len(plan.row.draft) < self._room(plan.row, limit)]
+            drafting = [plan for plan in going_on if len(plan.row.draft) < plan.limit]
         return plans
 
     def _candidates(self) -> tuple[list[Drafter], Drafter | None]:
@@ -176,16 +213,16 @@ class Speculation:
         best = max(exits, key=self._worth, default=None)
         return [one for one in self.drafters if one is best or not isinstance(one, FirstLayers)], None
 
-    def _limit(self, num_rows: int) -> int:
+    def _most(self, num_rows: int) -> int:
         """Tokens that each row may draft, so that a verification is still one pass of few tokens."""
         most = self.target.max_tokens
         return self.setup.max_draft if most is None else min(self.setup.max_draft, max(most // num_rows - 1, 0))
 
-    def _room(self, row: Row, limit: int) -> int:
-        """The same, of one row: the model itself adds one."""
+    def _limit(self, row: Row, most: int) -> int:
+        """The same, where the row's own length or end does not come first; the model itself adds one."""
         room, same = self.stops.room(row), self.target.room(row)
-        limit = limit if same is None else min(limit, same)
-        return limit if room is None else min(limit, room - 1)
+        most = most if same is None else min(most, same)
+        return most if room is None else min(most, room - 1)
 
     def _worth_it(self, drafter: Drafter, plans: list[Plan]) -> bool:
         if not self.setup.adaptive or any(plan.is_trial and not plan.row.draft for plan in plans):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,11 +160,10 @@ class Runner:
         speculation = adapted.speculation
         if speculation is None or speculation.network is None:
             raise UserError("drafter trains the network of self_speculation; give that method a network")
-        started, shared = time.monotonic(), {"seed": self.recipe.seed}
-        texts = own_texts(
+        shared = {"seed": self.recipe.seed}
+        texts, written = own_texts(
             adapted, tokenizer, speculation.network.taps, settings.own_text, self.out / OWN_TEXT, say=self.say, **shared
         )
-        written = time.monotonic() - started
         self.say(f"{sum(len(text.ids) for text in texts)} tokens in {len(texts)} texts; training the drafter …")
         history = train_drafter(
             speculation.network,

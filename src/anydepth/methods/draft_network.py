@@ -62,7 +62,3 @@ class DraftNetwork(nn.Module):
 
     def view(self, backbone: Backbone) -> LayerView:
         return LayerView(self.layer, 0, backbone.family, backbone.hidden_size)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.parameters())

@@ -7,8 +7,6 @@ et al. 2024), SWIFT (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Sa
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, field_validator
 
 from anydepth.config import StrictConfig
@@ -72,8 +70,6 @@ class SelfSpeculation(Method):
     lossless = True
     decides_in_training = decides_at_inference = False
     network: DraftNetwork | None
-    setup: Any = None
-    """What the Hugging Face path keeps from one generation to the next."""
 
     def __init__(self, config: SelfSpeculationConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)

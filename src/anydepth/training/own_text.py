@@ -9,6 +9,7 @@ licence.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,42 +25,22 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.model import EngineModel
 
 MARK = "\x00"
+# fmt: off
 OPENINGS = (
-    *("Write a", "Write an", "Compose a", "Draft a", "Create a", "Design a", "Develop a", "Suggest", "Recommend"),
-    *("Explain", "Describe", "Discuss", "Define", "Compare", "Evaluate", "Analyze", "Outline", "Identify", "Discover"),
-    *("What is", "What are", "What was", "What does", "What happens if", "How do", "How does", "How many", "How can I"),
-    *(
-        "Who was",
-        "Who wrote",
-        "When did",
-        "Where is",
-        "Which",
-        "Why do",
-        "Why is",
-        "Is it true that",
-        "Can you",
-        "Could",
-    ),
-    *("Imagine you are", "Pretend to be", "Picture yourself as", "You are a", "Act as a", "Given the following"),
-    *(
-        "If a",
-        "If you have",
-        "Suppose",
-        "Solve",
-        "Calculate",
-        "Find the",
-        "Let",
-        "A farmer",
-        "A store",
-        "John has",
-        "Mary",
-    ),
-    *("Write a Python", "Write a function", "Implement", "Fix the bug in", "Write a C++ program", "Write an SQL query"),
-    *("Summarize:", "Summarize the following", "Rewrite", "Paraphrase", "Extract", "List", "Name", "Classify", "Edit"),
-    *("Translate to English:", "Translate German to English:", "Translate French to English:", "Answer the question:"),
-    *("The", "In", "There are", "According to", "Read the following", "Please", "I am", "I want to", "My", "For"),
-    *("Tell me about", "Tell a", "Help me", "Give me", "Provide", "Make", "Plan", "Do you", "Are", "Does", "Should"),
+    "Write a", "Write an", "Compose a", "Draft a", "Create a", "Design a", "Develop a", "Suggest", "Recommend",
+    "Explain", "Describe", "Discuss", "Define", "Compare", "Evaluate", "Analyze", "Outline", "Identify", "Discover",
+    "What is", "What are", "What was", "What does", "What happens if", "How do", "How does", "How many", "How can I",
+    "Who was", "Who wrote", "When did", "Where is", "Which", "Why do", "Why is", "Is it true that", "Can you",
+    "Could", "Imagine you are", "Pretend to be", "Picture yourself as", "You are a", "Act as a",
+    "Given the following", "If a", "If you have", "Suppose", "Solve", "Calculate", "Find the", "Let", "A farmer",
+    "A store", "John has", "Mary", "Write a Python", "Write a function", "Implement", "Fix the bug in",
+    "Write a C++ program", "Write an SQL query", "Summarize:", "Summarize the following", "Rewrite", "Paraphrase",
+    "Extract", "List", "Name", "Classify", "Edit", "Translate to English:", "Translate German to English:",
+    "Translate French to English:", "Answer the question:", "The", "In", "There are", "According to",
+    "Read the following", "Please", "I am", "I want to", "My", "For", "Tell me about", "Tell a", "Help me", "Give me",
+    "Provide", "Make", "Plan", "Do you", "Are", "Does", "Should",
 )
+# fmt: on
 """First words of questions: what people ask for."""
 
 
@@ -225,8 +206,8 @@ def own_texts(
     *,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Text]:
-    """Texts as `config` asks for them; written to `folder`, or found there.
+) -> tuple[list[Text], float]:
+    """Texts as `config` asks for them, written to `folder` or found there, and the seconds that writing took.
 
     Each file is written whole or not at all, and from a seed of its own, so that an interrupted run goes on.
     """
@@ -234,7 +215,7 @@ def own_texts(
     size = min(config.num_tokens, SHARD_TOKENS)
     template = Template.of(tokenizer)
     openings = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in OPENINGS]  # type: ignore[arg-type]
-    texts, model = [], None
+    texts, seconds, model = [], 0.0, None
     for number in range(-(-config.num_tokens // size)):
         path = folder / f"{number:03d}.safetensors"
         if not path.exists():
@@ -246,14 +227,17 @@ def own_texts(
         lengths, answers = shard["lengths"].tolist(), shard["answers"].tolist()
         parts = (shard["ids"].long().split(lengths), shard["states"].split(lengths), answers)
         texts += [Text(*text) for text in zip(*parts, strict=True)]
-    return texts
+        seconds += shard["seconds"].item()
+    return texts, seconds
 
 
 def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
-    """`ids` (N,), `lengths` of the texts, where their `answers` begin, and `states` (N, taps, D)."""
-    texts: list[Text] = []
-    while sum(len(text.ids) for text in texts) < num_tokens:
-        texts += writer.step()
+    """`ids` (N,), `lengths` of the texts, where their `answers` begin, `states` (N, taps, D), and what it took."""
+    texts, written, started = list[Text](), 0, time.monotonic()
+    while written < num_tokens:
+        ended = writer.step()
+        texts += ended
+        written += sum(len(text.ids) for text in ended)
     part = path.with_suffix(".part")
     save_file(
         {
@@ -261,6 +245,7 @@ def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
             "lengths": torch.tensor([len(text.ids) for text in texts]),
             "answers": torch.tensor([text.answer for text in texts]),
             "states": torch.cat([text.states for text in texts]),
+            "seconds": torch.tensor(time.monotonic() - started),
         },
         part,
     )

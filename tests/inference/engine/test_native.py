@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import anydepth
-from anydepth.inference.engine import native
+from anydepth.inference.engine import build, native
 from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.layer import EngineLayer
@@ -210,7 +210,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
 def test_older_processors(fresh: Path, monkeypatch: pytest.MonkeyPatch, processor: str) -> None:
     """Without the instructions of this machine the same results: forms that are compiled elsewhere."""
-    monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("native", processor) for flag in native.FLAGS))
+    monkeypatch.setattr(build, "FLAGS", tuple(flag.replace("native", processor) for flag in build.FLAGS))
     for kind in ("float32", "bfloat16", "int8", "int4"):
         test_maps(kind, 96, 3)
     test_branches_are_those_of_torch("llama", 4, 70)

@@ -5,6 +5,7 @@ Options, logits processors, stop rules and streamers are transformers' own; this
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,13 @@ from transformers import (
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.choice import Stops, largest
-from anydepth.inference.drafters import Trained, drafters_of
+from anydepth.inference.drafters import Trained
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.loop import check_mode, generate_by
-from anydepth.inference.speculate import Setup, decode, records_of
+from anydepth.inference.speculate import Setup, decode, records_of, setup_of
 from anydepth.inference.targets import EngineTarget
 from anydepth.methods.method import Method
-from anydepth.methods.self_speculation import SelfSpeculation
 
 
 class FastEngine:
@@ -48,7 +48,7 @@ class FastEngine:
     ) -> None:
         self.adapted = adapted
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
-        self.drafting: tuple[Any, Setup] | None = None
+        self.drafting: Setup | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`, its decoding loop done here. Greedy and sampling, any batch, left padding."""
@@ -79,7 +79,6 @@ class FastEngine:
         check_mode(generation_config, "the fast engine")
         if self.adapted.speculation is not None:
             return self._speculate(
-                self.adapted.speculation,
                 input_ids,
                 kwargs.get("attention_mask"),
                 logits_processor,
@@ -125,26 +124,15 @@ class FastEngine:
             streamer.end()
         return input_ids
 
-    def _speculate(
-        self, method: SelfSpeculation, input_ids: Tensor, attention_mask: Tensor | None, *arguments: Any
-    ) -> Tensor:
+    def _speculate(self, input_ids: Tensor, attention_mask: Tensor | None, *arguments: Any) -> Tensor:
         """The same tokens, drafted by a part of the model."""
-        setup, taps = self._setup_of(method)
-        target = EngineTarget(self.model, len(input_ids), taps)
-        ids, self.adapted.draft_counts = decode(target, setup, input_ids, attention_mask, *arguments)
-        self.adapted.records = records_of(ids, attention_mask, input_ids.shape[1], len(self.model.layers))
+        adapted, method = self.adapted, self.adapted.speculation
+        assert method is not None
+        self.drafting = setup_of(adapted, self.drafting, self.model.exit_logits, partial(Trained, self.model))
+        target = EngineTarget(self.model, len(input_ids), [] if method.network is None else method.network.taps)
+        ids, adapted.draft_counts = decode(target, self.drafting, input_ids, attention_mask, *arguments)
+        adapted.records = records_of(ids, attention_mask, input_ids.shape[1], len(self.model.layers))
         return ids
-
-    def _setup_of(self, method: SelfSpeculation) -> tuple[Setup, list[int]]:
-        """Drafters of a method, made once, and the layers whose states they read."""
-        config, network, reduced = method.config, method.network, tuple(self.adapted.draft_methods)
-        key = (config, network, reduced)
-        if self.drafting is None or self.drafting[0] != key:
-            trained = None if network is None else Trained(self.model, network)
-            drafters = drafters_of(method, reduced, self.model.backbone, self.model.exit_logits, trained)
-            size = self.model.backbone.model.config.vocab_size
-            self.drafting = key, Setup(drafters, config.max_draft, config.adaptive, size)
-        return self.drafting[1], [] if network is None else network.taps
 
     def _prefill(
         self, input_ids: Tensor, mask: Tensor | None, slots: list[int], cache: EngineCache, methods: list[Method]

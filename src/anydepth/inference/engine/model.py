@@ -156,9 +156,14 @@ class EngineModel:
         self, num_tokens: int, slots: Sequence[int], seen: Sequence[int], cache: EngineCache, methods: Sequence[Method]
     ) -> Step:
         """One of `num_tokens` in each row behind those `seen`, with room for them."""
-        cache.make_room(max(seen) + num_tokens)
-        self.rotations.make_room(max(seen) + num_tokens)
+        make_room(max(seen) + num_tokens, cache, self.rotations)
         return Step(num_tokens, slots, seen, cache, methods, self.rotations, self.networks, self.exit_logits)
+
+
+def make_room(length: int, cache: EngineCache, rotations: Rotations) -> None:
+    """For sequences of so many tokens."""
+    cache.make_room(length)
+    rotations.make_room(length)
 
 
 def run_layers(
@@ -172,8 +177,7 @@ def run_layers(
     """`EngineModel.run_layers` of any layers, which are those from `first` on of a cache."""
     caches, num_tokens = cache.layers[first : first + len(layers)], [len(part) for part in states]
     seen, longest = [caches[0].counts[slot] for slot in slots], max(num_tokens)
-    cache.make_room(max(seen) + longest)
-    rotations.make_room(max(seen) + longest)
+    make_room(max(seen) + longest, cache, rotations)
     step = Step(longest, slots, seen, cache, (), rotations, None)
     # Behind a row's tokens stands what nobody sees, and is overwritten.
     padded = [part if len(part) == longest else F.pad(part, (0, 0, 0, longest - len(part))) for part in states]

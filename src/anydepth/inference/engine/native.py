@@ -1,4 +1,4 @@
-"""The decoding kernels of `kernels/`: compiled once for this machine, called on tensors through ctypes.
+"""The decoding kernels of `kernels/`, called on tensors through ctypes.
 
 Needs a C++ compiler with OpenMP (g++ or clang++) and runs on the CPU. Without one the engine runs on PyTorch's own
 operators, slower.
@@ -7,32 +7,23 @@ operators, slower.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from ctypes import Structure, addressof, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anydepth.inference.engine.build import BuildError, built
 from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.packing import Memory, PackedWeights
 from anydepth.inference.engine.weights import Linear
 from anydepth.models.llama_like import LayerParts, Norm
-from anydepth.models.load import cache_folder
 
-SOURCES = Path(__file__).with_name("kernels")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 MAX_TOKENS = 64
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
 MAX_HEAD_DIM = 256
@@ -102,10 +93,6 @@ class _Task(Structure):
 TASK_FIELDS = len(_Task._fields_)
 
 
-class BuildError(Exception):
-    """The kernels cannot be had here; the message says why."""
-
-
 @cache
 def library() -> Any:
     """The compiled kernels; built on first use on this machine, seconds, and kept in the cache folder.
@@ -113,49 +100,18 @@ def library() -> Any:
     Raises:
         BuildError: no compiler, or one that fails.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler:
-        raise BuildError("there is no C++ compiler; install g++")
-    command = [compiler, *FLAGS, str(SOURCES / "layer.cpp")]
-    sources = "".join(path.read_text() for path in sorted(SOURCES.iterdir()))
-    made_of = sources + " ".join(command) + platform.platform() + _cpu()
-    path = cache_folder() / "native" / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    path = built()
     try:
-        if not path.exists():
-            _build(command, path)
         # torch is loaded already, and with it the OpenMP library that both then share: one team of threads.
         kernels: Any = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"{path} cannot be made or loaded ({error.strerror or error})") from error
+        raise BuildError(f"{path} cannot be loaded ({error.strerror or error})") from error
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
     for number, kind in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch, _Task)):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(kind), kind
-    assert [kernels.anydepth_sizes(number) for number in (8, 9, 10)] == [MAX_TOKENS, MAX_HEAD_DIM, MAX_WIDTH]
+    bounds = [MAX_TOKENS, MAX_HEAD_DIM, MAX_WIDTH, CHUNK, MAX_SPLITS]
+    assert [kernels.anydepth_sizes(number) for number in range(8, 13)] == bounds
     return kernels
-
-
-def _build(command: list[str], path: Path) -> None:
-    """Compile; in place at once, whole, also when two processes compile at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / "kernels.so"
-        try:
-            subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=True)
-        except OSError as error:
-            raise BuildError(f"the compiler {command[0]} could not be started ({error.strerror})") from error
-        except subprocess.CalledProcessError as error:
-            why = (error.stderr.strip().splitlines() or ["no message"])[-1]
-            raise BuildError(f"{command[0]} could not compile the kernels ({why})") from error
-        os.replace(built, path)
-
-
-def _cpu() -> str:
-    """What tells processors apart whose instructions differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def why_not(dtype: torch.dtype, device: torch.device, head_dim: int = 0) -> str | None:
