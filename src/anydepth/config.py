@@ -143,11 +143,15 @@ class TrainConfig(StrictConfig):
 class OwnTextConfig(StrictConfig):
     """Text that the model writes itself, for the training of a drafter."""
 
-    num_tokens: int = Field(default=600_000, ge=1000, description="Tokens, those of questions included.")
+    num_tokens: int = Field(default=1_200_000, ge=1000, description="Tokens, those of questions included.")
     temperature: float = Field(default=0.8, gt=0, description="Of questions, which the model makes up itself.")
     opened: float = Field(default=0.85, ge=0, le=1, description="Share of questions whose first words are given.")
     max_question: int = Field(default=96, ge=4, description="Tokens of a question, at most.")
-    max_answer: int = Field(default=192, ge=8, description="Tokens of an answer, at most; answers are greedy.")
+    max_answer: int = Field(
+        default=96,
+        ge=8,
+        description="Tokens of an answer, at most; answers are greedy: long ones repeat themselves.",
+    )
     num_slots: int = Field(default=48, ge=1, le=64, description="Texts written at a time.")
 
 
@@ -161,7 +165,7 @@ class DrafterConfig(StrictConfig):
     warmup_steps: int = Field(default=30, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay.")
     max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
-    num_guesses: int = Field(default=3, ge=1, le=6, description="Guesses in a row that it is trained for.")
+    num_guesses: int = Field(default=2, ge=1, le=6, description="Guesses in a row that it is trained for.")
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="bfloat16 turns autocast on.")
     save_every: int = Field(default=50, ge=1, description="Steps between states to resume from.")
 

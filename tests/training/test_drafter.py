@@ -64,6 +64,7 @@ def test_states_are_those_of_the_model_and_answers_are_greedy(chat: bool, tmp_pa
         said = output.logits[0].argmax(-1)[text.answer - 1 : -1]
         assert torch.equal(said, text.ids[text.answer :])
         if chat:
+            assert byte_tokenizer().decode(text.ids[: text.question]) == "<user>"
             shown = byte_tokenizer().decode(text.ids[: text.answer])
             assert shown.startswith("<user>") and shown.endswith("|<bot>") and shown.count("<bot>") == 1
 
@@ -166,6 +167,28 @@ def test_the_drafter_reads_every_token_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(before + number == known for _, before, number, known in seen)
 
 
+@torch.no_grad()
+def test_the_drafter_reads_the_end_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anydepth.inference.drafters.LOOK_BACK", 9)
+    engine = EngineModel(speculating().backbone)
+    network = network_of(speculating())
+    drafter, guesses = Trained(engine, network), []
+    ids = torch.randint(3, 200, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def choose(rows: Any, logits: torch.Tensor, vocabulary: Any) -> Any:
+        guesses.append(logits)
+        return [0], [0.5]
+
+    for states in (torch.randn(29, 2, engine.backbone.hidden_size, generator=torch.Generator().manual_seed(1)),) * 2:
+        drafter.start(EngineTarget(engine, 1, network.taps), 1)
+        row = Row(ids, slot=0)
+        row.fresh = list((states if not guesses else states * (torch.arange(29) >= 20)[:, None, None]).unbind(1))
+        drafter.settle([row])
+        drafter.guess([row], choose)
+        drafter.stop()
+    assert torch.equal(*guesses)
+
+
 def test_a_drafter_learns_and_resumes_bitwise(tmp_path: Path) -> None:
     config = DrafterConfig(max_steps=30, batch_tokens=256, warmup_steps=3, save_every=10, precision="float32")
     adapted = speculating()
@@ -209,7 +232,7 @@ def test_what_it_learned_is_used(tmp_path: Path) -> None:
 
 
 def test_batches_hold_every_text_once() -> None:
-    texts = [Text(torch.zeros(length, dtype=torch.long), torch.zeros(length, 1, 4), 1) for length in range(5, 60)]
+    texts = [Text(torch.zeros(length, dtype=torch.long), torch.zeros(length, 1, 4), 1, 1) for length in range(5, 60)]
     batches = batches_of(texts, 200, torch.Generator().manual_seed(0))
     assert sorted(number for batch in batches for number in batch) == list(range(55))
     assert all(len(batch) * max(len(texts[i].ids) for i in batch) <= 200 for batch in batches)

@@ -41,6 +41,8 @@ class Guess:
 
 CATCH_UP = 8
 """Tokens that a trained drafter reads with its next guess, at most; more are read before."""
+LOOK_BACK = 128
+"""Tokens that it reads of a prompt, the last ones: as many as the texts that it learned from have."""
 
 Choose = Callable[[Sequence[Row], Tensor, Tensor | None], tuple[list[int], list[float]]]
 """The tokens that rows would take, out of (R, V') logits of all tokens or of a vocabulary (V',), and their shares."""
@@ -276,7 +278,8 @@ class Trained(Drafter):
 
     def settle(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            self.rows.setdefault(row.slot, _Reading()).unread.append(torch.cat(row.fresh, dim=1))
+            states = torch.cat([part[-LOOK_BACK:] for part in row.fresh], dim=1)
+            self.rows.setdefault(row.slot, _Reading()).unread.append(states)
         # Prompts, and what others have drafted for long, are not part of what a guess costs.
         self._run([row for row in rows if sum(map(len, self.rows[row.slot].unread)) > CATCH_UP])
 

@@ -46,13 +46,13 @@ class DraftTraining(nn.Module):
         self.head = head.detach()[network.vocabulary].float()
 
     def forward(
-        self, ids: Tensor, states: Tensor, lengths: Tensor, answers: Tensor
+        self, ids: Tensor, states: Tensor, lengths: Tensor, questions: Tensor
     ) -> tuple[Tensor, list[tuple[int, int]]]:
         """Mean loss, and by guess how many were the model's own first choice, of how many.
 
         Args:
-            ids: (B, T). states: (B, T, taps, D). lengths: (B,) of the texts. answers: (B,) where they begin: nothing in
-                front of them is to be guessed.
+            ids: (B, T). states: (B, T, taps, D). lengths: (B,) of the texts. questions: (B,) where they begin: nothing
+                in front of them is to be guessed.
         """
         network, places = self.network, torch.arange(ids.shape[1], device=ids.device)
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
@@ -68,7 +68,7 @@ class DraftTraining(nn.Module):
             feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], known], -1)), guess, cache)
             logits = self._capped(F.linear(network.norm(feature), self.head))
             said = places[1 + guess :][None]  # the token behind which the model's distribution is guessed
-            wanted = (said < lengths[:, None]) & (said + 1 >= answers[:, None])
+            wanted = (said < lengths[:, None]) & (said + 1 >= questions[:, None])
             loss = divergence(logits[wanted], teacher[:, 1 + guess :][wanted])
             weight = 0.8**guess
             total = total + weight * loss.sum()
@@ -129,11 +129,12 @@ def batches_of(texts: Sequence[Text], tokens: int, generator: torch.Generator) -
 
 
 def collate(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Padded ids and states, the lengths, and where the answers begin."""
+    """Padded ids and states, the lengths, and where the questions begin: the model's own words."""
     longest = max(len(text.ids) for text in texts)
     ids = torch.stack([F.pad(text.ids, (0, longest - len(text.ids))) for text in texts])
     states = torch.stack([F.pad(text.states, (0, 0, 0, 0, 0, longest - len(text.ids))) for text in texts])
-    return ids, states, torch.tensor([len(text.ids) for text in texts]), torch.tensor([text.answer for text in texts])
+    lengths, questions = [len(text.ids) for text in texts], [text.question for text in texts]
+    return ids, states, torch.tensor(lengths), torch.tensor(questions)
 
 
 def train_drafter(

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.config import OwnTextConfig
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.choice import largest
 from anydepth.inference.engine.model import EngineModel
 
 MARK = "\x00"
@@ -79,10 +80,11 @@ class Template:
 
 @dataclass(frozen=True)
 class Text:
-    """One that was written: (T,) ids, (T, taps, D) states, and where the answer begins."""
+    """One that was written: (T,) ids, (T, taps, D) states, and where the question and the answer begin."""
 
     ids: Tensor
     states: Tensor
+    question: int
     answer: int
 
 
@@ -148,20 +150,27 @@ class Writer:
         if rest:
             last |= self._see(rest, [unseen[slot] for slot in rest])
         slots = list(self.texts)
-        logits = self.model.logits(torch.stack([last[slot] for slot in slots])).float()
-        greedy = logits.argmax(-1).tolist()
-        shares = (logits / self.config.temperature).softmax(-1).cpu()
-        sampled = torch.multinomial(shares, 1, generator=self.generator)[:, 0].tolist()
+        logits = self.model.logits(torch.stack([last[slot] for slot in slots]))
+        said = largest(logits)
+        asking = [number for number, slot in enumerate(slots) if self.texts[slot].asks]
+        for number, token in zip(asking, self._sample(logits[asking]), strict=True):
+            said[number] = token
         ended = []
         for number, slot in enumerate(slots):
             text = self.texts[slot]
-            text.ids.append(sampled[number] if text.asks else greedy[number])
+            text.ids.append(said[number])
             text.turn += 1
             if text.ids[-1] in self.template.ends or text.turn >= (
                 self.config.max_question if text.asks else self.config.max_answer
             ):
                 self._end_turn(slot, text, ended)
         return ended
+
+    def _sample(self, logits: Tensor) -> list[int]:
+        """By where one uniform number lies among the summed shares: `torch.multinomial` draws one for every token."""
+        sums = (logits.float().cpu() / self.config.temperature).softmax(-1).double().cumsum(-1)
+        places = torch.rand(len(sums), 1, generator=self.generator, dtype=torch.double) * sums[:, -1:]
+        return torch.searchsorted(sums, places, right=True).clamp(max=sums.shape[1] - 1)[:, 0].tolist()
 
     def _end_turn(self, slot: int, text: _Text, ended: list[Text]) -> None:
         has_ended = text.ids[-1] in self.template.ends
@@ -173,7 +182,8 @@ class Writer:
             return
         if not text.asks:
             ids = torch.tensor(text.ids[: text.num_seen])
-            ended.append(Text(ids, text.states[: text.num_seen].clone(), text.answer))
+            question = min(len(self.template.opening), text.answer)
+            ended.append(Text(ids, text.states[: text.num_seen].clone(), question, text.answer))
         self.cache.rewind(slot, 0)
         self.texts[slot] = self._new()
 
@@ -224,15 +234,15 @@ def own_texts(
             say(f"writing its own text, {number * size} of {config.num_tokens} tokens …")
             _write_shard(writer, path, size)
         shard = load_file(path)
-        lengths, answers = shard["lengths"].tolist(), shard["answers"].tolist()
-        parts = (shard["ids"].long().split(lengths), shard["states"].split(lengths), answers)
+        lengths, begins = shard["lengths"].tolist(), (shard["questions"].tolist(), shard["answers"].tolist())
+        parts = (shard["ids"].long().split(lengths), shard["states"].split(lengths), *begins)
         texts += [Text(*text) for text in zip(*parts, strict=True)]
         seconds += shard["seconds"].item()
     return texts, seconds
 
 
 def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
-    """`ids` (N,), `lengths` of the texts, where their `answers` begin, `states` (N, taps, D), and what it took."""
+    """`ids` (N,), `lengths` of texts, where `questions` and `answers` begin, `states` (N, taps, D), what it took."""
     texts, written, started = list[Text](), 0, time.monotonic()
     while written < num_tokens:
         ended = writer.step()
@@ -243,6 +253,7 @@ def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
         {
             "ids": torch.cat([text.ids for text in texts]).to(torch.int32),
             "lengths": torch.tensor([len(text.ids) for text in texts]),
+            "questions": torch.tensor([text.question for text in texts]),
             "answers": torch.tensor([text.answer for text in texts]),
             "states": torch.cat([text.states for text in texts]),
             "seconds": torch.tensor(time.monotonic() - started),
