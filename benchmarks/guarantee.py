@@ -1,7 +1,7 @@
 """Whether calibration keeps its promise, over many repetitions: `results/guarantee.json`.
 
     python benchmarks/run.py benchmarks/experiments/layerskip_from_scratch.yaml --until evaluate
-    python benchmarks/guarantee.py
+    python benchmarks/guarantee.py [--table]
 
 Synthetic: losses drawn from known risks. Real: the decoder trained with LayerSkip goes on from texts of WikiText-2 at
 every setting of its thresholds; each repetition calibrates on some of the texts and is judged by the mean loss of the
@@ -21,12 +21,13 @@ from anydepth.calibration.generated import continuations
 from anydepth.calibration.guarantee import difference, inconsistency, learn_then_test
 from anydepth.execution.adapted import attach, detach
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.measure.results import document, write_json
+from anydepth.measure.results import document, read_document, write_json
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows
 
 ROOT = Path(__file__).resolve().parent
 TRAINED = ROOT.parent / "runs" / "layerskip_from_scratch" / "layerskip-0"
+RESULT = ROOT / "results" / "guarantee.json"
 MAX_RISK = CONFIDENCE_LEFT = 0.05
 PROMPT, NEW, SETTINGS = 32, 24, 16
 
@@ -36,7 +37,11 @@ def main() -> None:
     parser.add_argument("--num-trials", type=int, default=200)
     parser.add_argument("--num-texts", type=int, default=600)
     parser.add_argument("--num-calibration", type=int, default=200)
+    parser.add_argument("--table", action="store_true", help="print the committed results as a table, run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown(read_document(RESULT)["rows"]))
+        return
     generator = torch.Generator().manual_seed(0)
     rows = {"synthetic, 0 or 1": synthetic(2000, generator, binary=True)}
     rows["synthetic, in between"] = synthetic(2000, generator, binary=False)
@@ -46,9 +51,9 @@ def main() -> None:
     for name, row in rows.items():
         print(name, row, flush=True)
     command = f"python benchmarks/guarantee.py --num-trials {arguments.num_trials}"
-    config = {**vars(arguments), "max_risk": MAX_RISK, "confidence": 1 - CONFIDENCE_LEFT}
-    path = ROOT / "results" / "guarantee.json"
-    write_json(path, document("anydepth.guarantee/1", seed=0, config=config, command=command, rows=rows))
+    settings = {key: value for key, value in vars(arguments).items() if key != "table"}
+    config = {**settings, "max_risk": MAX_RISK, "confidence": 1 - CONFIDENCE_LEFT}
+    write_json(RESULT, document("anydepth.guarantee/1", seed=0, config=config, command=command, rows=rows))
 
 
 def synthetic(num_trials: int, generator: torch.Generator, *, binary: bool, num_texts: int = 200) -> dict[str, Any]:
@@ -110,6 +115,21 @@ def summary(risks: list[float | None], num_texts: int) -> dict[str, Any]:
         "share_nothing_chosen": 1 - len(known) / len(risks),
         "mean_risk_of_chosen": sum(known) / len(known) if known else None,
     }
+
+
+def markdown(rows: dict[str, Any]) -> str:
+    """The docs' table."""
+    lines = [
+        "| losses | texts | calibrations | risk above the bound | nothing chosen | mean risk of what was chosen |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        risk = row["mean_risk_of_chosen"]
+        lines.append(
+            f"| {name} | {row['num_texts']} | {row['num_trials']} | {row['share_above']:.1%} | "
+            f"{row['share_nothing_chosen']:.0%} | {'—' if risk is None else f'{risk:.3f}'} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

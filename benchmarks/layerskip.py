@@ -1,7 +1,7 @@
 """What LayerSkip training buys a small decoder: `results/layerskip.json`.
 
     python benchmarks/run.py benchmarks/experiments/layerskip_from_scratch.yaml --until evaluate
-    python benchmarks/layerskip.py
+    python benchmarks/layerskip.py [--table]
 
 Loss behind every layer; speculation with the first layers, tokens compared, and early exit at several thresholds, both
 on the fast engine and paired with full depth; trained with LayerSkip and without.
@@ -23,6 +23,7 @@ from anydepth.training.data import load_windows
 
 ROOT = Path(__file__).resolve().parent
 RUNS = ROOT.parent / "runs" / "layerskip_from_scratch"
+RESULT = ROOT / "results" / "layerskip.json"
 EXITS = [2, 4, 6]
 THRESHOLDS = [0.3, 0.5, 0.7, 0.9]
 
@@ -30,7 +31,11 @@ THRESHOLDS = [0.3, 0.5, 0.7, 0.9]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-runs", type=int, default=7)
+    parser.add_argument("--table", action="store_true", help="print the committed results as tables, run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown(read_document(RESULT)["rows"]))
+        return
     results = {}
     for name in ("plain", "layerskip"):
         adapted, tokenizer = load_target(str(RUNS / f"{name}-0"))
@@ -72,11 +77,8 @@ def main() -> None:
     for name, part in results.items():
         part["trained_at"] = {key: trained[name][key] for key in ("commit", "dirty", "seconds")}
     command = f"python benchmarks/layerskip.py --num-runs {arguments.num_runs}"
-    config = {**vars(arguments), "exits": EXITS, "thresholds": THRESHOLDS}
-    write_json(
-        ROOT / "results" / "layerskip.json",
-        document("anydepth.layerskip/1", seed=0, config=config, command=command, rows=results),
-    )
+    config = {"num_runs": arguments.num_runs, "exits": EXITS, "thresholds": THRESHOLDS}
+    write_json(RESULT, document("anydepth.layerskip/1", seed=0, config=config, command=command, rows=results))
 
 
 def timed(adapted: AdaptedModel, windows: Any, num_runs: int) -> dict[str, Any]:
@@ -90,6 +92,39 @@ def timed(adapted: AdaptedModel, windows: Any, num_runs: int) -> dict[str, Any]:
         num_runs=num_runs,
         engines=[FastEngine(adapted)],
     )[0]
+
+
+def markdown(rows: dict[str, Any]) -> str:
+    """The tables of the docs: loss by layer, speculation, early exit."""
+    num_layers = len(rows["plain"]["losses_by_layer"])
+    lines = ["| loss behind layer | " + " | ".join(str(i + 1) for i in range(num_layers)) + " |"]
+    lines.append("| --- |" + " --- |" * num_layers)
+    for name, row in rows.items():
+        losses = " | ".join(f"{one['loss']:.2f}" for one in row["losses_by_layer"])
+        lines.append(f"| {name} | {losses} |")
+    lines += [
+        "",
+        "| lossless, drafts by | drafted tokens that were right | tokens per verification | × full depth |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        lines += [
+            f"| {name}, first {exit_layer} layers | {part['acceptance_rate']:.2f} | "
+            f"{part['mean_acceptance_length']:.2f} | {part['speedup']:.2f} |"
+            for exit_layer, part in row["speculation"].items()
+        ]
+    lines += [
+        "",
+        "| exit at confidence | perplexity (full depth) | layers a token | × full depth (share of the ideal) |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        lines += [
+            f"| {name}, {threshold} | {part['perplexity']:.1f} ({part['full_depth_perplexity']:.1f}) | "
+            f"{part['mean_depth']:.1f} | {part['speedup']:.2f} ({part['speedup'] / part['ideal_speedup']:.2f}) |"
+            for threshold, part in row["early_exit"].items()
+        ]
+    return "\n".join(lines)
 
 
 def detach_all(model: Any) -> None:

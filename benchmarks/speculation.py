@@ -38,6 +38,7 @@ DRAFTERS: dict[str, list[dict[str, Any]]] = {
     "first 20 layers": [{**ALONE, "exit_layers": [20]}],
     "first 26 layers, 8192 tokens": [{**ALONE, "exit_layers": [26], "exit_vocabulary": 8192}],
     "skip set": [ALONE, {"name": "skip_set", "skip_layers": [11, 13, 19]}],
+    "searched": [{**ALONE, "search": {}}],
     "router": [ALONE, {"name": "layer_router", "router": "random", "rates": [0.9] * 26}],
     "exits": [ALONE, {"name": "early_exit", "layers": [24, 27], "thresholds": 0.5, "vocabulary": 8192}],
 }

@@ -1,8 +1,8 @@
 """Fills the generated parts of the pages while mkdocs builds them: what code or results say is written there once.
 
 A line `<!-- generate: WHAT -->` in a page is replaced: `options NAME` (a method's Config), `method NAME` (lossless,
-trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results`, `variants`, `hat`,
-`speculation`, `engine`, `result-files`. Not a script to run: mkdocs loads it as a hook.
+trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `readme NAME` (what stands there
+between marks of that name), `result-files`. Not a script to run: mkdocs loads it as a hook.
 """
 
 from __future__ import annotations
@@ -64,32 +64,8 @@ def commands() -> str:
         return "\n\n".join(_command(name, group.get_command(context, name)) for name in names)
 
 
-def results() -> str:
-    """The tables of methods in the README."""
-    return _of_readme("results")
-
-
-def variants() -> str:
-    """The table of ways to choose layers in the README."""
-    return _of_readme("variants")
-
-
-def hat() -> str:
-    """The table of the trained hierarchical adaptive transformer in the README."""
-    return _of_readme("hat")
-
-
-def speculation() -> str:
-    """The tables of lossless decoding in the README."""
-    return _of_readme("speculation")
-
-
-def engine() -> str:
-    """The tables of the fast engine in the README."""
-    return _of_readme("engine")
-
-
-def _of_readme(part: str) -> str:
+def readme(part: str) -> str:
+    """The section of the README between its marks of that name."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"<!-- {part}:start -->\n(.*?)<!-- {part}:end -->", text, re.DOTALL)
     assert found, f"README.md has lost its {part}:start and {part}:end marks"
@@ -111,11 +87,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "families": families,
     "commands": commands,
-    "results": results,
-    "variants": variants,
-    "hat": hat,
-    "speculation": speculation,
-    "engine": engine,
+    "readme": readme,
     "result-files": result_files,
 }
 

@@ -40,6 +40,7 @@ DRAFTERS: dict[str, list[dict[str, Any]]] = {
     "exits, run later": [ALONE, {"name": "early_exit", "layers": [2, 4], "thresholds": 0.1, "kv_rule": "recompute"}],
     "trained": [{**ALONE, "network": NETWORK}],
     "searched": [{**ALONE, "search": {"budget": 0.34, "every": 3, "window": 6}}],
+    "searched by states": [{**ALONE, "search": {"strategy": "dynamic", "budget": 0.34, "every": 9, "window": 6}}],
     "everything": [
         {"name": "self_speculation", "exit_layers": [2], "network": NETWORK},
         {"name": "skip_set", "skip_layers": [2]},
@@ -98,7 +99,17 @@ def test_the_engine_gives_the_tokens_of_full_depth(drafter: str, options: str, d
 
 
 @pytest.mark.parametrize(
-    "name", ["lookup", "first layers", "skip set", "router, omit", "exits", "exits, run later", "searched"]
+    "name",
+    [
+        "lookup",
+        "first layers",
+        "skip set",
+        "router, omit",
+        "exits",
+        "exits, run later",
+        "searched",
+        "searched by states",
+    ],
 )
 def test_every_family_gives_the_tokens_of_full_depth(family: str, name: str) -> None:
     adapted = anydepth.attach(families.build(family), DRAFTERS[name]).eval()

@@ -49,20 +49,20 @@ class Problem:
     Attributes:
         adapted: a model with a `skip_set` attached.
         windows: (N, T) of text.
-        reference: (N, T) next-token choices at full depth.
+        reference: (N, T) next-token choices at full depth; None where a strategy compares none.
     """
 
     adapted: AdaptedModel
     windows: Tensor
     candidates: list[Candidate]
     num_out: int
-    reference: Tensor
+    reference: Tensor | None = None
     seed: int = 0
 
     def agreement(self, out: Sequence[Candidate]) -> float:
         """Share of next-token choices that stay those of full depth without some candidates."""
         method = self.adapted.methods["skip_set"]
-        assert isinstance(method, SkipSet)
+        assert isinstance(method, SkipSet) and self.reference is not None
         lists = as_lists(out)
         method.choose(lists["skip_layers"], lists["skip_mixers"], lists["skip_ffns"])
         return (_choices(self.adapted, self.windows) == self.reference).double().mean().item()

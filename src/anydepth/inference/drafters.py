@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from anydepth.calibration.bayesian import Proposals, inner
+from anydepth.calibration.skip_search import STRATEGIES, Problem
+from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.economy import NUM_CLASSES
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.layer import EngineLayer
@@ -27,7 +29,6 @@ from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.method import LogitsOf, Method
 from anydepth.methods.self_speculation import OnlineSearchConfig, SelfSpeculation
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
-from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
 
 
@@ -105,20 +106,14 @@ class Reduced(Drafter):
 
 
 class Searched(Reduced):
-    """A skip set that is searched on the text being generated (SWIFT, Xia et al. 2024).
-
-    Every few tokens one more set is proposed, and its choices compared with the tokens that the model took.
-    """
+    """A skip set that is searched on the text being generated, every few tokens on the last ones."""
 
     name = "searched skip set"
 
     def __init__(self, method: SkipSet, config: OnlineSearchConfig) -> None:
         super().__init__([method])
-        self.method, self.config = method, config
-        num_out = min(max(round(config.budget * method.num_layers), 1), method.num_layers - 1)
-        layers = list(range(method.num_layers))
-        self.proposals = Proposals(inner(layers, num_out), num_out, len(layers), config.seed)
-        self.method.choose(self.proposals.next())
+        self.method, self.config, self.number = method, config, 0
+        self.num_out = min(max(round(config.budget * method.num_layers), 1), method.num_layers - 1)
 
     def start(self, target: Target, num_rows: int) -> None:
         super().start(target, num_rows)
@@ -130,11 +125,26 @@ class Searched(Reduced):
             looked_at = self.looked_at.setdefault(row.slot, row.num_seen)
             if row.num_seen < window or row.num_seen - looked_at < self.config.every:
                 continue
-            if self.proposals.number < self.config.num_proposals:
+            if self.number < self.config.num_searches:
                 self.looked_at[row.slot] = row.num_seen
-                self._look(row, window)
+                self.number += 1
+                self.look(row, window)
 
-    def _look(self, row: Row, window: int) -> None:
+    @abstractmethod
+    def look(self, row: Row, window: int) -> None:
+        """Choose the set by the last `window` tokens that were seen of a row."""
+
+
+class Proposed(Searched):
+    """By one more proposal each time, whose choices are compared with the tokens that the model took (SWIFT)."""
+
+    def __init__(self, method: SkipSet, config: OnlineSearchConfig) -> None:
+        super().__init__(method, config)
+        layers = list(range(method.num_layers))
+        self.proposals = Proposals(inner(layers, self.num_out), self.num_out, len(layers), config.seed)
+        method.choose(self.proposals.next())
+
+    def look(self, row: Row, window: int) -> None:
         assert self.target is not None
         proposal = self.proposals.next()
         self.method.choose(proposal)
@@ -142,6 +152,21 @@ class Searched(Reduced):
         taken = row.ids[-window:]  # behind each of the tokens seen
         self.proposals.seen[proposal] = sum(a == b for a, b in zip(said, taken, strict=True)) / window
         self.method.choose(self.proposals.best or proposal)
+
+
+class Found(Searched):
+    """By a strategy of `calibration/skip_search.py`, each time anew (CLaSp, Chen et al. 2025, is `dynamic`)."""
+
+    def __init__(self, method: SkipSet, config: OnlineSearchConfig, adapted: AdaptedModel) -> None:
+        super().__init__(method, config)
+        self.adapted = adapted
+        method.choose(inner(list(range(method.num_layers)), self.num_out)[-self.num_out :])
+
+    def look(self, row: Row, window: int) -> None:
+        windows = torch.tensor([row.ids[-1 - window : -1]])
+        candidates = [("layer", layer_idx) for layer_idx in range(self.method.num_layers)]
+        found = STRATEGIES[self.config.strategy](Problem(self.adapted, windows, candidates, self.num_out))
+        self.method.choose(layer_idx for _, layer_idx in found)
 
 
 @dataclass
@@ -287,7 +312,7 @@ class Trained(Drafter):
 def drafters_of(
     method: SelfSpeculation,
     others: Sequence[Method],
-    backbone: Backbone,
+    adapted: AdaptedModel,
     logits_of: LogitsOf,
     trained: Drafter | None,
 ) -> list[Drafter]:
@@ -298,7 +323,7 @@ def drafters_of(
     """
     config, vocabulary = method.config, None
     if config.exit_vocabulary is not None:
-        vocabulary = torch.arange(config.exit_vocabulary, device=backbone.device)
+        vocabulary = torch.arange(config.exit_vocabulary, device=adapted.device)
 
     def head(states: Tensor) -> Tensor:
         return logits_of(states, vocabulary)
@@ -308,5 +333,7 @@ def drafters_of(
     drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
     drafters += [Reduced(others)] if others else []
     if config.search is not None:
-        drafters.append(Searched(SkipSet(SkipSetConfig(), backbone), config.search))
+        skip_set = SkipSet(SkipSetConfig(), adapted.backbone)
+        proposes = config.search.strategy == "bayesian"
+        drafters.append(Proposed(skip_set, config.search) if proposes else Found(skip_set, config.search, adapted))
     return drafters

@@ -106,6 +106,10 @@ class Costs:
             return True
         return sum(chances) * self.plain / self.num_rows > seconds + len(chances) * self.more
 
+    def repays(self, chance: float) -> bool:
+        """Whether to verify a guess that was made, right with this probability."""
+        return self.plain is None or chance * self.plain / self.num_rows > self.more
+
     def worth(self, drafter: str, first: float, later: float) -> float:
         """Tokens per second of a row at the best length of draft; `first`, `later`: how often its guesses are right."""
         seconds = self.guess.get(drafter)

@@ -61,7 +61,7 @@ def setup_of(
     if known is not None and known.made_of == made_of:
         return known
     own = None if network is None or trained is None else trained(network)
-    drafters = drafters_of(method, others, adapted.backbone, logits_of, own)
+    drafters = drafters_of(method, others, adapted, logits_of, own)
     if not drafters:
         raise UserError(
             "there is nothing to draft with: the trained drafter runs on the fast engine; use engine fast, let lookup "
@@ -238,17 +238,22 @@ class Speculation:
         return record.next.of(plan.confidences[-1] if plan.confidences else FIRST)
 
     def _guess(self, drafter: Drafter, plans: list[Plan]) -> list[Plan]:
-        """One more token of these rows; those that got one."""
+        """One more token of these rows; those that got one that is worth to be verified."""
         started = time.perf_counter()
         guesses = drafter.guess([plan.row for plan in plans], self.choice.guess)
         self.costs.note_guess(drafter.name, time.perf_counter() - started)
-        got = []
+        record, got = self.economy.of(drafter.name), []
         for plan, guess in zip(plans, guesses, strict=True):
-            if guess is not None:
-                plan.row.draft.append(guess.token)
-                plan.confidences.append(guess.confidence)
-                plan.reached *= self.economy.of(drafter.name).known.of(guess.confidence)
-                got.append(plan)
+            if guess is None:
+                continue
+            reached = plan.reached * record.known.of(guess.confidence)
+            if self.setup.adaptive and not plan.is_trial and not self.costs.repays(reached):
+                record.next.note(plan.confidences[-1] if plan.confidences else FIRST, right=False)
+                continue
+            plan.row.draft.append(guess.token)
+            plan.confidences.append(guess.confidence)
+            plan.reached = reached
+            got.append(plan)
         return got
 
     def _drafter_for(self, row: Row, candidates: Sequence[Drafter], trial: Drafter | None) -> Drafter | None:

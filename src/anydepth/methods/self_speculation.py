@@ -7,6 +7,8 @@ et al. 2024), SWIFT (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Sa
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from anydepth.config import StrictConfig
@@ -27,10 +29,13 @@ class DraftNetworkConfig(StrictConfig):
 class OnlineSearchConfig(StrictConfig):
     """A skip set to draft with, searched on the text being generated."""
 
+    strategy: Literal["bayesian", "dynamic", "influence"] = Field(
+        default="bayesian", description="As of `anydepth search`; bayesian looks at one more set each time."
+    )
     budget: float = Field(default=0.3, gt=0, lt=1, description="Share of layers that drafts leave out.")
-    every: int = Field(default=16, ge=1, description="Tokens between two sets that are looked at.")
-    window: int = Field(default=32, ge=4, description="Last tokens that a set is looked at on.")
-    num_proposals: int = Field(default=60, ge=1, description="Sets, after which the best one stays.")
+    every: int = Field(default=16, ge=1, description="Tokens between two searches.")
+    window: int = Field(default=32, ge=4, description="Last tokens that are searched on.")
+    num_searches: int = Field(default=60, ge=1, description="After which the set stays.")
     seed: int = Field(default=0, description="Of the proposals.")
 
 
