@@ -138,14 +138,14 @@ def test_what_drafts_like_the_model_is_always_right() -> None:
 def test_no_token_runs_the_first_layers_twice() -> None:
     adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
     engine = FastEngine(adapted)
-    own, ran = engine.model.run_layers, [0] * 6
+    own, ran = engine.model.run_to_stops, [0] * 6
 
-    def counted(states: Any, slots: Any, cache: Any, first: int, last: int) -> Any:
-        for layer_idx in range(first, last):
+    def counted(states: Any, slots: Any, cache: Any, first: int, stops: Any) -> Any:
+        for layer_idx in range(first, stops[-1]):
             ran[layer_idx] += sum(len(part) for part in states)
-        return own(states, slots, cache, first, last)
+        return own(states, slots, cache, first, stops)
 
-    engine.model.run_layers = counted  # type: ignore[method-assign]
+    engine.model.run_to_stops = counted  # type: ignore[method-assign]
     engine.generate(**prompts(1), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     counts = adapted.draft_counts
     drafted = sum(counts.num_drafted.values())
@@ -403,7 +403,7 @@ def test_a_prompt_that_fails_says_why() -> None:
     def fails(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    engine.model.run_layers = fails  # type: ignore[method-assign]
+    engine.model.run_to_stops = fails  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         engine.generate(**prompts(2), max_new_tokens=4, do_sample=False, pad_token_id=0)
 

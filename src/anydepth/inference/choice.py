@@ -108,11 +108,9 @@ class Choice:
         """`drafters.Choose`."""
         if self.is_plain:
             scores = logits.float().cpu().numpy()  # faster than torch at so few numbers
-            places = scores.argmax(-1)
-            tops = scores[range(len(scores)), places]
-            shares = (1 / np.exp(scores - tops[:, None]).sum(-1)).tolist()
-            ids = places.tolist()
-            return (ids if vocabulary is None else vocabulary[places].tolist()), shares
+            places = scores.argmax(-1).tolist()
+            shares = [1 / float(np.exp(row - row[place]).sum()) for row, place in zip(scores, places, strict=True)]
+            return (places if vocabulary is None else [int(vocabulary[place]) for place in places]), shares
         tokens, shares = [], []
         for row, part in zip(rows, logits, strict=True):
             if vocabulary is not None:

@@ -20,10 +20,10 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.economy import NUM_CLASSES
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.layer import EngineLayer
-from anydepth.inference.engine.model import EngineModel, run_layers
+from anydepth.inference.engine.model import EngineModel, run_to_stops
 from anydepth.inference.engine.native import NativeLinear
 from anydepth.inference.engine.packing import pack_panels
-from anydepth.inference.engine.weights import Linear
+from anydepth.inference.engine.weights import INT4_GROUP, Linear
 from anydepth.inference.targets import Row, Target
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.method import LogitsOf, Method
@@ -236,17 +236,23 @@ class _Reading:
 
 
 class Trained(Drafter):
-    """A `DraftNetwork` on the fast engine, in 8 bits where the kernels run: a wrong guess costs speed, nothing else."""
+    """A `DraftNetwork` on the fast engine, in 4 and 8 bits where kernels run: wrong guesses cost speed, nothing else."""
 
     name = "trained"
 
     def __init__(self, model: EngineModel, network: DraftNetwork) -> None:
         self.model, self.vocabulary = model, network.vocabulary
+        reads, joins = network.read.weight.detach(), network.join.weight.detach()
+        both = torch.cat([joins[:, : len(reads)] @ reads, joins[:, len(reads) :]], dim=1)  # one map of the two
         network = copy.deepcopy(network).to(model.dtype)
-        kind = "int8" if model.memory is not None and model.dtype == torch.bfloat16 else model.weights
+        few_bits = model.memory is not None and model.dtype == torch.bfloat16
+        kind = "int8" if few_bits else model.weights
         parts = layer_parts(network.view(model.backbone))
-        self.layer = EngineLayer(parts, kind, model.dtype, model.rotations.kinds, model.memory)
-        self.read, self.join = (self._linear(part.weight, kind) for part in (network.read, network.join))
+        widths = [part.shape[1] for part in network.layer.parameters() if part.dim() == 2]
+        # Reads half as much, and guesses as well.
+        layer_kind = "int4" if few_bits and not any(width % INT4_GROUP for width in widths) else kind
+        self.layer = EngineLayer(parts, layer_kind, model.dtype, model.rotations.kinds, model.memory)
+        self.read, self.join = (self._linear(part.to(model.dtype), kind) for part in (both, joins))
         self.head = model.head_of(norm_of(network.norm), kind, network.vocabulary)
         self.cache: EngineCache | None = None
         self.rows: dict[int, _Reading] = {}
@@ -272,15 +278,16 @@ class Trained(Drafter):
         return _guesses(*choose(rows, self.head(last), self.vocabulary))
 
     def _run(self, rows: Sequence[Row]) -> None:
-        """The layer over what each row has not read yet, or over its last guess."""
+        """The layer over what rows have not read yet, or over their last guesses: all have drafted as far."""
         if not rows:
             return
         assert self.cache is not None, "started"
-        states = [self._inputs(row, self.cache) for row in rows]
-        whole = states[0] if len(rows) == 1 else torch.cat(states)
-        parts = list(self.join(whole).split([len(part) for part in states]))
+        inputs = [self._inputs(row, self.cache) for row in rows]
+        whole = inputs[0] if len(rows) == 1 else torch.cat(inputs)
+        joined = (self.join if rows[0].draft else self.read)(whole)
+        parts = list(joined.split([len(part) for part in inputs]))
         slots = [row.slot for row in rows]
-        parts = run_layers([self.layer], parts, slots, self.cache, 0, self.model.rotations)
+        (parts,) = run_to_stops([self.layer], parts, slots, self.cache, 0, [1], self.model.rotations)
         for row, part in zip(rows, parts, strict=True):
             reading = self.rows[row.slot]
             reading.feature = part[-1:]
@@ -288,14 +295,14 @@ class Trained(Drafter):
                 reading.num_read += len(part)
 
     def _inputs(self, row: Row, cache: EngineCache) -> Tensor:
-        """(N, 2 · D) what stands for each token, and the embedding of the one behind."""
+        """(N, …) what stands for each token, states of the model or its own output, and the embedding behind."""
         reading = self.rows[row.slot]
         if row.draft:
             assert reading.feature is not None
             states, ids = reading.feature, row.draft[-1:]
         else:
             cache.rewind(row.slot, reading.num_read)
-            states = self.read(torch.cat(reading.unread))
+            states = reading.unread[0] if len(reading.unread) == 1 else torch.cat(reading.unread)
             reading.unread = []
             ids = row.ids[-len(states) :]
         embedded = self.model.embedding(torch.tensor(ids, device=states.device))

@@ -149,8 +149,7 @@ class EngineTarget:
             self._run_first(rows, states)
             states = [torch.cat(row.early) for row in rows]
         else:
-            for row in rows:  # what reduced drafts left
-                self.cache.rewind(row.slot, row.num_seen)
+            self._rewind(rows)  # what reduced drafts left
         states = self._through(rows, states, self.exit_layer)
         return list(self.model.logits(torch.cat(states)).split([len(part) for part in states]))
 
@@ -162,7 +161,12 @@ class EngineTarget:
         for row, count in zip(rows, num_taken, strict=True):
             row.fresh = [part[:count] for part in row.fresh]
             row.early = []
-            self.cache.rewind(row.slot, row.num_seen)
+        self._rewind(rows)
+
+    def _rewind(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if self.cache.lengths[row.slot] != row.num_seen:
+                self.cache.rewind(row.slot, row.num_seen)
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         return self.model.embedding(torch.tensor(ids, dtype=torch.long, device=self.model.device))
@@ -170,15 +174,11 @@ class EngineTarget:
     def _through(self, rows: Sequence[Row], states: list[Tensor], first: int) -> list[Tensor]:
         """States of the next tokens in front of a layer to those behind the last, kept where they are tapped."""
         slots = [row.slot for row in rows]
-        for row in rows:
-            row.fresh = []
-        for stop in self.stops:
-            if stop > first:
-                states = self.model.run_layers(states, slots, self.cache, first, stop)
-                first = stop
-            if stop in self.taps:
-                for row, part in zip(rows, states, strict=True):
-                    row.fresh.append(part)
-        for row in rows:
+        found = self.model.run_to_stops(states, slots, self.cache, first, [stop for stop in self.stops if stop > first])
+        tapped = found if self.stops[-1] in self.taps else found[:-1]
+        if first in self.taps:
+            tapped = [states, *tapped]
+        for number, row in enumerate(rows):
+            row.fresh = [parts[number] for parts in tapped]
             self.cache.lengths[row.slot] = self.cache.layers[-1].counts[row.slot]
-        return states
+        return found[-1]

@@ -190,17 +190,13 @@ class Writer:
     def _see(self, slots: list[int], ids: list[list[int]]) -> dict[int, Tensor]:
         """States (D,) behind the last layer of the last tokens, by slot; those at the taps are kept."""
         states = [self.model.embedding(torch.tensor(part, device=self.model.device)) for part in ids]
-        kept, first = [], 0
-        for tap in self.taps:
-            states = self.model.run_layers(states, slots, self.cache, first, tap)
-            kept.append(states)
-            first = tap
+        kept = self.model.run_to_stops(states, slots, self.cache, 0, self.taps)
         for number, slot in enumerate(slots):
             text = self.texts[slot]
             seen, text.num_seen = text.num_seen, text.num_seen + len(ids[number])
             text.states[seen : text.num_seen] = torch.stack([part[number] for part in kept], dim=1)
             self.cache.lengths[slot] = text.num_seen
-        return {slot: states[number][-1] for number, slot in enumerate(slots)}
+        return {slot: kept[-1][number][-1] for number, slot in enumerate(slots)}
 
 
 OWN_TEXT = "own-text"

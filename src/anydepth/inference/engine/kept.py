@@ -19,7 +19,7 @@ from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import KnownScores, PassContext, Rules, Threshold
 
-MAX_KEPT = 16
+MAX_KEPT = 64
 """Passes that a cache keeps, of different rules and numbers of tokens."""
 READ_ONLY = -1
 """Column of a gate whose network is asked about later layers only: it lets everybody through."""
@@ -118,8 +118,10 @@ class KeptPass:
     Args:
         layers: of the model, or some in a row where there are no rules.
         networks: of gates; None where there are no kernels for them.
+        stops: layers, counted from the first of these, in front of which states are wanted as well; without rules.
 
     Attributes:
+        taps: (stops, N, D), where the kernels leave those.
         flat: (columns · N,) scores of all gates, where the kernels read them and leave those of networks.
         whole, waiting: caches of layers that everybody runs, and that tokens may skip.
 
@@ -135,6 +137,7 @@ class KeptPass:
         networks: NativeNetworks | None,
         *,
         num_tokens: int,
+        stops: Sequence[int] = (),
     ) -> None:
         self.decisions = decisions = Decisions(rules, len(layers), num_tokens)
         self.networks = networks
@@ -148,6 +151,10 @@ class KeptPass:
         tasks = [self._task(i, layer, kv) for i, (layer, kv) in enumerate(zip(layers, caches, strict=True))]
         if not any(task.parts for task in tasks):
             raise Unfit  # nothing is left to run
+        like = caches[0].waiting
+        self.taps = like.new_empty(len(stops), num_tokens, like.shape[-1])
+        for tap, stop in zip(self.taps, stops, strict=True):
+            tasks[stop].tap = tap
         self.tasks = Tasks([task for task in tasks if task.parts])
 
     def _task(self, layer_idx: int, layer: EngineLayer, kv: LayerKV) -> Task:
@@ -207,10 +214,8 @@ class KeptPass:
                 self.decisions.scores(source, self.flat).copy_(scores.flatten(1).T)
         return True
 
-    def run(
-        self, rows: Rows, slots: Sequence[int], seen: Sequence[int], hidden: Tensor, record: PassRecord
-    ) -> tuple[Tensor, PassRecord]:
-        """(N, D) states in front of the first layer to those behind the last, and what ran; K/V are counted."""
+    def run(self, rows: Rows, slots: Sequence[int], seen: Sequence[int], hidden: Tensor) -> list[Tensor]:
+        """(N, D) states in front of the first layer to those at the stops and behind the last; K/V are counted."""
         hidden = self.tasks.run(rows, hidden)
         for slot, length in zip(slots, seen, strict=True):
             length += self.decisions.num_tokens // len(slots)
@@ -218,9 +223,11 @@ class KeptPass:
                 kv.counts[slot] = length
             for kv in self.waiting:
                 kv.counts[slot] = length - kv.num_waiting[slot]
-        if self.decisions.are_none:
-            return hidden, record
-        return hidden, LaterRecord(record, partial(self.decisions.note, self.flat.clone()))
+        return [*self.taps.clone(), hidden] if len(self.taps) else [hidden]
+
+    def noted(self, record: PassRecord) -> PassRecord:
+        """What the last run decided."""
+        return LaterRecord(record, partial(self.decisions.note, self.flat.clone()))
 
 
 def _size(scores: GateNetwork | KnownScores) -> int:

@@ -129,7 +129,7 @@ class EngineModel:
             if any(method.kv_rule == "recompute" for method in methods):
                 hidden = ExitPass(self, step, hidden).run()
             else:
-                hidden = step.through(self.layers, hidden)
+                (hidden,) = step.through(self.layers, hidden)
         except BaseException:
             for slot in slots:  # layers that have run are not ahead of the others
                 cache.rewind(slot, cache.lengths[slot])
@@ -142,15 +142,23 @@ class EngineModel:
     def run_layers(
         self, states: Sequence[Tensor], slots: Sequence[int], cache: EngineCache, first: int, last: int
     ) -> list[Tensor]:
-        """Layers `first` to `last` − 1 at full depth, for the next tokens of each slot that they have not seen.
+        """Layers `first` to `last` − 1 at full depth: the states behind them, see `run_to_stops`."""
+        return self.run_to_stops(states, slots, cache, first, [last])[-1]
+
+    @torch.no_grad()
+    def run_to_stops(
+        self, states: Sequence[Tensor], slots: Sequence[int], cache: EngineCache, first: int, stops: Sequence[int]
+    ) -> list[list[Tensor]]:
+        """Layers from `first` on at full depth, for the next tokens of each slot that they have not seen.
 
         Args:
             states: (N, D) by slot, of as many tokens as each has.
+            stops: layers, counted from 1, in order; the last of them is the last that runs.
 
         Returns:
-            The states behind those layers; their K/V are in the cache, whose `lengths` stay.
+            By stop, the states behind that layer; their K/V are in the cache, whose `lengths` stay.
         """
-        return run_layers(self.layers[first:last], states, slots, cache, first, self.rotations)
+        return run_to_stops(self.layers[first : stops[-1]], states, slots, cache, first, stops, self.rotations)
 
     def _step(
         self, num_tokens: int, slots: Sequence[int], seen: Sequence[int], cache: EngineCache, methods: Sequence[Method]
@@ -166,15 +174,16 @@ def make_room(length: int, cache: EngineCache, rotations: Rotations) -> None:
     rotations.make_room(length)
 
 
-def run_layers(
+def run_to_stops(
     layers: Sequence[EngineLayer],
     states: Sequence[Tensor],
     slots: Sequence[int],
     cache: EngineCache,
     first: int,
+    stops: Sequence[int],
     rotations: Rotations,
-) -> list[Tensor]:
-    """`EngineModel.run_layers` of any layers, which are those from `first` on of a cache."""
+) -> list[list[Tensor]]:
+    """`EngineModel.run_to_stops` of any layers, which are those from `first` on of a cache."""
     caches, num_tokens = cache.layers[first : first + len(layers)], [len(part) for part in states]
     seen, longest = [caches[0].counts[slot] for slot in slots], max(num_tokens)
     make_room(max(seen) + longest, cache, rotations)
@@ -189,11 +198,11 @@ def run_layers(
                 kv.rewind(slot, before + count)
 
     try:
-        done = step.through(layers, hidden, first).split(longest)
+        found = [part.split(longest) for part in step.through(layers, hidden, first, stops[:-1])]
     except BaseException:
         forget_beyond([0] * len(slots))
         raise
     if min(num_tokens) == longest:
-        return list(done)
+        return [list(parts) for parts in found]
     forget_beyond(num_tokens)
-    return [part[:count] for part, count in zip(done, num_tokens, strict=True)]
+    return [[part[:count] for part, count in zip(parts, num_tokens, strict=True)] for parts in found]

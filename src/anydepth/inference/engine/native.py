@@ -84,7 +84,10 @@ GATE_FIELDS = ("network", "logits", "column", "stride", "threshold")  # the last
 class _Task(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("layer", "cache", "parts", "counts")),
-        *((name, c_int64) for name in ("waiting", "num_waiting", "room", "mixed", "num_mixed", "fed", "num_fed")),
+        *(
+            (name, c_int64)
+            for name in ("waiting", "num_waiting", "room", "mixed", "num_mixed", "fed", "num_fed", "tap")
+        ),
         *((f"gate_{name}", c_int64) for name in GATE_FIELDS),
         *((f"ffn_gate_{name}", c_int64) for name in GATE_FIELDS),
     ]
@@ -274,6 +277,7 @@ class Task:
         mixed, fed: int64 places in (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
         gate: of the layer, in place of `mixed` and `fed`.
         ffn_gate: of the FFN.
+        tap: (R·T, D), where the states in front of the layer are left.
     """
 
     layer: NativeLayer
@@ -285,6 +289,7 @@ class Task:
     fed: Tensor | None = None
     gate: NativeGate | None = None
     ffn_gate: NativeGate | None = None
+    tap: Tensor | None = None
 
     def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
@@ -296,6 +301,7 @@ class Task:
             *self._waiting(),
             *_list(self.mixed),
             *_list(self.fed),
+            0 if self.tap is None else self.tap.data_ptr(),
             *(EVERYBODY if self.gate is None else self.gate.fields()),
             *(EVERYBODY if self.ffn_gate is None else self.ffn_gate.fields()),
         )

@@ -47,26 +47,42 @@ class Step(RowPass):
     ) -> None:
         super().__init__(num_tokens, slots, seen, cache, tables)
         self.few_tokens = self.num_rows * num_tokens <= MAX_TOKENS
-        token_mask = torch.ones(self.num_rows, num_tokens, dtype=torch.bool, device=self.device)
-        self.record = PassRecord(token_mask, self.seen[0], cached=True, num_layers=len(cache.layers))
         self.methods, self.networks, self.logits_of = list(methods), networks, logits_of
         self.gates_branches = any(method.gates_branches for method in methods)
         self.span: list[Task] = []  # asked for, not run yet
         self.left: list[tuple[LayerKV, int, int, Tensor | None]] = []  # by the span: K/V in a slot, at which places
-        self.asked_with: tuple[Tensor | None, Tensor] = None, token_mask
+        self.asked_with: tuple[Tensor, Tensor] | None = None
 
     # --- layer after layer -------------------------------------------------------------------------------------
 
-    def through(self, layers: Sequence[EngineLayer], hidden: Tensor, first: int = 0) -> Tensor:
-        """(B·T, D) states in front of the first of some layers, which is number `first`, to those behind the last."""
+    @cached_property
+    def record(self) -> PassRecord:
+        """What ran."""
+        token_mask = torch.ones(self.num_rows, self.num_tokens, dtype=torch.bool, device=self.device)
+        return PassRecord(token_mask, self.seen[0], cached=True, num_layers=len(self.cache.layers))
+
+    def through(
+        self, layers: Sequence[EngineLayer], hidden: Tensor, first: int = 0, stops: Sequence[int] = ()
+    ) -> list[Tensor]:
+        """(B·T, D) states in front of the first of some layers, which is number `first`, to those behind the last.
+
+        Args:
+            stops: numbers of layers in front of which they are wanted as well, in order; without methods.
+        """
         caches = self.cache.layers[first : first + len(layers)]
-        kept = self._kept_pass(layers, caches, first)
+        kept = self._kept_pass(layers, caches, first, stops)
         if kept is not None:
-            hidden, self.record = kept.run(self._rows, self.slots, self.seen, hidden, self.record)
-            return hidden
+            states = kept.run(self._rows, self.slots, self.seen, hidden)
+            if not kept.decisions.are_none:
+                self.record = kept.noted(self.record)
+            return states
         for method in self.methods:
             method.begin(self.run.context)
+        states = []
         for layer_idx, (layer, kv) in enumerate(zip(layers, caches, strict=True), first):
+            if layer_idx in stops:
+                hidden = self._run_span(hidden)
+                states.append(hidden)
             reads_state = any(method.reads_state(layer_idx) for method in self.methods)
             if reads_state:
                 hidden = self._run_span(hidden)
@@ -78,7 +94,7 @@ class Step(RowPass):
             if reads_state and self.gates_branches:  # the FFN's gate reads what the mixer makes
                 hidden = self._run_span(hidden)
             hidden = self._feed(layer, kv, hidden, self._ask_ffn(layer_idx, gate, hidden))
-        return self._run_span(hidden)
+        return [*states, self._run_span(hidden)]
 
     @cached_property
     def run(self) -> Run:
@@ -95,7 +111,9 @@ class Step(RowPass):
         )
         return Run(context, self.record, None, self.methods, sparse=True)
 
-    def _kept_pass(self, layers: Sequence[EngineLayer], caches: Sequence[LayerKV], first: int) -> KeptPass | None:
+    def _kept_pass(
+        self, layers: Sequence[EngineLayer], caches: Sequence[LayerKV], first: int, stops: Sequence[int]
+    ) -> KeptPass | None:
         """One that fits, if the kernels can decide everything."""
         if not self.few_tokens or layers[0].native is None:
             return None
@@ -105,23 +123,29 @@ class Step(RowPass):
             if own is None:
                 return None
             rules.append(own)
-        kept = self._kept_for(layers, caches, first, rules)
+        kept = self._kept_for(layers, caches, first, rules, stops)
         if kept is None or not kept.fits(self.slots, self.seen) or not kept.prepare(lambda: self.run.context):
             return None
         # What waits may have to move; the pass is then made anew, for its new place.
-        return kept if kept.has_room(self.slots) else self._kept_for(layers, caches, first, rules)
+        return kept if kept.has_room(self.slots) else self._kept_for(layers, caches, first, rules, stops)
 
     def _kept_for(
-        self, layers: Sequence[EngineLayer], caches: Sequence[LayerKV], first: int, rules: Sequence[Rules]
+        self,
+        layers: Sequence[EngineLayer],
+        caches: Sequence[LayerKV],
+        first: int,
+        rules: Sequence[Rules],
+        stops: Sequence[int],
     ) -> KeptPass | None:
         """The one of these rules; None: the kernels cannot decide them."""
         passes, num_tokens = self.cache.kept_passes, self.num_rows * self.num_tokens
-        key = (num_tokens, first, len(layers), *rules)
+        key = (num_tokens, first, len(layers), tuple(stops), *rules)
         if key in passes:
             passes[key] = passes.pop(key)  # the latest is the last
         else:
             try:
-                kept = KeptPass(layers, caches, rules, self.networks, num_tokens=num_tokens)
+                places = [stop - first for stop in stops]
+                kept = KeptPass(layers, caches, rules, self.networks, num_tokens=num_tokens, stops=places)
             except Unfit:
                 kept = None
             if len(passes) >= MAX_KEPT:
@@ -142,7 +166,7 @@ class Step(RowPass):
 
     def _shaped(self, hidden: Tensor) -> Tensor:
         """(B, T, D); kept, as many layers ask with the same states."""
-        if self.asked_with[0] is not hidden:
+        if self.asked_with is None or self.asked_with[0] is not hidden:
             self.asked_with = hidden, hidden.view(self.num_rows, self.num_tokens, -1)
         return self.asked_with[1]
 

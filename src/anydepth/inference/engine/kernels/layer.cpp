@@ -66,6 +66,7 @@ struct Task {
     int64_t num_mixed;
     const int64_t* fed;  // the same for the FFN
     int64_t num_fed;
+    void* tap;            // (R·T, hidden), where the states in front of the layer are left for the caller; null: nowhere
     Gate gate, ffn_gate;  // of the layer, where `mixed` and `fed` are null; and of the FFN
 };
 
@@ -418,6 +419,10 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
         Tokens all{nullptr, num};  // that have not left
         for (const Task* task = tasks; task < tasks + n; ++task) {
             const Matrix* next = task + 1 < tasks + n ? first_of(task[1]) : nullptr;
+            if (task->tap) {  // nobody writes states before all threads have met again
+#pragma omp master
+                std::memcpy(task->tap, now, size * sizeof(A));
+            }
             Tokens mixed = task->mixed ? Tokens{task->mixed, int(task->num_mixed)} : all;
             Tokens fed = task->fed ? Tokens{task->fed, int(task->num_fed)} : all;
             if (task->gate.logits && all.num) {
