@@ -236,7 +236,7 @@ class _Reading:
 
 
 class Trained(Drafter):
-    """A `DraftNetwork` on the fast engine, in 4 and 8 bits where kernels run: wrong guesses cost speed, nothing else."""
+    """A `DraftNetwork` on the fast engine, in 4 and 8 bits where kernels run: a wrong guess costs only time."""
 
     name = "trained"
 

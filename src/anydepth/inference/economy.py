@@ -5,7 +5,9 @@ Only speed depends on it, never a token: it may use the clock.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 
 NUM_CLASSES = 10
 """Of a drafter's confidence in a guess."""
@@ -13,8 +15,8 @@ FIRST = NUM_CLASSES
 """Stands for the class in front of a draft's first guess."""
 DECAY = 0.5 ** (1 / 150)
 """Of an observation, for every later one of its class: texts change."""
-SMOOTHING = 0.15
-"""Weight of the newest time in its running mean."""
+LATEST = 24
+"""Times that what something costs is the median of."""
 PRIOR = 4.0
 """Guesses that what a drafter believes of itself is worth."""
 TRY_AGAIN = 24
@@ -65,43 +67,43 @@ class Record:
 
 @dataclass
 class Costs:
-    """Seconds, where so many rows are decoded together.
+    """Seconds, where so many rows are decoded together. Medians: a machine that others use now and then stops.
 
     Attributes:
+        verified: further tokens than one a row, and seconds, of the latest verifications.
+        guessed: seconds of the latest guesses for each row that drafts, by drafter.
         plain: of verifying one token a row; None: not known yet.
-        wide: tokens and seconds of larger verifications, in the mean.
-        guess: of one guess for each row that drafts, by drafter.
+        more: that each further token adds.
     """
 
     num_rows: int
+    verified: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=LATEST))
+    guessed: dict[str, deque[float]] = field(default_factory=dict)
     plain: float | None = None
-    wide: tuple[float, float] | None = None
-    guess: dict[str, float] = field(default_factory=dict)
+    more: float = 0.0
 
     def note_verification(self, num_tokens: int, seconds: float) -> None:
-        if num_tokens == self.num_rows:
-            self.plain = _mean(self.plain, seconds)
-        elif self.wide is None:
-            self.wide = num_tokens, seconds
-        else:
-            self.wide = _mean(self.wide[0], num_tokens), _mean(self.wide[1], seconds)
+        """The line plain + more · further tokens through the latest, each of the two by the median of what is left."""
+        self.verified.append((num_tokens - self.num_rows, seconds))
+        if self.plain is None and num_tokens > self.num_rows:
+            return
+        plain = self.plain = median(seconds - self.more * further for further, seconds in self.verified)
+        slopes = [(seconds - plain) / further for further, seconds in self.verified if further]
+        self.more = max(median(slopes), 0.0) if slopes else 0.0
 
     def note_guess(self, drafter: str, seconds: float) -> None:
-        self.guess[drafter] = _mean(self.guess.get(drafter), seconds)
+        self.guessed.setdefault(drafter, deque(maxlen=LATEST)).append(seconds)
 
-    @property
-    def more(self) -> float:
-        """That each further token adds to a verification."""
-        if self.plain is None or self.wide is None:
-            return 0.0
-        return max((self.wide[1] - self.plain) / (self.wide[0] - self.num_rows), 0.0)
+    def guess(self, drafter: str) -> float | None:
+        """Seconds of a guess; None: not known yet."""
+        return median(self.guessed[drafter]) if drafter in self.guessed else None
 
     def pays(self, drafter: str, chances: list[float]) -> bool:
         """Whether to guess once more for rows whose drafts would then be right with these probabilities.
 
         A right guess saves its row a step, of which every other row has its part.
         """
-        seconds = self.guess.get(drafter)
+        seconds = self.guess(drafter)
         if self.plain is None or seconds is None:
             return True
         return sum(chances) * self.plain / self.num_rows > seconds + len(chances) * self.more
@@ -112,7 +114,7 @@ class Costs:
 
     def worth(self, drafter: str, first: float, later: float) -> float:
         """Tokens per second of a row at the best length of draft; `first`, `later`: how often its guesses are right."""
-        seconds = self.guess.get(drafter)
+        seconds = self.guess(drafter)
         if self.plain is None or seconds is None:
             return float("inf")  # to be tried
         best, taken, reached = 1 / self.plain, 1.0, first
@@ -135,7 +137,3 @@ class Economy:
 
     def costs(self, num_rows: int) -> Costs:
         return self.by_rows.setdefault(num_rows, Costs(num_rows))
-
-
-def _mean(before: float | None, now: float) -> float:
-    return now if before is None else (1 - SMOOTHING) * before + SMOOTHING * now
