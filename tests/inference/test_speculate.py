@@ -153,6 +153,19 @@ def test_no_token_runs_the_first_layers_twice() -> None:
     assert counts.num_taken == 29 and drafted > counts.num_accepted["first 3 layers"]
 
 
+@pytest.mark.parametrize("name", ["several exits", "everything"])
+def test_guesses_that_are_dropped_leave_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second one is, after the first layers have run for it."""
+    adapted, asked = anydepth.attach(tiny_llama(), DRAFTERS[name]).eval(), itertools.count()
+    monkeypatch.setattr("anydepth.inference.economy.Costs.repays", lambda *_: next(asked) % 2)
+    monkeypatch.setattr("anydepth.inference.economy.Costs.pays", lambda *_: True)
+    engines = [FastEngine(adapted), *([adapted] if name == "several exits" else [])]
+    for engine, num_rows in itertools.product(engines, (1, 4)):
+        wanted, ours = both(adapted, engine, prompts(num_rows), do_sample=False, eos_token_id=None)
+        assert torch.equal(wanted, ours)
+    assert next(asked) > 20 and adapted.draft_counts.num_drafted
+
+
 def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
     adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set"}]).eval()  # drafts far, always right
     engine, tokenizer, batch = FastEngine(adapted), byte_tokenizer(), prompts(3)

@@ -91,14 +91,14 @@ class HFTarget:
         logits = []
         for row in rows:
             unseen = [row.ids[-1], *row.draft][len(row.early) :]
-            if self.exit_layer:
+            if self.exit_layer and unseen:
                 own = self._forward(row, unseen, ExitAt(self.adapted, self.exit_layer, goes_on=True))
                 late = self.adapted.last_run.late
                 if late is not None:
                     own = torch.cat([self.adapted.backbone.logits_of(late[0]), own])
             else:
                 self.caches[row.slot].rewind(row.num_seen)
-                own = self._forward(row, unseen)
+                own = self._forward(row, [row.ids[-1], *row.draft])
             logits.append(own)
         return logits
 
