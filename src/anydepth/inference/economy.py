@@ -17,8 +17,12 @@ DECAY = 0.5 ** (1 / 150)
 """Of an observation, for every later one of its class: texts change."""
 LATEST = 24
 """Times that what something costs is the median of."""
+FIRST_RIGHT = 0.4
+"""Share of first guesses that is believed right before any was made."""
 PRIOR = 4.0
 """Guesses that what a drafter believes of itself is worth."""
+TRIES = 12
+"""First guesses of a drafter after which what it is worth is known."""
 TRY_AGAIN = 24
 """Rounds after which a drafter that does not pay is tried again."""
 
@@ -54,9 +58,22 @@ class Record:
 
     known: Share = field(default_factory=lambda: Share.prior([(i + 0.5) / NUM_CLASSES for i in range(NUM_CLASSES)]))
     next: Share = field(
-        default_factory=lambda: Share.prior([*((i + 2.5) / (NUM_CLASSES + 4) for i in range(NUM_CLASSES)), 0.4])
+        default_factory=lambda: Share.prior([*((i + 2.5) / (NUM_CLASSES + 4) for i in range(NUM_CLASSES)), FIRST_RIGHT])
     )
     idle: int = 0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its first guesses were tried often enough."""
+        return self.next.seen[FIRST] >= PRIOR + 0.9 * TRIES  # old ones count less
+
+    def right_after(self, confidence: int) -> float:
+        """How often a guess behind one of this class is right. Of a class that no draft has gone on from, what is
+        believed of it, wrong as much more or less often as first guesses are than was believed of them."""
+        believed = self.next.of(confidence)
+        if self.next.seen[confidence] != PRIOR:
+            return believed
+        return max(1 - (1 - believed) * (1 - self.next.of(FIRST)) / (1 - FIRST_RIGHT), 0.0)
 
     def note(self, before: int, confidence: int, *, right: bool) -> None:
         """A guess was right or wrong, where all in front of it were right; `before` is the confidence of the last."""

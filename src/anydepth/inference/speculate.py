@@ -225,9 +225,14 @@ class Speculation:
         return most if room is None else min(most, room - 1)
 
     def _worth_it(self, drafter: Drafter, plans: list[Plan]) -> bool:
-        if not self.setup.adaptive or any(plan.is_trial and not plan.row.draft for plan in plans):
+        if not self.setup.adaptive or self._tries(drafter, plans):
             return True
         return self.costs.pays(drafter.name, [plan.reached * self._next(drafter, plan) for plan in plans])
+
+    def _tries(self, drafter: Drafter, plans: list[Plan]) -> bool:
+        """Whether these would be first guesses of a drafter that is to be known better, whatever they cost."""
+        is_known = isinstance(drafter, Lookup) or self.economy.of(drafter.name).is_known
+        return any((plan.is_trial or not is_known) and not plan.row.draft for plan in plans)
 
     def _next(self, drafter: Drafter, plan: Plan) -> float:
         """How likely the next guess is right."""
@@ -235,10 +240,11 @@ class Speculation:
         if isinstance(drafter, Lookup):
             confidence = drafter.confidence(plan.row)
             return 0.0 if confidence is None else record.known.of(confidence)
-        return record.next.of(plan.confidences[-1] if plan.confidences else FIRST)
+        return record.right_after(plan.confidences[-1]) if plan.confidences else record.next.of(FIRST)
 
     def _guess(self, drafter: Drafter, plans: list[Plan]) -> list[Plan]:
         """One more token of these rows; those that got one that is worth to be verified."""
+        tries = self._tries(drafter, plans)
         started = time.perf_counter()
         guesses = drafter.guess([plan.row for plan in plans], self.choice.guess)
         self.costs.note_guess(drafter.name, time.perf_counter() - started)
@@ -247,7 +253,7 @@ class Speculation:
             if guess is None:
                 continue
             reached = plan.reached * record.known.of(guess.confidence)
-            if self.setup.adaptive and not plan.is_trial and not self.costs.repays(reached):
+            if self.setup.adaptive and not tries and not self.costs.repays(reached):
                 record.next.note(plan.confidences[-1] if plan.confidences else FIRST, right=False)
                 continue
             plan.row.draft.append(guess.token)
@@ -270,7 +276,9 @@ class Speculation:
     def _worth(self, drafter: Drafter, row: Row | None = None) -> float:
         """Tokens per second that are expected of a drafter, on a row if it depends on that; 0 where it has no idea."""
         record = self.economy.of(drafter.name)
-        first, later = record.next.of(FIRST), record.next.of(NUM_CLASSES // 2)
+        first, later = record.next.of(FIRST), record.right_after(NUM_CLASSES // 2)
+        if not isinstance(drafter, Lookup) and not record.is_known:
+            return float("inf")  # to be tried
         if isinstance(drafter, Lookup):
             confidence = None if row is None else drafter.confidence(row)
             if confidence is None:
