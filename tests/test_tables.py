@@ -1,4 +1,4 @@
-"""The README's tables are those that the committed results give."""
+"""The tables of the README and of the results page are those that the committed results give."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ TABLES = {
     "engine": ["benchmarks/engine.py", "--table"],
     "hat": ["benchmarks/hat.py", "--table"],
     "speculation": ["benchmarks/speculation.py", "--table"],
+    "layerskip": ["benchmarks/layerskip.py", "--table"],
+    "guarantee": ["benchmarks/guarantee.py", "--table"],
 }
+PAGES = ("README.md", "docs/results.md")
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_readme_has_the_table(name: str) -> None:
+def test_a_page_has_the_table(name: str) -> None:
     command = [sys.executable, *TABLES[name]]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     for line in printed.splitlines():
-        assert line in readme, f"{name}: the README lacks {line!r}; copy what `{' '.join(TABLES[name])}` prints"
+        assert line in pages, f"{name}: {' and '.join(PAGES)} lack {line!r}; copy what `{' '.join(TABLES[name])}` prints"
