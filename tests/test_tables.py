@@ -28,4 +28,4 @@ def test_a_page_has_the_table(name: str) -> None:
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     for line in printed.splitlines():
-        assert line in pages, f"{name}: {' and '.join(PAGES)} lack {line!r}; copy what `{' '.join(TABLES[name])}` prints"
+        assert line in pages, f"{name}: {' and '.join(PAGES)} lack {line!r} of `{' '.join(TABLES[name])}`"
