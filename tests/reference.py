@@ -6,12 +6,13 @@ left out of the residual stream, and under `omit` hidden from the keys that late
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu, softplus
 
 from anydepth import Trace
 from families import names_of
@@ -25,11 +26,13 @@ def replay(
     *,
     attention_mask: Tensor | None = None,
     weights: dict[int, Tensor] | None = None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> Tensor:
     """(B, T, V) logits of a stock `model` under `trace`.
 
     Args:
         weights: by layer, (B, T) multipliers g of whole layers: h' = g·f(h) + (1 − g)·h, instead of the trace.
+        others: by layer, a second mixer (gated delta rule) for the tokens that the trace says took it.
     """
     names = names_of(family)
     with ExitStack() as stack:
@@ -44,7 +47,11 @@ def replay(
             if weights is not None and layer_idx in weights:
                 stack.enter_context(_blending(layer, weights[layer_idx]))
                 continue
-            for end in names.mixer_ends:
+            if others is not None and str(layer_idx) in others:
+                mixer = next(getattr(layer, name) for name in names.mixers if hasattr(layer, name))
+                sees_all = trace.kv_rules[layer_idx] != "omit"
+                stack.enter_context(_choosing(mixer, others[str(layer_idx)], mixer_keep, trace.token_mask, sees_all))
+            for end in names.mixer_ends if others is None or str(layer_idx) not in others else ():
                 if hasattr(layer, end):
                     stack.enter_context(_multiplying(getattr(layer, end), mixer_keep))
             stack.enter_context(_multiplying(getattr(layer, names.ffn_end), trace.ffn_keep[layer_idx]))
@@ -74,6 +81,59 @@ def _leaving(layers: list[nn.Module], keep: Tensor) -> Any:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _choosing(mixer: nn.Module, other: nn.Module, keep: Tensor, real: Tensor, sees_all: bool) -> Any:
+    """What a mixer gives for kept tokens, what the other one gives for the rest."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows = []
+        for states, kept, tokens in zip(hidden, keep, real, strict=True):
+            places = (tokens if sees_all else tokens & ~kept).nonzero()[:, 0]
+            row = torch.zeros_like(states)
+            if len(places):
+                row = row.index_put((places,), delta_rule(other, states[places]))
+            rows.append(row)
+        first = torch.where(keep[..., None], output[0], torch.stack(rows))
+        return (first, *output[1:])
+
+    handle = mixer.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def delta_rule(mixer: Any, hidden: Tensor) -> Tensor:
+    """The gated delta rule token by token, (T, D) → (T, D), from the weights of transformers' module."""
+    keys, dk, dv = mixer.num_k_heads, mixer.head_k_dim, mixer.head_v_dim
+    each, length = mixer.num_v_heads // keys, len(hidden)
+    parts = mixer.in_proj_qkvz(hidden).view(length, keys, -1).split([dk, dk, each * dv, each * dv], dim=-1)
+    beta, rate = (part.reshape(length, -1) for part in mixer.in_proj_ba(hidden).view(length, keys, -1).split(each, -1))
+    gate = parts[3].reshape(length, -1, dv)
+    mixed = torch.cat([part.reshape(length, -1) for part in parts[:3]], dim=-1)
+    taps = mixer.conv1d.weight[:, 0]
+    padded = torch.cat([mixed.new_zeros(taps.shape[1] - 1, mixed.shape[1]), mixed])
+    mixed = silu(sum(padded[j : j + length] * taps[:, j] for j in range(taps.shape[1])))
+    query, key, value = mixed.split([keys * dk, keys * dk, mixer.num_v_heads * dv], dim=-1)
+    query, key = (_unit(part.view(length, keys, dk)).repeat_interleave(each, dim=1) for part in (query, key))
+    value, query = value.view(length, -1, dv), query * dk**-0.5
+    decay = torch.exp(-mixer.A_log.exp() * softplus(rate + mixer.dt_bias))
+    state, outputs = hidden.new_zeros(mixer.num_v_heads, dk, dv), []
+    for t in range(length):
+        state = state * decay[t, :, None, None]
+        known = torch.einsum("hkv,hk->hv", state, key[t])
+        state = state + torch.einsum("hk,hv->hkv", key[t], (value[t] - known) * torch.sigmoid(beta[t])[:, None])
+        outputs.append(torch.einsum("hkv,hk->hv", state, query[t]))
+    output = torch.stack(outputs)
+    output = output * torch.rsqrt(output.square().mean(-1, keepdim=True) + mixer.layer_norm_epsilon)
+    return mixer.out_proj((output * mixer.norm.weight * silu(gate)).reshape(length, -1))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-6)
 
 
 @contextmanager

@@ -57,6 +57,9 @@ class ScratchConfig(StrictConfig):
     ffn_size: int = Field(default=688, ge=8, description="Inner width of the FFN.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Every dropout that the architecture has.")
     max_positions: int = Field(default=1024, ge=8, description="Longest sequence.")
+    options: dict[str, Any] = Field(
+        default={}, description="Further keys of the architecture's own configuration, such as layer_types."
+    )
     tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="Trained on data.train first.")
 
     @model_validator(mode="after")

@@ -53,6 +53,8 @@ CASES: dict[str, Spec] = {
     },
     "early_exit_classifier": {"name": "early_exit", "layers": [1, 3], "confidence": "classifier", "thresholds": 0.5},
     "hat": [{"name": "exit_gate", "layers": [2, 4]}, {"name": "ffn_router", "layers": [0, 1, 3]}],
+    "mixers_routed": {"name": "mixer_router"},
+    "mixers_all": {"name": "mixer_router", "state": "all", "layers": [1, 3]},
 }
 FULL_BUDGET: dict[str, dict[str, Any]] = {
     "skip_set": {"name": "skip_set"},
@@ -65,6 +67,8 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
     "exit_recompute": {"name": "exit_gate", "threshold": float("-inf"), "kv_rule": "recompute"},
     "ffn_router": {"name": "ffn_router"},
     "early_exit": {"name": "early_exit"},
+    "mixers_routed": {"name": "mixer_router", "threshold": float("-inf")},
+    "mixers_all": {"name": "mixer_router", "threshold": float("-inf"), "state": "all"},
 }
 TOLERANCE = 1e-5
 
@@ -104,6 +108,14 @@ def assert_mixed(adapted: AdaptedModel) -> None:
     if {"layer_router", "mixture_of_depths", "exit_gate", "early_exit"} & set(adapted.methods):
         share = adapted.last_trace.ffn_keep.float().mean((1, 2))
         assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
+    if "mixer_router" in adapted.methods:
+        share = adapted.last_trace.other_keep.float().mean((1, 2))
+        assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
+
+
+def others_of(adapted: AdaptedModel) -> Any:
+    """The second mixers, where a method has some."""
+    return adapted.methods["mixer_router"].mixers if "mixer_router" in adapted.methods else None
 
 
 def weights_of(adapted: AdaptedModel) -> dict[int, Tensor] | None:
@@ -157,7 +169,10 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
         mask[0, :9] = mask[2, :20] = 0
     mask_option = {"attention_mask": mask} if padded else {}
     probe = torch.randn(3, 40, families.VOCABULARY, generator=torch.Generator().manual_seed(2)) * mask[..., None]
-    parameters = [value for name, value in adapted.backbone.model.named_parameters()]
+    parameters = [
+        *adapted.backbone.model.parameters(),
+        *(() if others_of(adapted) is None else others_of(adapted).parameters()),
+    ]
 
     def value_and_gradients(logits: Tensor) -> tuple[Tensor, list[Tensor]]:
         real = logits * mask[..., None]
@@ -165,7 +180,7 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
         return real, [torch.zeros(1) if part is None else part.flatten() for part in gradients]
 
     sparse = value_and_gradients(logits_of(adapted, ids, **mask_option))
-    trace, weights = adapted.last_trace, weights_of(adapted)
+    trace, weights, others = adapted.last_trace, weights_of(adapted), others_of(adapted)
     assert_mixed(adapted)
     with adapted.masked():
         masked = value_and_gradients(logits_of(adapted, ids, **mask_option))
@@ -174,12 +189,13 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
     if padded:  # a stock model computes its padding; what happens there is nobody's business
         keep = trace.mixer_keep | ~trace.token_mask
         trace = dataclasses.replace(trace, mixer_keep=keep, ffn_keep=trace.ffn_keep | ~trace.token_mask)
-    wanted = value_and_gradients(replay(model, family, ids, trace, weights=weights, **mask_option))
+    replayed = replay(model, family, ids, trace, weights=weights, others=others, **mask_option)
+    wanted = value_and_gradients(replayed)
     for values, gradients in (sparse, masked):
         assert relative_rms(values, wanted[0]) <= TOLERANCE
         for ours, theirs in zip(gradients, wanted[1], strict=True):
-            if theirs.norm() > 1e-4:
-                assert relative_rms(ours, theirs) <= 10 * TOLERANCE
+            if theirs.norm() > 1e-4:  # the rule by chunks rounds otherwise than token by token
+                assert relative_rms(ours, theirs) <= (10 if others is None else 100) * TOLERANCE
             else:
                 assert ours.norm() <= 1e-3
 
@@ -282,8 +298,8 @@ def test_rewound_cache_goes_on_as_if_never_forward(family: str, adapted: Adapted
     adapted(input_ids=ids[:, :17], past_key_values=cache)
     for part in other[:, 17:26].split([1, 1, 7], dim=1):
         adapted(input_ids=part, past_key_values=cache)
-    if family == "qwen3_next":
-        with pytest.raises(RuntimeError, match="recurrent layer's state cannot go back"):
+    if family == "qwen3_next" or "mixer_router" in adapted.methods:
+        with pytest.raises(RuntimeError, match="recurrent (layer|mixer)'s state cannot go back"):
             cache.crop(-9)
         return
     cache.crop(-9)
@@ -303,7 +319,7 @@ def test_gates_that_do_not_read_the_state(model: PreTrainedModel, adapted: Adapt
     wanted = logits_of(adapted, ids)
     trace = adapted.last_trace
     for method in adapted.active_methods:
-        for hook in ("layer_gate", "mixer_gate", "ffn_gate"):
+        for hook in ("layer_gate", "mixer_gate", "ffn_gate", "mixer_choice"):
             setattr(method, hook, blindfolded(method, getattr(method, hook)))
     assert torch.equal(logits_of(adapted, ids), wanted)
     assert torch.equal(adapted.last_trace.mixer_keep, trace.mixer_keep)
@@ -325,8 +341,8 @@ def blindfolded(method: Method, own: Callable[..., Any]) -> Callable[..., Any]:
 def test_fast_engine_is_the_model(
     family: str, adapted: AdaptedModel, case: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if family not in ENGINE_FAMILIES:
-        with pytest.raises(UserError, match="fast engine does not run"):
+    if family not in ENGINE_FAMILIES or "mixer_router" in adapted.methods:
+        with pytest.raises(UserError, match="fast engine does not (run|know)"):
             FastEngine(adapted)
         return
     if how == "long parts by operators":  # the longest part below is then one of many tokens, the others are of few
@@ -437,17 +453,19 @@ def test_every_gate_gets_a_gradient(family: str, model: PreTrainedModel, executi
 def uncounted_recurrence(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Hides linear attention's inner products from torch's counter, which sees a chunked, padded algorithm.
 
-    The returned function gives the recurrence's own FLOPs for the tokens that came since it was asked last: 4 heads of
-    8 × 8 states read, written and queried, and 64 channels convolved with 4 taps.
+    The returned function gives the recurrence's own FLOPs since it was asked last: for each token a (dk, dv) state per
+    head read, written and queried, and all channels convolved with 4 taps.
     """
-    num_tokens = 0
+    flops = 0
 
     def hide(name: str, *, counts: bool) -> None:
         own = getattr(modeling_qwen3_next, name)
 
         def hidden(*args: Any, **kwargs: Any) -> Any:
-            nonlocal num_tokens
-            num_tokens += counts * args[0].shape[0] * args[0].shape[1]
+            nonlocal flops
+            if counts:
+                (rows, length, keys, dk), (values, dv) = args[1].shape, args[2].shape[2:]
+                flops += rows * length * (3 * 2 * values * dk * dv + 2 * 4 * (2 * keys * dk + values * dv))
             with _disable_current_modes():
                 return own(*args, **kwargs)
 
@@ -459,9 +477,9 @@ def uncounted_recurrence(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     hide("causal_conv1d_update", counts=False)
 
     def since() -> int:
-        nonlocal num_tokens
-        flops, num_tokens = num_tokens * (3 * 2 * 4 * 8 * 8 + 2 * 64 * 4), 0
-        return flops
+        nonlocal flops
+        found, flops = flops, 0
+        return found
 
     return since
 
@@ -485,7 +503,8 @@ def test_cost_is_what_torch_counts(family: str, case: str, monkeypatch: pytest.M
     with adapted.disabled(), FlopCounterMode(display=False) as counter:
         logits_of(adapted, ids)
     assert counted.full_depth == counter.get_total_flops() + recurrence()
-    if case not in ("stochastic_depth", "exit_recompute", "early_exit_recompute"):  # there all run what one needs
+    # Those run what one needs for all; a linear mixer costs more than attention over so few tokens.
+    if not case.startswith(("stochastic_depth", "exit_recompute", "early_exit_recompute", "mixers")):
         assert counted.layers < counted.full_depth_layers
 
 
@@ -522,6 +541,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "stochastic_depth", "max_probability": 1.5}, "1.5"),
     ({"name": "stochastic_depth", "schedule": "cubic"}, "cubic"),
     ({"name": "stochastic_depth", "per": "token"}, "token"),
+    ({"name": "mixer_router", "layers": [0, 2]}, "layer 0"),
+    ({"name": "mixer_router", "layers": [7]}, "7"),
+    ({"name": "mixer_router", "target": 1.5}, "1.5"),
+    ({"name": "mixer_router", "linear": {"num_key_heads": 2, "num_value_heads": 3}}, "multiple of num_key_heads, 2"),
 ]
 
 

@@ -53,13 +53,14 @@ def show_inspection(document: dict[str, Any]) -> None:
         f"attention by {document['attention_implementation']}"
     )
     kinds = Counter(
-        (layer["mixer"], layer["mixer_flops"], layer["skipped_mixer_flops"], layer["ffn_flops"])
+        tuple(layer[key] for key in ("mixer", "mixer_flops", "skipped_mixer_flops", "ffn_flops", "break_even_length"))
         for layer in document["layers"]
     )
-    for (mixer, mixer_flops, skipped, ffn_flops), count in kinds.items():
+    for (mixer, mixer_flops, skipped, ffn_flops, length), count in kinds.items():
         print(
             f"  {count} layers: {mixer} {mixer_flops / 1e6:.2f} MFLOP a token ({skipped / 1e6:.2f} where it is skipped "
             f"and leaves K/V), FFN {ffn_flops / 1e6:.2f} MFLOP"
+            + (f"; a linear mixer beside it costs less for texts longer than {length}" if length is not None else "")
         )
     print(f"attached: {', '.join(document['attached']) or 'nothing'}")
     for title in ("engines", "methods"):

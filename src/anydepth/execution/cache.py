@@ -132,6 +132,7 @@ class AdaptiveCache(DynamicCache):
         self.num_seen = 0
         self.method_memory: dict[str, Tensor] = {}
         self.late: defaultdict[int, LateLayer] = defaultdict(LateLayer)
+        self.others: dict[int, LinearAttentionLayer] = {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -143,6 +144,8 @@ class AdaptiveCache(DynamicCache):
         for part in self.late.values():
             part.select_rows(torch.arange(num_rows).repeat_interleave(repeats))
         self.method_memory = {name: part.repeat_interleave(repeats, 0) for name, part in self.method_memory.items()}
+        for layer in self.others.values():
+            layer.reorder_cache(torch.arange(_num_rows(layer)).repeat_interleave(repeats))  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -152,6 +155,8 @@ class AdaptiveCache(DynamicCache):
         for part in self.late.values():
             part.select_rows(rows)
         self.method_memory = {name: part[rows.to(part.device)] for name, part in self.method_memory.items()}
+        for layer in self.others.values():
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
 
     def slots(self, layer_idx: int) -> SlottedLayer:
         layer = self.layers[layer_idx]
@@ -177,6 +182,10 @@ class AdaptiveCache(DynamicCache):
         for layer in self.layers:
             if not isinstance(layer, SlottedLayer):
                 raise RuntimeError("a recurrent layer's state cannot go back; start with a new cache")
+        if self.others:
+            raise RuntimeError("a recurrent mixer's state cannot go back; start with a new cache")
+        for layer in self.layers:
+            assert isinstance(layer, SlottedLayer)
             layer.rewind(length)
         for part in self.late.values():
             part.rewind(length)
@@ -187,35 +196,75 @@ class AdaptiveCache(DynamicCache):
         self.num_seen = 0
         self.method_memory = {}
         self.late.clear()
+        self.others.clear()
+
+    def other(self, layer_idx: int) -> LinearAttentionLayer:
+        """The state of a layer's second mixer."""
+        if layer_idx not in self.others:
+            self.others[layer_idx] = LinearAttentionLayer()
+        return self.others[layer_idx]
 
     def recurrent_rows(self, layer_idx: int, rows: Tensor) -> Cache:
         """A recurrent layer's state of some rows, to run those rows alone; put back with `write_recurrent_rows`."""
-        source: Any = self.layers[layer_idx]
-        part: Any = LinearAttentionLayer(number_of_states=source.number_of_states)
-        for state in range(source.number_of_states):
-            if source.has_previous_state[state]:
-                part.lazy_initialization(conv_states=source.conv_states[state][rows], state_idx=state)
-                part.lazy_initialization(recurrent_states=source.recurrent_states[state][rows], state_idx=state)
-                part.conv_states[state].copy_(source.conv_states[state][rows])
-                part.recurrent_states[state].copy_(source.recurrent_states[state][rows])
-                part.has_previous_state[state] = True
-        return Cache(layers=[part] * (layer_idx + 1))
+        return Cache(layers=[rows_of(self.layers[layer_idx], rows)] * (layer_idx + 1))
 
     def write_recurrent_rows(self, layer_idx: int, rows: Tensor, ran: Cache, batch_size: int) -> None:
         """Put the state of `rows` back. Rows that never ran start from zeros, which is the empty state."""
-        part: Any = ran.layers[layer_idx]
-        target: Any = self.layers[layer_idx]
-        for state in range(target.number_of_states):
-            conv, recurrent = part.conv_states[state], part.recurrent_states[state]
-            if not target.has_previous_state[state]:
-                target.lazy_initialization(
-                    conv_states=conv.new_zeros(batch_size, *conv.shape[1:]),
-                    recurrent_states=recurrent.new_zeros(batch_size, *recurrent.shape[1:]),
-                    state_idx=state,
-                )
-                target.has_previous_state[state] = True
-            target.conv_states[state][rows] = conv
-            target.recurrent_states[state][rows] = recurrent
+        put_rows(self.layers[layer_idx], rows, ran.layers[layer_idx], batch_size)
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """Of what is held: `kv` of softmax mixers, `states` of recurrent ones."""
+        kv = [layer for layer in self.layers if isinstance(layer, SlottedLayer)]
+        recurrent: list[Any] = [layer for layer in self.layers if not isinstance(layer, SlottedLayer)]
+        recurrent += self.others.values()
+        states = [
+            part
+            for layer in recurrent
+            for kept in (layer.conv_states, layer.recurrent_states)
+            for part in kept.values()
+        ]
+        return {
+            "kv": _num_bytes([part for layer in kv for part in (layer.keys, layer.values)]),
+            "states": _num_bytes(states),
+        }
+
+
+def _num_rows(layer: LinearAttentionLayer) -> int:
+    states = layer.conv_states[0]
+    return 0 if states is None else len(states)
+
+
+def _num_bytes(tensors: list[Tensor | None]) -> int:
+    return sum(part.numel() * part.element_size() for part in tensors if part is not None)
+
+
+def rows_of(source: Any, rows: Tensor) -> LinearAttentionLayer:
+    """The state of some rows of a recurrent layer, to run those alone."""
+    part: Any = LinearAttentionLayer(number_of_states=source.number_of_states)
+    for state in range(source.number_of_states):
+        if source.has_previous_state[state]:
+            part.lazy_initialization(conv_states=source.conv_states[state][rows], state_idx=state)
+            part.lazy_initialization(recurrent_states=source.recurrent_states[state][rows], state_idx=state)
+            part.conv_states[state].copy_(source.conv_states[state][rows])
+            part.recurrent_states[state].copy_(source.recurrent_states[state][rows])
+            part.has_previous_state[state] = True
+    return part
+
+
+def put_rows(target: Any, rows: Tensor, part: Any, batch_size: int) -> None:
+    """Put what `rows_of` gave back after it ran. Rows that never ran start from zeros, which is the empty state."""
+    for state in range(target.number_of_states):
+        conv, recurrent = part.conv_states[state], part.recurrent_states[state]
+        if not target.has_previous_state[state]:
+            target.lazy_initialization(
+                conv_states=conv.new_zeros(batch_size, *conv.shape[1:]),
+                recurrent_states=recurrent.new_zeros(batch_size, *recurrent.shape[1:]),
+                state_idx=state,
+            )
+            target.has_previous_state[state] = True
+        target.conv_states[state][rows] = conv
+        target.recurrent_states[state][rows] = recurrent
 
 
 class KVTap:

@@ -68,15 +68,16 @@ def layer_cost(view: LayerView) -> LayerCost:
     mixer = _linear_flops(view.mixer)
     ffn = _ffn_flops(view)
     if view.is_recurrent:
-        mixer += _recurrence_flops(view.mixer)
+        mixer = recurrent_mixer_flops(view.mixer)
         return LayerCost(mixer, mixer, 0, ffn)
     attention: Any = view.mixer
     skipped = mixer
     if view.projects_separately:
         skipped = _linear_flops(attention.k_proj) + _linear_flops(attention.v_proj)
     else:
-        skipped = _linear_flops(_fused_projection(attention))
-    return LayerCost(mixer, skipped, 4 * _attention_width(attention), ffn)
+        skipped = _linear_flops(view.fused_projection)
+    heads, _, width = view.heads
+    return LayerCost(mixer, skipped, 4 * heads * width, ffn)
 
 
 def flops(backbone: Backbone, trace: Trace) -> FlopCount:
@@ -86,7 +87,7 @@ def flops(backbone: Backbone, trace: Trace) -> FlopCount:
         ran, whole = _layer_flops(view, layer_idx, trace)
         layers, full = layers + ran, full + whole
     head = sum(trace.head_rows) * _linear_flops(backbone.head)
-    return FlopCount(layers, full, head, trace.router_flops)
+    return FlopCount(layers + trace.other_flops, full, head, trace.router_flops)
 
 
 def _layer_flops(view: LayerView, layer_idx: int, trace: Trace) -> tuple[int, int]:
@@ -140,9 +141,7 @@ def kv_bytes(backbone: Backbone, trace: Trace, bytes_per_value: int) -> int:
         if view.is_recurrent:
             continue
         stays = trace.mixer_keep[layer_idx] if trace.kv_rules[layer_idx] == "omit" else trace.token_mask
-        attention: Any = view.mixer
-        width = _kv_width(attention)
-        total += int((stays & trace.token_mask).sum()) * 2 * width * bytes_per_value
+        total += int((stays & trace.token_mask).sum()) * 2 * _kv_width(view) * bytes_per_value
     return total
 
 
@@ -163,7 +162,7 @@ def step_bytes(
         if not view.is_recurrent:
             stays = trace.mixer_keep[layer_idx] if trace.kv_rules[layer_idx] == "omit" else trace.token_mask
             seen = (stays & trace.token_mask).cumsum(1)[:, prompt:]
-            total += int((seen * mixer_keep).sum()) * 2 * _kv_width(view.mixer) * bytes_per_value
+            total += int((seen * mixer_keep).sum()) * 2 * _kv_width(view) * bytes_per_value
     return head + total / num_steps
 
 
@@ -187,6 +186,17 @@ def _linear_flops(module: nn.Module) -> int:
         elif isinstance(child, Conv1D):
             total += 2 * child.weight.numel()
     return total
+
+
+def recurrent_mixer_flops(mixer: nn.Module) -> int:
+    """FLOPs of a recurrent mixer per token, whatever the length."""
+    return _linear_flops(mixer) + _recurrence_flops(mixer)
+
+
+def break_even(view: LayerView, other: nn.Module) -> int:
+    """Tokens of context from which on a softmax mixer costs more FLOPs per token than a recurrent one."""
+    softmax = layer_cost(view)
+    return max(-(-(recurrent_mixer_flops(other) - softmax.mixer) // softmax.per_pair), 0)
 
 
 def _recurrence_flops(mixer: Any) -> int:
@@ -214,19 +224,6 @@ def _expert_flops(ffn: nn.Module) -> int:
     return 2 * gate.top_k * per_expert + 2 * gate.weight.numel()
 
 
-def _fused_projection(attention: Any) -> nn.Module:
-    children = dict(attention.named_children())
-    return next(children[name] for name in ("qkv_proj", "c_attn", "query_key_value") if name in children)
-
-
-def _attention_width(attention: Any) -> int:
-    """Query heads × head dimension."""
-    config = attention.config
-    head_dim = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * head_dim
-
-
-def _kv_width(attention: Any) -> int:
-    config = attention.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads * _attention_width(attention) // config.num_attention_heads
+def _kv_width(view: LayerView) -> int:
+    _, kv_heads, width = view.heads
+    return kv_heads * width

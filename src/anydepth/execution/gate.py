@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anydepth.execution.choice import through_other, weighed
 from anydepth.execution.late import put_exits_back, through_exits
 from anydepth.execution.partial import Forward, PartialRunner, Run
 from anydepth.methods.method import Gate
@@ -95,6 +96,12 @@ class GatedLayer:
     def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """A layer gate beside branch gates is a gate on both branches."""
         mixer_gate = Gate.both(layer_gate, run.ask("mixer_gate", self.layer_idx, hidden))
+        choice = run.choice(self.layer_idx, hidden)
+        run.choices.pop(self.layer_idx, None)
+        if choice is not None:
+            mixer_gate = choice.gate  # nobody else gates mixers beside it
+            run.choices[self.layer_idx] = choice
+            run.record.other_keep[self.layer_idx] = choice.others & run.context.token_mask
         run.layer_gates[self.layer_idx] = layer_gate
         for gates, gate in ((run.mixer_gates, mixer_gate), (run.ffn_gates, layer_gate)):
             gates.pop(self.layer_idx, None)
@@ -119,12 +126,20 @@ class GatedLayer:
     def mixer_forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.current()
         gate = None if run is None else run.mixer_gates.get(self.layer_idx)
-        if run is None or gate is None or self.runner.is_plain(run, gate):
+        if run is None or gate is None:
             return self.own_mixer(*args, **kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
+        choice = run.choices.get(self.layer_idx)
+        other = None if choice is None else through_other(run, self.layer_idx, choice, hidden)
+        if self.runner.is_plain(run, gate):
+            return self.own_mixer(hidden, **kwargs)  # others saw the tokens, nobody reads them
         output = self._gated_mixer(run, gate, hidden, kwargs)
         if self.view.mixer_out is self.view.mixer:
             output = _scale(output, gate)
+            if choice is not None and other is not None:
+                output = output + weighed(choice, other)
+        elif other is not None:
+            output = torch.where(gate.keep[..., None], output, other)
         return output if self.view.is_recurrent else (output, None)
 
     def _gated_mixer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -142,7 +157,11 @@ class GatedLayer:
         run = self.current()
         gate = None if run is None else run.mixer_gates.get(self.layer_idx)
         output = self.own_mixer_out(branch)
-        return output if gate is None else _scale(output, gate)
+        choice = None if run is None else run.choices.get(self.layer_idx)
+        if choice is not None and choice.weight is not None and gate is not None and gate.weight is not None:
+            weight = torch.where(gate.keep, gate.weight, choice.weight)
+            return output * weight[..., None].to(output.dtype)
+        return output if gate is None or choice is not None else _scale(output, gate)
 
     # --- FFN ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anydepth.execution.cache import EMPTY, AdaptiveCache, KVTap
 from anydepth.execution.trace import PassRecord
-from anydepth.methods.method import Gate, Method, PassContext
+from anydepth.methods.method import Choice, Gate, Method, PassContext
 from anydepth.models.backbone import LayerView, first_output
 
 Forward = Callable[..., Any]
@@ -34,6 +34,7 @@ class Run:
     sparse: bool
     layer_gates: dict[int, Gate | None] = field(default_factory=dict)  # beside gates of branches
     mixer_gates: dict[int, Gate] = field(default_factory=dict)
+    choices: dict[int, Choice] = field(default_factory=dict)  # their gates are among `mixer_gates`
     ffn_gates: dict[int, Gate] = field(default_factory=dict)
     exits_noted: Gate | None = None  # under the K/V rule `recompute`, see `late.py`
     left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: who has, and states there
@@ -61,6 +62,13 @@ class Run:
         for method in self.methods:
             answer = Gate.both(answer, getattr(method, which)(layer_idx, hidden, self.context))
         return answer
+
+    def choice(self, layer_idx: int, hidden: Tensor) -> Choice | None:
+        """Who takes which mixer of a layer; one method alone can have a second one."""
+        for method in self.methods:
+            if method.chooses_mixers:
+                return method.mixer_choice(layer_idx, hidden, self.context)
+        return None
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,11 @@ class PassRecord:
     kv_rules: dict[int, KVRule] = field(default_factory=dict)
     late: dict[int, Tensor] = field(default_factory=dict)
     """(B,) by layer: tokens that ran it although they had left (`recompute`), of this forward or earlier ones."""
+    other_keep: dict[int, Tensor] = field(default_factory=dict)
+    """(B, T) by layer: tokens that took its second mixer."""
     head_rows: int = 0
     router_flops: int = field(default_factory=int)  # no default of the class: see `LaterRecord`
+    other_flops: int = field(default_factory=int)  # of second mixers
 
     def counting(self, evaluate: Evaluate) -> Evaluate:
         """The same evaluation of networks, its FLOPs added to this record; padding is not counted."""
@@ -83,13 +86,20 @@ class PassRecord:
             ffn_keep=part(self.ffn_keep),
             kv_rules=self.kv_rules,
             late={layer_idx: number[row : row + 1] for layer_idx, number in self.late.items()},
+            other_keep=part(self.other_keep),
             head_rows=1,
             router_flops=self.router_flops // len(self.token_mask),
+            other_flops=self.other_flops // len(self.token_mask),
         )
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """`mixer_keep` and `ffn_keep` as (L, B, T)."""
         return self._stack(self.mixer_keep), self._stack(self.ffn_keep)
+
+    def stacked_other(self) -> Tensor:
+        """`other_keep` as (L, B, T)."""
+        nobody = torch.zeros_like(self.token_mask)
+        return torch.stack([self.other_keep.get(layer_idx, nobody) for layer_idx in range(self.num_layers)])
 
     def stacked_late(self) -> Tensor:
         """`late` as (L, B)."""
@@ -105,7 +115,7 @@ class LaterRecord(PassRecord):
         note: puts them down.
     """
 
-    LATER = ("mixer_keep", "ffn_keep", "kv_rules", "late", "router_flops")
+    LATER = ("mixer_keep", "ffn_keep", "kv_rules", "late", "other_keep", "router_flops", "other_flops")
 
     def __init__(self, record: PassRecord, note: Callable[[PassRecord], None]) -> None:
         self.token_mask, self.past_length = record.token_mask, record.past_length
@@ -139,13 +149,14 @@ class Trace:
     Attributes:
         mixer_keep: (L, B, T) bool, the token ran this layer's mixer, for the sake of its own output.
         ffn_keep: (L, B, T) bool, the token ran this layer's FFN.
+        other_keep: (L, B, T) bool, the token took this layer's second mixer instead.
         late: (L, B, passes) how many more tokens ran it in each forward, that had left before: for their K/V.
         token_mask: (B, T) bool, real tokens.
         pass_lengths: tokens of each forward, in order; they add up to T.
         head_rows: rows of logits that each forward computed, over the whole batch.
         kv_rules: per layer, how a token that skips the mixer leaves K/V: `project`, `omit` or `recompute`.
         cached: whether the forwards shared a cache.
-        router_flops: what the methods' decisions cost.
+        router_flops: what the methods' decisions cost. other_flops: what second mixers did.
     """
 
     mixer_keep: Tensor
@@ -156,7 +167,9 @@ class Trace:
     kv_rules: list[KVRule]
     cached: bool
     late: Tensor
+    other_keep: Tensor
     router_flops: int = 0
+    other_flops: int = 0
 
     @classmethod
     def join(cls, records: list[PassRecord]) -> Trace:
@@ -175,15 +188,26 @@ class Trace:
             kv_rules=[rules.get(layer_idx, "project") for layer_idx in range(records[0].num_layers)],
             cached=records[0].cached,
             late=torch.stack([record.stacked_late() for record in records], dim=2),
+            other_keep=torch.cat([record.stacked_other() for record in records], dim=2),
             router_flops=sum(record.router_flops for record in records),
+            other_flops=sum(record.other_flops for record in records),
         )
 
     def at_full_depth(self) -> Trace:
         """The same tokens with nothing skipped."""
         every = torch.ones_like(self.mixer_keep)
         rules = ["project"] * len(self.kv_rules)
-        late = torch.zeros_like(self.late)
-        return replace(self, mixer_keep=every, ffn_keep=every, kv_rules=rules, late=late, router_flops=0)
+        late, nobody = torch.zeros_like(self.late), torch.zeros_like(self.other_keep)
+        return replace(
+            self,
+            mixer_keep=every,
+            ffn_keep=every,
+            kv_rules=rules,
+            late=late,
+            other_keep=nobody,
+            router_flops=0,
+            other_flops=0,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -193,7 +217,7 @@ class Trace:
     @property
     def depths(self) -> Tensor:
         """(B, T) float: layers run for each token's output; one with one of its two branches run counts half."""
-        return (self.mixer_keep.float() + self.ffn_keep.float()).sum(0) / 2
+        return ((self.mixer_keep | self.other_keep).float() + self.ffn_keep.float()).sum(0) / 2
 
     @property
     def mean_depth(self) -> float:

@@ -81,6 +81,6 @@ def _depths(adapted: AdaptedModel, num_prompt: int, num_new: int) -> tuple[list[
     The first new token comes out of the prompt's last place, the second out of the first's place, and so on.
     """
     trace = adapted.last_trace
-    ran: Tensor = (trace.mixer_keep[:, 0].float() + trace.ffn_keep[:, 0].float()) / 2
+    ran: Tensor = ((trace.mixer_keep | trace.other_keep)[:, 0].float() + trace.ffn_keep[:, 0].float()) / 2
     places = ran[:, num_prompt - 1 : num_prompt - 1 + num_new].T
     return places.tolist(), places.sum(1).tolist()

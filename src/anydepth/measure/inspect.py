@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods import METHODS
+from anydepth.methods.mixer_router import MixerRouter
 from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.delta_rule import build_delta_rule, matched_shape
 from anydepth.models.llama_like import check_runs
 
 
 def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
     """The fields of `anydepth.inspect/1`: family, branches, their cost, engines and methods."""
     backbone = adapted.backbone
+    others = {
+        name: mixer
+        for router in adapted.methods.values()
+        if isinstance(router, MixerRouter)
+        for name, mixer in router.mixers.items()
+    }
     return {
         "family": backbone.family_name,
         "num_layers": backbone.num_layers,
@@ -22,7 +33,7 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
         "num_parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
         "weight_bytes": cost.weight_bytes(backbone.model),
         "attention_implementation": backbone.attention_implementation,
-        "layers": [_layer(view) for view in backbone.layers],
+        "layers": [_layer(view, others.get(str(view.layer_idx))) for view in backbone.layers],
         "attached": list(adapted.methods),
         "engines": {"hf": "applies", "fast": _fast_engine(backbone)},
         "methods": dict.fromkeys(METHODS, "applies"),
@@ -38,7 +49,18 @@ def _fast_engine(backbone: Backbone) -> str:
     return "applies"
 
 
-def _layer(view: LayerView) -> dict[str, Any]:
+def break_even_length(view: LayerView, other: nn.Module | None) -> int:
+    """Length of text from which on softmax costs more than a linear mixer, over all its tokens: they see half of it.
+
+    Args:
+        other: the linear mixer; None is one with as many parameters as the softmax one.
+    """
+    if other is None:
+        other = build_delta_rule(view.hidden_size, matched_shape(view), torch.Generator())
+    return 2 * cost.break_even(view, other)
+
+
+def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
     per_token = cost.layer_cost(view)
     mixer = sum(parameter.numel() for parameter in view.mixer.parameters())
     whole = sum(parameter.numel() for parameter in view.module.parameters())
@@ -50,6 +72,7 @@ def _layer(view: LayerView) -> dict[str, Any]:
         "mixer_flops": per_token.mixer,
         "skipped_mixer_flops": per_token.skipped_mixer,
         "ffn_flops": per_token.ffn,
+        "break_even_length": None if view.is_recurrent else break_even_length(view, other),
     }
 
 

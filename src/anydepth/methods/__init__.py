@@ -10,6 +10,7 @@ from anydepth.methods.exit_gate import ExitGate
 from anydepth.methods.ffn_router import FFNRouter
 from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.method import Method
+from anydepth.methods.mixer_router import MixerRouter
 from anydepth.methods.mixture_of_depths import MixtureOfDepths
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.skip_set import SkipSet
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "exit_gate": ExitGate,
     "ffn_router": FFNRouter,
     "early_exit": EarlyExit,
+    "mixer_router": MixerRouter,
     "self_speculation": SelfSpeculation,
 }
 

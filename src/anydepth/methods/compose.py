@@ -50,12 +50,24 @@ def _refuse_conflicts(methods: list[Method]) -> None:
     for method in methods:
         if method.kv_rule == "recompute":
             _refuse_beside(method, [other for other in methods if other is not method])
+        if method.chooses_mixers:
+            _refuse_beside_choice(method, [other for other in methods if other is not method])
     by_rule = {method.kv_rule: method.name for method in methods if method.kv_rule is not None}
     if len(by_rule) > 1:
         raise UserError(
             f"tokens that {by_rule['project']} lets skip leave K/V (project), those of {by_rule['omit']} none (omit); "
             "give both methods the same kv_rule"
         )
+
+
+def _refuse_beside_choice(method: Method, others: list[Method]) -> None:
+    for other in others:
+        if other.lossless:
+            raise UserError(f"{other.name} takes tokens back, which {method.name}'s recurrent mixers cannot")
+        if not other.gates_only_ffns:
+            raise UserError(
+                f"{method.name} has a mixer for every token, {other.name} lets some do without; attach one of them"
+            )
 
 
 def _refuse_beside(method: Method, others: list[Method]) -> None:

@@ -54,7 +54,7 @@ class FFNRouter(Method):
     Config = FFNRouterConfig
     name = "ffn_router"
     summary = "a score per token and layer decides whether the FFN runs"
-    gates_branches = True
+    gates_branches = gates_only_ffns = True
     budget_option = "threshold"
 
     thresholds: Tensor

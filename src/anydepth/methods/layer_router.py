@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, KnownScores, KVRule, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.methods.method import (
+    Gate,
+    KnownScores,
+    KVRule,
+    Method,
+    PassContext,
+    Rules,
+    Threshold,
+    check_layers,
+    uniform_by_place,
+)
 from anydepth.models.backbone import Backbone
 
 
@@ -255,13 +265,9 @@ class LayerRouter(Method):
         return noise[:, :1].expand_as(noise) if self.config.granularity == "batch" else noise
 
     def _random_scores(self, context: PassContext) -> Tensor:
-        """(G, B, T) above 0 at the configured rates, pseudo-random in (layer, place of the token, seed).
-
-        Deterministic, so that cached and uncached, padded and single runs agree, and blind to what the token is.
-        """
+        """(G, B, T) above 0 at the configured rates."""
         assert self.config.rates is not None
-        layers = torch.tensor(self.routed, device=context.positions.device)[:, None, None]
-        uniform = _hash(context.positions[None] * 8191 + layers * 131 + self.config.seed * 65537)
+        uniform = uniform_by_place(context.positions, self.routed, self.config.seed)
         rates = torch.tensor(self.config.rates, device=uniform.device)
         return rates[:, None, None] - uniform
 
@@ -318,11 +324,3 @@ class LayerRouter(Method):
         momentum = self.config.baseline_momentum
         self.baseline.copy_(momentum * baseline + (1 - momentum) * mean_cost)
         return {"policy": loss}
-
-
-def _hash(numbers: Tensor) -> Tensor:
-    """Uniform floats in [0, 1) from integers (the finaliser of MurmurHash3 on 31 bits, in int64)."""
-    x = numbers & 0x7FFFFFFF
-    for multiplier in (0x45D9F3B, 0x45D9F3B):
-        x = ((x >> 16) ^ x) * multiplier & 0x7FFFFFFF
-    return ((x >> 16) ^ x).float() / 0x80000000

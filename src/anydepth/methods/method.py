@@ -6,7 +6,7 @@ about a layer, a mixer or an FFN. Decisions at inference are deterministic, caus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -153,6 +153,44 @@ def _or_keep(gate: Gate) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Choice:
+    """Which tokens take a layer's own mixer; all others take another one. Each token takes one of the two.
+
+    Attributes:
+        gate: who takes its own. Under `project` both mixers see every token and only what is read is chosen; under
+            `omit` each sees its own tokens alone.
+        other: (B, T, D) → (B, T, D), a recurrent mixer with a state of its own.
+        weight: (B, T) of the other's output, 0 where a token takes the layer's own.
+    """
+
+    gate: Gate
+    other: nn.Module
+    weight: Tensor | None = None
+
+    @property
+    def others(self) -> Tensor:
+        """(B, T) bool, who takes the other mixer; padding may be among them."""
+        return ~self.gate.keep
+
+
+def uniform_by_place(positions: Tensor, layers: Sequence[int], seed: int) -> Tensor:
+    """(G, B, T) in [0, 1), pseudo-random in (layer, place of the token, seed).
+
+    Deterministic, so that cached and uncached, padded and single runs agree, and blind to what the token is.
+    """
+    places = torch.tensor(layers, device=positions.device)[:, None, None]
+    return _hash(positions[None] * 8191 + places * 131 + seed * 65537)
+
+
+def _hash(numbers: Tensor) -> Tensor:
+    """Uniform floats in [0, 1) from integers (the finaliser of MurmurHash3 on 31 bits, in int64)."""
+    x = numbers & 0x7FFFFFFF
+    for multiplier in (0x45D9F3B, 0x45D9F3B):
+        x = ((x >> 16) ^ x) * multiplier & 0x7FFFFFFF
+    return ((x >> 16) ^ x).float() / 0x80000000
+
+
+@dataclass(frozen=True, eq=False)
 class KnownScores:
     """Scores of tokens that no state of their forward goes into.
 
@@ -224,6 +262,8 @@ class Method(nn.Module):
         trained: whether it has parameters to train (or changes training).
         decides_in_training, decides_at_inference: whether its gates are ever closed then.
         gates_branches: whether it gates mixers or FFNs alone.
+        chooses_mixers: whether it has other mixers for tokens to take.
+        gates_only_ffns: whether no token ever skips a mixer by it.
     """
 
     Config: ClassVar[type[StrictConfig]]
@@ -234,6 +274,8 @@ class Method(nn.Module):
     decides_in_training: ClassVar[bool] = True
     decides_at_inference: ClassVar[bool] = True
     gates_branches: bool = False
+    chooses_mixers: ClassVar[bool] = False
+    gates_only_ffns: ClassVar[bool] = False
     learns_by_policy: bool = False
     """Whether training asks for `policy_losses`."""
 
@@ -328,6 +370,13 @@ class Method(nn.Module):
 
     def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         """Who runs the FFN, from the (B, T, D) residual stream in front of it. None: everybody."""
+
+    def mixer_choice(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Choice | None:
+        """Who takes which mixer, from the layer's (B, T, D) input; asked of every layer. None: everybody its own."""
+
+    def gate_parameters(self) -> Iterator[nn.Parameter]:
+        """What learns at the rate of routers; the rest learns as the model itself."""
+        return self.parameters()
 
     def rules(self) -> Rules | None:
         """The same gates at inference as thresholds; None: they are more than that.

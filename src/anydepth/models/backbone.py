@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
 
@@ -162,6 +163,24 @@ class LayerView:
     def projects_separately(self) -> bool:
         """Whether K/V can be projected without queries. Fused q/k/v is projected whole for a skipping token."""
         return not self.family.fused_qkv and not self.is_recurrent
+
+    @property
+    def fused_projection(self) -> nn.Module:
+        """The map of q, k and v, where they are one matrix."""
+        children = dict(self.mixer.named_children())
+        return next(children[name] for name in ("qkv_proj", "c_attn", "query_key_value") if name in children)
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Of an attention: heads of queries, heads of keys and values, and the width of each."""
+        attention: Any = self.mixer
+        queries = attention.config.num_attention_heads
+        width = getattr(attention, "head_dim", None) or self.hidden_size // queries
+        if self.projects_separately:
+            return queries, attention.k_proj.out_features // width, width
+        fused: Any = self.fused_projection
+        outputs = fused.nf if isinstance(fused, Conv1D) else fused.out_features
+        return queries, (outputs // width - queries) // 2, width
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """The residual stream as the K/V projection sees it, (..., D) -> (..., D)."""

@@ -78,6 +78,10 @@ def build_decoder(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, *, 
         shape["num_key_value_heads"] = config.num_kv_heads or config.num_heads
     elif config.num_kv_heads is not None:
         raise UserError(f"{where}; all its heads have keys and values of their own, leave num_kv_heads out")
+    unknown = [key for key in config.options if not hasattr(known, key) or key in shape]
+    if unknown:
+        raise UserError(f"{where}; options has '{unknown[0]}', which its configuration lacks or model.scratch sets")
+    shape |= config.options
     torch.manual_seed(seed)
     try:
         described = AutoConfig.for_model(config.architecture, **shape)

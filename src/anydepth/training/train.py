@@ -193,10 +193,10 @@ class AdaptedTrainer(Trainer):
     # --- optimiser and data ------------------------------------------------------------------------------------
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
-        routers, others = [], []
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                (routers if name.startswith("methods.") else others).append(parameter)
+        gates = {part for method in _methods_of(self.module) for part in method.gate_parameters()}
+        learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        routers = [parameter for parameter in learning if parameter in gates]
+        others = [parameter for parameter in learning if parameter not in gates]
         settings = self.settings
         groups = [
             {"params": others, "lr": settings.learning_rate},
@@ -301,6 +301,11 @@ def _last_complete(out: Path) -> Path | None:
         else:
             shutil.rmtree(folder)
     return max(complete)[1] if complete else None
+
+
+def _methods_of(model: nn.Module) -> list[Method]:
+    attached = model.methods.values() if isinstance(model, AdaptedModel) else ()
+    return [method for method in attached if isinstance(method, Method)]
 
 
 def _method_buffers(model: nn.Module) -> dict[str, Tensor]:

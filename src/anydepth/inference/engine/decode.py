@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.choice import Stops, largest
@@ -46,6 +47,9 @@ class FastEngine:
     def __init__(
         self, adapted: AdaptedModel, weights: str | None = None, *, native: bool = True, compiled: bool = False
     ) -> None:
+        for method in adapted.draft_methods:
+            if method.chooses_mixers:
+                raise UserError(f"{method.name} has mixers that the fast engine does not know")
         self.adapted = adapted
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
         self.drafting: Setup | None = None

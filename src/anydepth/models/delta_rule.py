@@ -1,0 +1,66 @@
+"""A second mixer for softmax layers: the gated delta rule (Yang et al. 2025), transformers' module, of any size.
+
+Its chunked and recurrent forms are transformers': PyTorch's operators on a CPU, flash-linear-attention's kernels on a
+GPU where they are installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from anydepth.models.backbone import LayerView
+
+
+@dataclass(frozen=True)
+class DeltaShape:
+    """Heads of a gated delta rule: each of `num_key_heads` serves as many of `num_value_heads`."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_size: int = 4
+
+
+def matched_shape(view: LayerView) -> DeltaShape:
+    """Heads of the softmax mixer's own width, as many as have no more parameters together than that mixer has."""
+    heads, kv_heads, head_dim = view.heads
+    query = getattr(view.mixer, "q_proj", None)
+    queries = heads if query is None else query.out_features // head_dim  # with a gate, twice the heads
+    most = queries + heads + 2 * kv_heads  # q, output, k and v, in heads; of the rule: q, k, two values and the output
+    shapes = [
+        (2 * keys + 3 * keys * times, keys, keys * times)
+        for keys in range(1, kv_heads + 1)
+        for times in range(1, heads + 1)
+        if 2 * keys + 3 * keys * times <= most
+    ]
+    _, keys, values = max(shapes, default=(0, 1, 1))
+    return DeltaShape(keys, values, head_dim, head_dim)
+
+
+def build_delta_rule(hidden_size: int, shape: DeltaShape, generator: torch.Generator) -> nn.Module:
+    """The mixer (B, T, D) → (B, T, D), float32, weights drawn from `generator`; its `layer_idx` is 0."""
+    config = Qwen3NextConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=1,
+        linear_num_key_heads=shape.num_key_heads,
+        linear_num_value_heads=shape.num_value_heads,
+        linear_key_head_dim=shape.key_head_dim,
+        linear_value_head_dim=shape.value_head_dim,
+        linear_conv_kernel_dim=shape.conv_size,
+        layer_types=["linear_attention"],
+    )
+    with torch.random.fork_rng(devices=[]):  # what the constructor draws is drawn again below
+        mixer = Qwen3NextGatedDeltaNet(config, layer_idx=0).float()
+    with torch.no_grad():
+        for part in (mixer.in_proj_qkvz, mixer.in_proj_ba, mixer.out_proj):
+            part.weight.normal_(0, config.initializer_range, generator=generator)
+        bound = shape.conv_size**-0.5
+        mixer.conv1d.weight.uniform_(-bound, bound, generator=generator)
+        mixer.A_log.uniform_(0.01, 16, generator=generator).log_()
+    return mixer
