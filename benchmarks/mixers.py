@@ -115,7 +115,7 @@ def measure(num_runs: int) -> dict[str, Any]:
 def markdown(rows: dict[str, Any]) -> str:
     """The README's table."""
     lines = [
-        "| | loss | parameters | MFLOP a token at 512 / 8192 | tokens/s at 512 / 2048 / 8192 | K/V at 4096 | ms a token there |",
+        "| | loss | parameters | MFLOP a token, 512 / 8192 | tokens/s, 512 / 2048 / 8192 | K/V at 4096 | ms a token |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():

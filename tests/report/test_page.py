@@ -159,3 +159,39 @@ def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to report"):
         write_report([], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_mixers_are_shown_and_trainings_compared(tmp_path: Path) -> None:
+    train = {
+        **ORIGIN,
+        "schema": "anydepth.train/1",
+        "seconds": 9.0,
+        "tokens_per_second": 100.0,
+        "loss_history": [{"step": step, "lm_loss": 5.0, "mixer_router/softmax_share": 0.5} for step in (1, 2)],
+    }
+    text = {
+        **DOCUMENTS[-1],
+        "mixers": {
+            "layers": [1, 3],
+            "tokens": ["a", HOSTILE, "b"],
+            "softmax": [[True, False], [True, True], [False] * 2],
+        },
+    }
+    share = {"layer": 1, "softmax_share": 0.25, "entropy": 0.811}
+    runs: list[dict[str, Any]] = [
+        {
+            **ORIGIN,
+            "schema": "anydepth.run/1",
+            "run": name,
+            "stages": [train, {**DOCUMENTS[3], "mixers": [share]}, text],
+        }
+        for name in ("dynamic", "dynamic", HOSTILE)
+    ]
+    written = write_report(runs, tmp_path / "page.html")
+    outline = Outline()
+    outline.feed(written[0].read_text())
+    assert outline.headings[0] == "Trainings side by side"
+    assert outline.headings.count("Which mixer, token by token") == 3
+    names = [path.name for path in written]
+    assert {"losses.png", "0-train-shares.png", "1-eval-mixers.csv", "2-generate-mixers.png"} <= set(names)
+    assert "softmax in 2 of 2 layers" in written[0].read_text()

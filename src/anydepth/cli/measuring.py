@@ -222,6 +222,9 @@ def report(
     from anydepth.measure.results import read_document
     from anydepth.report.page import write_report
 
-    paths = [path / "run.json" if path.is_dir() else path for path in results]
-    written = write_report([read_document(path) for path in paths], out)
+    documents = [
+        {**read_document(path / "run.json"), "run": path.name} if path.is_dir() else read_document(path)
+        for path in results
+    ]
+    written = write_report(documents, out)
     print(f"{out} and {len(written) - 1} files beside it")

@@ -228,5 +228,9 @@ class Trace:
         """Share of real tokens that ran each layer's mixer, and each layer's FFN."""
         return self._shares(self.mixer_keep), self._shares(self.ffn_keep)
 
+    def other_share(self) -> list[float]:
+        """Share of real tokens that took each layer's second mixer."""
+        return self._shares(self.other_keep)
+
     def _shares(self, keep: Tensor) -> list[float]:
         return keep[:, self.token_mask].double().mean(1).tolist()

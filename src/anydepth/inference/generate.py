@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.execution.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
 
 
@@ -47,6 +48,8 @@ def generate(
     )[0, num_prompt:]
     seconds = time.perf_counter() - started
     layers, depths = _depths(adapted, num_prompt, len(token_ids))
+    ids = torch.cat([inputs["input_ids"][0], token_ids]).tolist()
+    mixers = _mixers(adapted.last_trace, [tokenizer.decode([token_id]) for token_id in ids])
     counts = adapted.draft_counts if adapted.speculation is not None else None
     return {
         "prompt": prompt,
@@ -57,6 +60,7 @@ def generate(
         "layers": layers,
         "num_layers": adapted.backbone.num_layers,
         "tokens_per_second": len(token_ids) / seconds,
+        **mixers,
         **({} if counts is None else counts.to_json()),
     }
 
@@ -73,6 +77,16 @@ def check_window(adapted: AdaptedModel, num_prompt: int, max_new_tokens: int) ->
             f"the prompt has {num_prompt} tokens; with {max_new_tokens} new ones that is more than the model's window "
             f"of {window}; shorten the prompt to {max(window - max_new_tokens, 0)} tokens or ask for fewer new ones"
         )
+
+
+def _mixers(trace: Trace, tokens: list[str]) -> dict[str, Any]:
+    """Of models whose tokens choose a mixer: `mixers`, with the `layers` where they do, the `tokens` of the prompt and
+    all new ones but the last, which no layer has seen, and for each whether it took `softmax` in each of the layers."""
+    layers = [layer_idx for layer_idx, share in enumerate(trace.other_share()) if share]
+    if not layers:
+        return {}
+    softmax = trace.mixer_keep[layers, 0].T.tolist()
+    return {"mixers": {"layers": layers, "tokens": tokens[: len(softmax)], "softmax": softmax}}
 
 
 def _depths(adapted: AdaptedModel, num_prompt: int, num_new: int) -> tuple[list[list[float]], list[float]]:

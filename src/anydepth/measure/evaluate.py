@@ -30,6 +30,7 @@ class Tally:
     full_layer_flops: int = 0
     mixer_kept: list[float] = field(default_factory=list)
     ffn_kept: list[float] = field(default_factory=list)
+    other_kept: list[float] = field(default_factory=list)
 
     def fields(self) -> dict[str, Any]:
         """The fields of `anydepth.eval/1`. `loss` is in nats per scored token, LM loss only."""
@@ -46,6 +47,19 @@ class Tally:
                 "ffn": [kept / self.num_placed for kept in self.ffn_kept],
             },
         }
+
+    def mixers(self) -> list[dict[str, float]]:
+        """Of each layer whose tokens choose: `layer`, `softmax_share`, and the choice's `entropy` in bits."""
+        shares = {layer_idx: 1 - kept / self.num_placed for layer_idx, kept in enumerate(self.other_kept) if kept}
+        return [
+            {"layer": layer_idx, "softmax_share": share, "entropy": _entropy(share)}
+            for layer_idx, share in shares.items()
+        ]
+
+
+def _entropy(share: float) -> float:
+    """Bits of a choice between two."""
+    return -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
 
 
 @torch.no_grad()
@@ -71,7 +85,8 @@ def evaluate(
             logits = _logits(adapted, token_ids, engine)
             _add(ours, adapted, token_ids, logits, reference, at_full_depth=False)
     full_depth = untouched.fields()
-    return {**(full_depth if full_depth_only else ours.fields()), "full_depth": full_depth}
+    mixers = {"mixers": ours.mixers()} if any(ours.other_kept) else {}
+    return {**(full_depth if full_depth_only else ours.fields()), **mixers, "full_depth": full_depth}
 
 
 def _logits(adapted: AdaptedModel, token_ids: Tensor, engine: FastEngine | None) -> Tensor:
@@ -91,16 +106,16 @@ def _add(
     tally.num_placed += token_ids.numel()
     num_layers = adapted.backbone.num_layers
     if at_full_depth:
-        mixer = ffn = [1.0] * num_layers
+        mixer, ffn, other = [1.0] * num_layers, [1.0] * num_layers, [0.0] * num_layers
         tally.layer_flops, tally.full_layer_flops, tally.depth = 1, 1, float(num_layers * tally.num_placed)
     else:
         trace = adapted.last_trace
-        mixer, ffn = trace.executed_share()
+        (mixer, ffn), other = trace.executed_share(), trace.other_share()
         count = cost.flops(adapted.backbone, trace)
         tally.layer_flops += count.layers
         tally.full_layer_flops += count.full_depth_layers
         tally.depth += trace.mean_depth * token_ids.numel()
-    for kept, shares in ((tally.mixer_kept, mixer), (tally.ffn_kept, ffn)):
+    for kept, shares in ((tally.mixer_kept, mixer), (tally.ffn_kept, ffn), (tally.other_kept, other)):
         kept[:] = kept or [0.0] * num_layers
         kept[:] = [total + share * token_ids.numel() for total, share in zip(kept, shares, strict=True)]
 

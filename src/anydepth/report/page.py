@@ -102,16 +102,19 @@ def write_report(results: list[Document], out: Path) -> list[Path]:
     """Write the page and the files beside it (`<stem>_files/`); returns every path, the page first.
 
     Args:
-        results: documents with a `schema`; an `anydepth.run/1` stands for its stages.
+        results: documents with a `schema`; an `anydepth.run/1` stands for its stages, which `run` may name.
 
     Raises:
         UserError: nothing to report on.
     """
-    documents = [document for result in results for document in result.get("stages", [result])]
+    documents = [
+        {**document, "run": result.get("run")} for result in results for document in result.get("stages", [result])
+    ]
     if not documents:
         raise UserError("nothing to report on; give result documents that run, eval or bench wrote")
     page = Page(out.parent / f"{out.stem}_files")
     _summary(page, results)
+    _loss_curves(page, documents)
     for number, document in enumerate(documents):
         kind = str(document["schema"]).split("/")[0].removeprefix("anydepth.")
         if kind in SECTIONS:
@@ -142,6 +145,16 @@ def _summary(page: Page, results: list[Document]) -> None:
         page.figure("tradeoff", plots.tradeoff(placed), "Perplexity against measured generation speed.", results[0])
 
 
+def _loss_curves(page: Page, documents: list[Document]) -> None:
+    trained = [document for document in documents if document.get("loss_history")]
+    if len(trained) > 1 and all("lm_loss" in document["loss_history"][-1] for document in trained):
+        names = [document.get("run") or document["label"] for document in trained]
+        names = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
+        page.section("Trainings side by side")
+        figure = plots.loss_curves(dict(zip(names, trained, strict=True)))
+        page.figure("losses", figure, "Language loss alone, means of ten steps.", trained[0])
+
+
 def _train(page: Page, document: Document, name: str) -> None:
     if not document["loss_history"]:
         return
@@ -155,6 +168,10 @@ def _train(page: Page, document: Document, name: str) -> None:
     if any("mean_depth" in row for row in document["loss_history"]):
         page.figure(
             f"{name}-depth", plots.training_depth(document), "Layers per token while gates are sampled.", document
+        )
+    if any(key.endswith(plots.SHARE) for key in document["loss_history"][-1]):
+        page.figure(
+            f"{name}-shares", plots.training_shares(document), "Shares of tokens while choices are sampled.", document
         )
 
 
@@ -189,6 +206,10 @@ def _eval(page: Page, document: Document, name: str) -> None:
     page.section("Which layers run")
     page.text(f"Share of {document['num_tokens']} real tokens; mean depth {document['mean_depth']:.2f}.", "lead")
     page.figure(name, plots.layers(document), "Share of evaluation tokens that ran each mixer and FFN.", document)
+    if document.get("mixers"):
+        page.text("Layers where tokens choose between softmax and a linear mixer:")
+        columns = {"layer": "layer", "softmax_share": "share of softmax", "entropy": "entropy of the choice, bits"}
+        page.table(f"{name}-mixers", columns, document["mixers"])
 
 
 def _bench(page: Page, document: Document, name: str) -> None:
@@ -216,6 +237,8 @@ def _bench(page: Page, document: Document, name: str) -> None:
 
 def _generate(page: Page, document: Document, name: str) -> None:
     num_layers = document["num_layers"]
+    if document.get("mixers"):
+        _mixers(page, document, name)
     page.section("A text, token by token")
     page.text(f"“{document['prompt']}” goes on; each token is shaded by the layers that ran to predict it.", "lead")
     spans = "".join(
@@ -229,6 +252,24 @@ def _generate(page: Page, document: Document, name: str) -> None:
     page.parts.append(f'<p class="legend">Layers run: {" ".join(steps)}</p>')
     if document["tokens"]:
         page.figure(name, plots.heat_map(document), "Token × layer: which layers each generated token ran.", document)
+
+
+def _mixers(page: Page, document: Document, name: str) -> None:
+    chosen = document["mixers"]
+    count = len(chosen["layers"])
+    page.section("Which mixer, token by token")
+    page.text(
+        f"Each token is shaded by how many of the routed layers ({', '.join(map(str, chosen['layers']))}) it took "
+        "softmax in; the others it went through linear.",
+        "lead",
+    )
+    spans = "".join(
+        f'<span style="background:{SHADES[sum(softmax) * (len(SHADES) - 1) // count]}" '
+        f'title="softmax in {sum(softmax)} of {count} layers">{escape(token)}</span>'
+        for token, softmax in zip(chosen["tokens"], chosen["softmax"], strict=True)
+    )
+    page.parts.append(f'<div class="tokens">{spans}</div>')
+    page.figure(f"{name}-mixers", plots.mixers(document), "Token × routed layer: dark took softmax.", document)
 
 
 SECTIONS = {"train": _train, "search": _search, "fit": _fit, "eval": _eval, "bench": _bench, "generate": _generate}

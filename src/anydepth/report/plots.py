@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#777777"
 Document = dict[str, Any]
+SHARE = "_share"
+"""How names of figures end that are shares of tokens, not losses."""
 
 
 def png(figure: Figure) -> bytes:
@@ -34,7 +36,8 @@ def _figure(title: str, height: float = 3.4) -> tuple[Figure, Any]:
 def training(document: Document) -> Figure:
     """Loss by term over the steps; the LM loss apart from the auxiliary terms."""
     history = document["loss_history"]
-    terms = [name for name in history[-1] if name not in ("step", "learning_rate", "mean_depth")]
+    no_losses = ("step", "learning_rate", "mean_depth")
+    terms = [name for name in history[-1] if name not in no_losses and not name.endswith(SHARE)]
     figure, axes = _figure("Training: loss by term")
     for term, colour in zip(sorted(terms, key=lambda name: name != "lm_loss"), COLOURS * 3, strict=False):
         rows = [row for row in history if term in row]
@@ -58,6 +61,36 @@ def training_depth(document: Document) -> Figure:
     axes.plot([row["step"] for row in rows], [row["mean_depth"] for row in rows], color=COLOURS[0])
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("layers per token")
+    return figure
+
+
+def training_shares(document: Document) -> Figure:
+    """Shares of tokens over the steps, decisions sampled as in training."""
+    history = document["loss_history"]
+    figure, axes = _figure("Training: share of tokens", 2.6)
+    names = [name for name in history[-1] if name.endswith(SHARE)]
+    for name, colour in zip(names, COLOURS, strict=False):
+        rows = [row for row in history if name in row]
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], color=colour, label=name)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("share of tokens and routed layers")
+    axes.set_ylim(0, 1.05)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def loss_curves(documents: dict[str, Document]) -> Figure:
+    """Language loss of several trainings, by name; means of 10 steps."""
+    figure, axes = _figure("Training: language loss")
+    for (name, document), colour in zip(documents.items(), COLOURS * 4, strict=False):
+        history = document["loss_history"]
+        blocks = [history[start : start + 10] for start in range(0, len(history), 10)]
+        steps = [block[-1]["step"] for block in blocks]
+        losses = [sum(row["lm_loss"] for row in block) / len(block) for block in blocks]
+        axes.plot(steps, losses, color=colour, label=name, linewidth=1.4)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("language loss (nats a token)")
+    axes.legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -124,13 +157,27 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
 
 def heat_map(document: Document) -> Figure:
     """Token × layer: which layers each generated token ran."""
-    figure = Figure(figsize=(6.2, max(2.4, 0.16 * len(document["layers"]))), layout="constrained")
-    axes = figure.add_subplot()
-    axes.imshow(document["layers"], aspect="auto", cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
-    axes.set_title("Depth of every generated token (dark: ran)", fontsize=11, loc="left")
+    figure, axes = _heat_map(document["layers"], document["tokens"], "Depth of every generated token (dark: ran)")
     axes.set_xlabel("layer")
-    axes.set_yticks(range(len(document["tokens"])), [_visible(token) for token in document["tokens"]], fontsize=6)
     return figure
+
+
+def mixers(document: Document) -> Figure:
+    """Token × routed layer: which mixer each token took."""
+    chosen = document["mixers"]
+    figure, axes = _heat_map(chosen["softmax"], chosen["tokens"], "Mixer of every token (dark: softmax, light: linear)")
+    axes.set_xlabel("routed layer")
+    axes.set_xticks(range(len(chosen["layers"])), chosen["layers"])
+    return figure
+
+
+def _heat_map(shares: list[list[float]], tokens: list[str], title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6.2, max(2.4, 0.16 * len(shares))), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_yticks(range(len(tokens)), [_visible(token) for token in tokens], fontsize=6)
+    return figure, axes
 
 
 def search(document: Document) -> Figure:
