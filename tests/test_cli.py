@@ -322,6 +322,7 @@ def test_methods_and_help_read_well() -> None:
         "exit_gate",
         "ffn_router",
         "early_exit",
+        "mixer_router",
         "self_speculation",
     ]
     assert all(option["help"] for method in listed for option in method["options"].values())
