@@ -6,6 +6,8 @@ recurrent: over all tokens where its state sees all, else over its own tokens al
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -61,7 +63,8 @@ class _Mixer:
 
     def __call__(self, hidden: Tensor, state: LinearAttentionLayer | None, real: Tensor | None = None) -> Tensor:
         self.record.other_flops += self.flops * (hidden.shape[0] * hidden.shape[1] if real is None else int(real.sum()))
-        cache = None if state is None else Cache(layers=[state])
+        layers: list[Any] = [state]
+        cache = None if state is None else Cache(layers=layers)
         return first_output(self.module(hidden, cache_params=cache, attention_mask=real))
 
 

@@ -49,7 +49,7 @@ def generate(
     seconds = time.perf_counter() - started
     layers, depths = _depths(adapted, num_prompt, len(token_ids))
     ids = torch.cat([inputs["input_ids"][0], token_ids]).tolist()
-    mixers = _mixers(adapted.last_trace, [tokenizer.decode([token_id]) for token_id in ids])
+    mixers = _mixers(adapted.last_trace, [str(tokenizer.decode([token_id])) for token_id in ids])
     counts = adapted.draft_counts if adapted.speculation is not None else None
     return {
         "prompt": prompt,
