@@ -206,7 +206,8 @@ class AdaptiveCache(DynamicCache):
 
     def recurrent_rows(self, layer_idx: int, rows: Tensor) -> Cache:
         """A recurrent layer's state of some rows, to run those rows alone; put back with `write_recurrent_rows`."""
-        return Cache(layers=[rows_of(self.layers[layer_idx], rows)] * (layer_idx + 1))
+        layers: list[Any] = [rows_of(self.layers[layer_idx], rows)] * (layer_idx + 1)
+        return Cache(layers=layers)
 
     def write_recurrent_rows(self, layer_idx: int, rows: Tensor, ran: Cache, batch_size: int) -> None:
         """Put the state of `rows` back. Rows that never ran start from zeros, which is the empty state."""
