@@ -5,7 +5,7 @@
 speed: full depth and lossless in turn on the fast engine, bfloat16, batch 1, 64 tokens, by category; with the drafter
 that comes with the package, and with each of its parts. peers: what transformers has, on two prompts of each category,
 each against its own plain decoding. lossless: float32, every kind of drafter, batch 1 and 4, token for token.
-bfloat16: the same, and where tokens differ by how much.
+bfloat16: the same, and where tokens first differ, how far the two are apart at full depth in units of the last place.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -43,6 +44,7 @@ DRAFTERS: dict[str, list[dict[str, Any]]] = {
     "exits": [ALONE, {"name": "early_exit", "layers": [24, 27], "thresholds": 0.5, "vocabulary": 8192}],
 }
 SHIPPED = "shipped"
+Row = tuple[str, dict[str, Any]]
 
 
 def prompts_of(limit: int | None) -> dict[str, list[str]]:
@@ -74,10 +76,9 @@ def speculating(model: Any, name: str) -> AdaptedModel:
     return attach(model, DRAFTERS[name]).eval()
 
 
-def speed(arguments: argparse.Namespace) -> dict[str, Any]:
+def speed(arguments: argparse.Namespace) -> Iterator[Row]:
     model, tokenizer = load()
     by_category = prompts_of(arguments.limit)
-    results = {}
     for name in arguments.drafters or [SHIPPED, "lookup"]:
         adapted = speculating(model, name)
         engine = FastEngine(adapted)
@@ -120,12 +121,11 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
         weights = [row["num_prompts"] for row in rows.values()]
         overall = sum(row["speedup"] * w for row, w in zip(rows.values(), weights, strict=True)) / sum(weights)
         print(f"{name}: {overall:.3f} on the mean, at least {min(row['speedup'] for row in rows.values()):.3f}")
-        results[name] = {"speedup": overall, "categories": rows, **together.to_json()}
+        yield name, {"speedup": overall, "categories": rows, **together.to_json()}
         detach(adapted)
-    return results
 
 
-def peers(arguments: argparse.Namespace) -> dict[str, Any]:
+def peers(arguments: argparse.Namespace) -> Iterator[Row]:
     """transformers' own ways on the same prompts."""
     model, tokenizer = load()
     by_category = prompts_of(arguments.limit or 2)
@@ -157,23 +157,22 @@ def peers(arguments: argparse.Namespace) -> dict[str, Any]:
         note("anydepth, lossless", engine, batch)
         print(number, {way: round(times[-1], 2) for way, times in seconds.items()}, flush=True)
     plain, ours = seconds["plain"], seconds["anydepth, full depth"]
-    return {
-        way: {
-            "tokens_per_second": num_tokens[way] / sum(times),
-            "over_its_own_plain": mean(
-                base / own for base, own in zip(ours if way.startswith("anydepth") else plain, times, strict=True)
-            ),
-            "over_transformers": mean(base / own for base, own in zip(plain, times, strict=True)),
-            "num_prompts": len(times),
-        }
-        for way, times in seconds.items()
-    }
+    for way, times in seconds.items():
+        own = ours if way.startswith("anydepth") else plain
+        yield (
+            way,
+            {
+                "tokens_per_second": num_tokens[way] / sum(times),
+                "over_its_own_plain": mean(base / spent for base, spent in zip(own, times, strict=True)),
+                "over_transformers": mean(base / spent for base, spent in zip(plain, times, strict=True)),
+                "num_prompts": len(times),
+            },
+        )
 
 
-def lossless(arguments: argparse.Namespace, dtype: str = "float32") -> dict[str, Any]:
+def lossless(arguments: argparse.Namespace, dtype: str = "float32") -> Iterator[Row]:
     model, tokenizer = load(dtype)
     texts = [text for texts in prompts_of(arguments.limit).values() for text in texts]
-    names = arguments.drafters or [*DRAFTERS, SHIPPED]
     batches = {}
     for size in (1, 4):
         parts = [texts[start : start + size] for start in range(0, len(texts), size)]
@@ -183,29 +182,50 @@ def lossless(arguments: argparse.Namespace, dtype: str = "float32") -> dict[str,
     plain = FastEngine(attach(model, []))
     wanted = {size: [generate(plain, batch)[0] for batch in parts] for size, parts in batches.items()}
     detach(plain.adapted)
-    results: dict[str, Any] = {}
-    for name in names:
+    for name in arguments.drafters or [*DRAFTERS, SHIPPED]:
         adapted = speculating(model, name)
         engine = FastEngine(adapted)
         for size, parts in batches.items():
-            together, differ = Counts(), []
-            for number, batch in enumerate(parts):
+            together, apart = Counts(), []
+            for batch, full_depth in zip(parts, wanted[size], strict=True):
                 ids, _ = generate(engine, batch)
                 together.add(adapted.draft_counts)
-                if not torch.equal(ids, wanted[size][number]):
-                    differ.append(number)
-            results[f"{name}, batch {size}"] = {
-                "num_prompts": len(texts),
-                "num_identical_batches": len(parts) - len(differ),
-                "num_batches": len(parts),
-                **together.to_json(),
-            }
-            print(f"{dtype} {name} batch {size}: {len(parts) - len(differ)} of {len(parts)} identical", flush=True)
+                with adapted.disabled():
+                    apart += divergences(adapted, batch, full_depth, ids)
+            print(f"{dtype} {name} batch {size}: {len(apart)} of {len(texts)} differ {apart}", flush=True)
+            yield (
+                f"{name}, batch {size}",
+                {"num_prompts": len(texts), "divergences": apart, **together.to_json()},
+            )
         detach(adapted)
-    return results
 
 
-def bfloat16(arguments: argparse.Namespace) -> dict[str, Any]:
+def divergences(model: Any, batch: dict[str, Any], wanted: torch.Tensor, found: torch.Tensor) -> list[dict[str, Any]]:
+    """Where a row first differs: how far the two tokens' logits at full depth are apart there.
+
+    In units of the last place of the larger one: a difference of rounding is a few of them, an error of any kind many.
+    """
+    width = max(wanted.shape[1], found.shape[1])
+    both = [torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=2) for ids in (wanted, found)]
+    rows = []
+    for row in (both[0] != both[1]).any(-1).nonzero().flatten().tolist():
+        at = int((both[0][row] != both[1][row]).nonzero()[0])
+        prompt = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        ids = torch.cat([prompt, both[0][row, :at]])[None]
+        logits = model(input_ids=ids).logits[0, -1]
+        pair = logits[[int(both[0][row, at]), int(both[1][row, at])]]
+        unit = torch.finfo(logits.dtype).eps * 2.0 ** pair.abs().max().float().log2().floor().item()
+        rows.append(
+            {
+                "token": at,
+                "logit": pair[0].item(),
+                "units_apart": abs((pair[0].float() - pair[1].float()).item()) / unit,
+            }
+        )
+    return rows
+
+
+def bfloat16(arguments: argparse.Namespace) -> Iterator[Row]:
     return lossless(arguments, "bfloat16")
 
 
@@ -259,18 +279,17 @@ def main() -> None:
         print(markdown(json.loads(arguments.out.read_text())["sections"]))
         return
     for section in arguments.sections:
-        found = SECTIONS[section](arguments)
-        known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-        sections = known.get("sections", {})
         command = f"python benchmarks/speculation.py {section}" + (
             f" --limit {arguments.limit}" * bool(arguments.limit)
         )
-        part = document(SCHEMA, seed=0, config={"new_tokens": NEW_TOKENS}, command=command, rows=found)
-        for row in found.values():
-            row |= {"commit": part["commit"], "dirty": part["dirty"]}
-        rows = {**sections.get(section, {}).get("rows", {}), **found}  # drafters can be measured one by one
-        sections[section] = {"command": command, "hardware": part["hardware"], "rows": rows}
-        write_json(arguments.out, {**part, "sections": sections, "rows": []})
+        for name, row in SECTIONS[section](arguments):  # written one by one: drafters can be measured by themselves
+            known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+            sections = known.get("sections", {})
+            part = document(SCHEMA, seed=0, config={"new_tokens": NEW_TOKENS}, command=command, rows={})
+            rows = sections.get(section, {}).get("rows", {})
+            rows[name] = row | {"commit": part["commit"], "dirty": part["dirty"]}
+            sections[section] = {"command": command, "hardware": part["hardware"], "rows": rows}
+            write_json(arguments.out, {**part, "sections": sections, "rows": []})
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
         assert relative_rms(values, wanted[0]) <= TOLERANCE
         for ours, theirs in zip(gradients, wanted[1], strict=True):
             if others is not None:  # the rule by chunks rounds otherwise than token by token, and sums cancel
-                assert (ours - theirs).norm() <= 100 * TOLERANCE * theirs.norm() + TOLERANCE
+                assert (ours - theirs).norm() <= 100 * TOLERANCE * theirs.norm() + 1e-4
             elif theirs.norm() > 1e-4:
                 assert relative_rms(ours, theirs) <= 10 * TOLERANCE
             else:
