@@ -7,6 +7,7 @@ recurrent: over all tokens where its state sees all, else over its own tokens al
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from anydepth.execution.cost import recurrent_mixer_flops
 from anydepth.execution.partial import Run, groups_of
 from anydepth.methods.method import Choice
 from anydepth.models.backbone import first_output
+
+_FLOPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Per token of each second mixer met so far: counting walks over its modules, and decoding asks at every step."""
 
 
 def through_other(run: Run, layer_idx: int, choice: Choice, hidden: Tensor) -> Tensor | None:
@@ -58,7 +62,10 @@ class _Mixer:
     """The module in its own precision; what it computes is counted, zeros in front of a row included."""
 
     def __init__(self, run: Run, module: nn.Module, hidden: Tensor) -> None:
-        self.record, self.module, self.flops = run.record, module, recurrent_mixer_flops(module)
+        self.record, self.module = run.record, module
+        if module not in _FLOPS:
+            _FLOPS[module] = recurrent_mixer_flops(module)
+        self.flops = _FLOPS[module]
         self.hidden = hidden.to(next(module.parameters()).dtype)
 
     def __call__(self, hidden: Tensor, state: LinearAttentionLayer | None, real: Tensor | None = None) -> Tensor:
