@@ -1,6 +1,6 @@
 """How much of what each router leaves out becomes time on the fast engine: `results/routers.json`.
 
-    python benchmarks/routers.py [--num-runs 7]
+    python benchmarks/routers.py [--num-runs 7] [--only METHOD]
 
 The gates are untrained; their thresholds are set so that the shares named below are skipped. What is measured is the
 execution, gates and fill of K/V included, not quality.
@@ -19,7 +19,7 @@ from anydepth.calibration.budget import collect_scores, set_thresholds, threshol
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.bench import bench
-from anydepth.measure.results import document, write_json
+from anydepth.measure.results import document, read_document, source_commit, write_json
 from anydepth.training.data import load_windows
 
 RESULT = Path(__file__).resolve().parent / "results" / "routers.json"
@@ -74,11 +74,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-runs", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="cases whose name starts so; the others' rows are kept")
     arguments = parser.parse_args()
     model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
     windows = load_windows("wikitext-2:valid", tokenizer, 512, max_windows=max(arguments.num_runs, 8))
-    rows = []
-    for name, (methods, depth) in CASES.items():
+    chosen = {name: case for name, case in CASES.items() if name.startswith(arguments.only)}
+    rows = (
+        []
+        if len(chosen) == len(CASES)
+        else [row for row in read_document(RESULT)["rows"] if row["method"] not in chosen]
+    )
+    commit, dirty = source_commit()
+    for name, (methods, depth) in chosen.items():
         adapted = attach(model, methods)
         undecided(adapted, arguments.seed)
         engine = FastEngine(adapted)
@@ -92,7 +99,7 @@ def main() -> None:
             num_runs=arguments.num_runs,
             engines=[engine],
         ):
-            rows.append({"method": name, **row})
+            rows.append({"method": name, "commit": commit, "dirty": dirty, **row})
             decode, prefill = row["decode"], row["prefill"]
             print(
                 f"{name} {row['prompt_tokens']}: depth {row['adapted']['mean_depth']:.1f}, "
@@ -102,6 +109,7 @@ def main() -> None:
             )
         detach(adapted)
     command = f"python benchmarks/routers.py --num-runs {arguments.num_runs}"
+    rows.sort(key=lambda row: list(CASES).index(row["method"]))
     write_json(RESULT, document(SCHEMA, seed=arguments.seed, config=vars(arguments), command=command, rows=rows))
 
 

@@ -21,6 +21,7 @@ RECIPE = {
     "calibrate": {"skip_share": 0.3, "num_windows": 4},
     "eval": {"sequence_length": 64, "max_windows": 3},
     "bench": {"prompt_tokens": [16], "new_tokens": 4, "num_runs": 2},
+    "analyze": {"sequence_length": 32, "num_windows": 2, "num_permutations": 9},
     "generate": {"prompt": "the sea", "max_new_tokens": 6},
 }
 
@@ -78,7 +79,7 @@ def test_a_run_ends_in_one_document_and_a_page(finished: Path) -> None:
     fields = {"anydepth_version", "commit", "seed", "hardware", "versions", "config", "summary"}
     assert fields <= set(document)
     schemas = [stage["schema"] for stage in document["stages"]]
-    assert schemas == [f"anydepth.{name}/1" for name in ("train", "eval", "bench", "generate")]
+    assert schemas == [f"anydepth.{name}/1" for name in ("train", "eval", "bench", "analyze", "generate")]
     evaluation = document["stages"][1]
     assert evaluation["num_tokens"] == 3 * 63
     assert evaluation["full_depth"]["mean_depth"] == 6 > evaluation["mean_depth"]

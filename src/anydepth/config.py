@@ -232,6 +232,15 @@ class BenchConfig(StrictConfig):
     data: str | None = Field(default=None, description="Text to take prompts from; the eval text when left out.")
 
 
+class AnalyzeConfig(StrictConfig):
+    """Where depth goes, and whether it depends on the token."""
+
+    data: str | None = Field(default=None, description="Text to look at; the eval text when left out.")
+    sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
+    num_windows: int = Field(default=8, ge=1, description="Windows of it.")
+    num_permutations: int = Field(default=199, ge=1, description="Of the test whether depth depends on the token.")
+
+
 class GenerateConfig(StrictConfig):
     """The sample text of a run."""
 
@@ -259,6 +268,7 @@ class Recipe(StrictConfig):
     calibrate: CalibrateConfig | None = Field(default=None, description="Set a router's threshold; null keeps it.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
     bench: BenchConfig = Field(default=BenchConfig(), description="Speed.")
+    analyze: AnalyzeConfig = Field(default=AnalyzeConfig(), description="Where depth goes, if methods decide it.")
     generate: GenerateConfig = Field(default=GenerateConfig(), description="A sample of text.")
     seed: int = Field(default=0, description="Seed of everything random; a method can have its own.")
 

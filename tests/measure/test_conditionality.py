@@ -48,3 +48,13 @@ def test_a_gate_that_is_the_token_says_all_of_it() -> None:
     ids = torch.arange(400) % 2
     result = conditionality((ids == 0)[None], ids, num_permutations=99)
     assert abs(result.mutual_information_bits - 1) < 1e-9 and result.p_value == 0.01
+
+
+def test_what_differs_between_sequences_alone_is_no_dependence_on_the_token() -> None:
+    """Sequences with words of their own and rates of their own: seen across them, not within."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(8).repeat_interleave(100)
+    ids = groups * 20 + torch.randint(20, (800,), generator=generator)
+    keep = torch.rand(2, 800, generator=generator) < (0.1 + 0.1 * groups)
+    assert conditionality(keep, ids, num_permutations=99).p_value == 0.01
+    assert conditionality(keep, ids, groups=groups, num_permutations=99).p_value > 0.05

@@ -214,8 +214,8 @@ def test_predictor_is_reported(tmp_path: Path) -> None:
     adapted = anydepth.attach(model, {"name": "mixture_of_depths"})
     config = TrainConfig.model_validate({"max_steps": 3, "warmup_steps": 0})
     row = train(adapted, windows(), config, tmp_path).loss_history[-1]
-    assert 0 <= row["mixture_of_depths/predictor_accuracy"] <= 1
-    assert 0 <= row["mixture_of_depths/predicted_capacity"] <= 1
+    assert 0 <= row["figures"]["mixture_of_depths/predictor_accuracy"] <= 1
+    assert 0 <= row["figures"]["mixture_of_depths/predicted_capacity"] <= 1
 
 
 def test_ffn_router_reaches_its_capacity(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ ORIGIN: dict[str, Any] = {
 }
 SPEED = {"tokens_per_second": 20.0, "ttft_seconds": 0.1, "tpot_seconds": 0.05, "peak_memory_bytes": 1}
 PHASE = {"speedup": 1.25, "ideal_speedup": 1.5, "realised": 0.83}
+DEPTH = {"mean": 1.5, "low": 1.4, "high": 1.6}
 DOCUMENTS: list[dict[str, Any]] = [
     {
         **ORIGIN,
@@ -51,7 +52,15 @@ DOCUMENTS: list[dict[str, Any]] = [
         "seconds": 9.0,
         "tokens_per_second": 100.0,
         "loss_history": [
-            {"step": step, "lm_loss": 5.0 - step, "layer_router/target": 0.1, "mean_depth": 3.0, "learning_rate": 0.1}
+            {
+                "step": step,
+                "lm_loss": 5.0 - step,
+                "layer_router/target": 0.1,
+                "mean_depth": 3.0,
+                "learning_rate": 0.1,
+                "figures": {"layer_router/backward_temperature": 1.0 - 0.2 * step},
+                "layers": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.5]},
+            }
             for step in (1, 2, 3)
         ],
     },
@@ -78,6 +87,29 @@ DOCUMENTS: list[dict[str, Any]] = [
                 "decode": PHASE,
             },
         ],
+    },
+    {
+        **ORIGIN,
+        "schema": "anydepth.analyze/1",
+        "num_windows": 2,
+        "num_tokens": 100,
+        "depth": DEPTH,
+        "per_layer": [{"layer": layer, "mixer": DEPTH, "ffn": DEPTH} for layer in (0, 1)],
+        "token_classes": [{"class": name, "num_tokens": 10, "depth": DEPTH} for name in ("word", "rare")],
+        "positions": [{"first": first, "last": first, "num_tokens": 2, "depth": DEPTH} for first in (0, 1, 2)],
+        "lengths": [],
+        "losses": {
+            "bins": [{"low": low, "high": low + 1, "num_tokens": 5, "depth": DEPTH} for low in (0.0, 1.0)],
+            "rank_correlation": 0.1,
+        },
+        "conditionality": {
+            "mutual_information_bits": 0.02,
+            "static_bits": 0.01,
+            "p_value": 0.005,
+            "num_gates": 1,
+            "num_permutations": 199,
+        },
+        "seeds": [{"first": 0, "second": 1, "agreement": 0.9, "by_chance": 0.5, "kappa": 0.8}],
     },
     {
         **ORIGIN,
@@ -132,9 +164,9 @@ def test_the_page_is_whole_and_self_contained(written: list[Path]) -> None:
     assert outline.open == []
     assert outline.headings == [
         "What it buys", "Skip set", "The router before training", "Training", "Which layers run", "Speed",
-        "A text, token by token", "How it was made",
+        "Where depth goes", "A text, token by token", "How it was made",
     ]  # fmt: skip
-    assert len(outline.images) == 7
+    assert len(outline.images) == 11
     for image in outline.images:
         assert str(image["src"]).startswith("data:image/png;base64,")
         assert image["alt"]
@@ -152,7 +184,7 @@ def test_tables_are_the_numbers(written: list[Path]) -> None:
 
 def test_every_file_named_was_written(written: list[Path]) -> None:
     assert all(path.stat().st_size > 0 for path in written)
-    assert sum(path.suffix == ".png" for path in written) == 7
+    assert sum(path.suffix == ".png" for path in written) == 11
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
@@ -167,7 +199,9 @@ def test_mixers_are_shown_and_trainings_compared(tmp_path: Path) -> None:
         "schema": "anydepth.train/1",
         "seconds": 9.0,
         "tokens_per_second": 100.0,
-        "loss_history": [{"step": step, "lm_loss": 5.0, "mixer_router/softmax_share": 0.5} for step in (1, 2)],
+        "loss_history": [
+            {"step": step, "lm_loss": 5.0, "figures": {"mixer_router/softmax_share": 0.5}} for step in (1, 2)
+        ],
     }
     text = {
         **DOCUMENTS[-1],
@@ -193,5 +227,41 @@ def test_mixers_are_shown_and_trainings_compared(tmp_path: Path) -> None:
     assert outline.headings[0] == "Trainings side by side"
     assert outline.headings.count("Which mixer, token by token") == 3
     names = [path.name for path in written]
-    assert {"losses.png", "0-train-shares.png", "1-eval-mixers.csv", "2-generate-mixers.png"} <= set(names)
+    assert {"losses.png", "0-train-figures.png", "1-eval-mixers.csv", "2-generate-mixers.png"} <= set(names)
     assert "softmax in 2 of 2 layers" in written[0].read_text()
+
+
+def test_sweeps_stand_side_by_side(tmp_path: Path) -> None:
+    def setting(label: str, perplexity: float, cost: float, num_seeds: int = 2) -> dict[str, Any]:
+        shares = {"time_share": cost, "layer_token_share": cost, "speedup": 1 / cost, "agreement": 0.9}
+        return {"label": label, "values": {}, "num_seeds": num_seeds, "perplexity": perplexity, **shares}
+
+    sweeps = [
+        {
+            **ORIGIN,
+            "schema": "anydepth.sweep/1",
+            "label": label,
+            "config": {"over": ["methods.0.target_skip=0.2,0.4"]},
+            "points": [{}] * 4,
+            "settings": [setting("full depth", 20.0, 1.0, 0), setting("target_skip 0.2", worse, 0.8)],
+            "front": {"time": ["target_skip 0.2", "full depth"], "flops": ["target_skip 0.2", "full depth"]},
+        }
+        for label, worse in (("layer_router", 22.0), (HOSTILE, 24.0))
+    ]
+    outline = Outline()
+    written = write_report(sweeps, tmp_path / "page.html")
+    outline.feed(written[0].read_text())
+    assert outline.headings[0] == "Quality against cost"
+    assert outline.headings[1] == "Sweep: layer_router"
+    assert {"fronts.png", "0-sweep.csv", "1-sweep.csv"} <= {path.name for path in written}
+
+
+def test_speed_over_sizes_and_drafts_by_place(tmp_path: Path) -> None:
+    bench = next(document for document in DOCUMENTS if document["schema"] == "anydepth.bench/1")
+    rows = [
+        {**bench["rows"][0], "batch_size": size, "prompt_tokens": length,
+         "adapted": {**SPEED, "acceptance_by_place": [0.5, 0.4]}}
+        for size in (1, 4) for length in (64, 512)
+    ]  # fmt: skip
+    written = write_report([{**bench, "rows": rows}], tmp_path / "page.html")
+    assert {"0-bench-lines.png", "0-bench-acceptance.png"} <= {path.name for path in written}

@@ -100,6 +100,23 @@ def show_run(document: dict[str, Any], out: Path) -> None:
     print(f"\n{out / 'report.html'}")
 
 
+def show_sweep(document: dict[str, Any]) -> None:
+    """For people."""
+    front = document["front"]
+    rows = [
+        [
+            row["label"],
+            str(row["num_seeds"] or ""),
+            f"{row['perplexity']:.4g}",
+            f"{row['time_share']:.3f}" + (" *" if row["label"] in front["time"] else "  "),
+            f"{row['layer_token_share']:.3f}" + (" *" if row["label"] in front["flops"] else "  "),
+        ]
+        for row in document["settings"]
+    ]
+    table(["", "seeds", "perplexity", "time ÷ full depth", "FLOP share"], rows)
+    print("* nothing else is both better and cheaper")
+
+
 def show_search(document: dict[str, Any]) -> None:
     for key in ("skip_layers", "skip_mixers", "skip_ffns"):
         if document[key]:
@@ -137,10 +154,48 @@ def show_eval(document: dict[str, Any]) -> None:
     ]
     table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)
     print(f"\n{document['num_tokens']} tokens scored")
+    if "tasks" in document:
+        print()
+        rows = [
+            [name, metric, str(task["num_items"]), f"{full['tasks'][name][metric]:.4g}", f"{value:.4g}",
+             f"{task['layer_token_share']:.3f}"]
+            for name, task in document["tasks"].items()
+            for metric, value in task.items()
+            if metric not in ("num_items", "layer_token_share", "source")
+        ]  # fmt: skip
+        table(["task", "metric", "items", "untouched", document["label"], "FLOP share"], rows)
     if "exits" in document:
         print()
         rows = [[str(row["layers"]), f"{row['loss']:.3f}", f"{row['agreement']:.3f}"] for row in document["exits"]]
         table(["layers", "loss", "agreement"], rows)
+
+
+def show_analysis(document: dict[str, Any]) -> None:
+    """For people."""
+
+    def line(name: str, row: dict[str, Any]) -> list[str]:
+        depth = row["depth"]
+        return [name, str(row["num_tokens"]), f"{depth['mean']:.2f}", f"{depth['low']:.2f} to {depth['high']:.2f}"]
+
+    table(["tokens that are", "tokens", "depth", "95%"], [line(row["class"], row) for row in document["token_classes"]])
+    print()
+    rows = [line(f"{row['first']} to {row['last']}", row) for row in document["positions"]]
+    table(["at positions", "tokens", "depth", "95%"], rows)
+    correlation = document["losses"]["rank_correlation"]
+    print(f"\ndepth goes with the loss of the next token by a rank correlation of {correlation:.2f}")
+    found = document["conditionality"]
+    if found["num_gates"]:
+        print(
+            f"gates hold {found['mutual_information_bits']:.4f} bits about their token; "
+            f"{found['static_bits']:.4f} by chance, p {found['p_value']:.3g}"
+        )
+    else:
+        print("no gate both opens and closes: depth does not depend on the token")
+    for row in document["seeds"]:
+        print(
+            f"runs {row['first'] + 1} and {row['second'] + 1} agree in {row['agreement']:.1%} of gates, "
+            f"{row['by_chance']:.1%} by chance (kappa {row['kappa']:.2f})"
+        )
 
 
 def bench_line(row: dict[str, Any]) -> str:
@@ -205,15 +260,17 @@ def show_text(document: dict[str, Any], show_depth: bool) -> None:
         print("depths:", " ".join(f"{depth:g}" for depth in document["depths"]))
 
 
-def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, float]], None]:
+def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]:
     training = recipe.train or recipe.drafter
     total = 0 if training is None else training.max_steps
     every = max(total // 20, 1)
 
-    def line(row: dict[str, float]) -> None:
+    def line(row: dict[str, Any]) -> None:
         if row["step"] % every == 0 or row["step"] == 1:
             terms = "  ".join(
-                f"{name} {value:.3f}" for name, value in row.items() if name not in ("step", "learning_rate")
+                f"{name} {value:.3f}"
+                for name, value in {**row, **row.get("figures", {})}.items()
+                if name not in ("step", "learning_rate", "figures", "layers")
             )
             printer.progress(f"  step {int(row['step'])}/{total}  {terms}")
 

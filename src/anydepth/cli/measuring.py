@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from anydepth.cli.app import app
-from anydepth.cli.display import Printer, bench_line, show_bench, show_eval, show_inspection, show_methods
+from anydepth.cli.display import (
+    Printer,
+    bench_line,
+    show_analysis,
+    show_bench,
+    show_eval,
+    show_inspection,
+    show_methods,
+)
 from anydepth.cli.options import (
     Compiled,
     Data,
@@ -66,7 +74,11 @@ def evaluate(
     target: Target,
     data: Data = "embedded:valid",
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
-    limit: Annotated[int | None, typer.Option(help="Score only the first windows.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks as well: arc_easy,mmlu; local ones need no network.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompts of tasks; each has its own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first windows, and items of each task.")] = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="Score the untouched model only.")] = False,
     exits: Annotated[bool, typer.Option("--exits", help="Score each layer too, as if it were the last.")] = False,
     options: MethodOptions = None,
@@ -87,6 +99,7 @@ def evaluate(
     from anydepth.training.data import load_windows
 
     printer = Printer(as_json, quiet)
+    names = _task_names(tasks) if tasks else []
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
     fast = choose(adapted, engine, weights, printer.progress)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
@@ -96,6 +109,8 @@ def evaluate(
         "data": data,
         "sequence_length": sequence_length,
         "limit": limit,
+        "tasks": tasks,
+        "num_fewshot": num_fewshot,
         "dtype": dtype,
         "full_depth": full_depth,
         "options": options,
@@ -105,7 +120,36 @@ def evaluate(
     fields = score(adapted, windows, engine=fast, full_depth_only=full_depth)
     if exits:
         fields["exits"] = exit_losses(adapted, windows)
+    if names:
+        say = None if quiet else printer.progress
+        shared = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed, "say": say}
+        _add_tasks(fields, adapted, tokenizer, names, full_depth, **shared)
     printer.result(document("anydepth.eval/1", seed=seed, config=config, label=adapted.label, **fields), show_eval)
+
+
+def _task_names(tasks: str) -> list[str]:
+    """Names of lm-eval tasks; a mistake is told before anything is loaded."""
+    try:
+        from anydepth.measure.lm_eval import check_tasks
+    except ImportError as error:
+        raise UserError(f'--tasks needs lm-eval ({error}): pip install "anydepth[eval]"') from error
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    check_tasks(names)
+    return names
+
+
+def _add_tasks(
+    fields: dict[str, Any], adapted: Any, tokenizer: Any, names: list[str], full_depth: bool, **options: Any
+) -> None:
+    """Scores of tasks, with routing on and, under `full_depth`, of the untouched model."""
+    from anydepth.measure.lm_eval import score_tasks
+
+    with adapted.untouched():
+        fields["full_depth"]["tasks"] = score_tasks(adapted, tokenizer, names, **options)
+    fields["tasks"] = fields["full_depth"]["tasks"]
+    if not full_depth:
+        fields["tasks"] = score_tasks(adapted, tokenizer, names, **options)
 
 
 @app.command()
@@ -211,8 +255,50 @@ def _engines(adapted: Any, engine: str, weights: str | None, compiled: bool, say
 
 
 @app.command()
+def analyze(
+    target: Target,
+    data: Data = "embedded:valid",
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    limit: Annotated[int, typer.Option(help="Look at the first windows.")] = 16,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="The same method from another seed: do their gates agree?")
+    ] = None,
+    permutations: Annotated[int, typer.Option(help="Of the test whether depth depends on the token.")] = 199,
+    options: MethodOptions = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Depth by layer, token class, position and loss.
+
+    And whether it depends on the token at all.
+    """
+    arguments = {name: value for name, value in locals().items() if name not in ("as_json", "quiet")}
+    from anydepth.measure.analyze import analyze as look
+    from anydepth.measure.results import document
+    from anydepth.training.checkpoint import load_target
+    from anydepth.training.data import load_windows
+
+    if permutations < 1 or limit < 1:
+        raise UserError(f"--permutations and --limit are numbers of at least 1; came {permutations} and {limit}")
+    printer = Printer(as_json, quiet)
+    adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
+    others = [load_target(other, dtype=dtype, device=device)[0] for other in compare or []]
+    for other, name in zip(others, compare or [], strict=True):
+        if other.backbone.num_layers != adapted.backbone.num_layers:
+            raise UserError(f"{name} has {other.backbone.num_layers} layers, {target} {adapted.backbone.num_layers}")
+    windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
+    printer.progress(f"looking at {windows.numel()} tokens of {data} …")
+    fields = look(adapted, tokenizer, windows, others=others, num_permutations=permutations, seed=seed)
+    result = document("anydepth.analyze/1", seed=seed, config=arguments, label=adapted.label, **fields)
+    printer.result(result, show_analysis)
+
+
+@app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(help="JSON documents, or folders of runs.")],
+    results: Annotated[list[Path], typer.Argument(help="JSON documents, or folders of runs and sweeps.")],
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained page out of result documents.
@@ -222,9 +308,9 @@ def report(
     from anydepth.measure.results import read_document
     from anydepth.report.page import write_report
 
-    documents = [
-        {**read_document(path / "run.json"), "run": path.name} if path.is_dir() else read_document(path)
-        for path in results
-    ]
+    documents = []
+    for path in results:
+        whole = path / ("sweep.json" if (path / "sweep.json").exists() else "run.json")
+        documents.append({**read_document(whole), "run": path.name} if path.is_dir() else read_document(path))
     written = write_report(documents, out)
     print(f"{out} and {len(written) - 1} files beside it")

@@ -71,3 +71,10 @@ def numbers(option: str, text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise UserError(f"--{option} takes positive numbers with commas, such as 1,4,8; came '{text}'")
     return [int(part) for part in parts]
+
+
+def seed_numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise UserError(f"--seeds takes numbers with commas, such as 0,1,2; came '{text}'")
+    return [int(part) for part in parts]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from anydepth.cli.app import app
-from anydepth.cli.display import Printer, show_run, show_search, step_line
+from anydepth.cli.display import Printer, show_run, show_search, show_sweep, step_line
 from anydepth.cli.options import (
     Data,
     Device,
@@ -24,7 +24,9 @@ from anydepth.cli.options import (
     Seed,
     Target,
     recipe_overrides,
+    seed_numbers,
 )
+from anydepth.errors import UserError
 
 
 @app.command()
@@ -148,6 +150,40 @@ def search(
     )
     write_json(out / "search.json", result)
     printer.result(result, show_search)
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    out: Out,
+    over: Annotated[
+        list[str] | None, typer.Option(help="KEY=V1,V2: methods.0.target_skip=0.2,0.4; repeatable.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="One run of each for every seed: 0,1,2.")] = "0",
+    backend: Annotated[str, typer.Option(help="local processes, or ray: a cluster that runs.")] = "local",
+    jobs: Annotated[int, typer.Option(help="Points that learn at a time; they are timed one by one.")] = 1,
+    overrides: Overrides = None,
+    device: RecipeDevice = None,
+    dtype: RecipeDType = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A recipe over values of its keys.
+
+    Quality against measured time and against FLOPs. Goes on where it was interrupted.
+    """
+    if backend not in ("local", "ray"):
+        raise UserError(f"backend '{backend}' is unknown; it is local or ray")
+    if jobs < 1:
+        raise UserError(f"--jobs is a number of at least 1; came {jobs}")
+    chosen = seed_numbers(seeds)
+    flags = recipe_overrides(overrides, None, device, dtype)
+    config = {"recipe": str(recipe), "over": over or [], "seeds": chosen, "overrides": flags, "backend": backend}
+    from anydepth.measure.sweep import Sweep, plan, sweep_document
+
+    printer = Printer(as_json, quiet)
+    found = Sweep(plan(recipe, over or [], chosen, flags), out, printer.progress)
+    printer.result(sweep_document(found, config, found.run(backend, jobs)), show_sweep)
 
 
 def _runner(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> Any:

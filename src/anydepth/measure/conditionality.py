@@ -32,7 +32,13 @@ class Conditionality:
 
 
 def conditionality(
-    keep: Tensor, token_ids: Tensor, *, num_permutations: int = 999, min_count: int = 5, seed: int = 0
+    keep: Tensor,
+    token_ids: Tensor,
+    *,
+    groups: Tensor | None = None,
+    num_permutations: int = 999,
+    min_count: int = 5,
+    seed: int = 0,
 ) -> Conditionality:
     """Permutation test: all gates of a token together are given to another token, so that rates stay and what the token
     has to do with them goes.
@@ -40,6 +46,8 @@ def conditionality(
     Args:
         keep: (G, N) bool, G gates of N tokens.
         token_ids: (N,); ids seen fewer than `min_count` times count as one.
+        groups: (N,), tokens are exchanged within theirs: with sequences as groups, gates that differ from one sequence
+            to the next, and not from token to token, depend on no token. None is one group.
     """
     rates = keep.float().mean(1)
     gates = keep[(rates > 0) & (rates < 1)].float().T.contiguous()  # (N, G)
@@ -60,7 +68,7 @@ def conditionality(
 
     generator = torch.Generator().manual_seed(seed)
     observed = information(torch.arange(num_tokens))
-    by_chance = [information(torch.randperm(num_tokens, generator=generator)) for _ in range(num_permutations)]
+    by_chance = [information(_exchanged(num_tokens, groups, generator)) for _ in range(num_permutations)]
     as_much = 1 + sum(value >= observed - 1e-12 for value in by_chance)
     return Conditionality(
         observed,
@@ -70,6 +78,15 @@ def conditionality(
         num_tokens,
         num_permutations,
     )
+
+
+def _exchanged(num_tokens: int, groups: Tensor | None, generator: torch.Generator) -> Tensor:
+    """A permutation of the tokens, within their groups."""
+    drawn = torch.randperm(num_tokens, generator=generator)
+    if groups is None:
+        return drawn
+    home = groups.argsort(stable=True)
+    return torch.empty_like(drawn).index_put((home,), drawn[groups[drawn].argsort(stable=True)])
 
 
 def _entropy(rate: Tensor) -> Tensor:

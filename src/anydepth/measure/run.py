@@ -1,4 +1,4 @@
-"""A recipe from start to end: search → fit → train → calibrate → eval → bench → generate → report.
+"""A recipe from start to end: search → fit → train → calibrate → eval → bench → analyze → generate → report.
 
 Each stage leaves its document in the run's folder and is skipped when it is there already, so that a run that was
 interrupted goes on where it was. A folder belongs to one recipe.
@@ -25,9 +25,11 @@ from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine import choose
 from anydepth.inference.generate import generate
+from anydepth.measure.analyze import analyze
 from anydepth.measure.bench import bench, load_prompts
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.results import document, read_document, source_commit, write_json
+from anydepth.methods import method_class
 from anydepth.models.load import load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.training.checkpoint import is_checkpoint, load_target, save
@@ -49,7 +51,7 @@ class Runner:
     recipe: Recipe
     out: Path
     say: Say
-    on_step: Callable[[dict[str, float]], None] | None = None
+    on_step: Callable[[dict[str, Any]], None] | None = None
 
     def __post_init__(self) -> None:
         source_commit()  # of the code as it is now, not as it may be when a stage ends
@@ -61,8 +63,8 @@ class Runner:
 
     def run(self) -> dict[str, Any]:
         """Every stage; returns the `anydepth.run/1` document."""
-        stages = [self.search(), self.fit(), self.train(), self.evaluate(), self.bench(), self.generate()]
-        stages = [stage for stage in stages if stage is not None]
+        work = (self.search, self.fit, self.train, self.evaluate, self.bench, self.analyze, self.generate)
+        stages = [document for stage in work if (document := stage()) is not None]
         result = self._document("run", stages=stages, summary=summary_of(stages))
         write_json(self.out / "run.json", result)
         from anydepth.report.page import write_report  # matplotlib: only where pictures are made
@@ -212,6 +214,20 @@ class Runner:
                 engines=[choose(adapted, settings.engine, say=self.say)],
             )
         return {"rows": rows}
+
+    def analyze(self) -> dict[str, Any] | None:
+        """Where depth goes; None: nothing is skipped."""
+        return self._stage("analyze", self._analyze) if self._decides() else None
+
+    def _decides(self) -> bool:
+        return any(not method_class(str(spec["name"]), "methods").lossless for spec in self.recipe.methods)
+
+    def _analyze(self) -> dict[str, Any]:
+        adapted, tokenizer = self._adapted(merge=False)
+        settings = self.recipe.analyze
+        data = settings.data or self.recipe.eval.data
+        windows = load_windows(data, tokenizer, settings.sequence_length, max_windows=settings.num_windows)
+        return analyze(adapted, tokenizer, windows, num_permutations=settings.num_permutations, seed=self.recipe.seed)
 
     def generate(self) -> dict[str, Any]:
         return self._stage("generate", self._generate)

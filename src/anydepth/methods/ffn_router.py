@@ -53,6 +53,7 @@ class FFNRouter(Method):
 
     Config = FFNRouterConfig
     name = "ffn_router"
+    scheduled = ("capacity",)
     summary = "a score per token and layer decides whether the FFN runs"
     gates_branches = gates_only_ffns = True
     budget_option = "threshold"

@@ -106,6 +106,7 @@ class LayerRouter(Method):
 
     Config = LayerRouterConfig
     name = "layer_router"
+    scheduled = ("backward_temperature",)
     summary = "a trained router decides per token or sequence which layers to run"
 
     budget_option = "threshold"

@@ -259,6 +259,7 @@ class Method(nn.Module):
         name: the key in `METHODS`.
         summary: one line for `anydepth methods`.
         lossless: whether the output is the full-depth output.
+        scheduled: attributes that `set_progress` moves, for the history of training.
         trained: whether it has parameters to train (or changes training).
         decides_in_training, decides_at_inference: whether its gates are ever closed then.
         gates_branches: whether it gates mixers or FFNs alone.
@@ -270,6 +271,7 @@ class Method(nn.Module):
     name: ClassVar[str]
     summary: ClassVar[str]
     lossless: ClassVar[bool] = False
+    scheduled: ClassVar[tuple[str, ...]] = ()
     trained: ClassVar[bool] = True
     decides_in_training: ClassVar[bool] = True
     decides_at_inference: ClassVar[bool] = True

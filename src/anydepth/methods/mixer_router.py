@@ -76,6 +76,7 @@ class MixerRouter(Method):
 
     Config = MixerRouterConfig
     name = "mixer_router"
+    scheduled = ("backward_temperature",)
     summary = "each token takes softmax attention or a gated delta rule"
     gates_branches = True
     chooses_mixers = True

@@ -114,6 +114,7 @@ def write_report(results: list[Document], out: Path) -> list[Path]:
         raise UserError("nothing to report on; give result documents that run, eval or bench wrote")
     page = Page(out.parent / f"{out.stem}_files")
     _summary(page, results)
+    _fronts(page, documents)
     _loss_curves(page, documents)
     for number, document in enumerate(documents):
         kind = str(document["schema"]).split("/")[0].removeprefix("anydepth.")
@@ -169,10 +170,18 @@ def _train(page: Page, document: Document, name: str) -> None:
         page.figure(
             f"{name}-depth", plots.training_depth(document), "Layers per token while gates are sampled.", document
         )
-    if any(key.endswith(plots.SHARE) for key in document["loss_history"][-1]):
+    if any(row.get("figures") for row in document["loss_history"]):
         page.figure(
-            f"{name}-shares", plots.training_shares(document), "Shares of tokens while choices are sampled.", document
+            f"{name}-figures", plots.training_figures(document), "Shares as sampled, and schedules, by step.", document
         )
+    if any(_skips(row.get("layers", {})) for row in document["loss_history"]):
+        page.figure(
+            f"{name}-layers", plots.training_layers(document), "Which layers ran while gates were sampled.", document
+        )
+
+
+def _skips(layers: dict[str, list[float]]) -> bool:
+    return any(share < 1 for shares in layers.values() for share in shares)
 
 
 def _search(page: Page, document: Document, name: str) -> None:
@@ -218,6 +227,12 @@ def _bench(page: Page, document: Document, name: str) -> None:
     page.figure(
         name, plots.speed(document), "Measured speed-up beside the ideal that the skipped FLOPs allow.", document
     )
+    if len({(row["batch_size"], row["prompt_tokens"]) for row in document["rows"]}) > 2:
+        text = "Speed-up over batch size and prompt length; the dotted lines are what the skipped FLOPs allow."
+        page.figure(f"{name}-lines", plots.speed_lines(document), text, document)
+    if any(row["adapted"].get("acceptance_by_place") for row in document["rows"]):
+        text = "Drafted tokens that full depth confirmed, by place; only drafts whose earlier tokens were confirmed."
+        page.figure(f"{name}-acceptance", plots.acceptance(document), text, document)
     columns = {
         "batch_size": "batch",
         "prompt_tokens": "prompt",
@@ -233,6 +248,57 @@ def _bench(page: Page, document: Document, name: str) -> None:
         for row in document["rows"]
     ]
     page.table(name, columns, rows)
+
+
+def _analyze(page: Page, document: Document, name: str) -> None:
+    page.section("Where depth goes")
+    found, depth = document["conditionality"], document["depth"]
+    page.text(
+        f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth['mean']:.2f} "
+        f"({depth['low']:.2f} to {depth['high']:.2f}).",
+        "lead",
+    )
+    if found["num_gates"]:
+        page.text(
+            f"Gates hold {found['mutual_information_bits']:.4f} bits about the token they gate, "
+            f"{found['static_bits']:.4f} when they are exchanged between tokens of a window "
+            f"({found['num_permutations']} times): p = {found['p_value']:.3g}."
+        )
+    else:
+        page.text("No gate both opens and closes: depth does not depend on the token.")
+    page.figure(name, plots.token_classes(document), "Layers run for a token, by what kind of token it is.", document)
+    page.figure(
+        f"{name}-curves", plots.depth_curves(document), "Depth by position, and by loss at full depth.", document
+    )
+    for row in document["seeds"]:
+        page.text(
+            f"Runs {row['first'] + 1} and {row['second'] + 1} agree in {row['agreement']:.1%} of gates, "
+            f"{row['by_chance']:.1%} by chance: kappa {row['kappa']:.2f}."
+        )
+
+
+def _sweep(page: Page, document: Document, name: str) -> None:
+    page.section(f"Sweep: {document['label']}")
+    over = "; ".join(document["config"]["over"]) or "seeds alone"
+    page.text(f"{len(document['points'])} runs over {over}; means over seeds.", "lead")
+    columns = {
+        "label": "",
+        "num_seeds": "seeds",
+        "perplexity": "perplexity",
+        "time_share": "time ÷ full depth's",
+        "layer_token_share": "FLOP share of layers",
+        "speedup": "speed-up",
+        "agreement": "same next token",
+    }
+    page.table(name, columns, document["settings"])
+
+
+def _fronts(page: Page, documents: list[Document]) -> None:
+    sweeps = [document for document in documents if document["schema"] == "anydepth.sweep/1"]
+    if sweeps:
+        page.section("Quality against cost")
+        text = "Each point is a setting, the mean of its seeds. Lines join what nothing beats in quality and cost both."
+        page.figure("fronts", plots.fronts(sweeps), text, sweeps[0])
 
 
 def _generate(page: Page, document: Document, name: str) -> None:
@@ -272,7 +338,16 @@ def _mixers(page: Page, document: Document, name: str) -> None:
     page.figure(f"{name}-mixers", plots.mixers(document), "Token × routed layer: dark took softmax.", document)
 
 
-SECTIONS = {"train": _train, "search": _search, "fit": _fit, "eval": _eval, "bench": _bench, "generate": _generate}
+SECTIONS = {
+    "train": _train,
+    "search": _search,
+    "fit": _fit,
+    "eval": _eval,
+    "bench": _bench,
+    "analyze": _analyze,
+    "sweep": _sweep,
+    "generate": _generate,
+}
 
 
 def _token(token: str, depth: float, num_layers: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -12,14 +13,15 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#777777"
 Document = dict[str, Any]
-SHARE = "_share"
-"""How names of figures end that are shares of tokens, not losses."""
+NO_LOSSES = ("step", "learning_rate", "mean_depth", "phase", "figures", "layers")
 
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG on white, legible at the width of a phone."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a script that the font has not; a box stands for it
+        figure.savefig(buffer, format="png", dpi=160, facecolor="white")
     return buffer.getvalue()
 
 
@@ -36,8 +38,7 @@ def _figure(title: str, height: float = 3.4) -> tuple[Figure, Any]:
 def training(document: Document) -> Figure:
     """Loss by term over the steps; the LM loss apart from the auxiliary terms."""
     history = document["loss_history"]
-    no_losses = ("step", "learning_rate", "mean_depth")
-    terms = [name for name in history[-1] if name not in no_losses and not name.endswith(SHARE)]
+    terms = [name for name in history[-1] if name not in NO_LOSSES]
     figure, axes = _figure("Training: loss by term")
     for term, colour in zip(sorted(terms, key=lambda name: name != "lm_loss"), COLOURS * 3, strict=False):
         rows = [row for row in history if term in row]
@@ -64,18 +65,41 @@ def training_depth(document: Document) -> Figure:
     return figure
 
 
-def training_shares(document: Document) -> Figure:
-    """Shares of tokens over the steps, decisions sampled as in training."""
-    history = document["loss_history"]
-    figure, axes = _figure("Training: share of tokens", 2.6)
-    names = [name for name in history[-1] if name.endswith(SHARE)]
-    for name, colour in zip(names, COLOURS, strict=False):
-        rows = [row for row in history if name in row]
-        axes.plot([row["step"] for row in rows], [row[name] for row in rows], color=colour, label=name)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel("share of tokens and routed layers")
-    axes.set_ylim(0, 1.05)
-    axes.legend(fontsize=8, frameon=False)
+def training_figures(document: Document) -> Figure:
+    """What methods tell besides losses, over the steps: shares as sampled, schedules of temperature and capacity."""
+    rows = [row for row in document["loss_history"] if row.get("figures")]
+    names = sorted({name for row in rows for name in row["figures"]})
+    figure = Figure(figsize=(6.2, 0.6 + 1.3 * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    for axes, name, colour in zip(panels, names, COLOURS * 4, strict=False):
+        own = [row for row in rows if name in row["figures"]]
+        axes.plot([row["step"] for row in own], [row["figures"][name] for row in own], color=colour, linewidth=1.3)
+        method, _, quantity = name.partition("/")
+        axes.set_title(f"{method}: {quantity.replace('_', ' ')}", fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+        axes.set_ylim(0, max([1.0, *(row["figures"][name] for row in own)]) * 1.05)
+    panels[-1].set_xlabel("optimiser step")
+    figure.supylabel("share, or temperature", fontsize=10)
+    return figure
+
+
+def training_layers(document: Document) -> Figure:
+    """Layer × step: the share of tokens that ran each mixer and FFN, decisions sampled as in training."""
+    rows = [row for row in document["loss_history"] if row.get("layers")]
+    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    image: Any = None
+    for axes, branch, title in zip(panels, ("mixer", "ffn"), ("mixers", "FFNs"), strict=True):
+        shares = [list(part) for part in zip(*(row["layers"][branch] for row in rows), strict=True)]
+        edges = (rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, -0.5, len(shares) - 0.5)
+        image = axes.imshow(
+            shares, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1, extent=edges, interpolation="nearest"
+        )
+        axes.set_title(f"Training: {title}", fontsize=11, loc="left")
+        axes.set_xlabel("optimiser step")
+    panels[0].set_ylabel("layer")
+    figure.colorbar(image, ax=panels, label="share of tokens that ran it")
     return figure
 
 
@@ -134,6 +158,118 @@ def speed(document: Document) -> Figure:
     axes.set_ylabel("speed-up")
     axes.set_ylim(0, max([*measured, *ideal]) * 1.3)
     axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
+    return figure
+
+
+def speed_lines(document: Document) -> Figure:
+    """Speed-up over batch size, and over prompt length, each beside its ideal."""
+    rows = document["rows"]
+    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    axis_of = (("batch_size", "batch size (rows)", "prompt_tokens"), ("prompt_tokens", "prompt (tokens)", "batch_size"))
+    for axes, (along, name, other) in zip(panels, axis_of, strict=True):
+        for value, colour in zip(sorted({row[other] for row in rows}), COLOURS * 2, strict=False):
+            line = sorted((row for row in rows if row[other] == value), key=lambda row: row[along])
+            places = [row[along] for row in line]
+            label = f"{'prompt' if other == 'prompt_tokens' else 'batch'} {value}"
+            axes.plot(places, [row["speedup"] for row in line], color=colour, marker="o", markersize=4, label=label)
+            axes.plot(places, [row["ideal_speedup"] for row in line], color=colour, linestyle=":", linewidth=1.2)
+        axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
+        axes.set_xscale("log", base=2)
+        ticks = sorted({row[along] for row in rows})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(name)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+        axes.legend(fontsize=8, frameon=False)
+    panels[0].set_ylabel("speed-up (dotted: ideal)")
+    return figure
+
+
+def acceptance(document: Document) -> Figure:
+    """Share of drafted tokens that were accepted, by their place in the draft."""
+    figure, axes = _figure("Drafts: acceptance by place", 2.8)
+    rows = [row for row in document["rows"] if row["adapted"].get("acceptance_by_place")]
+    for row, colour in zip(rows, COLOURS * 3, strict=False):
+        shares = row["adapted"]["acceptance_by_place"]
+        label = f"batch {row['batch_size']}, prompt {row['prompt_tokens']}"
+        axes.plot(range(1, len(shares) + 1), shares, color=colour, marker="o", markersize=4, label=label)
+    axes.set_xlabel("place in the draft (tokens; those in front of it accepted)")
+    axes.set_ylabel("share accepted")
+    axes.set_ylim(0, 1.05)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def token_classes(document: Document) -> Figure:
+    """Depth by class of token, with intervals."""
+    rows = document["token_classes"]
+    figure, axes = _figure("Depth by class of token", 0.9 + 0.3 * len(rows))
+    means, below, above = _intervals([row["depth"] for row in rows])
+    axes.barh(range(len(rows)), means, xerr=[below, above], color=COLOURS[0], ecolor=GREY, capsize=2, height=0.65)
+    axes.axvline(document["depth"]["mean"], color=COLOURS[1], linewidth=1.4, label="all tokens")
+    axes.set_yticks(range(len(rows)), [f"{row['class']} ({row['num_tokens']})" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("layers per token (bars: 95%)")
+    axes.set_xlim(0, len(document["per_layer"]))
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def depth_curves(document: Document) -> Figure:
+    """Depth over position, and over the loss of the next token at full depth."""
+    figure = Figure(figsize=(6.2, 3.0), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    positions, bins = document["positions"], document["losses"]["bins"]
+    places = [(row["first"] + row["last"]) / 2 + 1 for row in positions]
+    losses = [(row["low"] + row["high"]) / 2 for row in bins]
+    for axes, at, rows, label in (
+        (panels[0], places, positions, "position (tokens, log)"),
+        (panels[1], losses, bins, "loss of the next token (nats)"),
+    ):
+        means, below, above = _intervals([row["depth"] for row in rows])
+        axes.errorbar(
+            at, means, yerr=[below, above], color=COLOURS[0], ecolor=GREY, marker="o", markersize=4, capsize=2
+        )
+        axes.set_xlabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_ylabel("layers per token (bars: 95%)")
+    return figure
+
+
+def _intervals(depths: Sequence[Document]) -> tuple[list[float], list[float], list[float]]:
+    """Means, and how far the interval reaches below and above."""
+    means = [depth["mean"] for depth in depths]
+    below = [max(depth["mean"] - depth["low"], 0.0) for depth in depths]
+    return means, below, [max(depth["high"] - depth["mean"], 0.0) for depth in depths]
+
+
+def fronts(documents: Sequence[Document]) -> Figure:
+    """Perplexity against measured time and against FLOPs, side by side; what nothing beats is joined."""
+    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    axis_of = (
+        ("time", "time_share", "time ÷ full depth's (measured)"),
+        ("flops", "layer_token_share", "FLOPs ÷ full depth's"),
+    )
+    for axes, (front, key, name) in zip(panels, axis_of, strict=True):
+        for document, colour in zip(documents, COLOURS * 3, strict=False):
+            rows = [row for row in document["settings"] if row["num_seeds"]]
+            axes.scatter([row[key] for row in rows], [row["perplexity"] for row in rows], color=colour, s=28,
+                         label=document["label"], zorder=3)  # fmt: skip
+            best = [row for label in document["front"][front] for row in document["settings"] if row["label"] == label]
+            axes.plot([row[key] for row in best], [row["perplexity"] for row in best], color=colour, linewidth=1.2)
+        full = documents[0]["settings"][0]
+        axes.scatter([1.0], [full["perplexity"]], marker="*", s=90, color=GREY, label="full depth", zorder=4)
+        axes.set_xlabel(name)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+    panels[0].set_ylabel("perplexity (lower is better)")
+    panels[0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -197,5 +333,6 @@ def search(document: Document) -> Figure:
 
 
 def _visible(token: str) -> str:
-    """A token as a label: no line breaks, and no `$`, which would start a formula."""
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$")[:16]
+    """A token as a label: no control characters, and no `$`, which would start a formula."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥").replace("$", r"\$")[:16]
+    return "".join(letter if letter.isprintable() else "·" for letter in shown)

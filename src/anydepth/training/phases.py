@@ -20,7 +20,7 @@ from anydepth.config import PhaseConfig, TrainConfig
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.measure.results import write_json
 from anydepth.methods.method import Method
-from anydepth.training.train import TrainResult, train
+from anydepth.training.train import Row, TrainResult, train
 
 PHASES = "phases"
 STATE = "state.safetensors"
@@ -37,7 +37,7 @@ def train_phases(
     *,
     seed: int = 0,
     resume: bool = True,
-    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[Row], None] | None = None,
 ) -> tuple[AdaptedModel, TrainResult]:
     """Train the methods of `adapted` phase by phase on (N, T) windows.
 
@@ -51,7 +51,7 @@ def train_phases(
     """
     configs = {method.name: method.config for method in adapted.active_methods}
     states = {name: part.state_dict() for name, part in adapted.methods.items()}
-    history: list[dict[str, float]] = []
+    history: list[Row] = []
     seconds = tokens = 0.0
     for number, phase in enumerate(phases):
         folder = out / PHASES / phase.name
@@ -63,7 +63,7 @@ def train_phases(
             _ask_for_gradients(adapted, phase)
             first = len(history)
 
-            def say(row: dict[str, float], first: int = first, number: int = number) -> None:
+            def say(row: Row, first: int = first, number: int = number) -> None:
                 if on_step is not None:
                     on_step({**row, "step": row["step"] + first, "phase": number})
 

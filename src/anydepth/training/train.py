@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import time
 from collections import defaultdict
@@ -40,11 +41,17 @@ COMPLETE = "history.json"
 """Last file of a training checkpoint: its presence says that the others are whole."""
 
 
+Row = dict[str, Any]
+"""Of the history, one for each optimiser step: `step`, `learning_rate` and `mean_depth`; `lm_loss` and every auxiliary
+loss by its name; under `figures` what methods tell that is no loss, their schedules included; and, a hundred times per
+training, under `layers` the share of tokens that ran each `mixer` and `ffn`, decisions sampled."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What training did: one row of losses per optimiser step, and how long it took, interrupted sessions included."""
 
-    loss_history: list[dict[str, float]]
+    loss_history: list[Row]
     seconds: float
     tokens_per_second: float
 
@@ -75,7 +82,7 @@ def train(
     *,
     seed: int = 0,
     resume: bool = False,
-    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[Row], None] | None = None,
 ) -> TrainResult:
     """Train what asks for a gradient on (N, T) windows; checkpoints go to `out`/steps.
 
@@ -109,12 +116,13 @@ class AdaptedTrainer(Trainer):
     def __init__(self, model: nn.Module, windows: Tensor, config: TrainConfig, out: Path, seed: int) -> None:
         self.settings = config
         self.seed = seed
-        self.history: list[dict[str, float]] = []
-        self.on_step: Callable[[dict[str, float]], None] | None = None
+        self.history: list[Row] = []
+        self.on_step: Callable[[Row], None] | None = None
         self.first_step = 0
         self.started = time.monotonic()
         self.micro_step = 0
         self.terms: dict[str, float] = defaultdict(float)
+        self.figures: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
         self.windows = WindowDataset(windows, num_items=config.max_steps * batch, seed=seed)
         if isinstance(model, AdaptedModel) and is_quantised(model.model):
@@ -176,18 +184,28 @@ class AdaptedTrainer(Trainer):
         if isinstance(self.model, AdaptedModel):
             self.terms["mean_depth"] += share * self.model.last_trace.mean_depth
             for method in self.model.active_methods:
-                for name, figure in method.metrics(self.model.context).items():
-                    self.terms[f"{method.name}/{name}"] += share * figure
+                told = {name: float(getattr(method, name)) for name in method.scheduled}
+                for name, figure in {**told, **method.metrics(self.model.context)}.items():
+                    self.figures[f"{method.name}/{name}"] += share * figure
         self.micro_step += 1
 
     def finish_step(self) -> None:
         """One row of the history per optimiser step."""
-        row = {"step": self.state.global_step, **self.terms, "learning_rate": self._get_learning_rate()}
-        self.terms = defaultdict(float)
+        row: Row = {"step": self.state.global_step, **self.terms, "learning_rate": self._get_learning_rate()}
+        if self.figures:
+            row["figures"] = dict(self.figures)
+        if (
+            isinstance(self.model, AdaptedModel)
+            and self.state.global_step % max(self.settings.max_steps // 100, 1) == 0
+        ):
+            shares = dict(zip(("mixer", "ffn"), self.model.last_trace.executed_share(), strict=True))
+            row["layers"] = {branch: [round(share, 4) for share in part] for branch, part in shares.items()}
+        losses = [*self.terms.values()]
+        self.terms, self.figures = defaultdict(float), defaultdict(float)
         self.history.append(row)
         if self.on_step is not None:
             self.on_step(row)
-        if not all(value == value and abs(value) != float("inf") for value in row.values()):
+        if not all(map(math.isfinite, losses)):
             raise RunError(f"step {row['step']}: a loss is not finite ({row}); lower train.learning_rate")
 
     # --- optimiser and data ------------------------------------------------------------------------------------

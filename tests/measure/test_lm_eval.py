@@ -1,0 +1,179 @@
+"""lm-eval through `anydepth`: its own `hf` model at full depth, routing on otherwise, local documents."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import anydepth
+from anydepth.errors import UserError
+from anydepth.measure.lm_eval import AnydepthLM, _whole, check_tasks, score_tasks
+from anydepth.measure.tasks import task_named
+from tiny import byte_tokenizer, tiny_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
+
+ROUTER = {"name": "layer_router", "always_keep": 2, "router": "random", "rates": [0.5] * 4}
+REAL_DATA = os.environ.get("ANYDEPTH_DATA", "")
+WORDS = ["sea", "night", "lights", "a long way", "to", "river bank", "fog", "the end"]
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Documents of every benchmark in the form that `ANYDEPTH_DATA` has them."""
+    for name in ("arc_easy", "arc_challenge"):
+        for part in ("train", "dev"):
+            rows = [
+                {
+                    "id": f"{part}{number}",
+                    "question": {
+                        "stem": f"What is {WORDS[number]}?",
+                        "choices": [
+                            {"text": WORDS[(number + i) % 8], "label": "ABCD"[i], "para": "x"} for i in range(4)
+                        ],
+                    },
+                    "answerKey": "ABCD"[number % 4],
+                }
+                for number in range(4)
+            ]
+            write_lines(tmp_path / name / f"{part}.jsonl", rows)
+    for part in ("dev", "val"):
+        for subject in ("anatomy", "virology"):
+            path = tmp_path / "mmlu" / part / f"{subject}_{part}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="") as file:
+                rows = [[f"Is it, {word}?", *WORDS[:4], "ABCD"[number % 4]] for number, word in enumerate(WORDS[:6])]
+                csv.writer(file).writerows(rows)
+    sums = [
+        {"question": f"{number} and 1?", "answer": f"So <<{number}+1>>.\n#### {number + 1}"} for number in range(1330)
+    ]
+    write_lines(tmp_path / "gsm8k" / "train.jsonl", sums)
+    articles = "".join(
+        f" = {word} = \n \n The {word} is {word} . \n = = Parts = = \n It has some .\n" for word in WORDS[:3]
+    )
+    (tmp_path / "wikitext-2").mkdir()
+    for part in ("train", "valid"):
+        (tmp_path / "wikitext-2" / f"{part}.txt").write_text(articles)
+    monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
+    return tmp_path
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def model() -> PreTrainedModel:
+    return tiny_llama(max_position_embeddings=2048)
+
+
+def answers(lm: Any, name: str, limit: int | None = None) -> list[Any]:
+    """What the model said to every request of a task, in order."""
+    from lm_eval import simple_evaluate
+
+    manager = check_tasks([name])
+    specs = [_whole(manager, spec) for spec in task_named(name).specs]
+    results: Any = simple_evaluate(lm, tasks=specs, task_manager=manager, limit=limit, bootstrap_iters=0)
+    return [
+        response
+        for part in sorted(results["samples"])
+        for sample in results["samples"][part]
+        for response in sample["resps"]
+    ]
+
+
+def same(ours: list[Any], theirs: list[Any], tolerance: float) -> None:
+    flat = [torch.tensor([[_number(part) for part in row] for row in side]) for side in (ours, theirs)]
+    assert flat[0].shape == flat[1].shape and len(flat[0]) > 0
+    assert (flat[0] - flat[1]).abs().max() <= tolerance
+
+
+def _number(answer: Any) -> float:
+    """The log-likelihood; beside it stands whether it is the greedy answer."""
+    return float(answer[0] if isinstance(answer, list | tuple) else answer)
+
+
+def stock(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=backbone, tokenizer=tokenizer)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "mmlu_anatomy"])
+def test_full_depth_is_lm_evals_own_model(name: str) -> None:
+    theirs = answers(stock(model(), byte_tokenizer()), name)
+    adapted = anydepth.attach(model(), ROUTER)
+    with adapted.disabled():
+        same(answers(AnydepthLM(adapted, byte_tokenizer()), name), theirs, 1e-4)
+    with pytest.raises(AssertionError):  # routing on, the answers are others
+        same(answers(AnydepthLM(adapted, byte_tokenizer()), name), theirs, 1e-4)
+
+
+def test_batches_hold_no_padding() -> None:
+    adapted, shares, found = anydepth.attach(model(), ROUTER), [], []
+    for size in (1, 4):
+        lm = AnydepthLM(adapted, byte_tokenizer(), batch_size=size)
+        found.append(answers(lm, "arc_easy"))
+        shares.append((lm.work.layers, lm.work.full_depth))
+    same(found[1], found[0], 1e-3)
+    assert shares[0] == shares[1]
+
+
+def test_every_local_task_is_scored_with_its_share() -> None:
+    adapted = anydepth.attach(model(), ROUTER)
+    names = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "wikitext"]
+    scores = score_tasks(adapted, byte_tokenizer(), names, limit=2, num_fewshot=1)
+    metrics = {name: sorted(set(row) - {"num_items", "layer_token_share", "source"}) for name, row in scores.items()}
+    assert metrics == {
+        "arc_easy": ["acc", "acc_norm"],
+        "arc_challenge": ["acc", "acc_norm"],
+        "mmlu": ["acc"],
+        "gsm8k": ["exact_match,flexible-extract", "exact_match,strict-match"],
+        "wikitext": ["bits_per_byte", "byte_perplexity", "word_perplexity"],
+    }
+    assert [scores[name]["num_items"] for name in names] == [2, 2, 4, 2, 2]
+    assert all(0.3 < row["layer_token_share"] < 0.95 for row in scores.values())
+    with adapted.disabled():
+        assert score_tasks(adapted, byte_tokenizer(), ["arc_easy"], limit=2)["arc_easy"]["layer_token_share"] == 1.0
+
+
+def test_documents_are_where_and_as_many_as_they_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert task_named("mmlu").source == str(data / "mmlu")
+    assert [spec["task"] for spec in task_named("mmlu").specs] == ["mmlu_anatomy", "mmlu_virology"]  # type: ignore[index]
+    assert task_named("mmlu").num_fewshot == 5
+    documents = task_named("gsm8k").specs[0]["custom_dataset"]()  # type: ignore[index]
+    assert {split: len(rows) for split, rows in documents.items()} == {"train": 11, "test": 1319}
+    assert len(task_named("wikitext").specs[0]["custom_dataset"]()["validation"]) == 3  # type: ignore[index]
+    assert task_named("mmlu_stem").source == task_named("hellaswag").source == "hub"
+    monkeypatch.delenv("ANYDEPTH_DATA")
+    assert task_named("arc_easy").specs == ["arc_easy"]
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no task 'arc_eazy'; did you mean 'arc_easy'\?"):
+        check_tasks(["arc_eazy"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_DATA, reason="ANYDEPTH_DATA is not set")
+@pytest.mark.parametrize(
+    ("name", "limit"), [("arc_easy", 10), ("arc_challenge", 10), ("mmlu_anatomy", 3), ("wikitext", 1)]
+)
+def test_the_real_model_on_real_documents(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYDEPTH_DATA", REAL_DATA)
+    backbone, tokenizer = anydepth.load_model("embedded")
+    theirs = answers(stock(backbone, tokenizer), name, limit)
+    adapted = anydepth.attach(backbone, {"name": "skip_set", "skip_layers": [11, 13]})
+    with adapted.disabled():
+        same(answers(AnydepthLM(adapted, tokenizer), name, limit), theirs, 1e-4)
+    lm = AnydepthLM(adapted, tokenizer)
+    with pytest.raises(AssertionError):
+        same(answers(lm, name, limit), theirs, 1e-4)
+    assert lm.work.share == pytest.approx(28 / 30, abs=0.01)
