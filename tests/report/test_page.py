@@ -11,120 +11,9 @@ from typing import Any
 import pytest
 
 from anydepth.errors import UserError
+from anydepth.report import plots
 from anydepth.report.page import write_report
-
-HOSTILE = "<script>alert('x')</script> & \"quotes\" $x$"
-ORIGIN: dict[str, Any] = {
-    "seed": 7,
-    "commit": "abcdef0123456789",
-    "dirty": False,
-    "hardware": {"cpu": "A Processor", "num_cores": 2},
-    "versions": {"torch": "2.13.0"},
-    "label": HOSTILE,
-}
-SPEED = {"tokens_per_second": 20.0, "ttft_seconds": 0.1, "tpot_seconds": 0.05, "peak_memory_bytes": 1}
-PHASE = {"speedup": 1.25, "ideal_speedup": 1.5, "realised": 0.83}
-DEPTH = {"mean": 1.5, "low": 1.4, "high": 1.6}
-DOCUMENTS: list[dict[str, Any]] = [
-    {
-        **ORIGIN,
-        "schema": "anydepth.search/1",
-        "skip_layers": [1, 3],
-        "skip_mixers": [],
-        "skip_ffns": [],
-        "agreement": 0.75,
-        "seconds": 3.0,
-        "trajectory": [{"step": 1, "layer": 3, "agreement": 0.9}, {"step": 2, "layer": 1, "agreement": 0.75}],
-    },
-    {
-        **ORIGIN,
-        "schema": "anydepth.fit/1",
-        "static_divergence": 1.4,
-        "static_skip_share": 0.37,
-        "routed_divergence": 1.1,
-        "skip_share": 0.36,
-        "num_tokens": 100,
-        "seconds": 3.0,
-    },
-    {
-        **ORIGIN,
-        "schema": "anydepth.train/1",
-        "seconds": 9.0,
-        "tokens_per_second": 100.0,
-        "loss_history": [
-            {
-                "step": step,
-                "lm_loss": 5.0 - step,
-                "layer_router/target": 0.1,
-                "mean_depth": 3.0,
-                "learning_rate": 0.1,
-                "figures": {"layer_router/backward_temperature": 1.0 - 0.2 * step},
-                "layers": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.5]},
-            }
-            for step in (1, 2, 3)
-        ],
-    },
-    {
-        **ORIGIN,
-        "schema": "anydepth.eval/1",
-        "num_tokens": 100,
-        "mean_depth": 2.5,
-        "per_layer": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.25]},
-    },
-    {
-        **ORIGIN,
-        "dirty": True,
-        "schema": "anydepth.bench/1",
-        "rows": [
-            {
-                "batch_size": 1,
-                "prompt_tokens": 64,
-                "new_tokens": 8,
-                "full_depth": SPEED,
-                "adapted": {**SPEED, "tokens_per_second": 25.0},
-                **PHASE,
-                "prefill": PHASE,
-                "decode": PHASE,
-            },
-        ],
-    },
-    {
-        **ORIGIN,
-        "schema": "anydepth.analyze/1",
-        "num_windows": 2,
-        "num_tokens": 100,
-        "depth": DEPTH,
-        "per_layer": [{"layer": layer, "mixer": DEPTH, "ffn": DEPTH} for layer in (0, 1)],
-        "token_classes": [{"class": name, "num_tokens": 10, "depth": DEPTH} for name in ("word", "rare")],
-        "positions": [{"first": first, "last": first, "num_tokens": 2, "depth": DEPTH} for first in (0, 1, 2)],
-        "lengths": [],
-        "losses": {
-            "bins": [{"low": low, "high": low + 1, "num_tokens": 5, "depth": DEPTH} for low in (0.0, 1.0)],
-            "rank_correlation": 0.1,
-        },
-        "conditionality": {
-            "mutual_information_bits": 0.02,
-            "static_bits": 0.01,
-            "p_value": 0.005,
-            "num_gates": 1,
-            "num_permutations": 199,
-        },
-        "seeds": [{"first": 0, "second": 1, "agreement": 0.9, "by_chance": 0.5, "kappa": 0.8}],
-    },
-    {
-        **ORIGIN,
-        "schema": "anydepth.generate/1",
-        "prompt": HOSTILE,
-        "tokens": ["a", HOSTILE, "\n", "$"],
-        "depths": [2.0, 1.0, 1.5, 2.0],
-        "layers": [[1.0, 1.0], [0.0, 1.0], [0.5, 1.0], [1.0, 1.0]],
-        "num_layers": 2,
-    },
-]
-SUMMARY = [
-    {"label": "untouched", "perplexity": 12.3456789, "agreement": 1.0, "tokens_per_second": 20.0, "speedup": 1.0},
-    {"label": HOSTILE, "perplexity": 13.25, "agreement": 0.9, "tokens_per_second": 25.0, "speedup": 1.25},
-]
+from report_documents import DOCUMENTS, HOSTILE, ORIGIN, bench_over_sizes, every_kind, run_document, sweeps
 
 
 class Outline(HTMLParser):
@@ -153,8 +42,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    run = {**ORIGIN, "schema": "anydepth.run/1", "stages": DOCUMENTS, "summary": SUMMARY}
-    return write_report([run], tmp_path_factory.mktemp("report") / "page.html")
+    return write_report([run_document()], tmp_path_factory.mktemp("report") / "page.html")
 
 
 def test_the_page_is_whole_and_self_contained(written: list[Path]) -> None:
@@ -232,24 +120,8 @@ def test_mixers_are_shown_and_trainings_compared(tmp_path: Path) -> None:
 
 
 def test_sweeps_stand_side_by_side(tmp_path: Path) -> None:
-    def setting(label: str, perplexity: float, cost: float, num_seeds: int = 2) -> dict[str, Any]:
-        shares = {"time_share": cost, "layer_token_share": cost, "speedup": 1 / cost, "agreement": 0.9}
-        return {"label": label, "values": {}, "num_seeds": num_seeds, "perplexity": perplexity, **shares}
-
-    sweeps = [
-        {
-            **ORIGIN,
-            "schema": "anydepth.sweep/1",
-            "label": label,
-            "config": {"over": ["methods.0.target_skip=0.2,0.4"]},
-            "points": [{}] * 4,
-            "settings": [setting("full depth", 20.0, 1.0, 0), setting("target_skip 0.2", worse, 0.8)],
-            "front": {"time": ["target_skip 0.2", "full depth"], "flops": ["target_skip 0.2", "full depth"]},
-        }
-        for label, worse in (("layer_router", 22.0), (HOSTILE, 24.0))
-    ]
     outline = Outline()
-    written = write_report(sweeps, tmp_path / "page.html")
+    written = write_report(sweeps(), tmp_path / "page.html")
     outline.feed(written[0].read_text())
     assert outline.headings[0] == "Quality against cost"
     assert outline.headings[1] == "Sweep: layer_router"
@@ -257,11 +129,22 @@ def test_sweeps_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_speed_over_sizes_and_drafts_by_place(tmp_path: Path) -> None:
-    bench = next(document for document in DOCUMENTS if document["schema"] == "anydepth.bench/1")
-    rows = [
-        {**bench["rows"][0], "batch_size": size, "prompt_tokens": length,
-         "adapted": {**SPEED, "acceptance_by_place": [0.5, 0.4]}}
-        for size in (1, 4) for length in (64, 512)
-    ]  # fmt: skip
-    written = write_report([{**bench, "rows": rows}], tmp_path / "page.html")
+    written = write_report([bench_over_sizes()], tmp_path / "page.html")
     assert {"0-bench-lines.png", "0-bench-acceptance.png"} <= {path.name for path in written}
+
+
+def test_every_axis_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair of axes says what it shows; one that shares its axis is named by the panel that it shares with."""
+    seen: list[Any] = []
+    draw = plots.png
+    monkeypatch.setattr(plots, "png", lambda figure: seen.append(figure) or draw(figure))
+    write_report(every_kind(), tmp_path / "page.html")
+    for figure in seen:
+        title = [axes.get_title(loc="left") for axes in figure.axes]
+        for name, labels in (
+            ("x", [axes.get_xlabel() for axes in figure.axes]),
+            ("y", [*(axes.get_ylabel() for axes in figure.axes), figure.get_supylabel()]),
+        ):
+            ticks = [tick.get_text() for axes in figure.axes for tick in getattr(axes, f"get_{name}ticklabels")()]
+            words = any(any(letter.isalpha() for letter in tick) for tick in ticks)
+            assert any(labels) or words, f"{title} has no name on {name}"

@@ -37,13 +37,18 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ececf0; --paper: #17171a; --soft: #232328; --line: #3a3a42; --faint: #a5a5b0; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 46rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 52rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 1rem 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 p.lead, figcaption, .legend { color: var(--faint); font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
+th, td { padding: .35rem .4rem; border-bottom: 1px solid var(--line); text-align: right; }
+thead th { vertical-align: bottom; } th:first-child { text-align: left; min-width: 7rem; }
+@media (max-width: 40rem) { thead { display: none; } table, tbody, tr, td, tbody th { display: block; }
+  tr { padding: .5rem 0; border-bottom: 1px solid var(--line); } td, tbody th { border: 0; padding: .1rem 0; }
+  td { display: flex; gap: 1rem; justify-content: space-between; overflow-wrap: anywhere; }
+  tbody th:not([data-label=""])::before { content: attr(data-label) " "; } td:empty { display: none; }
+  td::before { content: attr(data-label); color: var(--faint); text-align: left; } }
 figure { margin: 1rem 0; } figure img { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
 .tokens { background: var(--soft); padding: .8rem; border-radius: 8px; line-height: 2; white-space: pre-wrap;
   overflow-wrap: anywhere; } .tokens span { border-radius: 4px; padding: .12em .05em; color: #111; }
@@ -356,8 +361,9 @@ def _token(token: str, depth: float, num_layers: int) -> str:
 
 
 def _table_row(columns: dict[str, str], row: Document) -> str:
-    cells = [_number(row.get(key, "")) for key in columns]
-    return f'<tr><th scope="row">{cells[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>"
+    first, *others = [(escape(title, quote=True), _number(row.get(key, ""))) for key, title in columns.items()]
+    cells = "".join(f'<td data-label="{title}">{cell}</td>' for title, cell in others)
+    return f'<tr><th scope="row" data-label="{first[0]}">{first[1]}</th>{cells}</tr>'
 
 
 def _number(value: Any) -> str:

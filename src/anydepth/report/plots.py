@@ -8,11 +8,14 @@ from io import BytesIO
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe–Ito: told apart by colour-blind readers, on white and on near-black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#777777"
 Document = dict[str, Any]
+WIDTH = 5.2
+"""Inches: narrow, so that its 8-point text is legible when the page is as wide as a phone."""
 NO_LOSSES = ("step", "learning_rate", "mean_depth", "phase", "figures", "layers")
 
 
@@ -26,13 +29,22 @@ def png(figure: Figure) -> bytes:
 
 
 def _figure(title: str, height: float = 3.4) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.2, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _whole_numbers(axis: Any) -> None:
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _short(label: str) -> str:
+    """A label of a legend: a method's name fits, a sentence does not."""
+    return label.replace("$", r"\$")[:32]
 
 
 def training(document: Document) -> Figure:
@@ -49,6 +61,7 @@ def training(document: Document) -> Figure:
             label=term,
             linewidth=1.8 if term == "lm_loss" else 1.1,
         )
+    _whole_numbers(axes.xaxis)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats, weights applied)")
     axes.legend(fontsize=8, frameon=False)
@@ -60,6 +73,7 @@ def training_depth(document: Document) -> Figure:
     rows = [row for row in document["loss_history"] if "mean_depth" in row]
     figure, axes = _figure("Training: mean depth", 2.6)
     axes.plot([row["step"] for row in rows], [row["mean_depth"] for row in rows], color=COLOURS[0])
+    _whole_numbers(axes.xaxis)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("layers per token")
     return figure
@@ -69,7 +83,7 @@ def training_figures(document: Document) -> Figure:
     """What methods tell besides losses, over the steps: shares as sampled, schedules of temperature and capacity."""
     rows = [row for row in document["loss_history"] if row.get("figures")]
     names = sorted({name for row in rows for name in row["figures"]})
-    figure = Figure(figsize=(6.2, 0.6 + 1.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for axes, name, colour in zip(panels, names, COLOURS * 4, strict=False):
         own = [row for row in rows if name in row["figures"]]
@@ -79,6 +93,7 @@ def training_figures(document: Document) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e5e5e5", linewidth=0.6)
         axes.set_ylim(0, max([1.0, *(row["figures"][name] for row in own)]) * 1.05)
+    _whole_numbers(panels[-1].xaxis)
     panels[-1].set_xlabel("optimiser step")
     figure.supylabel("share, or temperature", fontsize=10)
     return figure
@@ -87,7 +102,7 @@ def training_figures(document: Document) -> Figure:
 def training_layers(document: Document) -> Figure:
     """Layer × step: the share of tokens that ran each mixer and FFN, decisions sampled as in training."""
     rows = [row for row in document["loss_history"] if row.get("layers")]
-    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     image: Any = None
     for axes, branch, title in zip(panels, ("mixer", "ffn"), ("mixers", "FFNs"), strict=True):
@@ -97,7 +112,9 @@ def training_layers(document: Document) -> Figure:
             shares, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1, extent=edges, interpolation="nearest"
         )
         axes.set_title(f"Training: {title}", fontsize=11, loc="left")
+        _whole_numbers(axes.xaxis)
         axes.set_xlabel("optimiser step")
+    _whole_numbers(panels[0].yaxis)
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=panels, label="share of tokens that ran it")
     return figure
@@ -111,7 +128,8 @@ def loss_curves(documents: dict[str, Document]) -> Figure:
         blocks = [history[start : start + 10] for start in range(0, len(history), 10)]
         steps = [block[-1]["step"] for block in blocks]
         losses = [sum(row["lm_loss"] for row in block) / len(block) for block in blocks]
-        axes.plot(steps, losses, color=colour, label=name, linewidth=1.4)
+        axes.plot(steps, losses, color=colour, label=_short(name), linewidth=1.4, marker="o", markersize=3)
+    _whole_numbers(axes.xaxis)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("language loss (nats a token)")
     axes.legend(fontsize=8, frameon=False)
@@ -125,6 +143,7 @@ def layers(document: Document) -> Figure:
     places = range(len(shares["mixer"]))
     axes.bar([place - 0.2 for place in places], shares["mixer"], width=0.4, color=COLOURS[0], label="mixer")
     axes.bar([place + 0.2 for place in places], shares["ffn"], width=0.4, color=COLOURS[4], label="FFN")
+    _whole_numbers(axes.xaxis)
     axes.set_xlabel("layer")
     axes.set_ylabel("share of tokens")
     axes.set_ylim(0, 1.05)
@@ -155,16 +174,17 @@ def speed(document: Document) -> Figure:
     )
     axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--", label="full depth")
     axes.set_xticks(list(places), labels, fontsize=7)
+    axes.set_xlabel("rows generated together, tokens of prompt + new", fontsize=8)
     axes.set_ylabel("speed-up")
-    axes.set_ylim(0, max([*measured, *ideal]) * 1.3)
-    axes.legend(fontsize=8, frameon=False, ncols=3, loc="upper left")
+    axes.set_ylim(0, max([*measured, *ideal]) * 1.45)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
     return figure
 
 
 def speed_lines(document: Document) -> Figure:
     """Speed-up over batch size, and over prompt length, each beside its ideal."""
     rows = document["rows"]
-    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     axis_of = (("batch_size", "batch size (rows)", "prompt_tokens"), ("prompt_tokens", "prompt (tokens)", "batch_size"))
     for axes, (along, name, other) in zip(panels, axis_of, strict=True):
@@ -198,7 +218,7 @@ def acceptance(document: Document) -> Figure:
     axes.set_xlabel("place in the draft (tokens; those in front of it accepted)")
     axes.set_ylabel("share accepted")
     axes.set_ylim(0, 1.05)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(axes.xaxis)
     axes.legend(fontsize=8, frameon=False)
     return figure
 
@@ -220,7 +240,7 @@ def token_classes(document: Document) -> Figure:
 
 def depth_curves(document: Document) -> Figure:
     """Depth over position, and over the loss of the next token at full depth."""
-    figure = Figure(figsize=(6.2, 3.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     positions, bins = document["positions"], document["losses"]["bins"]
     places = [(row["first"] + row["last"]) / 2 + 1 for row in positions]
@@ -250,7 +270,7 @@ def _intervals(depths: Sequence[Document]) -> tuple[list[float], list[float], li
 
 def fronts(documents: Sequence[Document]) -> Figure:
     """Perplexity against measured time and against FLOPs, side by side; what nothing beats is joined."""
-    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     axis_of = (
         ("time", "time_share", "time ÷ full depth's (measured)"),
@@ -260,7 +280,7 @@ def fronts(documents: Sequence[Document]) -> Figure:
         for document, colour in zip(documents, COLOURS * 3, strict=False):
             rows = [row for row in document["settings"] if row["num_seeds"]]
             axes.scatter([row[key] for row in rows], [row["perplexity"] for row in rows], color=colour, s=28,
-                         label=document["label"], zorder=3)  # fmt: skip
+                         label=_short(document["label"]), zorder=3)  # fmt: skip
             best = [row for label in document["front"][front] for row in document["settings"] if row["label"] == label]
             axes.plot([row[key] for row in best], [row["perplexity"] for row in best], color=colour, linewidth=1.2)
         full = documents[0]["settings"][0]
@@ -269,23 +289,21 @@ def fronts(documents: Sequence[Document]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e5e5e5", linewidth=0.6)
     panels[0].set_ylabel("perplexity (lower is better)")
-    panels[0].legend(fontsize=8, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8, frameon=False, ncols=2)
     return figure
 
 
 def tradeoff(rows: Iterable[Document]) -> Figure:
     """Perplexity against measured tokens per second; lower right is better."""
     figure, axes = _figure("Quality against measured speed")
-    for row, colour in zip(rows, COLOURS * 4, strict=False):
-        axes.scatter(row["tokens_per_second"], row["perplexity"], color=colour, s=46, zorder=3)
-        axes.annotate(
-            row["label"],
-            (row["tokens_per_second"], row["perplexity"]),
-            fontsize=8,
-            xytext=(5, 5),
-            textcoords="offset points",
-        )
-    axes.margins(x=0.4, y=0.25)  # room for the labels
+    placed = list(rows)
+    middle = sum(row["tokens_per_second"] for row in placed) / len(placed)
+    for row, colour in zip(placed, COLOURS * 4, strict=False):
+        place = (row["tokens_per_second"], row["perplexity"])
+        side = "left" if place[0] <= middle else "right"  # towards the middle, so that no label leaves the picture
+        axes.scatter(*place, color=colour, s=46, zorder=3)
+        axes.annotate(_short(row["label"]), place, fontsize=8, xytext=(0, 7), textcoords="offset points", ha=side)
+    axes.margins(x=0.15, y=0.25)  # room for the labels
     axes.set_xlabel("tokens per second (generation, batch 1)")
     axes.set_ylabel("perplexity (lower is better)")
     return figure
@@ -294,6 +312,7 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
 def heat_map(document: Document) -> Figure:
     """Token × layer: which layers each generated token ran."""
     figure, axes = _heat_map(document["layers"], document["tokens"], "Depth of every generated token (dark: ran)")
+    _whole_numbers(axes.xaxis)
     axes.set_xlabel("layer")
     return figure
 
@@ -308,7 +327,7 @@ def mixers(document: Document) -> Figure:
 
 
 def _heat_map(shares: list[list[float]], tokens: list[str], title: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.2, max(2.4, 0.16 * len(shares))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(2.4, 0.16 * len(shares))), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
     axes.set_title(title, fontsize=11, loc="left")

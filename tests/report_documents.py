@@ -1,0 +1,168 @@
+"""Result documents with invented numbers, for the tests of the report page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HOSTILE = "<script>alert('x')</script> & \"quotes\" $x$"
+ORIGIN: dict[str, Any] = {
+    "seed": 7,
+    "commit": "abcdef0123456789",
+    "dirty": False,
+    "hardware": {"cpu": "A Processor", "num_cores": 2},
+    "versions": {"torch": "2.13.0"},
+    "label": HOSTILE,
+}
+SPEED = {"tokens_per_second": 20.0, "ttft_seconds": 0.1, "tpot_seconds": 0.05, "peak_memory_bytes": 1}
+PHASE = {"speedup": 1.25, "ideal_speedup": 1.5, "realised": 0.83}
+DEPTH = {"mean": 1.5, "low": 1.4, "high": 1.6}
+DOCUMENTS: list[dict[str, Any]] = [
+    {
+        **ORIGIN,
+        "schema": "anydepth.search/1",
+        "skip_layers": [1, 3],
+        "skip_mixers": [],
+        "skip_ffns": [],
+        "agreement": 0.75,
+        "seconds": 3.0,
+        "trajectory": [{"step": 1, "layer": 3, "agreement": 0.9}, {"step": 2, "layer": 1, "agreement": 0.75}],
+    },
+    {
+        **ORIGIN,
+        "schema": "anydepth.fit/1",
+        "static_divergence": 1.4,
+        "static_skip_share": 0.37,
+        "routed_divergence": 1.1,
+        "skip_share": 0.36,
+        "num_tokens": 100,
+        "seconds": 3.0,
+    },
+    {
+        **ORIGIN,
+        "schema": "anydepth.train/1",
+        "seconds": 9.0,
+        "tokens_per_second": 100.0,
+        "loss_history": [
+            {
+                "step": step,
+                "lm_loss": 5.0 - step,
+                "layer_router/target": 0.1,
+                "mean_depth": 3.0,
+                "learning_rate": 0.1,
+                "figures": {"layer_router/backward_temperature": 1.0 - 0.2 * step},
+                "layers": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.5]},
+            }
+            for step in (1, 2, 3)
+        ],
+    },
+    {
+        **ORIGIN,
+        "schema": "anydepth.eval/1",
+        "num_tokens": 100,
+        "mean_depth": 2.5,
+        "per_layer": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.25]},
+    },
+    {
+        **ORIGIN,
+        "dirty": True,
+        "schema": "anydepth.bench/1",
+        "rows": [
+            {
+                "batch_size": 1,
+                "prompt_tokens": 64,
+                "new_tokens": 8,
+                "full_depth": SPEED,
+                "adapted": {**SPEED, "tokens_per_second": 25.0},
+                **PHASE,
+                "prefill": PHASE,
+                "decode": PHASE,
+            },
+        ],
+    },
+    {
+        **ORIGIN,
+        "schema": "anydepth.analyze/1",
+        "num_windows": 2,
+        "num_tokens": 100,
+        "depth": DEPTH,
+        "per_layer": [{"layer": layer, "mixer": DEPTH, "ffn": DEPTH} for layer in (0, 1)],
+        "token_classes": [{"class": name, "num_tokens": 10, "depth": DEPTH} for name in ("word", "rare")],
+        "positions": [{"first": first, "last": first, "num_tokens": 2, "depth": DEPTH} for first in (0, 1, 2)],
+        "lengths": [],
+        "losses": {
+            "bins": [{"low": low, "high": low + 1, "num_tokens": 5, "depth": DEPTH} for low in (0.0, 1.0)],
+            "rank_correlation": 0.1,
+        },
+        "conditionality": {
+            "mutual_information_bits": 0.02,
+            "static_bits": 0.01,
+            "p_value": 0.005,
+            "num_gates": 1,
+            "num_permutations": 199,
+        },
+        "seeds": [{"first": 0, "second": 1, "agreement": 0.9, "by_chance": 0.5, "kappa": 0.8}],
+    },
+    {
+        **ORIGIN,
+        "schema": "anydepth.generate/1",
+        "prompt": HOSTILE,
+        "tokens": ["a", HOSTILE, "\n", "$"],
+        "depths": [2.0, 1.0, 1.5, 2.0],
+        "layers": [[1.0, 1.0], [0.0, 1.0], [0.5, 1.0], [1.0, 1.0]],
+        "num_layers": 2,
+    },
+]
+SUMMARY = [
+    {"label": "untouched", "perplexity": 12.3456789, "agreement": 1.0, "tokens_per_second": 20.0, "speedup": 1.0},
+    {"label": HOSTILE, "perplexity": 13.25, "agreement": 0.9, "tokens_per_second": 25.0, "speedup": 1.25},
+]
+
+
+def setting(label: str, perplexity: float, cost: float, num_seeds: int = 2) -> dict[str, Any]:
+    """A row of a sweep."""
+    shares = {"time_share": cost, "layer_token_share": cost, "speedup": 1 / cost, "agreement": 0.9}
+    return {"label": label, "values": {}, "num_seeds": num_seeds, "perplexity": perplexity, **shares}
+
+
+def sweeps() -> list[dict[str, Any]]:
+    return [
+        {
+            **ORIGIN,
+            "schema": "anydepth.sweep/1",
+            "label": label,
+            "config": {"over": ["methods.0.target_skip=0.2,0.4"]},
+            "points": [{}] * 4,
+            "settings": [setting("full depth", 20.0, 1.0, 0), setting("target_skip 0.2", worse, 0.8)],
+            "front": {"time": ["target_skip 0.2", "full depth"], "flops": ["target_skip 0.2", "full depth"]},
+        }
+        for label, worse in (("layer_router", 22.0), (HOSTILE, 24.0))
+    ]
+
+
+def bench_over_sizes() -> dict[str, Any]:
+    bench = next(document for document in DOCUMENTS if document["schema"] == "anydepth.bench/1")
+    rows = [
+        {
+            **bench["rows"][0],
+            "batch_size": size,
+            "prompt_tokens": length,
+            "adapted": {**SPEED, "acceptance_by_place": [0.5, 0.4]},
+        }
+        for size in (1, 4)
+        for length in (64, 512)
+    ]
+    return {**bench, "rows": rows}
+
+
+def run_document() -> dict[str, Any]:
+    return {**ORIGIN, "schema": "anydepth.run/1", "stages": DOCUMENTS, "summary": SUMMARY}
+
+
+def every_kind() -> list[dict[str, Any]]:
+    """Documents that make every figure of the page."""
+    text = {
+        **DOCUMENTS[-1],
+        "mixers": {"layers": [1, 3], "tokens": ["a", HOSTILE], "softmax": [[True, False], [True, True]]},
+    }
+    second = {**run_document(), "run": "another", "summary": []}
+    return [run_document(), second, bench_over_sizes(), text, *sweeps()]
