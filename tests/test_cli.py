@@ -88,6 +88,18 @@ def test_a_run_ends_in_one_document_and_a_page(finished: Path) -> None:
     assert "</html>" in (finished / "report.html").read_text()
 
 
+def test_analysis_of_a_run_and_of_another_seed(finished: Path, text: Path) -> None:
+    options = ["--data", text, "--sequence-length", 32, "--limit", 3, "--permutations", 9]
+    done = anydepth("analyze", finished, *options, "--compare", finished, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["schema"] == "anydepth.analyze/1"
+    assert document["num_tokens"] == 3 * 32
+    assert document["seeds"][0]["agreement"] == 1.0
+    for_people = anydepth("analyze", finished, *options, "--quiet")
+    assert "tokens that are" in for_people.stdout and "rank correlation" in for_people.stdout
+
+
 def test_a_decoder_from_scratch_is_a_target_like_any_other(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 2, "ffn_size": 48, "tokenizer": {"size": 600}}
     recipe = tmp_path / "scratch.yaml"
@@ -416,6 +428,8 @@ def test_values_out_of_range(base: Path, finished: Path) -> None:
     assert "-1" in refused("generate", finished, "--prompt", "a", "--temperature", -1)
     assert "1,x" in refused("bench", finished, "--batch-sizes", "1,x", "--quiet")
     assert "no method attached" in refused("bench", base, "--quiet")
+    assert "did you mean 'arc_easy'" in refused("eval", base, "--tasks", "arc_eazy", "--quiet")
+    assert "came 0 and 16" in refused("analyze", base, "--permutations", 0, "--quiet")
     assert "cuda:7" in refused("inspect", base, "--device", "cuda:7")
 
 

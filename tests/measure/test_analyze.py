@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import anydepth
-from anydepth.measure.analyze import Bootstrap, analyze, observe, token_classes
+from anydepth.measure.analyze import analyze, mean_of, observe, t_quantile, token_classes
 from anydepth.methods.method import Gate, Method
 from tiny import NUM_LAYERS, byte_tokenizer, tiny_llama
 
@@ -119,11 +119,31 @@ def test_classes_of_tokens_by_what_they_are() -> None:
     ]  # fmt: skip
 
 
-def test_intervals_hold_what_they_promise() -> None:
-    """Means of windows that differ from each other: the truth is inside about 95 times in 100."""
+@pytest.mark.parametrize("num_windows", [4, 30])
+def test_intervals_hold_what_they_promise(num_windows: int) -> None:
+    """Means of windows that differ from each other and in size: the truth is inside about 95 times in 100."""
     generator, inside = torch.Generator().manual_seed(0), 0
-    for _ in range(200):
-        values = torch.randn(30, 1, generator=generator) + 0.1 * torch.randn(30, 20, generator=generator)
-        row = Bootstrap(30, seed=1).mean(values, torch.ones_like(values, dtype=torch.bool))
+    for _ in range(400):
+        levels = torch.randn(num_windows, 1, generator=generator)
+        values = levels + 0.1 * torch.randn(num_windows, 20, generator=generator)
+        among = torch.arange(20) < torch.randint(14, 21, (num_windows, 1), generator=generator)
+        row = mean_of(values, among)
+        assert row["low"] is not None and row["high"] is not None
         inside += row["low"] <= 0 <= row["high"]
-    assert 180 <= inside <= 199
+    assert 362 <= inside <= 395
+
+
+def test_one_window_has_no_interval() -> None:
+    values = torch.randn(3, 5)
+    among = torch.zeros(3, 5, dtype=torch.bool)
+    among[1] = True
+    assert mean_of(values, among) == {
+        "mean": pytest.approx(float(values[1].double().mean())),
+        "low": None,
+        "high": None,
+    }
+
+
+@pytest.mark.parametrize(("degrees", "wanted"), [(1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (29, 2.045)])
+def test_quantiles_are_students(degrees: int, wanted: float) -> None:
+    assert t_quantile(degrees) == pytest.approx(wanted, abs=0.01)

@@ -58,3 +58,31 @@ def test_what_differs_between_sequences_alone_is_no_dependence_on_the_token() ->
     keep = torch.rand(2, 800, generator=generator) < (0.1 + 0.1 * groups)
     assert conditionality(keep, ids, num_permutations=99).p_value == 0.01
     assert conditionality(keep, ids, groups=groups, num_permutations=99).p_value > 0.05
+
+
+def stretches(values: Tensor, change: float, generator: torch.Generator, num_tokens: int = 720) -> Tensor:
+    """(N,) of the values, each kept until it changes."""
+    numbers = (torch.rand(num_tokens, generator=generator) < change).cumsum(0)
+    return values[torch.randint(len(values), (num_tokens + 1,), generator=generator)][numbers]
+
+
+def test_gates_that_stay_for_a_while_beside_words_that_repeat_are_no_dependence() -> None:
+    """Both change slowly, each by itself: exchanged one by one they would seem to belong together."""
+    groups = torch.arange(6).repeat_interleave(120)
+    p_values: dict[str, list[float]] = {"rotated": [], "exchanged": []}
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        ids = stretches(torch.arange(5), 0.1, generator) * 8 + torch.randint(8, (720,), generator=generator)
+        keep = torch.stack([stretches(torch.tensor([False, True]), 0.05, generator) for _ in range(2)])
+        for name, chosen in (("rotated", groups), ("exchanged", None)):
+            result = conditionality(keep, ids, groups=chosen, num_permutations=39, seed=seed)
+            p_values[name].append(result.p_value)
+    assert sum(p <= 0.05 for p in p_values["rotated"]) <= 8
+    assert sum(p <= 0.05 for p in p_values["exchanged"]) > 30
+
+
+def test_dependence_is_seen_within_sequences() -> None:
+    ids, generator = tokens(1), torch.Generator().manual_seed(2)
+    keep = torch.rand(3, 400, generator=generator) < 0.35 + 0.3 * (ids % 2)
+    groups = torch.arange(4).repeat_interleave(100)
+    assert conditionality(keep, ids, groups=groups, num_permutations=99).p_value == 0.01

@@ -55,7 +55,7 @@ def killed_and_gone_on_with(recipe: Path, out: Path, *options: str) -> dict[str,
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.2)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.communicate()
     time.sleep(3.0)  # points that were learning end with it
     left = {path: path.stat().st_mtime_ns for path in out.glob("points/*/*.json")}
     time.sleep(3.0)

@@ -32,7 +32,7 @@ def _exit_code(arguments: list[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it wants kernels from the hub, and says so on import
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five lines of retries before the one that says it
-    interrupted = "interrupted; `train --resume` and `run` go on where they were"
+    interrupted = "interrupted; `train --resume`, `run` and `sweep` go on where they were"
     try:
         # typer turns Ctrl-C into a returned 130.
         if app(arguments or ["--help"], prog_name="anydepth", standalone_mode=False) == INTERRUPTED:

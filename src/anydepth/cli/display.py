@@ -175,7 +175,8 @@ def show_analysis(document: dict[str, Any]) -> None:
 
     def line(name: str, row: dict[str, Any]) -> list[str]:
         depth = row["depth"]
-        return [name, str(row["num_tokens"]), f"{depth['mean']:.2f}", f"{depth['low']:.2f} to {depth['high']:.2f}"]
+        interval = "" if depth["low"] is None else f"{depth['low']:.2f} to {depth['high']:.2f}"
+        return [name, str(row["num_tokens"]), f"{depth['mean']:.2f}", interval]
 
     table(["tokens that are", "tokens", "depth", "95%"], [line(row["class"], row) for row in document["token_classes"]])
     print()

@@ -26,7 +26,7 @@ from anydepth.cli.options import (
     recipe_overrides,
     seed_numbers,
 )
-from anydepth.errors import UserError
+from anydepth.errors import RunError, UserError
 
 
 @app.command()
@@ -90,7 +90,7 @@ def train(
     runner = _runner(recipe, out, recipe_overrides(overrides, seed, device, dtype), printer)
     runner.on_step = step_line(printer, runner.recipe)
     if not resume:
-        runner.forget("search", "fit", "train")
+        runner.forget()
     runner.search()
     runner.fit()
     printer.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
@@ -183,7 +183,11 @@ def sweep(
 
     printer = Printer(as_json, quiet)
     found = Sweep(plan(recipe, over or [], chosen, flags), out, printer.progress)
-    printer.result(sweep_document(found, config, found.run(backend, jobs)), show_sweep)
+    result = sweep_document(found, config, found.run(backend, jobs))
+    printer.result(result, show_sweep)
+    if result["failed"]:
+        reasons = "; ".join(f"{point['name']}: {point['reason']}" for point in result["failed"])
+        raise RunError(f"{len(result['failed'])} of {len(found.points)} points failed ({reasons})")
 
 
 def _runner(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> Any:

@@ -1,7 +1,7 @@
 """Where depth goes: by layer, class of token, position, length and loss; and whether it depends on the token at all.
 
 A token's depth is what ran for it as an input; its loss is that of the untouched model for the token behind it.
-Intervals are 95% bootstraps over windows, whose tokens are not independent of each other.
+Intervals are 95%, from how windows differ from each other: tokens of one window are not independent.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -19,13 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.measure.conditionality import conditionality
 
-NUM_RESAMPLES = 1000
 NUM_BINS = 8
 STOP_WORDS = (
-    "a about after all also an and any are as at be been before but by can could did do does for from had has have he "
+    " a about after all also an and any are as at be been before but by can could did do does for from had has have he "
     "her his how i if in into is it its may more most no not of on one only or other our out over s she so some such "
     "t than that the their them then there these they this those to under up was we were what when where which who "
-    "will with would you your"
+    "will with would you your "
 )
 
 
@@ -34,11 +34,13 @@ class Observed:
     """What ran for the tokens of (W, T) windows.
 
     Attributes:
-        keep: (2L, W, T) bool, mixers of all layers, then FFNs. depths: (W, T), layers.
+        gates: (2L, W, T) bool, mixers of all layers, then FFNs. keep: what ran, the same but for tokens that took a
+            second mixer instead. depths: (W, T), layers.
         losses: (W, T), nats, of the token behind at full depth; NaN at the last place.
     """
 
     token_ids: Tensor
+    gates: Tensor
     keep: Tensor
     depths: Tensor
     losses: Tensor
@@ -48,18 +50,27 @@ class Observed:
 def observe(adapted: AdaptedModel, windows: Tensor) -> Observed:
     """Run each of (W, T) windows by itself, with routing on and untouched."""
     adapted.eval()
-    keeps, depths, losses = [], [], []
+    losses = []
     for window in windows:
         ids = window[None].to(adapted.device)
         with adapted.untouched():
             logits = adapted(input_ids=ids, use_cache=False).logits[0, :-1].float()
         behind = F.cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
         losses.append(F.pad(behind, (0, 1), value=float("nan")))
-        adapted(input_ids=ids, use_cache=False)
+    return Observed(windows.cpu(), *_decisions(adapted, windows), torch.stack(losses))
+
+
+@torch.no_grad()
+def _decisions(adapted: AdaptedModel, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`gates`, `keep` and `depths` of `Observed`."""
+    gates, keeps, depths = [], [], []
+    for window in windows:
+        adapted(input_ids=window[None].to(adapted.device), use_cache=False)
         trace = adapted.last_trace
-        keeps.append(torch.cat([trace.mixer_keep[:, 0], trace.ffn_keep[:, 0]]).cpu())
+        gates.append(torch.cat([trace.mixer_keep[:, 0], trace.ffn_keep[:, 0]]).cpu())
+        keeps.append(torch.cat([(trace.mixer_keep | trace.other_keep)[:, 0], trace.ffn_keep[:, 0]]).cpu())
         depths.append(trace.depths[0].cpu())
-    return Observed(windows.cpu(), torch.stack(keeps, dim=1), torch.stack(depths), torch.stack(losses))
+    return torch.stack(gates, dim=1), torch.stack(keeps, dim=1), torch.stack(depths)
 
 
 def analyze(
@@ -77,14 +88,13 @@ def analyze(
         others: the same method from other seeds, whose gates are compared on the same text.
     """
     seen = observe(adapted, windows)
-    resample = Bootstrap(len(windows), seed)
     num_layers = len(seen.keep) // 2
     everywhere = torch.ones_like(seen.depths, dtype=torch.bool)
     rows = [
         {
             "layer": layer_idx,
             **{
-                branch: resample.mean(seen.keep[layer_idx + offset].float(), everywhere)
+                branch: mean_of(seen.keep[layer_idx + offset].float(), everywhere)
                 for branch, offset in (("mixer", 0), ("ffn", num_layers))
             },
         }
@@ -93,44 +103,57 @@ def analyze(
     return {
         "num_windows": len(windows),
         "num_tokens": windows.numel(),
-        "depth": resample.mean(seen.depths, everywhere),
+        "depth": mean_of(seen.depths, everywhere),
         "per_layer": rows,
-        "token_classes": _by_class(seen, tokenizer, resample),
-        "positions": _by_position(seen, resample),
-        "lengths": _by_length(adapted, windows, seed),
-        "losses": _by_loss(seen, resample),
+        "token_classes": _by_class(seen, tokenizer),
+        "positions": _by_position(seen),
+        "lengths": _by_length(adapted, seen),
+        "losses": _by_loss(seen),
         "conditionality": _conditionality(seen, num_permutations, seed),
         "seeds": _seeds([seen, *(observe(other, windows) for other in others)]),
     }
 
 
-class Bootstrap:
-    """Means over tokens with intervals from resampled windows, the same resamples for all of them."""
+def mean_of(values: Tensor, among: Tensor) -> dict[str, float | None]:
+    """`mean` of (W, T) values where `among` is true, and `low` and `high`, None where fewer than two windows have any.
 
-    def __init__(self, num_windows: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randint(num_windows, (NUM_RESAMPLES, num_windows), generator=generator)
-        self.weights = torch.zeros(NUM_RESAMPLES, num_windows).scatter_add_(1, drawn, torch.ones(drawn.shape)).double()
-
-    def mean(self, values: Tensor, among: Tensor) -> dict[str, float]:
-        """`mean`, `low` and `high` of (W, T) values where `among` is true."""
-        sums, counts = torch.where(among, values, 0).double().sum(1), among.double().sum(1)
-        totals = self.weights @ counts
-        means = (self.weights @ sums)[totals > 0] / totals[totals > 0]
-        low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-        return {"mean": float(sums.sum() / counts.sum()), "low": low, "high": high}
-
-
-def _row(seen: Observed, among: Tensor, resample: Bootstrap) -> dict[str, Any]:
-    return {"num_tokens": int(among.sum()), "depth": resample.mean(seen.depths, among)}
+    The mean is a ratio of two sums over windows; its error is linearised (Cochran 1977, 6.4), t with W − 1 degrees of
+    freedom.
+    """
+    sums, counts = torch.where(among, values, 0).double().sum(1), among.double().sum(1)
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    mean, num_windows = float(sums.sum() / counts.sum()), len(counts)
+    if num_windows < 2:
+        return {"mean": mean, "low": None, "high": None}
+    spread = float((sums - mean * counts).square().sum()) * num_windows / (num_windows - 1)
+    half = t_quantile(num_windows - 1) * spread**0.5 / float(counts.sum())
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _by_class(seen: Observed, tokenizer: PreTrainedTokenizerBase, resample: Bootstrap) -> list[dict[str, Any]]:
+def t_quantile(degrees: int) -> float:
+    """The 97.5% quantile of Student's t (Hill 1970's expansion; the two smallest by name, where it is too coarse)."""
+    if degrees < 3:
+        return {1: 12.7062, 2: 4.3027}[degrees]
+    z = NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+
+
+def _row(seen: Observed, among: Tensor) -> dict[str, Any]:
+    return {"num_tokens": int(among.sum()), "depth": mean_of(seen.depths, among)}
+
+
+def _by_class(seen: Observed, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     classes = token_classes(seen.token_ids, tokenizer)
     known = ~seen.losses.isnan()
     hard = seen.losses >= torch.quantile(seen.losses[known], 0.9)
     return [
-        {"class": name, **_row(seen, among, resample)}
+        {"class": name, **_row(seen, among)}
         for name, among in {**classes, "high-loss": hard & known}.items()
         if among.any()
     ]
@@ -177,38 +200,39 @@ def _kind(text: str, before: str) -> str:
         return "numeric"
     if text[0].isalpha() and before[-1:].isalpha():
         return "sub-word"
-    return "stop word" if word.lower() in STOP_WORDS.split() else "word"
+    return "stop word" if f" {word.lower()} " in STOP_WORDS else "word"
 
 
-def _by_position(seen: Observed, resample: Bootstrap) -> list[dict[str, Any]]:
+def _by_position(seen: Observed) -> list[dict[str, Any]]:
     """Bins that double in length: what happens, happens early."""
     num_tokens = seen.depths.shape[1]
     starts = [0, *(2**power for power in range(num_tokens.bit_length()) if 2**power < num_tokens)]
     place = torch.arange(num_tokens).expand_as(seen.depths)
     return [
-        {"first": first, "last": end - 1, **_row(seen, (place >= first) & (place < end), resample)}
+        {"first": first, "last": end - 1, **_row(seen, (place >= first) & (place < end))}
         for first, end in zip(starts, [*starts[1:], num_tokens], strict=True)
     ]
 
 
-def _by_length(adapted: AdaptedModel, windows: Tensor, seed: int) -> list[dict[str, Any]]:
+def _by_length(adapted: AdaptedModel, seen: Observed) -> list[dict[str, Any]]:
     """The same texts, cut at several lengths: a router that pools over its sequence decides otherwise for each."""
+    whole = seen.token_ids.shape[1]
     rows = []
-    for length in sorted({windows.shape[1] // share for share in (1, 4, 16)} - {0, 1}):
-        seen = observe(adapted, windows[:, :length])
-        everywhere = torch.ones_like(seen.depths, dtype=torch.bool)
-        rows.append({"length": length, **_row(seen, everywhere, Bootstrap(len(windows), seed))})
+    for length in sorted({whole // share for share in (1, 4, 16)} - {0, 1}):
+        depths = seen.depths if length == whole else _decisions(adapted, seen.token_ids[:, :length])[2]
+        everywhere = torch.ones_like(depths, dtype=torch.bool)
+        rows.append({"length": length, "num_tokens": depths.numel(), "depth": mean_of(depths, everywhere)})
     return rows
 
 
-def _by_loss(seen: Observed, resample: Bootstrap) -> dict[str, Any]:
+def _by_loss(seen: Observed) -> dict[str, Any]:
     """Depth of tokens in bins of equally many by loss, and the rank correlation of the two."""
     known = ~seen.losses.isnan()
     losses, depths = seen.losses[known], seen.depths[known]
     edges = torch.quantile(losses, torch.linspace(0, 1, NUM_BINS + 1))
     place = torch.bucketize(seen.losses, edges[1:-1], right=True).masked_fill(~known, -1)
     bins = [
-        {"low": float(edges[number]), "high": float(edges[number + 1]), **_row(seen, place == number, resample)}
+        {"low": float(edges[number]), "high": float(edges[number + 1]), **_row(seen, place == number)}
         for number in range(NUM_BINS)
         if (place == number).any()
     ]
@@ -229,9 +253,9 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _conditionality(seen: Observed, num_permutations: int, seed: int) -> dict[str, Any]:
-    keep = seen.keep.flatten(1)
+    gates = seen.gates.flatten(1)
     windows = torch.arange(len(seen.token_ids)).repeat_interleave(seen.token_ids.shape[1])
-    distinct = torch.unique(keep, dim=0)  # a layer's gate counts once, not for its mixer and its FFN
+    distinct = torch.unique(gates, dim=0)  # a layer's gate counts once, not for its mixer and its FFN
     return conditionality(
         distinct, seen.token_ids.flatten(), groups=windows, num_permutations=num_permutations, seed=seed
     ).to_json()
@@ -241,7 +265,7 @@ def _seeds(runs: list[Observed]) -> list[dict[str, Any]]:
     """Of each pair: how often their gates agree, how often they would by chance at these rates, and Cohen's kappa."""
     rows = []
     for (first, a), (second, b) in combinations(enumerate(runs), 2):
-        ours, theirs = a.keep.flatten(1), b.keep.flatten(1)
+        ours, theirs = a.gates.flatten(1), b.gates.flatten(1)
         rates = ours.double().mean(1), theirs.double().mean(1)
         agreement = float((ours == theirs).double().mean())
         chance = float((rates[0] * rates[1] + (1 - rates[0]) * (1 - rates[1])).mean())

@@ -46,8 +46,9 @@ def conditionality(
     Args:
         keep: (G, N) bool, G gates of N tokens.
         token_ids: (N,); ids seen fewer than `min_count` times count as one.
-        groups: (N,), tokens are exchanged within theirs: with sequences as groups, gates that differ from one sequence
-            to the next, and not from token to token, depend on no token. None is one group.
+        groups: (N,), sequences whose tokens stand in order: gates are moved along theirs, around its end, all by the
+            same random distance. Gates that differ from one sequence to the next, or that stay as they are for a while,
+            then depend on no token. None: tokens are independent of each other, any order is as likely.
     """
     rates = keep.float().mean(1)
     gates = keep[(rates > 0) & (rates < 1)].float().T.contiguous()  # (N, G)
@@ -81,12 +82,15 @@ def conditionality(
 
 
 def _exchanged(num_tokens: int, groups: Tensor | None, generator: torch.Generator) -> Tensor:
-    """A permutation of the tokens, within their groups."""
-    drawn = torch.randperm(num_tokens, generator=generator)
+    """A permutation of the tokens, or a rotation of each group of them."""
     if groups is None:
-        return drawn
-    home = groups.argsort(stable=True)
-    return torch.empty_like(drawn).index_put((home,), drawn[groups[drawn].argsort(stable=True)])
+        return torch.randperm(num_tokens, generator=generator)
+    order = torch.empty(num_tokens, dtype=torch.long)
+    for group in groups.unique().tolist():
+        places = (groups == group).nonzero()[:, 0]
+        distance = int(torch.randint(len(places), (1,), generator=generator))
+        order[places] = places.roll(distance)
+    return order
 
 
 def _entropy(rate: Tensor) -> Tensor:

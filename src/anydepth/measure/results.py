@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from anydepth.errors import UserError
 
-VERSIONED_PACKAGES = ("anydepth", "torch", "transformers", "peft")
+VERSIONED_PACKAGES = ("anydepth", "torch", "transformers", "peft", "lm-eval")
 
 # What changes numbers. Result files beside them may come and go without marking the tree as dirty.
 CODE_PATHS = ("src", "recipes", "benchmarks/experiments", "pyproject.toml", "constraints.txt")
@@ -52,9 +52,13 @@ def document(schema: str, *, seed: int, config: Any, **fields: Any) -> dict[str,
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Write strict JSON so that `path` holds either what it held before or all of `values`, even after a power cut."""
+    """Write strict JSON, see `write_text`."""
+    write_text(path, json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file so that `path` holds either what it held before or all of `text`, even after a power cut."""
     path = Path(path)
-    text = json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -153,14 +157,15 @@ def hardware() -> dict[str, Any]:
     """The machine: processor, cores this process may use, threads torch uses, memory, GPUs."""
     return {
         "cpu": _cpu_model(),
-        "num_cores": _num_cores(),
+        "num_cores": num_cores(),
         "num_threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     # macOS and Windows cannot say which cores a process may use.
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -6,13 +6,14 @@ interrupted goes on where it was. A folder belongs to one recipe.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.calibration.budget import set_skip_share
 from anydepth.calibration.router_fit import fit_router
 from anydepth.calibration.skip_search import search
-from anydepth.config import DrafterConfig, DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, validate
+from anydepth.config import DrafterConfig, DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, load_recipe
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine import choose
@@ -28,8 +29,9 @@ from anydepth.inference.generate import generate
 from anydepth.measure.analyze import analyze
 from anydepth.measure.bench import bench, load_prompts
 from anydepth.measure.evaluate import evaluate
-from anydepth.measure.results import document, read_document, source_commit, write_json
+from anydepth.measure.results import document, read_document, source_commit, write_json, write_text
 from anydepth.methods import method_class
+from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.load import load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.training.checkpoint import is_checkpoint, load_target, save
@@ -40,7 +42,8 @@ from anydepth.training.phases import PHASES, train_phases
 from anydepth.training.train import STEPS, prepare, train
 
 Say = Callable[[str], None]
-RECIPE = "recipe.json"
+RECIPE, LOCK = "recipe.yaml", ".lock"
+STAGES = ("search", "fit", "train", "eval", "bench", "analyze", "generate")
 FITTED = "fit.safetensors"
 
 
@@ -57,9 +60,10 @@ class Runner:
         source_commit()  # of the code as it is now, not as it may be when a stage ends
         path = self.out / RECIPE
         # Compared as recipes: one that was written before an option existed has its default.
-        if path.exists() and validate(Recipe, json.loads(path.read_text()), where=str(path)) != self.recipe:
+        if path.exists() and load_recipe(path) != self.recipe:
             raise UserError(f"{self.out} holds a run of another recipe; give another --out, or remove it first")
-        write_json(path, self.recipe.model_dump(mode="json"))
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(path, yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
 
     def run(self) -> dict[str, Any]:
         """Every stage; returns the `anydepth.run/1` document."""
@@ -113,13 +117,12 @@ class Runner:
         save_file(adapted.methods.state_dict(), self.out / FITTED)
         return found.to_json()
 
-    def forget(self, *stages: str) -> None:
-        """Do these stages anew."""
-        for stage in stages:
+    def forget(self) -> None:
+        """Do every stage anew."""
+        for stage in (*STAGES, "run"):
             (self.out / f"{stage}.json").unlink(missing_ok=True)
-            if stage == "train":
-                for folder in (STEPS, PHASES, OWN_TEXT):
-                    shutil.rmtree(self.out / folder, ignore_errors=True)
+        for folder in (STEPS, PHASES, OWN_TEXT):
+            shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def train(self) -> dict[str, Any]:
         """Attach, train and calibrate; afterwards the folder is a checkpoint. Goes on where it was interrupted."""
@@ -220,7 +223,10 @@ class Runner:
         return self._stage("analyze", self._analyze) if self._decides() else None
 
     def _decides(self) -> bool:
-        return any(not method_class(str(spec["name"]), "methods").lossless for spec in self.recipe.methods)
+        """Whether tokens differ in depth: not where all that is attached is lossless, nor where it only drafts."""
+        lossless = [method_class(str(spec["name"]), "methods").lossless for spec in self.recipe.methods]
+        drafts = any(spec["name"] == SelfSpeculation.name for spec in self.recipe.methods)
+        return not all(lossless) and not drafts
 
     def _analyze(self) -> dict[str, Any]:
         adapted, tokenizer = self._adapted(merge=False)
@@ -245,8 +251,9 @@ class Runner:
             self.say(f"{name}: done already, kept ({path})")
             return read_document(path)
         self.say(f"{name} …")
-        result = self._document(name, **work())
-        write_json(path, result)
+        with only_here(self.out):
+            result = self._document(name, **work())
+            write_json(path, result)
         return result
 
     def _document(self, name: str, **fields: Any) -> dict[str, Any]:
@@ -297,6 +304,22 @@ class Runner:
             first = router.get("always_keep", 4)
             router.setdefault("initial_skip_layers", [i for i in found["skip_layers"] if i >= first])
         return self.recipe.model_copy(update={"methods": methods}).method_configs()
+
+
+@contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Work in a folder that no other process works in. Raises `UserError` if one does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process works in {folder}; wait for it, or give another --out") from error
+        yield
 
 
 def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -25,11 +27,10 @@ import yaml
 
 from anydepth.config import Recipe, load_recipe
 from anydepth.errors import RunError, UserError
-from anydepth.measure.results import document, read_document, write_json
+from anydepth.measure.results import document, num_cores, read_document, write_json
 from anydepth.measure.run import RECIPE, Runner
 
 Say = Callable[[str], None]
-BACKENDS = ("local", "ray")
 POINTS, STUDY = "points", "optuna.log"
 FULL_DEPTH = "full depth"
 
@@ -56,41 +57,51 @@ class Sweep:
         return Runner(point.recipe, self.out / POINTS / point.name, lambda text: self.say(f"{point.name}: {text}"))
 
     def run(self, backend: str = "local", jobs: int = 1) -> dict[str, Any]:
-        """The fields of `anydepth.sweep/1`.
+        """The fields of `anydepth.sweep/1`. A point that fails is named under `failed`, with the reason.
 
         Args:
             backend: `local`, or `ray`: an existing Ray cluster whose machines share `out`.
             jobs: points that learn at a time.
 
         Raises:
-            RunError: some points failed; the others are done and kept.
+            RunError: every point failed.
         """
         todo = [point for point in self.points if not (self.runner(point).out / "eval.json").exists()]
         self.say(f"{len(self.points)} points, {len(self.points) - len(todo)} of them learned already")
         learn = _on_ray if backend == "ray" else _in_processes
         failed = learn({point.name: self.out / POINTS / point.name for point in todo}, jobs, self.say)
-        if failed:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
-            raise RunError(
-                f"{len(failed)} of {len(self.points)} points failed ({reasons}); the same command tries again"
-            )
-        rows = [self._measured(point) for point in self.points]
+        rows = []
+        for point in self.points:
+            if point.name not in failed:
+                try:
+                    rows.append(self._measured(point))
+                except (RunError, UserError) as error:
+                    failed[point.name] = str(error)
+        if not rows:
+            raise RunError(f"every point failed ({next(iter(failed.values()))})")
         settings = _settings(rows)
         _keep_in_study(self.out / STUDY, rows)
-        return {"points": rows, "settings": settings, "front": {axis: _front(settings, axis) for axis in AXES}}
+        return {
+            "points": rows,
+            "failed": [{"name": name, "reason": reason} for name, reason in failed.items()],
+            "settings": settings,
+            "front": {axis: _front(settings, axis) for axis in AXES},
+        }
 
     def _measured(self, point: Point) -> dict[str, Any]:
         runner = self.runner(point)
         done = runner.out / "run.json"
         result = read_document(done) if done.exists() else runner.run()
         untouched, adapted = result["summary"]
+        if not math.isfinite(float(adapted["perplexity"])):
+            raise RunError("its perplexity is no number; lower train.learning_rate")
         return {
             "name": point.name,
             "values": dict(point.values),
             "seed": point.seed,
             "folder": str(runner.out),
-            "commit": result["commit"],
-            "dirty": result["dirty"],
+            "commits": sorted({str(stage["commit"]) for stage in result["stages"]}),
+            "dirty": any(stage["dirty"] for stage in result["stages"]),
             "label": adapted["label"],
             "time_share": 1 / adapted["speedup"],
             "full_depth": {key: untouched[key] for key in ("perplexity", "tokens_per_second")},
@@ -120,12 +131,16 @@ def plan(recipe: Path, over: Sequence[str], seeds: Sequence[int], overrides: Seq
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"--over names {key} twice; give all its values at once")
+        if key == "seed":
+            raise UserError("--over names seed; give seeds with --seeds 0,1,2: results are means over them")
+        if key.partition(".")[0] in ("model", "eval"):
+            raise UserError(
+                f"--over names {key}; points on one front need one full depth and one text: sweep each alone"
+            )
     points = []
     for values, seed in itertools.product(itertools.product(*(values for _, values in axes)), seeds):
         chosen = dict(zip(keys, values, strict=True))
-        flags = [
-            f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in chosen.items()
-        ]
+        flags = [f"{key}={_yaml(value)}" for key, value in chosen.items()]
         loaded = load_recipe(recipe, [*overrides, *flags, f"seed={seed}"])
         points.append(Point(_name(chosen, seed), chosen, seed, loaded))
     names = [point.name for point in points]
@@ -145,51 +160,83 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     return key, parsed
 
 
+def _yaml(value: Any) -> str:
+    """On one line, as an override has it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).splitlines()[0]
+
+
 def _name(values: Mapping[str, Any], seed: int) -> str:
     """Of a folder: readable, and without what file systems do not like."""
-    parts = [f"{key.split('.')[-1]}={value}" for key, value in values.items()]
+    parts = [f"{key}={value}" for key, value in _short(values).items()]
     return re.sub(r"[^\w.=+-]+", "_", "-".join([*parts, f"seed={seed}"]))
+
+
+def _short(values: Mapping[str, Any]) -> dict[str, Any]:
+    """By the last part of each key where that is enough to tell them apart."""
+    ends = [key.rpartition(".")[2] for key in values]
+    return {end if ends.count(end) == 1 else key: value for end, (key, value) in zip(ends, values.items(), strict=True)}
 
 
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
-def learn(folder: Path) -> None:
-    """Everything of a point but its clock: search, fit, train, evaluate, as its `recipe.json` says."""
-    recipe = Recipe.model_validate_json((folder / RECIPE).read_text())
-    runner = Runner(recipe, folder, lambda text: print(text, file=sys.stderr, flush=True))
+def learn(folder: Path, home: Path | None = None) -> None:
+    """Everything of a point but its clock: search, fit, train, evaluate, as the recipe in its folder says.
+
+    Args:
+        home: where relative paths of the recipe begin; None is where this process is.
+    """
+    if home is not None:
+        os.chdir(home)
+    runner = Runner(load_recipe(folder / RECIPE), folder, lambda text: print(text, file=sys.stderr, flush=True))
     for stage in (runner.search, runner.fit, runner.train, runner.evaluate):
         stage()
 
 
 def _in_processes(folders: Mapping[str, Path], jobs: int, say: Say) -> dict[str, str]:
     """By name why a point failed. The processes end with this one, however it ends."""
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    threads = max(num_cores() // jobs, 1)
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-    running: list[subprocess.Popen[str]] = []
+    running: list[subprocess.Popen[bytes]] = []
+    lock, stopping = threading.Lock(), threading.Event()
 
     def one(name: str) -> str | None:
         log = folders[name] / "sweep.log"
-        say(f"{name}: learning, see {log}")
-        with log.open("w") as file:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "anydepth.measure.sweep", str(folders[name])],
-                stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, text=True,
-            )  # fmt: skip
-            running.append(child)
-            child.wait()
-        lines = log.read_text().splitlines() or [f"exit code {child.returncode}"]
-        return None if child.returncode == 0 else lines[-1].strip()[:200]
+        with log.open("wb") as file:
+            with lock:  # either it starts and is known, or nothing starts any more
+                if stopping.is_set():
+                    return "interrupted"
+                say(f"{name}: learning, see {log}")
+                command = [sys.executable, "-m", "anydepth.measure.sweep", str(folders[name])]
+                child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment)
+                running.append(child)
+            with child:
+                child.wait()
+            with lock:
+                running.remove(child)
+        return _why(child.returncode, log)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
             reasons = dict(zip(folders, pool.map(one, folders), strict=True))
         except BaseException:  # Ctrl-C: nothing learns on behind our back
+            with lock:
+                stopping.set()
+                for child in running:
+                    child.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in running:
-                child.terminate()
             raise
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _why(code: int, log: Path) -> str | None:
+    """Why a process failed; None: it did not."""
+    if code == 0:
+        return None
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}"
+    lines = log.read_text(errors="replace").splitlines() or [f"exit code {code}"]
+    return lines[-1].strip()[:200]
 
 
 def _on_ray(folders: Mapping[str, Path], jobs: int, say: Say) -> dict[str, str]:
@@ -199,22 +246,28 @@ def _on_ray(folders: Mapping[str, Path], jobs: int, say: Say) -> dict[str, str]:
         from ray.exceptions import RayError
     except ImportError as error:
         raise UserError('--backend ray needs Ray: pip install "anydepth[sweep]"') from error
+    own = {name: value for name, value in os.environ.items() if name.startswith(("ANYDEPTH_", "HF_"))}
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": own})
     except ConnectionError as error:
         raise UserError("--backend ray found no cluster; start one (ray start --head), or set RAY_ADDRESS") from error
     try:
-        cpus = max(int(ray.cluster_resources().get("CPU", 1)) // jobs, 1)
-        task: Any = ray.remote(num_cpus=cpus, max_retries=1)(learn)
-        names = {task.remote(folder.resolve()): name for name, folder in folders.items()}
-        failed, waiting = {}, list(names)
+        each = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        cpus = sum(int(node.get("CPU", 0)) for node in each) // jobs
+        cpus = max(min(cpus, max(int(node.get("CPU", 0)) for node in each)), 1)  # no task spans two machines
+        tasks = {}
+        for name, folder in folders.items():
+            on_gpu = load_recipe(folder / RECIPE).model.device.startswith("cuda")
+            remote: Any = ray.remote(num_cpus=cpus, num_gpus=int(on_gpu), max_retries=1)(learn)
+            tasks[remote.remote(folder.resolve(), Path.cwd())] = name
+        failed, waiting = {}, list(tasks)
         while waiting:
             (done,), waiting = ray.wait(waiting)
             try:
                 ray.get(done)
-                say(f"{names[done]}: learned")
+                say(f"{tasks[done]}: learned")
             except RayError as error:
-                failed[names[done]] = str(error).strip().splitlines()[-1][:200]
+                failed[tasks[done]] = str(error).strip().splitlines()[-1][:200]
         return failed
     finally:
         ray.shutdown()
@@ -237,21 +290,20 @@ def _settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for group in _groups([row["values"] for row in rows])
     ]
     untouched = {key: mean(row["full_depth"][key] for row in rows) for key in ("perplexity", "tokens_per_second")}
+    if any(not math.isclose(row["full_depth"]["perplexity"], untouched["perplexity"], rel_tol=1e-4) for row in rows):
+        return found  # each has trained a base of its own: no full depth is that of all
     whole = {"time_share": 1.0, "layer_token_share": 1.0, "speedup": 1.0, "agreement": 1.0}
     return [{"values": {}, "label": FULL_DEPTH, "num_seeds": 0, **whole, **untouched}, *found]
 
 
 def _groups(values: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
-    distinct: list[Mapping[str, Any]] = []
-    for value in values:
-        if value not in distinct:
-            distinct.append(value)
-    for value in distinct:
-        yield [place for place, other in enumerate(values) if other == value]
+    texts = [repr(value) for value in values]  # 1 and 1.0 are two settings
+    for text in dict.fromkeys(texts):
+        yield [place for place, other in enumerate(texts) if other == text]
 
 
 def _label(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.split('.')[-1]} {value}" for key, value in values.items()) or "the recipe"
+    return ", ".join(f"{key} {value}" for key, value in _short(values).items()) or "the recipe"
 
 
 def _front(settings: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
@@ -303,10 +355,14 @@ def _keep_in_study(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def sweep_document(sweep: Sweep, config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """The `anydepth.sweep/1` document, written into the sweep's folder as well."""
-    commits = sorted({row["commit"] or "" for row in fields["points"]})
-    label = " + ".join(str(method["name"]) for method in sweep.points[0].recipe.methods) or FULL_DEPTH
+    first = sweep.points[0]
     result = document(
-        "anydepth.sweep/1", seed=sweep.points[0].seed, config=config, label=label, commits=commits, **fields
+        "anydepth.sweep/1",
+        seed=first.seed,
+        config=config,
+        label=sweep.runner(first).label,
+        commits=sorted({commit for row in fields["points"] for commit in row["commits"]}),
+        **fields,
     )
     result["dirty"] = result["dirty"] or any(row["dirty"] for row in fields["points"])
     write_json(sweep.out / "sweep.json", result)

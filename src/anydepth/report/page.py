@@ -259,14 +259,14 @@ def _analyze(page: Page, document: Document, name: str) -> None:
     page.section("Where depth goes")
     found, depth = document["conditionality"], document["depth"]
     page.text(
-        f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth['mean']:.2f} "
-        f"({depth['low']:.2f} to {depth['high']:.2f}).",
+        f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth['mean']:.2f}"
+        + ("." if depth["low"] is None else f" ({depth['low']:.2f} to {depth['high']:.2f})."),
         "lead",
     )
     if found["num_gates"]:
         page.text(
             f"Gates hold {found['mutual_information_bits']:.4f} bits about the token they gate, "
-            f"{found['static_bits']:.4f} when they are exchanged between tokens of a window "
+            f"{found['static_bits']:.4f} when they are moved along their window "
             f"({found['num_permutations']} times): p = {found['p_value']:.3g}."
         )
     else:

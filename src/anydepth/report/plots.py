@@ -264,8 +264,12 @@ def depth_curves(document: Document) -> Figure:
 def _intervals(depths: Sequence[Document]) -> tuple[list[float], list[float], list[float]]:
     """Means, and how far the interval reaches below and above."""
     means = [depth["mean"] for depth in depths]
-    below = [max(depth["mean"] - depth["low"], 0.0) for depth in depths]
-    return means, below, [max(depth["high"] - depth["mean"], 0.0) for depth in depths]
+    known = [
+        depth if depth["low"] is not None else {**depth, "low": depth["mean"], "high": depth["mean"]}
+        for depth in depths
+    ]
+    below = [depth["mean"] - depth["low"] for depth in known]
+    return means, below, [depth["high"] - depth["mean"] for depth in known]
 
 
 def fronts(documents: Sequence[Document]) -> Figure:
