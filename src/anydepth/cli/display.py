@@ -157,12 +157,12 @@ def show_eval(document: dict[str, Any]) -> None:
     if "tasks" in document:
         print()
         rows = [
-            [name, metric, str(task["num_items"]), f"{full['tasks'][name][metric]:.4g}", f"{value:.4g}",
-             f"{task['layer_token_share']:.3f}"]
+            [name, metric, str(task["num_items"])]
+            + [f"{score:.4g}" for score in (full["tasks"][name][metric], value, task["layer_token_share"])]
             for name, task in document["tasks"].items()
             for metric, value in task.items()
-            if metric not in ("num_items", "layer_token_share", "source")
-        ]  # fmt: skip
+            if isinstance(value, float) and metric != "layer_token_share"
+        ]
         table(["task", "metric", "items", "untouched", document["label"], "FLOP share"], rows)
     if "exits" in document:
         print()

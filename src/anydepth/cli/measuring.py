@@ -98,10 +98,14 @@ def evaluate(
     from anydepth.training.checkpoint import load_target
     from anydepth.training.data import load_windows
 
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is a number of at least 1; came {limit}")
     printer = Printer(as_json, quiet)
     names = _task_names(tasks) if tasks else []
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
     fast = choose(adapted, engine, weights, printer.progress)
+    if fast is not None and (names or exits):
+        raise UserError("--tasks and --exits run the Hugging Face model; leave out --engine and --weights")
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
     printer.progress(f"scoring {windows.numel()} tokens of {data} …")
     config = {
@@ -124,7 +128,8 @@ def evaluate(
         say = None if quiet else printer.progress
         shared = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed, "say": say}
         _add_tasks(fields, adapted, tokenizer, names, full_depth, **shared)
-    printer.result(document("anydepth.eval/1", seed=seed, config=config, label=adapted.label, **fields), show_eval)
+    label = "full depth" if full_depth else adapted.label
+    printer.result(document("anydepth.eval/1", seed=seed, config=config, label=label, **fields), show_eval)
 
 
 def _task_names(tasks: str) -> list[str]:
@@ -148,7 +153,7 @@ def _add_tasks(
     with adapted.untouched():
         fields["full_depth"]["tasks"] = score_tasks(adapted, tokenizer, names, **options)
     fields["tasks"] = fields["full_depth"]["tasks"]
-    if not full_depth:
+    if adapted.methods and not full_depth:
         fields["tasks"] = score_tasks(adapted, tokenizer, names, **options)
 
 
@@ -285,6 +290,8 @@ def analyze(
         raise UserError(f"--permutations and --limit are numbers of at least 1; came {permutations} and {limit}")
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
+    if adapted.speculation is not None:
+        raise UserError(f"{target} only drafts with what it skips: every token runs every layer in the end")
     others = [load_target(other, dtype=dtype, device=device)[0] for other in compare or []]
     for other, name in zip(others, compare or [], strict=True):
         if other.backbone.num_layers != adapted.backbone.num_layers:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -23,24 +23,30 @@ from lm_eval.models import huggingface
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.measure.tasks import LOCAL, Spec, Task, task_named
+from anydepth.measure.tasks import LOCAL, Spec, task_named
 from anydepth.training.checkpoint import load_target
 
 WHOLE = "none"
 """How lm-eval names a metric that no filter stands before."""
 
 
+MEANS = ("acc", "acc_norm", "exact_match")
+"""Metrics that are means over items, so that those of a benchmark's parts can be joined."""
+
+
 @dataclass
 class Work:
-    """FLOPs of layers that ran, and what the same tokens take at full depth."""
+    """FLOPs of layers that ran, what the same tokens take at full depth, and requests that were cut to the window."""
 
     layers: int = 0
     full_depth: int = 0
+    num_truncated: int = 0
 
     @property
     def share(self) -> float:
@@ -66,6 +72,8 @@ class AnydepthLM(Base):
         batch_size: int | str | None = 1,
         **options: Any,
     ) -> None:
+        if str(batch_size).startswith("auto"):
+            raise UserError("batch_size auto tries sizes on text that is then counted as work; give a number")
         if isinstance(target, str):
             target, tokenizer = load_target(target, dtype=dtype, device=device or "cpu")
         super().__init__(pretrained=target, tokenizer=tokenizer, batch_size=batch_size, **options)
@@ -73,14 +81,32 @@ class AnydepthLM(Base):
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         """In batches of one length: lm-eval pads without a mask, and padding would be routed and counted."""
-        lengths = [min(len(context) + len(scored), self.max_length + 1) for _, context, scored in requests]
+        whole = [len(context) + len(scored) for _, context, scored in requests]
+        self.work.num_truncated += sum(length > self.max_length + 1 for length in whole)
+        lengths = [min(length, self.max_length + 1) for length in whole]
         answers: list[Any] = [None] * len(lengths)
-        for length in sorted(set(lengths), reverse=True):
-            places = [place for place, own in enumerate(lengths) if own == length]
-            part = super()._loglikelihood_tokens([requests[place] for place in places], True, override_bs)
-            for place, answer in zip(places, part, strict=True):
-                answers[place] = answer
+        with tqdm(total=len(lengths), disable=disable_tqdm, desc="requests", leave=False) as bar:
+            for length in sorted(set(lengths), reverse=True):
+                places = [place for place, own in enumerate(lengths) if own == length]
+                part = super()._loglikelihood_tokens([requests[place] for place in places], True, override_bs)
+                for place, answer in zip(places, part, strict=True):
+                    answers[place] = answer
+                bar.update(len(places))
         return answers
+
+    def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None, **options: Any) -> Any:
+        if left_truncate_len:
+            self.work.num_truncated += sum(len(self.tok_encode(text)) > left_truncate_len for text in strings)
+        return super().tok_batch_encode(strings, left_truncate_len=left_truncate_len, **options)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        """Row by row where drafts are made: there lm-eval's stop rule, which keeps book of a batch, is asked by row."""
+        before = self.batch_size_per_gpu
+        self.batch_size_per_gpu = before if self.adapted.speculation is None else 1
+        try:
+            return super().generate_until(requests, disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = before
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         with torch.no_grad():
@@ -129,8 +155,9 @@ def score_tasks(
     seed: int = 0,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The `tasks` of `anydepth.eval/1`: by name lm-eval's metrics, `num_items`, and `layer_token_share`, how much of
-    the layers' work ran.
+    """The `tasks` of `anydepth.eval/1`, by name: lm-eval's metrics, `num_items`, `num_fewshot` and `version`, and the
+    `parts` of a benchmark that has some; `layer_token_share`, how much of the layers' work ran; `num_truncated`,
+    requests that lost their start to the window; `source` of the documents.
 
     Args:
         names: lm-eval's, those of `measure/tasks.py` on local files.
@@ -143,30 +170,45 @@ def score_tasks(
     """
     manager = check_tasks(names)
     adapted.eval()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # every default that it fills in is a warning to it
-    lm = AnydepthLM(adapted, tokenizer)
     scores = {}
-    for name in names:
-        task = task_named(name)
-        if say:
-            say(f"task {name} ({task.source}) …")
-        lm.work = Work()
-        with nullcontext() if say else redirect_stderr(StringIO()):
-            results = _results(lm, manager, name, task, num_fewshot, limit, seed)
-        scores[name] = {**_joined(results), "layer_token_share": lm.work.share, "source": task.source}
+    with _quiet_logger(), nullcontext() if say else redirect_stderr(StringIO()):
+        lm = AnydepthLM(adapted, tokenizer)
+        for name in names:
+            task = task_named(name)
+            shots = task.num_fewshot if num_fewshot is None else num_fewshot
+            if say:
+                say(f"task {name} ({task.source}) …")
+            lm.work = Work()
+            results = _results(lm, manager, name, task.specs, num_fewshot=shots, limit=limit, seed=seed)
+            if say and lm.work.num_truncated:
+                say(f"{lm.work.num_truncated} requests, longer than the window of {lm.max_length}, lost their start")
+            scores[name] = {
+                **_joined(results),
+                "layer_token_share": lm.work.share,
+                "num_truncated": lm.work.num_truncated,
+                "source": task.source,
+            }
     return scores
 
 
-def _results(
-    lm: AnydepthLM, manager: TaskManager, name: str, task: Task, num_fewshot: int | None, limit: int | None, seed: int
-) -> dict[str, Any]:
+@contextmanager
+def _quiet_logger() -> Iterator[None]:
+    """lm-eval warns of every default that it fills in."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _results(lm: Any, manager: TaskManager, name: str, specs: Sequence[Spec], *, seed: int, **options: Any) -> Any:
     evaluate: Any = simple_evaluate  # its decorator hides what it takes
     try:
-        results = evaluate(
+        return evaluate(
             lm,
-            tasks=[_whole(manager, spec) for spec in task.specs],
-            num_fewshot=task.num_fewshot if num_fewshot is None else num_fewshot,
-            limit=limit,
+            tasks=[_whole(manager, spec) for spec in specs],
             task_manager=manager,
             log_samples=False,
             bootstrap_iters=0,
@@ -174,14 +216,13 @@ def _results(
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
+            **options,
         )
     except (ConnectionError, FileNotFoundError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the documents of '{name}' did not come from the hub ({str(error).splitlines()[0][:160]}); set "
-            "ANYDEPTH_DATA to a folder that has them"
+            f"the documents of '{name}' cannot be had ({reason[:160]}); set ANYDEPTH_DATA to a folder that has them all"
         ) from error
-    assert results is not None, "lm-eval returns results to the first process"
-    return dict(results)
 
 
 def _whole(manager: TaskManager, spec: Spec) -> Spec:
@@ -194,18 +235,33 @@ def _whole(manager: TaskManager, spec: Spec) -> Spec:
     return {**{key: value for key, value in own.items() if key not in ("tag", "dataset_path", "dataset_name")}, **spec}
 
 
-def _joined(results: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of one benchmark: those of its parts, weighted by their items."""
+def _joined(results: Any) -> dict[str, Any]:
+    """Metrics of one benchmark. Of several parts: means over all items, and each part's own under `parts`."""
     counts = {part: row["effective"] for part, row in results["n-samples"].items()}
-    total = sum(counts.values())
-    metrics: dict[str, float] = {}
-    for part, count in counts.items():
-        for key, value in results["results"][part].items():
-            metric, _, kind = key.partition(",")
-            if isinstance(value, float) and not metric.endswith("_stderr"):
-                label = metric if kind in ("", WHOLE) else f"{metric},{kind}"
-                metrics[label] = metrics.get(label, 0.0) + float(value) * count / total
-    return {**metrics, "num_items": total}
+    parts = {part: _metrics(results["results"][part]) for part in counts}
+    shared = {
+        "num_items": sum(counts.values()),
+        "num_fewshot": max(results["n-shot"][part] for part in counts),
+        "version": str(next(iter(results["versions"].values()), "")),
+    }
+    if len(parts) == 1:
+        return {**next(iter(parts.values())), **shared}
+    names = [name for name in next(iter(parts.values())) if name.partition(",")[0] in MEANS]
+    joined = {
+        name: sum(parts[part][name] * count for part, count in counts.items()) / shared["num_items"]
+        for name in names
+        if all(name in metrics for metrics in parts.values())
+    }
+    return {**joined, **shared, "parts": {part: {**parts[part], "num_items": counts[part]} for part in counts}}
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+    """By lm-eval's names; what it appends of a filter is kept where one stands before the metric."""
+    return {
+        key.removesuffix(f",{WHOLE}"): float(value)
+        for key, value in row.items()
+        if isinstance(value, float) and not key.partition(",")[0].endswith("_stderr")
+    }
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
+from anydepth.training.data import article_bounds, read_lines
 
 Spec = str | dict[str, Any]
 Documents = dict[str, list[dict[str, Any]]]
@@ -30,7 +31,7 @@ class Task:
     Attributes:
         specs: lm-eval's task names, or such with overrides; several are one benchmark in parts.
         num_fewshot: examples in the prompt; None leaves it to lm-eval.
-        source: where the documents come from.
+        source: where the documents come from, and which are scored.
     """
 
     specs: list[Spec]
@@ -41,12 +42,26 @@ class Task:
 def task_named(name: str) -> Task:
     """The task of that name, on local files where they are there."""
     root = os.environ.get("ANYDEPTH_DATA")
-    family = "mmlu" if name.startswith("mmlu_") else name
-    if root and family in LOCAL:
-        folder, (marker, build, num_fewshot) = Path(root).expanduser(), LOCAL[family]
-        if (folder / marker).exists() and (specs := build(folder / Path(marker).parts[0], name)):
-            return Task(specs, num_fewshot, str(folder / Path(marker).parts[0]))
-    return Task([name], None, "hub")
+    known = LOCAL.get("mmlu" if name.startswith("mmlu_") else name)
+    if root and known and (Path(root).expanduser() / known.marker).exists():
+        folder = Path(root).expanduser() / Path(known.marker).parts[0]
+        if specs := known.build(folder, name):
+            return Task(specs, known.num_fewshot, f"{folder}, {known.scored}")
+    return Task([name], known.num_fewshot if known else None, "hub")
+
+
+@dataclass(frozen=True)
+class Local:
+    """A benchmark that can lie under `ANYDEPTH_DATA`.
+
+    Attributes:
+        marker: what is there if it does. scored: which documents are. num_fewshot: as it was published.
+    """
+
+    marker: str
+    scored: str
+    build: Callable[[Path, str], list[Spec]]
+    num_fewshot: int
 
 
 def _local(name: str, documents: Callable[[], Documents], **overrides: Any) -> dict[str, Any]:
@@ -62,7 +77,7 @@ def _local(name: str, documents: Callable[[], Documents], **overrides: Any) -> d
 def _arc(folder: Path, name: str) -> list[Spec]:
     def documents() -> Documents:
         return {
-            split: [_arc_row(row) for row in _lines(folder / f"{part}.jsonl")]
+            split: [_arc_row(row) for row in _rows(folder / f"{part}.jsonl")]
             for split, part in (("train", "train"), ("validation", "dev"))
         }
 
@@ -100,7 +115,7 @@ def _mmlu_rows(path: Path) -> list[dict[str, Any]]:
 
 def _gsm8k(folder: Path, name: str) -> list[Spec]:
     def documents() -> Documents:
-        rows = _lines(folder / "train.jsonl")
+        rows = _rows(folder / "train.jsonl")
         return {"train": rows[:-GSM8K_SCORED], "test": rows[-GSM8K_SCORED:]}
 
     return [_local(name, documents)]
@@ -114,21 +129,20 @@ def _wikitext(folder: Path, name: str) -> list[Spec]:
 
 
 def _pages(path: Path) -> list[dict[str, Any]]:
-    """Articles as they are: each starts with a line ` = Title = `; lm-eval takes the marks out itself."""
-    text = path.read_text(encoding="utf-8")
-    starts = [match.start() for match in re.finditer(r"^ = [^=\n]+ = *$", text, re.MULTILINE)]
-    return [{"page": text[start:end]} for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+    """Articles as they are; lm-eval takes the marks out itself."""
+    lines = read_lines(path)
+    pages = ["\n".join(lines[begin:end]) for begin, end in article_bounds(lines)]
+    return [{"page": page} for page in pages if page.strip()]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in read_lines(path) if line.strip()]
 
 
-LOCAL: dict[str, tuple[str, Callable[[Path, str], list[Spec]], int]] = {
-    "arc_easy": ("arc_easy/dev.jsonl", _arc, 0),
-    "arc_challenge": ("arc_challenge/dev.jsonl", _arc, 0),
-    "mmlu": ("mmlu/dev", _mmlu, 5),
-    "gsm8k": ("gsm8k/train.jsonl", _gsm8k, 5),
-    "wikitext": ("wikitext-2/valid.txt", _wikitext, 0),
+LOCAL = {
+    "arc_easy": Local("arc_easy/dev.jsonl", "dev", _arc, 0),
+    "arc_challenge": Local("arc_challenge/dev.jsonl", "dev", _arc, 0),
+    "mmlu": Local("mmlu/dev", "val", _mmlu, 5),
+    "gsm8k": Local("gsm8k/train.jsonl", f"last {GSM8K_SCORED} of train", _gsm8k, 5),
+    "wikitext": Local("wikitext-2/valid.txt", "valid", _wikitext, 0),
 }
-"""By name: what must be there under `ANYDEPTH_DATA`, how the documents are read, and examples in the prompt."""

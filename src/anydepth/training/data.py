@@ -154,7 +154,7 @@ def _wikitext(split: str) -> list[str]:
     """WikiText-2 articles from `$ANYDEPTH_DATA`, or from the hub where that is not set."""
     folder = os.environ.get("ANYDEPTH_DATA")
     if folder:
-        lines = _read_lines(Path(folder).expanduser() / "wikitext-2" / f"{split}.txt")
+        lines = read_lines(Path(folder).expanduser() / "wikitext-2" / f"{split}.txt")
     else:
         lines = _wikitext_from_hub({"valid": "validation"}.get(split, split))
     return wikitext_articles(lines)
@@ -202,10 +202,14 @@ def wikitext_articles(lines: Sequence[str]) -> list[str]:
     Undone are the marks of numbers and hyphens (` @-@ `), the spaces around punctuation, quotes and brackets, and those
     inside headings. `<unk>` stays: the word is lost, and leaving it out would leave a sentence that is none.
     """
-    starts = [i for i, line in enumerate(lines) if _ARTICLE.fullmatch(line) and _blank_around(lines, i)]
-    bounds = pairwise([0, *starts, len(lines)])
-    articles = ["\n".join(restore_text(line) for line in lines[begin:end]).strip() for begin, end in bounds]
+    articles = ["\n".join(map(restore_text, lines[begin:end])).strip() for begin, end in article_bounds(lines)]
     return [article for article in articles if article]
+
+
+def article_bounds(lines: Sequence[str]) -> list[tuple[int, int]]:
+    """First line, and line behind the last, of each article, and of what stands before the first."""
+    starts = [i for i, line in enumerate(lines) if _ARTICLE.fullmatch(line) and _blank_around(lines, i)]
+    return list(pairwise([0, *starts, len(lines)]))
 
 
 def _blank_around(lines: Sequence[str], i: int) -> bool:
@@ -256,7 +260,8 @@ def _read_text(path: Path) -> str:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
 
 
-def _read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file. Raises `UserError` if it cannot be read."""
     # Not splitlines(), which also cuts at characters that WikiText has inside its paragraphs.
     return _read_text(path).split("\n")
 
@@ -266,7 +271,7 @@ def _read_txt(path: Path) -> list[str]:
 
 
 def _read_jsonl(path: Path) -> list[str]:
-    lines = enumerate(_read_lines(path), start=1)
+    lines = enumerate(read_lines(path), start=1)
     return [_text_of(line, f"'{path}', line {number}") for number, line in lines if line.strip()]
 
 
