@@ -58,6 +58,9 @@ DOCUMENTS: list[dict[str, Any]] = [
     {
         **ORIGIN,
         "schema": "anydepth.eval/1",
+        "perplexity": 13.25,
+        "full_depth": {"perplexity": 12.5, "tasks": {"arc_easy": {"acc": 0.6, "num_items": 4}}},
+        "tasks": {"arc_easy": {"acc": 0.5, "num_items": 4, "num_fewshot": 0, "layer_token_share": 0.75}},
         "num_tokens": 100,
         "mean_depth": 2.5,
         "per_layer": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.25]},
@@ -68,6 +71,8 @@ DOCUMENTS: list[dict[str, Any]] = [
         "schema": "anydepth.bench/1",
         "rows": [
             {
+                "engine": "fast",
+                "weights": "bfloat16",
                 "batch_size": 1,
                 "prompt_tokens": 64,
                 "new_tokens": 8,
@@ -88,7 +93,7 @@ DOCUMENTS: list[dict[str, Any]] = [
         "per_layer": [{"layer": layer, "mixer": DEPTH, "ffn": DEPTH} for layer in (0, 1)],
         "token_classes": [{"class": name, "num_tokens": 10, "depth": DEPTH} for name in ("word", "rare")],
         "positions": [{"first": first, "last": first, "num_tokens": 2, "depth": DEPTH} for first in (0, 1, 2)],
-        "lengths": [],
+        "lengths": [{"length": 25, "num_tokens": 50, "depth": {"mean": 1.5, "low": None, "high": None}}],
         "losses": {
             "bins": [{"low": low, "high": low + 1, "num_tokens": 5, "depth": DEPTH} for low in (0.0, 1.0)],
             "rank_correlation": 0.1,
@@ -165,4 +170,15 @@ def every_kind() -> list[dict[str, Any]]:
         "mixers": {"layers": [1, 3], "tokens": ["a", HOSTILE], "softmax": [[True, False], [True, True]]},
     }
     second = {**run_document(), "run": "another", "summary": []}
-    return [run_document(), second, bench_over_sizes(), text, *sweeps()]
+    calibrate = {
+        **ORIGIN,
+        "schema": "anydepth.calibrate/1",
+        "thresholds": {"early_exit": [0.9, 0.95]},
+        "risk": 0.02,
+        "p_value": 0.01,
+        "num_sequences": 200,
+        "met": True,
+        "config": {"max_risk": 0.05, "confidence": 0.95},
+        "speedup": 1.1,
+    }
+    return [run_document(), second, bench_over_sizes(), text, calibrate, *sweeps()]

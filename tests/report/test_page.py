@@ -51,7 +51,7 @@ def test_the_page_is_whole_and_self_contained(written: list[Path]) -> None:
     outline.feed(html)
     assert outline.open == []
     assert outline.headings == [
-        "What it buys", "Skip set", "The router before training", "Training", "Which layers run", "Speed",
+        "What it buys", "Skip set", "The router before training", "Training", "Which layers run", "Tasks", "Speed",
         "Where depth goes", "A text, token by token", "How it was made",
     ]  # fmt: skip
     assert len(outline.images) == 11

@@ -149,7 +149,7 @@ def show_eval(document: dict[str, Any]) -> None:
     keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share")
     full = document["full_depth"]
     rows = [
-        [label, *(f"{part[key]:.4g}" for key in keys)]
+        [label, *(f"{float(part[key]):.4g}" for key in keys)]
         for label, part in (("untouched", full), (document["label"], document))
     ]
     table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)

@@ -16,7 +16,7 @@ GREY = "#777777"
 Document = dict[str, Any]
 WIDTH = 5.2
 """Inches: narrow, so that its 8-point text is legible when the page is as wide as a phone."""
-NO_LOSSES = ("step", "learning_rate", "mean_depth", "phase", "figures", "layers")
+NO_LOSSES = ("step", "learning_rate", "mean_depth", "phase", "seconds", "figures", "layers")
 
 
 def png(figure: Figure) -> bytes:
@@ -50,7 +50,7 @@ def _short(label: str) -> str:
 def training(document: Document) -> Figure:
     """Loss by term over the steps; the LM loss apart from the auxiliary terms."""
     history = document["loss_history"]
-    terms = [name for name in history[-1] if name not in NO_LOSSES]
+    terms = [name for name in dict.fromkeys(name for row in history for name in row) if name not in NO_LOSSES]
     figure, axes = _figure("Training: loss by term")
     for term, colour in zip(sorted(terms, key=lambda name: name != "lm_loss"), COLOURS * 3, strict=False):
         rows = [row for row in history if term in row]
@@ -156,7 +156,7 @@ def speed(document: Document) -> Figure:
     figure, axes = _figure("Speed: measured beside ideal", 3.2)
     labels, measured, ideal = [], [], []
     for row in document["rows"]:
-        name = f"batch {row['batch_size']}\n{row['prompt_tokens']}+{row['new_tokens']}"
+        name = f"{_engine(row)}\nbatch {row['batch_size']}\n{row['prompt_tokens']}+{row['new_tokens']}".strip()
         for phase, part in (("all", row), ("prefill", row.get("prefill")), ("decode", row.get("decode"))):
             if part:
                 labels.append(f"{name}\n{phase}")
@@ -181,6 +181,11 @@ def speed(document: Document) -> Figure:
     return figure
 
 
+def _engine(row: Document) -> str:
+    """Engine and weights of a row of a bench."""
+    return f"{row.get('engine', '')} {row.get('weights', '')}".strip()
+
+
 def speed_lines(document: Document) -> Figure:
     """Speed-up over batch size, and over prompt length, each beside its ideal."""
     rows = document["rows"]
@@ -188,10 +193,12 @@ def speed_lines(document: Document) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     axis_of = (("batch_size", "batch size (rows)", "prompt_tokens"), ("prompt_tokens", "prompt (tokens)", "batch_size"))
     for axes, (along, name, other) in zip(panels, axis_of, strict=True):
-        for value, colour in zip(sorted({row[other] for row in rows}), COLOURS * 2, strict=False):
-            line = sorted((row for row in rows if row[other] == value), key=lambda row: row[along])
+        groups = sorted({(_engine(row), row[other]) for row in rows})
+        for (engine, value), colour in zip(groups, COLOURS * 4, strict=False):
+            own = [row for row in rows if (_engine(row), row[other]) == (engine, value)]
+            line = sorted(own, key=lambda row: row[along])
             places = [row[along] for row in line]
-            label = f"{'prompt' if other == 'prompt_tokens' else 'batch'} {value}"
+            label = f"{engine} {'prompt' if other == 'prompt_tokens' else 'batch'} {value}".strip()
             axes.plot(places, [row["speedup"] for row in line], color=colour, marker="o", markersize=4, label=label)
             axes.plot(places, [row["ideal_speedup"] for row in line], color=colour, linestyle=":", linewidth=1.2)
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
@@ -213,7 +220,7 @@ def acceptance(document: Document) -> Figure:
     rows = [row for row in document["rows"] if row["adapted"].get("acceptance_by_place")]
     for row, colour in zip(rows, COLOURS * 3, strict=False):
         shares = row["adapted"]["acceptance_by_place"]
-        label = f"batch {row['batch_size']}, prompt {row['prompt_tokens']}"
+        label = f"{_engine(row)} batch {row['batch_size']}, prompt {row['prompt_tokens']}".strip()
         axes.plot(range(1, len(shares) + 1), shares, color=colour, marker="o", markersize=4, label=label)
     axes.set_xlabel("place in the draft (tokens; those in front of it accepted)")
     axes.set_ylabel("share accepted")
@@ -272,7 +279,7 @@ def _intervals(depths: Sequence[Document]) -> tuple[list[float], list[float], li
     return means, below, [depth["high"] - depth["mean"] for depth in known]
 
 
-def fronts(documents: Sequence[Document]) -> Figure:
+def fronts(documents: dict[str, Document]) -> Figure:
     """Perplexity against measured time and against FLOPs, side by side; what nothing beats is joined."""
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -280,16 +287,17 @@ def fronts(documents: Sequence[Document]) -> Figure:
         ("time", "time_share", "time ÷ full depth's (measured)"),
         ("flops", "layer_token_share", "FLOPs ÷ full depth's"),
     )
-    for axes, (front, key, name) in zip(panels, axis_of, strict=True):
-        for document, colour in zip(documents, COLOURS * 3, strict=False):
+    for axes, (front, key, cost) in zip(panels, axis_of, strict=True):
+        for (name, document), colour in zip(documents.items(), COLOURS * 3, strict=False):
             rows = [row for row in document["settings"] if row["num_seeds"]]
             axes.scatter([row[key] for row in rows], [row["perplexity"] for row in rows], color=colour, s=28,
-                         label=_short(document["label"]), zorder=3)  # fmt: skip
+                         label=_short(name), zorder=3)  # fmt: skip
             best = [row for label in document["front"][front] for row in document["settings"] if row["label"] == label]
             axes.plot([row[key] for row in best], [row["perplexity"] for row in best], color=colour, linewidth=1.2)
-        full = documents[0]["settings"][0]
-        axes.scatter([1.0], [full["perplexity"]], marker="*", s=90, color=GREY, label="full depth", zorder=4)
-        axes.set_xlabel(name)
+        full = [row for document in documents.values() for row in document["settings"] if not row["num_seeds"]]
+        if full:
+            axes.scatter([1.0], [full[0]["perplexity"]], marker="*", s=90, color=GREY, label="full depth", zorder=4)
+        axes.set_xlabel(cost)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e5e5e5", linewidth=0.6)
     panels[0].set_ylabel("perplexity (lower is better)")
@@ -308,7 +316,7 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
         axes.scatter(*place, color=colour, s=46, zorder=3)
         axes.annotate(_short(row["label"]), place, fontsize=8, xytext=(0, 7), textcoords="offset points", ha=side)
     axes.margins(x=0.15, y=0.25)  # room for the labels
-    axes.set_xlabel("tokens per second (generation, batch 1)")
+    axes.set_xlabel("tokens per second (generation)")
     axes.set_ylabel("perplexity (lower is better)")
     return figure
 

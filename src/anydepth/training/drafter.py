@@ -181,7 +181,7 @@ def train_drafter(
             nn.utils.clip_grad_norm_(network.parameters(), config.max_gradient_norm)
             optimizer.step()
             row = {"step": float(number), "loss": loss.item(), "learning_rate": rate}
-            row |= {f"right_{place + 1}": hits / max(seen, 1) for place, (hits, seen) in enumerate(right)}
+            row["figures"] = {f"right_{place + 1}": hits / max(seen, 1) for place, (hits, seen) in enumerate(right)}
             row["seconds"] = time.monotonic() - started
             if not row["loss"] < float("inf"):
                 raise RunError(f"step {number}: the loss is not finite; lower the learning rate")

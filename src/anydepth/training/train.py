@@ -198,8 +198,10 @@ class AdaptedTrainer(Trainer):
             isinstance(self.model, AdaptedModel)
             and self.state.global_step % max(self.settings.max_steps // 100, 1) == 0
         ):
-            shares = dict(zip(("mixer", "ffn"), self.model.last_trace.executed_share(), strict=True))
-            row["layers"] = {branch: [round(share, 4) for share in part] for branch, part in shares.items()}
+            trace = self.model.last_trace
+            mixers, ffns = trace.executed_share()
+            mixers = [own + other for own, other in zip(mixers, trace.other_share(), strict=True)]
+            row["layers"] = {"mixer": [round(share, 4) for share in mixers], "ffn": [round(share, 4) for share in ffns]}
         losses = [*self.terms.values()]
         self.terms, self.figures = defaultdict(float), defaultdict(float)
         self.history.append(row)

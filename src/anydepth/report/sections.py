@@ -1,0 +1,323 @@
+"""What the page says of each kind of document: `SECTIONS`, and what stands above them."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from anydepth.report import plots
+
+if TYPE_CHECKING:
+    from anydepth.report.page import Page
+
+Document = dict[str, Any]
+SUMMARY_COLUMNS = {
+    "label": "",
+    "perplexity": "perplexity",
+    "agreement": "same next token",
+    "mean_depth": "mean depth",
+    "layer_token_share": "FLOP share of layers",
+    "tokens_per_second": "tokens/s",
+    "speedup": "speed-up",
+    "ideal_speedup": "ideal",
+    "realised": "realised",
+}
+
+# Light to dark orange with the depth; dark text stays legible on all of them.
+SHADES = ("#fff7e6", "#ffe3ad", "#ffc97a", "#f9a65a", "#ee8a4a")
+
+
+def number(value: Any) -> str:
+    """As tables and sentences show it, safe in HTML."""
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+
+
+def _named(documents: list[Document]) -> dict[str, Document]:
+    """By the name of the run, or what is attached; numbered where two have the same."""
+    names = [str(document.get("run") or document["label"]) for document in documents]
+    names = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return dict(zip(names, documents, strict=True))
+
+
+def summary(page: Page, results: list[Document]) -> None:
+    measured = [result for result in results if result.get("summary")]
+    rows = [dict(row) for result in measured for row in result["summary"]]
+    if not rows:
+        return
+    if len(measured) > 1:  # several runs of one method would read the same
+        owners = [result for result in measured for _ in result["summary"]]
+        for row, owner in zip(rows, owners, strict=True):
+            row["label"] = f"{owner.get('run') or owner['label']}: {row['label']}"
+    page.section("What it buys")
+    page.text("The untouched model and the adapted one, on the same text and the same machine, timed in turn.", "lead")
+    page.table("summary", SUMMARY_COLUMNS, rows)
+    placed = [row for row in rows if "tokens_per_second" in row]
+    if len(placed) > 1:
+        page.figure("tradeoff", plots.tradeoff(placed), "Perplexity against measured generation speed.", *measured)
+
+
+def loss_curves(page: Page, documents: list[Document]) -> None:
+    trained = [document for document in documents if document.get("loss_history")]
+    if len(trained) > 1 and all("lm_loss" in document["loss_history"][-1] for document in trained):
+        page.section("Trainings side by side")
+        figure = plots.loss_curves(_named(trained))
+        page.figure("losses", figure, "Language loss alone, means of ten steps.", *trained)
+
+
+def _train(page: Page, document: Document, name: str) -> None:
+    if not document["loss_history"]:
+        return
+    page.section("Training")
+    page.text(
+        f"{len(document['loss_history'])} steps in {document['seconds']:.0f} s, "
+        f"{document['tokens_per_second']:.0f} tokens/s.",
+        "lead",
+    )
+    page.figure(name, plots.training(document), "Loss by term at every optimiser step.", document)
+    if any("mean_depth" in row for row in document["loss_history"]):
+        page.figure(
+            f"{name}-depth", plots.training_depth(document), "Layers per token while gates are sampled.", document
+        )
+    if any(row.get("figures") for row in document["loss_history"]):
+        page.figure(
+            f"{name}-figures", plots.training_figures(document), "Shares as sampled, and schedules, by step.", document
+        )
+    if any(_skips(row.get("layers", {})) for row in document["loss_history"]):
+        page.figure(
+            f"{name}-layers", plots.training_layers(document), "Which layers ran while gates were sampled.", document
+        )
+
+
+def _skips(layers: dict[str, list[float]]) -> bool:
+    return any(share < 1 for shares in layers.values() for share in shares)
+
+
+def _search(page: Page, document: Document, name: str) -> None:
+    page.section("Skip set")
+    for key in ("skip_layers", "skip_mixers", "skip_ffns"):
+        if document[key]:
+            page.text(f"{key}: {', '.join(map(str, document[key]))}")
+    page.text(
+        f"Found in {document['seconds']:.0f} s; {document['agreement']:.1%} of next tokens as at full depth.", "lead"
+    )
+    if document.get("trajectory"):
+        page.figure(name, plots.search(document), "Agreement with full depth as layers are left out.", document)
+
+
+def _fit(page: Page, document: Document, name: str) -> None:
+    page.section("The router before training")
+    page.text(
+        f"Fitted in {document['seconds']:.0f} s to what each layer is worth to each token of {document['num_tokens']}. "
+        "On held-out text:",
+        "lead",
+    )
+    columns = {"choice": "", "skip_share": "layers skipped", "divergence": "KL from full depth, nats a token"}
+    rows = [
+        {"choice": choice, "skip_share": document[share], "divergence": document[f"{choice}_divergence"]}
+        for choice, share in (("static", "static_skip_share"), ("routed", "skip_share"))
+    ]
+    page.table(name, columns, rows)
+
+
+def _eval(page: Page, document: Document, name: str) -> None:
+    page.section("Which layers run")
+    page.text(f"Share of {document['num_tokens']} real tokens; mean depth {document['mean_depth']:.2f}.", "lead")
+    if "perplexity" in document:
+        ours, full = document["perplexity"], document["full_depth"]["perplexity"]
+        page.text(f"Perplexity {number(ours)}, at full depth {number(full)}.")
+    page.figure(name, plots.layers(document), "Share of evaluation tokens that ran each mixer and FFN.", document)
+    if document.get("mixers"):
+        page.text("Layers where tokens choose between softmax and a linear mixer:")
+        columns = {"layer": "layer", "softmax_share": "share of softmax", "entropy": "entropy of the choice, bits"}
+        page.table(f"{name}-mixers", columns, document["mixers"])
+    if document.get("tasks"):
+        _tasks(page, document, name)
+
+
+def _tasks(page: Page, document: Document, name: str) -> None:
+    page.section("Tasks")
+    page.text("By lm-eval, with routing on and at full depth, on the same items.", "lead")
+    columns = {
+        "task": "task",
+        "metric": "metric",
+        "num_items": "items",
+        "num_fewshot": "examples",
+        "full": "full depth",
+        "score": "adapted",
+        "layer_token_share": "FLOP share of layers",
+    }
+    rows = [
+        {
+            **task,
+            "task": label,
+            "metric": metric,
+            "score": score,
+            "full": document["full_depth"]["tasks"][label][metric],
+        }
+        for label, task in document["tasks"].items()
+        for metric, score in task.items()
+        if isinstance(score, float) and metric != "layer_token_share"
+    ]
+    page.table(f"{name}-tasks", columns, rows)
+
+
+def _calibrate(page: Page, document: Document, name: str) -> None:
+    page.section("Calibration")
+    thresholds = "; ".join(f"{method} {value}" for method, value in document["thresholds"].items())
+    page.text(f"Thresholds: {thresholds}.")
+    if "p_value" in document:
+        bound, confidence = document["config"]["max_risk"], document["config"]["confidence"]
+        page.text(
+            f"Risk {number(document['risk'])} on {document['num_sequences']} texts: at most {bound:g} with confidence "
+            f"{confidence:g}, p {number(document['p_value'])}."
+            if document["met"]
+            else "No setting could be shown to keep the bound: nothing is skipped."
+        )
+    for key, text in (("speedup", "Measured speed-up"), ("perplexity_increase", "Perplexity, relative increase")):
+        if document.get(key) is not None:
+            page.text(f"{text}: {number(document[key])}.")
+
+
+def _bench(page: Page, document: Document, name: str) -> None:
+    page.section("Speed")
+    page.text("Full depth and adapted in turn in one process; medians of paired ratios.", "lead")
+    page.figure(
+        name, plots.speed(document), "Measured speed-up beside the ideal that the skipped FLOPs allow.", document
+    )
+    if len({(row["batch_size"], row["prompt_tokens"]) for row in document["rows"]}) > 2:
+        text = "Speed-up over batch size and prompt length; the dotted lines are what the skipped FLOPs allow."
+        page.figure(f"{name}-lines", plots.speed_lines(document), text, document)
+    if any(row["adapted"].get("acceptance_by_place") for row in document["rows"]):
+        text = "Drafted tokens that full depth confirmed, by place; only drafts whose earlier tokens were confirmed."
+        page.figure(f"{name}-acceptance", plots.acceptance(document), text, document)
+    columns = {
+        "engine": "engine",
+        "weights": "weights",
+        "batch_size": "batch",
+        "prompt_tokens": "prompt",
+        "new_tokens": "new",
+        "full": "full tok/s",
+        "adapted_rate": "adapted tok/s",
+        "speedup": "speed-up",
+        "ideal_speedup": "ideal",
+        "realised": "realised",
+    }
+    rows = [
+        {**row, "full": row["full_depth"]["tokens_per_second"], "adapted_rate": row["adapted"]["tokens_per_second"]}
+        for row in document["rows"]
+    ]
+    page.table(name, columns, rows)
+
+
+def _analyze(page: Page, document: Document, name: str) -> None:
+    page.section("Where depth goes")
+    found, depth = document["conditionality"], document["depth"]
+    page.text(
+        f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth['mean']:.2f}"
+        + ("." if depth["low"] is None else f" ({depth['low']:.2f} to {depth['high']:.2f})."),
+        "lead",
+    )
+    if found["num_gates"]:
+        page.text(
+            f"Gates hold {found['mutual_information_bits']:.4f} bits about the token they gate, "
+            f"{found['static_bits']:.4f} when they are moved along their window "
+            f"({found['num_permutations']} times): p = {found['p_value']:.3g}."
+        )
+    else:
+        page.text("No gate both opens and closes: depth does not depend on the token.")
+    columns = {
+        "length": "texts cut at, tokens",
+        "num_tokens": "tokens",
+        "mean": "depth",
+        "low": "from",
+        "high": "to, 95%",
+    }
+    page.table(f"{name}-lengths", columns, [{**row, **row["depth"]} for row in document["lengths"]])
+    page.figure(name, plots.token_classes(document), "Layers run for a token, by what kind of token it is.", document)
+    page.figure(
+        f"{name}-curves", plots.depth_curves(document), "Depth by position, and by loss at full depth.", document
+    )
+    for row in document["seeds"]:
+        page.text(
+            f"Runs {row['first'] + 1} and {row['second'] + 1} agree in {row['agreement']:.1%} of gates, "
+            f"{row['by_chance']:.1%} by chance: kappa {row['kappa']:.2f}."
+        )
+
+
+def _sweep(page: Page, document: Document, name: str) -> None:
+    page.section(f"Sweep: {document['label']}")
+    over = "; ".join(document["config"]["over"]) or "seeds alone"
+    page.text(f"{len(document['points'])} runs over {over}; means over seeds.", "lead")
+    columns = {
+        "label": "",
+        "num_seeds": "seeds",
+        "perplexity": "perplexity",
+        "time_share": "time ÷ full depth's",
+        "layer_token_share": "FLOP share of layers",
+        "speedup": "speed-up",
+        "agreement": "same next token",
+    }
+    page.table(name, columns, document["settings"])
+
+
+def fronts(page: Page, documents: list[Document]) -> None:
+    sweeps = [document for document in documents if document["schema"] == "anydepth.sweep/1"]
+    if sweeps:
+        page.section("Quality against cost")
+        text = "Each point is a setting, the mean of its seeds. Lines join what nothing beats in quality and cost both."
+        page.figure("fronts", plots.fronts(_named(sweeps)), text, *sweeps)
+
+
+def _generate(page: Page, document: Document, name: str) -> None:
+    num_layers = document["num_layers"]
+    if document.get("mixers"):
+        _mixers(page, document, name)
+    page.section("A text, token by token")
+    page.text(f"“{document['prompt']}” goes on; each token is shaded by the layers that ran to predict it.", "lead")
+    spans = "".join(
+        _token(token, depth, num_layers) for token, depth in zip(document["tokens"], document["depths"], strict=True)
+    )
+    page.parts.append(f'<div class="tokens">{spans}</div>')
+    steps = [
+        f'<span style="background:{shade};color:#111">&nbsp;≤ {(place + 1) * num_layers // len(SHADES)}&nbsp;</span>'
+        for place, shade in enumerate(SHADES)
+    ]
+    page.parts.append(f'<p class="legend">Layers run: {" ".join(steps)}</p>')
+    if document["tokens"]:
+        page.figure(name, plots.heat_map(document), "Token × layer: which layers each generated token ran.", document)
+
+
+def _mixers(page: Page, document: Document, name: str) -> None:
+    chosen = document["mixers"]
+    count = len(chosen["layers"])
+    page.section("Which mixer, token by token")
+    page.text(
+        f"Each token is shaded by how many of the routed layers ({', '.join(map(str, chosen['layers']))}) it took "
+        "softmax in; the others it went through linear.",
+        "lead",
+    )
+    spans = "".join(
+        f'<span style="background:{SHADES[sum(softmax) * (len(SHADES) - 1) // count]}" '
+        f'title="softmax in {sum(softmax)} of {count} layers">{escape(token)}</span>'
+        for token, softmax in zip(chosen["tokens"], chosen["softmax"], strict=True)
+    )
+    page.parts.append(f'<div class="tokens">{spans}</div>')
+    page.figure(f"{name}-mixers", plots.mixers(document), "Token × routed layer: dark took softmax.", document)
+
+
+SECTIONS = {
+    "train": _train,
+    "search": _search,
+    "fit": _fit,
+    "eval": _eval,
+    "bench": _bench,
+    "analyze": _analyze,
+    "calibrate": _calibrate,
+    "sweep": _sweep,
+    "generate": _generate,
+}
+
+
+def _token(token: str, depth: float, num_layers: int) -> str:
+    shade = SHADES[min(int(depth / num_layers * len(SHADES)), len(SHADES) - 1)]
+    return f'<span style="background:{shade}" title="{depth:g} of {num_layers} layers">{escape(token)}</span>'
