@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 import anydepth
 import families
@@ -172,11 +173,79 @@ def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
     with adapted.disabled():
         whole = engine.generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
     ends = [int(whole[0, 21 + 6]), int(whole[2, 21 + 17])]
-    stops = [tokenizer.decode(whole[1, 30:32])]
-    for options in ({"eos_token_id": ends}, {"stop_strings": stops, "tokenizer": tokenizer, "eos_token_id": None}):
-        wanted, ours = both(adapted, engine, batch, do_sample=False, max_new_tokens=40, **options)
+    said = tokenizer.decode(whole[1, 21:])
+    stop = next(letter for letter in said if letter.isascii() and letter.isprintable())
+    at = said.index(stop)
+    for options in ({"eos_token_id": ends}, {"stop_strings": [stop], "tokenizer": tokenizer, "eos_token_id": None}):
+        for runner in (engine, adapted):
+            wanted, ours = both(adapted, runner, batch, do_sample=False, max_new_tokens=40, **options)
+            assert torch.equal(wanted, ours)
+            if "stop_strings" in options:
+                alone = {key: part[1:2] for key, part in batch.items()}
+                first = runner.generate(**alone, do_sample=False, max_new_tokens=40, pad_token_id=0, **options)
+                assert tokenizer.decode(first[0, 21:]).endswith(stop) and first.shape[1] < whole.shape[1]
+    assert at < 40
+
+
+def test_rows_that_ended_go_on_where_no_end_token_is_known() -> None:
+    """As transformers has it: without an end token nothing is filled up, and the batch ends with its last row."""
+    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set", "skip_layers": [2]}]).eval()
+    batch = prompts(3)
+
+    class Ends(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            lengths = torch.tensor([6, 14, 9])[: len(input_ids)] + 21
+            if len(input_ids) == 1:  # asked row by row: told apart by the prompt
+                row = next(i for i, ids in enumerate(batch["input_ids"]) if torch.equal(ids, input_ids[0, :21]))
+                lengths = torch.tensor([[6, 14, 9][row] + 21])
+            return torch.full((len(input_ids),), input_ids.shape[1]) >= lengths
+
+    for runner in (FastEngine(adapted), adapted):
+        options: Any = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None}
+        wanted, ours = both(adapted, runner, batch, stopping_criteria=[Ends()], **options)
+        assert torch.equal(wanted, ours) and ours.shape[1] == 21 + 14
+
+
+def test_a_length_that_the_prompt_has_already_ends_at_once() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    for runner in (FastEngine(adapted), adapted):
+        limit = StoppingCriteriaList([MaxLengthCriteria(10)])
+        wanted, ours = both(adapted, runner, prompts(2), do_sample=False, stopping_criteria=limit)
+        assert torch.equal(wanted, ours) and ours.shape[1] == 22
+
+
+def test_what_would_be_dropped_is_refused() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    batch = prompts(2)
+    right = {**batch, "attention_mask": torch.tensor([[1] * 20 + [0], [1] * 21])}
+    for runner in (FastEngine(adapted), adapted):
+        with pytest.raises(UserError, match="pad on the left"):
+            runner.generate(**right, max_new_tokens=3)
+        with pytest.raises(UserError, match="assistant_model is not taken"):
+            runner.generate(**batch, assistant_model=adapted.model, max_new_tokens=3)
+
+
+def test_rows_near_a_change_of_bits_hold_the_others_back() -> None:
+    """A batch of one row in front of the place where attention is cut otherwise and one far from it."""
+    model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
+    adapted = anydepth.attach(model, [{**ALONE, "max_draft": 8}, {"name": "skip_set", "skip_layers": [2]}]).eval()
+    engine, generator = FastEngine(adapted), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 100, (2, 250), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :130] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    wanted, ours = both(adapted, engine, batch, do_sample=False, max_new_tokens=60, eos_token_id=None)
+    assert torch.equal(wanted, ours)
+
+
+@pytest.mark.parametrize("strategy", ["dynamic", "influence"])
+def test_searching_for_layers_beside_early_exits(strategy: str) -> None:
+    """Layers that are called by themselves see no gates of the forward before."""
+    spec = {**ALONE, "exit_layers": [3], "search": {"strategy": strategy, "every": 8, "window": 8}}
+    adapted = anydepth.attach(tiny_llama(), spec).eval()
+    for runner in (FastEngine(adapted), adapted):
+        wanted, ours = both(adapted, runner, prompts(1), do_sample=False, eos_token_id=None)
         assert torch.equal(wanted, ours)
-        assert ours.shape[1] <= whole.shape[1]
 
 
 class Puts:

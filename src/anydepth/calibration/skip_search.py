@@ -85,14 +85,14 @@ def search(
     started = time.monotonic()
     adapted = attach(model, SkipSetConfig())
     try:
-        candidates = _candidates(adapted.backbone.num_layers, branches)
-        num_out = round(budget * len(candidates))
-        if not 0 < num_out < len(candidates):
+        everything = candidates(adapted.backbone.num_layers, branches=branches)
+        num_out = round(budget * len(everything))
+        if not 0 < num_out < len(everything):
             raise UserError(
-                f"budget {budget} of {len(candidates)} {'branches' if branches else 'layers'} is {num_out} left out; "
+                f"budget {budget} of {len(everything)} {'branches' if branches else 'layers'} is {num_out} left out; "
                 "choose a share that leaves out at least one and keeps at least one"
             )
-        problem = Problem(adapted, windows, candidates, num_out, _choices(adapted, windows), seed)
+        problem = Problem(adapted, windows, everything, num_out, _choices(adapted, windows), seed)
         order = STRATEGIES[strategy](problem)
         trajectory = []
         for count in range(1, len(order) + 1):
@@ -105,15 +105,16 @@ def search(
     return SkipSearchResult(config, trajectory[-1]["agreement"], time.monotonic() - started, trajectory)
 
 
-def _candidates(num_layers: int, branches: bool) -> list[Candidate]:
+def candidates(num_layers: int, *, branches: bool) -> list[Candidate]:
+    """What can be left out: whole layers, or mixers and FFNs."""
     kinds = ("mixer", "ffn") if branches else ("layer",)
     return [(kind, layer_idx) for layer_idx in range(num_layers) for kind in kinds]
 
 
-def as_lists(candidates: Sequence[Candidate]) -> dict[str, list[int]]:
+def as_lists(chosen: Sequence[Candidate]) -> dict[str, list[int]]:
     """As options of `skip_set`."""
     names = {"layer": "skip_layers", "mixer": "skip_mixers", "ffn": "skip_ffns"}
-    return {name: sorted(i for kind, i in candidates if names[kind] == name) for name in names.values()}
+    return {name: sorted(i for kind, i in chosen if names[kind] == name) for name in names.values()}
 
 
 def _by_influence(problem: Problem) -> list[Candidate]:

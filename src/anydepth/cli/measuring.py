@@ -231,6 +231,8 @@ def _check_requests(requests: int | None, engines: list[Any]) -> None:
         raise UserError(f"--requests is a number of at least 1; came {requests}")
     if requests is not None and None in engines:
         raise UserError("--requests is continuous batching, which the fast engine has; add --engine fast")
+    if requests is not None and any(engine.adapted.speculation is not None for engine in engines):
+        raise UserError("--requests decodes without drafts; leave out --requests or self_speculation")
 
 
 def _with_methods(target: str, against: list[str], options: list[str], dtype: str, device: str) -> tuple[Any, Any]:

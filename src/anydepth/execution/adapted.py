@@ -83,8 +83,7 @@ class AdaptedModel(nn.Module):
 
     def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._enabled:
-            with self._running(None):
-                return self._own_decoder(*args, **kwargs)
+            return self._own_decoder(*args, **kwargs)
         kwargs = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs}
         run = self._begin(kwargs)
         output = self._own_decoder(**kwargs)
@@ -165,10 +164,11 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Full depth, bitwise the model without anydepth."""
+        """Full depth, bitwise the model without anydepth; a layer that is called by itself as well."""
         before, self._enabled = self._enabled, False
         try:
-            yield
+            with self._running(None):
+                yield
         finally:
             self._enabled = before
 

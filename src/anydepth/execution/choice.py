@@ -32,7 +32,8 @@ def through_other(run: Run, layer_idx: int, choice: Choice, hidden: Tensor) -> T
     """
     real, others = run.context.token_mask, choice.others & run.context.token_mask
     sees_all = choice.gate.kv_rule == "project"
-    if choice.gate.all_kept and not (sees_all and run.cache is not None):
+    learns_from_both = sees_all and choice.weight is not None and not run.sparse
+    if choice.gate.all_kept and not learns_from_both and not (sees_all and run.cache is not None):
         return None
     state = None if run.cache is None else run.cache.other(layer_idx)
     mixer = _Mixer(run, choice.other, hidden)
@@ -85,4 +86,4 @@ def _packed(mixer: _Mixer, others: Tensor, state: LinearAttentionLayer | None) -
     places = (others.cumsum(1) - 1 + (longest - counts)[:, None])[rows, columns]
     packed = hidden.new_zeros(len(hidden), longest, hidden.shape[-1])
     output = mixer(packed.index_put((rows, places), hidden[rows, columns]), state)
-    return torch.zeros_like(hidden).index_put((rows, columns), output[rows, places])
+    return torch.zeros_like(hidden).index_put((rows, columns), output[rows, places].to(hidden.dtype))

@@ -101,7 +101,7 @@ class Choice:
         """The one behind `ids`, which begin as the row's."""
         if not self.sampling:
             return largest(scores[None])[0]
-        noise = self.noise.at(len(ids) - row.num_prompt, len(scores))[row.slot]
+        noise = self.noise.at(len(ids) - row.num_prompt, len(scores))[row.slot].to(scores.device)
         return int((scores.softmax(-1) / noise).argmax())
 
     def guess(self, rows: Sequence[Row], logits: Tensor, vocabulary: Tensor | None) -> tuple[list[int], list[float]]:
@@ -138,13 +138,19 @@ class Stops:
         self.end_ids = {token for part in ends for token in part.eos_token_id.tolist()}
         self.others = StoppingCriteriaList(part for part in criteria if part not in lengths and part not in ends)
 
+    @classmethod
+    def at(cls, length: int) -> Stops:
+        """At a length, whatever is said."""
+        return cls(StoppingCriteriaList([MaxLengthCriteria(length)]))
+
     def room(self, row: Row) -> int | None:
         """Tokens that a row may still take; None: any number."""
         return None if self.max_length is None else self.max_length - len(row.ids)
 
     def ends(self, row: Row, scores: Tensor) -> bool:
         """Whether the row's last token is its end."""
-        if self.room(row) == 0 or row.ids[-1] in self.end_ids:
+        room = self.room(row)
+        if (room is not None and room <= 0) or row.ids[-1] in self.end_ids:
             return True
         if not self.others:
             return False

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anydepth.calibration.bayesian import Proposals, inner
-from anydepth.calibration.skip_search import STRATEGIES, Problem
+from anydepth.calibration.skip_search import STRATEGIES, Problem, candidates
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.economy import NUM_CLASSES
 from anydepth.inference.engine.cache import EngineCache
@@ -164,8 +164,8 @@ class Found(Searched):
 
     def look(self, row: Row, window: int) -> None:
         windows = torch.tensor([row.ids[-1 - window : -1]])
-        candidates = [("layer", layer_idx) for layer_idx in range(self.method.num_layers)]
-        found = STRATEGIES[self.config.strategy](Problem(self.adapted, windows, candidates, self.num_out))
+        everything = candidates(self.method.num_layers, branches=False)
+        found = STRATEGIES[self.config.strategy](Problem(self.adapted, windows, everything, self.num_out))
         self.method.choose(layer_idx for _, layer_idx in found)
 
 

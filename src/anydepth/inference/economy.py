@@ -88,7 +88,7 @@ class Costs:
 
     Attributes:
         verified: further tokens than one a row, and seconds, of the latest verifications.
-        guessed: seconds of the latest guesses for each row that drafts, by drafter.
+        guessed: seconds of the latest guesses, of all rows that draft together, by drafter.
         plain: of verifying one token a row; None: not known yet.
         more: that each further token adds.
     """

@@ -58,9 +58,9 @@ class HFTarget:
             self.caches.append(self.adapted.new_cache())
             ids = row.ids[row.num_padding :]
             if methods:
-                self._forward(row, ids, *methods)
+                self._forward(row, ids, *methods, logits_to_keep=1)
                 self.caches[number].rewind(0)
-            last.append(self._forward(row, ids)[-1])
+            last.append(self._forward(row, ids, logits_to_keep=1)[-1])
         return last
 
     def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -110,12 +110,11 @@ class HFTarget:
             row.early = []
             self.caches[row.slot].rewind(row.num_seen)
 
-    def _forward(self, row: Row, ids: list[int], *methods: Method) -> Tensor:
+    def _forward(self, row: Row, ids: list[int], *methods: Method, **options: Any) -> Tensor:
         """(N, V) logits of a row's next tokens."""
+        input_ids = torch.tensor([ids], device=self.adapted.device)
         with self.adapted.deciding(*methods):
-            output = self.adapted(
-                input_ids=torch.tensor([ids], device=self.adapted.device), past_key_values=self.caches[row.slot]
-            )
+            output = self.adapted(input_ids=input_ids, past_key_values=self.caches[row.slot], **options)
         return output.logits[0]
 
 

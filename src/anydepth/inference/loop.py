@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -19,6 +20,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 
+NOT_HERE = ("assistant_model", "inputs_embeds", "position_ids", "past_key_values")
+"""Options of `generate` that would otherwise be dropped without a word."""
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -35,8 +38,13 @@ def generate_by(
     """`adapted.generate` with a loop in place of transformers' own.
 
     Raises:
-        UserError: stop strings without a tokenizer.
+        UserError: an option that the loops do not have, a mask that is no padding on the left, or stop strings without
+            a tokenizer.
     """
+    for option in NOT_HERE:
+        if kwargs.get(option) is not None:
+            raise UserError(f"{option} is not taken here; leave it out, or use engine hf at full depth")
+    _check_padding(kwargs.get("attention_mask"))
     # transformers 5.23 gives the streamer the prompt, but hides it and the tokenizer from a loop of others.
     stopping_criteria = StoppingCriteriaList(list(stopping_criteria or []))
     if stop_strings is not None:
@@ -50,6 +58,18 @@ def generate_by(
         stopping_criteria=stopping_criteria,
         **kwargs,
     )
+
+
+def _check_padding(mask: Tensor | None) -> None:
+    """Raise `UserError` unless a (B, T) mask has its zeros in front, and a token in every row."""
+    if mask is None:
+        return
+    real = mask.bool()
+    if real.dim() != 2 or not real[:, -1].all() or not torch.equal(real.long().cummax(1).values.bool(), real):
+        raise UserError(
+            "attention_mask must have its zeros in front of the tokens, a row at least one token; pad on the left "
+            '(tokenizer.padding_side = "left")'
+        )
 
 
 def check_mode(config: GenerationConfig, who: str) -> None:

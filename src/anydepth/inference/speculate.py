@@ -101,6 +101,7 @@ def decode(
     sampling, device = bool(config.do_sample), input_ids.device
     choice = Choice(processors, num_rows, setup.vocabulary_size, device, sampling=sampling)
     run = Speculation(target, setup, choice, Stops(criteria))
+    fills = config._eos_token_tensor is not None  # rows that ended; without an end token transformers lets them go on
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     num_put = 0
 
@@ -108,12 +109,12 @@ def decode(
         """Give the streamer the steps that all rows have taken."""
         nonlocal num_put
         longest = max(len(row.ids) for row in rows)
-        ready = min(longest if row.is_done else len(row.ids) for row in rows) - num_prompt
+        ready = min(longest if row.is_done and fills else len(row.ids) for row in rows) - num_prompt
         for place in range(num_prompt + num_put, num_prompt + ready):
             streamer.put(torch.tensor([row.ids[place] if place < len(row.ids) else pad for row in rows]))
         num_put = max(num_put, ready)
 
-    run.run(rows, (lambda: None) if streamer is None else put)
+    run.run(rows, (lambda: None) if streamer is None else put, fills=fills)
     if streamer is not None:
         streamer.end()
     longest = max(len(row.ids) for row in rows)
@@ -146,8 +147,8 @@ class Speculation:
         self.costs = self.economy.costs(1)
         self.counts = Counts()
 
-    def run(self, rows: list[Row], after_round: Callable[[], None]) -> None:
-        """Let all rows go to their ends."""
+    def run(self, rows: list[Row], after_round: Callable[[], None], *, fills: bool) -> None:
+        """Let all rows go to their ends, and unless what is missing is filled up, all to that of the longest."""
         reduced = [method for drafter in self.drafters if isinstance(drafter, Reduced) for method in drafter.methods]
         try:
             logits = self.target.start(rows, [method for method in reduced if method.remembers])
@@ -155,12 +156,21 @@ class Speculation:
                 drafter.start(self.target, len(rows))
             self._take(rows, [part[None] for part in logits])
             after_round()
-            while active := [row for row in rows if not row.is_done]:
-                self._round(active)
-                after_round()
+            self._rounds(rows, after_round)
+            longest = max(len(row.ids) for row in rows)
+            if not fills and any(len(row.ids) < longest for row in rows):
+                self.stops = Stops.at(longest)
+                for row in rows:
+                    row.is_done = len(row.ids) == longest
+                self._rounds(rows, after_round)
         finally:
             for drafter in self.drafters:
                 drafter.stop()
+
+    def _rounds(self, rows: list[Row], after_round: Callable[[], None]) -> None:
+        while active := [row for row in rows if not row.is_done]:
+            self._round(active)
+            after_round()
 
     def _round(self, rows: list[Row]) -> None:
         self.costs = self.economy.costs(len(rows))
@@ -182,7 +192,7 @@ class Speculation:
     def _draft(self, rows: list[Row]) -> list[Plan]:
         """Let each row draft for as long as it pays."""
         candidates, trial = self._candidates()
-        most = self._most(len(rows))
+        most = self._most(rows)
         plans = [
             Plan(row, self._drafter_for(row, candidates, trial), self._limit(row, most), trial is not None)
             for row in rows
@@ -194,8 +204,10 @@ class Speculation:
             going_on: list[Plan] = []
             for drafter in candidates:
                 own = [plan for plan in drafting if plan.drafter is drafter]
-                if own and self._worth_it(drafter, own):
-                    going_on += self._guess(drafter, own)
+                if own:
+                    whatever = not self.setup.adaptive or self._tries(drafter, own)
+                    if whatever or self._pays(drafter, own):
+                        going_on += self._guess(drafter, own, keeps_all=whatever)
             drafting = [plan for plan in going_on if len(plan.row.draft) < plan.limit]
         return plans
 
@@ -213,20 +225,22 @@ class Speculation:
         best = max(exits, key=self._worth, default=None)
         return [one for one in self.drafters if one is best or not isinstance(one, FirstLayers)], None
 
-    def _most(self, num_rows: int) -> int:
-        """Tokens that each row may draft, so that a verification is still one pass of few tokens."""
-        most = self.target.max_tokens
-        return self.setup.max_draft if most is None else min(self.setup.max_draft, max(most // num_rows - 1, 0))
+    def _most(self, rows: list[Row]) -> int:
+        """Tokens that each row may draft, so that a verification is still one pass of few tokens, and the same bits.
+
+        All rows are as long there as the longest: none may reach where the bits of another would change.
+        """
+        most, rooms = self.target.max_tokens, [self.target.room(row) for row in rows]
+        most = self.setup.max_draft if most is None else min(self.setup.max_draft, max(most // len(rows) - 1, 0))
+        return min([most, *(room for room in rooms if room is not None)])
 
     def _limit(self, row: Row, most: int) -> int:
-        """The same, where the row's own length or end does not come first; the model itself adds one."""
-        room, same = self.stops.room(row), self.target.room(row)
-        most = most if same is None else min(most, same)
+        """The same, where the row's own end does not come first; the model itself adds one."""
+        room = self.stops.room(row)
         return most if room is None else min(most, room - 1)
 
-    def _worth_it(self, drafter: Drafter, plans: list[Plan]) -> bool:
-        if not self.setup.adaptive or self._tries(drafter, plans):
-            return True
+    def _pays(self, drafter: Drafter, plans: list[Plan]) -> bool:
+        """Whether one more guess of these is worth its time."""
         return self.costs.pays(drafter.name, [plan.reached * self._next(drafter, plan) for plan in plans])
 
     def _tries(self, drafter: Drafter, plans: list[Plan]) -> bool:
@@ -242,18 +256,18 @@ class Speculation:
             return 0.0 if confidence is None else record.known.of(confidence)
         return record.right_after(plan.confidences[-1]) if plan.confidences else record.next.of(FIRST)
 
-    def _guess(self, drafter: Drafter, plans: list[Plan]) -> list[Plan]:
-        """One more token of these rows; those that got one that is worth to be verified."""
-        tries = self._tries(drafter, plans)
+    def _guess(self, drafter: Drafter, plans: list[Plan], *, keeps_all: bool) -> list[Plan]:
+        """One more token of these rows; those that got one, if it is worth to be verified or all are kept."""
         started = time.perf_counter()
         guesses = drafter.guess([plan.row for plan in plans], self.choice.guess)
         self.costs.note_guess(drafter.name, time.perf_counter() - started)
         record, got = self.economy.of(drafter.name), []
         for plan, guess in zip(plans, guesses, strict=True):
-            if guess is None:
+            if guess is None:  # no token of its vocabulary is allowed
+                record.next.note(plan.confidences[-1] if plan.confidences else FIRST, right=False)
                 continue
             reached = plan.reached * record.known.of(guess.confidence)
-            if self.setup.adaptive and not tries and not self.costs.repays(reached):
+            if not keeps_all and not self.costs.repays(reached):
                 record.next.note(plan.confidences[-1] if plan.confidences else FIRST, right=False)
                 continue
             plan.row.draft.append(guess.token)
@@ -316,7 +330,8 @@ class Speculation:
                 break
             num_right += 1
         name = None if plan.drafter is None else plan.drafter.name
-        self.counts.note(name, len(draft), num_right, len(taken))
+        judged = len(draft) if num_right < len(taken) else num_right  # what stood behind the end was not
+        self.counts.note(name, judged, num_right, len(taken))
         if name is not None:
             record, before = self.economy.of(name), FIRST
             for place in range(min(num_right + 1, len(draft), len(taken))):

@@ -13,7 +13,7 @@ from anydepth.errors import RunError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.weights import WEIGHT_ONLY
-from anydepth.methods.method import Gate, KVRule, Method, PassContext
+from anydepth.methods.method import Choice, Gate, KVRule, Method, PassContext
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 MOST = 0.5
@@ -76,6 +76,12 @@ class Replay(Method):
         super().__init__(StrictConfig(), adapted.backbone)
         self.trace = adapted.last_trace
         self.gates_branches = "recompute" not in self.trace.kv_rules  # of exits, which end whole layers
+        choosing: list[Any] = [method for method in adapted.active_methods if method.chooses_mixers]
+        self.mixers: dict[int, Any] = {int(i): mixer for one in choosing for i, mixer in one.mixers.items()}
+
+    @property
+    def chooses_mixers(self) -> bool:  # type: ignore[override]
+        return bool(self.mixers)
 
     @property
     def kv_rule(self) -> KVRule | None:
@@ -88,6 +94,11 @@ class Replay(Method):
 
     def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
         return self._gate(self.trace.mixer_keep[layer_idx], layer_idx, context)
+
+    def mixer_choice(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Choice | None:
+        if layer_idx not in self.mixers:
+            return None
+        return Choice(self.mixer_gate(layer_idx, hidden, context), self.mixers[layer_idx], None)
 
     def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
         return self._gate(self.trace.ffn_keep[layer_idx], layer_idx, context)

@@ -146,8 +146,8 @@ def train_drafter(
     *,
     seed: int = 0,
     resume: bool = False,
-    on_step: Callable[[dict[str, float]], None] = lambda row: None,
-) -> list[dict[str, float]]:
+    on_step: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
     """Train a drafter in place; returns a row of losses and shares of right guesses for each step.
 
     Raises:
@@ -155,12 +155,12 @@ def train_drafter(
     """
     network.vocabulary.copy_(vocabulary_of(texts, len(network.vocabulary), backbone.model.config.vocab_size))
     device = network.vocabulary.device
-    training = DraftTraining(network, backbone, config.num_guesses)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     out.mkdir(parents=True, exist_ok=True)
-    history: list[dict[str, float]] = []
+    history: list[dict[str, Any]] = []
     if resume and (out / STATE).exists():
-        history = _restore(network, optimizer, out / STATE)
+        history = _restore(network, optimizer, out / STATE)  # its vocabulary, too
+    training = DraftTraining(network, backbone, config.num_guesses)
     number, epoch = 0, 0
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     while number < config.max_steps:
@@ -201,7 +201,7 @@ def _rate(step: int, config: DrafterConfig) -> float:
     return config.learning_rate * (0.05 + 0.475 * (1 + torch.cos(torch.tensor(share * torch.pi)).item()))
 
 
-def _keep(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, float]], path: Path) -> None:
+def _keep(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]], path: Path) -> None:
     """Weights, optimiser and history in one file, whole or not at all."""
     tensors = {f"weights.{name}": value for name, value in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
@@ -211,7 +211,7 @@ def _keep(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list
     part.replace(path)
 
 
-def _restore(network: DraftNetwork, optimizer: torch.optim.Optimizer, path: Path) -> list[dict[str, float]]:
+def _restore(network: DraftNetwork, optimizer: torch.optim.Optimizer, path: Path) -> list[dict[str, Any]]:
     prefix, state = "weights.", defaultdict[int, dict[str, Tensor]](dict)
     with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
         tensors, history = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()[HISTORY]  # noqa: SIM118

@@ -118,7 +118,7 @@ class FastEngine:
             if stops.others or not stops.end_ids.isdisjoint(next_ids.tolist()):
                 unfinished = unfinished & ~criteria(input_ids, scores)
                 num_ended = len(input_ids) - int(unfinished.sum())
-            if num_ended == len(input_ids) or input_ids.shape[1] == stops.max_length:
+            if num_ended == len(input_ids) or (stops.max_length is not None and input_ids.shape[1] >= stops.max_length):
                 break
             hidden, record = self.model.forward(next_ids[:, None], slots, cache, methods)
             records.append(record)
