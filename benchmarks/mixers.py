@@ -4,8 +4,8 @@
     python benchmarks/mixers.py [--table]
 
 Of each decoder that the experiment trained: language loss alone, over three seeds; parameters; FLOPs per token, tokens
-per second and the share of softmax at several lengths, in prefill; K/V and time per token of decoding behind a long
-text. All models in turn, in one process.
+per second and the share of softmax at several lengths, in prefill; K/V behind a long text, and time per step of
+decoding there, one text at a time and several. All models in turn, in one process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -31,6 +32,10 @@ EXPERIMENT = ROOT / "experiments" / "mixers_from_scratch.yaml"
 RUNS, RESULT = ROOT.parent / "runs" / EXPERIMENT.stem, ROOT / "results" / "mixers.json"
 LENGTHS = [512, 2048, 8192]
 CONTEXT, NEW_TOKENS = 4096, 32
+ROWS = [1, 8]
+"""Texts that are decoded together: of one, calls of small operators are most of the time."""
+ROUTED = (1, 2)
+"""Layers that the dynamic variants route."""
 
 
 @torch.no_grad()
@@ -41,23 +46,38 @@ def prefill(adapted: AdaptedModel, ids: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-@torch.no_grad()
-def decode(adapted: AdaptedModel, ids: torch.Tensor) -> tuple[float, list[int], dict[str, int]]:
-    """Seconds per token behind a text, bytes of K/V by layer, and of all K/V and states."""
-    cache = adapted.new_cache()
-    adapted(input_ids=ids[:, :CONTEXT], past_key_values=cache, logits_to_keep=1)
-    by_layer = []
-    for layer_idx, kind in enumerate(adapted.backbone.layer_types()):
-        slots = None if kind == "recurrent" else cache.slots(layer_idx)
-        by_layer.append(
-            0 if slots is None or slots.keys is None else 2 * slots.keys.numel() * slots.keys.element_size()
-        )
-    held, seconds = cache.num_bytes, []
-    for place in range(CONTEXT, CONTEXT + NEW_TOKENS):
-        started = time.perf_counter()
-        adapted(input_ids=ids[:, place : place + 1], past_key_values=cache)
-        seconds.append(time.perf_counter() - started)
-    return median(seconds), by_layer, held
+@dataclass
+class Decoding:
+    """Texts behind which a model decodes, and their cache."""
+
+    adapted: AdaptedModel
+    ids: torch.Tensor  # (B, T)
+    place: int = CONTEXT
+
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        self.cache = self.adapted.new_cache()
+        self.adapted(input_ids=self.ids[:, :CONTEXT], past_key_values=self.cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def seconds(self) -> float:
+        """Of a step, median of the next few."""
+        spent = []
+        for _ in range(NEW_TOKENS):
+            step = self.ids[:, self.place : self.place + 1]
+            started = time.perf_counter()
+            self.adapted(input_ids=step, past_key_values=self.cache)
+            spent.append(time.perf_counter() - started)
+            self.place += 1
+        return median(spent)
+
+    def bytes_by_layer(self) -> list[int]:
+        """Of keys and values."""
+        held = []
+        for layer_idx, kind in enumerate(self.adapted.backbone.layer_types()):
+            keys = None if kind == "recurrent" else self.cache.slots(layer_idx).keys
+            held.append(0 if keys is None else 2 * keys.numel() * keys.element_size())
+        return held
 
 
 def facts(name: str, adapted: AdaptedModel, ids: torch.Tensor, seeds: list[int]) -> dict[str, Any]:
@@ -83,63 +103,73 @@ def facts(name: str, adapted: AdaptedModel, ids: torch.Tensor, seeds: list[int])
 
 def measure(num_runs: int) -> dict[str, Any]:
     experiment = yaml.safe_load(EXPERIMENT.read_text())
+    longest = max(*LENGTHS, CONTEXT + (num_runs + 1) * NEW_TOKENS)
     models, rows, timed = {}, {}, {}
     for name in experiment["variants"]:
         adapted, tokenizer = load_target(str(RUNS / f"{name}-{experiment['seeds'][0]}"))
-        models[name] = adapted.eval()
-        ids = load_windows("wikitext-2:valid", tokenizer, max(LENGTHS), max_windows=1)[:1]
-        rows[name] = facts(name, adapted, ids, experiment["seeds"])
-        timed[name] = {length: [] for length in LENGTHS} | {"decode": []}
+        ids = load_windows("wikitext-2:valid", tokenizer, longest, max_windows=max(ROWS))
+        rows[name] = facts(name, adapted.eval(), ids[:1], experiment["seeds"])
+        models[name] = ids, {size: Decoding(adapted, ids[:size]) for size in ROWS}
+        rows[name]["kv_bytes_by_layer"] = {size: one.bytes_by_layer() for size, one in models[name][1].items()}
+        rows[name]["cache_bytes"] = {size: one.cache.num_bytes for size, one in models[name][1].items()}
+        timed[name] = {length: [] for length in LENGTHS} | {f"decode {size}": [] for size in ROWS}
         print(name, rows[name], flush=True)
     for number in range(num_runs + 1):  # the first warms up
-        for name, adapted in list(models.items())[:: 1 if number % 2 else -1]:
+        for name, (ids, decoding) in list(models.items())[:: 1 if number % 2 else -1]:
             gc.collect()
             for length in LENGTHS:
-                timed[name][length].append(prefill(adapted, ids[:, :length]))
-            seconds, by_layer, held = decode(adapted, ids)
-            timed[name]["decode"].append(seconds)
-            rows[name] |= {"kv_bytes_by_layer": by_layer, "cache_bytes": held}
-        print(number, {name: round(parts["decode"][-1] * 1e3, 2) for name, parts in timed.items()}, flush=True)
+                timed[name][length].append(prefill(decoding[1].adapted, ids[:1, :length]))
+            for size in ROWS:
+                timed[name][f"decode {size}"].append(decoding[size].seconds())
+        print(number, {name: round(parts["decode 8"][-1] * 1e3, 2) for name, parts in timed.items()}, flush=True)
     for name, row in rows.items():
         row["tokens_per_second"] = {length: length / median(timed[name][length][1:]) for length in LENGTHS}
-        row["decode_seconds_per_token"] = median(timed[name]["decode"][1:])
-        row["decode_over_all_softmax"] = median(
-            theirs / ours
-            for theirs, ours in zip(timed["all_softmax"]["decode"][1:], timed[name]["decode"][1:], strict=True)
-        )
+        for key, part in (("decode_seconds_per_step", "ours"), ("decode_over_all_softmax", "ratio")):
+            row[key] = {}
+            for size in ROWS:
+                ours, base = timed[name][f"decode {size}"][1:], timed["all_softmax"][f"decode {size}"][1:]
+                ratios = [theirs / own for theirs, own in zip(base, ours, strict=True)]
+                row[key][size] = median(ours if part == "ours" else ratios)
         trained = read_document(RUNS / f"{name}-{experiment['seeds'][0]}" / "train.json")
         row["trained_at"] = {key: trained[key] for key in ("commit", "dirty", "seconds")}
     return rows
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """The README's table."""
-    lines = [
-        "| | loss | parameters | MFLOP a token, 512 / 8192 | tokens/s, 512 / 2048 / 8192 | K/V at 4096 | ms a token |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """The table of the page of results."""
+    softmax = rows["all_softmax"]["kv_bytes_by_layer"]
+    columns = ["", "loss", "parameters", "softmax", "MFLOP a token, 512 / 8192", "prefill 512 / 2048 / 8192, tokens/s"]
+    columns += ["K/V of layers 1 and 2, 1 / 8 rows", "decoding, 1 / 8 rows"]
+    lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "| --- " * len(columns) + "|"]
     for name, row in rows.items():
         half = (max(row["losses"]) - min(row["losses"])) / 2
         flops = [row["flops_per_token"][str(length)] / 1e6 for length in (512, 8192)]
         speeds = [f"{row['tokens_per_second'][str(length)]:.0f}" for length in LENGTHS]
+        held = [
+            sum(row["kv_bytes_by_layer"][str(size)][i] for i in ROUTED) / sum(softmax[str(size)][i] for i in ROUTED)
+            for size in ROWS
+        ]
+        shares = row["softmax_share"]["2048"]
+        softmax_share = f"{mean(shares):.2f}" if shares else ""
+        decoding = [f"{row['decode_over_all_softmax'][str(size)]:.2f}×" for size in ROWS]
         lines.append(
             f"| {name.replace('_', ' ')} | {row['loss']:.3f} ± {half:.3f} | {row['num_parameters'] / 1e6:.2f} M | "
-            f"{flops[0]:.1f} / {flops[1]:.1f} | {' / '.join(speeds)} | {row['cache_bytes']['kv'] / 2**20:.1f} MiB | "
-            f"{row['decode_seconds_per_token'] * 1e3:.2f} |"
+            f"{softmax_share} | {flops[0]:.1f} / {flops[1]:.1f} | {' / '.join(speeds)} | "
+            f"{' / '.join(f'{share:.2f}' for share in held)} | {' / '.join(decoding)} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-runs", type=int, default=7)
+    parser.add_argument("--num-runs", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="print the committed results as a table, run nothing")
     arguments = parser.parse_args()
     if arguments.table:
         print(markdown(read_document(RESULT)["rows"]))
         return
     rows = measure(arguments.num_runs)
-    config = {"num_runs": arguments.num_runs, "lengths": LENGTHS, "context": CONTEXT, "new_tokens": NEW_TOKENS}
+    config = {"num_runs": arguments.num_runs, "lengths": LENGTHS, "context": CONTEXT, "rows": ROWS}
     command = f"python benchmarks/mixers.py --num-runs {arguments.num_runs}"
     write_json(RESULT, document("anydepth.mixers/1", seed=0, config=config, command=command, rows=rows))
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from anydepth.errors import UserError
+from anydepth.overrides import UniqueKeys, override_key
 
 Device = str
 DType = Literal["float32", "bfloat16", "float16"]
@@ -338,27 +339,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise UserError(f"no recipe at {path}; give a YAML file (recipes/ has one per method)")
     try:
-        content = yaml.load(path.read_text(), _UniqueKeys)  # a safe loader
+        content = yaml.load(path.read_text(), UniqueKeys)  # a safe loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; a recipe is a mapping of {', '.join(_keys(Recipe))}")
     for override in overrides:
-        _override(content, override)
+        override_key(content, override)
     recipe = validate(Recipe, content, where=str(path))
     recipe.method_configs()
     return recipe
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping that gives a key twice; YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[reportUnknownMemberType]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def validate(config: type[ConfigT], options: Mapping[str, Any], *, where: str) -> ConfigT:
@@ -406,38 +396,3 @@ def _is_config(candidate: Any) -> bool:
 
 def _keys(config: type[BaseModel]) -> list[str]:
     return list(config.model_fields)
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    """Put `a.b=value` or `methods.0.key=value` into the recipe's mapping."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set takes KEY=VALUE, such as train.max_steps=20; came '{override}'")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {key}: '{text}' is not a YAML value") from error
-    parts = key.split(".")
-    place: Any = content
-    for part in parts[:-1]:
-        place = _descend(place, part, key)
-    if isinstance(place, list):
-        place[_index(place, parts[-1], key)] = value
-    else:
-        place[parts[-1]] = value
-
-
-def _descend(place: Any, part: str, key: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, part, key)]
-    if place.get(part) is None:
-        place[part] = {}
-    if not isinstance(place[part], dict | list):
-        raise UserError(f"--set {key}: '{part}' holds {place[part]!r}, not a section")
-    return place[part]
-
-
-def _index(place: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"--set {key}: '{part}' must be a number from 0 to {len(place) - 1}")
-    return int(part)

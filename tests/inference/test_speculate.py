@@ -15,10 +15,10 @@ import families
 from anydepth import FastEngine
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.inference import choice, speculate
-from anydepth.inference.choice import KEPT_NOISE, Noise
+from anydepth.inference import speculate
 from anydepth.inference.drafters import Lookup
 from anydepth.inference.engine.native import same_bits_until
+from anydepth.inference.next_token import KEPT_NOISE, Noise
 from anydepth.inference.targets import Row
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from tiny import byte_tokenizer, tiny_llama
@@ -283,14 +283,14 @@ def test_a_draft_that_fails_leaves_the_model_as_it_was(path: str, monkeypatch: p
     runner: Any = adapted if path == "hf" else FastEngine(adapted)
     wanted, ours = both(adapted, runner, prompts(2), do_sample=False)
     assert torch.equal(wanted, ours)
-    own, calls = choice.Choice.guess, itertools.count()
+    own, calls = next_token.NextToken.guess, itertools.count()
 
     def fails(self: Any, *arguments: Any) -> Any:
         if next(calls) == 5:
             raise KeyboardInterrupt
         return own(self, *arguments)
 
-    monkeypatch.setattr(choice.Choice, "guess", fails)
+    monkeypatch.setattr(next_token.NextToken, "guess", fails)
     with pytest.raises(KeyboardInterrupt):
         runner.generate(**prompts(2), max_new_tokens=30, do_sample=False, pad_token_id=0)
     monkeypatch.undo()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from anydepth.calibration.guarantee import (
 )
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.inference.engine.decode import FastEngine
+
+if TYPE_CHECKING:  # what is given to this stage, not what it stands on
+    from anydepth.inference.engine.decode import FastEngine
 
 RISKS = ("consistency", "quality", "difference")
 

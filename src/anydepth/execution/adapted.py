@@ -23,7 +23,8 @@ from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord, Trace
 from anydepth.methods.compose import MethodSpec, build_methods
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import ExitState, Memory, Method, PassContext
+from anydepth.methods.memory import Memory
+from anydepth.methods.method import ExitState, Method, PassContext
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import Backbone
 

@@ -21,10 +21,10 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
-from anydepth.inference.choice import Choice, Stops, largest
 from anydepth.inference.counts import Counts
 from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, drafters_of
 from anydepth.inference.economy import FIRST, NUM_CLASSES, TRY_AGAIN, Economy
+from anydepth.inference.next_token import NextToken, Stops, largest
 from anydepth.inference.targets import Row, Target
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.method import LogitsOf
@@ -99,7 +99,7 @@ def decode(
     padding = [0] * num_rows if attention_mask is None else (attention_mask == 0).sum(1).tolist()
     rows = [Row(ids, num_padding) for ids, num_padding in zip(input_ids.tolist(), padding, strict=True)]
     sampling, device = bool(config.do_sample), input_ids.device
-    choice = Choice(processors, num_rows, setup.vocabulary_size, device, sampling=sampling)
+    choice = NextToken(processors, num_rows, setup.vocabulary_size, device, sampling=sampling)
     run = Speculation(target, setup, choice, Stops(criteria))
     fills = config._eos_token_tensor is not None  # rows that ended; without an end token transformers lets them go on
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
@@ -141,7 +141,7 @@ class Speculation:
     Of several drafters each row drafts with the one that is worth most at the moment.
     """
 
-    def __init__(self, target: Target, setup: Setup, choice: Choice, stops: Stops) -> None:
+    def __init__(self, target: Target, setup: Setup, choice: NextToken, stops: Stops) -> None:
         self.target, self.setup, self.choice, self.stops = target, setup, choice, stops
         self.drafters, self.economy = list(setup.drafters), setup.economy
         self.costs = self.economy.costs(1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import Evaluate, GateNetwork
+from anydepth.methods.memory import Memory
 from anydepth.models.backbone import Backbone
 
 KVRule = Literal["project", "omit", "recompute"]
@@ -23,41 +24,6 @@ KVRule = Literal["project", "omit", "recompute"]
 
 LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
 """(..., V) logits of (..., D) states by the model's final norm and head; of the tokens (V',) of a vocabulary alone."""
-
-
-class Memory:
-    """Tensors that methods keep per sequence, in step with the K/V cache; empty where there is none.
-
-    What was remembered of tokens that the cache forgot (`rewind`) stays: a method must write it anew as it sees their
-    places again.
-
-    Args:
-        kept: by name, a row for each sequence of the cache.
-        rows: those of this forward; None is all, in order.
-        num_rows: of the cache, where `rows` are given.
-    """
-
-    def __init__(
-        self, kept: dict[str, Tensor] | None = None, rows: Sequence[int] | None = None, num_rows: int = 0
-    ) -> None:
-        self.kept = {} if kept is None else kept
-        self.rows = None if rows is None else list(rows)
-        self.num_rows = num_rows
-
-    def recall(self, name: str, like: Tensor) -> Tensor:
-        """(B, ...) what was remembered; zeros at the start, of the shape of `like` (B, ...)."""
-        if self.rows is None:
-            return self.kept.get(name, torch.zeros_like(like))
-        return self.kept[name][self.rows] if name in self.kept else torch.zeros_like(like)
-
-    def remember(self, name: str, values: Tensor) -> None:
-        """Keep (B, ...) values, the same shape at every forward."""
-        if self.rows is None:
-            self.kept[name] = values
-            return
-        if name not in self.kept:
-            self.kept[name] = values.new_zeros(self.num_rows, *values.shape[1:])
-        self.kept[name][self.rows] = values
 
 
 @dataclass

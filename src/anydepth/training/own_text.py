@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.config import OwnTextConfig
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.inference.choice import largest
 from anydepth.inference.engine.model import EngineModel
+from anydepth.inference.next_token import largest
 
 MARK = "\x00"
 # fmt: off

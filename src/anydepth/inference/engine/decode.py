@@ -20,11 +20,11 @@ from transformers import (
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
-from anydepth.inference.choice import Stops, largest
 from anydepth.inference.drafters import Trained
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.loop import check_mode, generate_by
+from anydepth.inference.next_token import Stops, largest
 from anydepth.inference.speculate import Setup, decode, records_of, setup_of
 from anydepth.inference.targets import EngineTarget
 from anydepth.methods.method import Method

@@ -23,7 +23,8 @@ from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.inference.engine.operators import RowPass
 from anydepth.inference.engine.rotations import Rotations
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, LogitsOf, Memory, Method, PassContext, Rules
+from anydepth.methods.memory import Memory
+from anydepth.methods.method import Gate, LogitsOf, Method, PassContext, Rules
 
 
 class Step(RowPass):

@@ -62,7 +62,7 @@ class Noise:
             torch.set_rng_state(state)
 
 
-class Choice:
+class NextToken:
     """The next token out of logits.
 
     Args:

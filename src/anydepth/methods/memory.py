@@ -1,0 +1,43 @@
+"""What methods remember of a sequence between forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """Tensors that methods keep per sequence, in step with the K/V cache; empty where there is none.
+
+    What was remembered of tokens that the cache forgot (`rewind`) stays: a method must write it anew as it sees their
+    places again.
+
+    Args:
+        kept: by name, a row for each sequence of the cache.
+        rows: those of this forward; None is all, in order.
+        num_rows: of the cache, where `rows` are given.
+    """
+
+    def __init__(
+        self, kept: dict[str, Tensor] | None = None, rows: Sequence[int] | None = None, num_rows: int = 0
+    ) -> None:
+        self.kept = {} if kept is None else kept
+        self.rows = None if rows is None else list(rows)
+        self.num_rows = num_rows
+
+    def recall(self, name: str, like: Tensor) -> Tensor:
+        """(B, ...) what was remembered; zeros at the start, of the shape of `like` (B, ...)."""
+        if self.rows is None:
+            return self.kept.get(name, torch.zeros_like(like))
+        return self.kept[name][self.rows] if name in self.kept else torch.zeros_like(like)
+
+    def remember(self, name: str, values: Tensor) -> None:
+        """Keep (B, ...) values, the same shape at every forward."""
+        if self.rows is None:
+            self.kept[name] = values
+            return
+        if name not in self.kept:
+            self.kept[name] = values.new_zeros(self.num_rows, *values.shape[1:])
+        self.kept[name][self.rows] = values
