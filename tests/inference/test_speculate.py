@@ -15,7 +15,7 @@ import families
 from anydepth import FastEngine
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.inference import speculate
+from anydepth.inference import next_token, speculate
 from anydepth.inference.drafters import Lookup
 from anydepth.inference.engine.native import same_bits_until
 from anydepth.inference.next_token import KEPT_NOISE, Noise

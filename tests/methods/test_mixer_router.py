@@ -11,10 +11,11 @@ from torch import Tensor
 
 import anydepth
 import families
-from anydepth.errors import UserError
-from anydepth.execution import cost
+from anydepth.errors import RunError, UserError
+from anydepth.execution import choice, cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.measure.inspect import inspect_model
+from anydepth.measure.self_check import self_check
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.models.backbone import Backbone
 from anydepth.models.delta_rule import DeltaShape, build_delta_rule, matched_shape
@@ -233,3 +234,37 @@ def test_the_rates_of_training_are_the_routers_alone() -> None:
     gates = {id(part) for part in router_of(adapted).gate_parameters()}
     assert gates == {id(part) for part in router_of(adapted).networks.parameters()}
     assert len(list(router_of(adapted).parameters())) > len(gates)
+
+
+def test_the_self_check_runs_second_mixers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both states pass it; a second mixer that computes something else when it is run sparsely does not."""
+    ids = families.token_ids(batch_size=2, length=40)
+    for state in ("routed", "all"):
+        self_check(attach(layers=[1, 3], state=state), ids)
+    own = choice._Mixer.__call__
+
+    def wrong(self: Any, hidden: Tensor, state: Any, real: Any = None) -> Tensor:
+        return own(self, hidden, state, real) * (1.0 if state is None else 1.5)
+
+    monkeypatch.setattr(choice._Mixer, "__call__", wrong)
+    with pytest.raises(RunError, match="cached and uncached"):
+        self_check(attach(layers=[1, 3]), ids)
+
+
+def test_routed_mixers_train_under_autocast() -> None:
+    adapted = attach(layers=[1, 3])
+    adapted.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = adapted(input_ids=families.token_ids()).logits.float().square().mean()
+    loss.backward()
+    assert all(part.grad is not None and part.grad.isfinite().all() for part in router_of(adapted).mixers.parameters())
+
+
+def test_masked_training_learns_from_linear_mixers_that_nobody_took() -> None:
+    """`all` knows both outputs: the router is told what the other one would have been worth."""
+    adapted = attach(state="all", layers=[1, 3], initial_bias=30.0)
+    adapted.train()
+    with adapted.masked():
+        adapted(input_ids=families.token_ids()).logits.square().mean().backward()
+    assert adapted.last_trace.mixer_keep.all()
+    assert all(part.grad is not None for part in router_of(adapted).mixers.parameters())
