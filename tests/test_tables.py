@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +31,20 @@ def test_a_page_has_the_table(name: str) -> None:
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     for line in printed.splitlines():
         assert line in pages, f"{name}: {' and '.join(PAGES)} lack {line!r} of `{' '.join(TABLES[name])}`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_no_committed_result_is_of_a_dirty_tree(path: Path) -> None:
+    """And each says with which commit, seed and machine it was measured."""
+
+    def dirty(part: Any, where: str = "") -> list[str]:
+        if isinstance(part, list):
+            part = dict(enumerate(part))
+        if not isinstance(part, dict):
+            return []
+        own = [where or "the document"] if part.get("dirty") else []
+        return own + [place for key, inner in part.items() for place in dirty(inner, f"{where}/{key}")]
+
+    document = json.loads(path.read_text())
+    assert dirty(document) == []
+    assert document["commit"] and document["hardware"]["cpu"] and document["seed"] is not None
