@@ -32,6 +32,7 @@ _HOMES = {
     "ExitGate": "anydepth.methods.exit_gate",
     "FFNRouter": "anydepth.methods.ffn_router",
     "LayerRouter": "anydepth.methods.layer_router",
+    "MixerRouter": "anydepth.methods.mixer_router",
     "MixtureOfDepths": "anydepth.methods.mixture_of_depths",
     "SelfSpeculation": "anydepth.methods.self_speculation",
     "SkipSet": "anydepth.methods.skip_set",
@@ -47,6 +48,7 @@ __all__ = [
     "FFNRouter",
     "FastEngine",
     "LayerRouter",
+    "MixerRouter",
     "MixtureOfDepths",
     "RunError",
     "SelfSpeculation",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from anydepth.methods.exit_gate import ExitGate
     from anydepth.methods.ffn_router import FFNRouter
     from anydepth.methods.layer_router import LayerRouter
+    from anydepth.methods.mixer_router import MixerRouter
     from anydepth.methods.mixture_of_depths import MixtureOfDepths
     from anydepth.methods.self_speculation import SelfSpeculation
     from anydepth.methods.skip_set import SkipSet
