@@ -14,7 +14,7 @@ import warnings
 import typer
 
 # Imported for the commands they register, in the order in which help lists them.
-from anydepth.cli import training, calibrating, measuring, text  # noqa: F401  # isort: skip
+from anydepth.cli import training, calibrating, measuring, text, serving  # noqa: F401  # isort: skip
 from anydepth.cli.app import app
 from anydepth.errors import RunError, UserError
 

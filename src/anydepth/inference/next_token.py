@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,9 +139,11 @@ class Stops:
         self.others = StoppingCriteriaList(part for part in criteria if part not in lengths and part not in ends)
 
     @classmethod
-    def at(cls, length: int) -> Stops:
-        """At a length, whatever is said."""
-        return cls(StoppingCriteriaList([MaxLengthCriteria(length)]))
+    def at(cls, length: int, end_ids: Iterable[int] = ()) -> Stops:
+        """At a length, or behind one of these tokens."""
+        stops = cls(StoppingCriteriaList([MaxLengthCriteria(length)]))
+        stops.end_ids = set(end_ids)
+        return stops
 
     def room(self, row: Row) -> int | None:
         """Tokens that a row may still take; None: any number."""

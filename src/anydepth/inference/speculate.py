@@ -149,12 +149,8 @@ class Speculation:
 
     def run(self, rows: list[Row], after_round: Callable[[], None], *, fills: bool) -> None:
         """Let all rows go to their ends, and unless what is missing is filled up, all to that of the longest."""
-        reduced = [method for drafter in self.drafters if isinstance(drafter, Reduced) for method in drafter.methods]
         try:
-            logits = self.target.start(rows, [method for method in reduced if method.remembers])
-            for drafter in self.drafters:
-                drafter.start(self.target, len(rows))
-            self._take(rows, [part[None] for part in logits])
+            self.begin(rows)
             after_round()
             self._rounds(rows, after_round)
             longest = max(len(row.ids) for row in rows)
@@ -164,15 +160,28 @@ class Speculation:
                     row.is_done = len(row.ids) == longest
                 self._rounds(rows, after_round)
         finally:
-            for drafter in self.drafters:
-                drafter.stop()
+            self.end()
 
     def _rounds(self, rows: list[Row], after_round: Callable[[], None]) -> None:
         while active := [row for row in rows if not row.is_done]:
-            self._round(active)
+            self.round(active)
             after_round()
 
-    def _round(self, rows: list[Row]) -> None:
+    def begin(self, rows: list[Row]) -> None:
+        """Take in the prompts, and the first token of each. What was begun is to be ended, whatever happens."""
+        reduced = [method for drafter in self.drafters if isinstance(drafter, Reduced) for method in drafter.methods]
+        logits = self.target.start(rows, [method for method in reduced if method.remembers])
+        for drafter in self.drafters:
+            drafter.start(self.target, len(rows))
+        self._take(rows, [part[None] for part in logits])
+
+    def end(self) -> None:
+        """Drafters forget this generation."""
+        for drafter in self.drafters:
+            drafter.stop()
+
+    def round(self, rows: list[Row]) -> None:
+        """Draft for rows that are not done, verify, and take what was right and one token more."""
         self.costs = self.economy.costs(len(rows))
         for drafter in self.drafters:
             drafter.settle(rows)

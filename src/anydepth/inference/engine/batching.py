@@ -7,6 +7,7 @@ running one.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,15 @@ from anydepth.errors import UserError
 from anydepth.execution.trace import PassRecord, Trace
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.methods.method import Method
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Of a token that was taken: its own logarithm of probability (before temperature), and the likeliest tokens'."""
+
+    own: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(eq=False)
@@ -28,6 +38,9 @@ class Request:
         prompt: token ids, at least one.
         logits_processor: transformers' own, for this request alone.
         generator: samples with it; None is greedy.
+        full_depth: whether the attached methods decide nothing for it.
+        budget: handed to `set_budget` before its forwards; requests of one budget run together.
+        num_logprobs: likeliest tokens to note at each step; None notes nothing.
         output: new token ids so far, an end token included.
         records: what ran for this request, forward by forward (batch size 1).
     """
@@ -37,7 +50,11 @@ class Request:
     eos_token_ids: frozenset[int] = frozenset()
     logits_processor: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     generator: torch.Generator | None = None
+    full_depth: bool = False
+    budget: float | None = None
+    num_logprobs: int | None = None
     output: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     records: list[PassRecord] = field(default_factory=list)
     slot: int | None = None
 
@@ -58,25 +75,36 @@ class Batcher:
     Args:
         max_batch_size: requests that run at the same time; the others wait in order.
         max_tokens: bound on the memory of the cache: tokens of K/V of all slots together.
+        methods: that decide, unless a request is to run at full depth; None is what is attached and on.
+        set_budget: makes them keep to a request's budget.
 
     Raises:
         UserError: a bound that holds no request.
     """
 
-    def __init__(self, engine: FastEngine, max_batch_size: int = 8, max_tokens: int = 32768) -> None:
+    def __init__(
+        self,
+        engine: FastEngine,
+        max_batch_size: int = 8,
+        max_tokens: int = 32768,
+        *,
+        methods: Sequence[Method] | None = None,
+        set_budget: Callable[[float | None], None] = lambda budget: None,
+    ) -> None:
         if max_batch_size < 1 or max_tokens < max_batch_size:
             raise UserError(f"a batch of {max_batch_size} in {max_tokens} tokens of cache holds no request; give more")
-        self.engine = engine
+        self.engine, self.methods, self.set_budget = engine, methods, set_budget
         self.cache: EngineCache = engine.model.new_cache(max_batch_size, max_tokens // max_batch_size)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        """Put a request in the queue.
+        """Put a request in the queue. Raises as `check` does."""
+        self.check(request)
+        self.waiting.append(request)
 
-        Raises:
-            UserError: an empty prompt, or one that no slot can hold with its new tokens.
-        """
+    def check(self, request: Request) -> None:
+        """Raise `UserError` for an empty prompt, or one that no slot can hold with its new tokens."""
         length = len(request.prompt) + request.max_new_tokens
         if not request.prompt or request.max_new_tokens < 1:
             raise UserError("a request needs a prompt of at least one token, and at least one new token to make")
@@ -85,7 +113,6 @@ class Batcher:
                 f"a request of {len(request.prompt)} + {request.max_new_tokens} tokens does not fit a slot of "
                 f"{self.cache.max_length}; allow more tokens of cache, or fewer requests at once"
             )
-        self.waiting.append(request)
 
     def cancel(self, request: Request) -> None:
         """Forget a request, waiting or running; its slot is free for the next step."""
@@ -129,7 +156,19 @@ class Batcher:
         self._forward(requests, [request.output[-1:] for request in requests])
 
     def _forward(self, requests: list[Request], new: list[list[int]]) -> None:
-        model, methods = self.engine.model, self.engine.adapted.active_methods
+        """Those for which the same is decided together."""
+        alike: dict[tuple[bool, float | None], list[int]] = {}
+        for place, request in enumerate(requests):
+            alike.setdefault((request.full_depth, request.budget), []).append(place)
+        for (full_depth, budget), places in alike.items():
+            attached = self.engine.adapted.active_methods if self.methods is None else self.methods
+            methods = [] if full_depth else attached
+            if methods:
+                self.set_budget(budget)
+            self._forward_alike([requests[place] for place in places], [new[place] for place in places], methods)
+
+    def _forward_alike(self, requests: list[Request], new: list[list[int]], methods: Sequence[Method]) -> None:
+        model = self.engine.model
         token_ids = torch.tensor(new, device=model.device)
         slots = [request.slot for request in requests if request.slot is not None]
         hidden, record = model.forward(token_ids, slots, self.cache, methods)
@@ -147,9 +186,17 @@ class Batcher:
 
 def _choose(request: Request, logits: Tensor) -> int:
     """The next token of a request from its (1, V) logits."""
+    raw = logits
     if request.logits_processor:
         so_far: Any = torch.tensor([request.prompt + request.output], device=logits.device)
         logits = request.logits_processor(so_far, logits)
     if request.generator is None:
-        return int(logits.argmax(-1))
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=request.generator))
+        token = int(logits.argmax(-1))
+    else:
+        token = int(torch.multinomial(logits.softmax(-1), 1, generator=request.generator))
+    if request.num_logprobs is not None:
+        shares = raw[0].log_softmax(-1)
+        values, ids = shares.topk(request.num_logprobs)
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+        request.logprobs.append(Logprob(float(shares[token]), top))
+    return token

@@ -5,7 +5,6 @@ Options, logits processors, stop rules and streamers are transformers' own; this
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from anydepth.inference.loop import check_mode, generate_by
 from anydepth.inference.next_token import Stops, largest
 from anydepth.inference.speculate import Setup, decode, records_of, setup_of
 from anydepth.inference.targets import EngineTarget
+from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.method import Method
 
 
@@ -53,6 +53,10 @@ class FastEngine:
         self.adapted = adapted
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
         self.drafting: Setup | None = None
+
+    def trained(self, network: DraftNetwork) -> Trained:
+        """A drafter that runs a trained network beside these weights."""
+        return Trained(self.model, network)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`, its decoding loop done here. Greedy and sampling, any batch, left padding."""
@@ -132,7 +136,7 @@ class FastEngine:
         """The same tokens, drafted by a part of the model."""
         adapted, method = self.adapted, self.adapted.speculation
         assert method is not None
-        self.drafting = setup_of(adapted, self.drafting, self.model.exit_logits, partial(Trained, self.model))
+        self.drafting = setup_of(adapted, self.drafting, self.model.exit_logits, self.trained)
         target = EngineTarget(self.model, len(input_ids), [] if method.network is None else method.network.taps)
         ids, adapted.draft_counts = decode(target, self.drafting, input_ids, attention_mask, *arguments)
         adapted.records = records_of(ids, attention_mask, input_ids.shape[1], len(self.model.layers))

@@ -1,0 +1,380 @@
+"""OpenAI's API over a `Service`: completions, chat completions, models, health, metrics and the playground."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from anydepth.errors import UserError
+from anydepth.inference.engine import batching
+from anydepth.serve.metrics import Metrics
+from anydepth.serve.protocol import ChatCompletion, Completion, Sampling, error
+from anydepth.serve.service import Busy, Job, Piece, Service
+from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
+from anydepth.serve.text import TextStream
+
+INVALID = "invalid_request_error"
+DONE = "[DONE]"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one server.
+
+    Attributes:
+        name: of the model. api_key: None asks for none.
+        max_body_bytes: of a request. request_seconds: after which it is given up.
+        max_new_tokens: of one answer.
+    """
+
+    name: str
+    api_key: str | None = None
+    max_body_bytes: int = 1 << 20
+    request_seconds: float = 600.0
+    max_new_tokens: int = 4096
+
+
+class Penalties(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, of new tokens alone."""
+
+    def __init__(self, num_prompt: int, presence: float, frequency: float) -> None:
+        self.num_prompt, self.presence, self.frequency = num_prompt, presence, frequency
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        new = input_ids[0, self.num_prompt :]
+        if not len(new):
+            return scores
+        ids, counts = new.unique(return_counts=True)
+        scores = scores.clone()
+        scores[0, ids] -= self.presence + self.frequency * counts.to(scores.dtype)
+        return scores
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, told or not, before anybody reads all of them."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if told.isdigit() and int(told) > self.most:
+            await self._refuse(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > self.most:
+                await self._refuse(scope, receive, send)
+                return
+        given = False
+
+        async def again() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, again, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        text = f"the body is larger than {self.most} bytes"
+        await JSONResponse(error(text, INVALID, code="body_too_large"), 413)(scope, receive, send)
+
+
+def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> FastAPI:
+    """The ASGI application. The service is closed with it, once what it accepted has ended."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.get_running_loop().run_in_executor(None, service.close)
+
+    app = FastAPI(title="anydepth", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, most=settings.max_body_bytes)
+    _errors(app)
+    metrics = Metrics(service)
+    server = Server(service, tokenizer, settings, metrics)
+    keyed = [Depends(_key_of(settings.api_key))]
+    app.add_api_route("/v1/models", server.models, methods=["GET"], dependencies=keyed)
+    app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"], dependencies=keyed)
+    app.add_api_route("/v1/completions", server.complete, methods=["POST"], dependencies=keyed, response_model=None)
+    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], dependencies=keyed, response_model=None)
+    app.add_api_route("/metrics", metrics.page, methods=["GET"], dependencies=keyed)
+    app.add_api_route("/health", server.health, methods=["GET"])
+    return app
+
+
+def _key_of(wanted: str | None) -> Callable[[Request], None]:
+    def check(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if wanted is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
+            raise HTTPException(401, "no such API key; send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+
+    return check
+
+
+def _errors(app: FastAPI) -> None:
+    """Every refusal is a JSON object, and repeats nothing of what was sent."""
+
+    def invalid(_: Request, raised: Any) -> Response:
+        first = raised.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+        message = str(first["msg"]).removeprefix("Value error, ")
+        return JSONResponse(error(f"{param + ': ' if param else ''}{message}", INVALID, param=param or None), 400)
+
+    def refused(_: Request, raised: Any) -> Response:
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+            raised.status_code, INVALID
+        )
+        return JSONResponse(error(str(raised.detail), kind), raised.status_code, raised.headers)
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(StarletteHTTPException, refused)
+
+
+@dataclass
+class Server:
+    """The endpoints."""
+
+    service: Service
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    metrics: Metrics
+
+    async def models(self) -> dict[str, Any]:
+        """What there is: one model."""
+        return {"object": "list", "data": [self._card()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """The one model."""
+        self._check_model(name)
+        return self._card()
+
+    async def health(self) -> Response:
+        """Whether requests are answered."""
+        alive = self.service.thread.is_alive() and not self.service.is_closing
+        return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.settings.name, "object": "model", "created": 0, "owned_by": "anydepth"}
+
+    def _check_model(self, name: str) -> None:
+        if name != self.settings.name:
+            raise HTTPException(404, f"there is no such model here; GET /v1/models names {self.settings.name}")
+
+    # --- completions -------------------------------------------------------------------------------------------------
+
+    async def complete(self, body: Completion, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        self._check_model(body.model)
+        prompts = self._prompts(body)
+        jobs = [
+            self._job(body, prompt, body.max_tokens or 16, number, body.logprobs, chat=False)
+            for prompt in prompts
+            for number in range(body.n or 1)
+        ]
+        return await self._answer(body, request, jobs, CompletionShape(self.tokenizer, self.settings.name, body))
+
+    async def chat(self, body: ChatCompletion, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        self._check_model(body.model)
+        if self.tokenizer.chat_template is None:
+            raise HTTPException(400, "this model has no chat template; use /v1/completions")
+        turns = [message.as_turn() for message in body.messages]
+        try:
+            prompt: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        except Exception as failed:  # templates raise what they like about the order of roles
+            raise HTTPException(400, "the chat template does not take these roles in this order") from failed
+        room = self._room(prompt)
+        wanted = body.max_completion_tokens or body.max_tokens or min(room, self.settings.max_new_tokens)
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        jobs = [self._job(body, prompt, wanted, number, num_logprobs, chat=True) for number in range(body.n or 1)]
+        return await self._answer(body, request, jobs, ChatShape(self.tokenizer, self.settings.name, body))
+
+    def _prompts(self, body: Completion) -> list[list[int]]:
+        if isinstance(body.prompt, str):
+            texts = [body.prompt]
+        elif isinstance(body.prompt[0], int):
+            size = self.service.engine.adapted.config.vocab_size
+            if max(body.prompt) >= size:  # type: ignore[type-var]
+                raise HTTPException(400, f"prompt: token ids are below {size}")
+            return [list(body.prompt)]  # type: ignore[arg-type]
+        else:
+            texts = [str(text) for text in body.prompt]
+        return [self.tokenizer(text)["input_ids"] for text in texts]  # type: ignore[misc]
+
+    def _room(self, prompt: list[int]) -> int:
+        """New tokens that fit behind a prompt."""
+        window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
+        slot = self.service.batcher.cache.max_length
+        most = min(length for length in (window, slot) if length is not None)
+        if not prompt:
+            raise HTTPException(400, "the prompt is empty")
+        if len(prompt) >= most:
+            raise HTTPException(400, f"the prompt has {len(prompt)} tokens; at most {most - 1} fit here")
+        return most - len(prompt)
+
+    def _job(
+        self, body: Sampling, prompt: list[int], wanted: int, number: int, num_logprobs: int | None, *, chat: bool
+    ) -> Job:
+        room = min(self._room(prompt), self.settings.max_new_tokens)
+        if wanted > room:
+            raise HTTPException(400, f"{wanted} new tokens do not fit behind {len(prompt)}; at most {room} do")
+        if body.anydepth.depth_budget is not None and self.service.budgets is None:
+            raise HTTPException(400, "anydepth.depth_budget: this model has no thresholds to set")
+        processors, temperature = LogitsProcessorList(), 1.0 if body.temperature is None else body.temperature
+        if body.presence_penalty or body.frequency_penalty:
+            penalties = body.presence_penalty or 0.0, body.frequency_penalty or 0.0
+            processors.append(Penalties(len(prompt), *penalties))
+        generator = None
+        if temperature > 0:
+            if temperature != 1:
+                processors.append(TemperatureLogitsWarper(temperature))
+            if body.top_p is not None and body.top_p < 1:
+                processors.append(TopPLogitsWarper(body.top_p))
+            generator = torch.Generator(device=self.service.engine.model.device)
+            generator.seed() if body.seed is None else generator.manual_seed((body.seed + number) % 2**63)
+        request = batching.Request(
+            prompt,
+            wanted,
+            eos_token_ids=self._end_ids(),
+            logits_processor=processors,
+            generator=generator,
+            budget=body.anydepth.depth_budget,
+            num_logprobs=num_logprobs,
+        )
+        stream = TextStream(self.tokenizer, prompt, body.stops)
+        return Job(
+            request,
+            stream,
+            put=lambda piece: None,
+            lossless=body.anydepth.lossless,
+            wants_layers=body.anydepth.depth,
+            seconds=self.settings.request_seconds,
+        )
+
+    def _end_ids(self) -> frozenset[int]:
+        config: Any = self.service.engine.adapted.generation_config
+        ends = config.eos_token_id
+        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    async def _answer(self, body: Sampling, request: Request, jobs: list[Job], shape: Shape) -> Response:
+        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(number: int, piece: Piece) -> None:
+            with suppress(RuntimeError):  # the loop has ended: nobody reads any more
+                loop.call_soon_threadsafe(queue.put_nowait, (number, piece))
+
+        for number, job in enumerate(jobs):
+            job.put = partial(put, number)
+        try:
+            for job in jobs:
+                self.service.submit(job)
+        except Busy as busy:
+            self._cancel(jobs)
+            raise HTTPException(429, str(busy), {"Retry-After": str(busy.retry_after)}) from busy
+        except UserError as impossible:
+            self._cancel(jobs)
+            raise HTTPException(400, str(impossible)) from impossible
+        if body.stream:
+            return EventSourceResponse(self._events(body, jobs, queue, shape))
+        return await self._whole(request, jobs, queue, shape)
+
+    async def _events(self, body: Sampling, jobs: list[Job], queue: Any, shape: Shape) -> AsyncIterator[dict[str, str]]:
+        left = len(jobs)
+        try:
+            while left:
+                number, piece = await queue.get()
+                left -= piece.finish_reason is not None
+                if piece.finish_reason in ("timeout", "error"):
+                    yield {"data": json.dumps(_failed(piece)[0])}
+                    return
+                for chunk in shape.chunks(number, piece):
+                    yield {"data": json.dumps(chunk)}
+            if body.stream_options is not None and body.stream_options.include_usage:
+                yield {"data": json.dumps({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs)})}
+            yield {"data": DONE}
+        finally:  # also when the client goes away
+            self._cancel(jobs)
+
+    async def _whole(self, request: Request, jobs: list[Job], queue: Any, shape: Shape) -> Response:
+        pieces: list[list[Piece]] = [[] for _ in jobs]
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            left = len(jobs)
+            while left:
+                ask = asyncio.ensure_future(queue.get())
+                await asyncio.wait({ask, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not ask.done():
+                    ask.cancel()
+                    return Response(status_code=499)
+                number, piece = ask.result()
+                pieces[number].append(piece)
+                left -= piece.finish_reason is not None
+                if piece.finish_reason in ("timeout", "error"):
+                    return JSONResponse(*_failed(piece))
+            choices = [shape.choice(number, parts) for number, parts in enumerate(pieces)]
+            return JSONResponse({**shape.head(stream=False), "choices": choices, "usage": usage_of(jobs)})
+        finally:
+            gone.cancel()
+            self._cancel(jobs)
+
+    def _cancel(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self.service.cancel(job)
+
+
+async def _gone(request: Request) -> None:
+    """Ends when the client is not there any more."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)
+
+
+def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
+    if piece.finish_reason == "timeout":
+        return error("the request took too long", "timeout_error"), 408
+    return error("decoding failed; the server's log says why", "server_error"), 500
+
+
+def usage_of(jobs: list[Job]) -> dict[str, Any]:
+    """Tokens read and said, and what drafting gave."""
+    read = sum(len(job.request.prompt) for job in jobs)
+    said = sum(job.num_said for job in jobs)
+    usage: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+    drafted = [job.counts for job in jobs if job.counts is not None]
+    if drafted:
+        own = {"acceptance_rate": drafted[0].acceptance_rate, "tokens_per_round": drafted[0].mean_acceptance_length}
+        usage["anydepth"] = own
+    return usage

@@ -1,0 +1,331 @@
+"""The engine behind the server: one thread decodes, a bounded queue stands in front of it.
+
+Requests are decoded together (`engine/batching.py`). A greedy one that wants the text of full depth is drafted and
+verified by itself while nobody else drafts; its text is the same either way.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.calibration.budget import collect_scores, options_of, set_thresholds, thresholds_at, thresholds_of
+from anydepth.errors import RunError, UserError
+from anydepth.execution.trace import PassRecord
+from anydepth.inference.counts import Counts
+from anydepth.inference.engine.batching import Batcher, Logprob, Request
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.next_token import NextToken, Stops
+from anydepth.inference.speculate import Speculation, setup_of
+from anydepth.inference.targets import EngineTarget, Row
+from anydepth.serve.text import TextStream
+
+log = logging.getLogger("anydepth.serve")
+LATEST = 32
+"""Finished requests that the time to wait is estimated from."""
+
+
+class Busy(Exception):
+    """The queue is full. `retry_after` seconds from now it may not be."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer: `layers` ran to predict it, 0, ½ or 1 each; None where nobody asked."""
+
+    token_id: int
+    logprob: Logprob | None
+    layers: list[float] | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of an answer. `finish_reason`: stop, length, timeout or error; None while it goes on."""
+
+    text: str
+    tokens: list[Token]
+    finish_reason: str | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request and where its answer goes.
+
+    Attributes:
+        put: takes each piece, on the engine's thread.
+        lossless: the text of full depth.
+        wants_layers: whether each token says what ran for it.
+        seconds: after which it is given up, waiting included.
+    """
+
+    request: Request
+    stream: TextStream
+    put: Callable[[Piece], None]
+    lossless: bool = False
+    wants_layers: bool = False
+    seconds: float = 600.0
+    arrived: float = field(default_factory=time.monotonic)
+    last_token: float | None = None
+    num_said: int = 0
+    is_over: bool = False
+    counts: Counts | None = None
+
+
+class Service:
+    """Decodes jobs until it is closed.
+
+    Args:
+        max_batch_size: that are decoded together; max_tokens: of K/V, all together.
+        max_queue: that wait; the next one is refused with `Busy`.
+
+    Attributes:
+        observers: told of a job, and of how many tokens, whenever it says something; on the engine's thread.
+    """
+
+    def __init__(
+        self,
+        engine: FastEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_batch_size: int = 8,
+        max_tokens: int = 32768,
+        max_queue: int = 64,
+        budgets: Budgets | None = None,
+    ) -> None:
+        self.engine, self.tokenizer, self.max_queue, self.budgets = engine, tokenizer, max_queue, budgets
+        set_budget = budgets.set if budgets else lambda budget: None
+        methods = engine.adapted.draft_methods  # beside self_speculation they would only draft
+        self.batcher = Batcher(engine, max_batch_size, max_tokens, methods=methods, set_budget=set_budget)
+        self.jobs: dict[Request, Job] = {}
+        self.arrived: list[Job] = []
+        self.cancelled: set[Job] = set()
+        self.drafted: Drafted | None = None
+        self.wake = threading.Condition()
+        self.is_closing = False
+        self.latest: list[float] = []
+        self.observers: list[Callable[[Job, int], None]] = []
+        self.thread = threading.Thread(target=self._run, name="anydepth-engine", daemon=True)
+        self.thread.start()
+
+    # --- from other threads ----------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Raises `Busy` if too many wait, `UserError` for a request that can never run."""
+        self.batcher.check(job.request)
+        with self.wake:
+            if self.is_closing or self.num_waiting >= self.max_queue:
+                raise Busy(self._seconds_to_wait())
+            self.arrived.append(job)
+            self.wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job; its pieces end."""
+        with self.wake:
+            if not job.is_over:
+                self.cancelled.add(job)
+                self.wake.notify()
+
+    def close(self) -> None:
+        """Let what was accepted end, and end."""
+        with self.wake:
+            self.is_closing = True
+            self.wake.notify()
+        self.thread.join()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.arrived) + len(self.batcher.waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.batcher.running) + (self.drafted is not None)
+
+    def _seconds_to_wait(self) -> int:
+        mean = sum(self.latest) / len(self.latest) if self.latest else 1.0
+        return max(1, round(mean))
+
+    # --- on the engine's thread ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self.wake:
+                while not (self.arrived or self.cancelled or self.jobs or self.is_closing):
+                    self.wake.wait()
+                if self.is_closing and not (self.arrived or self.jobs):
+                    return
+                arrived, self.arrived = self.arrived, []
+                cancelled, self.cancelled = self.cancelled, set()
+                # Under the lock: who waits is counted by other threads.
+                for job in arrived:
+                    if job not in cancelled:
+                        self._admit(job)
+            for job in [*cancelled, *self._late()]:
+                self._end(job, None if job in cancelled else "timeout")
+            try:
+                self._step()
+            except Exception:  # one request must not take the server with it
+                log.exception("decoding failed")
+                for job in list(self.jobs.values()):
+                    self._end(job, "error")
+
+    def _admit(self, job: Job) -> None:
+        self.jobs[job.request] = job
+        job.request.full_depth |= job.lossless
+        greedy = job.request.generator is None and job.request.num_logprobs is None
+        if job.lossless and greedy and self.drafted is None and self.engine.adapted.speculation is not None:
+            self.drafted = Drafted(self.engine, job)
+        else:
+            self.batcher.add(job.request)
+
+    def _late(self) -> list[Job]:
+        now = time.monotonic()
+        return [job for job in self.jobs.values() if now - job.arrived > job.seconds]
+
+    def _step(self) -> None:
+        if self.drafted is not None:
+            job = self.drafted.job
+            self.drafted.step()
+            self._say(job)
+        if not self.batcher.is_idle:
+            for request in self.batcher.step():
+                if request in self.jobs:
+                    self._say(self.jobs[request])
+
+    def _say(self, job: Job) -> None:
+        """Hand on what is new of a job's answer."""
+        request, tokens, text = job.request, [], ""
+        for place in range(job.num_said, len(request.output)):
+            text += job.stream.push(request.output[place])
+            tokens.append(self._token(job, place))
+            if job.stream.is_stopped:
+                break
+        job.num_said += len(tokens)
+        if not tokens:
+            return
+        for observe in self.observers:
+            observe(job, len(tokens))
+        job.last_token = time.monotonic()
+        reason = None
+        if job.stream.is_stopped or request.output[job.num_said - 1] in request.eos_token_ids:
+            reason = "stop"
+        elif len(request.output) >= request.max_new_tokens and job.num_said == len(request.output):
+            reason = "length"
+        if reason is None:
+            job.put(Piece(text, tokens))
+        else:
+            self._end(job, reason, text, tokens)
+
+    def _token(self, job: Job, place: int) -> Token:
+        request = job.request
+        logprob = request.logprobs[place] if request.num_logprobs is not None else None
+        if not job.wants_layers:
+            return Token(request.output[place], logprob, None)
+        num_layers = self.engine.adapted.backbone.num_layers
+        ran = layers_of(request.records[place]) if place < len(request.records) else [1.0] * num_layers
+        return Token(request.output[place], logprob, ran)
+
+    def _end(self, job: Job, reason: str | None, text: str = "", tokens: Sequence[Token] = ()) -> None:
+        """A job is over; None: nobody waits for it any more."""
+        if self.jobs.pop(job.request, None) is None:
+            return
+        if self.drafted is not None and self.drafted.job is job:
+            job.counts = self.drafted.counts
+            self.drafted.end()
+            self.drafted = None
+        else:
+            self.batcher.cancel(job.request)
+        job.is_over = True
+        if reason is not None:
+            self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
+            job.put(Piece(text + job.stream.finish(), list(tokens), reason))
+
+
+def layers_of(record: PassRecord) -> list[float]:
+    """What ran for the last token of a forward of one row, by layer: 0, ½ or 1."""
+    mixers, ffns = record.stacked()
+    mixers = mixers | record.stacked_other()
+    return ((mixers[:, 0, -1].float() + ffns[:, 0, -1].float()) / 2).tolist()
+
+
+class Drafted:
+    """One greedy request, drafted and verified round by round."""
+
+    def __init__(self, engine: FastEngine, job: Job) -> None:
+        self.job, adapted = job, engine.adapted
+        method = adapted.speculation
+        assert method is not None
+        engine.drafting = setup_of(adapted, engine.drafting, engine.model.exit_logits, engine.trained)
+        request = job.request
+        target = EngineTarget(engine.model, 1, [] if method.network is None else method.network.taps)
+        size, device = adapted.config.vocab_size, engine.model.device
+        choice = NextToken(request.logits_processor, 1, size, device, sampling=False)
+        stops = Stops.at(len(request.prompt) + request.max_new_tokens, request.eos_token_ids)
+        self.run = Speculation(target, engine.drafting, choice, stops)
+        self.row = Row(list(request.prompt))
+        self.has_begun = False
+
+    @property
+    def counts(self) -> Counts:
+        return self.run.counts
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """A round; the first one takes in the prompt."""
+        if self.has_begun:
+            self.run.round([self.row])
+        else:
+            self.has_begun = True
+            self.run.begin([self.row])
+        self.job.request.output[:] = self.row.ids[self.row.num_prompt :]
+
+    def end(self) -> None:
+        self.run.end()
+
+
+class Budgets:
+    """Thresholds for any share of the decisions, from scores on some text; see `calibration/budget.py`.
+
+    Raises:
+        RunError: no attached method has a threshold.
+    """
+
+    def __init__(self, engine: FastEngine, windows: Tensor) -> None:
+        self.adapted = engine.adapted
+        with self.adapted.deciding(*self.adapted.draft_methods):
+            self.scores = collect_scores(self.adapted, windows)
+            self.own = thresholds_of(self.adapted)
+        self.now: float | None = None
+        self.known: dict[float, dict[str, float]] = {}
+
+    @classmethod
+    def of(cls, engine: FastEngine, windows: Tensor) -> Budgets | None:
+        """None where there is nothing to set: fixed choices, a list of thresholds, full depth."""
+        adapted = engine.adapted
+        with suppress(RunError, UserError):
+            with adapted.deciding(*adapted.draft_methods):
+                options = options_of(adapted)
+            if all(isinstance(value, float | int) for value in options.values()):
+                return cls(engine, windows)
+        return None
+
+    def set(self, budget: float | None) -> None:
+        """Let so large a share of the decisions be for running; None is what the model came with."""
+        if budget == self.now:
+            return
+        if budget is not None and budget not in self.known:
+            self.known[budget] = thresholds_at(self.scores, 1 - budget)
+        with self.adapted.deciding(*self.adapted.draft_methods):
+            set_thresholds(self.adapted, self.own if budget is None else self.known[budget])
+        self.now = budget

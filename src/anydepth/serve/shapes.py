@@ -1,0 +1,114 @@
+"""How answers are written: OpenAI's objects, whole or as chunks of a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.serve.protocol import Sampling
+from anydepth.serve.service import Piece, Token
+
+
+class Shape:
+    """How an answer is written; one for each endpoint."""
+
+    prefix, kind, stream_kind = "", "", ""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, body: Sampling) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        asked = getattr(body, "logprobs", None)
+        self.wants_logprobs = asked is not None and asked is not False
+        self.wants_layers = body.anydepth.depth
+        self.said: dict[int, int] = {}
+
+    def head(self, *, stream: bool) -> dict[str, Any]:
+        kind = self.stream_kind if stream else self.kind
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
+
+    def text_of(self, token_id: int) -> str:
+        return str(self.tokenizer.decode([token_id]))
+
+    def layers(self, tokens: list[Token]) -> dict[str, Any]:
+        """By token: its depth, and of each layer what ran: 0 nothing, 1 one branch, 2 both."""
+        if not self.wants_layers:
+            return {}
+        rows = [token.layers or [] for token in tokens]
+        digits = ["".join(str(round(2 * ran)) for ran in row) for row in rows]
+        return {"anydepth": {"depths": [sum(row) for row in rows], "layers": digits}}
+
+    def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionShape(Shape):
+    """`text_completion`."""
+
+    prefix, kind, stream_kind = "cmpl", "text_completion", "text_completion"
+
+    def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
+        return [{**self.head(stream=True), "choices": [self.choice(number, [piece])]}]
+
+    def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
+        tokens = [token for piece in pieces for token in piece.tokens]
+        return {
+            "index": number,
+            "text": "".join(piece.text for piece in pieces),
+            "finish_reason": pieces[-1].finish_reason,
+            "logprobs": self._logprobs(number, tokens) if self.wants_logprobs else None,
+            **self.layers(tokens),
+        }
+
+    def _logprobs(self, number: int, tokens: list[Token]) -> dict[str, Any]:
+        texts = [self.text_of(token.token_id) for token in tokens]
+        offsets, at = [], self.said.get(number, 0)
+        for text in texts:
+            offsets.append(at)
+            at += len(text)
+        self.said[number] = at
+        known = [token.logprob for token in tokens if token.logprob is not None]
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.own for one in known],
+            "top_logprobs": [{self.text_of(token_id): share for token_id, share in one.top} for one in known],
+            "text_offset": offsets,
+        }
+
+
+class ChatShape(Shape):
+    """`chat.completion`."""
+
+    prefix, kind, stream_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
+        delta: dict[str, Any] = {"content": piece.text}
+        if number not in self.said:
+            self.said[number] = 1
+            delta = {"role": "assistant", **delta}
+        choice = {"index": number, "delta": delta, "finish_reason": piece.finish_reason, **self._rest(piece.tokens)}
+        return [{**self.head(stream=True), "choices": [choice]}]
+
+    def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
+        tokens = [token for piece in pieces for token in piece.tokens]
+        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+        reason = pieces[-1].finish_reason
+        return {"index": number, "message": message, "finish_reason": reason, **self._rest(tokens)}
+
+    def _rest(self, tokens: list[Token]) -> dict[str, Any]:
+        logprobs = {"content": [self._logprob(token) for token in tokens], "refusal": None}
+        return {"logprobs": logprobs if self.wants_logprobs else None, **self.layers(tokens)}
+
+    def _logprob(self, token: Token) -> dict[str, Any]:
+        assert token.logprob is not None
+        top = [self._one(token_id, share) for token_id, share in token.logprob.top]
+        return {**self._one(token.token_id, token.logprob.own), "top_logprobs": top}
+
+    def _one(self, token_id: int, share: float) -> dict[str, Any]:
+        text = self.text_of(token_id)
+        return {"token": text, "logprob": share, "bytes": list(text.encode())}
