@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,17 @@ from typing import Any
 import pytest
 
 from anydepth.report.page import write_report
+from browsers import chromium, cut_or_overlapping
 from report_documents import every_kind
 
 pytestmark = pytest.mark.browser
 
 WIDTHS = {"phone": 375, "desktop": 1280}
-OVERLAPS = """() => {
-  const parts = [...document.querySelectorAll('h1, h2, p, figure, .scroll, .tokens')];
-  const boxes = parts.map(part => part.getBoundingClientRect());
-  return boxes.filter((box, i) => i && box.top < boxes[i - 1].bottom - 1).length;
-}"""
-CUT = """() => [...document.querySelectorAll('h1, h2, p, figcaption, .tokens, .scroll, figure')]
-  .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.slice(0, 40))"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no Chromium; set CHROMIUM to its path")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    yield from chromium()
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +38,7 @@ def test_nothing_is_cut_nothing_overlaps(browser: Any, page_file: Path, device: 
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
     page.goto(page_file.as_uri())
-    assert page.evaluate("document.scrollingElement.scrollWidth") <= WIDTHS[device]
-    assert page.evaluate(OVERLAPS) == 0
-    assert page.evaluate(CUT) == []
+    assert cut_or_overlapping(page, WIDTHS[device]) == []
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 500)")
     assert complaints == []
     assert all(url.startswith(("file:", "data:")) for url in asked)

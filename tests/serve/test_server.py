@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,8 @@ import pytest
 from openai import APIStatusError, OpenAI
 
 import anydepth
-from tiny import WINDOW, byte_tokenizer, save_base, save_text
+from serving import end, start, tiny_router
+from tiny import WINDOW, byte_tokenizer
 
 KEY = "a-secret-key"
 PROMPT = "the sea is wide and the"
@@ -26,56 +26,7 @@ PROMPT = "the sea is wide and the"
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A router with a threshold, so that budgets can be set."""
-    folder = tmp_path_factory.mktemp("served")
-    save_base(folder / "base")
-    model, _ = anydepth.load_model(str(folder / "base"))
-    adapted = anydepth.attach(model, {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0})
-    for name, part in adapted.methods.named_parameters():
-        if "direct" in name:
-            part.data.normal_(generator=__import__("torch").Generator().manual_seed(3))
-    anydepth.save(adapted, folder / "router", base=str(folder / "base"))
-    save_text(folder / "text.txt")
-    return folder
-
-
-def start(target: Path, *options: object) -> tuple[subprocess.Popen[str], str]:
-    command = [
-        sys.executable,
-        "-m",
-        "anydepth.cli",
-        "serve",
-        str(target / "router"),
-        "--port",
-        "0",
-        "--dtype",
-        "float32",
-    ]
-    command += ["--data", str(target / "text.txt"), "--name", "tiny", *map(str, options)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if " at http" in line:
-            address = line.split(" at ")[1].split()[0]
-            break
-    else:
-        raise AssertionError("the server did not start")
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    for _ in range(100):
-        try:
-            if httpx.get(f"{address}/health").status_code == 200:
-                return process, address
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise AssertionError("the server does not answer")
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    assert process.stderr is not None
-    process.stderr.close()
+    return tiny_router(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture(scope="module")

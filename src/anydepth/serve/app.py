@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import files
 from typing import Any
 
 import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -28,6 +30,7 @@ from transformers import (
 
 from anydepth.errors import UserError
 from anydepth.inference.engine import batching
+from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import ChatCompletion, Completion, Sampling, error
 from anydepth.serve.service import Busy, Job, Piece, Service
@@ -71,45 +74,6 @@ class Penalties(LogitsProcessor):
         return scores
 
 
-class BodyLimit:
-    """Refuses bodies that are too large, told or not, before anybody reads all of them."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self.most:
-            await self._refuse(scope, receive, send)
-            return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > self.most:
-                await self._refuse(scope, receive, send)
-                return
-        given = False
-
-        async def again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self.app(scope, again, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        text = f"the body is larger than {self.most} bytes"
-        await JSONResponse(error(text, INVALID, code="body_too_large"), 413)(scope, receive, send)
-
-
 def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> FastAPI:
     """The ASGI application. The service is closed with it, once what it accepted has ended."""
 
@@ -130,7 +94,28 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
     app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], dependencies=keyed, response_model=None)
     app.add_api_route("/metrics", metrics.page, methods=["GET"], dependencies=keyed)
     app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/", playground(), methods=["GET"], include_in_schema=False)
     return app
+
+
+def playground() -> Callable[[], Awaitable[Response]]:
+    """`GET /`: the page, which may load nothing, and run nothing but what stands in it."""
+    page = files("anydepth.serve").joinpath("playground.html").read_text(encoding="utf-8")
+
+    def allowed(tag: str) -> str:
+        inner = page[page.index(f"<{tag}>") + len(tag) + 2 : page.index(f"</{tag}>")]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+    async def show() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    return show
 
 
 def _key_of(wanted: str | None) -> Callable[[Request], None]:
@@ -185,7 +170,14 @@ class Server:
         return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self.settings.name, "object": "model", "created": 0, "owned_by": "anydepth"}
+        adapted = self.service.engine.adapted
+        own = {
+            "num_layers": adapted.backbone.num_layers,
+            "attached": ", ".join(method.name for method in adapted.draft_methods) or "nothing that skips",
+            "depth_budget": self.service.budgets is not None,
+            "lossless": adapted.speculation is not None,
+        }
+        return {"id": self.settings.name, "object": "model", "created": 0, "owned_by": "anydepth", "anydepth": own}
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.name:
@@ -369,12 +361,13 @@ def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
 
 
 def usage_of(jobs: list[Job]) -> dict[str, Any]:
-    """Tokens read and said, and what drafting gave."""
+    """Tokens read and said; of the first answer how fast it was decoded, and what drafting gave."""
     read = sum(len(job.request.prompt) for job in jobs)
     said = sum(job.num_said for job in jobs)
     usage: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
-    drafted = [job.counts for job in jobs if job.counts is not None]
-    if drafted:
-        own = {"acceptance_rate": drafted[0].acceptance_rate, "tokens_per_round": drafted[0].mean_acceptance_length}
-        usage["anydepth"] = own
+    own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second}
+    if jobs[0].counts is not None:
+        own["acceptance_rate"] = jobs[0].counts.acceptance_rate
+        own["tokens_per_round"] = jobs[0].counts.mean_acceptance_length
+    usage["anydepth"] = own
     return usage

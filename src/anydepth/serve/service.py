@@ -77,10 +77,18 @@ class Job:
     wants_layers: bool = False
     seconds: float = 600.0
     arrived: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
     last_token: float | None = None
     num_said: int = 0
     is_over: bool = False
     counts: Counts | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Behind the first token; None: nothing came behind it."""
+        if self.first_token is None or self.last_token is None or self.last_token <= self.first_token:
+            return None
+        return (self.num_said - 1) / (self.last_token - self.first_token)
 
 
 class Service:
@@ -217,6 +225,7 @@ class Service:
         for observe in self.observers:
             observe(job, len(tokens))
         job.last_token = time.monotonic()
+        job.first_token = job.first_token or job.last_token
         reason = None
         if job.stream.is_stopped or request.output[job.num_said - 1] in request.eos_token_ids:
             reason = "stop"

@@ -1,0 +1,83 @@
+"""The playground in a real browser, on a real server: it writes, colours, compares, and runs nothing of others."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from browsers import chromium, cut_or_overlapping
+from serving import end, start, tiny_router
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+WIDTHS = {"phone": 375, "desktop": 1280}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    process, address = start(tiny_router(tmp_path_factory.mktemp("served")))
+    yield address
+    end(process)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    yield from chromium()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("device", list(WIDTHS))
+def test_it_writes_and_shows_the_depth_of_every_token(browser: Any, address: str, device: str, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": WIDTHS[device], "height": 900}, color_scheme=scheme)
+    page, complaints, asked = context.new_page(), [], []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{address}/")
+    page.get_by_text("6 layers; attached: layer_router").wait_for()
+    page.get_by_label("Prompt").fill("the sea is <b>wide</b>")
+    page.get_by_label("New tokens").fill("24")
+    page.get_by_label("Depth budget").fill("40")
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text(re.compile(r"24 tokens, [\d.]+ per second")).wait_for(timeout=60_000)
+    spans = page.locator("#output span")
+    assert 3 < spans.count() <= 24
+    depth = float(page.locator("#depth").inner_text())
+    assert 2 <= depth < 6
+    assert float(page.locator("#ratio").inner_text().rstrip("×")) > 0
+    page.locator("#output").focus()
+    page.keyboard.press("ArrowRight")
+    assert "of 6 layers" in page.locator("#layers").inner_text()
+    assert cut_or_overlapping(page, WIDTHS[device]) == []
+    assert complaints == [] and all(url.startswith(address) for url in asked)
+    if folder := os.environ.get("ANYDEPTH_SCREENSHOTS"):
+        page.screenshot(path=str(Path(folder) / f"playground-{device}-{scheme}.png"), full_page=True)
+    page.get_by_label("Lossless").check()
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text("tokens per verification").wait_for()
+    assert float(page.locator("#depth").inner_text()) == 6
+    context.close()
+
+
+def test_it_can_be_stopped_and_says_what_goes_wrong(browser: Any, address: str) -> None:
+    page = browser.new_page()
+    page.goto(f"{address}/")
+    page.get_by_text("6 layers").wait_for()
+    page.get_by_label("New tokens").fill("1000")
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text("new tokens do not fit").wait_for()
+    page.close()
+
+
+def test_the_page_runs_nothing_but_itself(address: str) -> None:
+    policy = httpx.get(f"{address}/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("sha256-") == 2
+    source = files("anydepth.serve").joinpath("playground.html").read_text(encoding="utf-8")
+    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|https?://", source)
+    assert not re.search(r"\son\w+=", source)
