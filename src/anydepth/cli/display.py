@@ -261,6 +261,14 @@ def show_text(document: dict[str, Any], show_depth: bool) -> None:
         print("depths:", " ".join(f"{depth:g}" for depth in document["depths"]))
 
 
+def show_export(document: dict[str, Any]) -> None:
+    """For people."""
+    print(
+        f"{document['folder']}: {len(document['layers'])} of {document['num_layers']} layers, "
+        f"{document['num_parameters'] / 1e6:.1f} M parameters; logits differ by {document['difference']:.1e} (relative)"
+    )
+
+
 def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]:
     training = recipe.train or recipe.drafter
     total = 0 if training is None else training.max_steps

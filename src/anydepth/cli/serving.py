@@ -1,4 +1,4 @@
-"""The command that answers over HTTP."""
+"""Commands that hand a model on: over HTTP, or as a checkpoint for other engines."""
 
 from __future__ import annotations
 
@@ -11,8 +11,20 @@ from typing import Annotated
 import typer
 
 from anydepth.cli.app import app
-from anydepth.cli.display import Printer
-from anydepth.cli.options import Data, Device, DType, MethodOptions, Quiet, Seed, Target, WeightKind, by_method
+from anydepth.cli.display import Printer, show_export
+from anydepth.cli.options import (
+    Data,
+    Device,
+    DType,
+    Json,
+    MethodOptions,
+    Out,
+    Quiet,
+    Seed,
+    Target,
+    WeightKind,
+    by_method,
+)
 from anydepth.errors import UserError
 
 BUDGET_WINDOWS = 16
@@ -107,3 +119,30 @@ def _bind(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot bind {host}:{port} ({reason}); choose another --host or --port") from error
     bound.set_inheritable(True)
     return bound
+
+
+@app.command()
+def export(
+    target: Target,
+    kind: Annotated[str, typer.Option("--as", help="static, draft or merged.")],
+    out: Out,
+    exit_layer: Annotated[int | None, typer.Option(help="static, draft: no layer behind so many first ones.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """A plain Hugging Face checkpoint, for other engines.
+
+    static: what a skip set leaves. draft: the first layers, to draft for the whole. merged: LoRA folded in.
+    """
+    from anydepth.measure.results import document
+    from anydepth.serve.export import export as write
+    from anydepth.training.checkpoint import load_target
+
+    printer = Printer(as_json, quiet)
+    adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
+    fields = write(adapted, tokenizer, kind, out, exit_layer=exit_layer, seed=seed)
+    config = {"target": target, "as": kind, "exit_layer": exit_layer, "dtype": dtype}
+    printer.result(document("anydepth.export/1", seed=seed, config=config, **fields), show_export)

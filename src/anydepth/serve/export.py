@@ -1,0 +1,177 @@
+"""Plain Hugging Face checkpoints of what anydepth does with a model, for engines that do not know anydepth.
+
+`static`: fewer layers, those that a skip set leaves. `draft`: the first layers, a model that drafts for the whole one.
+`merged`: a LoRA adapter folded into the weights. What is written is loaded again and compared before it is called done.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from anydepth.errors import RunError, UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.methods.method import Method
+from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.methods.skip_set import SkipSet, SkipSetConfig
+from anydepth.models.backbone import Backbone
+
+KINDS = ("static", "draft", "merged")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+NUM_COMPARED = 48
+
+
+@torch.no_grad()
+def export(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str,
+    out: Path,
+    *,
+    exit_layer: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Write the checkpoint into a new folder; the fields of `anydepth.export/1`.
+
+    Args:
+        adapted: a LoRA adapter must be merged already.
+        exit_layer: `draft`: so many first layers; None is what `self_speculation` drafts with. `static`: no layer
+            behind it, beside those that the skip set leaves out.
+
+    Raises:
+        UserError: nothing of that kind to write, or a folder that is not empty.
+        RunError: the checkpoint does not say what the model says.
+    """
+    if kind not in KINDS:
+        raise UserError(f"export as '{kind}' is unknown; it is {', '.join(KINDS)}")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give another --out, or remove it first")
+    backbone = adapted.eval().backbone
+    kept = {"static": _static, "draft": _draft, "merged": _merged}[kind](adapted, exit_layer)
+    model = with_layers(backbone, kept)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (2, NUM_COMPARED), generator=generator).to(adapted.device)
+    wanted = _logits_of(adapted, kept, ids)
+    staging = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        model.save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        again = AutoModelForCausalLM.from_pretrained(str(staging), dtype=adapted.dtype).to(adapted.device).eval()
+        difference = ((again(ids).logits - wanted).float().norm() / wanted.float().norm()).item()
+        if not difference <= TOLERANCE[adapted.dtype]:
+            raise RunError(f"the checkpoint's logits differ by {difference:.1e} (relative); please report this model")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return {
+        "kind": kind,
+        "folder": str(out),
+        "layers": kept,
+        "num_layers": backbone.num_layers,
+        "num_parameters": sum(part.numel() for part in again.parameters()),
+        "difference": difference,
+    }
+
+
+def _static(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
+    others = [name for name in adapted.methods if name != SkipSet.name]
+    skips = dict(adapted.methods.items()).get(SkipSet.name)
+    if others:
+        raise UserError(f"{others[0]} is not a fixed choice of layers, which is all that a plain checkpoint can hold")
+    left_out: set[int] = set()
+    if isinstance(skips, SkipSet):
+        if skips.closed_mixers or skips.closed_ffns:
+            raise UserError("a plain checkpoint has whole layers: search without --branches for a set of those")
+        left_out = set(skips.closed_layers)
+    last = _checked(adapted, exit_layer, adapted.backbone.num_layers)
+    kept = [layer_idx for layer_idx in range(last) if layer_idx not in left_out]
+    if len(kept) == adapted.backbone.num_layers:
+        raise UserError("nothing is left out: give a folder that search wrote, or --exit-layer")
+    if not kept:
+        raise UserError("no layer is left; leave fewer out")
+    return kept
+
+
+def _draft(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
+    speculation = dict(adapted.methods.items()).get(SelfSpeculation.name)
+    configured: Sequence[int] = getattr(getattr(speculation, "config", None), "exit_layers", [])
+    if exit_layer is None and not configured:
+        raise UserError(
+            "draft writes the first layers as a model of its own: give --exit-layer, or a target whose self_speculation "
+            "has exit_layers (a trained drafter reads states of the whole model, and cannot stand alone)"
+        )
+    return list(range(_checked(adapted, exit_layer, max(configured, default=0))))
+
+
+def _checked(adapted: AdaptedModel, exit_layer: int | None, otherwise: int) -> int:
+    last = otherwise if exit_layer is None else exit_layer
+    if not 1 <= last <= adapted.backbone.num_layers:
+        raise UserError(f"--exit-layer is a number from 1 to {adapted.backbone.num_layers}; came {last}")
+    return last
+
+
+def _merged(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
+    if exit_layer is not None:
+        raise UserError("merged is the whole model; leave --exit-layer out")
+    attached = [method for method in adapted.methods.values() if isinstance(method, Method)]
+    deciding = [method.name for method in attached if not method.lossless]
+    if deciding:
+        raise UserError(
+            f"{deciding[0]} decides what runs, and a plain checkpoint runs everything: what would be written is "
+            "another model; merge a target without it"
+        )
+    return list(range(adapted.backbone.num_layers))
+
+
+def with_layers(backbone: Backbone, kept: Sequence[int]) -> PreTrainedModel:
+    """A model of the same family with some of the layers, in their order; weights are copied."""
+    source, before = backbone.model, f"{backbone.family.decoder}.{backbone.family.layers}."
+    config = shortened(source.config, kept)
+    model = AutoModelForCausalLM.from_config(config, dtype=source.dtype, attn_implementation="eager").to(
+        backbone.device
+    )
+    places = {str(layer_idx): str(place) for place, layer_idx in enumerate(kept)}
+    weights = {}
+    for name, tensor in source.state_dict().items():
+        if name.startswith(before):
+            layer, _, rest = name.removeprefix(before).partition(".")
+            if layer not in places:
+                continue
+            name = f"{before}{places[layer]}.{rest}"
+        weights[name] = tensor
+    model.load_state_dict(weights)
+    model.generation_config = copy.deepcopy(source.generation_config)
+    return model.eval()
+
+
+def shortened(config: Any, kept: Sequence[int]) -> Any:
+    """A model's configuration for some of its layers: what it says by layer is said of those."""
+    config, num_layers = copy.deepcopy(config), config.num_hidden_layers
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UserError("this model's attention depends on the number of its layer, which a shorter model would change")
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == num_layers and name not in ("mlp_only_layers",):
+            setattr(config, name, [value[layer_idx] for layer_idx in kept])
+    if getattr(config, "mlp_only_layers", None):
+        config.mlp_only_layers = [place for place, layer_idx in enumerate(kept) if layer_idx in config.mlp_only_layers]
+    config.num_hidden_layers = len(kept)
+    return config
+
+
+def _logits_of(adapted: AdaptedModel, kept: Sequence[int], ids: Tensor) -> Tensor:
+    """(B, T, V) with the other layers left out, by anydepth's own execution."""
+    skipped = [layer_idx for layer_idx in range(adapted.backbone.num_layers) if layer_idx not in kept]
+    with adapted.deciding(SkipSet(SkipSetConfig(skip_layers=skipped), adapted.backbone)):
+        return adapted(input_ids=ids, use_cache=False).logits

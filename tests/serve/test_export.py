@@ -1,0 +1,113 @@
+"""Plain checkpoints say what the adapted model says, in stock transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import anydepth
+import families
+from anydepth.config import TrainConfig
+from anydepth.errors import RunError, UserError
+from anydepth.serve import export as exporting
+from anydepth.serve.export import export
+from anydepth.training.train import prepare
+from tiny import byte_tokenizer, save_base, tiny_llama
+
+SKIPS = {"name": "skip_set", "skip_layers": [2, 4]}
+
+
+@torch.no_grad()
+def test_a_skip_set_is_a_shorter_model(family: str, tmp_path: Path) -> None:
+    adapted = anydepth.attach(families.build(family), SKIPS)
+    fields = export(adapted, byte_tokenizer(), "static", tmp_path / "out")
+    ids = families.token_ids()
+    wanted = adapted(input_ids=ids, use_cache=False).logits
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stock.config.num_hidden_layers == 3 and fields["layers"] == [0, 1, 3]
+    assert (stock(ids).logits - wanted).norm() <= 1e-5 * wanted.norm()
+    text = stock.generate(ids[:1, :9], max_new_tokens=9, do_sample=False, pad_token_id=0)
+    assert torch.equal(text, adapted.generate(ids[:1, :9], max_new_tokens=9, do_sample=False, pad_token_id=0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"exit_layer": 4}, {}])
+def test_a_draft_is_the_first_layers(options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_llama()
+    adapted = anydepth.attach(model, {"name": "self_speculation", "exit_layers": [2, 4]})
+    export(adapted, byte_tokenizer(), "draft", tmp_path / "draft", **options)
+    draft = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    ids = torch.arange(3, 33)[None]
+    anydepth.detach(adapted)
+    states: list[torch.Tensor] = []
+    model.model.layers[3].register_forward_hook(lambda *parts: states.append(parts[-1]))
+    model(ids)
+    wanted = model.lm_head(model.model.norm(states[0]))
+    assert torch.allclose(draft(ids).logits, wanted, atol=1e-4)
+    # stock transformers takes it as an assistant
+    text = model.generate(ids, assistant_model=draft, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(text, model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0))
+
+
+@torch.no_grad()
+def test_merged_is_the_model_with_its_adapter(tmp_path: Path) -> None:
+    model = prepare(tiny_llama(), TrainConfig.model_validate({"lora": {"rank": 2}}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(3, 33)[None]
+    wanted = model(input_ids=ids).logits
+    adapted = anydepth.attach(model.merge_and_unload(), [])  # type: ignore[operator]
+    export(adapted, byte_tokenizer(), "merged", tmp_path / "merged")
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert (logits - wanted).norm() <= 5e-5 * wanted.norm()  # a sum of weights rounds otherwise than a sum of outputs
+
+
+@pytest.mark.parametrize(
+    ("methods", "kind", "options", "complaint"),
+    [
+        ([], "static", {}, "nothing is left out"),
+        (["layer_router"], "static", {}, "not a fixed choice"),
+        ([{"name": "skip_set", "skip_mixers": [1]}], "static", {}, "whole layers"),
+        ([], "draft", {}, "give --exit-layer"),
+        ([], "draft", {"exit_layer": 9}, "from 1 to 6; came 9"),
+        ([SKIPS], "merged", {}, "skip_set decides what runs"),
+        ([], "onnx", {}, "static, draft, merged"),
+    ],
+)
+def test_what_no_plain_checkpoint_can_hold(
+    methods: list[Any], kind: str, options: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    specs = [{"name": spec} if isinstance(spec, str) else spec for spec in methods]
+    adapted = anydepth.attach(tiny_llama(), specs)
+    with pytest.raises(UserError, match=complaint):
+        export(adapted, byte_tokenizer(), kind, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_logits_of", lambda *_: torch.ones(2, 48, 257))
+    adapted = anydepth.attach(tiny_llama(), SKIPS)
+    with pytest.raises(RunError, match="differ by"):
+        export(adapted, byte_tokenizer(), "static", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_writes_and_refuses_to_write_twice(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    command = [sys.executable, "-m", "anydepth.cli", "export", str(base), "--as", "draft", "--exit-layer", "2"]
+    command += ["--out", str(tmp_path / "draft"), "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["schema"] == "anydepth.export/1" and document["layers"] == [0, 1]
+    assert AutoTokenizer.from_pretrained(tmp_path / "draft")("a")["input_ids"]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "is not empty" in again.stderr
