@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -242,21 +243,33 @@ def show_bench(document: dict[str, Any]) -> None:
         )
 
 
+SHADES = ("#1b7837", "#7fbf7b", "#b8860b", "#d6604d", "#b2182b")
+"""Of depth, shallow to deep."""
+
+
+def shade_of(depth: float, num_layers: int) -> str:
+    """The colour of a token that so many layers ran for."""
+    return SHADES[max(math.ceil(depth / num_layers * len(SHADES)), 1) - 1]
+
+
+def depth_legend(num_layers: int) -> Text:
+    legend = Text("layers run: ")
+    for number, shade in enumerate(SHADES):
+        legend.append(f"≤{round((number + 1) * num_layers / len(SHADES))} ", style=shade)
+    return legend
+
+
 def show_text(document: dict[str, Any], show_depth: bool) -> None:
     if not show_depth:
         print(document["text"])
         return
     num_layers = document["num_layers"]
-    shades = ("#1b7837", "#7fbf7b", "#b8860b", "#d6604d", "#b2182b")
     text = Text()
     for token, depth in zip(document["tokens"], document["depths"], strict=True):
-        text.append(token, style=shades[min(int(depth / num_layers * len(shades)), len(shades) - 1)])
+        text.append(token, style=shade_of(depth, num_layers))
     console = Console()
     console.print(text)
-    legend = Text("layers run: ")
-    for number, shade in enumerate(shades):
-        legend.append(f"≤{round((number + 1) * num_layers / len(shades))} ", style=shade)
-    console.print(legend)
+    console.print(depth_legend(num_layers))
     if not console.is_terminal:
         print("depths:", " ".join(f"{depth:g}" for depth in document["depths"]))
 

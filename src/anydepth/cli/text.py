@@ -6,9 +6,11 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from anydepth.cli.app import app
-from anydepth.cli.display import Printer, show_text
+from anydepth.cli.display import Printer, depth_legend, shade_of, show_text
 from anydepth.cli.options import (
     Compiled,
     Device,
@@ -73,3 +75,60 @@ def generate(
     }
     result = document("anydepth.generate/1", seed=seed, config=config, label=adapted.label, **fields)
     printer.result(result, lambda document: show_text(document, show_depth))
+
+
+@app.command()
+def chat(
+    target: Target,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Answers of full depth; greedy ones are drafted.")
+    ] = False,
+    options: MethodOptions = None,
+    weights: WeightKind = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: DType = "bfloat16",
+    quiet: Quiet = False,
+) -> None:
+    """Talk with a model, each word coloured by its depth.
+
+    An empty line or Ctrl-D ends it; Ctrl-C ends an answer.
+    """
+    from anydepth.inference.engine.decode import FastEngine
+    from anydepth.serve.service import Service
+    from anydepth.serve.talk import Talk
+    from anydepth.training.checkpoint import load_target
+
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    adapted, tokenizer = load_target(
+        target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
+    )
+    if tokenizer.chat_template is None:
+        raise UserError(f"{target} has no chat template; use generate for models that were not trained to talk")
+    service = Service(FastEngine(adapted.eval(), weights), tokenizer, max_batch_size=1)
+    talk = Talk(service, tokenizer, system, max_new_tokens, temperature, lossless=lossless, seed=seed)
+    console, num_layers = Console(highlight=False), adapted.backbone.num_layers
+    if not quiet:
+        console.print(depth_legend(num_layers))
+    try:
+        while line := _line(console):
+            try:
+                for text, depth in talk.answer(line):
+                    console.print(Text(text, style=shade_of(depth, num_layers)), end="", soft_wrap=True)
+            except KeyboardInterrupt:
+                console.print(" …", end="")
+            console.print()
+    finally:
+        service.close()
+
+
+def _line(console: Console) -> str:
+    """What somebody types; empty at the end."""
+    try:
+        return (console.input("[bold]> [/bold]") if console.is_terminal else sys.stdin.readline()).strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""

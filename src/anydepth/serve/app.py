@@ -33,7 +33,7 @@ from anydepth.inference.engine import batching
 from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import ChatCompletion, Completion, Sampling, error
-from anydepth.serve.service import Busy, Job, Piece, Service
+from anydepth.serve.service import Busy, Job, Piece, Service, end_ids_of
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
 from anydepth.serve.text import TextStream
 
@@ -258,7 +258,7 @@ class Server:
         request = batching.Request(
             prompt,
             wanted,
-            eos_token_ids=self._end_ids(),
+            eos_token_ids=end_ids_of(self.service.engine.adapted),
             logits_processor=processors,
             generator=generator,
             budget=body.anydepth.depth_budget,
@@ -273,11 +273,6 @@ class Server:
             wants_layers=body.anydepth.depth,
             seconds=self.settings.request_seconds,
         )
-
-    def _end_ids(self) -> frozenset[int]:
-        config: Any = self.service.engine.adapted.generation_config
-        ends = config.eos_token_id
-        return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     # --- answers ---------------------------------------------------------------------------------------------------
 

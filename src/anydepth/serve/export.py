@@ -109,8 +109,8 @@ def _draft(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
     configured: Sequence[int] = getattr(getattr(speculation, "config", None), "exit_layers", [])
     if exit_layer is None and not configured:
         raise UserError(
-            "draft writes the first layers as a model of its own: give --exit-layer, or a target whose self_speculation "
-            "has exit_layers (a trained drafter reads states of the whole model, and cannot stand alone)"
+            "draft writes the first layers as a model of its own: give --exit-layer, or a target that drafts with "
+            "exit_layers (a trained drafter reads states of the whole model, and cannot stand alone)"
         )
     return list(range(_checked(adapted, exit_layer, max(configured, default=0))))
 

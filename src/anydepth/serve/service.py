@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.budget import collect_scores, options_of, set_thresholds, thresholds_at, thresholds_of
 from anydepth.errors import RunError, UserError
+from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.counts import Counts
 from anydepth.inference.engine.batching import Batcher, Logprob, Request
@@ -259,6 +261,13 @@ class Service:
         if reason is not None:
             self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
             job.put(Piece(text + job.stream.finish(), list(tokens), reason))
+
+
+def end_ids_of(adapted: AdaptedModel) -> frozenset[int]:
+    """The tokens that end a text of a model."""
+    config: Any = adapted.generation_config
+    ends = config.eos_token_id
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def layers_of(record: PassRecord) -> list[float]:

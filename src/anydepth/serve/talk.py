@@ -1,0 +1,84 @@
+"""A conversation in turns, through a `Service`."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper
+
+from anydepth.errors import RunError, UserError
+from anydepth.inference.engine.batching import Request
+from anydepth.serve.service import Job, Piece, Service, end_ids_of
+from anydepth.serve.text import TextStream
+
+
+class Talk:
+    """What was said so far, and the next answer.
+
+    Args:
+        system: what the model is told first. temperature: 0 is greedy.
+        lossless: answers of full depth.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        tokenizer: PreTrainedTokenizerBase,
+        system: str | None,
+        max_new_tokens: int,
+        temperature: float,
+        *,
+        lossless: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.service, self.tokenizer, self.max_new_tokens, self.lossless = service, tokenizer, max_new_tokens, lossless
+        self.turns = [] if system is None else [{"role": "system", "content": system}]
+        self.processors = LogitsProcessorList()
+        self.generator = None
+        if temperature > 0:
+            self.processors.append(TemperatureLogitsWarper(temperature))
+            self.generator = torch.Generator(device=service.engine.model.device).manual_seed(seed)
+
+    def answer(self, line: str) -> Iterator[tuple[str, float]]:
+        """Pieces of the answer, each with the layers run for it. A caller that stops listening ends it.
+
+        Raises:
+            UserError: the conversation is longer than the model's window. RunError: decoding failed.
+        """
+        turns = [*self.turns, {"role": "user", "content": line}]
+        prompt = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        room = self._room(len(prompt))
+        request = Request(
+            prompt,  # type: ignore[arg-type]
+            min(room, self.max_new_tokens),
+            eos_token_ids=end_ids_of(self.service.engine.adapted),
+            logits_processor=self.processors,
+            generator=self.generator,
+        )
+        pieces: queue.Queue[Piece] = queue.Queue()
+        stream = TextStream(self.tokenizer, request.prompt)
+        job = Job(request, stream, pieces.put, lossless=self.lossless, wants_layers=True)
+        self.service.submit(job)
+        said = ""
+        try:
+            while True:
+                piece = pieces.get()
+                if piece.finish_reason == "error":
+                    raise RunError("decoding failed")
+                depths = [sum(token.layers or []) for token in piece.tokens]
+                said += piece.text
+                yield piece.text, sum(depths) / max(len(depths), 1)
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            self.service.cancel(job)
+            self.turns = [*turns, {"role": "assistant", "content": said}]
+
+    def _room(self, num_prompt: int) -> int:
+        window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
+        most = min(length for length in (window, self.service.batcher.cache.max_length) if length is not None)
+        if num_prompt >= most:
+            raise UserError(f"the conversation has {num_prompt} tokens, and the model takes {most}; begin a new one")
+        return most - num_prompt

@@ -1,0 +1,93 @@
+"""Conversations: the model's own words, with what was said before in front; through pipes, too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import anydepth
+from anydepth.errors import UserError
+from anydepth.serve.service import Service
+from anydepth.serve.talk import Talk
+from tiny import byte_tokenizer, tiny_llama
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    router = {"name": "layer_router", "always_keep": 2, "router": "random", "rates": [0.5] * 4}
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    service = Service(anydepth.FastEngine(anydepth.attach(tiny_llama(), router).eval()), tokenizer, max_batch_size=1)
+    yield service
+    service.close()
+
+
+def alone(service: Service, text: str, new_tokens: int) -> str:
+    ids = service.tokenizer(text, return_tensors="pt")["input_ids"]
+    output = service.engine.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)  # type: ignore[arg-type]
+    return str(service.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))  # type: ignore[union-attr]
+
+
+def test_each_answer_follows_what_was_said(service: Service) -> None:
+    talk = Talk(service, service.tokenizer, "be brief", 8, 0.0)
+    pieces = list(talk.answer("hi"))
+    first = "".join(text for text, _ in pieces)
+    assert first == alone(service, "s:be brief;u:hi;a:", 8)
+    assert all(2 <= depth <= 6 for _, depth in pieces)
+    second = "".join(text for text, _ in talk.answer("so?"))
+    assert second == alone(service, f"s:be brief;u:hi;a:{first};u:so?;a:", 8)
+
+
+def test_an_answer_that_is_not_listened_to_ends_and_is_part_of_the_conversation(service: Service) -> None:
+    talk = Talk(service, service.tokenizer, None, 60, 0.0)
+    answer = talk.answer("hi")
+    text, _ = next(answer)
+    answer.close()
+    assert talk.turns[-1] == {"role": "assistant", "content": text}
+    assert list(talk.answer("go on"))
+
+
+def test_a_conversation_longer_than_the_window_says_so(service: Service) -> None:
+    talk = Talk(service, service.tokenizer, "x" * 140, 8, 0.0)
+    with pytest.raises(UserError, match="begin a new one"):
+        list(talk.answer("hi"))
+
+
+def test_the_command_talks_through_pipes(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tiny_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "anydepth.cli",
+        "chat",
+        str(tmp_path),
+        "--max-new-tokens",
+        "6",
+        "--temperature",
+        "0",
+    ]
+    done = subprocess.run(
+        [*command, "--dtype", "float32"], input="hi\nso?\n\n", capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("layers run:") and "\x1b" not in done.stdout
+    assert len(done.stdout.rstrip("\n").split("\n")) >= 3
+
+
+def test_sampled_answers_depend_on_the_seed(service: Service) -> None:
+    said = []
+    for seed in (1, 1, 2):
+        talk = Talk(service, service.tokenizer, None, 12, 1.0, seed=seed)
+        said.append("".join(text for text, _ in talk.answer("hi")))
+    assert said[0] == said[1] != said[2]
+    assert torch.is_grad_enabled()
