@@ -2,8 +2,8 @@
 
     python benchmarks/bench_noise.py [--num-repeats 10] [--num-runs 9]
 
-SmolLM2 in bfloat16 with nothing attached, so that "full depth" and "adapted" are the same: whole benches one after the
-other, while another process keeps one core busy.
+SmolLM2 in bfloat16 at full depth against itself, timed as `bench` times, again and again, while another process keeps
+one core busy.
 """
 
 from __future__ import annotations
@@ -11,19 +11,33 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import torch
+
 import anydepth
-from anydepth.execution.adapted import attach
+from anydepth.execution.adapted import AdaptedModel, attach
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.measure.bench import paired_speedups
 from anydepth.measure.results import document, write_json
+from anydepth.measure.timing import on_free_cores, time_generation
 from anydepth.training.data import load_windows
 
 RESULT = Path(__file__).resolve().parent / "results" / "bench_noise.json"
 BUSY = "while True: pass"
 NEW_TOKENS = 48
 ALLOWED = 0.03
+
+
+def paired(adapted: AdaptedModel, windows: torch.Tensor, num_runs: int, engine: FastEngine | None) -> list[float]:
+    """Ratios of the same generation's times, taken in turn, sides changed from pair to pair."""
+    ratios = []
+    for number in range(num_runs + 1):  # the first warms up
+        prompt = windows[number % len(windows)][None]
+        batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        first, second = (time_generation(adapted, batch, NEW_TOKENS, engine, full_depth=True).total for _ in range(2))
+        ratios.append(first / second if number % 2 else second / first)
+    return sorted(ratios[1:])
 
 
 def main() -> None:
@@ -38,9 +52,15 @@ def main() -> None:
     for name, engine in (("fast", FastEngine(adapted)), ("hf", None)):
         busy = subprocess.Popen([sys.executable, "-c", BUSY])
         try:
+            time.sleep(1.0)
             for _ in range(arguments.num_repeats):
-                ratios = sorted(paired_speedups(adapted, windows, NEW_TOKENS, arguments.num_runs, engine))
-                rows.append({"engine": name, "speedup": ratios[len(ratios) // 2], "range": [ratios[0], ratios[-1]]})
+                with on_free_cores(print):
+                    ratios = paired(adapted, windows, arguments.num_runs, engine)
+                    threads = torch.get_num_threads()
+                median = ratios[len(ratios) // 2]
+                rows.append(
+                    {"engine": name, "speedup": median, "range": [ratios[0], ratios[-1]], "num_threads": threads}
+                )
                 print(rows[-1], flush=True)
         finally:
             busy.kill()

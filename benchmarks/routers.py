@@ -31,6 +31,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], float]] = {
     "exit_gate, mean depth 20": ([{"name": "exit_gate", "layers": EXITS}], 20.0),
     "exit_gate, recompute, tokens to 20": ([{"name": "exit_gate", "layers": EXITS, "kv_rule": "recompute"}], 20.0),
     "early_exit, mean depth 20": ([{"name": "early_exit", "layers": [12, 18, 24], "vocabulary": 8192}], 20.0),
+    "early_exit at one layer, mean depth 20": ([{"name": "early_exit", "layers": [14], "vocabulary": 8192}], 20.0),
     "layer_router, sequence, a third": (
         [{"name": "layer_router", "granularity": "sequence", "pool_tokens": 32}],
         30 - 0.35 * 26,

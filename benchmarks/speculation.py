@@ -139,6 +139,11 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
     engine = FastEngine(adapted)
     seconds: dict[str, list[float]] = defaultdict(list)
     num_tokens: dict[str, int] = defaultdict(int)
+    warm = dict(tokenizer(next(iter(by_category.values()))[0], return_tensors="pt"))
+    for _ in range(3):  # as `speed` does
+        generate(engine, warm)
+        with adapted.disabled():
+            generate(model, warm)
 
     def note(way: str, runner: Any, batch: dict[str, Any], **options: Any) -> None:
         ids, spent = generate(runner, batch, **options)

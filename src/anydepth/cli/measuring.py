@@ -207,6 +207,7 @@ def bench(
         "new_tokens": new_tokens,
         "engines": engines,
         "on_row": lambda row: printer.progress(bench_line(row)),
+        "say": printer.progress,
     }
     if prompts is not None:
         texts = read_prompts(prompts, tokenizer)

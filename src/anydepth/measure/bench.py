@@ -24,7 +24,7 @@ from anydepth.inference.generate import check_window
 from anydepth.inference.speculate import Counts
 from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
-from anydepth.measure.timing import Batch, Timing, time_generation
+from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
 from anydepth.training.data import load_windows
 
 Engine = FastEngine | None
@@ -49,11 +49,13 @@ def bench(
     num_runs: int = 5,
     engines: Sequence[Engine] = (None,),
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Rows of `anydepth.bench/1`, one per batch size, prompt length and engine, prompts taken from (N, T) windows.
 
     Args:
         engines: generate with each in turn, at full depth too.
+        say: told if others keep cores busy, and threads are fewer for it.
 
     Raises:
         UserError: too little text for the batch, or prompts longer than the model's window.
@@ -71,7 +73,9 @@ def bench(
         for length in prompt_tokens:
             prompts = windows[:batch_size, :length].to(adapted.device)
             batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-            for row in _rows(adapted, [batch] * num_runs, new_tokens, engines):
+            with on_free_cores(say):
+                found = _rows(adapted, [batch] * num_runs, new_tokens, engines)
+            for row in found:
                 rows.append(row)
                 on_row(row)
     return rows
@@ -86,6 +90,7 @@ def bench_prompts(
     new_tokens: int,
     engines: Sequence[Engine] = (None,),
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Rows of `anydepth.bench/1` over given prompts: each batch of them (padded on the left) is one measured pair."""
     adapted.eval()
@@ -97,7 +102,9 @@ def bench_prompts(
         batches = [dict(tokenizer(part, return_tensors="pt", padding=True).to(adapted.device)) for part in parts]
         check_window(adapted, max(batch["input_ids"].shape[1] for batch in batches), new_tokens)
         self_check(adapted, batches[0]["input_ids"][:1, -48:], engines)
-        for row in _rows(adapted, batches, new_tokens, engines):
+        with on_free_cores(say):
+            found = _rows(adapted, batches, new_tokens, engines)
+        for row in found:
             rows.append(row)
             on_row(row)
     return rows
@@ -190,6 +197,7 @@ def _row(
         "prompt_tokens": max(batch["input_ids"].shape[1] for batch in batches),
         "new_tokens": new_tokens,
         "num_runs": len(pairs),
+        "num_threads": torch.get_num_threads(),
         "full_depth": _medians([pair.full for pair in pairs], batch_size, new_tokens),
         "adapted": {
             **_medians([pair.ours for pair in pairs], batch_size, new_tokens),

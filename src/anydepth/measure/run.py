@@ -215,6 +215,7 @@ class Runner:
                 new_tokens=settings.new_tokens,
                 num_runs=settings.num_runs,
                 engines=[choose(adapted, settings.engine, say=self.say)],
+                say=self.say,
             )
         return {"rows": rows}
 

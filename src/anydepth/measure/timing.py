@@ -1,10 +1,12 @@
-"""Seconds and memory of one generation, and how fast this machine reads memory."""
+"""Seconds and memory of one generation, on cores that nobody else is busy on."""
 
 from __future__ import annotations
 
+import os
 import resource
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.results import num_cores
 
 Batch = dict[str, Tensor]
 """`input_ids` and `attention_mask`, (B, T) each."""
@@ -72,6 +75,40 @@ def time_generation(
         ended = time.perf_counter()
     assert first.at is not None
     return Timing(first.at - started, ended - started, output[:, batch["input_ids"].shape[1] :], _peak_memory_bytes())
+
+
+@contextmanager
+def on_free_cores(say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Fewer threads where others keep cores busy: a team of threads is as slow as the one that waits for its core.
+
+    `say` is told of it.
+    """
+    before, busy = torch.get_num_threads(), busy_cores()
+    threads = max(min(before, num_cores() - round(busy)), 1)
+    if threads < before:
+        say(f"something else keeps {busy:.1f} cores busy: timing with {threads} of {before} threads")
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def busy_cores(seconds: float = 0.4) -> float:
+    """Cores that other processes keep busy; 0 where the system does not say (it is Linux that does)."""
+    try:
+        first, started = _busy_ticks(), time.perf_counter()
+        time.sleep(seconds)
+        ticks = _busy_ticks() - first
+    except (OSError, ValueError):
+        return 0.0
+    return ticks / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - started)
+
+
+def _busy_ticks() -> int:
+    """Of all cores, without this process, which sleeps meanwhile."""
+    user, nice, system = (int(part) for part in Path("/proc/stat").read_text().split()[1:4])
+    return user + nice + system
 
 
 def _wait(tensor: Tensor) -> None:
