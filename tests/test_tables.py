@@ -19,6 +19,7 @@ TABLES = {
     "hat": ["benchmarks/hat.py", "--table"],
     "speculation": ["benchmarks/speculation.py", "--table"],
     "layerskip": ["benchmarks/layerskip.py", "--table"],
+    "mixers": ["benchmarks/mixers.py", "--table"],
     "guarantee": ["benchmarks/guarantee.py", "--table"],
 }
 PAGES = ("README.md", "docs/results.md")
