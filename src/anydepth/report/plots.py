@@ -38,8 +38,8 @@ def _figure(title: str, height: float = 3.4) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _whole_numbers(axis: Any) -> None:
-    axis.set_major_locator(MaxNLocator(integer=True))
+def _whole_numbers(axis: Any, most: int = 9) -> None:
+    axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
 def _short(label: str) -> str:
@@ -112,7 +112,7 @@ def training_layers(document: Document) -> Figure:
             shares, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1, extent=edges, interpolation="nearest"
         )
         axes.set_title(f"Training: {title}", fontsize=11, loc="left")
-        _whole_numbers(axes.xaxis)
+        _whole_numbers(axes.xaxis, 4)
         axes.set_xlabel("optimiser step")
     _whole_numbers(panels[0].yaxis)
     panels[0].set_ylabel("layer")
