@@ -65,13 +65,16 @@ def test_it_writes_and_shows_the_depth_of_every_token(browser: Any, address: str
     context.close()
 
 
-def test_it_can_be_stopped_and_says_what_goes_wrong(browser: Any, address: str) -> None:
+def test_it_says_what_goes_wrong_and_can_be_used_again(browser: Any, address: str) -> None:
     page = browser.new_page()
     page.goto(f"{address}/")
     page.get_by_text("6 layers").wait_for()
     page.get_by_label("New tokens").fill("1000")
     page.get_by_role("button", name="Write").click()
     page.get_by_text("new tokens do not fit").wait_for()
+    assert "new tokens do not fit" in page.get_by_role("alert").inner_text()
+    assert page.get_by_role("button", name="Write").is_enabled()
+    assert page.get_by_role("button", name="Stop").is_disabled()
     page.close()
 
 

@@ -83,14 +83,8 @@ def serve(
     budgets = None
     if adapted.draft_methods:
         budgets = Budgets.of(engine, load_windows(data, tokenizer, 128, max_windows=BUDGET_WINDOWS))
-    service = Service(
-        engine,
-        tokenizer,
-        max_batch_size=max_batch_size,
-        max_tokens=max_tokens,
-        max_queue=max_queue,
-        budgets=budgets,
-    )
+    limits = {"max_batch_size": max_batch_size, "max_tokens": max_tokens, "max_queue": max_queue}
+    service = Service(engine, tokenizer, budgets=budgets, **limits)
     settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout)
     logging.getLogger("anydepth.serve").setLevel(logging.INFO)
     config = uvicorn.Config(

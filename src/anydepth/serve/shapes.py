@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from anydepth.serve.protocol import Sampling
 from anydepth.serve.service import Piece, Token
 
 
-class Shape:
+class Shape(ABC):
     """How an answer is written; one for each endpoint."""
 
     prefix, kind, stream_kind = "", "", ""
@@ -40,11 +41,13 @@ class Shape:
         digits = ["".join(str(round(2 * ran)) for ran in row) for row in rows]
         return {"anydepth": {"depths": [sum(row) for row in rows], "layers": digits}}
 
+    @abstractmethod
     def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """What a stream says of one piece of an answer."""
 
+    @abstractmethod
     def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole answer."""
 
 
 class CompletionShape(Shape):
