@@ -17,6 +17,7 @@ import typer
 from anydepth.cli import training, calibrating, measuring, text, serving  # noqa: F401  # isort: skip
 from anydepth.cli.app import app
 from anydepth.errors import RunError, UserError
+from anydepth.processes import is_parallel, rank
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -34,6 +35,8 @@ def _exit_code(arguments: list[str]) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five lines of retries before the one that says it
     interrupted = "interrupted; `train --resume`, `run` and `sweep` go on where they were"
     try:
+        if is_parallel() and arguments[:1] != ["train"]:
+            raise UserError("train alone runs in several processes; start this command by itself, without a launcher")
         # typer turns Ctrl-C into a returned 130.
         if app(arguments or ["--help"], prog_name="anydepth", standalone_mode=False) == INTERRUPTED:
             return _fail(interrupted, INTERRUPTED)
@@ -58,7 +61,8 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"anydepth: {' '.join(line.split())}", file=sys.stderr)
+    if code != 2 or rank() == 0:  # several processes make the same mistake
+        print(f"anydepth: {' '.join(line.split())}", file=sys.stderr)
     return code
 
 

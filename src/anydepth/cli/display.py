@@ -14,19 +14,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from anydepth.processes import rank
+
 
 class Printer:
     """Results to standard output, as a document or for people; progress to standard error."""
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self.as_json = as_json
-        self.quiet = quiet
+        self.quiet = quiet or rank() > 0
 
     def progress(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def result(self, document: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
+        if rank() > 0:  # the first of several processes speaks for all
+            return
         if self.as_json:
             from anydepth.measure.results import plain
 

@@ -85,15 +85,22 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train what a recipe names; write a checkpoint folder."""
+    """Train what a recipe names; write a checkpoint folder.
+
+    Also under `accelerate launch`, in several processes: recipes/parallel/ has the configurations.
+    """
+    from anydepth.training.parallel import first_alone, together
+
     printer = Printer(as_json, quiet)
-    runner = _runner(recipe, out, recipe_overrides(overrides, seed, device, dtype), printer)
-    runner.on_step = step_line(printer, runner.recipe)
-    if not resume:
-        runner.forget()
-    runner.search()
-    runner.fit()
-    printer.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
+    with together():
+        runner = _runner(recipe, out, recipe_overrides(overrides, seed, device, dtype), printer)
+        runner.on_step = step_line(printer, runner.recipe)
+        if not resume:
+            with first_alone():
+                runner.forget()
+        runner.search()
+        runner.fit()
+        printer.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
 
 
 @app.command()

@@ -80,7 +80,7 @@ class GatedLayer:
     def _gated_layer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         if run.sparse and not gate.any_kept and not self.runner.sees_every_token(gate):
             self.runner.defer(run, gate, hidden, arguments)
-            return hidden
+            return self._unused(hidden)
         if self.runner.sees_every_token(gate):
             if run.sparse:  # the recurrent state must see every token, the FFN need not
                 run.ffn_gates[self.layer_idx] = gate.without_weight()  # stays: backward may run the layer again
@@ -113,6 +113,17 @@ class GatedLayer:
             self.runner.settle(run)
         elif not self.runner.sees_every_token(mixer_gate):
             self.runner.defer(run, mixer_gate, hidden, arguments)
+
+    def _unused(self, output: Tensor) -> Tensor:
+        """The same, with a gradient of zeros for weights that learn and that nobody ran.
+
+        An optimiser takes no gradient for something else than zeros, and other processes, where somebody did run, would
+        wait for it.
+        """
+        if not torch.is_grad_enabled():
+            return output
+        nothing = [weight.sum() * 0 for weight in self.view.module.parameters() if weight.requires_grad]
+        return output + torch.stack(nothing).sum().to(output.dtype) if nothing else output
 
     def _record(self, run: Run, gate: Gate, *, mixer: bool = False, ffn: bool = False) -> None:
         if mixer:
@@ -149,7 +160,7 @@ class GatedLayer:
         if not run.sparse:
             return self.runner.run_masked(run, gate, self.own_mixer, hidden, nothing, arguments)
         if not gate.any_kept:
-            return nothing
+            return self._unused(nothing)
         return self.runner.run_on_kept(run, gate, self.own_mixer, hidden, nothing, arguments, lambda normed: normed)
 
     def mixer_out_forward(self, branch: Tensor) -> Tensor:
@@ -186,7 +197,7 @@ class GatedLayer:
         run = self.current()
         gate = None if run is None else run.ffn_gates.get(self.layer_idx)
         if run is not None and gate is not None and run.sparse and not gate.any_kept:
-            return self._finish_ffn(run, branch)
+            return self._finish_ffn(run, self._unused(branch))
         output = self.own_ffn_out(branch)
         return output if run is None else self._finish_ffn(run, output)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ from anydepth.methods import method_class
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.load import load_model
 from anydepth.models.scratch import scratch_folder
+from anydepth.processes import is_parallel, rank, shards_weights
 from anydepth.training.checkpoint import is_checkpoint, load_target, save
 from anydepth.training.data import load_texts, load_windows
 from anydepth.training.drafter import train_drafter
 from anydepth.training.own_text import OWN_TEXT, own_texts
+from anydepth.training.parallel import first_alone, is_sharded, part
 from anydepth.training.phases import PHASES, train_phases
-from anydepth.training.train import STEPS, prepare, train
+from anydepth.training.train import STEPS, last_complete, load_trained, prepare, train
 
 Say = Callable[[str], None]
 RECIPE, LOCK = "recipe.yaml", ".lock"
@@ -59,6 +61,10 @@ class Runner:
     def __post_init__(self) -> None:
         source_commit()  # of the code as it is now, not as it may be when a stage ends
         path = self.out / RECIPE
+        with first_alone():
+            self._claim(path)
+
+    def _claim(self, path: Path) -> None:
         # Compared as recipes: one that was written before an option existed has its default.
         if path.exists() and load_recipe(path) != self.recipe:
             raise UserError(f"{self.out} holds a run of another recipe; give another --out, or remove it first")
@@ -125,12 +131,20 @@ class Runner:
             shutil.rmtree(self.out / folder, ignore_errors=True)
 
     def train(self) -> dict[str, Any]:
-        """Attach, train and calibrate; afterwards the folder is a checkpoint. Goes on where it was interrupted."""
-        return self._stage("train", self._train)
+        """Attach, train and calibrate; afterwards the folder is a checkpoint. Goes on where it was interrupted.
+
+        Several processes may train together; what is behind training the first one does alone.
+        """
+        return self._unless_done("train", self._train)
 
     def _train(self) -> dict[str, Any]:
         recipe = self.recipe
-        model, tokenizer = self._base()
+        if is_parallel() and (recipe.drafter is not None or (recipe.phases and shards_weights())):
+            raise UserError(
+                "drafter trains in one process, and phases train without sharded weights; start fewer, or use DDP"
+            )
+        with first_alone():
+            model, tokenizer = self._base()
         fields: dict[str, Any] = {"loss_history": [], "seconds": 0.0, "tokens_per_second": 0.0}
         wrapped: nn.Module = model if recipe.train is None else prepare(model, recipe.train, seed=recipe.seed)
         adapted = attach(wrapped, self._methods())
@@ -148,6 +162,13 @@ class Runner:
                 "seconds": result.seconds,
                 "tokens_per_second": result.tokens_per_second,
             }
+        fields["checkpoint"] = str(self.out)
+        if is_parallel():
+            sharded = is_sharded(adapted)
+            part()
+            if rank() > 0:
+                return fields
+            adapted = self._gathered() if sharded else adapted
         if recipe.drafter is not None:
             fields |= self._train_drafter(recipe.drafter, adapted, tokenizer)
         if recipe.calibrate is not None:
@@ -156,7 +177,16 @@ class Runner:
         trained = recipe.train is not None and recipe.train.backbone
         save(adapted, self.out, base=recipe.model.target, own_base=tokenizer if trained else None)
         detach(adapted)
-        return {**fields, "checkpoint": str(self.out)}
+        return fields
+
+    def _gathered(self) -> AdaptedModel:
+        """What sharded training left, in one piece."""
+        assert self.recipe.train is not None
+        adapted = attach(prepare(self._base()[0], self.recipe.train, seed=self.recipe.seed), self._methods())
+        folder = last_complete(self.out)
+        assert folder is not None, "training ends with a checkpoint"
+        load_trained(adapted, folder)
+        return adapted.eval()
 
     def _train_drafter(
         self, settings: DrafterConfig, adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase
@@ -247,14 +277,19 @@ class Runner:
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        with first_alone():
+            return self._unless_done(name, work)
+
+    def _unless_done(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.out / f"{name}.json"
         if path.exists():
             self.say(f"{name}: done already, kept ({path})")
             return read_document(path)
         self.say(f"{name} …")
-        with only_here(self.out):
+        with only_here(self.out) if rank() == 0 else nullcontext():
             result = self._document(name, **work())
-            write_json(path, result)
+            if rank() == 0:
+                write_json(path, result)
         return result
 
     def _document(self, name: str, **fields: Any) -> dict[str, Any]:

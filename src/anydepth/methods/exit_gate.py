@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.methods.shared_batch import batch_mean
 from anydepth.models.backbone import Backbone
 
 
@@ -149,7 +150,7 @@ class ExitGate(Method):
         share = left
         for layer_idx, part in zip(notes, leaving, strict=True):
             share = share + part * layer_idx / self.num_layers
-        depth = share[context.token_mask].mean()
+        depth = batch_mean(share[context.token_mask].mean())
         return {"target": self.config.target_weight * (depth - self.config.target_depth) ** 2}
 
 

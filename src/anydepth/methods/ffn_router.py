@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Gate, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.methods.shared_batch import batch_mean, batch_rows
 from anydepth.models.backbone import Backbone
 
 
@@ -118,7 +119,8 @@ class FFNRouter(Method):
         again, and must get the same answer."""
         seen = context.notes.setdefault(f"{self.name}/quantile", {})
         if place not in seen:
-            now = torch.quantile(score[context.token_mask].float(), 1 - self.capacity).item()
+            scores = batch_rows(score[context.token_mask].float())
+            now = torch.quantile(scores, 1 - self.capacity).item()
             before = self.thresholds[place].item()
             momentum = self.config.quantile_momentum if math.isfinite(before) else 0.0
             seen[place] = now if not momentum else momentum * before + (1 - momentum) * now
@@ -136,5 +138,5 @@ class FFNRouter(Method):
         return {
             "z_loss": self.config.z_loss_weight * F.softplus(score).square().mean(),
             "entropy": -self.config.entropy_weight * entropy,
-            "capacity": self.config.capacity_weight * (soft.mean(1) - self.capacity).square().mean(),
+            "capacity": self.config.capacity_weight * (batch_mean(soft.mean(1)) - self.capacity).square().mean(),
         }

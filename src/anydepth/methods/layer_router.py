@@ -29,6 +29,7 @@ from anydepth.methods.method import (
     check_layers,
     uniform_by_place,
 )
+from anydepth.methods.shared_batch import batch_mean
 from anydepth.models.backbone import Backbone
 
 
@@ -254,16 +255,20 @@ class LayerRouter(Method):
         pool[rows, context.positions[rows, columns]] = hidden[rows, columns].float()
         mean = pool.mean(1, keepdim=True)
         if self.config.granularity == "batch" and self.samples(context):
-            mean = mean.mean(0, keepdim=True).expand_as(mean)
+            # Kept: gradient checkpointing asks again, in backward, where no process may wait for another.
+            shared = context.notes.setdefault(f"{self.name}/mean", [])
+            if not shared:
+                shared.append(batch_mean(mean.mean(0, keepdim=True)))
+            mean = shared[0].expand_as(mean)
         logits = context.evaluate(self.network, mean.contiguous())  # (B, 1, G)
         if not self.samples(context):
             context.memory.remember(f"{self.name}/pool", pool)
             context.memory.remember(f"{self.name}/logits", logits[:, 0])
         return logits.movedim(-1, 0)
 
-    def logistic_noise(self, logits: Tensor, context: PassContext, key: int = 0) -> Tensor:
-        noise = super().logistic_noise(logits, context, key)
-        return noise[:, :1].expand_as(noise) if self.config.granularity == "batch" else noise
+    @property
+    def draws_once(self) -> bool:
+        return self.config.granularity == "batch"
 
     def _random_scores(self, context: PassContext) -> Tensor:
         """(G, B, T) above 0 at the configured rates."""
@@ -279,7 +284,7 @@ class LayerRouter(Method):
         rates = context.notes.get(self.name, {}).get("rates")  # (G,)
         if rates is None:
             return {}
-        losses = {}
+        rates, losses = batch_mean(rates), {}
         if self.config.sparsity_weight and not self.learns_by_policy:
             losses["sparsity"] = self.config.sparsity_weight * (self._prices(rates) * rates).sum()
         skipped = 1 - rates.mean()
@@ -317,8 +322,8 @@ class LayerRouter(Method):
             cost = (token_losses * routed).sum(1, keepdim=True) / lengths.clamp_min(1) + active
             counted = lengths > 0
             if self.config.granularity == "batch":
-                cost = (cost * counted).sum(0, keepdim=True).expand_as(cost) / counted.sum().clamp_min(1)
-        mean_cost = cost[counted].mean()
+                cost = batch_mean((cost * counted).sum(0, keepdim=True) / counted.sum().clamp_min(1)).expand_as(cost)
+        mean_cost = batch_mean(cost[counted].mean())
         baseline = torch.where(self.baseline.isinf(), mean_cost, self.baseline)
         log_probability = torch.where(keep, nn.functional.logsigmoid(margin), nn.functional.logsigmoid(-margin)).sum(0)
         loss = -((baseline - cost).detach() * log_probability)[counted].mean()

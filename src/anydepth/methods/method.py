@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import Evaluate, GateNetwork
 from anydepth.methods.memory import Memory
+from anydepth.methods.shared_batch import draw_uniform
 from anydepth.models.backbone import Backbone
 
 KVRule = Literal["project", "omit", "recompute"]
@@ -269,6 +270,11 @@ class Method(nn.Module):
     def threshold(self, value: float) -> None:
         self.config = self.config.model_copy(update={str(self.budget_option): value})
 
+    @property
+    def draws_once(self) -> bool:
+        """Whether all rows of a batch get the same noise."""
+        return False
+
     is_watched: bool = False
     """Calibration wants its scores, also where a threshold lets everybody run."""
     is_frozen: bool = False
@@ -292,14 +298,14 @@ class Method(nn.Module):
         self.generator.manual_seed(seed)
 
     def logistic_noise(self, logits: Tensor, context: PassContext, key: int = 0) -> Tensor:
-        """The difference of two classes' Gumbel noise, of the shape of `logits`; one draw per forward and `key`.
+        """The difference of two classes' Gumbel noise for (…, B, T) logits; one draw per forward and `key`.
 
         Kept in the context: with gradient checkpointing a layer runs again and must decide the same.
         """
         drawn = context.notes.setdefault(f"{self.name}/noise", {})
         if key not in drawn:
-            uniform = torch.rand(logits.shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
-            drawn[key] = torch.logit(uniform).to(logits.device)
+            uniform = draw_uniform(logits.shape, self.generator, rows=-2, only_first=self.draws_once)
+            drawn[key] = torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(logits.device)
         return drawn[key]
 
     def samples(self, context: PassContext) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Choice, Gate, KVRule, Method, PassContext, check_layers, uniform_by_place
+from anydepth.methods.shared_batch import batch_mean
 from anydepth.models.backbone import Backbone
 from anydepth.models.delta_rule import DeltaShape, build_delta_rule, matched_shape
 
@@ -169,9 +170,9 @@ class MixerRouter(Method):
         real = context.token_mask
         chosen = torch.cat([chosen[:, real] for chosen, _ in notes.values()])  # (layers, N)
         if self.config.target is not None:
-            return {"target": self.config.target_weight * (chosen.mean() - self.config.target).square()}
-        shares = chosen.detach().mean(1)
-        likely = torch.cat([probability[:, real] for _, probability in notes.values()]).mean(1)
+            return {"target": self.config.target_weight * (batch_mean(chosen.mean()) - self.config.target).square()}
+        shares = batch_mean(chosen.detach().mean(1))
+        likely = batch_mean(torch.cat([probability[:, real] for _, probability in notes.values()]).mean(1))
         balance = 2 * (shares * likely + (1 - shares) * (1 - likely))
         return {"balance": self.config.balance_weight * balance.mean()}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anydepth.config import StrictConfig
 from anydepth.methods.method import Gate, Method, PassContext, Rules
+from anydepth.methods.shared_batch import draw_uniform
 from anydepth.models.backbone import Backbone
 
 
@@ -64,8 +65,10 @@ class StochasticDepth(Method):
         if not self.samples(context):
             return
         batch_size, num_tokens = context.token_mask.shape
-        num_draws = 1 if self.config.per == "batch" else batch_size
-        drawn = torch.rand(self.num_layers, num_draws, generator=self.generator)
+        if self.config.per == "batch":
+            drawn = torch.rand(self.num_layers, 1, generator=self.generator)
+        else:
+            drawn = draw_uniform((self.num_layers, batch_size), self.generator, rows=1)
         keep = drawn >= torch.tensor(self.probabilities())[:, None]
         keep = keep[:, :, None].expand(-1, batch_size, num_tokens).to(context.token_mask.device)
         # A dropped row drops whole: no later token of it runs the layer, so no K/V is needed there.

@@ -20,6 +20,8 @@ from anydepth.config import PhaseConfig, TrainConfig
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.measure.results import write_json
 from anydepth.methods.method import Method
+from anydepth.processes import rank
+from anydepth.training.parallel import wait_for_all
 from anydepth.training.train import Row, TrainResult, train
 
 PHASES = "phases"
@@ -68,7 +70,9 @@ def train_phases(
                     on_step({**row, "step": row["step"] + first, "phase": number})
 
             result = train(adapted, windows, settings, folder, seed=seed + number, resume=resume, on_step=say)
-            _save(adapted, folder, result)
+            if rank() == 0:
+                _save(adapted, folder, result)
+            wait_for_all()
         done = json.loads((folder / DONE).read_text())
         _restore(adapted, load_file(folder / STATE))
         states |= {name: part.state_dict() for name, part in adapted.methods.items()}

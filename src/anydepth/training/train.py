@@ -7,13 +7,12 @@ once its last file is written.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,20 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from anydepth.config import TrainConfig
 from anydepth.errors import RunError, UserError
-from anydepth.execution.adapted import AdaptedModel, without_adapter
+from anydepth.execution.adapted import AdaptedModel
 from anydepth.measure.results import write_json
-from anydepth.methods.method import Method
+from anydepth.methods.shared_batch import batch_mean, num_processes
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import is_quantised
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset
-from anydepth.training.losses import distillation_loss, expected_exit_loss, token_losses
+from anydepth.training.learner import Learner, methods_of
+from anydepth.training.parallel import copy_into, first_alone, part_of, shards_on_cpu, wait_for_all, whole
 
 STEPS = "steps"
-COMPLETE = "history.json"
+COMPLETE = "done.json"
 """Last file of a training checkpoint: its presence says that the others are whole."""
+TRAINABLE, OPTIMIZER, SCHEDULER = "trainable.safetensors", "optimizer.safetensors", "scheduler.json"
 
 
 Row = dict[str, Any]
@@ -97,9 +98,10 @@ def train(
     """
     if not trainable_state(model):
         raise UserError("nothing to train: the recipe names no trained method, no train.lora and no train.backbone")
-    start = _last_complete(out) if resume else None
-    if not resume:
-        shutil.rmtree(out / STEPS, ignore_errors=True)
+    with first_alone():
+        if not resume:
+            shutil.rmtree(out / STEPS, ignore_errors=True)
+        start = last_complete(out)
     if config.gradient_checkpointing:
         unwrap(model.model if isinstance(model, AdaptedModel) else model).gradient_checkpointing_enable()
     trainer = AdaptedTrainer(model, windows, config, out / STEPS, seed)
@@ -115,12 +117,10 @@ class AdaptedTrainer(Trainer):
 
     def __init__(self, model: nn.Module, windows: Tensor, config: TrainConfig, out: Path, seed: int) -> None:
         self.settings = config
-        self.seed = seed
         self.history: list[Row] = []
         self.on_step: Callable[[Row], None] | None = None
         self.first_step = 0
         self.started = time.monotonic()
-        self.micro_step = 0
         self.terms: dict[str, float] = defaultdict(float)
         self.figures: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
@@ -128,10 +128,15 @@ class AdaptedTrainer(Trainer):
         if isinstance(model, AdaptedModel) and is_quantised(model.model):
             # The Trainer refuses a 4-bit base without; what is trained here stands beside it.
             vars(model)["_hf_peft_config_loaded"] = True
-        super().__init__(model=model, args=_arguments(config, out, seed), train_dataset=self.windows)
+        self.learner = Learner(model, config, seed)
+        super().__init__(model=self.learner, args=_arguments(config, out, seed), train_dataset=self.windows)
         self.model_accepts_loss_kwargs = False  # our losses are means already
         self.remove_callback(_progress_callback(self))
         self.add_callback(_StepWatch(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled |= shards_on_cpu(self.accelerator)
 
     @property
     def seconds(self) -> float:
@@ -139,82 +144,56 @@ class AdaptedTrainer(Trainer):
         return time.monotonic() - self.started
 
     @property
-    def module(self) -> nn.Module:
+    def learning(self) -> nn.Module:
         """The model as it was given, never a wrapper of a parallel run."""
-        assert isinstance(self.model, nn.Module)
-        return self.model
+        return self.learner.learning
 
     # --- loss --------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        adapted = self.module
-        methods = list(adapted.methods.values()) if isinstance(adapted, AdaptedModel) else []
-        for number, method in enumerate(methods):
-            assert isinstance(method, Method)
-            step = self.state.global_step
-            method.set_progress(step / max(self.settings.max_steps - 1, 1), step)
-            method.reseed(_seed_of(self.seed, self.micro_step, number))
-        with _execution(adapted, self.settings.execution):
-            output = model(**inputs, use_cache=False)
-        terms = {"lm_loss": output.loss}
-        if isinstance(adapted, AdaptedModel):
-            terms |= adapted.auxiliary_losses() | adapted.outcome_losses(output.logits)
-            if any(method.learns_by_policy for method in adapted.active_methods):
-                terms |= adapted.policy_losses(token_losses(output.logits.detach(), inputs["labels"]))
-            for name, exits in adapted.exit_states().items():
-                terms[f"{name}/expected"] = expected_exit_loss(
-                    exits, output.logits, inputs["labels"], adapted.backbone.logits_of
-                )
-        weight = 1.0
-        distillation = self.settings.distillation
-        if distillation is not None and self.state.global_step >= distillation.warmup_steps:
-            teacher = _teacher_logits(adapted, inputs)
-            terms["distillation"] = distillation_loss(
-                output.logits, teacher, inputs["labels"], distillation.temperature
-            )
-            weight = 1 - distillation.weight
-            terms["distillation"] = distillation.weight * terms["distillation"]
+        self.learner.step = self.state.global_step
+        loss, terms = model(**inputs)
         self._note(terms)
-        return weight * terms["lm_loss"] + sum(value for name, value in terms.items() if name != "lm_loss")
+        return loss
 
     def _note(self, terms: dict[str, Tensor]) -> None:
         share = 1 / self.settings.gradient_accumulation_steps
         for name, value in terms.items():
             self.terms[name] += share * value.item()
-        if isinstance(self.model, AdaptedModel):
-            self.terms["mean_depth"] += share * self.model.last_trace.mean_depth
-            for method in self.model.active_methods:
+        if isinstance(self.learning, AdaptedModel):
+            self.terms["mean_depth"] += share * self.learning.last_trace.mean_depth
+            for method in self.learning.active_methods:
                 told = {name: float(getattr(method, name)) for name in method.scheduled}
-                for name, figure in {**told, **method.metrics(self.model.context)}.items():
+                for name, figure in {**told, **method.metrics(self.learning.context)}.items():
                     self.figures[f"{method.name}/{name}"] += share * figure
-        self.micro_step += 1
 
     def finish_step(self) -> None:
-        """One row of the history per optimiser step."""
-        row: Row = {"step": self.state.global_step, **self.terms, "learning_rate": self._get_learning_rate()}
-        if self.figures:
-            row["figures"] = dict(self.figures)
-        if (
-            isinstance(self.model, AdaptedModel)
-            and self.state.global_step % max(self.settings.max_steps // 100, 1) == 0
-        ):
-            trace = self.model.last_trace
+        """One row of the history per optimiser step, of all processes together."""
+        adapted, step = self.learning, self.state.global_step
+        terms, figures = _mean_over_processes(self.terms), _mean_over_processes(self.figures)
+        self.terms, self.figures = defaultdict(float), defaultdict(float)
+        row: Row = {"step": step, **terms, "learning_rate": self._get_learning_rate()}
+        if figures:
+            row["figures"] = figures
+        if isinstance(adapted, AdaptedModel) and step % max(self.settings.max_steps // 100, 1) == 0:
+            trace = adapted.last_trace
             mixers, ffns = trace.executed_share()
             mixers = [own + other for own, other in zip(mixers, trace.other_share(), strict=True)]
-            row["layers"] = {"mixer": [round(share, 4) for share in mixers], "ffn": [round(share, 4) for share in ffns]}
-        losses = [*self.terms.values()]
-        self.terms, self.figures = defaultdict(float), defaultdict(float)
+            shares = batch_mean(torch.tensor([mixers, ffns])).tolist()
+            row["layers"] = {
+                which: [round(share, 4) for share in part] for which, part in zip(("mixer", "ffn"), shares, strict=True)
+            }
         self.history.append(row)
         if self.on_step is not None:
             self.on_step(row)
-        if not all(map(math.isfinite, losses)):
+        if not all(map(math.isfinite, terms.values())):
             raise RunError(f"step {row['step']}: a loss is not finite ({row}); lower train.learning_rate")
 
     # --- optimiser and data ------------------------------------------------------------------------------------
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
-        gates = {part for method in _methods_of(self.module) for part in method.gate_parameters()}
-        learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        gates = {part for method in methods_of(self.learning) for part in method.gate_parameters()}
+        learning = [parameter for parameter in self.learning.parameters() if parameter.requires_grad]
         routers = [parameter for parameter in learning if parameter in gates]
         others = [parameter for parameter in learning if parameter not in gates]
         settings = self.settings
@@ -232,29 +211,82 @@ class AdaptedTrainer(Trainer):
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {**trainable_state(self.module), **_method_buffers(self.module)}
-        state = {name: value.cpu().contiguous() for name, value in state.items()}
-        save_file(state, folder / "trainable.safetensors")
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        state = {name: whole(value).cpu().contiguous() for name, value in self._state().items()}
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / TRAINABLE)
+
+    def _state(self) -> dict[str, Tensor]:
+        return {**trainable_state(self.learning), **_method_buffers(self.learning)}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """By the parameters' names and whole, so that any number of processes can go on with it."""
+        if self.is_deepspeed_enabled:  # which shards what only it knows how to
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer, scheduler, folder = self._own_optimizer(), self._scheduler(), Path(output_dir)
+        state = {
+            f"{name}/{key}": whole(value).cpu().contiguous()
+            for name, parameter in self.learning.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        if self.args.should_save:
+            save_file(state, folder / OPTIMIZER)
+            write_json(folder / SCHEDULER, scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler, folder = self._own_optimizer(), self._scheduler(), Path(checkpoint)
+        parameters = dict(self.learning.named_parameters())
+        for name, value in load_file(folder / OPTIMIZER).items():
+            name, _, key = name.rpartition("/")
+            parameter = parameters[name]
+            # A count of steps stays on the host; the rest is as its parameter.
+            value = value if value.dim() == 0 else part_of(value.to(parameter.device), parameter)
+            optimizer.state[parameter][key] = value
+        scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text()))
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        """Without what accelerate has put around it."""
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)
+
+    def _scheduler(self) -> Any:
+        return self.lr_scheduler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        write_json(folder / COMPLETE, {"micro_step": self.micro_step, "history": self.history, "seconds": self.seconds})
+        wait_for_all()  # until each has left what only it knows
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            done = {"forwards": self.learner.forwards, "history": self.history, "seconds": self.seconds}
+            write_json(folder / COMPLETE, done)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        state = load_file(folder / "trainable.safetensors")
-        parameters = {**dict(self.module.named_parameters()), **_method_buffers(self.module)}
-        with torch.no_grad():
-            for name, value in state.items():
-                parameters[name].copy_(value)
+        load_trained(self.learning, folder)
         done = json.loads((folder / COMPLETE).read_text())
-        self.history, self.micro_step = done["history"], done["micro_step"]
+        self.history, self.learner.forwards = done["history"], done["forwards"]
         self.first_step = len(self.history)
         self.started = time.monotonic() - done["seconds"]
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Give a model, sharded or not, what a checkpoint of training holds."""
+    own = {**dict(model.named_parameters()), **_method_buffers(model)}
+    for name, value in load_file(folder / TRAINABLE).items():
+        copy_into(own[name], value)
+
+
+def _mean_over_processes(figures: dict[str, float]) -> dict[str, float]:
+    means = batch_mean(torch.tensor(list(figures.values()), dtype=torch.float64))
+    return dict(zip(figures, means.tolist(), strict=True))
 
 
 class _StepWatch(TrainerCallback):
@@ -265,10 +297,11 @@ class _StepWatch(TrainerCallback):
         self.silent: set[str] | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not isinstance(self.trainer.model, AdaptedModel):
+        adapted = self.trainer.learning
+        if not isinstance(adapted, AdaptedModel):
             return
-        gates = [(name, gate) for name, gate in self.trainer.model.methods.named_parameters() if gate.requires_grad]
-        silent = {name for name, gate in gates if gate.grad is None or not gate.grad.any()}
+        gates = [(name, gate) for name, gate in adapted.methods.named_parameters() if gate.requires_grad]
+        silent = {name for name, gate in gates if gate.grad is None or not whole(gate.grad).any()}
         self.silent = silent if self.silent is None else self.silent & silent
         if self.silent and state.global_step + 1 - self.trainer.first_step >= 5:
             raise RunError(
@@ -284,7 +317,7 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
         max_steps=config.max_steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=_rows_of_each(config.batch_size),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
@@ -292,6 +325,8 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
         max_grad_norm=config.max_gradient_norm,
         bf16=config.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every one has a gradient, see `Learner`
+        ddp_backend="gloo" if num_processes() > 1 and not torch.cuda.is_available() else None,
         seed=seed,
         data_seed=seed,
         save_strategy="steps",
@@ -306,13 +341,22 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
     )
 
 
+def _rows_of_each(batch_size: int) -> int:
+    if batch_size % num_processes():
+        raise UserError(
+            f"train.batch_size is {batch_size}, and {num_processes()} processes share it; give a multiple of them, and "
+            "fewer train.gradient_accumulation_steps instead"
+        )
+    return batch_size // num_processes()
+
+
 def _progress_callback(trainer: Trainer) -> type[TrainerCallback]:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     return PrinterCallback if trainer.args.disable_tqdm else ProgressCallback
 
 
-def _last_complete(out: Path) -> Path | None:
+def last_complete(out: Path) -> Path | None:
     """The newest whole checkpoint; what a kill left half-written is removed."""
     complete: list[tuple[int, Path]] = []
     for folder in (out / STEPS).glob("checkpoint-*"):
@@ -323,29 +367,6 @@ def _last_complete(out: Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-def _methods_of(model: nn.Module) -> list[Method]:
-    attached = model.methods.values() if isinstance(model, AdaptedModel) else ()
-    return [method for method in attached if isinstance(method, Method)]
-
-
 def _method_buffers(model: nn.Module) -> dict[str, Tensor]:
     """What methods learn without a gradient, such as running quantiles."""
     return {name: value for name, value in model.named_buffers() if name.startswith("methods.")}
-
-
-def _seed_of(seed: int, micro_step: int, number: int) -> int:
-    return (seed * 1_000_003 + micro_step) * 31 + number
-
-
-@contextlib.contextmanager
-def _execution(model: nn.Module, execution: str) -> Iterator[None]:
-    with model.masked() if isinstance(model, AdaptedModel) and execution == "masked" else contextlib.nullcontext():
-        yield
-
-
-@torch.no_grad()
-def _teacher_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits of the same model with gates and LoRA off."""
-    untouched = model.untouched() if isinstance(model, AdaptedModel) else without_adapter(model)
-    with untouched:
-        return model(input_ids=inputs["input_ids"], use_cache=False).logits

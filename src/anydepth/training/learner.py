@@ -1,0 +1,103 @@
+"""One forward of training: the model and all losses on it, in one module.
+
+Wrappers of parallel training watch a module's forward: what takes part in the loss has to be used inside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.config import TrainConfig
+from anydepth.execution.adapted import AdaptedModel, without_adapter
+from anydepth.methods.method import Method
+from anydepth.models.backbone import Backbone
+from anydepth.training.losses import distillation_loss, expected_exit_loss, token_losses
+
+
+class Learner(nn.Module):
+    """Gives the loss of a batch, and its terms.
+
+    Args:
+        model: an `AdaptedModel`, or a `PeftModel` alone. Attributes that a learner lacks are the model's.
+
+    Attributes:
+        step: optimiser steps done.
+        forwards: done before; with `seed` they decide what is drawn.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, seed: int) -> None:
+        super().__init__()
+        self.learning = model
+        self.settings, self.seed = config, seed
+        self.step = self.forwards = 0
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of (B, T) ids with their labels, −100 where none is to be predicted; and its terms by name."""
+        model, settings = self.learning, self.settings
+        for number, method in enumerate(methods_of(model)):
+            method.set_progress(self.step / max(settings.max_steps - 1, 1), self.step)
+            method.reseed((self.seed * 1_000_003 + self.forwards) * 31 + number)
+        self.forwards += 1
+        with _execution(model, settings.execution):
+            output = model(input_ids=input_ids, labels=labels, use_cache=False)
+        terms = {"lm_loss": output.loss}
+        if isinstance(model, AdaptedModel):
+            terms |= self._method_losses(model, output.logits, labels)
+        weight, distillation = 1.0, settings.distillation
+        if distillation is not None and self.step >= distillation.warmup_steps:
+            divergence = distillation_loss(
+                output.logits, _teacher_logits(model, input_ids), labels, distillation.temperature
+            )
+            weight = 1 - distillation.weight
+            terms["distillation"] = distillation.weight * divergence
+        loss = weight * terms["lm_loss"] + sum(value for name, value in terms.items() if name != "lm_loss")
+        # Gates that nobody was asked about: see `GatedLayer`.
+        weights = [weight for method in methods_of(model) for weight in method.parameters() if weight.requires_grad]
+        loss = loss + sum(weight.sum() * 0 for weight in weights)
+        return loss, {name: value.detach() for name, value in terms.items()}
+
+    def _method_losses(self, adapted: AdaptedModel, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        terms = adapted.auxiliary_losses() | adapted.outcome_losses(logits)
+        if any(method.learns_by_policy for method in adapted.active_methods):
+            terms |= adapted.policy_losses(token_losses(logits.detach(), labels))
+        for name, exits in adapted.exit_states().items():
+            terms[f"{name}/expected"] = expected_exit_loss(exits, logits, labels, adapted.backbone.logits_of)
+        return terms
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What FSDP gathers at a time: a decoder layer."""
+        return [type(Backbone(self.learning).layers[0].module).__name__]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "learning":  # not set yet: looking it up there would not end
+                raise
+            return getattr(self.learning, name)
+
+
+def methods_of(model: nn.Module) -> list[Method]:
+    """The methods attached to a model, if any."""
+    attached = model.methods.values() if isinstance(model, AdaptedModel) else ()
+    return [method for method in attached if isinstance(method, Method)]
+
+
+@contextlib.contextmanager
+def _execution(model: nn.Module, execution: str) -> Iterator[None]:
+    with model.masked() if isinstance(model, AdaptedModel) and execution == "masked" else contextlib.nullcontext():
+        yield
+
+
+@torch.no_grad()
+def _teacher_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits of the same model with gates and LoRA off."""
+    untouched = model.untouched() if isinstance(model, AdaptedModel) else without_adapter(model)
+    with untouched:
+        return model(input_ids=input_ids, use_cache=False).logits

@@ -1,0 +1,91 @@
+"""Training by several processes, as `accelerate launch` or `torchrun` start them.
+
+All of them read; the first one writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from anydepth.methods.shared_batch import num_processes
+from anydepth.processes import is_parallel, rank, shards_weights
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Joined with the other processes, and parted from them behind it. Alone nothing happens."""
+    if not is_parallel():
+        yield
+        return
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        part()
+
+
+def part() -> None:
+    """From here on this process is alone."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if num_processes() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process goes through, then the others: they find what it left."""
+    if rank() > 0:
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether no process has all of a module's weights (FSDP2)."""
+    return any(isinstance(weight, DTensor) for weight in module.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(values: Tensor, like: Tensor) -> Tensor:
+    """`values`, sharded as `like` is."""
+    return distribute_tensor(values, like.device_mesh, like.placements) if isinstance(like, DTensor) else values
+
+
+@torch.no_grad()
+def copy_into(weight: Tensor, values: Tensor) -> None:
+    """Give a weight, sharded or not, the values of a whole tensor."""
+    weight.copy_(part_of(values.to(weight.device, weight.dtype), weight))
+
+
+def shards_on_cpu(accelerator: Any) -> bool:
+    """Whether an `Accelerator` now shards although there are only CPUs, as `accelerate launch` was asked to.
+
+    By itself it shards on accelerators alone. What it does is `fully_shard`, which CPUs can do as well.
+    """
+    if torch.cuda.is_available() or not shards_weights():
+        return False
+    from accelerate.state import DistributedType
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    accelerator.state.distributed_type = DistributedType.FSDP
+    return True
