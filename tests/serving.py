@@ -37,11 +37,11 @@ def start(target: Path, *options: object) -> tuple[subprocess.Popen[str], str]:
         "anydepth.cli",
         "serve",
         str(target / "router"),
-        "--port",
-        "0",
         "--dtype",
         "float32",
     ]
+    if "--port" not in options:
+        command += ["--port", "0"]
     command += ["--data", str(target / "text.txt"), "--name", "tiny", *map(str, options)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

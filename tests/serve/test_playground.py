@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -84,3 +85,36 @@ def test_the_page_runs_nothing_but_itself(address: str) -> None:
     source = files("anydepth.serve").joinpath("playground.html").read_text(encoding="utf-8")
     assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|https?://", source)
     assert not re.search(r"\son\w+=", source)
+
+
+EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script><b>bold</b>&lt;&amp;'
+
+
+def test_text_of_the_model_is_text(browser: Any, tmp_path: Path) -> None:
+    """Markup in the model's name, in its text, and in what an error says: shown letter for letter, none of it run."""
+    process, address = start(tiny_router(tmp_path), "--name", EVIL)
+    page = browser.new_page()
+    try:
+        page.goto(f"{address}/")
+        page.get_by_text(f"{EVIL}: 6 layers").wait_for()
+        own = {"depths": [6], "layers": ["222222"]}
+        choice = {"index": 0, "text": EVIL, "finish_reason": "length", "logprobs": None, "anydepth": own}
+        usage = {"completion_tokens": 1, "anydepth": {"tokens_per_second": 1.0}}
+        events = [{"choices": [choice]}, {"choices": [], "usage": usage}]
+        stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        page.route("**/v1/completions", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
+        page.get_by_role("button", name="Write").click()
+        page.locator("#output span").wait_for()
+        assert page.locator("#output").inner_text() == EVIL
+        page.locator("#output span").hover()
+        assert "<img" in page.locator("#layers").inner_text()
+        page.unroute("**/v1/completions")
+        refusal = json.dumps({"error": {"message": EVIL, "type": "", "param": None, "code": None}})
+        page.route("**/v1/completions", lambda route: route.fulfill(status=400, body=refusal))
+        page.get_by_role("button", name="Write").click()
+        page.get_by_role("alert").filter(has_text="<img").wait_for()
+        assert page.locator("img, b, main script").count() == 0
+        assert page.evaluate("window.hacked") is None
+    finally:
+        page.close()
+        end(process)

@@ -14,9 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from openai import APIStatusError, OpenAI
+from transformers import LogitsProcessorList
 
 import anydepth
+from anydepth.inference.engine.batching import Batcher, Request
 from serving import end, start, tiny_router
 from tiny import WINDOW, byte_tokenizer
 
@@ -283,3 +286,35 @@ def test_a_port_that_is_taken_is_told_at_once(server: str, target: Path) -> None
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "cannot bind" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_one_request_that_fails_takes_no_other_with_it(target: Path) -> None:
+    """A logits processor that raises, and one that leaves nothing to choose from; beside them others go on."""
+
+    def broken(*_: torch.Tensor) -> torch.Tensor:
+        raise ValueError("broken")
+
+    engine = anydepth.FastEngine(anydepth.load(target / "router"))
+    batcher = Batcher(engine, 4, 512)
+    good = Request([5, 6, 7], 9)
+    bad = Request([5, 6, 7], 9, logits_processor=LogitsProcessorList([broken]))  # type: ignore[list-item]
+    empty = Request([5, 6, 7], 9, generator=torch.Generator())
+    empty.logits_processor.append(lambda _, scores: scores * float("nan"))  # type: ignore[arg-type]
+    alone = Request([5, 6, 7], 9)
+    Batcher(engine, 4, 512).run([alone])
+    with pytest.raises(ValueError, match="broken"):
+        batcher.run([bad, good, empty])
+    assert good.output == alone.output and good.failure is None
+    assert isinstance(empty.failure, RuntimeError) and not batcher.running and len(batcher.cache.free) == 4
+
+
+def test_the_smallest_temperature_is_greedy(client: OpenAI) -> None:
+    texts = {
+        temperature: client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=12, temperature=temperature, frequency_penalty=0.1
+        )
+        .choices[0]
+        .text
+        for temperature in (0, 1e-300, 1e-30)
+    }
+    assert len(set(texts.values())) == 1

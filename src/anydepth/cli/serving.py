@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from anydepth.cli.app import app
+from anydepth.cli.app import app as commands
 from anydepth.cli.display import Printer, show_export
 from anydepth.cli.options import (
     Data,
@@ -27,10 +25,8 @@ from anydepth.cli.options import (
 )
 from anydepth.errors import UserError
 
-BUDGET_WINDOWS = 16
 
-
-@app.command()
+@commands.command()
 def serve(
     target: Target,
     host: Annotated[
@@ -51,7 +47,9 @@ def serve(
     data: Data = "embedded:train",
     options: MethodOptions = None,
     weights: WeightKind = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of requests that bring none; another one each time when left out.")
+    ] = None,
     device: Device = "cpu",
     dtype: DType = "bfloat16",
     quiet: Quiet = False,
@@ -61,61 +59,33 @@ def serve(
     --data is text that depth budgets are set on.
     """
     try:
-        import uvicorn
-
         from anydepth.serve.app import Settings, create_app
-        from anydepth.serve.service import Budgets, Service
+        from anydepth.serve.http import bind, listen
+        from anydepth.serve.opening import open_service
     except ImportError as error:
         raise UserError(f'serve needs: pip install "anydepth[serve]" ({error})') from error
-    import torch
-
-    from anydepth.inference.engine.decode import FastEngine
-    from anydepth.training.checkpoint import load_target
-    from anydepth.training.data import load_windows
 
     printer = Printer(False, quiet)
-    torch.manual_seed(seed)
-    bound = _bind(host, port)
-    adapted, tokenizer = load_target(
-        target, dtype=dtype, device=device, merge=True, lossless=True, overrides=by_method(options)
+    bound = bind(host, port)
+    service, tokenizer = open_service(
+        target,
+        data=data,
+        weights=weights,
+        device=device,
+        dtype=dtype,
+        overrides=by_method(options),
+        max_batch_size=max_batch_size,
+        max_tokens=max_tokens,
+        max_queue=max_queue,
     )
-    engine = FastEngine(adapted.eval(), weights)
-    budgets = None
-    if adapted.draft_methods:
-        budgets = Budgets.of(engine, load_windows(data, tokenizer, 128, max_windows=BUDGET_WINDOWS))
-    limits = {"max_batch_size": max_batch_size, "max_tokens": max_tokens, "max_queue": max_queue}
-    service = Service(engine, tokenizer, budgets=budgets, **limits)
-    settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout)
+    settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout, seed=seed)
     logging.getLogger("anydepth.serve").setLevel(logging.INFO)
-    config = uvicorn.Config(
-        create_app(service, tokenizer, settings),
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(int(timeout), 1),
-        timeout_keep_alive=30,
-    )
-    printer.progress(f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)")
-    uvicorn.Server(config).run(sockets=[bound])
+    line = f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)"
+    app = create_app(service, tokenizer, settings)
+    listen(app, bound, grace=timeout, ready=lambda: printer.progress(line))
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """Before anything is loaded: a port that is taken is told at once."""
-    if not 0 <= port < 65536:
-        raise UserError(f"--port is a number from 0 to 65535; came {port}")
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        reason = error.strerror or os.strerror(error.errno or 0)
-        raise UserError(f"cannot bind {host}:{port} ({reason}); choose another --host or --port") from error
-    bound.set_inheritable(True)
-    return bound
-
-
-@app.command()
+@commands.command()
 def export(
     target: Target,
     kind: Annotated[str, typer.Option("--as", help="static, draft or merged.")],

@@ -141,7 +141,9 @@ def _from_pretrained(
         family = AutoConfig.from_pretrained(name).model_type
         if family not in FAMILIES:
             raise UserError(f"model family '{family}' is not supported; supported are: {', '.join(sorted(FAMILIES))}")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+        # Never a pickle: reading one may run whatever is in it.
+        options = {"use_safetensors": True, "output_loading_info": True, **options}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
         model, report = loaded
         if report["missing_keys"]:  # transformers would fill them with random numbers and go on
             raise UserError(f"'{name}' lacks the weight {min(report['missing_keys'])}; its files are not whole")

@@ -7,17 +7,19 @@ import base64
 import hashlib
 import hmac
 import json
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import (
@@ -28,17 +30,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from anydepth import __version__
 from anydepth.errors import UserError
 from anydepth.inference.engine import batching
 from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
-from anydepth.serve.protocol import ChatCompletion, Completion, Sampling, error
+from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error
 from anydepth.serve.service import Busy, Job, Piece, Service, end_ids_of
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
 from anydepth.serve.text import TextStream
 
-INVALID = "invalid_request_error"
 DONE = "[DONE]"
+GREEDY = 1e-5
+"""A temperature up to which the likeliest token is taken: logits divided by less than that are no numbers."""
+REFUSALS = (400, 401, 404, 408, 413, 429)
+STREAMED = {200: {"description": "The answer, whole or as events.", "content": {"text/event-stream": {}}}}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Settings:
         name: of the model. api_key: None asks for none.
         max_body_bytes: of a request. request_seconds: after which it is given up.
         max_new_tokens: of one answer.
+        seed: of requests that bring none; None is another one each time.
     """
 
     name: str
@@ -56,6 +63,7 @@ class Settings:
     max_body_bytes: int = 1 << 20
     request_seconds: float = 600.0
     max_new_tokens: int = 4096
+    seed: int | None = None
 
 
 class Penalties(LogitsProcessor):
@@ -82,7 +90,14 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
         yield
         await asyncio.get_running_loop().run_in_executor(None, service.close)
 
-    app = FastAPI(title="anydepth", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="anydepth",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={code: {"model": Error} for code in REFUSALS},
+    )
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)
     _errors(app)
     metrics = Metrics(service)
@@ -90,12 +105,24 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
     keyed = [Depends(_key_of(settings.api_key))]
     app.add_api_route("/v1/models", server.models, methods=["GET"], dependencies=keyed)
     app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"], dependencies=keyed)
-    app.add_api_route("/v1/completions", server.complete, methods=["POST"], dependencies=keyed, response_model=None)
-    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], dependencies=keyed, response_model=None)
+    posted: dict[str, Any] = {"methods": ["POST"], "dependencies": keyed, "response_model": None, "responses": STREAMED}
+    app.add_api_route("/v1/completions", server.complete, **posted)
+    app.add_api_route("/v1/chat/completions", server.chat, **posted)
     app.add_api_route("/metrics", metrics.page, methods=["GET"], dependencies=keyed)
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/", playground(), methods=["GET"], include_in_schema=False)
+    _tell_of_400(app)
     return app
+
+
+def _tell_of_400(app: FastAPI) -> None:
+    """Take FastAPI's 422 out of the OpenAPI document: here what is wrong with a body is a 400, as with OpenAI."""
+    schema = app.openapi()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
 
 
 def playground() -> Callable[[], Awaitable[Response]]:
@@ -118,9 +145,9 @@ def playground() -> Callable[[], Awaitable[Response]]:
     return show
 
 
-def _key_of(wanted: str | None) -> Callable[[Request], None]:
-    def check(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+def _key_of(wanted: str | None) -> Callable[[Any], None]:
+    def check(sent: Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]) -> None:
+        given = "" if sent is None else sent.credentials
         if wanted is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
             raise HTTPException(401, "no such API key; send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
 
@@ -154,6 +181,9 @@ class Server:
     tokenizer: PreTrainedTokenizerBase
     settings: Settings
     metrics: Metrics
+
+    def __post_init__(self) -> None:
+        self.seeds = random.Random(self.settings.seed)
 
     async def models(self) -> dict[str, Any]:
         """What there is: one model."""
@@ -248,13 +278,14 @@ class Server:
             penalties = body.presence_penalty or 0.0, body.frequency_penalty or 0.0
             processors.append(Penalties(len(prompt), *penalties))
         generator = None
-        if temperature > 0:
+        if temperature > GREEDY:
             if temperature != 1:
                 processors.append(TemperatureLogitsWarper(temperature))
             if body.top_p is not None and body.top_p < 1:
                 processors.append(TopPLogitsWarper(body.top_p))
             generator = torch.Generator(device=self.service.engine.model.device)
-            generator.seed() if body.seed is None else generator.manual_seed((body.seed + number) % 2**63)
+            seed = self.seeds.getrandbits(63) if body.seed is None else (body.seed + number) % 2**63
+            generator.manual_seed(seed)
         request = batching.Request(
             prompt,
             wanted,

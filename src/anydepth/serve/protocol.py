@@ -14,6 +14,7 @@ def _encodable(text: str) -> str:
     return text
 
 
+INVALID = "invalid_request_error"
 Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
 
@@ -121,6 +122,21 @@ class ChatCompletion(Sampling):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
+
+
+class Refusal(BaseModel):
+    """Why there is no answer."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """The body of every refusal."""
+
+    error: Refusal
 
 
 def error(message: str, kind: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:

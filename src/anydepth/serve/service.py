@@ -185,10 +185,9 @@ class Service:
                 self._end(job, None if job in cancelled else "timeout")
             try:
                 self._step()
-            except Exception:  # one request must not take the server with it
-                log.exception("decoding failed")
+            except Exception as failed:  # the batch must not take the server with it
                 for job in list(self.jobs.values()):
-                    self._end(job, "error")
+                    self._fail(job, failed)
 
     def _admit(self, job: Job) -> None:
         self.jobs[job.request] = job
@@ -206,12 +205,18 @@ class Service:
     def _step(self) -> None:
         if self.drafted is not None:
             job = self.drafted.job
-            self.drafted.step()
-            self._say(job)
+            try:
+                self.drafted.step()
+                self._say(job)
+            except Exception as failed:  # nor one request the batch
+                self._fail(job, failed)
         if not self.batcher.is_idle:
             for request in self.batcher.step():
-                if request in self.jobs:
-                    self._say(self.jobs[request])
+                job = self.jobs.get(request)
+                if job is not None and request.failure is not None:
+                    self._fail(job, request.failure)
+                elif job is not None:
+                    self._say(job)
 
     def _say(self, job: Job) -> None:
         """Hand on what is new of a job's answer."""
@@ -246,6 +251,10 @@ class Service:
         num_layers = self.engine.adapted.backbone.num_layers
         ran = layers_of(request.records[place]) if place < len(request.records) else [1.0] * num_layers
         return Token(request.output[place], logprob, ran)
+
+    def _fail(self, job: Job, failure: Exception) -> None:
+        log.error("decoding failed", exc_info=failure)
+        self._end(job, "error")
 
     def _end(self, job: Job, reason: str | None, text: str = "", tokens: Sequence[Token] = ()) -> None:
         """A job is over; None: nobody waits for it any more."""

@@ -43,6 +43,7 @@ class Request:
         num_logprobs: likeliest tokens to note at each step; None notes nothing.
         output: new token ids so far, an end token included.
         records: what ran for this request, forward by forward (batch size 1).
+        failure: what went wrong when its next token was chosen; it has left the batch, the others go on.
     """
 
     prompt: list[int]
@@ -57,10 +58,11 @@ class Request:
     logprobs: list[Logprob] = field(default_factory=list)
     records: list[PassRecord] = field(default_factory=list)
     slot: int | None = None
+    failure: Exception | None = None
 
     @property
     def is_finished(self) -> bool:
-        if len(self.output) >= self.max_new_tokens:
+        if self.failure is not None or len(self.output) >= self.max_new_tokens:
             return True
         return bool(self.output) and self.output[-1] in self.eos_token_ids
 
@@ -127,7 +129,7 @@ class Batcher:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Let one waiting request in, decode one token of each running one; returns those that got a token."""
+        """Let one waiting request in, decode one token of each running one; returns those that got one, or failed."""
         served = list(self.running)
         if served:
             self._decode(served)
@@ -139,11 +141,14 @@ class Batcher:
         return served
 
     def run(self, requests: list[Request]) -> None:
-        """Decode all of them to their ends."""
+        """Decode all of them to their ends. Raises what went wrong with one of them, the others done."""
         for request in requests:
             self.add(request)
         while not self.is_idle:
             self.step()
+        for request in requests:
+            if request.failure is not None:
+                raise request.failure
 
     def _admit(self, request: Request) -> Request:
         request.slot = self.cache.take_slot()
@@ -175,7 +180,10 @@ class Batcher:
         logits = model.logits(hidden[:, -1]).float()
         for row, request in enumerate(requests):
             request.records.append(record.row(row))
-            request.output.append(_choose(request, logits[row : row + 1]))
+            try:
+                request.output.append(_choose(request, logits[row : row + 1]))
+            except Exception as failed:
+                request.failure = failed
 
     def _leave(self, request: Request) -> None:
         assert request.slot is not None

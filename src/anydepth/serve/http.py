@@ -1,0 +1,75 @@
+"""Listening: a socket that is bound before anything is loaded, and a server whose every refusal is JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from anydepth.errors import UserError
+from anydepth.serve.protocol import INVALID, error
+
+MAX_HEADER_BYTES = 1 << 16
+KEEP_ALIVE_SECONDS = 30
+BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on an address of this machine; port 0 is any that is free.
+
+    Raises:
+        UserError: no such port, or it is taken.
+    """
+    if not 0 <= port < 65536:
+        raise UserError(f"--port is a number from 0 to 65535; came {port}")
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as failed:
+        bound.close()
+        reason = failed.strerror or os.strerror(failed.errno or 0)
+        raise UserError(f"cannot bind {host}:{port} ({reason}); choose another --host or --port") from failed
+    bound.set_inheritable(True)
+    return bound
+
+
+def listen(app: FastAPI, bound: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
+    """Answer until a signal ends it; `grace` seconds are left to what runs then.
+
+    Args:
+        ready: called once clients can connect.
+    """
+    config = uvicorn.Config(
+        app,
+        http=JSONRefusals,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=max(int(grace), 1),
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+    )
+    bound.listen(BACKLOG)
+    ready()
+    uvicorn.Server(config).run(sockets=[bound])
+
+
+class JSONRefusals(H11Protocol):
+    """What is no HTTP, or has headers without end, gets an object that says so, as every other mistake does."""
+
+    def send_400_response(self, msg: str) -> None:
+        too_large = f"no valid HTTP, or more than {MAX_HEADER_BYTES} bytes of headers"
+        body = json.dumps(error(too_large, INVALID, code="bad_request")).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        answer = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request")
+        for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()

@@ -1,0 +1,45 @@
+"""A target, loaded and ready to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.models.load import DType
+from anydepth.serve.service import Budgets, Service
+from anydepth.training.checkpoint import load_target
+from anydepth.training.data import load_windows
+
+BUDGET_WINDOWS, BUDGET_LENGTH = 16, 128
+
+
+def open_service(
+    target: str,
+    *,
+    data: str = "embedded:train",
+    weights: str | None = None,
+    device: str = "cpu",
+    dtype: DType = "bfloat16",
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    **limits: int,
+) -> tuple[Service, PreTrainedTokenizerBase]:
+    """A `Service` for a target of the command line, and its tokenizer.
+
+    Args:
+        data: text that depth budgets are set on.
+        weights: int8 or int4; None is the model's own precision.
+        overrides: options by method, in place of those that the target has.
+        limits: `max_batch_size`, `max_tokens` and `max_queue` of the service.
+
+    Raises:
+        UserError: as `load_target` and `FastEngine` do.
+    """
+    adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True, lossless=True, overrides=overrides)
+    engine = FastEngine(adapted.eval(), weights)
+    budgets = None
+    if adapted.draft_methods:
+        budgets = Budgets.of(engine, load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS))
+    return Service(engine, tokenizer, budgets=budgets, **limits), tokenizer

@@ -1,0 +1,259 @@
+"""What nobody should send, by the thousand; a server that is killed; files that would run code if they were read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import schemathesis
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from schemathesis import GenerationMode
+
+import anydepth
+from anydepth.errors import UserError
+from serving import end, start, tiny_router
+from tiny import save_base, tiny_llama
+
+BODY = {"model": "tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}
+SECONDS = 60
+SECRET = "xyzzy-plugh"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_router(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def server(target: Path) -> Iterator[str]:
+    process, address = start(target)
+    yield address
+    end(process)
+
+
+def text_of(address: str) -> str:
+    answer = httpx.post(f"{address}/v1/completions", json=BODY, timeout=SECONDS)
+    assert answer.status_code == 200
+    return answer.json()["choices"][0]["text"]
+
+
+# --- many requests ---------------------------------------------------------------------------------------------------
+
+
+def is_refusal(answer: Any) -> bool:
+    told = answer.json()
+    return set(told) == {"error"} and set(told["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_cases", [200, pytest.param(5000, marks=pytest.mark.slow)])
+def test_requests_made_from_the_schema_and_against_it(server: str, num_cases: int) -> None:
+    """Valid and invalid ones: an answer of the declared kind or a refusal in JSON, never a 5xx, never nothing."""
+    schema = schemathesis.openapi.from_url(f"{server}/openapi.json")
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+    assert {operation.label for operation in operations} >= {"POST /v1/completions", "POST /v1/chat/completions"}
+    codes: Counter[int] = Counter()
+    posts = [operation for operation in operations if operation.method.upper() == "POST"]
+    plans = [(operation, mode, 0.24 * num_cases) for operation in posts for mode in GenerationMode]
+    plans += [
+        (operation, GenerationMode.POSITIVE, 0.01 * num_cases) for operation in operations if operation not in posts
+    ]
+    for operation, mode, wanted in plans:
+
+        @seed(0)
+        @settings(
+            max_examples=round(wanted) or 1,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Any) -> None:
+            if isinstance(case.body, dict) and sum(codes.values()) % 4:  # else most fail at a name or a number
+                case.body["model"] = "tiny"
+                if mode == GenerationMode.POSITIVE:  # noqa: B023 (asked before the loop goes on)
+                    case.body["max_tokens"] = 7
+            answer = case.call(timeout=SECONDS)
+            codes[answer.status_code] += 1
+            assert answer.status_code < 500, answer.text
+            assert answer.status_code < 400 or is_refusal(answer), answer.text
+
+        ask()
+    print(f"{sum(codes.values())} requests: {dict(codes)}")
+    assert sum(codes.values()) >= 0.95 * num_cases
+    assert codes[200] > 0.05 * num_cases and codes[400] > 0.1 * num_cases, codes
+    assert text_of(server)
+
+
+# --- below HTTP ------------------------------------------------------------------------------------------------------
+
+
+def raw(address: str, *parts: bytes) -> bytes:
+    place = urlsplit(address)
+    assert place.hostname and place.port
+    with socket.create_connection((place.hostname, place.port), timeout=30) as line:
+        received = b""
+        try:
+            for part in parts:
+                line.sendall(part)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it refused before it had all
+        try:
+            while chunk := line.recv(65536):
+                received += chunk
+        except ConnectionResetError:
+            pass
+    return received
+
+
+FLOODS = {
+    "one long header": [b"GET /health HTTP/1.1\r\nHost: a\r\nX-Long: ", b"a" * 70_000],
+    "many headers": [b"GET /health HTTP/1.1\r\nHost: a\r\n", b"".join(b"X-%d: a\r\n" % n for n in range(9000))],
+    "a long path": [b"GET /" + b"a" * 70_000],
+    "no HTTP": [b"\x16\x03\x01\x00\xa5\x01 hello\r\n\r\n"],
+    "no host": [b"GET /health HTTP/1.1\r\n\r\n"],
+    "two lengths": [b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n{}"],
+    "no length": [b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n{}"],
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_what_is_no_request_gets_an_object_too(server: str, name: str) -> None:
+    received = raw(server, *FLOODS[name])
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 4"), received[:200]
+    assert b"application/json" in head and b'"error"' in body and b"aaaa" not in body
+    assert text_of(server)
+
+
+def test_a_client_that_stops_in_its_body_keeps_nobody_waiting(server: str) -> None:
+    place = urlsplit(server)
+    lines = []
+    for _ in range(20):
+        line = socket.create_connection((place.hostname, place.port))
+        line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n{")
+        lines.append(line)
+    assert text_of(server)
+    for line in lines:
+        line.close()
+    assert text_of(server)
+
+
+def test_no_error_names_a_path_a_prompt_or_the_host(server: str) -> None:
+    bodies = [
+        {"model": SECRET, "prompt": SECRET},
+        {"model": "tiny", "prompt": SECRET * 2000},
+        {"model": "tiny", "prompt": SECRET, "temperature": SECRET},
+        {"model": "tiny", "prompt": SECRET, SECRET: 1},
+        {"model": "tiny", "prompt": [SECRET, 5]},
+        {"model": "tiny", "messages": [{"role": SECRET, "content": SECRET}]},
+    ]
+    for body in bodies:
+        for path in ("completions", "chat/completions", SECRET):
+            answer = httpx.post(f"{server}/v1/{path}", json=body, timeout=SECONDS)
+            assert 400 <= answer.status_code < 500 and is_refusal(answer)
+            for kept in (SECRET + SECRET, socket.gethostname(), str(Path.home()), "site-packages", "/tmp", "Traceback"):
+                assert kept not in answer.text, (path, answer.text)
+            if SECRET in answer.text:  # the name of an unknown field is told, its value never
+                assert SECRET in body and body[SECRET] == 1
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_and_started_again_it_serves(target: Path) -> None:
+    process, address = start(target)
+    before = text_of(address)
+    request = httpx.Client(timeout=SECONDS)
+    stream = request.build_request(
+        "POST", f"{address}/v1/completions", json={**BODY, "max_tokens": 100, "stream": True}
+    )
+    answer = request.send(stream, stream=True)
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(httpx.TransportError):
+        for _ in answer.iter_raw():
+            pass
+    end(process)
+    request.close()
+    process, again = start(target, "--port", urlsplit(address).port or 0)
+    try:
+        assert again == address and text_of(again) == before
+    finally:
+        end(process)
+
+
+# --- pickles ---------------------------------------------------------------------------------------------------------
+
+
+class Planted:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+NAMES = ["pytorch_model.bin", "adapter_model.bin", "optimizer.pt", "training_args.bin", "model.pkl", "rng_state.pth"]
+
+
+def test_planted_pickles_are_not_read(tmp_path: Path) -> None:
+    """Beside the weights of base and checkpoint, in every folder there is."""
+    target, mark = tiny_router(tmp_path), tmp_path / "mark"
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert len(folders) >= 3
+    for folder in folders:
+        for name in NAMES:
+            (folder / name).write_bytes(pickle.dumps(Planted(mark)))
+    process, address = start(target)
+    try:
+        assert text_of(address)
+    finally:
+        end(process)
+    anydepth.load(target / "router")
+    assert not mark.exists()
+    pickle.loads((folders[0] / NAMES[0]).read_bytes())
+    assert mark.exists(), "the mark proves nothing"
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_weights_that_are_only_pickled_are_refused(kind: str, tmp_path: Path) -> None:
+    save_base(tmp_path)
+    mark = tmp_path / "mark"
+    (tmp_path / "model.safetensors").unlink()
+    if kind == "pickle":
+        (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Planted(mark)))
+    else:
+        torch.save(tiny_llama().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        anydepth.load_model(str(tmp_path))
+    command = [sys.executable, "-m", "anydepth.cli", "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert not mark.exists()
+
+
+def test_the_port_is_free_again_at_once(target: Path) -> None:
+    process, address = start(target)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+    end(process)
+    began = time.monotonic()
+    process, again = start(target, "--port", urlsplit(address).port or 0)
+    end(process)
+    assert again == address and time.monotonic() - began < SECONDS
