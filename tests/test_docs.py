@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +154,7 @@ def test_the_page_works(name: str, workplace: Path) -> None:
 
 def run_command(line: str, workplace: Path) -> None:
     words = ["base" if word == "embedded" else word for word in shlex.split(line)[1:]]
-    words = [name for word in words for name in (sorted(glob(word)) if "*" in word else [word])]
+    words = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
     words = ["text.txt" if word.startswith(("wikitext-2:", "embedded:")) else word for word in words]
     command, given = words[0], set(words)
     if ">" in words:  # of the shell

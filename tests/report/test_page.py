@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -148,3 +149,15 @@ def test_every_axis_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             ticks = [tick.get_text() for axes in figure.axes for tick in getattr(axes, f"get_{name}ticklabels")()]
             words = any(any(letter.isalpha() for letter in tick) for tick in ticks)
             assert any(labels) or words, f"{title} has no name on {name}"
+
+
+def test_every_committed_result_has_its_place_on_a_page(tmp_path: Path) -> None:
+    """One by one and all together; of experiments the variants, and their losses."""
+    paths = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+    documents = [json.loads(path.read_text()) for path in paths]
+    assert {"anydepth.experiment/1"} < {document["schema"] for document in documents}
+    write_report(documents, tmp_path / "all.html")
+    experiment = next(document for document in documents if document["schema"] == "anydepth.experiment/1")
+    page = write_report([experiment], tmp_path / "one.html")[0].read_text()
+    assert all(str(row["variant"]) in page for row in experiment["rows"])
+    assert "Language loss alone" in page

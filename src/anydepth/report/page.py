@@ -94,14 +94,13 @@ def write_report(results: list[Document], out: Path) -> list[Path]:
     """Write the page and the files beside it (`<stem>_files/`); returns every path, the page first.
 
     Args:
-        results: documents with a `schema`; an `anydepth.run/1` stands for its stages, which `run` may name.
+        results: documents with a `schema`; an `anydepth.run/1` stands for its stages, which `run` may name, an
+            `anydepth.experiment/1` for the table of its variants.
 
     Raises:
         UserError: nothing to report on.
     """
-    documents = [
-        {**document, "run": result.get("run")} for result in results for document in result.get("stages", [result])
-    ]
+    documents = [document for result in results for document in _stages_of(result)]
     if not documents:
         raise UserError("nothing to report on; give result documents that run, eval or bench wrote")
     page = Page(out.parent / f"{out.stem}_files")
@@ -119,6 +118,12 @@ def write_report(results: list[Document], out: Path) -> list[Path]:
     title = documents[-1].get("label") or "results"
     out.write_text(_html(str(title), page.parts), encoding="utf-8")
     return [out, *page.written]
+
+
+def _stages_of(result: Document) -> list[Document]:
+    """The documents that one stands for: a run's stages, else itself, as an experiment of many runs does."""
+    stages = result.get("stages", [result])
+    return [{**stage, "run": result.get("run")} for stage in stages] if isinstance(stages, list) else [result]
 
 
 def provenance_line(*documents: Document) -> str:

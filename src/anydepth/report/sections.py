@@ -22,6 +22,11 @@ SUMMARY_COLUMNS = {
     "ideal_speedup": "ideal",
     "realised": "realised",
 }
+EXPERIMENT_COLUMNS = {
+    "variant": "",
+    "seed": "seed",
+    **{key: SUMMARY_COLUMNS[key] for key in list(SUMMARY_COLUMNS)[1:5]},
+}
 
 # Light to dark orange with the depth; dark text stays legible on all of them.
 SHADES = ("#fff7e6", "#ffe3ad", "#ffc97a", "#f9a65a", "#ee8a4a")
@@ -305,7 +310,24 @@ def _mixers(page: Page, document: Document, name: str) -> None:
     page.figure(f"{name}-mixers", plots.mixers(document), "Token × routed layer: dark took softmax.", document)
 
 
+def _experiment(page: Page, document: Document, name: str) -> None:
+    """Variants side by side: their figures, and how the first seed of each learned."""
+    page.section("Experiment")
+    page.text(f"{len(document['stages'])} runs: {escape(str(document.get('command', '')))}", "lead")
+    columns = {key: title for key, title in EXPERIMENT_COLUMNS.items() if any(key in row for row in document["rows"])}
+    page.table(name, columns, document["rows"])
+    trained = {}
+    for run, stages in document["stages"].items():
+        variant = run.rpartition("-")[0]
+        if stages.get("train", {}).get("loss_history"):
+            trained.setdefault(variant, stages["train"])
+    if len(trained) > 1:
+        figure = plots.loss_curves(trained)
+        page.figure(f"{name}-losses", figure, "Language loss alone, means of ten steps, one seed of each.", document)
+
+
 SECTIONS = {
+    "experiment": _experiment,
     "train": _train,
     "search": _search,
     "fit": _fit,
