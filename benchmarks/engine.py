@@ -72,13 +72,15 @@ def batch_of(ids: Tensor) -> dict[str, Tensor]:
 
 def peers(num_runs: int) -> dict[str, Any]:
     """Full depth, batch 1: transformers, this engine and llama.cpp in turn, the same prompts."""
-    from llama_cpp_peer import LlamaCpp  # wants the extra
+    from llama_cpp_peer import LlamaCpp, gguf_of  # wants the extra
 
     model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
     adapted = attach(model, [])
     engines: dict[str, Any] = {"hf bfloat16": None}
     engines |= {f"fast {kind}": FastEngine(adapted, kind) for kind in ("bfloat16", "int8", "int4")}
-    others = {f"llama.cpp {kind}": LlamaCpp(kind, torch.get_num_threads(), 1024) for kind in ("bfloat16", "int8")}
+    others = {
+        f"llama.cpp {kind}": LlamaCpp(gguf_of(kind), torch.get_num_threads(), 1024) for kind in ("bfloat16", "int8")
+    }
     names = [*engines, *others]
     rows = []
     for length in (64, 512):

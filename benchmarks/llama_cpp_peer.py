@@ -51,16 +51,14 @@ def gguf_of(kind: str) -> Path:
 class LlamaCpp:
     """Greedy generation through llama.cpp's C interface, batch 1, no sampling chain: its fastest use."""
 
-    def __init__(self, kind: str, num_threads: int, context: int) -> None:
+    def __init__(self, path: Path, num_threads: int, context: int) -> None:
         import llama_cpp
 
         self.library: Any = llama_cpp
         llama_cpp.llama_backend_init()
         self.log = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.log, ctypes.c_void_p(0))
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(gguf_of(kind)).encode(), llama_cpp.llama_model_default_params()
-        )
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = context, 512, 512
         settings.n_threads = settings.n_threads_batch = num_threads

@@ -81,48 +81,52 @@ def speed(arguments: argparse.Namespace) -> Iterator[Row]:
     by_category = prompts_of(arguments.limit)
     for name in arguments.drafters or [SHIPPED, "lookup"]:
         adapted = speculating(model, name)
-        engine = FastEngine(adapted)
-        rows, together = {}, Counts()
-        warm = dict(tokenizer(next(iter(by_category.values()))[0], return_tensors="pt"))
-        for _ in range(3):
-            generate(engine, warm)
-        for category, texts in by_category.items():
-            ratios, seconds, num_tokens, counts, same = [], [0.0, 0.0], 0, Counts(), True
-            for number, text in enumerate(texts):
-                batch = dict(tokenizer(text, return_tensors="pt"))
-                pair = {}
-                for full_depth in (True, False) if number % 2 else (False, True):
-                    if full_depth:
-                        with adapted.disabled():
-                            pair[full_depth] = generate(engine, batch)
-                    else:
-                        pair[full_depth] = generate(engine, batch)
-                        counts.add(adapted.draft_counts)
-                num_tokens += pair[True][0].shape[1]
-                same &= torch.equal(pair[True][0], pair[False][0])
-                ratios.append(pair[True][1] / pair[False][1])
-                seconds = [seconds[0] + pair[True][1], seconds[1] + pair[False][1]]
-            rows[category] = {
-                "num_prompts": len(texts),
-                "speedup": mean(ratios),
-                "median_speedup": median(ratios),
-                "of_total_time": seconds[0] / seconds[1],
-                "full_depth_tokens_per_second": num_tokens / seconds[0],
-                "tokens_per_second": num_tokens / seconds[1],
-                "identical_tokens": same,
-                **counts.to_json(),
-            }
-            together.add(counts)
-            print(
-                f"{name} {category}: {rows[category]['speedup']:.3f} accepts {counts.mean_acceptance_length:.2f} "
-                f"same {same} {counts.num_drafted} {counts.num_accepted}",
-                flush=True,
-            )
-        weights = [row["num_prompts"] for row in rows.values()]
-        overall = sum(row["speedup"] * w for row, w in zip(rows.values(), weights, strict=True)) / sum(weights)
-        print(f"{name}: {overall:.3f} on the mean, at least {min(row['speedup'] for row in rows.values()):.3f}")
-        yield name, {"speedup": overall, "categories": rows, **together.to_json()}
+        yield name, timed(FastEngine(adapted), tokenizer, by_category, name)
         detach(adapted)
+
+
+def timed(engine: FastEngine, tokenizer: Any, by_category: dict[str, list[str]], name: str) -> dict[str, Any]:
+    """Full depth and lossless in turn, prompt by prompt: the fields of a drafter."""
+    adapted, rows, together = engine.adapted, {}, Counts()
+    warm = dict(tokenizer(next(iter(by_category.values()))[0], return_tensors="pt"))
+    for _ in range(3):
+        generate(engine, warm)
+    for category, texts in by_category.items():
+        ratios, seconds, num_tokens, counts, same = [], [0.0, 0.0], 0, Counts(), True
+        for number, text in enumerate(texts):
+            batch = dict(tokenizer(text, return_tensors="pt"))
+            pair = {}
+            for full_depth in (True, False) if number % 2 else (False, True):
+                if full_depth:
+                    with adapted.disabled():
+                        pair[full_depth] = generate(engine, batch)
+                else:
+                    pair[full_depth] = generate(engine, batch)
+                    counts.add(adapted.draft_counts)
+            num_tokens += pair[True][0].shape[1]
+            same &= torch.equal(pair[True][0], pair[False][0])
+            ratios.append(pair[True][1] / pair[False][1])
+            seconds = [seconds[0] + pair[True][1], seconds[1] + pair[False][1]]
+        rows[category] = {
+            "num_prompts": len(texts),
+            "speedup": mean(ratios),
+            "median_speedup": median(ratios),
+            "of_total_time": seconds[0] / seconds[1],
+            "full_depth_tokens_per_second": num_tokens / seconds[0],
+            "tokens_per_second": num_tokens / seconds[1],
+            "identical_tokens": same,
+            **counts.to_json(),
+        }
+        together.add(counts)
+        print(
+            f"{name} {category}: {rows[category]['speedup']:.3f} accepts {counts.mean_acceptance_length:.2f} "
+            f"same {same} {counts.num_drafted} {counts.num_accepted}",
+            flush=True,
+        )
+    weights = [row["num_prompts"] for row in rows.values()]
+    overall = sum(row["speedup"] * w for row, w in zip(rows.values(), weights, strict=True)) / sum(weights)
+    print(f"{name}: {overall:.3f} on the mean, at least {min(row['speedup'] for row in rows.values()):.3f}", flush=True)
+    return {"speedup": overall, "categories": rows, **together.to_json()}
 
 
 def peers(arguments: argparse.Namespace) -> Iterator[Row]:
