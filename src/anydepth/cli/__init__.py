@@ -33,6 +33,8 @@ def _exit_code(arguments: list[str]) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it wants kernels from the hub, and says so on import
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five lines of retries before the one that says it
+    if {"--quiet", "-q"} & set(arguments):
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' bars as well
     interrupted = "interrupted; `train --resume`, `run` and `sweep` go on where they were"
     try:
         if is_parallel() and arguments[:1] != ["train"]:

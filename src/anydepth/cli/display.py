@@ -6,11 +6,13 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +29,18 @@ class Printer:
     def progress(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
+
+    def track(self, steps: Iterable[Any], label: str = "working") -> Iterable[Any]:
+        """The same, with a bar on standard error while somebody looks."""
+        console = Console(stderr=True)
+        return track(steps, label, console=console, transient=True, disable=self.quiet or not console.is_terminal)
+
+    @contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """A sign of life on standard error while somebody looks."""
+        console = Console(stderr=True)
+        with console.status(label) if console.is_terminal and not self.quiet else nullcontext():
+            yield
 
     def result(self, document: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
         if rank() > 0:  # the first of several processes speaks for all
@@ -291,12 +305,16 @@ def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]
     total = 0 if training is None else training.max_steps
     every = max(total // 20, 1)
 
+    first: dict[str, float] = {}
+
     def line(row: dict[str, Any]) -> None:
+        for name, value in row.get("figures", {}).items():
+            first.setdefault(name, value)
         if row["step"] % every == 0 or row["step"] == 1:
             terms = "  ".join(
                 f"{name} {value:.3f}"
                 for name, value in {**row, **row.get("figures", {})}.items()
-                if name not in ("step", "learning_rate", "figures", "layers")
+                if name not in ("step", "learning_rate", "figures", "layers") and value != first.get(name)  # moves
             )
             printer.progress(f"  step {int(row['step'])}/{total}  {terms}")
 

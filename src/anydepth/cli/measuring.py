@@ -121,7 +121,7 @@ def evaluate(
         "engine": "hf" if fast is None else "fast",
         "weights": dtype if fast is None else fast.model.weights,
     }
-    fields = score(adapted, windows, engine=fast, full_depth_only=full_depth)
+    fields = score(adapted, windows, engine=fast, full_depth_only=full_depth, track=printer.track)
     if exits:
         fields["exits"] = exit_losses(adapted, windows)
     if names:
@@ -301,7 +301,8 @@ def analyze(
             raise UserError(f"{name} has {other.backbone.num_layers} layers, {target} {adapted.backbone.num_layers}")
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
     printer.progress(f"looking at {windows.numel()} tokens of {data} …")
-    fields = look(adapted, tokenizer, windows, others=others, num_permutations=permutations, seed=seed)
+    with printer.busy("looking …"):
+        fields = look(adapted, tokenizer, windows, others=others, num_permutations=permutations, seed=seed)
     result = document("anydepth.analyze/1", seed=seed, config=arguments, label=adapted.label, **fields)
     printer.result(result, show_analysis)
 

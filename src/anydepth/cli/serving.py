@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,17 +67,10 @@ def serve(
 
     printer = Printer(False, quiet)
     bound = bind(host, port)
-    service, tokenizer = open_service(
-        target,
-        data=data,
-        weights=weights,
-        device=device,
-        dtype=dtype,
-        overrides=by_method(options),
-        max_batch_size=max_batch_size,
-        max_tokens=max_tokens,
-        max_queue=max_queue,
-    )
+    limits: dict[str, Any] = {"max_batch_size": max_batch_size, "max_tokens": max_tokens, "max_queue": max_queue}
+    limits |= {"data": data, "weights": weights, "device": device, "dtype": dtype, "overrides": by_method(options)}
+    with printer.busy(f"loading {target} …"):
+        service, tokenizer = open_service(target, **limits)
     settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout, seed=seed)
     logging.getLogger("anydepth.serve").setLevel(logging.INFO)
     line = f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)"
@@ -106,7 +99,8 @@ def export(
     from anydepth.training.checkpoint import load_target
 
     printer = Printer(as_json, quiet)
-    adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
-    fields = write(adapted, tokenizer, kind, out, exit_layer=exit_layer, seed=seed)
+    with printer.busy(f"exporting {target} …"):
+        adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
+        fields = write(adapted, tokenizer, kind, out, exit_layer=exit_layer, seed=seed)
     config = {"target": target, "as": kind, "exit_layer": exit_layer, "dtype": dtype}
     printer.result(document("anydepth.export/1", seed=seed, config=config, **fields), show_export)

@@ -57,14 +57,15 @@ def generate(
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     text = sys.stdin.read() if prompt == "-" else prompt
-    adapted, tokenizer = load_target(
-        target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
-    )
     printer = Printer(as_json, quiet)
-    fast = choose(adapted, engine, weights, printer.progress, compiled=compiled)
-    fields = write(
-        adapted, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, engine=fast
-    )
+    with printer.busy(f"loading {target} …"):
+        adapted, tokenizer = load_target(
+            target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
+        )
+        fast = choose(adapted, engine, weights, printer.progress, compiled=compiled)
+    shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "engine": fast}
+    with printer.busy("writing …"):
+        fields = write(adapted, tokenizer, text, **shared)
     config = {
         "target": target,
         "max_new_tokens": max_new_tokens,
@@ -104,12 +105,13 @@ def chat(
 
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-    adapted, tokenizer = load_target(
-        target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
-    )
-    if tokenizer.chat_template is None:
-        raise UserError(f"{target} has no chat template; use generate for models that were not trained to talk")
-    service = Service(FastEngine(adapted.eval(), weights), tokenizer, max_batch_size=1)
+    with Printer(False, quiet).busy(f"loading {target} …"):
+        adapted, tokenizer = load_target(
+            target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
+        )
+        if tokenizer.chat_template is None:
+            raise UserError(f"{target} has no chat template; use generate for models that were not trained to talk")
+        service = Service(FastEngine(adapted.eval(), weights), tokenizer, max_batch_size=1)
     talk = Talk(service, tokenizer, system, max_new_tokens, temperature, lossless=lossless, seed=seed)
     console, num_layers = Console(highlight=False), adapted.backbone.num_layers
     if not quiet:

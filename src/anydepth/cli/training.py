@@ -144,7 +144,8 @@ def search(
     model, tokenizer = load_model(target, dtype=dtype, device=device)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
     printer.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
-    found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=seed)
+    with printer.busy(f"searching by {strategy} …"):
+        found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=seed)
     save(attach(model, found.config), out, base=target)
     result = document(
         "anydepth.search/1",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,9 @@ from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.models.backbone import first_output
+
+Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
+"""Hands on what it is given, and shows how far it is."""
 
 
 @dataclass
@@ -64,7 +67,12 @@ def _entropy(share: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    adapted: AdaptedModel, windows: Tensor, *, engine: FastEngine | None = None, full_depth_only: bool = False
+    adapted: AdaptedModel,
+    windows: Tensor,
+    *,
+    engine: FastEngine | None = None,
+    full_depth_only: bool = False,
+    track: Track = iter,
 ) -> dict[str, Any]:
     """Loss, depth and agreement on (N, T) windows, each scored without the others.
 
@@ -73,10 +81,11 @@ def evaluate(
 
     Args:
         engine: score its logits; None is the Hugging Face model.
+        track: told of the windows as they are scored.
     """
     adapted.eval()
     ours, untouched = Tally(), Tally()
-    for window in windows:
+    for window in track(windows):
         token_ids = window[None].to(adapted.device)
         with adapted.untouched():
             reference = adapted(input_ids=token_ids, use_cache=False).logits
