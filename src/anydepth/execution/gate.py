@@ -122,7 +122,8 @@ class GatedLayer:
         """
         if not torch.is_grad_enabled():
             return output
-        nothing = [weight.sum() * 0 for weight in self.view.module.parameters() if weight.requires_grad]
+        weights = [weight for weight in self.view.module.parameters() if weight.requires_grad]
+        nothing = [weight.sum().float() * 0 for weight in weights]
         return output + torch.stack(nothing).sum().to(output.dtype) if nothing else output
 
     def _record(self, run: Run, gate: Gate, *, mixer: bool = False, ffn: bool = False) -> None:

@@ -57,8 +57,8 @@ class Learner(nn.Module):
             terms["distillation"] = distillation.weight * divergence
         loss = weight * terms["lm_loss"] + sum(value for name, value in terms.items() if name != "lm_loss")
         # Gates that nobody was asked about: see `GatedLayer`.
-        weights = [weight for method in methods_of(model) for weight in method.parameters() if weight.requires_grad]
-        loss = loss + sum(weight.sum() * 0 for weight in weights)
+        gates = [part for method in methods_of(model) for part in method.parameters() if part.requires_grad]
+        loss = loss + sum(part.sum() * 0 for part in gates)
         return loss, {name: value.detach() for name, value in terms.items()}
 
     def _method_losses(self, adapted: AdaptedModel, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -50,9 +50,11 @@ def first_alone() -> Iterator[None]:
     """The first process goes through, then the others: they find what it left."""
     if rank() > 0:
         wait_for_all()
-    yield
-    if rank() == 0:
-        wait_for_all()
+    try:
+        yield
+    finally:  # also after a mistake, which the others then make as well
+        if rank() == 0:
+            wait_for_all()
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -170,7 +170,7 @@ class AdaptedTrainer(Trainer):
     def finish_step(self) -> None:
         """One row of the history per optimiser step, of all processes together."""
         adapted, step = self.learning, self.state.global_step
-        terms, figures = _mean_over_processes(self.terms), _mean_over_processes(self.figures)
+        terms, figures = self._mean_over_processes(self.terms), self._mean_over_processes(self.figures)
         self.terms, self.figures = defaultdict(float), defaultdict(float)
         row: Row = {"step": step, **terms, "learning_rate": self._get_learning_rate()}
         if figures:
@@ -179,7 +179,7 @@ class AdaptedTrainer(Trainer):
             trace = adapted.last_trace
             mixers, ffns = trace.executed_share()
             mixers = [own + other for own, other in zip(mixers, trace.other_share(), strict=True)]
-            shares = batch_mean(torch.tensor([mixers, ffns])).tolist()
+            shares = batch_mean(torch.tensor([mixers, ffns], device=self.args.device)).tolist()
             row["layers"] = {
                 which: [round(share, 4) for share in part] for which, part in zip(("mixer", "ffn"), shares, strict=True)
             }
@@ -188,6 +188,10 @@ class AdaptedTrainer(Trainer):
             self.on_step(row)
         if not all(map(math.isfinite, terms.values())):
             raise RunError(f"step {row['step']}: a loss is not finite ({row}); lower train.learning_rate")
+
+    def _mean_over_processes(self, figures: dict[str, float]) -> dict[str, float]:
+        means = batch_mean(torch.tensor(list(figures.values()), dtype=torch.float64, device=self.args.device))
+        return dict(zip(figures, means.tolist(), strict=True))
 
     # --- optimiser and data ------------------------------------------------------------------------------------
 
@@ -284,11 +288,6 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         copy_into(own[name], value)
 
 
-def _mean_over_processes(figures: dict[str, float]) -> dict[str, float]:
-    means = batch_mean(torch.tensor(list(figures.values()), dtype=torch.float64))
-    return dict(zip(figures, means.tolist(), strict=True))
-
-
 class _StepWatch(TrainerCallback):
     """Row per step, and an error when a gate that should learn gets no gradient."""
 
@@ -314,7 +313,7 @@ class _StepWatch(TrainerCallback):
 
 
 def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.max_steps,
         per_device_train_batch_size=_rows_of_each(config.batch_size),
@@ -339,6 +338,8 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
         label_names=["labels"],
         dataloader_pin_memory=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never replicas in threads
+    return arguments
 
 
 def _rows_of_each(batch_size: int) -> int:
