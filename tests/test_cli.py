@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from commands import anydepth
 from tiny import NUM_LAYERS, WINDOW, save_base, save_text
 
 RECIPE = {
@@ -24,12 +24,6 @@ RECIPE = {
     "analyze": {"sequence_length": 32, "num_windows": 2, "num_permutations": 9},
     "generate": {"prompt": "the sea", "max_new_tokens": 6},
 }
-
-
-def anydepth(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "anydepth.cli", *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "70"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)  # type: ignore[call-overload]
 
 
 def refused(*arguments: object, code: int = 2) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from anydepth.errors import RunError, UserError
 from anydepth.serve import export as exporting
 from anydepth.serve.export import export
 from anydepth.training.train import prepare
+from commands import anydepth as anydepth_command
 from tiny import byte_tokenizer, save_base, tiny_llama
 
 SKIPS = {"name": "skip_set", "skip_layers": [2, 4]}
@@ -102,12 +101,11 @@ def test_a_checkpoint_that_says_something_else_is_not_kept(tmp_path: Path, monke
 
 def test_the_command_writes_and_refuses_to_write_twice(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    command = [sys.executable, "-m", "anydepth.cli", "export", str(base), "--as", "draft", "--exit-layer", "2"]
-    command += ["--out", str(tmp_path / "draft"), "--json", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["export", base, "--as", "draft", "--exit-layer", 2, "--out", tmp_path / "draft", "--json", "--quiet"]
+    done = anydepth_command(*command)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["schema"] == "anydepth.export/1" and document["layers"] == [0, 1]
     assert AutoTokenizer.from_pretrained(tmp_path / "draft")("a")["input_ids"]
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = anydepth_command(*command)
     assert again.returncode == 2 and "is not empty" in again.stderr
