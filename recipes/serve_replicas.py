@@ -38,7 +38,8 @@ def build(arguments: dict[str, str]) -> serve.Application:
         name="anydepth",
         num_replicas=int(arguments.get("replicas", "2")),
         ray_actor_options={"num_cpus": cpus},
-        max_ongoing_requests=ROOM,
+        max_ongoing_requests=2 * ROOM,  # more than it holds: what is too much it refuses itself, with 429
+        max_queued_requests=ROOM,
         health_check_period_s=5,
     )
     @serve.ingress(app)

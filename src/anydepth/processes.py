@@ -7,7 +7,7 @@ import os
 
 def rank() -> int:
     """0 is the one that writes and prints."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if is_parallel() else 0
 
 
 def is_parallel() -> bool:

@@ -63,8 +63,8 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def _fail(line: str, code: int) -> int:
-    if code != 2 or rank() == 0:  # several processes make the same mistake
-        print(f"anydepth: {' '.join(line.split())}", file=sys.stderr)
+    who = f"anydepth (process {rank()})" if rank() > 0 else "anydepth"
+    print(f"{who}: {' '.join(line.split())}", file=sys.stderr)
     return code
 
 

@@ -68,6 +68,8 @@ class GatedLayer:
             self._record(run, gate, mixer=True, ffn=True)
             if gate.kv_rule == "recompute":
                 output = through_exits(run, self.view, gate, self.own_layer, hidden, arguments)
+                if run.sparse and not gate.any_kept:
+                    output = self._unused(output)
                 output = put_exits_back(run, output) if self.is_last else output
                 return (output, None) if self.view.family.returns_tuple else output
         if gate is None or gate.any_kept or not run.sparse:
@@ -198,14 +200,15 @@ class GatedLayer:
         run = self.current()
         gate = None if run is None else run.ffn_gates.get(self.layer_idx)
         if run is not None and gate is not None and run.sparse and not gate.any_kept:
-            return self._finish_ffn(run, self._unused(branch))
+            return self._finish_ffn(run, branch)
         output = self.own_ffn_out(branch)
         return output if run is None else self._finish_ffn(run, output)
 
     def _ask_ffn(self, run: Run, residual: Tensor) -> None:
         # Not what `ffn_gates` has: gradient checkpointing runs the FFN again, and would meet its own gate there.
         gate = run.layer_gates.get(self.layer_idx)
-        if gate is None or gate.any_kept:  # else nobody is left to ask about
+        # In training also where nobody is left: other processes, where somebody is, ask too.
+        if gate is None or gate.any_kept or run.context.training:
             gate = Gate.both(gate, run.ask("ffn_gate", self.layer_idx, residual.view(*run.shape, -1)))
         if gate is not None:
             run.ffn_gates[self.layer_idx] = gate
@@ -227,6 +230,8 @@ class GatedLayer:
         whole = compact.new_zeros(gate.keep.numel(), width)
         if gate.any_kept:
             whole = whole.index_copy(0, gate.keep.flatten().nonzero()[:, 0], compact.reshape(-1, width))
+        else:
+            whole = self._unused(whole)
         return whole if compact.dim() == 2 else whole.view(*run.shape, width)
 
 

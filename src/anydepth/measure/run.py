@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from anydepth.measure.evaluate import evaluate
 from anydepth.measure.results import document, read_document, source_commit, write_json, write_text
 from anydepth.methods import method_class
 from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.methods.shared_batch import num_processes
 from anydepth.models.load import load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.processes import is_parallel, rank, shards_weights
@@ -135,7 +136,10 @@ class Runner:
 
         Several processes may train together; what is behind training the first one does alone.
         """
-        return self._unless_done("train", self._train)
+        with ExitStack() as stack:
+            with first_alone():
+                stack.enter_context(only_here(self.out) if rank() == 0 else nullcontext())
+            return self._unless_done("train", self._train)
 
     def _train(self) -> dict[str, Any]:
         recipe = self.recipe
@@ -163,12 +167,12 @@ class Runner:
                 "tokens_per_second": result.tokens_per_second,
             }
         fields["checkpoint"] = str(self.out)
-        if is_parallel():
-            sharded = is_sharded(adapted)
-            part()
-            if rank() > 0:
-                return fields
-            adapted = self._gathered() if sharded else adapted
+        sharded = is_sharded(adapted)
+        fields |= {"num_processes": num_processes(), "sharded": sharded}
+        part()
+        if rank() > 0:
+            return fields
+        adapted = self._gathered() if sharded else adapted
         if recipe.drafter is not None:
             fields |= self._train_drafter(recipe.drafter, adapted, tokenizer)
         if recipe.calibrate is not None:
@@ -277,7 +281,7 @@ class Runner:
     # --- parts ---------------------------------------------------------------------------------------------------
 
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        with first_alone():
+        with first_alone(), only_here(self.out) if rank() == 0 else nullcontext():
             return self._unless_done(name, work)
 
     def _unless_done(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -286,10 +290,9 @@ class Runner:
             self.say(f"{name}: done already, kept ({path})")
             return read_document(path)
         self.say(f"{name} …")
-        with only_here(self.out) if rank() == 0 else nullcontext():
-            result = self._document(name, **work())
-            if rank() == 0:
-                write_json(path, result)
+        result = self._document(name, **work())
+        if rank() == 0:
+            write_json(path, result)
         return result
 
     def _document(self, name: str, **fields: Any) -> dict[str, Any]:

@@ -100,7 +100,8 @@ class ExitGate(Method):
         # Who came here; kept, as gradient checkpointing runs a layer again after deeper ones.
         came = context.notes.setdefault(f"{self.name}/came", {}).setdefault(layer_idx, self.gate)
         self.gate = came
-        if self.reads_state(layer_idx):
+        # In training also where nobody came: gates learn from their soft shares, whoever was drawn to leave.
+        if self.reads_state(layer_idx) or (layer_idx in self.networks and self.samples(context)):
             self.gate = self._decide(layer_idx, hidden, context, came)
         return self.gate
 

@@ -54,8 +54,9 @@ class LayerRouterConfig(StrictConfig):
     router: Literal["learned", "random"] = Field(
         default="learned", description="A trained network, or pseudo-random gates of fixed rates: the control."
     )
-    rates: list[float] | None = Field(
-        default=None, description="For router=random: share of tokens that run each routed layer."
+    rates: list[float] | float | None = Field(
+        default=None,
+        description="For router=random: share of tokens that run each routed layer; a number is that of all of them.",
     )
     target_skip: float = Field(default=0.4, ge=0, lt=1, description="Share of routed layer-tokens to skip.")
     kv_rule: KVRule = Field(
@@ -95,7 +96,8 @@ class LayerRouterConfig(StrictConfig):
             raise ValueError("rates are for router=random; with router=learned leave them out")
         if self.router == "random" and self.granularity != "token":
             raise ValueError(f"router=random decides per token; granularity came as {self.granularity}")
-        if any(not 0 <= rate <= 1 for rate in self.rates or []):
+        rates = self.rates if isinstance(self.rates, list) else [self.rates or 0.0]
+        if any(not 0 <= rate <= 1 for rate in rates):
             raise ValueError(f"rates must lie in [0, 1], came {self.rates}")
         if math.isnan(self.threshold):
             raise ValueError("threshold is nan; it must be a number (−inf keeps every layer)")
@@ -123,8 +125,9 @@ class LayerRouter(Method):
             )
         self.routed = list(range(config.always_keep, self.num_layers))
         self.read_at = 0 if config.input == "embeddings" else config.always_keep
-        if config.rates is not None and len(config.rates) != len(self.routed):
-            raise ValueError(f"rates has {len(config.rates)} values; {len(self.routed)} layers are routed")
+        self.rates = config.rates if isinstance(config.rates, list) else [config.rates or 0.0] * len(self.routed)
+        if len(self.rates) != len(self.routed):
+            raise ValueError(f"rates has {len(self.rates)} values; {len(self.routed)} layers are routed")
         check_layers(config.initial_skip_layers, self.num_layers, "initial_skip_layers")
         self.backward_temperature = config.backward_temperature
         self.learns_by_policy = config.estimator == "reinforce"
@@ -272,9 +275,8 @@ class LayerRouter(Method):
 
     def _random_scores(self, context: PassContext) -> Tensor:
         """(G, B, T) above 0 at the configured rates."""
-        assert self.config.rates is not None
         uniform = uniform_by_place(context.positions, self.routed, self.config.seed)
-        rates = torch.tensor(self.config.rates, device=uniform.device)
+        rates = torch.tensor(self.rates, device=uniform.device)
         return rates[:, None, None] - uniform
 
     # --- losses --------------------------------------------------------------------------------------------------

@@ -180,7 +180,10 @@ class Service:
                 # Under the lock: who waits is counted by other threads.
                 for job in arrived:
                     if job not in cancelled:
-                        self._admit(job)
+                        try:
+                            self._admit(job)
+                        except Exception as failed:
+                            self._fail(job, failed)
             for job in [*cancelled, *self._late()]:
                 self._end(job, None if job in cancelled else "timeout")
             try:

@@ -16,6 +16,7 @@ from anydepth.config import TrainConfig
 from anydepth.execution.adapted import AdaptedModel, without_adapter
 from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
+from anydepth.processes import rank
 from anydepth.training.losses import distillation_loss, expected_exit_loss, token_losses
 
 
@@ -42,6 +43,8 @@ class Learner(nn.Module):
         for number, method in enumerate(methods_of(model)):
             method.set_progress(self.step / max(settings.max_steps - 1, 1), self.step)
             method.reseed((self.seed * 1_000_003 + self.forwards) * 31 + number)
+        # Dropout: of each process its own, whoever did the steps before.
+        torch.manual_seed(((self.seed * 1_000_003 + self.forwards) * 1009 + rank()) % 2**63)
         self.forwards += 1
         with _execution(model, settings.execution):
             output = model(input_ids=input_ids, labels=labels, use_cache=False)

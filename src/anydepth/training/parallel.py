@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from anydepth.errors import RunError, UserError
 from anydepth.methods.shared_batch import num_processes
 from anydepth.processes import is_parallel, rank, shards_weights
+
+PATIENCE = timedelta(hours=24)
+"""How long processes wait for each other: for a search or a download as well."""
 
 
 @contextmanager
@@ -26,7 +31,7 @@ def together() -> Iterator[None]:
         return
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     try:
         yield
     finally:
@@ -47,14 +52,26 @@ def wait_for_all() -> None:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """The first process goes through, then the others: they find what it left."""
+    """The first process goes through, then the others: they find what it left.
+
+    Raises:
+        RunError: in the others, if the first one failed; it says why.
+    """
+    if num_processes() == 1:
+        yield
+        return
+    failed = [True]
     if rank() > 0:
-        wait_for_all()
+        dist.broadcast_object_list(failed)
+        if failed[0]:
+            raise RunError("the first process failed")
+        yield
+        return
     try:
         yield
-    finally:  # also after a mistake, which the others then make as well
-        if rank() == 0:
-            wait_for_all()
+        failed = [False]
+    finally:
+        dist.broadcast_object_list(failed)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -76,6 +93,17 @@ def part_of(values: Tensor, like: Tensor) -> Tensor:
 def copy_into(weight: Tensor, values: Tensor) -> None:
     """Give a weight, sharded or not, the values of a whole tensor."""
     weight.copy_(part_of(values.to(weight.device, weight.dtype), weight))
+
+
+def check_kind(accelerator: Any) -> None:
+    """Raise `UserError` for ways to share a model that this training cannot save."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UserError("FSDP of version 1 is not supported; set fsdp_version: 2, as recipes/parallel/fsdp2.yaml does")
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        raise UserError(
+            "DeepSpeed is not supported; recipes/parallel/fsdp2.yaml shares weights, gradients and optimiser"
+        )
 
 
 def shards_on_cpu(accelerator: Any) -> bool:

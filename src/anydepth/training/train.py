@@ -34,7 +34,7 @@ from anydepth.models.load import is_quantised
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset
 from anydepth.training.learner import Learner, methods_of
-from anydepth.training.parallel import copy_into, first_alone, part_of, shards_on_cpu, wait_for_all, whole
+from anydepth.training.parallel import check_kind, copy_into, first_alone, part_of, shards_on_cpu, wait_for_all, whole
 
 STEPS = "steps"
 COMPLETE = "done.json"
@@ -137,6 +137,7 @@ class AdaptedTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled |= shards_on_cpu(self.accelerator)
+        check_kind(self.accelerator)
 
     @property
     def seconds(self) -> float:
@@ -227,9 +228,6 @@ class AdaptedTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """By the parameters' names and whole, so that any number of processes can go on with it."""
-        if self.is_deepspeed_enabled:  # which shards what only it knows how to
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
         optimizer, scheduler, folder = self._own_optimizer(), self._scheduler(), Path(output_dir)
         state = {
             f"{name}/{key}": whole(value).cpu().contiguous()
@@ -241,8 +239,7 @@ class AdaptedTrainer(Trainer):
             write_json(folder / SCHEDULER, scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_deepspeed_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
         optimizer, scheduler, folder = self._own_optimizer(), self._scheduler(), Path(checkpoint)
         parameters = dict(self.learning.named_parameters())
