@@ -21,6 +21,8 @@ TABLES = {
     "layerskip": ["benchmarks/layerskip.py", "--table"],
     "mixers": ["benchmarks/mixers.py", "--table"],
     "guarantee": ["benchmarks/guarantee.py", "--table"],
+    "serve_load": ["benchmarks/serve_load.py", "--table"],
+    "fronts": ["benchmarks/fronts.py", "--table"],
 }
 PAGES = ("README.md", "docs/results.md")
 
