@@ -221,6 +221,7 @@ def test_tutorials_run_start_to_end(name: str, tmp_path: Path) -> None:
     """As written, in processes of their own, on the embedded model; only training is cut to a few steps."""
     for folder in ("recipes", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The sea"}\n{"prompt": "Once upon a time"}\n')
     for kind, body in blocks(PAGES[name]):
         if kind == "python":
             if ":8000" in body:
@@ -230,6 +231,8 @@ def test_tutorials_run_start_to_end(name: str, tmp_path: Path) -> None:
             words = [sys.executable, "-m", "anydepth.cli", *shlex.split(body)[1:]]
             if words[3] in ("train", "run", "sweep"):
                 words += ["--set", "train.max_steps=3", "--set", "train.warmup_steps=1"]
+                if "recipes/layer_router.yaml" in words:
+                    words += ["--set", "router_fit.num_windows=2"]
             if words[3] in ("serve", "chat"):
                 talk_to(shlex.split(body)[1:]) if words[3] == "chat" else None
                 continue
