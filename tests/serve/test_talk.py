@@ -84,6 +84,12 @@ def test_the_command_talks_through_pipes(tmp_path: Path) -> None:
     assert len(done.stdout.rstrip("\n").split("\n")) >= 3
 
 
+def test_the_smallest_temperature_is_greedy(service: Service) -> None:
+    talks = [Talk(service, service.tokenizer, None, 9, temperature) for temperature in (0.0, 1e-300)]
+    said = ["".join(text for text, _ in talk.answer("hi")) for talk in talks]
+    assert said[0] == said[1]
+
+
 def test_sampled_answers_depend_on_the_seed(service: Service) -> None:
     said = []
     for seed in (1, 1, 2):

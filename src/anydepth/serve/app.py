@@ -36,13 +36,11 @@ from anydepth.inference.engine import batching
 from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error
-from anydepth.serve.service import Busy, Job, Piece, Service, end_ids_of
+from anydepth.serve.service import GREEDY, Busy, Job, Piece, Service, end_ids_of
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
 from anydepth.serve.text import TextStream
 
 DONE = "[DONE]"
-GREEDY = 1e-5
-"""A temperature up to which the likeliest token is taken: logits divided by less than that are no numbers."""
 REFUSALS = (400, 401, 404, 408, 413, 429)
 STREAMED = {200: {"description": "The answer, whole or as events.", "content": {"text/event-stream": {}}}}
 

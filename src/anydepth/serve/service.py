@@ -31,6 +31,8 @@ from anydepth.inference.targets import EngineTarget, Row
 from anydepth.serve.text import TextStream
 
 log = logging.getLogger("anydepth.serve")
+GREEDY = 1e-5
+"""A temperature up to which the likeliest token is taken: logits divided by less than that are no numbers."""
 LATEST = 32
 """Finished requests that the time to wait is estimated from."""
 

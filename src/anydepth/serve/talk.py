@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, Temperatu
 
 from anydepth.errors import RunError, UserError
 from anydepth.inference.engine.batching import Request
-from anydepth.serve.service import Job, Piece, Service, end_ids_of
+from anydepth.serve.service import GREEDY, Job, Piece, Service, end_ids_of
 from anydepth.serve.text import TextStream
 
 
@@ -37,7 +37,7 @@ class Talk:
         self.turns = [] if system is None else [{"role": "system", "content": system}]
         self.processors = LogitsProcessorList()
         self.generator = None
-        if temperature > 0:
+        if temperature > GREEDY:
             self.processors.append(TemperatureLogitsWarper(temperature))
             self.generator = torch.Generator(device=service.engine.model.device).manual_seed(seed)
 
