@@ -120,17 +120,19 @@ def test_everything_that_learns_gets_a_gradient(family: str, execution: str, sta
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_the_gate_learns_from_the_difference_where_both_outputs_are_known() -> None:
-    """masked, `all`: the derivative by w of w·softmax + (1 − w)·linear, for tokens of either mixer."""
-    adapted, ids = attach(layers=[3], state="all").train(), families.token_ids(batch_size=1)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
+def test_the_gate_learns_from_the_difference_where_both_outputs_are_known(family: str) -> None:
+    """masked, `all`: w·softmax + (1 − w)·linear for tokens of either mixer, and its derivative by w."""
+    adapted, ids = attach(family, layers=[3], state="all").train(), families.token_ids(batch_size=1)
     adapted.backbone.model.double()
     router_of(adapted).mixers.double()
     probe = torch.randn(1, 40, families.VOCABULARY, generator=torch.Generator().manual_seed(2))
     router, own = router_of(adapted), MixerRouter._choose
-    weight = torch.zeros(())
+    weight, flips = torch.zeros(()), torch.zeros(1, 40, dtype=torch.bool)
 
     def chosen(layers: Any, gates: Any, others: Any) -> None:
-        own(router, layers, [dataclasses.replace(gates[0], weight=weight)], (1 - weight)[None])
+        gate = dataclasses.replace(gates[0], keep=gates[0].keep ^ flips, weight=weight)
+        own(router, layers, [gate], (1 - weight)[None])
 
     router._choose = chosen  # type: ignore[method-assign]
 
@@ -153,6 +155,14 @@ def test_the_gate_learns_from_the_difference_where_both_outputs_are_known() -> N
         with torch.no_grad():
             slope = (outcome(at + step) - outcome(at - step)) / 2e-2
         assert gradient[0, place].item() == pytest.approx(slope.item(), rel=1e-2)
+        other_way = keep.double()
+        other_way[0, place] = 1 - other_way[0, place]
+        with torch.no_grad():
+            by_weight = outcome(other_way)
+            flips[0, place] = True
+            by_choice = outcome(other_way)
+            flips[0, place] = False
+        assert by_weight.item() == pytest.approx(by_choice.item(), rel=1e-4)
 
 
 def test_matched_mixers_have_no_more_parameters() -> None:

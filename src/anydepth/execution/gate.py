@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from anydepth.execution.choice import through_other, weighed
 from anydepth.execution.late import put_exits_back, through_exits
 from anydepth.execution.partial import Forward, PartialRunner, Run
-from anydepth.methods.method import Gate
+from anydepth.methods.method import Choice, Gate
 from anydepth.models.backbone import LayerView, first_output
 
 
@@ -149,11 +149,9 @@ class GatedLayer:
             return self.own_mixer(hidden, **kwargs)  # others saw the tokens, nobody reads them
         output = self._gated_mixer(run, gate, hidden, kwargs)
         if self.view.mixer_out is self.view.mixer:
-            output = _scale(output, gate)
-            if choice is not None and other is not None:
-                output = output + weighed(choice, other)
+            output = _added(gate, output, choice, other)
         elif other is not None:
-            output = torch.where(gate.keep[..., None], output, other)
+            run.others[self.layer_idx] = other
         return output if self.view.is_recurrent else (output, None)
 
     def _gated_mixer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -167,15 +165,14 @@ class GatedLayer:
         return self.runner.run_on_kept(run, gate, self.own_mixer, hidden, nothing, arguments, lambda normed: normed)
 
     def mixer_out_forward(self, branch: Tensor) -> Tensor:
-        """The norm behind the mixer (Gemma, OLMo-2): the gate weighs what it adds, not what it normalises."""
-        run = self.current()
+        """The norm behind the mixer (Gemma, OLMo-2): gates weigh what is added, not what is normalised."""
+        run, output = self.current(), self.own_mixer_out(branch)
         gate = None if run is None else run.mixer_gates.get(self.layer_idx)
-        output = self.own_mixer_out(branch)
-        choice = None if run is None else run.choices.get(self.layer_idx)
-        if choice is not None and choice.weight is not None and gate is not None and gate.weight is not None:
-            weight = torch.where(gate.keep, gate.weight, choice.weight)
-            return output * weight[..., None].to(output.dtype)
-        return output if gate is None or choice is not None else _scale(output, gate)
+        if run is None or gate is None:
+            return output
+        other = run.others.pop(self.layer_idx, None)
+        choice = run.choices.get(self.layer_idx)
+        return _added(gate, output, choice, None if other is None else self.own_mixer_out(other))
 
     # --- FFN ---------------------------------------------------------------------------------------------------
 
@@ -241,6 +238,12 @@ def _blend(output: Tensor, hidden: Tensor, gate: Gate) -> Tensor:
         return torch.where(gate.keep[..., None], output, hidden)
     weight = gate.weight[..., None].to(output.dtype)
     return weight * output + (1 - weight) * hidden
+
+
+def _added(gate: Gate, output: Tensor, choice: Choice | None, other: Tensor | None) -> Tensor:
+    """What two mixers add together: each for its own tokens, or in training both by their weights."""
+    output = _scale(output, gate)
+    return output if choice is None or other is None else output + weighed(choice, other)
 
 
 def _scale(output: Tensor, gate: Gate) -> Tensor:

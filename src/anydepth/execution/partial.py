@@ -35,6 +35,7 @@ class Run:
     layer_gates: dict[int, Gate | None] = field(default_factory=dict)  # beside gates of branches
     mixer_gates: dict[int, Gate] = field(default_factory=dict)
     choices: dict[int, Choice] = field(default_factory=dict)  # their gates are among `mixer_gates`
+    others: dict[int, Tensor] = field(default_factory=dict)  # their outputs, on the way to the norm behind them
     ffn_gates: dict[int, Gate] = field(default_factory=dict)
     exits_noted: Gate | None = None  # under the K/V rule `recompute`, see `late.py`
     left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: who has, and states there

@@ -13,6 +13,7 @@ from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.next_token import GREEDY
 
 
 @torch.no_grad()
@@ -39,8 +40,8 @@ def generate(
     num_prompt = inputs["input_ids"].shape[1]
     check_window(adapted, num_prompt, max_new_tokens)
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
+    sampling: dict[str, Any] = {"do_sample": temperature > GREEDY}
+    if temperature > GREEDY:
         sampling["temperature"] = temperature
     started = time.perf_counter()
     token_ids = (adapted if engine is None else engine).generate(

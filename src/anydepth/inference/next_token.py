@@ -12,6 +12,8 @@ from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteri
 
 from anydepth.inference.targets import Row
 
+GREEDY = 1e-5
+"""A temperature up to which the likeliest token is taken: logits divided by less than that are no numbers."""
 KEPT_NOISE = 48
 """Steps whose noise is kept; that of older ones is drawn anew for rows far behind."""
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.methods.method import Doubt, ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
 from anydepth.models.backbone import Backbone
 
 CHUNK = 256
@@ -110,8 +110,10 @@ class EarlyExit(Method):
         self.thresholds_of(config)
         self.loss_layers = list(range(1, self.num_layers)) if config.loss_layers is None else config.loss_layers
         check_layers(self.loss_layers, self.num_layers, "loss_layers")
-        size = backbone.model.config.vocab_size
-        self.vocabulary = None if config.vocabulary is None else torch.arange(min(config.vocabulary, size))
+        size: int = backbone.model.config.vocab_size
+        size = size if config.vocabulary is None else min(config.vocabulary, size)
+        self.vocabulary = None if config.vocabulary is None else torch.arange(size)
+        self.head_flops = 2 * backbone.hidden_size * size
         self.networks: dict[int, GateNetwork] = {}
         if config.confidence == "classifier":
             start = torch.zeros(1)
@@ -158,18 +160,21 @@ class EarlyExit(Method):
         limits = self.thresholds_of(self.config)
         if min(limits.values()) > 1:
             return self.keep_rules((), Rules)
-        if self.config.confidence != "classifier" or self.config.decay is not None or self.kv_rule == "recompute":
+        if self.config.confidence == "cosine" or self.config.decay is not None or self.kv_rule == "recompute":
             return None
 
         def make() -> Rules:
-            # The classifier's logit of "not yet": a token goes on if it is above that of its threshold.
-            gates = {
-                layer_idx: Threshold(part, _logit(1 - limits[layer_idx]), layer_idx, leaves=True)
-                for layer_idx, part in self.networks.items()
-            }
-            return Rules(layers={layer_idx: gate for layer_idx, gate in gates.items() if limits[layer_idx] <= 1})
+            reachable = {layer_idx: limit for layer_idx, limit in limits.items() if limit <= 1}
+            return Rules(layers={layer_idx: self._gate(layer_idx, limit) for layer_idx, limit in reachable.items()})
 
         return self.keep_rules(tuple(limits.values()), make)
+
+    def _gate(self, layer_idx: int, limit: float) -> Threshold:
+        """A token goes on if its doubt is above that of its threshold."""
+        if self.networks:  # the logit of "not yet"
+            return Threshold(self.networks[layer_idx], _logit(1 - limit), layer_idx, leaves=True)
+        doubt = Doubt(self.config.confidence, self.vocabulary, self.head_flops)
+        return Threshold(doubt, -limit, layer_idx, leaves=True)
 
     def reads_state(self, layer_idx: int) -> bool:
         if not self.is_asked or not (self.gate is None or self.gate.any_kept):

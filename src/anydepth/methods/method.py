@@ -170,19 +170,38 @@ class KnownScores:
     make: Callable[[PassContext], Tensor | None]
 
 
+@dataclass(frozen=True, eq=False)
+class Doubt:
+    """The score of a token that has not left: how sure the head is of its state in front of a layer, with a minus.
+
+    Attributes:
+        confidence: one of those of `early_exit` that are made of logits.
+        vocabulary: (V',) the tokens that it goes over; None is all.
+        flops_per_token: of the head.
+    """
+
+    confidence: str
+    vocabulary: Tensor | None
+    flops_per_token: int
+
+
+Scores = GateNetwork | KnownScores | Doubt
+"""What gates are made of."""
+
+
 @dataclass(frozen=True)
 class Threshold:
     """A gate at inference that is one of several scores: a token runs if it is above the threshold.
 
     Attributes:
-        scores: known in advance, or the logits of a network.
-        reads_at: the layer in front of which the network reads the residual stream; in front of its FFN for the gate of
-            an FFN.
+        scores: known in advance, the logits of a network, or what the head says.
+        reads_at: the layer in front of which that reads the residual stream; in front of its FFN for the gate of an
+            FFN.
         column: which of the scores.
         leaves: whether a token that is not above runs no later layer either.
     """
 
-    scores: GateNetwork | KnownScores
+    scores: Scores
     threshold: float
     reads_at: int = 0
     column: int = 0

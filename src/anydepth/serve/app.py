@@ -33,10 +33,11 @@ from transformers import (
 from anydepth import __version__
 from anydepth.errors import UserError
 from anydepth.inference.engine import batching
+from anydepth.inference.next_token import GREEDY
 from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error
-from anydepth.serve.service import GREEDY, Busy, Job, Piece, Service, end_ids_of
+from anydepth.serve.service import Busy, Job, Piece, Service, end_ids_of
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
 from anydepth.serve.text import TextStream
 

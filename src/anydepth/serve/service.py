@@ -31,8 +31,6 @@ from anydepth.inference.targets import EngineTarget, Row
 from anydepth.serve.text import TextStream
 
 log = logging.getLogger("anydepth.serve")
-GREEDY = 1e-5
-"""A temperature up to which the likeliest token is taken: logits divided by less than that are no numbers."""
 LATEST = 32
 """Finished requests that the time to wait is estimated from."""
 
@@ -162,7 +160,7 @@ class Service:
 
     @property
     def num_running(self) -> int:
-        return len(self.batcher.running) + (self.drafted is not None)
+        return len(self.batcher.running) + (self.batcher.reading is not None) + (self.drafted is not None)
 
     def _seconds_to_wait(self) -> int:
         mean = sum(self.latest) / len(self.latest) if self.latest else 1.0
@@ -254,8 +252,8 @@ class Service:
         if not job.wants_layers:
             return Token(request.output[place], logprob, None)
         num_layers = self.engine.adapted.backbone.num_layers
-        ran = layers_of(request.records[place]) if place < len(request.records) else [1.0] * num_layers
-        return Token(request.output[place], logprob, ran)
+        record = request.record_of(place)
+        return Token(request.output[place], logprob, [1.0] * num_layers if record is None else layers_of(record))
 
     def _fail(self, job: Job, failure: Exception) -> None:
         log.error("decoding failed", exc_info=failure)

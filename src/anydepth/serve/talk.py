@@ -10,7 +10,8 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, Temperatu
 
 from anydepth.errors import RunError, UserError
 from anydepth.inference.engine.batching import Request
-from anydepth.serve.service import GREEDY, Job, Piece, Service, end_ids_of
+from anydepth.inference.next_token import GREEDY
+from anydepth.serve.service import Job, Piece, Service, end_ids_of
 from anydepth.serve.text import TextStream
 
 

@@ -48,6 +48,40 @@ def test_requests_that_join_and_leave_get_what_they_get_alone(kv_rule: str) -> N
     assert all(count == 0 for layer in batcher.cache.layers for count in layer.counts)
 
 
+@pytest.mark.parametrize("kv_rule", ["project", "omit"])
+def test_long_prompts_are_read_between_the_tokens_of_others(kv_rule: str) -> None:
+    fast = engine(kv_rule)
+    generator = torch.Generator().manual_seed(6)
+    long = [torch.randint(1, 257, (length,), generator=generator).tolist() for length in (300, 460, 323)]
+    first, *others = [Request(prompts(1)[0], 9), *(Request(prompt, 4) for prompt in long)]
+    batcher = Batcher(fast, max_batch_size=4)
+    batcher.add(first)
+    for request in others:
+        batcher.add(request)
+    while not first.is_finished:
+        assert first in batcher.step()  # a token in every step, whatever else is read
+    assert [len(request.output) for request in others] == [4, 3, 0] and batcher.reading is others[2]
+    while not batcher.is_idle:
+        batcher.step()
+    for request in (first, *others):
+        assert request.output == alone(fast, request.prompt, request.max_new_tokens)
+        assert torch.equal(request.trace.mixer_keep, fast.adapted.last_trace.mixer_keep)
+        record = request.record_of(0)
+        assert record is not None and torch.equal(
+            record.stacked()[0][:, 0, -1], request.trace.mixer_keep[:, 0, len(request.prompt) - 1]
+        )
+    long_one = Request(long[1], 4)
+    for request in (kept := Request(long[0], 20), long_one):
+        batcher.add(request)
+    for _ in range(3):
+        batcher.step()
+    assert batcher.reading is long_one
+    batcher.cancel(long_one)
+    assert batcher.reading is None and len(batcher.cache.free) == 3
+    batcher.run([])
+    assert kept.is_finished and batcher.is_idle
+
+
 def test_end_tokens_processors_and_sampling_are_each_requests_own() -> None:
     fast, (first, second) = engine(), prompts(2)
     said = alone(fast, first, 8)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 ROUTER: dict[str, Any] = {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0}
 EXITS: dict[str, Any] = {"name": "exit_gate", "layers": [2, 4], "initial_bias": 0.0}
+LEAVE: dict[str, Any] = {"name": "early_exit", "layers": [2, 4]}
 FFNS: dict[str, Any] = {"name": "ffn_router", "layers": [1, 2, 5]}
 METHODS: dict[str, list[dict[str, Any]]] = {
     "full depth": [],
@@ -34,6 +35,10 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "random router": [{"name": "layer_router", "always_keep": 2, "router": "random", "rates": [0.5, 0.0, 1.0, 0.6]}],
     "sequence router": [{**ROUTER, "granularity": "sequence", "pool_tokens": 5}],
     "exit_gate": [EXITS],
+    "early_exit": [{**LEAVE, "thresholds": [0.05, 0.06]}],
+    "early_exit, margin of some tokens": [{**LEAVE, "confidence": "margin", "vocabulary": 50, "thresholds": 0.1}],
+    "early_exit, entropy, beside FFN gates": [{**LEAVE, "confidence": "entropy", "thresholds": 0.12}, FFNS],
+    "early_exit, classifier": [{**LEAVE, "confidence": "classifier", "thresholds": 0.5}],
     "ffn_router": [FFNS],
     "hat": [EXITS, FFNS],
     "exits around a skip set": [

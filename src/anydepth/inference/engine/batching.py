@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave between tokens, each in its own slot of one cache.
 
-The queue costs nothing while it waits: a step prefills at most one request and then decodes one token of every
-running one.
+The queue costs nothing while it waits: a step decodes one token of every running request, and then reads on in the
+prompt of the next one, a part of it while others wait for their tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from anydepth.errors import UserError
 from anydepth.execution.trace import PassRecord, Trace
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.engine.native import MAX_TOKENS
 from anydepth.methods.method import Method
+
+PROMPT_PART = 128
+"""Tokens of a prompt that are read between two tokens of other requests. No part is as small as what the kernels take:
+so the states of a long prompt are the same bits as when it is read at once."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Request:
     def trace(self) -> Trace:
         return Trace.join(self.records)
 
+    def record_of(self, place: int) -> PassRecord | None:
+        """Of the forward that gave a token of the output; None: nobody noted any."""
+        return self.records[place - len(self.output)] if self.records else None
+
 
 class Batcher:
     """Decodes many requests together on a fast engine.
@@ -98,6 +107,7 @@ class Batcher:
         self.engine, self.methods, self.set_budget = engine, methods, set_budget
         self.cache: EngineCache = engine.model.new_cache(max_batch_size, max_tokens // max_batch_size)
         self.waiting: deque[Request] = deque()
+        self.reading: Request | None = None
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
@@ -117,24 +127,30 @@ class Batcher:
             )
 
     def cancel(self, request: Request) -> None:
-        """Forget a request, waiting or running; its slot is free for the next step."""
+        """Forget a request, whatever it does; its slot is free for the next step."""
         if request in self.waiting:
             self.waiting.remove(request)
-        elif request in self.running:
+        elif request is self.reading or request in self.running:
             self._leave(request)
 
     @property
     def is_idle(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.waiting and self.reading is None and not self.running
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Let one waiting request in, decode one token of each running one; returns those that got one, or failed."""
+        """Decode one token of each running request, read on in a prompt; returns those that got a token, or failed."""
         served = list(self.running)
         if served:
-            self._decode(served)
-        if self.waiting and self.cache.free:
-            served.append(self._admit(self.waiting.popleft()))
+            self._forward(served, [request.output[-1:] for request in served])
+        if self.reading is None and self.waiting and self.cache.free:
+            self.reading = self.waiting.popleft()
+            self.reading.slot = self.cache.take_slot()
+        if self.reading is not None and self._read(self.reading, at_once=not served):
+            served.append(self.reading)
+            self.running.append(self.reading)
+            self.running.sort(key=lambda one: one.slot or 0)  # neighbours in the cache: attention reads them in place
+            self.reading = None
         for request in served:
             if request.is_finished:
                 self._leave(request)
@@ -150,18 +166,18 @@ class Batcher:
             if request.failure is not None:
                 raise request.failure
 
-    def _admit(self, request: Request) -> Request:
-        request.slot = self.cache.take_slot()
-        self.running.append(request)
-        self.running.sort(key=lambda one: one.slot or 0)  # neighbours in the cache: attention reads them in place
-        self._forward([request], [request.prompt])
-        return request
+    def _read(self, request: Request, *, at_once: bool) -> bool:
+        """A part of its prompt, or all that is left; True once it is read, and the first token is there."""
+        assert request.slot is not None
+        left = request.prompt[self.cache.lengths[request.slot] :]
+        if at_once or len(left) <= PROMPT_PART + MAX_TOKENS:
+            self._forward([request], [left])
+            return True
+        self._forward([request], [left[:PROMPT_PART]], chooses=False)
+        return False
 
-    def _decode(self, requests: list[Request]) -> None:
-        self._forward(requests, [request.output[-1:] for request in requests])
-
-    def _forward(self, requests: list[Request], new: list[list[int]]) -> None:
-        """Those for which the same is decided together."""
+    def _forward(self, requests: list[Request], new: list[list[int]], *, chooses: bool = True) -> None:
+        """Those for which the same is decided together; chooses: each one's next token."""
         alike: dict[tuple[bool, float | None], list[int]] = {}
         for place, request in enumerate(requests):
             alike.setdefault((request.full_depth, request.budget), []).append(place)
@@ -170,16 +186,25 @@ class Batcher:
             methods = [] if full_depth else attached
             if methods:
                 self.set_budget(budget)
-            self._forward_alike([requests[place] for place in places], [new[place] for place in places], methods)
+            same = [requests[place] for place in places]
+            hidden = self._states(same, [new[place] for place in places], methods)
+            if chooses:
+                self._choose(same, hidden[:, -1])
 
-    def _forward_alike(self, requests: list[Request], new: list[list[int]], methods: Sequence[Method]) -> None:
+    def _states(self, requests: list[Request], new: list[list[int]], methods: Sequence[Method]) -> Tensor:
+        """(B, T, D) behind the last layer, and what ran noted."""
         model = self.engine.model
         token_ids = torch.tensor(new, device=model.device)
         slots = [request.slot for request in requests if request.slot is not None]
         hidden, record = model.forward(token_ids, slots, self.cache, methods)
-        logits = model.logits(hidden[:, -1]).float()
         for row, request in enumerate(requests):
             request.records.append(record.row(row))
+        return hidden
+
+    def _choose(self, requests: list[Request], hidden: Tensor) -> None:
+        """The next token of each from its (B, D) states."""
+        logits = self.engine.model.logits(hidden).float()
+        for row, request in enumerate(requests):
             try:
                 request.output.append(_choose(request, logits[row : row + 1]))
             except Exception as failed:
@@ -189,7 +214,10 @@ class Batcher:
         assert request.slot is not None
         self.cache.release(request.slot)
         request.slot = None
-        self.running.remove(request)
+        if request is self.reading:
+            self.reading = None
+        else:
+            self.running.remove(request)
 
 
 def _choose(request: Request, logits: Tensor) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anydepth.inference.engine.layer import RMSNorm
-from anydepth.inference.engine.native import MAX_TOKENS, NativeLinear
+from anydepth.inference.engine.native import MAX_TOKENS, NativeExit, NativeLinear
 from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.weights import WEIGHT_ONLY, Linear, without_kernels
 from anydepth.models.llama_like import Norm, Weights
@@ -28,6 +28,7 @@ class Head:
         self.norm, self.softcap = RMSNorm(norm, dtype), softcap
         dense = Weights(weight.detach(), None)
         self.native: NativeLinear | None = None
+        self.memory = memory
         if memory is None:
             self.linear = without_kernels([dense], kind)
         else:
@@ -39,6 +40,13 @@ class Head:
     def num_bytes(self) -> int:
         """Bytes of weights that it reads."""
         return self.linear.num_bytes
+
+    def exit(self, confidence: str) -> NativeExit | None:
+        """For the kernels, to ask how sure it is; None where there are none."""
+        if self.native is None or self.memory is None or self.native.norm is None:
+            return None
+        (packed,) = self.native.packed
+        return NativeExit(packed, self.native.norm, self.softcap, confidence, self.memory)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])

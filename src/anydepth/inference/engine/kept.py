@@ -13,14 +13,17 @@ from torch import Tensor
 
 from anydepth.execution.trace import LaterRecord, PassRecord
 from anydepth.inference.engine.cache import LayerKV
+from anydepth.inference.engine.head import Head
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import EXIT, FFN, MIXER, NativeGate, Rows, Task, Tasks
 from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import KnownScores, PassContext, Rules, Threshold
+from anydepth.methods.method import Doubt, KnownScores, PassContext, Rules, Scores, Threshold
 
 MAX_KEPT = 64
 """Passes that a cache keeps, of different rules and numbers of tokens."""
+ExitHead = Callable[[Tensor | None], Head]
+"""The model's, over a vocabulary (V',) or all."""
 READ_ONLY = -1
 """Column of a gate whose network is asked about later layers only: it lets everybody through."""
 
@@ -61,7 +64,7 @@ class Decisions:
         self.readers = {gate.reads_at: gate for gate in asking}
         if not self.closed_mixers.isdisjoint([*self.layers, *self.readers]):
             raise Unfit
-        self.columns: dict[GateNetwork | KnownScores, int] = {}
+        self.columns: dict[Scores, int] = {}
         self.num_columns = 0
         for gate in (*self.layers.values(), *self.ffns.values()):
             if gate.scores not in self.columns:
@@ -73,7 +76,7 @@ class Decisions:
         """Whether everybody runs everything."""
         return not (self.layers or self.ffns or self.closed_mixers or self.closed_ffns)
 
-    def scores(self, source: GateNetwork | KnownScores, flat: Tensor) -> Tensor:
+    def scores(self, source: Scores, flat: Tensor) -> Tensor:
         """(N, G) those of a source, in the (columns · N,) scores of all."""
         start, size = self.columns[source] * self.num_tokens, _size(source) * self.num_tokens
         return flat[start : start + size].view(self.num_tokens, -1)
@@ -100,16 +103,21 @@ class Decisions:
             record.mixer_keep[layer_idx], record.kv_rules[layer_idx] = nobody, "omit"
         for layer_idx in self.closed_ffns:
             record.ffn_keep[layer_idx] = nobody
-        record.router_flops = self._flops(keep.any(1).tolist())
+        record.router_flops = self._flops(keep.sum(1).tolist())
 
-    def _flops(self, somebody: list[bool]) -> int:
-        """Of the networks that were asked: those in front of which an exit left somebody."""
-        total = 0
-        for layer_idx, gate in self.readers.items():
+    def _flops(self, num_kept: list[int]) -> int:
+        """Of the networks, for all tokens wherever an exit left somebody, and of the head, for those it left."""
+
+        def num_left(layer_idx: int) -> int:
             before = [place for place in self.exits if place < layer_idx]
-            if not before or somebody[before[-1]]:
-                total += _flops(gate, self.num_tokens)
-        return total + sum(_flops(gate, self.num_tokens) for i, gate in self.ffns.items() if somebody[i])
+            return num_kept[before[-1]] if before else self.num_tokens
+
+        asked = [gate for layer_idx, gate in self.readers.items() if num_left(layer_idx)]
+        asked += [gate for layer_idx, gate in self.ffns.items() if num_kept[layer_idx]]
+        doubts = [(i, gate.scores) for i, gate in self.layers.items() if isinstance(gate.scores, Doubt)]
+        return sum(_flops(gate, self.num_tokens) for gate in asked) + sum(
+            doubt.flops_per_token * num_left(layer_idx) for layer_idx, doubt in doubts
+        )
 
 
 class KeptPass:
@@ -118,6 +126,7 @@ class KeptPass:
     Args:
         layers: of the model, or some in a row where there are no rules.
         networks: of gates; None where there are no kernels for them.
+        exit_head: that gates ask how sure it is of a state.
         stops: layers, counted from the first of these, in front of which states are wanted as well; without rules.
 
     Attributes:
@@ -135,12 +144,13 @@ class KeptPass:
         caches: Sequence[LayerKV],
         rules: Sequence[Rules],
         networks: NativeNetworks | None,
+        exit_head: ExitHead | None,
         *,
         num_tokens: int,
         stops: Sequence[int] = (),
     ) -> None:
         self.decisions = decisions = Decisions(rules, len(layers), num_tokens)
-        self.networks = networks
+        self.networks, self.exit_head = networks, exit_head
         self.addresses: dict[GateNetwork, int] = {}
         self.flat = torch.zeros(decisions.num_columns * num_tokens)
         self.waiting = [caches[layer_idx] for layer_idx in decisions.gated]
@@ -177,7 +187,12 @@ class KeptPass:
         return task
 
     def _native(self, gate: Threshold, layer_idx: int) -> NativeGate:
-        logits, asks = self.decisions.scores(gate.scores, self.flat), 0
+        logits, asks, asked_exit = self.decisions.scores(gate.scores, self.flat), 0, None
+        if isinstance(gate.scores, Doubt):
+            doubt = gate.scores
+            asked_exit = None if self.exit_head is None else self.exit_head(doubt.vocabulary).exit(doubt.confidence)
+            if asked_exit is None:
+                raise Unfit
         if isinstance(gate.scores, GateNetwork):
             is_new = gate.scores not in self.addresses
             address = None if self.networks is None else self.networks.address(gate.scores)
@@ -185,7 +200,7 @@ class KeptPass:
                 raise Unfit
             self.addresses[gate.scores] = address
             asks = address if is_new else 0
-        return NativeGate(asks, logits, gate.column, gate.threshold)
+        return NativeGate(asks, logits, gate.column, gate.threshold, asked_exit)
 
     def fits(self, slots: Sequence[int], seen: Sequence[int]) -> bool:
         """Whether layers hold, or keep waiting, all that these slots have seen, and networks lie where they lay."""
@@ -230,7 +245,9 @@ class KeptPass:
         return LaterRecord(record, partial(self.decisions.note, self.flat.clone()))
 
 
-def _size(scores: GateNetwork | KnownScores) -> int:
+def _size(scores: Scores) -> int:
+    if isinstance(scores, Doubt):
+        return 1
     return scores.size if isinstance(scores, KnownScores) else scores.direct.out_features
 
 

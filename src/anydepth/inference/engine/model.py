@@ -81,15 +81,19 @@ class EngineModel:
         some = rows if vocabulary is None else rows[vocabulary]
         return Head(some, norm, weights, self.dtype, self.memory, logits_softcap(self.backbone))
 
-    def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """(..., V) of states of any depth; of a vocabulary (V',) alone, whose rows are packed once."""
+    def exit_head(self, vocabulary: Tensor | None) -> Head:
+        """Of states of any depth; of a vocabulary (V',) alone, whose rows are packed once."""
         if vocabulary is None:
-            return self.head(states)
+            return self.head
         known = self.exit_heads.get(id(vocabulary))
         if known is None:  # with the vocabulary itself, so that its id stays its own
             known = vocabulary, self.head_of(final_norm(self.backbone), self.weights, vocabulary)
             self.exit_heads[id(vocabulary)] = known
-        return known[1](states)
+        return known[1]
+
+    def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
+        """(..., V) of states of any depth."""
+        return self.exit_head(vocabulary)(states)
 
     @property
     def _like(self) -> Tensor:
@@ -165,7 +169,7 @@ class EngineModel:
     ) -> Step:
         """One of `num_tokens` in each row behind those `seen`, with room for them."""
         make_room(max(seen) + num_tokens, cache, self.rotations)
-        return Step(num_tokens, slots, seen, cache, methods, self.rotations, self.networks, self.exit_logits)
+        return Step(num_tokens, slots, seen, cache, methods, self.rotations, self.networks, self.exit_head)
 
 
 def make_room(length: int, cache: EngineCache, rotations: Rotations) -> None:

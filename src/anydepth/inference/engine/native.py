@@ -37,6 +37,8 @@ KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 MIXER, FFN, OMIT, EXIT = 1, 2, 4, 8
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAPS = ("queries", "keys", "values", "output", "gate", "up", "down")
+CONFIDENCES = ("max_probability", "margin", "entropy")
+"""Of confidence.h, by number."""
 NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm")
 
 
@@ -78,7 +80,18 @@ class _Batch(Structure):
     ]
 
 
-GATE_FIELDS = ("network", "logits", "column", "stride", "threshold")  # the last is a float, and four bytes unused
+class _Exit(Structure):
+    _fields_ = [("head", _Matrix), ("norm", _Norm), ("softcap", c_float), ("confidence", c_int32)]
+
+
+GATE_FIELDS = (
+    "network",
+    "exit",
+    "logits",
+    "column",
+    "stride",
+    "threshold",
+)  # the last is a float, and four bytes unused
 
 
 class _Task(Structure):
@@ -112,8 +125,8 @@ def library() -> Any:
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
     for number, kind in enumerate((_Matrix, _Norm, _Layer, _Rotation, _Batch, _Task)):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(kind), kind
-    bounds = [MAX_TOKENS, MAX_HEAD_DIM, MAX_WIDTH, CHUNK, MAX_SPLITS]
-    assert [kernels.anydepth_sizes(number) for number in range(8, 13)] == bounds
+    bounds = [MAX_TOKENS, MAX_HEAD_DIM, MAX_WIDTH, CHUNK, MAX_SPLITS, ctypes.sizeof(_Exit)]
+    assert [kernels.anydepth_sizes(number) for number in range(8, 14)] == bounds
     return kernels
 
 
@@ -239,13 +252,31 @@ class NativeLayer:
         return output
 
 
+class NativeExit:
+    """A head that is asked how sure it is of a state, inside the kernels.
+
+    Args:
+        norm: in front of it.
+        confidence: one of `CONFIDENCES`.
+    """
+
+    def __init__(self, head: PackedWeights, norm: Norm, softcap: float | None, confidence: str, memory: Memory) -> None:
+        self.points_to = head, norm  # not to be freed before the struct
+        self.struct = _Exit(
+            head=_matrix(head), norm=_norm(norm), softcap=softcap or 0.0, confidence=CONFIDENCES.index(confidence)
+        )
+        memory.reserve(MAX_TOKENS * head.num_outputs)
+
+
 @dataclass(slots=True)
 class NativeGate:
     """Inside the kernels: a token is let through whose logit is above the threshold.
 
     Attributes:
-        network: address of the network that gives the logits (`networks.py`); 0: a gate before has asked it.
-        logits: (N, G) float32, written for all tokens.
+        network: address of the network that gives the logits (`networks.py`); 0: a gate before has asked it, or there
+            is none.
+        exit: the head whose confidence, with a minus, is the logit.
+        logits: (N, G) float32, written for all tokens; of an exit for those that have not left.
         column: which of the G; -1: the network is only asked, about later layers, and everybody let through.
     """
 
@@ -253,11 +284,13 @@ class NativeGate:
     logits: Tensor
     column: int
     threshold: float
+    exit: NativeExit | None = None
 
     def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
         threshold = int.from_bytes(bytes(c_float(self.threshold)), sys.byteorder)
-        return self.network, self.logits.data_ptr(), self.column, self.logits.shape[1], threshold
+        exit_at = 0 if self.exit is None else addressof(self.exit.struct)
+        return self.network, exit_at, self.logits.data_ptr(), self.column, self.logits.shape[1], threshold
 
 
 EVERYBODY = (0,) * len(GATE_FIELDS)

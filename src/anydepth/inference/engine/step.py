@@ -16,7 +16,7 @@ from torch import Tensor
 from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV
-from anydepth.inference.engine.kept import MAX_KEPT, KeptPass, Unfit
+from anydepth.inference.engine.kept import MAX_KEPT, ExitHead, KeptPass, Unfit
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, OMIT, Rows, Task, Tasks
 from anydepth.inference.engine.networks import NativeNetworks
@@ -24,7 +24,7 @@ from anydepth.inference.engine.operators import RowPass
 from anydepth.inference.engine.rotations import Rotations
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.memory import Memory
-from anydepth.methods.method import Gate, LogitsOf, Method, PassContext, Rules
+from anydepth.methods.method import Gate, Method, PassContext, Rules
 
 
 class Step(RowPass):
@@ -32,7 +32,7 @@ class Step(RowPass):
 
     Args:
         networks: of gates, through the kernels; None: there are none.
-        logits_of: by the model's head.
+        exit_head: the model's, for states of any depth.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Step(RowPass):
         methods: Sequence[Method],
         tables: Rotations,
         networks: NativeNetworks | None,
-        logits_of: LogitsOf | None = None,
+        exit_head: ExitHead | None = None,
     ) -> None:
         super().__init__(num_tokens, slots, seen, cache, tables)
         self.few_tokens = self.num_rows * num_tokens <= MAX_TOKENS
-        self.methods, self.networks, self.logits_of = list(methods), networks, logits_of
+        self.methods, self.networks, self.exit_head = list(methods), networks, exit_head
         self.gates_branches = any(method.gates_branches for method in methods)
         self.span: list[Task] = []  # asked for, not run yet
         self.left: list[tuple[LayerKV, int, int, Tensor | None]] = []  # by the span: K/V in a slot, at which places
@@ -108,9 +108,13 @@ class Step(RowPass):
             training=False,
             evaluate=evaluate,
             memory=memory,
-            logits_of=None if self.logits_of is None else self.record.counting_logits(self.logits_of),
+            logits_of=None if self.exit_head is None else self.record.counting_logits(self._exit_logits),
         )
         return Run(context, self.record, None, self.methods, sparse=True)
+
+    def _exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
+        assert self.exit_head is not None
+        return self.exit_head(vocabulary)(states)
 
     def _kept_pass(
         self, layers: Sequence[EngineLayer], caches: Sequence[LayerKV], first: int, stops: Sequence[int]
@@ -146,7 +150,9 @@ class Step(RowPass):
         else:
             try:
                 places = [stop - first for stop in stops]
-                kept = KeptPass(layers, caches, rules, self.networks, num_tokens=num_tokens, stops=places)
+                kept = KeptPass(
+                    layers, caches, rules, self.networks, self.exit_head, num_tokens=num_tokens, stops=places
+                )
             except Unfit:
                 kept = None
             if len(passes) >= MAX_KEPT:

@@ -5,6 +5,7 @@
 // it through a C interface; the structs here and there must match.
 
 #include "attention.h"
+#include "confidence.h"
 #include "network.h"
 #include "product.h"
 
@@ -45,9 +46,18 @@ constexpr int MAX_TOKENS = 64;  // of a call
 // it. EXIT: tokens that the layer's gate stops run no later layer either.
 enum Part : int64_t { MIXER = 1, FFN = 2, OMIT = 4, EXIT = 8 };
 
+// What the model would say of a state, were it its last.
+struct Exit {
+    Matrix head;
+    Norm norm;
+    float softcap;  // 0 for none
+    Confidence confidence;
+};
+
 // Lets those tokens through whose logit is above a threshold; everybody if `logits` is null.
 struct Gate {
-    const Network* network;  // asked here; null: by a gate before
+    const Network* network;  // asked here; null: by a gate before, or
+    const Exit* exit;        // whose confidence, with a minus, is the logit of the tokens asked
     float* logits;           // (R·T, stride), left for the caller
     int64_t column;          // -1: the network is asked about later layers, and everybody let through
     int64_t stride;
@@ -385,10 +395,29 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
 #pragma omp barrier
 }
 
-// Of some tokens those that a gate lets through, into `kept`.
+// The logits of a gate that asks the head, whole when the team returns.
 template <class A>
-Tokens through(const Gate& gate, const Tokens& asked, const A* states, int num, float* workspace, std::vector<int64_t>& kept) {
+void doubts(const Gate& gate, const Tokens& asked, const A* states, float* workspace, const Matrix* next) {
+    const Exit& exit = *gate.exit;
+    const int size = exit.head.rows;
+    const Range own = product<A>(exit.head, prepared<A>(exit.head, exit.norm, states, asked), asked.num, workspace, next);
+    for (int n = 0; n < asked.num; ++n)
+        for (float* logit = workspace + int64_t(n) * size + own.begin; logit < workspace + int64_t(n) * size + own.end; ++logit) {
+            *logit = rounded<A>(*logit);
+            if (exit.softcap) *logit = rounded<A>(std::tanh(*logit / exit.softcap) * exit.softcap);
+        }
+#pragma omp barrier
+#pragma omp for
+    for (int n = 0; n < asked.num; ++n)
+        gate.logits[asked[n] * gate.stride + gate.column] = -confidence(exit.confidence, workspace + int64_t(n) * size, size);
+}
+
+// Of some tokens those that a gate lets through, into `kept`. `next`: the map that is read behind it.
+template <class A>
+Tokens through(const Gate& gate, const Tokens& asked, const A* states, int num, float* workspace, std::vector<int64_t>& kept,
+               const Matrix* next) {
     if (gate.network) logits_of(*gate.network, states, num, gate.logits, workspace);
+    if (gate.exit) doubts(gate, asked, states, workspace, next);
     if (gate.column < 0) return asked;
     std::vector<int64_t> open;
     for (int i = 0; i < asked.num; ++i)
@@ -397,10 +426,9 @@ Tokens through(const Gate& gate, const Tokens& asked, const A* states, int num, 
     return {kept.data(), int(kept.size())};
 }
 
-// The map that a task reads first.
-inline const Matrix* first_of(const Task& task) {
-    return task.parts & MIXER ? &task.layer->queries : &task.layer->gate;
-}
+// The maps that a task reads first, with its gate and behind that.
+inline const Matrix* behind_gate(const Task& task) { return task.parts & MIXER ? &task.layer->queries : &task.layer->gate; }
+inline const Matrix* first_of(const Task& task) { return task.gate.exit ? &task.gate.exit->head : behind_gate(task); }
 
 // Tasks one after the other on (R·T, hidden) states.
 template <class A>
@@ -427,7 +455,7 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
             Tokens fed = task->fed ? Tokens{task->fed, int(task->num_fed)} : all;
             if (task->gate.logits && all.num) {
                 auto& kept = task->parts & EXIT ? going_on : layer_kept;
-                mixed = fed = through(task->gate, all, now, num, b.workspace, kept);
+                mixed = fed = through(task->gate, all, now, num, b.workspace, kept, behind_gate(*task));
                 if (task->parts & EXIT) all = mixed;
             }
             if (!(task->parts & MIXER)) mixed.num = 0;
@@ -437,7 +465,8 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
                 now = to;
             }
             if (task->parts & FFN && fed.num) {
-                if (task->ffn_gate.logits) fed = through(task->ffn_gate, fed, now, num, b.workspace, ffn_kept);
+                if (task->ffn_gate.logits)
+                    fed = through(task->ffn_gate, fed, now, num, b.workspace, ffn_kept, &task->layer->gate);
                 if (fed.num) ffn<A>(*task->layer, now, to, b.workspace, fed, next);
                 if (fed.num) now = to;
             }
@@ -535,7 +564,7 @@ int64_t anydepth_read(const void* memory, int64_t num_bytes) {
 int32_t anydepth_sizes(int32_t which) {  // for the check that both sides mean the same structs and bounds
     const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch), sizeof(Task),
                              sizeof(Dense), sizeof(Network), MAX_TOKENS, MAX_HEAD_DIM, int32_t(MAX_WIDTH),
-                             CHUNK, MAX_SPLITS};
+                             CHUNK, MAX_SPLITS, sizeof(Exit)};
     return sizes[which];
 }
 
