@@ -105,14 +105,23 @@ class EngineTarget:
     def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
         last = []
         for row in rows:
-            row.slot = self.cache.take_slot()
             if methods:
+                row.slot = self.cache.take_slot()
                 ids = torch.tensor([row.ids[row.num_padding :]], device=self.model.device)
                 self.model.forward(ids, [row.slot], self.cache, methods)
                 self.cache.rewind(row.slot, 0)
-            states = self._through([row], [self._embed(row.ids[row.num_padding :])], 0)
-            last.append(states[0][-1])
+            last.append(self.read(row)[-1])
         return list(self.model.logits(torch.stack(last)))
+
+    def read(self, row: Row, num_tokens: int | None = None) -> Tensor:
+        """(N, D) states of the next tokens of a prompt, which may be read in parts; None: of all that are left."""
+        if row.slot < 0:
+            row.slot = self.cache.take_slot()
+        left, before = row.ids[row.num_padding + self.cache.lengths[row.slot] :], row.fresh
+        (states,) = self._through([row], [self._embed(left[:num_tokens])], 0)
+        if before:
+            row.fresh = [torch.cat(parts) for parts in zip(before, row.fresh, strict=True)]
+        return states
 
     def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
         self._run_first(rows, [self._embed([row.last]) for row in rows])

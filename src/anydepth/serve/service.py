@@ -23,7 +23,7 @@ from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.counts import Counts
-from anydepth.inference.engine.batching import Batcher, Logprob, Request
+from anydepth.inference.engine.batching import Batcher, Logprob, Request, next_part
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.next_token import NextToken, Stops
 from anydepth.inference.speculate import Speculation, setup_of
@@ -209,7 +209,7 @@ class Service:
         if self.drafted is not None:
             job = self.drafted.job
             try:
-                self.drafted.step()
+                self.drafted.step(at_once=self.batcher.is_idle)
                 self._say(job)
             except Exception as failed:  # nor one request the batch
                 self._fail(job, failed)
@@ -298,26 +298,33 @@ class Drafted:
         assert method is not None
         engine.drafting = setup_of(adapted, engine.drafting, engine.model.exit_logits, engine.trained)
         request = job.request
-        target = EngineTarget(engine.model, 1, [] if method.network is None else method.network.taps)
+        self.target = EngineTarget(engine.model, 1, [] if method.network is None else method.network.taps)
         size, device = adapted.config.vocab_size, engine.model.device
         choice = NextToken(request.logits_processor, 1, size, device, sampling=False)
         stops = Stops.at(len(request.prompt) + request.max_new_tokens, request.eos_token_ids)
-        self.run = Speculation(target, engine.drafting, choice, stops)
+        self.run = Speculation(self.target, engine.drafting, choice, stops)
         self.row = Row(list(request.prompt))
-        self.has_begun = False
+        self.has_begun, self.num_read = False, 0
+        self.remembers = any(method.remembers for method in adapted.draft_methods)  # those see all of it in `begin`
 
     @property
     def counts(self) -> Counts:
         return self.run.counts
 
     @torch.no_grad()
-    def step(self) -> None:
-        """A round; the first one takes in the prompt."""
+    def step(self, *, at_once: bool) -> None:
+        """A round. First the prompt is taken in: in parts, unless at once, for others wait."""
         if self.has_begun:
             self.run.round([self.row])
         else:
-            self.has_begun = True
-            self.run.begin([self.row])
+            left = self.row.num_prompt - self.num_read
+            part = left if at_once or self.remembers else next_part(left)
+            if part < left:
+                self.target.read(self.row, part)
+                self.num_read += part
+            else:
+                self.has_begun = True
+                self.run.begin([self.row])
         self.job.request.output[:] = self.row.ids[self.row.num_prompt :]
 
     def end(self) -> None:

@@ -170,11 +170,9 @@ class Batcher:
         """A part of its prompt, or all that is left; True once it is read, and the first token is there."""
         assert request.slot is not None
         left = request.prompt[self.cache.lengths[request.slot] :]
-        if at_once or len(left) <= PROMPT_PART + MAX_TOKENS:
-            self._forward([request], [left])
-            return True
-        self._forward([request], [left[:PROMPT_PART]], chooses=False)
-        return False
+        part = left if at_once else left[: next_part(len(left))]
+        self._forward([request], [part], chooses=len(part) == len(left))
+        return len(part) == len(left)
 
     def _forward(self, requests: list[Request], new: list[list[int]], *, chooses: bool = True) -> None:
         """Those for which the same is decided together; chooses: each one's next token."""
@@ -218,6 +216,11 @@ class Batcher:
             self.reading = None
         else:
             self.running.remove(request)
+
+
+def next_part(num_left: int) -> int:
+    """How many of the tokens that are left of a prompt to read next, while others wait."""
+    return num_left if num_left <= PROMPT_PART + MAX_TOKENS else PROMPT_PART
 
 
 def _choose(request: Request, logits: Tensor) -> int:
