@@ -114,6 +114,7 @@ def main() -> None:
     rows = {name: measure(name, model, tokenizer, arguments) for name in names}
     config = {"steps": arguments.steps, "tokens": arguments.tokens, "limit": arguments.limit}
     command = f"python benchmarks/drafter_choices.py --steps {arguments.steps} --limit {arguments.limit}"
+    command += " --lookup" * arguments.lookup
     fields: dict[str, Any] = {"label": "choices of a drafter", "command": command, "rows": rows}
     write_json(arguments.out, document("anydepth.drafter_choices/1", seed=arguments.seed, config=config, **fields))
     print(markdown(rows))

@@ -31,6 +31,10 @@ CASES: dict[str, tuple[list[dict[str, Any]], float]] = {
     "exit_gate, mean depth 20": ([{"name": "exit_gate", "layers": EXITS}], 20.0),
     "exit_gate, recompute, tokens to 20": ([{"name": "exit_gate", "layers": EXITS, "kv_rule": "recompute"}], 20.0),
     "early_exit, mean depth 20": ([{"name": "early_exit", "layers": [12, 18, 24], "vocabulary": 8192}], 20.0),
+    "early_exit by classifiers, mean depth 20": (
+        [{"name": "early_exit", "layers": [12, 18, 24], "confidence": "classifier"}],
+        20.0,
+    ),
     "early_exit at one layer, mean depth 20": ([{"name": "early_exit", "layers": [14], "vocabulary": 8192}], 20.0),
     "layer_router, sequence, a third": (
         [{"name": "layer_router", "granularity": "sequence", "pool_tokens": 32}],
@@ -71,12 +75,30 @@ def set_depth(adapted: AdaptedModel, engine: FastEngine, windows: torch.Tensor, 
             high = share
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of the results page."""
+    lines = [
+        "| | prompt | layers a token | decoding, × full depth | ideal | realised | prefill, realised |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['method']} | {row['prompt_tokens']} | {row['adapted']['mean_depth']:.1f} | {row['decode']['speedup']:.2f} | "
+        f"{row['decode']['ideal_speedup']:.2f} | {row['decode']['realised']:.2f} | {row['prefill']['realised']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-runs", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases whose name starts so; the others' rows are kept")
+    parser.add_argument("--table", action="store_true", help="print the committed results as a table, run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(markdown(read_document(RESULT)["rows"]))
+        return
     model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
     windows = load_windows("wikitext-2:valid", tokenizer, 512, max_windows=max(arguments.num_runs, 8))
     chosen = {name: case for name, case in CASES.items() if name.startswith(arguments.only)}

@@ -5,6 +5,8 @@ router the rates that the variant OTHER was measured to run its layers at; `base
 OTHER trained.
 
     python benchmarks/run.py benchmarks/experiments/NAME.yaml [--only VARIANT] [--until train] [--table]
+
+An experiment file has `seeds`, the `recipe` that all share, and `variants`: by name, recipe keys on top of it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import yaml
 
 from anydepth.config import Recipe, validate
+from anydepth.errors import RunError, UserError
 from anydepth.measure.results import document, read_document, write_json
 from anydepth.measure.run import Runner
 from anydepth.training.checkpoint import own_base
@@ -34,12 +37,40 @@ def main() -> None:
         "--until", choices=STAGES, default="bench", help="last stage to do; timing wants a quiet machine"
     )
     parser.add_argument("--table", action="store_true", help="print the committed result as a table, run nothing")
+    parser.add_argument("--out", type=Path, help="the result; benchmarks/results/NAME.json when left out")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(markdown(read_document(ROOT / "results" / f"{arguments.experiment.stem}.json")["rows"]))
-        return
-    experiment = yaml.safe_load(arguments.experiment.read_text())
+    out = arguments.out or ROOT / "results" / f"{arguments.experiment.stem}.json"
+    try:
+        if arguments.table:
+            print(markdown(read_document(out)["rows"]))
+        else:
+            run(arguments, read_experiment(arguments.experiment), out)
+    except (UserError, RunError) as error:
+        sys.exit(f"run.py: {error}")
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """Raises `UserError` for a file that is none."""
+    try:
+        experiment = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    for key in ("seeds", "recipe", "variants"):
+        if not isinstance(experiment, dict) or key not in experiment:
+            raise UserError(f"{path} has no `{key}`; an experiment has seeds, recipe and variants")
+    return experiment
+
+
+def run(arguments: argparse.Namespace, experiment: dict[str, Any], out: Path) -> None:
     runs = ROOT.parent / "runs" / arguments.experiment.stem
+    names = [
+        *experiment["variants"],
+        *(f"{name}-{seed}" for name in experiment["variants"] for seed in experiment["seeds"]),
+    ]
+    if arguments.only not in (None, *names):
+        raise UserError(
+            f"--only {arguments.only}: there is no such variant; there are {', '.join(experiment['variants'])}"
+        )
     documents = {}
     for seed in experiment["seeds"]:
         for name in experiment["variants"]:
@@ -72,7 +103,8 @@ def main() -> None:
             "commits": sorted({stage["commit"] for stage in done}),
             "dirty": any(stage["dirty"] for stage in done),
         }
-        write_json(ROOT / "results" / f"{arguments.experiment.stem}.json", result)
+        write_json(out, result)
+        print(f"{markdown(result['rows'])}\n\n{out}")
 
 
 def run_variant(
@@ -139,14 +171,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "layers per token": lambda own: spread([row["mean_depth"] for row in own], 2),
         "FLOP share": lambda own: spread([row["layer_token_share"] for row in own], 3),
         "the same weights at full depth": lambda own: spread([row["full_depth_perplexity"] for row in own], 2),
-        "prefill 512": lambda own: times(own[0].get("prefill 512+64 float32")),
-        "decode": lambda own: times(own[0].get("decode 64+64 float32")),
+        "prefill 512": lambda own: times(own[0], "prefill 512+64 float32"),
+        "decode": lambda own: times(own[0], "decode 64+64 float32"),
     }
-    left_out = (
-        ("agreement", "prefill 512", "decode")
-        if "full_depth_perplexity" in rows[0]
-        else ("the same weights at full depth",)
-    )
+    left_out = ["agreement"] if "full_depth_perplexity" in rows[0] else ["the same weights at full depth"]
+    timed = {key for row in rows for key in row}
+    left_out += [] if "prefill 512+64 float32" in timed else ["prefill 512"]
+    left_out += [] if "decode 64+64 float32" in timed else ["decode"]
     columns = {name: cell for name, cell in columns.items() if name not in left_out}
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for name in dict.fromkeys(row["variant"] for row in rows):
@@ -161,9 +192,11 @@ def spread(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {half:.{digits}f}"
 
 
-def times(phase: dict[str, float] | None) -> str:
-    """Measured speed-up, and in brackets how much of the ideal that is."""
-    return "1×" if phase is None else f"{phase['speedup']:.2f}× ({phase['realised']:.2f})"
+def times(row: dict[str, Any], key: str) -> str:
+    """Measured speed-up, and in brackets how much of the ideal that is; nothing where it was not measured."""
+    if key not in row:
+        return "1×" if row["variant"] == "untouched" else ""
+    return f"{row[key]['speedup']:.2f}× ({row[key]['realised']:.2f})"
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ DOCUMENTS: list[dict[str, Any]] = [
                 "full_depth": SPEED,
                 "adapted": {**SPEED, "tokens_per_second": 25.0},
                 **PHASE,
+                "speedup_range": [1.2, 1.35],
                 "prefill": PHASE,
                 "decode": PHASE,
             },

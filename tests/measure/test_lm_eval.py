@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import anydepth
 from anydepth.errors import UserError
-from anydepth.measure.lm_eval import AnydepthLM, _whole, check_tasks, score_tasks
-from anydepth.measure.tasks import Task, task_named
+from anydepth.measure.lm_eval import AnydepthLM, _whole, add_changes, check_tasks, score_tasks
+from anydepth.measure.results import task_scores
+from anydepth.measure.tasks import Task, task_named, where_to_look
 from tiny import byte_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
@@ -138,6 +140,44 @@ def test_parts_count_by_their_items() -> None:
     assert [parts[name]["num_items"] for name in ("mmlu_anatomy", "mmlu_virology")] == [6, 8]
     joined = (6 * parts["mmlu_anatomy"]["acc"] + 8 * parts["mmlu_virology"]["acc"]) / 14
     assert scores["acc"] == pytest.approx(joined) and scores["num_items"] == 14
+    assert scores["acc_stderr"] == pytest.approx((joined * (1 - joined) / 13) ** 0.5)  # of a share over 14
+
+
+def test_changes_are_of_the_same_items() -> None:
+    full = {"a": {"acc": 0.5, "items": {"acc": [1.0, 0.0, 1.0, 0.0]}}}
+    tasks = {"a": {"acc": 0.5, "items": {"acc": [1.0, 1.0, 0.0, 0.0]}}}
+    add_changes(tasks, full)
+    assert tasks == {"a": {"acc": 0.5, "changes": {"acc": [0.0, pytest.approx((2 / 3) ** 0.5 / 2)]}}}
+    assert full == {"a": {"acc": 0.5}}
+    full["a"]["items"] = {"acc": [1.0, 0.0]}
+    add_changes(full, full)  # the untouched model alone has none
+    assert full == {"a": {"acc": 0.5}}
+
+
+def test_errors_are_lm_evals_own() -> None:
+    scores = score_tasks(anydepth.attach(model(), ROUTER), byte_tokenizer(), ["arc_easy", "gsm8k"], limit=4, num_fewshot=0)
+    for name, metric in (("arc_easy", "acc"), ("gsm8k", "exact_match,strict-match")):
+        items, (score, error) = scores[name]["items"][metric], task_scores(scores[name])[metric]
+        assert len(items) == 4 and score == pytest.approx(mean(items)) and error == pytest.approx(stdev(items) / 2)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{", "is not JSON"), ('{"id": 1, "answerKey": "A"}', "has no `question`"), ("3", "has no `id`")],
+)
+def test_broken_documents_are_named(data: Path, line: str, words: str) -> None:
+    path = data / "arc_easy" / "dev.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=f"{path}, line 5 {words}"):
+        score_tasks(anydepth.attach(model(), ROUTER), byte_tokenizer(), ["arc_easy"], limit=1)
+
+
+def test_where_documents_would_be(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data / "arc_easy" / "dev.jsonl").unlink()
+    assert str(data / "arc_easy" / "dev.jsonl") in where_to_look("arc_easy")
+    monkeypatch.delenv("ANYDEPTH_DATA")
+    assert where_to_look("arc_easy") == "set ANYDEPTH_DATA to a folder with arc_easy/dev.jsonl"
+    assert where_to_look("hellaswag") == "it needs a network"
 
 
 def test_what_the_window_cuts_is_told() -> None:

@@ -151,6 +151,7 @@ def point(name: str, perplexity: float, time_share: float, flops: float) -> dict
         "values": {"methods.0.x": name},
         "perplexity": perplexity,
         "time_share": time_share,
+        "time_share_range": [time_share - 0.01, time_share + 0.01],
         "layer_token_share": flops,
         "full_depth": {"perplexity": 10.0, "tokens_per_second": 1.0},
     }
@@ -166,4 +167,8 @@ def test_a_front_is_what_nothing_beats() -> None:
     assert [row["num_seeds"] for row in settings] == [0, 2, 1, 1]
     assert settings[1]["perplexity"] == 13.0 and settings[1]["perplexity_range"] == [12.0, 14.0]
     assert _front(settings, "time") == ["x fast", "full depth"]
+    assert settings[1]["time_share_range"] == pytest.approx([0.49, 0.71])
     assert _front(settings, "flops") == ["x slow", "full depth"]
+    # A percent of time is no difference: the better one beats the one that was a little faster.
+    settings = _settings([point("a", 12.0, 0.600, 0.9), point("b", 11.0, 0.606, 0.9005)])
+    assert _front(settings, "time") == _front(settings, "flops") == ["x b", "full depth"]

@@ -6,10 +6,13 @@ import csv
 import json
 import re
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from anydepth.errors import UserError
 from anydepth.report import plots
@@ -30,7 +33,7 @@ class Outline(HTMLParser):
         assert tag != "script"
         if tag == "img":
             self.images.append(dict(attributes))
-        elif tag not in ("meta",):
+        elif tag not in ("meta", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -38,7 +41,7 @@ class Outline(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
+            self.headings.append(data.strip())
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +141,7 @@ def test_every_axis_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Each pair of axes says what it shows; one that shares its axis is named by the panel that it shares with."""
     seen: list[Any] = []
     draw = plots.png
-    monkeypatch.setattr(plots, "png", lambda figure: seen.append(figure) or draw(figure))
+    monkeypatch.setattr(plots, "png", lambda figure, *paper: seen.append(figure) or draw(figure, *paper))
     write_report(every_kind(), tmp_path / "page.html")
     for figure in seen:
         title = [axes.get_title(loc="left") for axes in figure.axes]
@@ -160,4 +163,27 @@ def test_every_committed_result_has_its_place_on_a_page(tmp_path: Path) -> None:
     experiment = next(document for document in documents if document["schema"] == "anydepth.experiment/1")
     page = write_report([experiment], tmp_path / "one.html")[0].read_text()
     assert all(str(row["variant"]) in page for row in experiment["rows"])
+    everything = (tmp_path / "all.html").read_text()
+    for document in documents:  # no figures, but named
+        assert str(document["schema"]) in everything and str(document.get("command") or "") in everything
     assert "Language loss alone" in page
+
+
+def test_several_models_are_told_apart(tmp_path: Path) -> None:
+    """Each section says whose it is; of a single one there is nothing to say."""
+    bench = next(document for document in every_kind() if document["schema"] == "anydepth.bench/1")
+    two = [{**bench, "source": "a.json", "label": "skip_set"}, {**bench, "run": "routers", "label": "layer_router"}]
+    page = write_report(two, tmp_path / "two.html")[0].read_text()
+    assert "<h2>Speed <small>a.json, skip_set</small></h2>" in page and "<h2>Speed <small>routers</small></h2>" in page
+    assert "<h1>2 results</h1>" in page
+    page = write_report(two[:1], tmp_path / "one.html")[0].read_text()
+    assert "<h1>skip_set</h1>" in page and "<h2>Speed</h2>" in page
+
+
+def test_pictures_for_dark_pages_are_dark(tmp_path: Path) -> None:
+    figure = plots.layers({"per_layer": {"mixer": [0.5, 1.0], "ffn": [1.0, 1.0]}})
+    light, dark = (
+        np.asarray(Image.open(BytesIO(data)).convert("L")) for data in (plots.png(figure), plots.dark_png(figure))
+    )
+    assert light.shape == dark.shape and np.median(light) > 240 and np.median(dark) < 40
+    assert dark.max() > 200  # the ink

@@ -43,7 +43,8 @@ def _exit_code(arguments: list[str]) -> int:
         if app(arguments or ["--help"], prog_name="anydepth", standalone_mode=False) == INTERRUPTED:
             return _fail(interrupted, INTERRUPTED)
     except typer.TyperException as error:
-        return _fail(f"{error} (see anydepth --help)", 2)
+        context = getattr(error, "ctx", None)
+        return _fail(f"{error.format_message()} (see {context.command_path if context else 'anydepth'} --help)", 2)
     except UserError as error:
         return _fail(str(error), 2)
     except RunError as error:

@@ -126,14 +126,23 @@ def show_sweep(document: dict[str, Any]) -> None:
         [
             row["label"],
             str(row["num_seeds"] or ""),
-            f"{row['perplexity']:.4g}",
-            f"{row['time_share']:.3f}" + (" *" if row["label"] in front["time"] else "  "),
+            _around(row["perplexity"], row.get("perplexity_range"), 4),
+            _around(row["time_share"], row.get("time_share_range"), 3)
+            + (" *" if row["label"] in front["time"] else "  "),
             f"{row['layer_token_share']:.3f}" + (" *" if row["label"] in front["flops"] else "  "),
         ]
         for row in document["settings"]
     ]
-    table(["", "seeds", "perplexity", "time ÷ full depth", "FLOP share"], rows)
-    print("* nothing else is both better and cheaper")
+    table(["", "seeds", "perplexity", "time", "FLOPs"], rows)
+    print(
+        "time and FLOPs as shares of full depth's; ± half the range of seeds, and of timed pairs\n"
+        "* nothing else is both better and cheaper (2% of time, or 0.1% of FLOPs, count as the same)"
+    )
+
+
+def _around(middle: float, bounds: list[float] | None, digits: int) -> str:
+    half = 0.0 if bounds is None else (bounds[1] - bounds[0]) / 2
+    return f"{middle:.{digits}g}" + (f" ± {half:.2g}" if half else "")
 
 
 def show_search(document: dict[str, Any]) -> None:
@@ -174,48 +183,103 @@ def show_eval(document: dict[str, Any]) -> None:
     table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)
     print(f"\n{document['num_tokens']} tokens scored")
     if "tasks" in document:
+        from anydepth.measure.results import task_scores
+
         print()
         rows = [
-            [name, metric, str(task["num_items"])]
-            + [f"{score:.4g}" for score in (full["tasks"][name][metric], value, task["layer_token_share"])]
+            [
+                name,
+                metric,
+                str(task["num_items"]),
+                _with_error(*task_scores(full["tasks"][name])[metric]),
+                _with_error(*score),
+                _change(task, metric),
+                f"{task['layer_token_share']:.3g}",
+            ]
             for name, task in document["tasks"].items()
-            for metric, value in task.items()
-            if isinstance(value, float) and metric != "layer_token_share"
+            for metric, score in task_scores(task).items()
         ]
-        table(["task", "metric", "items", "untouched", document["label"], "FLOP share"], rows)
+        table(["task", "metric", "items", "untouched", document["label"], "change", "FLOP share"], rows)
+        print("± one standard error; of the change over the same items")
     if "exits" in document:
         print()
         rows = [[str(row["layers"]), f"{row['loss']:.3f}", f"{row['agreement']:.3f}"] for row in document["exits"]]
         table(["layers", "loss", "agreement"], rows)
 
 
+def _with_error(score: float, error: float | None) -> str:
+    return f"{score:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def _change(task: dict[str, Any], metric: str) -> str:
+    change, error = task.get("changes", {}).get(metric, (None, None))
+    return "" if change is None else f"{change:+.3g} ± {error:.2g}"
+
+
 def show_analysis(document: dict[str, Any]) -> None:
     """For people."""
 
-    def line(name: str, row: dict[str, Any]) -> list[str]:
-        depth = row["depth"]
-        interval = "" if depth["low"] is None else f"{depth['low']:.2f} to {depth['high']:.2f}"
-        return [name, str(row["num_tokens"]), f"{depth['mean']:.2f}", interval]
+    num_layers = len(document["per_layer"])
 
-    table(["tokens that are", "tokens", "depth", "95%"], [line(row["class"], row) for row in document["token_classes"]])
-    print()
-    rows = [line(f"{row['first']} to {row['last']}", row) for row in document["positions"]]
-    table(["at positions", "tokens", "depth", "95%"], rows)
-    correlation = document["losses"]["rank_correlation"]
-    print(f"\ndepth goes with the loss of the next token by a rank correlation of {correlation:.2f}")
+    def line(name: str, row: dict[str, Any]) -> list[str]:
+        return [name, str(row["num_tokens"]), *_interval(row["depth"])]
+
+    mean, interval = _interval(document["depth"])
+    within = f", {interval} with 95%" if interval else ""
+    print(f"{mean} of {num_layers} layers a token{within}; {document['num_tokens']} tokens\n")
+    if document["losses"]["rank_correlation"] is None:
+        print("every token runs the same number of layers")
+    else:
+        rows = [line(row["class"], row) for row in document["token_classes"]]
+        table(["tokens that are", "tokens", "depth", "95%"], rows)
+        print()
+        rows = [line(_from_to(row["first"] + 1, row["last"] + 1), row) for row in document["positions"]]
+        table(["at places", "tokens", "depth", "95%"], rows)
+        print()
+        table(["texts of", "tokens", "depth", "95%"], [line(str(row["length"]), row) for row in document["lengths"]])
+        correlation = document["losses"]["rank_correlation"]
+        print(f"\ndepth goes with the loss of the next token by a rank correlation of {correlation:.2f}")
+    _show_layers(document["per_layer"])
     found = document["conditionality"]
     if found["num_gates"]:
+        least = " (the least that so many permutations can show)" if _is_least(found) else ""
         print(
-            f"gates hold {found['mutual_information_bits']:.4f} bits about their token; "
-            f"{found['static_bits']:.4f} by chance, p {found['p_value']:.3g}"
+            f"gates hold {found['mutual_information_bits']:.4f} bits about their token, "
+            f"{found['static_bits']:.4f} by chance; p {found['p_value']:.3g}{least}"
         )
     else:
         print("no gate both opens and closes: depth does not depend on the token")
+    names = [document["config"]["target"], *(document["config"].get("compare") or [])]
     for row in document["seeds"]:
         print(
-            f"runs {row['first'] + 1} and {row['second'] + 1} agree in {row['agreement']:.1%} of gates, "
+            f"{names[row['first']]} and {names[row['second']]} agree in {row['agreement']:.1%} of gates, "
             f"{row['by_chance']:.1%} by chance (kappa {row['kappa']:.2f})"
         )
+
+
+def _is_least(found: dict[str, Any]) -> bool:
+    return bool(found["p_value"] <= 1 / (found["num_permutations"] + 1) + 1e-12)
+
+
+def _interval(depth: dict[str, Any]) -> tuple[str, str]:
+    """A mean, and from where to where."""
+    return f"{depth['mean']:.2f}", "" if depth["low"] is None else f"{depth['low']:.2f} to {depth['high']:.2f}"
+
+
+def _from_to(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
+def _show_layers(rows: list[dict[str, Any]]) -> None:
+    """Layers that not every token runs."""
+    some = [row for row in rows if row["mixer"]["mean"] < 1 or row["ffn"]["mean"] < 1]
+    if some:
+        print()
+        table(
+            ["layer", "mixer runs for", "FFN runs for"],
+            [[str(row["layer"]), f"{row['mixer']['mean']:.1%}", f"{row['ffn']['mean']:.1%}"] for row in some],
+        )
+        print()
 
 
 def bench_line(row: dict[str, Any]) -> str:

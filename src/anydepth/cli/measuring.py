@@ -75,7 +75,7 @@ def evaluate(
     data: Data = "embedded:valid",
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks as well: arc_easy,mmlu; local ones need no network.")
+        str | None, typer.Option(help="lm-eval tasks as well, on engine hf: arc_easy,mmlu; local ones need no network.")
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompts of tasks; each has its own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first windows, and items of each task.")] = None,
@@ -100,6 +100,8 @@ def evaluate(
 
     if limit is not None and limit < 1:
         raise UserError(f"--limit is a number of at least 1; came {limit}")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num-fewshot is a number of at least 0; came {num_fewshot}")
     printer = Printer(as_json, quiet)
     names = _task_names(tasks) if tasks else []
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
@@ -148,22 +150,23 @@ def _add_tasks(
     fields: dict[str, Any], adapted: Any, tokenizer: Any, names: list[str], full_depth: bool, **options: Any
 ) -> None:
     """Scores of tasks, with routing on and, under `full_depth`, of the untouched model."""
-    from anydepth.measure.lm_eval import score_tasks
+    from anydepth.measure.lm_eval import add_changes, score_tasks
 
+    full = fields["full_depth"]
     with adapted.untouched():
-        fields["full_depth"]["tasks"] = score_tasks(adapted, tokenizer, names, **options)
-    fields["tasks"] = fields["full_depth"]["tasks"]
+        full["tasks"] = fields["tasks"] = score_tasks(adapted, tokenizer, names, **options, who="untouched")
     if adapted.methods and not full_depth:
-        fields["tasks"] = score_tasks(adapted, tokenizer, names, **options)
+        fields["tasks"] = score_tasks(adapted, tokenizer, names, **options, who=adapted.label)
+    add_changes(fields["tasks"], full["tasks"])
 
 
 @app.command()
 def bench(
     target: Target,
     batch_sizes: Annotated[str, typer.Option(help="Rows generated together: 1,4,8.")] = "1",
-    prompt_tokens: Annotated[str, typer.Option(help="Prompt lengths: 64,512.")] = "64",
+    prompt_tokens: Annotated[str | None, typer.Option(help="Prompt lengths: 64,512; 64 if left out.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
-    num_runs: Annotated[int, typer.Option(help="Measured pairs per row.")] = 5,
+    num_runs: Annotated[int | None, typer.Option(help="Measured pairs per row; 5 if left out.")] = None,
     requests: Annotated[
         int | None, typer.Option(help="Queue so many at once too: continuous batching, batch-sizes at a time.")
     ] = None,
@@ -172,7 +175,9 @@ def bench(
         str | None, typer.Option("--weights", help="Of the fast engine, several with commas: bfloat16,int8.")
     ] = None,
     compiled: Compiled = False,
-    prompts: Annotated[Path | None, typer.Option(help="JSON lines with prompt, turns or messages.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with prompt, turns (the first) or messages; each batch is a pair.")
+    ] = None,
     against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
     data: Data = "embedded:valid",
@@ -190,6 +195,10 @@ def bench(
     from anydepth.measure.results import document
     from anydepth.measure.throughput import throughput
 
+    if prompts is not None and (prompt_tokens or (num_runs and requests is None)):
+        raise UserError("--prompts brings lengths and pairs: leave out --prompt-tokens and --num-runs")
+    if prompts is None:
+        prompt_tokens, num_runs = prompt_tokens or "64", num_runs or 5
     printer = Printer(as_json, quiet)
     adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
     if not adapted.methods and engine in ("auto", "hf"):
@@ -197,10 +206,11 @@ def bench(
             f"{target} has no method attached; give a folder that train or search wrote, --against METHOD, or compare "
             "engines at full depth with --engine both"
         )
-    sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
+    sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens or "64")
     engines = _engines(adapted, engine, weights, compiled, printer.progress)
     _check_requests(requests, engines)
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
+    config |= {"prompt_tokens": prompt_tokens, "num_runs": num_runs}
 
     shared: dict[str, Any] = {
         "batch_sizes": sizes,
@@ -215,13 +225,13 @@ def bench(
         ids = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
     else:
         windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
-        rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)
+        rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs or 5, **shared)
         ids = [window[: lengths[0]] for window in windows]
     queues = []
     if requests is not None:
         for fast in engines:
             queues += throughput(
-                fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens, num_runs=num_runs
+                fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens, num_runs=num_runs or 5
             )
     result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows, queues=queues)
     printer.result(result, show_bench)
@@ -319,9 +329,26 @@ def report(
     from anydepth.measure.results import read_document
     from anydepth.report.page import write_report
 
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name the page in it, such as {out / 'report.html'}")
     documents = []
     for path in results:
-        whole = path / ("sweep.json" if (path / "sweep.json").exists() else "run.json")
-        documents.append({**read_document(whole), "run": path.name} if path.is_dir() else read_document(path))
+        found = [path] if path.is_file() or not path.exists() else _documents_in(path)
+        owner = {"run": path.name} if path.is_dir() else {"source": path.name}
+        documents += [{**read_document(one), **owner} for one in found]
     written = write_report(documents, out)
     print(f"{out} and {len(written) - 1} files beside it")
+
+
+def _documents_in(folder: Path) -> list[Path]:
+    """The whole of a sweep or run, or the stages that are there."""
+    for whole in (folder / "sweep.json", folder / "run.json"):
+        if whole.exists():
+            return [whole]
+    if (folder / "points").is_dir():
+        raise UserError(f"{folder} is a sweep that has not come to its end; run it again, it goes on where it was")
+    found = [folder / f"{stage}.json" for stage in ("search", "fit", "train", "calibrate", "eval", "bench")]
+    found = [path for path in found if path.exists()]
+    if not found:
+        raise UserError(f"{folder} holds no results; give a folder of run, sweep or train, or files that --json wrote")
+    return found

@@ -94,7 +94,7 @@ def analyze(
         {
             "layer": layer_idx,
             **{
-                branch: mean_of(seen.keep[layer_idx + offset].float(), everywhere)
+                branch: mean_of(seen.keep[layer_idx + offset].float(), everywhere, most=1)
                 for branch, offset in (("mixer", 0), ("ffn", num_layers))
             },
         }
@@ -103,7 +103,7 @@ def analyze(
     return {
         "num_windows": len(windows),
         "num_tokens": windows.numel(),
-        "depth": mean_of(seen.depths, everywhere),
+        "depth": mean_of(seen.depths, everywhere, most=num_layers),
         "per_layer": rows,
         "token_classes": _by_class(seen, tokenizer),
         "positions": _by_position(seen),
@@ -114,8 +114,11 @@ def analyze(
     }
 
 
-def mean_of(values: Tensor, among: Tensor) -> dict[str, float | None]:
+def mean_of(values: Tensor, among: Tensor, most: float | None = None) -> dict[str, float | None]:
     """`mean` of (W, T) values where `among` is true, and `low` and `high`, None where fewer than two windows have any.
+
+    Args:
+        most: where values lie between 0 and this, so do the bounds.
 
     The mean is a ratio of two sums over windows; its error is linearised (Cochran 1977, 6.4), t with W − 1 degrees of
     freedom.
@@ -127,7 +130,12 @@ def mean_of(values: Tensor, among: Tensor) -> dict[str, float | None]:
         return {"mean": mean, "low": None, "high": None}
     spread = float((sums - mean * counts).square().sum()) * num_windows / (num_windows - 1)
     half = t_quantile(num_windows - 1) * spread**0.5 / float(counts.sum())
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    low, high = mean - half, mean + half
+    return {
+        "mean": mean,
+        "low": low if most is None else max(low, 0.0),
+        "high": high if most is None else min(high, most),
+    }
 
 
 def t_quantile(degrees: int) -> float:
@@ -145,7 +153,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def _row(seen: Observed, among: Tensor) -> dict[str, Any]:
-    return {"num_tokens": int(among.sum()), "depth": mean_of(seen.depths, among)}
+    return {"num_tokens": int(among.sum()), "depth": mean_of(seen.depths, among, most=len(seen.keep) // 2)}
 
 
 def _by_class(seen: Observed, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -221,7 +229,13 @@ def _by_length(adapted: AdaptedModel, seen: Observed) -> list[dict[str, Any]]:
     for length in sorted({whole // share for share in (1, 4, 16)} - {0, 1}):
         depths = seen.depths if length == whole else _decisions(adapted, seen.token_ids[:, :length])[2]
         everywhere = torch.ones_like(depths, dtype=torch.bool)
-        rows.append({"length": length, "num_tokens": depths.numel(), "depth": mean_of(depths, everywhere)})
+        rows.append(
+            {
+                "length": length,
+                "num_tokens": depths.numel(),
+                "depth": mean_of(depths, everywhere, most=len(seen.keep) // 2),
+            }
+        )
     return rows
 
 
@@ -239,10 +253,10 @@ def _by_loss(seen: Observed) -> dict[str, Any]:
     return {"bins": bins, "rank_correlation": _rank_correlation(losses, depths)}
 
 
-def _rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, ties at their mean rank; 0 where one of the two is constant."""
+def _rank_correlation(a: Tensor, b: Tensor) -> float | None:
+    """Spearman's, ties at their mean rank; None where one of the two is constant."""
     if a.min() == a.max() or b.min() == b.max():
-        return 0.0
+        return None
     return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
 
 

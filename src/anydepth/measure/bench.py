@@ -186,15 +186,17 @@ def _row(
 ) -> dict[str, Any]:
     _check_lossless(adapted, pairs, engine)
     whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
-    batch_size = batches[0]["input_ids"].shape[0]
-    speedup = _ratio(pairs, lambda timing: timing.total)
+    batch_size, lengths = batches[0]["input_ids"].shape[0], [batch["input_ids"].shape[1] for batch in batches]
+    speedups = [pair.full.total / pair.ours.total for pair in pairs]
+    speedup = median(speedups)
     dtype = str(adapted.dtype).removeprefix("torch.")
     row = {
         "engine": "hf" if engine is None else "fast",
         "weights": dtype if engine is None else engine.model.weights,
         "dtype": dtype,
         "batch_size": batch_size,
-        "prompt_tokens": max(batch["input_ids"].shape[1] for batch in batches),
+        "prompt_tokens": max(lengths),
+        "prompt_tokens_range": [min(lengths), max(lengths)],
         "new_tokens": new_tokens,
         "num_runs": len(pairs),
         "num_threads": torch.get_num_threads(),
@@ -206,7 +208,8 @@ def _row(
             **_drafts(pairs),
         },
         "speedup": speedup,
-        "speedup_range": _spread(pairs),
+        "speedup_range": [min(speedups), max(speedups)],
+        "speedups": speedups,
         "ideal_speedup": whole.ideal_speedup,
         "realised": speedup / whole.ideal_speedup,
         "identical_tokens": all(torch.equal(pair.full.token_ids, pair.ours.token_ids) for pair in pairs),
@@ -269,11 +272,6 @@ def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int, eng
 def _ratio(pairs: list[Pair], part: Callable[[Timing], float]) -> float:
     """Median of the paired ratios full depth ÷ adapted."""
     return median(part(pair.full) / part(pair.ours) for pair in pairs)
-
-
-def _spread(pairs: list[Pair]) -> list[float]:
-    ratios = [pair.full.total / pair.ours.total for pair in pairs]
-    return [min(ratios), max(ratios)]
 
 
 def _medians(timings: list[Timing], batch_size: int, new_tokens: int) -> dict[str, Any]:

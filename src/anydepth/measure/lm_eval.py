@@ -2,7 +2,7 @@
 
     python -m anydepth.measure.lm_eval --model anydepth --model_args target=my-router --tasks arc_easy
 
-is lm-eval's own command line with that class registered.
+is lm-eval's own command line with that class registered; its documents are those of the hub.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -29,13 +30,16 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.measure.tasks import LOCAL, Spec, task_named
+from anydepth.measure.results import error_name
+from anydepth.measure.tasks import LOCAL, Spec, task_named, where_to_look
 from anydepth.training.checkpoint import load_target
 
 WHOLE = "none"
 """How lm-eval names a metric that no filter stands before."""
 
 
+BOOTSTRAPS = 200
+"""For the standard errors of metrics that are no means."""
 MEANS = ("acc", "acc_norm", "exact_match")
 """Metrics that are means over items, so that those of a benchmark's parts can be joined."""
 
@@ -68,14 +72,16 @@ class AnydepthLM(Base):
         target: str | AdaptedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: Any = "float32",
-        device: str | None = "cpu",
+        device: str | None = None,
         batch_size: int | str | None = 1,
         **options: Any,
     ) -> None:
         if str(batch_size).startswith("auto"):
             raise UserError("batch_size auto tries sizes on text that is then counted as work; give a number")
         if isinstance(target, str):
-            target, tokenizer = load_target(target, dtype=dtype, device=device or "cpu")
+            # lm-eval's command line asks for cuda:0 where nobody asked for anything.
+            device = "cpu" if device is None or not torch.cuda.is_available() else device
+            target, tokenizer = load_target(target, dtype=dtype, device=device)
         super().__init__(pretrained=target, tokenizer=tokenizer, batch_size=batch_size, **options)
         self.adapted, self.work = target, Work()
 
@@ -85,7 +91,7 @@ class AnydepthLM(Base):
         self.work.num_truncated += sum(length > self.max_length + 1 for length in whole)
         lengths = [min(length, self.max_length + 1) for length in whole]
         answers: list[Any] = [None] * len(lengths)
-        with tqdm(total=len(lengths), disable=disable_tqdm, desc="requests", leave=False) as bar:
+        with tqdm(total=len(lengths), disable=disable_tqdm or None, desc="requests", leave=False) as bar:
             for length in sorted(set(lengths), reverse=True):
                 places = [place for place, own in enumerate(lengths) if own == length]
                 part = super()._loglikelihood_tokens([requests[place] for place in places], True, override_bs)
@@ -154,16 +160,18 @@ def score_tasks(
     limit: int | None = None,
     seed: int = 0,
     say: Callable[[str], None] | None = None,
+    who: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """The `tasks` of `anydepth.eval/1`, by name: lm-eval's metrics, `num_items`, `num_fewshot` and `version`, and the
-    `parts` of a benchmark that has some; `layer_token_share`, how much of the layers' work ran; `num_truncated`,
-    requests that lost their start to the window; `source` of the documents.
+    """The `tasks` of `anydepth.eval/1`, by name: lm-eval's metrics and their standard errors, `num_items`,
+    `num_fewshot` and `version`, and the `parts` of a benchmark that has some; `layer_token_share`, how much of the
+    layers' work ran; `num_truncated`, requests that lost their start to the window; `source` of the documents. And
+    `items`, for `add_changes`: metrics item by item.
 
     Args:
         names: lm-eval's, those of `measure/tasks.py` on local files.
         num_fewshot: examples in the prompt; None is what each benchmark was published with.
         limit: score only the first items (of each part of a benchmark in parts).
-        say: told of each task, lm-eval's progress bars on standard error below it; None is silent.
+        say: told of each task, and `who` is scored, lm-eval's progress bars on standard error below it; None is silent.
 
     Raises:
         UserError: lm-eval has no such task, or its documents cannot be had.
@@ -177,7 +185,7 @@ def score_tasks(
             task = task_named(name)
             shots = task.num_fewshot if num_fewshot is None else num_fewshot
             if say:
-                say(f"task {name} ({task.source}) …")
+                say(f"task {name}{who and f', {who}'} ({task.source}) …")
             lm.work = Work()
             results = _results(lm, manager, name, task.specs, num_fewshot=shots, limit=limit, seed=seed)
             if say and lm.work.num_truncated:
@@ -210,8 +218,8 @@ def _results(lm: Any, manager: TaskManager, name: str, specs: Sequence[Spec], *,
             lm,
             tasks=[_whole(manager, spec) for spec in specs],
             task_manager=manager,
-            log_samples=False,
-            bootstrap_iters=0,
+            log_samples=True,
+            bootstrap_iters=BOOTSTRAPS,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -220,9 +228,7 @@ def _results(lm: Any, manager: TaskManager, name: str, specs: Sequence[Spec], *,
         )
     except (ConnectionError, FileNotFoundError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the documents of '{name}' cannot be had ({reason[:160]}); set ANYDEPTH_DATA to a folder that has them all"
-        ) from error
+        raise UserError(f"the documents of '{name}' cannot be had ({reason[:160]}); {where_to_look(name)}") from error
 
 
 def _whole(manager: TaskManager, spec: Spec) -> Spec:
@@ -240,28 +246,56 @@ def _joined(results: Any) -> dict[str, Any]:
     counts = {part: row["effective"] for part, row in results["n-samples"].items()}
     parts = {part: _metrics(results["results"][part]) for part in counts}
     shared = {
+        "items": _items(results),
         "num_items": sum(counts.values()),
         "num_fewshot": max(results["n-shot"][part] for part in counts),
         "version": str(next(iter(results["versions"].values()), "")),
     }
     if len(parts) == 1:
         return {**next(iter(parts.values())), **shared}
-    names = [name for name in next(iter(parts.values())) if name.partition(",")[0] in MEANS]
-    joined = {
-        name: sum(parts[part][name] * count for part, count in counts.items()) / shared["num_items"]
-        for name in names
-        if all(name in metrics for metrics in parts.values())
-    }
+    joined = {}
+    for name, values in shared["items"].items():
+        joined[name] = mean(values)
+        joined |= {error_name(name): _standard_error(values)} if len(values) > 1 else {}
     return {**joined, **shared, "parts": {part: {**parts[part], "num_items": counts[part]} for part in counts}}
 
 
+def _items(results: Any) -> dict[str, list[float]]:
+    """By metric that is a mean, its value for each item; of several parts one after the other."""
+    items: dict[str, list[float]] = {}
+    for rows in results["samples"].values():
+        for row in rows:
+            for metric in MEANS:
+                if metric in row:
+                    items.setdefault(_named(f"{metric},{row['filter']}"), []).append(float(row[metric]))
+    return items
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return float(stdev(values)) / len(values) ** 0.5
+
+
+def add_changes(tasks: dict[str, dict[str, Any]], full: dict[str, dict[str, Any]]) -> None:
+    """From `items`, which go: `changes`, [mean difference from full depth, its standard error] over the same items."""
+    for name, task in tasks.items():
+        theirs = full[name].get("items", {})
+        ours = task.pop("items", {})
+        if task is not full[name]:
+            differences = {key: [a - b for a, b in zip(ours[key], theirs[key], strict=True)] for key in ours}
+            task["changes"] = {
+                key: [mean(values), _standard_error(values)] for key, values in differences.items() if len(values) > 1
+            }
+    for task in full.values():
+        task.pop("items", None)
+
+
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """By lm-eval's names; what it appends of a filter is kept where one stands before the metric."""
-    return {
-        key.removesuffix(f",{WHOLE}"): float(value)
-        for key, value in row.items()
-        if isinstance(value, float) and not key.partition(",")[0].endswith("_stderr")
-    }
+    return {_named(key): float(value) for key, value in row.items() if isinstance(value, float)}
+
+
+def _named(key: str) -> str:
+    """A metric by lm-eval's name; what that appends of a filter is kept where one stands before the metric."""
+    return key.removesuffix(f",{WHOLE}")
 
 
 if __name__ == "__main__":

@@ -110,6 +110,21 @@ def plain(value: Any) -> Any:
 # --- where it was measured -------------------------------------------------------------------------------------------
 
 
+def task_scores(task: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """The scores in one of the `tasks` of an `anydepth.eval/1`, by metric, each with its standard error."""
+    return {
+        key: (value, task.get(error_name(key)))
+        for key, value in task.items()
+        if isinstance(value, float) and key != "layer_token_share" and "_stderr" not in key
+    }
+
+
+def error_name(metric: str) -> str:
+    """What lm-eval calls the standard error of a metric, a filter's name behind it."""
+    name, comma, rest = metric.partition(",")
+    return f"{name}_stderr{comma}{rest}"
+
+
 @functools.cache
 def source_commit(root: Path | None = None) -> tuple[str | None, bool | None]:
     """Commit of the source checkout that anydepth runs from, and whether its code differs; nulls without one.

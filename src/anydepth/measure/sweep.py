@@ -54,7 +54,7 @@ class Sweep:
     say: Say
 
     def runner(self, point: Point) -> Runner:
-        return Runner(point.recipe, self.out / POINTS / point.name, lambda text: self.say(f"{point.name}: {text}"))
+        return Runner(point.recipe, self.out / POINTS / point.name, lambda text: None)
 
     def run(self, backend: str = "local", jobs: int = 1) -> dict[str, Any]:
         """The fields of `anydepth.sweep/1`. A point that fails is named under `failed`, with the reason.
@@ -68,6 +68,10 @@ class Sweep:
         """
         todo = [point for point in self.points if not (self.runner(point).out / "eval.json").exists()]
         self.say(f"{len(self.points)} points, {len(self.points) - len(todo)} of them learned already")
+        known = {point.name for point in self.points}
+        others = [path.name for path in (self.out / POINTS).glob("*/") if path.name not in known]
+        if others:
+            self.say(f"{len(others)} runs of other sweeps lie in {self.out / POINTS} and are no part of this one")
         learn = _on_ray if backend == "ray" else _in_processes
         failed = learn({point.name: self.out / POINTS / point.name for point in todo}, jobs, self.say)
         rows = []
@@ -91,6 +95,8 @@ class Sweep:
     def _measured(self, point: Point) -> dict[str, Any]:
         runner = self.runner(point)
         done = runner.out / "run.json"
+        if not done.exists():
+            self.say(f"{point.name}: timing")
         result = read_document(done) if done.exists() else runner.run()
         untouched, adapted = result["summary"]
         if not math.isfinite(float(adapted["perplexity"])):
@@ -104,6 +110,7 @@ class Sweep:
             "dirty": any(stage["dirty"] for stage in result["stages"]),
             "label": adapted["label"],
             "time_share": 1 / adapted["speedup"],
+            "time_share_range": [1 / speedup for speedup in reversed(adapted["speedup_range"])],
             "full_depth": {key: untouched[key] for key in ("perplexity", "tokens_per_second")},
             **{key: adapted[key] for key in MEASURED},
         }
@@ -115,6 +122,8 @@ MEASURED = (
 )  # fmt: skip
 AXES = {"time": "time_share", "flops": "layer_token_share"}
 """What quality is traded for: paired wall-clock, as a share of full depth's, and FLOPs of layers likewise."""
+SAME = {"time": 0.02, "flops": 0.001}
+"""Costs that are so close, relatively, are the same: two runs of one setting differ by as much."""
 
 
 def plan(recipe: Path, over: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = ()) -> list[Point]:
@@ -286,6 +295,10 @@ def _settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "num_seeds": len(group),
             **{key: mean(rows[place][key] for place in group) for key in numbers},
             "perplexity_range": [extreme(rows[place]["perplexity"] for place in group) for extreme in (min, max)],
+            "time_share_range": [
+                extreme(rows[place]["time_share_range"][end] for place in group)
+                for end, extreme in enumerate((min, max))
+            ],
         }
         for group in _groups([row["values"] for row in rows])
     ]
@@ -307,18 +320,14 @@ def _label(values: Mapping[str, Any]) -> str:
 
 
 def _front(settings: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
-    """Labels of what nothing beats in both perplexity and cost, cheapest first."""
+    """Labels of what nothing beats in both perplexity and cost, cheapest first; costs within `SAME` are the same."""
     cost = AXES[axis]
 
-    def beaten(row: Mapping[str, Any]) -> bool:
-        return any(
-            other["perplexity"] <= row["perplexity"]
-            and other[cost] <= row[cost]
-            and (other["perplexity"], other[cost]) != (row["perplexity"], row[cost])
-            for other in settings
-        )
+    def beats(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+        less, same = other[cost] < row[cost] * (1 - SAME[axis]), other[cost] <= row[cost] * (1 + SAME[axis])
+        return (other["perplexity"] < row["perplexity"] and same) or (other["perplexity"] == row["perplexity"] and less)
 
-    best = [row for row in settings if not beaten(row)]
+    best = [row for row in settings if not any(beats(other, row) for other in settings)]
     return [str(row["label"]) for row in sorted(best, key=lambda row: row[cost])]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from anydepth.errors import UserError
 from anydepth.training.data import article_bounds, read_lines
 
 Spec = str | dict[str, Any]
@@ -50,6 +51,16 @@ def task_named(name: str) -> Task:
     return Task([name], known.num_fewshot if known else None, "hub")
 
 
+def where_to_look(name: str) -> str:
+    """What to do to have documents at hand."""
+    root, known = os.environ.get("ANYDEPTH_DATA"), LOCAL.get("mmlu" if name.startswith("mmlu_") else name)
+    if known is None:
+        return "it needs a network"
+    if not root:
+        return f"set ANYDEPTH_DATA to a folder with {known.marker}"
+    return f"ANYDEPTH_DATA is {root}, where {Path(root).expanduser() / known.marker} and its neighbours would be"
+
+
 @dataclass(frozen=True)
 class Local:
     """A benchmark that can lie under `ANYDEPTH_DATA`.
@@ -77,7 +88,7 @@ def _local(name: str, documents: Callable[[], Documents], **overrides: Any) -> d
 def _arc(folder: Path, name: str) -> list[Spec]:
     def documents() -> Documents:
         return {
-            split: [_arc_row(row) for row in _rows(folder / f"{part}.jsonl")]
+            split: [_arc_row(row) for row in _rows(folder / f"{part}.jsonl", "id", "question", "answerKey")]
             for split, part in (("train", "train"), ("validation", "dev"))
         }
 
@@ -115,7 +126,7 @@ def _mmlu_rows(path: Path) -> list[dict[str, Any]]:
 
 def _gsm8k(folder: Path, name: str) -> list[Spec]:
     def documents() -> Documents:
-        rows = _rows(folder / "train.jsonl")
+        rows = _rows(folder / "train.jsonl", "question", "answer")
         return {"train": rows[:-GSM8K_SCORED], "test": rows[-GSM8K_SCORED:]}
 
     return [_local(name, documents)]
@@ -135,8 +146,21 @@ def _pages(path: Path) -> list[dict[str, Any]]:
     return [{"page": page} for page in pages if page.strip()]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in read_lines(path) if line.strip()]
+def _rows(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """Documents of a .jsonl file. Raises `UserError` for a line that is none."""
+    rows = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON") from error
+        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise UserError(f"{path}, line {number} has no `{missing[0]}`; a document has {', '.join(keys)}")
+        rows.append(row)
+    return rows
 
 
 LOCAL = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -27,7 +27,9 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 52rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1, h2, p { overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 1rem 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+h2 small { color: var(--faint); font-weight: normal; font-size: .9rem; }
 p.lead, figcaption, .legend { color: var(--faint); font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .4rem; border-bottom: 1px solid var(--line); text-align: right; }
@@ -36,7 +38,8 @@ thead th { vertical-align: bottom; } th:first-child { text-align: left; min-widt
   tr { padding: .5rem 0; border-bottom: 1px solid var(--line); } td, tbody th { border: 0; padding: .1rem 0; }
   td { display: flex; gap: 1rem; justify-content: space-between; overflow-wrap: anywhere; }
   tbody th:not([data-label=""])::before { content: attr(data-label) " "; } td:empty { display: none; }
-  td::before { content: attr(data-label); color: var(--faint); text-align: left; } }
+  td::before { content: attr(data-label); color: var(--faint); text-align: left; flex: none; max-width: 60%;
+    overflow-wrap: normal; } }
 figure { margin: 1rem 0; } figure img { width: 100%; height: auto; border-radius: 8px; border: 1px solid var(--line); }
 .tokens { background: var(--soft); padding: .8rem; border-radius: 8px; line-height: 2; white-space: pre-wrap;
   overflow-wrap: anywhere; } .tokens span { border-radius: 4px; padding: .12em .05em; color: #111; }
@@ -51,31 +54,36 @@ class Page:
     folder: Path
     parts: list[str] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
+    owner: str | None = None
+    """Whose sections follow, where there are several."""
 
     def section(self, title: str) -> None:
-        self.parts.append(f"<h2>{escape(title)}</h2>")
+        of_owner = "" if self.owner is None else f" <small>{escape(self.owner)}</small>"
+        self.parts.append(f"<h2>{escape(title)}{of_owner}</h2>")
 
     def text(self, text: str, kind: str = "") -> None:
         self.parts.append(f'<p class="{kind}">{escape(text)}</p>')
 
     def figure(self, name: str, figure: Figure, alt: str, *documents: Document) -> None:
         """A picture with a caption that says what was measured, with which seeds and commits."""
-        data = plots.png(figure)
-        self._write(f"{name}.png", data)
-        source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        light = plots.png(figure)
+        self._write(f"{name}.png", light)
         caption = f"{escape(alt)} {provenance_line(*documents)}"
         self.parts.append(
-            f'<figure><img src="{source}" alt="{escape(alt, quote=True)}"><figcaption>{caption}</figcaption></figure>'
+            f'<figure><picture><source srcset="{_inline(plots.dark_png(figure))}" '
+            f'media="(prefers-color-scheme: dark)"><img src="{_inline(light)}" alt="{escape(alt, quote=True)}">'
+            f"</picture><figcaption>{caption}</figcaption></figure>"
         )
 
-    def table(self, name: str, columns: dict[str, str], rows: list[Document]) -> None:
-        """A table, and the same numbers unrounded as CSV."""
+    def table(self, name: str, columns: dict[str, str], rows: list[Document], also: Sequence[str] = ()) -> None:
+        """A table, and the same numbers unrounded as CSV, where more columns may stand."""
         path = self.folder / f"{name}.csv"
         self.folder.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows([row.get(key, "") for key in columns] for row in rows)
+            keys = [*columns, *also]
+            writer.writerow(keys)
+            writer.writerows([row.get(key, "") for key in keys] for row in rows)
         self.written.append(path)
         head = "".join(f'<th role="columnheader" scope="col">{escape(title)}</th>' for title in columns.values())
         body = "".join(_table_row(columns, row) for row in rows)
@@ -95,7 +103,7 @@ def write_report(results: list[Document], out: Path) -> list[Path]:
 
     Args:
         results: documents with a `schema`; an `anydepth.run/1` stands for its stages, which `run` may name, an
-            `anydepth.experiment/1` for the table of its variants.
+            `anydepth.experiment/1` for the table of its variants. `source` may name the file that one is from.
 
     Raises:
         UserError: nothing to report on.
@@ -109,21 +117,46 @@ def write_report(results: list[Document], out: Path) -> list[Path]:
     sections.summary(page, results)
     sections.fronts(page, documents)
     sections.loss_curves(page, documents)
-    for number, document in enumerate(documents):
+    owners = [_owner(document) for document in documents]
+    rest = []
+    for number, (document, owner) in enumerate(zip(documents, owners, strict=True)):
         kind = str(document["schema"]).split("/")[0].removeprefix("anydepth.")
+        page.owner = owner if len(set(owners)) > 1 else None
         if kind in sections.SECTIONS:
             sections.SECTIONS[kind](page, document, f"{number}-{kind}")
+        else:
+            rest.append(document)
+    page.owner = None
+    sections.without_figures(page, rest)
     _provenance(page, documents)
     out.parent.mkdir(parents=True, exist_ok=True)
-    title = documents[-1].get("label") or "results"
-    out.write_text(_html(str(title), page.parts), encoding="utf-8")
+    out.write_text(_html(_title(results), page.parts), encoding="utf-8")
     return [out, *page.written]
+
+
+def _title(results: list[Document]) -> str:
+    """What is attached; of several models their number."""
+    labels = list(dict.fromkeys(str(result.get("label") or result.get("source") or "results") for result in results))
+    return labels[0] if len(labels) == 1 else f"{len(results)} results"
+
+
+def _owner(document: Document) -> str:
+    """What a document is about: the run that it is of, or its file and what is attached."""
+    if document.get("run"):
+        return str(document["run"])
+    return ", ".join(str(document[key]) for key in ("source", "label") if document.get(key))
+
+
+def _inline(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def _stages_of(result: Document) -> list[Document]:
     """The documents that one stands for: a run's stages, else itself, as an experiment of many runs does."""
     stages = result.get("stages", [result])
-    return [{**stage, "run": result.get("run")} for stage in stages] if isinstance(stages, list) else [result]
+    if not isinstance(stages, list):
+        return [result]
+    return [{**stage, "run": result.get("run"), "source": result.get("source")} for stage in stages]
 
 
 def provenance_line(*documents: Document) -> str:
@@ -145,21 +178,29 @@ def _table_row(columns: dict[str, str], row: Document) -> str:
 def _provenance(page: Page, documents: list[Document]) -> None:
     page.section("How it was made")
     columns = {
+        "source": "from",
         "schema": "document",
+        "label": "attached",
         "seed": "seed",
         "commit": "commit",
         "dirty": "uncommitted changes",
-        "machine": "machine",
-        "libraries": "versions",
     }
-    page.table("provenance", columns, list(_origins(documents)))
+    rows = list(_origins(documents))
+    for key, word in (("machine", "on"), ("libraries", "with")):
+        values = dict.fromkeys(row[key] for row in rows if row[key])
+        for value in values:
+            own = ", ".join(str(row["source"] or row["schema"]) for row in rows if row[key] == value)
+            page.text(f"{'All' if len(values) == 1 else own} {word} {value}.")
+    page.table("provenance", columns, rows, also=("machine", "libraries"))
 
 
 def _origins(documents: list[Document]) -> Iterator[Document]:
     for document in documents:
         hardware, versions = document.get("hardware", {}), document.get("versions", {})
         yield {
+            "source": document.get("run") or document.get("source") or "",
             "schema": document["schema"],
+            "label": document.get("label") or "",
             "seed": document.get("seed"),
             "commit": ", ".join(
                 str(commit or "–")[:10] for commit in document.get("commits") or [document.get("commit")]

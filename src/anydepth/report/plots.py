@@ -8,24 +8,49 @@ from io import BytesIO
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 # Okabe–Ito: told apart by colour-blind readers, on white and on near-black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GREY = "#777777"
+INK, PAPER, FAINT = "#ececf0", "#17171a", "#a5a5b0"
+"""Of dark pages, as their style has them."""
 Document = dict[str, Any]
 WIDTH = 5.2
 """Inches: narrow, so that its 8-point text is legible when the page is as wide as a phone."""
 NO_LOSSES = ("step", "learning_rate", "mean_depth", "phase", "seconds", "figures", "layers")
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG on white, legible at the width of a phone."""
+def png(figure: Figure, paper: str = "white") -> bytes:
+    """The figure as a PNG, legible at the width of a phone."""
     buffer = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a script that the font has not; a box stands for it
-        figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+        figure.savefig(buffer, format="png", dpi=160, facecolor=paper)
     return buffer.getvalue()
+
+
+def dark_png(figure: Figure) -> bytes:
+    """The same for dark pages: light ink on the page's own paper. The figure stays dark."""
+    for axes in figure.axes:
+        axes.set_facecolor(PAPER)
+        axes.tick_params(colors=INK)
+        for line in (*axes.get_xgridlines(), *axes.get_ygridlines()):
+            line.set_color("#3a3a42")
+        for spine in axes.spines.values():
+            spine.set_edgecolor(FAINT)
+    for text in figure.findobj(Text):
+        text.set_color(INK)
+    return png(figure, PAPER)
+
+
+def _styles(count: int) -> list[dict[str, str]]:
+    """Of so many lines, no two the same."""
+    lines = ("-", "--", ":", "-.")
+    return [
+        {"color": COLOURS[k % len(COLOURS)], "linestyle": lines[k // len(COLOURS) % len(lines)]} for k in range(count)
+    ]
 
 
 def _figure(title: str, height: float = 3.4) -> tuple[Figure, Any]:
@@ -95,7 +120,7 @@ def training_figures(document: Document) -> Figure:
         axes.set_ylim(0, max([1.0, *(row["figures"][name] for row in own)]) * 1.05)
     _whole_numbers(panels[-1].xaxis)
     panels[-1].set_xlabel("optimiser step")
-    figure.supylabel("share, or temperature", fontsize=10)
+    figure.supylabel("value (titles say of what)", fontsize=10)
     return figure
 
 
@@ -123,12 +148,12 @@ def training_layers(document: Document) -> Figure:
 def loss_curves(documents: dict[str, Document]) -> Figure:
     """Language loss of several trainings, by name; means of 10 steps."""
     figure, axes = _figure("Training: language loss")
-    for (name, document), colour in zip(documents.items(), COLOURS * 4, strict=False):
+    for (name, document), style in zip(documents.items(), _styles(len(documents)), strict=True):
         history = document["loss_history"]
         blocks = [history[start : start + 10] for start in range(0, len(history), 10)]
         steps = [block[-1]["step"] for block in blocks]
         losses = [sum(row["lm_loss"] for row in block) / len(block) for block in blocks]
-        axes.plot(steps, losses, color=colour, label=_short(name), linewidth=1.4, marker="o", markersize=3)
+        axes.plot(steps, losses, **style, label=_short(name), linewidth=1.4, marker="o", markersize=3)
     _whole_numbers(axes.xaxis)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("language loss (nats a token)")
@@ -153,18 +178,23 @@ def layers(document: Document) -> Figure:
 
 def speed(document: Document) -> Figure:
     """Measured speed-up beside what the skipped work allows, for prefill, decoding and both."""
-    figure, axes = _figure("Speed: measured beside ideal", 3.2)
-    labels, measured, ideal = [], [], []
+    labels, parts = [], []
     for row in document["rows"]:
-        name = f"{_engine(row)}\nbatch {row['batch_size']}\n{row['prompt_tokens']}+{row['new_tokens']}".strip()
+        name = f"{_engine(row)} batch {row['batch_size']}, {row['prompt_tokens']} + {row['new_tokens']} tokens".strip()
         for phase, part in (("all", row), ("prefill", row.get("prefill")), ("decode", row.get("decode"))):
             if part:
-                labels.append(f"{name}\n{phase}")
-                measured.append(part["speedup"])
-                ideal.append(part["ideal_speedup"])
+                labels.append(f"{name}: {phase}" if phase == "all" else phase)
+                parts.append(part)
+    figure, axes = _figure("Speed: measured beside ideal", 1.3 + 0.27 * len(labels))
     places = range(len(labels))
-    axes.bar(places, measured, width=0.6, color=COLOURS[0], label="measured (median of pairs)")
-    axes.hlines(
+    measured, ideal = [part["speedup"] for part in parts], [part["ideal_speedup"] for part in parts]
+    axes.barh(places, measured, height=0.6, color=COLOURS[0], label="measured (median of pairs)")
+    ranged = [(place, part) for place, part in zip(places, parts, strict=True) if part.get("speedup_range")]
+    if ranged:
+        below, above = zip(*(_reach(part["speedup"], part["speedup_range"]) for _, part in ranged), strict=True)
+        axes.errorbar([part["speedup"] for _, part in ranged], [place for place, _ in ranged], xerr=[below, above],
+                      fmt="none", ecolor=GREY, capsize=2, label="all pairs")  # fmt: skip
+    axes.vlines(
         ideal,
         [place - 0.38 for place in places],
         [place + 0.38 for place in places],
@@ -172,13 +202,17 @@ def speed(document: Document) -> Figure:
         linewidth=2.2,
         label="ideal: FLOPs that are left",
     )
-    axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--", label="full depth")
-    axes.set_xticks(list(places), labels, fontsize=7)
-    axes.set_xlabel("rows generated together, tokens of prompt + new", fontsize=8)
-    axes.set_ylabel("speed-up")
-    axes.set_ylim(0, max([*measured, *ideal]) * 1.45)
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
+    axes.axvline(1.0, color=GREY, linewidth=1, linestyle="--", label="full depth")
+    axes.set_yticks(list(places), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed-up (× full depth)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=2)
     return figure
+
+
+def _reach(middle: float, bounds: Sequence[float]) -> tuple[float, float]:
+    """How far bounds lie below and above."""
+    return max(middle - bounds[0], 0.0), max(bounds[1] - middle, 0.0)
 
 
 def _engine(row: Document) -> str:
@@ -199,7 +233,9 @@ def speed_lines(document: Document) -> Figure:
             line = sorted(own, key=lambda row: row[along])
             places = [row[along] for row in line]
             label = f"{engine} {'prompt' if other == 'prompt_tokens' else 'batch'} {value}".strip()
-            axes.plot(places, [row["speedup"] for row in line], color=colour, marker="o", markersize=4, label=label)
+            speedups = [row["speedup"] for row in line]
+            reach = list(zip(*(_reach(row["speedup"], row["speedup_range"]) for row in line), strict=True))
+            axes.errorbar(places, speedups, yerr=reach, color=colour, marker="o", markersize=4, capsize=2, label=label)
             axes.plot(places, [row["ideal_speedup"] for row in line], color=colour, linestyle=":", linewidth=1.2)
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
         axes.set_xscale("log", base=2)
@@ -210,7 +246,7 @@ def speed_lines(document: Document) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e5e5e5", linewidth=0.6)
         axes.legend(fontsize=8, frameon=False)
-    panels[0].set_ylabel("speed-up (dotted: ideal)")
+    panels[0].set_ylabel("speed-up (bars: all pairs; dotted: ideal)", fontsize=9)
     return figure
 
 
@@ -292,6 +328,11 @@ def fronts(documents: dict[str, Document]) -> Figure:
             rows = [row for row in document["settings"] if row["num_seeds"]]
             axes.scatter([row[key] for row in rows], [row["perplexity"] for row in rows], color=colour, s=28,
                          label=_short(name), zorder=3)  # fmt: skip
+            for row in rows:
+                across = row.get("time_share_range") if front == "time" else None
+                axes.errorbar(row[key], row["perplexity"], xerr=_bar(row[key], across),
+                              yerr=_bar(row["perplexity"], row.get("perplexity_range")), ecolor=colour, elinewidth=1,
+                              fmt="none")  # fmt: skip
             best = [row for label in document["front"][front] for row in document["settings"] if row["label"] == label]
             axes.plot([row[key] for row in best], [row["perplexity"] for row in best], color=colour, linewidth=1.2)
         full = [row for document in documents.values() for row in document["settings"] if not row["num_seeds"]]
@@ -303,6 +344,10 @@ def fronts(documents: dict[str, Document]) -> Figure:
     panels[0].set_ylabel("perplexity (lower is better)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8, frameon=False, ncols=2)
     return figure
+
+
+def _bar(middle: float, bounds: Sequence[float] | None) -> list[list[float]] | None:
+    return None if bounds is None else [[reach] for reach in _reach(middle, bounds)]
 
 
 def tradeoff(rows: Iterable[Document]) -> Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from anydepth.measure.results import task_scores
 from anydepth.report import plots
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ SUMMARY_COLUMNS = {
 }
 EXPERIMENT_COLUMNS = {
     "variant": "",
-    "seed": "seed",
+    "num_seeds": "seeds",
     **{key: SUMMARY_COLUMNS[key] for key in list(SUMMARY_COLUMNS)[1:5]},
 }
 
@@ -141,7 +142,10 @@ def _eval(page: Page, document: Document, name: str) -> None:
 
 def _tasks(page: Page, document: Document, name: str) -> None:
     page.section("Tasks")
-    page.text("By lm-eval, with routing on and at full depth, on the same items.", "lead")
+    text = (
+        "By lm-eval, with routing on and at full depth, on the same items; ± one standard error, of the change paired."
+    )
+    page.text(text, "lead")
     columns = {
         "task": "task",
         "metric": "metric",
@@ -149,6 +153,7 @@ def _tasks(page: Page, document: Document, name: str) -> None:
         "num_fewshot": "examples",
         "full": "full depth",
         "score": "adapted",
+        "change": "change",
         "layer_token_share": "FLOP share of layers",
     }
     rows = [
@@ -156,14 +161,21 @@ def _tasks(page: Page, document: Document, name: str) -> None:
             **task,
             "task": label,
             "metric": metric,
-            "score": score,
-            "full": document["full_depth"]["tasks"][label][metric],
+            "score": _with_error(*score),
+            "full": _with_error(*task_scores(document["full_depth"]["tasks"][label])[metric]),
+            "change": _with_error(*task.get("changes", {}).get(metric, (None, None))),
         }
         for label, task in document["tasks"].items()
-        for metric, score in task.items()
-        if isinstance(score, float) and metric != "layer_token_share"
+        for metric, score in task_scores(task).items()
     ]
     page.table(f"{name}-tasks", columns, rows)
+
+
+def _with_error(score: float | None, error: float | None) -> str:
+    """One standard error behind ±."""
+    if score is None:
+        return ""
+    return number(score) if error is None else f"{number(score)} ± {error:.2g}"
 
 
 def _calibrate(page: Page, document: Document, name: str) -> None:
@@ -187,7 +199,10 @@ def _bench(page: Page, document: Document, name: str) -> None:
     page.section("Speed")
     page.text("Full depth and adapted in turn in one process; medians of paired ratios.", "lead")
     page.figure(
-        name, plots.speed(document), "Measured speed-up beside the ideal that the skipped FLOPs allow.", document
+        name,
+        plots.speed(document),
+        "Measured speed-up beside the ideal that the skipped FLOPs allow; tokens of prompt + new.",
+        document,
     )
     if len({(row["batch_size"], row["prompt_tokens"]) for row in document["rows"]}) > 2:
         text = "Speed-up over batch size and prompt length; the dotted lines are what the skipped FLOPs allow."
@@ -252,24 +267,40 @@ def _analyze(page: Page, document: Document, name: str) -> None:
 def _sweep(page: Page, document: Document, name: str) -> None:
     page.section(f"Sweep: {document['label']}")
     over = "; ".join(document["config"]["over"]) or "seeds alone"
-    page.text(f"{len(document['points'])} runs over {over}; means over seeds.", "lead")
+    count = len(document["points"])
+    page.text(
+        f"{count} {'run' if count == 1 else 'runs'} over {over}; means over seeds, and from where to where.", "lead"
+    )
     columns = {
         "label": "",
         "num_seeds": "seeds",
         "perplexity": "perplexity",
+        "perplexities": "of the seeds",
         "time_share": "time ÷ full depth's",
+        "times": "of the pairs",
         "layer_token_share": "FLOP share of layers",
         "speedup": "speed-up",
         "agreement": "same next token",
     }
-    page.table(name, columns, document["settings"])
+    rows = [
+        {**row, "perplexities": _range(row.get("perplexity_range")), "times": _range(row.get("time_share_range"))}
+        for row in document["settings"]
+    ]
+    page.table(name, columns, [{**row, "num_seeds": row["num_seeds"] or ""} for row in rows])
+
+
+def _range(bounds: list[float] | None) -> str:
+    return "" if bounds is None or bounds[0] == bounds[1] else " to ".join(number(bound) for bound in bounds)
 
 
 def fronts(page: Page, documents: list[Document]) -> None:
     sweeps = [document for document in documents if document["schema"] == "anydepth.sweep/1"]
     if sweeps:
         page.section("Quality against cost")
-        text = "Each point is a setting, the mean of its seeds. Lines join what nothing beats in quality and cost both."
+        text = (
+            "Each point is a setting, the mean of its seeds. Lines join what nothing beats in quality and cost both: "
+        )
+        text += "costs less than 2% (time) or 0.1% (FLOPs) apart are taken for the same."
         page.figure("fronts", plots.fronts(_named(sweeps)), text, *sweeps)
 
 
@@ -313,17 +344,47 @@ def _mixers(page: Page, document: Document, name: str) -> None:
 def _experiment(page: Page, document: Document, name: str) -> None:
     """Variants side by side: their figures, and how the first seed of each learned."""
     page.section("Experiment")
-    page.text(f"{len(document['stages'])} runs: {escape(str(document.get('command', '')))}", "lead")
-    columns = {key: title for key, title in EXPERIMENT_COLUMNS.items() if any(key in row for row in document["rows"])}
-    page.table(name, columns, document["rows"])
+    runs = document["stages"]
+    page.text(f"{len(runs)} runs: {document.get('command', '')}. Means over seeds, ± half the range.", "lead")
+    rows = [_of_seeds(own) for own in _by_variant(document["rows"]).values()]
+    columns = {key: title for key, title in EXPERIMENT_COLUMNS.items() if any(key in row for row in rows)}
+    page.table(name, columns, rows)
     trained = {}
-    for run, stages in document["stages"].items():
+    for run, stages in runs.items():
         variant = run.rpartition("-")[0]
         if stages.get("train", {}).get("loss_history"):
             trained.setdefault(variant, stages["train"])
     if len(trained) > 1:
         figure = plots.loss_curves(trained)
         page.figure(f"{name}-losses", figure, "Language loss alone, means of ten steps, one seed of each.", document)
+
+
+def _by_variant(rows: list[Document]) -> dict[str, list[Document]]:
+    variants: dict[str, list[Document]] = {}
+    for row in rows:
+        variants.setdefault(row["variant"], []).append(row)
+    return variants
+
+
+def _of_seeds(rows: list[Document]) -> Document:
+    """One row of several seeds."""
+    together: Document = {"variant": rows[0]["variant"], "num_seeds": len({row.get("seed") for row in rows})}
+    for key in EXPERIMENT_COLUMNS:
+        values = [row[key] for row in rows if isinstance(row.get(key), float)]
+        if values:
+            together[key] = sum(values) / len(values)
+        if len(values) > 1 and max(values) > min(values):
+            together[key] = f"{number(together[key])} ± {(max(values) - min(values)) / 2:.2g}"
+    return together
+
+
+def without_figures(page: Page, documents: list[Document]) -> None:
+    """Names what the page has no section for."""
+    if documents:
+        page.section("Without figures here")
+        page.text("These have tables of their own (docs/results.md, or the command below with --table).", "lead")
+        columns = {"source": "from", "schema": "document", "command": "made by"}
+        page.table("without-figures", columns, [{"source": "", "command": "", **document} for document in documents])
 
 
 SECTIONS = {
