@@ -3,7 +3,9 @@
     python benchmarks/drafter_choices.py [NAME …] [--train-only] [--steps 200] [--limit 4]
 
 Short trainings of the drafter of SmolLM2, all on the same 200,000 tokens that the model writes first (kept in `--runs`,
-as are the trained ones), then lossless decoding of Spec-Bench prompts in bfloat16, full depth in turn.
+as are the trained ones), then lossless decoding of Spec-Bench prompts in bfloat16, full depth in turn; lookup beside
+it. And the drafter that comes with the package, with fewer of the tokens that it can guess, the most frequent ones.
+Twice each, the second time in reverse order.
 """
 
 from __future__ import annotations
@@ -11,25 +13,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from speculation import prompts_of, timed
+from speculation import SHIPPED, prompts_of, timed
 
 import anydepth
 from anydepth.config import DrafterConfig, OwnTextConfig
-from anydepth.execution.adapted import attach, detach
+from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.results import document, write_json
+from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.training.checkpoint import with_speculation
 from anydepth.training.drafter import train_drafter
 from anydepth.training.own_text import own_texts
 
 RESULT = Path(__file__).resolve().parent / "results" / "drafter_choices.json"
 TAPS = [10, 20, 30]
+SIZES = [2048, 4096, 6144, 8192]
 CHOICES: dict[str, dict[str, Any]] = {
     "10, 20, 30; 8192": {"taps": TAPS, "vocabulary_size": 8192},
     "30; 8192": {"taps": [30], "vocabulary_size": 8192},
@@ -62,28 +69,62 @@ def train(name: str, model: Any, tokenizer: Any, arguments: argparse.Namespace) 
     print(f"{name}: trained, loss {mean(row['loss'] for row in history[-20:]):.3f}", flush=True)
 
 
-def measure(name: str, model: Any, tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def of_choice(name: str, model: Any, arguments: argparse.Namespace) -> AdaptedModel:
     path = arguments.runs / f"{name.replace(', ', '-').replace('; ', '_')}.safetensors"
-    adapted = attach(model, {"name": "self_speculation", "network": CHOICES[name], "lookup": arguments.lookup}).eval()
-    method = adapted.methods[SelfSpeculation.name]
-    assert isinstance(method, SelfSpeculation) and method.network is not None
-    method.network.load_state_dict(load_file(path))
-    fields = timed(FastEngine(adapted), tokenizer, prompts_of(arguments.limit), name)
-    detach(adapted)
-    parameters = sum(weight.numel() for weight in method.network.parameters())
-    return {**CHOICES[name], "num_parameters": parameters, **fields}
+    adapted = attach(model, {"name": "self_speculation", "network": CHOICES[name]}).eval()
+    network_of(adapted).load_state_dict(load_file(path))
+    return adapted
+
+
+def of_shipped(size: int, model: Any, arguments: argparse.Namespace) -> AdaptedModel:
+    """With the tokens of its head that stand most often in the text that the model wrote."""
+    adapted = with_speculation(attach(model, []))
+    network, counts = network_of(adapted), torch.zeros(model.config.vocab_size, dtype=torch.long)
+    for path in sorted((arguments.runs / "own-text").glob("*.safetensors")):
+        counts += torch.bincount(load_file(path)["ids"].flatten().long(), minlength=len(counts))
+    most = counts[network.vocabulary].topk(size).indices.sort().values
+    network.vocabulary = network.vocabulary[most]
+    return adapted
+
+
+def network_of(adapted: AdaptedModel) -> DraftNetwork:
+    assert adapted.speculation is not None and adapted.speculation.network is not None
+    return adapted.speculation.network
+
+
+def measure(makes: dict[str, Callable[[], AdaptedModel]], tokenizer: Any, limit: int) -> dict[str, Any]:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in makes}
+    for names in (list(makes), list(makes)[::-1]):
+        for name in names:
+            adapted = makes[name]()
+            network = network_of(adapted)
+            fields = timed(FastEngine(adapted), tokenizer, prompts_of(limit), name)
+            size = {"taps": network.taps, "vocabulary_size": len(network.vocabulary)}
+            num_parameters = sum(weight.numel() for weight in network.parameters())
+            found[name].append({**size, "num_parameters": num_parameters, **fields})
+            detach(adapted)
+    return {
+        name: {
+            **runs[0],
+            "speedup": mean(run["speedup"] for run in runs),
+            "speedups": [run["speedup"] for run in runs],
+            "mean_acceptance_length": mean(run["mean_acceptance_length"] for run in runs),
+        }
+        for name, runs in found.items()
+    }
 
 
 def markdown(rows: dict[str, Any]) -> str:
     """The table of the results page."""
     lines = [
-        "| reads states behind layers | tokens of its head | tokens per verification | × full depth | M parameters |",
+        "| | reads states behind layers | tokens of its head | tokens per verification | × full depth, twice |",
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {', '.join(map(str, row['taps']))} | {row['vocabulary_size']} | {row['mean_acceptance_length']:.2f} | "
-        f"{row['speedup']:.3f} | {row['num_parameters'] / 1e6:.1f} |"
-        for row in rows.values()
+        f"| {'as shipped' if name.startswith(SHIPPED) else '200 steps'} | {', '.join(map(str, row['taps']))} | "
+        f"{row['vocabulary_size']:,} | {row['mean_acceptance_length']:.2f} | "
+        f"{' and '.join(f'{speedup:.2f}' for speedup in row['speedups'])} |"
+        for name, row in rows.items()
     ]
     return "\n".join(lines)
 
@@ -95,7 +136,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--limit", type=int, default=4, help="prompts of each category")
-    parser.add_argument("--lookup", action="store_true", help="beside the trained drafter, as it is shipped")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/drafter_choices"))
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -111,10 +151,11 @@ def main() -> None:
         train(name, model, tokenizer, arguments)
     if arguments.train_only:
         return
-    rows = {name: measure(name, model, tokenizer, arguments) for name in names}
+    makes = {name: partial(of_choice, name, model, arguments) for name in names}
+    makes |= {f"{SHIPPED}; {size}": partial(of_shipped, size, model, arguments) for size in SIZES}
+    rows = measure(makes, tokenizer, arguments.limit)
     config = {"steps": arguments.steps, "tokens": arguments.tokens, "limit": arguments.limit}
     command = f"python benchmarks/drafter_choices.py --steps {arguments.steps} --limit {arguments.limit}"
-    command += " --lookup" * arguments.lookup
     fields: dict[str, Any] = {"label": "choices of a drafter", "command": command, "rows": rows}
     write_json(arguments.out, document("anydepth.drafter_choices/1", seed=arguments.seed, config=config, **fields))
     print(markdown(rows))

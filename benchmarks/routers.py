@@ -81,11 +81,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| | prompt | layers a token | decoding, × full depth | ideal | realised | prefill, realised |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {row['method']} | {row['prompt_tokens']} | {row['adapted']['mean_depth']:.1f} | {row['decode']['speedup']:.2f} | "
-        f"{row['decode']['ideal_speedup']:.2f} | {row['decode']['realised']:.2f} | {row['prefill']['realised']:.2f} |"
-        for row in rows
-    ]
+    for row in rows:
+        decode, prefill = row["decode"], row["prefill"]
+        lines.append(
+            f"| {row['method']} | {row['prompt_tokens']} | {row['adapted']['mean_depth']:.1f} | "
+            f"{decode['speedup']:.2f} | {decode['ideal_speedup']:.2f} | {decode['realised']:.2f} | "
+            f"{prefill['realised']:.2f} |"
+        )
     return "\n".join(lines)
 
 
