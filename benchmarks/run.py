@@ -187,6 +187,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def spread(values: list[float], digits: int) -> str:
+    values = [float(value) for value in values]  # "NaN" of a seed that diverged
     half = (max(values) - min(values)) / 2
     mean = f"{sum(values) / len(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {half:.{digits}f}"

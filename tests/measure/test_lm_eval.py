@@ -155,7 +155,9 @@ def test_changes_are_of_the_same_items() -> None:
 
 
 def test_errors_are_lm_evals_own() -> None:
-    scores = score_tasks(anydepth.attach(model(), ROUTER), byte_tokenizer(), ["arc_easy", "gsm8k"], limit=4, num_fewshot=0)
+    scores = score_tasks(
+        anydepth.attach(model(), ROUTER), byte_tokenizer(), ["arc_easy", "gsm8k"], limit=4, num_fewshot=0
+    )
     for name, metric in (("arc_easy", "acc"), ("gsm8k", "exact_match,strict-match")):
         items, (score, error) = scores[name]["items"][metric], task_scores(scores[name])[metric]
         assert len(items) == 4 and score == pytest.approx(mean(items)) and error == pytest.approx(stdev(items) / 2)

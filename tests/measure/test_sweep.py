@@ -172,3 +172,6 @@ def test_a_front_is_what_nothing_beats() -> None:
     # A percent of time is no difference: the better one beats the one that was a little faster.
     settings = _settings([point("a", 12.0, 0.600, 0.9), point("b", 11.0, 0.606, 0.9005)])
     assert _front(settings, "time") == _front(settings, "flops") == ["x b", "full depth"]
+    # Each is hardly cheaper than the next: who is much cheaper than the best stays.
+    steps = _settings([point("a", 12.0, 0.600, 0.9), point("b", 11.0, 0.610, 0.9), point("c", 10.5, 0.620, 0.9)])
+    assert _front(steps, "time") == ["x a", "x c", "full depth"]

@@ -195,10 +195,12 @@ def bench(
     from anydepth.measure.results import document
     from anydepth.measure.throughput import throughput
 
-    if prompts is not None and (prompt_tokens or (num_runs and requests is None)):
+    if prompts is not None and (prompt_tokens is not None or (num_runs is not None and requests is None)):
         raise UserError("--prompts brings lengths and pairs: leave out --prompt-tokens and --num-runs")
-    if prompts is None:
-        prompt_tokens, num_runs = prompt_tokens or "64", num_runs or 5
+    prompt_tokens = "64" if prompt_tokens is None else prompt_tokens
+    num_runs = 5 if num_runs is None else num_runs
+    if num_runs < 1:
+        raise UserError(f"--num-runs is a number of at least 1; came {num_runs}")
     printer = Printer(as_json, quiet)
     adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
     if not adapted.methods and engine in ("auto", "hf"):
@@ -206,11 +208,14 @@ def bench(
             f"{target} has no method attached; give a folder that train or search wrote, --against METHOD, or compare "
             "engines at full depth with --engine both"
         )
-    sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens or "64")
+    sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
     engines = _engines(adapted, engine, weights, compiled, printer.progress)
     _check_requests(requests, engines)
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
-    config |= {"prompt_tokens": prompt_tokens, "num_runs": num_runs}
+    if prompts is None:
+        config |= {"prompt_tokens": prompt_tokens, "num_runs": num_runs}
+    elif requests is not None:
+        config["num_runs"] = num_runs  # of the queue
 
     shared: dict[str, Any] = {
         "batch_sizes": sizes,
@@ -225,13 +230,13 @@ def bench(
         ids = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
     else:
         windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
-        rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs or 5, **shared)
+        rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)
         ids = [window[: lengths[0]] for window in windows]
     queues = []
     if requests is not None:
         for fast in engines:
             queues += throughput(
-                fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens, num_runs=num_runs or 5
+                fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens, num_runs=num_runs
             )
     result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows, queues=queues)
     printer.result(result, show_bench)
@@ -332,12 +337,21 @@ def report(
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name the page in it, such as {out / 'report.html'}")
     documents = []
-    for path in results:
-        found = [path] if path.is_file() or not path.exists() else _documents_in(path)
-        owner = {"run": path.name} if path.is_dir() else {"source": path.name}
-        documents += [{**read_document(one), **owner} for one in found]
+    for path, name in zip(results, _told_apart(results), strict=True):
+        found = _documents_in(path) if path.is_dir() else [path]
+        documents += [{**read_document(one), "run" if path.is_dir() else "source": name} for one in found]
     written = write_report(documents, out)
     print(f"{out} and {len(written) - 1} files beside it")
+
+
+def _told_apart(paths: list[Path]) -> list[str]:
+    """The last parts of each path, as many as it takes."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def _documents_in(folder: Path) -> list[Path]:
@@ -347,7 +361,9 @@ def _documents_in(folder: Path) -> list[Path]:
             return [whole]
     if (folder / "points").is_dir():
         raise UserError(f"{folder} is a sweep that has not come to its end; run it again, it goes on where it was")
-    found = [folder / f"{stage}.json" for stage in ("search", "fit", "train", "calibrate", "eval", "bench")]
+    from anydepth.measure.run import STAGES
+
+    found = [folder / f"{stage}.json" for stage in ("calibrate", *STAGES)]
     found = [path for path in found if path.exists()]
     if not found:
         raise UserError(f"{folder} holds no results; give a folder of run, sweep or train, or files that --json wrote")

@@ -38,8 +38,6 @@ WHOLE = "none"
 """How lm-eval names a metric that no filter stands before."""
 
 
-BOOTSTRAPS = 200
-"""For the standard errors of metrics that are no means."""
 MEANS = ("acc", "acc_norm", "exact_match")
 """Metrics that are means over items, so that those of a benchmark's parts can be joined."""
 
@@ -80,8 +78,8 @@ class AnydepthLM(Base):
             raise UserError("batch_size auto tries sizes on text that is then counted as work; give a number")
         if isinstance(target, str):
             # lm-eval's command line asks for cuda:0 where nobody asked for anything.
-            device = "cpu" if device is None or not torch.cuda.is_available() else device
-            target, tokenizer = load_target(target, dtype=dtype, device=device)
+            asks_for_nothing = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
+            target, tokenizer = load_target(target, dtype=dtype, device="cpu" if asks_for_nothing else device or "cpu")
         super().__init__(pretrained=target, tokenizer=tokenizer, batch_size=batch_size, **options)
         self.adapted, self.work = target, Work()
 
@@ -219,7 +217,7 @@ def _results(lm: Any, manager: TaskManager, name: str, specs: Sequence[Spec], *,
             tasks=[_whole(manager, spec) for spec in specs],
             task_manager=manager,
             log_samples=True,
-            bootstrap_iters=BOOTSTRAPS,
+            bootstrap_iters=0,  # errors are made of the items; its own come with prints and processes
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -245,18 +243,17 @@ def _joined(results: Any) -> dict[str, Any]:
     """Metrics of one benchmark. Of several parts: means over all items, and each part's own under `parts`."""
     counts = {part: row["effective"] for part, row in results["n-samples"].items()}
     parts = {part: _metrics(results["results"][part]) for part in counts}
+    items = _items(results)
     shared = {
-        "items": _items(results),
+        "items": items,
         "num_items": sum(counts.values()),
         "num_fewshot": max(results["n-shot"][part] for part in counts),
         "version": str(next(iter(results["versions"].values()), "")),
     }
+    errors = {error_name(name): _standard_error(values) for name, values in items.items() if len(values) > 1}
     if len(parts) == 1:
-        return {**next(iter(parts.values())), **shared}
-    joined = {}
-    for name, values in shared["items"].items():
-        joined[name] = mean(values)
-        joined |= {error_name(name): _standard_error(values)} if len(values) > 1 else {}
+        return {**next(iter(parts.values())), **errors, **shared}
+    joined = {name: mean(values) for name, values in items.items()} | errors
     return {**joined, **shared, "parts": {part: {**parts[part], "num_items": counts[part]} for part in counts}}
 
 

@@ -374,7 +374,7 @@ def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     if speed is not None:
         first = speed["rows"][0]
-        rows[1] |= {key: first[key] for key in ("speedup", "speedup_range", "ideal_speedup", "realised")}
+        rows[1] |= {key: first[key] for key in ("speedup", "ideal_speedup", "realised")}
         rows[0]["tokens_per_second"] = first["full_depth"]["tokens_per_second"]
         rows[1]["tokens_per_second"] = first["adapted"]["tokens_per_second"]
     return rows

@@ -99,6 +99,9 @@ class Sweep:
             self.say(f"{point.name}: timing")
         result = read_document(done) if done.exists() else runner.run()
         untouched, adapted = result["summary"]
+        speedups = next(stage for stage in result["stages"] if stage["schema"] == "anydepth.bench/1")["rows"][0][
+            "speedup_range"
+        ]
         if not math.isfinite(float(adapted["perplexity"])):
             raise RunError("its perplexity is no number; lower train.learning_rate")
         return {
@@ -110,7 +113,7 @@ class Sweep:
             "dirty": any(stage["dirty"] for stage in result["stages"]),
             "label": adapted["label"],
             "time_share": 1 / adapted["speedup"],
-            "time_share_range": [1 / speedup for speedup in reversed(adapted["speedup_range"])],
+            "time_share_range": [1 / speedup for speedup in reversed(speedups)],
             "full_depth": {key: untouched[key] for key in ("perplexity", "tokens_per_second")},
             **{key: adapted[key] for key in MEASURED},
         }
@@ -320,15 +323,15 @@ def _label(values: Mapping[str, Any]) -> str:
 
 
 def _front(settings: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
-    """Labels of what nothing beats in both perplexity and cost, cheapest first; costs within `SAME` are the same."""
-    cost = AXES[axis]
+    """Labels of what nothing beats in both perplexity and cost, cheapest first.
 
-    def beats(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-        less, same = other[cost] < row[cost] * (1 - SAME[axis]), other[cost] <= row[cost] * (1 + SAME[axis])
-        return (other["perplexity"] < row["perplexity"] and same) or (other["perplexity"] == row["perplexity"] and less)
-
-    best = [row for row in settings if not any(beats(other, row) for other in settings)]
-    return [str(row["label"]) for row in sorted(best, key=lambda row: row[cost])]
+    From the best on, each that is cheaper than all better ones, by more than `SAME`.
+    """
+    cost, best = AXES[axis], list[Mapping[str, Any]]()
+    for row in sorted(settings, key=lambda row: (row["perplexity"], row[cost])):
+        if not best or row[cost] < best[-1][cost] * (1 - SAME[axis]):
+            best.append(row)
+    return [str(row["label"]) for row in reversed(best)]
 
 
 def _keep_in_study(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -151,10 +151,9 @@ class EarlyExit(Method):
     def kv_rule(self) -> KVRule:
         return "recompute" if self.config.kv_rule == "recompute" else "project"
 
-    @property
-    def is_asked(self) -> bool:
-        """Whether anybody could leave at all."""
-        return self.is_watched or any(value <= 1 for value in self.thresholds.values())
+    def is_asked(self, layer_idx: int) -> bool:
+        """Whether anybody could leave in front of a layer."""
+        return layer_idx in self.layers and (self.is_watched or self.thresholds[layer_idx] <= 1)
 
     def rules(self) -> Rules | None:
         limits = self.thresholds_of(self.config)
@@ -177,9 +176,9 @@ class EarlyExit(Method):
         return Threshold(doubt, -limit, layer_idx, leaves=True)
 
     def reads_state(self, layer_idx: int) -> bool:
-        if not self.is_asked or not (self.gate is None or self.gate.any_kept):
+        if self.gate is not None and not self.gate.any_kept:
             return False
-        return layer_idx in self.layers or (self.config.confidence == "cosine" and layer_idx + 1 in self.layers)
+        return self.is_asked(layer_idx) or (self.config.confidence == "cosine" and self.is_asked(layer_idx + 1))
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
         if self.samples(context):
@@ -187,7 +186,7 @@ class EarlyExit(Method):
                 context.notes.setdefault(self.name, {})[layer_idx] = hidden
             return None
         if self.reads_state(layer_idx):
-            if layer_idx in self.layers:
+            if self.is_asked(layer_idx):
                 self.gate = self._decide(layer_idx, hidden, context)
             self.before = hidden
         return self.gate

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -75,8 +75,20 @@ class Page:
             f"</picture><figcaption>{caption}</figcaption></figure>"
         )
 
-    def table(self, name: str, columns: dict[str, str], rows: list[Document], also: Sequence[str] = ()) -> None:
-        """A table, and the same numbers unrounded as CSV, where more columns may stand."""
+    def table(
+        self,
+        name: str,
+        columns: dict[str, str],
+        rows: list[Document],
+        shown: Mapping[str, Callable[[Document], str]] = {},
+        also: Iterable[str] = (),
+    ) -> None:
+        """A table, and the same numbers unrounded as CSV.
+
+        Args:
+            shown: by column, what stands in its cells, safe in HTML; else the number itself.
+            also: columns of the CSV alone.
+        """
         path = self.folder / f"{name}.csv"
         self.folder.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -86,7 +98,7 @@ class Page:
             writer.writerows([row.get(key, "") for key in keys] for row in rows)
         self.written.append(path)
         head = "".join(f'<th role="columnheader" scope="col">{escape(title)}</th>' for title in columns.values())
-        body = "".join(_table_row(columns, row) for row in rows)
+        body = "".join(_table_row(columns, row, shown) for row in rows)
         self.parts.append(
             f'<div class="scroll"><table role="table"><thead><tr role="row">{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>"
@@ -169,8 +181,11 @@ def provenance_line(*documents: Document) -> str:
     return line + (' <strong class="mark">Uncommitted changes.</strong>' if dirty else "")
 
 
-def _table_row(columns: dict[str, str], row: Document) -> str:
-    first, *others = [(escape(title, quote=True), sections.number(row.get(key, ""))) for key, title in columns.items()]
+def _table_row(columns: dict[str, str], row: Document, shown: Mapping[str, Callable[[Document], str]]) -> str:
+    first, *others = [
+        (escape(title, quote=True), shown[key](row) if key in shown else sections.number(row.get(key, "")))
+        for key, title in columns.items()
+    ]
     cells = "".join(f'<td role="cell" data-label="{title}">{cell}</td>' for title, cell in others)
     return f'<tr role="row"><th role="rowheader" scope="row" data-label="{first[0]}">{first[1]}</th>{cells}</tr>'
 
@@ -189,7 +204,7 @@ def _provenance(page: Page, documents: list[Document]) -> None:
     for key, word in (("machine", "on"), ("libraries", "with")):
         values = dict.fromkeys(row[key] for row in rows if row[key])
         for value in values:
-            own = ", ".join(str(row["source"] or row["schema"]) for row in rows if row[key] == value)
+            own = ", ".join(dict.fromkeys(str(row["source"] or row["schema"]) for row in rows if row[key] == value))
             page.text(f"{'All' if len(values) == 1 else own} {word} {value}.")
     page.table("provenance", columns, rows, also=("machine", "libraries"))
 

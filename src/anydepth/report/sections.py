@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -161,21 +163,21 @@ def _tasks(page: Page, document: Document, name: str) -> None:
             **task,
             "task": label,
             "metric": metric,
-            "score": _with_error(*score),
-            "full": _with_error(*task_scores(document["full_depth"]["tasks"][label])[metric]),
-            "change": _with_error(*task.get("changes", {}).get(metric, (None, None))),
+            **_pair("score", score),
+            **_pair("full", task_scores(document["full_depth"]["tasks"][label])[metric]),
+            **_pair("change", task.get("changes", {}).get(metric, (None, None))),
         }
         for label, task in document["tasks"].items()
         for metric, score in task_scores(task).items()
     ]
-    page.table(f"{name}-tasks", columns, rows)
+    errors = {key: f"{key}_stderr" for key in ("full", "score", "change")}
+    shown = {key: partial(_beside, key, error) for key, error in errors.items()}
+    page.table(f"{name}-tasks", columns, rows, shown, errors.values())
 
 
-def _with_error(score: float | None, error: float | None) -> str:
-    """One standard error behind ±."""
-    if score is None:
-        return ""
-    return number(score) if error is None else f"{number(score)} ± {error:.2g}"
+def _pair(key: str, score: Sequence[float | None]) -> Document:
+    """A score and its standard error."""
+    return {key: score[0], f"{key}_stderr": score[1]}
 
 
 def _calibrate(page: Page, document: Document, name: str) -> None:
@@ -267,7 +269,7 @@ def _analyze(page: Page, document: Document, name: str) -> None:
 def _sweep(page: Page, document: Document, name: str) -> None:
     page.section(f"Sweep: {document['label']}")
     over = "; ".join(document["config"]["over"]) or "seeds alone"
-    count = len(document["points"])
+    count, ranged = len(document["points"]), ("perplexity", "time_share")
     page.text(
         f"{count} {'run' if count == 1 else 'runs'} over {over}; means over seeds, and from where to where.", "lead"
     )
@@ -275,22 +277,34 @@ def _sweep(page: Page, document: Document, name: str) -> None:
         "label": "",
         "num_seeds": "seeds",
         "perplexity": "perplexity",
-        "perplexities": "of the seeds",
         "time_share": "time ÷ full depth's",
-        "times": "of the pairs",
         "layer_token_share": "FLOP share of layers",
         "speedup": "speed-up",
         "agreement": "same next token",
     }
     rows = [
-        {**row, "perplexities": _range(row.get("perplexity_range")), "times": _range(row.get("time_share_range"))}
+        {
+            **row,
+            "num_seeds": row["num_seeds"] or "",
+            **{f"{key}_{end}": bound for key in ranged for end, bound in _ends(row.get(f"{key}_range"))},
+        }
         for row in document["settings"]
     ]
-    page.table(name, columns, [{**row, "num_seeds": row["num_seeds"] or ""} for row in rows])
+    also = [f"{key}_{end}" for key in ranged for end in ("low", "high")]
+    page.table(name, columns, rows, {key: partial(_from_to, key) for key in ranged}, also)
 
 
-def _range(bounds: list[float] | None) -> str:
-    return "" if bounds is None or bounds[0] == bounds[1] else " to ".join(number(bound) for bound in bounds)
+def _ends(bounds: list[float] | None) -> list[tuple[str, float]]:
+    return [] if bounds is None or bounds[0] == bounds[1] else list(zip(("low", "high"), bounds, strict=True))
+
+
+def _from_to(key: str, row: Document) -> str:
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return number(row[key]) + ("" if low is None else f" ({number(low)} to {number(high)})")
+
+
+def _beside(key: str, error: str, row: Document) -> str:
+    return "" if row.get(key) is None else number(row[key]) + (f" ± {row[error]:.2g}" if row.get(error) else "")
 
 
 def fronts(page: Page, documents: list[Document]) -> None:
@@ -348,7 +362,8 @@ def _experiment(page: Page, document: Document, name: str) -> None:
     page.text(f"{len(runs)} runs: {document.get('command', '')}. Means over seeds, ± half the range.", "lead")
     rows = [_of_seeds(own) for own in _by_variant(document["rows"]).values()]
     columns = {key: title for key, title in EXPERIMENT_COLUMNS.items() if any(key in row for row in rows)}
-    page.table(name, columns, rows)
+    halves = {key: f"{key}_half_range" for key in columns if any(row.get(f"{key}_half_range") for row in rows)}
+    page.table(name, columns, rows, {key: partial(_beside, key, half) for key, half in halves.items()}, halves.values())
     trained = {}
     for run, stages in runs.items():
         variant = run.rpartition("-")[0]
@@ -369,12 +384,10 @@ def _by_variant(rows: list[Document]) -> dict[str, list[Document]]:
 def _of_seeds(rows: list[Document]) -> Document:
     """One row of several seeds."""
     together: Document = {"variant": rows[0]["variant"], "num_seeds": len({row.get("seed") for row in rows})}
-    for key in EXPERIMENT_COLUMNS:
-        values = [row[key] for row in rows if isinstance(row.get(key), float)]
+    for key in set(EXPERIMENT_COLUMNS) - {"variant", "num_seeds"}:
+        values = [float(row[key]) for row in rows if row.get(key) is not None]  # "NaN" as well: a mean of it is none
         if values:
-            together[key] = sum(values) / len(values)
-        if len(values) > 1 and max(values) > min(values):
-            together[key] = f"{number(together[key])} ± {(max(values) - min(values)) / 2:.2g}"
+            together[key], together[f"{key}_half_range"] = sum(values) / len(values), (max(values) - min(values)) / 2
     return together
 
 
@@ -382,7 +395,7 @@ def without_figures(page: Page, documents: list[Document]) -> None:
     """Names what the page has no section for."""
     if documents:
         page.section("Without figures here")
-        page.text("These have tables of their own (docs/results.md, or the command below with --table).", "lead")
+        page.text("Their tables stand on the results page of the documentation.", "lead")
         columns = {"source": "from", "schema": "document", "command": "made by"}
         page.table("without-figures", columns, [{"source": "", "command": "", **document} for document in documents])
 

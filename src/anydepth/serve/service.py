@@ -214,7 +214,7 @@ class Service:
             except Exception as failed:  # nor one request the batch
                 self._fail(job, failed)
         if not self.batcher.is_idle:
-            for request in self.batcher.step():
+            for request in self.batcher.step(alone=self.drafted is None):
                 job = self.jobs.get(request)
                 if job is not None and request.failure is not None:
                     self._fail(job, request.failure)

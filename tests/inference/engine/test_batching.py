@@ -82,6 +82,16 @@ def test_long_prompts_are_read_between_the_tokens_of_others(kv_rule: str) -> Non
     assert kept.is_finished and batcher.is_idle
 
 
+def test_a_prompt_is_read_at_once_only_where_nobody_waits() -> None:
+    fast, prompt = engine(), list(range(1, 240))
+    for alone, num_steps in ((True, 1), (False, 2)):  # 128, then 111
+        request, batcher = Request(prompt, 1), Batcher(fast)
+        batcher.add(request)
+        steps = [batcher.step(alone=alone) for _ in range(num_steps)]
+        assert [len(served) for served in steps] == [0] * (num_steps - 1) + [1]
+        assert request.trace.head_rows == [0] * (num_steps - 1) + [1]
+
+
 def test_end_tokens_processors_and_sampling_are_each_requests_own() -> None:
     fast, (first, second) = engine(), prompts(2)
     said = alone(fast, first, 8)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+import families
 from anydepth import FastEngine, FFNRouter, LayerRouter, attach
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import EngineCache
-from anydepth.inference.engine.kept import KeptPass
+from anydepth.inference.engine.kept import Decisions, KeptPass
 from anydepth.inference.engine.step import Step
+from anydepth.methods.early_exit import EarlyExit
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Method, PassContext
 from tiny import tiny_llama
@@ -36,6 +38,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "sequence router": [{**ROUTER, "granularity": "sequence", "pool_tokens": 5}],
     "exit_gate": [EXITS],
     "early_exit": [{**LEAVE, "thresholds": [0.05, 0.06]}],
+    "early_exit, at one of its layers": [{**LEAVE, "thresholds": [2.0, 0.06]}],
     "early_exit, margin of some tokens": [{**LEAVE, "confidence": "margin", "vocabulary": 50, "thresholds": 0.1}],
     "early_exit, entropy, beside FFN gates": [{**LEAVE, "confidence": "entropy", "thresholds": 0.12}, FFNS],
     "early_exit, classifier": [{**LEAVE, "confidence": "classifier", "thresholds": 0.5}],
@@ -109,6 +112,39 @@ def test_kernels_decide_as_the_methods_do(name: str, monkeypatch: pytest.MonkeyP
     for own, other in zip(known_of(our_cache), known_of(their_cache), strict=True):
         assert own[:2] == other[:2]
         torch.testing.assert_close(own[2], other[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "weights"),
+    [
+        ("llama", torch.bfloat16, None),
+        ("llama", torch.bfloat16, "int8"),
+        ("gemma2", torch.float32, None),
+        ("gemma2", torch.bfloat16, None),  # a soft cap, which rounds thrice
+    ],
+)
+def test_the_head_is_as_sure_in_the_kernels(
+    family: str, dtype: torch.dtype, weights: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same states: confidences of all tokens, and who leaves."""
+    model, sure = families.build(family).to(dtype), []
+    adapted = attach(model, {"name": "early_exit", "layers": [2], "thresholds": 1.0})
+    engine, ids = FastEngine(adapted, weights=weights), families.token_ids(batch_size=1)[:, :25]
+    (method,) = adapted.active_methods
+    note, confidence = Decisions.note, EarlyExit.confidence
+
+    def run() -> torch.Tensor:
+        return engine.model.forward(ids, [0], engine.model.new_cache(1), [method])[1].stacked()[0]
+
+    monkeypatch.setattr(Decisions, "note", lambda self, flat, record: sure.append(-flat) or note(self, flat, record))
+    run()
+    method.threshold = -float(sure.pop().median())  # halfway between tokens, but for the one
+    ours = run()
+    monkeypatch.setattr(Step, "_kept_pass", lambda *_: None)
+    monkeypatch.setattr(EarlyExit, "confidence", lambda *a: sure.append(confidence(*a)[0]) or sure[-1][None])
+    theirs = run()
+    torch.testing.assert_close(*sure, rtol=1e-5, atol=1e-6)
+    assert (ours != theirs).sum() <= len(ours) and ours[2].sum() in (11, 12, 13)  # the one may go either way
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from anydepth.inference.engine.native import MAX_TOKENS
 from anydepth.methods.method import Method
 
 PROMPT_PART = 128
-"""Tokens of a prompt that are read between two tokens of other requests. No part is as small as what the kernels take:
-so the states of a long prompt are the same bits as when it is read at once."""
+"""Tokens of a prompt that are read between two tokens of other requests. A part that is left is never so small that the
+kernels would take it, whose sums run in another order than those of a long prompt."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,19 @@ class Batcher:
         return not self.waiting and self.reading is None and not self.running
 
     @torch.no_grad()
-    def step(self) -> list[Request]:
-        """Decode one token of each running request, read on in a prompt; returns those that got a token, or failed."""
+    def step(self, *, alone: bool = True) -> list[Request]:
+        """Decode one token of each running request, read on in a prompt; returns those that got a token, or failed.
+
+        Args:
+            alone: nobody outside of this batch waits for tokens.
+        """
         served = list(self.running)
         if served:
             self._forward(served, [request.output[-1:] for request in served])
         if self.reading is None and self.waiting and self.cache.free:
             self.reading = self.waiting.popleft()
             self.reading.slot = self.cache.take_slot()
-        if self.reading is not None and self._read(self.reading, at_once=not served):
+        if self.reading is not None and self._read(self.reading, at_once=alone and not served):
             served.append(self.reading)
             self.running.append(self.reading)
             self.running.sort(key=lambda one: one.slot or 0)  # neighbours in the cache: attention reads them in place
@@ -188,6 +192,9 @@ class Batcher:
             hidden = self._states(same, [new[place] for place in places], methods)
             if chooses:
                 self._choose(same, hidden[:, -1])
+            else:
+                for request in same:
+                    request.records[-1].head_rows = 0
 
     def _states(self, requests: list[Request], new: list[list[int]], methods: Sequence[Method]) -> Tensor:
         """(B, T, D) behind the last layer, and what ran noted."""

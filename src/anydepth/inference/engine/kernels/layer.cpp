@@ -56,8 +56,8 @@ struct Exit {
 
 // Lets those tokens through whose logit is above a threshold; everybody if `logits` is null.
 struct Gate {
-    const Network* network;  // asked here; null: by a gate before, or
-    const Exit* exit;        // whose confidence, with a minus, is the logit of the tokens asked
+    const Network* network;  // gives the logits here; null: a gate before has asked it, or there is none
+    const Exit* exit;        // or this: its confidence, with a minus, is the logit of each token that is asked
     float* logits;           // (R·T, stride), left for the caller
     int64_t column;          // -1: the network is asked about later layers, and everybody let through
     int64_t stride;
@@ -401,11 +401,9 @@ void doubts(const Gate& gate, const Tokens& asked, const A* states, float* works
     const Exit& exit = *gate.exit;
     const int size = exit.head.rows;
     const Range own = product<A>(exit.head, prepared<A>(exit.head, exit.norm, states, asked), asked.num, workspace, next);
-    for (int n = 0; n < asked.num; ++n)
-        for (float* logit = workspace + int64_t(n) * size + own.begin; logit < workspace + int64_t(n) * size + own.end; ++logit) {
-            *logit = rounded<A>(*logit);
-            if (exit.softcap) *logit = rounded<A>(std::tanh(*logit / exit.softcap) * exit.softcap);
-        }
+    for (int n = 0; exit.softcap && n < asked.num; ++n)
+        for (int64_t i = int64_t(n) * size + own.begin; i < int64_t(n) * size + own.end; ++i)
+            workspace[i] = rounded<A>(rounded<A>(std::tanh(rounded<A>(workspace[i] / exit.softcap))) * exit.softcap);
 #pragma omp barrier
 #pragma omp for
     for (int n = 0; n < asked.num; ++n)
