@@ -75,32 +75,12 @@ def set_depth(adapted: AdaptedModel, engine: FastEngine, windows: torch.Tensor, 
             high = share
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of the results page."""
-    lines = [
-        "| | prompt | layers a token | decoding, × full depth | ideal | realised | prefill, realised |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        decode, prefill = row["decode"], row["prefill"]
-        lines.append(
-            f"| {row['method']} | {row['prompt_tokens']} | {row['adapted']['mean_depth']:.1f} | "
-            f"{decode['speedup']:.2f} | {decode['ideal_speedup']:.2f} | {decode['realised']:.2f} | "
-            f"{prefill['realised']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-runs", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases whose name starts so; the others' rows are kept")
-    parser.add_argument("--table", action="store_true", help="print the committed results as a table, run nothing")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(markdown(read_document(RESULT)["rows"]))
-        return
     model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
     windows = load_windows("wikitext-2:valid", tokenizer, 512, max_windows=max(arguments.num_runs, 8))
     chosen = {name: case for name, case in CASES.items() if name.startswith(arguments.only)}
