@@ -51,5 +51,6 @@ def _descend(place: Any, part: str, key: str) -> Any:
 
 def _index(place: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"--set {key}: '{part}' must be a number from 0 to {len(place) - 1}")
+        allowed = "has no entries" if not place else f"has entries 0 to {len(place) - 1}"
+        raise UserError(f"--set {key}: there is no entry '{part}'; the list {allowed}")
     return int(part)

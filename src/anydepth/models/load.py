@@ -153,7 +153,8 @@ def _from_pretrained(
     except (OSError, ValueError) as error:
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
             raise UserError(
-                f"'{name}' is not in the local hub cache and HF_HUB_OFFLINE=1; unset it, or try 'embedded'"
+                f"there is no folder '{name}', and no such model in the hub cache (HF_HUB_OFFLINE=1 fetches none); "
+                "give a folder, or try 'embedded'"
             ) from error
         raise UserError(
             f"'{name}' could not be loaded ({str(error).strip().splitlines()[0]}); give 'embedded', a hub "
