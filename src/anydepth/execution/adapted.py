@@ -83,9 +83,12 @@ class AdaptedModel(nn.Module):
         return self.model
 
     def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._enabled:
-            return self._own_decoder(*args, **kwargs)
         kwargs = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs}
+        if not self._enabled:
+            output = self._own_decoder(**kwargs)
+            if isinstance(cache := kwargs.get("past_key_values"), AdaptiveCache):
+                cache.advance(_tokens(kwargs, cache.num_seen)[0].shape[1])
+            return output
         run = self._begin(kwargs)
         output = self._own_decoder(**kwargs)
         if run.cache is not None:
@@ -154,7 +157,9 @@ class AdaptedModel(nn.Module):
             from anydepth.inference.hf import speculate  # stands behind this file; here is where users call it
 
             return speculate(self, *args, **kwargs)
-        if self._enabled and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+        # transformers' own cache cannot tell how long a sequence is if no layer has attention.
+        needs_own = self._enabled or "attention" not in self.backbone.layer_types()
+        if needs_own and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = self.new_cache()
         model: Any = self.model
         return model.generate(*args, **kwargs)
