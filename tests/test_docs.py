@@ -166,7 +166,8 @@ def run_command(line: str, workplace: Path) -> None:
         words = [re.sub(r"(=|^)([^=,]+),.*", r"\1\2", word) if "," in word else word for word in words]
     small = SMALL.get(command, [])
     for flag, value in zip(small[::2], small[1::2], strict=True):
-        if flag not in given or flag in ("--prompt-tokens", "--new-tokens", "--data"):
+        brought = "--prompts" in given and flag in ("--prompt-tokens", "--num-runs")  # by the prompts
+        if not brought and (flag not in given or flag in ("--prompt-tokens", "--new-tokens", "--data")):
             words += [flag, value]
     done = CliRunner().invoke(app, words)
     if command == "calibrate" and done.exit_code:
