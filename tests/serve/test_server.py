@@ -15,11 +15,15 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from openai import APIStatusError, OpenAI
-from transformers import LogitsProcessorList
+from transformers import AutoTokenizer, LogitsProcessorList
 
 import anydepth
 from anydepth.inference.engine.batching import Batcher, Request
+from anydepth.serve.app import Settings, create_app
+from anydepth.serve.service import Service
+from anydepth.serve.shapes import ChatShape
 from serving import end, start, tiny_router
 from tiny import WINDOW, byte_tokenizer
 
@@ -253,6 +257,81 @@ def test_each_of_many_gets_its_own_answer(server: str, target: Path) -> None:
     for number, text in answers.items():
         assert text == alone(target, prompts[number], 5 + number, full_depth=number % 3 == 0)
     assert len(answers) == 12
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A target with a chat template, and a server of it."""
+    folder = tiny_router(tmp_path_factory.mktemp("talking"))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder / "base")
+    process, address = start(folder)
+    yield folder, address
+    end(process)
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat(talking: tuple[Path, str], stream: bool, logprobs: bool) -> None:
+    folder, address = talking
+    wanted = alone(folder, "user: the sea\nassistant: ", 20)
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "the sea"}], "max_tokens": 20}
+    asked |= {"temperature": 0, "stream": stream, "logprobs": logprobs}
+    with OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0) as client:
+        answer = client.chat.completions.create(**asked)
+        if stream:
+            choices = [chunk.choices[0] for chunk in answer]
+            assert choices[0].delta.role == "assistant"
+            text, reason = "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+            told = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+        else:
+            text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+            told = answer.choices[0].logprobs.content if logprobs else []
+            assert answer.usage.completion_tokens == 20
+            assert (answer.choices[0].logprobs is not None) == logprobs
+    assert text == wanted and reason == "length" and len(told) == 20 * logprobs
+
+
+def test_what_breaks_while_an_answer_is_told_is_told(
+    talking: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object, whole or as an event: never a bare 500, never a stream that just ends."""
+    folder, _ = talking
+    adapted = anydepth.load(folder / "router")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    service = Service(anydepth.FastEngine(adapted), tokenizer)
+    monkeypatch.setattr(ChatShape, "_rest", lambda *_: 1 / 0)
+    try:
+        with TestClient(create_app(service, tokenizer, Settings("tiny")), raise_server_exceptions=False) as client:
+            body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
+            whole = client.post("/v1/chat/completions", json=body)
+            assert whole.status_code == 500 and "log says why" in whole.json()["error"]["message"]
+            events = client.post("/v1/chat/completions", json={**body, "stream": True}).text
+            assert json.loads(events.removeprefix("data: "))["error"]["type"] == "server_error"
+    finally:
+        service.close()
+
+
+def test_sigterm_lets_streams_end(target: Path) -> None:
+    process, address = start(target)
+    try:
+        body = {"model": "tiny", "prompt": "abc", "max_tokens": 100, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            events = [next(line for line in lines if line)]
+            process.send_signal(signal.SIGTERM)
+            events += [line for line in lines if line]
+        assert events.pop() == "data: [DONE]"
+        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+        assert "".join(choice["text"] for choice in choices) == alone(target, "abc", 100)
+        assert choices[-1]["finish_reason"] == "length"
+        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+    finally:
+        end(process)
 
 
 def test_sigterm_lets_answers_end(target: Path) -> None:

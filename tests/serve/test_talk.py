@@ -80,8 +80,8 @@ def test_the_command_talks_through_pipes(tmp_path: Path) -> None:
         [*command, "--dtype", "float32"], input="hi\nso?\n\n", capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("layers run:") and "\x1b" not in done.stdout
-    assert len(done.stdout.rstrip("\n").split("\n")) >= 3
+    assert "layers run" not in done.stdout and "\x1b" not in done.stdout  # no colours, so no legend of them
+    assert len(done.stdout.rstrip("\n").split("\n")) >= 2
 
 
 def test_the_smallest_temperature_is_greedy(service: Service) -> None:

@@ -351,9 +351,10 @@ def show_text(document: dict[str, Any], show_depth: bool) -> None:
     for token, depth in zip(document["tokens"], document["depths"], strict=True):
         text.append(token, style=shade_of(depth, num_layers))
     console = Console()
-    console.print(text)
-    console.print(depth_legend(num_layers))
-    if not console.is_terminal:
+    console.print(text, soft_wrap=True)
+    if console.is_terminal:
+        console.print(depth_legend(num_layers))
+    else:
         print("depths:", " ".join(f"{depth:g}" for depth in document["depths"]))
 
 

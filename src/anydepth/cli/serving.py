@@ -95,9 +95,11 @@ def export(
     static: what a skip set leaves. draft: the first layers, to draft for the whole. merged: LoRA folded in.
     """
     from anydepth.measure.results import document
+    from anydepth.serve.export import check
     from anydepth.serve.export import export as write
     from anydepth.training.checkpoint import load_target
 
+    check(kind, out)
     printer = Printer(as_json, quiet)
     with printer.busy(f"exporting {target} …"):
         adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)

@@ -76,6 +76,9 @@ def generate(
     }
     result = document("anydepth.generate/1", seed=seed, config=config, label=adapted.label, **fields)
     printer.result(result, lambda document: show_text(document, show_depth))
+    drafted = result.get("mean_acceptance_length")
+    a_round = f", {drafted:.2f} a verification" if drafted else ""
+    printer.progress(f"{len(result['token_ids'])} tokens, {result['tokens_per_second']:.1f} per second{a_round}")
 
 
 @app.command()
@@ -105,6 +108,8 @@ def chat(
 
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    if max_new_tokens < 1:
+        raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
     with Printer(False, quiet).busy(f"loading {target} …"):
         adapted, tokenizer = load_target(
             target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
@@ -114,7 +119,7 @@ def chat(
         service = Service(FastEngine(adapted.eval(), weights), tokenizer, max_batch_size=1)
     talk = Talk(service, tokenizer, system, max_new_tokens, temperature, lossless=lossless, seed=seed)
     console, num_layers = Console(highlight=False), adapted.backbone.num_layers
-    if not quiet:
+    if console.is_terminal and not quiet:
         console.print(depth_legend(num_layers))
     try:
         while line := _line(console):

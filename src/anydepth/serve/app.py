@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -18,9 +19,8 @@ from typing import Annotated, Any
 import torch
 from fastapi import Depends, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import (
     LogitsProcessor,
@@ -41,7 +41,9 @@ from anydepth.serve.service import Busy, Job, Piece, Service, end_ids_of
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
 from anydepth.serve.text import TextStream
 
+log = logging.getLogger("anydepth.serve")
 DONE = "[DONE]"
+BROKEN = "decoding failed; the server's log says why"
 REFUSALS = (400, 401, 404, 408, 413, 429)
 STREAMED = {200: {"description": "The answer, whole or as events.", "content": {"text/event-stream": {}}}}
 
@@ -168,6 +170,10 @@ def _errors(app: FastAPI) -> None:
         )
         return JSONResponse(error(str(raised.detail), kind), raised.status_code, raised.headers)
 
+    def failed(_: Request, raised: Exception) -> Response:
+        return JSONResponse(error(BROKEN, "server_error"), 500)
+
+    app.add_exception_handler(Exception, failed)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StarletteHTTPException, refused)
 
@@ -261,7 +267,11 @@ class Server:
         if not prompt:
             raise HTTPException(400, "the prompt is empty")
         if len(prompt) >= most:
-            raise HTTPException(400, f"the prompt has {len(prompt)} tokens; at most {most - 1} fit here")
+            raise HTTPException(
+                400,
+                f"the prompt has {len(prompt)} tokens; at most {most - 1} fit here (the model's window, or "
+                "the server's --max-tokens shared among --max-batch-size)",
+            )
         return most - len(prompt)
 
     def _job(
@@ -271,7 +281,10 @@ class Server:
         if wanted > room:
             raise HTTPException(400, f"{wanted} new tokens do not fit behind {len(prompt)}; at most {room} do")
         if body.anydepth.depth_budget is not None and self.service.budgets is None:
-            raise HTTPException(400, "anydepth.depth_budget: this model has no thresholds to set")
+            raise HTTPException(
+                400,
+                "anydepth.depth_budget: nothing attached here has one threshold to set, as routers and exit gates do",
+            )
         processors, temperature = LogitsProcessorList(), 1.0 if body.temperature is None else body.temperature
         if body.presence_penalty or body.frequency_penalty:
             penalties = body.presence_penalty or 0.0, body.frequency_penalty or 0.0
@@ -326,23 +339,28 @@ class Server:
             self._cancel(jobs)
             raise HTTPException(400, str(impossible)) from impossible
         if body.stream:
-            return EventSourceResponse(self._events(body, jobs, queue, shape))
+            events = self._events(body, jobs, queue, shape)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         return await self._whole(request, jobs, queue, shape)
 
-    async def _events(self, body: Sampling, jobs: list[Job], queue: Any, shape: Shape) -> AsyncIterator[dict[str, str]]:
+    async def _events(self, body: Sampling, jobs: list[Job], queue: Any, shape: Shape) -> AsyncIterator[str]:
+        """Server-sent events; whatever goes wrong is one as well, for the status has been sent."""
         left = len(jobs)
         try:
             while left:
                 number, piece = await queue.get()
                 left -= piece.finish_reason is not None
                 if piece.finish_reason in ("timeout", "error"):
-                    yield {"data": json.dumps(_failed(piece)[0])}
+                    yield _event(_failed(piece)[0])
                     return
                 for chunk in shape.chunks(number, piece):
-                    yield {"data": json.dumps(chunk)}
+                    yield _event(chunk)
             if body.stream_options is not None and body.stream_options.include_usage:
-                yield {"data": json.dumps({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs)})}
-            yield {"data": DONE}
+                yield _event({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs)})
+            yield f"data: {DONE}\n\n"
+        except Exception as failed:
+            log.error("an answer could not be told", exc_info=failed)
+            yield _event(error(BROKEN, "server_error"))
         finally:  # also when the client goes away
             self._cancel(jobs)
 
@@ -379,10 +397,14 @@ async def _gone(request: Request) -> None:
         await asyncio.sleep(0.1)
 
 
+def _event(fields: dict[str, Any]) -> str:
+    return f"data: {json.dumps(fields)}\n\n"
+
+
 def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
     if piece.finish_reason == "timeout":
         return error("the request took too long", "timeout_error"), 408
-    return error("decoding failed; the server's log says why", "server_error"), 500
+    return error(BROKEN, "server_error"), 500
 
 
 def usage_of(jobs: list[Job]) -> dict[str, Any]:

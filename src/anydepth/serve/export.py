@@ -30,6 +30,16 @@ NUM_COMPARED = 48
 
 
 @torch.no_grad()
+def check(kind: str, out: Path) -> None:
+    """Raise `UserError` for what `export` could not write, before anything is loaded."""
+    if kind not in KINDS:
+        raise UserError(f"export as '{kind}' is unknown; it is {', '.join(KINDS)}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; --out is the folder to write")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give another --out, or remove it first")
+
+
 def export(
     adapted: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,10 +60,7 @@ def export(
         UserError: nothing of that kind to write, or a folder that is not empty.
         RunError: the checkpoint does not say what the model says.
     """
-    if kind not in KINDS:
-        raise UserError(f"export as '{kind}' is unknown; it is {', '.join(KINDS)}")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give another --out, or remove it first")
+    check(kind, out)
     backbone = adapted.eval().backbone
     kept = {"static": _static, "draft": _draft, "merged": _merged}[kind](adapted, exit_layer)
     model = with_layers(backbone, kept)

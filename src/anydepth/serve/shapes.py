@@ -104,8 +104,10 @@ class ChatShape(Shape):
         return {"index": number, "message": message, "finish_reason": reason, **self._rest(tokens)}
 
     def _rest(self, tokens: list[Token]) -> dict[str, Any]:
+        if not self.wants_logprobs:
+            return {"logprobs": None, **self.layers(tokens)}
         logprobs = {"content": [self._logprob(token) for token in tokens], "refusal": None}
-        return {"logprobs": logprobs if self.wants_logprobs else None, **self.layers(tokens)}
+        return {"logprobs": logprobs, **self.layers(tokens)}
 
     def _logprob(self, token: Token) -> dict[str, Any]:
         assert token.logprob is not None
