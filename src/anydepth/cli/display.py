@@ -136,7 +136,7 @@ def show_sweep(document: dict[str, Any]) -> None:
     table(["", "seeds", "perplexity", "time", "FLOPs"], rows)
     print(
         "time and FLOPs as shares of full depth's; in brackets the range of seeds, and of timed pairs\n"
-        "* nothing else is both better and cheaper (2% of time, or 0.1% of FLOPs, count as the same)"
+        "* cheaper than all better ones, by more than runs differ by chance"
     )
 
 

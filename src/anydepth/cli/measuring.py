@@ -98,10 +98,8 @@ def evaluate(
     from anydepth.training.checkpoint import load_target
     from anydepth.training.data import load_windows
 
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit is a number of at least 1; came {limit}")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UserError(f"--num-fewshot is a number of at least 0; came {num_fewshot}")
+    _at_least("limit", limit, 1)
+    _at_least("num-fewshot", num_fewshot, 0)
     printer = Printer(as_json, quiet)
     names = _task_names(tasks) if tasks else []
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
@@ -132,6 +130,12 @@ def evaluate(
         _add_tasks(fields, adapted, tokenizer, names, full_depth, **shared)
     label = "full depth" if full_depth else adapted.label
     printer.result(document("anydepth.eval/1", seed=seed, config=config, label=label, **fields), show_eval)
+
+
+def _at_least(option: str, value: int | None, least: int) -> None:
+    """Raise `UserError` for less; None is an option that nobody gave."""
+    if value is not None and value < least:
+        raise UserError(f"--{option} is a number of at least {least}; came {value}")
 
 
 def _task_names(tasks: str) -> list[str]:
@@ -199,8 +203,7 @@ def bench(
         raise UserError("--prompts brings lengths and pairs: leave out --prompt-tokens and --num-runs")
     prompt_tokens = "64" if prompt_tokens is None else prompt_tokens
     num_runs = 5 if num_runs is None else num_runs
-    if num_runs < 1:
-        raise UserError(f"--num-runs is a number of at least 1; came {num_runs}")
+    _at_least("num-runs", num_runs, 1)
     printer = Printer(as_json, quiet)
     adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
     if not adapted.methods and engine in ("auto", "hf"):
@@ -232,19 +235,16 @@ def bench(
         windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
         rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)
         ids = [window[: lengths[0]] for window in windows]
+    queue: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens, "num_runs": num_runs}
     queues = []
     if requests is not None:
-        for fast in engines:
-            queues += throughput(
-                fast, ids, batch_sizes=sizes, num_requests=requests, new_tokens=new_tokens, num_runs=num_runs
-            )
+        queues = [row for fast in engines for row in throughput(fast, ids, num_requests=requests, **queue)]
     result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows, queues=queues)
     printer.result(result, show_bench)
 
 
 def _check_requests(requests: int | None, engines: list[Any]) -> None:
-    if requests is not None and requests < 1:
-        raise UserError(f"--requests is a number of at least 1; came {requests}")
+    _at_least("requests", requests, 1)
     if requests is not None and None in engines:
         raise UserError("--requests is continuous batching, which the fast engine has; add --engine fast")
     if requests is not None and any(engine.adapted.speculation is not None for engine in engines):
@@ -304,8 +304,8 @@ def analyze(
     from anydepth.training.checkpoint import load_target
     from anydepth.training.data import load_windows
 
-    if permutations < 1 or limit < 1:
-        raise UserError(f"--permutations and --limit are numbers of at least 1; came {permutations} and {limit}")
+    _at_least("permutations", permutations, 1)
+    _at_least("limit", limit, 1)
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
     if adapted.speculation is not None:

@@ -117,11 +117,15 @@ class EngineTarget:
         """(N, D) states of the next tokens of a prompt, which may be read in parts; None: of all that are left."""
         if row.slot < 0:
             row.slot = self.cache.take_slot()
-        left, before = row.ids[row.num_padding + self.cache.lengths[row.slot] :], row.fresh
-        (states,) = self._through([row], [self._embed(left[:num_tokens])], 0)
+        num_left, before = self.num_left(row), row.fresh
+        (states,) = self._through([row], [self._embed(row.ids[-num_left:][:num_tokens])], 0)
         if before:
             row.fresh = [torch.cat(parts) for parts in zip(before, row.fresh, strict=True)]
         return states
+
+    def num_left(self, row: Row) -> int:
+        """Tokens of its prompt that have not been read."""
+        return row.num_prompt - row.num_padding - (0 if row.slot < 0 else self.cache.lengths[row.slot])
 
     def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
         self._run_first(rows, [self._embed([row.last]) for row in rows])

@@ -312,9 +312,9 @@ def fronts(page: Page, documents: list[Document]) -> None:
     if sweeps:
         page.section("Quality against cost")
         text = (
-            "Each point is a setting, the mean of its seeds. Lines join what nothing beats in quality and cost both: "
+            "Each point is a setting, the mean of its seeds. Lines join what is cheaper than all better ones, by more "
+            "than runs differ by chance."
         )
-        text += "costs less than 2% (time) or 0.1% (FLOPs) apart are taken for the same."
         page.figure("fronts", plots.fronts(_named(sweeps)), text, *sweeps)
 
 

@@ -304,7 +304,7 @@ class Drafted:
         stops = Stops.at(len(request.prompt) + request.max_new_tokens, request.eos_token_ids)
         self.run = Speculation(self.target, engine.drafting, choice, stops)
         self.row = Row(list(request.prompt))
-        self.has_begun, self.num_read = False, 0
+        self.has_begun = False
         self.remembers = any(method.remembers for method in adapted.draft_methods)  # those see all of it in `begin`
 
     @property
@@ -317,11 +317,10 @@ class Drafted:
         if self.has_begun:
             self.run.round([self.row])
         else:
-            left = self.row.num_prompt - self.num_read
+            left = self.target.num_left(self.row)
             part = left if at_once or self.remembers else next_part(left)
             if part < left:
                 self.target.read(self.row, part)
-                self.num_read += part
             else:
                 self.has_begun = True
                 self.run.begin([self.row])
