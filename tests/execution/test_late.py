@@ -33,7 +33,7 @@ class Scripted(Method):
     kv_rule: Any = "recompute"
     depth = NUM_LAYERS
 
-    def reads_state(self, layer_idx: int) -> bool:
+    def reads_state(self, layer_idx: int, context: Any) -> bool:
         return layer_idx in (2, 4)
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:

@@ -22,13 +22,13 @@ class ByLetter(Method):
     Config = anydepth.SkipSet.Config
     name = "by_letter"
 
-    def begin(self, context: Any) -> None:
+    def begin(self, context: Any) -> list[Gate]:
         keep = torch.ones(NUM_LAYERS, *context.token_mask.shape, dtype=torch.bool)
         keep[2:4] = self.letters_of(context) != ord("e")
-        self.gates = Gate.of_plan(keep, context, "project", None)
+        return Gate.of_plan(keep, context, "project", None)
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: Any) -> Gate | None:
-        return self.gates[layer_idx]
+        return context.states[self.name][layer_idx]
 
 
 def windows(length: int = 60) -> Tensor:

@@ -218,14 +218,14 @@ class FixedGates(Method):
     name = "fixed_gates"
     kv_rule: Any = "project"
 
-    def begin(self, context: Any) -> None:
+    def begin(self, context: Any) -> Any:
         keep = torch.stack(list(self.given)).detach() > 0.5
         from anydepth.methods.method import Gate
 
-        self.gates = Gate.of_plan(keep, context, self.kv_rule, torch.stack(list(self.given)))
+        return Gate.of_plan(keep, context, self.kv_rule, torch.stack(list(self.given)))
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: Any) -> Any:
-        return self.gates[layer_idx]
+        return context.states[self.name][layer_idx]
 
 
 @pytest.mark.parametrize("kv_rule", ["project", "omit"])
@@ -332,7 +332,9 @@ def blindfolded(method: Method, own: Callable[..., Any]) -> Callable[..., Any]:
 
     def hook(layer_idx: int, hidden: Tensor, context: Any) -> Any:
         return own(
-            layer_idx, hidden if method.reads_state(layer_idx) else torch.full_like(hidden, float("nan")), context
+            layer_idx,
+            hidden if method.reads_state(layer_idx, context) else torch.full_like(hidden, float("nan")),
+            context,
         )
 
     return hook

@@ -83,6 +83,19 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, execution: str) -
         torch.testing.assert_close(gradients[1][part], plain, msg=part)
 
 
+def test_scores_far_from_their_threshold_have_a_gradient() -> None:
+    """A gate's probability rounds to 0 or 1 there, and its entropy is taken from the logit: never NaN."""
+    adapted = anydepth.attach(tiny_llama(), {"name": "ffn_router"}).train()
+    with torch.no_grad():
+        for name, weight in adapted.methods.named_parameters():
+            if name.endswith("direct.weight"):
+                weight.mul_(1e4)
+    adapted(input_ids=windows(3), use_cache=False)
+    adapted.auxiliary_losses()["ffn_router/entropy"].backward()
+    gradients = [part.grad for part in adapted.methods.parameters() if part.grad is not None]
+    assert gradients and all(part.isfinite().all() for part in gradients)
+
+
 def routed(**options: Any) -> tuple[AdaptedModel, Any]:
     adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, **options})
     return adapted.train(), adapted.methods["layer_router"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from anydepth.config import StrictConfig
 from anydepth.errors import UserError
 from anydepth.execution.cache import AdaptiveCache
+from anydepth.execution.calls import Calls, join_checkpoints, leave_checkpoints
 from anydepth.execution.gate import GatedLayer
 from anydepth.execution.partial import Run
 from anydepth.execution.trace import PassRecord, Trace
@@ -49,13 +50,7 @@ class AdaptedModel(nn.Module):
         self.methods.to(self.backbone.device)
         self.methods.train(model.training)
         self.training = model.training
-        self._run: Run | None = None
-        self._records: list[PassRecord] = []
-        self._enabled = True
-        self._sparse = True
-        self._stand_ins: list[Method] | None = None
-        self.draft_counts: Any = None  # of the last generation that speculated, and how the model itself does
-        self.drafting: Any = None
+        self.calls = Calls()
         self._install()
 
     # --- in and out of the model ---------------------------------------------------------------------------------
@@ -67,12 +62,13 @@ class AdaptedModel(nn.Module):
         self._decoder_arguments = list(inspect.signature(type(decoder).forward).parameters)[1:]
         decoder.forward = self._decoder_forward
         last = self.backbone.layers[-1]
-        self._gated = [GatedLayer(view, lambda: self._run, is_last=view is last) for view in self.backbone.layers]
+        self._gated = [GatedLayer(view, self.calls, is_last=view is last) for view in self.backbone.layers]
         self._head_hook = self.backbone.head.register_forward_pre_hook(self._count_head_rows)
 
     def remove(self) -> nn.Module:
         """Take the gates out. The model is as it was; `detach` is the public name."""
         self._head_hook.remove()
+        leave_checkpoints(self._modules_of_layers)
         for gated in self._gated:
             gated.remove()
         self._gated = []
@@ -84,19 +80,27 @@ class AdaptedModel(nn.Module):
 
     def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs}
-        if not self._enabled:
-            output = self._own_decoder(**kwargs)
+        if self.training:
+            join_checkpoints(self._modules_of_layers, self.calls)
+        if not self.calls.enabled:
+            with self.calls.setting(run=None):
+                output = self._own_decoder(**kwargs)
             if isinstance(cache := kwargs.get("past_key_values"), AdaptiveCache):
                 cache.advance(_tokens(kwargs, cache.num_seen)[0].shape[1])
             return output
         run = self._begin(kwargs)
-        output = self._own_decoder(**kwargs)
+        with self.calls.setting(run=run):
+            output = self._own_decoder(**kwargs)
         if run.cache is not None:
             run.cache.advance(run.shape[1])
         return output
 
+    @property
+    def _modules_of_layers(self) -> list[nn.Module]:
+        return [view.module for view in self.backbone.layers]
+
     def _begin(self, kwargs: dict[str, Any]) -> Run:
-        """A new `Run`. It stays current after the forward, for layers that backward recomputes (checkpointing)."""
+        """Return a new `Run`, which is the last one from now on."""
         cache = self._cache_for(kwargs)
         token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
         methods = self.active_methods
@@ -109,15 +113,14 @@ class AdaptedModel(nn.Module):
             self.training,
             evaluate=evaluate,
             memory=memory,
-            logits_of=record.counting_logits(self._exit_logits),
+            logits_of=record.counting_logits(self.backbone.logits_of),
         )
-        self._run = Run(context, record, cache, methods, self._sparse)
+        run = self.calls.last = Run(context, record, cache, methods, self.calls.sparse)
         if record.past_length == 0:
-            self._records = []
-        self._records.append(record)
-        for method in methods:
-            method.begin(context)
-        return self._run
+            self.calls.records = []
+        self.calls.records.append(record)
+        context.begin(methods)
+        return run
 
     def _cache_for(self, kwargs: dict[str, Any]) -> AdaptiveCache | None:
         cache = kwargs.get("past_key_values")
@@ -134,19 +137,38 @@ class AdaptedModel(nn.Module):
             )
         return cache
 
-    def _exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        with self._running(None):  # the head's rows are counted as what the exit costs
-            return self.backbone.logits_of(states, vocabulary)
-
     def _count_head_rows(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._enabled and self._records and self._run is not None:
-            self._records[-1].head_rows = args[0].numel() // args[0].shape[-1]
+        # Within a forward it is asked by exits, whose record counts it.
+        if self.calls.enabled and self.calls.records and self.calls.run is None:
+            self.calls.records[-1].head_rows = args[0].numel() // args[0].shape[-1]
 
     # --- use --------------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward, with the gates in place."""
-        return self.model(*args, **kwargs)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model's own forward, with the gates in place.
+
+        Arguments are those of every causal LM, named because transformers' Trainer keeps only columns that it finds in
+        the signature; what else the model takes is handed on.
+        """
+        named = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
+        return self.model(input_ids, **{name: part for name, part in named.items() if part is not None}, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors by name; of a tied weight the second name has a copy, for files cannot share it."""
+        state = super().state_dict(*args, **kwargs)
+        seen: set[int] = set()
+        for name, tensor in state.items():
+            if not kwargs.get("keep_vars") and tensor.numel() and tensor.data_ptr() in seen:
+                state[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+        return state
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence.
@@ -158,7 +180,7 @@ class AdaptedModel(nn.Module):
 
             return speculate(self, *args, **kwargs)
         # transformers' own cache cannot tell how long a sequence is if no layer has attention.
-        needs_own = self._enabled or "attention" not in self.backbone.layer_types()
+        needs_own = self.calls.enabled or "attention" not in self.backbone.layer_types()
         if needs_own and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = self.new_cache()
         model: Any = self.model
@@ -170,49 +192,34 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Full depth, bitwise the model without anydepth; a layer that is called by itself as well."""
-        before, self._enabled = self._enabled, False
-        try:
-            with self._running(None):
-                yield
-        finally:
-            self._enabled = before
+        """Run at full depth, bitwise the model without anydepth. Calls of other threads go on as they are."""
+        with self.calls.setting(enabled=False, run=None):
+            yield
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """The base model: full depth, and a LoRA adapter off as well."""
+        """Run the base model: full depth, and a LoRA adapter off as well."""
         with self.disabled(), without_adapter(self.model):
             yield
 
     @contextmanager
     def masked(self) -> Iterator[None]:
-        """The masked execution: every layer runs and the result is blended. Slow; the definition of the sparse one."""
-        before, self._sparse = self._sparse, False
-        try:
+        """Run every layer and blend the results: slow, and the definition of the sparse execution."""
+        with self.calls.setting(sparse=False):
             yield
-        finally:
-            self._sparse = before
-
-    @contextmanager
-    def _running(self, run: Run | None) -> Iterator[None]:
-        before, self._run = self._run, run
-        try:
-            yield
-        finally:
-            self._run = before
 
     @property
     def is_enabled(self) -> bool:
         """False while `disabled`."""
-        return self._enabled
+        return self.calls.enabled
 
     @property
     def active_methods(self) -> list[Method]:
         """The methods that decide, in order: none while `disabled`; beside `self_speculation` none at inference."""
-        if not self._enabled:
+        if not self.calls.enabled:
             return []
-        if self._stand_ins is not None:
-            return self._stand_ins
+        if self.calls.stand_ins is not None:
+            return list(self.calls.stand_ins)
         methods = [method for method in self.methods.values() if isinstance(method, Method)]
         drafts = not self.training and any(isinstance(method, SelfSpeculation) for method in methods)
         return [] if drafts else methods
@@ -221,7 +228,7 @@ class AdaptedModel(nn.Module):
     def speculation(self) -> SelfSpeculation | None:
         """How drafts are made, where `self_speculation` is attached and on."""
         found = next((method for method in self.methods.values() if isinstance(method, SelfSpeculation)), None)
-        return found if self._enabled and self._stand_ins is None else None
+        return found if self.calls.enabled and self.calls.stand_ins is None else None
 
     @property
     def draft_methods(self) -> list[Method]:
@@ -231,31 +238,33 @@ class AdaptedModel(nn.Module):
     @contextmanager
     def deciding(self, *stand_ins: Method) -> Iterator[None]:
         """Other methods' decisions in place of the attached ones', such as those of an earlier forward."""
-        before, self._stand_ins = self._stand_ins, list(stand_ins)
-        try:
+        with self.calls.setting(stand_ins=stand_ins):
             yield
-        finally:
-            self._stand_ins = before
 
     @property
     def records(self) -> list[PassRecord]:
-        """The forwards of the last sequence, one record each."""
-        return self._records
+        """The forwards of the last sequence of this thread, one record each."""
+        return self.calls.records
 
     @records.setter
     def records(self, records: list[PassRecord]) -> None:
-        self._records = records
+        self.calls.records = records
+
+    @property
+    def draft_counts(self) -> Any:
+        """What was drafted in the last generation of this thread that speculated; None before one."""
+        return self.calls.draft_counts
 
     @property
     def last_trace(self) -> Trace:
         """What ran in the last sequence: one uncached forward, or all forwards that shared a cache."""
-        return Trace.join(self._records)
+        return Trace.join(self.calls.records)
 
     @property
     def last_run(self) -> Run:
-        """The last forward, as it was executed."""
-        assert self._run is not None, "no forward has run yet"
-        return self._run
+        """The last forward of this thread, as it was executed."""
+        assert self.calls.last is not None, "no forward has run yet"
+        return self.calls.last
 
     @property
     def context(self) -> PassContext:

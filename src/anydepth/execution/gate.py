@@ -7,12 +7,12 @@ The model's code runs unchanged in both: only the tokens, the mask and the cache
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anydepth.execution.calls import Calls
 from anydepth.execution.choice import through_other, weighed
 from anydepth.execution.late import put_exits_back, through_exits
 from anydepth.execution.partial import Forward, PartialRunner, Run
@@ -23,11 +23,11 @@ from anydepth.models.backbone import LayerView, first_output
 class GatedLayer:
     """Gates one decoder layer by taking the place of its forward and of its branches' forwards."""
 
-    def __init__(self, view: LayerView, current: Callable[[], Run | None], *, is_last: bool = False) -> None:
+    def __init__(self, view: LayerView, calls: Calls, *, is_last: bool = False) -> None:
         self.view, self.is_last = view, is_last
         self.layer_idx = view.layer_idx
         self.runner = PartialRunner(view)
-        self.current = current
+        self.calls = calls
         self.patches: list[tuple[nn.Module, Any]] = []
         self.own_layer = self._patch(view.module, self.layer_forward)
         self.own_mixer = self._patch(view.mixer, self.mixer_forward)
@@ -56,7 +56,7 @@ class GatedLayer:
     # --- whole layer -------------------------------------------------------------------------------------------
 
     def layer_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        run = self.current()
+        run = self.calls.run
         if run is None:
             return self.own_layer(hidden, *args, **kwargs)
         arguments = {**dict(zip(self.view.argument_names, args, strict=False)), **kwargs}
@@ -138,7 +138,7 @@ class GatedLayer:
     # --- mixer -------------------------------------------------------------------------------------------------
 
     def mixer_forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.current()
+        run = self.calls.run
         gate = None if run is None else run.mixer_gates.get(self.layer_idx)
         if run is None or gate is None:
             return self.own_mixer(*args, **kwargs)
@@ -166,7 +166,7 @@ class GatedLayer:
 
     def mixer_out_forward(self, branch: Tensor) -> Tensor:
         """The norm behind the mixer (Gemma, OLMo-2): gates weigh what is added, not what is normalised."""
-        run, output = self.current(), self.own_mixer_out(branch)
+        run, output = self.calls.run, self.own_mixer_out(branch)
         gate = None if run is None else run.mixer_gates.get(self.layer_idx)
         if run is None or gate is None:
             return output
@@ -178,7 +178,7 @@ class GatedLayer:
 
     def ffn_in_forward(self, residual: Tensor) -> Any:
         """First module of the FFN branch: asks for the gate and lets only kept tokens on."""
-        run = self.current()
+        run = self.calls.run
         if run is None:
             return self.own_ffn_in(residual)
         if run.gates_branches:
@@ -194,7 +194,7 @@ class GatedLayer:
 
     def ffn_out_forward(self, branch: Tensor) -> Tensor:
         """Last module of the FFN branch: puts the kept tokens' output back among zeros."""
-        run = self.current()
+        run = self.calls.run
         gate = None if run is None else run.ffn_gates.get(self.layer_idx)
         if run is not None and gate is not None and run.sparse and not gate.any_kept:
             return self._finish_ffn(run, branch)

@@ -49,6 +49,7 @@ class HFTarget:
     def __init__(self, adapted: AdaptedModel) -> None:
         self.adapted, self.exit_layer = adapted, 0
         self.max_tokens: int | None = None
+        self.switch = adapted.backbone.rotary_switch
         self.caches: list[AdaptiveCache] = []
 
     def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
@@ -91,7 +92,10 @@ class HFTarget:
         logits = []
         for row in rows:
             unseen = [row.ids[-1], *row.draft][len(row.early) :]
-            if self.exit_layer and unseen:
+            if self._restarts(row):
+                self.caches[row.slot].rewind(0)
+                own = self._forward(row, row.ids[row.num_padding :], logits_to_keep=1)
+            elif self.exit_layer and unseen:
                 own = self._forward(row, unseen, ExitAt(self.adapted, self.exit_layer, goes_on=True))
                 late = self.adapted.last_run.late
                 if late is not None:
@@ -103,7 +107,17 @@ class HFTarget:
         return logits
 
     def room(self, row: Row) -> int | None:
-        return None
+        """Tokens that a pass may have besides the next one, so that its rotary embedding is that of a plain step."""
+        if self.switch is None:
+            return None
+        left = self.switch.length - row.num_seen - 1
+        if left >= 0:
+            return left
+        return 0 if self.switch.again or self._restarts(row) else None
+
+    def _restarts(self, row: Row) -> bool:
+        """Whether the row's next pass is the first beyond the switch, of a model that then reads all of it anew."""
+        return self.switch is not None and self.switch.restarts and row.num_seen == self.switch.length
 
     def settle(self, rows: Sequence[Row], num_taken: Sequence[int]) -> None:
         for row in rows:
@@ -140,10 +154,11 @@ def speculate(adapted: AdaptedModel, *args: Any, **kwargs: Any) -> Tensor:
     ) -> Tensor:
         check_mode(generation_config, "self_speculation")
         mask = options.get("attention_mask")
-        adapted.drafting = setup_of(adapted, adapted.drafting, adapted.backbone.logits_of, None)
-        ids, adapted.draft_counts = decode(
+        calls = adapted.calls
+        calls.drafting = setup_of(adapted, calls.drafting, adapted.backbone.logits_of, None)
+        ids, calls.draft_counts = decode(
             HFTarget(adapted),
-            adapted.drafting,
+            calls.drafting,
             input_ids,
             mask,
             logits_processor,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anydepth.config import StrictConfig
+from anydepth.methods.exit_progress import ExitProgress
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Doubt, ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
 from anydepth.models.backbone import Backbone
@@ -121,8 +122,6 @@ class EarlyExit(Method):
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
         self.progress = 0.0
         self.step = 0
-        self.gate: Gate | None = None
-        self.before: Tensor | None = None
 
     def thresholds_of(self, config: EarlyExitConfig) -> dict[int, float]:
         """By layer. Raises `ValueError` for a list of another length."""
@@ -143,9 +142,8 @@ class EarlyExit(Method):
     def set_progress(self, progress: float, step: int = 0) -> None:
         self.progress, self.step = progress, step
 
-    def begin(self, context: PassContext) -> None:
-        self.gate = self.before = None
-        self.thresholds = self.thresholds_of(self.config)
+    def begin(self, context: PassContext) -> ExitProgress:
+        return ExitProgress()
 
     @property
     def kv_rule(self) -> KVRule:
@@ -153,7 +151,7 @@ class EarlyExit(Method):
 
     def is_asked(self, layer_idx: int) -> bool:
         """Whether anybody could leave in front of a layer."""
-        return layer_idx in self.layers and (self.is_watched or self.thresholds[layer_idx] <= 1)
+        return layer_idx in self.layers and (self.is_watched or self.thresholds_of(self.config)[layer_idx] <= 1)
 
     def rules(self) -> Rules | None:
         limits = self.thresholds_of(self.config)
@@ -175,8 +173,8 @@ class EarlyExit(Method):
         doubt = Doubt(self.config.confidence, self.vocabulary, self.head_flops)
         return Threshold(doubt, -limit, layer_idx, leaves=True)
 
-    def reads_state(self, layer_idx: int) -> bool:
-        if self.gate is not None and not self.gate.any_kept:
+    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
+        if not context.states[self.name].any_left:
             return False
         return self.is_asked(layer_idx) or (self.config.confidence == "cosine" and self.is_asked(layer_idx + 1))
 
@@ -185,18 +183,21 @@ class EarlyExit(Method):
             if layer_idx in self.loss_layers or layer_idx in self.layers:
                 context.notes.setdefault(self.name, {})[layer_idx] = hidden
             return None
-        if self.reads_state(layer_idx):
+        progress = context.states[self.name]
+        came = progress.arrive(layer_idx)
+        if self.reads_state(layer_idx, context):
+            if self.config.confidence == "cosine":
+                progress.states[layer_idx] = hidden
             if self.is_asked(layer_idx):
-                self.gate = self._decide(layer_idx, hidden, context)
-            self.before = hidden
-        return self.gate
+                progress.gate = self._decide(layer_idx, hidden, context, came)
+        return progress.gate
 
-    def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
+    def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext, came: Gate | None) -> Gate:
         sure = self.confidence(layer_idx, hidden, context)
         self.note_scores(-sure, context)
-        stays = sure < self._limit(self.thresholds[layer_idx], context)
-        if self.gate is not None and not self.gate.all_kept:
-            stays = stays & self.gate.keep
+        stays = sure < self._limit(self.thresholds_of(self.config)[layer_idx], context)
+        if came is not None and not came.all_kept:
+            stays = stays & came.keep
         return Gate.of_plan(stays[None], context, self.kv_rule)[0]
 
     def _limit(self, threshold: float, context: PassContext) -> Tensor | float:
@@ -213,10 +214,11 @@ class EarlyExit(Method):
         if kind == "classifier":
             return torch.sigmoid(-context.evaluate(self.networks[layer_idx], hidden)[..., 0])
         if kind == "cosine":
-            assert self.before is not None, "the layer before is asked too"
-            return F.cosine_similarity(hidden.float(), self.before.float(), dim=-1)
+            before = context.states[self.name].states[layer_idx - 1]
+            return F.cosine_similarity(hidden.float(), before.float(), dim=-1)
         assert context.logits_of is not None, "executions give the head"
-        asked = context.token_mask if self.gate is None else self.gate.keep
+        came = context.states[self.name].arrived[layer_idx]
+        asked = context.token_mask if came is None else came.keep
         sure = hidden.new_zeros(asked.shape, dtype=torch.float32)
         logits_of, vocabulary = context.logits_of, self.vocabulary
         # Logits of a few tokens exist at a time: of a long prompt they would be larger than the model.

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
+from anydepth.methods.exit_progress import ExitProgress
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
 from anydepth.methods.shared_batch import batch_mean
@@ -74,10 +75,9 @@ class ExitGate(Method):
         size, start = backbone.hidden_size, torch.tensor([config.initial_bias])
         self.networks = {layer_idx: GateNetwork(size, config.widths, start, self.generator) for layer_idx in layers}
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
-        self.gate: Gate | None = None
 
-    def begin(self, context: PassContext) -> None:
-        self.gate = None  # nobody has left
+    def begin(self, context: PassContext) -> ExitProgress:
+        return ExitProgress()
 
     @property
     def kv_rule(self) -> KVRule:
@@ -93,17 +93,16 @@ class ExitGate(Method):
 
         return self.keep_rules(None, make)
 
-    def reads_state(self, layer_idx: int) -> bool:
-        return layer_idx in self.networks and (self.gate is None or self.gate.any_kept)
+    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
+        return layer_idx in self.networks and context.states[self.name].any_left
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        # Who came here; kept, as gradient checkpointing runs a layer again after deeper ones.
-        came = context.notes.setdefault(f"{self.name}/came", {}).setdefault(layer_idx, self.gate)
-        self.gate = came
+        progress = context.states[self.name]
+        came = progress.arrive(layer_idx)
         # In training also where nobody came: gates learn from their soft shares, whoever was drawn to leave.
-        if self.reads_state(layer_idx) or (layer_idx in self.networks and self.samples(context)):
-            self.gate = self._decide(layer_idx, hidden, context, came)
-        return self.gate
+        if self.reads_state(layer_idx, context) or (layer_idx in self.networks and self.samples(context)):
+            progress.gate = self._decide(layer_idx, hidden, context, came)
+        return progress.gate
 
     def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext, came: Gate | None) -> Gate:
         logit = context.evaluate(self.networks[layer_idx], hidden.detach())[..., 0]

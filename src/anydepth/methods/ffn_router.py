@@ -72,20 +72,19 @@ class FFNRouter(Method):
         for network in self.networks:
             nn.init.normal_(network.direct.weight, std=0.02, generator=self.generator)  # no two tokens alike
         self.register_buffer("thresholds", torch.full((len(layers),), -math.inf))  # until training has seen scores
-        self.limits: list[float] = []
         self.capacity = config.capacity
 
     def set_progress(self, progress: float, step: int = 0) -> None:
         first, last = self.config.initial_capacity, self.config.capacity
         self.capacity = last + (first - last) * max(1 - 2 * progress, 0)
 
-    def begin(self, context: PassContext) -> None:
-        self.limits = self._limits()
+    def begin(self, context: PassContext) -> list[float]:
+        return self._limits()
 
     def _limits(self) -> list[float]:
         return [quantile + self.config.threshold for quantile in self.thresholds.tolist()]
 
-    def reads_state(self, layer_idx: int) -> bool:
+    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
         return layer_idx in self.places
 
     def rules(self) -> Rules:
@@ -105,12 +104,13 @@ class FFNRouter(Method):
         score = context.evaluate(self.networks[place], hidden.detach())[..., 0]
         if not self.samples(context):
             self.note_scores(score - self.thresholds[place], context)
-            return Gate.of_plan((score > self.limits[place])[None], context, "project")[0]
+            return Gate.of_plan((score > context.states[self.name][place])[None], context, "project")[0]
         threshold = self._quantile(place, score, context)
         keep = score > threshold
-        soft = torch.sigmoid((score - threshold) / self.config.backward_temperature)
+        margin = (score - threshold) / self.config.backward_temperature
+        soft = torch.sigmoid(margin)
         weight = (keep.float() + soft - soft.detach()) * context.token_mask
-        context.notes.setdefault(self.name, {})[layer_idx] = (score, soft)
+        context.notes.setdefault(self.name, {})[layer_idx] = (score, margin)
         return Gate.of_plan(keep[None], context, "project", weight[None])[0]
 
     @torch.no_grad()
@@ -133,8 +133,10 @@ class FFNRouter(Method):
         if not notes:
             return {}
         score = torch.stack([score[context.token_mask] for score, _ in notes.values()])  # (layers, N)
-        soft = torch.stack([soft[context.token_mask] for _, soft in notes.values()])
-        entropy = F.binary_cross_entropy(soft, soft)
+        margin = torch.stack([margin[context.token_mask] for _, margin in notes.values()])
+        soft = torch.sigmoid(margin)
+        # Of the logits: from a probability that has rounded to 0 or 1 it has no gradient.
+        entropy = (F.softplus(margin) - margin * soft).mean()
         return {
             "z_loss": self.config.z_loss_weight * F.softplus(score).square().mean(),
             "entropy": -self.config.entropy_weight * entropy,

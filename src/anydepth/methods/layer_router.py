@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -104,6 +105,21 @@ class LayerRouterConfig(StrictConfig):
         return self
 
 
+@dataclass
+class RouterState:
+    """What one forward decides.
+
+    Attributes:
+        pool_tokens: first tokens of a sequence that its plan is made from, where it has one.
+        is_pooling: whether some tokens of this forward are among those.
+        gates: of the routed layers, once the router has read.
+    """
+
+    pool_tokens: int = 0
+    is_pooling: bool = True
+    gates: list[Gate] = field(default_factory=list)
+
+
 class LayerRouter(Method):
     """Decides, after `always_keep` layers or from the embeddings, which of the layers behind them are run."""
 
@@ -131,9 +147,6 @@ class LayerRouter(Method):
         check_layers(config.initial_skip_layers, self.num_layers, "initial_skip_layers")
         self.backward_temperature = config.backward_temperature
         self.learns_by_policy = config.estimator == "reinforce"
-        self.gates: list[Gate] = []
-        self.pool_tokens = config.pool_tokens
-        self.is_pooling = True
         self.pinned: Tensor | None = None
         self.network: GateNetwork | None = None
         if config.router == "learned":
@@ -152,16 +165,15 @@ class LayerRouter(Method):
     def remembers(self) -> bool:
         return self.config.granularity == "sequence"
 
-    def begin(self, context: PassContext) -> None:
-        self.gates = []
+    def begin(self, context: PassContext) -> RouterState:
         if self.config.granularity == "token":
-            return
-        self.pool_tokens = self.config.pool_tokens
+            return RouterState()
+        pool_tokens = self.config.pool_tokens
         if self.samples(context):  # a split point between half and twice as many
             drawn = torch.rand((), generator=self.generator).item()
             longest = max(context.token_mask.shape[1] - 1, 1)
-            self.pool_tokens = max(min(round(self.config.pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
-        self.is_pooling = bool((context.positions < self.pool_tokens).any())
+            pool_tokens = max(min(round(pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
+        return RouterState(pool_tokens, bool((context.positions < pool_tokens).any()))
 
     @property
     def kv_rule(self) -> KVRule:
@@ -191,13 +203,14 @@ class LayerRouter(Method):
         logits = context.memory.recall(f"{self.name}/logits", known)
         return logits.T[..., None].expand(-1, *context.positions.shape)
 
-    def reads_state(self, layer_idx: int) -> bool:
-        return layer_idx == self.read_at and self.is_pooling
+    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
+        return layer_idx == self.read_at and context.states[self.name].is_pooling
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        state = context.states[self.name]
         if layer_idx == self.read_at:
-            self.gates = self._plan(hidden, context)
-        return self.gates[layer_idx - self.config.always_keep] if layer_idx >= self.config.always_keep else None
+            state.gates = self._plan(hidden, context)
+        return state.gates[layer_idx - self.config.always_keep] if layer_idx >= self.config.always_keep else None
 
     @contextmanager
     def pinning(self, keep: Tensor) -> Iterator[None]:
@@ -219,7 +232,8 @@ class LayerRouter(Method):
         if self.config.granularity == "token":
             logits, free = context.evaluate(self.network, hidden.detach()).movedim(-1, 0), None
         else:
-            logits, free = self._pooled_logits(hidden.detach(), context), context.positions < self.pool_tokens
+            logits = self._pooled_logits(hidden.detach(), context)
+            free = context.positions < context.states[self.name].pool_tokens
         notes = context.notes.setdefault(self.name, {})
         if not self.samples(context):
             self.note_scores(logits, context)
@@ -249,12 +263,13 @@ class LayerRouter(Method):
         They mean nothing before those are all there; until then no gate is closed.
         """
         assert self.network is not None
+        state = context.states[self.name]
         known = torch.zeros(len(hidden), len(self.routed), device=hidden.device)
-        if not self.is_pooling:  # all of these sequences had theirs
+        if not state.is_pooling:  # all of these sequences had theirs
             return context.memory.recall(f"{self.name}/logits", known).T[..., None]
-        pool = hidden.new_zeros(len(hidden), self.pool_tokens, hidden.shape[-1], dtype=torch.float32)
+        pool = hidden.new_zeros(len(hidden), state.pool_tokens, hidden.shape[-1], dtype=torch.float32)
         pool = context.memory.recall(f"{self.name}/pool", pool).clone()
-        rows, columns = ((context.positions < self.pool_tokens) & context.token_mask).nonzero(as_tuple=True)
+        rows, columns = ((context.positions < state.pool_tokens) & context.token_mask).nonzero(as_tuple=True)
         pool[rows, context.positions[rows, columns]] = hidden[rows, columns].float()
         mean = pool.mean(1, keepdim=True)
         if self.config.granularity == "batch" and self.samples(context):

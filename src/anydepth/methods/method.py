@@ -35,6 +35,7 @@ class PassContext:
         token_mask: (B, T) bool, real tokens (padding is False).
         positions: (B, T) int, place of each token among the real tokens of its row, earlier forwards included.
         training: whether decisions may be sampled.
+        states: what belongs to this forward alone, by method name: what their `begin` gave.
         notes: what methods keep of this forward for their losses, by method name.
         evaluate: logits of a method's network for states; an engine may have a faster way than the network's own.
         memory: what methods remember of these sequences from earlier forwards.
@@ -44,10 +45,16 @@ class PassContext:
     token_mask: Tensor
     positions: Tensor
     training: bool
+    states: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     evaluate: Evaluate = GateNetwork.__call__
     memory: Memory = field(default_factory=lambda: Memory())
     logits_of: LogitsOf | None = None
+
+    def begin(self, methods: Sequence[Method]) -> None:
+        """Let methods prepare what belongs to this forward."""
+        for method in methods:
+            self.states[method.name] = method.begin(self)
 
 
 @dataclass(frozen=True)
@@ -344,10 +351,14 @@ class Method(nn.Module):
     def set_progress(self, progress: float, step: int = 0) -> None:
         """Step the schedules of the config to `progress` in [0, 1] of training, optimiser step `step`."""
 
-    def begin(self, context: PassContext) -> None:
-        """Called once per forward, before the first layer."""
+    def begin(self, context: PassContext) -> Any:
+        """Return what belongs to this forward alone; hooks find it in `context.states`, by the method's name.
 
-    def reads_state(self, layer_idx: int) -> bool:
+        Called once per forward, before the first layer. Nothing of a forward is kept on the method: other threads run
+        it at the same time, and backward may run a layer again after later forwards.
+        """
+
+    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
         """Whether gates of this layer depend on the states they are asked with.
 
         False: the answer is known before the layers in front of it have run, and the states given may be older ones;

@@ -106,7 +106,6 @@ class MixerRouter(Method):
                 GateNetwork(size, (), torch.full((count,), config.initial_bias), generator) for count in outputs
             )
         self.backward_temperature = config.backward_temperature
-        self.choices: dict[int, Choice] = {}
 
     def set_progress(self, progress: float, step: int = 0) -> None:
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
@@ -119,31 +118,31 @@ class MixerRouter(Method):
     def kv_rule(self) -> KVRule:
         return "project" if self.config.state == "all" else "omit"
 
-    def begin(self, context: PassContext) -> None:
-        self.choices = {}
+    def begin(self, context: PassContext) -> dict[int, Choice]:
+        return {}
 
     def mixer_choice(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Choice | None:
+        choices = context.states[self.name]
         if self.config.router == "learned":
             if self.config.reads == "sequential" and layer_idx in self.routed:
-                self._decide([layer_idx], self.routed.index(layer_idx), hidden, context)
+                choices.update(self._decide([layer_idx], self.routed.index(layer_idx), hidden, context))
             elif self.config.reads == "parallel" and layer_idx == READ_AT:
-                self._decide(self.routed, 0, hidden, context)
-        elif layer_idx in self.routed and not self.choices:
+                choices.update(self._decide(self.routed, 0, hidden, context))
+        elif layer_idx in self.routed and not choices:
             scores = self.config.rate - uniform_by_place(context.positions, self.routed, self.config.seed)
-            self._choose(self.routed, Gate.of_plan(scores > 0, context, self.kv_rule), None)
-        return self.choices.get(layer_idx)
+            choices.update(self._choices(self.routed, Gate.of_plan(scores > 0, context, self.kv_rule), None))
+        return choices.get(layer_idx)
 
     # --- decisions -----------------------------------------------------------------------------------------------
 
-    def _decide(self, layers: list[int], number: int, hidden: Tensor, context: PassContext) -> None:
-        """Choices of some layers by one router, from (B, T, D) states."""
+    def _decide(self, layers: list[int], number: int, hidden: Tensor, context: PassContext) -> dict[int, Choice]:
+        """Return the choices of some layers by one router, from (B, T, D) states."""
         network = self.networks[number]
         assert isinstance(network, GateNetwork)
         logits = context.evaluate(network, hidden.detach()).movedim(-1, 0)  # (G, B, T)
         if not self.samples(context):
             self.note_scores(logits, context)
-            self._choose(layers, Gate.of_plan(logits > self.config.threshold, context, self.kv_rule), None)
-            return
+            return self._choices(layers, Gate.of_plan(logits > self.config.threshold, context, self.kv_rule), None)
         margin = logits - self.config.threshold
         noisy = margin + self.logistic_noise(logits, context, number)
         keep = noisy > 0
@@ -153,12 +152,14 @@ class MixerRouter(Method):
         if self.config.state == "routed":  # a mixer has no output for tokens that it does not see
             weights, others = weights * keep, others * ~keep
         context.notes.setdefault(self.name, {})[number] = (keep.float() + soft - soft.detach(), torch.sigmoid(margin))
-        self._choose(layers, Gate.of_plan(keep, context, self.kv_rule, weights), others)
+        return self._choices(layers, Gate.of_plan(keep, context, self.kv_rule, weights), others)
 
-    def _choose(self, layers: list[int], gates: list[Gate], others: Tensor | None) -> None:
+    def _choices(self, layers: list[int], gates: list[Gate], others: Tensor | None) -> dict[int, Choice]:
         each = [None] * len(layers) if others is None else others.unbind()
-        for layer_idx, gate, weight in zip(layers, gates, each, strict=True):
-            self.choices[layer_idx] = Choice(gate, self.mixers[str(layer_idx)], weight)
+        return {
+            layer_idx: Choice(gate, self.mixers[str(layer_idx)], weight)
+            for layer_idx, gate, weight in zip(layers, gates, each, strict=True)
+        }
 
     # --- losses --------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class MixtureOfDepths(Method):
     def kv_rule(self) -> KVRule:
         return self.config.kv_rule
 
-    def reads_state(self, layer_idx: int) -> bool:
+    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
         return layer_idx in self.routers
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:

@@ -39,7 +39,6 @@ class SkipSet(Method):
         for option in ("skip_layers", "skip_mixers", "skip_ffns"):
             check_layers(getattr(config, option), self.num_layers, option)
         self.choose(config.skip_layers, config.skip_mixers, config.skip_ffns)
-        self.closed: Gate | None = None
 
     def choose(self, layers: Iterable[int], mixers: Iterable[int] = (), ffns: Iterable[int] = ()) -> None:
         """Leave out these from now on; how a search tries one candidate after the other."""
@@ -52,21 +51,21 @@ class SkipSet(Method):
             closed_layers=self.closed_layers, closed_mixers=self.closed_mixers, closed_ffns=self.closed_ffns
         )
 
-    def reads_state(self, layer_idx: int) -> bool:
+    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
         return False
 
     def rules(self) -> Rules:
         return self.closed_rules
 
-    def begin(self, context: PassContext) -> None:
+    def begin(self, context: PassContext) -> Gate:
         # No token ever runs the branch, so its K/V would never be read: `omit`.
-        self.closed = Gate.closed(context, "omit")
+        return Gate.closed(context, "omit")
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self.closed if layer_idx in self.closed_layers else None
+        return context.states[self.name] if layer_idx in self.closed_layers else None
 
     def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self.closed if layer_idx in self.closed_mixers else None
+        return context.states[self.name] if layer_idx in self.closed_mixers else None
 
     def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self.closed if layer_idx in self.closed_ffns else None
+        return context.states[self.name] if layer_idx in self.closed_ffns else None

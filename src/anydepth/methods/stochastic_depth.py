@@ -43,7 +43,6 @@ class StochasticDepth(Method):
     def __init__(self, config: StochasticDepthConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.progress = 1.0
-        self.gates: list[Gate] = []
 
     def set_progress(self, progress: float, step: int = 0) -> None:
         self.progress = progress
@@ -60,10 +59,9 @@ class StochasticDepth(Method):
         shape = shapes[self.config.schedule]
         return [self.config.max_probability * scale * shape(layer_idx) for layer_idx in range(self.num_layers)]
 
-    def begin(self, context: PassContext) -> None:
-        self.gates = []
+    def begin(self, context: PassContext) -> list[Gate] | None:
         if not self.samples(context):
-            return
+            return None
         batch_size, num_tokens = context.token_mask.shape
         if self.config.per == "batch":
             drawn = torch.rand(self.num_layers, 1, generator=self.generator)
@@ -72,13 +70,14 @@ class StochasticDepth(Method):
         keep = drawn >= torch.tensor(self.probabilities())[:, None]
         keep = keep[:, :, None].expand(-1, batch_size, num_tokens).to(context.token_mask.device)
         # A dropped row drops whole: no later token of it runs the layer, so no K/V is needed there.
-        self.gates = Gate.of_plan(keep, context, "omit")
+        return Gate.of_plan(keep, context, "omit")
 
     def rules(self) -> Rules:
         return self.keep_rules(None, Rules)  # at inference everybody runs
 
-    def reads_state(self, layer_idx: int) -> bool:
+    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
         return False
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self.gates[layer_idx] if self.gates else None
+        gates = context.states[self.name]
+        return None if gates is None else gates[layer_idx]

@@ -29,6 +29,7 @@ Rotation = tuple[Tensor, Tensor]
 class Family:
     """Names of one model family. Where several are given, the first that the layer has is taken.
 
+    `restarts_at_switch`: the model reads the sequence anew when its rotary embedding switches to long sequences.
     `mixer_out` and `ffn_out` name the module whose output is what the branch adds to the residual stream;
     `ffn_in` the first module that sees the residual stream on behalf of the FFN; `kv_norm` the norm between the
     residual stream and the K/V projection.
@@ -46,6 +47,22 @@ class Family:
     cache_argument: str = "past_key_values"
     fused_qkv: bool = False
     returns_tuple: bool = False
+    restarts_at_switch: bool = False
+
+
+@dataclass(frozen=True)
+class RotarySwitch:
+    """Where the rotary embedding of a model changes for all tokens at once, because the sequence has grown.
+
+    Attributes:
+        length: tokens of the longest sequence before the change.
+        again: whether it changes with every further token, too (`dynamic`).
+        restarts: whether the model then reads the whole sequence anew (Phi-3).
+    """
+
+    length: int
+    again: bool
+    restarts: bool
 
 
 LLAMA_LIKE = Family()
@@ -60,7 +77,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE,
     "smollm3": LLAMA_LIKE,
-    "phi3": Family(fused_qkv=True),
+    "phi3": Family(fused_qkv=True, restarts_at_switch=True),
     "gemma2": GEMMA_LIKE,
     "gemma3_text": GEMMA_LIKE,
     "olmo2": Family(
@@ -303,6 +320,21 @@ class Backbone:
             logits = F.linear(states, head.weight[vocabulary], None if bias is None else bias[vocabulary])
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def rotary_switch(self) -> RotarySwitch | None:
+        """Where the rotary embedding depends on the length of the sequence; None: it never does."""
+        config: Any = self.model.config
+        parameters: Any = getattr(config, "rope_parameters", None) or {}
+        kinds = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
+        found = []
+        for kind in kinds:
+            if kind.get("rope_type") == "longrope":
+                length = kind.get("original_max_position_embeddings") or config.original_max_position_embeddings
+                found.append(RotarySwitch(length, again=False, restarts=self.family.restarts_at_switch))
+            elif kind.get("rope_type") == "dynamic":
+                found.append(RotarySwitch(config.max_position_embeddings, again=True, restarts=False))
+        return min(found, key=lambda switch: switch.length, default=None)
 
     @property
     def attention_implementation(self) -> str:

@@ -5,6 +5,7 @@ Options, logits processors, stop rules and streamers are transformers' own; this
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ from anydepth.methods.method import Method
 class FastEngine:
     """The fast engine of an adapted model: `engine.generate(...)` for `adapted.generate(...)`.
 
-    Holds the weights a second time, packed; weights that change later (training, a LoRA adapter) are not seen.
+    Holds the weights a second time, packed; weights that change later (training, a LoRA adapter) are not seen. Threads
+    take turns, one generation at a time: kernels and drafters have one scratch memory, and all cores anyway.
 
     Args:
         weights: float32, bfloat16, float16, int8 or int4; None is the model's own precision.
@@ -53,6 +55,7 @@ class FastEngine:
         self.adapted = adapted
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
         self.drafting: Setup | None = None
+        self.turn = threading.RLock()
 
     def trained(self, network: DraftNetwork) -> Trained:
         """A drafter that runs a trained network beside these weights."""
@@ -60,11 +63,16 @@ class FastEngine:
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' `generate`, its decoding loop done here. Greedy and sampling, any batch, left padding."""
-        return generate_by(self._decode, self.adapted, *args, **kwargs)
+        with self.turn:
+            return generate_by(self._decode, self.adapted, *args, **kwargs)
 
-    @torch.no_grad()
     def logits(self, token_ids: Tensor) -> Tensor:
         """(T, V) of one sequence of (T,) tokens, in one prefill."""
+        with self.turn:
+            return self._logits(token_ids)
+
+    @torch.no_grad()
+    def _logits(self, token_ids: Tensor) -> Tensor:
         cache, methods = self.model.new_cache(1), self.adapted.active_methods
         hidden, record = self.model.forward(token_ids[None], [cache.take_slot()], cache, methods)
         record.head_rows = len(token_ids)
@@ -138,7 +146,7 @@ class FastEngine:
         assert method is not None
         self.drafting = setup_of(adapted, self.drafting, self.model.exit_logits, self.trained)
         target = EngineTarget(self.model, len(input_ids), [] if method.network is None else method.network.taps)
-        ids, adapted.draft_counts = decode(target, self.drafting, input_ids, attention_mask, *arguments)
+        ids, adapted.calls.draft_counts = decode(target, self.drafting, input_ids, attention_mask, *arguments)
         adapted.records = records_of(ids, attention_mask, input_ids.shape[1], len(self.model.layers))
         return ids
 

@@ -37,15 +37,16 @@ class ExitPass:
 
     def run(self) -> Tensor:
         """(B·T, D) states behind the last layer, of tokens that left those that they left with."""
-        self.method.begin(self.step.run.context)
+        context = self.step.run.context
+        context.begin([self.method])
         output, first, gate = None, 0, None
         for layer_idx in range(len(self.model.layers)):
-            if not self.method.reads_state(layer_idx):
+            if not self.method.reads_state(layer_idx, context):
                 continue
             self._segment(first, layer_idx, gate)
             first, came = layer_idx, gate
             hidden = torch.stack(self.states)
-            gate = self.method.layer_gate(layer_idx, hidden, self.step.run.context)
+            gate = self.method.layer_gate(layer_idx, hidden, context)
             if gate is None:
                 continue
             output = hidden if output is None or came is None else torch.where(came.keep[..., None], hidden, output)

@@ -77,14 +77,14 @@ class Step(RowPass):
             if not kept.decisions.are_none:
                 self.record = kept.noted(self.record)
             return states
-        for method in self.methods:
-            method.begin(self.run.context)
+        if self.methods:
+            self.run.context.begin(self.methods)
         states = []
         for layer_idx, (layer, kv) in enumerate(zip(layers, caches, strict=True), first):
             if layer_idx in stops:
                 hidden = self._run_span(hidden)
                 states.append(hidden)
-            reads_state = any(method.reads_state(layer_idx) for method in self.methods)
+            reads_state = any(method.reads_state(layer_idx, self.run.context) for method in self.methods)
             if reads_state:
                 hidden = self._run_span(hidden)
             gate, mixer_gate = self._ask_mixer(layer_idx, hidden)
