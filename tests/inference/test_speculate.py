@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import anydepth
 import families
@@ -526,3 +533,129 @@ def test_modes_that_it_has_not_are_refused() -> None:
     for runner in (adapted, FastEngine(adapted)):
         with pytest.raises(UserError, match="greedily or samples"):
             runner.generate(**prompts(1), max_new_tokens=4, num_beams=2)
+
+
+# --- rotary embeddings that depend on the length of the sequence ---------------------------------------------
+
+
+def of_growing_rotary(kind: str) -> Any:
+    """A model whose rotary embedding changes at 24 tokens."""
+    config = families.CONFIGS["phi3" if kind == "longrope" else "llama"]()
+    if kind == "longrope":
+        config.original_max_position_embeddings = 24
+        scaling = {
+            "short_factor": [1.0] * 4,
+            "long_factor": [3.0, 5.0, 7.0, 9.0],
+            "original_max_position_embeddings": 24,
+        }
+        config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0, **scaling}
+    else:
+        config.max_position_embeddings = 24
+        config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    family = config.model_type
+    before, families.CONFIGS[family] = families.CONFIGS[family], lambda: config
+    try:
+        return families.build(family)
+    finally:
+        families.CONFIGS[family] = before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drafter", ["lookup", "first layers", "router, project"])
+@pytest.mark.parametrize("length", [12, 24, 25])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_embeddings_that_change_with_the_length(kind: str, length: int, drafter: str) -> None:
+    """C4: a pass never spans the change; the right tokens are those of stock transformers."""
+    ids = families.token_ids(1, length)
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = of_growing_rotary(kind).generate(ids, **options)
+    adapted = anydepth.attach(of_growing_rotary(kind), DRAFTERS[drafter])
+    assert torch.equal(adapted.generate(ids, **options), wanted)
+
+
+@torch.no_grad()
+def test_skipping_across_the_change_of_rotary_embeddings() -> None:
+    """C4, without drafts: a cache of ours is read anew where the model asks for it, too."""
+    ids = families.token_ids(1, 20)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    shallow = of_growing_rotary("longrope")
+    del shallow.model.layers[3]
+    for number, layer in enumerate(shallow.model.layers):
+        layer.self_attn.layer_idx = number
+    shallow.config.num_hidden_layers = 4
+    adapted = anydepth.attach(of_growing_rotary("longrope"), {"name": "skip_set", "skip_layers": [3]})
+    assert torch.equal(adapted.generate(ids, **options), shallow.generate(ids, **options))
+
+
+# --- logits processors that keep a state ---------------------------------------------------------------------
+
+
+class Counting(LogitsProcessor):
+    """Wants another token each time that it is asked, as a grammar does."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.num_calls += 1
+        self.lengths.append(input_ids.shape[1])
+        scores = scores.clone()
+        scores[:, 3 + 7 * self.num_calls % 90 :: 5] += 4.0
+        return scores
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["hf", "fast"])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("drafter", ["lookup", "first layers", "everything"])
+def test_processors_with_a_state_are_asked_once_a_token(drafter: str, sampled: bool, path: str) -> None:
+    """C7: a logits processor is called for each token that is taken, in order, as transformers calls it."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS[drafter])
+    runner: Any = FastEngine(adapted) if path == "fast" else adapted
+    found = []
+    for full_depth in (True, False):
+        processor = Counting()
+        with adapted.disabled() if full_depth else contextlib.nullcontext():
+            torch.manual_seed(3)
+            ids = runner.generate(
+                **prompts(1), max_new_tokens=20, do_sample=sampled, pad_token_id=0, eos_token_id=None,
+                logits_processor=LogitsProcessorList([processor]),
+            )  # fmt: skip
+        found.append((ids.tolist(), processor.num_calls, processor.lengths))
+    assert found[0] == found[1]
+    assert found[1][1] == 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_a_users_prefix_function_is_asked_once_a_token(path: str) -> None:
+    """C7, a function: `prefix_allowed_tokens_fn` may keep a state as well."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
+    runner: Any = FastEngine(adapted) if path == "fast" else adapted
+    found = []
+    for full_depth in (True, False):
+        asked = itertools.count()
+
+        def allowed(_: int, __: Tensor, asked: Any = asked) -> list[int]:
+            start = next(asked) * 11 % 200
+            return list(range(start + 3, start + 40))
+
+        with adapted.disabled() if full_depth else contextlib.nullcontext():
+            ids = runner.generate(
+                **prompts(1), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None,
+                prefix_allowed_tokens_fn=allowed,
+            )  # fmt: skip
+        found.append((ids.tolist(), next(asked)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_processors_with_a_state_and_several_rows_are_refused(path: str) -> None:
+    """C7, a batch: rows that draft are at different tokens, which such a processor cannot follow."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["lookup"])
+    runner: Any = FastEngine(adapted) if path == "fast" else adapted
+    with pytest.raises(UserError, match="Counting may keep a state"):
+        runner.generate(
+            **prompts(2), max_new_tokens=5, pad_token_id=0, logits_processor=LogitsProcessorList([Counting()])
+        )

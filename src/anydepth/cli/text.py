@@ -49,7 +49,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Text, with the depth of every token."""
-    from anydepth.inference.engine import choose
+    from anydepth.inference.engine import choose, verifies_bitwise
     from anydepth.inference.generate import generate as write
     from anydepth.measure.results import document
     from anydepth.training.checkpoint import load_target
@@ -63,6 +63,11 @@ def generate(
             target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
         )
         fast = choose(adapted, engine, weights, printer.progress, compiled=compiled)
+    if adapted.speculation is not None and not verifies_bitwise(adapted, fast):
+        printer.progress(
+            "verified by transformers' operators, where rounding can decide a near tie otherwise than at full depth; "
+            "for the same tokens in any case: --dtype float32, or --engine fast"
+        )
     shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "engine": fast}
     with printer.busy("writing …"):
         fields = write(adapted, tokenizer, text, **shared)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import logits_process
 
+from anydepth.errors import UserError
 from anydepth.inference.targets import Row
 
 GREEDY = 1e-5
@@ -64,11 +66,26 @@ class Noise:
             torch.set_rng_state(state)
 
 
+STATELESS = {
+    name
+    for name, part in vars(logits_process).items()
+    if name.endswith("LogitsProcessor") and isinstance(part, type) and name != "PrefixConstrainedLogitsProcessor"
+} | {name for name in vars(logits_process) if name.endswith("LogitsWarper")}
+"""transformers' own classes whose scores depend on their arguments alone; the one left out asks a user's function."""
+
+
+def is_stateless(processor: Any) -> bool:
+    """Whether a logits processor is known to give the same scores however often it is asked."""
+    kind = type(processor)
+    return kind.__module__ == logits_process.__name__ and kind.__name__ in STATELESS
+
+
 class NextToken:
     """The next token out of logits.
 
     Args:
-        processors: transformers' own. What they give may depend on their arguments alone: drafts ask them too.
+        processors: transformers' own or a user's. Those that may keep a state, such as a grammar, are asked once for
+            each token that is taken, in order, and never for drafts.
         num_rows: of the batch; noise is drawn for all of them, as there.
         vocabulary_size: of the model.
     """
@@ -83,6 +100,13 @@ class NextToken:
         sampling: bool,
     ) -> None:
         self.processors, self.num_rows, self.sampling = processors, num_rows, sampling
+        self.for_drafts = LogitsProcessorList(part for part in processors if is_stateless(part))
+        if num_rows > 1 and len(self.for_drafts) < len(processors):
+            name = next(type(part).__name__ for part in processors if not is_stateless(part))
+            raise UserError(
+                f"{name} may keep a state, and rows that draft are at different tokens; generate them one by one, or "
+                "at full depth (adapted.disabled())"
+            )
         self.vocabulary_size = vocabulary_size
         self.noise = Noise(num_rows, device)
 
@@ -91,13 +115,14 @@ class NextToken:
         """Whether the largest of the logits is all there is to it."""
         return not self.processors and not self.sampling
 
-    def scores(self, row: Row, ids: Sequence[int], logits: Tensor) -> Tensor:
-        """(V,) behind `ids`, which begin as the row's."""
-        if not self.processors:
+    def scores(self, row: Row, ids: Sequence[int], logits: Tensor, *, is_draft: bool = False) -> Tensor:
+        """Return the processed logits (V,) after `ids`, which begin as the row's."""
+        processors = self.for_drafts if is_draft else self.processors
+        if not processors:
             return logits.float()
         # Some know their batch: they get the row in its place among copies of itself.
         so_far: Any = torch.tensor([ids], device=logits.device).expand(self.num_rows, -1)
-        return self.processors(so_far, logits[None].float().repeat(self.num_rows, 1))[row.slot]
+        return processors(so_far, logits[None].float().repeat(self.num_rows, 1))[row.slot]
 
     def token(self, row: Row, ids: Sequence[int], scores: Tensor) -> int:
         """The one behind `ids`, which begin as the row's."""
@@ -119,7 +144,7 @@ class NextToken:
                 whole = part.new_full((self.vocabulary_size,), float("-inf"))
                 part = whole.index_copy(0, vocabulary.to(part.device), part)
             ids = [*row.ids, *row.draft]
-            scores = self.scores(row, ids, part)
+            scores = self.scores(row, ids, part, is_draft=True)
             tokens.append(self.token(row, ids, scores))
             shares.append(scores.softmax(-1)[tokens[-1]].item())
         return tokens, shares

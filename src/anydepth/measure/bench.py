@@ -19,6 +19,7 @@ from anydepth.errors import RunError, UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
+from anydepth.inference.engine import verifies_bitwise
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.generate import check_window
 from anydepth.inference.speculate import Counts
@@ -223,8 +224,7 @@ def _row(
 
 def _check_lossless(adapted: AdaptedModel, pairs: list[Pair], engine: Engine) -> None:
     """Raise `RunError` where drafts changed the text. Without our kernels, a near tie in half precision may."""
-    rounds_alike = engine is not None and engine.model.why_not_native is None
-    if adapted.speculation is None or (not rounds_alike and adapted.dtype != torch.float32):
+    if adapted.speculation is None or not verifies_bitwise(adapted, engine):
         return
     for number, pair in enumerate(pairs):
         if not torch.equal(pair.full.token_ids, pair.ours.token_ids):

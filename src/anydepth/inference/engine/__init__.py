@@ -51,3 +51,14 @@ def choose(
     if fast.model.why_not_native is not None and not compiled:
         say(f"engine fast, by PyTorch's own operators, slower: {fast.model.why_not_native}")
     return fast
+
+
+def verifies_bitwise(adapted: AdaptedModel, engine: FastEngine | None) -> bool:
+    """Return whether drafts cannot change a token: logits of a verification are those of a plain step, near enough.
+
+    The kernels give the same bits for one token and for several; other operators do not, which in float32 decides
+    exact ties alone, in half precision near ties as well.
+    """
+    import torch
+
+    return adapted.dtype == torch.float32 or (engine is not None and engine.model.why_not_native is None)
