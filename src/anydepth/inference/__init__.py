@@ -1,1 +1,1 @@
-"""Running an adapted model: generation, and (issue 3) the fast engine."""
+"""Generation with an adapted model: drafting and verifying, and the fast engine."""
