@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from anydepth.execution.trace import Trace
 from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.plain import running_modules
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def weight_bytes(module: nn.Module) -> int:
 def _linear_flops(module: nn.Module) -> int:
     """FLOPs per token of all linear maps in a module (4-bit weights are packed: count by features)."""
     total = 0
-    for child in module.modules():
+    for child in running_modules(module):
         if isinstance(child, nn.Linear):
             total += 2 * child.in_features * child.out_features
         elif isinstance(child, Conv1D):

@@ -14,7 +14,7 @@ from anydepth.methods import METHODS
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.delta_rule import build_delta_rule, matched_shape
-from anydepth.models.llama_like import check_runs
+from anydepth.models.llama_like import head_weights, read_layers
 
 
 def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
 
 def _fast_engine(backbone: Backbone) -> str:
     try:
-        check_runs(backbone)
+        read_layers(backbone)
+        head_weights(backbone)
     except UserError as error:
         return f"does not apply: {error}"
     return "applies"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.plain import chosen_module, plain_module, plain_state
 
 
 class DraftNetwork(nn.Module):
@@ -43,8 +44,8 @@ class DraftNetwork(nn.Module):
         self.taps = taps
         self.read = nn.Linear(len(taps) * size, size, bias=False)
         self.join = nn.Linear(2 * size, size, bias=False)
-        self.layer: nn.Module = type(last)(config, layer_idx=0).float()
-        self.norm = copy.deepcopy(backbone.final_norm).float()
+        self.layer: nn.Module = type(chosen_module(last))(config, layer_idx=0).float()
+        self.norm = copy.deepcopy(plain_module(backbone.final_norm)).float()
         self.register_buffer("vocabulary", torch.arange(vocabulary_size))
         self._start_from(backbone, generator)
 
@@ -52,7 +53,7 @@ class DraftNetwork(nn.Module):
     def _start_from(self, backbone: Backbone, generator: torch.Generator | None) -> None:
         """The model's last layer, fed by the last of the states and a little by the embedding."""
         last = backbone.layers[-1].module
-        self.layer.load_state_dict({name: value.float() for name, value in last.state_dict().items()})
+        self.layer.load_state_dict({name: value.float() for name, value in plain_state(last).items()})
         size = backbone.hidden_size
         self.read.weight.zero_()
         self.read.weight[:, -size:] = torch.eye(size)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
+from anydepth.models.plain import check_adapters, chosen_module
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -220,7 +221,7 @@ class LayerView:
         keys = keys.transpose(1, 2)
         if rotation is not None and getattr(attention, "use_rope", True):
             # The family's own rotation; it wants queries too, one head of keys is the cheapest stand-in.
-            rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+            rotate = sys.modules[type(chosen_module(attention)).__module__].apply_rotary_pos_emb
             keys = rotate(keys[:, :1], keys, *rotation)[1]
         return keys, values
 
@@ -252,6 +253,7 @@ class Backbone:
     """The structural view of a causal LM. Raises `UserError` with the list of families for any other model."""
 
     def __init__(self, model: nn.Module) -> None:
+        check_adapters(model)
         causal_lm = unwrap(model)
         self.model = causal_lm
         self.family_name = getattr(getattr(causal_lm, "config", None), "model_type", type(model).__name__)
@@ -288,8 +290,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        embedding: Any = getattr(self.decoder, self.family.embedding)
-        return embedding.weight.device
+        return next(self.decoder.get_submodule(self.family.embedding).parameters()).device
 
     @property
     def head(self) -> nn.Module:
@@ -312,12 +313,14 @@ class Backbone:
         states = self.final_norm(states)
         project_out = getattr(self.decoder, "project_out", None)  # of some OPT models
         states = states if project_out is None else project_out(states)
+        head = chosen_module(self.head)
         if vocabulary is None:
             logits = self.head(states)
-        else:
-            head: Any = self.head
-            bias = getattr(head, "bias", None)
-            logits = F.linear(states, head.weight[vocabulary], None if bias is None else bias[vocabulary])
+        elif type(head) is nn.Linear:
+            bias = None if head.bias is None else head.bias[vocabulary]
+            logits = F.linear(states, head.weight[vocabulary], bias)
+        else:  # with an adapter, whose effect on some rows alone only the adapter knows
+            logits = self.head(states)[..., vocabulary]
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

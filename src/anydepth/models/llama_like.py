@@ -5,7 +5,6 @@ Beside `backbone.py` the only file that knows Hugging Face attribute names.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from anydepth.errors import UserError
 from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.plain import base_module, chosen_module, plain_module
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3")
 
@@ -69,8 +69,12 @@ class LayerParts:
     activation: str
 
 
-def check_runs(backbone: Backbone) -> None:
-    """Raise `UserError` with the reason unless `layer_parts` can read this model."""
+def read_layers(backbone: Backbone) -> list[LayerParts]:
+    """Return the parts of every layer.
+
+    Raises:
+        UserError: a model that an engine cannot run from its weights alone; the message says why.
+    """
     if backbone.family_name not in FAMILIES:
         raise UserError(
             f"the fast engine does not run {backbone.family_name}; it runs {', '.join(FAMILIES)}; use engine hf"
@@ -80,8 +84,7 @@ def check_runs(backbone: Backbone) -> None:
             f"the fast engine's rotations are the same for sequences of every length, those of this model ({kind}) are "
             "not; use engine hf"
         )
-    for view in backbone.layers:
-        layer_parts(view)
+    return [layer_parts(view) for view in backbone.layers]
 
 
 def _rotation_kinds(config: Any) -> set[str]:
@@ -96,10 +99,12 @@ def layer_parts(view: LayerView) -> LayerParts:
     """The parts of a layer of one of `FAMILIES`.
 
     Raises:
-        UserError: a map that is neither a plain `nn.Linear` nor one with a LoRA adapter (quantised ones, for example).
+        UserError: a map that is neither a plain `nn.Linear` nor one with an adapter that can be folded into it
+            (quantised ones, for example).
     """
-    attention: Any = view.mixer
-    mlp: Any = view.module.get_submodule("mlp")
+    attention: Any = chosen_module(view.mixer)
+    whole_mlp = view.module.get_submodule("mlp")
+    mlp: Any = chosen_module(whole_mlp)
     config = attention.config
     num_heads, num_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
     if hasattr(attention, "qkv_proj"):
@@ -123,8 +128,8 @@ def layer_parts(view: LayerView) -> LayerParts:
         down=_weights(mlp.down_proj),
         mixer_norm=_norm(view.kv_norm),
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
-        ffn_norm=None if view.ffn_in is mlp else _norm(view.ffn_in),
-        ffn_out_norm=None if view.ffn_out is mlp else _norm(view.ffn_out),
+        ffn_norm=None if view.ffn_in is whole_mlp else _norm(view.ffn_in),
+        ffn_out_norm=None if view.ffn_out is whole_mlp else _norm(view.ffn_out),
         query_norm=_norm(getattr(attention, "q_norm", None)),
         key_norm=_norm(getattr(attention, "k_norm", None)),
         num_heads=num_heads,
@@ -173,6 +178,15 @@ def final_norm(backbone: Backbone) -> Norm:
     return norm_of(backbone.final_norm)
 
 
+def head_weights(backbone: Backbone) -> Weights:
+    """Return the head's weight (V, D) and bias, adapters folded in.
+
+    Raises:
+        UserError: as `layer_parts`.
+    """
+    return _weights(backbone.head)
+
+
 def norm_of(module: nn.Module) -> Norm:
     """Of one of the model's RMSNorms."""
     norm = _norm(module)
@@ -183,25 +197,22 @@ def norm_of(module: nn.Module) -> Norm:
 def _norm(module: nn.Module | None) -> Norm | None:
     if module is None:
         return None
-    settings: Any = module
-    weight = settings.weight.detach().float()
-    if type(module).__name__.startswith("Gemma"):  # stores the weight less one
+    plain: Any = plain_module(module)
+    weight = plain.weight.detach().float()
+    if type(plain).__name__.startswith("Gemma"):  # stores the weight less one
         weight = weight + 1
-    return Norm(weight, float(settings.eps if hasattr(module, "eps") else settings.variance_epsilon))
+    return Norm(weight, float(plain.eps if hasattr(plain, "eps") else plain.variance_epsilon))
 
 
 def _weights(module: nn.Module) -> Weights:
-    """Weights of a plain linear map, a LoRA adapter on it folded into a copy."""
-    plain: nn.Module = getattr(module, "base_layer", module)
-    if type(plain) is not nn.Linear:
+    """Return the weights of a linear map, adapters on it folded into a copy."""
+    base = base_module(module)
+    if type(base) is not nn.Linear:
         raise UserError(
-            f"the fast engine takes plain linear maps and found {type(plain).__name__}; load without quantisation, or "
+            f"the fast engine takes plain linear maps and found {type(base).__name__}; load without quantisation, or "
             "use engine hf"
         )
-    if plain is not module:
-        adapter: Any = copy.deepcopy(module)
-        adapter.merge()
-        plain = adapter.base_layer
+    plain = plain_module(module)
     assert isinstance(plain, nn.Linear)
     return Weights(plain.weight.detach(), None if plain.bias is None else plain.bias.detach())
 

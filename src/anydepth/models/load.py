@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from anydepth.errors import UserError
 from anydepth.models.backbone import FAMILIES, unwrap
+from anydepth.models.plain import base_modules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = str | torch.dtype
@@ -257,33 +258,27 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def base_fingerprint(model: nn.Module, *, light: bool = False) -> str:
-    """Hash of a base model's shape and of a sample of its weights; the same in every float type.
+def base_fingerprint(model: nn.Module, *, light: bool = False, biases: bool = True) -> str:
+    """Return a hash of a base model's shape and of a sample of its weights; the same in every float type.
 
-    Reads through LoRA: only the backbone's own tensors count.
+    Reads through PEFT's wrappers: only the backbone's own tensors count.
 
     Args:
-        light: of the embedding and the norms alone, which quantisation leaves as they are.
+        light: count the embedding and the norms alone, which quantisation leaves as they are.
+        biases: count biases, which an adapter with PEFT's `bias` option changes in place.
     """
-    causal_lm = unwrap(model)
+    causal_lm, known = unwrap(model), set[int]()
     digest = hashlib.sha256(causal_lm.config.model_type.encode())
-    linears = {f"{name}.weight".replace(".base_layer.", ".") for name in _linear_maps(causal_lm)} if light else set()
-    for name, parameter in sorted(_base_parameters(causal_lm)):
-        if name in linears:
-            continue
+    found: dict[str, nn.Parameter] = {}
+    for module_name, module in base_modules(causal_lm):
+        is_linear = isinstance(module, nn.Linear | Conv1D)
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            counts = (biases or not name.endswith("bias")) and not (light and is_linear and name.endswith("weight"))
+            if id(parameter) not in known and counts:
+                found[name] = parameter
+            known.add(id(parameter))
+    for name, parameter in sorted(found.items()):
         stride = max(parameter.numel() // 16, 1)
         sample = parameter.detach().flatten()[::stride][:16].to(torch.bfloat16).float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _linear_maps(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name:
-            yield name
-
-
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter

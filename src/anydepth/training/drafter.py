@@ -26,7 +26,7 @@ from anydepth.config import DrafterConfig
 from anydepth.errors import RunError
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import logits_softcap
+from anydepth.models.llama_like import head_weights, logits_softcap
 from anydepth.training.losses import divergence
 from anydepth.training.own_text import Text
 
@@ -42,8 +42,7 @@ class DraftTraining(nn.Module):
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
         self.softcap = logits_softcap(backbone)
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
-        head: Any = backbone.head.weight
-        self.head = head.detach()[network.vocabulary].float()
+        self.head = head_weights(backbone).weight[network.vocabulary].float()
 
     def forward(
         self, ids: Tensor, states: Tensor, lengths: Tensor, questions: Tensor

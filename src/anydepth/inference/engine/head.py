@@ -11,30 +11,28 @@ from anydepth.inference.engine.packing import Memory, pack_panels
 from anydepth.inference.engine.weights import WEIGHT_ONLY, Linear, without_kernels
 from anydepth.models.llama_like import Norm, Weights
 
-
 class Head:
     """Logits (..., V) of states (..., D).
 
     Args:
-        weight: (V, D) rows of the tokens.
+        rows: weight (V, D) of the tokens, and their bias.
         kind: one of `weights.WEIGHTS`.
         memory: of the kernels, for few tokens; None is PyTorch's own operators for all.
         softcap: c of c·tanh(logits / c), or None.
     """
 
     def __init__(
-        self, weight: Tensor, norm: Norm, kind: str, dtype: torch.dtype, memory: Memory | None, softcap: float | None
+        self, rows: Weights, norm: Norm, kind: str, dtype: torch.dtype, memory: Memory | None, softcap: float | None
     ) -> None:
         self.norm, self.softcap = RMSNorm(norm, dtype), softcap
-        dense = Weights(weight.detach(), None)
         self.native: NativeLinear | None = None
         self.memory = memory
         if memory is None:
-            self.linear = without_kernels([dense], kind)
+            self.linear = without_kernels([rows], kind)
         else:
-            packed = pack_panels(dense, kind, memory)
+            packed = pack_panels(rows, kind, memory)
             self.native = NativeLinear([packed], dtype, memory, norm)
-            self.linear = NativeLinear([packed], dtype, memory) if kind in WEIGHT_ONLY else Linear([dense])
+            self.linear = NativeLinear([packed], dtype, memory) if kind in WEIGHT_ONLY else Linear([rows])
 
     @property
     def num_bytes(self) -> int:

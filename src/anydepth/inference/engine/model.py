@@ -22,7 +22,7 @@ from anydepth.inference.engine.step import Step
 from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS
 from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import Norm, check_runs, final_norm, layer_parts, logits_softcap
+from anydepth.models.llama_like import Norm, Weights, final_norm, head_weights, logits_softcap, read_layers
 
 
 class EngineModel:
@@ -41,7 +41,7 @@ class EngineModel:
     def __init__(
         self, backbone: Backbone, weights: str | None = None, *, native: bool = True, compiled: bool = False
     ) -> None:
-        check_runs(backbone)
+        parts = read_layers(backbone)
         own = str(backbone.model.dtype).removeprefix("torch.")
         self.weights = weights or own
         if self.weights not in WEIGHTS:
@@ -57,7 +57,6 @@ class EngineModel:
         self.device = backbone.device
         if compiled and self.weights in WEIGHT_ONLY:
             raise UserError(f"torch.compile is for dense weights, not {self.weights}; leave one of the two out")
-        parts = [layer_parts(view) for view in backbone.layers]
         self.why_not_native = (
             "switched off"
             if compiled or not native
@@ -76,10 +75,10 @@ class EngineModel:
 
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
         """The model's head behind a norm; of some tokens (V',) where a vocabulary is given."""
-        rows = self.backbone.head.weight
-        assert isinstance(rows, Tensor)
-        some = rows if vocabulary is None else rows[vocabulary]
-        return Head(some, norm, weights, self.dtype, self.memory, logits_softcap(self.backbone))
+        rows = head_weights(self.backbone)
+        if vocabulary is not None:
+            rows = Weights(rows.weight[vocabulary], None if rows.bias is None else rows.bias[vocabulary])
+        return Head(rows, norm, weights, self.dtype, self.memory, logits_softcap(self.backbone))
 
     def exit_head(self, vocabulary: Tensor | None) -> Head:
         """Of states of any depth; of a vocabulary (V',) alone, whose rows are packed once."""

@@ -1,0 +1,189 @@
+"""Modules without the wrappers that PEFT puts around them: as they compute, and as they were before.
+
+The one place that knows those wrappers (LoRA and the other tuner layers, `modules_to_save`,
+`trainable_token_indices`). Code that reads a weight of a model reads it from here: `.weight` of a wrapper is the weight
+of the base model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from anydepth.errors import UserError
+
+TOLERANCE = {torch.float32: 1e-4}
+"""Relative difference between a folded weight and the adapter's own forward; 5e-2 in other float types."""
+
+
+def base_module(module: nn.Module) -> nn.Module:
+    """Return the module of the base model inside PEFT's wrappers; without a wrapper, the module itself."""
+    while isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
+        inner: Any = module
+        module = inner.original_module if isinstance(module, AuxiliaryTrainingWrapper) else inner.get_base_layer()
+    return module
+
+
+def base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the base model under the names that they have without PEFT."""
+    base = base_module(module)
+    yield name, base
+    for child_name, child in base.named_children():
+        yield from base_modules(child, f"{name}.{child_name}" if name else child_name)
+
+
+def chosen_module(module: nn.Module) -> nn.Module:
+    """Return the module that runs in place of `module`: inside wrappers that only choose one.
+
+    Adapters that are off or merged choose the base module, `modules_to_save` chooses its copy. What adds to its base
+    module, such as LoRA, is returned as it is.
+    """
+    inner: Any = module
+    if isinstance(module, TrainableTokensWrapper):
+        return chosen_module(inner.token_adapter)
+    if isinstance(module, ModulesToSaveWrapper):
+        active = inner.active_adapters
+        is_off = inner.disable_adapters or not active or any(name not in inner.modules_to_save for name in active)
+        return chosen_module(inner.original_module if is_off else inner.modules_to_save[active[0]])
+    # What is both off and merged is taken out again by `plain_module`.
+    if isinstance(module, BaseTunerLayer) and inner.disable_adapters != inner.merged:
+        return chosen_module(inner.base_layer)
+    return module
+
+
+def running_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that run inside `module`, itself first; adapters that are not active do not."""
+    chosen = chosen_module(module)
+    yield chosen
+    inner: Any = chosen
+    children = list(chosen.children())
+    if isinstance(chosen, BaseTunerLayer):
+        by_adapter = [getattr(inner, name, {}) for name in inner.adapter_layer_names]
+        active = [layers[name] for layers in by_adapter for name in inner.active_adapters if name in layers]
+        children = [inner.base_layer, *(layer for layer in active if isinstance(layer, nn.Module))]
+    for child in children:
+        yield from running_modules(child)
+
+
+@torch.no_grad()
+def plain_module(module: nn.Module) -> nn.Module:
+    """Return a module without wrappers that computes what `module` computes in evaluation mode.
+
+    Adapters are folded into a copy of the weight, so that a tied weight changes in one place only.
+
+    Raises:
+        UserError: an adapter whose effect is not that of another weight.
+    """
+    chosen = chosen_module(module)
+    if not isinstance(chosen, BaseTunerLayer):
+        return chosen
+    twin: Any = _without_hooks(chosen).eval()
+    if twin.disable_adapters:
+        twin.unmerge()
+        return plain_module(twin.base_layer)
+    base = base_module(chosen)
+    inputs = _probe(base)
+    refusal = (
+        f"the adapter on a {type(base).__name__} (PEFT's {type(chosen).__name__}) cannot be folded into its weight"
+    )
+    advice = "use engine hf on a target that is not merged"
+    try:
+        wanted = None if inputs is None else type(twin).forward(twin, inputs)
+        twin.merge()
+    except (RuntimeError, ValueError, NotImplementedError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{refusal} ({reason}); {advice}") from error
+    plain = plain_module(twin.base_layer)
+    if wanted is not None:
+        difference = (plain(inputs) - wanted).float().norm() / wanted.float().norm().clamp_min(1e-9)
+        if not difference <= TOLERANCE.get(wanted.dtype, 5e-2):
+            raise UserError(f"{refusal} (relative error {difference:.1e}); {advice}")
+    return plain
+
+
+def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Return the state dict that `module` would have without PEFT, the effect of its adapters folded in."""
+    plain, state = plain_module(module), {}
+    plain._save_to_state_dict(state, prefix, False)
+    for name, child in plain.named_children():
+        state |= plain_state(child, f"{prefix}{name}.")
+    return state
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise `UserError` for adapters that do more than change weights: nothing but PEFT's own forward runs them."""
+    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA"):
+            raise UserError(
+                f"PEFT's {kind} changes what the model sees or chooses adapters by token; anydepth takes adapters that "
+                "change weights, such as LoRA"
+            )
+
+
+def fold_adapters(model: PeftModel) -> PreTrainedModel:
+    """Fold the active adapters into the weights, in place, and return the causal LM without PEFT.
+
+    Where the head and the embedding then differ they are no longer tied, and the config says so.
+
+    Raises:
+        UserError: as `plain_module`.
+    """
+    causal_lm: Any = model.get_base_model()
+    _fold_children(causal_lm)
+    if hasattr(causal_lm, "peft_config"):
+        del causal_lm.peft_config
+    if causal_lm.config.tie_word_embeddings:
+        head, embedding = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+        if torch.equal(head.weight, embedding.weight):
+            head.weight = embedding.weight
+        else:
+            causal_lm.config.tie_word_embeddings = False
+            causal_lm.all_tied_weights_keys = causal_lm.get_expanded_tied_weights_keys(all_submodels=True)
+    return causal_lm
+
+
+def _fold_children(parent: nn.Module) -> None:
+    for name, child in list(parent.named_children()):
+        plain = plain_module(child)
+        if plain is not child:
+            setattr(parent, name, plain)
+        _fold_children(plain)
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """Copy a module without its hooks and gates, which would bring along the model that they belong to."""
+    # The tensors by their values: those that PEFT ties are views of each other, which deepcopy refuses.
+    memo: dict[int, Any] = {id(part): nn.Parameter(part.data.clone(), False) for part in module.parameters()}
+    for part in module.modules():
+        for name, value in part.__dict__.items():
+            if name.endswith("_hooks"):
+                memo[id(value)] = OrderedDict()
+            elif name in ("forward", "kwargs"):  # `kwargs`: what PEFT made the layer with, tied tensors among it
+                memo[id(value)] = None
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        part.__dict__.pop("forward", None)
+    return twin
+
+
+def _probe(base: nn.Module) -> Tensor | None:
+    """A few inputs of a module, to compare on; None: of what shape is not known."""
+    weight: Any = getattr(base, "weight", None)
+    if isinstance(base, nn.Embedding):
+        return torch.arange(min(8, len(weight)), device=weight.device)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() < 3:
+        width = weight.shape[0 if isinstance(base, Conv1D) else -1]
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(4, width, generator=generator).to(weight)
+    return None
