@@ -19,7 +19,7 @@ from anydepth.errors import UserError
 from anydepth.overrides import UniqueKeys, override_key
 
 Device = str
-DType = Literal["float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class StrictConfig(BaseModel):
@@ -79,7 +79,10 @@ class ModelConfig(StrictConfig):
     scratch: ScratchConfig | None = Field(
         default=None, description="A new decoder and tokenizer in place of target; null is none."
     )
-    dtype: DType = Field(default="float32", description="Precision of the backbone's weights.")
+    dtype: DType = Field(
+        default="auto",
+        description="Precision of the backbone's weights; auto is the checkpoint's own type, or float32 if they learn.",
+    )
     device: Device = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:1, …")
     quantisation: Literal["nf4"] | None = Field(
         default=None, description="nf4: linear maps of the base in 4 bits (bitsandbytes); LoRA learns beside them."

@@ -43,7 +43,7 @@ def calibrate(
     engine: Engine = "auto",
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: DType = "float32",
+    dtype: DType = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -117,12 +117,14 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
     """Write the checkpoint with the new thresholds, and the document."""
     from anydepth.calibration.budget import options_of
     from anydepth.measure.results import document, write_json
-    from anydepth.training.checkpoint import is_checkpoint, read_manifest, save
+    from anydepth.models.load import dtype_name
+    from anydepth.training.checkpoint import is_checkpoint, own_base, save
 
     target, out = arguments["target"], arguments["out"]
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
-    base = read_manifest(Path(target))["base"]["target"] if is_checkpoint(target) else target
-    save(adapted, out, base=base, own_base=tokenizer if base is None else None)
+    config["dtype"] = dtype_name(adapted)
+    has_own_base = is_checkpoint(target) and own_base(Path(target)) is not None
+    save(adapted, out, own_base=tokenizer if has_own_base else None)
     fields |= {"thresholds": options_of(adapted)}
     result = document("anydepth.calibrate/1", seed=arguments["seed"], config=config, label=adapted.label, **fields)
     write_json(out / "calibrate.json", result)

@@ -41,7 +41,7 @@ from anydepth.errors import UserError
 def inspect(
     target: Target,
     device: Device = "cpu",
-    dtype: DType = "float32",
+    dtype: DType = "auto",
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -49,17 +49,18 @@ def inspect(
     """What a model is made of, and what applies to it."""
     from anydepth.measure.inspect import inspect_model
     from anydepth.measure.results import document
+    from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
 
     adapted, _ = load_target(target, dtype=dtype, device=device)
     fields = inspect_model(adapted)
-    config = {"target": target, "dtype": dtype, "device": device}
+    config = {"target": target, "dtype": dtype_name(adapted), "device": device}
     Printer(as_json, quiet).result(document("anydepth.inspect/1", seed=seed, config=config, **fields), show_inspection)
 
 
 @app.command()
 def methods(
-    seed: Seed = 0, device: Device = "cpu", dtype: DType = "float32", as_json: Json = False, quiet: Quiet = False
+    seed: Seed = 0, device: Device = "cpu", dtype: DType = "auto", as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Every method and its options."""
     from anydepth.measure.inspect import list_methods
@@ -86,7 +87,7 @@ def evaluate(
     weights: WeightKind = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: DType = "float32",
+    dtype: DType = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -95,6 +96,7 @@ def evaluate(
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
     from anydepth.measure.results import document
+    from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
     from anydepth.training.data import load_windows
 
@@ -115,11 +117,11 @@ def evaluate(
         "limit": limit,
         "tasks": tasks,
         "num_fewshot": num_fewshot,
-        "dtype": dtype,
+        "dtype": dtype_name(adapted),
         "full_depth": full_depth,
         "options": options,
         "engine": "hf" if fast is None else "fast",
-        "weights": dtype if fast is None else fast.model.weights,
+        "weights": dtype_name(adapted) if fast is None else fast.model.weights,
     }
     fields = score(adapted, windows, engine=fast, full_depth_only=full_depth, track=printer.track)
     if exits:
@@ -187,7 +189,7 @@ def bench(
     data: Data = "embedded:valid",
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: DType = "float32",
+    dtype: DType = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -198,6 +200,7 @@ def bench(
     from anydepth.measure.prompts import read_prompts
     from anydepth.measure.results import document
     from anydepth.measure.throughput import throughput
+    from anydepth.models.load import dtype_name
 
     if prompts is not None and (prompt_tokens is not None or (num_runs is not None and requests is None)):
         raise UserError("--prompts brings lengths and pairs: leave out --prompt-tokens and --num-runs")
@@ -215,6 +218,7 @@ def bench(
     engines = _engines(adapted, engine, weights, compiled, printer.progress)
     _check_requests(requests, engines)
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
+    config["dtype"] = dtype_name(adapted)
     if prompts is None:
         config |= {"prompt_tokens": prompt_tokens, "num_runs": num_runs}
     elif requests is not None:
@@ -290,7 +294,7 @@ def analyze(
     options: MethodOptions = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: DType = "float32",
+    dtype: DType = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -301,6 +305,7 @@ def analyze(
     arguments = {name: value for name, value in locals().items() if name not in ("as_json", "quiet")}
     from anydepth.measure.analyze import analyze as look
     from anydepth.measure.results import document
+    from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
     from anydepth.training.data import load_windows
 
@@ -308,6 +313,7 @@ def analyze(
     _at_least("limit", limit, 1)
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
+    arguments["dtype"] = dtype_name(adapted)
     if adapted.speculation is not None:
         raise UserError(f"{target} only drafts with what it skips: every token runs every layer in the end")
     others = [load_target(other, dtype=dtype, device=device)[0] for other in compare or []]

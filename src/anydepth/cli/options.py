@@ -10,12 +10,19 @@ import yaml
 
 from anydepth.errors import UserError
 
-Target = Annotated[str, typer.Argument(help="embedded, a hub name, a folder, a .gguf file, or a folder train wrote.")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="embedded, a hub name, a folder (a model, a PEFT adapter, or what train wrote), or a .gguf file."
+    ),
+]
 RecipePath = Annotated[Path, typer.Argument(help="YAML recipe; recipes/ has one per method.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
-DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DType = Annotated[
+    str, typer.Option("--dtype", help="float32, bfloat16 or float16; auto: the type that the weights are stored in.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.max_steps=20.")]
@@ -32,7 +39,7 @@ MethodOptions = Annotated[
 ]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
-RecipeDType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+RecipeDType = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 
 
 def recipe_overrides(overrides: list[str] | None, seed: int | None, device: str | None, dtype: str | None) -> list[str]:

@@ -51,7 +51,7 @@ def serve(
         int | None, typer.Option("--seed", help="Of requests that bring none; another one each time when left out.")
     ] = None,
     device: Device = "cpu",
-    dtype: DType = "bfloat16",
+    dtype: DType = "auto",
     quiet: Quiet = False,
 ) -> None:
     """An OpenAI-compatible API, and a page to play with it.
@@ -86,7 +86,7 @@ def export(
     exit_layer: Annotated[int | None, typer.Option(help="static, draft: no layer behind so many first ones.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: DType = "float32",
+    dtype: DType = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -95,6 +95,7 @@ def export(
     static: what a skip set leaves. draft: the first layers, to draft for the whole. merged: LoRA folded in.
     """
     from anydepth.measure.results import document
+    from anydepth.models.load import dtype_name
     from anydepth.serve.export import check
     from anydepth.serve.export import export as write
     from anydepth.training.checkpoint import load_target
@@ -104,5 +105,5 @@ def export(
     with printer.busy(f"exporting {target} …"):
         adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
         fields = write(adapted, tokenizer, kind, out, exit_layer=exit_layer, seed=seed)
-    config = {"target": target, "as": kind, "exit_layer": exit_layer, "dtype": dtype}
+    config = {"target": target, "as": kind, "exit_layer": exit_layer, "dtype": dtype_name(adapted)}
     printer.result(document("anydepth.export/1", seed=seed, config=config, **fields), show_export)

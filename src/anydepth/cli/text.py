@@ -44,7 +44,7 @@ def generate(
     compiled: Compiled = False,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: DType = "float32",
+    dtype: DType = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -52,6 +52,7 @@ def generate(
     from anydepth.inference.engine import choose, verifies_bitwise
     from anydepth.inference.generate import generate as write
     from anydepth.measure.results import document
+    from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
 
     if temperature < 0:
@@ -75,7 +76,7 @@ def generate(
         "target": target,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
-        "dtype": dtype,
+        "dtype": dtype_name(adapted),
         "lossless": lossless,
         "options": options,
     }
@@ -99,7 +100,7 @@ def chat(
     weights: WeightKind = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: DType = "bfloat16",
+    dtype: DType = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Talk with a model, each word coloured by its depth.

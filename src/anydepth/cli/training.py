@@ -115,7 +115,7 @@ def search(
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: DType = "float32",
+    dtype: DType = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -126,7 +126,7 @@ def search(
     from anydepth.calibration.skip_search import search as search_skip_set
     from anydepth.execution.adapted import attach
     from anydepth.measure.results import document, write_json
-    from anydepth.models.load import load_model
+    from anydepth.models.load import dtype_name, load_model
     from anydepth.training.checkpoint import save
     from anydepth.training.data import load_windows
 
@@ -139,14 +139,14 @@ def search(
         "data": data,
         "num_windows": num_windows,
         "sequence_length": sequence_length,
-        "dtype": dtype,
     }
     model, tokenizer = load_model(target, dtype=dtype, device=device)
+    options["dtype"] = dtype_name(model)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
     printer.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
     with printer.busy(f"searching by {strategy} …"):
         found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=seed)
-    save(attach(model, found.config), out, base=target)
+    save(attach(model, found.config), out)
     result = document(
         "anydepth.search/1",
         seed=seed,

@@ -26,6 +26,7 @@ from anydepth.inference.speculate import Counts
 from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
+from anydepth.models.load import dtype_name
 from anydepth.training.data import load_windows
 
 Engine = FastEngine | None
@@ -190,7 +191,7 @@ def _row(
     batch_size, lengths = batches[0]["input_ids"].shape[0], [batch["input_ids"].shape[1] for batch in batches]
     speedups = [pair.full.total / pair.ours.total for pair in pairs]
     speedup = median(speedups)
-    dtype = str(adapted.dtype).removeprefix("torch.")
+    dtype = dtype_name(adapted)
     row = {
         "engine": "hf" if engine is None else "fast",
         "weights": dtype if engine is None else engine.model.weights,

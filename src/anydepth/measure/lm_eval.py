@@ -69,7 +69,7 @@ class AnydepthLM(Base):
         self,
         target: str | AdaptedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: Any = "float32",
+        dtype: Any = "auto",
         device: str | None = None,
         batch_size: int | str | None = 1,
         **options: Any,

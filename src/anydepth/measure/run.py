@@ -33,7 +33,7 @@ from anydepth.measure.results import document, read_document, source_commit, wri
 from anydepth.methods import method_class
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.shared_batch import num_processes
-from anydepth.models.load import load_model
+from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.processes import is_parallel, rank, shards_weights
 from anydepth.training.checkpoint import is_checkpoint, load_target, save
@@ -179,7 +179,7 @@ class Runner:
             windows = self._training_windows(tokenizer)[: recipe.calibrate.num_windows]
             fields["calibrated_skip_share"] = set_skip_share(adapted, windows, recipe.calibrate.skip_share)
         trained = recipe.train is not None and recipe.train.backbone
-        save(adapted, self.out, base=recipe.model.target, own_base=tokenizer if trained else None)
+        save(adapted, self.out, own_base=tokenizer if trained else None)
         detach(adapted)
         return fields
 
@@ -310,9 +310,11 @@ class Runner:
         if model.scratch is not None:
             corpus, folder = self.recipe.data.train, self.out / "scratch"
             target = str(scratch_folder(model.scratch, lambda: load_texts(corpus), folder, seed=self.recipe.seed))
+        # Whole models learn in float32: steps are lost in weights of 16 bits.
+        learns = self.recipe.train is not None and self.recipe.train.backbone
         return load_model(
             target,
-            dtype=model.dtype,
+            dtype="float32" if learns and model.dtype == AUTO else model.dtype,
             device=model.device,
             quantisation=model.quantisation,
             attention=model.attention,

