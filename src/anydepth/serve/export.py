@@ -23,13 +23,14 @@ from anydepth.methods.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import Backbone
+from anydepth.models.load import is_quantised
+from anydepth.models.plain import plain_state
 
 KINDS = ("static", "draft", "merged")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 NUM_COMPARED = 48
 
 
-@torch.no_grad()
 def check(kind: str, out: Path) -> None:
     """Raise `UserError` for what `export` could not write, before anything is loaded."""
     if kind not in KINDS:
@@ -40,6 +41,7 @@ def check(kind: str, out: Path) -> None:
         raise UserError(f"{out} is not empty; give another --out, or remove it first")
 
 
+@torch.no_grad()
 def export(
     adapted: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -52,7 +54,7 @@ def export(
     """Write the checkpoint into a new folder; the fields of `anydepth.export/1`.
 
     Args:
-        adapted: a LoRA adapter must be merged already.
+        adapted: the effect of its adapters is folded into what is written.
         exit_layer: `draft`: so many first layers; None is what `self_speculation` drafts with. `static`: no layer
             behind it, beside those that the skip set leaves out.
 
@@ -61,6 +63,8 @@ def export(
         RunError: the checkpoint does not say what the model says.
     """
     check(kind, out)
+    if is_quantised(adapted.model):
+        raise UserError("the base is quantised to 4 bits, which a plain checkpoint cannot hold; load it without nf4")
     backbone = adapted.eval().backbone
     kept = {"static": _static, "draft": _draft, "merged": _merged}[kind](adapted, exit_layer)
     model = with_layers(backbone, kept)
@@ -143,36 +147,56 @@ def _merged(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
 
 
 def with_layers(backbone: Backbone, kept: Sequence[int]) -> PreTrainedModel:
-    """A model of the same family with some of the layers, in their order; weights are copied."""
+    """Return a model of the same family with some of the layers, in their order; weights are copied, adapters folded.
+
+    Raises:
+        UserError: a family whose layers depend on their number, or an adapter that cannot be folded.
+    """
     source, before = backbone.model, f"{backbone.family.decoder}.{backbone.family.layers}."
     config = shortened(source.config, kept)
-    model = AutoModelForCausalLM.from_config(config, dtype=source.dtype, attn_implementation="eager").to(
-        backbone.device
-    )
     places = {str(layer_idx): str(place) for place, layer_idx in enumerate(kept)}
     weights = {}
-    for name, tensor in source.state_dict().items():
+    for name, tensor in plain_state(source).items():
         if name.startswith(before):
             layer, _, rest = name.removeprefix(before).partition(".")
             if layer not in places:
                 continue
             name = f"{before}{places[layer]}.{rest}"
         weights[name] = tensor
+    tied = source.all_tied_weights_keys.items()
+    if any(not torch.equal(weights[one], weights[other]) for one, other in tied if {one, other} <= weights.keys()):
+        config.tie_word_embeddings = False  # an adapter made them differ
+    model = AutoModelForCausalLM.from_config(config, dtype=source.dtype, attn_implementation="eager").to(
+        backbone.device
+    )
     model.load_state_dict(weights)
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.eval()
 
 
+PER_LAYER = ("layer_types", "no_rope_layers")
+"""Lists that a config of `FAMILIES` has by layer."""
+
+
 def shortened(config: Any, kept: Sequence[int]) -> Any:
-    """A model's configuration for some of its layers: what it says by layer is said of those."""
+    """Return a model's configuration for some of its layers: what it says by layer is said of those.
+
+    Raises:
+        UserError: something that depends on a layer's number and cannot be said of another.
+    """
     config, num_layers = copy.deepcopy(config), config.num_hidden_layers
+    if len(kept) == num_layers:
+        return config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UserError("this model's attention depends on the number of its layer, which a shorter model would change")
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == num_layers and name not in ("mlp_only_layers",):
-            setattr(config, name, [value[layer_idx] for layer_idx in kept])
-    if getattr(config, "mlp_only_layers", None):
-        config.mlp_only_layers = [place for place, layer_idx in enumerate(kept) if layer_idx in config.mlp_only_layers]
+    for name in PER_LAYER:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, [getattr(config, name)[layer_idx] for layer_idx in kept])
+    if hasattr(config, "decoder_sparse_step"):  # every so many-th layer has experts: said by name instead
+        step, dense = config.decoder_sparse_step, config.mlp_only_layers
+        is_dense = [layer_idx in dense or (layer_idx + 1) % step != 0 for layer_idx in kept]
+        config.mlp_only_layers = [place for place, is_plain in enumerate(is_dense) if is_plain]
+        config.decoder_sparse_step = 1
     config.num_hidden_layers = len(kept)
     return config
 
