@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config
@@ -69,6 +70,41 @@ def save_base(folder: Path, seed: int = 0) -> Path:
     tiny_llama(seed).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_gguf(path: Path, kind: str = "F32") -> LlamaForCausalLM:
+    """Write a model as a GGUF file, its matrices in a type of ggml such as `Q8_0`; returns the model."""
+    model = tiny_llama(vocab_size=258, intermediate_size=64)
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    pieces = sorted(byte_tokenizer().get_vocab().items(), key=lambda piece: piece[1])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*(piece for piece, _ in pieces), "th"])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        stored = gguf.GGMLQuantizationType[kind if value.dim() > 1 else "F32"]
+        if "q_proj" in name or "k_proj" in name:  # ggml rotates neighbouring pairs, transformers halves
+            halves = value.view(-1, 2, config.head_dim // 2, config.hidden_size)
+            value = halves.transpose(1, 2).reshape(value.shape)
+        data = gguf.quants.quantize(value.numpy(), stored)
+        writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight",))), data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
 
 
 def save_text(path: Path, num_words: int = 800) -> Path:

@@ -92,7 +92,18 @@ def test_a_missing_file_is_refused(saved: Path) -> None:
         anydepth.load(saved)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "anydepth.checkpoint/1"}', '{"schema": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"schema": "anydepth.checkpoint/1"}',
+        '{"schema": 3}',
+        '{"weights": "w", "files": [1], "methods": [], "base": {"fingerprint": ""}}',
+        '{"weights": "w", "files": {}, "methods": [3], "base": {"fingerprint": ""}}',
+        '{"weights": "w", "files": {}, "methods": [], "adapters": 3, "base": {"fingerprint": ""}}',
+    ],
+)
 def test_a_damaged_manifest_is_refused(saved: Path, text: str) -> None:
     (saved / "anydepth.json").write_text(text)
     with pytest.raises(UserError, match="damaged"):

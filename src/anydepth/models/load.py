@@ -210,6 +210,8 @@ def _reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, ImportError):
+            raise UserError(f"{what} needs a package that is not installed ({reason})") from error
         damaged = f"{what} could not be read ({reason}); its files are damaged or not whole: fetch or copy them again"
         raise UserError(damaged) from error
 
@@ -249,6 +251,8 @@ def _check_config(name: str, config: Any) -> None:
         raise UserError(
             f"model family '{config.model_type}' is not supported; supported are: {', '.join(sorted(FAMILIES))}"
         )
+    if config.num_hidden_layers < 1:
+        raise UserError(f"the config of '{name}' says {config.num_hidden_layers} layers; it must be at least 1")
     quantised: Any = getattr(config, "quantization_config", None)
     if quantised is None:
         return

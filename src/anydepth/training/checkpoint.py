@@ -233,8 +233,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         weights = folder / manifest["weights"]
-        files, _, _ = manifest["files"], manifest["base"]["fingerprint"], manifest["methods"]
-    except (ValueError, KeyError, TypeError) as error:
+        files, _ = dict(manifest["files"]), [dict(method) for method in manifest["methods"]]
+        _, _ = manifest["base"]["fingerprint"], [str(name) for name in manifest.get("adapters", [])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); train again or restore the folder from a copy") from error
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path} has schema {manifest.get('schema')!r}; this anydepth reads {SCHEMA}")
