@@ -296,7 +296,7 @@ def context(num_runs: int) -> dict[str, Any]:
 
 def identical(num_runs: int) -> dict[str, Any]:
     """float32: token for token the Hugging Face engine's, 50 prompts, every method."""
-    model, tokenizer = anydepth.load_model("embedded")
+    model, tokenizer = anydepth.load_model("embedded", dtype="float32")
     prompts = read_prompts(Path(os.environ["ANYDEPTH_DATA"]) / "spec_bench" / "question.jsonl", tokenizer)[::4][:50]
     methods: dict[str, Any] = {
         "full depth": [],

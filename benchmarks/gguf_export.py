@@ -79,7 +79,7 @@ def main() -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as work:
         for name, (kind, methods, exit_layer) in KINDS.items():
-            model, tokenizer = anydepth.load_model("embedded")
+            model, tokenizer = anydepth.load_model("embedded", dtype="float32")
             adapted = attach(model, methods)
             folder, gguf = Path(work) / name, Path(work) / f"{name}.gguf"
             fields = export(adapted, tokenizer, kind, folder, exit_layer=exit_layer)

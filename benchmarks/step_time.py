@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name, method in METHODS.items():
-        model, tokenizer = anydepth.load_model("embedded")
+        model, tokenizer = anydepth.load_model("embedded", dtype="float32")
         config = TrainConfig.model_validate({"lora": {"rank": 8, "alpha": 16}})
         adapted = attach(prepare(model, config), {**method, "seed": arguments.seed})
         with torch.no_grad():

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import anydepth
 from anydepth.execution import cost
+from anydepth.inference.engine.native import why_not
 from anydepth.measure.evaluate import evaluate
 from anydepth.training.data import load_windows
 from reference import relative_rms, replay
@@ -30,7 +31,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[PreTrainedModel, Tensor]:
-    model, tokenizer = anydepth.load_model("embedded")
+    model, tokenizer = anydepth.load_model("embedded", dtype="float32")
     return model, load_windows("embedded:valid", tokenizer, 96, max_windows=2)
 
 
@@ -65,7 +66,7 @@ def test_contract(loaded: tuple[PreTrainedModel, Tensor], case: str, tmp_path: P
         anydepth.detach(adapted)
     assert torch.equal(model(ids).logits, stock)
     assert relative_rms(replay(model, "llama", ids, trace), sparse) <= 1e-4
-    for name, value in anydepth.load(folder).methods.state_dict().items():
+    for name, value in anydepth.load(folder, dtype="float32").methods.state_dict().items():
         assert torch.equal(value, state[name])
 
 
@@ -81,6 +82,18 @@ def test_cost_is_what_torch_counts(loaded: tuple[PreTrainedModel, Tensor]) -> No
     pairs = int(trace.mixer_keep.sum()) * 96
     anydepth.detach(adapted)
     assert counted.total - counter.get_total_flops() == pairs * 4 * 576
+
+
+def test_int4_costs_as_good_as_nothing_where_the_weights_are_4_bit() -> None:
+    """C32: linear maps on a 4-bit grid come back exactly, and the head stays in 8 bits."""
+    model, tokenizer = anydepth.load_model("embedded")
+    assert model.dtype == torch.bfloat16
+    adapted = anydepth.attach(model, [])
+    if why_not(torch.bfloat16, adapted.device):
+        pytest.skip("int4 needs the compiled kernels")
+    windows = load_windows("embedded:valid", tokenizer, 512, max_windows=4)
+    found = evaluate(adapted, windows, engine=anydepth.FastEngine(adapted, "int4"))
+    assert found["perplexity"] == pytest.approx(found["full_depth"]["perplexity"], rel=5e-3)
 
 
 @torch.no_grad()

@@ -243,7 +243,7 @@ def test_an_unknown_task_is_refused() -> None:
 )
 def test_the_real_model_on_real_documents(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYDEPTH_DATA", REAL_DATA)
-    backbone, tokenizer = anydepth.load_model("embedded")
+    backbone, tokenizer = anydepth.load_model("embedded", dtype="float32")
     theirs = answers(stock(backbone, tokenizer), name, limit)
     adapted = anydepth.attach(backbone, {"name": "skip_set", "skip_layers": [11, 13]})
     with adapted.disabled():
