@@ -75,7 +75,8 @@ def save_base(folder: Path, seed: int = 0) -> Path:
 def save_gguf(path: Path, kind: str = "F32") -> LlamaForCausalLM:
     """Write a model as a GGUF file, its matrices in a type of ggml such as `Q8_0`; returns the model."""
     model = tiny_llama(vocab_size=258, intermediate_size=64)
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    config: Any = model.config
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import anydepth
 import families
@@ -34,6 +35,64 @@ def test_a_skip_set_is_a_shorter_model(family: str, tmp_path: Path) -> None:
     assert (stock(ids).logits - wanted).norm() <= 1e-5 * wanted.norm()
     text = stock.generate(ids[:1, :9], max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert torch.equal(text, adapted.generate(ids[:1, :9], max_new_tokens=9, do_sample=False, pad_token_id=0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_every_how_many_th_layer_has_experts_is_said_by_name(step: int, tmp_path: Path) -> None:
+    """C11: `decoder_sparse_step` counts layers of the whole model."""
+    config = families.CONFIGS["qwen3_next"]()
+    config.decoder_sparse_step = step
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    adapted = anydepth.attach(model, {"name": "skip_set", "skip_layers": [0, 2]})
+    export(adapted, byte_tokenizer(), "static", tmp_path / "out")
+    ids = families.token_ids()
+    wanted = adapted(input_ids=ids, use_cache=False).logits
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_lists_that_are_not_per_layer_are_left_alone(family: str) -> None:
+    """C11: three end tokens of a model that happens to have as many layers stay three."""
+    config = families.CONFIGS[family]()
+    num_layers = config.num_hidden_layers
+    config.eos_token_id = list(range(num_layers))
+    config.architectures = ["Some"] * num_layers
+    kept = [0, 1, 3]
+    short = exporting.shortened(config, kept)
+    assert short.eos_token_id == config.eos_token_id and short.architectures == config.architectures
+    for name in ("layer_types", "no_rope_layers"):
+        whole = getattr(config, name, None)
+        assert getattr(short, name, None) == (None if whole is None else [whole[layer_idx] for layer_idx in kept])
+    assert short.num_hidden_layers == 3 and config.num_hidden_layers == num_layers
+
+
+def test_an_export_builds_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C11: the comparison runs without gradients."""
+    seen, own = [], exporting._logits_of
+    monkeypatch.setattr(exporting, "_logits_of", lambda *arguments: seen.append(own(*arguments)) or seen[0])
+    export(anydepth.attach(tiny_llama(), SKIPS), byte_tokenizer(), "static", tmp_path / "out")
+    assert not seen[0].requires_grad
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")  # PEFT, as the adapter is made
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["q_proj"]])
+@pytest.mark.parametrize("kind", ["merged", "static"])
+def test_an_adapter_on_a_tied_model_is_exported_as_it_computes(kind: str, targets: list[str], tmp_path: Path) -> None:
+    """C5: the head and the embedding are no longer tied where the adapter made them differ."""
+    config = LlamaConfig(**{**tiny_llama().config.to_dict(), "tie_word_embeddings": True})
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=targets)
+    wrapped = get_peft_model(LlamaForCausalLM(config), lora)  # type: ignore[arg-type]
+    adapted = anydepth.attach(wrapped.eval(), [] if kind == "merged" else SKIPS)
+    ids = torch.arange(3, 33)[None]
+    wanted = adapted(input_ids=ids, use_cache=False).logits
+    export(adapted, byte_tokenizer(), kind, tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (stock(ids).logits - wanted).norm() <= 1e-5 * wanted.norm()
+    assert stock.config.tie_word_embeddings == (targets == ["q_proj"])
+    assert config.tie_word_embeddings, "the model itself stays as it is"
 
 
 @torch.no_grad()

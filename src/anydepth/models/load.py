@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,9 @@ def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PreTrai
     """
     wrapped: Any = model
     for number, (name, folder) in enumerate(folders.items()):
-        with _reading(f"the PEFT adapter {folder}"):
+        with _reading(f"the PEFT adapter {folder}"), warnings.catch_warnings():
+            # PEFT cannot merge into tied weights; `fold_adapters` unties them.
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
             if number:
                 wrapped.load_adapter(str(folder), name)
             else:

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from anydepth.errors import UserError
+from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.engine.weights import Int8Linear, quantise_int4, quantise_int8
+from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Weights
+from tiny import tiny_llama
 
 
 def weights(num_outputs: int, num_inputs: int) -> Weights:
@@ -49,3 +52,18 @@ def test_int8_maps_of_torch(num_rows: int) -> None:
     wanted = torch.cat([x.float() @ int8_meant(part.weight).T + part.bias.float() for part in maps], dim=1)  # type: ignore[union-attr]
     torch.testing.assert_close(linear(x).float(), wanted, rtol=2e-2, atol=0.15)
     assert linear.num_bytes == 64 * 64 + 64 * 2
+
+
+@torch.no_grad()
+def test_the_head_stays_in_eight_bits_under_int4() -> None:
+    """C32: also that of exits over a part of the vocabulary; right are its weights in int8, by arithmetic."""
+    model = tiny_llama(intermediate_size=64).to(torch.bfloat16)
+    engine = EngineModel(Backbone(model), "int4")
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = model.model.norm(hidden).float() @ int8_meant(model.lm_head.weight).T
+    some = torch.tensor([3, 4, 5, 90])
+    torch.testing.assert_close(engine.logits(hidden).float(), wanted, rtol=2e-2, atol=2e-2 * wanted.std().item())
+    part = engine.exit_logits(hidden, some).float()
+    torch.testing.assert_close(part, wanted[:, some], rtol=2e-2, atol=2e-2 * wanted.std().item())
+    assert engine.head.num_bytes >= model.lm_head.weight.numel()
+    assert engine.layers[0].mixer_bytes < sum(part.numel() for part in model.model.layers[0].self_attn.parameters())
