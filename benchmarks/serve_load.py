@@ -29,6 +29,7 @@ import httpx
 import anydepth
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document, write_json
+from anydepth.models.tokens import encode
 
 RESULT = Path(__file__).resolve().parent / "results" / "serve_load.json"
 NUM_REQUESTS = 40
@@ -56,7 +57,7 @@ def requests_of(seed: int) -> list[dict[str, Any]]:
     """Bodies of completions, every one another."""
     _, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
     path = Path(os.environ["ANYDEPTH_DATA"]) / "spec_bench" / "question.jsonl"
-    texts = [text for text in read_prompts(path, tokenizer) if len(tokenizer(text)["input_ids"]) <= MAX_PROMPT]
+    texts = [text for text in read_prompts(path, tokenizer) if len(encode(tokenizer, text)) <= MAX_PROMPT]
     chance = random.Random(seed)
     bodies = []
     for number, text in enumerate(chance.sample(texts, NUM_REQUESTS)):

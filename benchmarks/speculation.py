@@ -28,6 +28,7 @@ from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.speculate import Counts
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document, write_json
+from anydepth.models.tokens import padded
 from anydepth.training.checkpoint import with_speculation
 
 RESULT = Path(__file__).resolve().parent / "results" / "speculation.json"
@@ -94,7 +95,7 @@ def timed(engine: FastEngine, tokenizer: Any, by_category: dict[str, list[str]],
     for category, texts in by_category.items():
         ratios, seconds, num_tokens, counts, same = [], [0.0, 0.0], 0, Counts(), True
         for number, text in enumerate(texts):
-            batch = dict(tokenizer(text, return_tensors="pt"))
+            batch = padded(tokenizer, [text])
             pair = {}
             for full_depth in (True, False) if number % 2 else (False, True):
                 if full_depth:
@@ -155,7 +156,7 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
         num_tokens[way] += ids.shape[1]
 
     for number, text in enumerate(text for texts in by_category.values() for text in texts):
-        batch = dict(tokenizer(text, return_tensors="pt"))
+        batch = padded(tokenizer, [text])
         with adapted.disabled():
             for way, options in ways.items():
                 if way.startswith("assistant"):

@@ -20,6 +20,7 @@ from anydepth.calibration.guarantee import (
 )
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.models.tokens import end_ids
 
 if TYPE_CHECKING:  # what is given to this stage, not what it stands on
     from anydepth.inference.engine.decode import FastEngine
@@ -37,15 +38,14 @@ def continuations(
     full_depth: bool,
 ) -> list[list[int]]:
     """What follows each (T,) prompt greedily, up to an end token, which is left away."""
-    ends = adapted.model.generation_config.eos_token_id  # type: ignore[union-attr]
-    end_ids = set(ends) if isinstance(ends, list) else {ends}
+    ends = end_ids(adapted)
     texts = []
     with adapted.disabled() if full_depth else nullcontext():
         for prompt in prompts:
             ids = (adapted if engine is None else engine).generate(
                 input_ids=prompt[None], max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
             )[0, len(prompt) :]
-            texts.append([token for token in ids.tolist() if token not in end_ids])
+            texts.append([token for token in ids.tolist() if token not in ends])
     return texts
 
 

@@ -178,6 +178,7 @@ def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any]
     import torch
 
     from anydepth.measure.prompts import read_prompts, read_references
+    from anydepth.models.tokens import encode
     from anydepth.training.data import load_windows
 
     generator, count = torch.Generator().manual_seed(options["seed"]), options["num_prompts"]
@@ -185,7 +186,7 @@ def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any]
         texts = read_prompts(options["prompts"], tokenizer)
         order = torch.randperm(len(texts), generator=generator)[:count].tolist()
         references = read_references(options["prompts"], tokenizer, len(texts))
-        prompts = [tokenizer(texts[i], return_tensors="pt")["input_ids"][0] for i in order]
+        prompts = [torch.tensor(encode(tokenizer, texts[i])) for i in order]
         windows = load_windows(
             options["data"], tokenizer, options["sequence_length"], max_windows=options["num_windows"]
         )

@@ -195,12 +195,15 @@ def bench(
 ) -> None:
     """Paired wall-clock, full depth and adapted in turn."""
     arguments = dict(locals())
+    import torch
+
     from anydepth.measure.bench import bench as time_pairs
     from anydepth.measure.bench import bench_prompts, load_prompts
     from anydepth.measure.prompts import read_prompts
     from anydepth.measure.results import document
     from anydepth.measure.throughput import throughput
     from anydepth.models.load import dtype_name
+    from anydepth.models.tokens import encode
 
     if prompts is not None and (prompt_tokens is not None or (num_runs is not None and requests is None)):
         raise UserError("--prompts brings lengths and pairs: leave out --prompt-tokens and --num-runs")
@@ -234,7 +237,7 @@ def bench(
     if prompts is not None:
         texts = read_prompts(prompts, tokenizer)
         rows = bench_prompts(adapted, tokenizer, texts, **shared)
-        ids = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
+        ids = [torch.tensor(encode(tokenizer, text)) for text in texts]
     else:
         windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
         rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)

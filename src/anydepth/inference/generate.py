@@ -14,6 +14,7 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.next_token import GREEDY
+from anydepth.models.tokens import end_ids, padded
 
 
 @torch.no_grad()
@@ -36,13 +37,15 @@ def generate(
     Raises:
         UserError: an empty prompt, or one that does not fit the model's window with `max_new_tokens`.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(adapted.device)
+    inputs = padded(tokenizer, [prompt], adapted.device)
     num_prompt = inputs["input_ids"].shape[1]
     check_window(adapted, num_prompt, max_new_tokens)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > GREEDY}
     if temperature > GREEDY:
         sampling["temperature"] = temperature
+    if ends := sorted(end_ids(adapted, tokenizer)):
+        sampling["eos_token_id"] = ends
     started = time.perf_counter()
     token_ids = (adapted if engine is None else engine).generate(
         **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling

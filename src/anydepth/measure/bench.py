@@ -27,6 +27,7 @@ from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
 from anydepth.models.load import dtype_name
+from anydepth.models.tokens import padded
 from anydepth.training.data import load_windows
 
 Engine = FastEngine | None
@@ -101,7 +102,7 @@ def bench_prompts(
         if batch_size > len(prompts):
             raise UserError(f"batch size {batch_size} needs as many prompts; the file has {len(prompts)}")
         parts = [prompts[start : start + batch_size] for start in range(0, len(prompts) - batch_size + 1, batch_size)]
-        batches = [dict(tokenizer(part, return_tensors="pt", padding=True).to(adapted.device)) for part in parts]
+        batches = [padded(tokenizer, part, adapted.device) for part in parts]
         check_window(adapted, max(batch["input_ids"].shape[1] for batch in batches), new_tokens)
         self_check(adapted, batches[0]["input_ids"][:1, -48:], engines)
         with on_free_cores(say):

@@ -39,6 +39,7 @@ from transformers.utils import logging as transformers_logging
 from anydepth.errors import UserError
 from anydepth.models.backbone import FAMILIES, unwrap
 from anydepth.models.plain import base_modules
+from anydepth.models.tokens import end_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
@@ -94,6 +95,7 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+    _set_end_tokens(model, tokenizer)
     model.name_or_path = base
     if is_quantised(model):
         module: Any
@@ -154,6 +156,13 @@ def is_local(target: str) -> bool:
 def dtype_name(model: Any) -> str:
     """Return the name of a model's float type, such as `bfloat16`."""
     return str(model.dtype).removeprefix("torch.")
+
+
+def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation end at the tokenizer's EOS as well, on every engine."""
+    ends, config = sorted(end_ids(model, tokenizer)), model.generation_config
+    if config is not None and ends:
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def _four_bits(quantisation: str) -> BitsAndBytesConfig:

@@ -34,10 +34,11 @@ from anydepth import __version__
 from anydepth.errors import UserError
 from anydepth.inference.engine import batching
 from anydepth.inference.next_token import GREEDY
+from anydepth.models.tokens import encode_batch
 from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error
-from anydepth.serve.service import Busy, Job, Piece, Service, end_ids_of
+from anydepth.serve.service import Busy, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
 from anydepth.serve.text import TextStream
 
@@ -257,7 +258,7 @@ class Server:
             return [list(body.prompt)]  # type: ignore[arg-type]
         else:
             texts = [str(text) for text in body.prompt]
-        return [self.tokenizer(text)["input_ids"] for text in texts]  # type: ignore[misc]
+        return encode_batch(self.tokenizer, texts)
 
     def _room(self, prompt: list[int]) -> int:
         """New tokens that fit behind a prompt."""
@@ -301,7 +302,7 @@ class Server:
         request = batching.Request(
             prompt,
             wanted,
-            eos_token_ids=end_ids_of(self.service.engine.adapted),
+            eos_token_ids=self.service.end_ids,
             logits_processor=processors,
             generator=generator,
             budget=body.anydepth.depth_budget,

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.budget import collect_scores, options_of, set_thresholds, thresholds_at, thresholds_of
 from anydepth.errors import RunError, UserError
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.counts import Counts
 from anydepth.inference.engine.batching import Batcher, Logprob, Request, next_part
@@ -28,6 +26,7 @@ from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.next_token import NextToken, Stops
 from anydepth.inference.speculate import Speculation, setup_of
 from anydepth.inference.targets import EngineTarget, Row
+from anydepth.models.tokens import end_ids
 from anydepth.serve.text import TextStream
 
 log = logging.getLogger("anydepth.serve")
@@ -101,6 +100,7 @@ class Service:
         max_queue: that wait; the next one is refused with `Busy`.
 
     Attributes:
+        end_ids: tokens that end an answer.
         observers: told of a job, and of how many tokens, whenever it says something; on the engine's thread.
     """
 
@@ -114,7 +114,9 @@ class Service:
         max_queue: int = 64,
         budgets: Budgets | None = None,
     ) -> None:
-        self.engine, self.tokenizer, self.max_queue, self.budgets = engine, tokenizer, max_queue, budgets
+        self.engine, self.tokenizer, self.budgets = engine, tokenizer, budgets
+        self.max_batch_size, self.max_queue = max_batch_size, max_queue
+        self.end_ids = end_ids(engine.adapted, tokenizer)
         set_budget = budgets.set if budgets else lambda budget: None
         methods = engine.adapted.draft_methods  # beside self_speculation they would only draft
         self.batcher = Batcher(engine, max_batch_size, max_tokens, methods=methods, set_budget=set_budget)
@@ -273,13 +275,6 @@ class Service:
         if reason is not None:
             self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
             job.put(Piece(text + job.stream.finish(), list(tokens), reason))
-
-
-def end_ids_of(adapted: AdaptedModel) -> frozenset[int]:
-    """The tokens that end a text of a model."""
-    config: Any = adapted.generation_config
-    ends = config.eos_token_id
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def layers_of(record: PassRecord) -> list[float]:

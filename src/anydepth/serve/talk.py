@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, Temperatu
 from anydepth.errors import RunError, UserError
 from anydepth.inference.engine.batching import Request
 from anydepth.inference.next_token import GREEDY
-from anydepth.serve.service import Job, Piece, Service, end_ids_of
+from anydepth.serve.service import Job, Piece, Service
 from anydepth.serve.text import TextStream
 
 
@@ -54,7 +54,7 @@ class Talk:
         request = Request(
             prompt,  # type: ignore[arg-type]
             min(room, self.max_new_tokens),
-            eos_token_ids=end_ids_of(self.service.engine.adapted),
+            eos_token_ids=self.service.end_ids,
             logits_processor=self.processors,
             generator=self.generator,
         )

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
+from anydepth.models.tokens import encode_batch
 
 DOCUMENTS_PER_BATCH = 64
 
@@ -93,8 +94,7 @@ def _documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iter
     """Token ids per document, with the tokenizer's own BOS, without EOS."""
     for start in range(0, len(texts), DOCUMENTS_PER_BATCH):
         batch = list(texts[start : start + DOCUMENTS_PER_BATCH])
-        # verbose=False: documents longer than the model's window are cut here, so no warning is due.
-        for ids in tokenizer(batch, verbose=False, return_attention_mask=False)["input_ids"]:
+        for ids in encode_batch(tokenizer, batch):
             has_eos = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
             yield ids[:-1] if has_eos else ids
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from anydepth.config import OwnTextConfig
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.next_token import largest
+from anydepth.models.tokens import end_ids
 
 MARK = "\x00"
 # fmt: off
@@ -220,6 +221,7 @@ def own_texts(
     folder.mkdir(parents=True, exist_ok=True)
     size = min(config.num_tokens, SHARD_TOKENS)
     template = Template.of(tokenizer)
+    template = replace(template, ends=template.ends | end_ids(adapted, tokenizer))
     openings = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in OPENINGS]  # type: ignore[arg-type]
     texts, seconds, model = [], 0.0, None
     for number in range(-(-config.num_tokens // size)):
