@@ -37,6 +37,13 @@ Compiled = Annotated[
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--set", help="Override an option of a method: early_exit.thresholds=0.9.")
 ]
+GenerationDefaults = Annotated[
+    str,
+    typer.Option(
+        "--generation-config",
+        help="auto: sample with the defaults in the model's generation_config.json. none: ignore them.",
+    ),
+]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
 RecipeDType = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]

@@ -14,6 +14,7 @@ from anydepth.cli.options import (
     Data,
     Device,
     DType,
+    GenerationDefaults,
     Json,
     MethodOptions,
     Out,
@@ -47,6 +48,7 @@ def serve(
     data: Data = "embedded:train",
     options: MethodOptions = None,
     weights: WeightKind = None,
+    generation_config: GenerationDefaults = "auto",
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of requests that bring none; another one each time when left out.")
     ] = None,
@@ -58,6 +60,9 @@ def serve(
 
     --data is text that depth budgets are set on.
     """
+    from anydepth.inference.sampling import check_source, told
+
+    check_source(generation_config)
     try:
         from anydepth.serve.app import Settings, create_app
         from anydepth.serve.http import bind, listen
@@ -68,9 +73,18 @@ def serve(
     printer = Printer(False, quiet)
     bound = bind(host, port)
     limits: dict[str, Any] = {"max_batch_size": max_batch_size, "max_tokens": max_tokens, "max_queue": max_queue}
-    limits |= {"data": data, "weights": weights, "device": device, "dtype": dtype, "overrides": by_method(options)}
+    limits |= {
+        "generation_config": generation_config,
+        "data": data,
+        "weights": weights,
+        "device": device,
+        "dtype": dtype,
+        "overrides": by_method(options),
+    }
     with printer.busy(f"loading {target} …"):
         service, tokenizer = open_service(target, **limits)
+    if defaults := told(service.engine.adapted.generation_config):
+        printer.progress(defaults)
     settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout, seed=seed)
     logging.getLogger("anydepth.serve").setLevel(logging.INFO)
     line = f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)"

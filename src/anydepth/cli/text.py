@@ -16,6 +16,7 @@ from anydepth.cli.options import (
     Device,
     DType,
     Engine,
+    GenerationDefaults,
     Json,
     MethodOptions,
     Quiet,
@@ -25,6 +26,8 @@ from anydepth.cli.options import (
     by_method,
 )
 from anydepth.errors import UserError
+
+CHAT_TEMPERATURE = 0.7
 
 
 @app.command()
@@ -41,6 +44,7 @@ def generate(
     options: MethodOptions = None,
     engine: Engine = "auto",
     weights: WeightKind = None,
+    generation_config: GenerationDefaults = "auto",
     compiled: Compiled = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -51,24 +55,29 @@ def generate(
     """Text, with the depth of every token."""
     from anydepth.inference.engine import choose, verifies_bitwise
     from anydepth.inference.generate import generate as write
+    from anydepth.inference.sampling import check_source, told_of_generate, use_defaults
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
 
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    check_source(generation_config)
     text = sys.stdin.read() if prompt == "-" else prompt
     printer = Printer(as_json, quiet)
     with printer.busy(f"loading {target} …"):
         adapted, tokenizer = load_target(
             target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
         )
+        use_defaults(adapted.generation_config, generation_config)
         fast = choose(adapted, engine, weights, printer.progress, compiled=compiled)
     if adapted.speculation is not None and not verifies_bitwise(adapted, fast):
         printer.progress(
             "verified by transformers' operators, where rounding can decide a near tie otherwise than at full depth; "
             "for the same tokens in any case: --dtype float32, or --engine fast"
         )
+    if line := told_of_generate(adapted.generation_config, temperature):
+        printer.progress(line)
     shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "engine": fast}
     with printer.busy("writing …"):
         fields = write(adapted, tokenizer, text, **shared)
@@ -78,6 +87,7 @@ def generate(
         "temperature": temperature,
         "dtype": dtype_name(adapted),
         "lossless": lossless,
+        "generation_config": generation_config,
         "options": options,
     }
     result = document("anydepth.generate/1", seed=seed, config=config, label=adapted.label, **fields)
@@ -92,10 +102,11 @@ def chat(
     target: Target,
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    lossless: Annotated[
-        bool, typer.Option("--lossless", help="Answers of full depth; greedy ones are drafted.")
-    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help=f"0 is greedy. Default: the model's own, else {CHAT_TEMPERATURE}.")
+    ] = None,
+    lossless: Annotated[bool, typer.Option("--lossless", help="Draft and verify: the answers of full depth.")] = False,
+    generation_config: GenerationDefaults = "auto",
     options: MethodOptions = None,
     weights: WeightKind = None,
     seed: Seed = 0,
@@ -108,21 +119,29 @@ def chat(
     An empty line or Ctrl-D ends it; Ctrl-C ends an answer.
     """
     from anydepth.inference.engine.decode import FastEngine
+    from anydepth.inference.sampling import check_source, defaults_of, told, use_defaults
     from anydepth.serve.service import Service
     from anydepth.serve.talk import Talk
     from anydepth.training.checkpoint import load_target
 
-    if temperature < 0:
+    if temperature is not None and temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    check_source(generation_config)
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
-    with Printer(False, quiet).busy(f"loading {target} …"):
+    printer = Printer(False, quiet)
+    with printer.busy(f"loading {target} …"):
         adapted, tokenizer = load_target(
             target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
         )
         if tokenizer.chat_template is None:
             raise UserError(f"{target} has no chat template; use generate for models that were not trained to talk")
+        use_defaults(adapted.generation_config, generation_config)
         service = Service(FastEngine(adapted.eval(), weights), tokenizer, max_batch_size=1)
+    if line := told(adapted.generation_config):
+        printer.progress(line)
+    if temperature is None:
+        temperature = defaults_of(adapted.generation_config).get("temperature", CHAT_TEMPERATURE)
     talk = Talk(service, tokenizer, system, max_new_tokens, temperature, lossless=lossless, seed=seed)
     console, num_layers = Console(highlight=False), adapted.backbone.num_layers
     if console.is_terminal and not quiet:

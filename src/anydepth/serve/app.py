@@ -24,16 +24,13 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import (
     LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from anydepth import __version__
 from anydepth.errors import UserError
 from anydepth.inference.engine import batching
-from anydepth.inference.next_token import GREEDY
+from anydepth.inference.sampling import SamplingOptions
 from anydepth.models.tokens import encode_batch
 from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
@@ -226,7 +223,7 @@ class Server:
         self._check_model(body.model)
         prompts = self._prompts(body)
         jobs = [
-            self._job(body, prompt, body.max_tokens or 16, number, body.logprobs, chat=False)
+            self._job(body, prompt, body.max_tokens or 16, number, body.logprobs)
             for prompt in prompts
             for number in range(body.n or 1)
         ]
@@ -245,8 +242,8 @@ class Server:
         room = self._room(prompt)
         wanted = body.max_completion_tokens or body.max_tokens or min(room, self.settings.max_new_tokens)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        jobs = [self._job(body, prompt, wanted, number, num_logprobs, chat=True) for number in range(body.n or 1)]
-        return await self._answer(body, request, jobs, ChatShape(self.tokenizer, self.settings.name, body))
+        jobs = [self._job(body, prompt, wanted, number, num_logprobs) for number in range(body.n or 1)]
+        return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body))
 
     def _prompts(self, body: Completion) -> list[list[int]]:
         if isinstance(body.prompt, str):
@@ -275,9 +272,7 @@ class Server:
             )
         return most - len(prompt)
 
-    def _job(
-        self, body: Sampling, prompt: list[int], wanted: int, number: int, num_logprobs: int | None, *, chat: bool
-    ) -> Job:
+    def _job(self, body: Sampling, prompt: list[int], wanted: int, number: int, num_logprobs: int | None) -> Job:
         room = min(self._room(prompt), self.settings.max_new_tokens)
         if wanted > room:
             raise HTTPException(400, f"{wanted} new tokens do not fit behind {len(prompt)}; at most {room} do")
@@ -286,16 +281,13 @@ class Server:
                 400,
                 "anydepth.depth_budget: nothing attached here has one threshold to set, as routers and exit gates do",
             )
-        processors, temperature = LogitsProcessorList(), 1.0 if body.temperature is None else body.temperature
+        config = self.service.engine.adapted.generation_config
+        options = SamplingOptions.of(config, temperature=body.temperature, top_p=body.top_p)
+        penalties = []
         if body.presence_penalty or body.frequency_penalty:
-            penalties = body.presence_penalty or 0.0, body.frequency_penalty or 0.0
-            processors.append(Penalties(len(prompt), *penalties))
+            penalties.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
         generator = None
-        if temperature > GREEDY:
-            if temperature != 1:
-                processors.append(TemperatureLogitsWarper(temperature))
-            if body.top_p is not None and body.top_p < 1:
-                processors.append(TopPLogitsWarper(body.top_p))
+        if not options.is_greedy:
             generator = torch.Generator(device=self.service.engine.model.device)
             seed = self.seeds.getrandbits(63) if body.seed is None else (body.seed + number) % 2**63
             generator.manual_seed(seed)
@@ -303,7 +295,7 @@ class Server:
             prompt,
             wanted,
             eos_token_ids=self.service.end_ids,
-            logits_processor=processors,
+            logits_processor=options.processors(*penalties),
             generator=generator,
             budget=body.anydepth.depth_budget,
             num_logprobs=num_logprobs,

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.sampling import use_defaults
 from anydepth.models.load import DType
 from anydepth.serve.service import Budgets, Service
 from anydepth.training.checkpoint import load_target
@@ -23,6 +24,7 @@ def open_service(
     weights: str | None = None,
     device: str = "cpu",
     dtype: DType = "auto",
+    generation_config: str = "auto",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     **limits: int,
 ) -> tuple[Service, PreTrainedTokenizerBase]:
@@ -31,6 +33,7 @@ def open_service(
     Args:
         data: text that depth budgets are set on.
         weights: int8 or int4; None is the model's own precision.
+        generation_config: auto: requests have the model's own sampling defaults; none: they have none.
         overrides: options by method, in place of those that the target has.
         limits: `max_batch_size`, `max_tokens` and `max_queue` of the service.
 
@@ -38,6 +41,7 @@ def open_service(
         UserError: as `load_target` and `FastEngine` do.
     """
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True, lossless=True, overrides=overrides)
+    use_defaults(adapted.generation_config, generation_config)
     engine = FastEngine(adapted.eval(), weights)
     budgets = None
     if adapted.draft_methods:

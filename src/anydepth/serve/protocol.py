@@ -50,8 +50,8 @@ class Sampling(Strict):
     """What completions and chat completions share."""
 
     model: Text
-    temperature: float | None = Field(default=1.0, ge=0, le=2)
-    top_p: float | None = Field(default=1.0, gt=0, le=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, description="Default: the model's own, else 1.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Default: the model's own, else 1.")
     n: int | None = Field(default=1, ge=1, le=8)
     stream: bool | None = False
     stream_options: StreamOptions | None = None

@@ -6,11 +6,11 @@ import queue
 from collections.abc import Iterator
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper
+from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import RunError, UserError
 from anydepth.inference.engine.batching import Request
-from anydepth.inference.next_token import GREEDY
+from anydepth.inference.sampling import SamplingOptions
 from anydepth.serve.service import Job, Piece, Service
 from anydepth.serve.text import TextStream
 
@@ -19,7 +19,8 @@ class Talk:
     """What was said so far, and the next answer.
 
     Args:
-        system: what the model is told first. temperature: 0 is greedy.
+        system: what the model is told first.
+        temperature: 0 is greedy; the other options of sampling are the model's own defaults.
         lossless: answers of full depth.
     """
 
@@ -36,10 +37,10 @@ class Talk:
     ) -> None:
         self.service, self.tokenizer, self.max_new_tokens, self.lossless = service, tokenizer, max_new_tokens, lossless
         self.turns = [] if system is None else [{"role": "system", "content": system}]
-        self.processors = LogitsProcessorList()
+        options = SamplingOptions.of(service.engine.adapted.generation_config, temperature=temperature)
+        self.processors = options.processors()
         self.generator = None
-        if temperature > GREEDY:
-            self.processors.append(TemperatureLogitsWarper(temperature))
+        if not options.is_greedy:
             self.generator = torch.Generator(device=service.engine.model.device).manual_seed(seed)
 
     def answer(self, line: str) -> Iterator[tuple[str, float]]:
