@@ -37,7 +37,7 @@ from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error
 from anydepth.serve.service import Busy, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
-from anydepth.serve.text import TextStream
+from anydepth.serve.text import TextStream, TokenText
 
 log = logging.getLogger("anydepth.serve")
 DONE = "[DONE]"
@@ -187,6 +187,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.seeds = random.Random(self.settings.seed)
+        self.tokens = TokenText(self.tokenizer)
 
     async def models(self) -> dict[str, Any]:
         """What there is: one model."""
@@ -227,7 +228,7 @@ class Server:
             for prompt in prompts
             for number in range(body.n or 1)
         ]
-        return await self._answer(body, request, jobs, CompletionShape(self.tokenizer, self.settings.name, body))
+        return await self._answer(body, request, jobs, CompletionShape(self.tokens, self.settings.name, body))
 
     async def chat(self, body: ChatCompletion, request: Request) -> Response:
         """`POST /v1/chat/completions`."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from abc import ABC, abstractmethod
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from anydepth.serve.protocol import Sampling
+from anydepth.serve.protocol import ChatCompletion, Sampling
 from anydepth.serve.service import Piece, Token
+from anydepth.serve.text import TokenText
 
 
 class Shape(ABC):
@@ -18,20 +18,16 @@ class Shape(ABC):
 
     prefix, kind, stream_kind = "", "", ""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, body: Sampling) -> None:
-        self.tokenizer, self.name = tokenizer, name
+    def __init__(self, tokens: TokenText, name: str, body: Sampling) -> None:
+        self.tokens, self.name = tokens, name
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         asked = getattr(body, "logprobs", None)
         self.wants_logprobs = asked is not None and asked is not False
         self.wants_layers = body.anydepth.depth
-        self.said: dict[int, int] = {}
 
     def head(self, *, stream: bool) -> dict[str, Any]:
         kind = self.stream_kind if stream else self.kind
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
-
-    def text_of(self, token_id: int) -> str:
-        return str(self.tokenizer.decode([token_id]))
 
     def layers(self, tokens: list[Token]) -> dict[str, Any]:
         """By token: its depth, and of each layer what ran: 0 nothing, 1 one branch, 2 both."""
@@ -55,6 +51,10 @@ class CompletionShape(Shape):
 
     prefix, kind, stream_kind = "cmpl", "text_completion", "text_completion"
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.read: dict[int, tuple[codecs.IncrementalDecoder, int]] = {}  # by answer
+
     def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
         return [{**self.head(stream=True), "choices": [self.choice(number, [piece])]}]
 
@@ -69,19 +69,27 @@ class CompletionShape(Shape):
         }
 
     def _logprobs(self, number: int, tokens: list[Token]) -> dict[str, Any]:
-        texts = [self.text_of(token.token_id) for token in tokens]
-        offsets, at = [], self.said.get(number, 0)
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self.said[number] = at
         known = [token.logprob for token in tokens if token.logprob is not None]
         return {
-            "tokens": texts,
+            "tokens": [self.tokens.name_of(token.token_id) for token in tokens],
             "token_logprobs": [one.own for one in known],
-            "top_logprobs": [{self.text_of(token_id): share for token_id, share in one.top} for one in known],
-            "text_offset": offsets,
+            "top_logprobs": [self._by_name(one.top) for one in known],
+            "text_offset": [self._offset(number, token) for token in tokens],
         }
+
+    def _by_name(self, top: list[tuple[int, float]]) -> dict[str, float]:
+        """Return log-probabilities by text; where several tokens have one text, the later by their ids, as vLLM."""
+        found: dict[str, float] = {}
+        for token_id, share in top:
+            name = self.tokens.name_of(token_id)
+            found[f"token_id:{token_id}" if name in found else name] = share
+        return found
+
+    def _offset(self, number: int, token: Token) -> int:
+        """Return how many letters of an answer are complete before a token, and count that one too."""
+        decoder, offset = self.read.get(number, (codecs.getincrementaldecoder("utf-8")(errors="replace"), 0))
+        self.read[number] = decoder, offset + len(decoder.decode(self.tokens.bytes_of(token.token_id)))
+        return offset
 
 
 class ChatShape(Shape):
@@ -89,10 +97,14 @@ class ChatShape(Shape):
 
     prefix, kind, stream_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, tokens: TokenText, name: str, body: ChatCompletion) -> None:
+        super().__init__(tokens, name, body)
+        self.wants_top, self.begun = bool(body.top_logprobs), set[int]()
+
     def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
         delta: dict[str, Any] = {"content": piece.text}
-        if number not in self.said:
-            self.said[number] = 1
+        if number not in self.begun:
+            self.begun.add(number)
             delta = {"role": "assistant", **delta}
         choice = {"index": number, "delta": delta, "finish_reason": piece.finish_reason, **self._rest(piece.tokens)}
         return [{**self.head(stream=True), "choices": [choice]}]
@@ -111,9 +123,9 @@ class ChatShape(Shape):
 
     def _logprob(self, token: Token) -> dict[str, Any]:
         assert token.logprob is not None
-        top = [self._one(token_id, share) for token_id, share in token.logprob.top]
+        top = [self._one(token_id, share) for token_id, share in token.logprob.top if self.wants_top]
         return {**self._one(token.token_id, token.logprob.own), "top_logprobs": top}
 
     def _one(self, token_id: int, share: float) -> dict[str, Any]:
-        text = self.text_of(token_id)
-        return {"token": text, "logprob": share, "bytes": list(text.encode())}
+        own = list(self.tokens.bytes_of(token_id))
+        return {"token": self.tokens.name_of(token_id), "logprob": share, "bytes": own}

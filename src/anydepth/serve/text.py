@@ -1,10 +1,15 @@
-"""Token ids to text as they come: whole characters, and nothing behind a stop string."""
+"""Token ids to text as they come: whole characters, and nothing after a stop string; and the bytes of single tokens."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 UNFINISHED = "�"
 """What tokenizers decode the first bytes of a character to."""
@@ -17,7 +22,8 @@ class TextStream:
 
     Args:
         prompt: token ids in front of it.
-        stop: texts that end it, not part of it themselves.
+        stop: texts that end it, not part of it themselves. They are looked for in the text with its special tokens,
+            which are not part of the answer's text.
 
     Attributes:
         is_stopped: whether a stop string has come.
@@ -27,12 +33,16 @@ class TextStream:
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.ids = list(prompt[-CONTEXT:])
         self.begin, self.read = 0, len(self.ids)
-        self.held = ""
+        special = special_tokens(tokenizer) if self.stop else {}
+        self.special = {one: name for one, name in special.items() if any(name in text for text in self.stop)}
+        self.held, self.shown = "", list[bool]()  # text that may begin a stop string; which letters are the answer's
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
         """The text that is certain with one more token; what may become a stop string is held back."""
         self.ids.append(token_id)
+        if token_id in self.special:
+            return self._let_go(self.special[token_id], shown=False)
         before, now = self._decode(self.begin, self.read), self._decode(self.begin, len(self.ids))
         if now.endswith(UNFINISHED):
             return ""
@@ -45,18 +55,21 @@ class TextStream:
             return ""
         before, now = self._decode(self.begin, self.read), self._decode(self.begin, len(self.ids))
         self.begin = self.read = len(self.ids)
-        text, self.held = self.held + now[len(before) :], ""
-        return text
+        return self._take(len(self.held)) + now[len(before) :]
 
-    def _let_go(self, text: str) -> str:
+    def _let_go(self, text: str, *, shown: bool = True) -> str:
         self.held += text
+        self.shown += [shown] * len(text)
         ends = [place for place in map(self.held.find, self.stop) if place >= 0]
         if ends:
             self.is_stopped = True
-            text, self.held = self.held[: min(ends)], ""
-            return text
-        keep = max((_overlap(self.held, stop) for stop in self.stop), default=0)
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+            return self._take(min(ends))
+        return self._take(len(self.held) - max((_overlap(self.held, stop) for stop in self.stop), default=0))
+
+    def _take(self, length: int) -> str:
+        """Let go of the first letters that are held; those of the answer."""
+        text = "".join(letter for letter, shown in zip(self.held[:length], self.shown, strict=False) if shown)
+        self.held, self.shown = self.held[length:], self.shown[length:]
         return text
 
     def _decode(self, begin: int, end: int) -> str:
@@ -66,3 +79,55 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Letters at the end of `text` with which `stop` begins."""
     return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the tokens that decoding leaves out of a text, with what they are called."""
+    added: Any = tokenizer.added_tokens_decoder
+    return {token_id: token.content for token_id, token in added.items() if token.special}
+
+
+class TokenText:
+    """What single tokens stand for: the bytes that each one adds to a text, and a name in letters."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.special = tokenizer, special_tokens(tokenizer)
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self.decoder: Any = None if backend is None else backend.decoder
+        state = "" if self.decoder is None else json.dumps(json.loads(self.decoder.__getstate__()))
+        self.has_byte_letters, self.has_byte_tokens = '"ByteLevel"' in state, '"ByteFallback"' in state
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds; none for a special token, which decoding leaves out."""
+        if token_id in self.special:
+            return b""
+        token: Any = self.tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:  # the embedding has more rows than the tokenizer has tokens
+            return b""
+        if self.has_byte_letters:
+            try:
+                return bytes(_byte_of_letter()[letter] for letter in token)
+            except KeyError:  # an added token, which is text as it is
+                return str(token).encode()
+        if self.has_byte_tokens and (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)):
+            return bytes([int(byte[1], 16)])
+        if self.decoder is None:
+            return str(self.tokenizer.decode([token_id])).encode()
+        # After another token, since decoders drop a space at the beginning of a text.
+        return str(self.decoder.decode(["a", token])).removeprefix("a").encode()
+
+    def name_of(self, token_id: int) -> str:
+        """Return a token's text; as OpenAI does, `bytes:` and the bytes in hexadecimal where they are no text alone."""
+        own = self.bytes_of(token_id)
+        if not own:
+            return self.special.get(token_id, "")
+        try:
+            return own.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+@lru_cache(maxsize=1)
+def _byte_of_letter() -> dict[str, int]:
+    """Return the byte that each letter of a byte-level vocabulary stands for."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -29,10 +29,22 @@ kernels would take it, whose sums run in another order than those of a long prom
 
 @dataclass(frozen=True)
 class Logprob:
-    """Of a token that was taken: its own logarithm of probability (before temperature), and the likeliest tokens'."""
+    """The log-probability of a token that was taken, before any processor, and those of the likeliest tokens.
+
+    Attributes:
+        top: (token, log-probability) in falling order; the token that was taken comes last where it is not among them.
+    """
 
     own: float
     top: list[tuple[int, float]]
+
+    @classmethod
+    def of(cls, logits: Tensor, token: int, num_top: int) -> Logprob:
+        """Return them for a token taken from (V,) logits."""
+        shares = logits.float().log_softmax(-1)
+        values, ids = shares.topk(num_top)
+        own, top = float(shares[token]), list(zip(ids.tolist(), values.tolist(), strict=True))
+        return cls(own, top if token in dict(top) else [*top, (token, own)])
 
 
 @dataclass(eq=False)
@@ -241,8 +253,5 @@ def _choose(request: Request, logits: Tensor) -> int:
     else:
         token = int(torch.multinomial(logits.softmax(-1), 1, generator=request.generator))
     if request.num_logprobs is not None:
-        shares = raw[0].log_softmax(-1)
-        values, ids = shares.topk(request.num_logprobs)
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-        request.logprobs.append(Logprob(float(shares[token]), top))
+        request.logprobs.append(Logprob.of(raw[0], token, request.num_logprobs))
     return token
