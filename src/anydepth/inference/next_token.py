@@ -23,11 +23,14 @@ KEPT_NOISE = 48
 class Noise:
     """What `torch.multinomial` would divide by at each step of a batch, were all rows at that step.
 
+    Args:
+        generator: draws it; None is torch's own of the device.
+
     Drafts ask for steps that are never taken: `rewind` then gives the generator the state of a run without them.
     """
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.num_rows, self.device = num_rows, device
+    def __init__(self, num_rows: int, device: torch.device, generator: torch.Generator | None = None) -> None:
+        self.num_rows, self.device, self.generator = num_rows, device, generator
         self.before: list[Tensor] = []  # states of the generator in front of each step
         self.kept: dict[int, Tensor] = {}
 
@@ -40,7 +43,8 @@ class Noise:
             self._state = self.before[step]
         else:
             self.before.append(now)
-        self.kept[step] = torch.empty(self.num_rows, size, device=self.device).exponential_(1)
+        noise = torch.empty(self.num_rows, size, device=self.device)
+        self.kept[step] = noise.exponential_(1, generator=self.generator)
         if step < len(self.before) - 1:
             self._state = now
         while len(self.kept) > KEPT_NOISE:
@@ -54,13 +58,17 @@ class Noise:
 
     @property
     def _state(self) -> Tensor:
+        if self.generator is not None:
+            return self.generator.get_state()
         if self.device.type == "cuda":
             return torch.cuda.get_rng_state(self.device)
         return torch.get_rng_state()
 
     @_state.setter
     def _state(self, state: Tensor) -> None:
-        if self.device.type == "cuda":
+        if self.generator is not None:
+            self.generator.set_state(state)
+        elif self.device.type == "cuda":
             torch.cuda.set_rng_state(state, self.device)
         else:
             torch.set_rng_state(state)
@@ -88,6 +96,7 @@ class NextToken:
             each token that is taken, in order, and never for drafts.
         num_rows: of the batch; noise is drawn for all of them, as there.
         vocabulary_size: of the model.
+        generator: draws the noise of sampling; None is torch's own of the device.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class NextToken:
         device: torch.device,
         *,
         sampling: bool,
+        generator: torch.Generator | None = None,
     ) -> None:
         self.processors, self.num_rows, self.sampling = processors, num_rows, sampling
         self.for_drafts = LogitsProcessorList(part for part in processors if is_stateless(part))
@@ -108,7 +118,7 @@ class NextToken:
                 "at full depth (adapted.disabled())"
             )
         self.vocabulary_size = vocabulary_size
-        self.noise = Noise(num_rows, device)
+        self.noise = Noise(num_rows, device, generator)
 
     @property
     def is_plain(self) -> bool:

@@ -139,10 +139,20 @@ class Speculation:
     """One generation: rows draft, are verified together, and take what was right and one token more.
 
     Of several drafters each row drafts with the one that is worth most at the moment.
+
+    Args:
+        on_token: receives the (V,) logits of the model, before any processor, and the token that a row takes from them.
     """
 
-    def __init__(self, target: Target, setup: Setup, choice: NextToken, stops: Stops) -> None:
-        self.target, self.setup, self.choice, self.stops = target, setup, choice, stops
+    def __init__(
+        self,
+        target: Target,
+        setup: Setup,
+        choice: NextToken,
+        stops: Stops,
+        on_token: Callable[[Tensor, int], None] | None = None,
+    ) -> None:
+        self.target, self.setup, self.choice, self.stops, self.on_token = target, setup, choice, stops, on_token
         self.drafters, self.economy = list(setup.drafters), setup.economy
         self.costs = self.economy.costs(1)
         self.counts = Counts()
@@ -324,6 +334,8 @@ class Speculation:
                 else:
                     scores, token = own, plain[number][place]
                 row.ids.append(token)
+                if self.on_token is not None:
+                    self.on_token(own, token)
                 taken += 1
                 row.is_done = self.stops.ends(row, scores)
                 if row.is_done or place == len(row.draft) or token != row.draft[place]:

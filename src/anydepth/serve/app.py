@@ -324,8 +324,7 @@ class Server:
         for number, job in enumerate(jobs):
             job.put = partial(put, number)
         try:
-            for job in jobs:
-                self.service.submit(job)
+            self.service.submit(*jobs)
         except Busy as busy:
             self._cancel(jobs)
             raise HTTPException(429, str(busy), {"Retry-After": str(busy.retry_after)}) from busy
@@ -335,7 +334,7 @@ class Server:
         if body.stream:
             events = self._events(body, jobs, queue, shape)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await self._whole(request, jobs, queue, shape)
+        return await self._whole(body, request, jobs, queue, shape)
 
     async def _events(self, body: Sampling, jobs: list[Job], queue: Any, shape: Shape) -> AsyncIterator[str]:
         """Server-sent events; whatever goes wrong is one as well, for the status has been sent."""
@@ -350,7 +349,7 @@ class Server:
                 for chunk in shape.chunks(number, piece):
                     yield _event(chunk)
             if body.stream_options is not None and body.stream_options.include_usage:
-                yield _event({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs)})
+                yield _event({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs, body)})
             yield f"data: {DONE}\n\n"
         except Exception as failed:
             log.error("an answer could not be told", exc_info=failed)
@@ -358,7 +357,7 @@ class Server:
         finally:  # also when the client goes away
             self._cancel(jobs)
 
-    async def _whole(self, request: Request, jobs: list[Job], queue: Any, shape: Shape) -> Response:
+    async def _whole(self, body: Sampling, request: Request, jobs: list[Job], queue: Any, shape: Shape) -> Response:
         pieces: list[list[Piece]] = [[] for _ in jobs]
         gone = asyncio.ensure_future(_gone(request))
         try:
@@ -375,7 +374,7 @@ class Server:
                 if piece.finish_reason in ("timeout", "error"):
                     return JSONResponse(*_failed(piece))
             choices = [shape.choice(number, parts) for number, parts in enumerate(pieces)]
-            return JSONResponse({**shape.head(stream=False), "choices": choices, "usage": usage_of(jobs)})
+            return JSONResponse({**shape.head(stream=False), "choices": choices, "usage": usage_of(jobs, body)})
         finally:
             gone.cancel()
             self._cancel(jobs)
@@ -401,14 +400,22 @@ def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
     return error(BROKEN, "server_error"), 500
 
 
-def usage_of(jobs: list[Job]) -> dict[str, Any]:
-    """Tokens read and said; of the first answer how fast it was decoded, and what drafting gave."""
-    read = sum(len(job.request.prompt) for job in jobs)
+def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
+    """Return the tokens of each prompt, counted once, and of all answers; and anydepth's own numbers.
+
+    `tokens_per_second` and what drafting gave are of the first answer. `drafting` says of lossless requests how many
+    answers were drafted, and why the first of the others was not.
+    """
+    read = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
     said = sum(job.num_said for job in jobs)
     usage: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
     own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second}
     if jobs[0].counts is not None:
         own["acceptance_rate"] = jobs[0].counts.acceptance_rate
         own["tokens_per_round"] = jobs[0].counts.mean_acceptance_length
+    if body.anydepth.lossless:
+        reasons = [job.why_not_drafted for job in jobs if job.why_not_drafted is not None]
+        drafted = len(jobs) - len(reasons)
+        own["drafting"] = {"used": drafted > 0, "answers": drafted, "reason": reasons[0] if reasons else None}
     usage["anydepth"] = own
     return usage

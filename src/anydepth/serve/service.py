@@ -1,7 +1,7 @@
-"""The engine behind the server: one thread decodes, a bounded queue stands in front of it.
+"""The engine behind the server: one thread decodes, and a bounded queue feeds it.
 
-Requests are decoded together (`engine/batching.py`). A greedy one that wants the text of full depth is drafted and
-verified by itself while nobody else drafts; its text is the same either way.
+Requests are decoded together (`engine/batching.py`). A request for the text of full depth is drafted and verified by
+itself, one at a time; its text and its log-probabilities are the same either way.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from anydepth.serve.text import TextStream
 log = logging.getLogger("anydepth.serve")
 LATEST = 32
 """Finished requests that the time to wait is estimated from."""
+NO_DRAFTER = "no drafter is attached; serve a target that drafts, or one that skips layers"
+TAKEN = "one answer is drafted at a time, and another one was being drafted"
+NO_GAIN = "no draft was expected to save time"
 
 
 class Busy(Exception):
@@ -69,6 +72,7 @@ class Job:
         lossless: the text of full depth.
         wants_layers: whether each token says what ran for it.
         seconds: after which it is given up, waiting included.
+        why_not_drafted: of a lossless request; None: drafts were made, or none have been asked for.
     """
 
     request: Request
@@ -83,6 +87,7 @@ class Job:
     num_said: int = 0
     is_over: bool = False
     counts: Counts | None = None
+    why_not_drafted: str | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -127,19 +132,31 @@ class Service:
         self.wake = threading.Condition()
         self.is_closing = False
         self.latest: list[float] = []
+        self.logged: set[str] = set()
         self.observers: list[Callable[[Job, int], None]] = []
         self.thread = threading.Thread(target=self._run, name="anydepth-engine", daemon=True)
         self.thread.start()
 
     # --- from other threads ----------------------------------------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
-        """Raises `Busy` if too many wait, `UserError` for a request that can never run."""
-        self.batcher.check(job.request)
+    def submit(self, *jobs: Job) -> None:
+        """Queue all of these jobs, or none.
+
+        Raises:
+            Busy: they do not fit now. UserError: they can never run.
+        """
+        most = self.max_batch_size + self.max_queue
+        if len(jobs) > most:
+            raise UserError(
+                f"{len(jobs)} answers at once can never be queued here, where {self.max_batch_size} run and "
+                f"{self.max_queue} wait; ask for at most {most} (prompts times n)"
+            )
+        for job in jobs:
+            self.batcher.check(job.request)
         with self.wake:
-            if self.is_closing or self.num_waiting >= self.max_queue:
+            if self.is_closing or self.num_waiting + self.num_running + len(jobs) > most:
                 raise Busy(self._seconds_to_wait())
-            self.arrived.append(job)
+            self.arrived += jobs
             self.wake.notify()
 
     def cancel(self, job: Job) -> None:
@@ -197,11 +214,21 @@ class Service:
     def _admit(self, job: Job) -> None:
         self.jobs[job.request] = job
         job.request.full_depth |= job.lossless
-        greedy = job.request.generator is None and job.request.num_logprobs is None
-        if job.lossless and greedy and self.drafted is None and self.engine.adapted.speculation is not None:
+        if job.lossless and self.engine.adapted.speculation is None:
+            self._is_not_drafted(job, NO_DRAFTER)
+        elif job.lossless and self.drafted is not None:
+            self._is_not_drafted(job, TAKEN)
+        elif job.lossless:
             self.drafted = Drafted(self.engine, job)
-        else:
-            self.batcher.add(job.request)
+            return
+        self.batcher.add(job.request)
+
+    def _is_not_drafted(self, job: Job, why: str) -> None:
+        """Keep the reason for the answer's `usage`; log each reason once."""
+        job.why_not_drafted = why
+        if why not in self.logged:
+            self.logged.add(why)
+            log.warning("a lossless answer is decoded without drafts: %s", why)
 
     def _late(self) -> list[Job]:
         now = time.monotonic()
@@ -269,6 +296,8 @@ class Service:
             job.counts = self.drafted.counts
             self.drafted.end()
             self.drafted = None
+            if not sum(job.counts.num_drafted.values()) and reason is not None:
+                self._is_not_drafted(job, NO_GAIN)
         else:
             self.batcher.cancel(job.request)
         job.is_over = True
@@ -285,7 +314,7 @@ def layers_of(record: PassRecord) -> list[float]:
 
 
 class Drafted:
-    """One greedy request, drafted and verified round by round."""
+    """One request, drafted and verified round by round."""
 
     def __init__(self, engine: FastEngine, job: Job) -> None:
         self.job, adapted = job, engine.adapted
@@ -295,9 +324,10 @@ class Drafted:
         request = job.request
         self.target = EngineTarget(engine.model, 1, [] if method.network is None else method.network.taps)
         size, device = adapted.config.vocab_size, engine.model.device
-        choice = NextToken(request.logits_processor, 1, size, device, sampling=False)
+        sampling, own = request.generator is not None, request.generator
+        self.choice = NextToken(request.logits_processor, 1, size, device, sampling=sampling, generator=own)
         stops = Stops.at(len(request.prompt) + request.max_new_tokens, request.eos_token_ids)
-        self.run = Speculation(self.target, engine.drafting, choice, stops)
+        self.run = Speculation(self.target, engine.drafting, self.choice, stops, self._record)
         self.row = Row(list(request.prompt))
         self.has_begun = False
         self.remembers = any(method.remembers for method in adapted.draft_methods)  # those see all of it in `begin`
@@ -321,7 +351,15 @@ class Drafted:
                 self.run.begin([self.row])
         self.job.request.output[:] = self.row.ids[self.row.num_prompt :]
 
+    def _record(self, logits: Tensor, token: int) -> None:
+        """Keep the log-probabilities of a token that was taken."""
+        request = self.job.request
+        if request.num_logprobs is not None:
+            request.logprobs.append(Logprob.of(logits, token, request.num_logprobs))
+
     def end(self) -> None:
+        """Forget the drafts, and leave the request's generator as decoding without drafts leaves it."""
+        self.choice.noise.rewind(self.job.num_said)
         self.run.end()
 
 
