@@ -34,7 +34,7 @@ from anydepth.inference.sampling import SamplingOptions
 from anydepth.models.tokens import encode_batch
 from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
-from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error
+from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
 from anydepth.serve.service import Busy, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
 from anydepth.serve.text import TextStream, TokenText
@@ -154,13 +154,10 @@ def _key_of(wanted: str | None) -> Callable[[Any], None]:
 
 
 def _errors(app: FastAPI) -> None:
-    """Every refusal is a JSON object, and repeats nothing of what was sent."""
+    """Every refusal is a JSON object, and repeats nothing of what was sent but the name of an unknown field."""
 
     def invalid(_: Request, raised: Any) -> Response:
-        first = raised.errors()[0]
-        param = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return JSONResponse(error(f"{param + ': ' if param else ''}{message}", INVALID, param=param or None), 400)
+        return JSONResponse(explained(raised.errors()), 400)
 
     def refused(_: Request, raised: Any) -> Response:
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(

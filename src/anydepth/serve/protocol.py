@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -14,15 +15,28 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _not_here(wanted: bool | None) -> bool | None:
+    if wanted:
+        raise ValueError("is not supported here; leave it out")
+    return wanted
+
+
 INVALID = "invalid_request_error"
 Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
+TAKES = {
+    "prompt": "give a text, a list of 1 to 16 texts, or a list of token ids, which are whole numbers of at least 0",
+    "stop": "give a text of 1 to 200 characters, or a list of at most 4 such texts",
+    "content": 'give a text, or a list of parts {"type": "text", "text": "…"}',
+    "response_format": 'give {"type": "text"}, or leave it out',
+}
+"""What fields take whose type is one of several; pydantic tells of each one, in its own words."""
 
 
 class Strict(BaseModel):
-    """An unknown field is an error, as with OpenAI's API."""
+    """An object whose unknown fields are errors, as in OpenAI's API, and whose values are not converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Extra(Strict):
@@ -55,7 +69,7 @@ class Sampling(Strict):
     n: int | None = Field(default=1, ge=1, le=8)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Stop | list[Stop] | None = Field(default=None)
+    stop: Stop | list[Stop] | None = Field(default=None, description=TAKES["stop"])
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
@@ -65,7 +79,7 @@ class Sampling(Strict):
     @model_validator(mode="after")
     def _few_stops(self) -> Sampling:
         if isinstance(self.stop, list) and len(self.stop) > 4:
-            raise ValueError("stop takes at most 4 texts")
+            raise ValueError(f"stop: {TAKES['stop']}")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams; set stream")
         return self
@@ -81,10 +95,12 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class Completion(Sampling):
     """`POST /v1/completions`."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)] | TokenIds
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)] | TokenIds = Field(
+        description=TAKES["prompt"]
+    )
     max_tokens: int | None = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=5)
-    echo: Literal[False] | None = False
+    echo: Annotated[bool, AfterValidator(_not_here)] | None = False
 
 
 class Part(Strict):
@@ -142,3 +158,36 @@ class Error(BaseModel):
 def error(message: str, kind: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """The body of an answer that refuses."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def explained(errors: Sequence[Any]) -> dict[str, Any]:
+    """Return the body of an answer that refuses, from pydantic's errors: one sentence, and where."""
+    first = errors[0]
+    path = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return error("the body is not JSON", INVALID)
+    if first["type"] == "extra_forbidden":
+        path[-1] = str(path[-1])[:100].encode(errors="replace").decode()
+        return error(f"{_dotted(path)}: there is no such field", INVALID, param=_dotted(path))
+    union = next((place for place, part in enumerate(path) if part in TAKES), None)
+    if union is None:
+        return error(": ".join(filter(None, [_dotted(path), _sentence(first)])), INVALID, param=_dotted(path) or None)
+    name = path[union]
+    own = next((_sentence(one) for one in _at(errors, name) if one["type"] == "value_error"), TAKES[name])
+    param = _dotted(path[: union + 1])
+    missing = first["type"] == "missing" and path[-1] == name
+    return error(f"{param}: {'a required field is missing; ' if missing else ''}{own}", INVALID, param=param)
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    return ".".join(map(str, path))
+
+
+def _at(errors: Sequence[Any], name: str) -> Iterator[Any]:
+    return (one for one in errors if name in one["loc"])
+
+
+def _sentence(one: Any) -> str:
+    if one["type"] == "model_attributes_type":
+        return "give an object"
+    return str(one["msg"]).removeprefix("Value error, ")
