@@ -32,17 +32,17 @@ from anydepth.errors import UserError
 from anydepth.inference.engine import batching
 from anydepth.inference.sampling import SamplingOptions
 from anydepth.models.tokens import encode_batch
-from anydepth.serve.body_limit import BodyLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
 from anydepth.serve.service import Busy, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
+from anydepth.serve.size_limit import SizeLimit
 from anydepth.serve.text import TextStream, TokenText
 
 log = logging.getLogger("anydepth.serve")
 DONE = "[DONE]"
 BROKEN = "decoding failed; the server's log says why"
-REFUSALS = (400, 401, 404, 408, 413, 429)
+REFUSALS = (400, 401, 404, 408, 413, 429, 431)
 STREAMED = {200: {"description": "The answer, whole or as events.", "content": {"text/event-stream": {}}}}
 
 
@@ -97,7 +97,7 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
         redoc_url=None,
         responses={code: {"model": Error} for code in REFUSALS},
     )
-    app.add_middleware(BodyLimit, most=settings.max_body_bytes)
+    app.add_middleware(SizeLimit, most=settings.max_body_bytes)
     _errors(app)
     metrics = Metrics(service)
     server = Server(service, tokenizer, settings, metrics)
@@ -323,10 +323,8 @@ class Server:
         try:
             self.service.submit(*jobs)
         except Busy as busy:
-            self._cancel(jobs)
             raise HTTPException(429, str(busy), {"Retry-After": str(busy.retry_after)}) from busy
         except UserError as impossible:
-            self._cancel(jobs)
             raise HTTPException(400, str(impossible)) from impossible
         if body.stream:
             events = self._events(body, jobs, queue, shape)

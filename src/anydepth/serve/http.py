@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 
 import h11
@@ -14,8 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anydepth.errors import UserError
 from anydepth.serve.protocol import INVALID, error
+from anydepth.serve.size_limit import MAX_HEADER_BYTES, TOO_LONG
 
-MAX_HEADER_BYTES = 1 << 16
 KEEP_ALIVE_SECONDS = 30
 BACKLOG = 2048
 
@@ -66,10 +67,12 @@ class JSONRefusals(H11Protocol):
     """What is no HTTP, or has headers without end, gets an object that says so, as every other mistake does."""
 
     def send_400_response(self, msg: str) -> None:
-        too_large = f"no valid HTTP, or more than {MAX_HEADER_BYTES} bytes of headers"
-        body = json.dumps(error(too_large, INVALID, code="bad_request")).encode()
+        too_long = getattr(sys.exception(), "error_status_hint", 400) == 431
+        said = error(TOO_LONG, INVALID, code="headers_too_large") if too_long else error("no valid HTTP", INVALID)
+        body = json.dumps(said).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        answer = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")], reason=b"Bad Request")
+        status, reason = (431, b"Request Header Fields Too Large") if too_long else (400, b"Bad Request")
+        answer = h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")], reason=reason)
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()

@@ -1,15 +1,18 @@
-"""A bound on the size of requests."""
+"""Bounds on the size of requests: of the headers and of the body."""
 
 from __future__ import annotations
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from anydepth.serve.protocol import error
+from anydepth.serve.protocol import INVALID, error
+
+MAX_HEADER_BYTES = 1 << 16
+TOO_LONG = f"the request line and the headers are more than {MAX_HEADER_BYTES} bytes"
 
 
-class BodyLimit:
-    """Refuses bodies that are too large, told or not, before anybody reads all of them."""
+class SizeLimit:
+    """Refuses headers and bodies that are too large, the latter before all of them is read."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
@@ -17,6 +20,10 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if head_size(scope) > MAX_HEADER_BYTES:
+            refusal = JSONResponse(error(TOO_LONG, INVALID, code="headers_too_large"), 431, {"Connection": "close"})
+            await refusal(scope, receive, send)
             return
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if told.isdigit() and int(told) > self.most:
@@ -44,4 +51,10 @@ class BodyLimit:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         text = f"the body is larger than {self.most} bytes"
-        await JSONResponse(error(text, "invalid_request_error", code="body_too_large"), 413)(scope, receive, send)
+        await JSONResponse(error(text, INVALID, code="body_too_large"), 413)(scope, receive, send)
+
+
+def head_size(scope: Scope) -> int:
+    """Return the bytes of a request's line and headers, as they were sent; h11 bounds only what is incomplete."""
+    line = len(scope["method"]) + len(scope.get("raw_path") or b"") + len(scope["query_string"]) + len("  HTTP/1.1\r\n")
+    return line + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
