@@ -528,6 +528,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "layer_ruoter"}, "did you mean 'layer_router'"),
     ({"name": "layer_router", "treshold": 1}, "did you mean 'threshold'"),
     ({"name": "layer_router", "kv_rule": "keep"}, "keep"),
+    ({"name": "layer_router", "kv_rule": "recompute"}, "recompute"),
+    ({"name": "mixture_of_depths", "kv_rule": "recompute"}, "recompute"),
     ({"name": "layer_router", "always_keep": 5}, "5"),
     ({"name": "layer_router", "always_keep": 0}, "0"),
     ({"name": "layer_router", "router": "random"}, "rates"),

@@ -22,10 +22,10 @@ from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import (
     Gate,
     KnownScores,
-    KVRule,
     Method,
     PassContext,
     Rules,
+    SkipRule,
     Threshold,
     check_layers,
     uniform_by_place,
@@ -60,7 +60,7 @@ class LayerRouterConfig(StrictConfig):
         description="For router=random: share of tokens that run each routed layer; a number is that of all of them.",
     )
     target_skip: float = Field(default=0.4, ge=0, lt=1, description="Share of routed layer-tokens to skip.")
-    kv_rule: KVRule = Field(
+    kv_rule: SkipRule = Field(
         default="project", description="K/V of a skipping token: its state projected, or none (omit)."
     )
     threshold: float = Field(default=0.0, description="At inference a token runs the layer if its logit is above this.")
@@ -176,7 +176,7 @@ class LayerRouter(Method):
         return RouterState(pool_tokens, bool((context.positions < pool_tokens).any()))
 
     @property
-    def kv_rule(self) -> KVRule:
+    def kv_rule(self) -> SkipRule:
         return self.config.kv_rule
 
     def rules(self) -> Rules | None:

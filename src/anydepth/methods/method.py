@@ -19,7 +19,9 @@ from anydepth.methods.memory import Memory
 from anydepth.methods.shared_batch import draw_uniform
 from anydepth.models.backbone import Backbone
 
-KVRule = Literal["project", "omit", "recompute"]
+SkipRule = Literal["project", "omit"]
+"""How a token that skips a mixer leaves K/V there: its state is projected, or it leaves none."""
+KVRule = Literal[SkipRule, "recompute"]
 """`recompute`: of exits alone. What tokens leave in a layer is what they would at full depth, run when it is needed."""
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, KVRule, Method, PassContext, check_layers
+from anydepth.methods.method import Gate, Method, PassContext, SkipRule, check_layers
 from anydepth.models.backbone import Backbone
 
 
@@ -26,7 +26,7 @@ class MixtureOfDepthsConfig(StrictConfig):
     capacity: float = Field(
         default=0.5, gt=0, le=1, description="Share C of a sequence's tokens that run, in training."
     )
-    kv_rule: KVRule = Field(
+    kv_rule: SkipRule = Field(
         default="omit", description="K/V of a token that goes around: none, or its state projected."
     )
     weigh: bool = Field(default=True, description="Add r·f(h) with r = 2·σ(score); no: f(h), r only in the gradient.")
@@ -67,7 +67,7 @@ class MixtureOfDepths(Method):
         )
 
     @property
-    def kv_rule(self) -> KVRule:
+    def kv_rule(self) -> SkipRule:
         return self.config.kv_rule
 
     def reads_state(self, layer_idx: int, context: PassContext) -> bool:
