@@ -25,8 +25,9 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference import next_token, speculate
 from anydepth.inference.drafters import Lookup
 from anydepth.inference.engine.native import same_bits_until
+from anydepth.inference.hf import HFTarget
 from anydepth.inference.next_token import KEPT_NOISE, Noise
-from anydepth.inference.targets import Row
+from anydepth.inference.targets import EngineTarget, Row
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from tiny import byte_tokenizer, tiny_llama
 
@@ -49,6 +50,7 @@ DRAFTERS: dict[str, list[dict[str, Any]]] = {
     "trained": [{**ALONE, "network": NETWORK}],
     "searched": [{**ALONE, "search": {"budget": 0.34, "every": 3, "window": 6}}],
     "searched by states": [{**ALONE, "search": {"strategy": "dynamic", "budget": 0.34, "every": 9, "window": 6}}],
+    "searched by time": [{**ALONE, "search": {"strategy": "knapsack", "budget": 0.34, "every": 9, "window": 6}}],
     "everything": [
         {"name": "self_speculation", "exit_layers": [2], "network": NETWORK},
         {"name": "skip_set", "skip_layers": [2]},
@@ -117,6 +119,7 @@ def test_the_engine_gives_the_tokens_of_full_depth(drafter: str, options: str, d
         "exits, run later",
         "searched",
         "searched by states",
+        "searched by time",
     ],
 )
 def test_every_family_gives_the_tokens_of_full_depth(family: str, name: str) -> None:
@@ -245,7 +248,7 @@ def test_rows_near_a_change_of_bits_hold_the_others_back() -> None:
     assert torch.equal(wanted, ours)
 
 
-@pytest.mark.parametrize("strategy", ["dynamic", "influence"])
+@pytest.mark.parametrize("strategy", ["dynamic", "influence", "knapsack"])
 def test_searching_for_layers_beside_early_exits(strategy: str) -> None:
     """Layers that are called by themselves see no gates of the forward before."""
     spec = {**ALONE, "exit_layers": [3], "search": {"strategy": strategy, "every": 8, "window": 8}}
@@ -415,6 +418,33 @@ def test_a_search_goes_on_while_text_is_generated_and_keeps_the_best() -> None:
     seen = drafter.proposals.seen
     assert len(seen) >= 5 and all(len(layers) == 2 and 0 <= share <= 1 for layers, share in seen.items())
     assert seen[tuple(sorted(drafter.method.closed_layers))] == max(seen.values())
+
+
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_a_search_by_time_measures_once_and_takes_the_least_influence_for_it(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 4 takes half of a step, so it is cheaper to leave out than four other layers, one of which is cheaper."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["searched by time"]).eval()
+    runner: Any = adapted if path == "hf" else FastEngine(adapted)
+    target, asked = (HFTarget, EngineTarget)[path == "fast"], []
+    own = target.layer_seconds
+
+    def planted(self: Any, row: Row, num_tokens: int) -> list[float]:
+        measured = own(self, row, num_tokens)
+        assert len(measured) == 6 and all(seconds > 0 for seconds in measured)
+        asked.append(row.num_seen)
+        return [1.0, 1.0, 1.0, 1.0, 5.0, 1.0]
+
+    monkeypatch.setattr(target, "layer_seconds", planted)
+    turns = dict.fromkeys([("layer", i) for i in range(6)], 1.0) | {("layer", 4): 1.5}
+    monkeypatch.setattr("anydepth.calibration.knapsack.influences", lambda *_: turns)
+    for seed in range(2):
+        wanted, ours = both(adapted, runner, prompts(1, seed), do_sample=False, eos_token_id=None)
+        assert torch.equal(wanted, ours)
+    drafter: Any = (adapted.calls.drafting if path == "hf" else runner.drafting).drafters[0]
+    assert len(asked) == 1 and drafter.number >= 4
+    assert drafter.method.closed_layers == {4}  # half of the time for an influence of 1.5; four other layers have 4
 
 
 def test_many_rows_still_have_the_bits_of_full_depth() -> None:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from anydepth.calibration import knapsack
 from anydepth.calibration.bayesian import Proposals, inner
-from anydepth.calibration.skip_search import STRATEGIES, Problem, candidates
+from anydepth.calibration.skip_search import STRATEGIES, Candidate, Problem, candidates
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.economy import NUM_CLASSES
 from anydepth.inference.engine.cache import EngineCache
@@ -165,8 +166,28 @@ class Found(Searched):
     def look(self, row: Row, window: int) -> None:
         windows = torch.tensor([row.ids[-1 - window : -1]])
         everything = candidates(self.method.num_layers, branches=False)
-        found = STRATEGIES[self.config.strategy](Problem(self.adapted, windows, everything, self.num_out))
+        found = self.find(Problem(self.adapted, windows, everything, self.num_out), row)
         self.method.choose(layer_idx for _, layer_idx in found)
+
+    def find(self, problem: Problem, row: Row) -> list[Candidate]:
+        """Return the layers to leave out for the last tokens of a row."""
+        return STRATEGIES[self.config.strategy](problem)
+
+
+class Timed(Found):
+    """Chooses by influence on the last tokens and by the time of each layer, measured once where drafts will run."""
+
+    seconds: dict[Candidate, float] | None = None
+
+    def find(self, problem: Problem, row: Row) -> list[Candidate]:
+        assert self.target is not None
+        if self.seconds is None:
+            measured = self.target.layer_seconds(row, self.config.window)
+            self.seconds = {("layer", layer_idx): seconds for layer_idx, seconds in enumerate(measured)}
+        return knapsack.choose(problem, self.seconds)
+
+
+SEARCHES: dict[str, type[Found]] = {"dynamic": Found, "influence": Found, "knapsack": Timed}
 
 
 @dataclass
@@ -341,6 +362,8 @@ def drafters_of(
     drafters += [Reduced(others)] if others else []
     if config.search is not None:
         skip_set = SkipSet(SkipSetConfig(), adapted.backbone)
-        proposes = config.search.strategy == "bayesian"
-        drafters.append(Proposed(skip_set, config.search) if proposes else Found(skip_set, config.search, adapted))
+        search = SEARCHES.get(config.search.strategy)
+        drafters.append(
+            Proposed(skip_set, config.search) if search is None else search(skip_set, config.search, adapted)
+        )
     return drafters

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from anydepth.calibration.knapsack import latencies
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.cache import AdaptiveCache
@@ -87,6 +88,10 @@ class HFTarget:
             return self._forward(row, row.ids[row.num_padding :][start : row.num_seen], *methods)
         finally:
             self.caches[row.slot] = cache
+
+    def layer_seconds(self, row: Row, num_tokens: int) -> list[float]:
+        seconds = latencies(self.adapted, torch.tensor([row.ids[-num_tokens:]]))
+        return [seconds["layer", layer_idx] for layer_idx in range(self.adapted.backbone.num_layers)]
 
     def verify(self, rows: Sequence[Row]) -> list[Tensor]:
         logits = []

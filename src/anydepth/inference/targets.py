@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from anydepth.calibration.knapsack import STEPS, now
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.engine.native import MAX_TOKENS, same_bits_until
 from anydepth.methods.method import Method
@@ -74,6 +76,10 @@ class Target(Protocol):
 
     def rehearse(self, row: Row, num_tokens: int, methods: Sequence[Method]) -> Tensor:
         """(N, V) logits of a reduced model behind each of a row's last N tokens that were seen; its K/V stay."""
+        ...
+
+    def layer_seconds(self, row: Row, num_tokens: int) -> list[float]:
+        """Return the median seconds of each layer in a decoding step after N or all tokens of a row; its K/V stay."""
         ...
 
     def verify(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -155,6 +161,17 @@ class EngineTarget:
             kv.extend(row.slot, num_tokens)
         self.cache.lengths[row.slot] = end
         return self.model.logits(states[0])
+
+    def layer_seconds(self, row: Row, num_tokens: int) -> list[float]:
+        times: list[list[float]] = [[] for _ in self.model.layers]
+        for _ in range(STEPS):
+            states = [self._embed([row.last])]
+            for layer_idx, own in enumerate(times):
+                started = now(self.model.device)
+                states = self.model.run_layers(states, [row.slot], self.cache, layer_idx, layer_idx + 1)
+                own.append(now(self.model.device) - started)
+            self.cache.rewind(row.slot, row.num_seen)
+        return [median(own) for own in times]
 
     def verify(self, rows: Sequence[Row]) -> list[Tensor]:
         states = [self._embed([row.ids[-1], *row.draft][len(row.early) :]) for row in rows]

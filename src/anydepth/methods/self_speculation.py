@@ -29,10 +29,11 @@ class DraftNetworkConfig(StrictConfig):
 class OnlineSearchConfig(StrictConfig):
     """A skip set to draft with, searched on the text being generated."""
 
-    strategy: Literal["bayesian", "dynamic", "influence"] = Field(
-        default="bayesian", description="As of `anydepth search`; bayesian looks at one more set each time."
+    strategy: Literal["bayesian", "dynamic", "influence", "knapsack"] = Field(
+        default="bayesian",
+        description="As of `anydepth search`; bayesian tries one more set each time, knapsack times the layers once.",
     )
-    budget: float = Field(default=0.3, gt=0, lt=1, description="Share of layers that drafts leave out.")
+    budget: float = Field(default=0.3, gt=0, lt=1, description="Share of layers, or of time, that drafts leave out.")
     every: int = Field(default=16, ge=1, description="Tokens between two searches.")
     window: int = Field(default=32, ge=4, description="Last tokens that are searched on.")
     num_searches: int = Field(default=60, ge=1, description="After which the set stays.")
