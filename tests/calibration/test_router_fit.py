@@ -43,15 +43,15 @@ def test_benefit_is_what_toggling_a_layer_does_to_the_divergence() -> None:
     torch.testing.assert_close(base, distance([2, 4]), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(benefits[:, 1], distance([2, 4]) - distance([4]), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(benefits[:, 2], distance([2, 3, 4]) - distance([2, 4]), rtol=1e-3, atol=1e-5)
-    assert states.shape == (40, adapted.config.hidden_size) and benefits.shape == (40, 5)
+    assert states[0].shape == (40, adapted.config.hidden_size) and benefits.shape == (40, 5)
 
 
-def planted(adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def planted(adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor) -> Any:
     """The first layer's worth to a token is told by one direction of its state; the others are worth what they are."""
     states = torch.randn(ids.shape[1], 32, generator=torch.Generator().manual_seed(int(ids.sum())))
     worth = torch.tensor([0.0, 1.0, 1.0, 1.0, -1.0]).repeat(ids.shape[1], 1)
     worth[:, 0] = 4 * states[:, 3]
-    return states, worth, torch.ones(ids.shape[1])
+    return [states] * len(router.networks), worth, torch.ones(ids.shape[1])
 
 
 @torch.no_grad()

@@ -39,6 +39,32 @@ CASES: dict[str, Spec] = {
     "random_omit": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": RATES, "kv_rule": "omit"},
     "stochastic_depth": {"name": "stochastic_depth", "max_probability": 0.5},
     "router_sequence": {"name": "layer_router", "always_keep": 1, "granularity": "sequence", "pool_tokens": 5},
+    "router_reads_each": {"name": "layer_router", "always_keep": 1, "reads": "sequential", "widths": []},
+    "attention_project": {"name": "layer_router", "always_keep": 1, "branch": "mixer"},
+    "attention_omit": {
+        "name": "layer_router",
+        "always_keep": 1,
+        "branch": "mixer",
+        "kv_rule": "omit",
+        "reads": "sequential",
+        "widths": [],
+    },
+    "attention_sequence": {
+        "name": "layer_router",
+        "always_keep": 1,
+        "branch": "mixer",
+        "granularity": "sequence",
+        "pool_tokens": 5,
+        "reads": "sequential",
+        "widths": [],
+    },
+    "attention_random": {
+        "name": "layer_router",
+        "always_keep": 1,
+        "branch": "mixer",
+        "router": "random",
+        "rates": RATES,
+    },
     "mixture_of_depths": {"name": "mixture_of_depths"},
     "exit_gate": {"name": "exit_gate", "layers": [1, 3], "widths": [4]},
     "exit_recompute": {"name": "exit_gate", "layers": [1, 3], "widths": [4], "kv_rule": "recompute"},
@@ -60,6 +86,15 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
     "skip_set": {"name": "skip_set"},
     "layer_router": {"name": "layer_router", "always_keep": 1, "threshold": float("-inf")},
     "router_omit": {"name": "layer_router", "always_keep": 1, "threshold": float("-inf"), "kv_rule": "omit"},
+    "attention_project": {"name": "layer_router", "always_keep": 1, "threshold": float("-inf"), "branch": "mixer"},
+    "attention_omit": {
+        "name": "layer_router",
+        "always_keep": 1,
+        "threshold": float("-inf"),
+        "branch": "mixer",
+        "kv_rule": "omit",
+        "reads": "sequential",
+    },
     "random": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [1.0] * 4},
     "stochastic_depth": {"name": "stochastic_depth", "max_probability": 0.9},
     "mixture_of_depths": {"name": "mixture_of_depths", "weigh": False, "threshold": float("-inf")},
@@ -106,7 +141,7 @@ def logits_of(adapted: AdaptedModel, ids: Tensor, **options: Any) -> Tensor:
 def assert_mixed(adapted: AdaptedModel) -> None:
     """Router cases decide differently for different tokens; else the checks below would prove little."""
     if {"layer_router", "mixture_of_depths", "exit_gate", "early_exit"} & set(adapted.methods):
-        share = adapted.last_trace.ffn_keep.float().mean((1, 2))
+        share = adapted.last_trace.mixer_keep.float().mean((1, 2))
         assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
     if "mixer_router" in adapted.methods:
         share = adapted.last_trace.other_keep.float().mean((1, 2))
@@ -538,6 +573,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "layer_router", "rates": [0.5] * 4}, "random"),
     ({"name": "layer_router", "threshold": float("nan")}, "nan"),
     ({"name": "layer_router", "target_skip": 1.0}, "1.0"),
+    ({"name": "layer_router", "branch": "ffn"}, "ffn"),
+    ({"name": "layer_router", "reads": "sequential", "input": "embeddings"}, "input=embeddings"),
+    ({"name": "layer_router", "reads": "sequential", "router": "random", "rates": [0.5] * 4}, "router=random"),
     ({"name": "layer_router", "initial_skip_layers": [9]}, "9"),
     ({"name": "layer_router", "backward_temperature": 0}, "0"),
     ({"name": "skip_set", "skip_layers": [5]}, "5"),

@@ -34,6 +34,23 @@ TRAINED: dict[str, Spec] = {
         "granularity": "sequence",
         "target_rule": "lagrange",
     },
+    "mixers": {"name": "layer_router", "always_keep": 1, "initial_bias": 0.3, "branch": "mixer", "kv_rule": "omit"},
+    "mixers_sequential": {
+        "name": "layer_router",
+        "always_keep": 1,
+        "initial_bias": 0.3,
+        "branch": "mixer",
+        "reads": "sequential",
+        "widths": [],
+    },
+    "reinforce_sequential": {
+        "name": "layer_router",
+        "always_keep": 1,
+        "initial_bias": 0.3,
+        "reads": "sequential",
+        "estimator": "reinforce",
+        "granularity": "batch",
+    },
     "mixture_of_depths": {"name": "mixture_of_depths"},
     "mixture_unweighed": {"name": "mixture_of_depths", "weigh": False, "kv_rule": "project"},
     "exit_gate": {"name": "exit_gate", "initial_bias": 0.3},
@@ -112,12 +129,12 @@ def test_reinforce_finds_a_known_optimum(granularity: str) -> None:
     for step in range(150):
         router.reseed(step)
         adapted(input_ids=ids, use_cache=False, logits_to_keep=1)
-        _, keep = adapted.context.notes["layer_router"]["actions"]
+        keep = router.sampled(adapted.context).keep
         losses = (3.0 + keep[0].float() - keep[1].float()).expand(ids.shape)
         optimiser.zero_grad()
         sum(router.policy_losses(adapted.context, losses).values()).backward()
         optimiser.step()
-    margin, _ = adapted.context.notes["layer_router"]["actions"]
+    margin = router.sampled(adapted.context).margin
     chance = torch.sigmoid(margin).mean((1, 2))
     assert chance[0] < 0.1 and chance[1] > 0.9, chance
     assert (chance[2:] < 0.4).all(), chance
@@ -128,7 +145,8 @@ def test_reinforce_sign_in_one_step() -> None:
     adapted, router = routed(estimator="reinforce", target_weight=0.0)
     adapted(input_ids=windows(4), use_cache=False, logits_to_keep=1)
     router.baseline.fill_(2.0)
-    margin, keep = adapted.context.notes["layer_router"]["actions"]
+    sampled = router.sampled(adapted.context)
+    margin, keep = sampled.margin, sampled.keep
     margin.retain_grad()
     losses = torch.full(windows(4).shape, 2.0)
     losses[:2] -= 1  # cheap rows
@@ -147,7 +165,7 @@ def test_lagrange_multiplier_holds_the_target() -> None:
     for step in range(250):
         router.reseed(step)
         adapted(input_ids=ids, use_cache=False, logits_to_keep=1)
-        worth = adapted.context.notes["layer_router"]["rates"].mean()
+        worth = router.sampled(adapted.context).rates.mean()
         loss = sum(router.auxiliary_losses(adapted.context).values()) - worth
         optimiser.zero_grad()
         loss.backward()

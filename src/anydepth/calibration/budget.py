@@ -51,7 +51,6 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> dict[str, Tensor]:
 
 def _with_threshold(adapted: AdaptedModel) -> list[Method]:
     methods = [method for method in adapted.active_methods if method.budget_option is not None]
-    methods = [method for method in methods if getattr(method, "network", method) is not None]  # random gates have none
     if not methods:
         raise RunError(
             f"nothing to calibrate: no method of this model ({adapted.label}) compares a score with a threshold; "

@@ -1,7 +1,7 @@
 """A first router without training: measure what every layer is worth to every token, and regress on it.
 
-Around a static choice of layers, each routed layer is toggled for all tokens of a window; what that does to
-KL(full depth ‖ adapted) at a token is the layer's *benefit* to it. Ridge regression from the state that the router
+Around a static choice of layers, or of mixers, each routed one is toggled for all tokens of a window; what that does to
+KL(full depth ‖ adapted) at a token is the layer's *benefit* to it. Ridge regression from the state that its network
 reads predicts benefits of new tokens, and a token runs the layers whose predicted benefit is highest. Gradients alone
 leave the gates where they start: a straight-through gradient of one sampled choice is mostly noise (docs/results).
 """
@@ -9,12 +9,12 @@ leave the gates where they start: a straight-through gradient of one sampled cho
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.errors import RunError, UserError
@@ -54,7 +54,7 @@ def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
     """Fit the attached `layer_router` to benefits measured on (N, T) windows, at its `target_skip`; sets its weights.
 
     Costs one forward per window and routed layer. The last quarter of the windows is held out to choose the ridge and
-    to measure the result. Deterministic.
+    to measure the result. Deterministic. Of a router that reads sequentially the states are those of the static choice.
 
     Raises:
         RunError: no learned router is attached. UserError: fewer than two windows.
@@ -66,20 +66,20 @@ def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
     adapted.eval()
     static = torch.tensor([layer_idx not in router.config.initial_skip_layers for layer_idx in router.routed])
     parts = [_measure(adapted, router, window[None].to(adapted.device), static) for window in windows]
-    states, benefits = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    states = [torch.cat(own) for own in zip(*(part[0] for part in parts), strict=True)]
+    benefits = torch.cat([part[1] for part in parts])
     num_held_out = max(len(windows) // 4, 1)
-    split = len(states) - num_held_out * windows.shape[1]
+    split = len(benefits) - num_held_out * windows.shape[1]
     ridge = max(RIDGES, key=lambda ridge: _gain(states, benefits, split, static, router.config.target_skip, ridge))
-    weights, threshold = _solve(states[:split], benefits[:split], ridge, router.config.target_skip)
+    known = [own[:split] for own in states]
+    _write(router, *_solve(known, benefits[:split], ridge, router.config.target_skip), known)
     routed, skipped = [], []
-    for window, (window_states, _, _) in zip(windows[-num_held_out:], parts[-num_held_out:], strict=True):
+    for window in windows[-num_held_out:]:
         ids = window[None].to(adapted.device)
         with adapted.untouched():
             full = adapted(input_ids=ids, use_cache=False).logits[0]
-        keep = (_features(window_states) @ weights > threshold).T[:, None].to(adapted.device)
-        with router.pinning(keep):
-            routed.append(divergence(adapted(input_ids=ids, use_cache=False).logits[0], full))
-        skipped.append(~keep)
+        routed.append(divergence(adapted(input_ids=ids, use_cache=False).logits[0], full))
+        skipped.append(~adapted.last_trace.mixer_keep[router.routed])
     _write(router, *_solve(states, benefits, ridge, router.config.target_skip), states)
     return RouterFit(
         static_divergence=torch.cat([part[2] for part in parts[-num_held_out:]]).mean().item(),
@@ -94,13 +94,18 @@ def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
 
 def _learned_router(adapted: AdaptedModel) -> LayerRouter:
     for method in adapted.methods.values():
-        if isinstance(method, LayerRouter) and method.network is not None:
+        if isinstance(method, LayerRouter) and method.networks:
             return method
     raise RunError("only a learned layer_router can be fitted; this model has none")
 
 
-def _measure(adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one (1, T) window: states (T, D), benefits (T, G) and the static choice's divergence (T,), on the host."""
+def _measure(
+    adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of one (1, T) window: states (T, D) of each network, benefits (T, G), the static choice's divergence (T,).
+
+    All on the host.
+    """
     with adapted.untouched():
         full = adapted(input_ids=ids, use_cache=False).logits[0]
 
@@ -108,30 +113,32 @@ def _measure(adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Te
         with router.pinning(keep[:, None, None].to(ids.device)):
             return divergence(adapted(input_ids=ids, use_cache=False).logits[0], full).cpu()
 
+    with router.pinning(static[:, None, None].to(ids.device)):
+        states = _states_of(adapted, router, ids)
     base = distance(static)
     columns = []
     for number, kept in enumerate(static.tolist()):
         toggled = static.clone()
         toggled[number] = not kept
         columns.append(distance(toggled) - base if kept else base - distance(toggled))
-    return _states_of(adapted, router, ids), torch.stack(columns, dim=1), base
+    return states, torch.stack(columns, dim=1), base
 
 
-def _states_of(adapted: AdaptedModel, router: LayerRouter, ids: Tensor) -> Tensor:
-    """What the router reads, (T, D) in float32 on the host."""
-    with _first_input(adapted.backbone.layers[router.config.always_keep].module) as inputs:
-        adapted(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return inputs[0][0].float().cpu()
-
-
-@contextmanager
-def _first_input(module: nn.Module) -> Iterator[list[Tensor]]:
+def _states_of(adapted: AdaptedModel, router: LayerRouter, ids: Tensor) -> list[Tensor]:
+    """Return what each network reads, (T, D) in float32 on the host."""
     inputs: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+
+    def keep(_: Any, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0][0].float().cpu())
+
+    modules = [adapted.backbone.layers[layer_idx].module for layer_idx in router.networks]
+    hooks = [module.register_forward_pre_hook(keep) for module in modules]
     try:
-        yield inputs
+        adapted(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+    return inputs
 
 
 def _features(states: Tensor) -> Tensor:
@@ -140,29 +147,40 @@ def _features(states: Tensor) -> Tensor:
     return torch.cat([normed, torch.ones(len(states), 1)], dim=1).double()
 
 
-def _solve(states: Tensor, benefits: Tensor, ridge: float, target_skip: float) -> tuple[Tensor, Tensor]:
-    """(D + 1, G) weights of the regression, and the prediction below which `target_skip` of these states fall."""
+def _solve(states: Sequence[Tensor], benefits: Tensor, ridge: float, target_skip: float) -> tuple[list[Tensor], Tensor]:
+    """Weights (D + 1, G) of each network's regression, and the prediction below which `target_skip` of these fall."""
+    columns = benefits.chunk(len(states), dim=1)
+    weights = [_regress(own, part, ridge) for own, part in zip(states, columns, strict=True)]
+    predicted = _predicted(states, weights).flatten().sort().values
+    return weights, predicted[round(target_skip * (len(predicted) - 1))]
+
+
+def _regress(states: Tensor, benefits: Tensor, ridge: float) -> Tensor:
     features, targets = _features(states), benefits.double()
     targets = targets.clamp(targets.quantile(CLIPPED, dim=0), targets.quantile(1 - CLIPPED, dim=0))
     penalty = ridge * torch.eye(features.shape[1], dtype=features.dtype)
     penalty[-1, -1] = 0  # the constant is free
-    weights = torch.linalg.solve(features.T @ features + penalty, features.T @ targets)
-    predicted = (features @ weights).flatten().sort().values
-    return weights, predicted[round(target_skip * (len(predicted) - 1))]
+    return torch.linalg.solve(features.T @ features + penalty, features.T @ targets)
 
 
-def _gain(states: Tensor, benefits: Tensor, split: int, static: Tensor, target_skip: float, ridge: float) -> float:
+def _predicted(states: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """(N, G) benefits of all routed layers, by the states that their networks read."""
+    return torch.cat([_features(own) @ part for own, part in zip(states, weights, strict=True)], dim=1)
+
+
+def _gain(
+    states: Sequence[Tensor], benefits: Tensor, split: int, static: Tensor, target_skip: float, ridge: float
+) -> float:
     """Benefit per held-out token of the fitted choice over the static one, were benefits additive."""
-    weights, threshold = _solve(states[:split], benefits[:split], ridge, target_skip)
-    keep = _features(states[split:]) @ weights > threshold
+    weights, threshold = _solve([own[:split] for own in states], benefits[:split], ridge, target_skip)
+    keep = _predicted([own[split:] for own in states], weights) > threshold
     return ((keep.double() - static.double()) * benefits[split:]).sum(1).mean().item()
 
 
-def _write(router: LayerRouter, weights: Tensor, threshold: Tensor, states: Tensor) -> None:
-    """Into the network's linear map, scaled so that the median logit is `initial_bias` away from the threshold."""
-    assert router.network is not None
-    distance = (_features(states) @ weights - threshold).abs().median()
+def _write(router: LayerRouter, weights: Sequence[Tensor], threshold: Tensor, states: Sequence[Tensor]) -> None:
+    """Into the networks' linear maps, scaled so that the median logit is `initial_bias` away from the threshold."""
+    distance = (_predicted(states, weights) - threshold).abs().median()
     scale = router.config.initial_bias / distance.clamp_min(1e-9)
-    direct = router.network.direct
-    direct.weight.copy_((weights[:-1] * scale).T)
-    direct.bias.copy_((weights[-1] - threshold) * scale + router.config.threshold)
+    for network, part in zip(router.networks.values(), weights, strict=True):
+        network.direct.weight.copy_((part[:-1] * scale).T)
+        network.direct.bias.copy_((part[-1] - threshold) * scale + router.config.threshold)

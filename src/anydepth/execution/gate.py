@@ -156,7 +156,7 @@ class GatedLayer:
 
     def _gated_mixer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         if self.runner.sees_every_token(gate):
-            return first_output(self.own_mixer(hidden, **arguments)) * gate.keep[..., None]
+            return first_output(self.own_mixer(hidden, **arguments))
         nothing = torch.zeros_like(hidden)
         if not run.sparse:
             return self.runner.run_masked(run, gate, self.own_mixer, hidden, nothing, arguments)

@@ -343,7 +343,8 @@ class Runner:
         elif "layer_router" in by_name:
             router = by_name["layer_router"]
             first = router.get("always_keep", 4)
-            router.setdefault("initial_skip_layers", [i for i in found["skip_layers"] if i >= first])
+            out = found["skip_layers"] + (found["skip_mixers"] if router.get("branch") == "mixer" else [])
+            router.setdefault("initial_skip_layers", [i for i in out if i >= first])
         return self.recipe.model_copy(update={"methods": methods}).method_configs()
 
 

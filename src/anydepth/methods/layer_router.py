@@ -1,8 +1,10 @@
 """Dynamic layer routing: a small network reads an early state and decides which later layers are run.
 
 Per token, or per sequence from its first `pool_tokens` tokens. All gates of a token depend on one state, so its whole
-plan is known after `always_keep` layers. Lossy; trained with the Gumbel straight-through estimator (Jang et al. 2017)
-or with REINFORCE (Williams 1992). Dynamic Layer Routing; Skip-Layer attention (Zeng et al. 2023).
+plan is known after `always_keep` layers; with `reads: sequential` each layer has a network that reads its own input.
+With `branch: mixer` tokens skip mixers alone, and their FFNs run. Lossy; trained with the Gumbel straight-through
+estimator (Jang et al. 2017) or with REINFORCE (Williams 1992). Dynamic Layer Routing; Skip-Layer attention (Zeng et
+al. 2023); Router-Tuning (He et al. 2024).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -37,9 +40,18 @@ from anydepth.models.backbone import Backbone
 class LayerRouterConfig(StrictConfig):
     """Options of `layer_router`."""
 
+    branch: Literal["layer", "mixer"] = Field(
+        default="layer", description="What tokens skip: whole layers, or their mixers alone; the FFNs then run."
+    )
     always_keep: int = Field(default=4, ge=1, description="First layers that every token runs; the router reads there.")
     input: Literal["state", "embeddings"] = Field(
         default="state", description="What it reads: the state behind always_keep layers, or the token's embedding."
+    )
+    reads: Literal["parallel", "sequential"] = Field(
+        default="parallel", description="One router decides for all layers, or each layer's own reads its input."
+    )
+    widths: list[int] | None = Field(
+        default=None, description="Hidden layers of the network; null is D/2 and D/4, none is a linear map."
     )
     granularity: Literal["token", "sequence", "batch"] = Field(
         default="token",
@@ -59,7 +71,9 @@ class LayerRouterConfig(StrictConfig):
         default=None,
         description="For router=random: share of tokens that run each routed layer; a number is that of all of them.",
     )
-    target_skip: float = Field(default=0.4, ge=0, lt=1, description="Share of routed layer-tokens to skip.")
+    target_skip: float = Field(
+        default=0.4, ge=0, lt=1, description="Share of routed layer-tokens, or mixer-tokens, to skip."
+    )
     kv_rule: SkipRule = Field(
         default="project", description="K/V of a skipping token: its state projected, or none (omit)."
     )
@@ -97,6 +111,9 @@ class LayerRouterConfig(StrictConfig):
             raise ValueError("rates are for router=random; with router=learned leave them out")
         if self.router == "random" and self.granularity != "token":
             raise ValueError(f"router=random decides per token; granularity came as {self.granularity}")
+        if self.reads == "sequential" and (self.router == "random" or self.input == "embeddings"):
+            other = "router=random" if self.router == "random" else "input=embeddings"
+            raise ValueError(f"reads=sequential reads the input of each layer; {other} does not, leave one of them out")
         rates = self.rates if isinstance(self.rates, list) else [self.rates or 0.0]
         if any(not 0 <= rate <= 1 for rate in rates):
             raise ValueError(f"rates must lie in [0, 1], came {self.rates}")
@@ -112,12 +129,28 @@ class RouterState:
     Attributes:
         pool_tokens: first tokens of a sequence that its plan is made from, where it has one.
         is_pooling: whether some tokens of this forward are among those.
-        gates: of the routed layers, once the router has read.
+        gates: of routed layers, once their router has read.
     """
 
     pool_tokens: int = 0
     is_pooling: bool = True
-    gates: list[Gate] = field(default_factory=list)
+    gates: dict[int, Gate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """What a training forward sampled for G routed layers.
+
+    Attributes:
+        rates: (G,) mean of the gates over routed tokens, with a gradient.
+        routed: (B, T) bool, real tokens that were decided about.
+        margin, keep: (G, B, T or 1) logits over the threshold, and the decisions.
+    """
+
+    rates: Tensor
+    routed: Tensor
+    margin: Tensor
+    keep: Tensor
 
 
 class LayerRouter(Method):
@@ -139,8 +172,11 @@ class LayerRouter(Method):
             raise ValueError(
                 f"always_keep is {config.always_keep}; this model has {self.num_layers} layers, keep fewer"
             )
+        self.gates_branches = config.branch == "mixer"
         self.routed = list(range(config.always_keep, self.num_layers))
-        self.read_at = 0 if config.input == "embeddings" else config.always_keep
+        first = 0 if config.input == "embeddings" else config.always_keep
+        self.read_at = {first: self.routed} if config.reads == "parallel" else {i: [i] for i in self.routed}
+        """By layer whose input is read, the layers that are then decided."""
         self.rates = config.rates if isinstance(config.rates, list) else [config.rates or 0.0] * len(self.routed)
         if len(self.rates) != len(self.routed):
             raise ValueError(f"rates has {len(self.rates)} values; {len(self.routed)} layers are routed")
@@ -148,14 +184,24 @@ class LayerRouter(Method):
         self.backward_temperature = config.backward_temperature
         self.learns_by_policy = config.estimator == "reinforce"
         self.pinned: Tensor | None = None
-        self.network: GateNetwork | None = None
+        self.networks: dict[int, GateNetwork] = {}
+        """By layer whose input they read; random gates have none."""
         if config.router == "learned":
-            closed = torch.tensor([layer_idx in config.initial_skip_layers for layer_idx in self.routed])
-            biases = torch.where(closed, -config.initial_bias, config.initial_bias)
-            size = backbone.hidden_size
-            self.network = GateNetwork(size, (size // 2, size // 4), biases, self.generator)
+            self.networks = {i: self._network(layers, backbone.hidden_size) for i, layers in self.read_at.items()}
+        else:
+            self.budget_option = None  # no score is compared with it
+        if config.reads == "parallel":
+            self.network = self.networks.get(first)
+        else:
+            self.by_layer = nn.ModuleDict({str(i): network for i, network in self.networks.items()})
         self.register_buffer("price", torch.zeros(()))  # the Lagrange multiplier
         self.register_buffer("baseline", torch.full((), math.inf))  # mean cost so far, once there is one
+
+    def _network(self, layers: list[int], size: int) -> GateNetwork:
+        closed = torch.tensor([layer_idx in self.config.initial_skip_layers for layer_idx in layers])
+        biases = torch.where(closed, -self.config.initial_bias, self.config.initial_bias)
+        widths = (size // 2, size // 4) if self.config.widths is None else self.config.widths
+        return GateNetwork(size, widths, biases, self.generator)
 
     def set_progress(self, progress: float, step: int = 0) -> None:
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
@@ -185,32 +231,45 @@ class LayerRouter(Method):
             return None
 
         def make() -> Rules:
-            scores: GateNetwork | KnownScores | None = self.network if config.granularity == "token" else None
-            threshold = 0.0 if self.network is None else config.threshold
-            scores = scores or KnownScores(len(self.routed), self._known_scores)
-            columns = enumerate(self.routed)
-            return Rules(layers={i: Threshold(scores, threshold, self.read_at, column) for column, i in columns})
+            threshold = config.threshold if self.networks else 0.0
+            gates = {}
+            for read_at, layers in self.read_at.items():
+                scores: GateNetwork | KnownScores | None = None
+                if config.granularity == "token":
+                    scores = self.networks.get(read_at)
+                scores = scores or KnownScores(len(layers), partial(self._known_scores, read_at))
+                gates |= {i: Threshold(scores, threshold, read_at, column) for column, i in enumerate(layers)}
+            return Rules(mixers=gates) if config.branch == "mixer" else Rules(layers=gates)
 
         return self.keep_rules(None, make)
 
-    def _known_scores(self, context: PassContext) -> Tensor | None:
+    def _known_scores(self, read_at: int, context: PassContext) -> Tensor | None:
         """Of random gates, or of sequences whose plan is made."""
-        if self.network is None:
+        if not self.networks:
             return self._random_scores(context)
         if bool((context.positions < self.config.pool_tokens).any()):
             return None
-        known = torch.zeros(len(context.positions), len(self.routed), device=context.positions.device)
-        logits = context.memory.recall(f"{self.name}/logits", known)
-        return logits.T[..., None].expand(-1, *context.positions.shape)
+        return self._known_logits(read_at, context).expand(-1, *context.positions.shape)
+
+    def _known_logits(self, read_at: int, context: PassContext) -> Tensor:
+        """(G, B, 1) logits that sequences were given by what was read at a layer."""
+        known = torch.zeros(len(context.positions), len(self.read_at[read_at]), device=context.positions.device)
+        return context.memory.recall(f"{self.name}/{read_at}/logits", known).T[..., None]
 
     def reads_state(self, layer_idx: int, context: PassContext) -> bool:
-        return layer_idx == self.read_at and context.states[self.name].is_pooling
+        return layer_idx in self.read_at and context.states[self.name].is_pooling
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        state = context.states[self.name]
-        if layer_idx == self.read_at:
-            state.gates = self._plan(hidden, context)
-        return state.gates[layer_idx - self.config.always_keep] if layer_idx >= self.config.always_keep else None
+        return self._gate(layer_idx, hidden, context) if self.config.branch == "layer" else None
+
+    def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        return self._gate(layer_idx, hidden, context) if self.config.branch == "mixer" else None
+
+    def _gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
+        gates, layers = context.states[self.name].gates, self.read_at.get(layer_idx)
+        if layers is not None:
+            gates.update(zip(layers, self._plan(layer_idx, hidden, context), strict=True))
+        return gates.get(layer_idx)
 
     @contextmanager
     def pinning(self, keep: Tensor) -> Iterator[None]:
@@ -223,65 +282,72 @@ class LayerRouter(Method):
 
     # --- decisions -----------------------------------------------------------------------------------------------
 
-    def _plan(self, hidden: Tensor, context: PassContext) -> list[Gate]:
-        """Gates of all routed layers, from the (B, T, D) state that the router reads."""
+    def _plan(self, read_at: int, hidden: Tensor, context: PassContext) -> list[Gate]:
+        """Return the gates of the layers that are decided at one, from its (B, T, D) input."""
         if self.pinned is not None:
-            return Gate.of_plan(self.pinned.expand(-1, *context.token_mask.shape), context, self.config.kv_rule)
-        if self.network is None:
+            pinned = self.pinned[[self.routed.index(layer_idx) for layer_idx in self.read_at[read_at]]]
+            return Gate.of_plan(pinned.expand(-1, *context.token_mask.shape), context, self.config.kv_rule)
+        if not self.networks:
             return Gate.of_plan(self._random_scores(context) > 0, context, self.config.kv_rule)
         if self.config.granularity == "token":
-            logits, free = context.evaluate(self.network, hidden.detach()).movedim(-1, 0), None
+            logits, free = context.evaluate(self.networks[read_at], hidden.detach()).movedim(-1, 0), None
         else:
-            logits = self._pooled_logits(hidden.detach(), context)
+            logits = self._pooled_logits(read_at, hidden.detach(), context)
             free = context.positions < context.states[self.name].pool_tokens
-        notes = context.notes.setdefault(self.name, {})
         if not self.samples(context):
             self.note_scores(logits, context)
             keep = logits > self.config.threshold
             return Gate.of_plan(keep if free is None else keep | free, context, self.config.kv_rule)
         margin = logits - self.config.threshold
-        noisy = margin + self.logistic_noise(logits, context)
+        noisy = margin + self.logistic_noise(logits, context, read_at)
         keep = noisy > 0
         if self.learns_by_policy:
-            notes["actions"] = (margin, keep)
             soft, weights = torch.sigmoid(margin), None
         else:
             soft = torch.sigmoid(noisy / self.backward_temperature)
             soft = weights = keep.float() + soft - soft.detach()
         routed = context.token_mask if free is None else context.token_mask & ~free
-        notes["rates"] = (soft * routed).sum((1, 2)) / routed.sum().clamp_min(1)
-        notes["routed"] = routed
+        rates = (soft * routed).sum((1, 2)) / routed.sum().clamp_min(1)
+        context.notes.setdefault(self.name, {})[read_at] = Sampled(rates, routed, margin, keep)
         if free is not None:
             keep = keep | free
             weights = None if weights is None else torch.where(free, 1.0, weights)
         weights = None if weights is None else weights * context.token_mask
         return Gate.of_plan(keep, context, self.config.kv_rule, weights)
 
-    def _pooled_logits(self, hidden: Tensor, context: PassContext) -> Tensor:
+    def sampled(self, context: PassContext) -> Sampled | None:
+        """Return what a training forward sampled, the routed layers in order."""
+        parts: list[Sampled] = list(context.notes.get(self.name, {}).values())
+        if len(parts) <= 1:
+            return parts[0] if parts else None
+        columns = zip(*((part.rates, part.margin, part.keep) for part in parts), strict=True)
+        rates, margin, keep = (torch.cat(column) for column in columns)
+        return Sampled(rates, parts[0].routed, margin, keep)
+
+    def _pooled_logits(self, read_at: int, hidden: Tensor, context: PassContext) -> Tensor:
         """(G, B, 1) logits from the mean state of the first `pool_tokens` tokens of each sequence.
 
         They mean nothing before those are all there; until then no gate is closed.
         """
-        assert self.network is not None
         state = context.states[self.name]
-        known = torch.zeros(len(hidden), len(self.routed), device=hidden.device)
         if not state.is_pooling:  # all of these sequences had theirs
-            return context.memory.recall(f"{self.name}/logits", known).T[..., None]
+            return self._known_logits(read_at, context)
+        name = f"{self.name}/{read_at}"
         pool = hidden.new_zeros(len(hidden), state.pool_tokens, hidden.shape[-1], dtype=torch.float32)
-        pool = context.memory.recall(f"{self.name}/pool", pool).clone()
+        pool = context.memory.recall(f"{name}/pool", pool).clone()
         rows, columns = ((context.positions < state.pool_tokens) & context.token_mask).nonzero(as_tuple=True)
         pool[rows, context.positions[rows, columns]] = hidden[rows, columns].float()
         mean = pool.mean(1, keepdim=True)
         if self.config.granularity == "batch" and self.samples(context):
             # Kept: gradient checkpointing asks again, in backward, where no process may wait for another.
-            shared = context.notes.setdefault(f"{self.name}/mean", [])
+            shared = context.notes.setdefault(f"{name}/mean", [])
             if not shared:
                 shared.append(batch_mean(mean.mean(0, keepdim=True)))
             mean = shared[0].expand_as(mean)
-        logits = context.evaluate(self.network, mean.contiguous())  # (B, 1, G)
+        logits = context.evaluate(self.networks[read_at], mean.contiguous())  # (B, 1, G)
         if not self.samples(context):
-            context.memory.remember(f"{self.name}/pool", pool)
-            context.memory.remember(f"{self.name}/logits", logits[:, 0])
+            context.memory.remember(f"{name}/pool", pool)
+            context.memory.remember(f"{name}/logits", logits[:, 0])
         return logits.movedim(-1, 0)
 
     @property
@@ -298,10 +364,10 @@ class LayerRouter(Method):
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """`sparsity`: λ·Σ w_l·mean(g_l); `target`: β·(skip − s*)²; `price`: price·mean(g). Over routed real tokens."""
-        rates = context.notes.get(self.name, {}).get("rates")  # (G,)
-        if rates is None:
+        sampled = self.sampled(context)
+        if sampled is None:
             return {}
-        rates, losses = batch_mean(rates), {}
+        rates, losses = batch_mean(sampled.rates), {}
         if self.config.sparsity_weight and not self.learns_by_policy:
             losses["sparsity"] = self.config.sparsity_weight * (self._prices(rates) * rates).sum()
         skipped = 1 - rates.mean()
@@ -325,11 +391,11 @@ class LayerRouter(Method):
         A decision is charged with the loss of the tokens that it is about: a token's own, or the mean of the sequence
         or batch behind its first tokens.
         """
-        notes = context.notes.get(self.name, {})
-        if not self.learns_by_policy or "actions" not in notes:
+        sampled = self.sampled(context)
+        if not self.learns_by_policy or sampled is None:
             return {}
-        margin, keep = notes["actions"]  # (G, B, T or 1)
-        routed, gates = notes["routed"], keep.float()
+        margin, keep, routed = sampled.margin, sampled.keep, sampled.routed
+        gates = keep.float()
         active = self.config.sparsity_weight * (self._prices(margin)[:, None, None] * gates).sum(0)
         active = active + self.price * gates.mean(0)  # (B, T or 1)
         if self.config.granularity == "token":

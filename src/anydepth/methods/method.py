@@ -224,11 +224,12 @@ class Rules:
     Tokens that a threshold stops leave K/V by `project`, closed mixers by `omit`.
 
     Attributes:
-        layers, ffns: by layer.
+        layers, mixers, ffns: by layer.
         closed_layers, closed_mixers, closed_ffns: that nobody runs.
     """
 
     layers: Mapping[int, Threshold] = field(default_factory=dict)
+    mixers: Mapping[int, Threshold] = field(default_factory=dict)
     ffns: Mapping[int, Threshold] = field(default_factory=dict)
     closed_layers: frozenset[int] = frozenset()
     closed_mixers: frozenset[int] = frozenset()
@@ -286,7 +287,7 @@ class Method(nn.Module):
         """Whether later forwards of a sequence depend on what it remembered of the first ones (`Memory`)."""
         return False
 
-    budget_option: ClassVar[str | None] = None
+    budget_option: str | None = None
     """The option that a score must be above for a token to run, where there is one: what calibration sets."""
 
     @property

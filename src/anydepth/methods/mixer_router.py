@@ -100,7 +100,9 @@ class MixerRouter(Method):
             {str(i): build_delta_rule(size, shape, generator) for i, shape in zip(self.routed, shapes, strict=True)}
         )
         self.networks = nn.ModuleList()
-        if config.router == "learned":
+        if config.router == "random":
+            self.budget_option = None  # no score is compared with it
+        else:
             outputs = [len(self.routed)] if config.reads == "parallel" else [1] * len(self.routed)
             self.networks.extend(
                 GateNetwork(size, (), torch.full((count,), config.initial_bias), generator) for count in outputs

@@ -15,7 +15,7 @@ from anydepth.execution.trace import LaterRecord, PassRecord
 from anydepth.inference.engine.cache import LayerKV
 from anydepth.inference.engine.head import Head
 from anydepth.inference.engine.layer import EngineLayer
-from anydepth.inference.engine.native import EXIT, FFN, MIXER, NativeGate, Rows, Task, Tasks
+from anydepth.inference.engine.native import ALONE, EXIT, FFN, MIXER, NativeGate, Rows, Task, Tasks
 from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Doubt, KnownScores, PassContext, Rules, Scores, Threshold
@@ -39,9 +39,9 @@ class Decisions:
         rules: of all methods that are on; none is full depth.
 
     Attributes:
-        layers, ffns: gates by layer, in order.
+        layers, ffns: gates by layer, in order; of whole layers or, if it is in `mixers`, of the mixer alone.
         exits: layers that some tokens leave in front of.
-        passed: layers that a gate, or an exit before, keeps some tokens from.
+        passed: layers whose mixer a gate, or an exit before, keeps some tokens from.
         gated: those of them that the others run.
         readers: by layer in front of which its network is asked, a gate of each network.
         columns: by source of scores, the first of its columns among all.
@@ -54,7 +54,8 @@ class Decisions:
         self.num_layers, self.num_tokens = num_layers, num_tokens
         self.closed_mixers = frozenset[int]().union(*(one.closed_layers | one.closed_mixers for one in rules))
         self.closed_ffns = frozenset[int]().union(*(one.closed_layers | one.closed_ffns for one in rules))
-        self.layers = _together([one.layers for one in rules])
+        self.mixers = frozenset[int]().union(*(one.mixers for one in rules))
+        self.layers = _together([gates for one in rules for gates in (one.layers, one.mixers)])
         ffns = _together([one.ffns for one in rules])
         self.ffns = {layer_idx: gate for layer_idx, gate in ffns.items() if layer_idx not in self.closed_ffns}
         self.exits = [layer_idx for layer_idx, gate in self.layers.items() if gate.leaves]
@@ -90,11 +91,14 @@ class Decisions:
 
         keep = torch.ones(self.num_layers, self.num_tokens, dtype=torch.bool)
         for layer_idx, gate in self.layers.items():
-            keep[layer_idx] &= is_open(gate)
+            if layer_idx not in self.mixers:
+                keep[layer_idx] &= is_open(gate)
             if gate.leaves:
                 keep[layer_idx + 1 :] &= keep[layer_idx]
         for layer_idx in self.passed:
             record.mixer_keep[layer_idx] = record.ffn_keep[layer_idx] = keep[layer_idx].view(shape)
+            if layer_idx in self.mixers:
+                record.mixer_keep[layer_idx] = (keep[layer_idx] & is_open(self.layers[layer_idx])).view(shape)
             record.kv_rules[layer_idx] = "project"
         for layer_idx, gate in self.ffns.items():
             record.ffn_keep[layer_idx] = (keep[layer_idx] & is_open(gate)).view(shape)
@@ -177,7 +181,7 @@ class KeptPass:
             gate = Threshold(reader.scores, 0.0, layer_idx, READ_ONLY)
         if gate is not None:
             task.gate = self._native(gate, layer_idx)
-            task.parts |= EXIT if gate.leaves else 0
+            task.parts |= (EXIT if gate.leaves else 0) | (ALONE if layer_idx in decisions.mixers else 0)
         if layer_idx not in decisions.closed_mixers:
             task.parts |= MIXER
         if layer_idx not in decisions.closed_ffns:

@@ -34,7 +34,7 @@ MAX_WIDTH = 8192
 ROWS_AT_ONCE = 128
 """Of quantised maps, that oneDNN has no kernels for: inputs that still lie in the second cache."""
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-MIXER, FFN, OMIT, EXIT = 1, 2, 4, 8
+MIXER, FFN, OMIT, EXIT, ALONE = 1, 2, 4, 8, 16
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAPS = ("queries", "keys", "values", "output", "gate", "up", "down")
 CONFIDENCES = ("max_probability", "margin", "entropy")
@@ -301,9 +301,9 @@ class Task:
     """What to run of one layer, and over which cache.
 
     Attributes:
-        parts: of `MIXER`, `FFN`, `OMIT` and `EXIT`, added up. `OMIT`: tokens that do not run the mixer leave no K/V;
-            without it all tokens of a row leave them as soon as one of the row runs it. `EXIT`: tokens that `gate`
-            stops run no later layer either.
+        parts: of `MIXER`, `FFN`, `OMIT`, `EXIT` and `ALONE`, added up. `OMIT`: tokens that do not run the mixer leave
+            no K/V; without it all tokens of a row leave them as soon as one of the row runs it. `EXIT`: tokens that
+            `gate` stops run no later layer either. `ALONE`: those that it stops run the FFN.
         waits: the states of rows none of whose tokens run the mixer are put to those that wait in the cache, where
             there is room, and those of the others are taken from there.
         counts: K/V that each row held before in this layer, where they are not those of the `Rows`.

@@ -43,8 +43,9 @@ struct Batch {  // R rows of T tokens each
 constexpr int MAX_TOKENS = 64;  // of a call
 
 // OMIT: tokens that do not run the mixer leave no K/V; else all tokens of a row leave them as soon as one of the row runs
-// it. EXIT: tokens that the layer's gate stops run no later layer either.
-enum Part : int64_t { MIXER = 1, FFN = 2, OMIT = 4, EXIT = 8 };
+// it. EXIT: tokens that the layer's gate stops run no later layer either. ALONE: the layer's gate is of the mixer alone,
+// and tokens that it stops run the FFN.
+enum Part : int64_t { MIXER = 1, FFN = 2, OMIT = 4, EXIT = 8, ALONE = 16 };
 
 // What the model would say of a state, were it its last.
 struct Exit {
@@ -453,7 +454,8 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
             Tokens fed = task->fed ? Tokens{task->fed, int(task->num_fed)} : all;
             if (task->gate.logits && all.num) {
                 auto& kept = task->parts & EXIT ? going_on : layer_kept;
-                mixed = fed = through(task->gate, all, now, num, b.workspace, kept, behind_gate(*task));
+                mixed = through(task->gate, all, now, num, b.workspace, kept, behind_gate(*task));
+                if (!(task->parts & ALONE)) fed = mixed;
                 if (task->parts & EXIT) all = mixed;
             }
             if (!(task->parts & MIXER)) mixed.num = 0;
