@@ -26,12 +26,14 @@ def replay(
     *,
     attention_mask: Tensor | None = None,
     weights: dict[int, Tensor] | None = None,
+    mixer_weights: dict[int, Tensor] | None = None,
     others: Mapping[str, nn.Module] | None = None,
 ) -> Tensor:
     """(B, T, V) logits of a stock `model` under `trace`.
 
     Args:
         weights: by layer, (B, T) multipliers g of whole layers: h' = g·f(h) + (1 − g)·h, instead of the trace.
+        mixer_weights: the same for mixers alone: h' = h + g·mixer(h).
         others: by layer, a second mixer (gated delta rule) for the tokens that the trace says took it.
     """
     names = names_of(family)
@@ -51,6 +53,8 @@ def replay(
                 mixer = next(getattr(layer, name) for name in names.mixers if hasattr(layer, name))
                 sees_all = trace.kv_rules[layer_idx] != "omit"
                 stack.enter_context(_choosing(mixer, others[str(layer_idx)], mixer_keep, trace.token_mask, sees_all))
+            if mixer_weights is not None:
+                mixer_keep = mixer_weights[layer_idx]
             for end in names.mixer_ends if others is None or str(layer_idx) not in others else ():
                 if hasattr(layer, end):
                     stack.enter_context(_multiplying(getattr(layer, end), mixer_keep))

@@ -25,6 +25,13 @@ CASES = {
     "skip_branches": {"name": "skip_set", "skip_mixers": [5, 9], "skip_ffns": [6, 9, 20]},
     "router_project": {"name": "layer_router", "initial_bias": 0.05},
     "router_omit": {"name": "layer_router", "initial_bias": 0.05, "kv_rule": "omit"},
+    "router_attention": {
+        "name": "layer_router",
+        "branch": "mixer",
+        "reads": "sequential",
+        "initial_bias": 0.05,
+        "kv_rule": "omit",
+    },
     "random": {"name": "layer_router", "router": "random", "rates": [0.6] * ROUTED},
 }
 

@@ -212,7 +212,7 @@ class RouterFitConfig(StrictConfig):
 class CalibrateConfig(StrictConfig):
     """Setting of a router's threshold after training."""
 
-    skip_share: float = Field(gt=0, lt=1, description="Share of routed layer-tokens to skip at inference.")
+    skip_share: float = Field(gt=0, lt=1, description="Share of what is routed to skip at inference.")
     num_windows: int = Field(default=32, ge=1, description="Windows of training text to set it on.")
 
 

@@ -29,21 +29,40 @@ def routed(**options: Any) -> tuple[AdaptedModel, LayerRouter]:
 
 
 @torch.no_grad()
-def test_benefit_is_what_toggling_a_layer_does_to_the_divergence() -> None:
-    adapted, router = routed(initial_skip_layers=[2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"input": "embeddings"},
+        {"reads": "sequential"},
+        {"branch": "mixer"},
+        {"branch": "mixer", "reads": "sequential"},
+    ],
+)
+def test_states_are_those_that_networks_read_and_benefits_those_of_the_branch(options: dict[str, Any]) -> None:
+    adapted, router = routed(initial_skip_layers=[2, 4], **options)
     ids = windows(1)
-    static = torch.tensor([True, False, True, False, True])  # layers 1 to 5
-    states, benefits, base = router_fit._measure(adapted, router, ids, static)
+    states, benefits, base = router_fit._measure(adapted, router, ids, torch.tensor([True, False, True, False, True]))
+    kind = "skip_mixers" if options.get("branch") == "mixer" else "skip_layers"
     full = tiny_llama()(ids).logits[0].log_softmax(-1)
 
-    def distance(skip_layers: list[int]) -> Tensor:
-        ours = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": skip_layers})(ids).logits[0]
-        return (full.exp() * (full - ours.log_softmax(-1))).sum(-1)
+    def without(out: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """KL against full depth, and the inputs of all layers."""
+        reduced, inputs = anydepth.attach(tiny_llama(), {"name": "skip_set", kind: out}), []
+        for layer in reduced.model.model.layers:
+            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+        ours = reduced(ids).logits[0].log_softmax(-1)
+        return (full.exp() * (full - ours)).sum(-1), inputs
 
-    torch.testing.assert_close(base, distance([2, 4]), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(benefits[:, 1], distance([2, 4]) - distance([4]), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(benefits[:, 2], distance([2, 3, 4]) - distance([2, 4]), rtol=1e-3, atol=1e-5)
-    assert states[0].shape == (40, adapted.config.hidden_size) and benefits.shape == (40, 5)
+    wanted, inputs = without([2, 4])
+    torch.testing.assert_close(base, wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(benefits[:, 1], wanted - without([4])[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(benefits[:, 2], without([2, 3, 4])[0] - wanted, rtol=1e-3, atol=1e-5)
+    assert benefits.shape == (40, 5)
+    read = {"embeddings": [0], "sequential": [1, 2, 3, 4, 5]}.get(options.get("reads") or options.get("input"), [1])
+    assert len(states) == len(read)
+    for own, layer_idx in zip(states, read, strict=True):
+        torch.testing.assert_close(own, inputs[layer_idx], rtol=1e-4, atol=1e-5)
 
 
 def planted(adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor) -> Any:
@@ -55,26 +74,27 @@ def planted(adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Ten
 
 
 @torch.no_grad()
-def test_planted_dependence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"reads": "sequential", "branch": "mixer"}])
+def test_planted_dependence_is_found(options: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_fit, "_measure", planted)
-    adapted, router = routed(initial_bias=8.0, target_skip=0.3)
+    adapted, router = routed(initial_bias=8.0, target_skip=0.3, **options)
     fit_router(adapted, windows(num=20))
-    assert router.network is not None
     states = torch.randn(500, 32, generator=torch.Generator().manual_seed(5))
-    runs = router.network(states[None])[0].T > 0  # (layers, tokens)
+    runs = torch.cat([network(states) for network in router.networks.values()], dim=1).T > 0  # (layers, tokens)
     assert runs[1:4].float().mean() > 0.95 and runs[4].float().mean() < 0.05
     agrees = (runs[0] == (states[:, 3] > states[:, 3].quantile(0.5))).float().mean()
     assert agrees > 0.9, f"the planted direction decides {agrees:.0%} of the tokens"
 
 
-def test_fit_holds_the_target_and_repeats_to_the_bit() -> None:
-    adapted, router = routed(initial_skip_layers=[2, 4])
+@pytest.mark.parametrize("options", [{}, {"reads": "sequential", "branch": "mixer"}])
+def test_fit_holds_the_target_and_repeats_to_the_bit(options: dict[str, str]) -> None:
+    adapted, router = routed(initial_skip_layers=[2, 4], **options)
     found = fit_router(adapted, windows())
     assert found.static_skip_share == pytest.approx(0.4) and found.skip_share == pytest.approx(0.4, abs=0.15)
     assert found.num_tokens == windows().numel() and router.pinned is None
     shares = [1 - row for row in _rates(adapted)]
     assert sum(shares) / 5 == pytest.approx(0.4, abs=0.1)
-    again, _ = routed(initial_skip_layers=[2, 4])
+    again, _ = routed(initial_skip_layers=[2, 4], **options)
     fit_router(again, windows())
     for ours, other in zip(adapted.methods.parameters(), again.methods.parameters(), strict=True):
         assert torch.equal(ours, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -114,14 +115,23 @@ def test_what_cannot_be_searched(budget: float, strategy: str) -> None:
     anydepth.attach(model, [])  # nothing is left attached
 
 
+@pytest.mark.parametrize("branch", ["layer", "mixer"])
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.75])
-def test_the_threshold_skips_the_share_it_was_asked_for(share: float) -> None:
-    adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2})
+def test_the_threshold_skips_the_share_it_was_asked_for(share: float, branch: str) -> None:
+    adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2, "branch": branch})
     assert set_skip_share(adapted, windows(), share) == pytest.approx(share, abs=0.01)
     adapted(input_ids=windows(), use_cache=False)
     assert 1 - adapted.last_trace.mixer_keep[2:].double().mean().item() == pytest.approx(share, abs=0.01)
 
 
-def test_a_model_without_router_has_no_share_to_set() -> None:
-    with pytest.raises(RunError, match="layer_router"):
-        set_skip_share(anydepth.attach(tiny_llama(), {"name": "skip_set"}), windows(), 0.3)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "skip_set"},
+        {"name": "layer_router", "router": "random", "rates": 0.5},
+        {"name": "mixer_router", "router": "random"},
+    ],
+)
+def test_a_model_without_scores_has_no_share_to_set(spec: dict[str, Any]) -> None:
+    with pytest.raises(RunError, match="nothing to calibrate"):
+        set_skip_share(anydepth.attach(tiny_llama(), spec), windows(), 0.3)

@@ -45,6 +45,10 @@ DRAFTERS: dict[str, list[dict[str, Any]]] = {
         ALONE,
         {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "granularity": "sequence", "pool_tokens": 5},
     ],
+    "mixer router": [
+        ALONE,
+        {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "branch": "mixer", "reads": "sequential"},
+    ],
     "exits": [ALONE, {"name": "exit_gate", "layers": [2, 4], "initial_bias": 0.0}],
     "exits, run later": [ALONE, {"name": "early_exit", "layers": [2, 4], "thresholds": 0.1, "kv_rule": "recompute"}],
     "trained": [{**ALONE, "network": NETWORK}],
@@ -115,6 +119,7 @@ def test_the_engine_gives_the_tokens_of_full_depth(drafter: str, options: str, d
         "first layers",
         "skip set",
         "router, omit",
+        "mixer router",
         "exits",
         "exits, run later",
         "searched",

@@ -252,6 +252,7 @@ class FixedGates(Method):
     Config = anydepth.SkipSet.Config
     name = "fixed_gates"
     kv_rule: Any = "project"
+    branch = "layer"
 
     def begin(self, context: Any) -> Any:
         keep = torch.stack(list(self.given)).detach() > 0.5
@@ -260,12 +261,20 @@ class FixedGates(Method):
         return Gate.of_plan(keep, context, self.kv_rule, torch.stack(list(self.given)))
 
     def layer_gate(self, layer_idx: int, hidden: Tensor, context: Any) -> Any:
-        return context.states[self.name][layer_idx]
+        return context.states[self.name][layer_idx] if self.branch == "layer" else None
+
+    def mixer_gate(self, layer_idx: int, hidden: Tensor, context: Any) -> Any:
+        return context.states[self.name][layer_idx] if self.branch == "mixer" else None
 
 
+@pytest.mark.parametrize("branch", ["layer", "mixer"])
 @pytest.mark.parametrize("kv_rule", ["project", "omit"])
-def test_gradient_of_the_gates(family: str, model: PreTrainedModel, kv_rule: str, monkeypatch: Any) -> None:
-    """dL/dg is that of h' = g·f(h) + (1 − g)·h: for all tokens when masked, for kept ones when sparse."""
+def test_gradient_of_the_gates(
+    family: str, model: PreTrainedModel, kv_rule: str, branch: str, monkeypatch: Any
+) -> None:
+    """dL/dg is that of h' = g·f(h) + (1 − g)·h, or of h + g·mixer(h): for all tokens when masked, for kept ones when
+    sparse.
+    """
     from anydepth.methods import METHODS
 
     monkeypatch.setitem(METHODS, "fixed_gates", FixedGates)
@@ -279,7 +288,8 @@ def test_gradient_of_the_gates(family: str, model: PreTrainedModel, kv_rule: str
 
     adapted = anydepth.attach(model, FixedGates.Config())
     method: Any = adapted.methods["fixed_gates"]
-    method.kv_rule, gradients = kv_rule, {}
+    method.kv_rule, method.branch, method.gates_branches = kv_rule, branch, branch == "mixer"
+    gradients = {}
     for execution in ("masked", "sparse"):
         method.given = given()
         if execution == "masked":
@@ -291,7 +301,8 @@ def test_gradient_of_the_gates(family: str, model: PreTrainedModel, kv_rule: str
     trace = adapted.last_trace
     model = anydepth.detach(adapted)
     leaves = given()
-    logits = replay(model, family, ids, trace, weights=dict(enumerate(leaves)))
+    given_as = {"layer": "weights", "mixer": "mixer_weights"}[branch]
+    logits = replay(model, family, ids, trace, **{given_as: dict(enumerate(leaves))})
     wanted = torch.stack(torch.autograd.grad((logits * probe).sum(), leaves))
     if kv_rule == "project" or family != "qwen3_next":  # a recurrence that omits a token has no f(h) for it
         assert relative_rms(gradients["masked"], wanted) <= 10 * TOLERANCE

@@ -98,7 +98,7 @@ def thresholds_at(scores: dict[str, Tensor], share: float) -> dict[str, float]:
 
 
 def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -> float:
-    """Skip `target_skip` of what methods decide about. Exact for a `layer_router`, whose scores precede its gates.
+    """Skip `target_skip` of what methods decide about. Exact for a `layer_router` that decides all layers at once.
 
     Returns the share of scores on (M, T) windows that are skipped then.
 

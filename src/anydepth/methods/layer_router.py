@@ -159,8 +159,7 @@ class LayerRouter(Method):
     Config = LayerRouterConfig
     name = "layer_router"
     scheduled = ("backward_temperature",)
-    summary = "a trained router decides per token or sequence which layers to run"
-
+    summary = "a trained router decides per token or sequence which layers, or mixers, to run"
     budget_option = "threshold"
 
     price: Tensor
