@@ -16,6 +16,27 @@ ORIGIN: dict[str, Any] = {
 SPEED = {"tokens_per_second": 20.0, "ttft_seconds": 0.1, "tpot_seconds": 0.05, "peak_memory_bytes": 1}
 PHASE = {"speedup": 1.25, "ideal_speedup": 1.5, "realised": 0.83}
 DEPTH = {"mean": 1.5, "low": 1.4, "high": 1.6}
+R = {"r": 0.5, "low": 0.25, "high": 0.75}
+NO_R = {"r": None, "low": None, "high": None}
+LINE = {"slope": 0.1, "x": [10.0, 20.0], "y": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5]}
+CORRELATIONS: dict[str, Any] = {
+    "of": "depth",
+    "unit": "paragraph",
+    "num_samples": 3,
+    "num_cut": 1,
+    "max_tokens": 25,
+    "num_counted_tokens": 1000,
+    "rows": [
+        {"of": "depth", "with": "length", "pearson": R, "spearman": R, "line": LINE},
+        {"of": "depth", "with": "perplexity", "pearson": R, "spearman": {**R, "low": None, "high": None}, "line": LINE},
+        {"of": "depth", "with": "rarity", "pearson": NO_R, "spearman": NO_R, "line": None},
+        {"of": "layer_token_share", "with": "length", "pearson": R, "spearman": R, "line": LINE},
+    ],
+    "samples": [
+        {"length": size, "perplexity": 5.0 + size, "rarity": 4.0, "depth": 1.0 + size / 20, "layer_token_share": 0.5}
+        for size in (10, 15, 20)
+    ],
+}
 DOCUMENTS: list[dict[str, Any]] = [
     {
         **ORIGIN,
@@ -99,6 +120,7 @@ DOCUMENTS: list[dict[str, Any]] = [
             "bins": [{"low": low, "high": low + 1, "num_tokens": 5, "depth": DEPTH} for low in (0.0, 1.0)],
             "rank_correlation": 0.1,
         },
+        "correlations": CORRELATIONS,
         "conditionality": {
             "mutual_information_bits": 0.02,
             "static_bits": 0.01,

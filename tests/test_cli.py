@@ -94,6 +94,19 @@ def test_analysis_of_a_run_and_of_another_seed(finished: Path, text: Path) -> No
     assert "tokens that are" in for_people.stdout and "rank correlation" in for_people.stdout
 
 
+def test_analysis_of_whole_texts(finished: Path) -> None:
+    options = ["--data", "embedded:valid", "--sequence-length", 32, "--limit", 2, "--permutations", 1]
+    done = anydepth("analyze", finished, *options, "--samples", 5, "--json", "--quiet")
+    found = json.loads(done.stdout)["correlations"]
+    assert (found["unit"], found["num_samples"], len(found["samples"])) == ("paragraph", 5, 5)
+    assert all(row["length"] <= 32 for row in found["samples"])
+    none = anydepth("analyze", finished, *options, "--samples", 0, "--json", "--quiet")
+    assert json.loads(none.stdout)["correlations"] is None
+    assert "--samples is a number of at least 0; came -1" in refused("analyze", finished, "--samples", -1, "--quiet")
+    for_people = anydepth("analyze", finished, *options, "--samples", 5)
+    assert "of 5 paragraphs with" in for_people.stdout and "up to 5 texts of at most 32 tokens" in for_people.stderr
+
+
 def test_a_decoder_from_scratch_is_a_target_like_any_other(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 2, "ffn_size": 48, "tokenizer": {"size": 600}}
     recipe = tmp_path / "scratch.yaml"

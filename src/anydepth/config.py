@@ -243,6 +243,12 @@ class AnalyzeConfig(StrictConfig):
     sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
     num_windows: int = Field(default=8, ge=1, description="Windows of it.")
     num_permutations: int = Field(default=199, ge=1, description="Of the test whether depth depends on the token.")
+    num_samples: int = Field(
+        default=64,
+        ge=0,
+        description="Documents (paragraphs, where those are few or long) whose depth is correlated with their length, "
+        "perplexity and rarity; at most sequence_length tokens of each. 0 leaves the correlations out.",
+    )
 
 
 class GenerateConfig(StrictConfig):

@@ -15,9 +15,19 @@ import pytest
 from PIL import Image
 
 from anydepth.errors import UserError
-from anydepth.report import plots
+from anydepth.report import correlations, plots
 from anydepth.report.page import write_report
-from report_documents import DOCUMENTS, HOSTILE, ORIGIN, bench_over_sizes, every_kind, run_document, sweeps
+from report_documents import (
+    CORRELATIONS,
+    DOCUMENTS,
+    HOSTILE,
+    LINE,
+    ORIGIN,
+    bench_over_sizes,
+    every_kind,
+    run_document,
+    sweeps,
+)
 
 
 class Outline(HTMLParser):
@@ -56,9 +66,9 @@ def test_the_page_is_whole_and_self_contained(written: list[Path]) -> None:
     assert outline.open == []
     assert outline.headings == [
         "What it buys", "Skip set", "The router before training", "Training", "Which layers run", "Tasks", "Speed",
-        "Where depth goes", "A text, token by token", "How it was made",
+        "Where depth goes", "Depth of whole texts", "A text, token by token", "How it was made",
     ]  # fmt: skip
-    assert len(outline.images) == 11
+    assert len(outline.images) == 12
     for image in outline.images:
         assert str(image["src"]).startswith("data:image/png;base64,")
         assert image["alt"]
@@ -76,7 +86,7 @@ def test_tables_are_the_numbers(written: list[Path]) -> None:
 
 def test_every_file_named_was_written(written: list[Path]) -> None:
     assert all(path.stat().st_size > 0 for path in written)
-    assert sum(path.suffix == ".png" for path in written) == 11
+    assert sum(path.suffix == ".png" for path in written) == 12
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
@@ -178,6 +188,27 @@ def test_several_models_are_told_apart(tmp_path: Path) -> None:
     assert "<h1>2 results</h1>" in page
     page = write_report(two[:1], tmp_path / "one.html")[0].read_text()
     assert "<h1>skip_set</h1>" in page and "<h2>Speed</h2>" in page
+
+
+def test_whole_texts_have_their_place(written: list[Path]) -> None:
+    """Correlations are those of the document, in the table and as points."""
+    names = {path.name: path for path in written}
+    assert "5-analyze-samples.png" in names
+    html = written[0].read_text()
+    rows = list(csv.DictReader(names["5-analyze-correlations.csv"].read_text(encoding="utf-8").splitlines()))
+    assert [(row["of"], row["with"]) for row in rows[:2]] == [
+        ("layers per token", "length"), ("layers per token", "perplexity"),
+    ]  # fmt: skip
+    assert (rows[0]["pearson_r"], rows[0]["pearson_low"], rows[2]["spearman_r"]) == ("0.5", "0.25", "")
+    assert "0.50 (0.25 to 0.75)" in html and ">constant<" in html
+
+
+def test_points_of_texts_lie_where_the_document_has_them() -> None:
+    figure = correlations.scatter(CORRELATIONS)
+    assert len(figure.axes) == 2  # rarity is constant
+    points = figure.axes[0].collections[-1].get_offsets().tolist()
+    assert points == [[row["length"], row["depth"]] for row in CORRELATIONS["samples"]]
+    assert list(figure.axes[0].lines[0].get_ydata()) == LINE["y"]
 
 
 def test_pictures_for_dark_pages_are_dark(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from anydepth.cli.analysis import show_analysis
 from anydepth.cli.app import app
 from anydepth.cli.display import (
     Printer,
     bench_line,
-    show_analysis,
     show_bench,
     show_eval,
     show_inspection,
@@ -294,6 +294,9 @@ def analyze(
         list[str] | None, typer.Option(help="The same method from another seed: do their gates agree?")
     ] = None,
     permutations: Annotated[int, typer.Option(help="Of the test whether depth depends on the token.")] = 199,
+    samples: Annotated[
+        int, typer.Option(help="Correlate the depth of so many texts with length, perplexity and rarity; 0: leave out.")
+    ] = 64,
     options: MethodOptions = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -310,9 +313,10 @@ def analyze(
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
-    from anydepth.training.data import load_windows
+    from anydepth.training.data import load_texts, load_windows
 
     _at_least("permutations", permutations, 1)
+    _at_least("samples", samples, 0)
     _at_least("limit", limit, 1)
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
@@ -324,9 +328,22 @@ def analyze(
         if other.backbone.num_layers != adapted.backbone.num_layers:
             raise UserError(f"{name} has {other.backbone.num_layers} layers, {target} {adapted.backbone.num_layers}")
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
-    printer.progress(f"looking at {windows.numel()} tokens of {data} …")
-    with printer.busy("looking …"):
-        fields = look(adapted, tokenizer, windows, others=others, num_permutations=permutations, seed=seed)
+    texts = load_texts(data) if samples else []
+    printer.progress(
+        f"looking at {windows.numel()} tokens of {data}"
+        + (f", and at up to {samples} texts of at most {sequence_length} tokens …" if samples else " …")
+    )
+    fields = look(
+        adapted,
+        tokenizer,
+        windows,
+        texts=texts,
+        num_samples=samples,
+        others=others,
+        num_permutations=permutations,
+        seed=seed,
+        track=printer.track,
+    )
     result = document("anydepth.analyze/1", seed=seed, config=arguments, label=adapted.label, **fields)
     printer.result(result, show_analysis)
 

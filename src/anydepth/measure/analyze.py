@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.measure.conditionality import conditionality
+from anydepth.measure.samples import Track, correlations, full_depth_losses
+from anydepth.measure.statistics import mean_of, rank_correlation
 
 NUM_BINS = 8
 STOP_WORDS = (
@@ -47,30 +48,30 @@ class Observed:
 
 
 @torch.no_grad()
-def observe(adapted: AdaptedModel, windows: Tensor) -> Observed:
+def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Observed:
     """Run each of (W, T) windows by itself, with routing on and untouched."""
     adapted.eval()
-    losses = []
-    for window in windows:
-        ids = window[None].to(adapted.device)
-        with adapted.untouched():
-            logits = adapted(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        behind = F.cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
-        losses.append(F.pad(behind, (0, 1), value=float("nan")))
-    return Observed(windows.cpu(), *_decisions(adapted, windows), torch.stack(losses))
-
-
-@torch.no_grad()
-def _decisions(adapted: AdaptedModel, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`gates`, `keep` and `depths` of `Observed`."""
-    gates, keeps, depths = [], [], []
-    for window in windows:
-        adapted(input_ids=window[None].to(adapted.device), use_cache=False)
+    gates, keeps, depths, losses = [], [], [], []
+    for window in track(windows):
+        token_ids = window[None].to(adapted.device)
+        losses.append(F.pad(full_depth_losses(adapted, token_ids), (0, 1), value=float("nan")))
+        adapted(input_ids=token_ids, use_cache=False)
         trace = adapted.last_trace
         gates.append(torch.cat([trace.mixer_keep[:, 0], trace.ffn_keep[:, 0]]).cpu())
         keeps.append(torch.cat([(trace.mixer_keep | trace.other_keep)[:, 0], trace.ffn_keep[:, 0]]).cpu())
         depths.append(trace.depths[0].cpu())
-    return torch.stack(gates, dim=1), torch.stack(keeps, dim=1), torch.stack(depths)
+    by_layer = torch.stack(gates, dim=1), torch.stack(keeps, dim=1)
+    return Observed(windows.cpu(), *by_layer, torch.stack(depths), torch.stack(losses))
+
+
+@torch.no_grad()
+def _depths(adapted: AdaptedModel, windows: Tensor) -> Tensor:
+    """Return (W, T) depths alone."""
+    depths = []
+    for window in windows:
+        adapted(input_ids=window[None].to(adapted.device), use_cache=False)
+        depths.append(adapted.last_trace.depths[0].cpu())
+    return torch.stack(depths)
 
 
 def analyze(
@@ -78,16 +79,24 @@ def analyze(
     tokenizer: PreTrainedTokenizerBase,
     windows: Tensor,
     *,
+    texts: Sequence[str] = (),
+    num_samples: int = 64,
     others: Sequence[AdaptedModel] = (),
     num_permutations: int = 199,
     seed: int = 0,
+    track: Track = iter,
 ) -> dict[str, Any]:
-    """The fields of `anydepth.analyze/1` for (W, T) windows.
+    """Return the fields of `anydepth.analyze/1` for (W, T) windows.
 
     Args:
+        texts: documents to correlate depth with, each by itself, at most T tokens of it; none leaves that out.
+        num_samples: how many of them, or of their paragraphs.
         others: the same method from other seeds, whose gates are compared on the same text.
+        track: is given the windows, then the samples, and shows how far each pass is.
     """
-    seen = observe(adapted, windows)
+    seen = observe(adapted, windows, track)
+    limits: dict[str, Any] = {"limit": num_samples, "max_tokens": windows.shape[1], "track": track}
+    by_sample = correlations(adapted, tokenizer, texts, **limits) if texts and num_samples else None
     num_layers = len(seen.keep) // 2
     everywhere = torch.ones_like(seen.depths, dtype=torch.bool)
     rows = [
@@ -109,47 +118,10 @@ def analyze(
         "positions": _by_position(seen),
         "lengths": _by_length(adapted, seen),
         "losses": _by_loss(seen),
+        "correlations": by_sample,
         "conditionality": _conditionality(seen, num_permutations, seed),
         "seeds": _seeds([seen, *(observe(other, windows) for other in others)]),
     }
-
-
-def mean_of(values: Tensor, among: Tensor, most: float | None = None) -> dict[str, float | None]:
-    """`mean` of (W, T) values where `among` is true, and `low` and `high`, None where fewer than two windows have any.
-
-    Args:
-        most: where values lie between 0 and this, so do the bounds.
-
-    The mean is a ratio of two sums over windows; its error is linearised (Cochran 1977, 6.4), t with W − 1 degrees of
-    freedom.
-    """
-    sums, counts = torch.where(among, values, 0).double().sum(1), among.double().sum(1)
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    mean, num_windows = float(sums.sum() / counts.sum()), len(counts)
-    if num_windows < 2:
-        return {"mean": mean, "low": None, "high": None}
-    spread = float((sums - mean * counts).square().sum()) * num_windows / (num_windows - 1)
-    half = t_quantile(num_windows - 1) * spread**0.5 / float(counts.sum())
-    low, high = mean - half, mean + half
-    return {
-        "mean": mean,
-        "low": low if most is None else max(low, 0.0),
-        "high": high if most is None else min(high, most),
-    }
-
-
-def t_quantile(degrees: int) -> float:
-    """The 97.5% quantile of Student's t (Hill 1970's expansion; the two smallest by name, where it is too coarse)."""
-    if degrees < 3:
-        return {1: 12.7062, 2: 4.3027}[degrees]
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 def _row(seen: Observed, among: Tensor) -> dict[str, Any]:
@@ -227,7 +199,7 @@ def _by_length(adapted: AdaptedModel, seen: Observed) -> list[dict[str, Any]]:
     whole = seen.token_ids.shape[1]
     rows = []
     for length in sorted({whole // share for share in (1, 4, 16)} - {0, 1}):
-        depths = seen.depths if length == whole else _decisions(adapted, seen.token_ids[:, :length])[2]
+        depths = seen.depths if length == whole else _depths(adapted, seen.token_ids[:, :length])
         everywhere = torch.ones_like(depths, dtype=torch.bool)
         rows.append(
             {
@@ -250,20 +222,7 @@ def _by_loss(seen: Observed) -> dict[str, Any]:
         for number in range(NUM_BINS)
         if (place == number).any()
     ]
-    return {"bins": bins, "rank_correlation": _rank_correlation(losses, depths)}
-
-
-def _rank_correlation(a: Tensor, b: Tensor) -> float | None:
-    """Spearman's, ties at their mean rank; None where one of the two is constant."""
-    if a.min() == a.max() or b.min() == b.max():
-        return None
-    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0)
-    return (ends - (counts - 1) / 2).double()[inverse]
+    return {"bins": bins, "rank_correlation": rank_correlation(losses, depths)}
 
 
 def _conditionality(seen: Observed, num_permutations: int, seed: int) -> dict[str, Any]:

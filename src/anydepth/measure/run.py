@@ -268,7 +268,15 @@ class Runner:
         settings = self.recipe.analyze
         data = settings.data or self.recipe.eval.data
         windows = load_windows(data, tokenizer, settings.sequence_length, max_windows=settings.num_windows)
-        return analyze(adapted, tokenizer, windows, num_permutations=settings.num_permutations, seed=self.recipe.seed)
+        return analyze(
+            adapted,
+            tokenizer,
+            windows,
+            texts=load_texts(data),
+            num_samples=settings.num_samples,
+            num_permutations=settings.num_permutations,
+            seed=self.recipe.seed,
+        )
 
     def generate(self) -> dict[str, Any]:
         return self._stage("generate", self._generate)

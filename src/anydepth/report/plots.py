@@ -53,17 +53,22 @@ def _styles(count: int) -> list[dict[str, str]]:
     ]
 
 
-def _figure(title: str, height: float = 3.4) -> tuple[Figure, Any]:
+def new_figure(title: str, height: float = 3.4) -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e5e5e5", linewidth=0.6)
-    axes.set_axisbelow(True)
+    bare(axes)
     return figure, axes
 
 
-def _whole_numbers(axis: Any, most: int = 9) -> None:
+def bare(axes: Any) -> None:
+    """Take the frame away at the top and on the right, and draw a light grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def whole_numbers(axis: Any, most: int = 9) -> None:
     axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
@@ -76,7 +81,7 @@ def training(document: Document) -> Figure:
     """Loss by term over the steps; the LM loss apart from the auxiliary terms."""
     history = document["loss_history"]
     terms = [name for name in dict.fromkeys(name for row in history for name in row) if name not in NO_LOSSES]
-    figure, axes = _figure("Training: loss by term")
+    figure, axes = new_figure("Training: loss by term")
     for term, colour in zip(sorted(terms, key=lambda name: name != "lm_loss"), COLOURS * 3, strict=False):
         rows = [row for row in history if term in row]
         axes.plot(
@@ -86,7 +91,7 @@ def training(document: Document) -> Figure:
             label=term,
             linewidth=1.8 if term == "lm_loss" else 1.1,
         )
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats, weights applied)")
     axes.legend(fontsize=8, frameon=False)
@@ -96,9 +101,9 @@ def training(document: Document) -> Figure:
 def training_depth(document: Document) -> Figure:
     """Mean depth over the steps, decisions sampled as in training."""
     rows = [row for row in document["loss_history"] if "mean_depth" in row]
-    figure, axes = _figure("Training: mean depth", 2.6)
+    figure, axes = new_figure("Training: mean depth", 2.6)
     axes.plot([row["step"] for row in rows], [row["mean_depth"] for row in rows], color=COLOURS[0])
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("layers per token")
     return figure
@@ -115,10 +120,9 @@ def training_figures(document: Document) -> Figure:
         axes.plot([row["step"] for row in own], [row["figures"][name] for row in own], color=colour, linewidth=1.3)
         method, _, quantity = name.partition("/")
         axes.set_title(f"{method}: {quantity.replace('_', ' ')}", fontsize=9, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+        bare(axes)
         axes.set_ylim(0, max([1.0, *(row["figures"][name] for row in own)]) * 1.05)
-    _whole_numbers(panels[-1].xaxis)
+    whole_numbers(panels[-1].xaxis)
     panels[-1].set_xlabel("optimiser step")
     figure.supylabel("value (titles say of what)", fontsize=10)
     return figure
@@ -137,9 +141,9 @@ def training_layers(document: Document) -> Figure:
             shares, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1, extent=edges, interpolation="nearest"
         )
         axes.set_title(f"Training: {title}", fontsize=11, loc="left")
-        _whole_numbers(axes.xaxis, 4)
+        whole_numbers(axes.xaxis, 4)
         axes.set_xlabel("optimiser step")
-    _whole_numbers(panels[0].yaxis)
+    whole_numbers(panels[0].yaxis)
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=panels, label="share of tokens that ran it")
     return figure
@@ -147,14 +151,14 @@ def training_layers(document: Document) -> Figure:
 
 def loss_curves(documents: dict[str, Document]) -> Figure:
     """Language loss of several trainings, by name; means of 10 steps."""
-    figure, axes = _figure("Training: language loss")
+    figure, axes = new_figure("Training: language loss")
     for (name, document), style in zip(documents.items(), _styles(len(documents)), strict=True):
         history = document["loss_history"]
         blocks = [history[start : start + 10] for start in range(0, len(history), 10)]
         steps = [block[-1]["step"] for block in blocks]
         losses = [sum(row["lm_loss"] for row in block) / len(block) for block in blocks]
         axes.plot(steps, losses, **style, label=_short(name), linewidth=1.4, marker="o", markersize=3)
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("language loss (nats a token)")
     axes.legend(fontsize=8, frameon=False)
@@ -164,11 +168,11 @@ def loss_curves(documents: dict[str, Document]) -> Figure:
 def layers(document: Document) -> Figure:
     """Share of tokens that ran each layer's mixer and FFN."""
     shares = document["per_layer"]
-    figure, axes = _figure("Layers: share of tokens that ran them", 2.8)
+    figure, axes = new_figure("Layers: share of tokens that ran them", 2.8)
     places = range(len(shares["mixer"]))
     axes.bar([place - 0.2 for place in places], shares["mixer"], width=0.4, color=COLOURS[0], label="mixer")
     axes.bar([place + 0.2 for place in places], shares["ffn"], width=0.4, color=COLOURS[4], label="FFN")
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel("layer")
     axes.set_ylabel("share of tokens")
     axes.set_ylim(0, 1.05)
@@ -185,7 +189,7 @@ def speed(document: Document) -> Figure:
             if part:
                 labels.append(f"{name}: {phase}" if phase == "all" else phase)
                 parts.append(part)
-    figure, axes = _figure("Speed: measured beside ideal", 1.3 + 0.27 * len(labels))
+    figure, axes = new_figure("Speed: measured beside ideal", 1.3 + 0.27 * len(labels))
     places = range(len(labels))
     measured, ideal = [part["speedup"] for part in parts], [part["ideal_speedup"] for part in parts]
     axes.barh(places, measured, height=0.6, color=COLOURS[0], label="measured (median of pairs)")
@@ -243,8 +247,7 @@ def speed_lines(document: Document) -> Figure:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel(name)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+        bare(axes)
         axes.legend(fontsize=8, frameon=False)
     panels[0].set_ylabel("speed-up (bars: all pairs; dotted: ideal)", fontsize=9)
     return figure
@@ -252,7 +255,7 @@ def speed_lines(document: Document) -> Figure:
 
 def acceptance(document: Document) -> Figure:
     """Share of drafted tokens that were accepted, by their place in the draft."""
-    figure, axes = _figure("Drafts: acceptance by place", 2.8)
+    figure, axes = new_figure("Drafts: acceptance by place", 2.8)
     rows = [row for row in document["rows"] if row["adapted"].get("acceptance_by_place")]
     for row, colour in zip(rows, COLOURS * 3, strict=False):
         shares = row["adapted"]["acceptance_by_place"]
@@ -261,7 +264,7 @@ def acceptance(document: Document) -> Figure:
     axes.set_xlabel("place in the draft (tokens; those in front of it accepted)")
     axes.set_ylabel("share accepted")
     axes.set_ylim(0, 1.05)
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.legend(fontsize=8, frameon=False)
     return figure
 
@@ -269,7 +272,7 @@ def acceptance(document: Document) -> Figure:
 def token_classes(document: Document) -> Figure:
     """Depth by class of token, with intervals."""
     rows = document["token_classes"]
-    figure, axes = _figure("Depth by class of token", 0.9 + 0.3 * len(rows))
+    figure, axes = new_figure("Depth by class of token", 0.9 + 0.3 * len(rows))
     means, below, above = _intervals([row["depth"] for row in rows])
     axes.barh(range(len(rows)), means, xerr=[below, above], color=COLOURS[0], ecolor=GREY, capsize=2, height=0.65)
     axes.axvline(document["depth"]["mean"], color=COLOURS[1], linewidth=1.4, label="all tokens")
@@ -297,8 +300,7 @@ def depth_curves(document: Document) -> Figure:
             at, means, yerr=[below, above], color=COLOURS[0], ecolor=GREY, marker="o", markersize=4, capsize=2
         )
         axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+        bare(axes)
     panels[0].set_xscale("log", base=2)
     panels[0].set_ylabel("layers per token (bars: 95%)")
     return figure
@@ -339,8 +341,7 @@ def fronts(documents: dict[str, Document]) -> Figure:
         if full:
             axes.scatter([1.0], [full[0]["perplexity"]], marker="*", s=90, color=GREY, label="full depth", zorder=4)
         axes.set_xlabel(cost)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#e5e5e5", linewidth=0.6)
+        bare(axes)
     panels[0].set_ylabel("perplexity (lower is better)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8, frameon=False, ncols=2)
     return figure
@@ -352,7 +353,7 @@ def _bar(middle: float, bounds: Sequence[float] | None) -> list[list[float]] | N
 
 def tradeoff(rows: Iterable[Document]) -> Figure:
     """Perplexity against measured tokens per second; lower right is better."""
-    figure, axes = _figure("Quality against measured speed")
+    figure, axes = new_figure("Quality against measured speed")
     placed = list(rows)
     middle = sum(row["tokens_per_second"] for row in placed) / len(placed)
     for row, colour in zip(placed, COLOURS * 4, strict=False):
@@ -369,7 +370,7 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
 def heat_map(document: Document) -> Figure:
     """Token × layer: which layers each generated token ran."""
     figure, axes = _heat_map(document["layers"], document["tokens"], "Depth of every generated token (dark: ran)")
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel("layer")
     return figure
 
@@ -395,7 +396,7 @@ def _heat_map(shares: list[list[float]], tokens: list[str], title: str) -> tuple
 def search(document: Document) -> Figure:
     """Agreement with full depth as more branches are left out."""
     steps = document["trajectory"]
-    figure, axes = _figure("Search: agreement with full depth", 2.8)
+    figure, axes = new_figure("Search: agreement with full depth", 2.8)
     axes.plot([step["step"] for step in steps], [step["agreement"] for step in steps], color=COLOURS[2], marker="o")
     for step in steps:
         axes.annotate(

@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from anydepth.measure.results import task_scores
-from anydepth.report import plots
+from anydepth.report import correlations, plots
 
 if TYPE_CHECKING:
     from anydepth.report.page import Page
@@ -259,6 +259,7 @@ def _analyze(page: Page, document: Document, name: str) -> None:
     page.figure(
         f"{name}-curves", plots.depth_curves(document), "Depth by position, and by loss at full depth.", document
     )
+    correlations.section(page, document, name)
     for row in document["seeds"]:
         page.text(
             f"Runs {row['first'] + 1} and {row['second'] + 1} agree in {row['agreement']:.1%} of gates, "

@@ -74,7 +74,7 @@ def pack(
         raise UserError("this tokenizer has no EOS token to put between documents; set tokenizer.eos_token")
     wanted = None if max_windows is None else max_windows * sequence_length
     stream: list[int] = []
-    for ids in _documents(texts, tokenizer):
+    for ids in tokenise(texts, tokenizer):
         # A BOS that is the same token as EOS, as in OPT, separates already.
         if stream and ids[:1] != [tokenizer.eos_token_id]:
             stream.append(tokenizer.eos_token_id)
@@ -90,8 +90,8 @@ def pack(
     return torch.tensor(stream[: num_windows * sequence_length]).view(num_windows, sequence_length)
 
 
-def _documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids per document, with the tokenizer's own BOS, without EOS."""
+def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yield the token ids of each document, with the tokenizer's own BOS, without EOS."""
     for start in range(0, len(texts), DOCUMENTS_PER_BATCH):
         batch = list(texts[start : start + DOCUMENTS_PER_BATCH])
         for ids in encode_batch(tokenizer, batch):

@@ -1,0 +1,164 @@
+"""Measure texts one by one: how deep each goes, beside its length, its perplexity and how rare its tokens are.
+
+A sample is a document of the corpus as it stands, never a packed window; where documents are few or long, a paragraph.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.execution import cost
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.measure.statistics import correlation
+from anydepth.training.data import tokenise
+
+MIN_TOKENS = 16
+"""Shorter texts are left out: a perplexity of a few tokens says nothing."""
+MIN_DOCUMENTS = 32
+"""A corpus of fewer documents is taken paragraph by paragraph."""
+MAX_COUNTED = 500_000
+"""Tokens of the corpus that are read at most, for samples and frequencies."""
+BETWEEN_PARAGRAPHS = re.compile(r"\n\s*\n")
+Track = Callable[[Iterable[Any]], Iterable[Any]]
+"""Hands on what it is given, and shows how far it is."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Texts of a corpus, spread evenly over it.
+
+    Attributes:
+        unit: what a sample is, `document` or `paragraph`.
+        token_ids: of each sample, at most as many as asked for.
+        num_cut: samples that are longer than that.
+        counts: how often each token occurs in the part of the corpus that was read.
+        bos: the id that the tokenizer puts in front of a text, if it does; it counts as no token of a sample.
+    """
+
+    unit: str
+    token_ids: list[list[int]]
+    num_cut: int
+    counts: Counter[int]
+    bos: int | None
+
+    def own(self, ids: list[int]) -> list[int]:
+        """Return the tokens of a sample without the BOS in front."""
+        return ids[1:] if ids[0] == self.bos else ids
+
+    def rarity(self, ids: list[int]) -> float:
+        """Return −log of a token's frequency in the corpus, in nats, the mean over a sample's tokens."""
+        total = self.counts.total()
+        own = self.own(ids)
+        return sum(-math.log(self.counts[token_id] / total) for token_id in own) / len(own)
+
+
+def draw_samples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, limit: int, max_tokens: int) -> Samples:
+    """Draw up to `limit` samples of at most `max_tokens` tokens from the documents of a corpus."""
+    documents, counts = _read(texts, tokenizer)
+    unit, found = "document", documents
+    longer = sum(len(ids) > max_tokens for ids in documents)
+    if len(documents) < MIN_DOCUMENTS or 2 * longer > len(documents):
+        parts = [part for text in texts for part in BETWEEN_PARAGRAPHS.split(text) if part.strip()]
+        unit, (found, counts) = "paragraph", _read(parts, tokenizer)
+    step = max(len(found) - 1, 1) / max(limit - 1, 1)
+    places = range(len(found)) if len(found) <= limit else [round(number * step) for number in range(limit)]
+    chosen = [found[place] for place in places]
+    num_cut = sum(len(ids) > max_tokens for ids in chosen)
+    bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
+    return Samples(unit, [ids[:max_tokens] for ids in chosen], num_cut, counts, bos)
+
+
+def _read(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], Counter[int]]:
+    """Return the token ids of texts that are long enough, and how often each token occurs in all of them."""
+    counts: Counter[int] = Counter()
+    found, num_read = [], 0
+    for ids in tokenise(texts, tokenizer):
+        counts.update(ids)
+        if len(ids) >= MIN_TOKENS:
+            found.append(ids)
+        num_read += len(ids)
+        if num_read >= MAX_COUNTED:
+            break
+    return found, counts
+
+
+@torch.no_grad()
+def measure_samples(adapted: AdaptedModel, samples: Samples, track: Track = iter) -> list[dict[str, float]]:
+    """Run each sample by itself, untouched and with routing on.
+
+    Returns:
+        For each sample `length` in tokens, `perplexity` of the untouched model, `rarity`, mean `depth` in layers and
+        `layer_token_share`, the FLOPs of its layers ÷ those at full depth.
+    """
+    adapted.eval()
+    rows = []
+    for ids in track(samples.token_ids):
+        token_ids = torch.tensor([ids], device=adapted.device)
+        loss = full_depth_losses(adapted, token_ids).mean().item()
+        adapted(input_ids=token_ids, use_cache=False)
+        trace, own = adapted.last_trace, samples.own(ids)
+        rows.append(
+            {
+                "length": len(own),
+                "perplexity": math.exp(min(loss, 700.0)),
+                "rarity": samples.rarity(ids),
+                "depth": trace.depths[0, -len(own) :].double().mean().item(),
+                "layer_token_share": cost.flops(adapted.backbone, trace).layer_token_share,
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def full_depth_losses(adapted: AdaptedModel, token_ids: Tensor) -> Tensor:
+    """Return (T − 1,) losses of the untouched model, in nats: of each of (1, T) tokens but the first."""
+    with adapted.untouched():
+        logits = adapted(input_ids=token_ids, use_cache=False).logits[0, :-1].float()
+    return F.cross_entropy(logits, token_ids[0, 1:], reduction="none").cpu()
+
+
+def correlations(
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    limit: int,
+    max_tokens: int,
+    track: Track = iter,
+) -> dict[str, Any] | None:
+    """Return how the depth of a text goes together with its length, its perplexity and its rarity.
+
+    None where no text is long enough.
+    """
+    samples = draw_samples(texts, tokenizer, limit=limit, max_tokens=max_tokens)
+    if not samples.token_ids:
+        return None
+    measured = measure_samples(adapted, samples, track)
+    columns = {key: torch.tensor([row[key] for row in measured], dtype=torch.double) for key in measured[0]}
+    # Tokens that only choose between mixers run every layer. The FLOPs of fixed skips depend on a text's length alone.
+    chooses = any(method.chooses_mixers for method in adapted.active_methods)
+    is_constant = bool(columns["depth"].min() == columns["depth"].max())
+    return {
+        "of": ("layer_token_share" if chooses else None) if is_constant else "depth",
+        "unit": samples.unit,
+        "num_samples": len(measured),
+        "num_cut": samples.num_cut,
+        "max_tokens": max_tokens,
+        "num_counted_tokens": samples.counts.total(),
+        "rows": [
+            {"of": of, "with": beside, **correlation(columns[beside], columns[of])}
+            for of in ("depth", "layer_token_share")
+            for beside in ("length", "perplexity", "rarity")
+        ],
+        "samples": measured,
+    }

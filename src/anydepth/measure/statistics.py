@@ -1,0 +1,114 @@
+"""Statistics of measurements: means over windows, correlations of samples, each with a 95% interval."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LINE_POINTS = 21
+
+
+def mean_of(values: Tensor, among: Tensor, most: float | None = None) -> dict[str, float | None]:
+    """`mean` of (W, T) values where `among` is true, and `low` and `high`, None where fewer than two windows have any.
+
+    Args:
+        most: where values lie between 0 and this, so do the bounds.
+
+    The mean is a ratio of two sums over windows; its error is linearised (Cochran 1977, 6.4), t with W − 1 degrees of
+    freedom.
+    """
+    sums, counts = torch.where(among, values, 0).double().sum(1), among.double().sum(1)
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    mean, num_windows = float(sums.sum() / counts.sum()), len(counts)
+    if num_windows < 2:
+        return {"mean": mean, "low": None, "high": None}
+    spread = float((sums - mean * counts).square().sum()) * num_windows / (num_windows - 1)
+    half = t_quantile(num_windows - 1) * spread**0.5 / float(counts.sum())
+    low, high = mean - half, mean + half
+    return {
+        "mean": mean,
+        "low": low if most is None else max(low, 0.0),
+        "high": high if most is None else min(high, most),
+    }
+
+
+def t_quantile(degrees: int) -> float:
+    """The 97.5% quantile of Student's t (Hill 1970's expansion; the two smallest by name, where it is too coarse)."""
+    if degrees < 3:
+        return {1: 12.7062, 2: 4.3027}[degrees]
+    z = NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+
+
+def correlation(x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Return how two (N,) measurements of N samples go together.
+
+    Returns:
+        `pearson` and `spearman`, each `r` with `low` and `high` (None where a measurement is constant; no
+        interval below four samples); and `line`, the least-squares fit, None likewise.
+    """
+    x, y = x.double(), y.double()
+    count = len(x)
+    by_value = pearson(x, y)
+    by_rank = pearson(ranks(x), ranks(y))
+    # Of ranks, z varies more than of normal values (Bonett and Wright 2000).
+    rank_variance = 1 + (by_rank or 0.0) ** 2 / 2
+    return {
+        "pearson": fisher_interval(by_value, count),
+        "spearman": fisher_interval(by_rank, count, rank_variance),
+        "line": None if by_value is None else _line(x, y),
+    }
+
+
+def pearson(x: Tensor, y: Tensor) -> float | None:
+    """Return Pearson's r of two (N,) measurements; None where one of the two is constant."""
+    if len(x) < 2 or bool(x.min() == x.max()) or bool(y.min() == y.max()):
+        return None
+    return float(torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].clamp(-1, 1))
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float | None:
+    """Return Spearman's r of two (N,) measurements, ties at their mean rank; None where one of the two is constant."""
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Return the rank of each of (N,) values, from 1; equal values share their mean rank."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0)
+    return (ends - (counts - 1) / 2).double()[inverse]
+
+
+def fisher_interval(r: float | None, count: int, variance: float = 1.0) -> dict[str, float | None]:
+    """Return `r` with the 95% interval of Fisher's z, whose variance is `variance` ÷ (count − 3)."""
+    if r is None or count < 4:
+        return {"r": r, "low": None, "high": None}
+    if 1 - abs(r) < 1e-12:
+        return {"r": r, "low": r, "high": r}
+    half = NormalDist().inv_cdf(0.975) * math.sqrt(variance / (count - 3))
+    return {"r": r, "low": math.tanh(math.atanh(r) - half), "high": math.tanh(math.atanh(r) + half)}
+
+
+def _line(x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Return the least-squares line of `y` over `x`, and the 95% band of its mean at points across `x`."""
+    count, middle = len(x), x.mean()
+    slope = float(((x - middle) * (y - y.mean())).sum() / (x - middle).square().sum())
+    at = torch.linspace(float(x.min()), float(x.max()), LINE_POINTS, dtype=torch.double)
+    mean = y.mean() + slope * (at - middle)
+    line: dict[str, Any] = {"slope": slope, "x": at.tolist(), "y": mean.tolist(), "low": None, "high": None}
+    if count > 2:
+        residual = (y - y.mean() - slope * (x - middle)).square().sum() / (count - 2)
+        error = (residual * (1 / count + (at - middle).square() / (x - middle).square().sum())).sqrt()
+        half = t_quantile(count - 2) * error
+        line |= {"low": (mean - half).tolist(), "high": (mean + half).tolist()}
+    return line
