@@ -16,6 +16,17 @@ ORIGIN: dict[str, Any] = {
 SPEED = {"tokens_per_second": 20.0, "ttft_seconds": 0.1, "tpot_seconds": 0.05, "peak_memory_bytes": 1}
 PHASE = {"speedup": 1.25, "ideal_speedup": 1.5, "realised": 0.83}
 DEPTH = {"mean": 1.5, "low": 1.4, "high": 1.6}
+METRICS = {"fraction": 0.7, "entropy": 0.3, "entropy_of_mean": 0.6, "layer_std": 0.2, "token_std": 0.1}
+GATE_METRICS = {f"layer_router/gate_{name}": value for name, value in METRICS.items()}
+GATES: dict[str, Any] = {
+    "method": "layer_router",
+    "branch": "layer",
+    "num_tokens": 100,
+    **METRICS,
+    "gates": [{"layer": 0, "fraction": 1.0, "entropy": 0.0}, {"layer": 1, "fraction": 0.4, "entropy": 0.67}],
+    "open_gates": [0.0, 0.6, 0.4],
+    "warnings": [f"layer 0 always runs: {HOSTILE}"],
+}
 R = {"r": 0.5, "low": 0.25, "high": 0.75}
 NO_R = {"r": None, "low": None, "high": None}
 LINE = {"slope": 0.1, "x": [10.0, 20.0], "y": [1.0, 2.0], "low": [0.5, 1.5], "high": [1.5, 2.5]}
@@ -70,11 +81,13 @@ DOCUMENTS: list[dict[str, Any]] = [
                 "layer_router/target": 0.1,
                 "mean_depth": 3.0,
                 "learning_rate": 0.1,
-                "figures": {"layer_router/backward_temperature": 1.0 - 0.2 * step},
-                "layers": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.5]},
+                "figures": {"layer_router/backward_temperature": 1.0 - 0.2 * step, **GATE_METRICS},
+                "layers": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.5], "softmax": [1.0, 0.25]},
+                **({"warnings": [f"gates are stuck: {HOSTILE}"]} if step == 2 else {}),
             }
             for step in (1, 2, 3)
         ],
+        "gates": [GATES],
     },
     {
         **ORIGIN,
@@ -120,6 +133,7 @@ DOCUMENTS: list[dict[str, Any]] = [
             "bins": [{"low": low, "high": low + 1, "num_tokens": 5, "depth": DEPTH} for low in (0.0, 1.0)],
             "rank_correlation": 0.1,
         },
+        "gates": [GATES],
         "correlations": CORRELATIONS,
         "conditionality": {
             "mutual_information_bits": 0.02,

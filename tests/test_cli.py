@@ -74,6 +74,8 @@ def test_a_run_ends_in_one_document_and_a_page(finished: Path) -> None:
     assert fields <= set(document)
     schemas = [stage["schema"] for stage in document["stages"]]
     assert schemas == [f"anydepth.{name}/1" for name in ("train", "eval", "bench", "analyze", "generate")]
+    assert document["stages"][0]["gates"][0]["fraction"] == pytest.approx(0.7, abs=0.05)  # calibrated
+    assert document["stages"][3]["gates"][0]["method"] == "layer_router"
     evaluation = document["stages"][1]
     assert evaluation["num_tokens"] == 3 * 63
     assert evaluation["full_depth"]["mean_depth"] == 6 > evaluation["mean_depth"]
@@ -92,6 +94,7 @@ def test_analysis_of_a_run_and_of_another_seed(finished: Path, text: Path) -> No
     assert document["seeds"][0]["agreement"] == 1.0
     for_people = anydepth("analyze", finished, *options, "--quiet")
     assert "tokens that are" in for_people.stdout and "rank correlation" in for_people.stdout
+    assert "layer_router: 4 gates let" in for_people.stdout
 
 
 def test_analysis_of_whole_texts(finished: Path) -> None:
@@ -105,6 +108,19 @@ def test_analysis_of_whole_texts(finished: Path) -> None:
     assert "--samples is a number of at least 0; came -1" in refused("analyze", finished, "--samples", -1, "--quiet")
     for_people = anydepth("analyze", finished, *options, "--samples", 5)
     assert "of 5 paragraphs with" in for_people.stdout and "up to 5 texts of at most 32 tokens" in for_people.stderr
+
+
+def test_training_says_which_gates_decide_nothing(tmp_path: Path, base: Path, text: Path) -> None:
+    """Gates that start open and are not priced stay open: in the progress, and in the document."""
+    stuck = {"name": "layer_router", "always_keep": 2, "initial_bias": 9.0, "target_weight": 0.0}
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, text, methods=[stuck], calibrate=None)
+    done = anydepth("train", recipe, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    (gates,) = json.loads(done.stdout)["gates"]
+    assert (gates["method"], gates["branch"], gates["fraction"]) == ("layer_router", "layer", 1.0)
+    assert [row["layer"] for row in gates["gates"]] == [2, 3, 4, 5]
+    assert f"warning: {gates['warnings'][0]}" in done.stderr
+    assert "almost every token runs the gated layers (mean fraction 1.000, limit 0.98)" in gates["warnings"][0]
 
 
 def test_a_decoder_from_scratch_is_a_target_like_any_other(tmp_path: Path) -> None:

@@ -642,6 +642,17 @@ def test_a_foreign_cache_is_refused() -> None:
         adapted(input_ids=families.token_ids(), past_key_values=DynamicCache())
 
 
+@torch.no_grad()
+def test_gated_layers_are_those_that_have_gates(case: str) -> None:
+    """Diagnostics look at the layers that a method names; a skip set names none, since its choice is fixed."""
+    adapted = attach(families.build("llama"), CASES[case])
+    logits_of(adapted, families.token_ids())
+    record = adapted.records[0]
+    named = {layer_idx for method in adapted.active_methods for layer_idx in method.gated_layers}
+    gated = set() if "skip_set" in adapted.methods else set(record.mixer_keep) | set(record.ffn_keep)
+    assert named == gated
+
+
 def test_attaching_twice_is_refused() -> None:
     model = families.build("llama")
     anydepth.attach(model, CASES["skip_layers"])

@@ -68,7 +68,7 @@ def test_the_page_is_whole_and_self_contained(written: list[Path]) -> None:
         "What it buys", "Skip set", "The router before training", "Training", "Which layers run", "Tasks", "Speed",
         "Where depth goes", "Depth of whole texts", "A text, token by token", "How it was made",
     ]  # fmt: skip
-    assert len(outline.images) == 12
+    assert len(outline.images) == 14
     for image in outline.images:
         assert str(image["src"]).startswith("data:image/png;base64,")
         assert image["alt"]
@@ -86,7 +86,7 @@ def test_tables_are_the_numbers(written: list[Path]) -> None:
 
 def test_every_file_named_was_written(written: list[Path]) -> None:
     assert all(path.stat().st_size > 0 for path in written)
-    assert sum(path.suffix == ".png" for path in written) == 12
+    assert sum(path.suffix == ".png" for path in written) == 14
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
@@ -190,11 +190,13 @@ def test_several_models_are_told_apart(tmp_path: Path) -> None:
     assert "<h1>skip_set</h1>" in page and "<h2>Speed</h2>" in page
 
 
-def test_whole_texts_have_their_place(written: list[Path]) -> None:
-    """Correlations are those of the document, in the table and as points."""
+def test_gates_and_whole_texts_have_their_place(written: list[Path]) -> None:
+    """Warnings are escaped sentences; correlations are those of the document, in the table and as points."""
     names = {path.name: path for path in written}
-    assert "5-analyze-samples.png" in names
+    assert {"2-train-gates.png", "5-analyze-gates-layer_router.png", "5-analyze-samples.png"} <= set(names)
     html = written[0].read_text()
+    assert "Warning at step 2: gates are stuck: &lt;script&gt;" in html
+    assert html.count("Warning: layer 0 always runs: &lt;script&gt;") == 2
     rows = list(csv.DictReader(names["5-analyze-correlations.csv"].read_text(encoding="utf-8").splitlines()))
     assert [(row["of"], row["with"]) for row in rows[:2]] == [
         ("layers per token", "length"), ("layers per token", "perplexity"),

@@ -32,6 +32,7 @@ def show_analysis(document: dict[str, Any]) -> None:
         print(f"\ndepth goes with the loss of the next token by a rank correlation of {correlation:.2f}")
     _show_correlations(document["correlations"])
     _show_layers(document["per_layer"])
+    _show_gates(document["gates"])
     found = document["conditionality"]
     if found["num_gates"]:
         least = " (the least that so many permutations can show)" if _is_least(found) else ""
@@ -68,6 +69,19 @@ def _correlation(found: dict[str, Any]) -> tuple[str, str]:
     if found["r"] is None:
         return "constant", ""
     return f"{found['r']:.2f}", "" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
+
+
+def _show_gates(gates: list[dict[str, Any]]) -> None:
+    """Print what the gates of each method do on average, and the warnings."""
+    for own in gates:
+        print(
+            f"{own['method']}: {len(own['gates'])} gates let {own['fraction']:.1%} of tokens run (σ "
+            f"{own['layer_std']:.3f} between layers, {own['token_std']:.3f} between tokens); entropy of a gate "
+            f"{own['entropy']:.3f} nats, of the mean {own['entropy_of_mean']:.3f}"
+        )
+    for own in gates:
+        for text in own["warnings"]:
+            print(f"warning: {text}")
 
 
 def _is_least(found: dict[str, Any]) -> bool:

@@ -300,6 +300,15 @@ def show_export(document: dict[str, Any]) -> None:
     )
 
 
+NOT_IN_STEP_LINES = ("step", "learning_rate", "figures", "layers", "warnings")
+
+
+def _is_minor(name: str) -> bool:
+    """Tell metrics of gates that a step's line has no room for: all but their entropy."""
+    metric = name.rpartition("/")[2]
+    return metric.startswith("gate_") and metric != "gate_entropy"
+
+
 def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]:
     training = recipe.train or recipe.drafter
     total = 0 if training is None else training.max_steps
@@ -314,8 +323,10 @@ def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]
             terms = "  ".join(
                 f"{name} {value:.3f}"
                 for name, value in {**row, **row.get("figures", {})}.items()
-                if name not in ("step", "learning_rate", "figures", "layers") and value != first.get(name)  # moves
+                if name not in NOT_IN_STEP_LINES and not _is_minor(name) and value != first.get(name)  # moves
             )
             printer.progress(f"  step {int(row['step'])}/{total}  {terms}")
+        for text in row.get("warnings", []):
+            printer.progress(f"  step {int(row['step'])}: warning: {text}")
 
     return line

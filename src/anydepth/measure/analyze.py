@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.execution.diagnostics import GateDecisions, described, gate_decisions, joined
 from anydepth.measure.conditionality import conditionality
 from anydepth.measure.samples import Track, correlations, full_depth_losses
 from anydepth.measure.statistics import mean_of, rank_correlation
@@ -38,6 +39,7 @@ class Observed:
         gates: (2L, W, T) bool, mixers of all layers, then FFNs. keep: what ran, the same but for tokens that took a
             second mixer instead. depths: (W, T), layers.
         losses: (W, T), nats, of the token behind at full depth; NaN at the last place.
+        decisions: of each method's gates, over all tokens.
     """
 
     token_ids: Tensor
@@ -45,13 +47,14 @@ class Observed:
     keep: Tensor
     depths: Tensor
     losses: Tensor
+    decisions: list[GateDecisions]
 
 
 @torch.no_grad()
 def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Observed:
     """Run each of (W, T) windows by itself, with routing on and untouched."""
     adapted.eval()
-    gates, keeps, depths, losses = [], [], [], []
+    gates, keeps, depths, losses, decisions = [], [], [], [], []
     for window in track(windows):
         token_ids = window[None].to(adapted.device)
         losses.append(F.pad(full_depth_losses(adapted, token_ids), (0, 1), value=float("nan")))
@@ -60,8 +63,9 @@ def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Obse
         gates.append(torch.cat([trace.mixer_keep[:, 0], trace.ffn_keep[:, 0]]).cpu())
         keeps.append(torch.cat([(trace.mixer_keep | trace.other_keep)[:, 0], trace.ffn_keep[:, 0]]).cpu())
         depths.append(trace.depths[0].cpu())
+        decisions.append(gate_decisions(trace, adapted.active_methods))
     by_layer = torch.stack(gates, dim=1), torch.stack(keeps, dim=1)
-    return Observed(windows.cpu(), *by_layer, torch.stack(depths), torch.stack(losses))
+    return Observed(windows.cpu(), *by_layer, torch.stack(depths), torch.stack(losses), joined(decisions))
 
 
 @torch.no_grad()
@@ -118,6 +122,7 @@ def analyze(
         "positions": _by_position(seen),
         "lengths": _by_length(adapted, seen),
         "losses": _by_loss(seen),
+        "gates": described(seen.decisions, adapted.active_methods),
         "correlations": by_sample,
         "conditionality": _conditionality(seen, num_permutations, seed),
         "seeds": _seeds([seen, *(observe(other, windows) for other in others)]),

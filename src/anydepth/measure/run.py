@@ -24,6 +24,7 @@ from anydepth.calibration.skip_search import search
 from anydepth.config import DrafterConfig, DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, load_recipe
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.execution.diagnostics import diagnose, warnings_of
 from anydepth.inference.engine import choose
 from anydepth.inference.generate import generate
 from anydepth.measure.analyze import analyze
@@ -178,6 +179,10 @@ class Runner:
         if recipe.calibrate is not None:
             windows = self._training_windows(tokenizer)[: recipe.calibrate.num_windows]
             fields["calibrated_skip_share"] = set_skip_share(adapted, windows, recipe.calibrate.skip_share)
+        if any(method.has_learned_gates for method in adapted.active_methods):
+            fields["gates"] = diagnose(adapted, self._training_windows(tokenizer))
+            for text in warnings_of(fields["gates"]):
+                self.say(f"warning: {text}")
         trained = recipe.train is not None and recipe.train.backbone
         save(adapted, self.out, own_base=tokenizer if trained else None)
         detach(adapted)

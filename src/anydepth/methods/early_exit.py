@@ -146,6 +146,10 @@ class EarlyExit(Method):
         return ExitProgress()
 
     @property
+    def gated_layers(self) -> list[int]:
+        return list(range(self.layers[0], self.num_layers))
+
+    @property
     def kv_rule(self) -> KVRule:
         return "recompute" if self.config.kv_rule == "recompute" else "project"
 

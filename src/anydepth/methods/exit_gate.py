@@ -80,6 +80,10 @@ class ExitGate(Method):
         return ExitProgress()
 
     @property
+    def gated_layers(self) -> list[int]:
+        return list(range(min(self.networks), self.num_layers))
+
+    @property
     def kv_rule(self) -> KVRule:
         return "recompute" if self.config.kv_rule == "recompute" else "project"
 

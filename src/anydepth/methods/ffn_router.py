@@ -84,6 +84,10 @@ class FFNRouter(Method):
     def _limits(self) -> list[float]:
         return [quantile + self.config.threshold for quantile in self.thresholds.tolist()]
 
+    @property
+    def gated_layers(self) -> list[int]:
+        return list(self.places)
+
     def reads_state(self, layer_idx: int, context: PassContext) -> bool:
         return layer_idx in self.places
 

@@ -207,6 +207,14 @@ class LayerRouter(Method):
         self.backward_temperature = first if last is None else first * (last / first) ** progress
 
     @property
+    def gated_layers(self) -> list[int]:
+        return self.routed
+
+    @property
+    def first_gated_position(self) -> int:
+        return 0 if self.config.granularity == "token" else self.config.pool_tokens
+
+    @property
     def remembers(self) -> bool:
         return self.config.granularity == "sequence"
 

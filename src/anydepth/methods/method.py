@@ -287,6 +287,21 @@ class Method(nn.Module):
         """Whether later forwards of a sequence depend on what it remembered of the first ones (`Memory`)."""
         return False
 
+    @property
+    def gated_layers(self) -> Sequence[int]:
+        """Layers whose gates it decides token by token, or sequence by sequence: what diagnostics look at."""
+        return ()
+
+    @property
+    def first_gated_position(self) -> int:
+        """Position in a sequence before which every token runs every layer."""
+        return 0
+
+    @property
+    def has_learned_gates(self) -> bool:
+        """Whether training teaches its gates to tell tokens apart: gates that never change are then a fault."""
+        return self.decides_in_training and bool(self.gated_layers) and any(True for _ in self.gate_parameters())
+
     budget_option: str | None = None
     """The option that a score must be above for a token to run, where there is one: what calibration sets."""
 

@@ -117,6 +117,10 @@ class MixerRouter(Method):
         return self.networks.parameters()
 
     @property
+    def gated_layers(self) -> list[int]:
+        return self.routed
+
+    @property
     def kv_rule(self) -> KVRule:
         return "project" if self.config.state == "all" else "omit"
 

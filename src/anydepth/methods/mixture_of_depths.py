@@ -70,6 +70,10 @@ class MixtureOfDepths(Method):
     def kv_rule(self) -> SkipRule:
         return self.config.kv_rule
 
+    @property
+    def gated_layers(self) -> list[int]:
+        return list(self.routers)
+
     def reads_state(self, layer_idx: int, context: PassContext) -> bool:
         return layer_idx in self.routers
 

@@ -74,7 +74,6 @@ def scatter(found: dict[str, Any]) -> Figure:
             [point[found["of"]] for point in points],
             color=COLOURS[0],
             s=12,
-            alpha=0.7,
         )
         axes.set_title(
             "   ".join(f"{kind.title()} {_cell(kind, row)}" for kind in KINDS),

@@ -19,7 +19,7 @@ INK, PAPER, FAINT = "#ececf0", "#17171a", "#a5a5b0"
 Document = dict[str, Any]
 WIDTH = 5.2
 """Inches: narrow, so that its 8-point text is legible when the page is as wide as a phone."""
-NO_LOSSES = ("step", "learning_rate", "mean_depth", "phase", "seconds", "figures", "layers")
+NO_LOSSES = ("step", "learning_rate", "mean_depth", "phase", "seconds", "figures", "layers", "warnings")
 
 
 def png(figure: Figure, paper: str = "white") -> bytes:
@@ -109,10 +109,16 @@ def training_depth(document: Document) -> Figure:
     return figure
 
 
+def own_metrics(document: Document, of_gates: bool = False) -> list[str]:
+    """Return the names of a training's metrics, `method/quantity`: those of gates (`gate_…`), or all others."""
+    names = {name for row in document["loss_history"] for name in row.get("figures", {})}
+    return sorted(name for name in names if ("/gate_" in name) == of_gates)
+
+
 def training_figures(document: Document) -> Figure:
     """What methods tell besides losses, over the steps: shares as sampled, schedules of temperature and capacity."""
     rows = [row for row in document["loss_history"] if row.get("figures")]
-    names = sorted({name for row in rows for name in row["figures"]})
+    names = own_metrics(document)
     figure = Figure(figsize=(WIDTH, 0.6 + 1.3 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for axes, name, colour in zip(panels, names, COLOURS * 4, strict=False):
@@ -129,23 +135,25 @@ def training_figures(document: Document) -> Figure:
 
 
 def training_layers(document: Document) -> Figure:
-    """Layer × step: the share of tokens that ran each mixer and FFN, decisions sampled as in training."""
+    """Layer × step: the fraction of tokens that ran each mixer and FFN, decisions sampled as in training."""
     rows = [row for row in document["loss_history"] if row.get("layers")]
+    titles = {"mixer": "mixers", "ffn": "FFNs", "softmax": "softmax"}
+    branches = [branch for branch in titles if branch in rows[0]["layers"]]
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, len(branches), sharey=True)
     image: Any = None
-    for axes, branch, title in zip(panels, ("mixer", "ffn"), ("mixers", "FFNs"), strict=True):
+    for axes, branch in zip(panels, branches, strict=True):
         shares = [list(part) for part in zip(*(row["layers"][branch] for row in rows), strict=True)]
         edges = (rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, -0.5, len(shares) - 0.5)
         image = axes.imshow(
             shares, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1, extent=edges, interpolation="nearest"
         )
-        axes.set_title(f"Training: {title}", fontsize=11, loc="left")
+        axes.set_title(f"Training: {titles[branch]}", fontsize=11 if len(branches) < 3 else 9, loc="left")
         whole_numbers(axes.xaxis, 4)
         axes.set_xlabel("optimiser step")
     whole_numbers(panels[0].yaxis)
     panels[0].set_ylabel("layer")
-    figure.colorbar(image, ax=panels, label="share of tokens that ran it")
+    figure.colorbar(image, ax=panels, label="fraction of tokens that ran it")
     return figure
 
 

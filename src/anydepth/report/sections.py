@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from anydepth.measure.results import task_scores
-from anydepth.report import correlations, plots
+from anydepth.report import correlations, gates, plots
 
 if TYPE_CHECKING:
     from anydepth.report.page import Page
@@ -86,7 +86,7 @@ def _train(page: Page, document: Document, name: str) -> None:
         page.figure(
             f"{name}-depth", plots.training_depth(document), "Layers per token while gates are sampled.", document
         )
-    if any(row.get("figures") for row in document["loss_history"]):
+    if plots.own_metrics(document):
         page.figure(
             f"{name}-figures", plots.training_figures(document), "Shares as sampled, and schedules, by step.", document
         )
@@ -94,6 +94,7 @@ def _train(page: Page, document: Document, name: str) -> None:
         page.figure(
             f"{name}-layers", plots.training_layers(document), "Which layers ran while gates were sampled.", document
         )
+    gates.of_training(page, document, name)
 
 
 def _skips(layers: dict[str, list[float]]) -> bool:
@@ -259,6 +260,7 @@ def _analyze(page: Page, document: Document, name: str) -> None:
     page.figure(
         f"{name}-curves", plots.depth_curves(document), "Depth by position, and by loss at full depth.", document
     )
+    gates.of_analysis(page, document, name)
     correlations.section(page, document, name)
     for row in document["seeds"]:
         page.text(

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from anydepth.config import TrainConfig
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.execution.diagnostics import gate_decisions, lasting_collapse, training_metrics
 from anydepth.measure.results import write_json
 from anydepth.methods.shared_batch import batch_mean, num_processes
 from anydepth.models.backbone import unwrap
@@ -44,8 +45,10 @@ TRAINABLE, OPTIMIZER, SCHEDULER = "trainable.safetensors", "optimizer.safetensor
 
 Row = dict[str, Any]
 """Of the history, one for each optimiser step: `step`, `learning_rate` and `mean_depth`; `lm_loss` and every auxiliary
-loss by its name; under `figures` what methods tell that is no loss, their schedules included; and, a hundred times per
-training, under `layers` the share of tokens that ran each `mixer` and `ffn`, decisions sampled."""
+loss by its name; under `figures` what methods tell that is no loss: their schedules, and metrics of their gates as
+sampled (`gate_…`); a hundred times per training, under `layers` the fraction of tokens that ran each `mixer` and `ffn`,
+decisions sampled, and that took the `softmax` mixer where some layers have another; and `warnings`, once gates have
+collapsed for a while."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,11 @@ class AdaptedTrainer(Trainer):
         for name, value in terms.items():
             self.terms[name] += share * value.item()
         if isinstance(self.learning, AdaptedModel):
-            self.terms["mean_depth"] += share * self.learning.last_trace.mean_depth
-            for method in self.learning.active_methods:
+            trace, methods = self.learning.last_trace, self.learning.active_methods
+            self.terms["mean_depth"] += share * trace.mean_depth
+            for name, figure in training_metrics(gate_decisions(trace, methods)).items():
+                self.figures[name] += share * figure
+            for method in methods:
                 told = {name: float(getattr(method, name)) for name in method.scheduled}
                 for name, figure in {**told, **method.metrics(self.learning.context)}.items():
                     self.figures[f"{method.name}/{name}"] += share * figure
@@ -182,18 +188,25 @@ class AdaptedTrainer(Trainer):
         if figures:
             row["figures"] = figures
         if isinstance(adapted, AdaptedModel) and step % max(self.settings.max_steps // 100, 1) == 0:
-            trace = adapted.last_trace
-            mixers, ffns = trace.executed_share()
-            mixers = [own + other for own, other in zip(mixers, trace.other_share(), strict=True)]
-            shares = batch_mean(torch.tensor([mixers, ffns], device=self.args.device)).tolist()
-            row["layers"] = {
-                which: [round(share, 4) for share in part] for which, part in zip(("mixer", "ffn"), shares, strict=True)
-            }
+            row["layers"] = self._fractions_by_layer(adapted)
+            if warnings := lasting_collapse([*self.history, row], methods_of(adapted), self.settings.max_steps):
+                row["warnings"] = warnings
         self.history.append(row)
         if self.on_step is not None:
             self.on_step(row)
         if not all(map(math.isfinite, terms.values())):
             raise RunError(f"step {row['step']}: a loss is not finite ({row}); lower train.learning_rate")
+
+    def _fractions_by_layer(self, adapted: AdaptedModel) -> dict[str, list[float]]:
+        """Return the fraction of tokens of the last forward that ran each mixer and FFN, over all processes."""
+        trace = adapted.last_trace
+        (mixers, ffns), others = trace.executed_share(), trace.other_share()
+        run = [own + other for own, other in zip(mixers, others, strict=True)]
+        parts = {"mixer": run, "ffn": ffns}
+        if any(method.chooses_mixers for method in adapted.active_methods):
+            parts["softmax"] = mixers
+        means = batch_mean(torch.tensor(list(parts.values()), device=self.args.device)).tolist()
+        return {which: [round(fraction, 4) for fraction in part] for which, part in zip(parts, means, strict=True)}
 
     def _mean_over_processes(self, figures: dict[str, float]) -> dict[str, float]:
         means = batch_mean(torch.tensor(list(figures.values()), dtype=torch.float64, device=self.args.device))

@@ -1,0 +1,103 @@
+"""Sections and figures about gates: how often they open, how their decisions spread, and warnings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from anydepth.report import plots
+from anydepth.report.plots import COLOURS, WIDTH, Document
+
+if TYPE_CHECKING:
+    from anydepth.report.page import Page
+
+PANELS = {
+    "entropy (nats)": {"gate_entropy": "mean over gates", "gate_entropy_of_mean": "of the mean gate"},
+    "σ of fractions": {"gate_layer_std": "between layers", "gate_token_std": "between tokens"},
+}
+"""Metrics of gates over training: by panel, what each line is."""
+OF_BRANCH = {"layer": "gated layers", "ffn": "gated FFNs", "softmax": "softmax mixers"}
+
+
+def of_training(page: Page, document: Document, name: str) -> None:
+    """Add what gates did over training, and the warnings about them."""
+    for row in document["loss_history"]:
+        for text in row.get("warnings", []):
+            page.text(f"Warning at step {row['step']}: {text}.", "mark")
+    _warnings(page, document.get("gates", []))
+    if plots.own_metrics(document, of_gates=True):
+        text = "Entropy and spread of the gates' decisions, as sampled, by step."
+        page.figure(f"{name}-gates", over_training(document), text, document)
+
+
+def of_analysis(page: Page, document: Document, name: str) -> None:
+    """Add how often each gate opens, and for how many gates of a token."""
+    gates = document.get("gates", [])
+    _warnings(page, gates)
+    for own in gates:
+        page.text(
+            f"{own['method']}: {len(own['gates'])} gates let {own['fraction']:.1%} of tokens run; σ "
+            f"{own['layer_std']:.3f} between layers and {own['token_std']:.3f} between tokens. Entropy of a gate "
+            f"{own['entropy']:.3f} nats, of the mean gate {own['entropy_of_mean']:.3f}."
+        )
+        text = f"How often each gate opens, and how many {OF_BRANCH[own['branch']]} tokens run."
+        page.figure(f"{name}-gates-{own['method']}", at_inference(own), text, document)
+
+
+def _warnings(page: Page, gates: list[Document]) -> None:
+    for own in gates:
+        for text in own["warnings"]:
+            page.text(f"Warning: {text}.", "mark")
+
+
+def over_training(document: Document) -> Figure:
+    """Entropy of the gates, and their spread between layers and between tokens, over the steps."""
+    rows = [row for row in document["loss_history"] if row.get("figures")]
+    methods = list(dict.fromkeys(name.partition("/")[0] for name in plots.own_metrics(document, of_gates=True)))
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    panels = figure.subplots(len(PANELS), sharex=True)
+    for axes, (label, lines) in zip(panels, PANELS.items(), strict=True):
+        for place, method in enumerate(methods):
+            for (metric, title), style in zip(lines.items(), ("-", "--"), strict=True):
+                own = [row for row in rows if f"{method}/{metric}" in row["figures"]]
+                axes.plot(
+                    [row["step"] for row in own],
+                    [row["figures"][f"{method}/{metric}"] for row in own],
+                    color=COLOURS[place % len(COLOURS)],
+                    linestyle=style,
+                    linewidth=1.3,
+                    label=title if len(methods) == 1 else f"{method}: {title}",
+                )
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        plots.bare(axes)
+        axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    figure.suptitle("Training: gates", fontsize=11, x=0.01, ha="left")
+    plots.whole_numbers(panels[-1].xaxis)
+    panels[-1].set_xlabel("optimiser step")
+    return figure
+
+
+def at_inference(gates: dict[str, Any]) -> Figure:
+    """The fraction of tokens that each gate lets run, and the histogram of gates that are open for a token."""
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    by_layer, by_token = figure.subplots(2)
+    rows, counts = gates["gates"], gates["open_gates"]
+    by_layer.bar([row["layer"] for row in rows], [row["fraction"] for row in rows], width=0.8, color=COLOURS[0])
+    by_layer.axhline(gates["fraction"], color=COLOURS[1], linewidth=1.4, label="mean")
+    by_layer.set_ylim(0, 1.05)
+    by_layer.set_xlabel("layer")
+    by_layer.set_ylabel("fraction of tokens")
+    by_layer.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    by_layer.set_title(f"{gates['method']}: how often gates open", fontsize=11, loc="left")
+    by_token.bar(range(len(counts)), counts, width=0.8, color=COLOURS[2])
+    by_token.axvline(gates["fraction"] * len(rows), color=COLOURS[1], linewidth=1.4, label="mean")
+    by_token.set_xlim(-0.6, len(counts) - 0.4)
+    by_token.set_xlabel(f"{OF_BRANCH[gates['branch']]} that a token runs (of {len(rows)})")
+    by_token.set_ylabel("fraction of tokens")
+    by_token.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    for axes in (by_layer, by_token):
+        plots.bare(axes)
+        plots.whole_numbers(axes.xaxis)
+    return figure
