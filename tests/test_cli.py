@@ -325,6 +325,48 @@ def test_calibrating_to_a_risk(tmp_path: Path, base: Path, text: Path) -> None:
     assert "a bound of its own" in refused(*command, "--max-risk", 0.1, "--target-speedup", 1.2)
 
 
+def test_calibrating_each_exit_to_a_risk(tmp_path: Path, base: Path, text: Path) -> None:
+    """The list in the folder and in the file are the same, "Infinity" included, and give the same tokens."""
+    exits = [{"name": "early_exit", "layers": [1, 3, 5]}]
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, text, methods=exits, calibrate=None, train=None)
+    assert anydepth("train", recipe, "--out", tmp_path / "exits", "--quiet").returncode == 0
+    shared = ("--data", text, "--num-windows", 2, "--sequence-length", 32, "--prompt-tokens", 8, "--new-tokens", 4)
+    command = ("calibrate", tmp_path / "exits", *shared, "--num-prompts", 20, "--out", tmp_path / "safe")
+    done = anydepth(*command, "--max-risk", 0.7, "--confidence", 0.8, "--per-exit", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    limits = document["thresholds"]["early_exit"]
+    assert document["met"] and document["risk"] < 0.7
+    assert len(limits) == 3 and limits[0] == "Infinity" and limits[2] < 1
+    assert document["trajectory"][document["chosen"]]["thresholds"]["early_exit"] == limits
+    manifest = json.loads((tmp_path / "safe" / "anydepth.json").read_text())
+    assert manifest["methods"][0]["thresholds"] == limits
+    path = tmp_path / "safe" / "thresholds.json"
+    assert json.loads(path.read_text()) == {"layers": [1, 3, 5], "thresholds": limits}
+    for engine in ("hf", "fast"):
+        options = ("--prompt", "the sea is", "--max-new-tokens", 12, "--engine", engine, "--json")
+        written = json.loads(anydepth("generate", tmp_path / "safe", *options).stdout)
+        done = anydepth("generate", tmp_path / "exits", *options, "--set", f"early_exit.thresholds={path}")
+        assert done.returncode == 0, done.stderr
+        again = json.loads(done.stdout)
+        assert again["token_ids"] == written["token_ids"] and again["depths"] == written["depths"]
+        assert min(written["depths"]) < NUM_LAYERS
+    path.write_text("[0.5]")
+    shown = ("generate", tmp_path / "exits", "--prompt", "the sea", "--quiet", "--set")
+    assert "1 values; there are 3" in refused(*shown, f"early_exit.thresholds={path}")
+    assert "none.json" in refused(*shown, f"early_exit.thresholds={tmp_path / 'none.json'}")
+
+
+def test_options_of_a_risk_are_checked_at_once(tmp_path: Path) -> None:
+    """Nothing is loaded first: the target does not even exist."""
+    command = ("calibrate", tmp_path / "none", "--out", tmp_path / "out")
+    risk = (*command, "--max-risk", 0.1)
+    assert "tests are fixed-sequence, bonferroni" in refused(*risk, "--test", "holm")
+    assert "risks are consistency, quality, difference" in refused(*risk, "--risk", "beauty")
+    assert "belong to --max-risk" in refused(*command, "--target-speedup", 1.1, "--per-exit")
+    assert "belong to --max-risk" in refused(*command, "--max-perplexity-increase", 0.1, "--test", "bonferroni")
+
+
 def test_losses_behind_every_layer(base: Path, text: Path) -> None:
     done = anydepth("eval", base, "--data", text, "--sequence-length", 64, "--limit", 2, "--exits", "--json")
     assert done.returncode == 0, done.stderr

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import anydepth
 from anydepth.calibration.budget import collect_scores, thresholds_of
-from anydepth.calibration.generated import bound_risk
+from anydepth.calibration.generated import bound_risk, shared_settings
 from anydepth.calibration.guarantee import (
+    TESTS,
     difference,
     inconsistency,
     learn_then_test,
@@ -49,6 +50,45 @@ def test_fixed_sequence_stops_at_the_first_that_fails() -> None:
     assert found.chosen == 1 and found.met and len(tested) == 3
     nothing = learn_then_test(lambda i: [0.5] * 200, 4, max_risk=0.1, confidence=0.9)
     assert nothing.chosen is None and not nothing.met and nothing.p_value == 1
+
+
+def test_bonferroni_tests_all_at_a_part_of_the_error() -> None:
+    """Of 60 sequences without a loss p is 0.95⁶⁰ = 0.046: enough for one test at 0.05, not for one of two."""
+    risks, tested = [0.0, 0.5, 0.0], []
+    shared: dict[str, Any] = {"max_risk": 0.05, "confidence": 0.95}
+    assert learn_then_test(lambda i: [0.0] * 60, 1, **shared, test="bonferroni").met
+    assert not learn_then_test(lambda i: [0.0] * 60, 2, **shared, test="bonferroni").met
+    assert least_sequences(0.05, 0.95, 2) == math.ceil(math.log(0.025) / math.log(0.95))
+    found = learn_then_test(lambda i: [risks[i]] * 200, 3, **shared, test="bonferroni", on_test=tested.append)
+    assert found.chosen == 2 and len(tested) == 3  # the failure between does not end it
+    with pytest.raises(UserError, match="tests are fixed-sequence, bonferroni"):
+        learn_then_test(lambda i: [0.0], 1, **shared, test="t")
+
+
+def test_losses_in_between_have_the_smaller_of_two_bounds() -> None:
+    """Hoeffding: (ε/r)^{nr} ((1−ε)/(1−r))^{n(1−r)}; Bentkus: e·P(Bin(n, ε) ≤ ⌈nr⌉), both by powers and binomials."""
+    for losses in ([0.5, 0.25] + [0.0] * 98, [0.05] * 100, [0.3] * 10):
+        n, r, bound = len(losses), sum(losses) / len(losses), 0.1
+        hoeffding = (bound / r) ** (n * r) * ((1 - bound) / (1 - r)) ** (n * (1 - r)) if r < bound else 1.0
+        most = math.ceil(round(sum(losses), 9))
+        bentkus = math.e * sum(math.comb(n, k) * bound**k * (1 - bound) ** (n - k) for k in range(most + 1))
+        assert p_value(losses, bound) == pytest.approx(min(hoeffding, bentkus, 1), rel=1e-9)
+
+
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("risks", [[0.02, 0.101, 0.03], [0.101] * 16, [0.0] + [0.101] * 15])
+def test_rarely_is_any_setting_above_the_bound_chosen(test: str, risks: list[float]) -> None:
+    """The family-wise error, at its hardest: risks just above the bound, in any order; losses of one draw for all."""
+    generator, trials, broken = torch.Generator().manual_seed(5), 200, 0
+    for _ in range(trials):
+        drawn = torch.rand(100, generator=generator)
+
+        def losses(number: int, drawn: torch.Tensor = drawn) -> list[float]:
+            return (drawn < risks[number]).double().tolist()
+
+        found = learn_then_test(losses, len(risks), max_risk=EPSILON, confidence=1 - DELTA, test=test)
+        broken += found.chosen is not None and risks[found.chosen] > EPSILON
+    assert broken <= trials * DELTA + 3 * math.sqrt(trials * DELTA * (1 - DELTA))
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -97,7 +137,14 @@ def calibrated(num_prompts: int, max_risk: float, **options: Any) -> tuple[Any, 
     ids = torch.randint(3, 200, (num_prompts, 12), generator=torch.Generator().manual_seed(1))
     scores, rows = collect_scores(adapted, ids[:8]), []
     found = bound_risk(
-        adapted, scores, list(ids), new_tokens=6, max_risk=max_risk, confidence=0.9, on_test=rows.append, **options
+        adapted,
+        shared_settings(scores),
+        list(ids),
+        new_tokens=6,
+        max_risk=max_risk,
+        confidence=0.9,
+        on_test=rows.append,
+        **options,
     )
     return adapted, found, rows
 

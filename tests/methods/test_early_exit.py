@@ -64,8 +64,38 @@ def test_a_file_that_is_missing_and_a_list_that_is_too_long_are_named(tmp_path: 
         early_exit(thresholds=str(tmp_path / "none.json"))
     with pytest.raises(UserError, match="3 values; there are 2 layers"):
         early_exit(thresholds=[0.1, 0.2, 0.3])
+    with pytest.raises(UserError, match=r"give them in order, \[2, 4\]"):
+        early_exit(layers=[4, 2], thresholds=[0.1, 0.2])
     with pytest.raises(UserError, match="at least one layer in front"):
         anydepth.attach(tiny_llama(), {"name": "early_exit", "layers": [0]})
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "is not JSON"),
+        ("\xff", "is not JSON"),
+        ('["high", 1]', "must hold a number"),
+        ("[true, false]", "must hold a number"),
+        ("[null, 1]", "must hold a number"),
+        ('["NaN", 1]', "must hold a number"),
+        ("[NaN, 1]", "must be numbers"),
+        ("[]", "must be numbers"),
+        ("[[0.1], [0.2]]", "must hold a number"),
+        ('{"early_exit": [0.1, 0.2]}', "must hold a number"),
+        ('{"thresholds": {"2": 0.1}}', "must hold a number"),
+        ("[0.1]", "1 values; there are 2 layers"),
+        ('{"layers": [1, 4], "thresholds": [0.1, 0.2]}', r"exits at layers \[1, 4\]; the exits are at \[2, 4\]"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, content: str, named: str) -> None:
+    path = tmp_path / "thresholds.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=named) as raised:
+        early_exit(thresholds=str(path))
+    assert "\n" not in str(raised.value) and "thresholds" in str(raised.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        early_exit(thresholds=str(tmp_path))  # a folder
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ same quantile of its method's scores on calibration text, so that one number in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -20,6 +20,8 @@ from anydepth.errors import RunError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods.method import Method
 
+Thresholds = Mapping[str, float | list[float]]
+"""What scores must be above for a token to run, by method; a list has one for each of its layers."""
 SHARES = 64
 """Quantiles told apart; finer ones are within the noise of a timing."""
 
@@ -59,7 +61,7 @@ def _with_threshold(adapted: AdaptedModel) -> list[Method]:
     return methods
 
 
-def thresholds_of(adapted: AdaptedModel) -> dict[str, float]:
+def thresholds_of(adapted: AdaptedModel) -> Thresholds:
     """The threshold of each method that has one."""
     return {method.name: method.threshold for method in _with_threshold(adapted)}
 
@@ -69,7 +71,7 @@ def options_of(adapted: AdaptedModel) -> dict[str, Any]:
     return {method.name: getattr(method.config, str(method.budget_option)) for method in _with_threshold(adapted)}
 
 
-def set_thresholds(adapted: AdaptedModel, thresholds: dict[str, float]) -> None:
+def set_thresholds(adapted: AdaptedModel, thresholds: Thresholds) -> None:
     """Give methods new thresholds; all else of their configs stays."""
     for method in _with_threshold(adapted):
         if method.name in thresholds:
@@ -124,7 +126,7 @@ class Budget:
     """
 
     share: float
-    thresholds: dict[str, float]
+    thresholds: Thresholds
     speedup: float | None
     perplexity_increase: float | None
     trajectory: list[dict[str, float]] = field(default_factory=list)

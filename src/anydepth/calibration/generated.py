@@ -1,15 +1,27 @@
-"""Thresholds whose risk on generated text is bounded: settings of `budget.py`, tested by `guarantee.py`."""
+"""Thresholds whose risk on generated text is bounded, tested by `guarantee.py`.
+
+Settings move all thresholds together (`shared_settings`), or those of the exits each by itself (`exits.py`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from anydepth.calibration.budget import restored_on_failure, set_thresholds, thresholds_at
+from anydepth.calibration.budget import (
+    Thresholds,
+    options_of,
+    restored_on_failure,
+    set_thresholds,
+    thresholds_at,
+    thresholds_of,
+)
 from anydepth.calibration.guarantee import (
     Guarantee,
     difference,
@@ -26,6 +38,19 @@ if TYPE_CHECKING:  # what is given to this stage, not what it stands on
     from anydepth.inference.engine.decode import FastEngine
 
 RISKS = ("consistency", "quality", "difference")
+NUM_SETTINGS = 16
+"""Settings that may be tested; each one generates from all prompts."""
+
+
+def check_risk(risk: str) -> None:
+    """Raise `UserError` for an unknown risk."""
+    if risk not in RISKS:
+        raise UserError(f"risk '{risk}' is unknown; risks are {', '.join(RISKS)}")
+
+
+def shared_settings(scores: dict[str, Tensor]) -> list[Thresholds]:
+    """Return settings that skip equal steps of each method's scores, as `collect_scores` gives them."""
+    return [thresholds_at(scores, number / NUM_SETTINGS) for number in range(1, NUM_SETTINGS)]
 
 
 @torch.no_grad()
@@ -51,41 +76,46 @@ def continuations(
 
 def bound_risk(
     adapted: AdaptedModel,
-    scores: dict[str, Tensor],
+    settings: Sequence[Thresholds],
     prompts: Sequence[Tensor],
     *,
     new_tokens: int,
     max_risk: float,
     confidence: float,
+    test: str = "fixed-sequence",
     risk: str = "consistency",
     references: Sequence[Sequence[int]] | None = None,
-    num_settings: int = 16,
     engine: FastEngine | None = None,
     on_test: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> Guarantee:
-    """Set thresholds to skip as much as can be shown to keep the risk; where nothing can, to skip nothing.
+    """Set thresholds to skip as much as can be shown to keep the risk; where nothing can be shown, to skip nothing.
+
+    The risk is that of everything that is attached, thresholds that no setting moves included.
 
     Args:
-        prompts: drawn at random from those that the bound is to hold for; none of them goes into the scores.
-        scores: of `collect_scores`, on other text; settings are equal steps of the share of them that skips.
-        risk: of `RISKS`: distance from the text at full depth (1 − ROUGE-L), how much farther from the references than
-            that, or whether they differ at all.
+        settings: from the most careful to the least careful, chosen without the prompts.
+        prompts: drawn at random from those that the bound is to hold for.
+        test: one of `guarantee.TESTS`.
+        risk: one of `RISKS`: the distance from the text at full depth (1 − ROUGE-L), how much farther from the
+            references than that a text is, or whether the two differ at all.
         references: token ids, for `quality`.
 
     Raises:
-        UserError: unknown risk, or quality without references.
+        UserError: an unknown test or risk, or quality without references.
     """
-    if risk not in RISKS:
-        raise UserError(f"risk '{risk}' is unknown; risks are {', '.join(RISKS)}")
+    check_risk(risk)
     if risk == "quality" and references is None:
         raise UserError("risk quality needs references; give prompts with `reference`, or use risk consistency")
-    if len(prompts) < least_sequences(max_risk, confidence):
-        set_thresholds(adapted, thresholds_at(scores, 0))
+    nothing = dict.fromkeys(thresholds_of(adapted), -math.inf)
+    if len(prompts) < least_sequences(max_risk, confidence, len(settings) if test == "bonferroni" else 1):
+        set_thresholds(adapted, nothing)
         return Guarantee(None, float("nan"), 1.0, len(prompts))
     whole = continuations(adapted, prompts, new_tokens, engine, full_depth=True)
+    options: list[dict[str, Any]] = []
 
     def losses(setting: int) -> list[float]:
-        set_thresholds(adapted, thresholds_at(scores, (setting + 1) / num_settings))
+        set_thresholds(adapted, settings[setting])
+        options.append(options_of(adapted))
         texts = continuations(adapted, prompts, new_tokens, engine, full_depth=False)
         pairs = list(zip(texts, whole, strict=True))
         if risk == "quality" and references is not None:
@@ -94,7 +124,8 @@ def bound_risk(
         return [measure(ours, full) for ours, full in pairs]
 
     with restored_on_failure(adapted):
-        found = learn_then_test(losses, num_settings - 1, max_risk=max_risk, confidence=confidence, on_test=on_test)
-    share = 0 if found.chosen is None else (found.chosen + 1) / num_settings
-    set_thresholds(adapted, thresholds_at(scores, share))
-    return found
+        bounds = {"max_risk": max_risk, "confidence": confidence}
+        found = learn_then_test(losses, len(settings), **bounds, test=test, on_test=on_test)
+    set_thresholds(adapted, nothing if found.chosen is None else settings[found.chosen])
+    rows = [{**row, "thresholds": chosen} for row, chosen in zip(found.trajectory, options, strict=True)]
+    return replace(found, trajectory=rows)

@@ -1,9 +1,15 @@
 """Thresholds with a guarantee: Learn-then-Test (Angelopoulos et al. 2021) on text that the model generates.
 
-Of settings in order, the most careful first, each is tested whether its risk, the mean of a loss in [0, 1] over
-sequences like those of the calibration, is above the allowed one. The first that cannot be shown to be within it ends
-the search (fixed-sequence testing), so that with probability `confidence` none is chosen whose risk is above. Where not
-even the first can be shown, nothing is chosen: nobody skips.
+Each of some settings, the most careful first, is tested: is its risk, the mean of a loss in [0, 1] over sequences like
+those of the calibration, within the allowed one? With probability `confidence` no setting is chosen whose risk is
+above it, because the tests control how often any of them is wrong (the family-wise error):
+
+- `fixed-sequence` tests in order, each at 1 − confidence, and stops at the first setting that cannot be shown to be
+  within the bound. It suits settings whose risk rises in that order.
+- `bonferroni` tests all of them, each at (1 − confidence) ÷ their number, and needs more sequences for it.
+
+Both need settings and an order that the tested sequences had no part in. Where no setting can be shown to be within the
+bound, none is chosen.
 """
 
 from __future__ import annotations
@@ -15,22 +21,24 @@ from typing import Any
 
 from anydepth.errors import UserError
 
+TESTS = ("fixed-sequence", "bonferroni")
+
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What could be shown.
+    """The setting that was chosen, and how it was tested.
 
     Attributes:
-        chosen: number of the setting in the order they were tested; None: of no setting.
-        risk, p_value: of the chosen one; of the first where none was.
-        trajectory: a row per setting tested.
+        chosen: number of the setting, the least careful of those within the bound; None where none is.
+        risk, p_value: those of the chosen setting; of the first one where none is chosen.
+        trajectory: one row for each setting that was tested.
     """
 
     chosen: int | None
     risk: float
     p_value: float
     num_sequences: int
-    trajectory: list[dict[str, float]] = field(default_factory=list)
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def met(self) -> bool:
@@ -47,10 +55,20 @@ def check_bounds(max_risk: float, confidence: float) -> None:
             raise UserError(f"{name} is {value:g}; it must be between 0 and 1, such as 0.05 and 0.95")
 
 
-def least_sequences(max_risk: float, confidence: float) -> int:
-    """So many are needed to show anything at all, even if none of them shows a loss."""
+def check_test(test: str) -> None:
+    """Raise `UserError` for an unknown test."""
+    if test not in TESTS:
+        raise UserError(f"test '{test}' is unknown; tests are {', '.join(TESTS)}")
+
+
+def least_sequences(max_risk: float, confidence: float, num_tests: int = 1) -> int:
+    """Return how many sequences it takes to show anything, even if none of them has a loss.
+
+    Args:
+        num_tests: settings among which `confidence` is divided, as `bonferroni` does.
+    """
     check_bounds(max_risk, confidence)
-    return math.ceil(math.log(1 - confidence) / math.log(1 - max_risk))
+    return math.ceil(math.log((1 - confidence) / num_tests) / math.log(1 - max_risk))
 
 
 def learn_then_test(
@@ -59,18 +77,24 @@ def learn_then_test(
     *,
     max_risk: float,
     confidence: float,
+    test: str = "fixed-sequence",
     on_test: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> Guarantee:
-    """The least careful of the settings in a row that can be shown to be within `max_risk`.
+    """Choose the least careful of the settings that can be shown to be within `max_risk`.
 
     Args:
-        losses_of: of a setting, by number, one for each sequence, in [0, 1]; independent of each other.
+        losses_of: returns the losses of a setting, given its number: one for each sequence, in [0, 1], independent of
+            each other.
+        num_settings: settings are numbered from the most careful, 0, to the least careful.
+        test: one of `TESTS`.
 
     Raises:
-        UserError: bounds outside (0, 1).
+        UserError: bounds outside (0, 1), or an unknown test.
     """
     check_bounds(max_risk, confidence)
-    trajectory: list[dict[str, float]] = []
+    check_test(test)
+    error = (1 - confidence) / (num_settings if test == "bonferroni" else 1)
+    trajectory: list[dict[str, Any]] = []
     chosen, num_sequences = None, 0
     for number in range(num_settings):
         losses = losses_of(number)
@@ -78,9 +102,10 @@ def learn_then_test(
         risk, p = sum(losses) / len(losses), p_value(losses, max_risk)
         trajectory.append({"setting": number, "risk": risk, "p_value": p})
         on_test(trajectory[-1])
-        if p > 1 - confidence:
+        if p <= error:
+            chosen = number
+        elif test == "fixed-sequence":
             break
-        chosen = number
     shown = trajectory[chosen or 0]
     return Guarantee(chosen, shown["risk"], shown["p_value"], num_sequences, trajectory)
 

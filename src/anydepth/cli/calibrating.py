@@ -30,6 +30,15 @@ def calibrate(
     risk: Annotated[str, typer.Option(help="consistency, quality (prompts with references) or difference.")] = (
         "consistency"
     ),
+    per_exit: Annotated[
+        bool, typer.Option("--per-exit", help="With --max-risk: give each exit of early_exit a threshold of its own.")
+    ] = False,
+    test: Annotated[
+        str | None,
+        typer.Option(
+            help="With --max-risk: fixed-sequence (default) stops at the first failure; bonferroni tests all."
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines to bound the risk on; else prompts are cut out of --data.")
     ] = None,
@@ -50,13 +59,15 @@ def calibrate(
     """Set a router's or gate's thresholds to a speed, a bound on quality, or a guaranteed risk.
 
     Writes a checkpoint folder; refuses what cannot be reached, and says what can. With --max-risk nothing is skipped
-    where nothing can be shown.
+    where nothing can be shown. Thresholds of early_exit are written to thresholds.json in the folder as well.
     """
     arguments = dict(locals())
     if max_risk is not None:
         if target_speedup is not None or max_perplexity_increase is not None:
             raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other")
         _bound_risk(arguments)
+    elif per_exit or test is not None:
+        raise UserError("--per-exit and --test belong to --max-risk; add it, or leave them out")
     else:
         _meet_bounds(arguments)
 
@@ -117,6 +128,7 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
     """Write the checkpoint with the new thresholds, and the document."""
     from anydepth.calibration.budget import options_of
     from anydepth.measure.results import document, write_json
+    from anydepth.methods.early_exit import EarlyExit
     from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import is_checkpoint, own_base, save
 
@@ -126,6 +138,10 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
     has_own_base = is_checkpoint(target) and own_base(Path(target)) is not None
     save(adapted, out, own_base=tokenizer if has_own_base else None)
     fields |= {"thresholds": options_of(adapted)}
+    if EarlyExit.name in fields["thresholds"]:
+        exits: Any = adapted.methods[EarlyExit.name]
+        limits = exits.thresholds_of(exits.config)
+        write_json(out / "thresholds.json", {"layers": list(limits), "thresholds": list(limits.values())})
     result = document("anydepth.calibrate/1", seed=arguments["seed"], config=config, label=adapted.label, **fields)
     write_json(out / "calibrate.json", result)
     printer.result(result, show_calibration)
@@ -136,29 +152,37 @@ def _bound_risk(options: dict[str, Any]) -> None:
     import math
 
     from anydepth.calibration.budget import collect_scores, set_thresholds, thresholds_of
-    from anydepth.calibration.generated import bound_risk
-    from anydepth.calibration.guarantee import least_sequences
+    from anydepth.calibration.exits import collect_exit_scores, exit_settings
+    from anydepth.calibration.generated import bound_risk, check_risk, shared_settings
+    from anydepth.calibration.guarantee import TESTS, check_bounds, check_test, least_sequences
     from anydepth.inference.engine import choose
     from anydepth.training.checkpoint import has_adapter, load_target
 
-    least = least_sequences(options["max_risk"], options["confidence"])
+    bounds, test = {name: options[name] for name in ("max_risk", "confidence")}, options["test"] or TESTS[0]
+    check_bounds(**bounds)
+    check_test(test)
+    check_risk(options["risk"])
     printer = Printer(options["as_json"], options["quiet"])
     load = {"dtype": options["dtype"], "device": options["device"]}
     adapted, tokenizer = load_target(options["target"], **load)
     # As it would be run: with a LoRA adapter folded into the weights, which is then not there to be saved.
     merged = load_target(options["target"], **load, merge=True)[0] if has_adapter(adapted) else adapted
     windows, prompts, references = _risk_texts(options, tokenizer)
+    if options["per_exit"]:
+        settings = exit_settings(collect_exit_scores(merged, windows))
+    else:
+        settings = shared_settings(collect_scores(merged, windows))
 
     def say(row: dict[str, float]) -> None:
         printer.progress(f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}")
 
     found = bound_risk(
         merged,
-        collect_scores(merged, windows),
+        settings,
         prompts,
         new_tokens=options["new_tokens"],
-        max_risk=options["max_risk"],
-        confidence=options["confidence"],
+        **bounds,
+        test=test,
         risk=options["risk"],
         references=references,
         engine=choose(merged, options["engine"], None, printer.progress),
@@ -166,6 +190,7 @@ def _bound_risk(options: dict[str, Any]) -> None:
     )
     set_thresholds(adapted, thresholds_of(merged))
     if not found.met:
+        least = least_sequences(**bounds, num_tests=len(settings) if test == "bonferroni" else 1)
         why = f"{len(prompts)} sequences are fewer than the {least} that any bound of this kind needs"
         few = len(prompts) < least
         printer.progress(f"nothing is skipped: {why if few else 'no setting could be shown to keep the bound'}")

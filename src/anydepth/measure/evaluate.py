@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.models.backbone import first_output
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 """Hands on what it is given, and shows how far it is."""
@@ -138,29 +137,16 @@ def exit_losses(adapted: AdaptedModel, windows: Tensor) -> list[dict[str, float]
     adapted.eval()
     num_layers = adapted.backbone.num_layers
     losses, agreeing, num_tokens = [0.0] * num_layers, [0] * num_layers, 0
-    states: dict[int, Tensor] = {}
-
-    def keep(layer_idx: int) -> Callable[..., None]:
-        def hook(_: Any, __: Any, output: Any) -> None:
-            states[layer_idx] = first_output(output)
-
-        return hook
-
-    handles = [view.module.register_forward_hook(keep(view.layer_idx)) for view in adapted.backbone.layers]
-    try:
+    with adapted.backbone.layer_outputs() as states, adapted.disabled():
         for window in windows:
             token_ids = window[None].to(adapted.device)
             targets = token_ids[0, 1:]
-            with adapted.disabled():
-                reference = adapted(input_ids=token_ids, use_cache=False).logits[0, :-1].argmax(-1)
-                for layer_idx in range(num_layers):
-                    logits = adapted.backbone.logits_of(states[layer_idx])[0, :-1].float()
-                    losses[layer_idx] += F.cross_entropy(logits, targets, reduction="sum").item()
-                    agreeing[layer_idx] += int((logits.argmax(-1) == reference).sum())
+            reference = adapted(input_ids=token_ids, use_cache=False).logits[0, :-1].argmax(-1)
+            for layer_idx in range(num_layers):
+                logits = adapted.backbone.logits_of(states[layer_idx])[0, :-1].float()
+                losses[layer_idx] += F.cross_entropy(logits, targets, reduction="sum").item()
+                agreeing[layer_idx] += int((logits.argmax(-1) == reference).sum())
             num_tokens += targets.numel()
-    finally:
-        for handle in handles:
-            handle.remove()
     return [
         {"layers": i + 1, "loss": losses[i] / num_tokens, "agreement": agreeing[i] / num_tokens}
         for i in range(num_layers)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,8 +42,8 @@ class EarlyExitConfig(StrictConfig):
     )
     thresholds: list[float] | float = Field(
         default=math.inf,
-        description="A token leaves if its confidence is at least this, one number or one per layer; or a JSON file "
-        "that holds it. Above 1 nobody leaves.",
+        description="A token exits if its confidence is at least this: one number, one per layer from the first on, or "
+        "a JSON file that holds either, such as the thresholds.json of `calibrate`. Above 1 no token exits.",
     )
     decay: float | None = Field(
         default=None,
@@ -72,23 +72,47 @@ class EarlyExitConfig(StrictConfig):
 
     @field_validator("thresholds", mode="before")
     @classmethod
-    def _from_file(cls, value: object) -> object:
+    def _from_file(cls, value: object, info: ValidationInfo) -> object:
+        """Return what the JSON file at a path holds; anything that is not a path stays as it is."""
         if not isinstance(value, str):
             return value
         with suppress(ValueError):
             return float(value)  # "Infinity", as documents have it
-        try:
-            read = json.loads(Path(value).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"thresholds from {value}: {error}") from error
-        return read.get("thresholds", read) if isinstance(read, dict) else read
+        thresholds, layers = _read_thresholds(value)
+        wanted = info.data.get("layers")
+        if wanted is not None and layers is not None and layers != sorted(wanted):
+            raise ValueError(f"the file has thresholds for exits at layers {layers}; the exits are at {sorted(wanted)}")
+        return thresholds
 
-    @model_validator(mode="after")
-    def _consistent(self) -> EarlyExitConfig:
-        values = self.thresholds if isinstance(self.thresholds, list) else [self.thresholds]
-        if not values or any(math.isnan(value) for value in values):
-            raise ValueError("thresholds must be numbers")
-        return self
+    @field_validator("thresholds")
+    @classmethod
+    def _are_numbers(cls, value: list[float] | float) -> list[float] | float:
+        values = value if isinstance(value, list) else [value]
+        if not values or any(math.isnan(number) for number in values):
+            raise ValueError("must be numbers, at least one")
+        return value
+
+
+def _read_thresholds(path: str) -> tuple[object, object]:
+    """Return the thresholds in a JSON file, and the layers that they are for; None where it does not say.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        read = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the file cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"the file is not JSON ({error})") from error
+    found, layers = (read.get("thresholds"), read.get("layers")) if isinstance(read, dict) else (read, None)
+    values = found if isinstance(found, list) else [found]
+    if not all(value == "Infinity" or type(value) in (int, float) for value in values):
+        raise ValueError(
+            'the file must hold a number, a list with a number or "Infinity" for each exit, or an object with either '
+            "under `thresholds`"
+        )
+    return found, layers
 
 
 class EarlyExit(Method):
@@ -124,20 +148,24 @@ class EarlyExit(Method):
         self.step = 0
 
     def thresholds_of(self, config: EarlyExitConfig) -> dict[int, float]:
-        """By layer. Raises `ValueError` for a list of another length."""
+        """Return λ by layer, in their order. Raises `ValueError` for a list that does not fit the layers."""
         values = config.thresholds if isinstance(config.thresholds, list) else [config.thresholds] * len(self.layers)
         if len(values) != len(self.layers):
             raise ValueError(f"thresholds has {len(values)} values; there are {len(self.layers)} layers with an exit")
+        if isinstance(config.thresholds, list) and config.layers not in (None, self.layers):
+            raise ValueError(f"layers is {config.layers}; with a list of thresholds give them in order, {self.layers}")
         return dict(zip(self.layers, values, strict=True))
 
     @property
-    def threshold(self) -> float:
-        """Calibration's: a token goes on if its doubt, minus the confidence, is above this. The most careful exit's."""
-        return -max(self.thresholds_of(self.config).values())
+    def threshold(self) -> float | list[float]:
+        """What calibration sets: a token continues if minus its confidence is above this, or above its layer's."""
+        value = self.config.thresholds
+        return [-limit for limit in value] if isinstance(value, list) else -value
 
     @threshold.setter
-    def threshold(self, value: float) -> None:
-        self.config = self.config.model_copy(update={"thresholds": -value})
+    def threshold(self, value: float | list[float]) -> None:
+        thresholds = [-limit for limit in value] if isinstance(value, list) else -value
+        self.config = self.config.model_copy(update={"thresholds": thresholds})
 
     def set_progress(self, progress: float, step: int = 0) -> None:
         self.progress, self.step = progress, step
@@ -198,7 +226,7 @@ class EarlyExit(Method):
 
     def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext, came: Gate | None) -> Gate:
         sure = self.confidence(layer_idx, hidden, context)
-        self.note_scores(-sure, context)
+        self.note_scores(-self._just_exits(sure, context), context)
         stays = sure < self._limit(self.thresholds_of(self.config)[layer_idx], context)
         if came is not None and not came.all_kept:
             stays = stays & came.keep
@@ -210,6 +238,12 @@ class EarlyExit(Method):
             return threshold
         decayed = torch.exp(-self.config.decay * context.positions / self.config.decay_length)
         return (0.9 * threshold + 0.1 * decayed).clamp(0, 1) if threshold <= 1 else threshold
+
+    def _just_exits(self, sure: Tensor, context: PassContext) -> Tensor:
+        """Return the largest λ at which tokens of (B, T) confidences exit: the inverse of `_limit`."""
+        if self.config.decay is None:
+            return sure
+        return ((sure - self._limit(0.0, context)) / 0.9).clamp(max=1)
 
     @torch.no_grad()
     def confidence(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Tensor:

@@ -306,12 +306,12 @@ class Method(nn.Module):
     """The option that a score must be above for a token to run, where there is one: what calibration sets."""
 
     @property
-    def threshold(self) -> float:
-        """What a score must be above for a token to run; of methods that have one."""
+    def threshold(self) -> float | list[float]:
+        """What a score must be above for a token to run; of methods that have one. A list has one for each layer."""
         return getattr(self.config, str(self.budget_option))
 
     @threshold.setter
-    def threshold(self, value: float) -> None:
+    def threshold(self, value: float | list[float]) -> None:
         self.config = self.config.model_copy(update={str(self.budget_option): value})
 
     @property

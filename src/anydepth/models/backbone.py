@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -303,6 +304,21 @@ class Backbone:
     def final_norm(self) -> nn.Module:
         """In front of the head; nothing in some OPT models."""
         return getattr(self.decoder, self.family.final_norm, None) or nn.Identity()
+
+    @contextmanager
+    def layer_outputs(self) -> Iterator[dict[int, Tensor]]:
+        """Yield a mapping that holds the (B, T, D) output of each layer in the last forward, by index."""
+        outputs: dict[int, Tensor] = {}
+
+        def keep(layer_idx: int, _: nn.Module, __: Any, output: Any) -> None:
+            outputs[layer_idx] = first_output(output)
+
+        handles = [view.module.register_forward_hook(partial(keep, view.layer_idx)) for view in self.layers]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def logits_of(self, states: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """(..., V) logits of (..., D) states of the residual stream: the model's final norm and head.

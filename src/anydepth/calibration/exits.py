@@ -1,0 +1,114 @@
+"""Settings of one threshold per exit, in an order that `guarantee.py` can test.
+
+From all exits shut, the next setting opens one exit by one step: the one whose tokens would differ least from full
+depth for the layers that they save. How often they differ is estimated on text that tests nothing, as in Pareto testing
+(Laufer-Goldenberg et al. 2023), so that the order costs no sequence and a wrong estimate costs no validity.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anydepth.calibration.budget import Thresholds
+from anydepth.calibration.generated import NUM_SETTINGS
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.methods.early_exit import EarlyExit
+
+STEPS = [0.5 ** (8 - 0.5 * number) for number in range(17)]
+"""Fractions of an exit's tokens whose confidence reaches its threshold, from 1/256 to all."""
+
+
+@dataclass(frozen=True)
+class ExitScores:
+    """What each of E exits would do with N tokens that ran at full depth.
+
+    Attributes:
+        saved: (E,) layers that a token saves there.
+        confidence: (E, N) the largest threshold at which each token exits.
+        differs: (E, N) bool, whether the exit's first choice is not the last layer's.
+    """
+
+    saved: Tensor
+    confidence: Tensor
+    differs: Tensor
+
+    def estimate(self, thresholds: list[float]) -> tuple[float, float]:
+        """Return the fraction of tokens that differ from full depth, and the layers saved per token.
+
+        Args:
+            thresholds: one for each exit; tokens take the first exit that they reach.
+        """
+        exits = self.confidence >= torch.tensor(thresholds)[:, None]
+        first = exits.int().argmax(0)
+        differs = self.differs.gather(0, first[None])[0] & exits.any(0)
+        return differs.float().mean().item(), (self.saved[first] * exits.any(0)).mean().item()
+
+
+@torch.no_grad()
+def collect_exit_scores(adapted: AdaptedModel, windows: Tensor) -> ExitScores:
+    """Score (M, T) windows at every exit of `early_exit`, with no token exiting; other methods decide as they do.
+
+    Raises:
+        UserError: no `early_exit` is attached.
+    """
+    method = next((part for part in adapted.active_methods if isinstance(part, EarlyExit)), None)
+    if method is None:
+        raise UserError(
+            f"thresholds per exit are those of early_exit; attached is {adapted.label}; calibrate without --per-exit"
+        )
+    adapted.eval()
+    before, confidence, differs = method.config, [], []
+    method.threshold, method.is_watched = -math.inf, True
+    try:
+        with adapted.backbone.layer_outputs() as outputs:
+            for window in windows:
+                final = adapted(input_ids=window[None].to(adapted.device), use_cache=False).logits[0].argmax(-1)
+                confidence.append(-method.scores(adapted.context).view(len(method.layers), -1).float().cpu())
+                choices = [adapted.backbone.logits_of(outputs[i - 1][0]).argmax(-1) for i in method.layers]
+                differs.append((torch.stack(choices) != final).cpu())
+    finally:
+        method.config, method.is_watched = before, False
+    saved = torch.tensor([method.num_layers - layer_idx for layer_idx in method.layers], dtype=torch.float32)
+    return ExitScores(saved, torch.cat(confidence, 1), torch.cat(differs, 1))
+
+
+def exit_settings(scores: ExitScores) -> list[Thresholds]:
+    """Return at most `NUM_SETTINGS` settings of `early_exit`, each more open than the one before."""
+    path = _path(scores)
+    count = min(NUM_SETTINGS, len(path))
+    numbers = [round((number + 1) * len(path) / count) - 1 for number in range(count)]
+    return [{EarlyExit.name: [-limit for limit in path[number]]} for number in numbers]
+
+
+def _path(scores: ExitScores) -> list[list[float]]:
+    """Return the thresholds after each step, from one exit open by one step to all exits open."""
+    levels = [_levels(confidence) for confidence in scores.confidence]
+    opened, path, before = [0] * len(levels), [], (0.0, 0.0)
+
+    def thresholds(steps: list[int]) -> list[float]:
+        return [own[step] for own, step in zip(levels, steps, strict=True)]
+
+    def harm(steps: list[int]) -> float:
+        differs, saved = scores.estimate(thresholds(steps))
+        return (differs - before[0]) / (saved - before[1]) if saved > before[1] else math.inf
+
+    while shut := [place for place, own in enumerate(levels) if opened[place] + 1 < len(own)]:
+        ways = [[step + (other == place) for other, step in enumerate(opened)] for place in shut]
+        opened = min(reversed(ways), key=harm)  # the deepest exit wins ties
+        after = scores.estimate(thresholds(opened))
+        if after[1] > before[1]:  # else the same tokens exit
+            path.append(thresholds(opened))
+        before = after
+    return path
+
+
+def _levels(confidence: Tensor) -> list[float]:
+    """Return the thresholds of one exit from shut to open, no two the same."""
+    ordered = confidence.sort(descending=True).values
+    reached = [ordered[max(round(step * len(ordered)), 1) - 1].item() for step in STEPS]
+    return [math.inf, *dict.fromkeys(reached)]
