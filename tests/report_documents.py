@@ -196,6 +196,25 @@ def bench_over_sizes() -> dict[str, Any]:
     return {**bench, "rows": rows}
 
 
+def comparison() -> dict[str, Any]:
+    """What `bench --compare` writes."""
+    bench = bench_over_sizes()
+    ways = (("full depth", 12.5, 1.0, 1.0), (HOSTILE, 13.25, 0.8, 1.25), ("lossless", 12.5, 1.0, 1.5))
+    rows = [
+        {
+            **bench["rows"][0],
+            "label": label,
+            "perplexity": perplexity,
+            "rouge_l": rouge_l,
+            "num_runs": 5,
+            "speedup": speedup,
+            "adapted": {**SPEED, "tokens_per_second": 20 * speedup, "mean_depth": 2.0},
+        }
+        for label, perplexity, rouge_l, speedup in ways
+    ]
+    return {**bench, "rows": rows}
+
+
 def run_document() -> dict[str, Any]:
     return {**ORIGIN, "schema": "anydepth.run/1", "stages": DOCUMENTS, "summary": SUMMARY}
 
@@ -218,4 +237,4 @@ def every_kind() -> list[dict[str, Any]]:
         "config": {"max_risk": 0.05, "confidence": 0.95},
         "speedup": 1.1,
     }
-    return [run_document(), second, bench_over_sizes(), text, calibrate, *sweeps()]
+    return [run_document(), second, bench_over_sizes(), comparison(), text, calibrate, *sweeps()]

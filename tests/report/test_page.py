@@ -24,6 +24,7 @@ from report_documents import (
     LINE,
     ORIGIN,
     bench_over_sizes,
+    comparison,
     every_kind,
     run_document,
     sweeps,
@@ -87,6 +88,17 @@ def test_tables_are_the_numbers(written: list[Path]) -> None:
 def test_every_file_named_was_written(written: list[Path]) -> None:
     assert all(path.stat().st_size > 0 for path in written)
     assert sum(path.suffix == ".png" for path in written) == 14
+
+
+def test_a_comparison_of_ways_is_a_table_and_a_picture(tmp_path: Path) -> None:
+    written = write_report([comparison()], tmp_path / "page.html")
+    outline = Outline()
+    outline.feed(written[0].read_text())
+    assert outline.headings == ["Full depth, early exit, lossless", "How it was made"] and len(outline.images) == 1
+    path = next(path for path in written if path.name == "0-bench-ways.csv")
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    assert [float(row["rouge_l"]) for row in rows] == [1.0, 0.8, 1.0]
+    assert [row["speedup_low"] for row in rows] == ["1.2"] * 3 and rows[1]["label"] == HOSTILE
 
 
 def test_nothing_to_report_is_refused(tmp_path: Path) -> None:

@@ -184,6 +184,14 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt, turns (the first) or messages; each batch is a pair.")
     ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Print one table of full depth, what is attached, lossless drafting and int8: perplexity, ROUGE-L, "
+            "depth and speed.",
+        ),
+    ] = False,
     against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
     data: Data = "embedded:valid",
@@ -197,6 +205,7 @@ def bench(
     arguments = dict(locals())
     import torch
 
+    from anydepth.cli.comparison import check_comparison, compare_ways, show_comparison
     from anydepth.measure.bench import bench as time_pairs
     from anydepth.measure.bench import bench_prompts, load_prompts
     from anydepth.measure.prompts import read_prompts
@@ -207,11 +216,19 @@ def bench(
 
     if prompts is not None and (prompt_tokens is not None or (num_runs is not None and requests is None)):
         raise UserError("--prompts brings lengths and pairs: leave out --prompt-tokens and --num-runs")
+    _at_least("num-runs", num_runs, 1)
+    if compare:
+        check_comparison(arguments)
     prompt_tokens = "64" if prompt_tokens is None else prompt_tokens
     num_runs = 5 if num_runs is None else num_runs
-    _at_least("num-runs", num_runs, 1)
     printer = Printer(as_json, quiet)
     adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
+    config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
+    config["dtype"] = dtype_name(adapted)
+    if compare:
+        fields = compare_ways(arguments, adapted, tokenizer, printer)
+        printer.result(document("anydepth.bench/1", seed=seed, config=config, **fields), show_comparison)
+        return
     if not adapted.methods and engine in ("auto", "hf"):
         raise UserError(
             f"{target} has no method attached; give a folder that train or search wrote, --against METHOD, or compare "
@@ -220,8 +237,6 @@ def bench(
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
     engines = _engines(adapted, engine, weights, compiled, printer.progress)
     _check_requests(requests, engines)
-    config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
-    config["dtype"] = dtype_name(adapted)
     if prompts is None:
         config |= {"prompt_tokens": prompt_tokens, "num_runs": num_runs}
     elif requests is not None:

@@ -99,11 +99,7 @@ def bench_prompts(
     adapted.eval()
     rows = []
     for batch_size in batch_sizes:
-        if batch_size > len(prompts):
-            raise UserError(f"batch size {batch_size} needs as many prompts; the file has {len(prompts)}")
-        parts = [prompts[start : start + batch_size] for start in range(0, len(prompts) - batch_size + 1, batch_size)]
-        batches = [padded(tokenizer, part, adapted.device) for part in parts]
-        check_window(adapted, max(batch["input_ids"].shape[1] for batch in batches), new_tokens)
+        batches = batches_of(adapted, tokenizer, prompts, batch_size, new_tokens)
         self_check(adapted, batches[0]["input_ids"][:1, -48:], engines)
         with on_free_cores(say):
             found = _rows(adapted, batches, new_tokens, engines)
@@ -111,6 +107,22 @@ def bench_prompts(
             rows.append(row)
             on_row(row)
     return rows
+
+
+def batches_of(
+    adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int, new_tokens: int
+) -> list[Batch]:
+    """Return batches of prompts, padded on the left.
+
+    Raises:
+        UserError: fewer prompts than one batch, or a prompt that the model cannot take.
+    """
+    if batch_size > len(prompts):
+        raise UserError(f"batch size {batch_size} needs as many prompts; the file has {len(prompts)}")
+    parts = [prompts[start : start + batch_size] for start in range(0, len(prompts) - batch_size + 1, batch_size)]
+    batches = [padded(tokenizer, part, adapted.device) for part in parts]
+    check_window(adapted, max(batch["input_ids"].shape[1] for batch in batches), new_tokens)
+    return batches
 
 
 def paired_speedups(
@@ -151,7 +163,7 @@ def _rows(
             pairs[turn].append(_pair(adapted, batch, new_tokens, number, engines[turn]))
     rows = []
     for engine, own in zip(engines, pairs, strict=True):
-        row = _row(adapted, batches, own, new_tokens, engine)
+        row = row_of(adapted, batches, own, new_tokens, engine)
         if new_tokens > 1 and _reads_what_it_runs(adapted):
             row["roofline"] = roofline(adapted, engine, own[-1].trace, median(bandwidth), row)
         if rows:
@@ -184,9 +196,10 @@ def _over(first: list[Pair], own: list[Pair], row: dict[str, Any]) -> dict[str, 
     }
 
 
-def _row(
+def row_of(
     adapted: AdaptedModel, batches: list[Batch], pairs: list[Pair], new_tokens: int, engine: Engine
 ) -> dict[str, Any]:
+    """Return a row of `anydepth.bench/1` for pairs measured on an engine, one for each batch."""
     _check_lossless(adapted, pairs, engine)
     whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
     batch_size, lengths = batches[0]["input_ids"].shape[0], [batch["input_ids"].shape[1] for batch in batches]

@@ -198,7 +198,30 @@ def _calibrate(page: Page, document: Document, name: str) -> None:
             page.text(f"{text}: {number(document[key])}.")
 
 
+def _comparison(page: Page, document: Document, name: str) -> None:
+    """Show `bench --compare`: quality and speed of each way to run the model."""
+    page.section("Full depth, early exit, lossless")
+    ends = ("speedup_low", "speedup_high")
+    rows = [{**row["adapted"], **row, **dict(zip(ends, row["speedup_range"], strict=True))} for row in document["rows"]]
+    columns = {
+        "label": "",
+        "perplexity": "perplexity",
+        "rouge_l": "ROUGE-L against full depth",
+        "mean_depth": "layers a token",
+        "tokens_per_second": "tokens/s",
+        "speedup": "speed-up",
+    }
+    page.text(f"{rows[0]['num_runs']} runs, all rows in turn in one process; medians of paired ratios.", "lead")
+    page.table(
+        f"{name}-ways", columns, rows, {"speedup": partial(_from_to, "speedup")}, ("speedup_low", "speedup_high")
+    )
+    page.figure(f"{name}-ways", plots.tradeoff(rows), "Perplexity against measured generation speed.", document)
+
+
 def _bench(page: Page, document: Document, name: str) -> None:
+    if "rouge_l" in document["rows"][0]:
+        _comparison(page, document, name)
+        return
     page.section("Speed")
     page.text("Full depth and adapted in turn in one process; medians of paired ratios.", "lead")
     page.figure(
