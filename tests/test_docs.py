@@ -168,7 +168,7 @@ def run_command(line: str, workplace: Path) -> None:
     for flag, value in zip(small[::2], small[1::2], strict=True):
         brought = "--prompts" in given and flag in ("--prompt-tokens", "--num-runs")  # by the prompts
         if not brought and (flag not in given or flag in ("--prompt-tokens", "--new-tokens", "--data")):
-            words += [flag, value]
+            words += [flag, value.split(",")[0] if "--compare" in given else value]
     done = CliRunner().invoke(app, words)
     if command == "calibrate" and done.exit_code:
         # The clock of a model this small refuses any speed, and a random one any quality: said, and handed on.
