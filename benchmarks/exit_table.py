@@ -67,9 +67,9 @@ def command(*arguments: object) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """Return the table of the docs."""
+    """Return the table of the docs; ROUGE-L is against the texts of full depth."""
     lines = [
-        "| thresholds | | perplexity | ROUGE-L against full depth | layers per token | tokens/s | × full depth (range) |",
+        "| thresholds | | perplexity | ROUGE-L | layers per token | tokens/s | × full depth (range) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():

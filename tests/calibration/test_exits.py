@@ -13,7 +13,7 @@ from torch import Tensor
 import anydepth
 from anydepth.calibration.budget import options_of, set_thresholds, thresholds_of
 from anydepth.calibration.exits import ExitScores, collect_exit_scores, exit_settings
-from anydepth.calibration.generated import NUM_SETTINGS, bound_risk
+from anydepth.calibration.generated import STEPS, bound_risk
 from anydepth.calibration.guarantee import inconsistency
 from anydepth.errors import UserError
 from anydepth.inference.engine.decode import FastEngine
@@ -51,7 +51,7 @@ def test_the_estimate_takes_the_first_exit_that_a_token_reaches() -> None:
 
 def test_settings_open_exits_one_by_one_and_harmless_ones_first() -> None:
     settings = [setting["early_exit"] for setting in exit_settings(invented())]
-    assert len(settings) == NUM_SETTINGS
+    assert len(settings) == len(STEPS)
     for before, after in itertools.pairwise(settings):
         assert before != after
         assert all(one <= other for one, other in zip(before, after, strict=True))  # minus a threshold: it falls

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from anydepth.calibration.budget import Thresholds
-from anydepth.calibration.generated import NUM_SETTINGS
+from anydepth.calibration.generated import STEPS
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods.early_exit import EarlyExit
-
-STEPS = [0.5 ** (8 - 0.5 * number) for number in range(17)]
-"""Fractions of an exit's tokens whose confidence reaches its threshold, from 1/256 to all."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,9 @@ def collect_exit_scores(adapted: AdaptedModel, windows: Tensor) -> ExitScores:
 
 
 def exit_settings(scores: ExitScores) -> list[Thresholds]:
-    """Return at most `NUM_SETTINGS` settings of `early_exit`, each more open than the one before."""
+    """Return settings of `early_exit`, at most as many as `STEPS`, each more open than the one before."""
     path = _path(scores)
-    count = min(NUM_SETTINGS, len(path))
+    count = min(len(STEPS), len(path))
     numbers = [round((number + 1) * len(path) / count) - 1 for number in range(count)]
     return [{EarlyExit.name: [-limit for limit in path[number]]} for number in numbers]
 

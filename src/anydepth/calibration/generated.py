@@ -38,8 +38,11 @@ if TYPE_CHECKING:  # what is given to this stage, not what it stands on
     from anydepth.inference.engine.decode import FastEngine
 
 RISKS = ("consistency", "quality", "difference")
-NUM_SETTINGS = 16
-"""Settings that may be tested; each one generates from all prompts."""
+STEPS = [0.5 ** (8 - 0.5 * number) for number in range(17)]
+"""Fractions of scores that skip, from 1/256 to all, fine where most bounds are met.
+
+As many settings may be tested at most; each one generates from all prompts.
+"""
 
 
 def check_risk(risk: str) -> None:
@@ -49,8 +52,8 @@ def check_risk(risk: str) -> None:
 
 
 def shared_settings(scores: dict[str, Tensor]) -> list[Thresholds]:
-    """Return settings that skip equal steps of each method's scores, as `collect_scores` gives them."""
-    return [thresholds_at(scores, number / NUM_SETTINGS) for number in range(1, NUM_SETTINGS)]
+    """Return settings that skip the same fraction of each method's scores, as `collect_scores` gives them."""
+    return [thresholds_at(scores, step) for step in STEPS[:-1]]
 
 
 @torch.no_grad()
