@@ -37,7 +37,7 @@ from anydepth.methods.shared_batch import num_processes
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.processes import is_parallel, rank, shards_weights
-from anydepth.training.checkpoint import is_checkpoint, load_target, save
+from anydepth.training.checkpoint import MANIFEST, is_checkpoint, load_target, save
 from anydepth.training.data import load_texts, load_windows
 from anydepth.training.drafter import train_drafter
 from anydepth.training.own_text import OWN_TEXT, own_texts
@@ -48,7 +48,11 @@ from anydepth.training.train import STEPS, last_complete, load_trained, prepare,
 Say = Callable[[str], None]
 RECIPE, LOCK = "recipe.yaml", ".lock"
 STAGES = ("search", "fit", "train", "eval", "bench", "analyze", "generate")
-FITTED = "fit.safetensors"
+LEARNING = ("search", "fit", "train")
+"""Stages that decide what the later ones measure."""
+FITTED, REPORT = "fit.safetensors", "report.html"
+LEAVES = {"fit": FITTED, "train": MANIFEST, "run": REPORT}
+"""The file that a stage leaves next to its document, where it leaves one."""
 
 
 @dataclass
@@ -78,12 +82,24 @@ class Runner:
         work = (self.search, self.fit, self.train, self.evaluate, self.bench, self.analyze, self.generate)
         stages = [document for stage in work if (document := stage()) is not None]
         result = self._document("run", stages=stages, summary=summary_of(stages))
-        write_json(self.out / "run.json", result)
         from anydepth.report.page import write_report  # matplotlib: only where pictures are made
 
-        self.say(f"report: {self.out / 'report.html'}")
-        write_report([result], self.out / "report.html")
+        self.say(f"report: {self.out / REPORT}")
+        write_report([result], self.out / REPORT)
+        write_json(self.out / "run.json", result)
         return result
+
+    @property
+    def missing(self) -> list[str]:
+        """Stages of this recipe that have not ended, `run` (the report and its document) last."""
+        recipe = self.recipe
+        absent = {"search": recipe.search is None, "fit": recipe.router_fit is None, "analyze": not self._decides()}
+        return [stage for stage in (*STAGES, "run") if not absent.get(stage) and not self._is_done(stage)]
+
+    def _is_done(self, stage: str) -> bool:
+        """Return whether everything that a stage leaves is in the folder."""
+        files = [f"{stage}.json", *([LEAVES[stage]] if stage in LEAVES else [])]
+        return all((self.out / name).exists() for name in files)
 
     # --- stages --------------------------------------------------------------------------------------------------
 
@@ -127,10 +143,13 @@ class Runner:
 
     def forget(self) -> None:
         """Do every stage anew."""
-        for stage in (*STAGES, "run"):
-            (self.out / f"{stage}.json").unlink(missing_ok=True)
+        self._forget(*STAGES, "run")
         for folder in (STEPS, PHASES, OWN_TEXT):
             shutil.rmtree(self.out / folder, ignore_errors=True)
+
+    def _forget(self, *stages: str) -> None:
+        for stage in stages:
+            (self.out / f"{stage}.json").unlink(missing_ok=True)
 
     def train(self) -> dict[str, Any]:
         """Attach, train and calibrate; afterwards the folder is a checkpoint. Goes on where it was interrupted.
@@ -299,10 +318,12 @@ class Runner:
 
     def _unless_done(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         path = self.out / f"{name}.json"
-        if path.exists():
+        if self._is_done(name):
             self.say(f"{name}: done already, kept ({path})")
             return read_document(path)
         self.say(f"{name} …")
+        if name in LEARNING and rank() == 0:  # what was measured of another model is not a result of this one
+            self._forget(*STAGES[STAGES.index(name) :], "run")
         result = self._document(name, **work())
         if rank() == 0:
             write_json(path, result)

@@ -28,11 +28,13 @@ import yaml
 from anydepth.config import Recipe, load_recipe
 from anydepth.errors import RunError, UserError
 from anydepth.measure.results import document, num_cores, read_document, write_json
-from anydepth.measure.run import RECIPE, Runner
+from anydepth.measure.run import LEARNING, RECIPE, Runner
 
 Say = Callable[[str], None]
 POINTS, STUDY = "points", "optuna.log"
 FULL_DEPTH = "full depth"
+LEARNED = (*LEARNING, "eval")
+"""Stages of a point that are done next to other points; what comes after them is timed alone."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Sweep:
         Raises:
             RunError: every point failed.
         """
-        todo = [point for point in self.points if not (self.runner(point).out / "eval.json").exists()]
+        todo = [point for point in self.points if set(LEARNED).intersection(self.runner(point).missing)]
         self.say(f"{len(self.points)} points, {len(self.points) - len(todo)} of them learned already")
         known = {point.name for point in self.points}
         others = [path.name for path in (self.out / POINTS).glob("*/") if path.name not in known]
@@ -94,10 +96,11 @@ class Sweep:
 
     def _measured(self, point: Point) -> dict[str, Any]:
         runner = self.runner(point)
-        done = runner.out / "run.json"
-        if not done.exists():
+        if runner.missing:
             self.say(f"{point.name}: timing")
-        result = read_document(done) if done.exists() else runner.run()
+            result = runner.run()
+        else:
+            result = read_document(runner.out / "run.json")
         untouched, adapted = result["summary"]
         speedups = next(stage for stage in result["stages"] if stage["schema"] == "anydepth.bench/1")["rows"][0][
             "speedup_range"

@@ -61,7 +61,7 @@ def train_phases(
         adapted = attach(model, [configs[name] for name in configs if name in (*phase.train, *phase.frozen)])
         _load_states(adapted, states)
         settings = _settings(config, phase)
-        if not (folder / DONE).exists():
+        if not all((folder / name).exists() for name in (STATE, DONE)):
             _ask_for_gradients(adapted, phase)
             first = len(history)
 
