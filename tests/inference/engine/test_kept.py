@@ -253,3 +253,15 @@ def test_passes_are_kept_until_rules_or_memory_change() -> None:
     for _ in range(cache.capacity):
         step()
     assert step() is not changed  # the K/V have moved
+
+
+@pytest.mark.parametrize("kind", ["random router", "sequence router"])
+def test_scores_that_are_known_survive_a_move_of_what_waits(kind: str) -> None:
+    """Layers that no token runs outgrow their first room; the plan made for the new place must decide the same."""
+    engine = engine_of(METHODS[kind])
+    ids = torch.randint(1, 257, (1, 9), generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 999}
+    ours = engine.generate(input_ids=ids, **options)
+    kept = engine.adapted.last_trace
+    assert torch.equal(ours, engine.adapted.generate(input_ids=ids, **options))
+    assert torch.equal(kept.mixer_keep, engine.adapted.last_trace.mixer_keep)

@@ -129,10 +129,11 @@ class Step(RowPass):
                 return None
             rules.append(own)
         kept = self._kept_for(layers, caches, first, rules, stops)
-        if kept is None or not kept.fits(self.slots, self.seen) or not kept.prepare(lambda: self.run.context):
+        if kept is None or not kept.fits(self.slots, self.seen):
             return None
-        # What waits may have to move; the pass is then made anew, for its new place.
-        return kept if kept.has_room(self.slots) else self._kept_for(layers, caches, first, rules, stops)
+        if not kept.has_room(self.slots):  # what waits has moved: a plan for its new place, without scores yet
+            kept = self._kept_for(layers, caches, first, rules, stops)
+        return kept if kept is not None and kept.prepare(lambda: self.run.context) else None
 
     def _kept_for(
         self,
