@@ -12,13 +12,21 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
 import anydepth
+from anydepth.cli import app
+from anydepth.config import TrainConfig
 from anydepth.errors import UserError
-from anydepth.measure.lm_eval import AnydepthLM, _whole, add_changes, check_tasks, score_tasks
+from anydepth.execution import cost
+from anydepth.execution.trace import Trace
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.lm_eval import AnydepthLM, _whole, add_changes, check_tasks, check_windows, score_tasks
 from anydepth.measure.results import task_scores
+from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import Task, task_named, where_to_look
-from tiny import byte_tokenizer, tiny_llama
+from anydepth.training.train import prepare
+from tiny import byte_tokenizer, save_base, save_text, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
 
@@ -131,6 +139,154 @@ def test_text_and_rolling_windows_are_lm_evals_own(name: str) -> None:
         ours = answers(AnydepthLM(adapted, byte_tokenizer()), name, 2)
     assert len(ours) >= 2 and (ours == theirs if name == "gsm8k" else distance(ours, theirs) < 1e-4)
     assert answers(AnydepthLM(adapted, byte_tokenizer()), name, 2) != theirs
+
+
+METHODS: dict[str, Any] = {
+    "full depth": [],
+    "skip set": {"name": "skip_set", "skip_layers": [2], "skip_ffns": [4]},
+    "random": ROUTER,
+    "omit": {**ROUTER, "kv_rule": "omit"},
+    "sequence": {"name": "layer_router", "always_keep": 1, "granularity": "sequence", "pool_tokens": 24},
+    "router": {"name": "layer_router", "always_keep": 2},
+    "exits": {"name": "exit_gate", "layers": [2, 4], "widths": [4]},
+    "recompute": {"name": "exit_gate", "layers": [2, 4], "widths": [4], "kv_rule": "recompute"},
+    "early exit": {"name": "early_exit", "layers": [2, 4], "thresholds": [0.04, 0.06]},
+    "hat": [{"name": "exit_gate", "layers": [3]}, {"name": "ffn_router", "layers": [0, 1, 2]}],
+    "depths": {"name": "mixture_of_depths"},
+}
+
+
+def deciding(spec: Any) -> anydepth.AdaptedModel:
+    """A method whose decisions differ between tokens and sequences."""
+    adapted = anydepth.attach(model(), spec)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in adapted.methods.named_parameters():
+            if "out." in name or "direct." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for name, buffer in adapted.methods.named_buffers():
+            if name.endswith("thresholds"):
+                buffer.zero_()
+    return adapted
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_the_engine_scores_as_the_hugging_face_model(kind: str) -> None:
+    """Requests that begin alike keep what they share; their scores are those of whole runs, by the other engine."""
+    adapted = deciding(METHODS[kind])
+    theirs = AnydepthLM(adapted, byte_tokenizer())
+    ours = AnydepthLM(adapted, byte_tokenizer(), engine=FastEngine(adapted))
+    name = "mmlu_anatomy" if kind in ("full depth", "sequence") else "arc_easy"  # letters, or texts
+    assert distance(answers(ours, name, 3), answers(theirs, name, 3)) <= 2e-4
+    assert ours.work.full_depth < 0.7 * theirs.work.full_depth or kind == "full depth"
+    assert 0.2 < ours.work.share <= 1 and abs(ours.work.share - theirs.work.share) < 0.25
+
+
+@pytest.mark.parametrize("kind", ["skip set", "router", "sequence", "recompute", "speculation"])
+def test_the_engine_writes_what_the_hugging_face_model_writes(kind: str) -> None:
+    adapted = deciding({"name": "self_speculation"} if kind == "speculation" else METHODS[kind])
+    found = [
+        answers(AnydepthLM(adapted, byte_tokenizer(), engine=engine), "gsm8k", 1)
+        for engine in (None, FastEngine(adapted))
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_work_is_counted_once_for_what_is_shared(kind: str) -> None:
+    """Text by text it adds up to one cached sequence, where every next text goes on from the last one."""
+    adapted, texts = deciding(METHODS[kind]), torch.randint(1, 257, (70,)).tolist()
+    counts: list[cost.FlopCount] = []
+    prefixes = SharedPrefixes(FastEngine(adapted), counts.append)
+    for length in (30, 31, 50, 70):
+        prefixes.score(texts[:length], 1)
+    cache = (engine := FastEngine(adapted)).model.new_cache(1)
+    slot, records = cache.take_slot(), []
+    for begin, end in ((0, 30), (30, 31), (31, 50), (50, 70)):
+        part = torch.tensor([texts[begin:end]])
+        records.append(engine.model.forward(part, [slot], cache, adapted.active_methods)[1])
+        records[-1].head_rows = 1
+    whole = cost.flops(adapted.backbone, Trace.join(records))
+    for part in ("layers", "full_depth_layers", "head", "router"):
+        assert sum(getattr(count, part) for count in counts) == getattr(whole, part)
+    prefixes.score(texts[:60], 1)  # cut in the middle: ten tokens run again, behind forty that stay
+    prefixes.score([*texts[:50], *texts[60:]], 1)
+    tokens = [(counts[place].full_depth_layers) for place in (-2, -1)]
+    assert tokens[0] < tokens[1] < counts[0].full_depth_layers
+
+
+def evaluated(target: Path, *options: str) -> str:
+    """What `anydepth eval` prints."""
+    shown = CliRunner().invoke(app, ["eval", str(target), "--sequence-length", "32", "--limit", "1", *options])
+    assert shown.exit_code == 0, shown.output
+    return shown.stdout
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    return str(save_text(tmp_path / "text.txt"))
+
+
+@pytest.mark.parametrize("method", ["self_speculation", "stochastic_depth"])
+def test_what_changes_no_score_is_scored_once(tmp_path: Path, text: str, method: str) -> None:
+    """C31: no column equal to that of the base, and one line that says why."""
+    base = save_base(tmp_path / "base")
+    loaded, _ = anydepth.load_model(str(base))
+    anydepth.save(anydepth.attach(loaded, {"name": method}), tmp_path / "own", base=str(base))
+    asked = ["--data", text, "--tasks", "arc_easy"]
+    printed = evaluated(tmp_path / "own", *asked)
+    why = "drafting does not change scores" if method == "self_speculation" else "every token runs every layer"
+    assert printed.count(why) == 1 and "change" not in printed.replace(why, "").replace("of the change", "")
+    assert [line.split()[0] for line in printed.splitlines() if line[:1].isalpha()][:1] == ["untouched"]
+    document = json.loads(evaluated(tmp_path / "own", *asked, "--json", "--quiet"))
+    assert document["note"].startswith(why) or why in document["note"]
+    assert document["tasks"] == document["full_depth"]["tasks"]
+    assert document["perplexity"] == document["full_depth"]["perplexity"]
+
+
+def test_labels_name_the_weights_and_the_adapter(tmp_path: Path, text: str) -> None:
+    """C22: weights in fewer bits are no full depth; a LoRA adapter alone is none either, and is scored."""
+    base = save_base(tmp_path / "base")
+    asked = ["--data", text, "--dtype", "bfloat16", "--engine", "fast", "--tasks", "arc_easy", "--json", "--quiet"]
+    document = json.loads(evaluated(base, *asked, "--weights", "int8"))
+    assert document["label"] == "full depth, int8 weights" and "note" not in document
+    assert document["tasks"]["arc_easy"].keys() >= {"changes"}
+    assert json.loads(evaluated(base, *asked))["label"] == "full depth"
+    loaded, _ = anydepth.load_model(str(base))
+    wrapped = prepare(loaded, TrainConfig.model_validate({"lora": {"rank": 2}}))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.5)
+    anydepth.save(anydepth.attach(wrapped, []), tmp_path / "lora", base=str(base))
+    document = json.loads(evaluated(tmp_path / "lora", "--data", text, "--tasks", "arc_easy", "--json", "--quiet"))
+    assert document["label"] == "full depth + LoRA" and "changes" in document["tasks"]["arc_easy"]
+
+
+def test_a_text_is_not_run_twice() -> None:
+    adapted, counts = anydepth.attach(model(), ROUTER), []
+    prefixes, ids = SharedPrefixes(FastEngine(adapted), counts.append), list(range(1, 40))
+    assert torch.equal(prefixes.score(ids, 2), prefixes.score(ids, 2)) and len(counts) == 1
+
+
+@pytest.mark.parametrize("window", [256, 200])
+def test_a_window_without_room_for_an_answer_is_told(window: int) -> None:
+    """C23: before anything runs, in one line."""
+    adapted = anydepth.attach(tiny_llama(max_position_embeddings=window), ROUTER)
+    with pytest.raises(UserError, match=f"256 new tokens are more than the model's window of {window}"):
+        check_windows(adapted, byte_tokenizer(), ["arc_easy", "gsm8k"])
+    for engine in (None, FastEngine(adapted)):
+        with pytest.raises(UserError, match=f"256 new tokens are more than the model's window of {window}"):
+            score_tasks(adapted, byte_tokenizer(), ["gsm8k"], limit=1, engine=engine)
+    check_windows(anydepth.attach(model(), ROUTER), byte_tokenizer(), ["arc_easy", "gsm8k", "mmlu"])
+
+
+def test_a_window_shorter_than_an_answer_is_told() -> None:
+    """C23: an answer that is scored does not fit either."""
+    adapted = anydepth.attach(tiny_llama(max_position_embeddings=8), ROUTER)
+    for engine in (None, FastEngine(adapted)):
+        with pytest.raises(UserError, match=r"an answer to score has \d+ tokens, more than the model's window of 8"):
+            score_tasks(adapted, byte_tokenizer(), ["arc_easy"], limit=4, engine=engine)
 
 
 def test_parts_count_by_their_items() -> None:

@@ -1,12 +1,13 @@
 """The contract that every method keeps on every family; the numbers are those of `style.md`.
 
-A new method joins by a line in `CASES`.
+A new method joins by a line in `CASES`; without one the tests fail.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.methods import METHODS
 from anydepth.methods.method import Method
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from reference import relative_rms, replay
@@ -105,7 +107,17 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
     "mixers_routed": {"name": "mixer_router", "threshold": float("-inf")},
     "mixers_all": {"name": "mixer_router", "threshold": float("-inf"), "state": "all"},
 }
+LOSSLESS = {"self_speculation": "tests/inference/test_speculate.py"}
+"""Methods without gates of their own at inference, and where their contract is tested."""
 TOLERANCE = 1e-5
+
+
+def test_every_method_has_a_case() -> None:
+    """C21: a method that is registered without one fails here."""
+    specs = [spec for case in CASES.values() for spec in (case if isinstance(case, list) else [case])]
+    assert {spec["name"] for spec in specs} | set(LOSSLESS) == set(METHODS)
+    for name, path in LOSSLESS.items():
+        assert METHODS[name].lossless and (Path(__file__).parents[2] / path).exists()
 
 
 @pytest.fixture(params=CASES)
@@ -275,8 +287,6 @@ def test_gradient_of_the_gates(
     """dL/dg is that of h' = g·f(h) + (1 − g)·h, or of h + g·mixer(h): for all tokens when masked, for kept ones when
     sparse.
     """
-    from anydepth.methods import METHODS
-
     monkeypatch.setitem(METHODS, "fixed_gates", FixedGates)
     monkeypatch.setattr(FixedGates, "Config", type("FixedConfig", (anydepth.SkipSet.Config,), {}))
     ids = families.token_ids()

@@ -96,7 +96,8 @@ def show_methods(document: dict[str, Any]) -> None:
             f"{'trained' if method['trained'] else 'not trained'})"
         )
         for key, option in method["options"].items():
-            print(f"    {key} = {option['default']}: {option['help']}")
+            default = "required" if option["required"] else option["default"]
+            print(f"    {key} = {default}: {option['help']}")
 
 
 def show_run(document: dict[str, Any], out: Path) -> None:
@@ -176,36 +177,34 @@ def show_calibration(document: dict[str, Any]) -> None:
 
 def show_eval(document: dict[str, Any]) -> None:
     keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share")
-    full = document["full_depth"]
-    rows = [
-        [label, *(f"{float(part[key]):.4g}" for key in keys)]
-        for label, part in (("untouched", full), (document["label"], document))
-    ]
+    full, note = document["full_depth"], document.get("note")
+    parts = {"untouched": full} if note else {"untouched": full, document["label"]: document}
+    rows = [[label, *(f"{float(part[key]):.4g}" for key in keys)] for label, part in parts.items()]
     table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)
-    print(f"\n{document['num_tokens']} tokens scored")
+    print(f"\n{document['num_tokens']} tokens scored" + (f"; {document['label']}: {note}" if note else ""))
     if "tasks" in document:
-        from anydepth.measure.results import task_scores
-
-        print()
-        rows = [
-            [
-                name,
-                metric,
-                str(task["num_items"]),
-                _with_error(*task_scores(full["tasks"][name])[metric]),
-                _with_error(*score),
-                _change(task, metric),
-                f"{task['layer_token_share']:.3g}",
-            ]
-            for name, task in document["tasks"].items()
-            for metric, score in task_scores(task).items()
-        ]
-        table(["task", "metric", "items", "untouched", document["label"], "change", "FLOP share"], rows)
-        print("± one standard error; of the change over the same items")
+        _show_tasks(document)
     if "exits" in document:
         print()
         rows = [[str(row["layers"]), f"{row['loss']:.3f}", f"{row['agreement']:.3f}"] for row in document["exits"]]
         table(["layers", "loss", "agreement"], rows)
+
+
+def _show_tasks(document: dict[str, Any]) -> None:
+    """Print scores of tasks; those of the adapted model where they can differ."""
+    from anydepth.measure.results import task_scores
+
+    full = document["full_depth"]["tasks"]
+    columns, rows = ["task", "metric", "items", "untouched", document["label"], "change", "FLOP share"], []
+    for name, task in document["tasks"].items():
+        for metric, score in task_scores(task).items():
+            ours = [_with_error(*score), _change(task, metric), f"{task['layer_token_share']:.3g}"]
+            rows.append([name, metric, str(task["num_items"]), _with_error(*task_scores(full[name])[metric]), *ours])
+    if all("changes" not in task for task in document["tasks"].values()):
+        columns, rows = columns[:4], [row[:4] for row in rows]
+    print()
+    table(columns, rows)
+    print("± one standard error; of the change over the same items")
 
 
 def _with_error(score: float, error: float | None) -> str:

@@ -76,7 +76,7 @@ def evaluate(
     data: Data = "embedded:valid",
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks as well, on engine hf: arc_easy,mmlu; local ones need no network.")
+        str | None, typer.Option(help="Score lm-eval tasks as well: arc_easy,mmlu; local ones need no network.")
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompts of tasks; each has its own.")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first windows, and items of each task.")] = None,
@@ -92,7 +92,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity with routing on, beside the untouched model."""
-    from anydepth.inference.engine import choose
+    from anydepth.inference.engine import choose, label_of
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
     from anydepth.measure.results import document
@@ -106,8 +106,11 @@ def evaluate(
     names = _task_names(tasks) if tasks else []
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
     fast = choose(adapted, engine, weights, printer.progress)
-    if fast is not None and (names or exits):
-        raise UserError("--tasks and --exits run the Hugging Face model; leave out --engine and --weights")
+    if fast is not None and exits:
+        raise UserError("--exits runs the Hugging Face model; leave out --engine and --weights")
+    if names:
+        _check_windows(adapted, tokenizer, names)
+    label = "full depth" if full_depth else label_of(adapted, fast)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
     printer.progress(f"scoring {windows.numel()} tokens of {data} …")
     config = {
@@ -129,8 +132,7 @@ def evaluate(
     if names:
         say = None if quiet else printer.progress
         shared = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed, "say": say}
-        _add_tasks(fields, adapted, tokenizer, names, full_depth, **shared)
-    label = "full depth" if full_depth else adapted.label
+        _add_tasks(fields, adapted, tokenizer, names, fast, label, full_depth, **shared)
     printer.result(document("anydepth.eval/1", seed=seed, config=config, label=label, **fields), show_eval)
 
 
@@ -152,17 +154,34 @@ def _task_names(tasks: str) -> list[str]:
     return names
 
 
+def _check_windows(adapted: Any, tokenizer: Any, names: list[str]) -> None:
+    """Raise `UserError` for a task that the model's window is too small for; before anything is scored."""
+    from anydepth.measure.lm_eval import check_windows
+
+    check_windows(adapted, tokenizer, names)
+
+
 def _add_tasks(
-    fields: dict[str, Any], adapted: Any, tokenizer: Any, names: list[str], full_depth: bool, **options: Any
+    fields: dict[str, Any],
+    adapted: Any,
+    tokenizer: Any,
+    names: list[str],
+    fast: Any,
+    label: str,
+    full_depth: bool,
+    **options: Any,
 ) -> None:
-    """Scores of tasks, with routing on and, under `full_depth`, of the untouched model."""
+    """Add scores of tasks, as attached and, under `full_depth`, of the untouched model."""
+    from anydepth.measure.evaluate import engine_of_base, why_the_same
     from anydepth.measure.lm_eval import add_changes, score_tasks
 
     full = fields["full_depth"]
     with adapted.untouched():
-        full["tasks"] = fields["tasks"] = score_tasks(adapted, tokenizer, names, **options, who="untouched")
-    if adapted.methods and not full_depth:
-        fields["tasks"] = score_tasks(adapted, tokenizer, names, **options, who=adapted.label)
+        base = engine_of_base(adapted, fast)
+        full["tasks"] = score_tasks(adapted, tokenizer, names, **options, engine=base, who="untouched")
+    fields["tasks"] = full["tasks"]
+    if not full_depth and why_the_same(adapted, fast) is None:
+        fields["tasks"] = score_tasks(adapted, tokenizer, names, **options, engine=fast, who=label)
     add_changes(fields["tasks"], full["tasks"])
 
 
@@ -206,6 +225,7 @@ def bench(
     import torch
 
     from anydepth.cli.comparison import check_comparison, compare_ways, show_comparison
+    from anydepth.inference.engine import label_of
     from anydepth.measure.bench import bench as time_pairs
     from anydepth.measure.bench import bench_prompts, load_prompts
     from anydepth.measure.prompts import read_prompts
@@ -261,7 +281,9 @@ def bench(
     queues = []
     if requests is not None:
         queues = [row for fast in engines for row in throughput(fast, ids, num_requests=requests, **queue)]
-    result = document("anydepth.bench/1", seed=seed, config=config, label=adapted.label, rows=rows, queues=queues)
+    result = document(
+        "anydepth.bench/1", seed=seed, config=config, label=label_of(adapted, *engines), rows=rows, queues=queues
+    )
     printer.result(result, show_bench)
 
 
@@ -324,7 +346,9 @@ def analyze(
     And whether it depends on the token at all.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("as_json", "quiet")}
+    from anydepth.inference.engine import label_of
     from anydepth.measure.analyze import analyze as look
+    from anydepth.measure.evaluate import why_the_same
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
@@ -336,8 +360,8 @@ def analyze(
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
     arguments["dtype"] = dtype_name(adapted)
-    if adapted.speculation is not None:
-        raise UserError(f"{target} only drafts with what it skips: every token runs every layer in the end")
+    if adapted.methods and (why := why_the_same(adapted)) is not None:
+        raise UserError(f"{target} has no depth to analyze: {why}")
     others = [load_target(other, dtype=dtype, device=device)[0] for other in compare or []]
     for other, name in zip(others, compare or [], strict=True):
         if other.backbone.num_layers != adapted.backbone.num_layers:
@@ -359,7 +383,7 @@ def analyze(
         seed=seed,
         track=printer.track,
     )
-    result = document("anydepth.analyze/1", seed=seed, config=arguments, label=adapted.label, **fields)
+    result = document("anydepth.analyze/1", seed=seed, config=arguments, label=label_of(adapted), **fields)
     printer.result(result, show_analysis)
 
 

@@ -53,7 +53,7 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Text, with the depth of every token."""
-    from anydepth.inference.engine import choose, verifies_bitwise
+    from anydepth.inference.engine import choose, label_of, verifies_bitwise
     from anydepth.inference.generate import generate as write
     from anydepth.inference.sampling import check_source, told_of_generate, use_defaults
     from anydepth.measure.results import document
@@ -89,8 +89,10 @@ def generate(
         "lossless": lossless,
         "generation_config": generation_config,
         "options": options,
+        "engine": "hf" if fast is None else "fast",
+        "weights": dtype if fast is None else fast.model.weights,
     }
-    result = document("anydepth.generate/1", seed=seed, config=config, label=adapted.label, **fields)
+    result = document("anydepth.generate/1", seed=seed, config=config, label=label_of(adapted, fast), **fields)
     printer.result(result, lambda document: show_text(document, show_depth))
     drafted = result.get("mean_acceptance_length")
     a_round = f", {drafted:.2f} a verification" if drafted else ""

@@ -81,34 +81,39 @@ def layer_cost(view: LayerView) -> LayerCost:
     return LayerCost(mixer, skipped, 4 * heads * width, ffn)
 
 
-def flops(backbone: Backbone, trace: Trace) -> FlopCount:
-    """FLOPs of everything a trace says ran, real tokens only, and of full depth on the same tokens."""
+def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[int] | None = None) -> FlopCount:
+    """FLOPs of everything a trace says ran, real tokens only, and of full depth on the same tokens.
+
+    Args:
+        since: count the forwards from this one on, of those that shared a cache; decisions and logits of all.
+        filled: by layer, of how many first tokens the K/V were in the cache before those forwards; None is of none.
+    """
     layers = full = 0
     for layer_idx, view in enumerate(backbone.layers):
-        ran, whole = _layer_flops(view, layer_idx, trace)
+        ran, whole = _layer_flops(view, layer_idx, trace, since, filled[layer_idx] if filled else 0)
         layers, full = layers + ran, full + whole
     head = sum(trace.head_rows) * _linear_flops(backbone.head)
     return FlopCount(layers + trace.other_flops, full, head, trace.router_flops)
 
 
-def _layer_flops(view: LayerView, layer_idx: int, trace: Trace) -> tuple[int, int]:
-    cost, real = layer_cost(view), trace.token_mask
+def _layer_flops(view: LayerView, layer_idx: int, trace: Trace, since: int, filled: int) -> tuple[int, int]:
+    cost, real, first = layer_cost(view), trace.token_mask, sum(trace.pass_lengths[:since])
     mixer_keep, ffn_keep = trace.mixer_keep[layer_idx] & real, trace.ffn_keep[layer_idx] & real
-    num_tokens, num_mixed, num_fed = int(real.sum()), int(mixer_keep.sum()), int(ffn_keep.sum())
-    omits, late = trace.kv_rules[layer_idx] == "omit", int(trace.late[layer_idx].sum())
-    num_mixed, num_fed = num_mixed + late, num_fed + late
+    num_tokens, num_mixed, num_fed = (int(which[:, first:].sum()) for which in (real, mixer_keep, ffn_keep))
+    omits, late = trace.kv_rules[layer_idx] == "omit", trace.late[layer_idx].sum(0).tolist()
+    num_mixed, num_fed = num_mixed + sum(late[since:]), num_fed + sum(late[since:])
     if view.is_recurrent and not omits:
         num_mixed = num_tokens  # its state sees every token
-    pairs, all_pairs = _attended_pairs(mixer_keep, real, trace, omits, trace.late[layer_idx].sum(0).tolist())
+    pairs, all_pairs = _attended_pairs(mixer_keep, real, trace, omits, late, since)
     ran = num_mixed * cost.mixer + pairs * cost.per_pair + num_fed * cost.ffn
     if trace.kv_rules[layer_idx] == "project":
-        ran += _num_projected(mixer_keep, real, trace) * cost.skipped_mixer * (not view.is_recurrent)
+        ran += _num_projected(mixer_keep, real, trace, filled) * cost.skipped_mixer * (not view.is_recurrent)
     return ran, num_tokens * (cost.mixer + cost.ffn) + all_pairs * cost.per_pair
 
 
-def _num_projected(keep: Tensor, real: Tensor, trace: Trace) -> int:
+def _num_projected(keep: Tensor, real: Tensor, trace: Trace, filled: int) -> int:
     """Tokens whose K/V are projected alone: with a cache, once a token of the same or a later forward needs them;
-    without one, in the rows where some token attends."""
+    without one, in the rows where some token attends. The first `filled` tokens have theirs."""
     skipped = real & ~keep
     if not trace.cached:
         return int(skipped[keep.any(1)].sum())
@@ -116,19 +121,22 @@ def _num_projected(keep: Tensor, real: Tensor, trace: Trace) -> int:
     for start, length in zip(accumulate([0, *trace.pass_lengths]), trace.pass_lengths, strict=False):
         if keep[:, start : start + length].any():
             needed = start + length
-    return int(skipped[:, :needed].sum())
+    return int(skipped[:, filled:needed].sum())
 
 
-def _attended_pairs(keep: Tensor, real: Tensor, trace: Trace, omits: bool, late: list[int]) -> tuple[int, int]:
+def _attended_pairs(
+    keep: Tensor, real: Tensor, trace: Trace, omits: bool, late: list[int], since: int
+) -> tuple[int, int]:
     """Query-key pairs that attention computes as run, and at full depth (masked pairs are computed too)."""
     pairs = all_pairs = seen = slots = 0
     passes = (keep.split(trace.pass_lengths, dim=1), real.split(trace.pass_lengths, dim=1), late)
-    for kept, tokens, num_late in zip(*passes, strict=True):
+    for number, (kept, tokens, num_late) in enumerate(zip(*passes, strict=True)):
         per_row = kept.sum(1)
         length = tokens.shape[1]
-        keys = slots + per_row if omits else torch.full_like(per_row, seen + length)
-        pairs += int((per_row * keys).sum()) + num_late * (seen + length)
-        all_pairs += int(tokens.sum()) * (seen + length)
+        if number >= since:
+            keys = slots + per_row if omits else torch.full_like(per_row, seen + length)
+            pairs += int((per_row * keys).sum()) + num_late * (seen + length)
+            all_pairs += int(tokens.sum()) * (seen + length)
         if trace.cached:
             seen += length
             slots += int(per_row.max())

@@ -92,6 +92,23 @@ class PassRecord:
             other_flops=self.other_flops // len(self.token_mask),
         )
 
+    def first(self, num_tokens: int) -> PassRecord:
+        """Return the decisions for the first tokens of this forward, at no cost: it has been counted with the whole."""
+
+        def part(keeps: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer_idx: keep[:, :num_tokens] for layer_idx, keep in keeps.items()}
+
+        return PassRecord(
+            self.token_mask[:, :num_tokens],
+            self.past_length,
+            self.cached,
+            self.num_layers,
+            mixer_keep=part(self.mixer_keep),
+            ffn_keep=part(self.ffn_keep),
+            kv_rules=self.kv_rules,
+            other_keep=part(self.other_keep),
+        )
+
     def stacked(self) -> tuple[Tensor, Tensor]:
         """`mixer_keep` and `ffn_keep` as (L, B, T)."""
         return self._stack(self.mixer_keep), self._stack(self.ffn_keep)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.training.checkpoint import has_adapter
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 """Hands on what it is given, and shows how far it is."""
@@ -64,6 +65,31 @@ def _entropy(share: float) -> float:
     return -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
 
 
+def why_the_same(adapted: AdaptedModel, engine: FastEngine | None = None) -> str | None:
+    """Say why scores are those of the untouched model, where they are; None where something can change them.
+
+    Args:
+        engine: that scores; one whose weights have fewer bits than the model's changes them.
+    """
+    if has_adapter(adapted) or (engine is not None and engine.packs):
+        return None
+    if adapted.speculation is not None:
+        return "drafting does not change scores: full depth verifies every token"
+    if any(method.decides_at_inference for method in adapted.active_methods):
+        return None
+    return f"{' + '.join(adapted.methods) or 'nothing'} is attached, and every token runs every layer"
+
+
+def engine_of_base(adapted: AdaptedModel, engine: FastEngine | None) -> FastEngine | None:
+    """Return an engine for the untouched model, next to one of the adapted; None: the Hugging Face model scores it.
+
+    An engine has a LoRA adapter folded in; the untouched model has its own weights, in its own precision.
+    """
+    if engine is None or has_adapter(adapted):
+        return None
+    return FastEngine(adapted) if engine.packs else engine
+
+
 @torch.no_grad()
 def evaluate(
     adapted: AdaptedModel,
@@ -76,25 +102,28 @@ def evaluate(
     """Loss, depth and agreement on (N, T) windows, each scored without the others.
 
     Returns the fields of `anydepth.eval/1` for the adapted model, with those of the untouched model (gates and LoRA
-    off; its own weights whatever the engine's) under `full_depth`.
+    off; its own weights whatever the engine's) under `full_depth`. Where nothing can differ, text is scored once, and
+    `note` says why.
 
     Args:
         engine: score its logits; None is the Hugging Face model.
         track: told of the windows as they are scored.
     """
     adapted.eval()
-    ours, untouched = Tally(), Tally()
+    ours, untouched, why = Tally(), Tally(), why_the_same(adapted)
+    at_once = full_depth_only or (engine is None and why is not None)
     for window in track(windows):
         token_ids = window[None].to(adapted.device)
         with adapted.untouched():
             reference = adapted(input_ids=token_ids, use_cache=False).logits
         _add(untouched, adapted, token_ids, reference, reference, at_full_depth=True)
-        if not full_depth_only:
+        if not at_once:
             logits = _logits(adapted, token_ids, engine)
             _add(ours, adapted, token_ids, logits, reference, at_full_depth=False)
     full_depth = untouched.fields()
     mixers = {"mixers": ours.mixers()} if any(ours.other_kept) else {}
-    return {**(full_depth if full_depth_only else ours.fields()), **mixers, "full_depth": full_depth}
+    note = {"note": why} if at_once and not full_depth_only else {}
+    return {**(full_depth if at_once else ours.fields()), **mixers, **note, "full_depth": full_depth}
 
 
 def _logits(adapted: AdaptedModel, token_ids: Tensor, engine: FastEngine | None) -> Tensor:

@@ -91,7 +91,11 @@ def list_methods() -> list[dict[str, Any]]:
     listed = []
     for name, method in METHODS.items():
         options = {
-            key: {"help": field.description, "default": field.get_default(call_default_factory=True)}
+            key: {
+                "help": field.description,
+                "required": field.is_required(),
+                "default": None if field.is_required() else field.get_default(call_default_factory=True),
+            }
             for key, field in method.Config.model_fields.items()
         }
         listed.append(

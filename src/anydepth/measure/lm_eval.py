@@ -21,6 +21,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models import huggingface
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from torch import Tensor
@@ -30,7 +31,9 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.results import error_name
+from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import LOCAL, Spec, task_named, where_to_look
 from anydepth.training.checkpoint import load_target
 
@@ -63,6 +66,7 @@ class AnydepthLM(Base):
 
     Args:
         target: what the command line takes as TARGET, or a model with methods attached (its tokenizer beside it).
+        engine: the fast engine of that model, to score and to generate with; None is the Hugging Face model.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class AnydepthLM(Base):
         dtype: Any = "auto",
         device: str | None = None,
         batch_size: int | str | None = 1,
+        engine: FastEngine | None = None,
         **options: Any,
     ) -> None:
         if str(batch_size).startswith("auto"):
@@ -81,12 +86,17 @@ class AnydepthLM(Base):
             asks_for_nothing = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
             target, tokenizer = load_target(target, dtype=dtype, device="cpu" if asks_for_nothing else device or "cpu")
         super().__init__(pretrained=target, tokenizer=tokenizer, batch_size=batch_size, **options)
-        self.adapted, self.work = target, Work()
+        self.adapted, self.engine, self.work = target, engine, Work()
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         """In batches of one length: lm-eval pads without a mask, and padding would be routed and counted."""
         whole = [len(context) + len(scored) for _, context, scored in requests]
+        longest = max((len(scored) for _, _, scored in requests), default=0)
+        if longest > self.max_length:
+            raise UserError(f"an answer to score has {longest} tokens, more than {self._the_window}")
         self.work.num_truncated += sum(length > self.max_length + 1 for length in whole)
+        if self.engine is not None:
+            return self._by_engine(self.engine, requests, disable_tqdm)
         lengths = [min(length, self.max_length + 1) for length in whole]
         answers: list[Any] = [None] * len(lengths)
         with tqdm(total=len(lengths), disable=disable_tqdm or None, desc="requests", leave=False) as bar:
@@ -98,6 +108,31 @@ class AnydepthLM(Base):
                 bar.update(len(places))
         return answers
 
+    def _by_engine(self, engine: FastEngine, requests: Any, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        """Score requests in the order of their tokens, so that those that begin alike follow each other."""
+        texts = [(context + scored)[-(self.max_length + 1) :] for _, context, scored in requests]
+        prefixes = SharedPrefixes(engine, self._add)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(texts)
+        order = sorted(range(len(texts)), key=texts.__getitem__)
+        for place in tqdm(order, disable=disable_tqdm or None, desc="requests", leave=False):
+            scored = torch.tensor(requests[place][2], device=engine.model.device)
+            logits = prefixes.score(texts[place][:-1], len(scored)).float()
+            chosen = logits.log_softmax(-1).gather(1, scored[:, None])
+            answers[place] = float(chosen.sum()), bool((logits.argmax(-1) == scored).all())
+        return answers
+
+    @property
+    def _the_window(self) -> str:
+        return (
+            f"the model's window of {self.max_length} takes; leave out this task, or use a model with a longer window"
+        )
+
+    def check_room(self, options: dict[str, Any]) -> None:
+        """Raise `UserError` where no token of a prompt fits next to the new ones that a task's options ask for."""
+        new_tokens = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+        if new_tokens >= self.max_length:
+            raise UserError(f"a prompt and {new_tokens} new tokens are more than {self._the_window}")
+
     def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None, **options: Any) -> Any:
         if left_truncate_len:
             self.work.num_truncated += sum(len(self.tok_encode(text)) > left_truncate_len for text in strings)
@@ -105,6 +140,8 @@ class AnydepthLM(Base):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Row by row where drafts are made: there lm-eval's stop rule, which keeps book of a batch, is asked by row."""
+        for request in requests:
+            self.check_room(request.args[1])
         before = self.batch_size_per_gpu
         self.batch_size_per_gpu = before if self.adapted.speculation is None else 1
         try:
@@ -119,15 +156,28 @@ class AnydepthLM(Base):
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        ids = super()._model_generate(context, max_length, stop, **options)
+        with self._generating_by_engine():
+            ids = super()._model_generate(context, max_length, stop, **options)
         self._count()
         return ids
 
+    @contextmanager
+    def _generating_by_engine(self) -> Iterator[None]:
+        """Let lm-eval call `generate` of the fast engine, where there is one."""
+        before = self._model
+        self._model = before if self.engine is None else self.engine
+        try:
+            yield
+        finally:
+            self._model = before
+
     def _count(self) -> None:
         if self.adapted.is_enabled:
-            count = cost.flops(self.adapted.backbone, self.adapted.last_trace)
-            self.work.layers += count.layers
-            self.work.full_depth += count.full_depth_layers
+            self._add(cost.flops(self.adapted.backbone, self.adapted.last_trace))
+
+    def _add(self, count: cost.FlopCount) -> None:
+        self.work.layers += count.layers
+        self.work.full_depth += count.full_depth_layers
 
 
 register_model("anydepth")(AnydepthLM)
@@ -149,11 +199,26 @@ def check_tasks(names: Sequence[str]) -> TaskManager:
     return manager
 
 
+def check_windows(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> None:
+    """Raise `UserError` for a task that generates more than fits the model's window.
+
+    Tasks are read from lm-eval's files; those of a group are checked when they are scored.
+    """
+    manager, lm = check_tasks(names), AnydepthLM(adapted, tokenizer)
+    for name in names:
+        for spec in task_named(name).specs:
+            path = manager.task_index[spec if isinstance(spec, str) else spec["task"]].yaml_path
+            own = {} if path is None else load_yaml(path, resolve_func=False)
+            if own.get("output_type") == "generate_until":
+                lm.check_room(own.get("generation_kwargs") or {})
+
+
 def score_tasks(
     adapted: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     *,
+    engine: FastEngine | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -167,18 +232,19 @@ def score_tasks(
 
     Args:
         names: lm-eval's, those of `measure/tasks.py` on local files.
+        engine: the fast engine of the model, to score and to generate with; None is the Hugging Face model.
         num_fewshot: examples in the prompt; None is what each benchmark was published with.
         limit: score only the first items (of each part of a benchmark in parts).
         say: told of each task, and `who` is scored, lm-eval's progress bars on standard error below it; None is silent.
 
     Raises:
-        UserError: lm-eval has no such task, or its documents cannot be had.
+        UserError: lm-eval has no such task, its documents are not available, or its answers do not fit the window.
     """
     manager = check_tasks(names)
     adapted.eval()
     scores = {}
     with _quiet_logger(), nullcontext() if say else redirect_stderr(StringIO()):
-        lm = AnydepthLM(adapted, tokenizer)
+        lm = AnydepthLM(adapted, tokenizer, engine=engine)
         for name in names:
             task = task_named(name)
             shots = task.num_fewshot if num_fewshot is None else num_fewshot

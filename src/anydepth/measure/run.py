@@ -337,7 +337,8 @@ class Runner:
         """How reports call this run."""
         names = [str(method["name"]) for method in self.recipe.methods] or ["full depth"]
         lora = self.recipe.train is not None and self.recipe.train.lora is not None
-        return " + ".join([*names, *(["LoRA"] if lora else [])])
+        label = " + ".join([*names, *(["LoRA"] if lora else [])])
+        return f"{label}, {kind} weights" if (kind := self.recipe.model.quantisation) else label
 
     def _base(self) -> Any:
         model, target = self.recipe.model, self.recipe.model.target

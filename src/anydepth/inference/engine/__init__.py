@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "hf", "fast")
 
 
+def label_of(adapted: AdaptedModel, *engines: FastEngine | None) -> str:
+    """Name what is attached, a LoRA adapter too, and the weights of engines that hold them in fewer bits."""
+    from peft import PeftModel
+
+    label = f"{adapted.label} + LoRA" if isinstance(adapted.model, PeftModel) else adapted.label
+    packed = dict.fromkeys(engine.model.weights for engine in engines if engine is not None and engine.packs)
+    return ", ".join([label, *(f"{kind} weights" for kind in packed)])
+
+
 def choose(
     adapted: AdaptedModel,
     engine: str = "auto",

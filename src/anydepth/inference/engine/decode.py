@@ -23,6 +23,7 @@ from anydepth.execution.trace import PassRecord
 from anydepth.inference.drafters import Trained
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.model import EngineModel
+from anydepth.inference.engine.weights import WEIGHT_ONLY
 from anydepth.inference.loop import check_mode, generate_by
 from anydepth.inference.next_token import Stops, largest
 from anydepth.inference.speculate import Setup, decode, records_of, setup_of
@@ -56,6 +57,11 @@ class FastEngine:
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
         self.drafting: Setup | None = None
         self.turn = threading.RLock()
+
+    @property
+    def packs(self) -> bool:
+        """Whether the weights have fewer bits here than in the model."""
+        return self.model.weights in WEIGHT_ONLY
 
     def trained(self, network: DraftNetwork) -> Trained:
         """A drafter that runs a trained network beside these weights."""

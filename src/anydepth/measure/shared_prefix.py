@@ -1,0 +1,69 @@
+"""Logits of many texts on the fast engine; what a text shares with the one before it is not run again.
+
+Few-shot examples and the choices of one question begin alike: the slot of the engine's cache is rewound to the common
+prefix, and only the rest runs. Decisions are causal, so they are those of a run of the whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from anydepth.execution import cost
+from anydepth.execution.trace import PassRecord, Trace
+from anydepth.inference.engine.decode import FastEngine
+
+
+class SharedPrefixes:
+    """One sequence of the engine's cache, from which each next text keeps what it begins with.
+
+    Args:
+        count: called with what each text cost, of the tokens that really ran.
+    """
+
+    def __init__(self, engine: FastEngine, count: Callable[[cost.FlopCount], None]) -> None:
+        self.engine, self.count = engine, count
+        self.cache = engine.model.new_cache(1)
+        self.slot = self.cache.take_slot()
+        self.ids: list[int] = []
+        self.records: list[PassRecord] = []
+        self.logits = torch.empty(0)
+
+    @torch.no_grad()
+    def score(self, token_ids: Sequence[int], num_last: int) -> Tensor:
+        """Return the (num_last, V) logits of the last tokens of a text, as one run of all of it gives them."""
+        ids = list(token_ids)
+        if ids == self.ids and num_last == len(self.logits):
+            return self.logits
+        kept = min(_num_shared(self.ids, ids), len(ids) - num_last)
+        self.cache.rewind(self.slot, kept)
+        self.records = _first(self.records, kept)
+        filled = [layer.counts[self.slot] for layer in self.cache.layers]
+        model, adapted = self.engine.model, self.engine.adapted
+        rest = torch.tensor([ids[kept:]], device=model.device)
+        hidden, record = model.forward(rest, [self.slot], self.cache, adapted.active_methods)
+        record.head_rows = num_last
+        self.ids, self.records = ids, [*self.records, record]
+        self.logits = model.logits(hidden[0, -num_last:])
+        trace = Trace.join(self.records)
+        self.count(cost.flops(adapted.backbone, trace, since=len(self.records) - 1, filled=filled))
+        return self.logits
+
+
+def _num_shared(before: Sequence[int], now: Sequence[int]) -> int:
+    """Return how many first tokens two texts have in common."""
+    pairs = enumerate(zip(before, now, strict=False))
+    return next((place for place, (old, new) in pairs if old != new), min(len(before), len(now)))
+
+
+def _first(records: Sequence[PassRecord], num_tokens: int) -> list[PassRecord]:
+    """Return the records of a text's first tokens; their cost has been counted."""
+    kept = []
+    for record in records:
+        length = min(record.token_mask.shape[1], num_tokens)
+        if length:
+            kept.append(record.first(length))
+        num_tokens -= length
+    return kept

@@ -1,0 +1,39 @@
+"""What `anydepth methods` lists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anydepth.cli.display import show_methods
+from anydepth.measure.inspect import list_methods
+from anydepth.measure.results import document, plain
+from anydepth.methods import METHODS
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "add-a-method.md"
+
+
+def the_guides_own_method() -> Any:
+    """The method that the guide writes, from the guide's text."""
+    scope: dict[str, Any] = {"__name__": "every_other"}
+    code = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)[0]
+    exec(compile(code.replace("from __future__ import annotations", ""), str(GUIDE), "exec"), scope)
+    return scope["EveryOther"]
+
+
+def test_an_option_without_a_default_is_listed_as_required(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C21: the guide's example, registered as the guide says."""
+    monkeypatch.setitem(METHODS, "every_other", the_guides_own_method())
+    result = document("anydepth.methods/1", seed=0, config={}, methods=list_methods())
+    listed = json.loads(json.dumps(plain(result)))["methods"][-1]
+    assert listed["options"]["layer"] == {"help": "The layer that even tokens skip.", "required": True, "default": None}
+    assert listed["options"]["kv_rule"]["required"] is False
+    assert listed["options"]["kv_rule"]["default"] == "project"
+    show_methods(result)
+    assert "layer = required: The layer that even tokens skip." in capsys.readouterr().out
