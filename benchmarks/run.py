@@ -23,6 +23,7 @@ from anydepth.config import Recipe, validate
 from anydepth.errors import RunError, UserError
 from anydepth.measure.results import document, read_document, write_json
 from anydepth.measure.run import Runner
+from anydepth.measure.statistics import is_noise
 from anydepth.training.checkpoint import own_base
 
 STAGES = ("search", "fit", "train", "evaluate", "bench")
@@ -152,9 +153,9 @@ def table_rows(name: str, seed: int, stages: dict[str, Any], *, has_own_base: bo
         rows.append({"variant": "untouched", **{key: quality["full_depth"][key] for key in keys}})
     for measured in stages.get("bench", {}).get("rows", []):
         what = f"{measured['prompt_tokens']}+{measured['new_tokens']} {measured['dtype']}"
-        row[f"speedup {what}"] = measured["speedup"]
-        for phase in ("prefill", "decode"):
-            row[f"{phase} {what}"] = measured[phase]
+        if measured["speedup"] is not None:
+            row[f"speedup {what}"] = measured["speedup"]
+            row |= {f"{phase} {what}": measured[phase] for phase in ("prefill", "decode")}
     return [*rows, row]
 
 
@@ -194,10 +195,17 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def times(row: dict[str, Any], key: str) -> str:
-    """Measured speed-up, and in brackets how much of the ideal that is; nothing where it was not measured."""
+    """Measured speed-up, and in brackets how much of the ideal that is; nothing where it was not measured.
+
+    Where every layer runs there is no speed-up to tell, and where its interval contains 1 it is noise.
+    """
+    if row["layer_token_share"] == 1:
+        return "1×"
     if key not in row:
-        return "1×" if row["variant"] == "untouched" else ""
-    return f"{row[key]['speedup']:.2f}× ({row[key]['realised']:.2f})"
+        return ""
+    interval = row[key].get("speedup_interval")
+    noise = ", noise" if interval is not None and is_noise(interval) else ""
+    return f"{row[key]['speedup']:.2f}× ({row[key]['realised']:.2f}{noise})"
 
 
 if __name__ == "__main__":

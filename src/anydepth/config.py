@@ -230,7 +230,7 @@ class BenchConfig(StrictConfig):
     batch_sizes: list[int] = Field(default=[1], description="Rows generated together.")
     prompt_tokens: list[int] = Field(default=[64], description="Prompt lengths.")
     new_tokens: int = Field(default=64, ge=1, description="Tokens generated per row.")
-    num_runs: int = Field(default=5, ge=1, description="Measured pairs per row; medians are reported.")
+    num_runs: int = Field(default=5, ge=1, description="Pairs per row; up to three times as many while they vary.")
     dtypes: list[DType] = Field(default=[], description="Precisions to measure in; none is the model's own.")
     engine: Literal["auto", "hf", "fast"] = Field(default="auto", description="auto: fast where it runs the model.")
     data: str | None = Field(default=None, description="Text to take prompts from; the eval text when left out.")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import anydepth
+from anydepth.cli.display import show_bench
 from anydepth.errors import RunError, UserError
 from anydepth.execution.partial import PartialRunner
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure import timing
 from anydepth.measure.bench import bench
+from anydepth.measure.evaluate import evaluate
+from anydepth.measure.run import summary_of
 from anydepth.measure.self_check import self_check
+from anydepth.measure.statistics import is_noise, ratio_interval
+from anydepth.measure.throughput import throughput
 from tiny import tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}
@@ -84,6 +93,105 @@ def test_engines_in_turn_and_what_they_read() -> None:
         for side in ("full_depth", "adapted"):
             seconds = roof[side]["bytes_per_step"] / roof["read_bytes_per_second"]
             assert roof[side]["share"] == pytest.approx(seconds / row[side]["tpot_seconds"])
+
+
+class Clock:
+    """Timings from a list, of generations that really run: (full depth, adapted) seconds of each pair in turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[float, float]]) -> None:
+        self.pairs, self.asked = [pairs[0], *pairs], {True: 0, False: 0}  # the first warms up
+        self.generate = timing.time_generation
+        monkeypatch.setattr("anydepth.measure.bench.time_generation", self)
+
+    def __call__(self, *args: Any, full_depth: bool) -> timing.Timing:
+        found = self.generate(*args, full_depth=full_depth)
+        number = min(self.asked[full_depth], len(self.pairs) - 1)
+        self.asked[full_depth] += 1
+        total = self.pairs[number][not full_depth]
+        return dataclasses.replace(found, ttft=total / 4, total=total)
+
+
+def a_row(spec: Any = ROUTER, num_runs: int = 3, engines: Any = (None,)) -> dict[str, Any]:
+    adapted = anydepth.attach(tiny_llama(), spec)
+    options: dict[str, Any] = {"batch_sizes": [1], "prompt_tokens": [8], "new_tokens": 2, "num_runs": num_runs}
+    return bench(adapted, windows(), **options, engines=engines)[-1]
+
+
+def test_one_estimator_for_speed_and_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C19: medians of times said 49.3 against 45.3 tokens/s, the median of ratios 0.987, of the same pairs."""
+    pairs = [(0.040, 0.0405), (0.044, 0.0446), (0.050, 0.038), (0.046, 0.0466), (0.044, 0.036)]
+    full, ours = ([pair[side] for pair in pairs] for side in (0, 1))
+    assert median(full) > median(ours) and median(a / b for a, b in pairs) < 1  # what contradicted itself
+    Clock(monkeypatch, pairs * 3)
+    row = a_row(num_runs=5)
+    assert row["num_runs"] == 15 and row["is_noise"] is True  # they vary: more pairs, and still no difference
+    assert row["speedup"] == pytest.approx(median(a / b for a, b in pairs))
+    assert row["full_depth"]["tokens_per_second"] == pytest.approx(2 / median(full))
+    for part, key, power in ((row, "tokens_per_second", 1), (row["prefill"], "ttft_seconds", -1)):
+        ratio = (row["adapted"][key] / row["full_depth"][key]) ** power
+        assert ratio == pytest.approx(part["speedup"])
+    steps = row["full_depth"]["tpot_seconds"] / row["adapted"]["tpot_seconds"]
+    assert steps == pytest.approx(row["decode"]["speedup"])
+    low, high = row["speedup_interval"]
+    assert low < 1 < high and low < row["speedup"] < high
+
+
+def test_pairs_are_added_only_while_they_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C19: a clear difference needs no more of them."""
+    Clock(monkeypatch, [(0.0500, 0.0400), (0.0501, 0.0400), (0.0500, 0.0401)])
+    row = a_row()
+    assert row["num_runs"] == 3 and row["is_noise"] is False
+    assert row["speedup"] == pytest.approx(1.25) and 1.2 < row["speedup_interval"][0] < row["speedup_interval"][1] < 1.3
+    Clock(monkeypatch, [(0.05, 0.04), (0.05, 0.03), *[(0.05, 0.04)] * 20])
+    assert 3 < a_row()["num_runs"] <= 9
+
+
+def test_one_pair_shows_no_difference() -> None:
+    """C18, C19: nothing is known of its spread; that of two is Student's t with one degree of freedom."""
+    assert ratio_interval([1.5]) is None and is_noise(None)
+    found = ratio_interval([1.04, 1.06])
+    logs = [math.log(1.04), math.log(1.06)]
+    half = 12.7062 * math.sqrt(math.pi / 2) * stdev(logs) / 2**0.5
+    assert found == pytest.approx([math.exp(median(logs) - half), math.exp(median(logs) + half)])
+    assert is_noise(found) and not is_noise([1.01, 1.3]) and not is_noise([0.8, 0.99])
+    drawn = torch.distributions.LogNormal(0.0, 0.1).sample(torch.Size([2000, 7]))
+    covered = [is_noise(ratio_interval(row)) for row in drawn.tolist()]
+    assert 0.93 < mean(covered) < 0.98  # of equal sides it is told 19 times of 20 that they are
+
+
+def test_engines_agree_with_their_ratios() -> None:
+    """C19: across engines as well."""
+    adapted = anydepth.attach(tiny_llama(), ROUTER)
+    first, second = bench(
+        adapted, windows(), batch_sizes=[1], prompt_tokens=[8], new_tokens=3, num_runs=2,
+        engines=[None, FastEngine(adapted)],
+    )  # fmt: skip
+    for side in ("full_depth", "adapted"):
+        for part, key, power in (("total", "tokens_per_second", 1), ("prefill", "ttft_seconds", -1),
+                                 ("decode", "tpot_seconds", -1)):  # fmt: skip
+            ratio = (second[side][key] / first[side][key]) ** power
+            assert ratio == pytest.approx(second["over_first"][side][part])
+
+
+def test_nothing_attached_gets_no_speed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """C20: a model beside itself differs by noise alone."""
+    adapted = anydepth.attach(tiny_llama(), [])
+    rows = bench(
+        adapted, windows(), batch_sizes=[1], prompt_tokens=[8], new_tokens=3, num_runs=2,
+        engines=[None, FastEngine(adapted)],
+    )  # fmt: skip
+    for row in rows:
+        assert [row[key] for key in ("speedup", "speedup_interval", "realised", "prefill", "decode")] == [None] * 5
+        assert row["full_depth"]["tokens_per_second"] == row["adapted"]["tokens_per_second"] > 0
+    assert rows[1]["over_first"]["adapted"] == rows[1]["over_first"]["full_depth"]
+    queue = throughput(FastEngine(adapted), [windows()[0]], batch_sizes=[1], num_requests=1, new_tokens=2, num_runs=1)
+    assert queue[0]["speedup"] is None
+    show_bench({"rows": rows, "queues": queue})
+    printed = capsys.readouterr().out
+    assert printed.count("nothing attached") == 3 and "that the skipped work allows" not in printed
+    evaluation = {"schema": "anydepth.eval/1", "label": "full depth", **evaluate(adapted, windows(2))}
+    summary = summary_of([evaluation, {"schema": "anydepth.bench/1", "rows": rows}])
+    assert summary[1]["speedup"] is None and summary[1]["tokens_per_second"] == summary[0]["tokens_per_second"]
 
 
 @pytest.mark.parametrize("spec", [ROUTER, {**ROUTER, "kv_rule": "omit"}, {"name": "skip_set", "skip_mixers": [0, 3]}])

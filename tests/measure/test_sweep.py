@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from anydepth.cli.display import show_sweep
 from anydepth.errors import UserError
-from anydepth.measure.sweep import _front, _settings, plan
+from anydepth.measure.sweep import AXES, _front, _settings, plan
 from tiny import save_base, save_text
 
 pytestmark = pytest.mark.timeout(600)
@@ -142,18 +143,19 @@ def test_mistakes_are_told_before_anything_runs(
         plan(recipe, over, seeds)
 
 
-def point(name: str, perplexity: float, time_share: float, flops: float) -> dict[str, Any]:
+def point(name: str, perplexity: float, time_share: float, flops: float, around: float = 0.01) -> dict[str, Any]:
     numbers = dict.fromkeys(
-        ("agreement", "mean_depth", "speedup", "ideal_speedup", "realised", "tokens_per_second"), 1.0
+        ("agreement", "mean_depth", "speedup", "ideal_speedup", "realised", "tokens_per_second", "gflops_per_token"),
+        1.0,
     )
     return {
         **numbers,
         "values": {"methods.0.x": name},
         "perplexity": perplexity,
         "time_share": time_share,
-        "time_share_range": [time_share - 0.01, time_share + 0.01],
+        "time_share_range": [time_share - around, time_share + around],
         "layer_token_share": flops,
-        "full_depth": {"perplexity": 10.0, "tokens_per_second": 1.0},
+        "full_depth": {"perplexity": 10.0, "tokens_per_second": 1.0, "gflops_per_token": 1.0},
     }
 
 
@@ -169,9 +171,29 @@ def test_a_front_is_what_nothing_beats() -> None:
     assert _front(settings, "time") == ["x fast", "full depth"]
     assert settings[1]["time_share_range"] == pytest.approx([0.49, 0.71])
     assert _front(settings, "flops") == ["x slow", "full depth"]
-    # A percent of time is no difference: the better one beats the one that was a little faster.
-    settings = _settings([point("a", 12.0, 0.600, 0.9), point("b", 11.0, 0.606, 0.9005)])
+    # Ranges that meet are no difference: the better one beats the one that was a little faster.
+    settings = _settings([point("a", 12.0, 0.600, 0.9), point("b", 11.0, 0.606, 0.9)])
     assert _front(settings, "time") == _front(settings, "flops") == ["x b", "full depth"]
-    # Each is hardly cheaper than the next: who is much cheaper than the best stays.
-    steps = _settings([point("a", 12.0, 0.600, 0.9), point("b", 11.0, 0.610, 0.9), point("c", 10.5, 0.620, 0.9)])
-    assert _front(steps, "time") == ["x a", "x c", "full depth"]
+    # However small the difference is, where the spread is smaller it is one.
+    settings = _settings([point("a", 12.0, 0.600, 0.89, 0.001), point("b", 11.0, 0.606, 0.9, 0.001)])
+    assert _front(settings, "time") == _front(settings, "flops") == ["x a", "x b", "full depth"]
+    # Each is hardly cheaper than the next: one that is much cheaper than the best stays.
+    steps = [("a", 12.0, 0.60), ("b", 11.0, 0.61), ("c", 10.5, 0.62)]
+    settings = _settings([point(name, perplexity, cost, 0.9, 0.006) for name, perplexity, cost in steps])
+    assert _front(settings, "time") == ["x a", "x c", "full depth"]
+
+
+def test_an_interval_with_full_depth_in_it_is_no_difference() -> None:
+    """C18: two pairs gave 0.954, from 0.873 to 1.05; such a row was marked as faster than full depth."""
+    row = {**point("a", 12.0, 0.954, 0.9), "time_share_range": [0.873, 1.05]}
+    document = {"settings": _settings([row]), "front": {axis: _front(_settings([row]), axis) for axis in AXES}}
+    assert document["front"] == {"time": ["full depth"], "flops": ["x a", "full depth"]}
+
+
+def test_the_table_marks_what_is_on_the_front(capsys: pytest.CaptureFixture[str]) -> None:
+    """C18: what a reader sees."""
+    rows = [{**point("a", 12.0, 0.954, 0.9), "time_share_range": [0.873, 1.05]}, point("b", 13.0, 0.8, 0.9)]
+    settings = _settings(rows)
+    show_sweep({"settings": settings, "front": {axis: _front(settings, axis) for axis in AXES}})
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "0.954 (0.873–1.05) *" not in lines["x a"] and "0.8 (0.79–0.81) *" in lines["x b"]

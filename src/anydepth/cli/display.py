@@ -101,23 +101,28 @@ def show_methods(document: dict[str, Any]) -> None:
 
 
 def show_run(document: dict[str, Any], out: Path) -> None:
+    keys = ("perplexity", "agreement", "mean_depth", "layer_token_share", "tokens_per_second", "speedup",
+            "ideal_speedup", "realised")  # fmt: skip
     rows = []
     for row in document["summary"]:
-        numbers = [
-            row.get(key)
-            for key in (
-                "perplexity",
-                "agreement",
-                "mean_depth",
-                "layer_token_share",
-                "speedup",
-                "ideal_speedup",
-                "realised",
-            )
-        ]
-        rows.append([row["label"], *("" if number is None else f"{number:.3g}" for number in numbers)])
-    table(["", "perplexity", "agreement", "depth", "FLOP share", "speed-up", "ideal", "realised"], rows)
-    print(f"\n{out / 'report.html'}")
+        cells = ["" if (number := row.get(key)) is None else f"{number:.3g}" for key in keys]
+        cells[keys.index("speedup")] = _speedup(row, times="")
+        rows.append([row["label"], *cells])
+    table(["", "perplexity", "agreement", "depth", "FLOP share", "tokens/s", "speed-up", "ideal", "realised"], rows)
+    print(f"\n{SPREAD}\n\n{out / 'report.html'}")
+
+
+SPREAD = "in brackets the 95% interval of a speed-up; noise: it contains 1, so that no difference was shown"
+
+
+def _speedup(row: dict[str, Any], times: str = "×") -> str:
+    """A speed-up with its interval, and whether that is a difference at all."""
+    if row.get("speedup") is None:
+        return ""
+    text, interval = f"{row['speedup']:.2f}{times}", row.get("speedup_interval")
+    if interval is not None:
+        text += f" ({interval[0]:.2f}–{interval[1]:.2f})"
+    return f"{text} noise" if row.get("is_noise") else text
 
 
 def show_sweep(document: dict[str, Any]) -> None:
@@ -130,14 +135,15 @@ def show_sweep(document: dict[str, Any]) -> None:
             _around(row["perplexity"], row.get("perplexity_range"), 4),
             _around(row["time_share"], row.get("time_share_range"), 3)
             + (" *" if row["label"] in front["time"] else "  "),
-            f"{row['layer_token_share']:.3f}" + (" *" if row["label"] in front["flops"] else "  "),
+            _around(row["layer_token_share"], row.get("layer_token_share_range"), 3)
+            + (" *" if row["label"] in front["flops"] else "  "),
         ]
         for row in document["settings"]
     ]
     table(["", "seeds", "perplexity", "time", "FLOPs"], rows)
     print(
-        "time and FLOPs as shares of full depth's; in brackets the range of seeds, and of timed pairs\n"
-        "* cheaper than all better ones, by more than runs differ by chance"
+        "time and FLOPs as shares of full depth's; in brackets from where to where: seeds, and 95% of timed pairs\n"
+        "* cheaper than all better ones with a star: the ranges do not meet"
     )
 
 
@@ -219,23 +225,27 @@ def _change(task: dict[str, Any], metric: str) -> str:
 def bench_line(row: dict[str, Any]) -> str:
     return (
         f"  {row['engine']} {row['weights']}, batch {row['batch_size']}, prompt {row['prompt_tokens']}, "
-        f"new {row['new_tokens']}: "
-        f"speed-up {row['speedup']:.2f} of {row['ideal_speedup']:.2f}"
+        f"new {row['new_tokens']}: " + _told(row)
     )
+
+
+def _told(row: dict[str, Any]) -> str:
+    if row["speedup"] is None:
+        return f"{row['full_depth']['tokens_per_second']:.1f} tokens/s, nothing attached"
+    return f"speed-up {_speedup(row)} of {row['ideal_speedup']:.2f}"
 
 
 def show_bench(document: dict[str, Any]) -> None:
     for row in document["rows"]:
         print(
             f"{row['engine']} {row['weights']}, batch {row['batch_size']}, prompt {row['prompt_tokens']}, new "
-            f"{row['new_tokens']}: {row['adapted']['tokens_per_second']:.1f} tokens/s adapted, "
-            f"{row['full_depth']['tokens_per_second']:.1f} at full depth"
+            f"{row['new_tokens']}: {_rates(row)}"
         )
         for name in ("total", "prefill", "decode"):
             part = row if name == "total" else row.get(name)
-            if part is not None:
+            if part is not None and part["speedup"] is not None:
                 print(
-                    f"  {name:8}{part['speedup']:.2f}× of {part['ideal_speedup']:.2f}× that the skipped work allows "
+                    f"  {name:8}{_speedup(part)} of {part['ideal_speedup']:.2f}× that the skipped work allows "
                     f"({part['realised']:.0%})"
                 )
         if "over_first" in row:
@@ -253,10 +263,19 @@ def show_bench(document: dict[str, Any]) -> None:
             )
     for row in document.get("queues", []):
         print(
-            f"{row['num_requests']} requests queued, {row['batch_size']} at a time, {row['weights']}: "
-            f"{row['adapted']['tokens_per_second']:.0f} tokens/s adapted, "
-            f"{row['full_depth']['tokens_per_second']:.0f} at full depth ({row['speedup']:.2f}×)"
+            f"{row['num_requests']} requests queued, {row['batch_size']} at a time, {row['weights']}: {_rates(row)}"
+            + (f", {_speedup(row)}" if row["speedup"] is not None else "")
         )
+    if any(row["speedup"] is not None for row in document["rows"]):
+        print(SPREAD)
+
+
+def _rates(row: dict[str, Any]) -> str:
+    """Tokens per second of both sides; of one where nothing is attached."""
+    full = f"{row['full_depth']['tokens_per_second']:.1f}"
+    if row["speedup"] is None:
+        return f"{full} tokens/s, nothing attached"
+    return f"{row['adapted']['tokens_per_second']:.1f} tokens/s adapted, {full} at full depth"
 
 
 SHADES = ("#1b7837", "#7fbf7b", "#b8860b", "#d6604d", "#b2182b")

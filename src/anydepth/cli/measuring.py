@@ -191,7 +191,9 @@ def bench(
     batch_sizes: Annotated[str, typer.Option(help="Rows generated together: 1,4,8.")] = "1",
     prompt_tokens: Annotated[str | None, typer.Option(help="Prompt lengths: 64,512; 64 if left out.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated per row.")] = 64,
-    num_runs: Annotated[int | None, typer.Option(help="Measured pairs per row; 5 if left out.")] = None,
+    num_runs: Annotated[
+        int | None, typer.Option(help="Pairs per row, 5 if left out; up to three times as many while they vary.")
+    ] = None,
     requests: Annotated[
         int | None, typer.Option(help="Queue so many at once too: continuous batching, batch-sizes at a time.")
     ] = None,

@@ -2,6 +2,9 @@
 
 Every row is checked first: a speed-up of an execution that is not its own definition is not reported. Beside it
 stands what the skipped work allows (`cost.py`), and how much of that became time (`realised`).
+
+One estimator gives every number of a row, the median of paired ratios: the times of full depth on the first engine
+are medians, all others are those times the ratios. Pairs are added while the interval of a ratio is wide.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from anydepth.inference.generate import check_window
 from anydepth.inference.speculate import Counts
 from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
+from anydepth.measure.statistics import is_noise, ratio_interval
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
 from anydepth.models.load import dtype_name
 from anydepth.models.tokens import padded
@@ -32,6 +36,12 @@ from anydepth.training.data import load_windows
 
 Engine = FastEngine | None
 """None is the Hugging Face model's own `generate`."""
+Ratios = dict[str, list[float]]
+"""Of pairs of timings: `total`, `prefill`, and `decode` where more than one token is generated."""
+WIDE = 1.05
+"""High ÷ low of a 95% interval, above which more pairs are measured."""
+MOST = 3
+"""Times `num_runs`: the most pairs."""
 
 
 def load_prompts(
@@ -57,6 +67,7 @@ def bench(
     """Rows of `anydepth.bench/1`, one per batch size, prompt length and engine, prompts taken from (N, T) windows.
 
     Args:
+        num_runs: pairs at least; up to three times as many while a ratio's interval is wide.
         engines: generate with each in turn, at full depth too.
         say: told if others keep cores busy, and threads are fewer for it.
 
@@ -156,20 +167,30 @@ def _rows(
         _pair(adapted, batches[0], new_tokens, 0, engine)  # warm-up
     pairs: list[list[Pair]] = [[] for _ in engines]
     bandwidth = []
-    for number, batch in enumerate(batches):
+    for number in range(MOST * len(batches)):
+        if number >= len(batches) and not _is_wide(adapted, pairs):
+            break
         bandwidth.append(read_bandwidth(adapted.device))
         for place in range(len(engines)):
             turn = (place + number) % len(engines)
-            pairs[turn].append(_pair(adapted, batch, new_tokens, number, engines[turn]))
-    rows = []
+            pairs[turn].append(_pair(adapted, batches[number % len(batches)], new_tokens, number, engines[turn]))
+    rows: list[dict[str, Any]] = []
     for engine, own in zip(engines, pairs, strict=True):
-        row = row_of(adapted, batches, own, new_tokens, engine)
+        over = _ratios([first.full for first in pairs[0]], [pair.full for pair in own]) if rows else None
+        row = row_of(adapted, batches, own, new_tokens, engine, first=rows[0] if rows else None, over=over)
         if new_tokens > 1 and _reads_what_it_runs(adapted):
             row["roofline"] = roofline(adapted, engine, own[-1].trace, median(bandwidth), row)
-        if rows:
-            row["over_first"] = _over(pairs[0], own, rows[0])
+        if over is not None:
+            row["over_first"] = _over(rows[0], row, over)
         rows.append(row)
     return rows
+
+
+def _is_wide(adapted: AdaptedModel, pairs: list[list[Pair]]) -> bool:
+    """Return whether the interval of some ratio that a row tells is wide."""
+    told = [_speedups(own)["total"] for own in pairs] if adapted.methods else []
+    told += [_ratios([one.full for one in pairs[0]], [one.full for one in own])["total"] for own in pairs[1:]]
+    return any(interval is None or interval[1] > WIDE * interval[0] for interval in map(ratio_interval, told))
 
 
 def _reads_what_it_runs(adapted: AdaptedModel) -> bool:
@@ -177,36 +198,50 @@ def _reads_what_it_runs(adapted: AdaptedModel) -> bool:
     return adapted.speculation is None and not any(method.chooses_mixers for method in adapted.active_methods)
 
 
-def _over(first: list[Pair], own: list[Pair], row: dict[str, Any]) -> dict[str, Any]:
-    """Medians of paired ratios, first engine's time ÷ this one's, on the same prompts in turn."""
-
-    def ratios(side: Callable[[Pair], Timing]) -> dict[str, float | None]:
-        sides = [(side(theirs), side(ours)) for theirs, ours in zip(first, own, strict=True)]
-        return {
-            "total": median(theirs.total / ours.total for theirs, ours in sides),
-            "prefill": median(theirs.ttft / ours.ttft for theirs, ours in sides),
-            "decode": median(theirs.decode / ours.decode for theirs, ours in sides) if row.get("decode") else None,
-        }
-
+def _over(first: dict[str, Any], row: dict[str, Any], ratios: Ratios) -> dict[str, Any]:
+    """How much faster an engine is than the first one, on the same prompts in turn, at full depth and adapted."""
+    full = {part: median(values) for part, values in ratios.items() if part == "total" or part in row}
+    gained = {part: _gain(row, part) / _gain(first, part) for part in full}
     return {
-        "engine": row["engine"],
-        "weights": row["weights"],
-        "full_depth": ratios(lambda pair: pair.full),
-        "adapted": ratios(lambda pair: pair.ours),
+        "engine": first["engine"],
+        "weights": first["weights"],
+        "full_depth": {"decode": None, **full},
+        "full_depth_interval": ratio_interval(ratios["total"]),
+        "adapted": {"decode": None, **{part: full[part] * gained[part] for part in full}},
     }
 
 
+def _gain(row: dict[str, Any], part: str) -> float:
+    """Return a row's speed-up in all or in a part; 1 where nothing is attached."""
+    found = row if part == "total" else row[part]
+    return 1.0 if found is None or found["speedup"] is None else found["speedup"]
+
+
 def row_of(
-    adapted: AdaptedModel, batches: list[Batch], pairs: list[Pair], new_tokens: int, engine: Engine
+    adapted: AdaptedModel,
+    batches: list[Batch],
+    pairs: list[Pair],
+    new_tokens: int,
+    engine: Engine,
+    *,
+    first: dict[str, Any] | None = None,
+    over: Ratios | None = None,
 ) -> dict[str, Any]:
-    """Return a row of `anydepth.bench/1` for pairs measured on an engine, one for each batch."""
+    """Return a row of `anydepth.bench/1` for pairs measured on an engine.
+
+    Args:
+        first, over: of engines after the first, the first one's row and how many times faster than it this one is.
+    """
     _check_lossless(adapted, pairs, engine)
     whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
     batch_size, lengths = batches[0]["input_ids"].shape[0], [batch["input_ids"].shape[1] for batch in batches]
-    speedups = [pair.full.total / pair.ours.total for pair in pairs]
-    speedup = median(speedups)
+    speedups = _speedups(pairs)
+    full = _medians([pair.full for pair in pairs], batch_size, new_tokens)
+    if first is not None and over is not None:
+        full = _times(first["full_depth"], over, [pair.full for pair in pairs])
     dtype = dtype_name(adapted)
-    row = {
+    ideal_decode = (whole.full_depth - prefill.full_depth) / (whole.total - prefill.total) if new_tokens > 1 else None
+    return {
         "engine": "hf" if engine is None else "fast",
         "weights": dtype if engine is None else engine.model.weights,
         "dtype": dtype,
@@ -216,25 +251,37 @@ def row_of(
         "new_tokens": new_tokens,
         "num_runs": len(pairs),
         "num_threads": torch.get_num_threads(),
-        "full_depth": _medians([pair.full for pair in pairs], batch_size, new_tokens),
+        "full_depth": full,
         "adapted": {
-            **_medians([pair.ours for pair in pairs], batch_size, new_tokens),
+            **_times(full, speedups, [pair.ours for pair in pairs]),
             "mean_depth": mean(pair.trace.mean_depth for pair in pairs),
             "layer_token_share": whole.layer_token_share,
             **_drafts(pairs),
         },
-        "speedup": speedup,
-        "speedup_range": [min(speedups), max(speedups)],
-        "speedups": speedups,
-        "ideal_speedup": whole.ideal_speedup,
-        "realised": speedup / whole.ideal_speedup,
+        **speedup_fields(speedups["total"] if adapted.methods else [], whole.ideal_speedup),
         "identical_tokens": all(torch.equal(pair.full.token_ids, pair.ours.token_ids) for pair in pairs),
-        "prefill": _phase(_ratio(pairs, lambda timing: timing.ttft), prefill.ideal_speedup),
+        "prefill": _phase(adapted, speedups["prefill"], prefill.ideal_speedup),
+        **({} if ideal_decode is None else {"decode": _phase(adapted, speedups["decode"], ideal_decode)}),
     }
-    if new_tokens > 1:
-        ideal = (whole.full_depth - prefill.full_depth) / (whole.total - prefill.total)
-        row["decode"] = _phase(_ratio(pairs, lambda timing: timing.decode), ideal)
-    return row
+
+
+def speedup_fields(speedups: list[float], ideal: float | None = None) -> dict[str, Any]:
+    """Return what a row tells of paired ratios full depth ÷ adapted; nulls of none: nothing is attached that differs.
+
+    Args:
+        ideal: what the skipped work allows.
+    """
+    speedup, interval = median(speedups) if speedups else None, ratio_interval(speedups)
+    fields: dict[str, Any] = {
+        "speedup": speedup,
+        "speedup_interval": interval,
+        "speedup_range": [min(speedups), max(speedups)] if speedups else None,
+        "speedups": speedups,
+        "is_noise": bool(speedups) and is_noise(interval),
+    }
+    if ideal is not None:
+        fields |= {"ideal_speedup": ideal, "realised": None if speedup is None else speedup / ideal}
+    return fields
 
 
 def _check_lossless(adapted: AdaptedModel, pairs: list[Pair], engine: Engine) -> None:
@@ -259,8 +306,13 @@ def _drafts(pairs: list[Pair]) -> dict[str, Any]:
     return together.to_json() if found else {}
 
 
-def _phase(speedup: float, ideal: float) -> dict[str, float]:
-    return {"speedup": speedup, "ideal_speedup": ideal, "realised": speedup / ideal}
+def _phase(adapted: AdaptedModel, speedups: list[float], ideal: float) -> dict[str, Any] | None:
+    """Return the speed-up of the prompt or of decoding; None: nothing is attached."""
+    if not adapted.methods:
+        return None
+    speedup = median(speedups)
+    interval = ratio_interval(speedups)
+    return {"speedup": speedup, "speedup_interval": interval, "ideal_speedup": ideal, "realised": speedup / ideal}
 
 
 def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:
@@ -273,20 +325,34 @@ def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:
 
 
 def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int, engine: Engine) -> Pair:
-    """Full depth and adapted, taking turns at going first."""
+    """Full depth and adapted, taking turns at going first; once where nothing is attached."""
+    orders = ((False, True), (True, False)) if adapted.methods else ((False,), (False,))
     timings = {}
-    for full_depth in (True, False) if number % 2 else (False, True):
+    for full_depth in orders[number % 2]:
         timings[full_depth] = time_generation(adapted, batch, new_tokens, engine, full_depth=full_depth)
     records = adapted.records  # full depth leaves none
     trace, prefill = Trace.join(records), Trace.join(records[:1])
     whole, first = cost.flops(adapted.backbone, trace), cost.flops(adapted.backbone, prefill)
     drafts = None if adapted.speculation is None else adapted.draft_counts
-    return Pair(timings[True], timings[False], trace, whole, first, drafts)
+    ours = timings[False]
+    return Pair(timings.get(True, ours), ours, trace, whole, first, drafts)
 
 
-def _ratio(pairs: list[Pair], part: Callable[[Timing], float]) -> float:
-    """Median of the paired ratios full depth ÷ adapted."""
-    return median(part(pair.full) / part(pair.ours) for pair in pairs)
+def _speedups(pairs: list[Pair]) -> Ratios:
+    """The paired ratios full depth ÷ adapted."""
+    return _ratios([pair.full for pair in pairs], [pair.ours for pair in pairs])
+
+
+def _ratios(others: Sequence[Timing], ours: Sequence[Timing]) -> Ratios:
+    """The paired ratios of some timings ÷ ours."""
+    sides = list(zip(others, ours, strict=True))
+    found = {
+        "total": [theirs.total / own.total for theirs, own in sides],
+        "prefill": [theirs.ttft / own.ttft for theirs, own in sides],
+    }
+    if all(own.decode > 0 for own in (*others, *ours)):
+        found["decode"] = [theirs.decode / own.decode for theirs, own in sides]
+    return found
 
 
 def _medians(timings: list[Timing], batch_size: int, new_tokens: int) -> dict[str, Any]:
@@ -295,5 +361,16 @@ def _medians(timings: list[Timing], batch_size: int, new_tokens: int) -> dict[st
         "ttft_seconds": median(timing.ttft for timing in timings),
         "tpot_seconds": median(timing.decode for timing in timings) / (new_tokens - 1) if new_tokens > 1 else None,
         "tokens_per_second": batch_size * new_tokens / total,
+        "peak_memory_bytes": max(timing.peak_memory_bytes for timing in timings),
+    }
+
+
+def _times(like: dict[str, Any], ratios: Ratios, timings: list[Timing]) -> dict[str, Any]:
+    """Return the numbers of a side that is so many times faster than another: they and the ratios agree."""
+    step = like["tpot_seconds"]
+    return {
+        "ttft_seconds": like["ttft_seconds"] / median(ratios["prefill"]),
+        "tpot_seconds": None if step is None else step / median(ratios["decode"]),
+        "tokens_per_second": like["tokens_per_second"] * median(ratios["total"]),
         "peak_memory_bytes": max(timing.peak_memory_bytes for timing in timings),
     }

@@ -129,7 +129,7 @@ class AnydepthLM(Base):
 
     def check_room(self, options: dict[str, Any]) -> None:
         """Raise `UserError` where no token of a prompt fits next to the new ones that a task's options ask for."""
-        new_tokens = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+        new_tokens = int(normalize_gen_kwargs(options, self.max_gen_toks).get("max_gen_toks", 0))
         if new_tokens >= self.max_length:
             raise UserError(f"a prompt and {new_tokens} new tokens are more than {self._the_window}")
 

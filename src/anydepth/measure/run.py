@@ -399,6 +399,9 @@ def only_here(folder: Path) -> Iterator[None]:
         yield
 
 
+SPEEDS = ("speedup", "speedup_interval", "is_noise")
+
+
 def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for the untouched model and one for the adapted, out of the eval and bench documents."""
     by_schema = {stage["schema"]: stage for stage in stages}
@@ -412,7 +415,7 @@ def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     if speed is not None:
         first = speed["rows"][0]
-        rows[1] |= {key: first[key] for key in ("speedup", "ideal_speedup", "realised")}
+        rows[1] |= {key: first.get(key) for key in (*SPEEDS, "ideal_speedup", "realised")}
         rows[0]["tokens_per_second"] = first["full_depth"]["tokens_per_second"]
         rows[1]["tokens_per_second"] = first["adapted"]["tokens_per_second"]
     return rows

@@ -1,15 +1,35 @@
-"""Statistics of measurements: means over windows, correlations of samples, each with a 95% interval."""
+"""Statistics of measurements, each with a 95% interval: means over windows, medians of ratios, correlations."""
 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
+from collections.abc import Sequence
+from statistics import NormalDist, median, stdev
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LINE_POINTS = 21
+MEDIAN_ERROR = math.sqrt(math.pi / 2)
+"""Standard error of a median, in those of the mean."""
+
+
+def ratio_interval(ratios: Sequence[float]) -> list[float] | None:
+    """Return `[low, high]` around the median of paired ratios; None of fewer than two.
+
+    Student's t on their logarithms, whose spread outliers widen: few pairs, or noisy ones, show no difference.
+    """
+    if len(ratios) < 2:
+        return None
+    logs = [math.log(ratio) for ratio in ratios]
+    half = t_quantile(len(logs) - 1) * MEDIAN_ERROR * stdev(logs) / len(logs) ** 0.5
+    return [math.exp(median(logs) - half), math.exp(median(logs) + half)]
+
+
+def is_noise(interval: Sequence[float] | None) -> bool:
+    """Return whether a ratio with this interval is no difference: it contains 1, or nothing is known of it."""
+    return interval is None or interval[0] <= 1 <= interval[1]
 
 
 def mean_of(values: Tensor, among: Tensor, most: float | None = None) -> dict[str, float | None]:

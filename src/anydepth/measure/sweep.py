@@ -102,9 +102,9 @@ class Sweep:
         else:
             result = read_document(runner.out / "run.json")
         untouched, adapted = result["summary"]
-        speedups = next(stage for stage in result["stages"] if stage["schema"] == "anydepth.bench/1")["rows"][0][
-            "speedup_range"
-        ]
+        timed = next(stage for stage in result["stages"] if stage["schema"] == "anydepth.bench/1")["rows"][0]
+        # Nothing is attached: time is that of full depth. A document of before has no interval.
+        speedups = timed.get("speedup_interval") or timed["speedup_range"] or [1.0, 1.0]
         if not math.isfinite(float(adapted["perplexity"])):
             raise RunError("its perplexity is no number; lower train.learning_rate")
         return {
@@ -115,10 +115,11 @@ class Sweep:
             "commits": sorted({str(stage["commit"]) for stage in result["stages"]}),
             "dirty": any(stage["dirty"] for stage in result["stages"]),
             "label": adapted["label"],
-            "time_share": 1 / adapted["speedup"],
+            "time_share": 1 / (adapted["speedup"] or 1.0),
             "time_share_range": [1 / speedup for speedup in reversed(speedups)],
             "full_depth": {key: untouched[key] for key in ("perplexity", "tokens_per_second")},
             **{key: adapted[key] for key in MEASURED},
+            **({} if adapted["speedup"] else {"speedup": 1.0, "realised": 1.0}),
         }
 
 
@@ -128,8 +129,6 @@ MEASURED = (
 )  # fmt: skip
 AXES = {"time": "time_share", "flops": "layer_token_share"}
 """What quality is traded for: paired wall-clock, as a share of full depth's, and FLOPs of layers likewise."""
-SAME = {"time": 0.02, "flops": 0.001}
-"""Costs that are so close, relatively, are the same: two runs of one setting differ by as much."""
 
 
 def plan(recipe: Path, over: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = ()) -> list[Point]:
@@ -301,6 +300,9 @@ def _settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "num_seeds": len(group),
             **{key: mean(rows[place][key] for place in group) for key in numbers},
             "perplexity_range": [extreme(rows[place]["perplexity"] for place in group) for extreme in (min, max)],
+            "layer_token_share_range": [
+                extreme(rows[place]["layer_token_share"] for place in group) for extreme in (min, max)
+            ],
             "time_share_range": [
                 extreme(rows[place]["time_share_range"][end] for place in group)
                 for end, extreme in enumerate((min, max))
@@ -328,13 +330,18 @@ def _label(values: Mapping[str, Any]) -> str:
 def _front(settings: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
     """Labels of what nothing beats in both perplexity and cost, cheapest first.
 
-    From the best on, each that is cheaper than all better ones, by more than `SAME`.
+    From the best on, each that is cheaper than all better ones on the front: the ranges of their costs do not meet.
+    Those are of seeds, and of time 95% intervals; that of full depth is 1.
     """
     cost, best = AXES[axis], list[Mapping[str, Any]]()
     for row in sorted(settings, key=lambda row: (row["perplexity"], row[cost])):
-        if not best or row[cost] < best[-1][cost] * (1 - SAME[axis]):
+        if all(_range(row, cost)[1] < _range(other, cost)[0] for other in best):
             best.append(row)
     return [str(row["label"]) for row in reversed(best)]
+
+
+def _range(row: Mapping[str, Any], cost: str) -> Sequence[float]:
+    return row.get(f"{cost}_range", (row[cost], row[cost]))
 
 
 def _keep_in_study(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anydepth.inference.engine.batching import Batcher, Request
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.bench import speedup_fields
 
 
 def throughput(
@@ -29,25 +30,25 @@ def throughput(
         prompts: token ids (T,) each.
     """
     wanted = [prompts[number % len(prompts)].tolist() for number in range(num_requests)]
-    rows = []
+    rows, methods = [], engine.adapted.methods
     for batch_size in batch_sizes:
         pairs = []
         for number in range(num_runs + 1):  # the first warms up
             seconds = {}
-            for full_depth in (True, False) if number % 2 else (False, True):
+            for full_depth in ((False, True), (True, False))[number % 2] if methods else (False,):
                 seconds[full_depth] = _seconds(engine, wanted, batch_size, new_tokens, full_depth=full_depth)
-            pairs.append((seconds[True], seconds[False]))
-        tokens = num_requests * new_tokens
-        full, ours = (median(pair[side] for pair in pairs[1:]) for side in (0, 1))
+            pairs.append((seconds.get(True, seconds[False]), seconds[False]))
+        speedups = [theirs / ours for theirs, ours in pairs[1:]]
+        rate = num_requests * new_tokens / median(theirs for theirs, _ in pairs[1:])
         row: dict[str, Any] = {
             "weights": engine.model.weights,
             "batch_size": batch_size,
             "num_requests": num_requests,
             "new_tokens": new_tokens,
             "num_runs": num_runs,
-            "full_depth": {"tokens_per_second": tokens / full},
-            "adapted": {"tokens_per_second": tokens / ours},
-            "speedup": median(theirs / ours for theirs, ours in pairs[1:]),
+            "full_depth": {"tokens_per_second": rate},
+            "adapted": {"tokens_per_second": rate * median(speedups)},
+            **speedup_fields(speedups if methods else []),
         }
         rows.append(row)
     return rows

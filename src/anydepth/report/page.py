@@ -183,7 +183,7 @@ def provenance_line(*documents: Document) -> str:
 
 def _table_row(columns: dict[str, str], row: Document, shown: Mapping[str, Callable[[Document], str]]) -> str:
     first, *others = [
-        (escape(title, quote=True), shown[key](row) if key in shown else sections.number(row.get(key, "")))
+        (escape(title, quote=True), shown[key](row) if key in shown else sections.number(row.get(key)))
         for key, title in columns.items()
     ]
     cells = "".join(f'<td role="cell" data-label="{title}">{cell}</td>' for title, cell in others)

@@ -194,18 +194,18 @@ def speed(document: Document) -> Figure:
     for row in document["rows"]:
         name = f"{_engine(row)} batch {row['batch_size']}, {row['prompt_tokens']} + {row['new_tokens']} tokens".strip()
         for phase, part in (("all", row), ("prefill", row.get("prefill")), ("decode", row.get("decode"))):
-            if part:
+            if part and part["speedup"] is not None:
                 labels.append(f"{name}: {phase}" if phase == "all" else phase)
                 parts.append(part)
     figure, axes = new_figure("Speed: measured beside ideal", 1.3 + 0.27 * len(labels))
     places = range(len(labels))
     measured, ideal = [part["speedup"] for part in parts], [part["ideal_speedup"] for part in parts]
     axes.barh(places, measured, height=0.6, color=COLOURS[0], label="measured (median of pairs)")
-    ranged = [(place, part) for place, part in zip(places, parts, strict=True) if part.get("speedup_range")]
+    ranged = [(place, part) for place, part in zip(places, parts, strict=True) if _bounds(part)]
     if ranged:
-        below, above = zip(*(_reach(part["speedup"], part["speedup_range"]) for _, part in ranged), strict=True)
+        below, above = zip(*(_reach(part["speedup"], _bounds(part)) for _, part in ranged), strict=True)
         axes.errorbar([part["speedup"] for _, part in ranged], [place for place, _ in ranged], xerr=[below, above],
-                      fmt="none", ecolor=GREY, capsize=2, label="all pairs")  # fmt: skip
+                      fmt="none", ecolor=GREY, capsize=2, label="95%")  # fmt: skip
     axes.vlines(
         ideal,
         [place - 0.38 for place in places],
@@ -222,6 +222,11 @@ def speed(document: Document) -> Figure:
     return figure
 
 
+def _bounds(part: Document) -> Sequence[float]:
+    """The interval of a speed-up; of documents from before there was one, where all pairs are."""
+    return part.get("speedup_interval") or part.get("speedup_range") or ()
+
+
 def _reach(middle: float, bounds: Sequence[float]) -> tuple[float, float]:
     """How far bounds lie below and above."""
     return max(middle - bounds[0], 0.0), max(bounds[1] - middle, 0.0)
@@ -234,7 +239,7 @@ def _engine(row: Document) -> str:
 
 def speed_lines(document: Document) -> Figure:
     """Speed-up over batch size, and over prompt length, each beside its ideal."""
-    rows = document["rows"]
+    rows = [row for row in document["rows"] if row["speedup"] is not None]
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     axis_of = (("batch_size", "batch size (rows)", "prompt_tokens"), ("prompt_tokens", "prompt (tokens)", "batch_size"))
@@ -246,7 +251,7 @@ def speed_lines(document: Document) -> Figure:
             places = [row[along] for row in line]
             label = f"{engine} {'prompt' if other == 'prompt_tokens' else 'batch'} {value}".strip()
             speedups = [row["speedup"] for row in line]
-            reach = list(zip(*(_reach(row["speedup"], row["speedup_range"]) for row in line), strict=True))
+            reach = list(zip(*(_reach(row["speedup"], _bounds(row)) for row in line), strict=True))
             axes.errorbar(places, speedups, yerr=reach, color=colour, marker="o", markersize=4, capsize=2, label=label)
             axes.plot(places, [row["ideal_speedup"] for row in line], color=colour, linestyle=":", linewidth=1.2)
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
@@ -257,7 +262,7 @@ def speed_lines(document: Document) -> Figure:
         axes.set_xlabel(name)
         bare(axes)
         axes.legend(fontsize=8, frameon=False)
-    panels[0].set_ylabel("speed-up (bars: all pairs; dotted: ideal)", fontsize=9)
+    panels[0].set_ylabel("speed-up (bars: 95%; dotted: ideal)", fontsize=9)
     return figure
 
 

@@ -36,8 +36,18 @@ SHADES = ("#fff7e6", "#ffe3ad", "#ffc97a", "#f9a65a", "#ee8a4a")
 
 
 def number(value: Any) -> str:
-    """As tables and sentences show it, safe in HTML."""
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    """As tables and sentences show it, safe in HTML; nothing where there is none."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+
+
+SPREAD = "In brackets the 95% interval of a speed-up; noise: it contains 1, so that no difference was shown."
+
+
+def _speedup(row: Document) -> str:
+    """A speed-up with its interval, and whether that is a difference at all."""
+    interval = row.get("speedup_interval")
+    text = number(row.get("speedup")) + ("" if not interval else f" ({interval[0]:.3g} to {interval[1]:.3g})")
+    return f"{text} noise" if row.get("is_noise") else text
 
 
 def _named(documents: list[Document]) -> dict[str, Document]:
@@ -57,8 +67,9 @@ def summary(page: Page, results: list[Document]) -> None:
         for row, owner in zip(rows, owners, strict=True):
             row["label"] = f"{owner.get('run') or owner['label']}: {row['label']}"
     page.section("What it buys")
-    page.text("The untouched model and the adapted one, on the same text and the same machine, timed in turn.", "lead")
-    page.table("summary", SUMMARY_COLUMNS, rows)
+    lead = "The untouched model and the adapted one, on the same text and the same machine, timed in turn."
+    page.text(f"{lead} {SPREAD}", "lead")
+    page.table("summary", SUMMARY_COLUMNS, rows, {"speedup": _speedup}, ("speedup_interval", "is_noise"))
     placed = [row for row in rows if "tokens_per_second" in row]
     if len(placed) > 1:
         page.figure("tradeoff", plots.tradeoff(placed), "Perplexity against measured generation speed.", *measured)
@@ -223,14 +234,14 @@ def _bench(page: Page, document: Document, name: str) -> None:
         _comparison(page, document, name)
         return
     page.section("Speed")
-    page.text("Full depth and adapted in turn in one process; medians of paired ratios.", "lead")
-    page.figure(
-        name,
-        plots.speed(document),
-        "Measured speed-up beside the ideal that the skipped FLOPs allow; tokens of prompt + new.",
-        document,
-    )
-    if len({(row["batch_size"], row["prompt_tokens"]) for row in document["rows"]}) > 2:
+    compared = [row for row in document["rows"] if row["speedup"] is not None]
+    if compared:
+        page.text(f"Full depth and adapted in turn in one process; medians of paired ratios. {SPREAD}", "lead")
+        caption = "Measured speed-up beside the ideal that the skipped FLOPs allow; tokens of prompt + new."
+        page.figure(name, plots.speed(document), caption, document)
+    else:
+        page.text("Nothing is attached: tokens per second, and no speed-up.", "lead")
+    if len({(row["batch_size"], row["prompt_tokens"]) for row in compared}) > 2:
         text = "Speed-up over batch size and prompt length; the dotted lines are what the skipped FLOPs allow."
         page.figure(f"{name}-lines", plots.speed_lines(document), text, document)
     if any(row["adapted"].get("acceptance_by_place") for row in document["rows"]):
@@ -252,7 +263,7 @@ def _bench(page: Page, document: Document, name: str) -> None:
         {**row, "full": row["full_depth"]["tokens_per_second"], "adapted_rate": row["adapted"]["tokens_per_second"]}
         for row in document["rows"]
     ]
-    page.table(name, columns, rows)
+    page.table(name, columns, rows, {"speedup": _speedup}, ("speedup_interval", "is_noise"))
 
 
 def _analyze(page: Page, document: Document, name: str) -> None:
@@ -295,7 +306,7 @@ def _analyze(page: Page, document: Document, name: str) -> None:
 def _sweep(page: Page, document: Document, name: str) -> None:
     page.section(f"Sweep: {document['label']}")
     over = "; ".join(document["config"]["over"]) or "seeds alone"
-    count, ranged = len(document["points"]), ("perplexity", "time_share")
+    count, ranged = len(document["points"]), ("perplexity", "time_share", "layer_token_share")
     page.text(
         f"{count} {'run' if count == 1 else 'runs'} over {over}; means over seeds, and from where to where.", "lead"
     )
@@ -338,8 +349,8 @@ def fronts(page: Page, documents: list[Document]) -> None:
     if sweeps:
         page.section("Quality against cost")
         text = (
-            "Each point is a setting, the mean of its seeds. Lines join what is cheaper than all better ones, by more "
-            "than runs differ by chance."
+            "Each point is a setting, the mean of its seeds. Lines join what is cheaper than all better ones on the "
+            "line: the ranges of their costs (of seeds, and of time 95% intervals) do not meet."
         )
         page.figure("fronts", plots.fronts(_named(sweeps)), text, *sweeps)
 
