@@ -66,6 +66,30 @@ def test_it_writes_and_shows_the_depth_of_every_token(browser: Any, address: str
     context.close()
 
 
+def test_full_depth_is_not_compared_with_itself(browser: Any, address: str) -> None:
+    """C20: a budget of 100%, and a model with nothing attached, have no speed-up."""
+    page = browser.new_page()
+    page.goto(f"{address}/")
+    page.get_by_text("6 layers; attached: layer_router").wait_for()
+    page.get_by_label("New tokens").fill("8")
+    page.get_by_label("Depth budget").fill("100")
+    page.get_by_label("Depth budget").dispatch_event("input")
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text("this is full depth").wait_for(timeout=60_000)
+    assert page.locator("#ratio").inner_text() == page.locator("#full-speed").inner_text() == "–"
+    own = {"num_layers": 6, "attached": "nothing that skips", "skips": False, "depth_budget": False, "lossless": False}
+    card = {"id": "tiny", "object": "model", "created": 0, "owned_by": "anydepth", "anydepth": own}
+    page.route("**/v1/models", lambda route: route.fulfill(body=json.dumps({"object": "list", "data": [card]})))
+    page.goto(f"{address}/")
+    page.get_by_text("attached: nothing that skips").wait_for()
+    assert not page.get_by_label("Time full depth first").is_visible()
+    page.get_by_label("New tokens").fill("8")
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text("this is full depth").wait_for(timeout=60_000)
+    assert page.locator("#ratio").inner_text() == "–"
+    page.close()
+
+
 def test_it_says_what_goes_wrong_and_can_be_used_again(browser: Any, address: str) -> None:
     page = browser.new_page()
     page.goto(f"{address}/")

@@ -99,6 +99,16 @@ def test_lossless_is_the_text_of_full_depth_and_says_what_was_drafted(client: Op
     assert answer.usage.anydepth["tokens_per_round"] >= 1  # type: ignore[union-attr]
 
 
+def test_full_depth_on_request_drafts_and_skips_nothing(client: OpenAI, target: Path) -> None:
+    """C20: the yardstick of the playground is full depth, whatever is attached."""
+    extra = {"anydepth": {"full_depth": True, "depth": True}}
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=30, temperature=0, extra_body=extra)
+    assert answer.choices[0].text == alone(target, PROMPT, 30, full_depth=True) != alone(target, PROMPT, 30)
+    assert set(answer.choices[0].anydepth["layers"]) == {"222222"}  # type: ignore[attr-defined]
+    assert "tokens_per_round" not in answer.usage.anydepth  # type: ignore[union-attr]
+    assert client.models.retrieve("tiny").anydepth["skips"] is True  # type: ignore[attr-defined]
+
+
 def test_a_budget_moves_the_depth(client: OpenAI) -> None:
     depths = []
     for budget in (0.1, 0.5, 1.0):
@@ -161,6 +171,10 @@ BAD: dict[str, tuple[Any, int]] = {
     "huge token": ({"model": "tiny", "prompt": [2**70]}, 400),
     "budget beside lossless": (
         {"model": "tiny", "prompt": "a", "anydepth": {"lossless": True, "depth_budget": 0.5}},
+        400,
+    ),
+    "lossless beside full depth": (
+        {"model": "tiny", "prompt": "a", "anydepth": {"lossless": True, "full_depth": True}},
         400,
     ),
     "ten megabytes": ({"model": "tiny", "prompt": "a" * 10_000_000}, 413),

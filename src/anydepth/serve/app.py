@@ -205,6 +205,7 @@ class Server:
         own = {
             "num_layers": adapted.backbone.num_layers,
             "attached": ", ".join(method.name for method in adapted.draft_methods) or "nothing that skips",
+            "skips": bool(adapted.draft_methods),
             "depth_budget": self.service.budgets is not None,
             "lossless": adapted.speculation is not None,
         }
@@ -293,6 +294,7 @@ class Server:
             prompt,
             wanted,
             eos_token_ids=self.service.end_ids,
+            full_depth=body.anydepth.full_depth,
             logits_processor=options.processors(*penalties),
             generator=generator,
             budget=body.anydepth.depth_budget,

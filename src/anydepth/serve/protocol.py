@@ -44,12 +44,15 @@ class Extra(Strict):
 
     depth_budget: float | None = Field(default=None, ge=0, le=1, description="Share of the decisions that are to run.")
     lossless: bool = Field(default=False, description="The text of full depth, drafted by what would be skipped.")
+    full_depth: bool = Field(default=False, description="Run every layer, and draft nothing: what others are timed by.")
     depth: bool = Field(default=False, description="Say for each token which layers ran.")
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Extra:
+    def _one_of_them(self) -> Extra:
         if self.lossless and self.depth_budget is not None:
             raise ValueError("lossless is full depth: leave depth_budget out")
+        if self.full_depth and (self.lossless or self.depth_budget is not None):
+            raise ValueError("full_depth drafts and skips nothing: leave lossless and depth_budget out")
         return self
 
 
