@@ -193,6 +193,9 @@ def test_search_writes_a_folder_that_others_take(tmp_path: Path, base: Path, tex
     )
     document = json.loads(done.stdout)
     assert len(document["skip_layers"]) == 2 and len(document["trajectory"]) == 2
+    unseen = document["held_out"]
+    assert [row["label"] for row in unseen["rows"]][:3] == ["full depth", "skip set", "int8 weights"]
+    assert unseen["num_tokens"] == 2 * 47 and "int8" in unseen["warning"]
     shown = json.loads(
         anydepth("generate", tmp_path / "set", "--prompt", "the", "--max-new-tokens", 3, "--json").stdout
     )

@@ -157,7 +157,17 @@ def show_search(document: dict[str, Any]) -> None:
     for key in ("skip_layers", "skip_mixers", "skip_ffns"):
         if document[key]:
             print(f"{key}: {document[key]}")
-    print(f"agreement with full depth: {document['agreement']:.3f}  ({document['seconds']:.0f} s)")
+    print(f"agreement with full depth: {document['agreement']:.3f}  ({document['seconds']:.0f} s)\n")
+    found = document["held_out"]
+    if found["rows"]:
+        rows = [
+            [row["label"], f"{row['perplexity']:.4g}", f"{row['loss']:.3f}", f"{row['weight_bytes'] / 1e6:.0f}"]
+            for row in found["rows"]
+        ]
+        table(["", "perplexity", "loss", "MB of weights a token"], rows)
+        print(f"on {found['num_tokens']} tokens that the search did not see")
+    if found["warning"]:
+        print(f"warning: {found['warning']}")
 
 
 def show_calibration(document: dict[str, Any]) -> None:

@@ -124,11 +124,11 @@ def search(
     Writes a checkpoint folder with the skip set.
     """
     from anydepth.calibration.skip_search import search as search_skip_set
-    from anydepth.execution.adapted import attach
+    from anydepth.execution.adapted import attach, detach
+    from anydepth.measure.held_out import held_out, split_windows
     from anydepth.measure.results import document, write_json
     from anydepth.models.load import dtype_name, load_model
     from anydepth.training.checkpoint import save
-    from anydepth.training.data import load_windows
 
     printer = Printer(as_json, quiet)
     options = {
@@ -142,11 +142,14 @@ def search(
     }
     model, tokenizer = load_model(target, dtype=dtype, device=device)
     options["dtype"] = dtype_name(model)
-    windows = load_windows(data, tokenizer, sequence_length, max_windows=num_windows)
+    windows, unseen = split_windows(data, tokenizer, sequence_length, num_windows)
     printer.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
     with printer.busy(f"searching by {strategy} …"):
         found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=seed)
-    save(attach(model, found.config), out)
+    adapted = attach(model, found.config)
+    save(adapted, out)
+    with printer.busy("scoring text that the search did not see …"):
+        unseen_loss = held_out(detach(adapted), found.config, unseen)
     result = document(
         "anydepth.search/1",
         seed=seed,
@@ -155,6 +158,7 @@ def search(
         agreement=found.agreement,
         seconds=found.seconds,
         trajectory=found.trajectory,
+        held_out=unseen_loss,
     )
     write_json(out / "search.json", result)
     printer.result(result, show_search)

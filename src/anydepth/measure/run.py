@@ -30,6 +30,7 @@ from anydepth.inference.generate import generate
 from anydepth.measure.analyze import analyze
 from anydepth.measure.bench import bench, load_prompts
 from anydepth.measure.evaluate import evaluate
+from anydepth.measure.held_out import held_out, split_windows
 from anydepth.measure.results import document, read_document, source_commit, write_json, write_text
 from anydepth.methods import method_class
 from anydepth.methods.self_speculation import SelfSpeculation
@@ -109,9 +110,8 @@ class Runner:
 
     def _search(self, settings: SearchConfig) -> dict[str, Any]:
         model, tokenizer = self._base()
-        windows = load_windows(
-            self.recipe.data.train, tokenizer, settings.sequence_length, max_windows=settings.num_windows
-        )
+        data = self.recipe.data.train
+        windows, unseen = split_windows(data, tokenizer, settings.sequence_length, settings.num_windows)
         found = search(
             model,
             windows,
@@ -120,11 +120,15 @@ class Runner:
             branches=settings.branches,
             seed=self.recipe.seed,
         )
+        unseen_loss = held_out(model, found.config, unseen)
+        if unseen_loss["warning"]:
+            self.say(f"warning: {unseen_loss['warning']}")
         return {
             **found.config.model_dump(),
             "agreement": found.agreement,
             "seconds": found.seconds,
             "trajectory": found.trajectory,
+            "held_out": unseen_loss,
         }
 
     def fit(self) -> dict[str, Any] | None:

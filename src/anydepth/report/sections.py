@@ -122,6 +122,13 @@ def _search(page: Page, document: Document, name: str) -> None:
     )
     if document.get("trajectory"):
         page.figure(name, plots.search(document), "Agreement with full depth as layers are left out.", document)
+    found = document.get("held_out", {"rows": [], "warning": None})
+    if found["rows"]:
+        page.text(f"On {found['num_tokens']} tokens that the search did not see, beside weights of fewer bits:")
+        columns = {"label": "", "perplexity": "perplexity", "loss": "nats a token", "weight_bytes": "bytes a token"}
+        page.table(f"{name}-unseen", columns, found["rows"])
+    if found["warning"]:
+        page.text(f"Warning: {found['warning']}.", "mark")
 
 
 def _fit(page: Page, document: Document, name: str) -> None:

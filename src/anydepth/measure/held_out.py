@@ -1,0 +1,106 @@
+"""What a skip set costs on text that its search did not see, beside weights of fewer bits at full depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.errors import UserError
+from anydepth.execution import cost
+from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.engine.weights import WEIGHT_ONLY
+from anydepth.measure.evaluate import evaluate
+from anydepth.methods.skip_set import SkipSetConfig
+from anydepth.models.load import is_quantised
+from anydepth.training.data import load_windows
+
+
+def split_windows(
+    data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, num_windows: int
+) -> tuple[Tensor, Tensor]:
+    """Return (N, T) windows to search on, and as many behind them that the search does not see, or what is left."""
+    windows = load_windows(data, tokenizer, sequence_length, max_windows=2 * num_windows)
+    return windows[:num_windows], windows[num_windows:]
+
+
+def held_out(model: nn.Module, config: SkipSetConfig, windows: Tensor) -> dict[str, Any]:
+    """Return the `held_out` part of `anydepth.search/1`: the loss on (N, T) windows of the set and of what is cheaper.
+
+    `rows` have `label`, `loss` in nats a token, `perplexity`, and `weight_bytes` that a decoded token reads: of full
+    depth, of the skip set, and of full depth with int8 and int4 weights where the fast engine runs them (in bfloat16,
+    which the model is meanwhile). `warning` says where one of those reads and loses less than the set.
+    """
+    if not len(windows):
+        warning = "no text is left that the search did not see: its loss is unknown; give more text, or fewer windows"
+        return {"num_tokens": 0, "rows": [], "warning": warning}
+    adapted = attach(model, config)
+    try:
+        found = evaluate(adapted, windows)
+        rows = [_row("full depth", found["full_depth"], _bytes(adapted, SkipSetConfig()))]
+        rows.append(_row("skip set", found, _bytes(adapted, config)))
+    finally:
+        detach(adapted)
+    with _in_bfloat16(model):
+        adapted = attach(model, [])
+        try:
+            rows += [row for kind in WEIGHT_ONLY if (row := _packed(adapted, kind, windows)) is not None]
+        finally:
+            detach(adapted)
+    return {"num_tokens": found["num_tokens"], "rows": rows, "warning": _warning(rows)}
+
+
+def _row(label: str, scores: dict[str, Any], weight_bytes: int) -> dict[str, Any]:
+    return {"label": label, "loss": scores["loss"], "perplexity": scores["perplexity"], "weight_bytes": weight_bytes}
+
+
+def _packed(adapted: AdaptedModel, kind: str, windows: Tensor) -> dict[str, Any] | None:
+    """Return the row of full depth with such weights; None where the fast engine does not run it."""
+    try:
+        engine = FastEngine(adapted, kind)
+    except UserError:
+        return None
+    layers = sum(layer.mixer_bytes + layer.ffn_bytes for layer in engine.model.layers)
+    return _row(f"{kind} weights", evaluate(adapted, windows, engine=engine), layers + engine.model.head.num_bytes)
+
+
+def _bytes(adapted: AdaptedModel, config: SkipSetConfig) -> int:
+    """Return the bytes of weights that a decoded token reads, without the branches that are left out."""
+    total = cost.weight_bytes(adapted.backbone.head)
+    for view in adapted.backbone.layers:
+        mixer, ffn = cost.branch_weight_bytes(view)
+        total += mixer * (view.layer_idx not in (*config.skip_layers, *config.skip_mixers))
+        total += ffn * (view.layer_idx not in (*config.skip_layers, *config.skip_ffns))
+    return total
+
+
+@contextmanager
+def _in_bfloat16(model: nn.Module) -> Iterator[None]:
+    """Round a copy of the weights; the model has its own again afterwards."""
+    own = {} if is_quantised(model) else {name: part.data for name, part in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    try:
+        for name, part in own.items():
+            parameters[name].data = part.to(torch.bfloat16)
+        yield
+    finally:
+        for name, part in own.items():
+            parameters[name].data = part
+
+
+def _warning(rows: list[dict[str, Any]]) -> str | None:
+    found = rows[1]
+    better = [row for row in rows[2:] if row["loss"] <= found["loss"] and row["weight_bytes"] <= found["weight_bytes"]]
+    if not better:
+        return None
+    best = min(better, key=lambda row: row["loss"])
+    return (
+        f"{best['label']} at full depth read less and lose less than this skip set: perplexity "
+        f"{best['perplexity']:.4g} beside {found['perplexity']:.4g} (full depth {rows[0]['perplexity']:.4g}); "
+        f"prefer --weights {best['label'].split()[0]}, or leave out less"
+    )
