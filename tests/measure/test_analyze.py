@@ -46,7 +46,7 @@ def by_letter(monkeypatch: pytest.MonkeyPatch) -> anydepth.AdaptedModel:
     seen: dict[str, Tensor] = {}
 
     def note(_: Any, args: Any, kwargs: Any) -> None:
-        seen["ids"] = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        seen["ids"] = kwargs["input_ids"]
 
     adapted.model.register_forward_pre_hook(note, with_kwargs=True)
     letter = byte_tokenizer()("e")["input_ids"][0]

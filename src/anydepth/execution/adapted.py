@@ -157,8 +157,13 @@ class AdaptedModel(nn.Module):
         Arguments are those of every causal LM, named because transformers' Trainer keeps only columns that it finds in
         the signature; what else the model takes is handed on.
         """
-        named = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
-        return self.model(input_ids, **{name: part for name, part in named.items() if part is not None}, **kwargs)
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+        }
+        return self.model(**{name: part for name, part in named.items() if part is not None}, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors by name; of a tied weight the second name has a copy, for files cannot share it."""
