@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from anydepth.calibration.budget import collect_scores, set_thresholds, thresholds_at
 from anydepth.calibration.generated import continuations
 from anydepth.calibration.guarantee import difference, inconsistency, learn_then_test
+from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
 from anydepth.execution.adapted import attach, detach
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.results import document, read_document, write_json

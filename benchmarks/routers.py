@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import anydepth
-from anydepth.calibration.budget import collect_scores, set_thresholds, thresholds_at
+from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.bench import bench

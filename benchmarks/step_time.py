@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import anydepth
-from anydepth.calibration.budget import collect_scores, set_thresholds, thresholds_at
+from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
 from anydepth.config import TrainConfig
 from anydepth.execution.adapted import attach
 from anydepth.measure.results import document, write_json

@@ -237,4 +237,28 @@ def every_kind() -> list[dict[str, Any]]:
         "config": {"max_risk": 0.05, "confidence": 0.95},
         "speedup": 1.1,
     }
-    return [run_document(), second, bench_over_sizes(), comparison(), text, calibrate, *sweeps()]
+    return [run_document(), second, bench_over_sizes(), comparison(), text, calibrate, capacities(), *sweeps()]
+
+
+def capacities() -> dict[str, Any]:
+    """One checkpoint at two capacities, and the control."""
+    shared = {
+        "speedup": 1.2,
+        "speedup_range": [1.1, 1.3],
+        "perplexity": 13.0,
+        "perplexity_increase": 0.04,
+        "perplexity_increase_range": [0.02, 0.06],
+    }
+    rows = [
+        {**shared, "label": f"capacity {value}", "capacity": value, "realised_capacity": value, "skip_share": {}}
+        for value in (0.9, 0.5)
+    ]
+    return {
+        **ORIGIN,
+        "schema": "anydepth.calibrate/1",
+        "met": None,
+        "thresholds": {"ffn_router": 0.1},
+        "sweep": rows,
+        "control": {**shared, "label": "full depth, int8"},
+        "engine": {"engine": "fast", "weights": "bfloat16"},
+    }

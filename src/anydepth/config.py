@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +38,42 @@ class StrictConfig(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+RETRAIN = "train with it"
+SHARE_AT_INFERENCE = "--capacity and --skip-share set it at inference, and `anydepth calibrate` for good"
+CONTROL_ALONE = ("router", "random")
+
+
+def training_field(
+    *, way: str = RETRAIN, initial: bool = False, unless: tuple[str, str] | None = None, **own: Any
+) -> Any:
+    """Declare a field that a trained method no longer reads: overriding it at inference is refused.
+
+    Args:
+        way: what to do instead.
+        initial: whether it shapes the first weights, so that a method without a checkpoint does read it.
+        unless: another field and its value, with which this one is read at inference as well.
+        own: arguments of pydantic's `Field`.
+    """
+    mark: Any = {"way": way, "initial": initial, "unless": unless}
+    return Field(json_schema_extra={"training_only": mark}, **own)
+
+
+def refuse_training_only(name: str, config: StrictConfig, options: Iterable[str], *, fresh: bool = False) -> None:
+    """Raise `UserError` for the first of some options that changes nothing at inference.
+
+    Args:
+        name: of the method. config: with the options in place.
+        fresh: whether its weights are made anew, from the options that shape first weights.
+    """
+    for option in options:
+        field = type(config).model_fields.get(option)
+        extra = field.json_schema_extra if field is not None else None
+        mark: Any = extra.get("training_only") if isinstance(extra, dict) else None
+        if mark is None or (fresh and mark["initial"]):
+            continue
+        if mark["unless"] is None or getattr(config, mark["unless"][0]) != mark["unless"][1]:
+            raise UserError(f"{name}.{option} is read in training alone and changes nothing here; {mark['way']}")
 
 
 class TokenizerConfig(StrictConfig):

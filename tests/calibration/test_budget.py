@@ -1,73 +1,15 @@
-"""Thresholds at a share, a speed or a bound: reached where they can be, refused with the best where not."""
+"""A speed or a bound on quality: reached where it can be, refused with the best where not."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-import torch
 
-import anydepth
-from anydepth.calibration.budget import (
-    Unreachable,
-    collect_scores,
-    find_budget,
-    set_skip_share,
-    set_thresholds,
-    thresholds_of,
-)
-from anydepth.errors import RunError
+from anydepth.calibration.budget import Unreachable, find_budget
+from anydepth.calibration.shares import collect_scores, thresholds_of
 from anydepth.execution.adapted import AdaptedModel
-from tiny import tiny_llama
-
-METHODS = {
-    "layer_router": {"name": "layer_router", "always_keep": 1},
-    "sequence": {"name": "layer_router", "always_keep": 1, "granularity": "sequence", "pool_tokens": 4},
-    "mixture_of_depths": {"name": "mixture_of_depths"},
-    "hat": [{"name": "exit_gate", "layers": [2, 4]}, {"name": "ffn_router"}],
-}
-
-
-def undecided(name: str) -> AdaptedModel:
-    """With gates that differ between tokens."""
-    adapted = anydepth.attach(tiny_llama(), METHODS[name])
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for part, parameter in adapted.methods.named_parameters():
-            if "direct." in part:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        for part, buffer in adapted.methods.named_buffers():
-            if part.endswith("thresholds"):
-                buffer.zero_()
-    return adapted.eval()
-
-
-def windows() -> torch.Tensor:
-    return torch.randint(1, 257, (4, 32), generator=torch.Generator().manual_seed(1))
-
-
-def test_a_share_is_exact_for_a_layer_router() -> None:
-    adapted = undecided("layer_router")
-    for share in (0.25, 0.6):
-        reached = set_skip_share(adapted, windows(), share)
-        assert reached == pytest.approx(share, abs=0.02)
-        skipped = []
-        for window in windows():
-            adapted(input_ids=window[None], use_cache=False)
-            skipped.append(1 - adapted.last_trace.mixer_keep[1:].double().mean())
-        assert torch.stack(skipped).mean().item() == pytest.approx(reached, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_higher_share_skips_more(name: str) -> None:
-    adapted = undecided(name)
-    depths = []
-    for share in (0.0, 0.3, 0.9):
-        set_skip_share(adapted, windows(), share)
-        adapted(input_ids=windows(), use_cache=False)
-        depths.append(adapted.last_trace.mean_depth)
-    assert depths[0] == adapted.backbone.num_layers
-    assert depths[0] > depths[1] > depths[2]
+from undecided import METHODS, undecided, windows
 
 
 def modelled(adapted: AdaptedModel) -> list[float]:
@@ -117,14 +59,41 @@ def test_quality_alone_takes_the_largest_share_that_keeps_the_bound() -> None:
     assert nothing.share == 0 and nothing.thresholds == {"layer_router": -math.inf}
 
 
-def test_what_has_no_threshold_is_refused() -> None:
-    adapted = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": [1]})
-    with pytest.raises(RunError, match="skip_set.* compares a score with a threshold"):
-        collect_scores(adapted, windows())
+class Noise:
+    """A clock whose readings are given, one for each measurement."""
+
+    def __init__(self, *speedups: float, then: float) -> None:
+        self.left, self.then = list(speedups), then
+
+    def __call__(self) -> list[float]:
+        return [self.left.pop(0) if self.left else self.then]
 
 
-def test_collecting_leaves_the_thresholds() -> None:
-    adapted = undecided("hat")
-    set_thresholds(adapted, {"exit_gate": 0.3, "ffn_router": -0.1})
-    collect_scores(adapted, windows())
-    assert thresholds_of(adapted) == {"exit_gate": 0.3, "ffn_router": -0.1}
+@pytest.mark.parametrize("num_lucky", [1, 2, 6])
+def test_a_speed_that_was_measured_by_chance_is_not_met(num_lucky: int) -> None:
+    """C12: the last measurement decides, and the best that it found is named."""
+    adapted = undecided("layer_router")
+    scores, before = collect_scores(adapted, windows()), thresholds_of(adapted)
+    clock = Noise(*[1.7] * num_lucky, then=1.115)
+    with pytest.raises(Unreachable, match="speed-up of 1.6 is out of reach here: the most measured was 1.1"):
+        find_budget(adapted, scores, target_speedup=1.6, speedup=clock)
+    assert thresholds_of(adapted) == before
+
+
+def test_a_share_that_fails_its_last_measurement_gives_way_to_a_larger_one() -> None:
+    """C12: one unlucky reading at the smallest share is no refusal while larger ones are fast."""
+    adapted = undecided("layer_router")
+    scores = collect_scores(adapted, windows())
+    clock = Noise(*[1.7] * 6, 1.2, then=1.7)
+    found = find_budget(adapted, scores, target_speedup=1.6, speedup=clock)
+    assert found.speedup == 1.7 == found.trajectory[-1]["speedup"]
+    assert found.share == found.trajectory[-1]["share"] > found.trajectory[-2]["share"]
+
+
+def test_quality_that_no_share_keeps_is_refused() -> None:
+    """C12: the final perplexity decides where quality alone is asked for, also when nothing skips."""
+    adapted = undecided("layer_router")
+    scores, before = collect_scores(adapted, windows()), thresholds_of(adapted)
+    with pytest.raises(Unreachable, match="perplexity is 5.0% above full depth where the bound is 2.0%"):
+        find_budget(adapted, scores, max_perplexity_increase=0.02, perplexity_increase=lambda: 0.05)
+    assert thresholds_of(adapted) == before

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import anydepth
-from anydepth.calibration.budget import options_of, set_thresholds, thresholds_of
 from anydepth.calibration.exits import ExitScores, collect_exit_scores, exit_settings
 from anydepth.calibration.generated import STEPS, bound_risk
 from anydepth.calibration.guarantee import inconsistency
+from anydepth.calibration.shares import options_of, set_thresholds, thresholds_of
 from anydepth.errors import UserError
 from anydepth.inference.engine.decode import FastEngine
 from tiny import NUM_LAYERS, tiny_llama

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anydepth
-from anydepth.calibration.budget import collect_scores, thresholds_of
 from anydepth.calibration.generated import bound_risk, shared_settings
 from anydepth.calibration.guarantee import (
     TESTS,
@@ -22,6 +21,7 @@ from anydepth.calibration.guarantee import (
     p_value,
     quality_loss,
 )
+from anydepth.calibration.shares import collect_scores, thresholds_of
 from anydepth.errors import UserError
 from tiny import tiny_llama
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import anydepth
-from anydepth.calibration.budget import set_skip_share
 from anydepth.calibration.knapsack import latencies, least_value
+from anydepth.calibration.shares import set_skip_share
 from anydepth.calibration.skip_search import STRATEGIES, influences, search
 from anydepth.errors import RunError, UserError
 from tiny import tiny_llama

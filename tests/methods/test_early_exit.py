@@ -32,7 +32,7 @@ def test_confidences_are_what_they_are_called(kind: str) -> None:
     method: Any = adapted.methods["early_exit"]
     method.is_watched = True
     adapted(IDS)
-    seen = adapted.context.notes["early_exit/scores"]
+    seen = adapted.context.notes["early_exit/scores"][0]
     for place, layer_idx in enumerate((2, 4)):
         shares = model.lm_head(model.model.norm(states[layer_idx])).softmax(-1)
         top = shares.topk(2).values

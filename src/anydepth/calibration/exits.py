@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anydepth.calibration.budget import Thresholds
 from anydepth.calibration.generated import STEPS
+from anydepth.calibration.shares import Thresholds
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods.early_exit import EarlyExit
@@ -65,7 +65,8 @@ def collect_exit_scores(adapted: AdaptedModel, windows: Tensor) -> ExitScores:
         with adapted.backbone.layer_outputs() as outputs:
             for window in windows:
                 final = adapted(input_ids=window[None].to(adapted.device), use_cache=False).logits[0].argmax(-1)
-                confidence.append(-method.scores(adapted.context).view(len(method.layers), -1).float().cpu())
+                (scores,) = method.scores(adapted.context).values()  # one after the other, of all exits
+                confidence.append(-scores.view(len(method.layers), -1).float().cpu())
                 choices = [adapted.backbone.logits_of(outputs[i - 1][0]).argmax(-1) for i in method.layers]
                 differs.append((torch.stack(choices) != final).cpu())
     finally:

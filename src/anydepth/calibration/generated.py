@@ -14,14 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anydepth.calibration.budget import (
-    Thresholds,
-    options_of,
-    restored_on_failure,
-    set_thresholds,
-    thresholds_at,
-    thresholds_of,
-)
 from anydepth.calibration.guarantee import (
     Guarantee,
     difference,
@@ -29,6 +21,15 @@ from anydepth.calibration.guarantee import (
     learn_then_test,
     least_sequences,
     quality_loss,
+)
+from anydepth.calibration.shares import (
+    Scores,
+    Thresholds,
+    options_of,
+    restored_on_failure,
+    set_thresholds,
+    thresholds_at,
+    thresholds_of,
 )
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
@@ -51,8 +52,8 @@ def check_risk(risk: str) -> None:
         raise UserError(f"risk '{risk}' is unknown; risks are {', '.join(RISKS)}")
 
 
-def shared_settings(scores: dict[str, Tensor]) -> list[Thresholds]:
-    """Return settings that skip the same fraction of each method's scores, as `collect_scores` gives them."""
+def shared_settings(scores: Scores) -> list[Thresholds]:
+    """Return settings that skip the same fraction of each method's decisions, as `collect_scores` measured them."""
     return [thresholds_at(scores, step) for step in STEPS[:-1]]
 
 

@@ -9,7 +9,21 @@ import typer
 
 from anydepth.cli.app import app
 from anydepth.cli.display import Printer, show_calibration
-from anydepth.cli.options import Data, Device, DType, Engine, Json, Out, Quiet, Seed, Target
+from anydepth.cli.options import (
+    Capacity,
+    Data,
+    Device,
+    DType,
+    Engine,
+    Json,
+    Out,
+    Quiet,
+    Seed,
+    SkipShare,
+    Target,
+    capacities_of,
+    wanted_share,
+)
 from anydepth.errors import UserError
 
 
@@ -22,6 +36,12 @@ def calibrate(
     ] = None,
     max_perplexity_increase: Annotated[
         float | None, typer.Option(help="Skip as much as it allows, against full depth: 0.03. With a speed: its bound.")
+    ] = None,
+    skip_share: SkipShare = None,
+    capacity: Capacity = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Measure speed and perplexity at several capacities, and leave the thresholds: 0.9,0.7,0.5."),
     ] = None,
     max_risk: Annotated[
         float | None, typer.Option(help="Skip as much as can be shown to keep the risk on generated text below: 0.05.")
@@ -44,6 +64,9 @@ def calibrate(
     ] = None,
     num_prompts: Annotated[int, typer.Option(help="Prompts to bound the risk on.")] = 100,
     data: Data = "embedded:train",
+    held_out: Annotated[
+        str | None, typer.Option(help="Text to look at afterwards, as --data; what follows there when left out.")
+    ] = None,
     num_windows: Annotated[int, typer.Option(help="Windows of text to calibrate on.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the timed generations.")] = 64,
@@ -56,14 +79,15 @@ def calibrate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Set a router's or gate's thresholds to a speed, a bound on quality, or a guaranteed risk.
+    """Set a router's or gate's thresholds to a speed, a bound on quality, a share, or a guaranteed risk.
 
     Writes a checkpoint folder; refuses what cannot be reached, and says what can. With --max-risk nothing is skipped
-    where nothing can be shown. Thresholds of early_exit are written to thresholds.json in the folder as well.
+    where nothing can be shown. The folder keeps score quantiles, so that any --capacity can be set later; thresholds of
+    early_exit are written to its thresholds.json as well.
     """
     arguments = dict(locals())
     if max_risk is not None:
-        if target_speedup is not None or max_perplexity_increase is not None:
+        if any(value is not None for value in (target_speedup, max_perplexity_increase, skip_share, capacity, sweep)):
             raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other")
         _bound_risk(arguments)
     elif per_exit or test is not None:
@@ -73,60 +97,28 @@ def calibrate(
 
 
 def _meet_bounds(options: dict[str, Any]) -> None:
-    """`calibrate --target-speedup` and `--max-perplexity-increase`."""
-    from anydepth.calibration.budget import collect_scores, find_budget, set_thresholds, thresholds_of
-    from anydepth.inference.engine import choose
-    from anydepth.measure.bench import load_prompts, paired_speedups
-    from anydepth.measure.evaluate import evaluate
-    from anydepth.training.checkpoint import has_adapter, load_target
-    from anydepth.training.data import load_windows
+    """Run `calibrate` to a speed, a bound on perplexity or a share, or at several capacities."""
+    share = wanted_share(options["skip_share"], options["capacity"])
+    capacities = None if options["sweep"] is None else capacities_of(options["sweep"])
+    _check_bounds(options["target_speedup"], options["max_perplexity_increase"], share, capacities)
+    from anydepth.measure.calibrate import Calibration
 
-    target_speedup, max_perplexity_increase = options["target_speedup"], options["max_perplexity_increase"]
-    _check_bounds(target_speedup, max_perplexity_increase)
-    printer, num_runs = Printer(options["as_json"], options["quiet"]), options["num_runs"]
-    load, data = {"dtype": options["dtype"], "device": options["device"]}, options["data"]
-    adapted, tokenizer = load_target(options["target"], **load)
-    windows = load_windows(data, tokenizer, options["sequence_length"], max_windows=options["num_windows"])
-    scores = collect_scores(adapted, windows)
-    measures: dict[str, Any] = {}
-    if target_speedup is not None:
-        timed = adapted  # as it would be run: with a LoRA adapter folded into the weights
-        if has_adapter(adapted):
-            timed, _ = load_target(options["target"], **load, merge=True)
-        fast, new_tokens = choose(timed, options["engine"], None, printer.progress), options["new_tokens"]
-        texts = load_prompts(timed, tokenizer, data, [options["prompt_tokens"]], new_tokens)[:num_runs]
-
-        def speedups() -> list[float]:
-            set_thresholds(timed, thresholds_of(adapted))
-            return paired_speedups(timed, texts, new_tokens, num_runs, fast)
-
-        measures["speedup"] = speedups
-    if max_perplexity_increase is not None:
-
-        def increase() -> float:
-            found = evaluate(adapted, windows)
-            return found["perplexity"] / found["full_depth"]["perplexity"] - 1
-
-        measures["perplexity_increase"] = increase
-
-    def say(row: dict[str, float]) -> None:
-        name, value = next((name, value) for name, value in row.items() if name != "share")
-        printer.progress(f"  {row['share']:.0%} skipped: {name.replace('_', ' ')} {value:.3f}")
-
-    found = find_budget(
-        adapted,
-        scores,
-        target_speedup=target_speedup,
-        max_perplexity_increase=max_perplexity_increase,
-        on_try=say,
-        **measures,
-    )
-    _finish(options, adapted, tokenizer, {"met": True, **found.to_json()}, printer)
+    printer = Printer(options["as_json"], options["quiet"])
+    calibration = Calibration.load(options, printer.progress)
+    if capacities is not None:
+        fields = calibration.sweep(capacities)
+    elif share is not None:
+        fields = calibration.to_share(share)
+    else:
+        fields = calibration.to_bounds(options["target_speedup"], options["max_perplexity_increase"])
+    for line in fields["warnings"]:
+        printer.progress(f"warning: {line}")
+    _finish(options, calibration.adapted, calibration.tokenizer, fields, printer)
 
 
 def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dict[str, Any], printer: Printer) -> None:
     """Write the checkpoint with the new thresholds, and the document."""
-    from anydepth.calibration.budget import options_of
+    from anydepth.calibration.shares import options_of
     from anydepth.measure.results import document, write_json
     from anydepth.methods.early_exit import EarlyExit
     from anydepth.models.load import dtype_name
@@ -151,10 +143,10 @@ def _bound_risk(options: dict[str, Any]) -> None:
     """`calibrate --max-risk`."""
     import math
 
-    from anydepth.calibration.budget import collect_scores, set_thresholds, thresholds_of
     from anydepth.calibration.exits import collect_exit_scores, exit_settings
     from anydepth.calibration.generated import bound_risk, check_risk, shared_settings
     from anydepth.calibration.guarantee import TESTS, check_bounds, check_test, least_sequences
+    from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_of
     from anydepth.inference.engine import choose
     from anydepth.training.checkpoint import has_adapter, load_target
 
@@ -226,10 +218,17 @@ def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any]
     return pieces[:num_scored], list(pieces[num_scored : num_scored + count]), None
 
 
-def _check_bounds(target_speedup: float | None, max_perplexity_increase: float | None) -> None:
-    if target_speedup is None and max_perplexity_increase is None:
+def _check_bounds(
+    target_speedup: float | None,
+    max_perplexity_increase: float | None,
+    share: float | None,
+    capacities: list[float] | None,
+) -> None:
+    bounds = target_speedup is not None or max_perplexity_increase is not None
+    if bounds + (share is not None) + (capacities is not None) != 1:
         raise UserError(
-            "calibrate to what? give --target-speedup 1.3, --max-perplexity-increase 0.03, both, or --max-risk 0.05"
+            "calibrate to what? give --target-speedup 1.3, --max-perplexity-increase 0.03 or both; or one of "
+            "--skip-share 0.4, --sweep 0.9,0.7,0.5 and --max-risk 0.05"
         )
     if target_speedup is not None and target_speedup <= 1:
         raise UserError(f"--target-speedup is a factor above 1, such as 1.3; came {target_speedup:g}")

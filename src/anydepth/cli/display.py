@@ -184,20 +184,62 @@ def show_calibration(document: dict[str, Any]) -> None:
         else:
             print("no setting could be shown to keep the bound: nothing is skipped")
         return
-    print(f"share of decisions that skip: {document['share']:.0%}")
+    if "sweep" in document:
+        _show_capacities(document)
+        return
+    for name, row in document["skip_share"].items():
+        print(
+            f"{name} skips {row['held_out']:.1%} of its decisions on held-out text, {row['calibration']:.1%} on the "
+            f"text of calibration; {row['target']:.1%} was set"
+        )
     if document["speedup"] is not None:
         print(f"speed-up: {document['speedup']:.2f}× (median of pairs, measured)")
     if document["perplexity_increase"] is not None:
-        print(f"perplexity: {document['perplexity_increase']:+.1%} against the untouched model")
+        print(f"perplexity: {document['perplexity_increase']:+.1%} against the same model at full depth")
+    held_out = document["held_out"]
+    print(
+        f"perplexity of held-out text: {held_out['perplexity']:.4g}, {held_out['perplexity_increase']:+.1%} against "
+        f"{held_out['full_depth_perplexity']:.4g} of the same model at full depth (untouched model: "
+        f"{held_out['untouched_perplexity']:.4g})"
+    )
+
+
+def _show_capacities(document: dict[str, Any]) -> None:
+    """Show a row per capacity, and the control."""
+    control = document["control"]
+    rows = [
+        [
+            row["label"],
+            "" if "realised_capacity" not in row else f"{row['realised_capacity']:.1%}",
+            _around(row["speedup"], row["speedup_range"], 3),
+            f"{row['perplexity']:.4g}",
+            _percent(row["perplexity_increase"], row["perplexity_increase_range"]),
+        ]
+        for row in (*document["sweep"], *([] if control is None else [control]))
+    ]
+    table(["", "run on held-out text", "speed-up", "perplexity", "increase"], rows)
+    engine = document["engine"]
+    print(
+        f"speed-up over full depth on engine {engine['engine']} {engine['weights']}, in brackets all pairs; increase "
+        "over the same model at full depth, in brackets 95%"
+    )
+
+
+def _percent(middle: float, bounds: list[float]) -> str:
+    return f"{middle:+.1%} ({bounds[0]:+.1%} to {bounds[1]:+.1%})"
 
 
 def show_eval(document: dict[str, Any]) -> None:
     keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share")
     full, note = document["full_depth"], document.get("note")
-    parts = {"untouched": full} if note else {"untouched": full, document["label"]: document}
-    rows = [[label, *(f"{float(part[key]):.4g}" for key in keys)] for label, part in parts.items()]
+    parts = {"untouched": full, "full depth, LoRA on": document.get("full_depth_adapted")}
+    if not note:
+        parts[document["label"]] = document
+    rows = [[label, *(f"{float(part[key]):.4g}" for key in keys)] for label, part in parts.items() if part is not None]
     table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)
     print(f"\n{document['num_tokens']} tokens scored" + (f"; {document['label']}: {note}" if note else ""))
+    for method, share in document.get("skip_share", {}).items():
+        print(f"{method} skips {share:.1%} of its decisions here")
     if "tasks" in document:
         _show_tasks(document)
     if "exits" in document:

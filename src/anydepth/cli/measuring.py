@@ -19,6 +19,7 @@ from anydepth.cli.display import (
     show_methods,
 )
 from anydepth.cli.options import (
+    Capacity,
     Compiled,
     Data,
     Device,
@@ -28,11 +29,13 @@ from anydepth.cli.options import (
     MethodOptions,
     Quiet,
     Seed,
+    SkipShare,
     Target,
     WeightKind,
     by_method,
     method_options,
     numbers,
+    wanted_share,
 )
 from anydepth.errors import UserError
 
@@ -83,6 +86,8 @@ def evaluate(
     full_depth: Annotated[bool, typer.Option("--full-depth", help="Score the untouched model only.")] = False,
     exits: Annotated[bool, typer.Option("--exits", help="Score each layer too, as if it were the last.")] = False,
     options: MethodOptions = None,
+    skip_share: SkipShare = None,
+    capacity: Capacity = None,
     engine: Engine = "hf",
     weights: WeightKind = None,
     seed: Seed = 0,
@@ -103,8 +108,9 @@ def evaluate(
     _at_least("limit", limit, 1)
     _at_least("num-fewshot", num_fewshot, 0)
     printer = Printer(as_json, quiet)
-    names = _task_names(tasks) if tasks else []
-    adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
+    names, share = _task_names(tasks) if tasks else [], wanted_share(skip_share, capacity)
+    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": by_method(options), "skip_share": share}
+    adapted, tokenizer = load_target(target, **load)
     fast = choose(adapted, engine, weights, printer.progress)
     if fast is not None and exits:
         raise UserError("--exits runs the Hugging Face model; leave out --engine and --weights")
@@ -123,6 +129,7 @@ def evaluate(
         "dtype": dtype_name(adapted),
         "full_depth": full_depth,
         "options": options,
+        "skip_share": share,
         "engine": "hf" if fast is None else "fast",
         "weights": dtype_name(adapted) if fast is None else fast.model.weights,
     }
@@ -215,6 +222,8 @@ def bench(
     ] = False,
     against: Annotated[list[str] | None, typer.Option(help="Bench a method on a base model: 'skip_set'.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="Its options: skip_layers=[5,9].")] = None,
+    skip_share: SkipShare = None,
+    capacity: Capacity = None,
     data: Data = "embedded:valid",
     seed: Seed = 0,
     device: Device = "cpu",
@@ -244,7 +253,8 @@ def bench(
     prompt_tokens = "64" if prompt_tokens is None else prompt_tokens
     num_runs = 5 if num_runs is None else num_runs
     printer = Printer(as_json, quiet)
-    adapted, tokenizer = _with_methods(target, against or [], options or [], dtype, device)
+    load: dict[str, Any] = {"dtype": dtype, "device": device, "skip_share": wanted_share(skip_share, capacity)}
+    adapted, tokenizer = _with_methods(target, against or [], options or [], load)
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
     config["dtype"] = dtype_name(adapted)
     if compare:
@@ -297,17 +307,25 @@ def _check_requests(requests: int | None, engines: list[Any]) -> None:
         raise UserError("--requests decodes without drafts; leave out --requests or self_speculation")
 
 
-def _with_methods(target: str, against: list[str], options: list[str], dtype: str, device: str) -> tuple[Any, Any]:
+def _with_methods(target: str, against: list[str], options: list[str], load: dict[str, Any]) -> tuple[Any, Any]:
     """The model to bench and its tokenizer: with its own methods, or those named on the command line."""
+    from anydepth.config import refuse_training_only, validate
     from anydepth.execution.adapted import attach, detach
+    from anydepth.methods import method_class
     from anydepth.methods.self_speculation import SelfSpeculation
     from anydepth.training.checkpoint import load_target, with_speculation
 
-    adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
+    if options and not against:
+        raise UserError("--set is for the method that --against names; --capacity and --skip-share move thresholds")
+    specs = [method_options(name, options) for name in against]
+    for name, (_, *chosen), spec in zip(against, specs, specs, strict=True):
+        own = {option: spec[option] for option in chosen}
+        refuse_training_only(name, validate(method_class(name, "--against").Config, own, where=name), own, fresh=True)
+    adapted, tokenizer = load_target(target, merge=True, **load)
     if against == [SelfSpeculation.name]:  # drafts with what the target has
-        return with_speculation(adapted, method_options(against[0], options) if options else None), tokenizer
+        return with_speculation(adapted, specs[0] if options else None), tokenizer
     if against:
-        adapted = attach(detach(adapted), [method_options(name, options) for name in against])
+        adapted = attach(detach(adapted), specs)
     return adapted, tokenizer
 
 

@@ -44,6 +44,13 @@ GenerationDefaults = Annotated[
         help="auto: sample with the defaults in the model's generation_config.json. none: ignore them.",
     ),
 ]
+SkipShare = Annotated[
+    float | None,
+    typer.Option("--skip-share", help="Skip this share of what routers and gates decide about, in [0, 1): 0.4."),
+]
+Capacity = Annotated[
+    float | None, typer.Option("--capacity", help="Run this share of it, in (0, 1]; 1 less --skip-share.")
+]
 RecipeSeed = Annotated[int | None, typer.Option("--seed", help="The recipe's seed.")]
 RecipeDevice = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …")]
 RecipeDType = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
@@ -78,6 +85,37 @@ def by_method(options: list[str] | None) -> dict[str, dict[str, Any]]:
             raise UserError(f"--set takes METHOD.OPTION=VALUE, such as early_exit.thresholds=0.9; came '{option}'")
         found.setdefault(method, {})[name] = yaml.safe_load(value)
     return found
+
+
+def wanted_share(skip_share: float | None, capacity: float | None) -> float | None:
+    """Return the share to skip that `--skip-share` or `--capacity` asks for; None: neither was given.
+
+    Raises:
+        UserError: both were given, or one lies outside its range.
+    """
+    if skip_share is not None and capacity is not None:
+        raise UserError("--capacity is 1 less --skip-share; give one of them")
+    if skip_share is not None and not 0 <= skip_share < 1:
+        raise UserError(f"--skip-share is a share from 0 to less than 1, such as 0.4; came {skip_share:g}")
+    return skip_share if capacity is None else skipped_by("capacity", capacity)
+
+
+def skipped_by(option: str, capacity: float) -> float:
+    """Return the share that a capacity skips."""
+    if not 0 < capacity <= 1:
+        raise UserError(f"--{option} takes shares above 0 up to 1, such as 0.6; came {capacity:g}")
+    return round(1 - capacity, 9)
+
+
+def capacities_of(text: str) -> list[float]:
+    """Return the capacities of `--sweep`, largest first."""
+    try:
+        found = {float(part) for part in text.split(",")}
+    except ValueError as error:
+        raise UserError(f"--sweep takes shares with commas, such as 0.9,0.7,0.5; came '{text}'") from error
+    for capacity in found:
+        skipped_by("sweep", capacity)
+    return sorted(found, reverse=True)
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -11,6 +11,7 @@ import typer
 from anydepth.cli.app import app as commands
 from anydepth.cli.display import Printer, show_export
 from anydepth.cli.options import (
+    Capacity,
     Data,
     Device,
     DType,
@@ -20,9 +21,11 @@ from anydepth.cli.options import (
     Out,
     Quiet,
     Seed,
+    SkipShare,
     Target,
     WeightKind,
     by_method,
+    wanted_share,
 )
 from anydepth.errors import UserError
 
@@ -47,6 +50,8 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
     data: Data = "embedded:train",
     options: MethodOptions = None,
+    skip_share: SkipShare = None,
+    capacity: Capacity = None,
     weights: WeightKind = None,
     generation_config: GenerationDefaults = "auto",
     seed: Annotated[
@@ -70,7 +75,7 @@ def serve(
     except ImportError as error:
         raise UserError(f'serve needs: pip install "anydepth[serve]" ({error})') from error
 
-    printer = Printer(False, quiet)
+    printer, share = Printer(False, quiet), wanted_share(skip_share, capacity)
     bound = bind(host, port)
     limits: dict[str, Any] = {"max_batch_size": max_batch_size, "max_tokens": max_tokens, "max_queue": max_queue}
     limits |= {
@@ -80,6 +85,7 @@ def serve(
         "device": device,
         "dtype": dtype,
         "overrides": by_method(options),
+        "skip_share": share,
     }
     with printer.busy(f"loading {target} …"):
         service, tokenizer = open_service(target, **limits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.text import Text
 from anydepth.cli.app import app
 from anydepth.cli.display import Printer, depth_legend, shade_of, show_text
 from anydepth.cli.options import (
+    Capacity,
     Compiled,
     Device,
     DType,
@@ -21,9 +22,11 @@ from anydepth.cli.options import (
     MethodOptions,
     Quiet,
     Seed,
+    SkipShare,
     Target,
     WeightKind,
     by_method,
+    wanted_share,
 )
 from anydepth.errors import UserError
 
@@ -42,6 +45,8 @@ def generate(
         typer.Option("--lossless", help="The text of full depth, faster: what the target's methods draft is verified."),
     ] = False,
     options: MethodOptions = None,
+    skip_share: SkipShare = None,
+    capacity: Capacity = None,
     engine: Engine = "auto",
     weights: WeightKind = None,
     generation_config: GenerationDefaults = "auto",
@@ -64,11 +69,10 @@ def generate(
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     check_source(generation_config)
     text = sys.stdin.read() if prompt == "-" else prompt
-    printer = Printer(as_json, quiet)
+    printer, share = Printer(as_json, quiet), wanted_share(skip_share, capacity)
+    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": by_method(options), "skip_share": share}
     with printer.busy(f"loading {target} …"):
-        adapted, tokenizer = load_target(
-            target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
-        )
+        adapted, tokenizer = load_target(target, merge=True, lossless=lossless, **load)
         use_defaults(adapted.generation_config, generation_config)
         fast = choose(adapted, engine, weights, printer.progress, compiled=compiled)
     if adapted.speculation is not None and not verifies_bitwise(adapted, fast):
@@ -90,7 +94,8 @@ def generate(
         "generation_config": generation_config,
         "options": options,
         "engine": "hf" if fast is None else "fast",
-        "weights": dtype if fast is None else fast.model.weights,
+        "weights": dtype_name(adapted) if fast is None else fast.model.weights,
+        "skip_share": share,
     }
     result = document("anydepth.generate/1", seed=seed, config=config, label=label_of(adapted, fast), **fields)
     printer.result(result, lambda document: show_text(document, show_depth))
@@ -110,6 +115,8 @@ def chat(
     lossless: Annotated[bool, typer.Option("--lossless", help="Draft and verify: the answers of full depth.")] = False,
     generation_config: GenerationDefaults = "auto",
     options: MethodOptions = None,
+    skip_share: SkipShare = None,
+    capacity: Capacity = None,
     weights: WeightKind = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -131,11 +138,11 @@ def chat(
     check_source(generation_config)
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+    share = wanted_share(skip_share, capacity)
+    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": by_method(options), "skip_share": share}
     printer = Printer(False, quiet)
     with printer.busy(f"loading {target} …"):
-        adapted, tokenizer = load_target(
-            target, dtype=dtype, device=device, merge=True, lossless=lossless, overrides=by_method(options)
-        )
+        adapted, tokenizer = load_target(target, merge=True, lossless=lossless, **load)
         if tokenizer.chat_template is None:
             raise UserError(f"{target} has no chat template; use generate for models that were not trained to talk")
         use_defaults(adapted.generation_config, generation_config)

@@ -147,6 +147,20 @@ def paired_speedups(
     return [pair.full.total / pair.ours.total for pair in pairs]
 
 
+def paired_engines(
+    adapted: AdaptedModel, windows: Tensor, new_tokens: int, num_runs: int, engines: tuple[Engine, Engine]
+) -> list[float]:
+    """Return `num_runs` ratios of total time at full depth, first engine ÷ second, at batch 1."""
+    totals: dict[int, list[float]] = {0: [], 1: []}
+    for number in range(-1, num_runs):  # the first is a warm-up
+        prompt = windows[number % len(windows)][None].to(adapted.device)
+        batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        for turn in (0, 1) if number % 2 else (1, 0):
+            timing = time_generation(adapted, batch, new_tokens, engines[turn], full_depth=True)
+            totals[turn].append(timing.total)
+    return [first / second for first, second in zip(totals[0][1:], totals[1][1:], strict=True)]
+
+
 @dataclass(frozen=True)
 class Pair:
     """The same generation at full depth and adapted, and what the adapted one cost, in all and for the prompt."""

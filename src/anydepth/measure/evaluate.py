@@ -45,11 +45,14 @@ class Tally:
             "mean_depth": self.depth / self.num_placed,
             "layer_token_share": self.layer_flops / self.full_layer_flops,
             "agreement": self.num_agreeing / self.num_tokens,
-            "per_layer": {
-                "mixer": [kept / self.num_placed for kept in self.mixer_kept],
-                "ffn": [kept / self.num_placed for kept in self.ffn_kept],
-            },
+            "per_layer": dict(zip(("mixer", "ffn"), self.shares(), strict=False)),
         }
+
+    def shares(self) -> tuple[list[float], ...]:
+        """Return the share of tokens that ran each layer's mixer, FFN and alternate mixer."""
+        each = (self.mixer_kept, self.ffn_kept, self.other_kept)
+        mixers, ffns, others = ([kept / self.num_placed for kept in part] for part in each)
+        return mixers, ffns, others
 
     def mixers(self) -> list[dict[str, float]]:
         """Of each layer whose tokens choose: `layer`, `softmax_share`, and the choice's `entropy` in bits."""
@@ -102,16 +105,19 @@ def evaluate(
     """Loss, depth and agreement on (N, T) windows, each scored without the others.
 
     Returns the fields of `anydepth.eval/1` for the adapted model, with those of the untouched model (gates and LoRA
-    off; its own weights whatever the engine's) under `full_depth`. Where nothing can differ, text is scored once, and
-    `note` says why.
+    off; its own weights whatever the engine's) under `full_depth`. With a LoRA adapter, those of the same model at full
+    depth (gates off, LoRA on) are under `full_depth_adapted`, and `agreement_adapted` is the agreement with it. Where
+    nothing can differ, text is scored once, and `note` says why.
 
     Args:
         engine: score its logits; None is the Hugging Face model.
         track: told of the windows as they are scored.
     """
     adapted.eval()
-    ours, untouched, why = Tally(), Tally(), why_the_same(adapted)
+    ours, untouched, whole, why = Tally(), Tally(), Tally(), why_the_same(adapted)
     at_once = full_depth_only or (engine is None and why is not None)
+    differs = has_adapter(adapted) and not at_once
+    num_agreeing = 0
     for window in track(windows):
         token_ids = window[None].to(adapted.device)
         with adapted.untouched():
@@ -120,10 +126,28 @@ def evaluate(
         if not at_once:
             logits = _logits(adapted, token_ids, engine)
             _add(ours, adapted, token_ids, logits, reference, at_full_depth=False)
-    full_depth = untouched.fields()
-    mixers = {"mixers": ours.mixers()} if any(ours.other_kept) else {}
-    note = {"note": why} if at_once and not full_depth_only else {}
-    return {**(full_depth if at_once else ours.fields()), **mixers, **note, "full_depth": full_depth}
+            if differs:
+                with adapted.disabled():
+                    full = adapted(input_ids=token_ids, use_cache=False).logits
+                _add(whole, adapted, token_ids, full, reference, at_full_depth=True)
+                num_agreeing += int((logits[0, :-1].argmax(-1) == full[0, :-1].argmax(-1)).sum())
+    found: dict[str, Any] = {"full_depth": untouched.fields()}
+    if at_once:
+        note = {} if full_depth_only else {"note": why}
+        return {**untouched.fields(), **note, **found}
+    if differs:
+        found |= {"full_depth_adapted": whole.fields(), "agreement_adapted": num_agreeing / whole.num_tokens}
+    if any(ours.other_kept):
+        found["mixers"] = ours.mixers()
+    comparing = [method for method in adapted.active_methods if method.compares_scores]
+    if comparing:
+        found["skip_share"] = {method.name: method.skip_share(*ours.shares()) for method in comparing}
+    return {**ours.fields(), **found}
+
+
+def same_model(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the same model at full depth: with LoRA on where there is an adapter."""
+    return fields.get("full_depth_adapted", fields["full_depth"])
 
 
 def _logits(adapted: AdaptedModel, token_ids: Tensor, engine: FastEngine | None) -> Tensor:

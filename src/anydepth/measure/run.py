@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.calibration.budget import set_skip_share
 from anydepth.calibration.router_fit import fit_router
+from anydepth.calibration.shares import NotTrained, compares_scores, settle_shares
 from anydepth.calibration.skip_search import search
 from anydepth.config import DrafterConfig, DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, load_recipe
 from anydepth.errors import UserError
@@ -54,6 +54,8 @@ LEARNING = ("search", "fit", "train")
 FITTED, REPORT = "fit.safetensors", "report.html"
 LEAVES = {"fit": FITTED, "train": MANIFEST, "run": REPORT}
 """The file that a stage leaves next to its document, where it leaves one."""
+TABLE_WINDOWS, HELD_OUT_WINDOWS = 2, 4
+"""Windows that thresholds of a share are measured on after training, and that the share is looked at on."""
 
 
 @dataclass
@@ -199,9 +201,7 @@ class Runner:
         adapted = self._gathered() if sharded else adapted
         if recipe.drafter is not None:
             fields |= self._train_drafter(recipe.drafter, adapted, tokenizer)
-        if recipe.calibrate is not None:
-            windows = self._training_windows(tokenizer)[: recipe.calibrate.num_windows]
-            fields["calibrated_skip_share"] = set_skip_share(adapted, windows, recipe.calibrate.skip_share)
+        fields |= self._settle(adapted, tokenizer)
         if any(method.has_learned_gates for method in adapted.active_methods):
             fields["gates"] = diagnose(adapted, self._training_windows(tokenizer))
             for text in warnings_of(fields["gates"]):
@@ -210,6 +210,24 @@ class Runner:
         save(adapted, self.out, own_base=tokenizer if trained else None)
         detach(adapted)
         return fields
+
+    def _settle(self, adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Set thresholds if the recipe asks for it, and look at what is skipped on text that nothing was set on."""
+        settings, windows = self.recipe.calibrate, self._training_windows(tokenizer)
+        if settings is None and not compares_scores(adapted):
+            return {}
+        windows = windows[: TABLE_WINDOWS if settings is None else settings.num_windows]
+        length = min(self.recipe.eval.sequence_length, windows.shape[1])
+        held_out = load_windows(self.recipe.eval.data, tokenizer, length, max_windows=HELD_OUT_WINDOWS)
+        try:
+            found = settle_shares(adapted, windows, held_out, None if settings is None else settings.skip_share)
+        except NotTrained:
+            if settings is not None:
+                raise
+            return {}
+        for line in found["warnings"]:
+            self.say(f"warning: {line}")
+        return found
 
     def _gathered(self) -> AdaptedModel:
         """What sharded training left, in one piece."""
@@ -407,7 +425,10 @@ SPEEDS = ("speedup", "speedup_interval", "is_noise")
 
 
 def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for the untouched model and one for the adapted, out of the eval and bench documents."""
+    """Make the summary rows out of the eval and bench documents: the untouched model first, the adapted last.
+
+    With a LoRA adapter the same model at full depth stands between them: what skipping alone costs.
+    """
     by_schema = {stage["schema"]: stage for stage in stages}
     quality, speed = by_schema.get("anydepth.eval/1"), by_schema.get("anydepth.bench/1")
     if quality is None:
@@ -417,9 +438,13 @@ def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {"label": "untouched", **{key: quality["full_depth"][key] for key in keys}, "speedup": 1.0},
         {"label": quality["label"], **{key: quality[key] for key in keys}},
     ]
+    if "full_depth_adapted" in quality:
+        same = {key: quality["full_depth_adapted"][key] for key in keys}
+        rows.insert(1, {"label": "full depth, LoRA on", **same, "speedup": 1.0})
     if speed is not None:
         first = speed["rows"][0]
-        rows[1] |= {key: first.get(key) for key in (*SPEEDS, "ideal_speedup", "realised")}
-        rows[0]["tokens_per_second"] = first["full_depth"]["tokens_per_second"]
-        rows[1]["tokens_per_second"] = first["adapted"]["tokens_per_second"]
+        rows[-1] |= {key: first.get(key) for key in (*SPEEDS, "ideal_speedup", "realised")}
+        for row in rows[:-1]:  # LoRA is merged where it is timed: both are as fast
+            row["tokens_per_second"] = first["full_depth"]["tokens_per_second"]
+        rows[-1]["tokens_per_second"] = first["adapted"]["tokens_per_second"]
     return rows

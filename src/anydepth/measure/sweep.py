@@ -101,7 +101,7 @@ class Sweep:
             result = runner.run()
         else:
             result = read_document(runner.out / "run.json")
-        untouched, adapted = result["summary"]
+        untouched, *_, full_depth, adapted = [result["summary"][0], *result["summary"]]
         timed = next(stage for stage in result["stages"] if stage["schema"] == "anydepth.bench/1")["rows"][0]
         # Nothing is attached: time is that of full depth. A document of before has no interval.
         speedups = timed.get("speedup_interval") or timed["speedup_range"] or [1.0, 1.0]
@@ -118,6 +118,7 @@ class Sweep:
             "time_share": 1 / (adapted["speedup"] or 1.0),
             "time_share_range": [1 / speedup for speedup in reversed(speedups)],
             "full_depth": {key: untouched[key] for key in ("perplexity", "tokens_per_second")},
+            "full_depth_perplexity": full_depth["perplexity"],
             **{key: adapted[key] for key in MEASURED},
             **({} if adapted["speedup"] else {"speedup": 1.0, "realised": 1.0}),
         }
@@ -292,7 +293,7 @@ def _on_ray(folders: Mapping[str, Path], jobs: int, say: Say) -> dict[str, str]:
 
 def _settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each combination of values: means over its seeds; and full depth, the mean of what stood beside."""
-    numbers = (*MEASURED, "time_share")
+    numbers = (*MEASURED, "time_share", "full_depth_perplexity")
     found = [
         {
             "values": rows[group[0]]["values"],

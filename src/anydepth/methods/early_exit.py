@@ -19,10 +19,21 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anydepth.config import StrictConfig
+from anydepth.config import StrictConfig, training_field
 from anydepth.methods.exit_progress import ExitProgress
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Doubt, ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.methods.method import (
+    Doubt,
+    ExitState,
+    Gate,
+    KVRule,
+    Method,
+    PassContext,
+    Rules,
+    Threshold,
+    check_layers,
+)
+from anydepth.methods.thresholds import has_nan, one_per_layer
 from anydepth.models.backbone import Backbone
 
 CHUNK = 256
@@ -58,17 +69,19 @@ class EarlyExitConfig(StrictConfig):
         default="propagate",
         description="Deeper layers project K/V from the state that a token left with, or run later.",
     )
-    loss_scale: float = Field(default=0.1, ge=0, description="e_scale of the loss over exits in training; 0 is none.")
-    loss_layers: list[int] | None = Field(
+    loss_scale: float = training_field(
+        default=0.1, ge=0, description="e_scale of the loss over exits in training; 0 is none."
+    )
+    loss_layers: list[int] | None = training_field(
         default=None, description="Layers in front of which training pays; null is all but the first."
     )
-    curriculum: Literal["none", "rotational", "gradual"] = Field(
+    curriculum: Literal["none", "rotational", "gradual"] = training_field(
         default="rotational",
         description="Exits that pay at a step: all; every rotation-th, shifting; or from the last on, more and more.",
     )
-    rotation: int = Field(default=4, ge=1, description="R of the rotational curriculum.")
-    classifier_weight: float = Field(default=1.0, ge=0, description="Of the classifier's cross-entropy.")
-    seed: int = Field(default=0, description="Seed of the classifier.")
+    rotation: int = training_field(default=4, ge=1, description="R of the rotational curriculum.")
+    classifier_weight: float = training_field(default=1.0, ge=0, description="Of the classifier's cross-entropy.")
+    seed: int = training_field(initial=True, default=0, description="Seed of the classifier.")
 
     @field_validator("thresholds", mode="before")
     @classmethod
@@ -87,8 +100,7 @@ class EarlyExitConfig(StrictConfig):
     @field_validator("thresholds")
     @classmethod
     def _are_numbers(cls, value: list[float] | float) -> list[float] | float:
-        values = value if isinstance(value, list) else [value]
-        if not values or any(math.isnan(number) for number in values):
+        if value == [] or has_nan(value):
             raise ValueError("must be numbers, at least one")
         return value
 
@@ -149,12 +161,9 @@ class EarlyExit(Method):
 
     def thresholds_of(self, config: EarlyExitConfig) -> dict[int, float]:
         """Return λ by layer, in their order. Raises `ValueError` for a list that does not fit the layers."""
-        values = config.thresholds if isinstance(config.thresholds, list) else [config.thresholds] * len(self.layers)
-        if len(values) != len(self.layers):
-            raise ValueError(f"thresholds has {len(values)} values; there are {len(self.layers)} layers with an exit")
         if isinstance(config.thresholds, list) and config.layers not in (None, self.layers):
             raise ValueError(f"layers is {config.layers}; with a list of thresholds give them in order, {self.layers}")
-        return dict(zip(self.layers, values, strict=True))
+        return one_per_layer(config.thresholds, self.layers, "thresholds")
 
     @property
     def threshold(self) -> float | list[float]:

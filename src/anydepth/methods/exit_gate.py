@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from anydepth.config import StrictConfig
+from anydepth.config import SHARE_AT_INFERENCE, StrictConfig, training_field
 from anydepth.methods.exit_progress import ExitProgress
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
@@ -36,20 +36,26 @@ class ExitGateConfig(StrictConfig):
         "together with the next token that goes on.",
     )
     threshold: float = Field(default=0.0, description="At inference a token goes on if its logit is above this.")
-    initial_bias: float = Field(default=2.0, description="Logits start at this: tokens go on.")
-    forward_temperature: float = Field(default=0.5, ge=0, description="Scale of the noise that exits are sampled with.")
-    backward_temperature: float = Field(default=1.0, gt=0, description="Temperature of the soft distribution.")
-    expected_weight: float = Field(default=1.0, ge=0, description="Of the expected cross-entropy over exits.")
-    floor: float = Field(
+    initial_bias: float = training_field(initial=True, default=2.0, description="Logits start at this: tokens go on.")
+    forward_temperature: float = training_field(
+        default=0.5, ge=0, description="Scale of the noise that exits are sampled with."
+    )
+    backward_temperature: float = training_field(default=1.0, gt=0, description="Temperature of the soft distribution.")
+    expected_weight: float = training_field(default=1.0, ge=0, description="Of the expected cross-entropy over exits.")
+    floor: float = training_field(
         default=0.0,
         ge=0,
         description="Added to the weight of each exit's cross-entropy: exits that nobody takes become readable too.",
     )
-    target_depth: float = Field(
-        default=0.67, gt=0, le=1, description="Expected share of layers run, mean over real tokens."
+    target_depth: float = training_field(
+        way=SHARE_AT_INFERENCE,
+        default=0.67,
+        gt=0,
+        le=1,
+        description="Expected share of layers run, mean over real tokens.",
     )
-    target_weight: float = Field(default=8.0, ge=0, description="β of β·(expected depth − target_depth)².")
-    seed: int = Field(default=0, description="Seed of the gates and of their noise.")
+    target_weight: float = training_field(default=8.0, ge=0, description="β of β·(expected depth − target_depth)².")
+    seed: int = training_field(initial=True, default=0, description="Seed of the gates and of their noise.")
 
     @model_validator(mode="after")
     def _consistent(self) -> ExitGateConfig:
@@ -80,8 +86,14 @@ class ExitGate(Method):
         return ExitProgress()
 
     @property
-    def gated_layers(self) -> list[int]:
-        return list(range(min(self.networks), self.num_layers))
+    def gated_layers(self) -> range:
+        return range(min(self.networks), self.num_layers)
+
+    @property
+    def target_share(self) -> float | None:
+        if not self.config.target_weight:
+            return None
+        return min((1 - self.config.target_depth) * self.num_layers / len(self.gated_layers), 1.0)
 
     @property
     def kv_rule(self) -> KVRule:

@@ -14,10 +14,19 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anydepth.config import StrictConfig
+from anydepth.config import SHARE_AT_INFERENCE, StrictConfig, training_field
 from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, Method, PassContext, Rules, Threshold, check_layers
+from anydepth.methods.method import (
+    Gate,
+    Method,
+    PassContext,
+    Rules,
+    Threshold,
+    check_layers,
+)
+from anydepth.methods.score_quantiles import empty_table
 from anydepth.methods.shared_batch import batch_mean, batch_rows
+from anydepth.methods.thresholds import has_nan, one_per_layer
 from anydepth.models.backbone import Backbone
 
 
@@ -25,26 +34,38 @@ class FFNRouterConfig(StrictConfig):
     """Options of `ffn_router`."""
 
     layers: list[int] | None = Field(default=None, description="Layers whose FFN is routed; null is all but the first.")
-    capacity: float = Field(default=0.55, gt=0, le=1, description="Share of tokens whose FFN runs, in each layer.")
-    initial_capacity: float = Field(
+    capacity: float = training_field(
+        way=SHARE_AT_INFERENCE, default=0.55, gt=0, le=1, description="Share of tokens whose FFN runs, in each layer."
+    )
+    initial_capacity: float = training_field(
         default=0.9, gt=0, le=1, description="Share at the start of training; falls to capacity in its first half."
     )
     widths: list[int] = Field(default=[], description="Hidden layers of the scoring network; none is a linear map.")
-    threshold: float = Field(
-        default=0.0, description="At inference an FFN runs if the score less its layer's quantile is above this."
+    threshold: list[float] | float = Field(
+        default=0.0,
+        description="At inference an FFN runs if the score less its layer's quantile is above this: one number, or one "
+        "per layer.",
     )
-    backward_temperature: float = Field(default=1.0, gt=0, description="Temperature of the straight-through gradient.")
-    z_loss_weight: float = Field(default=1e-3, ge=0, description="Of mean(logsumexp([0, s])²): keeps scores small.")
-    entropy_weight: float = Field(
+    backward_temperature: float = training_field(
+        default=1.0, gt=0, description="Temperature of the straight-through gradient."
+    )
+    z_loss_weight: float = training_field(
+        default=1e-3, ge=0, description="Of mean(logsumexp([0, s])²): keeps scores small."
+    )
+    entropy_weight: float = training_field(
         default=1e-3, ge=0, description="Of minus the gates' mean entropy: against gates that settle too early."
     )
-    capacity_weight: float = Field(default=1.0, ge=0, description="Of (mean σ(s − threshold) − capacity)², per layer.")
-    quantile_momentum: float = Field(default=0.9, ge=0, lt=1, description="Of the running quantile, per forward.")
-    seed: int = Field(default=0, description="Seed of the scoring networks.")
+    capacity_weight: float = training_field(
+        default=1.0, ge=0, description="Of (mean σ(s − threshold) − capacity)², per layer."
+    )
+    quantile_momentum: float = training_field(
+        default=0.9, ge=0, lt=1, description="Of the running quantile, per forward."
+    )
+    seed: int = training_field(initial=True, default=0, description="Seed of the scoring networks.")
 
     @model_validator(mode="after")
     def _consistent(self) -> FFNRouterConfig:
-        if math.isnan(self.threshold):
+        if has_nan(self.threshold):
             raise ValueError("threshold is nan; it must be a number (−inf keeps every FFN)")
         return self
 
@@ -58,6 +79,7 @@ class FFNRouter(Method):
     summary = "a score per token and layer decides whether the FFN runs"
     gates_branches = gates_only_ffns = True
     budget_option = "threshold"
+    has_threshold_per_layer = True
 
     thresholds: Tensor
 
@@ -72,7 +94,13 @@ class FFNRouter(Method):
         for network in self.networks:
             nn.init.normal_(network.direct.weight, std=0.02, generator=self.generator)  # no two tokens alike
         self.register_buffer("thresholds", torch.full((len(layers),), -math.inf))  # until training has seen scores
+        one_per_layer(config.threshold, layers, "threshold")
+        self.score_quantiles = empty_table(len(layers))
         self.capacity = config.capacity
+
+    @property
+    def target_share(self) -> float:
+        return 1 - self.config.capacity
 
     def set_progress(self, progress: float, step: int = 0) -> None:
         first, last = self.config.initial_capacity, self.config.capacity
@@ -82,7 +110,8 @@ class FFNRouter(Method):
         return self._limits()
 
     def _limits(self) -> list[float]:
-        return [quantile + self.config.threshold for quantile in self.thresholds.tolist()]
+        offsets = one_per_layer(self.config.threshold, self.gated_layers, "threshold").values()
+        return [quantile + offset for quantile, offset in zip(self.thresholds.tolist(), offsets, strict=True)]
 
     @property
     def gated_layers(self) -> list[int]:
@@ -107,7 +136,7 @@ class FFNRouter(Method):
             return None
         score = context.evaluate(self.networks[place], hidden.detach())[..., 0]
         if not self.samples(context):
-            self.note_scores(score - self.thresholds[place], context)
+            self.note_scores(score - self.thresholds[place], context, layer_idx)
             return Gate.of_plan((score > context.states[self.name][place])[None], context, "project")[0]
         threshold = self._quantile(place, score, context)
         keep = score > threshold

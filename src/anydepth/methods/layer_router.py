@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from anydepth.config import StrictConfig
+from anydepth.config import CONTROL_ALONE, SHARE_AT_INFERENCE, StrictConfig, training_field
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import (
     Gate,
@@ -61,7 +61,7 @@ class LayerRouterConfig(StrictConfig):
     pool_tokens: int = Field(
         default=32, ge=1, description="First tokens that a sequence's plan is made from; training varies their number."
     )
-    estimator: Literal["gumbel_ste", "reinforce"] = Field(
+    estimator: Literal["gumbel_ste", "reinforce"] = training_field(
         default="gumbel_ste", description="How gates learn: straight through sampled gates, or from what choices cost."
     )
     router: Literal["learned", "random"] = Field(
@@ -71,37 +71,53 @@ class LayerRouterConfig(StrictConfig):
         default=None,
         description="For router=random: share of tokens that run each routed layer; a number is that of all of them.",
     )
-    target_skip: float = Field(
-        default=0.4, ge=0, lt=1, description="Share of routed layer-tokens, or mixer-tokens, to skip."
+    target_skip: float = training_field(
+        way=SHARE_AT_INFERENCE,
+        default=0.4,
+        ge=0,
+        lt=1,
+        description="Share of routed layer-tokens, or mixer-tokens, to skip.",
     )
     kv_rule: SkipRule = Field(
         default="project", description="K/V of a skipping token: its state projected, or none (omit)."
     )
     threshold: float = Field(default=0.0, description="At inference a token runs the layer if its logit is above this.")
-    initial_bias: float = Field(
-        default=2.0, description="Size of the logits at the start: large means that noise flips few gates."
+    initial_bias: float = training_field(
+        initial=True,
+        default=2.0,
+        description="Size of the logits at the start: large means that noise flips few gates.",
     )
-    initial_skip_layers: list[int] = Field(
-        default=[], description="Layers that start closed (bias −initial_bias), such as a searched skip set."
+    initial_skip_layers: list[int] = training_field(
+        initial=True,
+        default=[],
+        description="Layers that start closed (bias −initial_bias), such as a searched skip set.",
     )
-    backward_temperature: float = Field(default=1.0, gt=0, description="Temperature of the straight-through gradient.")
-    final_backward_temperature: float | None = Field(
+    backward_temperature: float = training_field(
+        default=1.0, gt=0, description="Temperature of the straight-through gradient."
+    )
+    final_backward_temperature: float | None = training_field(
         default=None, gt=0, description="Reached at the end of training, in equal ratios; null keeps it constant."
     )
-    sparsity_weight: float = Field(default=0.0, ge=0, description="λ of λ·Σ w_l·mean(g_l), a price on every layer run.")
-    sparsity_slope: tuple[float, float] = Field(
+    sparsity_weight: float = training_field(
+        default=0.0, ge=0, description="λ of λ·Σ w_l·mean(g_l), a price on every layer run."
+    )
+    sparsity_slope: tuple[float, float] = training_field(
         default=(1.0, 1.0), description="Relative price of the first and of the last routed layer; linear between."
     )
-    target_rule: Literal["quadratic", "lagrange"] = Field(
+    target_rule: Literal["quadratic", "lagrange"] = training_field(
         default="quadratic",
         description="β·(skip − target_skip)²; lagrange adds a price on layers that rises till it holds.",
     )
-    target_weight: float = Field(default=8.0, ge=0, description="β of β·(skip − target_skip)².")
-    lagrange_rate: float = Field(default=0.05, gt=0, description="Steps of the price, times (target_skip − skip).")
-    baseline_momentum: float = Field(
+    target_weight: float = training_field(default=8.0, ge=0, description="β of β·(skip − target_skip)².")
+    lagrange_rate: float = training_field(
+        default=0.05, gt=0, description="Steps of the price, times (target_skip − skip)."
+    )
+    baseline_momentum: float = training_field(
         default=0.9, ge=0, lt=1, description="Of the moving mean cost that REINFORCE compares with."
     )
-    seed: int = Field(default=0, description="Seed of the method's own random generator.")
+    seed: int = training_field(
+        initial=True, unless=CONTROL_ALONE, default=0, description="Seed of the method's own random generator."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> LayerRouterConfig:
@@ -187,8 +203,6 @@ class LayerRouter(Method):
         """By layer whose input they read; random gates have none."""
         if config.router == "learned":
             self.networks = {i: self._network(layers, backbone.hidden_size) for i, layers in self.read_at.items()}
-        else:
-            self.budget_option = None  # no score is compared with it
         if config.reads == "parallel":
             self.network = self.networks.get(first)
         else:
@@ -213,6 +227,15 @@ class LayerRouter(Method):
     @property
     def first_gated_position(self) -> int:
         return 0 if self.config.granularity == "token" else self.config.pool_tokens
+
+    @property
+    def compares_scores(self) -> bool:
+        return bool(self.networks)
+
+    @property
+    def target_share(self) -> float | None:
+        aims = self.config.target_weight or self.config.target_rule == "lagrange"
+        return self.config.target_skip if aims else None
 
     @property
     def remembers(self) -> bool:

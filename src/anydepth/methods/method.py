@@ -17,6 +17,7 @@ from anydepth.config import StrictConfig
 from anydepth.methods.gate_network import Evaluate, GateNetwork
 from anydepth.methods.memory import Memory
 from anydepth.methods.shared_batch import draw_uniform
+from anydepth.methods.thresholds import Thresholded
 from anydepth.models.backbone import Backbone
 
 SkipRule = Literal["project", "omit"]
@@ -248,7 +249,7 @@ class ExitState:
     weights: Tensor
 
 
-class Method(nn.Module):
+class Method(Thresholded):
     """Base of every method. Subclasses override what differs and keep their parameters in float32.
 
     Class attributes:
@@ -288,11 +289,6 @@ class Method(nn.Module):
         return False
 
     @property
-    def gated_layers(self) -> Sequence[int]:
-        """Layers whose gates it decides token by token, or sequence by sequence: what diagnostics look at."""
-        return ()
-
-    @property
     def first_gated_position(self) -> int:
         """Position in a sequence before which every token runs every layer."""
         return 0
@@ -302,25 +298,11 @@ class Method(nn.Module):
         """Whether training teaches its gates to tell tokens apart: gates that never change are then a fault."""
         return self.decides_in_training and bool(self.gated_layers) and any(True for _ in self.gate_parameters())
 
-    budget_option: str | None = None
-    """The option that a score must be above for a token to run, where there is one: what calibration sets."""
-
-    @property
-    def threshold(self) -> float | list[float]:
-        """What a score must be above for a token to run; of methods that have one. A list has one for each layer."""
-        return getattr(self.config, str(self.budget_option))
-
-    @threshold.setter
-    def threshold(self, value: float | list[float]) -> None:
-        self.config = self.config.model_copy(update={str(self.budget_option): value})
-
     @property
     def draws_once(self) -> bool:
         """Whether all rows of a batch get the same noise."""
         return False
 
-    is_watched: bool = False
-    """Calibration wants its scores, also where a threshold lets everybody run."""
     is_frozen: bool = False
     """Attached while others are trained: it decides as at inference."""
 
@@ -355,16 +337,6 @@ class Method(nn.Module):
     def samples(self, context: PassContext) -> bool:
         """Whether decisions of this forward are sampled, for training, rather than taken as at inference."""
         return context.training and not self.is_frozen
-
-    def note_scores(self, scores: Tensor, context: PassContext) -> None:
-        """Keep (..., B, T) numbers that an inference compares with `budget_option`."""
-        context.notes.setdefault(f"{self.name}/scores", []).append(scores)
-
-    def scores(self, context: PassContext) -> Tensor:
-        """(N,) those of the last forward, of real tokens."""
-        real, noted = context.token_mask, context.notes.get(f"{self.name}/scores", [])
-        parts = [part[..., real] if part.shape[-2:] == real.shape else part for part in noted]
-        return torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
 
     def set_progress(self, progress: float, step: int = 0) -> None:
         """Step the schedules of the config to `progress` in [0, 1] of training, optimiser step `step`."""

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from anydepth.config import StrictConfig
+from anydepth.config import CONTROL_ALONE, SHARE_AT_INFERENCE, StrictConfig, training_field
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Choice, Gate, KVRule, Method, PassContext, check_layers, uniform_by_place
 from anydepth.methods.shared_batch import batch_mean
@@ -54,22 +54,42 @@ class MixerRouterConfig(StrictConfig):
     router: Literal["learned", "random"] = Field(
         default="learned", description="random takes softmax at `rate`, blind to the token: a control."
     )
-    rate: float = Field(default=0.25, ge=0, le=1, description="Share of softmax tokens of the random router.")
-    threshold: float = Field(default=0.0, description="At inference a token takes softmax if its logit is above this.")
-    target: float | None = Field(
-        default=None, ge=0, le=1, description="Share of softmax tokens to train for; null balances the two mixers."
+    rate: float = training_field(
+        way="it is for router=random",
+        unless=CONTROL_ALONE,
+        default=0.25,
+        ge=0,
+        le=1,
+        description="Share of softmax tokens of the random router.",
     )
-    target_weight: float = Field(default=1.0, ge=0, description="Of (share − target)².")
-    balance_weight: float = Field(
+    threshold: float = Field(default=0.0, description="At inference a token takes softmax if its logit is above this.")
+    target: float | None = training_field(
+        way=SHARE_AT_INFERENCE,
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of softmax tokens to train for, and to set the threshold to; null balances the mixers.",
+    )
+    target_weight: float = training_field(default=1.0, ge=0, description="Of (share − target)².")
+    balance_weight: float = training_field(
         default=0.01, ge=0, description="Of Σ 2·f·P over the two mixers, f the share, P the mean probability (Switch)."
     )
-    backward_temperature: float = Field(default=1.0, gt=0, description="Of the straight-through gradient, at first.")
-    final_backward_temperature: float | None = Field(
+    backward_temperature: float = training_field(
+        default=1.0, gt=0, description="Of the straight-through gradient, at first."
+    )
+    final_backward_temperature: float | None = training_field(
         default=None, gt=0, description="At the end of training, geometrically; null stays."
     )
-    initial_bias: float = Field(default=0.0, description="Of the logits: positive starts near all softmax.")
+    initial_bias: float = training_field(
+        initial=True, default=0.0, description="Of the logits: positive starts near all softmax."
+    )
     linear: LinearMixerConfig = Field(default=LinearMixerConfig(), description="Size of the linear mixer.")
-    seed: int = Field(default=0, description="Seed of the linear mixers, the router, and of random choices.")
+    seed: int = training_field(
+        initial=True,
+        unless=CONTROL_ALONE,
+        default=0,
+        description="Seed of the linear mixers, the router, and of random choices.",
+    )
 
 
 class MixerRouter(Method):
@@ -82,6 +102,7 @@ class MixerRouter(Method):
     gates_branches = True
     chooses_mixers = True
     budget_option = "threshold"
+    calibrates_to_target = True  # decisions are sampled in training: their rate is not that of the sign of the logits
 
     def __init__(self, config: MixerRouterConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -100,9 +121,7 @@ class MixerRouter(Method):
             {str(i): build_delta_rule(size, shape, generator) for i, shape in zip(self.routed, shapes, strict=True)}
         )
         self.networks = nn.ModuleList()
-        if config.router == "random":
-            self.budget_option = None  # no score is compared with it
-        else:
+        if config.router == "learned":
             outputs = [len(self.routed)] if config.reads == "parallel" else [1] * len(self.routed)
             self.networks.extend(
                 GateNetwork(size, (), torch.full((count,), config.initial_bias), generator) for count in outputs
@@ -119,6 +138,14 @@ class MixerRouter(Method):
     @property
     def gated_layers(self) -> list[int]:
         return self.routed
+
+    @property
+    def compares_scores(self) -> bool:
+        return len(self.networks) > 0
+
+    @property
+    def target_share(self) -> float | None:
+        return None if self.config.target is None else 1 - self.config.target
 
     @property
     def kv_rule(self) -> KVRule:

@@ -13,9 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anydepth.config import StrictConfig
+from anydepth.config import SHARE_AT_INFERENCE, StrictConfig, training_field
 from anydepth.methods.gate_network import GateNetwork
 from anydepth.methods.method import Gate, Method, PassContext, SkipRule, check_layers
+from anydepth.methods.score_quantiles import empty_table
+from anydepth.methods.thresholds import has_nan, one_per_layer
 from anydepth.models.backbone import Backbone
 
 
@@ -23,8 +25,12 @@ class MixtureOfDepthsConfig(StrictConfig):
     """Options of `mixture_of_depths`."""
 
     layers: list[int] | None = Field(default=None, description="Layers with a choice; null is every other, from 1 on.")
-    capacity: float = Field(
-        default=0.5, gt=0, le=1, description="Share C of a sequence's tokens that run, in training."
+    capacity: float = training_field(
+        way=SHARE_AT_INFERENCE,
+        default=0.5,
+        gt=0,
+        le=1,
+        description="Share C of a sequence's tokens that run, in training.",
     )
     kv_rule: SkipRule = Field(
         default="omit", description="K/V of a token that goes around: none, or its state projected."
@@ -32,14 +38,19 @@ class MixtureOfDepthsConfig(StrictConfig):
     weigh: bool = Field(default=True, description="Add r·f(h) with r = 2·σ(score); no: f(h), r only in the gradient.")
     widths: list[int] = Field(default=[], description="Hidden layers of the scoring network; none is a linear map.")
     predictor_widths: list[int] = Field(default=[64], description="Hidden layers of the predictor.")
-    threshold: float = Field(default=0.0, description="At inference a token runs if the predictor's logit is above it.")
-    initial_bias: float = Field(default=2.0, description="Of the predictor at the start: everybody runs.")
-    predictor_weight: float = Field(default=1.0, ge=0, description="Of the predictor's binary cross-entropy.")
-    seed: int = Field(default=0, description="Seed of the networks.")
+    threshold: list[float] | float = Field(
+        default=0.0,
+        description="At inference a token runs if the predictor's logit is above it: one number, or one per layer.",
+    )
+    initial_bias: float = training_field(
+        initial=True, default=2.0, description="Of the predictor at the start: everybody runs."
+    )
+    predictor_weight: float = training_field(default=1.0, ge=0, description="Of the predictor's binary cross-entropy.")
+    seed: int = training_field(initial=True, default=0, description="Seed of the networks.")
 
     @model_validator(mode="after")
     def _consistent(self) -> MixtureOfDepthsConfig:
-        if math.isnan(self.threshold):
+        if has_nan(self.threshold):
             raise ValueError("threshold is nan; it must be a number (−inf lets everybody run)")
         return self
 
@@ -50,6 +61,7 @@ class MixtureOfDepths(Method):
     Config = MixtureOfDepthsConfig
     name = "mixture_of_depths"
     budget_option = "threshold"
+    has_threshold_per_layer = True
     summary = "in every other layer the best-scored tokens of a sequence run"
 
     def __init__(self, config: MixtureOfDepthsConfig, backbone: Backbone) -> None:
@@ -62,6 +74,8 @@ class MixtureOfDepths(Method):
         self.predictors = {i: GateNetwork(size, config.predictor_widths, open_at_first, generator) for i in layers}
         for router in self.routers.values():
             nn.init.normal_(router.direct.weight, std=0.02, generator=generator)  # no two tokens alike
+        self.limits()  # refuses a list of another length
+        self.score_quantiles = empty_table(len(layers))
         self.by_layer = nn.ModuleDict(
             {str(i): nn.ModuleDict({"router": self.routers[i], "predictor": self.predictors[i]}) for i in layers}
         )
@@ -74,6 +88,14 @@ class MixtureOfDepths(Method):
     def gated_layers(self) -> list[int]:
         return list(self.routers)
 
+    @property
+    def target_share(self) -> float:
+        return 1 - self.config.capacity
+
+    def limits(self) -> dict[int, float]:
+        """Return what the predictor's logit must be above in each layer."""
+        return one_per_layer(self.config.threshold, self.gated_layers, "threshold")
+
     def reads_state(self, layer_idx: int, context: PassContext) -> bool:
         return layer_idx in self.routers
 
@@ -81,9 +103,9 @@ class MixtureOfDepths(Method):
         if layer_idx not in self.routers:
             return None
         predicted = context.evaluate(self.predictors[layer_idx], hidden.detach())[..., 0]  # (B, T)
-        keep, weights = predicted > self.config.threshold, None
+        keep, weights = predicted > self.limits()[layer_idx], None
         if not self.samples(context):
-            self.note_scores(predicted, context)
+            self.note_scores(predicted, context, layer_idx)
         if self.samples(context) or self.config.weigh:
             score = context.evaluate(self.routers[layer_idx], hidden.detach())[..., 0]
             if self.samples(context):
@@ -117,7 +139,8 @@ class MixtureOfDepths(Method):
         notes, real = context.notes.get(self.name), context.token_mask
         if not notes:
             return {}
-        guesses = torch.stack([predicted[real] > self.config.threshold for predicted, _ in notes.values()])
+        limits = self.limits()
+        guesses = torch.stack([predicted[real] > limits[i] for i, (predicted, _) in notes.items()])
         chosen = torch.stack([keep[real] for _, keep in notes.values()])
         return {
             "predictor_accuracy": (guesses == chosen).float().mean().item(),

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from anydepth.config import StrictConfig
+from anydepth.config import StrictConfig, training_field
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.method import Method, check_layers
 from anydepth.models.backbone import Backbone
@@ -59,7 +59,7 @@ class SelfSpeculationConfig(StrictConfig):
         default=True,
         description="Draft as many as pays by what was measured so far, and none where none does; false: max_draft.",
     )
-    seed: int = Field(default=0, description="Seed of the trained drafter's first weights.")
+    seed: int = training_field(initial=True, default=0, description="Seed of the trained drafter's first weights.")
 
     @field_validator("exit_layers", mode="before")
     @classmethod

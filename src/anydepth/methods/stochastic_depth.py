@@ -10,10 +10,9 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from anydepth.config import StrictConfig
+from anydepth.config import StrictConfig, training_field
 from anydepth.methods.method import Gate, Method, PassContext, Rules
 from anydepth.methods.shared_batch import draw_uniform
 from anydepth.models.backbone import Backbone
@@ -22,13 +21,17 @@ from anydepth.models.backbone import Backbone
 class StochasticDepthConfig(StrictConfig):
     """Options of `stochastic_depth`."""
 
-    max_probability: float = Field(default=0.2, ge=0, le=1, description="Drop probability of the last layer.")
-    schedule: Literal["uniform", "linear", "exponential"] = Field(
+    max_probability: float = training_field(default=0.2, ge=0, le=1, description="Drop probability of the last layer.")
+    schedule: Literal["uniform", "linear", "exponential"] = training_field(
         default="linear", description="How the probability grows with depth, from layer 0 to the last."
     )
-    curriculum: bool = Field(default=False, description="Start at 0 and reach max_probability at the end of training.")
-    per: Literal["batch", "sample"] = Field(default="sample", description="One draw per batch, or per sequence.")
-    seed: int = Field(default=0, description="Seed of the method's own random generator.")
+    curriculum: bool = training_field(
+        default=False, description="Start at 0 and reach max_probability at the end of training."
+    )
+    per: Literal["batch", "sample"] = training_field(
+        default="sample", description="One draw per batch, or per sequence."
+    )
+    seed: int = training_field(default=0, description="Seed of the method's own random generator.")
 
 
 class StochasticDepth(Method):

@@ -364,6 +364,36 @@ def _bar(middle: float, bounds: Sequence[float] | None) -> list[list[float]] | N
     return None if bounds is None else [[reach] for reach in _reach(middle, bounds)]
 
 
+def capacities(document: Document) -> Figure:
+    """Speed-up and perplexity over the capacity that was set, one above the other; the control as a line."""
+    rows, control = document["sweep"], document["control"]
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    axis_of = (("speedup", 1, "speed-up (bars: all pairs)"), ("perplexity_increase", 100, "perplexity, % (bars: 95%)"))
+    for axes, (key, scale, label) in zip(panels, axis_of, strict=True):
+        _plain(axes)
+        middles = [scale * row[key] for row in rows]
+        reach = [_reach(scale * row[key], [scale * bound for bound in row[f"{key}_range"]]) for row in rows]
+        axes.errorbar([row["capacity"] for row in rows], middles, yerr=list(zip(*reach, strict=True)), color=COLOURS[0],
+                      ecolor=GREY, marker="o", markersize=4, capsize=2, label="capacity")  # fmt: skip
+        axes.axhline(1 if key == "speedup" else 0, color=GREY, linewidth=1, linestyle="--", label="full depth")
+        if control is not None:
+            low, high = (scale * bound for bound in control[f"{key}_range"])
+            axes.axhspan(low, high, color=COLOURS[1], alpha=0.15)
+            axes.axhline(scale * control[key], color=COLOURS[1], linewidth=1.4, label=_short(control["label"]))
+        axes.set_ylabel(label, fontsize=9)
+    panels[1].set_xlabel("capacity (share of decisions to run, as set)")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=3
+    )
+    return figure
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e5e5e5", linewidth=0.6)
+
+
 def tradeoff(rows: Iterable[Document]) -> Figure:
     """Perplexity against measured tokens per second; lower right is better."""
     figure, axes = new_figure("Quality against measured speed")

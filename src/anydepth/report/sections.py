@@ -67,7 +67,10 @@ def summary(page: Page, results: list[Document]) -> None:
         for row, owner in zip(rows, owners, strict=True):
             row["label"] = f"{owner.get('run') or owner['label']}: {row['label']}"
     page.section("What it buys")
-    lead = "The untouched model and the adapted one, on the same text and the same machine, timed in turn."
+    lead = (
+        "The untouched model and the adapted one, on the same text and the same machine, timed in turn. Speed is "
+        "against the same model at full depth."
+    )
     page.text(f"{lead} {SPREAD}", "lead")
     page.table("summary", SUMMARY_COLUMNS, rows, {"speedup": _speedup}, ("speedup_interval", "is_noise"))
     placed = [row for row in rows if "tokens_per_second" in row]
@@ -151,7 +154,12 @@ def _eval(page: Page, document: Document, name: str) -> None:
     page.text(f"Share of {document['num_tokens']} real tokens; mean depth {document['mean_depth']:.2f}.", "lead")
     if "perplexity" in document:
         ours, full = document["perplexity"], document["full_depth"]["perplexity"]
-        page.text(f"Perplexity {number(ours)}, at full depth {number(full)}.")
+        same = document.get("full_depth_adapted")
+        beside = "" if same is None else f"; the untouched model without LoRA {number(full)}"
+        full = full if same is None else same["perplexity"]
+        page.text(f"Perplexity {number(ours)}, the same model at full depth {number(full)}{beside}.")
+    for method, share in document.get("skip_share", {}).items():
+        page.text(f"{method} skips {share:.1%} of its decisions here.")
     page.figure(name, plots.layers(document), "Share of evaluation tokens that ran each mixer and FFN.", document)
     if document.get("mixers"):
         page.text("Layers where tokens choose between softmax and a linear mixer:")
@@ -211,9 +219,46 @@ def _calibrate(page: Page, document: Document, name: str) -> None:
             if document["met"]
             else "No setting could be shown to keep the bound: nothing is skipped."
         )
-    for key, text in (("speedup", "Measured speed-up"), ("perplexity_increase", "Perplexity, relative increase")):
+    for key, text in (
+        ("speedup", "Measured speed-up"),
+        ("perplexity_increase", "Perplexity, increase relative to the same model at full depth"),
+    ):
         if document.get(key) is not None:
             page.text(f"{text}: {number(document[key])}.")
+    for method, row in document.get("skip_share", {}).items():
+        page.text(
+            f"{method} skips {row['held_out']:.1%} of its decisions on held-out text, {row['calibration']:.1%} on the "
+            f"text of calibration; {row['target']:.1%} was set."
+        )
+    if document.get("sweep"):
+        _capacities(page, document, name)
+
+
+def _capacities(page: Page, document: Document, name: str) -> None:
+    """One trained checkpoint at several capacities, beside the control."""
+    engine, control = document["engine"], document["control"]
+    page.text(
+        f"One checkpoint at several capacities, on held-out text and on engine {engine['engine']} {engine['weights']}; "
+        "speed and perplexity against the same model at full depth.",
+        "lead",
+    )
+    columns = {
+        "label": "",
+        "realised_capacity": "run on held-out text",
+        "speedup": "speed-up",
+        "perplexity": "perplexity",
+        "perplexity_increase": "increase",
+        "untouched_perplexity": "untouched model",
+    }
+    ranged = ("speedup", "perplexity_increase")
+    rows = [
+        {**row, **{f"{key}_{end}": bound for key in ranged for end, bound in _ends(row[f"{key}_range"])}}
+        for row in (*document["sweep"], *([] if control is None else [control]))
+    ]
+    also = [f"{key}_{end}" for key in ranged for end in ("low", "high")]
+    page.table(name, columns, rows, {key: partial(_from_to, key) for key in ranged}, also)
+    text = "Speed-up and perplexity over the capacity; the band is full depth with int8 weights."
+    page.figure(f"{name}-capacities", plots.capacities(document), text, document)
 
 
 def _comparison(page: Page, document: Document, name: str) -> None:
@@ -321,6 +366,7 @@ def _sweep(page: Page, document: Document, name: str) -> None:
         "label": "",
         "num_seeds": "seeds",
         "perplexity": "perplexity",
+        "full_depth_perplexity": "the same model at full depth",
         "time_share": "time ÷ full depth's",
         "layer_token_share": "FLOP share of layers",
         "speedup": "speed-up",

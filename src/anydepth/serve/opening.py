@@ -26,6 +26,7 @@ def open_service(
     dtype: DType = "auto",
     generation_config: str = "auto",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    skip_share: float | None = None,
     **limits: int,
 ) -> tuple[Service, PreTrainedTokenizerBase]:
     """A `Service` for a target of the command line, and its tokenizer.
@@ -35,12 +36,14 @@ def open_service(
         weights: int8 or int4; None is the model's own precision.
         generation_config: auto: requests have the model's own sampling defaults; none: they have none.
         overrides: options by method, in place of those that the target has.
+        skip_share: of their decisions that methods skip in requests that bring no depth budget.
         limits: `max_batch_size`, `max_tokens` and `max_queue` of the service.
 
     Raises:
         UserError: as `load_target` and `FastEngine` do.
     """
-    adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True, lossless=True, overrides=overrides)
+    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}
+    adapted, tokenizer = load_target(target, merge=True, lossless=True, **load)
     use_defaults(adapted.generation_config, generation_config)
     engine = FastEngine(adapted.eval(), weights)
     budgets = None

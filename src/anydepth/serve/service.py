@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.calibration.budget import collect_scores, options_of, set_thresholds, thresholds_at, thresholds_of
+from anydepth.calibration.shares import (
+    Thresholds,
+    collect_scores,
+    configs_of,
+    kept_scores,
+    set_configs,
+    set_thresholds,
+    thresholds_at,
+)
 from anydepth.errors import RunError, UserError
 from anydepth.execution.trace import PassRecord
 from anydepth.inference.counts import Counts
@@ -30,6 +38,8 @@ from anydepth.models.tokens import end_ids
 from anydepth.serve.text import TextStream
 
 log = logging.getLogger("anydepth.serve")
+FALLBACK_WINDOWS = 4
+"""Windows that budgets of a checkpoint without kept scores are set on: a start is not to take minutes."""
 LATEST = 32
 """Finished requests that the time to wait is estimated from."""
 NO_DRAFTER = "no drafter is attached; serve a target that drafts, or one that skips layers"
@@ -364,7 +374,7 @@ class Drafted:
 
 
 class Budgets:
-    """Thresholds for any share of the decisions, from scores on some text; see `calibration/budget.py`.
+    """Thresholds for any share of the decisions, from kept scores or those of some text; see `calibration/shares.py`.
 
     Raises:
         RunError: no attached method has a threshold.
@@ -373,20 +383,16 @@ class Budgets:
     def __init__(self, engine: FastEngine, windows: Tensor) -> None:
         self.adapted = engine.adapted
         with self.adapted.deciding(*self.adapted.draft_methods):
-            self.scores = collect_scores(self.adapted, windows)
-            self.own = thresholds_of(self.adapted)
+            self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
+            self.own = configs_of(self.adapted)
         self.now: float | None = None
-        self.known: dict[float, dict[str, float]] = {}
+        self.known: dict[float, Thresholds] = {}
 
     @classmethod
     def of(cls, engine: FastEngine, windows: Tensor) -> Budgets | None:
-        """None where there is nothing to set: fixed choices, a list of thresholds, full depth."""
-        adapted = engine.adapted
+        """Return None where there is nothing to set: fixed choices, full depth, gates that have not been trained."""
         with suppress(RunError, UserError):
-            with adapted.deciding(*adapted.draft_methods):
-                options = options_of(adapted)
-            if all(isinstance(value, float | int) for value in options.values()):
-                return cls(engine, windows)
+            return cls(engine, windows)
         return None
 
     def set(self, budget: float | None) -> None:
@@ -396,5 +402,8 @@ class Budgets:
         if budget is not None and budget not in self.known:
             self.known[budget] = thresholds_at(self.scores, 1 - budget)
         with self.adapted.deciding(*self.adapted.draft_methods):
-            set_thresholds(self.adapted, self.own if budget is None else self.known[budget])
+            if budget is None:
+                set_configs(self.adapted, self.own)
+            else:
+                set_thresholds(self.adapted, self.known[budget])
         self.now = budget

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from anydepth.config import refuse_training_only
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.measure.results import write_json
@@ -115,6 +116,7 @@ def load_target(
     merge: bool = False,
     lossless: bool = False,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    skip_share: float | None = None,
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     """A `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
 
@@ -123,9 +125,10 @@ def load_target(
         lossless: attach `self_speculation` as well, with the drafter that comes with the package if there is one; the
             target's own methods then draft.
         overrides: options by method, in place of those that the target has.
+        skip_share: of their decisions that methods skip, by the score quantiles that the target keeps.
 
     Raises:
-        UserError: no such target, or an override of a method that is not attached.
+        UserError: no such target, an override of a method that is not attached, or no quantiles to set a share from.
     """
     if is_checkpoint(target):
         adapted, tokenizer = _load(Path(target), None, dtype, device, merge=merge)
@@ -136,7 +139,21 @@ def load_target(
         adapted = with_speculation(adapted)
     if overrides:
         adapted = with_options(adapted, overrides)
+    if skip_share is not None:
+        _skip(adapted, skip_share)
     return adapted, tokenizer
+
+
+def _skip(adapted: AdaptedModel, share: float) -> None:
+    """Set the thresholds of all methods that compare scores."""
+    methods = [part for part in adapted.methods.values() if isinstance(part, Method) and part.compares_scores]
+    if not methods:
+        raise UserError(
+            f"a share is set by thresholds, and nothing attached ({adapted.label}) compares scores with one; give a "
+            "folder with a router or exits that train wrote"
+        )
+    for method in methods:
+        method.set_skip_share(share)
 
 
 def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any]]) -> AdaptedModel:
@@ -154,11 +171,16 @@ def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any
         for name, part in adapted.methods.items()
         if isinstance(part, Method)
     ]
+    for name, options in overrides.items():
+        config: Any = adapted.methods[name].config
+        refuse_training_only(name, config.model_copy(update=dict(options)), options)
     again = attach(detach(adapted), specs)
     try:
-        again.methods.load_state_dict(weights, strict=False)
+        missing = again.methods.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
-        raise UserError(f"an option of {', '.join(overrides)} gives its weights another shape; train it so") from error
+        missing = [str(error)]
+    if missing:
+        raise UserError(f"an option of {', '.join(overrides)} needs weights of another shape; train it so")
     return again.eval()
 
 

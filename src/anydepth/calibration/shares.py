@@ -1,0 +1,313 @@
+"""Thresholds that skip a wanted share: measured on text, kept with a checkpoint, looked at on held-out text.
+
+Methods compare a score with a threshold (`Method.budget_option`). One number in [0, 1) steers any composition: the
+share of its decisions that each method skips, as measured on calibration text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anydepth.errors import RunError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.methods import METHODS
+from anydepth.methods import score_quantiles as kept
+from anydepth.methods.method import Method
+
+TABLE_TOKENS = 1024
+"""Text that tables are measured on; each row is a pass over it."""
+NUM_TRIES = 6
+"""Passes that a share is approached with, beyond what interpolation in a table gives."""
+TOLERANCE = 0.1
+"""How far from what was asked for a share may be, relative to it, before it is worth a warning."""
+
+Scores = dict[str, Tensor]
+"""A table of `methods/score_quantiles.py` for each method."""
+Thresholds = Mapping[str, float | list[float]]
+"""What scores must be above for a token to run, by method; a list has one for each of its layers."""
+LayerScores = dict[str, dict[int, Tensor]]
+"""Sorted (N,) scores by method and by layer; 0 stands for all layers of a method with one threshold."""
+
+
+class NotTrained(RunError):
+    """A method has no scores that a threshold could be set on."""
+
+
+@torch.no_grad()
+def collect_scores(adapted: AdaptedModel, windows: Tensor) -> Scores:
+    """Measure on (M, T) windows which thresholds skip which share; thresholds stay as they are.
+
+    Skipping shifts the scores of later layers. So each row of a table is measured with its own thresholds; those of
+    methods with one per layer are quantiles of the scores under the thresholds of the row before.
+
+    Raises:
+        RunError: no attached method has a threshold to set. NotTrained: one has not learned anything yet.
+    """
+    adapted.eval()
+    with _deciding(adapted):
+        methods = _with_threshold(adapted)
+        before = configs_of(adapted)
+        tables = {method.name: torch.zeros_like(method.score_quantiles, device="cpu") for method in methods}
+        try:
+            first = _watch_everything(adapted, methods, windows)
+            latest = dict(first)
+            for row, step in enumerate(kept.STEPS):
+                for method in methods:
+                    scores = (latest if method.has_threshold_per_layer else first)[method.name]
+                    method.threshold = _fill_row(method, tables[method.name][row], scores, step)
+                if step == 0:
+                    continue  # just below all scores: nothing skips
+                shares, now = _pass(adapted, methods, windows)
+                for method in methods:
+                    tables[method.name][row, 0] = shares[method.name]
+                    latest[method.name] = {**latest[method.name], **now[method.name]}  # not all layers may be asked
+        finally:
+            set_configs(adapted, before)
+    return tables
+
+
+def _watch_everything(adapted: AdaptedModel, methods: Sequence[Method], windows: Tensor) -> LayerScores:
+    """Return the scores of a pass in which nothing skips."""
+    for method in methods:
+        method.threshold, method.is_watched = -math.inf, True
+    try:
+        scores = _pass(adapted, methods, windows)[1]
+    finally:
+        for method in methods:
+            method.is_watched = False
+    for name, parts in scores.items():
+        if not all(part.isfinite().all() for part in parts.values()):
+            raise NotTrained(f"{name} has scores that are not finite, as before its training; train it first")
+    return scores
+
+
+def _pass(adapted: AdaptedModel, methods: Sequence[Method], windows: Tensor) -> tuple[dict[str, float], LayerScores]:
+    """Return by method the share that (M, T) windows skip, and the sorted scores of what it was asked about."""
+    noted: dict[str, dict[int, list[Tensor]]] = {method.name: {} for method in methods}
+    shares = []
+    for window in windows:
+        adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
+        for method in methods:
+            for layer_idx, scores in method.scores(adapted.context).items():
+                noted[method.name].setdefault(layer_idx, []).append(scores.float().cpu())
+        shares.append(_shares_of(methods, adapted))
+    found = {name: {i: torch.cat(own).sort().values for i, own in parts.items()} for name, parts in noted.items()}
+    return {method.name: mean(each[method.name] for each in shares) for method in methods}, found
+
+
+def _shares_of(methods: Sequence[Method], adapted: AdaptedModel) -> dict[str, float]:
+    trace = adapted.last_trace
+    (mixers, ffns), others = trace.executed_share(), trace.other_share()
+    return {method.name: method.skip_share(mixers, ffns, others) for method in methods}
+
+
+def _fill_row(method: Method, row: Tensor, scores: dict[int, Tensor], step: float) -> float | list[float]:
+    """Write the thresholds that a fraction of some sorted scores is not above into a row; return them."""
+    if not method.has_threshold_per_layer:
+        row[1] = kept.quantile(torch.cat(list(scores.values())).sort().values, step)
+        return row[1].item()
+    found = [kept.quantile(scores[layer_idx], step) for layer_idx in method.gated_layers]
+    row[1:] = torch.tensor(found)
+    return found
+
+
+@torch.no_grad()
+def skipped_shares(adapted: AdaptedModel, windows: Tensor) -> dict[str, float]:
+    """Return by method the share of its decisions that (M, T) windows skip, with the thresholds that are set."""
+    adapted.eval()
+    with _deciding(adapted):
+        methods = _with_threshold(adapted)
+        runs = []
+        for window in windows:
+            adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
+            runs.append(_shares_of(methods, adapted))
+    return {method.name: mean(run[method.name] for run in runs) for method in methods}
+
+
+@contextmanager
+def _deciding(adapted: AdaptedModel) -> Iterator[None]:
+    """Let methods decide that otherwise only draft."""
+    if adapted.speculation is None:
+        yield
+        return
+    with adapted.deciding(*adapted.draft_methods):
+        yield
+
+
+def compares_scores(adapted: AdaptedModel) -> bool:
+    """Return whether some attached method compares scores with a threshold that can be set."""
+    return bool(_comparing(adapted))
+
+
+def _comparing(adapted: AdaptedModel) -> list[Method]:
+    deciding = adapted.active_methods if adapted.speculation is None else adapted.draft_methods
+    return [method for method in deciding if method.compares_scores]
+
+
+def _with_threshold(adapted: AdaptedModel) -> list[Method]:
+    methods = _comparing(adapted)
+    if not methods:
+        *names, last = [name for name, method in METHODS.items() if method.budget_option is not None]
+        raise RunError(
+            f"nothing to calibrate: no method of this model ({adapted.label}) compares a score with a threshold; "
+            f"{', '.join(names)} and {last} do"
+        )
+    return methods
+
+
+def thresholds_of(adapted: AdaptedModel) -> Thresholds:
+    """Return the threshold, or one per layer, of each method that has one."""
+    return {method.name: method.threshold for method in _with_threshold(adapted)}
+
+
+def options_of(adapted: AdaptedModel) -> dict[str, Any]:
+    """Return the option that holds the threshold, of each method that has one, as its config has it."""
+    return {method.name: getattr(method.config, str(method.budget_option)) for method in _with_threshold(adapted)}
+
+
+def set_thresholds(adapted: AdaptedModel, thresholds: Thresholds) -> None:
+    """Give methods new thresholds; all else of their configs stays."""
+    for method in _with_threshold(adapted):
+        if method.name in thresholds:
+            method.threshold = thresholds[method.name]
+
+
+def configs_of(adapted: AdaptedModel) -> dict[str, Any]:
+    """Return the config of each method that has a threshold, to set it back with `set_configs`."""
+    return {method.name: method.config for method in _with_threshold(adapted)}
+
+
+def set_configs(adapted: AdaptedModel, configs: Mapping[str, Any]) -> None:
+    """Give methods the configs that they had, lists of thresholds included."""
+    for method in _with_threshold(adapted):
+        method.config = configs[method.name]
+
+
+@contextmanager
+def restored_on_failure(adapted: AdaptedModel) -> Iterator[None]:
+    """Restore the thresholds, lists of them too, if what is done here fails."""
+    before = configs_of(adapted)
+    try:
+        yield
+    except BaseException:
+        set_configs(adapted, before)
+        raise
+
+
+def keep_scores(adapted: AdaptedModel, scores: Scores) -> None:
+    """Store tables in the methods, for checkpoints: any share can then be set without text."""
+    for method in _with_threshold(adapted):
+        method.score_quantiles.copy_(scores[method.name])
+
+
+def kept_scores(adapted: AdaptedModel) -> Scores | None:
+    """Return the tables that the methods came with; None: some method has none."""
+    tables = {method.name: method.score_quantiles.cpu() for method in _with_threshold(adapted)}
+    return tables if all(map(kept.is_filled, tables.values())) else None
+
+
+def thresholds_at(scores: Scores, share: float | Mapping[str, float]) -> Thresholds:
+    """Return the thresholds that skip a share of what each method decides about, on the text of the scores.
+
+    Args:
+        share: of all methods, or by method; methods that it lacks are left out.
+    """
+    wanted = share if isinstance(share, Mapping) else dict.fromkeys(scores, share)
+    return {name: kept.thresholds_at(scores[name], part) for name, part in wanted.items()}
+
+
+def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -> float:
+    """Set thresholds that skip `target_skip` of what methods decide about, and keep tables of the first windows.
+
+    Returns the share that (M, T) windows skip then, measured, the mean over methods. On other text it may be another:
+    `skipped_shares` measures it.
+
+    Raises:
+        RunError: no attached method has a threshold to set.
+    """
+    return mean(set_skip_shares(adapted, windows, target_skip).values())
+
+
+def set_skip_shares(
+    adapted: AdaptedModel, windows: Tensor, target_skip: float | Mapping[str, float]
+) -> dict[str, float]:
+    """Do what `set_skip_share` does; return the share that each method skips.
+
+    Args:
+        target_skip: of all methods, or by method; the thresholds of methods that it lacks stay as they are.
+    """
+    scores = collect_scores(adapted, windows[: max(TABLE_TOKENS // windows.shape[1], 1)])
+    keep_scores(adapted, scores)
+    targets = dict(target_skip) if isinstance(target_skip, Mapping) else dict.fromkeys(scores, target_skip)
+    tries = {name: _Approach(target) for name, target in targets.items()}
+    for _ in range(NUM_TRIES):
+        set_thresholds(adapted, thresholds_at(scores, {name: own.asked for name, own in tries.items()}))
+        found = skipped_shares(adapted, windows)
+        for name, own in tries.items():
+            own.add(found[name])
+        if all(own.gap <= 0.1 * TOLERANCE * own.target for own in tries.values()):
+            return found
+    set_thresholds(adapted, thresholds_at(scores, {name: own.best for name, own in tries.items()}))
+    return skipped_shares(adapted, windows)
+
+
+class _Approach:
+    """Approach a share by asking the table for a little more or less of it, between bounds that close in."""
+
+    def __init__(self, target: float) -> None:
+        self.target = self.asked = self.best = target
+        self.gap, self.low, self.high = math.inf, 0.0, 1.0
+
+    def add(self, found: float) -> None:
+        """Take in what was measured for `asked`, and choose what to ask for next."""
+        if abs(found - self.target) < self.gap:
+            self.gap, self.best = abs(found - self.target), self.asked
+        if found < self.target:
+            self.low = self.asked
+        else:
+            self.high = self.asked
+        following = self.asked + self.target - found
+        self.asked = following if self.low < following < self.high else (self.low + self.high) / 2
+
+
+def off_target(shares: Mapping[str, float], targets: Mapping[str, float]) -> list[str]:
+    """Return a line for each method that skips more than a tenth less or more than wanted."""
+    return [
+        f"{name} skips {shares[name]:.1%} of its decisions on held-out text where {target:.1%} was wanted; "
+        "`anydepth calibrate --skip-share` sets thresholds on text of yours"
+        for name, target in targets.items()
+        if abs(shares[name] - target) > TOLERANCE * target
+    ]
+
+
+def settle_shares(
+    adapted: AdaptedModel, windows: Tensor, held_out: Tensor, skip_share: float | None = None
+) -> dict[str, Any]:
+    """Keep tables of a model whose training has ended, set thresholds, and measure what is skipped on held-out text.
+
+    Args:
+        windows: (M, T) text to measure tables on and to set thresholds on.
+        skip_share: to set all thresholds to; None sets those of methods whose training leaves that to be done.
+
+    Returns:
+        `skip_share`: by method `target` (None: it has none), `calibration` and `held_out`; and `warnings`, a line for
+        each method that is off its target.
+    """
+    methods = _with_threshold(adapted)
+    targets = {m.name: m.target_share if skip_share is None else skip_share for m in methods}
+    wanted = {name: target for name, target in targets.items() if target is not None}
+    to_set = {m.name for m in methods if skip_share is not None or m.calibrates_to_target}
+    found = set_skip_shares(adapted, windows, {name: share for name, share in wanted.items() if name in to_set})
+    shares = skipped_shares(adapted, held_out)
+    rows = {
+        name: {"target": target, "calibration": found[name], "held_out": shares[name]}
+        for name, target in targets.items()
+    }
+    return {"skip_share": rows, "warnings": off_target(shares, wanted)}

@@ -1,0 +1,180 @@
+"""What `anydepth calibrate` measures: shares, speed and perplexity, on calibration text and on text behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from anydepth.calibration.budget import find_budget
+from anydepth.calibration.shares import (
+    collect_scores,
+    configs_of,
+    keep_scores,
+    off_target,
+    set_configs,
+    set_skip_shares,
+    set_thresholds,
+    skipped_shares,
+    thresholds_of,
+)
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine import choose
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.bench import load_prompts, paired_speedups
+from anydepth.measure.capacities import control, quality, sweep_capacities
+from anydepth.training.checkpoint import has_adapter, load_target
+from anydepth.training.data import load_windows
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What is timed: the model as it would be run, with a LoRA adapter folded into the weights."""
+
+    model: AdaptedModel
+    engine: FastEngine | None
+    prompts: Tensor
+    new_tokens: int
+    num_runs: int
+
+    def speedups(self, like: AdaptedModel) -> list[float]:
+        """Return paired ratios full depth ÷ adapted, with the thresholds of another copy of the model."""
+        set_thresholds(self.model, thresholds_of(like))
+        return paired_speedups(self.model, self.prompts, self.new_tokens, self.num_runs, self.engine)
+
+    def control(self, held_out: Tensor) -> dict[str, Any] | None:
+        """Return the measurements of full depth with int8 weights."""
+        return control(self.model, self.engine, held_out, self.prompts, self.new_tokens, self.num_runs)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model and the text that its thresholds are set on.
+
+    Attributes:
+        windows, held_out: (M, T) text to set thresholds on, and to look at afterwards.
+        options: of the command line.
+    """
+
+    adapted: AdaptedModel
+    tokenizer: PreTrainedTokenizerBase
+    windows: Tensor
+    held_out: Tensor
+    options: Mapping[str, Any]
+    say: Say
+
+    @classmethod
+    def load(cls, options: Mapping[str, Any], say: Say) -> Calibration:
+        """Load what the options name.
+
+        Raises:
+            UserError: too little text to set thresholds on some of it and look at the rest; or a model that only
+                drafts, whose perplexity no threshold changes.
+        """
+        adapted, tokenizer = load_target(options["target"], dtype=options["dtype"], device=options["device"])
+        if adapted.speculation is not None and options["skip_share"] is None and options["capacity"] is None:
+            raise UserError(f"{options['target']} only drafts with what it skips; give --skip-share, and bench it")
+        length, count, other = options["sequence_length"], options["num_windows"], options["held_out"]
+        windows = load_windows(options["data"], tokenizer, length, max_windows=count if other else 2 * count)
+        if other is not None:
+            held_out = load_windows(other, tokenizer, length, max_windows=count)
+        else:
+            cut = min(count, len(windows) // 2)
+            windows, held_out = windows[:cut], windows[cut:]
+        if len(windows) == 0:
+            raise UserError(
+                f"{options['data']} has one window of {length} tokens; thresholds need one to be set on and one to "
+                "look at: give more text, --held-out, or a smaller --sequence-length"
+            )
+        return cls(adapted, tokenizer, windows, held_out, options, say)
+
+    def timing(self) -> Timing:
+        """Return what speed is measured on."""
+        options, adapted = self.options, self.adapted
+        if has_adapter(adapted):
+            adapted, _ = load_target(options["target"], dtype=options["dtype"], device=options["device"], merge=True)
+        engine = choose(adapted, options["engine"], None, self.say)
+        new_tokens, num_runs = options["new_tokens"], options["num_runs"]
+        prompts = load_prompts(adapted, self.tokenizer, options["data"], [options["prompt_tokens"]], new_tokens)
+        return Timing(adapted, engine, prompts[:num_runs], new_tokens, num_runs)
+
+    def to_share(self, share: float) -> dict[str, Any]:
+        """Set thresholds that skip a share; return the fields of the document."""
+        found = set_skip_shares(self.adapted, self.windows, share)
+        fields = {"share": share, "speedup": None, "perplexity_increase": None, **self._looked_at(found, share)}
+        return {"met": not fields["warnings"], **fields}
+
+    def to_bounds(self, target_speedup: float | None, max_perplexity_increase: float | None) -> dict[str, Any]:
+        """Set thresholds that reach a speed or keep a bound on perplexity; return the fields of the document."""
+        scores = collect_scores(self.adapted, self.windows)
+        keep_scores(self.adapted, scores)
+        measures: dict[str, Any] = {}
+        if target_speedup is not None:
+            timing = self.timing()
+            measures["speedup"] = lambda: timing.speedups(self.adapted)
+        if max_perplexity_increase is not None:
+            measures["perplexity_increase"] = lambda: quality(self.adapted, self.windows)["perplexity_increase"]
+        found = find_budget(
+            self.adapted,
+            scores,
+            target_speedup=target_speedup,
+            max_perplexity_increase=max_perplexity_increase,
+            on_try=self._tell,
+            **measures,
+        )
+        fields = self._looked_at(skipped_shares(self.adapted, self.windows), found.share)
+        increase = fields["held_out"]["perplexity_increase"]
+        if max_perplexity_increase is not None and increase > max_perplexity_increase:
+            fields["warnings"].append(
+                f"perplexity of held-out text is {increase:.1%} above full depth; the bound of "
+                f"{max_perplexity_increase:.1%} holds on the calibration text"
+            )
+        return {"met": True, **found.to_json(), **fields}
+
+    def sweep(self, capacities: Sequence[float]) -> dict[str, Any]:
+        """Measure several capacities and the control; thresholds stay. Return the fields of the document."""
+        scores, before = collect_scores(self.adapted, self.windows), configs_of(self.adapted)
+        keep_scores(self.adapted, scores)
+        timing = self.timing()
+        rows = sweep_capacities(
+            self.adapted, scores, capacities, self.held_out, lambda: timing.speedups(self.adapted), self._tell_row
+        )
+        set_configs(self.adapted, before)
+        beside = timing.control(self.held_out)
+        warnings = [f"{row['label']}: {line}" for row in rows for line in row.pop("warnings")]
+        return {"met": None, "sweep": rows, "control": beside, "warnings": warnings, "engine": _engine(timing)}
+
+    def _looked_at(self, found: dict[str, float], share: float) -> dict[str, Any]:
+        """Return what held-out text shows, beside the shares found on the calibration text."""
+        held_out = quality(self.adapted, self.held_out)
+        shares = held_out.pop("skip_share") or skipped_shares(self.adapted, self.held_out)
+        rows = {name: {"target": share, "calibration": found[name], "held_out": shares[name]} for name in found}
+        return {
+            "skip_share": rows,
+            "held_out": held_out,
+            "warnings": off_target(shares, dict.fromkeys(found, share)),
+        }
+
+    def _tell(self, row: dict[str, float]) -> None:
+        name, value = next((name, value) for name, value in row.items() if name != "share")
+        self.say(f"  {row['share']:.0%} skipped: {name.replace('_', ' ')} {value:.3f}")
+
+    def _tell_row(self, row: dict[str, Any]) -> None:
+        self.say(
+            f"  {row['label']}: {1 - mean(row['skip_share'].values()):.0%} run, speed-up {row['speedup']:.2f}, "
+            f"perplexity {row['perplexity_increase']:+.1%}"
+        )
+
+
+def _engine(timing: Timing) -> dict[str, str]:
+    """Return the engine and the weights that were timed."""
+    if timing.engine is None:
+        return {"engine": "hf", "weights": str(timing.model.dtype).removeprefix("torch.")}
+    return {"engine": "fast", "weights": timing.engine.model.weights}

@@ -1,0 +1,107 @@
+"""One trained checkpoint at several capacities: what it skips, how fast it is, and what that costs in perplexity.
+
+Quality is that of held-out text against the same model at full depth (gates off, LoRA on); the untouched base stands
+beside it. The control is full depth with int8 weights, a cheaper model without any router.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anydepth.calibration.shares import Scores, off_target, set_thresholds, thresholds_at
+from anydepth.errors import UserError
+from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.inference.engine.weights import WEIGHT_ONLY
+from anydepth.measure.bench import paired_engines
+from anydepth.measure.evaluate import evaluate, same_model
+
+CONTROL = "int8"
+"""Weights of the control."""
+Row = dict[str, Any]
+
+
+def quality(adapted: AdaptedModel, windows: Tensor) -> Row:
+    """Return perplexity on (N, T) windows, its increase over the same model at full depth, and what is skipped.
+
+    `perplexity_increase_range` holds the increase with 95%, from the differences of windows.
+    """
+    each = [evaluate(adapted, window[None]) for window in windows]
+    shares = {name: mean(fields["skip_share"][name] for fields in each) for name in each[0].get("skip_share", {})}
+    untouched = mean(fields["full_depth"]["loss"] for fields in each)
+    ours, full = [fields["loss"] for fields in each], [same_model(fields)["loss"] for fields in each]
+    return {"skip_share": shares, **_increase(ours, full), "untouched_perplexity": math.exp(untouched)}
+
+
+def _increase(ours: Sequence[float], full: Sequence[float]) -> Row:
+    """Return perplexities and their relative increase, from losses of the same windows."""
+    changes = [own - other for own, other in zip(ours, full, strict=True)]
+    middle = mean(changes)
+    reach = 1.96 * stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else 0.0
+    return {
+        "perplexity": math.exp(mean(ours)),
+        "full_depth_perplexity": math.exp(mean(full)),
+        "perplexity_increase": math.expm1(middle),
+        "perplexity_increase_range": [math.expm1(middle - reach), math.expm1(middle + reach)],
+    }
+
+
+def spread(speedups: list[float]) -> Row:
+    """Return the median of paired ratios, their extremes, and all of them."""
+    return {"speedup": median(speedups), "speedup_range": [min(speedups), max(speedups)], "speedups": speedups}
+
+
+def sweep_capacities(
+    adapted: AdaptedModel,
+    scores: Scores,
+    capacities: Sequence[float],
+    held_out: Tensor,
+    speedups: Callable[[], list[float]],
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Set each capacity in turn, and measure it. The thresholds of the last one stay.
+
+    Args:
+        scores: of `collect_scores`, on other text than the held-out windows.
+        speedups: paired ratios full depth ÷ adapted, measured with the thresholds that are set.
+    """
+    rows = []
+    for capacity in capacities:
+        set_thresholds(adapted, thresholds_at(scores, 1 - capacity))
+        row = {"label": f"capacity {capacity:g}", "capacity": capacity, **quality(adapted, held_out)}
+        shares = row["skip_share"]
+        row |= {"realised_capacity": 1 - mean(shares.values()), **spread(speedups())}
+        row["warnings"] = off_target(shares, dict.fromkeys(shares, 1 - capacity))
+        rows.append(row)
+        on_row(row)
+    return rows
+
+
+@torch.no_grad()
+def control(
+    adapted: AdaptedModel, engine: FastEngine | None, held_out: Tensor, prompts: Tensor, new_tokens: int, num_runs: int
+) -> Row | None:
+    """Measure full depth with int8 weights against full depth of an engine; None where that does not run or is int8."""
+    if engine is None or engine.model.weights in WEIGHT_ONLY:
+        return None
+    try:
+        light = FastEngine(adapted, CONTROL)
+    except UserError:  # these weights do not run here
+        return None
+    with adapted.disabled():
+        ours, full = ([_loss(each, window) for window in held_out] for each in (light, engine))
+    speedups = paired_engines(adapted, prompts, new_tokens, num_runs, (engine, light))
+    return {"label": f"full depth, {CONTROL}", "weights": CONTROL, **_increase(ours, full), **spread(speedups)}
+
+
+def _loss(engine: FastEngine, window: Tensor) -> float:
+    """Return nats per token of (T,) ids."""
+    ids = window.to(engine.adapted.device)
+    return F.cross_entropy(engine.logits(ids)[:-1].float(), ids[1:]).item()

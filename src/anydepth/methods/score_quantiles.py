@@ -1,0 +1,52 @@
+"""Kept score quantiles: which thresholds skip which fraction of a method's decisions, measured once on text.
+
+A table has one row per step of `STEPS` and 1 + N columns: the fraction that was measured to skip, and the N thresholds
+that it was measured with. It is saved with a checkpoint, so that any fraction can be set later without text.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+STEPS = (0.0, 1 / 32, *(step / 16 for step in range(1, 16)), 31 / 32, 1.0)
+"""Fractions of the scores below the thresholds of a row; finer at both ends, where quantiles lie far apart."""
+
+
+def empty_table(num_thresholds: int) -> Tensor:
+    """Return a table that nothing was measured for."""
+    return torch.zeros(len(STEPS), 1 + num_thresholds)
+
+
+def is_filled(table: Tensor) -> bool:
+    """Return whether something was measured."""
+    return bool(table[-1, 0] > table[0, 0])
+
+
+def quantile(scores: Tensor, fraction: float) -> float:
+    """Return the threshold that a fraction of (N,) sorted scores is not above."""
+    place = min(round(fraction * len(scores)), len(scores)) - 1
+    # torch.quantile takes at most 16M values; a sorted index has no such end and is an actual score.
+    return scores[place].item() if place >= 0 else math.nextafter(scores[0].item(), -math.inf)
+
+
+def thresholds_at(table: Tensor, share: float) -> float | list[float]:
+    """Return the thresholds that skip `share`, interpolated between rows; the last row's where none skips as much.
+
+    A number where the table has one threshold, or where all are −inf, as for a share of 0.
+    """
+    if share <= 0:
+        return -math.inf
+    shares = table[:, 0].double().cummax(0).values
+    after = min(int(torch.searchsorted(shares, share)), len(shares) - 1)
+    low, high = shares[after - 1].item(), shares[after].item()
+    weight = min((share - low) / (high - low), 1.0) if high > low else 1.0
+    found = table[after - 1, 1:].double().lerp(table[after, 1:].double(), weight).tolist()
+    return found if len(found) > 1 else found[0]
+
+
+def most(table: Tensor) -> float:
+    """Return the largest fraction that was measured to skip."""
+    return table[:, 0].max().item()

@@ -1,0 +1,213 @@
+"""`calibrate`, and thresholds by share at the commands that run a model, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import anydepth
+from anydepth.config import TrainConfig
+from anydepth.measure.evaluate import evaluate
+from anydepth.models.load import load_model
+from anydepth.training.checkpoint import load_target
+from anydepth.training.data import load_windows
+from anydepth.training.train import prepare
+from commands import anydepth as run
+from test_cli import refused
+from tiny import save_base, save_text
+
+SMALL = ("--num-windows", 2, "--sequence-length", 32, "--num-runs", 2, "--prompt-tokens", 8, "--new-tokens", 4)
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def routers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FFN routers that tell tokens apart, and a LoRA adapter that changes the model; saved without score quantiles."""
+    folder = tmp_path_factory.mktemp("routers")
+    model, _ = load_model(str(save_base(folder / "base")))
+    adapted = anydepth.attach(prepare(model, TrainConfig.model_validate({"lora": {"rank": 2}})), {"name": "ffn_router"})
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, part in adapted.named_parameters():
+            if "lora_" in name or "direct." in name:
+                part.copy_(torch.randn(part.shape, generator=generator) * 0.3)
+        adapted.get_buffer("methods.ffn_router.thresholds").zero_()
+    return anydepth.save(adapted, folder / "old", base=str(folder / "base"))
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory, routers: Path, text: Path) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    done = run("calibrate", routers, *SMALL, "--data", text, "--skip-share", 0.45, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def ffn_share(target: Path, text: Path, *options: object) -> float:
+    """The share of FFNs that run, from the counts of `eval`."""
+    done = run("eval", target, "--data", text, "--sequence-length", LENGTH, "--limit", 4, *options, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    shares = document["per_layer"]["ffn"][1:]
+    assert 1 - document["skip_share"]["ffn_router"] == pytest.approx(sum(shares) / len(shares))
+    return sum(shares) / len(shares)
+
+
+def test_a_share_is_set_and_looked_at_on_held_out_text(calibrated: tuple[Path, dict[str, Any]], text: Path) -> None:
+    """C14: the document has the share of held-out text, which is what forwards of it count."""
+    folder, document = calibrated
+    row = document["skip_share"]["ffn_router"]
+    assert row["target"] == 0.45 and row["calibration"] == pytest.approx(0.45, abs=0.02)
+    adapted, tokenizer = load_target(str(folder))
+    windows = load_windows(str(text), tokenizer, LENGTH)[2:4]
+    skipped = []
+    for window in windows:
+        adapted(input_ids=window[None], use_cache=False)
+        skipped.append(1 - adapted.last_trace.ffn_keep[1:].double().mean().item())
+    assert row["held_out"] == pytest.approx(sum(skipped) / 2, abs=1e-6)
+    assert document["met"] == (abs(row["held_out"] - 0.45) <= 0.045) == (not document["warnings"])
+
+
+@pytest.mark.parametrize("capacity", [0.1, 0.4, 0.9])
+def test_a_capacity_at_inference_holds(calibrated: tuple[Path, dict[str, Any]], text: Path, capacity: float) -> None:
+    """C13: from the kept quantiles, without text."""
+    assert ffn_share(calibrated[0], text, "--capacity", capacity) == pytest.approx(capacity, abs=0.08)
+
+
+def test_every_command_that_runs_a_model_takes_a_share(calibrated: tuple[Path, dict[str, Any]], text: Path) -> None:
+    """C13: and each refuses it in one line where a checkpoint keeps no quantiles."""
+    folder, _ = calibrated
+    whole, half = (ffn_share(folder, text, "--skip-share", share) for share in (0, 0.5))
+    assert whole == 1 and half < 0.6
+    options = ("--prompt", "the sea", "--max-new-tokens", 6, "--engine", "hf", "--json", "-q")
+    deep, flat = (run("generate", folder, *options, "--capacity", capacity) for capacity in (1, 0.2))
+    assert sum(json.loads(flat.stdout)["depths"]) < sum(json.loads(deep.stdout)["depths"])
+    sizes = ("--prompt-tokens", 8, "--new-tokens", 4, "--num-runs", 1, "--engine", "hf")
+    done = run("bench", folder, "--data", text, *sizes, "--capacity", 0.2, "--json", "-q")
+    assert json.loads(done.stdout)["rows"][0]["adapted"]["mean_depth"] < 5
+
+
+def test_a_checkpoint_without_quantiles_names_the_way(routers: Path, text: Path) -> None:
+    """C13: folders that were written before quantiles were kept load, and say how to get some."""
+    weights = routers / json.loads((routers / "anydepth.json").read_text())["weights"] / "methods.safetensors"
+    tensors = load_file(weights)
+    assert "ffn_router.score_quantiles" in tensors and not tensors["ffn_router.score_quantiles"].any()
+    commands: dict[str, tuple[object, ...]] = {
+        "eval": (),
+        "generate": ("--prompt", "the sea"),
+        "bench": (),
+        "serve": (),
+        "chat": (),
+    }
+    for command, options in commands.items():
+        line = refused(command, routers, *options, "--capacity", 0.4)
+        assert "saved without score quantiles" in line and "anydepth calibrate TARGET --skip-share 0.6" in line
+    assert "ffn_router.capacity is read in training alone" in refused(
+        "eval", routers, "--set", "ffn_router.capacity=0.1"
+    )
+    assert "give one of them" in refused("eval", routers, "--capacity", 0.4, "--skip-share", 0.6)
+    assert "came 1.5" in refused("eval", routers, "--capacity", 1.5)
+    assert "came 1" in refused("eval", routers, "--skip-share", 1)
+
+
+def test_a_table_that_is_missing_in_an_old_file_loads(routers: Path, tmp_path: Path) -> None:
+    adapted = anydepth.load(routers)
+    state = {name: value for name, value in adapted.methods.state_dict().items() if "score_quantiles" not in name}
+    save_file(state, tmp_path / "old.safetensors")
+    anydepth.load(routers).methods.load_state_dict(load_file(tmp_path / "old.safetensors"))
+
+
+def test_a_speed_that_nothing_reaches_is_refused(routers: Path, text: Path, tmp_path: Path) -> None:
+    """C12: exit 1 with the best, and nothing written."""
+    command = ("calibrate", routers, *SMALL, "--data", text, "--target-speedup", 40, "--out", tmp_path / "out", "-q")
+    assert "out of reach here: the most measured was" in refused(*command, code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_of_perplexity_is_the_same_model(routers: Path, text: Path, tmp_path: Path) -> None:
+    """C15: LoRA on; the untouched model stands beside it. Both from forwards of their own."""
+    out = tmp_path / "out"
+    command = ("calibrate", routers, *SMALL, "--data", text, "--max-perplexity-increase", 3.0, "--out", out)
+    done = run(*command, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    adapted, tokenizer = load_target(str(out))
+    windows = load_windows(str(text), tokenizer, LENGTH, max_windows=4)
+    with torch.no_grad():
+        ours = adapted(windows[:2], labels=windows[:2], use_cache=False).loss
+        with adapted.disabled():
+            full = adapted(windows[:2], labels=windows[:2], use_cache=False).loss
+            held_out = adapted(windows[2:], labels=windows[2:], use_cache=False).loss
+        with adapted.untouched():
+            base = adapted(windows[2:], labels=windows[2:], use_cache=False).loss
+    assert document["perplexity_increase"] == pytest.approx((ours - full).expm1().item(), abs=1e-4)
+    assert document["perplexity_increase"] <= 3.0
+    assert document["held_out"]["full_depth_perplexity"] == pytest.approx(held_out.exp().item(), rel=1e-4)
+    assert document["held_out"]["untouched_perplexity"] == pytest.approx(base.exp().item(), rel=1e-4)
+    assert not torch.isclose(base, held_out, rtol=1e-3), "the adapter changes the model"
+
+
+def test_evaluation_has_both_kinds_of_full_depth(routers: Path, text: Path) -> None:
+    """C15: `full_depth` is the untouched model, `full_depth_adapted` the same one with gates off."""
+    adapted, tokenizer = load_target(str(routers))
+    windows = load_windows(str(text), tokenizer, LENGTH, max_windows=2)
+    found = evaluate(adapted, windows)
+    with torch.no_grad():
+        logits = adapted(windows, use_cache=False).logits
+        with adapted.disabled():
+            full = adapted(windows, labels=windows, use_cache=False)
+    assert found["full_depth_adapted"]["loss"] == pytest.approx(full.loss.item(), abs=1e-4)
+    assert found["full_depth"]["loss"] != pytest.approx(full.loss.item(), abs=1e-2)
+    same = (logits.argmax(-1) == full.logits.argmax(-1))[:, :-1].double().mean().item()
+    assert found["agreement_adapted"] == pytest.approx(same)
+    merged, _ = load_target(str(routers), merge=True)
+    assert "full_depth_adapted" not in evaluate(merged, windows), "one full depth is left"
+
+
+def test_several_capacities_of_one_checkpoint(routers: Path, text: Path, tmp_path: Path) -> None:
+    """A row per capacity and the control; the folder keeps its thresholds and has quantiles then."""
+    out = tmp_path / "out"
+    command = ("calibrate", routers, *SMALL, "--data", text, "--sweep", "0.4,0.9", "--out", out)
+    done = run(*command, "--engine", "fast")
+    assert done.returncode == 0, done.stderr
+    document = json.loads((out / "calibrate.json").read_text())
+    assert "increase" in done.stdout and "int8" in done.stdout and document["met"] is None
+    first, second = document["sweep"]
+    assert (first["capacity"], second["capacity"]) == (0.9, 0.4)
+    assert first["realised_capacity"] > second["realised_capacity"]
+    for row in (first, second, document["control"]):
+        assert row["speedup_range"][0] <= row["speedup"] <= row["speedup_range"][1]
+        low, high = row["perplexity_increase_range"]
+        assert low <= row["perplexity_increase"] <= high
+    assert document["thresholds"] == {"ffn_router": 0.0}
+    assert ffn_share(out, text, "--capacity", 0.4) == pytest.approx(0.4, abs=0.08)
+    page = tmp_path / "report.html"
+    assert run("report", out, "--out", page).returncode == 0
+    assert "full depth, int8" in page.read_text()
+
+
+def test_what_calibrate_is_asked_for(routers: Path) -> None:
+    shared = ("calibrate", routers, "--out", "never")
+    assert "calibrate to what?" in refused(*shared)
+    assert "calibrate to what?" in refused(*shared, "--skip-share", 0.3, "--sweep", "0.5")
+    assert "--sweep takes shares" in refused(*shared, "--sweep", "0.5,1.5")
+    assert "--sweep takes shares with commas" in refused(*shared, "--sweep", "half")
+
+
+def test_options_of_a_fresh_method_that_change_nothing(routers: Path, text: Path) -> None:
+    """C13: bench takes no option that it would not use, with --against and without."""
+    base = routers.parent / "base"
+    sizes = ("--data", text, "--prompt-tokens", 8, "--new-tokens", 2, "--num-runs", 1, "-q")
+    line = refused("bench", base, "--against", "ffn_router", "--set", "capacity=0.3", *sizes)
+    assert "ffn_router.capacity is read in training alone" in line
+    assert "--against names" in refused("bench", routers, "--set", "threshold=1", *sizes)
