@@ -156,6 +156,7 @@ def point(name: str, perplexity: float, time_share: float, flops: float, around:
         "time_share_range": [time_share - around, time_share + around],
         "layer_token_share": flops,
         "full_depth": {"perplexity": 10.0, "tokens_per_second": 1.0, "gflops_per_token": 1.0},
+        "full_depth_perplexity": 10.0,
     }
 
 

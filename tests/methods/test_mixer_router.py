@@ -127,14 +127,14 @@ def test_the_gate_learns_from_the_difference_where_both_outputs_are_known(family
     adapted.backbone.model.double()
     router_of(adapted).mixers.double()
     probe = torch.randn(1, 40, families.VOCABULARY, generator=torch.Generator().manual_seed(2))
-    router, own = router_of(adapted), MixerRouter._choose
+    router, own = router_of(adapted), MixerRouter._choices
     weight, flips = torch.zeros(()), torch.zeros(1, 40, dtype=torch.bool)
 
-    def chosen(layers: Any, gates: Any, others: Any) -> None:
+    def chosen(layers: Any, gates: Any, others: Any) -> Any:
         gate = dataclasses.replace(gates[0], keep=gates[0].keep ^ flips, weight=weight)
-        own(router, layers, [gate], (1 - weight)[None])
+        return own(router, layers, [gate], (1 - weight)[None])
 
-    router._choose = chosen  # type: ignore[method-assign]
+    router._choices = chosen  # type: ignore[method-assign]
 
     def outcome(at: Tensor) -> Tensor:
         nonlocal weight
