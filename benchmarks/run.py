@@ -129,6 +129,7 @@ def run_variant(
         lambda line: print(f"{name}-{seed}: {line}", flush=True),
     )
     runner.on_step = lambda row: print(f"{name}-{seed}", row, flush=True) if row["step"] % 10 == 0 else None
+    runner.check(["eval" if stage == "evaluate" else stage for stage in stages])
     results = {stage: getattr(runner, stage)() for stage in stages}
     return {stage: result for stage, result in results.items() if result is not None}
 

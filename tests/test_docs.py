@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 import anydepth
 from anydepth.cli import app
 from anydepth.errors import UserError
-from anydepth.training.data import load_texts
+from anydepth.training.corpora import load_texts
 from serving import end, start, tiny_router
 from tiny import COMMON, byte_tokenizer, save_text
 

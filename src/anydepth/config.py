@@ -6,11 +6,12 @@ Imports neither torch nor transformers: `anydepth --help` and a misspelt recipe 
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -20,6 +21,8 @@ from anydepth.overrides import UniqueKeys, override_key
 
 Device = str
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=1)]
+NOTHING_TO_TRAIN = "nothing to train: the recipe names no trained method, no train.lora and no train.backbone"
 
 
 class StrictConfig(BaseModel):
@@ -128,11 +131,29 @@ class ModelConfig(StrictConfig):
     )
 
 
-class DataConfig(StrictConfig):
-    """Text to train and calibrate on."""
+class TextConfig(StrictConfig):
+    """How text becomes windows of tokens."""
+
+    bos: Literal["per_window", "per_document"] = Field(
+        default="per_window",
+        description="What begins with the BOS of a tokenizer that puts one in front of a text; others have none.",
+    )
+    isolate_documents: bool = Field(
+        default=False,
+        description="Give each document windows of its own in training, calibrate and eval: no token sees another's.",
+    )
+    lines: bool = Field(
+        default=False, description="Make each line a document; those of WikiText stay as published, with their marks."
+    )
+    min_chars: int = Field(default=0, ge=0, description="Keep documents of more than this many characters.")
+
+
+class DataConfig(TextConfig):
+    """Text to train and calibrate on; how windows are made holds for all text of the recipe."""
 
     train: str = Field(default="embedded:train", description="`NAME:SPLIT` or a .txt, .jsonl or .parquet file.")
     sequence_length: int = Field(default=512, ge=8, description="Tokens per training window.")
+    max_documents: int | None = Field(default=None, ge=1, description="Use only the first documents.")
     max_windows: int | None = Field(default=None, ge=1, description="Use only the first windows.")
 
 
@@ -158,7 +179,12 @@ class DistillationSettings(StrictConfig):
 class TrainConfig(StrictConfig):
     """Training, by transformers' Trainer. The backbone is frozen unless `backbone` says otherwise."""
 
-    max_steps: int = Field(default=100, ge=1, description="Optimiser steps.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps; 100 where num_epochs is not given either."
+    )
+    num_epochs: float | None = Field(
+        default=None, gt=0, description="Instead of max_steps: how often training sees every window."
+    )
     batch_size: int = Field(default=2, ge=1, description="Windows per forward.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forwards per optimiser step.")
     learning_rate: float = Field(default=3e-4, gt=0, description="Peak rate of adapters or backbone (cosine to 0).")
@@ -175,6 +201,24 @@ class TrainConfig(StrictConfig):
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 turns autocast on.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute layers in backward to save memory.")
     save_every: int = Field(default=50, ge=1, description="Steps between checkpoints to resume from.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, options: Any) -> Any:
+        return options if not isinstance(options, Mapping) or _has_length(options) else {**options, "max_steps": 100}
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps, of a config whose length is given in steps: see `with_steps`."""
+        assert self.max_steps is not None, "train() turns epochs into steps"
+        return self.max_steps
+
+    def with_steps(self, num_windows: int) -> TrainConfig:
+        """Return the same settings with their epochs over `num_windows` windows as steps, the last one whole."""
+        if self.num_epochs is None:
+            return self
+        steps = math.ceil(self.num_epochs * num_windows / (self.batch_size * self.gradient_accumulation_steps))
+        return self.model_copy(update={"max_steps": steps, "num_epochs": None})
 
     @model_validator(mode="after")
     def _one_way(self) -> TrainConfig:
@@ -219,11 +263,26 @@ class PhaseConfig(StrictConfig):
     name: str = Field(pattern=r"^[\w-]+$", description="Names its folder under phases/.")
     train: list[str] = Field(min_length=1, description="Methods that this phase trains.")
     frozen: list[str] = Field(default=[], description="Methods that are attached meanwhile and decide as at inference.")
-    max_steps: int = Field(ge=1, description="Optimiser steps.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimiser steps; or give num_epochs.")
+    num_epochs: float | None = Field(default=None, gt=0, description="How often this phase sees every window.")
     learning_rate: float | None = Field(default=None, gt=0, description="Instead of the recipe's train.learning_rate.")
     router_learning_rate: float | None = Field(default=None, gt=0, description="Instead of the recipe's.")
     warmup_steps: int | None = Field(default=None, ge=0, description="Instead of the recipe's.")
     train_lora: bool = Field(default=True, description="Whether a LoRA adapter learns on in this phase.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> PhaseConfig:
+        if not _has_length(self.model_dump()):
+            raise ValueError("a phase needs max_steps or num_epochs")
+        return self
+
+
+def _has_length(options: Mapping[str, Any]) -> bool:
+    """Whether training is told how long it is. Raises `ValueError` if it is told twice."""
+    given = [name for name in ("max_steps", "num_epochs") if options.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError("max_steps and num_epochs both say how long training is; give one, or set the other to null")
+    return bool(given)
 
 
 class SearchConfig(StrictConfig):
@@ -257,14 +316,15 @@ class EvalConfig(StrictConfig):
 
     data: str = Field(default="embedded:valid", description="`NAME:SPLIT` or a file.")
     sequence_length: int = Field(default=1024, ge=8, description="Tokens per window.")
+    max_documents: int | None = Field(default=None, ge=1, description="Use only the first documents.")
     max_windows: int | None = Field(default=None, ge=1, description="Use only the first windows.")
 
 
 class BenchConfig(StrictConfig):
     """Paired wall-clock, full depth and adapted in turn in one process."""
 
-    batch_sizes: list[int] = Field(default=[1], description="Rows generated together.")
-    prompt_tokens: list[int] = Field(default=[64], description="Prompt lengths.")
+    batch_sizes: list[Count] = Field(default=[1], min_length=1, description="Rows generated together.")
+    prompt_tokens: list[Count] = Field(default=[64], min_length=1, description="Prompt lengths.")
     new_tokens: int = Field(default=64, ge=1, description="Tokens generated per row.")
     num_runs: int = Field(default=5, ge=1, description="Pairs per row; up to three times as many while they vary.")
     dtypes: list[DType] = Field(default=[], description="Precisions to measure in; none is the model's own.")
@@ -360,6 +420,20 @@ class Recipe(StrictConfig):
             raise ValueError(f"two phases have the same name; names are {', '.join(labels)}")
         return self
 
+    def check_training(self) -> None:
+        """Raise `UserError` if a training has nothing to train. Loads the methods, hence torch."""
+        from anydepth.methods import method_class
+
+        if self.train is None or self.train.backbone:
+            return
+        named = zip((str(spec["name"]) for spec in self.methods), self.method_configs(), strict=True)
+        learning = {name for name, config in named if method_class(name, "methods").has_weights(config)}
+        if not self.phases and not learning and self.train.lora is None:
+            raise UserError(NOTHING_TO_TRAIN)
+        for phase in self.phases:
+            if not learning & set(phase.train) and (self.train.lora is None or not phase.train_lora):
+                raise UserError(f"phase {phase.name}: nothing to train: no weights in {', '.join(phase.train)}")
+
     def method_configs(self) -> list[StrictConfig]:
         """The methods' configs, validated. Loads the methods, hence torch."""
         from anydepth.methods import method_class
@@ -393,6 +467,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         override_key(content, override)
     recipe = validate(Recipe, content, where=str(path))
     recipe.method_configs()
+    recipe.check_training()
     return recipe
 
 

@@ -30,7 +30,7 @@ def windows(num: int = 4, length: int = 40) -> torch.Tensor:
 
 
 def gates_of(*specs: dict[str, Any]) -> list[dict[str, Any]]:
-    return diagnose(anydepth.attach(tiny_llama(), list(specs)), windows())
+    return diagnose(anydepth.attach(tiny_llama(), list(specs)), windows().split(1))
 
 
 def router(**options: Any) -> anydepth.AdaptedModel:
@@ -94,7 +94,7 @@ def test_a_collapse_to_all_or_none_is_told(name: str, threshold: float, fraction
     adapted.methods[name].threshold = threshold
     if name == "ffn_router":
         adapted.methods[name].thresholds.zero_()  # as after training
-    (found,) = diagnose(adapted, windows())
+    (found,) = diagnose(adapted, windows().split(1))
     first = {"layer_router": [2, 3, 4, 5], "exit_gate": [2, 3, 4, 5]}
     assert [row["layer"] for row in found["gates"]] == first.get(name, options.get("layers"))
     assert found["fraction"] == fraction and found["num_tokens"] == windows().numel()

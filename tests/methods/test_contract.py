@@ -5,6 +5,7 @@ A new method joins by a line in `CASES`; without one the tests fail.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -486,6 +487,22 @@ def test_later_tokens_and_other_rows_change_nothing(family: str, adapted: Adapte
         assert relative_rms(ours[row, :length], wanted[row, :length]) <= TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("execution", ["sparse", "masked"])
+def test_documents_of_a_batch_are_the_documents_alone(
+    family: str, adapted: AdaptedModel, case: str, execution: str
+) -> None:
+    """C29. Padded on the right, as documents are in training and eval."""
+    adapted.eval()
+    ids, lengths = families.token_ids(length=23), (23, 9, 16)
+    mask = torch.stack([torch.arange(23) < length for length in lengths]).long()
+    with adapted.masked() if execution == "masked" else contextlib.nullcontext():
+        batch = logits_of(adapted, ids, attention_mask=mask)
+        for row, length in enumerate(lengths):
+            alone = logits_of(adapted, ids[row : row + 1, :length])
+            assert relative_rms(batch[row : row + 1, :length], alone) <= TOLERANCE
+
+
 # --- 8 … 12 -----------------------------------------------------------------------------------------------
 
 
@@ -618,6 +635,26 @@ def test_bad_config_is_one_line_that_names_the_value(spec: dict[str, Any], named
     with pytest.raises(UserError, match=named) as error:
         anydepth.attach(families.build("llama"), {"always_keep": 1, **spec} if "rates" in spec else spec)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spec", [*CASES.values(), *FULL_BUDGET.values()], ids=[*CASES, *FULL_BUDGET])
+def test_configs_say_whether_there_are_weights_to_train(spec: Spec) -> None:
+    """C16."""
+    adapted = anydepth.attach(families.build("llama"), spec)
+    for method in adapted.active_methods:
+        assert method.has_weights(method.config) == any(part.requires_grad for part in method.parameters())
+
+
+def test_layers_that_are_never_dropped() -> None:
+    """The rule of dynamic layer routing's stochastic baselines: p·(l − 4) ÷ (L − 1 − 4), or p alike from layer 4 on."""
+    model = families.build("llama")
+    linear = {"name": "stochastic_depth", "max_probability": 0.5, "always_keep": 2}
+    method: Any = anydepth.attach(model, linear).methods["stochastic_depth"]
+    assert method.probabilities() == [0, 0, 0, 0.25, 0.5]
+    model = families.build("llama")
+    adapted = anydepth.attach(model, {**linear, "schedule": "uniform", "max_probability": 1.0, "per": "batch"}).train()
+    adapted(families.token_ids())
+    assert adapted.last_trace.mixer_keep.flatten(1).any(1).tolist() == [True, True, False, False, False]
 
 
 # --- faults of earlier code that no check above names -----------------------------------------------------

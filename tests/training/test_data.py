@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from anydepth.errors import UserError
-from anydepth.training.data import load_texts, pack
+from anydepth.training.corpora import load_texts
+from anydepth.training.data import pack
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -65,3 +66,23 @@ def test_wikitext_marks_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
     one, two = load_texts("wikitext-2:valid")
     assert 'It weighs 1,000.5 kg (2 lb), a well-known "<unk>".' in one and "B." in two
+
+
+def test_the_lines_of_wikitext_103_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line is one sample: those of more than so many characters, the first so many of them, marks and all."""
+    (tmp_path / "wikitext-103").mkdir()
+    long = [f" Line {number} weighs 1 @,@ 000 kg ." for number in range(5)]
+    text = "\n".join([" ", " = One = ", " ", *long[:2], " short ", *long[2:]])
+    (tmp_path / "wikitext-103" / "train.txt").write_text(text)
+    monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
+    assert load_texts("wikitext-103:train", lines=True, min_chars=20, max_documents=3) == long[:3]
+    (article,) = load_texts("wikitext-103:train")
+    assert "1,000 kg." in article and "short" in article
+    with pytest.raises(UserError, match="more than 900 characters"):
+        load_texts("wikitext-103", lines=True, min_chars=900)
+
+
+def test_lines_and_lengths_of_any_corpus(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one\n\nthree"}) + "\n" + json.dumps({"text": "four4"}))
+    assert load_texts(str(tmp_path / "x.jsonl"), lines=True) == ["one", "three", "four4"]
+    assert load_texts(str(tmp_path / "x.jsonl"), lines=True, min_chars=3, max_documents=1) == ["three"]

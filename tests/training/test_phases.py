@@ -94,6 +94,14 @@ def test_an_interrupted_run_goes_on_bitwise(tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(part, theirs[name]) for name, part in ours.items())
 
 
+def test_a_phase_can_be_as_long_as_epochs(tmp_path: Path) -> None:
+    """12 windows, 2 per step: half an epoch is three steps."""
+    phases = [PhaseConfig(name="routers", train=["ffn_router"], num_epochs=0.5), PHASES[1]]
+    adapted = anydepth.attach(prepare(tiny_llama(), CONFIG), METHODS)
+    _, result = train_phases(adapted, windows(), CONFIG, phases, tmp_path)
+    assert [row["phase"] for row in result.loss_history] == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("phase", "named"),
     [
@@ -101,6 +109,8 @@ def test_an_interrupted_run_goes_on_bitwise(tmp_path: Path, monkeypatch: pytest.
         ({"name": "a", "train": ["exit_gate"], "frozen": ["exit_gate"], "max_steps": 3}, "both trains and freezes"),
         ({"name": "a/b", "train": ["exit_gate"], "max_steps": 3}, "a/b"),
         ({"name": "a", "train": [], "max_steps": 3}, "train"),
+        ({"name": "a", "train": ["exit_gate"]}, "max_steps or num_epochs"),
+        ({"name": "a", "train": ["exit_gate"], "max_steps": 3, "num_epochs": 1}, "give one"),
     ],
 )
 def test_bad_phases_are_one_line(phase: dict[str, object], named: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 import anydepth
-from anydepth.config import TrainConfig
+from anydepth.config import TrainConfig, validate
 from anydepth.errors import RunError, UserError
 from anydepth.training.losses import IGNORED, distillation_loss
 from anydepth.training.train import prepare, train
@@ -154,3 +154,38 @@ def test_distillation_is_the_divergence_over_real_tokens() -> None:
     loss.backward()
     assert student.grad[1, 2:].abs().sum() == 0  # what predicts padding teaches nothing
     assert distillation_loss(teacher, teacher, labels, 2.0).abs() < 1e-6
+
+
+def test_epochs_are_the_steps_that_see_every_window_so_often(tmp_path: Path) -> None:
+    """12 windows, 4 per step: three epochs are nine steps, and each sees every window once."""
+    config = settings(max_steps=None, num_epochs=3, batch_size=2, gradient_accumulation_steps=2)
+    by_epochs = trained(tmp_path / "a", config).result.loss_history
+    by_steps = trained(tmp_path / "b", config.model_copy(update={"max_steps": 9, "num_epochs": None})).result
+    assert len(by_epochs) == 9
+    assert [row["lm_loss"] for row in by_epochs] == [row["lm_loss"] for row in by_steps.loss_history]
+    assert by_epochs[-1]["learning_rate"] == by_steps.loss_history[-1]["learning_rate"]
+    assert settings(max_steps=None, num_epochs=0.5, batch_size=5).with_steps(12).num_steps == 2  # the last one whole
+
+
+def test_training_of_epochs_resumes(tmp_path: Path) -> None:
+    config = settings(max_steps=None, num_epochs=1, batch_size=2, save_every=2)
+    whole = trained(tmp_path / "a", config).result.loss_history
+    adapted = anydepth.attach(prepare(tiny_llama(), config), ROUTER)
+
+    def stop(row: dict[str, object]) -> None:
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(adapted, windows(), config, tmp_path / "b", on_step=stop)
+    adapted = anydepth.attach(prepare(tiny_llama(), config), ROUTER)
+    resumed = train(adapted, windows(), config, tmp_path / "b", resume=True).loss_history
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 3, "num_epochs": 2}, {"num_epochs": 0}])
+def test_training_is_told_once_how_long_it_is(given: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="num_epochs"):
+        validate(TrainConfig, given, where="train")
+    assert TrainConfig().max_steps == 100
+    assert validate(TrainConfig, TrainConfig(num_epochs=2).model_dump(), where="train").max_steps is None

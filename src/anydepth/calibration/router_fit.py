@@ -9,12 +9,12 @@ leave the gates where they start: a straight-through gradient of one sampled cho
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anydepth.errors import RunError, UserError
@@ -22,6 +22,7 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods.layer_router import LayerRouter
 from anydepth.training.losses import divergence
 
+NO_ROUTER = "only a learned layer_router can be fitted; this model has none"
 RIDGES = (1e2, 1e3, 3e3, 1e4, 3e4, 1e5)
 CLIPPED = 0.01
 """Share of benefits at either end that is cut off: a few tokens would lead the regression."""
@@ -93,10 +94,15 @@ def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
 
 
 def _learned_router(adapted: AdaptedModel) -> LayerRouter:
-    for method in adapted.methods.values():
-        if isinstance(method, LayerRouter) and method.networks:
-            return method
-    raise RunError("only a learned layer_router can be fitted; this model has none")
+    router = learned_router(adapted.methods.values())
+    if router is None:
+        raise RunError(NO_ROUTER)
+    return router
+
+
+def learned_router(methods: Iterable[nn.Module]) -> LayerRouter | None:
+    """Return the router that can be fitted; None if there is none."""
+    return next((one for one in methods if isinstance(one, LayerRouter) and one.networks), None)
 
 
 def _measure(

@@ -20,6 +20,7 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods import METHODS
 from anydepth.methods import score_quantiles as kept
 from anydepth.methods.method import Method
+from anydepth.training.data import rows_of
 
 TABLE_TOKENS = 1024
 """Text that tables are measured on; each row is a pass over it."""
@@ -92,8 +93,8 @@ def _pass(adapted: AdaptedModel, methods: Sequence[Method], windows: Tensor) -> 
     """Return by method the share that (M, T) windows skip, and the sorted scores of what it was asked about."""
     noted: dict[str, dict[int, list[Tensor]]] = {method.name: {} for method in methods}
     shares = []
-    for window in windows:
-        adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
+    for row in rows_of(windows):
+        adapted(input_ids=row.to(adapted.device), use_cache=False, logits_to_keep=1)
         for method in methods:
             for layer_idx, scores in method.scores(adapted.context).items():
                 noted[method.name].setdefault(layer_idx, []).append(scores.float().cpu())
@@ -125,8 +126,8 @@ def skipped_shares(adapted: AdaptedModel, windows: Tensor) -> dict[str, float]:
     with _deciding(adapted):
         methods = _with_threshold(adapted)
         runs = []
-        for window in windows:
-            adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
+        for row in rows_of(windows):
+            adapted(input_ids=row.to(adapted.device), use_cache=False, logits_to_keep=1)
             runs.append(_shares_of(methods, adapted))
     return {method.name: mean(run[method.name] for run in runs) for method in methods}
 
@@ -154,12 +155,17 @@ def _comparing(adapted: AdaptedModel) -> list[Method]:
 def _with_threshold(adapted: AdaptedModel) -> list[Method]:
     methods = _comparing(adapted)
     if not methods:
-        *names, last = [name for name, method in METHODS.items() if method.budget_option is not None]
-        raise RunError(
-            f"nothing to calibrate: no method of this model ({adapted.label}) compares a score with a threshold; "
-            f"{', '.join(names)} and {last} do"
-        )
+        raise RunError(nothing_to_calibrate(adapted.label))
     return methods
+
+
+def nothing_to_calibrate(label: str) -> str:
+    """Return what to say where no method has a threshold."""
+    *names, last = [name for name, method in METHODS.items() if method.budget_option is not None]
+    return (
+        f"nothing to calibrate: no method of this model ({label}) compares a score with a threshold; "
+        f"{', '.join(names)} and {last} do"
+    )
 
 
 def thresholds_of(adapted: AdaptedModel) -> Thresholds:

@@ -80,18 +80,12 @@ def search(
     Raises:
         UserError: unknown strategy, or a budget that leaves nothing out or nothing in.
     """
-    if strategy not in STRATEGIES:
-        raise UserError(f"strategy '{strategy}' is unknown; strategies are {', '.join(STRATEGIES)}")
+    check_strategy(strategy)
     started = time.monotonic()
     adapted = attach(model, SkipSetConfig())
     try:
         everything = candidates(adapted.backbone.num_layers, branches=branches)
-        num_out = round(budget * len(everything))
-        if not 0 < num_out < len(everything):
-            raise UserError(
-                f"budget {budget} of {len(everything)} {'branches' if branches else 'layers'} is {num_out} left out; "
-                "choose a share that leaves out at least one and keeps at least one"
-            )
+        num_out = num_left_out(adapted.backbone.num_layers, budget, branches=branches)
         problem = Problem(adapted, windows, everything, num_out, _choices(adapted, windows), seed)
         order = STRATEGIES[strategy](problem)
         trajectory = []
@@ -103,6 +97,24 @@ def search(
         detach(adapted)
     config = SkipSetConfig(**as_lists(order))
     return SkipSearchResult(config, trajectory[-1]["agreement"], time.monotonic() - started, trajectory)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise `UserError` for an unknown strategy."""
+    if strategy not in STRATEGIES:
+        raise UserError(f"strategy '{strategy}' is unknown; strategies are {', '.join(STRATEGIES)}")
+
+
+def num_left_out(num_layers: int, budget: float, *, branches: bool) -> int:
+    """Return how many layers or branches a budget leaves out. Raises `UserError` for none and for all."""
+    everything = len(candidates(num_layers, branches=branches))
+    num_out = round(budget * everything)
+    if not 0 < num_out < everything:
+        raise UserError(
+            f"budget {budget} of {everything} {'branches' if branches else 'layers'} is {num_out} left out; "
+            "choose a share that leaves out at least one and keeps at least one"
+        )
+    return num_out
 
 
 def candidates(num_layers: int, *, branches: bool) -> list[Candidate]:

@@ -86,6 +86,9 @@ def calibrate(
     early_exit are written to its thresholds.json as well.
     """
     arguments = dict(locals())
+    from anydepth.training.corpora import check_corpus
+
+    check_corpus(data)
     if max_risk is not None:
         if any(value is not None for value in (target_speedup, max_perplexity_increase, skip_share, capacity, sweep)):
             raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other")

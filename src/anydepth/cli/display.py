@@ -381,8 +381,8 @@ def _is_minor(name: str) -> bool:
 
 def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]:
     training = recipe.train or recipe.drafter
-    total = 0 if training is None else training.max_steps
-    every = max(total // 20, 1)
+    total = None if training is None else training.max_steps  # None: the number of windows will decide
+    of, every = ("", 20) if total is None else (f"/{total}", max(total // 20, 1))
 
     first: dict[str, float] = {}
 
@@ -395,7 +395,7 @@ def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]
                 for name, value in {**row, **row.get("figures", {})}.items()
                 if name not in NOT_IN_STEP_LINES and not _is_minor(name) and value != first.get(name)  # moves
             )
-            printer.progress(f"  step {int(row['step'])}/{total}  {terms}")
+            printer.progress(f"  step {int(row['step'])}{of}  {terms}")
         for text in row.get("warnings", []):
             printer.progress(f"  step {int(row['step'])}: warning: {text}")
 

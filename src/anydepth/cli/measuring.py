@@ -85,6 +85,12 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score only the first windows, and items of each task.")] = None,
     full_depth: Annotated[bool, typer.Option("--full-depth", help="Score the untouched model only.")] = False,
     exits: Annotated[bool, typer.Option("--exits", help="Score each layer too, as if it were the last.")] = False,
+    bos: Annotated[
+        str, typer.Option(help="What begins with a BOS if the tokenizer has one: per_window or per_document.")
+    ] = "per_window",
+    isolate_documents: Annotated[
+        bool, typer.Option("--isolate-documents", help="Score each document without those before it.")
+    ] = False,
     options: MethodOptions = None,
     skip_share: SkipShare = None,
     capacity: Capacity = None,
@@ -97,14 +103,18 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity with routing on, beside the untouched model."""
+    from anydepth.config import TextConfig, validate
     from anydepth.inference.engine import choose, label_of
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
-    from anydepth.training.data import load_windows
+    from anydepth.training.corpora import check_corpus
+    from anydepth.training.data import load_windows, num_tokens
 
+    text = validate(TextConfig, {"bos": bos, "isolate_documents": isolate_documents}, where="eval")
+    check_corpus(data)
     _at_least("limit", limit, 1)
     _at_least("num-fewshot", num_fewshot, 0)
     printer = Printer(as_json, quiet)
@@ -117,12 +127,13 @@ def evaluate(
     if names:
         _check_windows(adapted, tokenizer, names)
     label = "full depth" if full_depth else label_of(adapted, fast)
-    windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
-    printer.progress(f"scoring {windows.numel()} tokens of {data} …")
+    windows = load_windows(data, tokenizer, sequence_length, max_windows=limit, text=text)
+    printer.progress(f"scoring {num_tokens(windows)} tokens of {data} …")
     config = {
         "target": target,
         "data": data,
         "sequence_length": sequence_length,
+        **text.model_dump(include={"bos", "isolate_documents"}),
         "limit": limit,
         "tasks": tasks,
         "num_fewshot": num_fewshot,
@@ -244,6 +255,7 @@ def bench(
     from anydepth.measure.throughput import throughput
     from anydepth.models.load import dtype_name
     from anydepth.models.tokens import encode
+    from anydepth.training.corpora import check_corpus
 
     if prompts is not None and (prompt_tokens is not None or (num_runs is not None and requests is None)):
         raise UserError("--prompts brings lengths and pairs: leave out --prompt-tokens and --num-runs")
@@ -252,6 +264,8 @@ def bench(
         check_comparison(arguments)
     prompt_tokens = "64" if prompt_tokens is None else prompt_tokens
     num_runs = 5 if num_runs is None else num_runs
+    if prompts is None:
+        check_corpus(data)
     printer = Printer(as_json, quiet)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "skip_share": wanted_share(skip_share, capacity)}
     adapted, tokenizer = _with_methods(target, against or [], options or [], load)
@@ -372,8 +386,10 @@ def analyze(
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_target
-    from anydepth.training.data import load_texts, load_windows
+    from anydepth.training.corpora import check_corpus, load_texts
+    from anydepth.training.data import load_windows
 
+    check_corpus(data)
     _at_least("permutations", permutations, 1)
     _at_least("samples", samples, 0)
     _at_least("limit", limit, 1)

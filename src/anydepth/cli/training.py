@@ -98,6 +98,7 @@ def train(
         if not resume:
             with first_alone():
                 runner.forget()
+        runner.check(("search", "fit", "train"))
         runner.search()
         runner.fit()
         printer.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
@@ -123,13 +124,17 @@ def search(
 
     Writes a checkpoint folder with the skip set.
     """
+    from anydepth.calibration.skip_search import check_strategy
     from anydepth.calibration.skip_search import search as search_skip_set
     from anydepth.execution.adapted import attach, detach
     from anydepth.measure.held_out import held_out, split_windows
     from anydepth.measure.results import document, write_json
     from anydepth.models.load import dtype_name, load_model
     from anydepth.training.checkpoint import save
+    from anydepth.training.corpora import check_corpus
 
+    check_strategy(strategy)
+    check_corpus(data)
     printer = Printer(as_json, quiet)
     options = {
         "target": target,

@@ -84,7 +84,8 @@ def gate_decisions(trace: Trace, methods: Sequence[Method]) -> list[GateDecision
 
     Layers that another method closes for every token, such as a skip set, are left out: their gates decide nothing.
     """
-    branches = {"layer": trace.mixer_keep | trace.ffn_keep, "ffn": trace.ffn_keep, "softmax": trace.mixer_keep}
+    mixers, ffns = trace.mixer_keep, trace.ffn_keep
+    branches = {"layer": mixers | ffns, "mixer": mixers, "ffn": ffns, "softmax": mixers}
     positions = trace.token_mask.cumsum(1) - 1
     decisions = []
     for method in methods:
@@ -98,7 +99,9 @@ def gate_decisions(trace: Trace, methods: Sequence[Method]) -> list[GateDecision
 
 def _branch(method: Method) -> str:
     """Return what the gates of a method let run."""
-    return "softmax" if method.chooses_mixers else "ffn" if method.gates_only_ffns else "layer"
+    if method.gates_branches and not method.gates_only_ffns:
+        return "softmax" if method.chooses_mixers else "mixer"
+    return "ffn" if method.gates_only_ffns else "layer"
 
 
 def _closed(methods: Sequence[Method], branch: str) -> frozenset[int]:
@@ -120,13 +123,13 @@ def joined(parts: Sequence[list[GateDecisions]]) -> list[GateDecisions]:
 
 
 @torch.no_grad()
-def diagnose(adapted: AdaptedModel, windows: Tensor) -> list[dict[str, Any]]:
-    """Run the first of (N, T) windows with routing on, and describe the gates at inference."""
+def diagnose(adapted: AdaptedModel, rows: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Run the first of some (1, T) token ids with routing on, and describe the gates at inference."""
     adapted.eval()
     parts = []
     if any(method.gated_layers for method in adapted.active_methods):
-        for window in windows[:DIAGNOSED_WINDOWS]:
-            adapted(input_ids=window[None].to(adapted.device), use_cache=False)
+        for row in rows[:DIAGNOSED_WINDOWS]:
+            adapted(input_ids=row.to(adapted.device), use_cache=False)
             parts.append(gate_decisions(adapted.last_trace, adapted.active_methods))
     return described(joined(parts), adapted.active_methods)
 

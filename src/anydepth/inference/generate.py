@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
@@ -69,13 +69,13 @@ def generate(
     }
 
 
-def check_window(adapted: AdaptedModel, num_prompt: int, max_new_tokens: int) -> None:
+def check_window(model: AdaptedModel | PreTrainedModel, num_prompt: int, max_new_tokens: int) -> None:
     """Raise `UserError` for a prompt that the model cannot take."""
     if num_prompt == 0:
         raise UserError("the prompt is empty; give at least one word")
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
-    window = getattr(adapted.config, "max_position_embeddings", None)
+    window = getattr(model.config, "max_position_embeddings", None)
     if window is not None and num_prompt + max_new_tokens > window:
         raise UserError(
             f"the prompt has {num_prompt} tokens; with {max_new_tokens} new ones that is more than the model's window "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.config import TextConfig
 from anydepth.errors import RunError, UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
@@ -32,7 +33,7 @@ from anydepth.measure.statistics import is_noise, ratio_interval
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
 from anydepth.models.load import dtype_name
 from anydepth.models.tokens import padded
-from anydepth.training.data import load_windows
+from anydepth.training.data import PACKED, load_windows
 
 Engine = FastEngine | None
 """None is the Hugging Face model's own `generate`."""
@@ -45,11 +46,17 @@ MOST = 3
 
 
 def load_prompts(
-    adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, data: str, prompt_tokens: list[int], new_tokens: int
+    adapted: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str,
+    prompt_tokens: list[int],
+    new_tokens: int,
+    *,
+    text: TextConfig = PACKED,
 ) -> Tensor:
-    """(N, longest prompt) token ids of a corpus or file; refuses lengths that the model cannot take."""
+    """Return (N, longest prompt) token ids of a corpus or file; refuse lengths that the model cannot take."""
     check_window(adapted, max(prompt_tokens), new_tokens)
-    return load_windows(data, tokenizer, max(prompt_tokens))
+    return load_windows(data, tokenizer, max(prompt_tokens), text=text)
 
 
 def bench(

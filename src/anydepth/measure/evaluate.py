@@ -15,6 +15,7 @@ from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.training.checkpoint import has_adapter
+from anydepth.training.data import rows_of
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 """Hands on what it is given, and shows how far it is."""
@@ -118,8 +119,8 @@ def evaluate(
     at_once = full_depth_only or (engine is None and why is not None)
     differs = has_adapter(adapted) and not at_once
     num_agreeing = 0
-    for window in track(windows):
-        token_ids = window[None].to(adapted.device)
+    for row in track(rows_of(windows)):
+        token_ids = row.to(adapted.device)
         with adapted.untouched():
             reference = adapted(input_ids=token_ids, use_cache=False).logits
         _add(untouched, adapted, token_ids, reference, reference, at_full_depth=True)
@@ -191,8 +192,8 @@ def exit_losses(adapted: AdaptedModel, windows: Tensor) -> list[dict[str, float]
     num_layers = adapted.backbone.num_layers
     losses, agreeing, num_tokens = [0.0] * num_layers, [0] * num_layers, 0
     with adapted.backbone.layer_outputs() as states, adapted.disabled():
-        for window in windows:
-            token_ids = window[None].to(adapted.device)
+        for row in rows_of(windows):
+            token_ids = row.to(adapted.device)
             targets = token_ids[0, 1:]
             reference = adapted(input_ids=token_ids, use_cache=False).logits[0, :-1].argmax(-1)
             for layer_idx in range(num_layers):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.config import TextConfig
 from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel, attach, detach
@@ -18,14 +19,19 @@ from anydepth.inference.engine.weights import WEIGHT_ONLY
 from anydepth.measure.evaluate import evaluate
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import is_quantised
-from anydepth.training.data import load_windows
+from anydepth.training.data import PACKED, load_windows
 
 
 def split_windows(
-    data: str, tokenizer: PreTrainedTokenizerBase, sequence_length: int, num_windows: int
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    num_windows: int,
+    *,
+    text: TextConfig = PACKED,
 ) -> tuple[Tensor, Tensor]:
     """Return (N, T) windows to search on, and as many behind them that the search does not see, or what is left."""
-    windows = load_windows(data, tokenizer, sequence_length, max_windows=2 * num_windows)
+    windows = load_windows(data, tokenizer, sequence_length, max_windows=2 * num_windows, text=text)
     return windows[:num_windows], windows[num_windows:]
 
 

@@ -7,7 +7,7 @@ interrupted goes on where it was. A folder belongs to one recipe.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,25 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.router_fit import fit_router
 from anydepth.calibration.shares import NotTrained, compares_scores, settle_shares
 from anydepth.calibration.skip_search import search
-from anydepth.config import DrafterConfig, DType, Recipe, RouterFitConfig, SearchConfig, StrictConfig, load_recipe
+from anydepth.config import (
+    AnalyzeConfig,
+    DataConfig,
+    DrafterConfig,
+    DType,
+    EvalConfig,
+    Recipe,
+    RouterFitConfig,
+    SearchConfig,
+    StrictConfig,
+    TextConfig,
+    load_recipe,
+)
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.execution.diagnostics import diagnose, warnings_of
@@ -29,6 +41,7 @@ from anydepth.inference.engine import choose
 from anydepth.inference.generate import generate
 from anydepth.measure.analyze import analyze
 from anydepth.measure.bench import bench, load_prompts
+from anydepth.measure.checks import NO_NETWORK, check
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.held_out import held_out, split_windows
 from anydepth.measure.results import document, read_document, source_commit, write_json, write_text
@@ -39,7 +52,8 @@ from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.processes import is_parallel, rank, shards_weights
 from anydepth.training.checkpoint import MANIFEST, is_checkpoint, load_target, save
-from anydepth.training.data import load_texts, load_windows
+from anydepth.training.corpora import load_texts
+from anydepth.training.data import load_windows, rows_of
 from anydepth.training.drafter import train_drafter
 from anydepth.training.own_text import OWN_TEXT, own_texts
 from anydepth.training.parallel import first_alone, is_sharded, part
@@ -80,8 +94,17 @@ class Runner:
         self.out.mkdir(parents=True, exist_ok=True)
         write_text(path, yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
 
+    def check(self, stages: Collection[str] = STAGES) -> None:
+        """Raise `UserError` for what would end one of `stages` that is not done yet, before the first one runs."""
+        left = {stage for stage in stages if not (self.out / f"{stage}.json").exists()}
+        if not self._decides():
+            left.discard("analyze")
+        if left:
+            check(self.recipe, left)
+
     def run(self) -> dict[str, Any]:
-        """Every stage; returns the `anydepth.run/1` document."""
+        """Run every stage; return the `anydepth.run/1` document."""
+        self.check()
         work = (self.search, self.fit, self.train, self.evaluate, self.bench, self.analyze, self.generate)
         stages = [document for stage in work if (document := stage()) is not None]
         result = self._document("run", stages=stages, summary=summary_of(stages))
@@ -113,7 +136,8 @@ class Runner:
     def _search(self, settings: SearchConfig) -> dict[str, Any]:
         model, tokenizer = self._base()
         data = self.recipe.data.train
-        windows, unseen = split_windows(data, tokenizer, settings.sequence_length, settings.num_windows)
+        size = settings.sequence_length, settings.num_windows
+        windows, unseen = split_windows(data, tokenizer, *size, text=self._packing)
         found = search(
             model,
             windows,
@@ -139,9 +163,7 @@ class Runner:
 
     def _fit(self, settings: RouterFitConfig) -> dict[str, Any]:
         model, tokenizer = self._base()
-        windows = load_windows(
-            self.recipe.data.train, tokenizer, settings.sequence_length, max_windows=settings.num_windows
-        )
+        windows = self._packed(self.recipe.data.train, tokenizer, settings)
         adapted = attach(model, self._methods())
         found = fit_router(adapted, windows)
         save_file(adapted.methods.state_dict(), self.out / FITTED)
@@ -181,7 +203,7 @@ class Runner:
         if recipe.router_fit is not None:
             adapted.methods.load_state_dict(load_file(self.out / FITTED))
         if recipe.train is not None:
-            windows = self._training_windows(tokenizer)
+            windows = self._windows(recipe.data.train, tokenizer, recipe.data)
             shared: dict[str, Any] = {"seed": recipe.seed, "resume": True, "on_step": self.on_step}
             if recipe.phases:
                 adapted, result = train_phases(adapted, windows, recipe.train, recipe.phases, self.out, **shared)
@@ -203,7 +225,7 @@ class Runner:
             fields |= self._train_drafter(recipe.drafter, adapted, tokenizer)
         fields |= self._settle(adapted, tokenizer)
         if any(method.has_learned_gates for method in adapted.active_methods):
-            fields["gates"] = diagnose(adapted, self._training_windows(tokenizer))
+            fields["gates"] = diagnose(adapted, rows_of(self._windows(recipe.data.train, tokenizer, recipe.data)))
             for text in warnings_of(fields["gates"]):
                 self.say(f"warning: {text}")
         trained = recipe.train is not None and recipe.train.backbone
@@ -213,12 +235,14 @@ class Runner:
 
     def _settle(self, adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Set thresholds if the recipe asks for it, and look at what is skipped on text that nothing was set on."""
-        settings, windows = self.recipe.calibrate, self._training_windows(tokenizer)
+        settings, windows = self.recipe.calibrate, self._windows(self.recipe.data.train, tokenizer, self.recipe.data)
         if settings is None and not compares_scores(adapted):
             return {}
         windows = windows[: TABLE_WINDOWS if settings is None else settings.num_windows]
         length = min(self.recipe.eval.sequence_length, windows.shape[1])
-        held_out = load_windows(self.recipe.eval.data, tokenizer, length, max_windows=HELD_OUT_WINDOWS)
+        held_out = load_windows(
+            self.recipe.eval.data, tokenizer, length, max_windows=HELD_OUT_WINDOWS, text=self.recipe.data
+        )
         try:
             found = settle_shares(adapted, windows, held_out, None if settings is None else settings.skip_share)
         except NotTrained:
@@ -244,7 +268,7 @@ class Runner:
         """Let the model write, then train the network of `self_speculation` on it."""
         speculation = adapted.speculation
         if speculation is None or speculation.network is None:
-            raise UserError("drafter trains the network of self_speculation; give that method a network")
+            raise UserError(NO_NETWORK)
         shared = {"seed": self.recipe.seed}
         texts, written = own_texts(
             adapted, tokenizer, speculation.network.taps, settings.own_text, self.out / OWN_TEXT, say=self.say, **shared
@@ -274,8 +298,7 @@ class Runner:
     def _evaluate(self) -> dict[str, Any]:
         adapted, tokenizer = self._adapted(merge=False)
         settings = self.recipe.eval
-        windows = load_windows(settings.data, tokenizer, settings.sequence_length, max_windows=settings.max_windows)
-        return evaluate(adapted, windows)
+        return evaluate(adapted, self._windows(settings.data, tokenizer, settings))
 
     def bench(self) -> dict[str, Any]:
         return self._stage("bench", self._bench)
@@ -286,7 +309,9 @@ class Runner:
         rows = []
         for dtype in settings.dtypes or [self.recipe.model.dtype]:
             adapted, tokenizer = self._adapted(merge=True, dtype=dtype)
-            windows = load_prompts(adapted, tokenizer, data, settings.prompt_tokens, settings.new_tokens)
+            windows = load_prompts(
+                adapted, tokenizer, data, settings.prompt_tokens, settings.new_tokens, text=self._packing
+            )
             rows += bench(
                 adapted,
                 windows,
@@ -313,11 +338,10 @@ class Runner:
         adapted, tokenizer = self._adapted(merge=False)
         settings = self.recipe.analyze
         data = settings.data or self.recipe.eval.data
-        windows = load_windows(data, tokenizer, settings.sequence_length, max_windows=settings.num_windows)
         return analyze(
             adapted,
             tokenizer,
-            windows,
+            self._packed(data, tokenizer, settings),
             texts=load_texts(data),
             num_samples=settings.num_samples,
             num_permutations=settings.num_permutations,
@@ -365,8 +389,8 @@ class Runner:
     def _base(self) -> Any:
         model, target = self.recipe.model, self.recipe.model.target
         if model.scratch is not None:
-            corpus, folder = self.recipe.data.train, self.out / "scratch"
-            target = str(scratch_folder(model.scratch, lambda: load_texts(corpus), folder, seed=self.recipe.seed))
+            folder = scratch_folder(model.scratch, self._texts, self.out / "scratch", seed=self.recipe.seed)
+            target = str(folder)
         # Whole models learn in float32: steps are lost in weights of 16 bits.
         learns = self.recipe.train is not None and self.recipe.train.backbone
         return load_model(
@@ -382,9 +406,30 @@ class Runner:
         model = self.recipe.model
         return load_target(str(self.out), dtype=dtype or model.dtype, device=model.device, merge=merge)
 
-    def _training_windows(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+    def _texts(self) -> list[str]:
         data = self.recipe.data
-        return load_windows(data.train, tokenizer, data.sequence_length, max_windows=data.max_windows)
+        return load_texts(data.train, lines=data.lines, min_chars=data.min_chars, max_documents=data.max_documents)
+
+    def _windows(self, corpus: str, tokenizer: PreTrainedTokenizerBase, size: DataConfig | EvalConfig) -> Tensor:
+        """Return the windows that the recipe trains on, or is scored on."""
+        return load_windows(
+            corpus,
+            tokenizer,
+            size.sequence_length,
+            max_windows=size.max_windows,
+            max_documents=size.max_documents,
+            text=self.recipe.data,
+        )
+
+    def _packed(
+        self, corpus: str, tokenizer: PreTrainedTokenizerBase, size: SearchConfig | RouterFitConfig | AnalyzeConfig
+    ) -> Tensor:
+        """Return windows of one length, for what compares windows with each other."""
+        return load_windows(corpus, tokenizer, size.sequence_length, max_windows=size.num_windows, text=self._packing)
+
+    @property
+    def _packing(self) -> TextConfig:
+        return self.recipe.data.model_copy(update={"isolate_documents": False})
 
     def _methods(self) -> list[StrictConfig]:
         """The recipe's methods; a searched skip set fills what they leave open."""

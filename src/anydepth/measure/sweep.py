@@ -68,6 +68,8 @@ class Sweep:
         Raises:
             RunError: every point failed.
         """
+        for point in self.points:
+            self.runner(point).check()
         todo = [point for point in self.points if set(LEARNED).intersection(self.runner(point).missing)]
         self.say(f"{len(self.points)} points, {len(self.points) - len(todo)} of them learned already")
         known = {point.name for point in self.points}

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from anydepth.errors import UserError
-from anydepth.training.data import article_bounds, read_lines
+from anydepth.training.corpora import article_bounds, read_lines
 
 Spec = str | dict[str, Any]
 Documents = dict[str, list[dict[str, Any]]]

@@ -159,6 +159,10 @@ class EarlyExit(Method):
         self.progress = 0.0
         self.step = 0
 
+    @classmethod
+    def has_weights(cls, config: EarlyExitConfig) -> bool:
+        return config.confidence == "classifier"
+
     def thresholds_of(self, config: EarlyExitConfig) -> dict[int, float]:
         """Return λ by layer, in their order. Raises `ValueError` for a list that does not fit the layers."""
         if isinstance(config.thresholds, list) and config.layers not in (None, self.layers):

@@ -216,6 +216,10 @@ class LayerRouter(Method):
         widths = (size // 2, size // 4) if self.config.widths is None else self.config.widths
         return GateNetwork(size, widths, biases, self.generator)
 
+    @classmethod
+    def has_weights(cls, config: LayerRouterConfig) -> bool:
+        return config.router == "learned"
+
     def set_progress(self, progress: float, step: int = 0) -> None:
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
         self.backward_temperature = first if last is None else first * (last / first) ** progress

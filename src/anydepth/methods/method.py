@@ -319,6 +319,11 @@ class Method(Thresholded):
         self.generator = torch.Generator()
         self.reseed(getattr(config, "seed", 0))
 
+    @classmethod
+    def has_weights(cls, config: Any) -> bool:
+        """Return whether a method of this config has parameters to train."""
+        return cls.trained
+
     def reseed(self, seed: int) -> None:
         """Restart this method's own randomness; training calls it every step, so that a resumed run repeats it."""
         self.generator.manual_seed(seed)

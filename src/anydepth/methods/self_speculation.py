@@ -101,3 +101,7 @@ class SelfSpeculation(Method):
                 self.network = DraftNetwork(backbone, taps, size, self.generator)
             except RuntimeError as error:
                 raise ValueError("network starts from a plain last layer; merge LoRA, and load without nf4") from error
+
+    @classmethod
+    def has_weights(cls, config: SelfSpeculationConfig) -> bool:
+        return config.network is not None

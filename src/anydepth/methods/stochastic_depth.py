@@ -23,8 +23,11 @@ class StochasticDepthConfig(StrictConfig):
 
     max_probability: float = training_field(default=0.2, ge=0, le=1, description="Drop probability of the last layer.")
     schedule: Literal["uniform", "linear", "exponential"] = training_field(
-        default="linear", description="How the probability grows with depth, from layer 0 to the last."
+        default="linear",
+        description="How the probability grows with depth, from 0 at the first layer that may be dropped; uniform: "
+        "max_probability at all of them.",
     )
+    always_keep: int = training_field(default=0, ge=0, description="First layers that are never dropped.")
     curriculum: bool = training_field(
         default=False, description="Start at 0 and reach max_probability at the end of training."
     )
@@ -45,22 +48,32 @@ class StochasticDepth(Method):
 
     def __init__(self, config: StochasticDepthConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
+        if config.always_keep >= self.num_layers:
+            raise ValueError(
+                f"always_keep is {config.always_keep}; this model has {self.num_layers} layers, keep fewer"
+            )
         self.progress = 1.0
+
+    @classmethod
+    def has_weights(cls, config: StochasticDepthConfig) -> bool:
+        return False
 
     def set_progress(self, progress: float, step: int = 0) -> None:
         self.progress = progress
 
     def probabilities(self) -> list[float]:
-        """Drop probability of each layer at the present progress of training."""
-        last = max(self.num_layers - 1, 1)
+        """Return the drop probability of each layer at the present progress of training."""
+        first = self.config.always_keep
+        last = max(self.num_layers - 1 - first, 1)
         scale = math.exp(self.progress * math.log(2)) - 1 if self.config.curriculum else 1.0
         shapes = {
-            "uniform": lambda layer_idx: 1.0,
-            "linear": lambda layer_idx: layer_idx / last,
-            "exponential": lambda layer_idx: math.exp(layer_idx * math.log(2) / last) - 1,
+            "uniform": lambda place: 1.0,
+            "linear": lambda place: place / last,
+            "exponential": lambda place: math.exp(place * math.log(2) / last) - 1,
         }
         shape = shapes[self.config.schedule]
-        return [self.config.max_probability * scale * shape(layer_idx) for layer_idx in range(self.num_layers)]
+        dropped = [self.config.max_probability * scale * shape(place) for place in range(self.num_layers - first)]
+        return [0.0] * first + dropped
 
     def begin(self, context: PassContext) -> list[Gate] | None:
         if not self.samples(context):

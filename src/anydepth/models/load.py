@@ -352,6 +352,11 @@ def _embedded_folder() -> Path:
     return folder
 
 
+def source_of(target: str) -> str:
+    """Return the folder or hub name that a target is read from; the embedded model's folder, converted if need be."""
+    return str(_embedded_folder()) if target == "embedded" else target
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: $ANYDEPTH_CACHE, or ~/.cache/anydepth."""
     return Path(os.environ.get("ANYDEPTH_CACHE") or Path.home() / ".cache" / "anydepth")

@@ -18,7 +18,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -45,12 +44,13 @@ def scratch_folder(config: ScratchConfig, read_texts: Callable[[], list[str]], f
     """
     if not (folder / "config.json").exists():
         tokenizer = train_tokenizer(config.tokenizer, read_texts(), max_length=config.max_positions)
-        save_whole(build_decoder(config, tokenizer, seed=seed), tokenizer, folder)
+        decoder = build_decoder(config, len(tokenizer), tokenizer.eos_token_id, seed=seed)
+        save_whole(decoder, tokenizer, folder)
     return folder
 
 
-def build_decoder(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
-    """The decoder that `config` describes, its weights drawn from `seed`."""
+def build_decoder(config: ScratchConfig, vocab_size: int, eos_token_id: Any, *, seed: int) -> PreTrainedModel:
+    """Return the decoder that `config` describes, its weights drawn from `seed`."""
     where = f"model.scratch: no '{config.architecture}' decoder of this shape"
     try:
         known = AutoConfig.for_model(config.architecture)
@@ -60,7 +60,7 @@ def build_decoder(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, *, 
     if ffn_size is None:
         raise UserError(f"{where}; its FFN has no width to set, try llama")
     shape: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
@@ -68,7 +68,7 @@ def build_decoder(config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, *, 
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": True,
         "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": eos_token_id,
         "pad_token_id": None,
         **{name: config.dropout for name in DROPOUTS if hasattr(known, name)},
     }

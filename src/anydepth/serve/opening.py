@@ -12,6 +12,7 @@ from anydepth.inference.sampling import use_defaults
 from anydepth.models.load import DType
 from anydepth.serve.service import Budgets, Service
 from anydepth.training.checkpoint import load_target
+from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 
 BUDGET_WINDOWS, BUDGET_LENGTH = 16, 128
@@ -42,6 +43,7 @@ def open_service(
     Raises:
         UserError: as `load_target` and `FastEngine` do.
     """
+    check_corpus(data)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}
     adapted, tokenizer = load_target(target, merge=True, lossless=True, **load)
     use_defaults(adapted.generation_config, generation_config)

@@ -37,25 +37,30 @@ class Learner(nn.Module):
         self.settings, self.seed = config, seed
         self.step = self.forwards = 0
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of (B, T) ids with their labels, −100 where none is to be predicted; and its terms by name."""
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of (B, T) ids with their labels, −100 where none is to be predicted; and its terms by name.
+
+        Args:
+            attention_mask: (B, T), 0 at padding; None where there is none.
+        """
         model, settings = self.learning, self.settings
         for number, method in enumerate(methods_of(model)):
-            method.set_progress(self.step / max(settings.max_steps - 1, 1), self.step)
+            method.set_progress(self.step / max(settings.num_steps - 1, 1), self.step)
             method.reseed((self.seed * 1_000_003 + self.forwards) * 31 + number)
         # Dropout: of each process its own, whoever did the steps before.
         torch.manual_seed(((self.seed * 1_000_003 + self.forwards) * 1009 + rank()) % 2**63)
         self.forwards += 1
         with _execution(model, settings.execution):
-            output = model(input_ids=input_ids, labels=labels, use_cache=False)
+            output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False)
         terms = {"lm_loss": output.loss}
         if isinstance(model, AdaptedModel):
             terms |= self._method_losses(model, output.logits, labels)
         weight, distillation = 1.0, settings.distillation
         if distillation is not None and self.step >= distillation.warmup_steps:
-            divergence = distillation_loss(
-                output.logits, _teacher_logits(model, input_ids), labels, distillation.temperature
-            )
+            teacher = _teacher_logits(model, input_ids, attention_mask)
+            divergence = distillation_loss(output.logits, teacher, labels, distillation.temperature)
             weight = 1 - distillation.weight
             terms["distillation"] = distillation.weight * divergence
         loss = weight * terms["lm_loss"] + sum(value for name, value in terms.items() if name != "lm_loss")
@@ -99,8 +104,8 @@ def _execution(model: nn.Module, execution: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _teacher_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Logits of the same model with gates and LoRA off."""
+def _teacher_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the logits of the same model with gates and LoRA off."""
     untouched = model.untouched() if isinstance(model, AdaptedModel) else without_adapter(model)
     with untouched:
-        return model(input_ids=input_ids, use_cache=False).logits
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits

@@ -84,8 +84,9 @@ def train_phases(
 
 
 def _settings(config: TrainConfig, phase: PhaseConfig) -> TrainConfig:
-    own = {key: getattr(phase, key) for key in ("max_steps", "learning_rate", "router_learning_rate", "warmup_steps")}
-    return config.model_copy(update={key: value for key, value in own.items() if value is not None})
+    own = {key: getattr(phase, key) for key in ("learning_rate", "router_learning_rate", "warmup_steps")}
+    length = {"max_steps": phase.max_steps, "num_epochs": phase.num_epochs}
+    return config.model_copy(update=length | {key: value for key, value in own.items() if value is not None})
 
 
 def _load_states(adapted: AdaptedModel, states: dict[str, dict[str, Tensor]]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from anydepth.config import TrainConfig
+from anydepth.config import NOTHING_TO_TRAIN, TrainConfig
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.diagnostics import gate_decisions, lasting_collapse, training_metrics
@@ -33,7 +33,7 @@ from anydepth.methods.shared_batch import batch_mean, num_processes
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import is_quantised
 from anydepth.training.checkpoint import trainable_state
-from anydepth.training.data import WindowDataset
+from anydepth.training.data import WindowDataset, collate
 from anydepth.training.learner import Learner, methods_of
 from anydepth.training.parallel import check_kind, copy_into, first_alone, part_of, shards_on_cpu, wait_for_all, whole
 
@@ -93,7 +93,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[Row], None] | None = None,
 ) -> TrainResult:
-    """Train what asks for a gradient on (N, T) windows; checkpoints go to `out`/steps.
+    """Train what asks for a gradient on (N, T) windows of `pack`; checkpoints go to `out`/steps.
 
     Args:
         model: an `AdaptedModel`, or a `PeftModel` alone (LoRA at full depth).
@@ -105,19 +105,19 @@ def train(
         UserError: nothing to train. RunError: a gate got no gradient, or the loss is not finite.
     """
     if not trainable_state(model):
-        raise UserError("nothing to train: the recipe names no trained method, no train.lora and no train.backbone")
+        raise UserError(NOTHING_TO_TRAIN)
     with first_alone():
         if not resume:
             shutil.rmtree(out / STEPS, ignore_errors=True)
         start = last_complete(out)
+    config = config.with_steps(len(windows))
     if config.gradient_checkpointing:
         unwrap(model.model if isinstance(model, AdaptedModel) else model).gradient_checkpointing_enable()
     trainer = AdaptedTrainer(model, windows, config, out / STEPS, seed)
     trainer.on_step = on_step
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     model.eval()
-    tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * windows.shape[1]
-    return TrainResult(trainer.history, trainer.seconds, tokens / max(trainer.seconds, 1e-9))
+    return TrainResult(trainer.history, trainer.seconds, trainer.windows.num_tokens / max(trainer.seconds, 1e-9))
 
 
 class AdaptedTrainer(Trainer):
@@ -132,12 +132,13 @@ class AdaptedTrainer(Trainer):
         self.terms: dict[str, float] = defaultdict(float)
         self.figures: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
-        self.windows = WindowDataset(windows, num_items=config.max_steps * batch, seed=seed)
+        self.windows = WindowDataset(windows, num_items=config.num_steps * batch, seed=seed)
         if isinstance(model, AdaptedModel) and is_quantised(model.model):
             # The Trainer refuses a 4-bit base without; what is trained here stands beside it.
             vars(model)["_hf_peft_config_loaded"] = True
         self.learner = Learner(model, config, seed)
-        super().__init__(model=self.learner, args=_arguments(config, out, seed), train_dataset=self.windows)
+        arguments = _arguments(config, out, seed)
+        super().__init__(model=self.learner, args=arguments, train_dataset=self.windows, data_collator=collate)
         self.model_accepts_loss_kwargs = False  # our losses are means already
         self.remove_callback(_progress_callback(self))
         self.add_callback(_StepWatch(self))
@@ -187,9 +188,9 @@ class AdaptedTrainer(Trainer):
         row: Row = {"step": step, **terms, "learning_rate": self._get_learning_rate()}
         if figures:
             row["figures"] = figures
-        if isinstance(adapted, AdaptedModel) and step % max(self.settings.max_steps // 100, 1) == 0:
+        if isinstance(adapted, AdaptedModel) and step % max(self.settings.num_steps // 100, 1) == 0:
             row["layers"] = self._fractions_by_layer(adapted)
-            if warnings := lasting_collapse([*self.history, row], methods_of(adapted), self.settings.max_steps):
+            if warnings := lasting_collapse([*self.history, row], methods_of(adapted), self.settings.num_steps):
                 row["warnings"] = warnings
         self.history.append(row)
         if self.on_step is not None:
@@ -330,7 +331,7 @@ class _StepWatch(TrainerCallback):
 def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(out),
-        max_steps=config.max_steps,
+        max_steps=config.num_steps,
         per_device_train_batch_size=_rows_of_each(config.batch_size),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
