@@ -93,8 +93,17 @@ DOCUMENTS: list[dict[str, Any]] = [
         **ORIGIN,
         "schema": "anydepth.eval/1",
         "perplexity": 13.25,
-        "full_depth": {"perplexity": 12.5, "tasks": {"arc_easy": {"acc": 0.6, "num_items": 4}}},
-        "tasks": {"arc_easy": {"acc": 0.5, "num_items": 4, "num_fewshot": 0, "layer_token_share": 0.75}},
+        "perplexity_interval": [12.75, 13.75],
+        "gflops_per_token": 0.25,
+        "full_depth": {
+            "perplexity": 12.5,
+            "perplexity_interval": [12.0, 13.0],
+            "gflops_per_token": 0.31,
+            "tasks": {"arc_easy": {"acc": 0.6, "acc_stderr": 0.05, "num_items": 4}},
+        },
+        "tasks": {
+            "arc_easy": {"acc": 0.5, "acc_stderr": 0.06, "num_items": 4, "num_fewshot": 0, "layer_token_share": 0.75}
+        },
         "num_tokens": 100,
         "mean_depth": 2.5,
         "per_layer": {"mixer": [1.0, 0.5], "ffn": [1.0, 0.25]},
@@ -114,6 +123,8 @@ DOCUMENTS: list[dict[str, Any]] = [
                 "adapted": {**SPEED, "tokens_per_second": 25.0},
                 **PHASE,
                 "speedup_range": [1.2, 1.35],
+                "speedup_interval": [1.21, 1.29],
+                "is_noise": False,
                 "prefill": PHASE,
                 "decode": PHASE,
             },
@@ -162,7 +173,13 @@ SUMMARY = [
 
 def setting(label: str, perplexity: float, cost: float, num_seeds: int = 2) -> dict[str, Any]:
     """A row of a sweep."""
-    shares = {"time_share": cost, "layer_token_share": cost, "speedup": 1 / cost, "agreement": 0.9}
+    shares = {
+        "time_share": cost,
+        "layer_token_share": cost,
+        "speedup": 1 / cost,
+        "agreement": 0.9,
+        "gflops_per_token": 0.3 * cost,
+    }
     return {"label": label, "values": {}, "num_seeds": num_seeds, "perplexity": perplexity, **shares}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import anydepth
 from anydepth.measure.analyze import analyze, observe, token_classes
+from anydepth.measure.evaluate import evaluate
 from anydepth.methods.method import Gate, Method
 from tiny import NUM_LAYERS, byte_tokenizer, tiny_llama
 
@@ -46,7 +47,7 @@ def by_letter(monkeypatch: pytest.MonkeyPatch) -> anydepth.AdaptedModel:
     seen: dict[str, Tensor] = {}
 
     def note(_: Any, args: Any, kwargs: Any) -> None:
-        seen["ids"] = kwargs["input_ids"]
+        seen["ids"] = args[0] if args else kwargs["input_ids"]
 
     adapted.model.register_forward_pre_hook(note, with_kwargs=True)
     letter = byte_tokenizer()("e")["input_ids"][0]
@@ -117,3 +118,12 @@ def test_classes_of_tokens_by_what_they_are() -> None:
     assert named == [
         "stop word", "sub-word", "whitespace", "numeric", "punctuation", "whitespace", "whitespace", "stop word",
     ]  # fmt: skip
+
+
+def test_flops_a_token_stand_beside_those_of_full_depth() -> None:
+    adapted = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": [2]})
+    windows = torch.randint(1, 257, (2, 40), generator=torch.Generator().manual_seed(1))
+    found = analyze(adapted, byte_tokenizer(), windows, num_permutations=9)
+    scored = evaluate(adapted, windows)
+    assert found["gflops_per_token"] == pytest.approx(scored["gflops_per_token"])
+    assert found["full_depth"]["gflops_per_token"] == pytest.approx(scored["full_depth"]["gflops_per_token"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from statistics import mean, stdev
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import anydepth
 from anydepth.config import TrainConfig
 from anydepth.execution import cost
-from anydepth.measure.evaluate import evaluate
+from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.evaluate import evaluate, why_the_same
 from anydepth.training.train import prepare
 from tiny import tiny_llama
 
@@ -61,6 +66,45 @@ def test_routed_numbers_are_those_of_the_routed_forward() -> None:
     assert result["layer_token_share"] == pytest.approx(share)
     assert 0.3 < result["layer_token_share"] < 0.95
     assert result["full_depth"]["loss"] != result["loss"]
+
+
+@torch.no_grad()
+def test_flops_a_token_are_those_that_torch_counts() -> None:
+    """At full depth by torch's own counter; adapted by hand from what a skip set leaves."""
+    model = tiny_llama()
+    model.set_attn_implementation("eager")  # the products of torch's fused attention are not counted on the CPU
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=windows()[:1])
+    full = counter.get_total_flops() / 40 / 1e9
+    result = evaluate(anydepth.attach(model, {"name": "skip_set", "skip_layers": [1, 4, 5]}), windows())
+    head = 2 * 32 * 257 / 1e9
+    assert result["full_depth"]["gflops_per_token"] == pytest.approx(full)
+    assert result["gflops_per_token"] == pytest.approx((full - head) / 2 + head)
+
+
+def test_perplexity_has_the_interval_of_its_windows() -> None:
+    """Student's t over the windows' mean losses, which have equally many tokens; none of one window."""
+    adapted = routed()
+    each = [evaluate(adapted, window[None]) for window in windows()]
+    assert [part["perplexity_interval"] for part in each] == [None] * 3
+    result = evaluate(adapted, windows())
+    for side in (result, result["full_depth"]):
+        losses = [(part if side is result else part["full_depth"])["loss"] for part in each]
+        half = 4.3027 * stdev(losses) / 3**0.5
+        assert side["perplexity_interval"] == pytest.approx([math.exp(mean(losses) + end * half) for end in (-1, 1)])
+
+
+def test_what_cannot_differ_is_scored_once() -> None:
+    """C31: drafting changes nothing, nor does what is off at inference; a LoRA adapter does."""
+    for spec, words in (({"name": "self_speculation"}, "drafting"), ({"name": "stochastic_depth"}, "every layer"),
+                        ([], "nothing is attached")):  # fmt: skip
+        result = evaluate(anydepth.attach(tiny_llama(), spec), windows())
+        assert words in result["note"] and result["loss"] == result["full_depth"]["loss"]
+    assert "note" not in evaluate(routed(), windows(1))
+    adapted = anydepth.attach(prepare(tiny_llama(), TrainConfig.model_validate({"lora": {"rank": 2}})), [])
+    assert why_the_same(adapted) is None
+    packed = anydepth.attach(tiny_llama().bfloat16(), [])
+    assert why_the_same(packed, FastEngine(packed, "int8")) is None and why_the_same(packed, FastEngine(packed))
 
 
 def test_untouched_means_gates_and_adapters_off() -> None:

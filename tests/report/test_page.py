@@ -69,7 +69,7 @@ def test_the_page_is_whole_and_self_contained(written: list[Path]) -> None:
         "What it buys", "Skip set", "The router before training", "Training", "Which layers run", "Tasks", "Speed",
         "Where depth goes", "Depth of whole texts", "A text, token by token", "How it was made",
     ]  # fmt: skip
-    assert len(outline.images) == 14
+    assert len(outline.images) == 16
     for image in outline.images:
         assert str(image["src"]).startswith("data:image/png;base64,")
         assert image["alt"]
@@ -87,7 +87,7 @@ def test_tables_are_the_numbers(written: list[Path]) -> None:
 
 def test_every_file_named_was_written(written: list[Path]) -> None:
     assert all(path.stat().st_size > 0 for path in written)
-    assert sum(path.suffix == ".png" for path in written) == 14
+    assert sum(path.suffix == ".png" for path in written) == 16
 
 
 def test_a_comparison_of_ways_is_a_table_and_a_picture(tmp_path: Path) -> None:

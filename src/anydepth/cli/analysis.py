@@ -17,7 +17,9 @@ def show_analysis(document: dict[str, Any]) -> None:
 
     mean, interval = _interval(document["depth"])
     within = f", {interval} with 95%" if interval else ""
-    print(f"{mean} of {num_layers} layers a token{within}; {document['num_tokens']} tokens\n")
+    flops, full = document["gflops_per_token"], document["full_depth"]["gflops_per_token"]
+    print(f"{mean} of {num_layers} layers a token{within}; {document['num_tokens']} tokens")
+    print(f"{flops:.3g} GFLOPs a token, {full:.3g} at full depth\n")
     if document["losses"]["rank_correlation"] is None:
         print("every token runs the same number of layers")
     else:

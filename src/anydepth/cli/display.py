@@ -101,15 +101,16 @@ def show_methods(document: dict[str, Any]) -> None:
 
 
 def show_run(document: dict[str, Any], out: Path) -> None:
-    keys = ("perplexity", "agreement", "mean_depth", "layer_token_share", "tokens_per_second", "speedup",
-            "ideal_speedup", "realised")  # fmt: skip
+    keys = ("perplexity", "agreement", "mean_depth", "layer_token_share", "gflops_per_token", "tokens_per_second",
+            "speedup", "ideal_speedup", "realised")  # fmt: skip
     rows = []
     for row in document["summary"]:
         cells = ["" if (number := row.get(key)) is None else f"{number:.3g}" for key in keys]
         cells[keys.index("speedup")] = _speedup(row, times="")
         rows.append([row["label"], *cells])
-    table(["", "perplexity", "agreement", "depth", "FLOP share", "tokens/s", "speed-up", "ideal", "realised"], rows)
-    print(f"\n{SPREAD}\n\n{out / 'report.html'}")
+    titles = ["perplexity", "agreement", "depth", "FLOP share", "GFLOPs", "tokens/s", "speed-up", "ideal", "realised"]
+    table(["", *titles], rows)
+    print(f"\nGFLOPs are those of a token; {SPREAD}\n\n{out / 'report.html'}")
 
 
 SPREAD = "in brackets the 95% interval of a speed-up; noise: it contains 1, so that no difference was shown"
@@ -137,10 +138,11 @@ def show_sweep(document: dict[str, Any]) -> None:
             + (" *" if row["label"] in front["time"] else "  "),
             _around(row["layer_token_share"], row.get("layer_token_share_range"), 3)
             + (" *" if row["label"] in front["flops"] else "  "),
+            f"{row['gflops_per_token']:.3g}",
         ]
         for row in document["settings"]
     ]
-    table(["", "seeds", "perplexity", "time", "FLOPs"], rows)
+    table(["", "seeds", "perplexity", "time", "FLOPs", "GFLOPs a token"], rows)
     print(
         "time and FLOPs as shares of full depth's; in brackets from where to where: seeds, and 95% of timed pairs\n"
         "* cheaper than all better ones with a star: the ranges do not meet"
@@ -150,7 +152,8 @@ def show_sweep(document: dict[str, Any]) -> None:
 def _around(middle: float, bounds: list[float] | None, digits: int) -> str:
     if bounds is None or bounds[0] == bounds[1]:
         return f"{middle:.{digits}g}"
-    return f"{middle:.{digits}g} ({bounds[0]:.{digits}g}–{bounds[1]:.{digits}g})"
+    low, high = (float(bound) for bound in bounds)
+    return f"{middle:.{digits}g} ({low:.{digits}g}–{high:.{digits}g})"
 
 
 def show_search(document: dict[str, Any]) -> None:
@@ -230,14 +233,20 @@ def _percent(middle: float, bounds: list[float]) -> str:
 
 
 def show_eval(document: dict[str, Any]) -> None:
-    keys = ("perplexity", "loss", "agreement", "mean_depth", "layer_token_share")
+    keys = ("loss", "agreement", "mean_depth", "layer_token_share", "gflops_per_token")
     full, note = document["full_depth"], document.get("note")
     parts = {"untouched": full, "full depth, LoRA on": document.get("full_depth_adapted")}
     if not note:
         parts[document["label"]] = document
-    rows = [[label, *(f"{float(part[key]):.4g}" for key in keys)] for label, part in parts.items() if part is not None]
-    table(["", "perplexity", "loss", "agreement", "depth", "FLOP share"], rows)
-    print(f"\n{document['num_tokens']} tokens scored" + (f"; {document['label']}: {note}" if note else ""))
+    rows = [
+        [label, _around(float(part["perplexity"]), part["perplexity_interval"], 4)]
+        + [f"{float(part[key]):.4g}" for key in keys]
+        for label, part in parts.items()
+        if part is not None
+    ]
+    table(["", "perplexity", "loss", "agreement", "depth", "FLOP share", "GFLOPs a token"], rows)
+    spread = "; in brackets 95%, from how windows differ" if full["perplexity_interval"] else ""
+    print(f"\n{document['num_tokens']} tokens scored{spread}" + (f"; {document['label']}: {note}" if note else ""))
     for method, share in document.get("skip_share", {}).items():
         print(f"{method} skips {share:.1%} of its decisions here")
     if "tasks" in document:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from anydepth.execution.trace import Trace
+from anydepth.execution.trace import PassRecord, Trace
 from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.plain import running_modules
 
@@ -94,6 +94,13 @@ def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[
         layers, full = layers + ran, full + whole
     head = sum(trace.head_rows) * _linear_flops(backbone.head)
     return FlopCount(layers + trace.other_flops, full, head, trace.router_flops)
+
+
+def full_depth_flops(backbone: Backbone, num_tokens: int) -> int:
+    """FLOPs of one forward of so many tokens at full depth, with the logits of all of them."""
+    record = PassRecord(torch.ones(1, num_tokens, dtype=torch.bool), 0, cached=False, num_layers=backbone.num_layers)
+    record.head_rows = num_tokens
+    return flops(backbone, Trace.join([record])).full_depth
 
 
 def _layer_flops(view: LayerView, layer_idx: int, trace: Trace, since: int, filled: int) -> tuple[int, int]:

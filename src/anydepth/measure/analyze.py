@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.diagnostics import GateDecisions, described, gate_decisions, joined
 from anydepth.measure.conditionality import conditionality
@@ -38,6 +39,7 @@ class Observed:
     Attributes:
         gates: (2L, W, T) bool, mixers of all layers, then FFNs. keep: what ran, the same but for tokens that took a
             second mixer instead. depths: (W, T), layers.
+        flops: of all windows, with the logits of all tokens.
         losses: (W, T), nats, of the token behind at full depth; NaN at the last place.
         decisions: of each method's gates, over all tokens.
     """
@@ -46,6 +48,7 @@ class Observed:
     gates: Tensor
     keep: Tensor
     depths: Tensor
+    flops: int
     losses: Tensor
     decisions: list[GateDecisions]
 
@@ -54,7 +57,7 @@ class Observed:
 def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Observed:
     """Run each of (W, T) windows by itself, with routing on and untouched."""
     adapted.eval()
-    gates, keeps, depths, losses, decisions = [], [], [], [], []
+    gates, keeps, depths, losses, decisions, flops = [], [], [], [], [], 0
     for window in track(windows):
         token_ids = window[None].to(adapted.device)
         losses.append(F.pad(full_depth_losses(adapted, token_ids), (0, 1), value=float("nan")))
@@ -64,8 +67,9 @@ def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Obse
         keeps.append(torch.cat([(trace.mixer_keep | trace.other_keep)[:, 0], trace.ffn_keep[:, 0]]).cpu())
         depths.append(trace.depths[0].cpu())
         decisions.append(gate_decisions(trace, adapted.active_methods))
+        flops += cost.flops(adapted.backbone, trace).total
     by_layer = torch.stack(gates, dim=1), torch.stack(keeps, dim=1)
-    return Observed(windows.cpu(), *by_layer, torch.stack(depths), torch.stack(losses), joined(decisions))
+    return Observed(windows.cpu(), *by_layer, torch.stack(depths), flops, torch.stack(losses), joined(decisions))
 
 
 @torch.no_grad()
@@ -103,6 +107,7 @@ def analyze(
     by_sample = correlations(adapted, tokenizer, texts, **limits) if texts and num_samples else None
     num_layers = len(seen.keep) // 2
     everywhere = torch.ones_like(seen.depths, dtype=torch.bool)
+    full_depth = cost.full_depth_flops(adapted.backbone, windows.shape[1]) * len(windows)
     rows = [
         {
             "layer": layer_idx,
@@ -117,6 +122,8 @@ def analyze(
         "num_windows": len(windows),
         "num_tokens": windows.numel(),
         "depth": mean_of(seen.depths, everywhere, most=num_layers),
+        "gflops_per_token": seen.flops / windows.numel() / 1e9,
+        "full_depth": {"gflops_per_token": full_depth / windows.numel() / 1e9},
         "per_layer": rows,
         "token_classes": _by_class(seen, tokenizer),
         "positions": _by_position(seen),

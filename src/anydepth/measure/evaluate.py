@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.measure.statistics import mean_of_sums
 from anydepth.training.checkpoint import has_adapter
 from anydepth.training.data import rows_of
 
@@ -23,10 +24,15 @@ Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 
 @dataclass
 class Tally:
-    """Sums over the windows seen so far."""
+    """Sums over the windows seen so far.
 
-    loss: float = 0.0
-    num_tokens: int = 0
+    Attributes:
+        losses: of each window, in nats, and `counts` how many of its tokens were scored.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    flops: int = 0
     num_agreeing: int = 0
     depth: float = 0.0
     num_placed: int = 0
@@ -38,14 +44,18 @@ class Tally:
 
     def fields(self) -> dict[str, Any]:
         """The fields of `anydepth.eval/1`. `loss` is in nats per scored token, LM loss only."""
-        loss = self.loss / self.num_tokens
+        found = mean_of_sums(torch.tensor(self.losses).double(), torch.tensor(self.counts).double())
+        loss, num_tokens = sum(self.losses) / sum(self.counts), sum(self.counts)
+        bounds = [bound for bound in (found["low"], found["high"]) if bound is not None]
         return {
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": _perplexity(loss),
+            "perplexity_interval": [_perplexity(bound) for bound in bounds] or None,
             "loss": loss,
-            "num_tokens": self.num_tokens,
+            "num_tokens": num_tokens,
             "mean_depth": self.depth / self.num_placed,
             "layer_token_share": self.layer_flops / self.full_layer_flops,
-            "agreement": self.num_agreeing / self.num_tokens,
+            "gflops_per_token": self.flops / self.num_placed / 1e9,
+            "agreement": self.num_agreeing / num_tokens,
             "per_layer": dict(zip(("mixer", "ffn"), self.shares(), strict=False)),
         }
 
@@ -62,6 +72,10 @@ class Tally:
             {"layer": layer_idx, "softmax_share": share, "entropy": _entropy(share)}
             for layer_idx, share in shares.items()
         ]
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 def _entropy(share: float) -> float:
@@ -137,7 +151,7 @@ def evaluate(
         note = {} if full_depth_only else {"note": why}
         return {**untouched.fields(), **note, **found}
     if differs:
-        found |= {"full_depth_adapted": whole.fields(), "agreement_adapted": num_agreeing / whole.num_tokens}
+        found |= {"full_depth_adapted": whole.fields(), "agreement_adapted": num_agreeing / sum(whole.counts)}
     if any(ours.other_kept):
         found["mixers"] = ours.mixers()
     comparing = [method for method in adapted.active_methods if method.compares_scores]
@@ -162,20 +176,22 @@ def _add(
 ) -> None:
     """Score one window: every token but the first is predicted from those before it."""
     targets = token_ids[0, 1:]
-    tally.loss += F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item()
-    tally.num_tokens += targets.numel()
+    tally.losses.append(F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item())
+    tally.counts.append(targets.numel())
     tally.num_agreeing += int((logits[0, :-1].argmax(-1) == reference[0, :-1].argmax(-1)).sum())
     tally.num_placed += token_ids.numel()
     num_layers = adapted.backbone.num_layers
     if at_full_depth:
         mixer, ffn, other = [1.0] * num_layers, [1.0] * num_layers, [0.0] * num_layers
         tally.layer_flops, tally.full_layer_flops, tally.depth = 1, 1, float(num_layers * tally.num_placed)
+        tally.flops += cost.full_depth_flops(adapted.backbone, token_ids.numel())
     else:
         trace = adapted.last_trace
         (mixer, ffn), other = trace.executed_share(), trace.other_share()
         count = cost.flops(adapted.backbone, trace)
         tally.layer_flops += count.layers
         tally.full_layer_flops += count.full_depth_layers
+        tally.flops += count.total
         tally.depth += trace.mean_depth * token_ids.numel()
     for kept, shares in ((tally.mixer_kept, mixer), (tally.ffn_kept, ffn), (tally.other_kept, other)):
         kept[:] = kept or [0.0] * num_layers

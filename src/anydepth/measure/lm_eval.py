@@ -32,17 +32,13 @@ from anydepth.errors import UserError
 from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.measure.results import error_name
+from anydepth.measure.results import MEANS, error_name
 from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import LOCAL, Spec, task_named, where_to_look
 from anydepth.training.checkpoint import load_target
 
 WHOLE = "none"
 """How lm-eval names a metric that no filter stands before."""
-
-
-MEANS = ("acc", "acc_norm", "exact_match")
-"""Metrics that are means over items, so that those of a benchmark's parts can be joined."""
 
 
 @dataclass

@@ -110,6 +110,10 @@ def plain(value: Any) -> Any:
 # --- where it was measured -------------------------------------------------------------------------------------------
 
 
+MEANS = ("acc", "acc_norm", "exact_match")
+"""Metrics of tasks that are means over items, so that those of a benchmark's parts can be joined; from 0 to 1."""
+
+
 def task_scores(task: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
     """The scores in one of the `tasks` of an `anydepth.eval/1`, by metric, each with its standard error."""
     return {

@@ -478,7 +478,7 @@ def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     quality, speed = by_schema.get("anydepth.eval/1"), by_schema.get("anydepth.bench/1")
     if quality is None:
         return []
-    keys = ("perplexity", "mean_depth", "layer_token_share", "agreement")
+    keys = ("perplexity", "mean_depth", "layer_token_share", "gflops_per_token", "agreement")
     rows = [
         {"label": "untouched", **{key: quality["full_depth"][key] for key in keys}, "speedup": 1.0},
         {"label": quality["label"], **{key: quality[key] for key in keys}},

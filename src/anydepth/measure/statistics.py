@@ -33,15 +33,20 @@ def is_noise(interval: Sequence[float] | None) -> bool:
 
 
 def mean_of(values: Tensor, among: Tensor, most: float | None = None) -> dict[str, float | None]:
-    """`mean` of (W, T) values where `among` is true, and `low` and `high`, None where fewer than two windows have any.
+    """Return the `mean` of (W, T) values where `among` is true, as `mean_of_sums` does.
 
     Args:
         most: where values lie between 0 and this, so do the bounds.
-
-    The mean is a ratio of two sums over windows; its error is linearised (Cochran 1977, 6.4), t with W − 1 degrees of
-    freedom.
     """
-    sums, counts = torch.where(among, values, 0).double().sum(1), among.double().sum(1)
+    return mean_of_sums(torch.where(among, values, 0).double().sum(1), among.double().sum(1), most)
+
+
+def mean_of_sums(sums: Tensor, counts: Tensor, most: float | None = None) -> dict[str, float | None]:
+    """Return the `mean` per token of (W,) sums over windows with so many tokens each, with its bounds.
+
+    `low` and `high` are None where fewer than two windows have any token. The mean is a ratio of two sums over windows;
+    its error is linearised (Cochran 1977, 6.4), t with W − 1 degrees of freedom.
+    """
     sums, counts = sums[counts > 0], counts[counts > 0]
     mean, num_windows = float(sums.sum() / counts.sum()), len(counts)
     if num_windows < 2:

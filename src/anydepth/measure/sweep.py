@@ -119,7 +119,7 @@ class Sweep:
             "label": adapted["label"],
             "time_share": 1 / (adapted["speedup"] or 1.0),
             "time_share_range": [1 / speedup for speedup in reversed(speedups)],
-            "full_depth": {key: untouched[key] for key in ("perplexity", "tokens_per_second")},
+            "full_depth": {key: untouched[key] for key in ABSOLUTE},
             "full_depth_perplexity": full_depth["perplexity"],
             **{key: adapted[key] for key in MEASURED},
             **({} if adapted["speedup"] else {"speedup": 1.0, "realised": 1.0}),
@@ -127,9 +127,11 @@ class Sweep:
 
 
 MEASURED = (
-    "perplexity", "agreement", "mean_depth", "layer_token_share", "speedup", "ideal_speedup", "realised",
-    "tokens_per_second",
+    "perplexity", "agreement", "mean_depth", "layer_token_share", "gflops_per_token", "speedup", "ideal_speedup",
+    "realised", "tokens_per_second",
 )  # fmt: skip
+ABSOLUTE = ("perplexity", "gflops_per_token", "tokens_per_second")
+"""What full depth is told by as well; the rest is relative to it."""
 AXES = {"time": "time_share", "flops": "layer_token_share"}
 """What quality is traded for: paired wall-clock, as a share of full depth's, and FLOPs of layers likewise."""
 
@@ -313,7 +315,7 @@ def _settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for group in _groups([row["values"] for row in rows])
     ]
-    untouched = {key: mean(row["full_depth"][key] for row in rows) for key in ("perplexity", "tokens_per_second")}
+    untouched = {key: mean(row["full_depth"][key] for row in rows) for key in ABSOLUTE}
     if any(not math.isclose(row["full_depth"]["perplexity"], untouched["perplexity"], rel_tol=1e-4) for row in rows):
         return found  # each has trained a base of its own: no full depth is that of all
     whole = {"time_share": 1.0, "layer_token_share": 1.0, "speedup": 1.0, "agreement": 1.0}

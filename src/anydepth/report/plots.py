@@ -188,6 +188,41 @@ def layers(document: Document) -> Figure:
     return figure
 
 
+def perplexity(document: Document) -> Figure:
+    """Perplexity at full depth and adapted, with 95% intervals; one bar where nothing can differ."""
+    sides = {"full depth": document["full_depth"], _short(str(document["label"])): document}
+    sides = dict(list(sides.items())[: 1 if document.get("note") else 2])
+    figure, axes = new_figure("Perplexity (lower is better)", 0.9 + 0.45 * len(sides))
+    values = [float(side["perplexity"]) for side in sides.values()]
+    reach = [_reach(value, [float(bound) for bound in side.get("perplexity_interval") or (value, value)])
+             for value, side in zip(values, sides.values(), strict=True)]  # fmt: skip
+    colours = [GREY, COLOURS[0]][: len(sides)]
+    axes.barh(range(len(sides)), values, xerr=list(zip(*reach, strict=True)), color=colours, ecolor=COLOURS[1],
+              capsize=3, height=0.6)  # fmt: skip
+    axes.set_yticks(range(len(sides)), list(sides), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("perplexity (bars: 95%)")
+    return figure
+
+
+def task_scores(rows: Sequence[Document], *, same: bool) -> Figure:
+    """Scores of tasks at full depth and adapted, `full` and `score` with their standard errors, with 95% intervals."""
+    figure, axes = new_figure("Tasks (higher is better)", 1.1 + (0.3 if same else 0.5) * len(rows))
+    sides = [("full", "full depth", GREY), ("score", "adapted", COLOURS[0])][: 1 if same else 2]
+    height = 0.8 / len(sides)
+    for number, (key, label, colour) in enumerate(sides):
+        places = [place + (number - (len(sides) - 1) / 2) * height for place in range(len(rows))]
+        errors = [1.96 * (row.get(f"{key}_stderr") or 0.0) for row in rows]
+        axes.barh(places, [row[key] for row in rows], xerr=errors, height=height, color=colour, ecolor=COLOURS[1],
+                  capsize=2, label=label)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [f"{_short(row['task'])}: {row['metric']}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("score (bars: 95%)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8, frameon=False, ncols=2)
+    return figure
+
+
 def speed(document: Document) -> Figure:
     """Measured speed-up beside what the skipped work allows, for prefill, decoding and both."""
     labels, parts = [], []
@@ -371,7 +406,7 @@ def capacities(document: Document) -> Figure:
     panels = figure.subplots(2, 1, sharex=True)
     axis_of = (("speedup", 1, "speed-up (bars: all pairs)"), ("perplexity_increase", 100, "perplexity, % (bars: 95%)"))
     for axes, (key, scale, label) in zip(panels, axis_of, strict=True):
-        _plain(axes)
+        bare(axes)
         middles = [scale * row[key] for row in rows]
         reach = [_reach(scale * row[key], [scale * bound for bound in row[f"{key}_range"]]) for row in rows]
         axes.errorbar([row["capacity"] for row in rows], middles, yerr=list(zip(*reach, strict=True)), color=COLOURS[0],
@@ -389,7 +424,7 @@ def capacities(document: Document) -> Figure:
     return figure
 
 
-def _plain(axes: Any) -> None:
+def bare(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="#e5e5e5", linewidth=0.6)
 

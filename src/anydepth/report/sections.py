@@ -7,7 +7,7 @@ from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from anydepth.measure.results import task_scores
+from anydepth.measure.results import MEANS, task_scores
 from anydepth.report import correlations, gates, plots
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ SUMMARY_COLUMNS = {
     "agreement": "same next token",
     "mean_depth": "mean depth",
     "layer_token_share": "FLOP share of layers",
+    "gflops_per_token": "GFLOPs a token",
     "tokens_per_second": "tokens/s",
     "speedup": "speed-up",
     "ideal_speedup": "ideal",
@@ -150,17 +151,28 @@ def _fit(page: Page, document: Document, name: str) -> None:
 
 
 def _eval(page: Page, document: Document, name: str) -> None:
-    page.section("Which layers run")
+    note = document.get("note")
+    page.section("Perplexity" if note else "Which layers run")
     page.text(f"Share of {document['num_tokens']} real tokens; mean depth {document['mean_depth']:.2f}.", "lead")
+    if note:
+        page.text(f"{document['label']}: {note}.")
     if "perplexity" in document:
         ours, full = document["perplexity"], document["full_depth"]["perplexity"]
         same = document.get("full_depth_adapted")
         beside = "" if same is None else f"; the untouched model without LoRA {number(full)}"
         full = full if same is None else same["perplexity"]
-        page.text(f"Perplexity {number(ours)}, the same model at full depth {number(full)}{beside}.")
+        against = "" if note else f", the same model at full depth {number(full)}{beside}"
+        page.text(f"Perplexity {number(ours)}{against}.")
     for method, share in document.get("skip_share", {}).items():
         page.text(f"{method} skips {share:.1%} of its decisions here.")
-    page.figure(name, plots.layers(document), "Share of evaluation tokens that ran each mixer and FFN.", document)
+    if "gflops_per_token" in document:
+        ours, full = document["gflops_per_token"], document["full_depth"]["gflops_per_token"]
+        page.text(f"{number(ours)} GFLOPs a token, {number(full)} at full depth.")
+    if not note:
+        page.figure(name, plots.layers(document), "Share of evaluation tokens that ran each mixer and FFN.", document)
+    if document.get("perplexity_interval"):
+        text = "Perplexity; bars are 95%, from how windows of the text differ from each other."
+        page.figure(f"{name}-perplexity", plots.perplexity(document), text, document)
     if document.get("mixers"):
         page.text("Layers where tokens choose between softmax and a linear mixer:")
         columns = {"layer": "layer", "softmax_share": "share of softmax", "entropy": "entropy of the choice, bits"}
@@ -171,10 +183,11 @@ def _eval(page: Page, document: Document, name: str) -> None:
 
 def _tasks(page: Page, document: Document, name: str) -> None:
     page.section("Tasks")
+    same = bool(document.get("note"))
     text = (
         "By lm-eval, with routing on and at full depth, on the same items; ± one standard error, of the change paired."
     )
-    page.text(text, "lead")
+    page.text("By lm-eval; ± one standard error." if same else text, "lead")
     columns = {
         "task": "task",
         "metric": "metric",
@@ -185,6 +198,7 @@ def _tasks(page: Page, document: Document, name: str) -> None:
         "change": "change",
         "layer_token_share": "FLOP share of layers",
     }
+    columns = {key: title for key, title in columns.items() if not (same and key in list(columns)[5:])}
     rows = [
         {
             **task,
@@ -197,6 +211,10 @@ def _tasks(page: Page, document: Document, name: str) -> None:
         for label, task in document["tasks"].items()
         for metric, score in task_scores(task).items()
     ]
+    bars = [row for row in rows if row["metric"].partition(",")[0] in MEANS]
+    if bars:
+        text = "Scores of tasks; bars are 95% (1.96 standard errors) of each score by itself."
+        page.figure(f"{name}-scores", plots.task_scores(bars, same=same), text, document)
     errors = {key: f"{key}_stderr" for key in ("full", "score", "change")}
     shown = {key: partial(_beside, key, error) for key, error in errors.items()}
     page.table(f"{name}-tasks", columns, rows, shown, errors.values())
@@ -326,6 +344,9 @@ def _analyze(page: Page, document: Document, name: str) -> None:
         + ("." if depth["low"] is None else f" ({depth['low']:.2f} to {depth['high']:.2f})."),
         "lead",
     )
+    if "gflops_per_token" in document:
+        ours, full = document["gflops_per_token"], document["full_depth"]["gflops_per_token"]
+        page.text(f"{number(ours)} GFLOPs a token, {number(full)} at full depth.")
     if found["num_gates"]:
         page.text(
             f"Gates hold {found['mutual_information_bits']:.4f} bits about the token they gate, "
@@ -369,6 +390,7 @@ def _sweep(page: Page, document: Document, name: str) -> None:
         "full_depth_perplexity": "the same model at full depth",
         "time_share": "time ÷ full depth's",
         "layer_token_share": "FLOP share of layers",
+        "gflops_per_token": "GFLOPs a token",
         "speedup": "speed-up",
         "agreement": "same next token",
     }
