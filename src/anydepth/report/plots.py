@@ -424,11 +424,6 @@ def capacities(document: Document) -> Figure:
     return figure
 
 
-def bare(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e5e5e5", linewidth=0.6)
-
-
 def tradeoff(rows: Iterable[Document]) -> Figure:
     """Perplexity against measured tokens per second; lower right is better."""
     figure, axes = new_figure("Quality against measured speed")
