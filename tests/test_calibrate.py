@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import anydepth
 from anydepth.config import TrainConfig
 from anydepth.measure.evaluate import evaluate
+from anydepth.measure.run import summary_of
 from anydepth.models.load import load_model
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows
@@ -211,3 +213,38 @@ def test_options_of_a_fresh_method_that_change_nothing(routers: Path, text: Path
     line = refused("bench", base, "--against", "ffn_router", "--set", "capacity=0.3", *sizes)
     assert "ffn_router.capacity is read in training alone" in line
     assert "--against names" in refused("bench", routers, "--set", "threshold=1", *sizes)
+
+
+def test_training_keeps_quantiles_and_looks_at_its_target(routers: Path, text: Path, tmp_path: Path) -> None:
+    """C28, C13: `train` tells target and realised share, warns, and leaves a checkpoint that takes any capacity."""
+    recipe = {
+        "model": {"target": str(routers.parent / "base")},
+        "methods": [{"name": "ffn_router", "capacity": 0.5}, {"name": "exit_gate", "target_depth": 0.5}],
+        "data": {"train": str(text), "sequence_length": LENGTH},
+        "train": {"max_steps": 2, "warmup_steps": 1},
+        "eval": {"data": str(text), "sequence_length": LENGTH},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "out"
+    done = run("train", tmp_path / "recipe.yaml", "--out", out)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((out / "train.json").read_text())
+    rows = document["skip_share"]
+    assert rows["ffn_router"]["target"] == 0.5
+    assert rows["exit_gate"]["target"] == pytest.approx(0.6), "half of six layers is 60% of those behind the first gate"
+    assert rows["exit_gate"]["held_out"] == 0, "gates that hardly learned let every token go on"
+    (line,) = [line for line in document["warnings"] if line.startswith("exit_gate")]
+    assert "skips 0.0% of its decisions on held-out text where 60.0% was wanted" in line
+    assert " ".join(line.split()) in " ".join(done.stderr.split())
+    assert ffn_share(out, text, "--capacity", 1) == 1
+    assert ffn_share(out, text, "--capacity", 0.3) < 0.6
+
+
+def test_a_summary_has_the_same_model_at_full_depth() -> None:
+    """C15: with LoRA the row between is what skipping alone is compared with."""
+    part = {"perplexity": 9.0, "mean_depth": 6.0, "layer_token_share": 1.0, "agreement": 1.0}
+    quality = {"schema": "anydepth.eval/1", "label": "ffn_router + LoRA", **part, "full_depth": part}
+    assert [row["label"] for row in summary_of([quality])] == ["untouched", "ffn_router + LoRA"]
+    with_lora = {**quality, "full_depth_adapted": {**part, "perplexity": 8.0}}
+    untouched, same, adapted = summary_of([with_lora])
+    assert (untouched["perplexity"], same["perplexity"], adapted["perplexity"]) == (9.0, 8.0, 9.0)

@@ -305,9 +305,9 @@ class RouterFitConfig(StrictConfig):
 
 
 class CalibrateConfig(StrictConfig):
-    """Setting of a router's threshold after training."""
+    """Setting of thresholds after training."""
 
-    skip_share: float = Field(gt=0, lt=1, description="Share of what is routed to skip at inference.")
+    skip_share: float = Field(gt=0, lt=1, description="Share of what methods decide about to skip at inference.")
     num_windows: int = Field(default=32, ge=1, description="Windows of training text to set it on.")
 
 
@@ -371,7 +371,7 @@ class Recipe(StrictConfig):
     drafter: DrafterConfig | None = Field(
         default=None, description="Training of the network of self_speculation; null does not."
     )
-    calibrate: CalibrateConfig | None = Field(default=None, description="Set a router's threshold; null keeps it.")
+    calibrate: CalibrateConfig | None = Field(default=None, description="Set thresholds to a share; null keeps them.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
     bench: BenchConfig = Field(default=BenchConfig(), description="Speed.")
     analyze: AnalyzeConfig = Field(default=AnalyzeConfig(), description="Where depth goes, if methods decide it.")

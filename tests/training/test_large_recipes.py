@@ -31,6 +31,7 @@ def test_two_steps_of_every_large_recipe(tmp_path: Path, path: Path) -> None:
         f"model.target={tmp_path / 'base'}",
         "model.device=cpu",
         f"data.train={text}",
+        f"eval.data={text}",
         "data.sequence_length=32",
     ]
     if recipe.train is not None:

@@ -25,6 +25,9 @@ AT_INFERENCE: dict[str, dict[str, Any]] = {
         "rates": 0.5,
         "kv_rule": "omit",
         "threshold": 0.4,
+        "branch": "mixer",
+        "reads": "sequential",
+        "widths": [8],
     },
     "ffn_router": {"layers": [2], "widths": [8], "threshold": 0.4},
     "mixture_of_depths": {
@@ -63,7 +66,19 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("early_exit", "decay_length"): {"decay": 4.0},
 }
 """What an option needs beside it to be read at all."""
-RESHAPES = ("always_keep", "widths", "predictor_widths", "linear")
+RESHAPES = {
+    ("layer_router", "always_keep"),
+    ("layer_router", "widths"),
+    ("ffn_router", "layers"),
+    ("ffn_router", "widths"),
+    ("mixture_of_depths", "layers"),
+    ("mixture_of_depths", "widths"),
+    ("mixture_of_depths", "predictor_widths"),
+    ("exit_gate", "widths"),
+    ("mixer_router", "layers"),
+    ("mixer_router", "reads"),
+    ("mixer_router", "linear"),
+}
 """Options that weights have to be trained for."""
 STARTS: dict[str, dict[str, Any]] = {
     "early_exit": {"thresholds": 0.055, "layers": [1, 3]},
@@ -99,7 +114,7 @@ def test_what_is_not_refused_has_an_effect(name: str, option: str) -> None:
     if option != "router" and beside and "router" not in beside:
         before = with_options(before, {name: beside})
     overrides = {name: {**beside, option: AT_INFERENCE[name][option]}}
-    if option in RESHAPES:
+    if (name, option) in RESHAPES:
         with pytest.raises(UserError, match="needs weights of another shape"):
             with_options(after, overrides)
         return

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import anydepth
-from anydepth.calibration.budget import collect_scores
+from anydepth.calibration.shares import collect_scores
 from anydepth.config import Recipe, TextConfig, TrainConfig
 from anydepth.measure.evaluate import evaluate, exit_losses
 from anydepth.measure.run import Runner

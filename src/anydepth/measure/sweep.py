@@ -297,7 +297,8 @@ def _on_ray(folders: Mapping[str, Path], jobs: int, say: Say) -> dict[str, str]:
 
 def _settings(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each combination of values: means over its seeds; and full depth, the mean of what stood beside."""
-    numbers = (*MEASURED, "time_share", "full_depth_perplexity")
+    numbers = [*MEASURED, "time_share"]
+    numbers += ["full_depth_perplexity"] if all("full_depth_perplexity" in row for row in rows) else []
     found = [
         {
             "values": rows[group[0]]["values"],
