@@ -68,6 +68,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
 """What an option needs beside it to be read at all."""
 RESHAPES = {
     ("layer_router", "always_keep"),
+    ("layer_router", "reads"),
     ("layer_router", "widths"),
     ("ffn_router", "layers"),
     ("ffn_router", "widths"),
