@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import anydepth
-from anydepth.calibration.shares import collect_scores
+from anydepth.calibration.shares import skipped_shares
 from anydepth.config import Recipe, TextConfig, TrainConfig
 from anydepth.measure.evaluate import evaluate, exit_losses
 from anydepth.measure.run import Runner
@@ -23,6 +23,7 @@ from anydepth.training.data import WindowDataset, bos_of, collate, load_windows,
 from anydepth.training.learner import Learner
 from anydepth.training.train import prepare, train
 from tiny import byte_tokenizer, save_base, tiny_llama
+from undecided import undecided
 
 ISOLATED = TextConfig(isolate_documents=True)
 DOCUMENTS = ["the sea is wide and the night is long", "but the light comes back to the sea", "a", "the wide night"]
@@ -211,10 +212,12 @@ def test_no_gradient_reaches_the_tokens_of_another_document() -> None:
 
 
 def test_thresholds_are_set_on_documents_alone() -> None:
-    """C29. Scores of real tokens only, as many as the documents have."""
-    adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2})
+    """C29. The share that padded windows skip is the mean of what each document skips alone."""
+    adapted = undecided("layer_router")
     windows = pack(DOCUMENTS[:2], byte_tokenizer(), 100, text=ISOLATED)
-    assert len(collect_scores(adapted, windows)["layer_router"]) == num_tokens(windows) * 4
+    alone = [skipped_shares(adapted, torch.tensor([plain_ids(text)]))["layer_router"] for text in DOCUMENTS[:2]]
+    assert skipped_shares(adapted, windows)["layer_router"] == pytest.approx(sum(alone) / 2)
+    assert 0.1 < sum(alone) / 2 < 0.9
 
 
 def test_the_option_reaches_training_and_eval_of_a_recipe(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ set, random gates and exits by confidence are constant where their options say s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.trace import Trace
 from anydepth.methods.method import Method
+from anydepth.methods.shared_batch import batch_mean
 
 ALL_CLOSED, ALL_OPEN = 0.02, 0.98
 """Mean fraction of tokens that the gates of a method let run, below and above which they have collapsed."""
@@ -55,15 +56,20 @@ class GateDecisions:
         """(G,) fraction of tokens that each gate lets run."""
         return self.keep.double().mean(1)
 
-    def metrics(self) -> dict[str, float]:
-        """Return the mean fraction of tokens that run, entropies in nats, and spreads between gates and tokens."""
-        fractions, of_tokens = self.fractions, self.keep.double().mean(0)
+    def metrics(self, mean: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, float]:
+        """Return the mean fraction of tokens that run, entropies in nats, and spreads between gates and tokens.
+
+        Args:
+            mean: of what is a mean over these tokens, over those of all processes that share a batch.
+        """
+        fractions, of_tokens = mean(self.fractions), self.keep.double().mean(0)
+        variance = mean(of_tokens.square().mean()) - mean(of_tokens.mean()).square()
         values = (
             fractions.mean(),
             binary_entropy(fractions).mean(),
             binary_entropy(fractions.mean()),
             fractions.std(correction=0),
-            of_tokens.std(correction=0),
+            variance.clamp_min(0).sqrt(),
         )
         names = ("fraction", "entropy", "entropy_of_mean", "layer_std", "token_std")
         return dict(zip(names, torch.stack(values).tolist(), strict=True))
@@ -162,8 +168,9 @@ def warnings_of(gates: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def training_metrics(decisions: Sequence[GateDecisions]) -> dict[str, float]:
-    """Return the metrics of each method for the training history, by `method/gate_…`."""
-    return {f"{own.method}/{PREFIX}{name}": value for own in decisions for name, value in own.metrics().items()}
+    """Return the metrics of each method for the training history, by `method/gate_…`, over the whole batch."""
+    each = {own.method: own.metrics(batch_mean) for own in decisions}
+    return {f"{method}/{PREFIX}{name}": value for method, own in each.items() for name, value in own.items()}
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------

@@ -173,7 +173,8 @@ class AdaptedTrainer(Trainer):
         if isinstance(self.learning, AdaptedModel):
             trace, methods = self.learning.last_trace, self.learning.active_methods
             self.terms["mean_depth"] += share * trace.mean_depth
-            for name, figure in training_metrics(gate_decisions(trace, methods)).items():
+            gating = [method for method in methods if method.decides_in_training or method.is_frozen]
+            for name, figure in training_metrics(gate_decisions(trace, gating)).items():
                 self.figures[name] += share * figure
             for method in methods:
                 told = {name: float(getattr(method, name)) for name in method.scheduled}
