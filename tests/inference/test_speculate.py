@@ -694,3 +694,17 @@ def test_processors_with_a_state_and_several_rows_are_refused(path: str) -> None
         runner.generate(
             **prompts(2), max_new_tokens=5, pad_token_id=0, logits_processor=LogitsProcessorList([Counting()])
         )
+
+
+def test_processors_that_say_they_keep_no_state_are_taken_for_batches() -> None:
+    """C7, the way out: an attribute, and drafts ask them as they ask transformers' own."""
+
+    class Ban(LogitsProcessor):
+        is_stateless = True
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            return scores.index_fill(1, torch.tensor([7, 9]), -torch.inf)
+
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
+    ours, theirs = both(adapted, adapted, prompts(3), do_sample=False, logits_processor=LogitsProcessorList([Ban()]))
+    assert torch.equal(ours, theirs)

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+)
 from transformers.generation import logits_process
 
 from anydepth.errors import UserError
@@ -74,18 +80,14 @@ class Noise:
             torch.set_rng_state(state)
 
 
-STATELESS = {
-    name
-    for name, part in vars(logits_process).items()
-    if name.endswith("LogitsProcessor") and isinstance(part, type) and name != "PrefixConstrainedLogitsProcessor"
-} | {name for name in vars(logits_process) if name.endswith("LogitsWarper")}
-"""transformers' own classes whose scores depend on their arguments alone; the one left out asks a user's function."""
-
-
 def is_stateless(processor: Any) -> bool:
-    """Whether a logits processor is known to give the same scores however often it is asked."""
+    """Return whether a logits processor is known to give the same scores however often it is asked.
+
+    transformers' own are, but for the one that asks a user's function; others say so by `is_stateless = True`.
+    """
     kind = type(processor)
-    return kind.__module__ == logits_process.__name__ and kind.__name__ in STATELESS
+    is_stock = kind.__module__ == logits_process.__name__ and kind is not PrefixConstrainedLogitsProcessor
+    return is_stock or getattr(processor, "is_stateless", False) is True
 
 
 class NextToken:

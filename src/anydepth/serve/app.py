@@ -68,6 +68,8 @@ class Settings:
 class Penalties(LogitsProcessor):
     """OpenAI's presence and frequency penalties, of new tokens alone."""
 
+    is_stateless = True
+
     def __init__(self, num_prompt: int, presence: float, frequency: float) -> None:
         self.num_prompt, self.presence, self.frequency = num_prompt, presence, frequency
 
