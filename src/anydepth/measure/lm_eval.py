@@ -200,7 +200,9 @@ def check_windows(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, nam
 
     Tasks are read from lm-eval's files; those of a group are checked when they are scored.
     """
-    manager, lm = check_tasks(names), AnydepthLM(adapted, tokenizer)
+    manager = check_tasks(names)
+    with _quiet_logger():
+        lm = AnydepthLM(adapted, tokenizer)
     for name in names:
         for spec in task_named(name).specs:
             path = manager.task_index[spec if isinstance(spec, str) else spec["task"]].yaml_path
