@@ -180,7 +180,7 @@ def test_several_capacities_of_one_checkpoint(routers: Path, text: Path, tmp_pat
     """A row per capacity and the control; the folder keeps its thresholds and has quantiles then."""
     out = tmp_path / "out"
     command = ("calibrate", routers, *SMALL, "--data", text, "--sweep", "0.4,0.9", "--out", out)
-    done = run(*command, "--engine", "fast")
+    done = run(*command, "--engine", "fast", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     document = json.loads((out / "calibrate.json").read_text())
     assert "increase" in done.stdout and "int8" in done.stdout and document["met"] is None
@@ -242,7 +242,7 @@ def test_training_keeps_quantiles_and_looks_at_its_target(routers: Path, text: P
 
 def test_a_summary_has_the_same_model_at_full_depth() -> None:
     """C15: with LoRA the row between is what skipping alone is compared with."""
-    part = {"perplexity": 9.0, "mean_depth": 6.0, "layer_token_share": 1.0, "agreement": 1.0}
+    part = {"perplexity": 9.0, "mean_depth": 6.0, "layer_token_share": 1.0, "agreement": 1.0, "gflops_per_token": 1.0}
     quality = {"schema": "anydepth.eval/1", "label": "ffn_router + LoRA", **part, "full_depth": part}
     assert [row["label"] for row in summary_of([quality])] == ["untouched", "ffn_router + LoRA"]
     with_lora = {**quality, "full_depth_adapted": {**part, "perplexity": 8.0}}

@@ -503,7 +503,12 @@ def test_noise_that_was_dropped_is_drawn_again() -> None:
 
 def test_no_token_of_a_reduced_vocabulary_is_allowed() -> None:
     adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers, few tokens"]).eval()
-    options: dict[str, Any] = {"prefix_allowed_tokens_fn": lambda batch, ids: [150, 160, 170 + len(ids) % 7]}
+
+    def allowed(_: int, ids: Tensor) -> list[int]:
+        return [150, 160, 170 + len(ids) % 7]
+
+    allowed.is_stateless = True  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed}
     for sampling in (False, True):
         wanted, ours = both(adapted, FastEngine(adapted), prompts(2), do_sample=sampling, **options)
         assert torch.equal(wanted, ours)

@@ -72,7 +72,6 @@ RESHAPES = {
     ("layer_router", "widths"),
     ("ffn_router", "layers"),
     ("ffn_router", "widths"),
-    ("mixture_of_depths", "layers"),
     ("mixture_of_depths", "widths"),
     ("mixture_of_depths", "predictor_widths"),
     ("exit_gate", "widths"),

@@ -41,7 +41,7 @@ class GateDecisions:
 
     Attributes:
         method: the method's name.
-        branch: what a gate lets run: `layer`, `ffn`, or `softmax` (the layer's own mixer, where a token has two).
+        branch: what a gate lets run: `layer`, `mixer`, `ffn`, or `softmax` (the layer's own mixer, where a token has two).
         layers: the layer of each gate.
         keep: (G, N) bool, which of N real tokens each gate lets run.
     """
@@ -231,7 +231,7 @@ def lasting_collapse(history: Sequence[dict[str, Any]], methods: Sequence[Method
 
 def _collapse(method: Method, branch: str, fraction: float, entropy: float) -> str | None:
     """Return a warning where all gates of a method are open, closed, or constant."""
-    what = {"layer": "gated layers", "ffn": "gated FFNs", "softmax": "softmax mixers"}[branch]
+    what = {"layer": "gated layers", "mixer": "gated mixers", "ffn": "gated FFNs", "softmax": "softmax mixers"}[branch]
     if fraction < ALL_CLOSED:
         problem = f"almost no token runs the {what} (mean fraction {fraction:.3f}, limit {ALL_CLOSED:g})"
     elif fraction > ALL_OPEN:
@@ -259,7 +259,8 @@ def _advice(method: Method) -> str:
 def _named(branch: str, layers: list[int]) -> str:
     """Return what the gates of these layers let run, in words."""
     numbers = f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}"
-    return {"layer": numbers, "ffn": f"the FFN of {numbers}", "softmax": f"the softmax mixer of {numbers}"}[branch]
+    part = {"mixer": "the mixer of ", "ffn": "the FFN of ", "softmax": "the softmax mixer of "}.get(branch, "")
+    return f"{part}{numbers}"
 
 
 def _ranges(layers: list[int]) -> str:

@@ -83,11 +83,13 @@ class Noise:
 def is_stateless(processor: Any) -> bool:
     """Return whether a logits processor is known to give the same scores however often it is asked.
 
-    transformers' own are, but for the one that asks a user's function; others say so by `is_stateless = True`.
+    transformers' own are, but for the one that asks a user's function; others, and such a function, say so by an
+    attribute `is_stateless = True`.
     """
-    kind = type(processor)
-    is_stock = kind.__module__ == logits_process.__name__ and kind is not PrefixConstrainedLogitsProcessor
-    return is_stock or getattr(processor, "is_stateless", False) is True
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        processor = processor._prefix_allowed_tokens_fn
+    says_so = getattr(processor, "is_stateless", False) is True
+    return says_so or type(processor).__module__ == logits_process.__name__
 
 
 class NextToken:

@@ -49,9 +49,13 @@ class Timing:
         set_thresholds(self.model, thresholds_of(like))
         return paired_speedups(self.model, self.prompts, self.new_tokens, self.num_runs, self.engine)
 
-    def control(self, held_out: Tensor) -> dict[str, Any] | None:
-        """Return the measurements of full depth with int8 weights."""
-        return control(self.model, self.engine, held_out, self.prompts, self.new_tokens, self.num_runs)
+    def control(self, held_out: Tensor, say: Say) -> dict[str, Any] | None:
+        """Return the measurements of full depth with int8 weights; None where they do not run, of which `say` is told."""
+        try:
+            return control(self.model, self.engine, held_out, self.prompts, self.new_tokens, self.num_runs)
+        except UserError as error:
+            say(f"no control: {error}")
+            return None
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Calibration:
             self.adapted, scores, capacities, self.held_out, lambda: timing.speedups(self.adapted), self._tell_row
         )
         set_configs(self.adapted, before)
-        beside = timing.control(self.held_out)
+        beside = timing.control(self.held_out, self.say)
         warnings = [f"{row['label']}: {line}" for row in rows for line in row.pop("warnings")]
         return {"met": None, "sweep": rows, "control": beside, "warnings": warnings, "engine": _engine(timing)}
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.calibration.shares import Scores, off_target, set_thresholds, thresholds_at
-from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.weights import WEIGHT_ONLY
@@ -88,13 +87,14 @@ def sweep_capacities(
 def control(
     adapted: AdaptedModel, engine: FastEngine | None, held_out: Tensor, prompts: Tensor, new_tokens: int, num_runs: int
 ) -> Row | None:
-    """Measure full depth with int8 weights against full depth of an engine; None where that does not run or is int8."""
+    """Measure full depth with int8 weights against full depth of an engine; None for an engine that is no other.
+
+    Raises:
+        UserError: int8 weights do not run this model.
+    """
     if engine is None or engine.model.weights in WEIGHT_ONLY:
         return None
-    try:
-        light = FastEngine(adapted, CONTROL)
-    except UserError:  # these weights do not run here
-        return None
+    light = FastEngine(adapted, CONTROL)
     with adapted.disabled():
         ours, full = ([_loss(each, window) for window in held_out] for each in (light, engine))
     speedups = paired_engines(adapted, prompts, new_tokens, num_runs, (engine, light))

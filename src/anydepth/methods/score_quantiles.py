@@ -22,7 +22,7 @@ def empty_table(num_thresholds: int) -> Tensor:
 
 def is_filled(table: Tensor) -> bool:
     """Return whether something was measured."""
-    return bool(table[-1, 0] > table[0, 0])
+    return bool(table[:, 0].any())
 
 
 def quantile(scores: Tensor, fraction: float) -> float:

@@ -98,8 +98,10 @@ class Thresholded(nn.Module):
             self.register_buffer("score_quantiles", empty_table(1))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        if self.budget_option is not None:  # checkpoints that were written before tables existed have none
-            state_dict.setdefault(f"{prefix}score_quantiles", self.score_quantiles)
+        key, own = f"{prefix}score_quantiles", getattr(self, "score_quantiles", None)
+        # Nothing was measured, it was written before tables were kept, or it is about other layers.
+        if own is not None and (key not in state_dict or state_dict[key].shape != own.shape):
+            state_dict[key] = own
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def note_scores(self, scores: Tensor, context: PassContext, layer_idx: int = 0) -> None:

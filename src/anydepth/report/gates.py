@@ -17,7 +17,7 @@ PANELS = {
     "σ of fractions": {"gate_layer_std": "between layers", "gate_token_std": "between tokens"},
 }
 """Metrics of gates over training: by panel, what each line is."""
-OF_BRANCH = {"layer": "gated layers", "ffn": "gated FFNs", "softmax": "softmax mixers"}
+OF_BRANCH = {"layer": "gated layers", "mixer": "gated mixers", "ffn": "gated FFNs", "softmax": "softmax mixers"}
 
 
 def of_training(page: Page, document: Document, name: str) -> None:
