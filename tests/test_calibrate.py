@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import anydepth
 from anydepth.config import TrainConfig
@@ -103,7 +103,7 @@ def test_a_checkpoint_without_quantiles_names_the_way(routers: Path, text: Path)
     """C13: folders that were written before quantiles were kept load, and say how to get some."""
     weights = routers / json.loads((routers / "anydepth.json").read_text())["weights"] / "methods.safetensors"
     tensors = load_file(weights)
-    assert "ffn_router.score_quantiles" in tensors and not tensors["ffn_router.score_quantiles"].any()
+    assert not any("score_quantiles" in name for name in tensors)
     commands: dict[str, tuple[object, ...]] = {
         "eval": (),
         "generate": ("--prompt", "the sea"),
@@ -120,13 +120,6 @@ def test_a_checkpoint_without_quantiles_names_the_way(routers: Path, text: Path)
     assert "give one of them" in refused("eval", routers, "--capacity", 0.4, "--skip-share", 0.6)
     assert "came 1.5" in refused("eval", routers, "--capacity", 1.5)
     assert "came 1" in refused("eval", routers, "--skip-share", 1)
-
-
-def test_a_table_that_is_missing_in_an_old_file_loads(routers: Path, tmp_path: Path) -> None:
-    adapted = anydepth.load(routers)
-    state = {name: value for name, value in adapted.methods.state_dict().items() if "score_quantiles" not in name}
-    save_file(state, tmp_path / "old.safetensors")
-    anydepth.load(routers).methods.load_state_dict(load_file(tmp_path / "old.safetensors"))
 
 
 def test_a_speed_that_nothing_reaches_is_refused(routers: Path, text: Path, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ class GateDecisions:
 
     Attributes:
         method: the method's name.
-        branch: what a gate lets run: `layer`, `mixer`, `ffn`, or `softmax` (the layer's own mixer, where a token has two).
+        branch: what a gate lets run: `layer`, `mixer`, `ffn`, or `softmax` (the layer's own mixer, where tokens choose
+            between two).
         layers: the layer of each gate.
         keep: (G, N) bool, which of N real tokens each gate lets run.
     """

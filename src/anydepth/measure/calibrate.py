@@ -50,7 +50,7 @@ class Timing:
         return paired_speedups(self.model, self.prompts, self.new_tokens, self.num_runs, self.engine)
 
     def control(self, held_out: Tensor, say: Say) -> dict[str, Any] | None:
-        """Return the measurements of full depth with int8 weights; None where they do not run, of which `say` is told."""
+        """Return the measurements of full depth with int8 weights; None, said to `say`, where they do not run."""
         try:
             return control(self.model, self.engine, held_out, self.prompts, self.new_tokens, self.num_runs)
         except UserError as error:

@@ -97,6 +97,11 @@ class Thresholded(nn.Module):
         if self.budget_option is not None:
             self.register_buffer("score_quantiles", empty_table(1))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.budget_option is not None and not is_filled(self.score_quantiles):
+            del destination[f"{prefix}score_quantiles"]  # nothing was measured
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         key, own = f"{prefix}score_quantiles", getattr(self, "score_quantiles", None)
         # Nothing was measured, it was written before tables were kept, or it is about other layers.

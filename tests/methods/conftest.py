@@ -1,0 +1,22 @@
+"""Which cases of the contract run in the fast set.
+
+Cases repeat each other: what a method does to a layer is one execution, what a family's layer is like another. The fast
+set runs every case on families that differ most, and every family with cases that differ most; the whole matrix is
+slow.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+FAMILIES = {"llama", "gemma3_text", "gpt2", "qwen3_next"}
+"""A plain one, norms around branches and windows, arguments by position and fused q/k/v, recurrent layers."""
+CASES = {"skip_branches", "router_project", "attention_omit", "exit_recompute", "hat", "mixers_routed"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        family, case = parameters.get("family"), parameters.get("case")
+        if case is not None and family is not None and family not in FAMILIES and case not in CASES:
+            item.add_marker(pytest.mark.slow)
