@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from anydepth.execution import cost
+from anydepth.gating import cost
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.measure.results import document, read_document, write_json
 from anydepth.training.checkpoint import load_target

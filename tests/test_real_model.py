@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import anydepth
-from anydepth.execution import cost
+from anydepth.gating import cost
 from anydepth.inference.engine.native import why_not
 from anydepth.measure.evaluate import evaluate
 from anydepth.training.data import load_windows

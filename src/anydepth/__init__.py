@@ -22,7 +22,7 @@ _HOMES = {
     "AdaptedModel": "anydepth.execution.adapted",
     "attach": "anydepth.execution.adapted",
     "detach": "anydepth.execution.adapted",
-    "Trace": "anydepth.execution.trace",
+    "Trace": "anydepth.gating.trace",
     "load_model": "anydepth.models.load",
     "load": "anydepth.training.checkpoint",
     "save": "anydepth.training.checkpoint",
@@ -66,7 +66,7 @@ __all__ = [
 if TYPE_CHECKING:
     from anydepth.errors import RunError, UserError
     from anydepth.execution.adapted import AdaptedModel, attach, detach
-    from anydepth.execution.trace import Trace
+    from anydepth.gating.trace import Trace
     from anydepth.inference.engine.decode import FastEngine
     from anydepth.methods import METHODS
     from anydepth.methods.early_exit import EarlyExit

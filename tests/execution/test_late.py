@@ -11,8 +11,10 @@ from torch import Tensor
 import anydepth
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate import Gate
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.methods.method import Gate, Method, PassContext
+from anydepth.methods._base.method import Method
 from reference import relative_rms
 from tiny import tiny_llama
 

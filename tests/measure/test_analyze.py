@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import anydepth
+from anydepth.gating.gate import Gate
 from anydepth.measure.analyze import analyze, observe, token_classes
 from anydepth.measure.evaluate import evaluate
-from anydepth.methods.method import Gate, Method
+from anydepth.methods._base.method import Method
 from tiny import NUM_LAYERS, byte_tokenizer, tiny_llama
 
 TEXT = "The sea is 12 miles wide, and the night is long.\n\nIt was a light that came back 3 times (or so). " * 4

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import anydepth
 from anydepth.config import TrainConfig
-from anydepth.execution import cost
+from anydepth.gating import cost
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.evaluate import evaluate, why_the_same
 from anydepth.training.train import prepare

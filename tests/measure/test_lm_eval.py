@@ -18,8 +18,8 @@ import anydepth
 from anydepth.cli import app
 from anydepth.config import TrainConfig
 from anydepth.errors import UserError
-from anydepth.execution import cost
-from anydepth.execution.trace import Trace
+from anydepth.gating import cost
+from anydepth.gating.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.lm_eval import AnydepthLM, _whole, add_changes, check_tasks, check_windows, score_tasks
 from anydepth.measure.results import task_scores

@@ -22,11 +22,15 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 import anydepth
 import families
 from anydepth.errors import UserError
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating import cost
+from anydepth.gating.context import PassContext
+from anydepth.gating.plan import Decisions, Plan, Sample
+from anydepth.gating.scores import Score
+from anydepth.gating.spec import GateSpec
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.methods import METHODS
-from anydepth.methods.method import Method
+from anydepth.methods._base.method import Method
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from reference import relative_rms, replay
 
@@ -118,7 +122,7 @@ def test_every_method_has_a_case() -> None:
     specs = [spec for case in CASES.values() for spec in (case if isinstance(case, list) else [case])]
     assert {spec["name"] for spec in specs} | set(LOSSLESS) == set(METHODS)
     for name, path in LOSSLESS.items():
-        assert METHODS[name].lossless and (Path(__file__).parents[2] / path).exists()
+        assert METHODS[name].is_lossless() and (Path(__file__).parents[2] / path).exists()
 
 
 @pytest.fixture(params=CASES)
@@ -168,7 +172,7 @@ def others_of(adapted: AdaptedModel) -> Any:
 
 def weights_of(adapted: AdaptedModel) -> dict[int, Tensor] | None:
     """What layers are multiplied with, where a method weighs them."""
-    return adapted.context.notes.get("mixture_of_depths/weights")
+    return adapted.last_run.decisions.weights
 
 
 # --- 1, 2: off and full budget are the backbone -----------------------------------------------------------
@@ -265,19 +269,27 @@ class FixedGates(Method):
     Config = anydepth.SkipSet.Config
     name = "fixed_gates"
     kv_rule: Any = "project"
-    branch = "layer"
+    branch: Any = "layer"
 
-    def begin(self, context: Any) -> Any:
-        keep = torch.stack(list(self.given)).detach() > 0.5
-        from anydepth.methods.method import Gate
+    def gates(self) -> list[GateSpec]:
+        return [GateSpec((i,), self.branch, Given(i), 0.5, self.kv_rule) for i in range(5)]
 
-        return Gate.of_plan(keep, context, self.kv_rule, torch.stack(list(self.given)))
+    def samples(self, context: PassContext) -> bool:
+        return True
 
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: Any) -> Any:
-        return context.states[self.name][layer_idx] if self.branch == "layer" else None
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
+        given = self.given[spec.layers[0]]
+        return Sample(given[None].detach() > 0.5, given[None])
 
-    def mixer_gate(self, layer_idx: int, hidden: Tensor, context: Any) -> Any:
-        return context.states[self.name][layer_idx] if self.branch == "mixer" else None
+
+class Given(Score):
+    """Asked at each layer, although the answer does not depend on its state."""
+
+    def __init__(self, layer_idx: int) -> None:
+        self.reads_at = layer_idx
+
+    def evaluate(self, hidden: Tensor, *_: Any) -> Tensor:
+        return hidden[None, ..., 0]
 
 
 @pytest.mark.parametrize("branch", ["layer", "mixer"])
@@ -299,7 +311,7 @@ def test_gradient_of_the_gates(
 
     adapted = anydepth.attach(model, FixedGates.Config())
     method: Any = adapted.methods["fixed_gates"]
-    method.kv_rule, method.branch, method.gates_branches = kv_rule, branch, branch == "mixer"
+    method.kv_rule, method.branch = kv_rule, branch
     gradients = {}
     for execution in ("masked", "sparse"):
         method.given = given()
@@ -372,29 +384,26 @@ def test_rewound_cache_goes_on_as_if_never_forward(family: str, adapted: Adapted
 
 
 @torch.no_grad()
-def test_gates_that_do_not_read_the_state(model: PreTrainedModel, adapted: AdaptedModel) -> None:
+def test_gates_that_do_not_read_the_state(
+    model: PreTrainedModel, adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a method says that it does not look at the state, any state gives the same gates."""
     ids = families.token_ids()
     wanted = logits_of(adapted, ids)
     trace = adapted.last_trace
-    for method in adapted.active_methods:
-        for hook in ("layer_gate", "mixer_gate", "ffn_gate", "mixer_choice"):
-            setattr(method, hook, blindfolded(method, getattr(method, hook)))
+    monkeypatch.setattr(Decisions, "gate", blindfolded(Decisions.gate))
     assert torch.equal(logits_of(adapted, ids), wanted)
     assert torch.equal(adapted.last_trace.mixer_keep, trace.mixer_keep)
 
 
-def blindfolded(method: Method, own: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that sees NaN where its method says that it does not look."""
+def blindfolded(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Decide with NaN where the decisions say that they do not look at the state."""
 
-    def hook(layer_idx: int, hidden: Tensor, context: Any) -> Any:
-        return own(
-            layer_idx,
-            hidden if method.reads_state(layer_idx, context) else torch.full_like(hidden, float("nan")),
-            context,
-        )
+    def gate(self: Decisions, branch: Any, layer_idx: int, hidden: Tensor) -> Any:
+        seen = hidden if self.reads(layer_idx) else torch.full_like(hidden, float("nan"))
+        return own(self, branch, layer_idx, seen)
 
-    return hook
+    return gate
 
 
 @torch.no_grad()
@@ -409,7 +418,7 @@ def test_fast_engine_is_the_model(
     if how == "long parts by operators":  # the longest part below is then one of many tokens, the others are of few
         monkeypatch.setattr("anydepth.inference.engine.step.MAX_TOKENS", 16)
     if how == "asked layer by layer":
-        monkeypatch.setattr("anydepth.inference.engine.step.Step._kept_pass", lambda *_: None)
+        monkeypatch.setattr("anydepth.inference.engine.step.Step._kernel_pass", lambda *_: None)
     assert_engine_is_the_model(FastEngine(adapted), adapted)
 
 
@@ -424,14 +433,14 @@ def assert_engine_is_the_model(engine: FastEngine, adapted: AdaptedModel) -> Non
     """Logits of prefill, of single tokens and of several behind a past; then tokens and trace of a padded batch."""
     ids = families.token_ids()
     wanted, before = logits_of(adapted, ids[:1]), adapted.last_trace
-    cache = engine.model.new_cache(2)
+    cache, plan = engine.model.new_cache(2), Plan.of(adapted.active_methods)
     cache.take_slot()
     slot = cache.take_slot()
     parts = ids[:1].split([25, 1, 7, 6, 1], dim=1)
-    hidden = [engine.model.forward(part, [slot], cache, adapted.active_methods)[0] for part in parts]
+    hidden = [engine.model.forward(part, [slot], cache, plan)[0] for part in parts]
     assert relative_rms(engine.model.logits(torch.cat(hidden, 1)), wanted) <= TOLERANCE
     cache.rewind(slot, 17)
-    hidden = [engine.model.forward(ids[:1, 17:], [slot], cache, adapted.active_methods)[0]]
+    hidden = [engine.model.forward(ids[:1, 17:], [slot], cache, plan)[0]]
     assert relative_rms(engine.model.logits(torch.cat(hidden, 1)), wanted[:, 17:]) <= TOLERANCE
     mask = torch.ones_like(ids)
     mask[1, :9] = mask[2, :23] = 0

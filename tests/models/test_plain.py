@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import anydepth
 import families
 from anydepth.errors import UserError
-from anydepth.execution import cost
+from anydepth.gating import cost
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.models.backbone import Backbone
 from anydepth.models.load import base_fingerprint

@@ -59,18 +59,14 @@ def collect_exit_scores(adapted: AdaptedModel, windows: Tensor) -> ExitScores:
             f"thresholds per exit are those of early_exit; attached is {adapted.label}; calibrate without --per-exit"
         )
     adapted.eval()
-    before, confidence, differs = method.config, [], []
-    method.threshold, method.is_watched = -math.inf, True
-    try:
-        with adapted.backbone.layer_outputs() as outputs:
-            for window in windows:
-                final = adapted(input_ids=window[None].to(adapted.device), use_cache=False).logits[0].argmax(-1)
-                (scores,) = method.scores(adapted.context).values()  # one after the other, of all exits
-                confidence.append(-scores.view(len(method.layers), -1).float().cpu())
-                choices = [adapted.backbone.logits_of(outputs[i - 1][0]).argmax(-1) for i in method.layers]
-                differs.append((torch.stack(choices) != final).cpu())
-    finally:
-        method.config, method.is_watched = before, False
+    confidence, differs = [], []
+    with method.watching(), adapted.backbone.layer_outputs() as outputs:
+        for window in windows:
+            final = adapted(input_ids=window[None].to(adapted.device), use_cache=False).logits[0].argmax(-1)
+            (scores,) = method.scores(adapted.context).values()  # one after the other, of all exits
+            confidence.append(-scores.view(len(method.layers), -1).float().cpu())
+            choices = [adapted.backbone.logits_of(outputs[i - 1][0]).argmax(-1) for i in method.layers]
+            differs.append((torch.stack(choices) != final).cpu())
     saved = torch.tensor([method.num_layers - layer_idx for layer_idx in method.layers], dtype=torch.float32)
     return ExitScores(saved, torch.cat(confidence, 1), torch.cat(differs, 1))
 

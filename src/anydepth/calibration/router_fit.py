@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods.layer_router import LayerRouter
+from anydepth.methods.skip_set import SkipSet
 from anydepth.training.losses import divergence
 
 NO_ROUTER = "only a learned layer_router can be fitted; this model has none"
@@ -115,11 +116,20 @@ def _measure(
     with adapted.untouched():
         full = adapted(input_ids=ids, use_cache=False).logits[0]
 
+    fixed = SkipSet(SkipSet.Config(), adapted.backbone)  # in place of the router
+    deciding = [fixed if method is router else method for method in adapted.active_methods]
+
+    def choose(keep: Tensor) -> None:
+        skipped = [layer_idx for layer_idx, kept in zip(router.routed, keep.tolist(), strict=True) if not kept]
+        fixed.choose(**{"mixers": skipped, "layers": ()} if router.config.branch == "mixer" else {"layers": skipped})
+
     def distance(keep: Tensor) -> Tensor:
-        with router.pinning(keep[:, None, None].to(ids.device)):
+        choose(keep)
+        with adapted.deciding(*deciding):
             return divergence(adapted(input_ids=ids, use_cache=False).logits[0], full).cpu()
 
-    with router.pinning(static[:, None, None].to(ids.device)):
+    choose(static)
+    with adapted.deciding(*deciding):
         states = _states_of(adapted, router, ids)
     base = distance(static)
     columns = []

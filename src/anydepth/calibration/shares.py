@@ -1,6 +1,6 @@
 """Thresholds that skip a wanted share: measured on text, kept with a checkpoint, looked at on held-out text.
 
-Methods compare a score with a threshold (`Method.budget_option`). One number in [0, 1) steers any composition: the
+Methods compare a score with a threshold (`Calibrated.budget_option`). One number in [0, 1) steers any composition: the
 share of its decisions that each method skips, as measured on calibration text.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from statistics import mean
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from anydepth.errors import RunError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods import METHODS
-from anydepth.methods import score_quantiles as kept
-from anydepth.methods.method import Method
+from anydepth.methods._base import score_quantiles as kept
+from anydepth.methods._base.calibration import Calibrated
 from anydepth.training.data import rows_of
 
 TABLE_TOKENS = 1024
@@ -74,22 +74,21 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> Scores:
     return tables
 
 
-def _watch_everything(adapted: AdaptedModel, methods: Sequence[Method], windows: Tensor) -> LayerScores:
+def _watch_everything(adapted: AdaptedModel, methods: Sequence[Calibrated], windows: Tensor) -> LayerScores:
     """Return the scores of a pass in which nothing skips."""
-    for method in methods:
-        method.threshold, method.is_watched = -math.inf, True
-    try:
-        scores = _pass(adapted, methods, windows)[1]
-    finally:
+    with ExitStack() as watching:
         for method in methods:
-            method.is_watched = False
+            watching.enter_context(method.watching())
+        scores = _pass(adapted, methods, windows)[1]
     for name, parts in scores.items():
         if not all(part.isfinite().all() for part in parts.values()):
             raise NotTrained(f"{name} has scores that are not finite, as before its training; train it first")
     return scores
 
 
-def _pass(adapted: AdaptedModel, methods: Sequence[Method], windows: Tensor) -> tuple[dict[str, float], LayerScores]:
+def _pass(
+    adapted: AdaptedModel, methods: Sequence[Calibrated], windows: Tensor
+) -> tuple[dict[str, float], LayerScores]:
     """Return by method the share that (M, T) windows skip, and the sorted scores of what it was asked about."""
     noted: dict[str, dict[int, list[Tensor]]] = {method.name: {} for method in methods}
     shares = []
@@ -103,13 +102,13 @@ def _pass(adapted: AdaptedModel, methods: Sequence[Method], windows: Tensor) -> 
     return {method.name: mean(each[method.name] for each in shares) for method in methods}, found
 
 
-def _shares_of(methods: Sequence[Method], adapted: AdaptedModel) -> dict[str, float]:
+def _shares_of(methods: Sequence[Calibrated], adapted: AdaptedModel) -> dict[str, float]:
     trace = adapted.last_trace
     (mixers, ffns), others = trace.executed_share(), trace.other_share()
     return {method.name: method.skip_share(mixers, ffns, others) for method in methods}
 
 
-def _fill_row(method: Method, row: Tensor, scores: dict[int, Tensor], step: float) -> float | list[float]:
+def _fill_row(method: Calibrated, row: Tensor, scores: dict[int, Tensor], step: float) -> float | list[float]:
     """Write the thresholds that a fraction of some sorted scores is not above into a row; return them."""
     if not method.has_threshold_per_layer:
         row[1] = kept.quantile(torch.cat(list(scores.values())).sort().values, step)
@@ -147,12 +146,12 @@ def compares_scores(adapted: AdaptedModel) -> bool:
     return bool(_comparing(adapted))
 
 
-def _comparing(adapted: AdaptedModel) -> list[Method]:
+def _comparing(adapted: AdaptedModel) -> list[Calibrated]:
     deciding = adapted.active_methods if adapted.speculation is None else adapted.draft_methods
-    return [method for method in deciding if method.compares_scores]
+    return [method for method in deciding if isinstance(method, Calibrated) and method.compares_scores]
 
 
-def _with_threshold(adapted: AdaptedModel) -> list[Method]:
+def _with_threshold(adapted: AdaptedModel) -> list[Calibrated]:
     methods = _comparing(adapted)
     if not methods:
         raise RunError(nothing_to_calibrate(adapted.label))
@@ -161,7 +160,7 @@ def _with_threshold(adapted: AdaptedModel) -> list[Method]:
 
 def nothing_to_calibrate(label: str) -> str:
     """Return what to say where no method has a threshold."""
-    *names, last = [name for name, method in METHODS.items() if method.budget_option is not None]
+    *names, last = [name for name, method in METHODS.items() if issubclass(method, Calibrated)]
     return (
         f"nothing to calibrate: no method of this model ({label}) compares a score with a threshold; "
         f"{', '.join(names)} and {last} do"
@@ -175,7 +174,7 @@ def thresholds_of(adapted: AdaptedModel) -> Thresholds:
 
 def options_of(adapted: AdaptedModel) -> dict[str, Any]:
     """Return the option that holds the threshold, of each method that has one, as its config has it."""
-    return {method.name: getattr(method.config, str(method.budget_option)) for method in _with_threshold(adapted)}
+    return {method.name: getattr(method.config, method.budget_option) for method in _with_threshold(adapted)}
 
 
 def set_thresholds(adapted: AdaptedModel, thresholds: Thresholds) -> None:

@@ -21,11 +21,14 @@ from anydepth.execution.cache import AdaptiveCache
 from anydepth.execution.calls import Calls, join_checkpoints, leave_checkpoints
 from anydepth.execution.gate import GatedLayer
 from anydepth.execution.partial import Run
-from anydepth.execution.trace import PassRecord, Trace
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Decisions
+from anydepth.gating.sequence_state import SequenceState
+from anydepth.gating.trace import PassRecord, Trace
+from anydepth.methods._base.method import Method
+from anydepth.methods._base.training import ExitState, Trained
 from anydepth.methods.compose import MethodSpec, build_methods
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.memory import Memory
-from anydepth.methods.method import ExitState, Method, PassContext
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import Backbone
 
@@ -105,7 +108,7 @@ class AdaptedModel(nn.Module):
         token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
         methods = self.active_methods
         record = PassRecord(token_mask, 0 if cache is None else cache.num_seen, cache is not None, len(self._gated))
-        memory = Memory() if cache is None else Memory(cache.method_memory)
+        memory = SequenceState() if cache is None else SequenceState(cache.method_memory)
         evaluate = record.counting(GateNetwork.__call__)
         context = PassContext(
             token_mask,
@@ -115,11 +118,10 @@ class AdaptedModel(nn.Module):
             memory=memory,
             logits_of=record.counting_logits(self.backbone.logits_of),
         )
-        run = self.calls.last = Run(context, record, cache, methods, self.calls.sparse)
+        run = self.calls.last = Run(Decisions.begin(methods, context), record, cache, self.calls.sparse)
         if record.past_length == 0:
             self.calls.records = []
         self.calls.records.append(record)
-        context.begin(methods)
         return run
 
     def _cache_for(self, kwargs: dict[str, Any]) -> AdaptiveCache | None:
@@ -238,7 +240,7 @@ class AdaptedModel(nn.Module):
     @property
     def draft_methods(self) -> list[Method]:
         """What is attached beside `self_speculation`."""
-        return [method for method in self.methods.values() if isinstance(method, Method) and not method.lossless]
+        return [method for method in self.methods.values() if isinstance(method, Method) and not method.is_lossless()]
 
     @contextmanager
     def deciding(self, *stand_ins: Method) -> Iterator[None]:
@@ -276,20 +278,24 @@ class AdaptedModel(nn.Module):
         """What the methods saw and noted of the last forward."""
         return self.last_run.context
 
+    @property
+    def trained_methods(self) -> list[Trained]:
+        """The methods of the last forward that learn, or that change training."""
+        return [method for method in self.active_methods if isinstance(method, Trained)]
+
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """The methods' losses of the last forward, over real tokens, by `method/term`."""
-        losses = {}
-        for name, method in self.methods.items():
-            assert isinstance(method, Method)
-            for term, value in method.auxiliary_losses(self.context).items():
-                losses[f"{name}/{term}"] = value
-        return losses
+        return {
+            f"{method.name}/{term}": value
+            for method in self.trained_methods
+            for term, value in method.auxiliary_losses(self.context).items()
+        }
 
     def outcome_losses(self, logits: Tensor) -> dict[str, Tensor]:
         """Losses from what came out of the last forward, (B, T, V), by `method/term`."""
         return {
             f"{method.name}/{term}": value
-            for method in self.active_methods
+            for method in self.trained_methods
             for term, value in method.outcome_losses(self.context, logits).items()
         }
 
@@ -297,13 +303,13 @@ class AdaptedModel(nn.Module):
         """Losses from what the decisions of the last forward led to, by `method/term`."""
         return {
             f"{method.name}/{term}": value
-            for method in self.active_methods
+            for method in self.trained_methods
             for term, value in method.policy_losses(self.context, token_losses).items()
         }
 
     def exit_states(self) -> dict[str, list[ExitState]]:
         """The exits that the last forward passed, by method, for losses over them."""
-        exits = {method.name: method.exit_states(self.context) for method in self.active_methods}
+        exits = {method.name: method.exit_states(self.context) for method in self.trained_methods}
         return {name: states for name, states in exits.items() if states}
 
     @property

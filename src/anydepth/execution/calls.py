@@ -16,8 +16,8 @@ from torch import nn
 
 if TYPE_CHECKING:
     from anydepth.execution.partial import Run
-    from anydepth.execution.trace import PassRecord
-    from anydepth.methods.method import Method
+    from anydepth.gating.trace import PassRecord
+    from anydepth.methods._base.method import Method
 
 _CHECKPOINT = "_gradient_checkpointing_func"
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.trace import Trace
-from anydepth.methods.method import Method
-from anydepth.methods.shared_batch import batch_mean
+from anydepth.gating.plan import Plan
+from anydepth.gating.shared_batch import batch_mean
+from anydepth.gating.trace import Trace
+from anydepth.methods._base.method import Method
+from anydepth.methods._base.training import Trained
 
 ALL_CLOSED, ALL_OPEN = 0.02, 0.98
 """Mean fraction of tokens that the gates of a method let run, below and above which they have collapsed."""
@@ -98,7 +100,7 @@ def gate_decisions(trace: Trace, methods: Sequence[Method]) -> list[GateDecision
     for method in methods:
         branch = _branch(method)
         layers = sorted(set(method.gated_layers) - _closed(methods, branch))
-        gated = trace.token_mask & (positions >= method.first_gated_position)
+        gated = trace.token_mask & (positions >= method.pool_tokens)
         if layers and bool(gated.any()):
             decisions.append(GateDecisions(method.name, branch, layers, branches[branch][layers][:, gated].cpu()))
     return decisions
@@ -106,18 +108,17 @@ def gate_decisions(trace: Trace, methods: Sequence[Method]) -> list[GateDecision
 
 def _branch(method: Method) -> str:
     """Return what the gates of a method let run."""
-    if method.gates_branches and not method.gates_only_ffns:
-        return "softmax" if method.chooses_mixers else "mixer"
-    return "ffn" if method.gates_only_ffns else "layer"
+    if method.routes_mixers:
+        return "softmax"
+    return "mixer" if "mixer" in method.branches else "ffn" if method.branches == {"ffn"} else "layer"
 
 
 def _closed(methods: Sequence[Method], branch: str) -> frozenset[int]:
     """Return the layers whose `branch` a method without gates closes for every token."""
     closed: frozenset[int] = frozenset()
-    for rules in (method.rules() for method in methods if not method.gated_layers):
-        if rules is not None:
-            own = {"layer": rules.closed_mixers & rules.closed_ffns, "ffn": rules.closed_ffns}
-            closed |= rules.closed_layers | own.get(branch, rules.closed_mixers)
+    for plan in (Plan.of([method]) for method in methods):
+        mixers, ffns = plan.closed["mixer"], plan.closed["ffn"]
+        closed |= plan.closed["layer"] | {"layer": mixers & ffns, "ffn": ffns}.get(branch, mixers)
     return closed
 
 
@@ -179,7 +180,7 @@ def training_metrics(decisions: Sequence[GateDecisions]) -> dict[str, float]:
 
 def gate_warnings(decisions: GateDecisions, method: Method) -> list[str]:
     """Return what is wrong with learned gates, one sentence each, with the numbers and what to change."""
-    if not method.has_learned_gates:
+    if not (isinstance(method, Trained) and method.has_learned_gates):
         return []
     metrics, fractions = decisions.metrics(), decisions.fractions
     collapse = _collapse(method, decisions.branch, metrics["fraction"], metrics["entropy"])
@@ -221,7 +222,7 @@ def lasting_collapse(history: Sequence[dict[str, Any]], methods: Sequence[Method
         is_new = not any(text.startswith(f"{method.name}:") for text in said)
         if len(recent) < num_rows or not is_new or not all(names[0] in row for row in recent):
             continue
-        if not method.has_learned_gates or method.is_frozen:
+        if not isinstance(method, Trained) or not method.has_learned_gates or method.is_frozen:
             continue
         fraction, entropy = (sum(row[name] for row in recent) / num_rows for name in names)
         collapse = _collapse(method, _branch(method), fraction, entropy)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anydepth.execution.alternate import run_alternate, weighted
 from anydepth.execution.calls import Calls
-from anydepth.execution.choice import through_other, weighed
 from anydepth.execution.late import put_exits_back, through_exits
 from anydepth.execution.partial import Forward, PartialRunner, Run
-from anydepth.methods.method import Choice, Gate
+from anydepth.gating.gate import Gate, MixerRouting
 from anydepth.models.backbone import LayerView, first_output
 
 
@@ -60,7 +60,7 @@ class GatedLayer:
         if run is None:
             return self.own_layer(hidden, *args, **kwargs)
         arguments = {**dict(zip(self.view.argument_names, args, strict=False)), **kwargs}
-        gate = run.ask("layer_gate", self.layer_idx, hidden)
+        gate = run.decisions.gate("layer", self.layer_idx, hidden)
         if run.gates_branches:
             self._gate_branches(run, gate, hidden, arguments)
             return self.own_layer(hidden, **arguments)
@@ -97,13 +97,13 @@ class GatedLayer:
 
     def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """A layer gate beside branch gates is a gate on both branches."""
-        mixer_gate = Gate.both(layer_gate, run.ask("mixer_gate", self.layer_idx, hidden))
-        choice = run.choice(self.layer_idx, hidden)
-        run.choices.pop(self.layer_idx, None)
-        if choice is not None:
-            mixer_gate = choice.gate  # nobody else gates mixers beside it
-            run.choices[self.layer_idx] = choice
-            run.record.other_keep[self.layer_idx] = choice.others & run.context.token_mask
+        mixer_gate = Gate.both(layer_gate, run.decisions.gate("mixer", self.layer_idx, hidden))
+        routing = run.decisions.routings.get(self.layer_idx)
+        run.routings.pop(self.layer_idx, None)
+        if routing is not None:
+            mixer_gate = routing.gate  # no other method gates mixers beside it
+            run.routings[self.layer_idx] = routing
+            run.record.other_keep[self.layer_idx] = routing.takes_alternate & run.context.token_mask
         run.layer_gates[self.layer_idx] = layer_gate
         for gates, gate in ((run.mixer_gates, mixer_gate), (run.ffn_gates, layer_gate)):
             gates.pop(self.layer_idx, None)
@@ -143,15 +143,15 @@ class GatedLayer:
         if run is None or gate is None:
             return self.own_mixer(*args, **kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        choice = run.choices.get(self.layer_idx)
-        other = None if choice is None else through_other(run, self.layer_idx, choice, hidden)
+        routing = run.routings.get(self.layer_idx)
+        other = None if routing is None else run_alternate(run, self.layer_idx, routing, hidden)
         if self.runner.is_plain(run, gate):
             return self.own_mixer(hidden, **kwargs)  # others saw the tokens, nobody reads them
         output = self._gated_mixer(run, gate, hidden, kwargs)
         if self.view.mixer_out is self.view.mixer:
-            output = _added(gate, output, choice, other)
+            output = _added(gate, output, routing, other)
         elif other is not None:
-            run.others[self.layer_idx] = other
+            run.alternates[self.layer_idx] = other
         return output if self.view.is_recurrent else (output, None)
 
     def _gated_mixer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -170,9 +170,9 @@ class GatedLayer:
         gate = None if run is None else run.mixer_gates.get(self.layer_idx)
         if run is None or gate is None:
             return output
-        other = run.others.pop(self.layer_idx, None)
-        choice = run.choices.get(self.layer_idx)
-        return _added(gate, output, choice, None if other is None else self.own_mixer_out(other))
+        other = run.alternates.pop(self.layer_idx, None)
+        routing = run.routings.get(self.layer_idx)
+        return _added(gate, output, routing, None if other is None else self.own_mixer_out(other))
 
     # --- FFN ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class GatedLayer:
         gate = run.layer_gates.get(self.layer_idx)
         # In training also where nobody is left: other processes, where somebody is, ask too.
         if gate is None or gate.any_kept or run.context.training:
-            gate = Gate.both(gate, run.ask("ffn_gate", self.layer_idx, residual.view(*run.shape, -1)))
+            gate = Gate.both(gate, run.decisions.gate("ffn", self.layer_idx, residual.view(*run.shape, -1)))
         if gate is not None:
             run.ffn_gates[self.layer_idx] = gate
             self._record(run, gate, ffn=True)
@@ -240,10 +240,10 @@ def _blend(output: Tensor, hidden: Tensor, gate: Gate) -> Tensor:
     return weight * output + (1 - weight) * hidden
 
 
-def _added(gate: Gate, output: Tensor, choice: Choice | None, other: Tensor | None) -> Tensor:
+def _added(gate: Gate, output: Tensor, routing: MixerRouting | None, other: Tensor | None) -> Tensor:
     """What two mixers add together: each for its own tokens, or in training both by their weights."""
     output = _scale(output, gate)
-    return output if choice is None or other is None else output + weighed(choice, other)
+    return output if routing is None or other is None else output + weighted(routing, other)
 
 
 def _scale(output: Tensor, gate: Gate) -> Tensor:

@@ -18,7 +18,7 @@ from anydepth.models.backbone import LayerView, first_output
 
 if TYPE_CHECKING:
     from anydepth.execution.partial import Forward, Run
-    from anydepth.methods.method import Gate
+    from anydepth.gating.gate import Gate
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from anydepth.execution.cache import EMPTY, AdaptiveCache, KVTap
-from anydepth.execution.trace import PassRecord
-from anydepth.methods.method import Choice, Gate, Method, PassContext
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate import Gate, MixerRouting
+from anydepth.gating.plan import Decisions
+from anydepth.gating.trace import PassRecord
 from anydepth.models.backbone import LayerView, first_output
 
 Forward = Callable[..., Any]
@@ -25,22 +27,25 @@ _KEEPS_CACHE = "_can_checkpoint_with_cache"
 
 @dataclass
 class Run:
-    """One forward in progress: its context, cache, record, and the gates asked so far."""
+    """One forward in progress: its decisions, cache, record, and the gates of branches decided so far."""
 
-    context: PassContext
+    decisions: Decisions
     record: PassRecord
     cache: AdaptiveCache | None
-    methods: list[Method]
     sparse: bool
     layer_gates: dict[int, Gate | None] = field(default_factory=dict)  # beside gates of branches
     mixer_gates: dict[int, Gate] = field(default_factory=dict)
-    choices: dict[int, Choice] = field(default_factory=dict)  # their gates are among `mixer_gates`
-    others: dict[int, Tensor] = field(default_factory=dict)  # their outputs, on the way to the norm behind them
+    routings: dict[int, MixerRouting] = field(default_factory=dict)  # their gates are among `mixer_gates`
+    alternates: dict[int, Tensor] = field(default_factory=dict)  # their outputs, on the way to the norm after them
     ffn_gates: dict[int, Gate] = field(default_factory=dict)
     exits_noted: Gate | None = None  # under the K/V rule `recompute`, see `late.py`
-    left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: who has, and states there
+    left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: tokens that exited, and states
     late: Tensor | None = None  # (B, N, D) of tokens of earlier forwards
     has_stopped: bool = False
+
+    @property
+    def context(self) -> PassContext:
+        return self.decisions.context
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,21 +60,7 @@ class Run:
 
     @property
     def gates_branches(self) -> bool:
-        return any(method.gates_branches for method in self.methods)
-
-    def ask(self, which: str, layer_idx: int, hidden: Tensor) -> Gate | None:
-        """The joint answer of all methods about the `layer_gate`, `mixer_gate` or `ffn_gate` of a layer."""
-        answer: Gate | None = None
-        for method in self.methods:
-            answer = Gate.both(answer, getattr(method, which)(layer_idx, hidden, self.context))
-        return answer
-
-    def choice(self, layer_idx: int, hidden: Tensor) -> Choice | None:
-        """Who takes which mixer of a layer; one method alone can have a second one."""
-        for method in self.methods:
-            if method.chooses_mixers:
-                return method.mixer_choice(layer_idx, hidden, self.context)
-        return None
+        return self.decisions.plan.gates_branches
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from anydepth.calibration import knapsack
 from anydepth.calibration.bayesian import Proposals, inner
 from anydepth.calibration.skip_search import STRATEGIES, Candidate, Problem, candidates
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating.context import LogitsOf
 from anydepth.inference.economy import NUM_CLASSES
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.layer import EngineLayer
@@ -25,9 +26,9 @@ from anydepth.inference.engine.model import EngineModel, run_to_stops
 from anydepth.inference.engine.native import NativeLinear
 from anydepth.inference.engine.packing import pack_panels
 from anydepth.inference.engine.weights import INT4_GROUP, Linear
-from anydepth.inference.targets import Row, Target
+from anydepth.inference.targets import PrunedModel, Row, Target
+from anydepth.methods._base.method import Method
 from anydepth.methods.draft_network import DraftNetwork
-from anydepth.methods.method import LogitsOf, Method
 from anydepth.methods.self_speculation import OnlineSearchConfig, SelfSpeculation
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
@@ -93,20 +94,24 @@ class FirstLayers(Drafter):
         return _guesses(*choose(rows, logits, self.vocabulary))
 
 
-class Reduced(Drafter):
-    """The model as attached methods reduce it: a skip set, a router, exits."""
+class Pruned(Drafter):
+    """The model as attached methods prune it: a skip set, a router, exits."""
 
     name = "reduced model"
 
     def __init__(self, methods: Sequence[Method]) -> None:
-        self.methods = list(methods)
+        self.pruned = PrunedModel(methods)
+
+    def start(self, target: Target, num_rows: int) -> None:
+        super().start(target, num_rows)
+        self.pruned.compile()
 
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
         assert self.target is not None
-        return _guesses(*choose(rows, self.target.reduced(rows, self.methods), None))
+        return _guesses(*choose(rows, self.target.prune(rows, self.pruned), None))
 
 
-class Searched(Reduced):
+class Searched(Pruned):
     """A skip set that is searched on the text being generated, every few tokens on the last ones."""
 
     name = "searched skip set"
@@ -131,6 +136,11 @@ class Searched(Reduced):
                 self.number += 1
                 self.look(row, window)
 
+    def choose(self, layers: Iterable[int]) -> None:
+        """Draft without these layers from now on."""
+        self.method.choose(layers)
+        self.pruned.compile()
+
     @abstractmethod
     def look(self, row: Row, window: int) -> None:
         """Choose the set by the last `window` tokens that were seen of a row."""
@@ -143,16 +153,16 @@ class Proposed(Searched):
         super().__init__(method, config)
         layers = list(range(method.num_layers))
         self.proposals = Proposals(inner(layers, self.num_out), self.num_out, len(layers), config.seed)
-        method.choose(self.proposals.next())
+        self.choose(self.proposals.next())
 
     def look(self, row: Row, window: int) -> None:
         assert self.target is not None
         proposal = self.proposals.next()
-        self.method.choose(proposal)
-        said = self.target.rehearse(row, window, self.methods).argmax(-1).tolist()
+        self.choose(proposal)
+        said = self.target.rehearse(row, window, self.pruned).argmax(-1).tolist()
         taken = row.ids[-window:]  # behind each of the tokens seen
         self.proposals.seen[proposal] = sum(a == b for a, b in zip(said, taken, strict=True)) / window
-        self.method.choose(self.proposals.best or proposal)
+        self.choose(self.proposals.best or proposal)
 
 
 class Found(Searched):
@@ -161,13 +171,13 @@ class Found(Searched):
     def __init__(self, method: SkipSet, config: OnlineSearchConfig, adapted: AdaptedModel) -> None:
         super().__init__(method, config)
         self.adapted = adapted
-        method.choose(inner(list(range(method.num_layers)), self.num_out)[-self.num_out :])
+        self.choose(inner(list(range(method.num_layers)), self.num_out)[-self.num_out :])
 
     def look(self, row: Row, window: int) -> None:
         windows = torch.tensor([row.ids[-1 - window : -1]])
         everything = candidates(self.method.num_layers, branches=False)
         found = self.find(Problem(self.adapted, windows, everything, self.num_out), row)
-        self.method.choose(layer_idx for _, layer_idx in found)
+        self.choose(layer_idx for _, layer_idx in found)
 
     def find(self, problem: Problem, row: Row) -> list[Candidate]:
         """Return the layers to leave out for the last tokens of a row."""
@@ -359,7 +369,7 @@ def drafters_of(
     drafters: list[Drafter] = [Lookup()] if config.lookup else []
     drafters += [] if trained is None else [trained]
     drafters += [FirstLayers(layer, head, vocabulary) for layer in config.exit_layers]
-    drafters += [Reduced(others)] if others else []
+    drafters += [Pruned(others)] if others else []
     if config.search is not None:
         skip_set = SkipSet(SkipSetConfig(), adapted.backbone)
         search = SEARCHES.get(config.search.strategy)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.trace import Trace
+from anydepth.gating.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.next_token import GREEDY
 from anydepth.models.tokens import end_ids, padded

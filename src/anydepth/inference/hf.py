@@ -17,31 +17,28 @@ from anydepth.calibration.knapsack import latencies
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.cache import AdaptiveCache
+from anydepth.gating.scores import Known
+from anydepth.gating.spec import GateSpec
 from anydepth.inference.loop import check_mode, generate_by
 from anydepth.inference.speculate import decode, records_of, setup_of
-from anydepth.inference.targets import Row
-from anydepth.methods.method import Gate, KVRule, Method, PassContext
+from anydepth.inference.targets import PrunedModel, Row
+from anydepth.methods._base.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
 
 
 class ExitAt(Method):
-    """All tokens leave in front of one layer, or go on there with those that left before."""
+    """All tokens exit in front of one layer, or continue there with those that exited before."""
 
     name = "exit_at"
     summary = "drafts with the first layers"
 
-    def __init__(self, adapted: AdaptedModel, num_layers: int, *, goes_on: bool) -> None:
+    def __init__(self, adapted: AdaptedModel, num_layers: int, *, continues: bool) -> None:
         super().__init__(SelfSpeculation.Config(), adapted.backbone)
-        self.first_missed, self.goes_on = num_layers, goes_on
+        self.first_missed, self.continues = num_layers, continues
 
-    @property
-    def kv_rule(self) -> KVRule:
-        return "recompute"
-
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        if layer_idx < self.first_missed:
-            return None
-        return Gate(context.token_mask & self.goes_on, "recompute", any_kept=self.goes_on, all_kept=self.goes_on)
+    def gates(self) -> list[GateSpec]:
+        score = Known(1, lambda context: torch.full((1, *context.positions.shape), float(self.continues)))
+        return [GateSpec((self.first_missed,), "layer", score, 0.5, "recompute", exits=True)]
 
 
 class HFTarget:
@@ -53,21 +50,21 @@ class HFTarget:
         self.switch = adapted.backbone.rotary_switch
         self.caches: list[AdaptiveCache] = []
 
-    def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
+    def start(self, rows: Sequence[Row], pruned: PrunedModel | None = None) -> list[Tensor]:
         last = []
         for number, row in enumerate(rows):
             row.slot = number
             self.caches.append(self.adapted.new_cache())
             ids = row.ids[row.num_padding :]
-            if methods:
-                self._forward(row, ids, *methods, logits_to_keep=1)
+            if pruned is not None:
+                self._forward(row, ids, *pruned.methods, logits_to_keep=1)
                 self.caches[number].rewind(0)
             last.append(self._forward(row, ids, logits_to_keep=1)[-1])
         return last
 
     def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
         states = []
-        leaving = ExitAt(self.adapted, self.exit_layer, goes_on=False)
+        leaving = ExitAt(self.adapted, self.exit_layer, continues=False)
         for row in rows:
             with self.adapted.deciding(leaving):
                 ids = torch.tensor([[row.last]], device=self.adapted.device)
@@ -77,15 +74,15 @@ class HFTarget:
             states.append(state)
         return states
 
-    def reduced(self, rows: Sequence[Row], methods: Sequence[Method]) -> Tensor:
-        return torch.stack([self._forward(row, [row.last], *methods)[-1] for row in rows])
+    def prune(self, rows: Sequence[Row], pruned: PrunedModel) -> Tensor:
+        return torch.stack([self._forward(row, [row.last], *pruned.methods)[-1] for row in rows])
 
-    def rehearse(self, row: Row, num_tokens: int, methods: Sequence[Method]) -> Tensor:
+    def rehearse(self, row: Row, num_tokens: int, pruned: PrunedModel) -> Tensor:
         start, cache = row.num_seen - num_tokens, self.caches[row.slot]
         try:
             self.caches[row.slot] = copy.deepcopy(cache)
             self.caches[row.slot].rewind(start)
-            return self._forward(row, row.ids[row.num_padding :][start : row.num_seen], *methods)
+            return self._forward(row, row.ids[row.num_padding :][start : row.num_seen], *pruned.methods)
         finally:
             self.caches[row.slot] = cache
 
@@ -101,7 +98,7 @@ class HFTarget:
                 self.caches[row.slot].rewind(0)
                 own = self._forward(row, row.ids[row.num_padding :], logits_to_keep=1)
             elif self.exit_layer and unseen:
-                own = self._forward(row, unseen, ExitAt(self.adapted, self.exit_layer, goes_on=True))
+                own = self._forward(row, unseen, ExitAt(self.adapted, self.exit_layer, continues=True))
                 late = self.adapted.last_run.late
                 if late is not None:
                     own = torch.cat([self.adapted.backbone.logits_of(late[0]), own])

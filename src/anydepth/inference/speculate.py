@@ -20,14 +20,14 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.trace import PassRecord
+from anydepth.gating.context import LogitsOf
+from anydepth.gating.trace import PassRecord
 from anydepth.inference.counts import Counts
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Reduced, drafters_of
+from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Pruned, drafters_of
 from anydepth.inference.economy import FIRST, NUM_CLASSES, TRY_AGAIN, Economy
 from anydepth.inference.next_token import NextToken, Stops, largest
 from anydepth.inference.targets import Row, Target
 from anydepth.methods.draft_network import DraftNetwork
-from anydepth.methods.method import LogitsOf
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ class Speculation:
 
     def begin(self, rows: list[Row]) -> None:
         """Take in the prompts, and the first token of each. What was begun is to be ended, whatever happens."""
-        reduced = [method for drafter in self.drafters if isinstance(drafter, Reduced) for method in drafter.methods]
-        logits = self.target.start(rows, [method for method in reduced if method.remembers])
+        pruned = [drafter.pruned for drafter in self.drafters if isinstance(drafter, Pruned)]
+        logits = self.target.start(rows, next((model for model in pruned if model.keeps_state), None))
         for drafter in self.drafters:
             drafter.start(self.target, len(rows))
         self._take(rows, [part[None] for part in logits])

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from anydepth.calibration.knapsack import STEPS, now
+from anydepth.gating.plan import Plan
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.engine.native import MAX_TOKENS, same_bits_until
-from anydepth.methods.method import Method
+from anydepth.methods._base.method import Method
 
 
 @dataclass(eq=False)
@@ -50,6 +51,23 @@ class Row:
         return self.draft[-1] if self.draft else self.ids[-1]
 
 
+class PrunedModel:
+    """The model as some methods prune it, to draft with."""
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self.methods = list(methods)
+        self.compile()
+
+    def compile(self) -> None:
+        """Take in what the methods decide now."""
+        self.plan = Plan.of(self.methods)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether decisions depend on the first tokens of a sequence."""
+        return any(method.pool_tokens for method in self.methods)
+
+
 class Target(Protocol):
     """What drafters and verification ask of the model.
 
@@ -62,20 +80,20 @@ class Target(Protocol):
     exit_layer: int
     max_tokens: int | None
 
-    def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
-        """Take in the prompts; (V,) logits behind each. `methods` have to see them, too, for what they remember."""
+    def start(self, rows: Sequence[Row], pruned: PrunedModel | None = None) -> list[Tensor]:
+        """Prefill the prompts; (V,) logits after each. A pruned model that keeps state of sequences sees them too."""
         ...
 
     def first_layers(self, rows: Sequence[Row]) -> list[Tensor]:
         """(1, D) states of each row's last token behind the first layers; verification does not run those again."""
         ...
 
-    def reduced(self, rows: Sequence[Row], methods: Sequence[Method]) -> Tensor:
-        """(R, V) logits behind each row's last token, by the model as its methods reduce it."""
+    def prune(self, rows: Sequence[Row], pruned: PrunedModel) -> Tensor:
+        """Return (R, V) logits after each row's last token, by the pruned model."""
         ...
 
-    def rehearse(self, row: Row, num_tokens: int, methods: Sequence[Method]) -> Tensor:
-        """(N, V) logits of a reduced model behind each of a row's last N tokens that were seen; its K/V stay."""
+    def rehearse(self, row: Row, num_tokens: int, pruned: PrunedModel) -> Tensor:
+        """(N, V) logits of a pruned model behind each of a row's last N tokens that were seen; its K/V stay."""
         ...
 
     def layer_seconds(self, row: Row, num_tokens: int) -> list[float]:
@@ -108,13 +126,13 @@ class EngineTarget:
         self.cache = model.new_cache(num_rows)
         self.stops = sorted({*taps, len(model.layers)})
 
-    def start(self, rows: Sequence[Row], methods: Sequence[Method] = ()) -> list[Tensor]:
+    def start(self, rows: Sequence[Row], pruned: PrunedModel | None = None) -> list[Tensor]:
         last = []
         for row in rows:
-            if methods:
+            if pruned is not None:
                 row.slot = self.cache.take_slot()
                 ids = torch.tensor([row.ids[row.num_padding :]], device=self.model.device)
-                self.model.forward(ids, [row.slot], self.cache, methods)
+                self.model.forward(ids, [row.slot], self.cache, pruned.plan)
                 self.cache.rewind(row.slot, 0)
             last.append(self.read(row)[-1])
         return list(self.model.logits(torch.stack(last)))
@@ -144,17 +162,17 @@ class EngineTarget:
             for row, part in zip(rows, states, strict=True):
                 row.early += part.split(1)
 
-    def reduced(self, rows: Sequence[Row], methods: Sequence[Method]) -> Tensor:
+    def prune(self, rows: Sequence[Row], pruned: PrunedModel) -> Tensor:
         ids = torch.tensor([[row.last] for row in rows], device=self.model.device)
-        states, _ = self.model.forward(ids, [row.slot for row in rows], self.cache, methods)
+        states, _ = self.model.forward(ids, [row.slot for row in rows], self.cache, pruned.plan)
         return self.model.logits(states[:, 0])
 
-    def rehearse(self, row: Row, num_tokens: int, methods: Sequence[Method]) -> Tensor:
+    def rehearse(self, row: Row, num_tokens: int, pruned: PrunedModel) -> Tensor:
         end, start = row.num_seen, row.num_seen - num_tokens
         kept = self.cache.states[:, row.slot, :, start:end].clone()
         self.cache.rewind(row.slot, start)
         ids = torch.tensor([row.ids[row.num_padding :][start:end]], device=self.model.device)
-        states, _ = self.model.forward(ids, [row.slot], self.cache, methods)
+        states, _ = self.model.forward(ids, [row.slot], self.cache, pruned.plan)
         self.cache.rewind(row.slot, start)
         self.cache.states[:, row.slot, :, start:end] = kept
         for kv in self.cache.layers:

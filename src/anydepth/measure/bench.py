@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.config import TextConfig
 from anydepth.errors import RunError, UserError
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.trace import Trace
+from anydepth.gating import cost
+from anydepth.gating.trace import Trace
 from anydepth.inference.engine import verifies_bitwise
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.generate import check_window
@@ -216,7 +216,7 @@ def _is_wide(adapted: AdaptedModel, pairs: list[list[Pair]]) -> bool:
 
 def _reads_what_it_runs(adapted: AdaptedModel) -> bool:
     """Whether a step's bytes are those of the layers in its trace: no drafts beside it, no second mixers."""
-    return adapted.speculation is None and not any(method.chooses_mixers for method in adapted.active_methods)
+    return adapted.speculation is None and not any(method.routes_mixers for method in adapted.active_methods)
 
 
 def _over(first: dict[str, Any], row: dict[str, Any], ratios: Ratios) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from anydepth.calibration.skip_search import num_left_out
 from anydepth.config import ModelConfig, Recipe, StrictConfig
 from anydepth.errors import UserError
 from anydepth.inference.generate import check_window
+from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.method import Method
 from anydepth.methods.compose import build_methods
-from anydepth.methods.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation, SelfSpeculationConfig
 from anydepth.models.backbone import FAMILIES, Backbone
 from anydepth.models.load import source_of
@@ -159,4 +160,4 @@ def _without_weights(config: StrictConfig) -> StrictConfig:
 def _deciding(methods: list[Method]) -> list[Method]:
     """Return the methods whose threshold decides at inference; beside a drafter none does."""
     drafts = any(isinstance(method, SelfSpeculation) for method in methods)
-    return [] if drafts else [method for method in methods if method.compares_scores]
+    return [] if drafts else [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from anydepth.calibration.guarantee import inconsistency
 from anydepth.errors import UserError
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.trace import Trace
+from anydepth.gating import cost
+from anydepth.gating.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.speculate import records_of
 from anydepth.measure.bench import Engine, Pair, row_of
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.self_check import self_check
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
-from anydepth.methods.method import Method
+from anydepth.methods._base.method import Method
 from anydepth.models.tokens import end_ids
 
 CONTROL = "int8"
@@ -66,7 +66,7 @@ def ways_of(adapted: AdaptedModel, engine: Engine, say: Callable[[str], None] = 
     """
     if adapted.speculation is None:
         raise UserError("a comparison needs self_speculation attached; load the target with lossless=True")
-    methods = tuple(method for method in adapted.draft_methods if method.decides_at_inference)
+    methods = tuple(method for method in adapted.draft_methods if not method.is_lossless())
     ways = [Way("full depth", engine, ())]
     if methods:
         ways.append(Way(" + ".join(method.name for method in methods), engine, methods))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating import cost
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.statistics import mean_of_sums
+from anydepth.methods._base.calibration import Calibrated
 from anydepth.training.checkpoint import has_adapter
 from anydepth.training.data import rows_of
 
@@ -93,7 +94,7 @@ def why_the_same(adapted: AdaptedModel, engine: FastEngine | None = None) -> str
         return None
     if adapted.speculation is not None:
         return "drafting does not change scores: full depth verifies every token"
-    if any(method.decides_at_inference for method in adapted.active_methods):
+    if any(not method.is_lossless() for method in adapted.active_methods):
         return None
     return f"{' + '.join(adapted.methods) or 'nothing'} is attached, and every token runs every layer"
 
@@ -154,7 +155,9 @@ def evaluate(
         found |= {"full_depth_adapted": whole.fields(), "agreement_adapted": num_agreeing / sum(whole.counts)}
     if any(ours.other_kept):
         found["mixers"] = ours.mixers()
-    comparing = [method for method in adapted.active_methods if method.compares_scores]
+    comparing = [
+        method for method in adapted.active_methods if isinstance(method, Calibrated) and method.compares_scores
+    ]
     if comparing:
         found["skip_share"] = {method.name: method.skip_share(*ours.shares()) for method in comparing}
     return {**ours.fields(), **found}

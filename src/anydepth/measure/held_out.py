@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.config import TextConfig
 from anydepth.errors import UserError
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.gating import cost
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.weights import WEIGHT_ONLY
 from anydepth.measure.evaluate import evaluate

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from anydepth.errors import UserError
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating import cost
 from anydepth.methods import METHODS
+from anydepth.methods._base.training import Trained
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.delta_rule import build_delta_rule, matched_shape
@@ -102,8 +103,8 @@ def list_methods() -> list[dict[str, Any]]:
             {
                 "name": name,
                 "summary": method.summary,
-                "lossless": method.lossless,
-                "trained": method.trained,
+                "lossless": method.is_lossless(),
+                "trained": issubclass(method, Trained),
                 "options": options,
             }
         )

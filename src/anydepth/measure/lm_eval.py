@@ -29,8 +29,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating import cost
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.results import MEANS, error_name
 from anydepth.measure.shared_prefix import SharedPrefixes

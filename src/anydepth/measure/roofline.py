@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.trace import Trace
+from anydepth.gating import cost
+from anydepth.gating.trace import Trace
 from anydepth.inference.engine import native
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.packing import huge

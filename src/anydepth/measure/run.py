@@ -37,6 +37,7 @@ from anydepth.config import (
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.execution.diagnostics import diagnose, warnings_of
+from anydepth.gating.shared_batch import num_processes
 from anydepth.inference.engine import choose
 from anydepth.inference.generate import generate
 from anydepth.measure.analyze import analyze
@@ -47,7 +48,6 @@ from anydepth.measure.held_out import held_out, split_windows
 from anydepth.measure.results import document, read_document, source_commit, write_json, write_text
 from anydepth.methods import method_class
 from anydepth.methods.self_speculation import SelfSpeculation
-from anydepth.methods.shared_batch import num_processes
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.processes import is_parallel, rank, shards_weights
@@ -224,7 +224,7 @@ class Runner:
         if recipe.drafter is not None:
             fields |= self._train_drafter(recipe.drafter, adapted, tokenizer)
         fields |= self._settle(adapted, tokenizer)
-        if any(method.has_learned_gates for method in adapted.active_methods):
+        if any(method.has_learned_gates for method in adapted.trained_methods):
             fields["gates"] = diagnose(adapted, rows_of(self._windows(recipe.data.train, tokenizer, recipe.data)))
             for text in warnings_of(fields["gates"]):
                 self.say(f"warning: {text}")
@@ -330,7 +330,7 @@ class Runner:
 
     def _decides(self) -> bool:
         """Whether tokens differ in depth: not where all that is attached is lossless, nor where it only drafts."""
-        lossless = [method_class(str(spec["name"]), "methods").lossless for spec in self.recipe.methods]
+        lossless = [method_class(str(spec["name"]), "methods").is_lossless() for spec in self.recipe.methods]
         drafts = any(spec["name"] == SelfSpeculation.name for spec in self.recipe.methods)
         return not all(lossless) and not drafts
 

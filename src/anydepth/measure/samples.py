@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.execution import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating import cost
 from anydepth.measure.statistics import correlation
 from anydepth.training.data import tokenise
 
@@ -146,7 +146,7 @@ def correlations(
     measured = measure_samples(adapted, samples, track)
     columns = {key: torch.tensor([row[key] for row in measured], dtype=torch.double) for key in measured[0]}
     # Tokens that only choose between mixers run every layer. The FLOPs of fixed skips depend on a text's length alone.
-    chooses = any(method.chooses_mixers for method in adapted.active_methods)
+    chooses = any(method.routes_mixers for method in adapted.active_methods)
     is_constant = bool(columns["depth"].min() == columns["depth"].max())
     return {
         "of": ("layer_token_share" if chooses else None) if is_constant else "depth",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,13 @@ from torch import Tensor
 from anydepth.config import StrictConfig
 from anydepth.errors import RunError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating.context import PassContext
+from anydepth.gating.plan import Plan
+from anydepth.gating.scores import Known
+from anydepth.gating.spec import Branch, GateSpec, KVRule
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.weights import WEIGHT_ONLY
-from anydepth.methods.method import Choice, Gate, KVRule, Method, PassContext
+from anydepth.methods._base.method import Method
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 MOST = 0.5
@@ -40,11 +44,9 @@ def self_check(adapted: AdaptedModel, token_ids: Tensor, engines: Sequence[FastE
         _compare("cached and uncached execution", sparse, torch.cat(parts, dim=1), tolerance)
         for engine in engines:
             if engine is not None and engine.model.weights not in WEIGHT_ONLY:
-                state = engine.model.new_cache(1)
+                state, plan = engine.model.new_cache(1), Plan.of(adapted.active_methods)
                 slot, first = state.take_slot(), token_ids[:1]
-                hidden = [
-                    engine.model.forward(first[:, piece], [slot], state, adapted.active_methods)[0] for piece in pieces
-                ]
+                hidden = [engine.model.forward(first[:, piece], [slot], state, plan)[0] for piece in pieces]
                 ours = engine.model.logits(torch.cat(hidden, dim=1))
                 _compare("the fast engine and the model", sparse[:1], ours, tolerance)
 
@@ -66,7 +68,7 @@ def _tolerance(adapted: AdaptedModel, token_ids: Tensor, logits: Tensor) -> floa
 
 
 class Replay(Method):
-    """Decides what the last sequence of a model decided, place by place."""
+    """Decides what the last sequence of a model decided, position by position."""
 
     Config = StrictConfig
     name = "replay"
@@ -75,37 +77,28 @@ class Replay(Method):
     def __init__(self, adapted: AdaptedModel) -> None:
         super().__init__(StrictConfig(), adapted.backbone)
         self.trace = adapted.last_trace
-        self.gates_branches = "recompute" not in self.trace.kv_rules  # of exits, which end whole layers
-        choosing: list[Any] = [method for method in adapted.active_methods if method.chooses_mixers]
-        self.mixers: dict[int, Any] = {int(i): mixer for one in choosing for i, mixer in one.mixers.items()}
+        routing = [spec for method in adapted.active_methods for spec in method.gates() if spec.alternates is not None]
+        self.alternates = {i: mixer for spec in routing for i, mixer in (spec.alternates or {}).items()}
 
-    @property
-    def chooses_mixers(self) -> bool:  # type: ignore[override]
-        return bool(self.mixers)
+    def gates(self) -> list[GateSpec]:
+        trace, gates = self.trace, []
+        for layer_idx, rule in enumerate(trace.kv_rules):
+            mixers, ffns = trace.mixer_keep[layer_idx], trace.ffn_keep[layer_idx]
+            if rule == "recompute":
+                gates.append(self._gate(layer_idx, "layer", mixers, rule))
+                continue
+            alternates = self.alternates if layer_idx in self.alternates else None
+            gates.append(self._gate(layer_idx, "mixer", mixers, rule, alternates))
+            gates.append(self._gate(layer_idx, "ffn", ffns, rule))
+        return gates
 
-    @property
-    def kv_rule(self) -> KVRule | None:
-        return None if self.gates_branches else "recompute"
+    def _gate(
+        self, layer_idx: int, branch: Branch, keep: Tensor, rule: KVRule, alternates: Mapping[int, Any] | None = None
+    ) -> GateSpec:
+        def score(context: PassContext) -> Tensor:
+            return keep.gather(1, context.positions).float()[None]
 
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        if self.trace.kv_rules[layer_idx] != "recompute":
-            return None
-        return self._gate(self.trace.mixer_keep[layer_idx], layer_idx, context)
-
-    def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
-        return self._gate(self.trace.mixer_keep[layer_idx], layer_idx, context)
-
-    def mixer_choice(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Choice | None:
-        if layer_idx not in self.mixers:
-            return None
-        return Choice(self.mixer_gate(layer_idx, hidden, context), self.mixers[layer_idx], None)
-
-    def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate:
-        return self._gate(self.trace.ffn_keep[layer_idx], layer_idx, context)
-
-    def _gate(self, keep: Tensor, layer_idx: int, context: PassContext) -> Gate:
-        kept = keep[None].gather(2, context.positions[None])
-        return Gate.of_plan(kept, context, self.trace.kv_rules[layer_idx])[0]
+        return GateSpec((layer_idx,), branch, Known(1, score), 0.5, rule, alternates=alternates)
 
 
 def _error(ours: Tensor, other: Tensor) -> float:

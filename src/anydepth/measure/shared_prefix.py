@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from anydepth.execution import cost
-from anydepth.execution.trace import PassRecord, Trace
+from anydepth.gating import cost
+from anydepth.gating.plan import Plan
+from anydepth.gating.trace import PassRecord, Trace
 from anydepth.inference.engine.decode import FastEngine
 
 
@@ -43,7 +44,7 @@ class SharedPrefixes:
         filled = [layer.counts[self.slot] for layer in self.cache.layers]
         model, adapted = self.engine.model, self.engine.adapted
         rest = torch.tensor([ids[kept:]], device=model.device)
-        hidden, record = model.forward(rest, [self.slot], self.cache, adapted.active_methods)
+        hidden, record = model.forward(rest, [self.slot], self.cache, Plan.of(adapted.active_methods))
         record.head_rows = num_last
         self.ids, self.records = ids, [*self.records, record]
         self.logits = model.logits(hidden[0, -num_last:])

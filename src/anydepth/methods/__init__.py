@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 
 from anydepth.errors import UserError
+from anydepth.methods._base.method import Method
 from anydepth.methods.early_exit import EarlyExit
 from anydepth.methods.exit_gate import ExitGate
 from anydepth.methods.ffn_router import FFNRouter
 from anydepth.methods.layer_router import LayerRouter
-from anydepth.methods.method import Method
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.methods.mixture_of_depths import MixtureOfDepths
 from anydepth.methods.self_speculation import SelfSpeculation

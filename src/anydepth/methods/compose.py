@@ -1,4 +1,4 @@
-"""Methods out of what a user gives, and which of them can stand side by side."""
+"""Methods out of what a user gives, and which of them can be attached together."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 from anydepth.config import StrictConfig, validate
 from anydepth.errors import UserError
 from anydepth.methods import METHODS, method_class
-from anydepth.methods.method import Method
+from anydepth.methods._base.method import Method
+from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import Backbone
 
 MethodSpec = StrictConfig | Mapping[str, Any]
 
 
 def build_methods(specs: Sequence[MethodSpec], backbone: Backbone) -> list[Method]:
-    """The methods of a model.
+    """Build the methods of a model.
 
     Raises:
         UserError: an unknown method, an option that does not fit the model, or two methods that contradict each other.
@@ -48,11 +49,12 @@ def _refuse_conflicts(methods: list[Method]) -> None:
         if names.count(name) > 1:
             raise UserError(f"method {name} is given twice; one of each can be attached")
     for method in methods:
-        if method.kv_rule == "recompute":
-            _refuse_beside(method, [other for other in methods if other is not method])
-        if method.chooses_mixers:
-            _refuse_beside_choice(method, [other for other in methods if other is not method])
-    by_rule = {method.kv_rule: method.name for method in methods if method.kv_rule is not None}
+        others = [other for other in methods if other is not method]
+        if "recompute" in method.kv_rules:
+            _refuse_beside_recompute(method, others)
+        if method.routes_mixers:
+            _refuse_beside_routing(method, others)
+    by_rule = {rule: method.name for method in methods for rule in method.kv_rules}
     if len(by_rule) > 1:
         raise UserError(
             f"tokens that {by_rule['project']} lets skip leave K/V (project), those of {by_rule['omit']} none (omit); "
@@ -60,21 +62,21 @@ def _refuse_conflicts(methods: list[Method]) -> None:
         )
 
 
-def _refuse_beside_choice(method: Method, others: list[Method]) -> None:
+def _refuse_beside_routing(method: Method, others: list[Method]) -> None:
     for other in others:
-        if other.lossless:
+        if isinstance(other, SelfSpeculation):
             raise UserError(f"{other.name} takes tokens back, which {method.name}'s recurrent mixers cannot")
-        if not other.gates_only_ffns:
+        if other.branches - {"ffn"} or other.is_lossless():
             raise UserError(
                 f"{method.name} has a mixer for every token, {other.name} lets some do without; attach one of them"
             )
 
 
-def _refuse_beside(method: Method, others: list[Method]) -> None:
-    """What `method` runs later is full depth: nobody else may decide about it."""
+def _refuse_beside_recompute(method: Method, others: list[Method]) -> None:
+    """What `method` runs later is full depth: no other method may decide about it."""
     for other in others:
         in_training = method.decides_in_training and other.decides_in_training
-        if in_training or (method.decides_at_inference and other.decides_at_inference):
+        if in_training or not other.is_lossless():
             raise UserError(
                 f"{method.name} with kv_rule recompute runs missing layers later, at full depth, where {other.name} "
                 "would have to decide again; attach it alone, or use kv_rule propagate"

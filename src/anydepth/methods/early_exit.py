@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,24 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anydepth.config import StrictConfig, training_field
-from anydepth.methods.exit_progress import ExitProgress
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import (
-    Doubt,
-    ExitState,
-    Gate,
-    KVRule,
-    Method,
-    PassContext,
-    Rules,
-    Threshold,
-    check_layers,
-)
-from anydepth.methods.thresholds import has_nan, one_per_layer
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.scores import ClassifierConfidence, HeadConfidence, Score, StateDelta
+from anydepth.gating.spec import GateSpec, KVRule, PositionThreshold
+from anydepth.methods._base.calibration import Calibrated, has_nan, one_per_layer
+from anydepth.methods._base.method import Method, check_layers
+from anydepth.methods._base.training import ExitState, Trained, TrainingState
 from anydepth.models.backbone import Backbone
-
-CHUNK = 256
-"""Tokens whose logits exist at a time."""
 
 
 class EarlyExitConfig(StrictConfig):
@@ -127,12 +119,20 @@ def _read_thresholds(path: str) -> tuple[object, object]:
     return found, layers
 
 
-class EarlyExit(Method):
+@dataclass
+class EarlyExitState(TrainingState):
+    """One training forward: the states in front of layers with an exit, by layer."""
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+
+class EarlyExit(Trained, Calibrated, Method):
     """Decides in front of chosen layers, by confidence in what the head says of the state there."""
 
     Config = EarlyExitConfig
+    State = EarlyExitState
     name = "early_exit"
-    summary = "tokens leave at chosen layers once the head is sure of them"
+    summary = "tokens exit at chosen layers once the head is sure of them"
     budget_option = "thresholds"
     decides_in_training = False
     vocabulary: Tensor | None
@@ -156,6 +156,7 @@ class EarlyExit(Method):
             start = torch.zeros(1)
             self.networks = {i: GateNetwork(backbone.hidden_size, [], start, self.generator) for i in self.layers}
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
+        self.captured = sorted({*self.loss_layers, *self.layers})
         self.progress = 0.0
         self.step = 0
 
@@ -183,101 +184,37 @@ class EarlyExit(Method):
     def set_progress(self, progress: float, step: int = 0) -> None:
         self.progress, self.step = progress, step
 
-    def begin(self, context: PassContext) -> ExitProgress:
-        return ExitProgress()
+    def gates(self) -> list[GateSpec]:
+        rule: KVRule = "recompute" if self.config.kv_rule == "recompute" else "project"
+        return [
+            GateSpec((i,), "layer", self._score(i), self._threshold(limit), rule, exits=True)
+            for i, limit in self.thresholds_of(self.config).items()
+        ]
 
-    @property
-    def gated_layers(self) -> list[int]:
-        return list(range(self.layers[0], self.num_layers))
-
-    @property
-    def kv_rule(self) -> KVRule:
-        return "recompute" if self.config.kv_rule == "recompute" else "project"
-
-    def is_asked(self, layer_idx: int) -> bool:
-        """Whether anybody could leave in front of a layer."""
-        return layer_idx in self.layers and (self.is_watched or self.thresholds_of(self.config)[layer_idx] <= 1)
-
-    def rules(self) -> Rules | None:
-        limits = self.thresholds_of(self.config)
-        if min(limits.values()) > 1:
-            return self.keep_rules((), Rules)
-        if self.config.confidence == "cosine" or self.config.decay is not None or self.kv_rule == "recompute":
-            return None
-
-        def make() -> Rules:
-            reachable = {layer_idx: limit for layer_idx, limit in limits.items() if limit <= 1}
-            return Rules(layers={layer_idx: self._gate(layer_idx, limit) for layer_idx, limit in reachable.items()})
-
-        return self.keep_rules(tuple(limits.values()), make)
-
-    def _gate(self, layer_idx: int, limit: float) -> Threshold:
-        """A token goes on if its doubt is above that of its threshold."""
-        if self.networks:  # the logit of "not yet"
-            return Threshold(self.networks[layer_idx], _logit(1 - limit), layer_idx, leaves=True)
-        doubt = Doubt(self.config.confidence, self.vocabulary, self.head_flops)
-        return Threshold(doubt, -limit, layer_idx, leaves=True)
-
-    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
-        if not context.states[self.name].any_left:
-            return False
-        return self.is_asked(layer_idx) or (self.config.confidence == "cosine" and self.is_asked(layer_idx + 1))
-
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        if self.samples(context):
-            if layer_idx in self.loss_layers or layer_idx in self.layers:
-                context.notes.setdefault(self.name, {})[layer_idx] = hidden
-            return None
-        progress = context.states[self.name]
-        came = progress.arrive(layer_idx)
-        if self.reads_state(layer_idx, context):
-            if self.config.confidence == "cosine":
-                progress.states[layer_idx] = hidden
-            if self.is_asked(layer_idx):
-                progress.gate = self._decide(layer_idx, hidden, context, came)
-        return progress.gate
-
-    def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext, came: Gate | None) -> Gate:
-        sure = self.confidence(layer_idx, hidden, context)
-        self.note_scores(-self._just_exits(sure, context), context)
-        stays = sure < self._limit(self.thresholds_of(self.config)[layer_idx], context)
-        if came is not None and not came.all_kept:
-            stays = stays & came.keep
-        return Gate.of_plan(stays[None], context, self.kv_rule)[0]
-
-    def _limit(self, threshold: float, context: PassContext) -> Tensor | float:
-        """λ at each token's place (CALM, equation 5)."""
-        if self.config.decay is None:
-            return threshold
-        decayed = torch.exp(-self.config.decay * context.positions / self.config.decay_length)
-        return (0.9 * threshold + 0.1 * decayed).clamp(0, 1) if threshold <= 1 else threshold
-
-    def _just_exits(self, sure: Tensor, context: PassContext) -> Tensor:
-        """Return the largest λ at which tokens of (B, T) confidences exit: the inverse of `_limit`."""
-        if self.config.decay is None:
-            return sure
-        return ((sure - self._limit(0.0, context)) / 0.9).clamp(max=1)
-
-    @torch.no_grad()
-    def confidence(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Tensor:
-        """(B, T) in [0, 1] (cosine: [−1, 1]) of (B, T, D) states in front of a layer."""
+    def _score(self, layer_idx: int) -> Score:
         kind = self.config.confidence
         if kind == "classifier":
-            return torch.sigmoid(-context.evaluate(self.networks[layer_idx], hidden)[..., 0])
+            return ClassifierConfidence(self.networks[layer_idx], layer_idx)
         if kind == "cosine":
-            before = context.states[self.name].states[layer_idx - 1]
-            return F.cosine_similarity(hidden.float(), before.float(), dim=-1)
-        assert context.logits_of is not None, "executions give the head"
-        came = context.states[self.name].arrived[layer_idx]
-        asked = context.token_mask if came is None else came.keep
-        sure = hidden.new_zeros(asked.shape, dtype=torch.float32)
-        logits_of, vocabulary = context.logits_of, self.vocabulary
-        # Logits of a few tokens exist at a time: of a long prompt they would be larger than the model.
-        parts = [_sureness(kind, logits_of(part, vocabulary).float()) for part in hidden[asked].split(CHUNK)]
-        sure[asked] = torch.cat(parts) if parts else sure[asked]
-        return sure
+            return StateDelta(layer_idx)
+        return HeadConfidence(kind, self.vocabulary, layer_idx, self.head_flops)
+
+    def _threshold(self, limit: float) -> float | PositionThreshold:
+        """Return what minus a confidence must be above for a token to continue."""
+        if self.config.decay is None:
+            return -limit
+        return PositionThreshold(-limit, self.config.decay, self.config.decay_length)
 
     # --- training ----------------------------------------------------------------------------------------------
+
+    def training_gates(self, context: PassContext) -> list[GateSpec]:
+        return []  # no token exits
+
+    def captured_layers(self) -> Sequence[int]:
+        return self.captured
+
+    def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None:
+        self.state(context).states[layer_idx] = hidden
 
     def weights(self) -> dict[int, float]:
         """e(l) of the exits that pay now, by the layer in front of which they are; the last layer's is 1.
@@ -297,38 +234,21 @@ class EarlyExit(Method):
         return True
 
     def exit_states(self, context: PassContext) -> list[ExitState]:
-        notes, weights = context.notes.get(self.name, {}), self.weights()
-        ones = context.token_mask.float()
-        return [ExitState(notes[i], weight * ones) for i, weight in weights.items() if weight and i in notes]
+        states, ones = self.state(context).states, context.token_mask.float()
+        return [ExitState(states[i], weight * ones) for i, weight in self.weights().items() if weight and i in states]
 
     def outcome_losses(self, context: PassContext, logits: Tensor) -> dict[str, Tensor]:
         """`classifier`: cross-entropy of whether an exit's first choice is the last layer's, mean over real tokens."""
-        notes = context.notes.get(self.name, {})
-        if not self.networks or not notes or context.logits_of is None:
+        states = self.state(context).states
+        if not self.networks or not states or context.logits_of is None:
             return {}
         real, losses = context.token_mask, []
         with torch.no_grad():
             final = logits.argmax(-1)
         for layer_idx, network in self.networks.items():
-            states = notes[layer_idx].detach()
+            hidden = states[layer_idx].detach()
             with torch.no_grad():
-                differs = (context.logits_of(states, None).argmax(-1) != final).float()
-            logit = context.evaluate(network, states)[..., 0]
+                differs = (context.logits_of(hidden, None).argmax(-1) != final).float()
+            logit = context.evaluate(network, hidden)[..., 0]
             losses.append(F.binary_cross_entropy_with_logits(logit[real], differs[real]))
         return {"classifier": self.config.classifier_weight * torch.stack(losses).mean()}
-
-
-def _sureness(kind: str, logits: Tensor) -> Tensor:
-    """(N,) of (N, V) logits."""
-    whole = logits.logsumexp(-1)
-    if kind == "max_probability":
-        return (logits.max(-1).values - whole).exp()
-    if kind == "margin":
-        first, second = logits.topk(2).values.unbind(-1)
-        return (first - whole).exp() - (second - whole).exp()
-    shares = logits - whole[:, None]
-    return 1 + (shares.exp() * shares).sum(-1) / math.log(logits.shape[-1])
-
-
-def _logit(share: float) -> float:
-    return math.inf if share >= 1 else -math.inf if share <= 0 else math.log(share / (1 - share))

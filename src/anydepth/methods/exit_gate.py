@@ -9,6 +9,7 @@ learn. Lossy.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,10 +17,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from anydepth.config import SHARE_AT_INFERENCE, StrictConfig, training_field
-from anydepth.methods.exit_progress import ExitProgress
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import ExitState, Gate, KVRule, Method, PassContext, Rules, Threshold, check_layers
-from anydepth.methods.shared_batch import batch_mean
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Sample
+from anydepth.gating.scores import Network
+from anydepth.gating.shared_batch import batch_mean
+from anydepth.gating.spec import GateSpec, KVRule
+from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.method import Method, check_layers
+from anydepth.methods._base.training import ExitState, Trained, TrainingState
 from anydepth.models.backbone import Backbone
 
 
@@ -64,12 +70,20 @@ class ExitGateConfig(StrictConfig):
         return self
 
 
-class ExitGate(Method):
-    """Decides per token in front of each layer of `layers` whether it leaves; the rest of the layers it then skips."""
+@dataclass
+class ExitGateState(TrainingState):
+    """One training forward: the states in front of each gate, and its logits over the threshold, by layer."""
+
+    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class ExitGate(Trained, Calibrated, Method):
+    """Decides per token in front of each layer of `layers` whether it exits; the rest of the layers it then skips."""
 
     Config = ExitGateConfig
+    State = ExitGateState
     name = "exit_gate"
-    summary = "gates in front of chosen layers let tokens leave early"
+    summary = "gates in front of chosen layers let tokens exit early"
     budget_option = "threshold"
 
     def __init__(self, config: ExitGateConfig, backbone: Backbone) -> None:
@@ -82,12 +96,12 @@ class ExitGate(Method):
         self.networks = {layer_idx: GateNetwork(size, config.widths, start, self.generator) for layer_idx in layers}
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
 
-    def begin(self, context: PassContext) -> ExitProgress:
-        return ExitProgress()
-
-    @property
-    def gated_layers(self) -> range:
-        return range(min(self.networks), self.num_layers)
+    def gates(self) -> list[GateSpec]:
+        rule: KVRule = "recompute" if self.config.kv_rule == "recompute" else "project"
+        return [
+            GateSpec((i,), "layer", Network(network, i), self.config.threshold, rule, exits=True)
+            for i, network in self.networks.items()
+        ]
 
     @property
     def target_share(self) -> float | None:
@@ -95,76 +109,42 @@ class ExitGate(Method):
             return None
         return min((1 - self.config.target_depth) * self.num_layers / len(self.gated_layers), 1.0)
 
-    @property
-    def kv_rule(self) -> KVRule:
-        return "recompute" if self.config.kv_rule == "recompute" else "project"
-
-    def rules(self) -> Rules | None:
-        if self.kv_rule == "recompute":
-            return None  # layers run for more tokens than those of a pass
-        threshold = self.config.threshold
-
-        def make() -> Rules:
-            return Rules(layers={i: Threshold(part, threshold, i, leaves=True) for i, part in self.networks.items()})
-
-        return self.keep_rules(None, make)
-
-    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
-        return layer_idx in self.networks and context.states[self.name].any_left
-
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        progress = context.states[self.name]
-        came = progress.arrive(layer_idx)
-        # In training also where nobody came: gates learn from their soft shares, whoever was drawn to leave.
-        if self.reads_state(layer_idx, context) or (layer_idx in self.networks and self.samples(context)):
-            progress.gate = self._decide(layer_idx, hidden, context, came)
-        return progress.gate
-
-    def _decide(self, layer_idx: int, hidden: Tensor, context: PassContext, came: Gate | None) -> Gate:
-        logit = context.evaluate(self.networks[layer_idx], hidden.detach())[..., 0]
-        goes_on = logit > self.config.threshold
-        if self.samples(context):
-            margin = logit - self.config.threshold
-            context.notes.setdefault(self.name, {})[layer_idx] = (hidden, margin)
-            noise = self.logistic_noise(margin, context, layer_idx)
-            goes_on = margin + self.config.forward_temperature * noise > 0
-        else:
-            self.note_scores(logit, context)
-        if came is not None and not came.all_kept:
-            goes_on = goes_on & came.keep
-        return Gate.of_plan(goes_on[None], context, self.kv_rule)[0]
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
+        layer_idx, margin = spec.layers[0], scores[0] - self.config.threshold
+        self.state(context).seen[layer_idx] = (hidden, margin)
+        noise = self.logistic_noise(margin, context, layer_idx)
+        return Sample((margin + self.config.forward_temperature * noise > 0)[None])
 
     def _distribution(self, context: PassContext) -> tuple[list[Tensor], Tensor]:
-        """p(l) of each gate passed, (B, T) each, and what is left for the last layer."""
-        left, leaving = None, []
-        for _, margin in context.notes[self.name].values():
+        """Return p(l) of each gate passed, (B, T) each, and what remains for the last layer."""
+        remaining, leaving = None, []
+        for _, margin in self.state(context).seen.values():
             soft = torch.sigmoid(-margin / self.config.backward_temperature)
-            left = torch.ones_like(soft) if left is None else left
-            leaving.append(left * soft)
-            left = left * (1 - soft)
-        assert left is not None
-        return leaving, left
+            remaining = torch.ones_like(soft) if remaining is None else remaining
+            leaving.append(remaining * soft)
+            remaining = remaining * (1 - soft)
+        assert remaining is not None
+        return leaving, remaining
 
     def exit_states(self, context: PassContext) -> list[ExitState]:
-        notes = context.notes.get(self.name)
-        if not notes or not self.config.expected_weight:
+        seen = self.state(context).seen
+        if not seen or not self.config.expected_weight:
             return []
-        leaving, left = self._distribution(context)
+        leaving, remaining = self._distribution(context)
         weight, floor = self.config.expected_weight, self.config.floor
         exits = [
-            ExitState(hidden, weight * (part + floor))
-            for (hidden, _), part in zip(notes.values(), leaving, strict=True)
+            ExitState(hidden, weight * (part + floor)) for (hidden, _), part in zip(seen.values(), leaving, strict=True)
         ]
-        return [*exits, ExitState(None, weight * left)]
+        return [*exits, ExitState(None, weight * remaining)]
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """`target`: β·(expected depth − d*)², the mean over real tokens."""
-        notes = context.notes.get(self.name)
-        if not notes or not self.config.target_weight:
+        seen = self.state(context).seen
+        if not seen or not self.config.target_weight:
             return {}
-        leaving, left = self._distribution(context)
-        share = left
-        for layer_idx, part in zip(notes, leaving, strict=True):
+        leaving, remaining = self._distribution(context)
+        share = remaining
+        for layer_idx, part in zip(seen, leaving, strict=True):
             share = share + part * layer_idx / self.num_layers
         depth = batch_mean(share[context.token_mask].mean())
         return {"target": self.config.target_weight * (depth - self.config.target_depth) ** 2}

@@ -8,6 +8,7 @@ the gate's gradient straight through; inference compares with the same quantile,
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from pydantic import Field, model_validator
@@ -15,18 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anydepth.config import SHARE_AT_INFERENCE, StrictConfig, training_field
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import (
-    Gate,
-    Method,
-    PassContext,
-    Rules,
-    Threshold,
-    check_layers,
-)
-from anydepth.methods.score_quantiles import empty_table
-from anydepth.methods.shared_batch import batch_mean, batch_rows
-from anydepth.methods.thresholds import has_nan, one_per_layer
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Sample
+from anydepth.gating.scores import Network
+from anydepth.gating.shared_batch import batch_mean, batch_rows
+from anydepth.gating.spec import GateSpec
+from anydepth.methods._base.calibration import Calibrated, has_nan, one_per_layer
+from anydepth.methods._base.method import Method, check_layers
+from anydepth.methods._base.score_quantiles import empty_table
+from anydepth.methods._base.training import Trained, TrainingState
 from anydepth.models.backbone import Backbone
 
 
@@ -70,14 +69,22 @@ class FFNRouterConfig(StrictConfig):
         return self
 
 
-class FFNRouter(Method):
+@dataclass
+class FFNRouterState(TrainingState):
+    """One training forward, by layer: scores and their margins over the threshold, and the thresholds."""
+
+    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    thresholds: dict[int, float] = field(default_factory=dict)
+
+
+class FFNRouter(Trained, Calibrated, Method):
     """Decides per token and layer, in front of the FFN, whether it runs."""
 
     Config = FFNRouterConfig
+    State = FFNRouterState
     name = "ffn_router"
     scheduled = ("capacity",)
     summary = "a score per token and layer decides whether the FFN runs"
-    gates_branches = gates_only_ffns = True
     budget_option = "threshold"
     has_threshold_per_layer = True
 
@@ -87,11 +94,11 @@ class FFNRouter(Method):
         super().__init__(config, backbone)
         layers = list(range(1, self.num_layers)) if config.layers is None else config.layers
         check_layers(layers, self.num_layers, "layers")
-        self.places = {layer_idx: place for place, layer_idx in enumerate(layers)}
+        self.columns = {layer_idx: column for column, layer_idx in enumerate(layers)}
         size, start = backbone.hidden_size, torch.zeros(1)
-        self.networks = [GateNetwork(size, config.widths, start, self.generator) for _ in layers]
-        self.by_layer = nn.ModuleDict({str(layer): part for layer, part in zip(layers, self.networks, strict=True)})
-        for network in self.networks:
+        self.networks = {i: GateNetwork(size, config.widths, start, self.generator) for i in layers}
+        self.by_layer = nn.ModuleDict({str(i): network for i, network in self.networks.items()})
+        for network in self.networks.values():
             nn.init.normal_(network.direct.weight, std=0.02, generator=self.generator)  # no two tokens alike
         self.register_buffer("thresholds", torch.full((len(layers),), -math.inf))  # until training has seen scores
         one_per_layer(config.threshold, layers, "threshold")
@@ -106,67 +113,46 @@ class FFNRouter(Method):
         first, last = self.config.initial_capacity, self.config.capacity
         self.capacity = last + (first - last) * max(1 - 2 * progress, 0)
 
-    def begin(self, context: PassContext) -> list[float]:
-        return self._limits()
+    def gates(self) -> list[GateSpec]:
+        limits = one_per_layer(self.config.threshold, list(self.columns), "threshold")
+        return [
+            GateSpec((i,), "ffn", Network(network, i), limits[i], offset=quantile)
+            for (i, network), quantile in zip(self.networks.items(), self.thresholds.tolist(), strict=True)
+        ]
 
-    def _limits(self) -> list[float]:
-        offsets = one_per_layer(self.config.threshold, self.gated_layers, "threshold").values()
-        return [quantile + offset for quantile, offset in zip(self.thresholds.tolist(), offsets, strict=True)]
-
-    @property
-    def gated_layers(self) -> list[int]:
-        return list(self.places)
-
-    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
-        return layer_idx in self.places
-
-    def rules(self) -> Rules:
-        limits = self._limits()
-
-        def make() -> Rules:
-            return Rules(
-                ffns={i: Threshold(self.networks[place], limits[place], i) for i, place in self.places.items()}
-            )
-
-        return self.keep_rules(limits, make)
-
-    def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        place = self.places.get(layer_idx)
-        if place is None:
-            return None
-        score = context.evaluate(self.networks[place], hidden.detach())[..., 0]
-        if not self.samples(context):
-            self.note_scores(score - self.thresholds[place], context, layer_idx)
-            return Gate.of_plan((score > context.states[self.name][place])[None], context, "project")[0]
-        threshold = self._quantile(place, score, context)
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
+        layer_idx, score = spec.layers[0], scores[0]
+        threshold = self._quantile(layer_idx, score, context)
         keep = score > threshold
         margin = (score - threshold) / self.config.backward_temperature
         soft = torch.sigmoid(margin)
         weight = (keep.float() + soft - soft.detach()) * context.token_mask
-        context.notes.setdefault(self.name, {})[layer_idx] = (score, margin)
-        return Gate.of_plan(keep[None], context, "project", weight[None])[0]
+        self.state(context).seen[layer_idx] = (score, margin)
+        return Sample(keep[None], weight[None])
 
     @torch.no_grad()
-    def _quantile(self, place: int, score: Tensor, context: PassContext) -> float:
-        """The running score that a share `capacity` of real tokens is above. Seen once per forward: checkpointing asks
-        again, and must get the same answer."""
-        seen = context.notes.setdefault(f"{self.name}/quantile", {})
-        if place not in seen:
+    def _quantile(self, layer_idx: int, score: Tensor, context: PassContext) -> float:
+        """Return the running score that a fraction `capacity` of real tokens is above.
+
+        Updated once per forward: checkpointing asks again, and must get the same answer.
+        """
+        known, column = self.state(context).thresholds, self.columns[layer_idx]
+        if layer_idx not in known:
             scores = batch_rows(score[context.token_mask].float())
             now = torch.quantile(scores, 1 - self.capacity).item()
-            before = self.thresholds[place].item()
+            before = self.thresholds[column].item()
             momentum = self.config.quantile_momentum if math.isfinite(before) else 0.0
-            seen[place] = now if not momentum else momentum * before + (1 - momentum) * now
-            self.thresholds[place] = seen[place]
-        return seen[place]
+            known[layer_idx] = now if not momentum else momentum * before + (1 - momentum) * now
+            self.thresholds[column] = known[layer_idx]
+        return known[layer_idx]
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """`z_loss`, `entropy` and `capacity`, means over real tokens and layers."""
-        notes = context.notes.get(self.name)
-        if not notes:
+        seen, real = self.state(context).seen, context.token_mask
+        if not seen:
             return {}
-        score = torch.stack([score[context.token_mask] for score, _ in notes.values()])  # (layers, N)
-        margin = torch.stack([margin[context.token_mask] for _, margin in notes.values()])
+        score = torch.stack([score[real] for score, _ in seen.values()])  # (layers, N)
+        margin = torch.stack([margin[real] for _, margin in seen.values()])
         soft = torch.sigmoid(margin)
         # Of the logits: from a probability that has rounded to 0 or 1 it has no gradient.
         entropy = (F.softplus(margin) - margin * soft).mean()

@@ -10,10 +10,7 @@ al. 2023); Router-Tuning (He et al. 2024).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -21,19 +18,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from anydepth.config import CONTROL_ALONE, SHARE_AT_INFERENCE, StrictConfig, training_field
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import (
-    Gate,
-    KnownScores,
-    Method,
-    PassContext,
-    Rules,
-    SkipRule,
-    Threshold,
-    check_layers,
-    uniform_by_place,
-)
-from anydepth.methods.shared_batch import batch_mean
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Sample
+from anydepth.gating.scores import Known, Network, PooledNetwork, Score
+from anydepth.gating.shared_batch import batch_mean
+from anydepth.gating.spec import GateSpec, SkipRule
+from anydepth.gating.uniform import uniform_by_position
+from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.method import Method, check_layers
+from anydepth.methods._base.training import Trained, TrainingState
 from anydepth.models.backbone import Backbone
 
 
@@ -138,21 +132,6 @@ class LayerRouterConfig(StrictConfig):
         return self
 
 
-@dataclass
-class RouterState:
-    """What one forward decides.
-
-    Attributes:
-        pool_tokens: first tokens of a sequence that its plan is made from, where it has one.
-        is_pooling: whether some tokens of this forward are among those.
-        gates: of routed layers, once their router has read.
-    """
-
-    pool_tokens: int = 0
-    is_pooling: bool = True
-    gates: dict[int, Gate] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, eq=False)
 class Sampled:
     """What a training forward sampled for G routed layers.
@@ -169,10 +148,18 @@ class Sampled:
     keep: Tensor
 
 
-class LayerRouter(Method):
-    """Decides, after `always_keep` layers or from the embeddings, which of the layers behind them are run."""
+@dataclass
+class RouterState(TrainingState):
+    """One training forward: what was sampled, by layer whose input was read."""
+
+    sampled: dict[int, Sampled] = field(default_factory=dict)
+
+
+class LayerRouter(Trained, Calibrated, Method):
+    """Decides, after `always_keep` layers or from the embeddings, which of the later layers are run."""
 
     Config = LayerRouterConfig
+    State = RouterState
     name = "layer_router"
     scheduled = ("backward_temperature",)
     summary = "a trained router decides per token or sequence which layers, or mixers, to run"
@@ -187,7 +174,6 @@ class LayerRouter(Method):
             raise ValueError(
                 f"always_keep is {config.always_keep}; this model has {self.num_layers} layers, keep fewer"
             )
-        self.gates_branches = config.branch == "mixer"
         self.routed = list(range(config.always_keep, self.num_layers))
         first = 0 if config.input == "embeddings" else config.always_keep
         self.read_at = {first: self.routed} if config.reads == "parallel" else {i: [i] for i in self.routed}
@@ -198,7 +184,7 @@ class LayerRouter(Method):
         check_layers(config.initial_skip_layers, self.num_layers, "initial_skip_layers")
         self.backward_temperature = config.backward_temperature
         self.learns_by_policy = config.estimator == "reinforce"
-        self.pinned: Tensor | None = None
+        self.draws_once = config.granularity == "batch"
         self.networks: dict[int, GateNetwork] = {}
         """By layer whose input they read; random gates have none."""
         if config.router == "learned":
@@ -224,173 +210,68 @@ class LayerRouter(Method):
         first, last = self.config.backward_temperature, self.config.final_backward_temperature
         self.backward_temperature = first if last is None else first * (last / first) ** progress
 
-    @property
-    def gated_layers(self) -> list[int]:
-        return self.routed
+    def gates(self) -> list[GateSpec]:
+        return self._gates(self.config.pool_tokens)
 
-    @property
-    def first_gated_position(self) -> int:
-        return 0 if self.config.granularity == "token" else self.config.pool_tokens
+    def _gates(self, pool_tokens: int, *, shares_batch: bool = False) -> list[GateSpec]:
+        config, gates = self.config, []
+        for read_at, layers in self.read_at.items():
+            score: Score = Known(len(layers), self._random_scores)
+            if self.networks and config.granularity == "token":
+                score = Network(self.networks[read_at], read_at)
+            elif self.networks:
+                key = f"{self.name}/{read_at}"
+                score = PooledNetwork(self.networks[read_at], read_at, pool_tokens, key, shares_batch=shares_batch)
+            threshold = config.threshold if self.networks else 0.0
+            gates.append(GateSpec(tuple(layers), config.branch, score, threshold, config.kv_rule))
+        return gates
 
-    @property
-    def compares_scores(self) -> bool:
-        return bool(self.networks)
+    def training_gates(self, context: PassContext) -> list[GateSpec]:
+        if self.config.granularity == "token":
+            return self.gates()
+        # A split point between half and twice as many tokens.
+        drawn = torch.rand((), generator=self.generator).item()
+        longest = max(context.token_mask.shape[1] - 1, 1)
+        pool_tokens = max(min(round(self.config.pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
+        return self._gates(pool_tokens, shares_batch=self.draws_once)
 
     @property
     def target_share(self) -> float | None:
         aims = self.config.target_weight or self.config.target_rule == "lagrange"
         return self.config.target_skip if aims else None
 
-    @property
-    def remembers(self) -> bool:
-        return self.config.granularity == "sequence"
-
-    def begin(self, context: PassContext) -> RouterState:
-        if self.config.granularity == "token":
-            return RouterState()
-        pool_tokens = self.config.pool_tokens
-        if self.samples(context):  # a split point between half and twice as many
-            drawn = torch.rand((), generator=self.generator).item()
-            longest = max(context.token_mask.shape[1] - 1, 1)
-            pool_tokens = max(min(round(pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
-        return RouterState(pool_tokens, bool((context.positions < pool_tokens).any()))
-
-    @property
-    def kv_rule(self) -> SkipRule:
-        return self.config.kv_rule
-
-    def rules(self) -> Rules | None:
-        config = self.config
-        if self.pinned is not None or config.kv_rule != "project":
-            return None
-
-        def make() -> Rules:
-            threshold = config.threshold if self.networks else 0.0
-            gates = {}
-            for read_at, layers in self.read_at.items():
-                scores: GateNetwork | KnownScores | None = None
-                if config.granularity == "token":
-                    scores = self.networks.get(read_at)
-                scores = scores or KnownScores(len(layers), partial(self._known_scores, read_at))
-                gates |= {i: Threshold(scores, threshold, read_at, column) for column, i in enumerate(layers)}
-            return Rules(mixers=gates) if config.branch == "mixer" else Rules(layers=gates)
-
-        return self.keep_rules(None, make)
-
-    def _known_scores(self, read_at: int, context: PassContext) -> Tensor | None:
-        """Of random gates, or of sequences whose plan is made."""
-        if not self.networks:
-            return self._random_scores(context)
-        if bool((context.positions < self.config.pool_tokens).any()):
-            return None
-        return self._known_logits(read_at, context).expand(-1, *context.positions.shape)
-
-    def _known_logits(self, read_at: int, context: PassContext) -> Tensor:
-        """(G, B, 1) logits that sequences were given by what was read at a layer."""
-        known = torch.zeros(len(context.positions), len(self.read_at[read_at]), device=context.positions.device)
-        return context.memory.recall(f"{self.name}/{read_at}/logits", known).T[..., None]
-
-    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
-        return layer_idx in self.read_at and context.states[self.name].is_pooling
-
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self._gate(layer_idx, hidden, context) if self.config.branch == "layer" else None
-
-    def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return self._gate(layer_idx, hidden, context) if self.config.branch == "mixer" else None
-
-    def _gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        gates, layers = context.states[self.name].gates, self.read_at.get(layer_idx)
-        if layers is not None:
-            gates.update(zip(layers, self._plan(layer_idx, hidden, context), strict=True))
-        return gates.get(layer_idx)
-
-    @contextmanager
-    def pinning(self, keep: Tensor) -> Iterator[None]:
-        """Gates from outside, (G, B or 1, T or 1) bool, whatever the network says: to measure what layers are worth."""
-        self.pinned = keep
-        try:
-            yield
-        finally:
-            self.pinned = None
-
     # --- decisions -----------------------------------------------------------------------------------------------
 
-    def _plan(self, read_at: int, hidden: Tensor, context: PassContext) -> list[Gate]:
-        """Return the gates of the layers that are decided at one, from its (B, T, D) input."""
-        if self.pinned is not None:
-            pinned = self.pinned[[self.routed.index(layer_idx) for layer_idx in self.read_at[read_at]]]
-            return Gate.of_plan(pinned.expand(-1, *context.token_mask.shape), context, self.config.kv_rule)
-        if not self.networks:
-            return Gate.of_plan(self._random_scores(context) > 0, context, self.config.kv_rule)
-        if self.config.granularity == "token":
-            logits, free = context.evaluate(self.networks[read_at], hidden.detach()).movedim(-1, 0), None
-        else:
-            logits = self._pooled_logits(read_at, hidden.detach(), context)
-            free = context.positions < context.states[self.name].pool_tokens
-        if not self.samples(context):
-            self.note_scores(logits, context)
-            keep = logits > self.config.threshold
-            return Gate.of_plan(keep if free is None else keep | free, context, self.config.kv_rule)
-        margin = logits - self.config.threshold
-        noisy = margin + self.logistic_noise(logits, context, read_at)
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
+        read_at, pool_tokens = spec.score.reads_at or 0, spec.score.pool_tokens
+        margin = scores - self.config.threshold
+        noisy = margin + self.logistic_noise(scores, context, read_at)
         keep = noisy > 0
         if self.learns_by_policy:
             soft, weights = torch.sigmoid(margin), None
         else:
             soft = torch.sigmoid(noisy / self.backward_temperature)
             soft = weights = keep.float() + soft - soft.detach()
-        routed = context.token_mask if free is None else context.token_mask & ~free
+        free = context.positions < pool_tokens
+        routed = context.token_mask & ~free
         rates = (soft * routed).sum((1, 2)) / routed.sum().clamp_min(1)
-        context.notes.setdefault(self.name, {})[read_at] = Sampled(rates, routed, margin, keep)
-        if free is not None:
-            keep = keep | free
-            weights = None if weights is None else torch.where(free, 1.0, weights)
-        weights = None if weights is None else weights * context.token_mask
-        return Gate.of_plan(keep, context, self.config.kv_rule, weights)
+        self.state(context).sampled[read_at] = Sampled(rates, routed, margin, keep)
+        if weights is not None:
+            weights = torch.where(free, 1.0, weights) * context.token_mask
+        return Sample(keep | free, weights)
 
     def sampled(self, context: PassContext) -> Sampled | None:
         """Return what a training forward sampled, the routed layers in order."""
-        parts: list[Sampled] = list(context.notes.get(self.name, {}).values())
+        parts: list[Sampled] = list(self.state(context).sampled.values())
         if len(parts) <= 1:
             return parts[0] if parts else None
         columns = zip(*((part.rates, part.margin, part.keep) for part in parts), strict=True)
         rates, margin, keep = (torch.cat(column) for column in columns)
         return Sampled(rates, parts[0].routed, margin, keep)
 
-    def _pooled_logits(self, read_at: int, hidden: Tensor, context: PassContext) -> Tensor:
-        """(G, B, 1) logits from the mean state of the first `pool_tokens` tokens of each sequence.
-
-        They mean nothing before those are all there; until then no gate is closed.
-        """
-        state = context.states[self.name]
-        if not state.is_pooling:  # all of these sequences had theirs
-            return self._known_logits(read_at, context)
-        name = f"{self.name}/{read_at}"
-        pool = hidden.new_zeros(len(hidden), state.pool_tokens, hidden.shape[-1], dtype=torch.float32)
-        pool = context.memory.recall(f"{name}/pool", pool).clone()
-        rows, columns = ((context.positions < state.pool_tokens) & context.token_mask).nonzero(as_tuple=True)
-        pool[rows, context.positions[rows, columns]] = hidden[rows, columns].float()
-        mean = pool.mean(1, keepdim=True)
-        if self.config.granularity == "batch" and self.samples(context):
-            # Kept: gradient checkpointing asks again, in backward, where no process may wait for another.
-            shared = context.notes.setdefault(f"{name}/mean", [])
-            if not shared:
-                shared.append(batch_mean(mean.mean(0, keepdim=True)))
-            mean = shared[0].expand_as(mean)
-        logits = context.evaluate(self.networks[read_at], mean.contiguous())  # (B, 1, G)
-        if not self.samples(context):
-            context.memory.remember(f"{name}/pool", pool)
-            context.memory.remember(f"{name}/logits", logits[:, 0])
-        return logits.movedim(-1, 0)
-
-    @property
-    def draws_once(self) -> bool:
-        return self.config.granularity == "batch"
-
     def _random_scores(self, context: PassContext) -> Tensor:
-        """(G, B, T) above 0 at the configured rates."""
-        uniform = uniform_by_place(context.positions, self.routed, self.config.seed)
+        """Return (G, B, T) numbers that are above 0 at the configured rates."""
+        uniform = uniform_by_position(context.positions, self.routed, self.config.seed)
         rates = torch.tensor(self.rates, device=uniform.device)
         return rates[:, None, None] - uniform
 

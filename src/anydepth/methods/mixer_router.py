@@ -10,6 +10,7 @@ with `state: routed` each sees its own tokens alone, and the K/V cache holds tho
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,9 +18,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from anydepth.config import CONTROL_ALONE, SHARE_AT_INFERENCE, StrictConfig, training_field
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Choice, Gate, KVRule, Method, PassContext, check_layers, uniform_by_place
-from anydepth.methods.shared_batch import batch_mean
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Sample
+from anydepth.gating.scores import Known, Network, Score
+from anydepth.gating.shared_batch import batch_mean
+from anydepth.gating.spec import GateSpec, KVRule
+from anydepth.gating.uniform import uniform_by_position
+from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.method import Method, check_layers
+from anydepth.methods._base.training import Trained, TrainingState
 from anydepth.models.backbone import Backbone
 from anydepth.models.delta_rule import DeltaShape, build_delta_rule, matched_shape
 
@@ -92,15 +100,21 @@ class MixerRouterConfig(StrictConfig):
     )
 
 
-class MixerRouter(Method):
+@dataclass
+class MixerRouterState(TrainingState):
+    """One training forward, by number of the router: gates with a straight-through gradient, and probabilities."""
+
+    sampled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class MixerRouter(Trained, Calibrated, Method):
     """Decides per token and layer which of two mixers it takes."""
 
     Config = MixerRouterConfig
+    State = MixerRouterState
     name = "mixer_router"
     scheduled = ("backward_temperature",)
     summary = "each token takes softmax attention or a gated delta rule"
-    gates_branches = True
-    chooses_mixers = True
     budget_option = "threshold"
     calibrates_to_target = True  # decisions are sampled in training: their rate is not that of the sign of the logits
 
@@ -136,86 +150,63 @@ class MixerRouter(Method):
         return self.networks.parameters()
 
     @property
-    def gated_layers(self) -> list[int]:
-        return self.routed
-
-    @property
-    def compares_scores(self) -> bool:
-        return len(self.networks) > 0
-
-    @property
     def target_share(self) -> float | None:
         return None if self.config.target is None else 1 - self.config.target
 
-    @property
-    def kv_rule(self) -> KVRule:
-        return "project" if self.config.state == "all" else "omit"
+    def gates(self) -> list[GateSpec]:
+        alternates = {layer_idx: self.mixers[str(layer_idx)] for layer_idx in self.routed}
+        rule: KVRule = "project" if self.config.state == "all" else "omit"
 
-    def begin(self, context: PassContext) -> dict[int, Choice]:
-        return {}
+        def gate(layers: list[int], score: Score, threshold: float) -> GateSpec:
+            return GateSpec(tuple(layers), "mixer", score, threshold, rule, alternates=alternates)
 
-    def mixer_choice(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Choice | None:
-        choices = context.states[self.name]
-        if self.config.router == "learned":
-            if self.config.reads == "sequential" and layer_idx in self.routed:
-                choices.update(self._decide([layer_idx], self.routed.index(layer_idx), hidden, context))
-            elif self.config.reads == "parallel" and layer_idx == READ_AT:
-                choices.update(self._decide(self.routed, 0, hidden, context))
-        elif layer_idx in self.routed and not choices:
-            scores = self.config.rate - uniform_by_place(context.positions, self.routed, self.config.seed)
-            choices.update(self._choices(self.routed, Gate.of_plan(scores > 0, context, self.kv_rule), None))
-        return choices.get(layer_idx)
+        if self.config.router == "random":
+            return [gate(self.routed, Known(len(self.routed), self._random_scores), 0.0)]
+        networks = [part for part in self.networks if isinstance(part, GateNetwork)]
+        if self.config.reads == "parallel":
+            return [gate(self.routed, Network(networks[0], READ_AT), self.config.threshold)]
+        pairs = zip(self.routed, networks, strict=True)
+        return [gate([i], Network(network, i), self.config.threshold) for i, network in pairs]
 
-    # --- decisions -----------------------------------------------------------------------------------------------
+    def _random_scores(self, context: PassContext) -> Tensor:
+        """Return (G, B, T) numbers that are above 0 at the configured rate."""
+        return self.config.rate - uniform_by_position(context.positions, self.routed, self.config.seed)
 
-    def _decide(self, layers: list[int], number: int, hidden: Tensor, context: PassContext) -> dict[int, Choice]:
-        """Return the choices of some layers by one router, from (B, T, D) states."""
-        network = self.networks[number]
-        assert isinstance(network, GateNetwork)
-        logits = context.evaluate(network, hidden.detach()).movedim(-1, 0)  # (G, B, T)
-        if not self.samples(context):
-            self.note_scores(logits, context)
-            return self._choices(layers, Gate.of_plan(logits > self.config.threshold, context, self.kv_rule), None)
-        margin = logits - self.config.threshold
-        noisy = margin + self.logistic_noise(logits, context, number)
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
+        number = self.routed.index(spec.layers[0])
+        margin = scores - self.config.threshold
+        noisy = margin + self.logistic_noise(scores, context, number)
         keep = noisy > 0
         soft = torch.sigmoid(noisy / self.backward_temperature)
-        weights = (keep.float() + soft - soft.detach()) * context.token_mask
+        hard = keep.float() + soft - soft.detach()
+        weights = hard * context.token_mask
         others = 1 - weights
         if self.config.state == "routed":  # a mixer has no output for tokens that it does not see
             weights, others = weights * keep, others * ~keep
-        context.notes.setdefault(self.name, {})[number] = (keep.float() + soft - soft.detach(), torch.sigmoid(margin))
-        return self._choices(layers, Gate.of_plan(keep, context, self.kv_rule, weights), others)
-
-    def _choices(self, layers: list[int], gates: list[Gate], others: Tensor | None) -> dict[int, Choice]:
-        each = [None] * len(layers) if others is None else others.unbind()
-        return {
-            layer_idx: Choice(gate, self.mixers[str(layer_idx)], weight)
-            for layer_idx, gate, weight in zip(layers, gates, each, strict=True)
-        }
+        self.state(context).sampled[number] = (hard, torch.sigmoid(margin))
+        return Sample(keep, weights, others)
 
     # --- losses --------------------------------------------------------------------------------------------------
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """`target`: (share of softmax − target)², or `balance`: Σ 2·f·P, mean over layers. Over real tokens."""
-        notes = context.notes.get(self.name)
-        if not notes:
+        sampled, real = self.state(context).sampled, context.token_mask
+        if not sampled:
             return {}
-        real = context.token_mask
-        chosen = torch.cat([chosen[:, real] for chosen, _ in notes.values()])  # (layers, N)
+        chosen = torch.cat([hard[:, real] for hard, _ in sampled.values()])  # (layers, N)
         if self.config.target is not None:
             return {"target": self.config.target_weight * (batch_mean(chosen.mean()) - self.config.target).square()}
         shares = batch_mean(chosen.detach().mean(1))
-        likely = batch_mean(torch.cat([probability[:, real] for _, probability in notes.values()]).mean(1))
+        likely = batch_mean(torch.cat([probability[:, real] for _, probability in sampled.values()]).mean(1))
         balance = 2 * (shares * likely + (1 - shares) * (1 - likely))
         return {"balance": self.config.balance_weight * balance.mean()}
 
     def metrics(self, context: PassContext) -> dict[str, float]:
-        """`softmax_share`: of tokens and routed layers, as sampled."""
-        notes = context.notes.get(self.name)
-        if not notes:
+        """Return `softmax_share`: of tokens and routed layers, as sampled."""
+        sampled = self.state(context).sampled
+        if not sampled:
             return {}
-        chosen = torch.cat([chosen[:, context.token_mask] for chosen, _ in notes.values()])
+        chosen = torch.cat([hard[:, context.token_mask] for hard, _ in sampled.values()])
         return {"softmax_share": chosen.detach().mean().item()}
 
 

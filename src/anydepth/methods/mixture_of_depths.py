@@ -7,6 +7,7 @@ weight; a predictor, trained beside it on who was chosen, decides at inference, 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from pydantic import Field, model_validator
@@ -14,10 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anydepth.config import SHARE_AT_INFERENCE, StrictConfig, training_field
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Gate, Method, PassContext, SkipRule, check_layers
-from anydepth.methods.score_quantiles import empty_table
-from anydepth.methods.thresholds import has_nan, one_per_layer
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Sample
+from anydepth.gating.scores import Network
+from anydepth.gating.spec import GateSpec, SkipRule
+from anydepth.methods._base.calibration import Calibrated, has_nan, one_per_layer
+from anydepth.methods._base.method import Method, check_layers
+from anydepth.methods._base.score_quantiles import empty_table
+from anydepth.methods._base.training import Trained, TrainingState
 from anydepth.models.backbone import Backbone
 
 
@@ -55,10 +61,18 @@ class MixtureOfDepthsConfig(StrictConfig):
         return self
 
 
-class MixtureOfDepths(Method):
-    """Scores the tokens of a sequence in front of each chosen layer, and predicts who will be among the best."""
+@dataclass
+class MixtureOfDepthsState(TrainingState):
+    """One training forward: predicted logits and the tokens that were chosen, by layer."""
+
+    chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class MixtureOfDepths(Trained, Calibrated, Method):
+    """Scores the tokens of a sequence in front of each chosen layer, and predicts which will be among the best."""
 
     Config = MixtureOfDepthsConfig
+    State = MixtureOfDepthsState
     name = "mixture_of_depths"
     budget_option = "threshold"
     has_threshold_per_layer = True
@@ -74,75 +88,64 @@ class MixtureOfDepths(Method):
         self.predictors = {i: GateNetwork(size, config.predictor_widths, open_at_first, generator) for i in layers}
         for router in self.routers.values():
             nn.init.normal_(router.direct.weight, std=0.02, generator=generator)  # no two tokens alike
-        self.limits()  # refuses a list of another length
+        one_per_layer(config.threshold, layers, "threshold")
         self.score_quantiles = empty_table(len(layers))
         self.by_layer = nn.ModuleDict(
             {str(i): nn.ModuleDict({"router": self.routers[i], "predictor": self.predictors[i]}) for i in layers}
         )
 
-    @property
-    def kv_rule(self) -> SkipRule:
-        return self.config.kv_rule
-
-    @property
-    def gated_layers(self) -> list[int]:
-        return list(self.routers)
+    def gates(self) -> list[GateSpec]:
+        limits = one_per_layer(self.config.threshold, list(self.routers), "threshold")
+        return [
+            GateSpec(
+                (i,),
+                "layer",
+                Network(predictor, i),
+                limits[i],
+                self.config.kv_rule,
+                scale=self.routers[i] if self.config.weigh else None,
+            )
+            for i, predictor in self.predictors.items()
+        ]
 
     @property
     def target_share(self) -> float:
         return 1 - self.config.capacity
 
-    def limits(self) -> dict[int, float]:
-        """Return what the predictor's logit must be above in each layer."""
-        return one_per_layer(self.config.threshold, self.gated_layers, "threshold")
-
-    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
-        return layer_idx in self.routers
-
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        if layer_idx not in self.routers:
-            return None
-        predicted = context.evaluate(self.predictors[layer_idx], hidden.detach())[..., 0]  # (B, T)
-        keep, weights = predicted > self.limits()[layer_idx], None
-        if not self.samples(context):
-            self.note_scores(predicted, context, layer_idx)
-        if self.samples(context) or self.config.weigh:
-            score = context.evaluate(self.routers[layer_idx], hidden.detach())[..., 0]
-            if self.samples(context):
-                keep = self._best(score, context.token_mask)
-                context.notes.setdefault(self.name, {})[layer_idx] = (predicted, keep)
-            factor = 2 * torch.sigmoid(score)
-            if not self.config.weigh:
-                factor = 1 + factor - factor.detach()
-            weights = (factor * (keep & context.token_mask))[None]
-            context.notes.setdefault(f"{self.name}/weights", {})[layer_idx] = weights[0].detach()
-        return Gate.of_plan(keep[None], context, self.config.kv_rule, weights)[0]
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
+        layer_idx = spec.layers[0]
+        score = context.evaluate(self.routers[layer_idx], hidden.detach())[..., 0]
+        keep = self._best(score, context.token_mask)
+        self.state(context).chosen[layer_idx] = (scores[0], keep)
+        factor = 2 * torch.sigmoid(score)
+        if not self.config.weigh:
+            factor = 1 + factor - factor.detach()
+        return Sample(keep[None], (factor * (keep & context.token_mask))[None])
 
     def _best(self, score: Tensor, real: Tensor) -> Tensor:
-        """(B, T) the ⌈C·n⌉ best of the n real tokens of each row."""
+        """Return (B, T) the ⌈C·n⌉ best of the n real tokens of each row."""
         wanted = (real.sum(1, keepdim=True) * self.config.capacity).ceil()
         order = score.detach().masked_fill(~real, -math.inf).argsort(dim=1, descending=True)
         return order.argsort(dim=1) < wanted
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """`predictor`: binary cross-entropy, the mean over real tokens and layers."""
-        notes = context.notes.get(self.name)
-        if not notes or not self.config.predictor_weight:
+        found, real = self.state(context).chosen, context.token_mask
+        if not found or not self.config.predictor_weight:
             return {}
-        real = context.token_mask
-        logits = torch.stack([predicted[real] for predicted, _ in notes.values()])
-        chosen = torch.stack([keep[real] for _, keep in notes.values()]).float()
+        logits = torch.stack([predicted[real] for predicted, _ in found.values()])
+        chosen = torch.stack([keep[real] for _, keep in found.values()]).float()
         return {"predictor": self.config.predictor_weight * F.binary_cross_entropy_with_logits(logits, chosen)}
 
     def metrics(self, context: PassContext) -> dict[str, float]:
         """`predictor_accuracy`, and `predicted_capacity`: the share that would run at inference."""
-        notes, real = context.notes.get(self.name), context.token_mask
-        if not notes:
+        found, real = self.state(context).chosen, context.token_mask
+        if not found:
             return {}
-        limits = self.limits()
-        guesses = torch.stack([predicted[real] > limits[i] for i, (predicted, _) in notes.items()])
-        chosen = torch.stack([keep[real] for _, keep in notes.values()])
+        limits = one_per_layer(self.config.threshold, list(self.routers), "threshold")
+        predicted = torch.stack([logits[real] > limits[i] for i, (logits, _) in found.items()])
+        chosen = torch.stack([keep[real] for _, keep in found.values()])
         return {
-            "predictor_accuracy": (guesses == chosen).float().mean().item(),
-            "predicted_capacity": guesses.float().mean().item(),
+            "predictor_accuracy": (predicted == chosen).float().mean().item(),
+            "predicted_capacity": predicted.float().mean().item(),
         }

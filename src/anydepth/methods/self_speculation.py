@@ -12,8 +12,9 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from anydepth.config import StrictConfig, training_field
+from anydepth.methods._base.method import Method, check_layers
+from anydepth.methods._base.training import Trained
 from anydepth.methods.draft_network import DraftNetwork
-from anydepth.methods.method import Method, check_layers
 from anydepth.models.backbone import Backbone
 
 
@@ -67,14 +68,13 @@ class SelfSpeculationConfig(StrictConfig):
         return [layers] if isinstance(layers, int) else layers
 
 
-class SelfSpeculation(Method):
+class SelfSpeculation(Trained, Method):
     """Gates nothing; holds how drafts are made, and the weights of a trained drafter."""
 
     Config = SelfSpeculationConfig
     name = "self_speculation"
     summary = "drafts tokens with a part of the model, verifies them with all of it"
-    lossless = True
-    decides_in_training = decides_at_inference = False
+    decides_in_training = False
     network: DraftNetwork | None
 
     def __init__(self, config: SelfSpeculationConfig, backbone: Backbone) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pydantic import Field
-from torch import Tensor
 
 from anydepth.config import StrictConfig
-from anydepth.methods.method import Gate, Method, PassContext, Rules, check_layers
+from anydepth.gating.spec import GateSpec
+from anydepth.methods._base.method import Method, check_layers, closed_gates
 from anydepth.models.backbone import Backbone
 
 
@@ -31,8 +31,6 @@ class SkipSet(Method):
     Config = SkipSetConfig
     name = "skip_set"
     summary = "leave out a fixed set of layers, mixers or FFNs"
-    trained = False
-    gates_branches = True
 
     def __init__(self, config: SkipSetConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -42,30 +40,7 @@ class SkipSet(Method):
 
     def choose(self, layers: Iterable[int], mixers: Iterable[int] = (), ffns: Iterable[int] = ()) -> None:
         """Leave out these from now on; how a search tries one candidate after the other."""
-        self.closed_layers = frozenset(layers)
-        self.closed_mixers = frozenset(mixers)
-        self.closed_ffns = frozenset(ffns)
-        # Whole layers need no gates on branches, and skip a little faster without.
-        self.gates_branches = bool(self.closed_mixers or self.closed_ffns)
-        self.closed_rules = Rules(
-            closed_layers=self.closed_layers, closed_mixers=self.closed_mixers, closed_ffns=self.closed_ffns
-        )
+        self.closed = closed_gates(layers, mixers, ffns)
 
-    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
-        return False
-
-    def rules(self) -> Rules:
-        return self.closed_rules
-
-    def begin(self, context: PassContext) -> Gate:
-        # No token ever runs the branch, so its K/V would never be read: `omit`.
-        return Gate.closed(context, "omit")
-
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return context.states[self.name] if layer_idx in self.closed_layers else None
-
-    def mixer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return context.states[self.name] if layer_idx in self.closed_mixers else None
-
-    def ffn_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        return context.states[self.name] if layer_idx in self.closed_ffns else None
+    def gates(self) -> list[GateSpec]:
+        return self.closed

@@ -10,11 +10,14 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from anydepth.config import StrictConfig, training_field
-from anydepth.methods.method import Gate, Method, PassContext, Rules
-from anydepth.methods.shared_batch import draw_uniform
+from anydepth.gating.context import PassContext
+from anydepth.gating.scores import Known
+from anydepth.gating.shared_batch import draw_uniform
+from anydepth.gating.spec import GateSpec
+from anydepth.methods._base.method import Method
+from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
 
 
@@ -37,14 +40,12 @@ class StochasticDepthConfig(StrictConfig):
     seed: int = training_field(default=0, description="Seed of the method's own random generator.")
 
 
-class StochasticDepth(Method):
+class StochasticDepth(Trained, Method):
     """Drops layer l with probability p_l in training, without rescaling; the dropped rows are not computed."""
 
     Config = StochasticDepthConfig
     name = "stochastic_depth"
     summary = "drop layers at random in training; full depth at inference"
-    lossless = True
-    decides_at_inference = False
 
     def __init__(self, config: StochasticDepthConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -75,25 +76,14 @@ class StochasticDepth(Method):
         dropped = [self.config.max_probability * scale * shape(place) for place in range(self.num_layers - first)]
         return [0.0] * first + dropped
 
-    def begin(self, context: PassContext) -> list[Gate] | None:
-        if not self.samples(context):
-            return None
+    def training_gates(self, context: PassContext) -> list[GateSpec]:
         batch_size, num_tokens = context.token_mask.shape
         if self.config.per == "batch":
             drawn = torch.rand(self.num_layers, 1, generator=self.generator)
         else:
             drawn = draw_uniform((self.num_layers, batch_size), self.generator, rows=1)
-        keep = drawn >= torch.tensor(self.probabilities())[:, None]
-        keep = keep[:, :, None].expand(-1, batch_size, num_tokens).to(context.token_mask.device)
-        # A dropped row drops whole: no later token of it runs the layer, so no K/V is needed there.
-        return Gate.of_plan(keep, context, "omit")
-
-    def rules(self) -> Rules:
-        return self.keep_rules(None, Rules)  # at inference everybody runs
-
-    def reads_state(self, layer_idx: int, context: PassContext) -> bool:
-        return False
-
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        gates = context.states[self.name]
-        return None if gates is None else gates[layer_idx]
+        margin = drawn - torch.tensor(self.probabilities())[:, None]
+        margin = torch.where(margin >= 0, 1.0, -1.0)[:, :, None].expand(-1, batch_size, num_tokens)
+        score = Known(self.num_layers, lambda _: margin.to(context.token_mask.device))
+        # A sequence that drops a layer drops it for all its tokens, so no K/V is needed there.
+        return [GateSpec(tuple(range(self.num_layers)), "layer", score, on_skip="omit")]

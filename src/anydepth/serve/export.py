@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.methods.method import Method
+from anydepth.methods._base.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import Backbone
@@ -137,7 +137,7 @@ def _merged(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
     if exit_layer is not None:
         raise UserError("merged is the whole model; leave --exit-layer out")
     attached = [method for method in adapted.methods.values() if isinstance(method, Method)]
-    deciding = [method.name for method in attached if not method.lossless]
+    deciding = [method.name for method in attached if not method.is_lossless()]
     if deciding:
         raise UserError(
             f"{deciding[0]} decides what runs, and a plain checkpoint runs everything: what would be written is "

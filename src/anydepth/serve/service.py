@@ -27,7 +27,7 @@ from anydepth.calibration.shares import (
     thresholds_at,
 )
 from anydepth.errors import RunError, UserError
-from anydepth.execution.trace import PassRecord
+from anydepth.gating.trace import PassRecord
 from anydepth.inference.counts import Counts
 from anydepth.inference.engine.batching import Batcher, Logprob, Request, next_part
 from anydepth.inference.engine.decode import FastEngine
@@ -340,7 +340,7 @@ class Drafted:
         self.run = Speculation(self.target, engine.drafting, self.choice, stops, self._record)
         self.row = Row(list(request.prompt))
         self.has_begun = False
-        self.remembers = any(method.remembers for method in adapted.draft_methods)  # those see all of it in `begin`
+        self.keeps_state = any(method.pool_tokens for method in adapted.draft_methods)  # those see all of it in `begin`
 
     @property
     def counts(self) -> Counts:
@@ -353,7 +353,7 @@ class Drafted:
             self.run.round([self.row])
         else:
             left = self.target.num_left(self.row)
-            part = left if at_once or self.remembers else next_part(left)
+            part = left if at_once or self.keeps_state else next_part(left)
             if part < left:
                 self.target.read(self.row, part)
             else:

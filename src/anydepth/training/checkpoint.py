@@ -26,8 +26,9 @@ from anydepth.config import refuse_training_only
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.measure.results import write_json
+from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.method import Method
 from anydepth.methods.compose import MethodSpec
-from anydepth.methods.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import ADAPTER, AUTO, DType, add_adapters, base_fingerprint, is_quantised, load_model
@@ -146,7 +147,7 @@ def load_target(
 
 def _skip(adapted: AdaptedModel, share: float) -> None:
     """Set the thresholds of all methods that compare scores."""
-    methods = [part for part in adapted.methods.values() if isinstance(part, Method) and part.compares_scores]
+    methods = [part for part in adapted.methods.values() if isinstance(part, Calibrated) and part.compares_scores]
     if not methods:
         raise UserError(
             f"a share is set by thresholds, and nothing attached ({adapted.label}) compares scores with one; give a "

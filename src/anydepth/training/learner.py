@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from anydepth.config import TrainConfig
 from anydepth.execution.adapted import AdaptedModel, without_adapter
-from anydepth.methods.method import Method
+from anydepth.methods._base.method import Method
+from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
 from anydepth.processes import rank
 from anydepth.training.losses import distillation_loss, expected_exit_loss, token_losses
@@ -92,9 +93,14 @@ class Learner(nn.Module):
 
 
 def methods_of(model: nn.Module) -> list[Method]:
-    """The methods attached to a model, if any."""
+    """Return the methods attached to a model, if any."""
     attached = model.methods.values() if isinstance(model, AdaptedModel) else ()
     return [method for method in attached if isinstance(method, Method)]
+
+
+def trained_methods_of(model: nn.Module) -> list[Trained]:
+    """Return the attached methods that learn, or that change training."""
+    return [method for method in methods_of(model) if isinstance(method, Trained)]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from anydepth.methods.method import ExitState
+from anydepth.methods._base.training import ExitState
 
 IGNORED = -100
 

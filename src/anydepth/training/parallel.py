@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from anydepth.errors import RunError, UserError
-from anydepth.methods.shared_batch import num_processes
+from anydepth.gating.shared_batch import num_processes
 from anydepth.processes import is_parallel, rank, shards_weights
 
 PATIENCE = timedelta(hours=24)

@@ -19,7 +19,7 @@ from torch import Tensor
 from anydepth.config import PhaseConfig, TrainConfig
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.measure.results import write_json
-from anydepth.methods.method import Method
+from anydepth.methods._base.method import Method
 from anydepth.processes import rank
 from anydepth.training.parallel import wait_for_all
 from anydepth.training.train import Row, TrainResult, train

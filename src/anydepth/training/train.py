@@ -28,13 +28,13 @@ from anydepth.config import NOTHING_TO_TRAIN, TrainConfig
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.diagnostics import gate_decisions, lasting_collapse, training_metrics
+from anydepth.gating.shared_batch import batch_mean, num_processes
 from anydepth.measure.results import write_json
-from anydepth.methods.shared_batch import batch_mean, num_processes
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import is_quantised
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset, collate
-from anydepth.training.learner import Learner, methods_of
+from anydepth.training.learner import Learner, methods_of, trained_methods_of
 from anydepth.training.parallel import check_kind, copy_into, first_alone, part_of, shards_on_cpu, wait_for_all, whole
 
 STEPS = "steps"
@@ -176,7 +176,7 @@ class AdaptedTrainer(Trainer):
             gating = [method for method in methods if method.decides_in_training or method.is_frozen]
             for name, figure in training_metrics(gate_decisions(trace, gating)).items():
                 self.figures[name] += share * figure
-            for method in methods:
+            for method in self.learning.trained_methods:
                 told = {name: float(getattr(method, name)) for name in method.scheduled}
                 for name, figure in {**told, **method.metrics(self.learning.context)}.items():
                     self.figures[f"{method.name}/{name}"] += share * figure
@@ -205,7 +205,7 @@ class AdaptedTrainer(Trainer):
         (mixers, ffns), others = trace.executed_share(), trace.other_share()
         run = [own + other for own, other in zip(mixers, others, strict=True)]
         parts = {"mixer": run, "ffn": ffns}
-        if any(method.chooses_mixers for method in adapted.active_methods):
+        if any(method.routes_mixers for method in adapted.active_methods):
             parts["softmax"] = mixers
         means = batch_mean(torch.tensor(list(parts.values()), device=self.args.device)).tolist()
         return {which: [round(fraction, 4) for fraction in part] for which, part in zip(parts, means, strict=True)}
@@ -217,7 +217,7 @@ class AdaptedTrainer(Trainer):
     # --- optimiser and data ------------------------------------------------------------------------------------
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
-        gates = {part for method in methods_of(self.learning) for part in method.gate_parameters()}
+        gates = {part for method in trained_methods_of(self.learning) for part in method.gate_parameters()}
         learning = [parameter for parameter in self.learning.parameters() if parameter.requires_grad]
         routers = [parameter for parameter in learning if parameter in gates]
         others = [parameter for parameter in learning if parameter not in gates]

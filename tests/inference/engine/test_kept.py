@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from anydepth.inference.engine.kept import Decisions, KeptPass
 
 import families
 from anydepth import FastEngine, FFNRouter, LayerRouter, attach
-from anydepth.execution.trace import PassRecord
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.trace import PassRecord
 from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import EngineCache
-from anydepth.inference.engine.kept import Decisions, KeptPass
 from anydepth.inference.engine.step import Step
+from anydepth.methods._base.method import Method
 from anydepth.methods.early_exit import EarlyExit
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.method import Method, PassContext
 from tiny import tiny_llama
 
 pytestmark = pytest.mark.skipif(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from anydepth.gating.gate_network import GateNetwork
 from anydepth.inference.engine.native import MAX_TOKENS, why_not
 from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.inference.engine.packing import Memory
-from anydepth.methods.gate_network import GateNetwork
 
 pytestmark = pytest.mark.skipif(
     why_not(torch.float32, torch.device("cpu")) is not None, reason="no compiler: the engine runs on PyTorch alone"

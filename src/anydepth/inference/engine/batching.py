@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from anydepth.errors import UserError
-from anydepth.execution.trace import PassRecord, Trace
+from anydepth.gating.plan import FULL_DEPTH, Plan
+from anydepth.gating.trace import PassRecord, Trace
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.native import MAX_TOKENS
-from anydepth.methods.method import Method
+from anydepth.methods._base.method import Method
 
 PROMPT_PART = 128
 """Tokens of a prompt that are read between two tokens of other requests. A part that is left is never so small that the
@@ -117,6 +118,7 @@ class Batcher:
         if max_batch_size < 1 or max_tokens < max_batch_size:
             raise UserError(f"a batch of {max_batch_size} in {max_tokens} tokens of cache holds no request; give more")
         self.engine, self.methods, self.set_budget = engine, methods, set_budget
+        self.plans: dict[float | None, Plan] = {}
         self.cache: EngineCache = engine.model.new_cache(max_batch_size, max_tokens // max_batch_size)
         self.waiting: deque[Request] = deque()
         self.reading: Request | None = None
@@ -196,24 +198,30 @@ class Batcher:
         for place, request in enumerate(requests):
             alike.setdefault((request.full_depth, request.budget), []).append(place)
         for (full_depth, budget), places in alike.items():
-            attached = self.engine.adapted.active_methods if self.methods is None else self.methods
-            methods = [] if full_depth else attached
-            if methods:
-                self.set_budget(budget)
             same = [requests[place] for place in places]
-            hidden = self._states(same, [new[place] for place in places], methods)
+            plan = FULL_DEPTH if full_depth else self._plan(budget)
+            hidden = self._states(same, [new[place] for place in places], plan)
             if chooses:
                 self._choose(same, hidden[:, -1])
             else:
                 for request in same:
                     request.records[-1].head_rows = 0
 
-    def _states(self, requests: list[Request], new: list[list[int]], methods: Sequence[Method]) -> Tensor:
+    def _plan(self, budget: float | None) -> Plan:
+        """Return the plan of a depth budget, compiled at its first use."""
+        if budget not in self.plans:
+            methods = self.engine.adapted.active_methods if self.methods is None else self.methods
+            if methods:
+                self.set_budget(budget)
+            self.plans[budget] = Plan.of(methods)
+        return self.plans[budget]
+
+    def _states(self, requests: list[Request], new: list[list[int]], plan: Plan) -> Tensor:
         """(B, T, D) behind the last layer, and what ran noted."""
         model = self.engine.model
         token_ids = torch.tensor(new, device=model.device)
         slots = [request.slot for request in requests if request.slot is not None]
-        hidden, record = model.forward(token_ids, slots, self.cache, methods)
+        hidden, record = model.forward(token_ids, slots, self.cache, plan)
         for row, request in enumerate(requests):
             request.records.append(record.row(row))
         return hidden

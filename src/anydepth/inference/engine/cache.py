@@ -7,22 +7,25 @@ states wait until a token of the slot runs the layer. Under `omit` it holds the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import c_int64
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anydepth.inference.engine.packing import huge
 
-if TYPE_CHECKING:
-    from anydepth.inference.engine.kept import KeptPass
-
 GROWTH = 256
 """Tokens of room that a cache grows by at least."""
 FIRST_ROOM = 16
 """For tokens to wait in a layer; doubled when it is full."""
+
+
+class Layout:
+    """Where a cache's memory lies: the version changes with every move, and what points there is then void."""
+
+    def __init__(self) -> None:
+        self.version = 0
 
 
 class LayerKV:
@@ -31,7 +34,7 @@ class LayerKV:
     Args:
         states: (slots, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
         hidden_size: D of the residual stream.
-        moved: called when what waits lies elsewhere than before.
+        layout: counts the moves of the memory of its cache.
 
     Attributes:
         counts: filled tokens per slot.
@@ -40,8 +43,8 @@ class LayerKV:
         places: per slot, the places (count,) of its tokens where some left none; None where nothing is missing.
     """
 
-    def __init__(self, states: Tensor, hidden_size: int, moved: Callable[[], object] = lambda: None) -> None:
-        self.states, self.moved = states, moved
+    def __init__(self, states: Tensor, hidden_size: int, layout: Layout | None = None) -> None:
+        self.states, self.layout = states, layout or Layout()
         num_slots = len(states)
         self.counts = [0] * num_slots
         self.waiting = states.new_empty(num_slots, 0, hidden_size)
@@ -64,7 +67,7 @@ class LayerKV:
             before, self.room = self.waiting, max(wanted, 2 * self.room, FIRST_ROOM)
             self.waiting = before.new_empty(before.shape[0], self.room, before.shape[2])
             self.waiting[:, : before.shape[1]] = before
-            self.moved()
+            self.layout.version += 1
 
     def wait(self, slot: int, states: Tensor) -> None:
         """Put (N, D) states of the slot's next tokens to those that wait."""
@@ -136,9 +139,8 @@ class EngineCache:
         self.free = list(range(num_slots))
         # One block, so that it is large enough for huge pages. Zeros: what a mask hides must still be finite.
         self.states = _zeros((num_layers, num_slots, 2 * num_heads, self.capacity, head_dim), like)
-        self.kept_passes: dict[tuple[object, ...], KeptPass | None] = {}
-        """By rules and number of tokens, over the K/V where they lie; None: the kernels cannot decide those."""
-        self.layers = [LayerKV(states, hidden_size, self.kept_passes.clear) for states in self.states]
+        self.layout = Layout()
+        self.layers = [LayerKV(states, hidden_size, self.layout) for states in self.states]
         self.method_memory: dict[str, Tensor] = {}
 
     def take_slot(self) -> int:
@@ -163,7 +165,7 @@ class EngineCache:
             before = self.states
             self.states = _zeros((*before.shape[:3], self.capacity, before.shape[4]), before)
             self.states[:, :, :, : before.shape[3]] = before
-            self.kept_passes.clear()
+            self.layout.version += 1
             for layer, states in zip(self.layers, self.states, strict=True):
                 layer.states = states
 

@@ -19,7 +19,8 @@ from transformers import (
 
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.trace import PassRecord
+from anydepth.gating.plan import Plan
+from anydepth.gating.trace import PassRecord
 from anydepth.inference.drafters import Trained
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.model import EngineModel
@@ -29,7 +30,6 @@ from anydepth.inference.next_token import Stops, largest
 from anydepth.inference.speculate import Setup, decode, records_of, setup_of
 from anydepth.inference.targets import EngineTarget
 from anydepth.methods.draft_network import DraftNetwork
-from anydepth.methods.method import Method
 
 
 class FastEngine:
@@ -51,7 +51,7 @@ class FastEngine:
         self, adapted: AdaptedModel, weights: str | None = None, *, native: bool = True, compiled: bool = False
     ) -> None:
         for method in adapted.draft_methods:
-            if method.chooses_mixers:
+            if method.routes_mixers:
                 raise UserError(f"{method.name} has mixers that the fast engine does not know")
         self.adapted = adapted
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
@@ -79,8 +79,8 @@ class FastEngine:
 
     @torch.no_grad()
     def _logits(self, token_ids: Tensor) -> Tensor:
-        cache, methods = self.model.new_cache(1), self.adapted.active_methods
-        hidden, record = self.model.forward(token_ids[None], [cache.take_slot()], cache, methods)
+        cache, plan = self.model.new_cache(1), Plan.of(self.adapted.active_methods)
+        hidden, record = self.model.forward(token_ids[None], [cache.take_slot()], cache, plan)
         record.head_rows = len(token_ids)
         if self.adapted.is_enabled:
             self.adapted.records = [record]
@@ -111,8 +111,8 @@ class FastEngine:
         sampling = bool(generation_config.do_sample)
         cache = self.model.new_cache(len(input_ids))
         slots = [cache.take_slot() for _ in input_ids]
-        methods = self.adapted.active_methods
-        logits, record = self._prefill(input_ids, kwargs.get("attention_mask"), slots, cache, methods)
+        plan = Plan.of(self.adapted.active_methods)
+        logits, record = self._prefill(input_ids, kwargs.get("attention_mask"), slots, cache, plan)
         records = [record]
         if self.adapted.is_enabled:
             self.adapted.records = records
@@ -138,7 +138,7 @@ class FastEngine:
                 num_ended = len(input_ids) - int(unfinished.sum())
             if num_ended == len(input_ids) or (stops.max_length is not None and input_ids.shape[1] >= stops.max_length):
                 break
-            hidden, record = self.model.forward(next_ids[:, None], slots, cache, methods)
+            hidden, record = self.model.forward(next_ids[:, None], slots, cache, plan)
             records.append(record)
             record.head_rows = len(input_ids)
             logits = self.model.logits(hidden[:, 0])
@@ -157,13 +157,13 @@ class FastEngine:
         return ids
 
     def _prefill(
-        self, input_ids: Tensor, mask: Tensor | None, slots: list[int], cache: EngineCache, methods: list[Method]
+        self, input_ids: Tensor, mask: Tensor | None, slots: list[int], cache: EngineCache, plan: Plan
     ) -> tuple[Tensor, PassRecord]:
         """Each row alone, without its padding; (B, V) logits of the last tokens, and what ran."""
         lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
         last, records = [], []
         for row, slot in enumerate(slots):
-            hidden, record = self.model.forward(input_ids[row : row + 1, -lengths[row] :], [slot], cache, methods)
+            hidden, record = self.model.forward(input_ids[row : row + 1, -lengths[row] :], [slot], cache, plan)
             last.append(hidden[:, -1])
             records.append(record)
         record = _padded(records, input_ids.shape[1])

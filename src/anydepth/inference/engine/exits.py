@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anydepth.methods.method import Gate
+from anydepth.gating.gate import Gate
 
 if TYPE_CHECKING:
     from anydepth.inference.engine.model import EngineModel
@@ -29,7 +29,6 @@ class ExitPass:
 
     def __init__(self, model: EngineModel, step: Step, hidden: Tensor) -> None:
         self.model, self.step = model, step
-        self.method = next(method for method in step.methods if method.kv_rule == "recompute")
         self.num_tokens = step.num_tokens
         self.states = list(hidden.split(step.num_tokens))
         self.earlier = [hidden[:0] for _ in step.slots]
@@ -37,16 +36,15 @@ class ExitPass:
 
     def run(self) -> Tensor:
         """(B·T, D) states behind the last layer, of tokens that left those that they left with."""
-        context = self.step.run.context
-        context.begin([self.method])
+        decisions = self.step.decisions
         output, first, gate = None, 0, None
         for layer_idx in range(len(self.model.layers)):
-            if not self.method.reads_state(layer_idx, context):
+            if not decisions.reads(layer_idx):
                 continue
             self._segment(first, layer_idx, gate)
             first, came = layer_idx, gate
             hidden = torch.stack(self.states)
-            gate = self.method.layer_gate(layer_idx, hidden, context)
+            gate = decisions.gate("layer", layer_idx, hidden)
             if gate is None:
                 continue
             output = hidden if output is None or came is None else torch.where(came.keep[..., None], hidden, output)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.errors import UserError
-from anydepth.execution.trace import PassRecord
+from anydepth.gating.plan import FULL_DEPTH, Plan
+from anydepth.gating.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.exits import ExitPass
 from anydepth.inference.engine.head import Head
@@ -20,7 +21,6 @@ from anydepth.inference.engine.packing import Memory
 from anydepth.inference.engine.rotations import Rotations
 from anydepth.inference.engine.step import Step
 from anydepth.inference.engine.weights import WEIGHT_ONLY, WEIGHTS
-from anydepth.methods.method import Method
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Norm, Weights, final_norm, head_weights, logits_softcap, read_layers
 from anydepth.models.load import dtype_name
@@ -123,14 +123,14 @@ class EngineModel:
 
     @torch.no_grad()
     def forward(
-        self, token_ids: Tensor, slots: Sequence[int], cache: EngineCache, methods: Sequence[Method] = ()
+        self, token_ids: Tensor, slots: Sequence[int], cache: EngineCache, plan: Plan = FULL_DEPTH
     ) -> tuple[Tensor, PassRecord]:
         """States (B, T, D) behind the last layer for (B, T) new tokens of the sequences in `slots`, and what ran."""
         num_tokens = token_ids.shape[1]
-        step = self._step(num_tokens, slots, [cache.lengths[slot] for slot in slots], cache, methods)
+        step = self._step(num_tokens, slots, [cache.lengths[slot] for slot in slots], cache, plan)
         hidden = self.embedding(token_ids).flatten(0, 1)
         try:
-            if any(method.kv_rule == "recompute" for method in methods):
+            if plan.recomputes:
                 hidden = ExitPass(self, step, hidden).run()
             else:
                 (hidden,) = step.through(self.layers, hidden)
@@ -164,12 +164,10 @@ class EngineModel:
         """
         return run_to_stops(self.layers[first : stops[-1]], states, slots, cache, first, stops, self.rotations)
 
-    def _step(
-        self, num_tokens: int, slots: Sequence[int], seen: Sequence[int], cache: EngineCache, methods: Sequence[Method]
-    ) -> Step:
+    def _step(self, num_tokens: int, slots: Sequence[int], seen: Sequence[int], cache: EngineCache, plan: Plan) -> Step:
         """One of `num_tokens` in each row behind those `seen`, with room for them."""
         make_room(max(seen) + num_tokens, cache, self.rotations)
-        return Step(num_tokens, slots, seen, cache, methods, self.rotations, self.networks, self.exit_head)
+        return Step(num_tokens, slots, seen, cache, plan, self.rotations, self.networks, self.exit_head)
 
 
 def make_room(length: int, cache: EngineCache, rotations: Rotations) -> None:
@@ -191,7 +189,7 @@ def run_to_stops(
     caches, num_tokens = cache.layers[first : first + len(layers)], [len(part) for part in states]
     seen, longest = [caches[0].counts[slot] for slot in slots], max(num_tokens)
     make_room(max(seen) + longest, cache, rotations)
-    step = Step(longest, slots, seen, cache, (), rotations, None)
+    step = Step(longest, slots, seen, cache, FULL_DEPTH, rotations, None)
     # Behind a row's tokens stands what nobody sees, and is overwritten.
     padded = [part if len(part) == longest else F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
     hidden = padded[0] if len(padded) == 1 else torch.cat(padded)

@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from anydepth.gating.gate_network import GateNetwork
 from anydepth.inference.engine.native import MAX_TOKENS, MAX_WIDTH, library
 from anydepth.inference.engine.packing import Memory
-from anydepth.methods.gate_network import GateNetwork
 
 
 class _Dense(Structure):

@@ -11,11 +11,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from anydepth.gating.gate import Gate
 from anydepth.inference.engine.cache import EngineCache, LayerKV
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import MAX_TOKENS, Rows
 from anydepth.inference.engine.rotations import Rotation, Rotations
-from anydepth.methods.method import Gate
 
 
 class RowPass:

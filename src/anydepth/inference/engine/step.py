@@ -13,18 +13,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from anydepth.execution.partial import Run
-from anydepth.execution.trace import PassRecord
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate import Gate
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Decisions, Plan
+from anydepth.gating.sequence_state import SequenceState
+from anydepth.gating.trace import PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV
-from anydepth.inference.engine.kept import MAX_KEPT, ExitHead, KeptPass, Unfit
+from anydepth.inference.engine.kernel_plan import ExitHead, KernelPass, passes_of
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.native import FFN, MAX_TOKENS, MIXER, OMIT, Rows, Task, Tasks
 from anydepth.inference.engine.networks import NativeNetworks
 from anydepth.inference.engine.operators import RowPass
 from anydepth.inference.engine.rotations import Rotations
-from anydepth.methods.gate_network import GateNetwork
-from anydepth.methods.memory import Memory
-from anydepth.methods.method import Gate, Method, PassContext, Rules
 
 
 class Step(RowPass):
@@ -41,15 +42,15 @@ class Step(RowPass):
         slots: Sequence[int],
         seen: Sequence[int],
         cache: EngineCache,
-        methods: Sequence[Method],
+        plan: Plan,
         tables: Rotations,
         networks: NativeNetworks | None,
         exit_head: ExitHead | None = None,
     ) -> None:
         super().__init__(num_tokens, slots, seen, cache, tables)
         self.few_tokens = self.num_rows * num_tokens <= MAX_TOKENS
-        self.methods, self.networks, self.exit_head = list(methods), networks, exit_head
-        self.gates_branches = any(method.gates_branches for method in methods)
+        self.plan, self.networks, self.exit_head = plan, networks, exit_head
+        self.is_gated = not plan.is_empty
         self.span: list[Task] = []  # asked for, not run yet
         self.left: list[tuple[LayerKV, int, int, Tensor | None]] = []  # by the span: K/V in a slot, at which places
         self.asked_with: tuple[Tensor, Tensor] | None = None
@@ -71,20 +72,18 @@ class Step(RowPass):
             stops: numbers of layers in front of which they are wanted as well, in order; without methods.
         """
         caches = self.cache.layers[first : first + len(layers)]
-        kept = self._kept_pass(layers, caches, first, stops)
-        if kept is not None:
-            states = kept.run(self._rows, self.slots, self.seen, hidden)
-            if not kept.decisions.are_none:
-                self.record = kept.noted(self.record)
+        fused = self._kernel_pass(layers, caches, first, stops)
+        if fused is not None:
+            states = fused.run(self._rows, self.slots, self.seen, hidden)
+            if not fused.gates.is_empty:
+                self.record = fused.recorded(self.record)
             return states
-        if self.methods:
-            self.run.context.begin(self.methods)
         states = []
         for layer_idx, (layer, kv) in enumerate(zip(layers, caches, strict=True), first):
             if layer_idx in stops:
                 hidden = self._run_span(hidden)
                 states.append(hidden)
-            reads_state = any(method.reads_state(layer_idx, self.run.context) for method in self.methods)
+            reads_state = self.is_gated and self.decisions.reads(layer_idx)
             if reads_state:
                 hidden = self._run_span(hidden)
             gate, mixer_gate = self._ask_mixer(layer_idx, hidden)
@@ -92,74 +91,54 @@ class Step(RowPass):
                 hidden = self._through_weighed(layer, kv, layer_idx, gate, mixer_gate, hidden)
                 continue
             hidden = self._mix(layer, kv, hidden, mixer_gate)
-            if reads_state and self.gates_branches:  # the FFN's gate reads what the mixer makes
+            if reads_state and self.plan.gates_branches:  # the FFN's gate reads what the mixer makes
                 hidden = self._run_span(hidden)
             hidden = self._feed(layer, kv, hidden, self._ask_ffn(layer_idx, gate, hidden))
         return [*states, self._run_span(hidden)]
 
     @cached_property
-    def run(self) -> Run:
-        """What methods are asked with."""
+    def context(self) -> PassContext:
+        """What gates are decided with."""
         evaluate = self.record.counting(GateNetwork.__call__ if self.networks is None else self.networks.evaluate)
-        memory = Memory(self.cache.method_memory, self.slots, len(self.cache.lengths))
-        context = PassContext(
+        return PassContext(
             self.record.token_mask,
             self.places,
             training=False,
             evaluate=evaluate,
-            memory=memory,
+            memory=SequenceState(self.cache.method_memory, self.slots, len(self.cache.lengths)),
             logits_of=None if self.exit_head is None else self.record.counting_logits(self._exit_logits),
         )
-        return Run(context, self.record, None, self.methods, sparse=True)
+
+    @cached_property
+    def decisions(self) -> Decisions:
+        """The gates of this pass, decided layer by layer."""
+        return Decisions(self.plan, self.context)
 
     def _exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
         assert self.exit_head is not None
         return self.exit_head(vocabulary)(states)
 
-    def _kept_pass(
+    def _kernel_pass(
         self, layers: Sequence[EngineLayer], caches: Sequence[LayerKV], first: int, stops: Sequence[int]
-    ) -> KeptPass | None:
-        """One that fits, if the kernels can decide everything."""
+    ) -> KernelPass | None:
+        """Return a pass that fits, if the kernels can decide everything."""
         if not self.few_tokens or layers[0].native is None:
             return None
-        rules = []
-        for method in self.methods:
-            own = method.rules()
-            if own is None:
-                return None
-            rules.append(own)
-        kept = self._kept_for(layers, caches, first, rules, stops)
-        if kept is None or not kept.fits(self.slots, self.seen):
-            return None
-        if not kept.has_room(self.slots):  # what waits has moved: a plan for its new place, without scores yet
-            kept = self._kept_for(layers, caches, first, rules, stops)
-        return kept if kept is not None and kept.prepare(lambda: self.run.context) else None
+        num_tokens = self.num_rows * self.num_tokens
 
-    def _kept_for(
-        self,
-        layers: Sequence[EngineLayer],
-        caches: Sequence[LayerKV],
-        first: int,
-        rules: Sequence[Rules],
-        stops: Sequence[int],
-    ) -> KeptPass | None:
-        """The one of these rules; None: the kernels cannot decide them."""
-        passes, num_tokens = self.cache.kept_passes, self.num_rows * self.num_tokens
-        key = (num_tokens, first, len(layers), tuple(stops), *rules)
-        if key in passes:
-            passes[key] = passes.pop(key)  # the latest is the last
-        else:
-            try:
-                places = [stop - first for stop in stops]
-                kept = KeptPass(
-                    layers, caches, rules, self.networks, self.exit_head, num_tokens=num_tokens, stops=places
-                )
-            except Unfit:
-                kept = None
-            if len(passes) >= MAX_KEPT:
-                passes.pop(next(iter(passes)))
-            passes[key] = kept
-        return passes[key]
+        def compile_pass() -> KernelPass:
+            numbers = [stop - first for stop in stops]
+            return KernelPass(
+                layers, caches, self.plan, self.networks, self.exit_head, num_tokens=num_tokens, stops=numbers
+            )
+
+        passes, shape = passes_of(self.plan, self.cache), (num_tokens, first, len(layers), *stops)
+        fused = passes.find(self.cache.layout, shape, compile_pass)
+        if fused is None or not fused.fits(self.slots, self.seen):
+            return None
+        if not fused.has_room(self.slots):  # what is deferred has moved: compiled for its new memory
+            fused = passes.find(self.cache.layout, shape, compile_pass)
+        return fused if fused is not None and fused.prepare(lambda: self.context) else None
 
     def _through_weighed(
         self, layer: EngineLayer, kv: LayerKV, layer_idx: int, gate: Gate, mixer_gate: Gate | None, hidden: Tensor
@@ -167,7 +146,7 @@ class Step(RowPass):
         """A layer whose gate weighs what it adds: h + w·(f(h) − h); beside gates of branches, what each adds."""
         hidden = before = self._run_span(hidden)
         hidden = self._run_span(self._mix(layer, kv, hidden, mixer_gate))
-        if self.gates_branches:
+        if self.plan.gates_branches:
             hidden = before = _weighed(mixer_gate, hidden, before)
         ffn_gate = self._ask_ffn(layer_idx, gate, hidden)
         return _weighed(ffn_gate, self._run_span(self._feed(layer, kv, hidden, ffn_gate)), before)
@@ -180,20 +159,20 @@ class Step(RowPass):
 
     def _ask_mixer(self, layer_idx: int, hidden: Tensor) -> tuple[Gate | None, Gate | None]:
         """The gate of the whole layer, and that of its mixer."""
-        if not self.methods:
+        if not self.is_gated:
             return None, None
         shaped = self._shaped(hidden)
-        gate = mixer_gate = self.run.ask("layer_gate", layer_idx, shaped)
-        if self.gates_branches:
-            mixer_gate = Gate.both(gate, self.run.ask("mixer_gate", layer_idx, shaped))
+        gate = mixer_gate = self.decisions.gate("layer", layer_idx, shaped)
+        if self.plan.gates_branches:
+            mixer_gate = Gate.both(gate, self.decisions.gate("mixer", layer_idx, shaped))
         if mixer_gate is not None:
             self.record.mixer_keep[layer_idx] = mixer_gate.keep
             self.record.kv_rules[layer_idx] = mixer_gate.kv_rule
         return gate, mixer_gate
 
     def _ask_ffn(self, layer_idx: int, gate: Gate | None, hidden: Tensor) -> Gate | None:
-        if self.gates_branches and (gate is None or gate.any_kept):  # else nobody is left to ask about
-            gate = Gate.both(gate, self.run.ask("ffn_gate", layer_idx, self._shaped(hidden)))
+        if self.plan.gates_branches and (gate is None or gate.any_kept):  # else nobody is left to ask about
+            gate = Gate.both(gate, self.decisions.gate("ffn", layer_idx, self._shaped(hidden)))
         if gate is not None:
             self.record.ffn_keep[layer_idx] = gate.keep
         return gate

@@ -1,4 +1,4 @@
-"""The second mixer of a layer, for the tokens that take it (`Choice`).
+"""The alternate mixer of a layer, for the tokens that are routed to it (`MixerRouting`).
 
 Each token takes one of two mixers. The layer's own runs as under any gate; this file runs the other, which is
 recurrent: over all tokens where its state sees all, else over its own tokens alone, gathered.
@@ -15,31 +15,31 @@ from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
 from anydepth.execution.cache import put_rows, rows_of
-from anydepth.execution.cost import recurrent_mixer_flops
 from anydepth.execution.partial import Run, groups_of
-from anydepth.methods.method import Choice
+from anydepth.gating.cost import recurrent_mixer_flops
+from anydepth.gating.gate import MixerRouting
 from anydepth.models.backbone import first_output
 
 _FLOPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Per token of each second mixer met so far: counting walks over its modules, and decoding asks at every step."""
 
 
-def through_other(run: Run, layer_idx: int, choice: Choice, hidden: Tensor) -> Tensor | None:
+def run_alternate(run: Run, layer_idx: int, routing: MixerRouting, hidden: Tensor) -> Tensor | None:
     """(B, T, D) output of the other mixer where tokens take it, zeros elsewhere; None: nobody does.
 
     Args:
         hidden: (B, T, D), what the layer's own mixer sees.
     """
-    real, others = run.context.token_mask, choice.others & run.context.token_mask
-    sees_all = choice.gate.kv_rule == "project"
-    learns_from_both = sees_all and choice.weight is not None and not run.sparse
-    if choice.gate.all_kept and not learns_from_both and not (sees_all and run.cache is not None):
+    real, others = run.context.token_mask, routing.takes_alternate & run.context.token_mask
+    sees_all = routing.gate.kv_rule == "project"
+    learns_from_both = sees_all and routing.alternate_weight is not None and not run.sparse
+    if routing.gate.all_kept and not learns_from_both and not (sees_all and run.cache is not None):
         return None
     state = None if run.cache is None else run.cache.other(layer_idx)
-    mixer = _Mixer(run, choice.other, hidden)
+    mixer = _Mixer(run, routing.alternate, hidden)
     if sees_all:
         output = mixer(mixer.hidden, state, None if bool(real.all()) else real)
-        if run.sparse or choice.weight is None:
+        if run.sparse or routing.alternate_weight is None:
             output = output * others[..., None]
     elif state is not None and state.has_previous_state[0]:
         output = torch.zeros_like(mixer.hidden)
@@ -54,9 +54,9 @@ def through_other(run: Run, layer_idx: int, choice: Choice, hidden: Tensor) -> T
     return output.to(hidden.dtype)
 
 
-def weighed(choice: Choice, output: Tensor) -> Tensor:
+def weighted(routing: MixerRouting, output: Tensor) -> Tensor:
     """The other mixer's output, times a weight that the gate's gradient flows through in training."""
-    return output if choice.weight is None else output * choice.weight[..., None].to(output.dtype)
+    return output if routing.alternate_weight is None else output * routing.alternate_weight[..., None].to(output.dtype)
 
 
 class _Mixer:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anydepth.methods.gate_network import Evaluate, GateNetwork
+from anydepth.gating.gate_network import Evaluate, GateNetwork
 
 if TYPE_CHECKING:
-    from anydepth.methods.method import KVRule, LogitsOf
+    from anydepth.gating.context import LogitsOf
+    from anydepth.gating.spec import KVRule
 
 
 @dataclass
@@ -35,7 +36,7 @@ class PassRecord:
     other_keep: dict[int, Tensor] = field(default_factory=dict)
     """(B, T) by layer: tokens that took its second mixer."""
     head_rows: int = 0
-    router_flops: int = field(default_factory=int)  # no default of the class: see `LaterRecord`
+    router_flops: int = field(default_factory=int)  # no default of the class: see `LazyRecord`
     other_flops: int = field(default_factory=int)  # of second mixers
 
     def counting(self, evaluate: Evaluate) -> Evaluate:
@@ -124,7 +125,7 @@ class PassRecord:
         return torch.stack([self.late.get(layer_idx, none) for layer_idx in range(self.num_layers)])
 
 
-class LaterRecord(PassRecord):
+class LazyRecord(PassRecord):
     """Decisions that are known, but put down only when somebody looks at them: a decoding step would feel it.
 
     Args:
@@ -156,7 +157,7 @@ class LaterRecord(PassRecord):
                 setattr(own, part, getattr(whole, part))
 
         part = self.token_mask[row : row + 1]
-        return LaterRecord(PassRecord(part, self.past_length, self.cached, self.num_layers, head_rows=1), note)
+        return LazyRecord(PassRecord(part, self.past_length, self.cached, self.num_layers, head_rows=1), note)
 
 
 @dataclass(frozen=True)

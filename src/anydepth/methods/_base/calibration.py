@@ -1,49 +1,53 @@
-"""The part of a method that compares scores with a threshold: what calibration sets, and shares are set by."""
+"""The part of a method that calibration sets: a threshold, and the fraction of decisions that it skips."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from anydepth.errors import UserError
-from anydepth.methods.score_quantiles import empty_table, is_filled, most, thresholds_at
+from anydepth.gating.context import PassContext
+from anydepth.gating.spec import Branch, GateSpec
+from anydepth.methods._base.score_quantiles import empty_table, is_filled, most, thresholds_at
+from anydepth.models.backbone import Backbone
 
-if TYPE_CHECKING:
-    from anydepth.methods.method import PassContext
 
-
-class Thresholded(nn.Module):
-    """Base of methods whose gates may compare scores with a threshold (`budget_option`).
+class Calibrated(nn.Module):
+    """Mixin of methods whose gates compare scores with an option.
 
     Class attributes:
-        gates_only_ffns: whether no token ever skips a mixer by it.
+        budget_option: the option; a token runs if its score is above.
+        has_threshold_per_layer: whether calibration gives each of `gated_layers` its own threshold, so that each layer
+            skips as much.
+        calibrates_to_target: whether the threshold is to be set to `target_share` after training, which trains at
+            another.
     """
 
-    name: ClassVar[str]
-    gates_only_ffns: ClassVar[bool] = False
-    config: Any
-    budget_option: ClassVar[str | None] = None
-    """The option that a score must be above for a token to run, where there is one: what calibration sets."""
+    budget_option: ClassVar[str]
     has_threshold_per_layer: ClassVar[bool] = False
-    """Whether calibration gives each of `gated_layers` its own threshold, so that each layer skips as much."""
     calibrates_to_target: ClassVar[bool] = False
-    """Whether its threshold is to be set to `target_share` after training, which trains at another."""
+    name: ClassVar[str]
+    config: Any
+    is_watched: bool
+    gated_layers: Sequence[int]
+    branches: set[Branch]
+    gates: Callable[[], list[GateSpec]]
     score_quantiles: Tensor
     """What `score_quantiles.py` describes; zeros until training or calibration fills it."""
 
-    @property
-    def compares_scores(self) -> bool:
-        """Whether it compares scores with a threshold that calibration can set."""
-        return self.budget_option is not None
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.register_buffer("score_quantiles", empty_table(1))
 
     @property
-    def gated_layers(self) -> Sequence[int]:
-        """Layers whose gates it decides token by token, or sequence by sequence."""
-        return ()
+    def compares_scores(self) -> bool:
+        """Whether its gates depend on states, so that a threshold can be set."""
+        return any(spec.score.reads_at is not None for spec in self.gates())
 
     @property
     def target_share(self) -> float | None:
@@ -56,10 +60,10 @@ class Thresholded(nn.Module):
         Args:
             mixers, ffns, others: of each layer's mixer, FFN and alternate mixer.
         """
-        layers = self.gated_layers
-        ran = sum(ffns[i] if self.gates_only_ffns else mixers[i] for i in layers)
+        layers, gates_ffns = self.gated_layers, self.branches == {"ffn"}
+        ran = sum(ffns[i] if gates_ffns else mixers[i] for i in layers)
         # A token that skips a whole layer by another method is not asked about the layer's FFN.
-        asked = sum(mixers[i] + others[i] for i in layers) if self.gates_only_ffns else len(layers)
+        asked = sum(mixers[i] + others[i] for i in layers) if gates_ffns else len(layers)
         return max(1 - ran / asked, 0.0) if asked else 0.0
 
     def set_skip_share(self, share: float) -> None:
@@ -82,24 +86,16 @@ class Thresholded(nn.Module):
 
     @property
     def threshold(self) -> float | list[float]:
-        """What a score must be above for a token to run, one for all or one per layer; of methods that have one."""
-        return getattr(self.config, str(self.budget_option))
+        """What a score must be above for a token to run: one number, or one per layer."""
+        return getattr(self.config, self.budget_option)
 
     @threshold.setter
     def threshold(self, value: float | list[float]) -> None:
-        self.config = self.config.model_copy(update={str(self.budget_option): value})
-
-    is_watched: bool = False
-    """Calibration wants its scores, also where a threshold lets everybody run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        if self.budget_option is not None:
-            self.register_buffer("score_quantiles", empty_table(1))
+        self.config = self.config.model_copy(update={self.budget_option: value})
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.budget_option is not None and not is_filled(self.score_quantiles):
+        if not is_filled(self.score_quantiles):
             del destination[f"{prefix}score_quantiles"]  # nothing was measured
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -109,15 +105,23 @@ class Thresholded(nn.Module):
             state_dict[key] = own
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def note_scores(self, scores: Tensor, context: PassContext, layer_idx: int = 0) -> None:
-        """Keep (..., B, T) numbers that an inference compares with `budget_option`, of a layer that has its own."""
-        context.notes.setdefault(f"{self.name}/scores", {}).setdefault(layer_idx, []).append(scores)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Let every token run, and note the scores of all gates; the threshold is as before afterwards."""
+        before = self.config
+        self.threshold, self.is_watched = -math.inf, True
+        try:
+            yield
+        finally:
+            self.config, self.is_watched = before, False
 
     def scores(self, context: PassContext) -> dict[int, Tensor]:
-        """Return the scores of one forward's real tokens, (N,) for each layer that has its own threshold."""
-        real, noted = context.token_mask, context.notes.get(f"{self.name}/scores", {})
-        shaped = {i: [part[..., real] if part.shape[-2:] == real.shape else part for part in noted[i]] for i in noted}
-        return {layer_idx: torch.cat([part.flatten() for part in parts]) for layer_idx, parts in shaped.items()}
+        """Return (N,) scores of one forward's real tokens by layer, or all under 0 where one threshold is for all."""
+        real, found = context.token_mask, dict[int, list[Tensor]]()
+        for layer_idx, parts in context.scores.get(self.name, {}).items():
+            own = [part[..., real] if part.shape[-2:] == real.shape else part for part in parts]
+            found.setdefault(layer_idx if self.has_threshold_per_layer else 0, []).extend(own)
+        return {layer_idx: torch.cat([part.flatten() for part in parts]) for layer_idx, parts in found.items()}
 
 
 def one_per_layer(value: float | list[float], layers: Sequence[int], option: str) -> dict[int, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from anydepth.execution.trace import PassRecord, Trace
+from anydepth.gating.trace import PassRecord, Trace
 from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.plain import running_modules
 

@@ -1,4 +1,4 @@
-"""What methods remember of a sequence between forwards."""
+"""Tensors that gates keep per sequence between forwards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Memory:
+class SequenceState:
     """Tensors that methods keep per sequence, in step with the K/V cache; empty where there is none.
 
     What was remembered of tokens that the cache forgot (`rewind`) stays: a method must write it anew as it sees their

@@ -1,0 +1,103 @@
+"""What a decision says to an execution: which tokens run a branch, and what the others leave behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.gating.context import PassContext
+from anydepth.gating.spec import KVRule
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which tokens run a layer or branch.
+
+    Attributes:
+        keep: (B, T) bool; padding is never kept.
+        kv_rule: how tokens that skip a mixer leave K/V there.
+        any_kept, all_kept: the same over real tokens, known to the host.
+        weight: (B, T) w of h + w·(f(h) − h), 0 where a token skips. In training the gate's gradient flows through it.
+    """
+
+    keep: Tensor
+    kv_rule: KVRule
+    any_kept: bool
+    all_kept: bool
+    weight: Tensor | None = None
+
+    @classmethod
+    def stack(cls, keep: Tensor, context: PassContext, kv_rule: KVRule, weights: Tensor | None = None) -> list[Gate]:
+        """Return the gates of G branches from (G, B, T) decisions, with one host synchronisation for all of them."""
+        real = context.token_mask
+        if real.numel() == 1 and weights is None:  # one token of a decode step, where every operator costs time
+            decided = keep.flatten().tolist()
+            either: dict[bool, Gate] = {}
+            if True in decided:
+                either[True] = cls(real, kv_rule, any_kept=True, all_kept=True)
+            if False in decided:
+                either[False] = cls.closed(context, kv_rule)
+            return [either[kept] for kept in decided]
+        keep = keep & real
+        flags = torch.stack([keep.flatten(1).any(1), (keep | ~real).flatten(1).all(1)]).tolist()
+        each = [None] * len(keep) if weights is None else weights.unbind()
+        return [
+            cls(part, kv_rule, any_kept, all_kept, weight)
+            for part, any_kept, all_kept, weight in zip(keep.unbind(), *flags, each, strict=True)
+        ]
+
+    @classmethod
+    def closed(cls, context: PassContext, kv_rule: KVRule) -> Gate:
+        """Return a gate that no token passes, without looking at the device."""
+        return cls(torch.zeros_like(context.token_mask), kv_rule, any_kept=False, all_kept=False)
+
+    def without_weight(self) -> Gate:
+        """Return the same decision, which only selects."""
+        return replace(self, weight=None)
+
+    @staticmethod
+    def both(first: Gate | None, second: Gate | None) -> Gate | None:
+        """Return the gate of the tokens that both keep.
+
+        Where no token runs a mixer no K/V are needed: `omit` then wins. Two rules for tokens that others attend to
+        contradict each other, and are refused when methods are attached.
+        """
+        if first is None or second is None:
+            return first or second
+        for gate in (first, second):
+            if not gate.any_kept and gate.kv_rule == "omit":
+                return gate
+        keep = first.keep & second.keep
+        weight = None
+        if first.weight is not None or second.weight is not None:
+            weight = _weight_of(first) * _weight_of(second)
+        closed = not (first.any_kept and second.any_kept)
+        any_kept = False if closed else bool(keep.any())
+        return Gate(keep, first.kv_rule, any_kept, first.all_kept and second.all_kept, weight)
+
+
+def _weight_of(gate: Gate) -> Tensor:
+    return gate.keep.float() if gate.weight is None else gate.weight
+
+
+@dataclass(frozen=True, eq=False)
+class MixerRouting:
+    """Which tokens run a layer's own mixer; all others run an alternate one.
+
+    Attributes:
+        gate: the tokens that run their layer's own. Under `project` both mixers see every token and the routing picks
+            whose output is used; under `omit` each sees its own tokens alone.
+        alternate: (B, T, D) → (B, T, D), a recurrent mixer with a state of its own.
+        alternate_weight: (B, T) of the alternate's output, 0 where a token runs the layer's own.
+    """
+
+    gate: Gate
+    alternate: nn.Module
+    alternate_weight: Tensor | None = None
+
+    @property
+    def takes_alternate(self) -> Tensor:
+        """(B, T) bool; padding may be among them."""
+        return ~self.gate.keep

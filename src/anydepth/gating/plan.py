@@ -1,0 +1,293 @@
+"""The gates of all attached methods, by where they are decided, and the decisions of one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate import Gate, MixerRouting
+from anydepth.gating.scores import Closed
+from anydepth.gating.spec import Branch, GateSpec
+
+
+class Sample(NamedTuple):
+    """Decisions drawn in training.
+
+    Attributes:
+        keep: (G, B, T) bool.
+        weights: (G, B, T) that the gates' gradient flows through; None: they only select.
+        alternate_weights: (G, B, T) of alternate mixers' outputs.
+    """
+
+    keep: Tensor
+    weights: Tensor | None = None
+    alternate_weights: Tensor | None = None
+
+
+class Decider(Protocol):
+    """What a plan asks of a method (`methods/method.py`)."""
+
+    name: Any
+    is_watched: bool
+
+    def gates(self) -> Sequence[GateSpec]: ...
+
+    def begin(self, context: PassContext) -> Any: ...
+
+    def samples(self, context: PassContext) -> bool: ...
+
+    def training_gates(self, context: PassContext) -> Sequence[GateSpec]: ...
+
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample: ...
+
+    def captured_layers(self) -> Sequence[int]: ...
+
+    def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedGate:
+    """A gate and the method that it is of."""
+
+    method: Decider
+    spec: GateSpec
+
+
+class Plan:
+    """Gates by the place where they are decided. Gates that never skip are left out.
+
+    Attributes:
+        gates: all gates but the closed ones.
+        closed: by branch, the layers that no token runs.
+        at_input, at_ffn: by layer, the gates that read its input, and the input of its FFN.
+        known: gates that may be decided before the forward.
+        exits: by method, its exits in order of their layers.
+        compared: layers whose inputs are kept, for gates of later layers to compare with.
+        compiled: what an execution has made of this plan, by its own keys.
+    """
+
+    def __init__(self, gates: Sequence[PlannedGate]) -> None:
+        layers: dict[Branch, set[int]] = {"layer": set(), "mixer": set(), "ffn": set()}
+        self.gates: list[PlannedGate] = []
+        self.at_input: dict[int, list[PlannedGate]] = {}
+        self.at_ffn: dict[int, list[PlannedGate]] = {}
+        self.known: list[PlannedGate] = []
+        self.exits: dict[Any, dict[int, PlannedGate]] = {}
+        self.compared: set[int] = set()
+        self.compiled: dict[Any, Any] = {}
+        for gate in gates:
+            spec = gate.spec
+            if isinstance(spec.score, Closed):
+                layers[spec.branch].update(spec.layers)
+            elif gate.method.is_watched or not spec.never_skips:
+                self._add(gate)
+        self.closed = {branch: frozenset(found) for branch, found in layers.items()}
+        branches = {gate.spec.branch for gate in self.gates} | {branch for branch, found in layers.items() if found}
+        self.gates_branches = bool(branches - {"layer"})
+
+    def _add(self, gate: PlannedGate) -> None:
+        spec = gate.spec
+        self.gates.append(gate)
+        if spec.exits:
+            self.exits.setdefault(gate.method.name, {})[spec.layers[0]] = gate
+        elif spec.score.reads_at is None or spec.score.pool_tokens:
+            self.known.append(gate)
+        if spec.score.compares_with is not None:
+            self.compared.add(spec.score.compares_with)
+        if spec.score.reads_at is not None:
+            at = self.at_ffn if spec.branch == "ffn" else self.at_input
+            at.setdefault(spec.score.reads_at, []).append(gate)
+
+    @classmethod
+    def of(cls, methods: Sequence[Decider]) -> Plan:
+        """Return the plan of methods at inference."""
+        return cls([PlannedGate(method, spec) for method in methods for spec in method.gates()])
+
+    @classmethod
+    def for_forward(cls, methods: Sequence[Decider], context: PassContext) -> Plan:
+        """Return the plan of one forward, in which methods that are trained may sample."""
+        return cls(
+            [
+                PlannedGate(method, spec)
+                for method in methods
+                for spec in (method.training_gates(context) if method.samples(context) else method.gates())
+            ]
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every token runs everything."""
+        return not self.gates and not any(self.closed.values())
+
+    @cached_property
+    def recomputes(self) -> bool:
+        """Whether tokens that exit have their deeper K/V computed later."""
+        return any(gate.spec.on_skip == "recompute" for gate in self.gates)
+
+
+@dataclass
+class ExitProgress:
+    """Which tokens of a forward have not exited by a method.
+
+    Attributes:
+        gate: of the last exit: the tokens that continue; None before the first.
+        arrived: by layer, the gate of the last exit before it.
+    """
+
+    gate: Gate | None = None
+    arrived: dict[int, Gate | None] = field(default_factory=dict)
+
+    @property
+    def any_active(self) -> bool:
+        return self.gate is None or self.gate.any_kept
+
+    def arrive(self, layer_idx: int) -> Gate | None:
+        """Return the gate of the last exit before a layer, also where backward runs it again after deeper ones."""
+        self.gate = self.arrived.setdefault(layer_idx, self.gate)
+        return self.gate
+
+
+class Decisions:
+    """The gates of one forward, decided as the states that they read are there.
+
+    `gate` is asked for each layer, then for its mixer and its FFN, with the state in front of each.
+
+    Attributes:
+        routings: by layer, between its own mixer and an alternate one.
+        weights: (B, T) by layer, what is multiplied with what the layer adds, where a gate has a scale.
+    """
+
+    def __init__(self, plan: Plan, context: PassContext, methods: Sequence[Decider] = ()) -> None:
+        self.plan, self.context = plan, context
+        self.decided: dict[tuple[Branch, int], dict[PlannedGate, Gate]] = {}
+        self.routings: dict[int, MixerRouting] = {}
+        self.progress = {name: ExitProgress() for name in plan.exits}
+        self.compared: dict[int, Tensor] = {}
+        self.weights: dict[int, Tensor] = {}
+        self.closed = Gate.closed(context, "omit") if any(plan.closed.values()) else None
+        self.is_known: set[PlannedGate] = set()
+        self.capturing = [method for method in methods if method.samples(context) and method.captured_layers()]
+        for gate in plan.known:
+            scores = gate.spec.score.known(context)
+            if scores is not None:
+                self.is_known.add(gate)
+                self._put(gate, scores > gate.spec.threshold_at(context.positions))
+
+    @classmethod
+    def begin(cls, methods: Sequence[Decider], context: PassContext, plan: Plan | None = None) -> Decisions:
+        """Start a forward: let methods prepare what they keep of it, and decide what is known before.
+
+        Args:
+            plan: of the same methods, compiled before; None compiles one.
+        """
+        for method in methods:
+            context.states[method.name] = method.begin(context)
+        return cls(Plan.for_forward(methods, context) if plan is None else plan, context, methods)
+
+    def reads(self, layer_idx: int) -> bool:
+        """Return whether gates of a layer depend on the states that they are asked with.
+
+        False: the answer is known before the layers in front of it have run.
+        """
+        plan = self.plan
+        if layer_idx in plan.compared and any(progress.any_active for progress in self.progress.values()):
+            return True
+        return any(
+            gate not in self.is_known and (not gate.spec.exits or self.progress[gate.method.name].any_active)
+            for gate in (*plan.at_input.get(layer_idx, ()), *plan.at_ffn.get(layer_idx, ()))
+        )
+
+    def gate(self, branch: Branch, layer_idx: int, hidden: Tensor) -> Gate | None:
+        """Return which tokens run a layer, its mixer or its FFN, from the (B, T, D) state in front; None: every token.
+
+        The mixer's gate is asked with the layer's input.
+        """
+        answer: Gate | None = None
+        if branch == "layer":
+            answer = self._read_input(layer_idx, hidden)
+        elif branch == "ffn":
+            for gate in self.plan.at_ffn.get(layer_idx, ()):
+                self._decide(gate, hidden, self.context.token_mask)
+        if layer_idx in self.plan.closed[branch]:
+            answer = Gate.both(answer, self.closed)
+        for decided in self.decided.get((branch, layer_idx), {}).values():
+            answer = Gate.both(answer, decided)
+        return answer
+
+    def _read_input(self, layer_idx: int, hidden: Tensor) -> Gate | None:
+        """Decide what reads a layer's input. Returns the gate of exits so far."""
+        for method in self.capturing:
+            if layer_idx in method.captured_layers():
+                method.capture(layer_idx, hidden, self.context)
+        if layer_idx in self.plan.compared:
+            self.compared[layer_idx] = hidden
+        for gate in self.plan.at_input.get(layer_idx, ()):
+            if not gate.spec.exits and gate not in self.is_known:
+                self._decide(gate, hidden, self.context.token_mask)
+        answer: Gate | None = None
+        for name, exits in self.plan.exits.items():
+            answer = Gate.both(answer, self._exit(self.progress[name], exits.get(layer_idx), layer_idx, hidden))
+        return answer
+
+    def _exit(self, progress: ExitProgress, gate: PlannedGate | None, layer_idx: int, hidden: Tensor) -> Gate | None:
+        arrived = progress.arrive(layer_idx)
+        # In training also where no token arrived: gates learn from their probabilities, whichever tokens were drawn.
+        if gate is not None and (progress.any_active or gate.method.samples(self.context)):
+            asked = self.context.token_mask if arrived is None else arrived.keep
+            (keep,), _ = self._keep(gate, hidden, asked)
+            if arrived is not None and not arrived.all_kept:
+                keep = keep & arrived.keep
+            (progress.gate,) = Gate.stack(keep[None], self.context, gate.spec.on_skip)
+        return progress.gate
+
+    def _decide(self, gate: PlannedGate, hidden: Tensor, asked: Tensor) -> None:
+        keep, sample = self._keep(gate, hidden, asked)
+        scale, weights, alternates = gate.spec.scale, None, None
+        if sample is not None:
+            weights, alternates = sample.weights, sample.alternate_weights
+        elif scale is not None:
+            factor = 2 * torch.sigmoid(self.context.evaluate(scale, hidden.detach())[..., 0])
+            weights = (factor * (keep[0] & self.context.token_mask))[None]
+            self.weights[gate.spec.layers[0]] = weights[0]
+        self._put(gate, keep, weights, alternates)
+
+    def _keep(self, gate: PlannedGate, hidden: Tensor, asked: Tensor) -> tuple[Tensor, Sample | None]:
+        """Return (G, B, T) decisions, and how they were drawn in training."""
+        method, spec, context = gate.method, gate.spec, self.context
+        if spec.score.reads_at is None:
+            scores = spec.score.known(context)
+            assert scores is not None, "only scores of states are unknown"
+        else:
+            scores = spec.score.evaluate(hidden, context, asked, self.compared)
+        if method.samples(context):
+            sample = method.sample(spec, scores, hidden, context)
+            return sample.keep, sample
+        noted = context.scores.setdefault(method.name, {}).setdefault(spec.layers[0], [])
+        noted.append(spec.calibrated(scores, context.positions))
+        keep = scores > spec.threshold_at(context.positions)
+        if spec.score.pool_tokens:
+            keep = keep | (context.positions < spec.score.pool_tokens)
+        return keep, None
+
+    def _put(
+        self, gate: PlannedGate, keep: Tensor, weights: Tensor | None = None, alternate_weights: Tensor | None = None
+    ) -> None:
+        spec = gate.spec
+        keep = keep.expand(-1, *self.context.token_mask.shape)
+        found = Gate.stack(keep, self.context, spec.on_skip, weights)
+        for number, (layer_idx, part) in enumerate(zip(spec.layers, found, strict=True)):
+            if spec.alternates is None:
+                self.decided.setdefault((spec.branch, layer_idx), {})[gate] = part
+            else:
+                weight = None if alternate_weights is None else alternate_weights[number]
+                self.routings[layer_idx] = MixerRouting(part, spec.alternates[layer_idx], weight)
+
+
+FULL_DEPTH = Plan([])
+"""The plan in which every token runs everything."""

@@ -1,0 +1,97 @@
+"""Gates as data: a score for each token, a threshold, and what a token that skips leaves behind.
+
+A method lists its gates (`Method.gates`), a `Plan` compiles the lists of all attached methods, and every execution
+interprets the same plan: the Hugging Face model, the fast engine by PyTorch's operators, and its kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.scores import Score
+
+Branch = Literal["layer", "mixer", "ffn"]
+SkipRule = Literal["project", "omit"]
+"""How a token that skips a mixer leaves K/V there: its state is projected, or it leaves none."""
+KVRule = Literal[SkipRule, "recompute"]
+"""`recompute` is for exits: K/V are those of full depth, computed when a later token needs them."""
+
+
+@dataclass(frozen=True)
+class PositionThreshold:
+    """A threshold on minus a confidence that is stricter at the start of a sequence.
+
+    A token exits if its confidence is at least 0.9·λ + 0.1·exp(−decay·position ÷ length), clipped to [0, 1] (CALM,
+    Schuster et al. 2022, equation 5).
+
+    Attributes:
+        base: −λ, in the units of the score.
+    """
+
+    base: float
+    decay: float
+    length: int
+
+    def at(self, positions: Tensor) -> Tensor | float:
+        """Return the threshold at (B, T) positions."""
+        if self.base < -1:
+            return self.base  # no token is that sure
+        return -(0.9 * -self.base + 0.1 * self._decayed(positions)).clamp(0, 1)
+
+    def base_of(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Return the base at which tokens of (..., B, T) scores just exit: the inverse of `at`."""
+        return ((scores + 0.1 * self._decayed(positions)) / 0.9).clamp(min=-1)
+
+    def _decayed(self, positions: Tensor) -> Tensor:
+        return torch.exp(-self.decay * positions / self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class GateSpec:
+    """One decision of a method at inference: a token runs a branch if its score is above the threshold.
+
+    Attributes:
+        layers: layers that are decided, in the order of the score's columns.
+        branch: what a token skips.
+        score: what is compared with the threshold.
+        threshold: −inf closes the gate for no token.
+        on_skip: how a token that skips a mixer leaves K/V; ignored for FFNs.
+        offset: subtracted from the score; calibration sees the difference.
+        exits: whether a token that skips a layer skips all later ones too.
+        scale: a network whose r = 2·σ(logit) multiplies what the layer adds, h + r·(f(h) − h).
+        alternates: mixers that skipping tokens take in place of the layer's own, by layer.
+    """
+
+    layers: tuple[int, ...]
+    branch: Branch
+    score: Score
+    threshold: float | PositionThreshold = 0.0
+    on_skip: KVRule = "project"
+    offset: float = 0.0
+    exits: bool = False
+    scale: GateNetwork | None = None
+    alternates: Mapping[int, nn.Module] | None = None
+
+    @property
+    def never_skips(self) -> bool:
+        """Whether every token runs, whatever its score."""
+        threshold = self.threshold.base if isinstance(self.threshold, PositionThreshold) else self.threshold
+        limit = threshold + self.offset
+        return limit == -math.inf or limit < self.score.least
+
+    def threshold_at(self, positions: Tensor) -> Tensor | float:
+        """Return the threshold of scores at (B, T) positions, the offset included."""
+        limit = self.threshold.at(positions) if isinstance(self.threshold, PositionThreshold) else self.threshold
+        return limit + self.offset
+
+    def calibrated(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Return the thresholds at which tokens of (..., B, T) scores are just closed out."""
+        scores = scores - self.offset
+        return self.threshold.base_of(scores, positions) if isinstance(self.threshold, PositionThreshold) else scores

@@ -1,0 +1,140 @@
+"""The contract of a method: it lists gates, and nothing else.
+
+A method never executes, copies or masks anything of the backbone. Decisions at inference are deterministic, causal and
+independent of padding. What learns adds `Trained` (`training.py`), what calibration sets adds `Calibrated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.config import StrictConfig
+from anydepth.gating.context import PassContext
+from anydepth.gating.plan import Sample
+from anydepth.gating.scores import Closed
+from anydepth.gating.spec import Branch, GateSpec, KVRule
+from anydepth.models.backbone import Backbone
+
+
+class Method(nn.Module):
+    """Base of every method. Parameters of methods are in float32.
+
+    Class attributes:
+        Config: its options.
+        name: the key in `METHODS`.
+        summary: one line for `anydepth methods`.
+    """
+
+    Config: ClassVar[type[StrictConfig]]
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    decides_in_training: ClassVar[bool] = True
+    """Whether tokens skip by it in training."""
+    is_frozen: bool = False
+    """Whether it is attached while others are trained: it decides as at inference."""
+    is_watched: bool = False
+    """Whether calibration wants scores, also of gates whose threshold skips no token."""
+
+    def __init__(self, config: Any, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.num_layers = backbone.num_layers
+        self.generator = torch.Generator()
+        self.reseed(getattr(config, "seed", 0))
+
+    def gates(self) -> list[GateSpec]:
+        """Return all gates at inference; layers that are not listed run for every token."""
+        return []
+
+    @classmethod
+    def has_weights(cls, config: Any) -> bool:
+        """Return whether a method of this config has parameters to train."""
+        return False
+
+    @classmethod
+    def is_lossless(cls) -> bool:
+        """Return whether every token runs everything at inference."""
+        return cls.gates is Method.gates
+
+    def reseed(self, seed: int) -> None:
+        """Restart the method's own randomness; training calls it every step, so that a resumed run repeats it."""
+        self.generator.manual_seed(seed)
+
+    # --- what follows from the gates -----------------------------------------------------------------------------
+
+    @property
+    def kv_rules(self) -> set[KVRule]:
+        """How tokens that skip a mixer leave K/V where other tokens of their sequence run it."""
+        return {spec.on_skip for spec in self.gates() if spec.branch != "ffn" and not isinstance(spec.score, Closed)}
+
+    @property
+    def gated_layers(self) -> Sequence[int]:
+        """Layers that gates decide token by token, or sequence by sequence."""
+        gated: set[int] = set()
+        for spec in self.gates():
+            if not isinstance(spec.score, Closed):
+                gated.update(range(spec.layers[0], self.num_layers) if spec.exits else spec.layers)
+        return sorted(gated)
+
+    @property
+    def branches(self) -> set[Branch]:
+        """Branches that tokens skip by it."""
+        return {spec.branch for spec in self.gates()}
+
+    @property
+    def routes_mixers(self) -> bool:
+        """Whether it has alternate mixers for tokens to take."""
+        return any(spec.alternates is not None for spec in self.gates())
+
+    @property
+    def pool_tokens(self) -> int:
+        """First tokens of a sequence, all of which run, that its later decisions depend on."""
+        return max((spec.score.pool_tokens for spec in self.gates()), default=0)
+
+    # --- training: nothing, unless a method is `Trained` -----------------------------------------------------------
+
+    def begin(self, context: PassContext) -> Any:
+        """Return what belongs to one forward alone, kept in `context.states` by the method's name.
+
+        Nothing of a forward is kept on the method: other threads run it at the same time, and backward may run a layer
+        again after later forwards.
+        """
+
+    def samples(self, context: PassContext) -> bool:
+        """Return whether decisions of this forward are drawn for training, rather than taken as at inference."""
+        return False
+
+    def training_gates(self, context: PassContext) -> list[GateSpec]:
+        """Return the gates of one forward in training."""
+        return self.gates()
+
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
+        """Draw the decisions of one gate in training, from its (G, B, T or 1) scores of (B, T, D) states."""
+        return Sample(scores > spec.threshold_at(context.positions))
+
+    def captured_layers(self) -> Sequence[int]:
+        """Return layers whose inputs training wants, gates or not."""
+        return ()
+
+    def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None:
+        """Take the (B, T, D) input of one of `captured_layers` in training."""
+
+
+def closed_gates(layers: Iterable[int] = (), mixers: Iterable[int] = (), ffns: Iterable[int] = ()) -> list[GateSpec]:
+    """Return gates that no token passes. No K/V are ever read there, so none are left."""
+    branches: dict[Branch, Iterable[int]] = {"layer": layers, "mixer": mixers, "ffn": ffns}
+    found = {branch: tuple(sorted(some)) for branch, some in branches.items()}
+    return [GateSpec(some, branch, Closed(), on_skip="omit") for branch, some in found.items() if some]
+
+
+def check_layers(layers: Sequence[int], num_layers: int, option: str) -> None:
+    """Raise `ValueError` unless `layers` are distinct indices of a model with `num_layers` layers."""
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise ValueError(f"{option} has {outside}; this model has layers 0 to {num_layers - 1}")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"{option} names a layer twice: {sorted(layers)}")

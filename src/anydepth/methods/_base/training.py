@@ -1,0 +1,114 @@
+"""The part of a method that learns: sampled decisions, losses, schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.gating.context import PassContext
+from anydepth.gating.shared_batch import draw_uniform
+
+
+@dataclass(frozen=True)
+class ExitState:
+    """An exit that a forward passed: (B, T, D) states of the residual stream, and the tokens' (B, T) weights there.
+
+    Attributes:
+        states: None stands for the model's own output.
+    """
+
+    states: Tensor | None
+    weights: Tensor
+
+
+@dataclass
+class TrainingState:
+    """What a method keeps of one forward for its losses.
+
+    Attributes:
+        noise: drawn once per gate: with gradient checkpointing a layer runs again and must decide the same.
+    """
+
+    noise: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Trained(nn.Module):
+    """Mixin of methods that learn, or that change training.
+
+    Class attributes:
+        scheduled: attributes that `set_progress` moves, for the history of training.
+        learns_by_policy: whether training asks for `policy_losses`.
+        draws_once: whether all sequences of a batch get the same noise.
+        State: what it keeps of one forward.
+    """
+
+    scheduled: ClassVar[tuple[str, ...]] = ()
+    learns_by_policy: bool = False
+    draws_once: bool = False
+    State: ClassVar[type[TrainingState]] = TrainingState
+    decides_in_training: ClassVar[bool] = True
+    is_frozen: bool
+    name: ClassVar[str]
+    generator: torch.Generator
+    gated_layers: Sequence[int]
+
+    @classmethod
+    def has_weights(cls, config: Any) -> bool:
+        """Return whether a method of this config has parameters to train."""
+        return True
+
+    @property
+    def has_learned_gates(self) -> bool:
+        """Whether training teaches its gates to tell tokens apart: gates that never change are then a fault."""
+        return self.decides_in_training and bool(self.gated_layers) and any(True for _ in self.gate_parameters())
+
+    def begin(self, context: PassContext) -> Any:
+        """Return an empty `State`."""
+        return self.State()
+
+    def state(self, context: PassContext) -> Any:
+        """Return what was kept of a forward."""
+        return context.states[self.name]
+
+    def samples(self, context: PassContext) -> bool:
+        """Return whether decisions of this forward are drawn, rather than taken as at inference."""
+        return context.training and not self.is_frozen
+
+    def logistic_noise(self, logits: Tensor, context: PassContext, key: int = 0) -> Tensor:
+        """Return the difference of two classes' Gumbel noise for (…, B, T) logits; one draw per forward and `key`."""
+        drawn = self.state(context).noise
+        if key not in drawn:
+            uniform = draw_uniform(logits.shape, self.generator, rows=-2, only_first=self.draws_once)
+            drawn[key] = torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(logits.device)
+        return drawn[key]
+
+    def set_progress(self, progress: float, step: int = 0) -> None:
+        """Step the schedules of the config to `progress` in [0, 1] of training, optimiser step `step`."""
+
+    def gate_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what learns at the rate of routers; the rest learns as the model itself."""
+        return self.parameters()
+
+    def exit_states(self, context: PassContext) -> list[ExitState]:
+        """Return states from which a token's output could be taken as well, for a loss over exits."""
+        return []
+
+    def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
+        """Return scalar losses of the last forward over real tokens, by name, weights applied."""
+        return {}
+
+    def policy_losses(self, context: PassContext, token_losses: Tensor) -> dict[str, Tensor]:
+        """Return scalar losses from what decisions led to, the (B, T) cross-entropy of the next tokens."""
+        return {}
+
+    def outcome_losses(self, context: PassContext, logits: Tensor) -> dict[str, Tensor]:
+        """Return scalar losses of the last forward from its (B, T, V) logits, by name, weights applied."""
+        return {}
+
+    def metrics(self, context: PassContext) -> dict[str, float]:
+        """Return figures about the last training forward that are not losses, by name."""
+        return {}
