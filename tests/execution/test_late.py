@@ -11,8 +11,9 @@ from torch import Tensor
 import anydepth
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
-from anydepth.gating.context import PassContext
-from anydepth.gating.gate import Gate
+from anydepth.gating.plan import Plan
+from anydepth.gating.scores import Score
+from anydepth.gating.spec import GateSpec
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.methods._base.method import Method
 from reference import relative_rms
@@ -29,20 +30,23 @@ def adapted_model() -> AdaptedModel:
 
 
 class Scripted(Method):
-    """Everybody of a forward goes to the same depth."""
+    """All tokens of a forward go to the same depth."""
 
     name = "scripted"
-    kv_rule: Any = "recompute"
     depth = NUM_LAYERS
 
-    def reads_state(self, layer_idx: int, context: Any) -> bool:
-        return layer_idx in (2, 4)
+    def gates(self) -> list[GateSpec]:
+        return [GateSpec((i,), "layer", Scripts(i, self.depth), 0.5, "recompute", exits=True) for i in (2, 4)]
 
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: PassContext) -> Gate | None:
-        if layer_idx < 2:
-            return None
-        open_here = self.depth > (2 if layer_idx < 4 else 4)
-        return Gate(context.token_mask & open_here, self.kv_rule, open_here, open_here)
+
+class Scripts(Score):
+    """Whether tokens go deeper than a layer."""
+
+    def __init__(self, layer_idx: int, depth: int) -> None:
+        self.reads_at, self.depth = layer_idx, depth
+
+    def evaluate(self, hidden: Tensor, *_: Any) -> Tensor:
+        return torch.full((1, *hidden.shape[:2]), float(self.depth > (self.reads_at or 0)))
 
 
 def scripted(adapted: AdaptedModel) -> Scripted:
@@ -95,16 +99,16 @@ def test_the_engine_waits_with_rows_of_different_depths() -> None:
     waited = 0
     for place in range(12):
         part = ids[:, place : place + 1]
-        hidden, record = engine.model.forward(part, [0, 1], both, [method])
+        hidden, record = engine.model.forward(part, [0, 1], both, Plan.of([method]))
         for row in (0, 1):
-            single, its = engine.model.forward(part[row : row + 1], [row], alone, [method])
+            single, its = engine.model.forward(part[row : row + 1], [row], alone, Plan.of([method]))
             assert torch.equal(single[0], hidden[row])
             assert torch.equal(its.stacked()[0][:, 0], record.stacked()[0][:, row])
             assert torch.equal(its.stacked_late()[:, 0], record.stacked_late()[:, row])
         waited += any(kv.num_waiting[slot] for kv in both.layers for slot in (0, 1))
     assert waited >= 4
-    method.config = method.config.model_copy(update={"threshold": float("-inf")})
-    engine.model.forward(ids[:, :1], [0, 1], both, [method])
+    method.config = method.config.model_copy(update={"threshold": -1e9})
+    engine.model.forward(ids[:, :1], [0, 1], both, Plan.of([method]))
     whole = engine.model.new_cache(2)
     engine.model.forward(torch.cat([ids, ids[:, :1]], 1), [0, 1], whole)
     for ours, theirs in zip(both.layers, whole.layers, strict=True):
@@ -121,7 +125,7 @@ def test_a_pass_that_fails_leaves_what_waits(at: int, monkeypatch: pytest.Monkey
 
     def go(cache: Any, place: int, depth: int) -> Tensor:
         script.depth = depth
-        return engine.model.forward(ids[:, place : place + 1], [0], cache, [script])[0]
+        return engine.model.forward(ids[:, place : place + 1], [0], cache, Plan.of([script]))[0]
 
     wanted, cache = engine.model.new_cache(1), engine.model.new_cache(1)
     for place, depth in enumerate([4, 2, 2]):

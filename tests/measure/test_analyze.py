@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import anydepth
-from anydepth.gating.gate import Gate
+from anydepth.gating.scores import Known
+from anydepth.gating.spec import GateSpec
 from anydepth.measure.analyze import analyze, observe, token_classes
 from anydepth.measure.evaluate import evaluate
 from anydepth.methods._base.method import Method
-from tiny import NUM_LAYERS, byte_tokenizer, tiny_llama
+from tiny import byte_tokenizer, tiny_llama
 
 TEXT = "The sea is 12 miles wide, and the night is long.\n\nIt was a light that came back 3 times (or so). " * 4
 
@@ -24,13 +25,9 @@ class ByLetter(Method):
     Config = anydepth.SkipSet.Config
     name = "by_letter"
 
-    def begin(self, context: Any) -> list[Gate]:
-        keep = torch.ones(NUM_LAYERS, *context.token_mask.shape, dtype=torch.bool)
-        keep[2:4] = self.letters_of(context) != ord("e")
-        return Gate.of_plan(keep, context, "project", None)
-
-    def layer_gate(self, layer_idx: int, hidden: Tensor, context: Any) -> Gate | None:
-        return context.states[self.name][layer_idx]
+    def gates(self) -> list[GateSpec]:
+        score = Known(2, lambda context: (self.letters_of(context) != ord("e")).float().expand(2, -1, -1))
+        return [GateSpec((2, 3), "layer", score, 0.5)]
 
 
 def windows(length: int = 60) -> Tensor:

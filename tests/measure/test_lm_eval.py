@@ -19,6 +19,7 @@ from anydepth.cli import app
 from anydepth.config import TrainConfig
 from anydepth.errors import UserError
 from anydepth.gating import cost
+from anydepth.gating.plan import Plan
 from anydepth.gating.trace import Trace
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.lm_eval import AnydepthLM, _whole, add_changes, check_tasks, check_windows, score_tasks
@@ -204,7 +205,7 @@ def test_work_is_counted_once_for_what_is_shared(kind: str) -> None:
     slot, records = cache.take_slot(), []
     for begin, end in ((0, 30), (30, 31), (31, 50), (50, 70)):
         part = torch.tensor([texts[begin:end]])
-        records.append(engine.model.forward(part, [slot], cache, adapted.active_methods)[1])
+        records.append(engine.model.forward(part, [slot], cache, Plan.of(adapted.active_methods))[1])
         records[-1].head_rows = 1
     whole = cost.flops(adapted.backbone, Trace.join(records))
     for part in ("layers", "full_depth_layers", "head", "router"):

@@ -32,8 +32,7 @@ def test_confidences_are_what_they_are_called(kind: str) -> None:
     method: Any = adapted.methods["early_exit"]
     method.is_watched = True
     adapted(IDS)
-    seen = adapted.context.notes["early_exit/scores"][0]
-    for place, layer_idx in enumerate((2, 4)):
+    for layer_idx in (2, 4):
         shares = model.lm_head(model.model.norm(states[layer_idx])).softmax(-1)
         top = shares.topk(2).values
         wanted = {
@@ -42,7 +41,7 @@ def test_confidences_are_what_they_are_called(kind: str) -> None:
             "entropy": 1 + (shares * shares.log()).sum(-1) / math.log(257),
             "cosine": F.cosine_similarity(states[layer_idx], states[layer_idx - 1], dim=-1),
         }[kind]
-        assert torch.allclose(-seen[place], wanted, atol=1e-5)
+        assert torch.allclose(-adapted.context.scores["early_exit"][layer_idx][0], wanted, atol=1e-5)
 
 
 @torch.no_grad()
@@ -104,7 +103,9 @@ def test_thresholds_decay_with_the_place() -> None:
     method: Any = adapted.methods["early_exit"]
     adapted(IDS)
     places = torch.arange(12)
-    assert torch.allclose(method._limit(0.2, adapted.context)[0], 0.18 + 0.1 * torch.exp(-0.4 * places))
+    wanted = 0.18 + 0.1 * torch.exp(-0.4 * places)
+    for spec in method.gates():
+        assert torch.allclose(-spec.threshold_at(adapted.context.positions)[0], wanted)
 
 
 @torch.no_grad()
@@ -192,6 +193,6 @@ def test_the_classifier_learns_whether_an_exit_says_what_the_last_layer_says() -
         model: Any = adapted.model
         states = model(IDS, output_hidden_states=True).hidden_states
         for layer_idx in (2, 4):
-            sure = method.confidence(layer_idx, states[layer_idx], adapted.context)
+            sure = torch.sigmoid(-method.networks[layer_idx](states[layer_idx])[..., 0])
             agrees = model.lm_head(model.model.norm(states[layer_idx])).argmax(-1) == final
             assert ((sure > 0.5) == agrees).float().mean() > 0.9

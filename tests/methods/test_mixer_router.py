@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -12,8 +11,10 @@ from torch import Tensor
 import anydepth
 import families
 from anydepth.errors import RunError, UserError
-from anydepth.execution import choice, cost
+from anydepth.execution import alternate
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating import cost
+from anydepth.gating.plan import Sample
 from anydepth.measure.inspect import inspect_model
 from anydepth.measure.self_check import self_check
 from anydepth.methods.mixer_router import MixerRouter
@@ -127,14 +128,13 @@ def test_the_gate_learns_from_the_difference_where_both_outputs_are_known(family
     adapted.backbone.model.double()
     router_of(adapted).mixers.double()
     probe = torch.randn(1, 40, families.VOCABULARY, generator=torch.Generator().manual_seed(2))
-    router, own = router_of(adapted), MixerRouter._choices
+    router, own = router_of(adapted), MixerRouter.sample
     weight, flips = torch.zeros(()), torch.zeros(1, 40, dtype=torch.bool)
 
-    def chosen(layers: Any, gates: Any, others: Any) -> Any:
-        gate = dataclasses.replace(gates[0], keep=gates[0].keep ^ flips, weight=weight)
-        return own(router, layers, [gate], (1 - weight)[None])
+    def chosen(*args: Any) -> Sample:
+        return Sample(own(router, *args).keep ^ flips, weight[None], (1 - weight)[None])
 
-    router._choices = chosen  # type: ignore[method-assign]
+    router.sample = chosen  # type: ignore[method-assign]
 
     def outcome(at: Tensor) -> Tensor:
         nonlocal weight
@@ -251,12 +251,12 @@ def test_the_self_check_runs_second_mixers(monkeypatch: pytest.MonkeyPatch) -> N
     ids = families.token_ids(batch_size=2, length=40)
     for state in ("routed", "all"):
         self_check(attach(layers=[1, 3], state=state), ids)
-    own = choice._Mixer.__call__
+    own = alternate._Mixer.__call__
 
     def wrong(self: Any, hidden: Tensor, state: Any, real: Any = None) -> Tensor:
         return own(self, hidden, state, real) * (1.0 if state is None else 1.5)
 
-    monkeypatch.setattr(choice._Mixer, "__call__", wrong)
+    monkeypatch.setattr(alternate._Mixer, "__call__", wrong)
     with pytest.raises(RunError, match="cached and uncached"):
         self_check(attach(layers=[1, 3]), ids)
 

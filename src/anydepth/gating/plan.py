@@ -53,10 +53,15 @@ class Decider(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PlannedGate:
-    """A gate and the method that it is of."""
+    """A gate and the method that it is of.
+
+    Attributes:
+        is_sampled: whether decisions are drawn, for training.
+    """
 
     method: Decider
     spec: GateSpec
+    is_sampled: bool = False
 
 
 class Plan:
@@ -85,7 +90,7 @@ class Plan:
             spec = gate.spec
             if isinstance(spec.score, Closed):
                 layers[spec.branch].update(spec.layers)
-            elif gate.method.is_watched or not spec.never_skips:
+            elif gate.is_sampled or gate.method.is_watched or not spec.never_skips:
                 self._add(gate)
         self.closed = {branch: frozenset(found) for branch, found in layers.items()}
         branches = {gate.spec.branch for gate in self.gates} | {branch for branch, found in layers.items() if found}
@@ -112,13 +117,12 @@ class Plan:
     @classmethod
     def for_forward(cls, methods: Sequence[Decider], context: PassContext) -> Plan:
         """Return the plan of one forward, in which methods that are trained may sample."""
-        return cls(
-            [
-                PlannedGate(method, spec)
-                for method in methods
-                for spec in (method.training_gates(context) if method.samples(context) else method.gates())
-            ]
-        )
+        found = []
+        for method in methods:
+            is_sampled = method.samples(context)
+            specs = method.training_gates(context) if is_sampled else method.gates()
+            found += [PlannedGate(method, spec, is_sampled) for spec in specs]
+        return cls(found)
 
     @property
     def is_empty(self) -> bool:
@@ -238,7 +242,7 @@ class Decisions:
     def _exit(self, progress: ExitProgress, gate: PlannedGate | None, layer_idx: int, hidden: Tensor) -> Gate | None:
         arrived = progress.arrive(layer_idx)
         # In training also where no token arrived: gates learn from their probabilities, whichever tokens were drawn.
-        if gate is not None and (progress.any_active or gate.method.samples(self.context)):
+        if gate is not None and (progress.any_active or gate.is_sampled):
             asked = self.context.token_mask if arrived is None else arrived.keep
             (keep,), _ = self._keep(gate, hidden, asked)
             if arrived is not None and not arrived.all_kept:
@@ -265,7 +269,7 @@ class Decisions:
             assert scores is not None, "only scores of states are unknown"
         else:
             scores = spec.score.evaluate(hidden, context, asked, self.compared)
-        if method.samples(context):
+        if gate.is_sampled:
             sample = method.sample(spec, scores, hidden, context)
             return sample.keep, sample
         noted = context.scores.setdefault(method.name, {}).setdefault(spec.layers[0], [])

@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from anydepth.inference.engine.kept import Decisions, KeptPass
 
 import families
-from anydepth import FastEngine, FFNRouter, LayerRouter, attach
-from anydepth.gating.context import PassContext
+from anydepth import FastEngine, FFNRouter, attach
+from anydepth.gating import scores
 from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Decisions, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.inference.engine import native
 from anydepth.inference.engine.cache import EngineCache
+from anydepth.inference.engine.kernel_plan import KernelGates, KernelPass, passes_of
 from anydepth.inference.engine.step import Step
-from anydepth.methods._base.method import Method
-from anydepth.methods.early_exit import EarlyExit
 from tiny import tiny_llama
 
 pytestmark = pytest.mark.skipif(
@@ -83,11 +82,12 @@ def engine_of(methods: list[dict[str, Any]]) -> FastEngine:
 def decode(engine: FastEngine, steps: list[tuple[list[int], int]]) -> tuple[list[torch.Tensor], list[PassRecord], Any]:
     """States and records of steps of some rows and tokens each; the last token is forgotten and said again."""
     cache, generator = engine.model.new_cache(2), torch.Generator().manual_seed(2)
+    plan = Plan.of(engine.adapted.active_methods)
     states, records = [], []
     for slots, num_tokens in steps:
         ids = torch.randint(1, 256, (len(slots), num_tokens), generator=generator)
         for _ in range(2):
-            hidden, record = engine.model.forward(ids, slots, cache, engine.adapted.active_methods)
+            hidden, record = engine.model.forward(ids, slots, cache, plan)
             states.append(hidden)
             records.append(record)
             for slot in slots:
@@ -108,12 +108,12 @@ def known_of(cache: EngineCache) -> list[tuple[int, int, torch.Tensor]]:
 def test_kernels_decide_as_the_methods_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(METHODS[name])
     runs: list[int] = []
-    run = KeptPass.run
-    monkeypatch.setattr(KeptPass, "run", lambda self, *args: runs.append(1) or run(self, *args))
+    run = KernelPass.run
+    monkeypatch.setattr(KernelPass, "run", lambda self, *args: runs.append(1) or run(self, *args))
     ours, our_records, our_cache = decode(engine, STEPS)
     wanted_runs = 2 * len(STEPS) - ("sequence" in name)  # their first tokens' plan is not made yet
     assert len(runs) == wanted_runs
-    monkeypatch.setattr(Step, "_kept_pass", lambda *_: None)
+    monkeypatch.setattr(Step, "_kernel_pass", lambda *_: None)
     theirs, their_records, their_cache = decode(engine, STEPS)
     some_skip = False
     for own, wanted, own_record, record in zip(ours, theirs, our_records, their_records, strict=True):
@@ -149,17 +149,19 @@ def test_the_head_is_as_sure_in_the_kernels(
     adapted = attach(model, {"name": "early_exit", "layers": [2], "thresholds": 1.0})
     engine, ids = FastEngine(adapted, weights=weights), families.token_ids(batch_size=1)[:, :25]
     (method,) = adapted.active_methods
-    note, confidence = Decisions.note, EarlyExit.confidence
+    note, confidence = KernelGates.record, scores.confidence
 
     def run() -> torch.Tensor:
-        return engine.model.forward(ids, [0], engine.model.new_cache(1), [method])[1].stacked()[0]
+        return engine.model.forward(ids, [0], engine.model.new_cache(1), Plan.of([method]))[1].stacked()[0]
 
-    monkeypatch.setattr(Decisions, "note", lambda self, flat, record: sure.append(-flat) or note(self, flat, record))
+    monkeypatch.setattr(
+        KernelGates, "record", lambda self, flat, record: sure.append(-flat) or note(self, flat, record)
+    )
     run()
     method.threshold = -float(sure.pop().median())  # halfway between tokens, but for the one
     ours = run()
-    monkeypatch.setattr(Step, "_kept_pass", lambda *_: None)
-    monkeypatch.setattr(EarlyExit, "confidence", lambda *a: sure.append(confidence(*a)[0]) or sure[-1][None])
+    monkeypatch.setattr(Step, "_kernel_pass", lambda *_: None)
+    monkeypatch.setattr(scores, "confidence", lambda *a: sure.append(confidence(*a)) or sure[-1])
     theirs = run()
     torch.testing.assert_close(*sure, rtol=1e-5, atol=1e-6)
     assert (ours != theirs).sum() <= len(ours) and ours[2].sum() in (11, 12, 13)  # the one may go either way
@@ -178,7 +180,7 @@ def test_the_head_is_as_sure_in_the_kernels(
 def test_others_are_asked_layer_by_layer(methods: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(methods)
     runs: list[int] = []
-    monkeypatch.setattr(KeptPass, "run", lambda *_: runs.append(1))
+    monkeypatch.setattr(KernelPass, "run", lambda *_: runs.append(1))
     states, records, _ = decode(engine, STEPS[:3])
     assert not runs and all(part.isfinite().all() for part in states)
     assert not all(bool(keep.all()) for record in records for keep in record.stacked())
@@ -189,7 +191,7 @@ def test_records_do_not_hold_the_cache_and_rows_are_noted_later() -> None:
     cache = engine.model.new_cache(2)
     states = weakref.ref(cache.states)
     ids = torch.arange(1, 7).view(2, 3)
-    record = engine.model.forward(ids, [0, 1], cache, engine.adapted.active_methods)[1]
+    record = engine.model.forward(ids, [0, 1], cache, Plan.of(engine.adapted.active_methods))[1]
     own = record.row(1)
     assert not {"mixer_keep", "router_flops"} & (vars(record).keys() | vars(own).keys())
     del cache
@@ -201,59 +203,60 @@ def test_records_do_not_hold_the_cache_and_rows_are_noted_later() -> None:
 
 
 def test_gates_that_move_are_found_again() -> None:
-    """A kept pass points to their weights."""
+    """A compiled pass points to their weights."""
     engine = engine_of([ROUTER])
     cache, methods = engine.model.new_cache(1), engine.adapted.active_methods
-    ids = torch.ones(1, 1, dtype=torch.long)
-    engine.model.forward(ids, [0], cache, methods)
+    ids, plan = torch.ones(1, 1, dtype=torch.long), Plan.of(methods)
+    engine.model.forward(ids, [0], cache, plan)
     network = methods[0].network
     assert isinstance(network, GateNetwork)
     for name, value in (("weight", torch.zeros_like(network.direct.weight)), ("bias", torch.full((4,), -9.0))):
         setattr(network.direct, name, torch.nn.Parameter(value))
-    record = engine.model.forward(ids, [0], cache, methods)[1]
+    record = engine.model.forward(ids, [0], cache, plan)[1]
     assert [bool(record.mixer_keep[layer_idx].any()) for layer_idx in range(2, 6)] == [False] * 4
 
 
 def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of([{**ROUTER, "kv_rule": "omit"}])
-    cache, methods = engine.model.new_cache(1), engine.adapted.active_methods
+    cache, plan = engine.model.new_cache(1), Plan.of(engine.adapted.active_methods)
     ids = torch.arange(1, 6)[None]
-    wanted = engine.model.forward(ids, [0], cache, methods)[0]
+    wanted = engine.model.forward(ids, [0], cache, plan)[0]
     cache.rewind(0, 4)
-    own = type(methods[0]).layer_gate
+    own = Decisions.gate
     with monkeypatch.context() as broken:
-        broken.setattr(type(methods[0]), "layer_gate", lambda *_: 1 / 0 if _[1] == 4 else own(*_))
+        broken.setattr(Decisions, "gate", lambda *_: 1 / 0 if _[2] == 4 else own(*_))
         with pytest.raises(ZeroDivisionError):
-            engine.model.forward(ids[:, 4:], [0], cache, methods)
-    again = engine.model.forward(ids[:, 4:], [0], cache, methods)[0]
+            engine.model.forward(ids[:, 4:], [0], cache, plan)
+    again = engine.model.forward(ids[:, 4:], [0], cache, plan)[0]
     torch.testing.assert_close(again, wanted[:, 4:], rtol=1e-4, atol=1e-4)
 
 
-def test_gates_of_a_subclass_are_its_own() -> None:
-    class Half(LayerRouter):
-        def layer_gate(self, layer_idx: int, hidden: torch.Tensor, context: PassContext) -> None:
-            return None
-
-    assert Half.rules is Method.rules and LayerRouter.rules is not Method.rules
-
-
-def test_passes_are_kept_until_rules_or_memory_change() -> None:
+def test_passes_are_kept_until_the_plan_or_memory_changes() -> None:
     engine = engine_of([ROUTER])
-    cache = engine.model.new_cache(1)
-    methods: list[Method] = engine.adapted.active_methods
+    cache, methods = engine.model.new_cache(1), engine.adapted.active_methods
+    plan = Plan.of(methods)
 
-    def step() -> object:
-        engine.model.forward(torch.ones(1, 1, dtype=torch.long), [0], cache, methods)
-        return [*cache.kept_passes.values()][-1]
+    def step(plan: Plan) -> object:
+        engine.model.forward(torch.ones(1, 1, dtype=torch.long), [0], cache, plan)
+        return [*passes_of(plan, cache).by_shape.values()][-1]
 
-    first = step()
-    assert first is not None and step() is first and len(cache.kept_passes) == 1
+    first = step(plan)
+    assert first is not None and step(plan) is first and len(passes_of(plan, cache).by_shape) == 1
     methods[0].config = methods[0].config.model_copy(update={"threshold": 5.0})
-    changed = step()
-    assert changed is not first and len(cache.kept_passes) == 2
+    assert step(Plan.of(methods)) is not first and step(plan) is first
     for _ in range(cache.capacity):
-        step()
-    assert step() is not changed  # the K/V have moved
+        step(plan)
+    assert step(plan) is not first  # the K/V have moved
+
+
+def test_a_plan_does_not_hold_the_caches_it_was_compiled_for() -> None:
+    engine = engine_of([ROUTER])
+    cache, plan = engine.model.new_cache(1), Plan.of(engine.adapted.active_methods)
+    engine.model.forward(torch.ones(1, 1, dtype=torch.long), [0], cache, plan)
+    states = weakref.ref(cache.states)
+    del cache
+    gc.collect()
+    assert states() is None
 
 
 @pytest.mark.parametrize("kind", ["random router", "sequence router"])
