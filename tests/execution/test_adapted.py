@@ -44,6 +44,7 @@ def test_transformers_trainer_trains_it(methods: list[dict[str, Any]], family: s
     mask[:, :3] = 0
     labels = torch.where(mask.bool() & (mask.cumsum(1) > 1), ids, -100)  # none is predicted from padding
     columns = {"input_ids": ids, "attention_mask": mask, "labels": labels, "other": mask}
+    columns["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)  # a column that the model's own forward has
     rows = [dict(zip(columns, parts, strict=True)) for parts in zip(*columns.values(), strict=True)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_steps=2, disable_tqdm=True
@@ -51,9 +52,22 @@ def test_transformers_trainer_trains_it(methods: list[dict[str, Any]], family: s
     trainer = Trainer(model=adapted, args=arguments, train_dataset=rows, eval_dataset=rows)  # type: ignore[arg-type]
     trainer.train()
     with torch.no_grad():
-        output = adapted.eval()(ids, attention_mask=mask, labels=labels)
+        positions = columns["position_ids"]
+        output = adapted.eval()(ids, attention_mask=mask, position_ids=positions, labels=labels)
+        if family == "llama":  # arguments come in the order of the model's own
+            assert torch.equal(adapted(ids, mask, positions).logits, output.logits)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(output.loss.item(), rel=1e-5)
     changed = {name for name, part in adapted.named_parameters() if not torch.equal(part, before[name])}
     assert changed and all(name.startswith("methods.") for name in changed)
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert all(torch.equal(saved[name], part) for name, part in adapted.state_dict().items())
+
+
+def test_a_state_dict_is_the_weights_themselves() -> None:
+    """C26, sharded models: only the second name of a tied weight has a copy, whatever the tensors' addresses are."""
+    for family, num_copies in (("llama", 0), ("gpt2", 1)):
+        adapted = anydepth.attach(families.build(family), {"name": "ffn_router"})
+        state = adapted.state_dict(prefix="outer.")
+        own = dict(adapted.named_parameters(remove_duplicate=False))
+        copies = [name for name in own if state[f"outer.{name}"].data_ptr() != own[name].data_ptr()]
+        assert len(copies) == num_copies

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import anydepth
 import families
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.inference.engine.batching import Batcher, Request
 from anydepth.inference.engine.decode import FastEngine
 
 SPECS: dict[str, Any] = {
@@ -77,6 +78,35 @@ def test_threads_share_an_engine(spec: str) -> None:
     alone = [written(engine.generate, seed) for seed in seeds]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         assert list(pool.map(lambda seed: written(engine.generate, seed), seeds)) == alone
+
+
+@pytest.mark.parametrize("strategy", ["influence", "dynamic", "knapsack", "bayesian"])
+def test_threads_search_what_they_draft_with(strategy: str) -> None:
+    """C2, hooks: a search listens to forwards of its own thread alone."""
+    search = {"strategy": strategy, "window": 8, "every": 4, "num_searches": 100}
+    adapted = anydepth.attach(families.build("llama"), {"name": "self_speculation", "search": search})
+    seeds = range(8)
+    with adapted.disabled():
+        alone = [written(adapted.generate, seed) for seed in seeds]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        assert list(pool.map(lambda seed: written(adapted.generate, seed), seeds)) == alone
+
+
+def test_a_batch_and_a_generation_share_an_engine() -> None:
+    """C2, a batcher: it takes its turn as `generate` does."""
+    engine = FastEngine(attached("layer_router"))
+    alone = [written(engine.generate, seed) for seed in range(4)]
+
+    def batched(seed: int) -> list[int]:
+        request = Request(families.token_ids(1, 12, seed=seed)[0].tolist(), 12)
+        Batcher(engine, 2, 2000).run([request])
+        return request.prompt + request.output
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for _ in range(4):
+            ours = pool.map(lambda seed: written(engine.generate, seed), range(4))
+            theirs = pool.map(batched, range(4))
+            assert list(ours) == list(theirs) == alone
 
 
 def test_what_one_thread_sets_leaves_others_alone() -> None:
@@ -168,9 +198,13 @@ def test_moving_average_of_an_adapted_model() -> None:
 # --- checkpointing -----------------------------------------------------------------------------------------
 
 
-def gradients(spec: str, execution: str, checkpointing: dict[str, bool] | None, family: str) -> list[Tensor]:
-    """Of two forwards before one backward, by parameter."""
+def gradients(
+    spec: str, execution: str, checkpointing: dict[str, bool] | None, family: str, *, base_alone: bool = False
+) -> list[Tensor]:
+    """Of two forwards before one backward, by parameter. `base_alone`: the gates decide as at inference."""
     adapted = attached(spec, family).train()
+    if base_alone:
+        adapted.eval().backbone.model.train()
     if checkpointing is not None:
         adapted.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         adapted.backbone.model.enable_input_require_grads()
@@ -207,6 +241,18 @@ def test_recomputed_layers_of_other_families(family: str) -> None:
     ours = gradients("ffn_router", "sparse", {"use_reentrant": True}, family)
     for own, theirs in zip(ours, wanted, strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "spec", ["skip_set", "layer_router", "ffn_router", "mixer_router", "hat", "exit_gate_recompute"]
+)
+def test_a_base_that_trains_under_gates_that_do_not(spec: str, reentrant: bool) -> None:
+    """C6, modes apart: transformers checkpoints by the mode of the layer, whatever that of the adapted model."""
+    wanted = gradients(spec, "sparse", None, "llama", base_alone=True)
+    ours = gradients(spec, "sparse", {"use_reentrant": reentrant}, "llama", base_alone=True)
+    for own, theirs in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_frozen_exits_decide_the_same_again() -> None:

@@ -15,6 +15,7 @@ from transformers import (
     MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 import anydepth
@@ -614,6 +615,22 @@ def test_rotary_embeddings_that_change_with_the_length(kind: str, length: int, d
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padding", [[8], [0, 8], [0, 0]])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_batches_that_cross_the_change_of_rotary_embeddings_are_refused(kind: str, padding: list[int]) -> None:
+    """C4, rows: the change comes for all rows at once, padding included, and rows that draft run alone."""
+    ids = families.token_ids(len(padding), 12)
+    mask = torch.stack([torch.arange(12) >= count for count in padding]).long()
+    adapted = anydepth.attach(of_growing_rotary(kind), DRAFTERS["first layers"])
+    options: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.raises(UserError, match="changes at 24 tokens") as caught:
+        adapted.generate(ids, max_new_tokens=24, **options)
+    assert "\n" not in str(caught.value)
+    wanted = of_growing_rotary(kind).generate(ids, max_new_tokens=10, **options)
+    assert torch.equal(adapted.generate(ids, max_new_tokens=10, **options), wanted)  # not reached
+
+
+@torch.no_grad()
 def test_skipping_across_the_change_of_rotary_embeddings() -> None:
     """C4, without drafts: a cache of ours is read anew where the model asks for it, too."""
     ids = families.token_ids(1, 20)
@@ -699,6 +716,24 @@ def test_processors_with_a_state_and_several_rows_are_refused(path: str) -> None
         runner.generate(
             **prompts(2), max_new_tokens=5, pad_token_id=0, logits_processor=LogitsProcessorList([Counting()])
         )
+
+
+@torch.no_grad()
+def test_processors_of_transformers_that_keep_a_state() -> None:
+    """C7, transformers' own: classifier-free guidance has a K/V cache of the unconditional text."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
+    found = []
+    for full_depth in (True, False):
+        guidance: Any = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, tiny_llama(seed=3))
+        processors = LogitsProcessorList([guidance])
+        with adapted.disabled() if full_depth else contextlib.nullcontext():
+            found.append(
+                adapted.generate(
+                    **prompts(1), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None,
+                    logits_processor=processors,
+                )
+            )  # fmt: skip
+    assert torch.equal(*found)
 
 
 def test_processors_that_say_they_keep_no_state_are_taken_for_batches() -> None:

@@ -197,6 +197,15 @@ def test_adapters_that_are_no_weights_are_refused(kind: type[peft.PromptLearning
         anydepth.attach(model, [])
 
 
+def test_adapters_that_act_by_position_are_refused() -> None:
+    """C1: aLoRA counts tokens behind its invocation; a layer that runs for some tokens has others there."""
+    model = peft.get_peft_model(
+        base("llama", tied=False), peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    )
+    with pytest.raises(UserError, match="aLoRA"):
+        anydepth.attach(model, [])
+
+
 SAVED = {
     **CONFIGS,
     "biases": lambda: lora("q_proj", bias="all"),

@@ -52,6 +52,14 @@ def test_every_how_many_th_layer_has_experts_is_said_by_name(step: int, tmp_path
     assert (AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+def test_an_export_of_recurrent_layers_alone_is_refused(tmp_path: Path) -> None:
+    """C11: transformers' cache cannot tell the length of such a model."""
+    adapted = anydepth.attach(families.build("qwen3_next"), {"name": "skip_set", "skip_layers": [1, 3]})
+    with pytest.raises(UserError, match="softmax attention"):
+        export(adapted, byte_tokenizer(), "static", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_lists_that_are_not_per_layer_are_left_alone(family: str) -> None:
     """C11: three end tokens of a model that happens to have as many layers stay three."""
     config = families.CONFIGS[family]()

@@ -7,15 +7,13 @@ near, the mean cosine over their tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.calibration.skip_search import Candidate, Problem
 from anydepth.errors import UserError
-from anydepth.models.backbone import first_output
+from anydepth.models.backbone import first_output, recorded_inputs
 
 
 @torch.no_grad()
@@ -28,31 +26,9 @@ def choose(problem: Problem) -> list[Candidate]:
     if any(kind != "layer" for kind, _ in problem.candidates):
         raise UserError("strategy dynamic chooses whole layers; leave --branches out, or use another strategy")
     adapted, views = problem.adapted, problem.adapted.backbone.layers
-    inputs: dict[int, tuple[Tensor, dict[str, Any]]] = {}
-
-    def keep(layer_idx: int, names: list[str]) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[layer_idx] = args[0], {**dict(zip(names, args[1:], strict=False)), **kwargs}
-
-        return hook
-
-    handles = [
-        view.module.register_forward_pre_hook(keep(view.layer_idx, view.argument_names), with_kwargs=True)
-        for view in views
-    ]
-    final: list[Tensor] = []
-
-    def keep_last(_: Any, __: Any, output: Any) -> None:
-        final.append(first_output(output))
-
-    handles.append(views[-1].module.register_forward_hook(keep_last))
-    try:
-        with adapted.disabled():
-            adapted(input_ids=problem.windows.to(adapted.device), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    wanted = [*(inputs[i][0] for i in range(1, len(views))), final[0]]
+    with adapted.disabled(), recorded_inputs(views) as inputs, adapted.backbone.layer_outputs() as outputs:
+        adapted(input_ids=problem.windows.to(adapted.device), use_cache=False, logits_to_keep=1)
+    wanted = [outputs[layer_idx] for layer_idx in range(len(views))]
     best: list[tuple[Tensor, list[int]]] = [(inputs[0][0], [])]
     with adapted.disabled():
         for layer_idx, view in enumerate(views):

@@ -17,6 +17,7 @@ import torch
 
 from anydepth.calibration.skip_search import Candidate, Problem, influences
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.models.hooks import Hooks
 
 STEPS = 24
 TOLERANCE = 0.05
@@ -72,24 +73,19 @@ def latencies(adapted: AdaptedModel, windows: torch.Tensor) -> dict[Candidate, f
 
         return hook
 
-    handles = []
-    for view in adapted.backbone.layers:
-        ends = (("layer", view.module, view.module), ("mixer", view.mixer, view.mixer_out))
-        for kind, first, last in (*ends, ("ffn", view.ffn_in, view.ffn_out)):
-            handles.append(first.register_forward_pre_hook(begin((kind, view.layer_idx))))
-            handles.append(last.register_forward_hook(end((kind, view.layer_idx))))
     ids = windows[:1].to(adapted.device)
-    try:
-        with adapted.disabled():
-            # Not beyond the end of the window: some rotary embeddings remember the greatest length.
-            first = max(ids.shape[1] - STEPS, 1)
-            cache = adapted(input_ids=ids[:, :first], use_cache=True).past_key_values
-            found.clear()
-            for _ in range(STEPS):
-                cache = adapted(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).past_key_values
-    finally:
-        for handle in handles:
-            handle.remove()
+    with adapted.disabled(), Hooks() as hooks:
+        for view in adapted.backbone.layers:
+            ends = (("layer", view.module, view.module), ("mixer", view.mixer, view.mixer_out))
+            for kind, first, last in (*ends, ("ffn", view.ffn_in, view.ffn_out)):
+                hooks.before(first, begin((kind, view.layer_idx)))
+                hooks.after(last, end((kind, view.layer_idx)))
+        # Not beyond the end of the window: some rotary embeddings remember the greatest length.
+        num_first = max(ids.shape[1] - STEPS, 1)
+        cache = adapted(input_ids=ids[:, :num_first], use_cache=True).past_key_values
+        found.clear()
+        for _ in range(STEPS):
+            cache = adapted(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).past_key_values
     return {candidate: median(times) for candidate, times in found.items()}
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.skip_set import SkipSet
+from anydepth.models.backbone import recorded_inputs
 from anydepth.training.losses import divergence
 
 NO_ROUTER = "only a learned layer_router can be fitted; this model has none"
@@ -142,19 +142,10 @@ def _measure(
 
 def _states_of(adapted: AdaptedModel, router: LayerRouter, ids: Tensor) -> list[Tensor]:
     """Return what each network reads, (T, D) in float32 on the host."""
-    inputs: list[Tensor] = []
-
-    def keep(_: Any, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0][0].float().cpu())
-
-    modules = [adapted.backbone.layers[layer_idx].module for layer_idx in router.networks]
-    hooks = [module.register_forward_pre_hook(keep) for module in modules]
-    try:
+    views = [adapted.backbone.layers[layer_idx] for layer_idx in router.networks]
+    with recorded_inputs(views) as inputs:
         adapted(input_ids=ids, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return inputs
+    return [inputs[view.layer_idx][0][0].float().cpu() for view in views]
 
 
 def _features(states: Tensor) -> Tensor:

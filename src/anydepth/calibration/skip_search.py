@@ -22,6 +22,7 @@ from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import Backbone, first_output
+from anydepth.models.hooks import Hooks
 
 Candidate = tuple[str, int]
 """(`layer`, `mixer` or `ffn`, layer index)."""
@@ -211,13 +212,9 @@ def _listening(backbone: Backbone, totals: dict[Candidate, float]) -> Iterator[N
 
         return hook
 
-    handles = []
-    for view in backbone.layers:
-        handles.append(view.mixer_out.register_forward_hook(note_branch(("mixer", view.layer_idx))))
-        handles.append(view.ffn_out.register_forward_hook(note_branch(("ffn", view.layer_idx))))
-        handles.append(view.module.register_forward_hook(note_layer(view.layer_idx)))
-    try:
+    with Hooks() as hooks:
+        for view in backbone.layers:
+            hooks.after(view.mixer_out, note_branch(("mixer", view.layer_idx)))
+            hooks.after(view.ffn_out, note_branch(("ffn", view.layer_idx)))
+            hooks.after(view.module, note_layer(view.layer_idx))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

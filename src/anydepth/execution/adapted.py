@@ -33,6 +33,33 @@ from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import Backbone
 
 
+class _ModelForward:
+    """The model's own forward, its signature included, from which transformers' Trainer reads which columns to keep.
+
+    A descriptor without `__set__`, so that others may put a forward of theirs in its place, as accelerate does.
+    """
+
+    def __get__(self, adapted: AdaptedModel | None, owner: type) -> Any:
+        return _unbound_forward if adapted is None else _BoundForward(adapted)
+
+
+def _unbound_forward(adapted: AdaptedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    """What Trainer asks the class for: models have labels."""
+    return adapted.model(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+
+
+class _BoundForward:
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self.adapted = adapted
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.adapted.model(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.adapted.backbone.model.forward)
+
+
 class AdaptedModel(nn.Module):
     """A Hugging Face causal LM and the methods attached to it. Unknown attributes are the model's.
 
@@ -83,7 +110,7 @@ class AdaptedModel(nn.Module):
 
     def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs}
-        if self.training:
+        if any(layer.training for layer in self._modules_of_layers):  # as transformers decides it, layer by layer
             join_checkpoints(self._modules_of_layers, self.calls)
         if not self.calls.enabled:
             with self.calls.setting(run=None):
@@ -129,7 +156,7 @@ class AdaptedModel(nn.Module):
         if cache is None:
             use_cache = kwargs.get("use_cache")
             if use_cache is None:
-                use_cache = self.config.use_cache and not self.training
+                use_cache = self.config.use_cache and not (self.training or self.backbone.decoder.training)
             kwargs["use_cache"] = use_cache
             kwargs["past_key_values"] = cache = self.new_cache() if use_cache else None
         if cache is not None and not isinstance(cache, AdaptiveCache):
@@ -146,35 +173,17 @@ class AdaptedModel(nn.Module):
 
     # --- use --------------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run the model's own forward, with the gates in place.
-
-        Arguments are those of every causal LM, named because transformers' Trainer keeps only columns that it finds in
-        the signature; what else the model takes is handed on.
-        """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-        }
-        return self.model(**{name: part for name, part in named.items() if part is not None}, **kwargs)
+    forward = _ModelForward()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors by name; of a tied weight the second name has a copy, for files cannot share it."""
         state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         seen: set[int] = set()
-        for name, tensor in state.items():
-            if not kwargs.get("keep_vars") and tensor.numel() and tensor.data_ptr() in seen:
-                state[name] = tensor.clone()
-            seen.add(tensor.data_ptr())
+        for name, parameter in self.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+            if not kwargs.get("keep_vars") and id(parameter) in seen and name in state:
+                state[name] = state[name].clone()
+            seen.add(id(parameter))
         return state
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -183,7 +183,7 @@ class PartialRunner:
         # A skipped token sees itself: its output is dropped, but a NaN would stay in the gradient.
         visible[..., -num_tokens:] |= torch.eye(num_tokens, dtype=torch.bool, device=hidden.device)
         mask = _in_form_of(arguments.get("attention_mask"), visible)
-        with self._keeping_tap(run):
+        with self._keeping_tap():
             return first_output(own(hidden, **self._for_attention(arguments, tap, mask)))
 
     def run_on_kept(
@@ -215,7 +215,7 @@ class PartialRunner:
             tap = self._tap(run, group, skipped if group.num_kept else None, places)
             if group.num_kept:
                 kept = group.take(hidden, group.kept)
-                with self._keeping_tap(run):
+                with self._keeping_tap():
                     output = first_output(own(kept, **self._for_group(run, group, arguments, tap, places)))
                 if running is not gate.keep:
                     output = torch.where(
@@ -229,13 +229,14 @@ class PartialRunner:
         return base
 
     @contextmanager
-    def _keeping_tap(self, run: Run) -> Iterator[None]:
+    def _keeping_tap(self) -> Iterator[None]:
         """Under gradient checkpointing transformers takes the cache away from a layer, for it would be written twice; a
         `KVTap` may be."""
-        if not run.context.training:  # the module is shared with other threads
+        module: Any = self.view.module
+        # As transformers decides it, by the layer's own mode; else the module is shared with other threads.
+        if not (module.training and getattr(module, "gradient_checkpointing", False)):
             yield
             return
-        module: Any = self.view.module
         own = module.__dict__.get(_KEEPS_CACHE)
         setattr(module, _KEEPS_CACHE, True)
         try:

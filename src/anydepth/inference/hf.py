@@ -156,6 +156,7 @@ def speculate(adapted: AdaptedModel, *args: Any, **kwargs: Any) -> Tensor:
     ) -> Tensor:
         check_mode(generation_config, "self_speculation")
         mask = options.get("attention_mask")
+        _check_rotary_switch(adapted, input_ids, mask, generation_config)
         calls = adapted.calls
         calls.drafting = setup_of(adapted, calls.drafting, adapted.backbone.logits_of, None)
         ids, calls.draft_counts = decode(
@@ -172,3 +173,22 @@ def speculate(adapted: AdaptedModel, *args: Any, **kwargs: Any) -> Tensor:
         return ids
 
     return generate_by(loop, adapted, *args, **kwargs)
+
+
+def _check_rotary_switch(
+    adapted: AdaptedModel, input_ids: Tensor, mask: Tensor | None, config: GenerationConfig
+) -> None:
+    """Raise `UserError` where a row's tokens would depend on the length of others, or on its padding.
+
+    A rotary embedding that changes with the length does so at that of the longest row of a batch, padding included;
+    rows that draft run alone.
+    """
+    switch, length = adapted.backbone.rotary_switch, config.max_length
+    if switch is None or (len(input_ids) == 1 and (mask is None or bool(mask.all()))):
+        return
+    if length is None or length > switch.length:
+        raise UserError(
+            f"this model's rotary embedding changes at {switch.length} tokens, for all rows of a batch at once, and "
+            "rows that draft run alone; generate prompts one by one without padding, or at full depth "
+            "(adapted.disabled())"
+        )

@@ -14,6 +14,8 @@ from transformers import (
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import logits_process
 
@@ -80,16 +82,20 @@ class Noise:
             torch.set_rng_state(state)
 
 
+KEEP_STATE = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+"""Of transformers' own: one has a K/V cache, one counts its calls."""
+
+
 def is_stateless(processor: Any) -> bool:
     """Return whether a logits processor is known to give the same scores however often it is asked.
 
-    transformers' own are, but for the one that asks a user's function; others, and such a function, say so by an
-    attribute `is_stateless = True`.
+    transformers' own are, but for those in `KEEP_STATE` and the one that asks a user's function; others, and such a
+    function, say so by an attribute `is_stateless = True`.
     """
     if type(processor) is PrefixConstrainedLogitsProcessor:
         processor = processor._prefix_allowed_tokens_fn
     says_so = getattr(processor, "is_stateless", False) is True
-    return says_so or type(processor).__module__ == logits_process.__name__
+    return says_so or (type(processor).__module__ == logits_process.__name__ and not isinstance(processor, KEEP_STATE))
 
 
 class NextToken:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
+from anydepth.models.hooks import Hooks
 from anydepth.models.plain import check_adapters, chosen_module
 
 Rotation = tuple[Tensor, Tensor]
@@ -313,12 +314,10 @@ class Backbone:
         def keep(layer_idx: int, _: nn.Module, __: Any, output: Any) -> None:
             outputs[layer_idx] = first_output(output)
 
-        handles = [view.module.register_forward_hook(partial(keep, view.layer_idx)) for view in self.layers]
-        try:
+        with Hooks() as hooks:
+            for view in self.layers:
+                hooks.after(view.module, partial(keep, view.layer_idx))
             yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def logits_of(self, states: Tensor, vocabulary: Tensor | None = None) -> Tensor:
         """(..., V) logits of (..., D) states of the residual stream: the model's final norm and head.
@@ -378,7 +377,7 @@ class Backbone:
                 seen.add(kind)
                 checked.append(view)
         token_ids = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
-        with _recorded_inputs(checked) as records, _evaluating(self.model):
+        with recorded_inputs(checked) as records, _evaluating(self.model):
             self.decoder(input_ids=token_ids, use_cache=False)
         for view in checked:
             self._check_projection(view, *records[view.layer_idx])
@@ -400,8 +399,8 @@ class Backbone:
 
 
 @contextmanager
-def _recorded_inputs(views: list[LayerView]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any]]]]:
-    """What the decoder passes to the given layers, by layer index."""
+def recorded_inputs(views: list[LayerView]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any]]]]:
+    """Yield a mapping that holds what the decoder passes to layers in the last forward, by index: states, the rest."""
     records: dict[int, tuple[Tensor, dict[str, Any]]] = {}
 
     def hook_for(view: LayerView) -> Callable[..., None]:
@@ -410,12 +409,10 @@ def _recorded_inputs(views: list[LayerView]) -> Iterator[dict[int, tuple[Tensor,
 
         return hook
 
-    handles = [view.module.register_forward_pre_hook(hook_for(view), with_kwargs=True) for view in views]
-    try:
+    with Hooks() as hooks:
+        for view in views:
+            hooks.before(view.module, hook_for(view), with_kwargs=True)
         yield records
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

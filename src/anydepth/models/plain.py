@@ -124,7 +124,9 @@ def check_adapters(model: nn.Module) -> None:
     """Raise `UserError` for adapters that do more than change weights: nothing but PEFT's own forward runs them."""
     for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA"):
+        if getattr(config, "alora_invocation_tokens", None):
+            kind = "aLoRA"
+        if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA", "aLoRA"):
             raise UserError(
                 f"PEFT's {kind} changes what the model sees or chooses adapters by token; anydepth takes adapters that "
                 "change weights, such as LoRA"

@@ -197,6 +197,12 @@ def shortened(config: Any, kept: Sequence[int]) -> Any:
         is_dense = [layer_idx in dense or (layer_idx + 1) % step != 0 for layer_idx in kept]
         config.mlp_only_layers = [place for place, is_plain in enumerate(is_dense) if is_plain]
         config.decoder_sparse_step = 1
+    types = getattr(config, "layer_types", None) or ()
+    if "linear_attention" in types and set(types) == {"linear_attention"}:
+        raise UserError(
+            "only recurrent layers would be left, and transformers cannot tell the length of such a model's cache; "
+            "keep a layer with softmax attention"
+        )
     config.num_hidden_layers = len(kept)
     return config
 

@@ -327,7 +327,7 @@ class Drafted:
     """One request, drafted and verified round by round."""
 
     def __init__(self, engine: FastEngine, job: Job) -> None:
-        self.job, adapted = job, engine.adapted
+        self.job, self.engine, adapted = job, engine, engine.adapted
         method = adapted.speculation
         assert method is not None
         engine.drafting = setup_of(adapted, engine.drafting, engine.model.exit_logits, engine.trained)
@@ -349,17 +349,21 @@ class Drafted:
     @torch.no_grad()
     def step(self, *, at_once: bool) -> None:
         """A round. First the prompt is taken in: in parts, unless at once, for others wait."""
+        with self.engine.turn:
+            self._step(at_once=at_once)
+        self.job.request.output[:] = self.row.ids[self.row.num_prompt :]
+
+    def _step(self, *, at_once: bool) -> None:
         if self.has_begun:
             self.run.round([self.row])
+            return
+        left = self.target.num_left(self.row)
+        part = left if at_once or self.keeps_state else next_part(left)
+        if part < left:
+            self.target.read(self.row, part)
         else:
-            left = self.target.num_left(self.row)
-            part = left if at_once or self.keeps_state else next_part(left)
-            if part < left:
-                self.target.read(self.row, part)
-            else:
-                self.has_begun = True
-                self.run.begin([self.row])
-        self.job.request.output[:] = self.row.ids[self.row.num_prompt :]
+            self.has_begun = True
+            self.run.begin([self.row])
 
     def _record(self, logits: Tensor, token: int) -> None:
         """Keep the log-probabilities of a token that was taken."""

@@ -158,6 +158,10 @@ class Batcher:
         Args:
             alone: nobody outside of this batch waits for tokens.
         """
+        with self.engine.turn:
+            return self._step(alone=alone)
+
+    def _step(self, *, alone: bool) -> list[Request]:
         served = list(self.running)
         if served:
             self._forward(served, [request.output[-1:] for request in served])
