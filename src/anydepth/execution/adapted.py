@@ -173,7 +173,7 @@ class AdaptedModel(nn.Module):
 
     # --- use --------------------------------------------------------------------------------------------------------
 
-    forward = _ModelForward()
+    forward: Any = _ModelForward()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors by name; of a tied weight the second name has a copy, for files cannot share it."""
