@@ -423,7 +423,7 @@ def test_a_search_goes_on_while_text_is_generated_and_keeps_the_best() -> None:
     drafter: Any = engine.drafting.drafters[0]
     seen = drafter.proposals.seen
     assert len(seen) >= 5 and all(len(layers) == 2 and 0 <= share <= 1 for layers, share in seen.items())
-    assert seen[tuple(sorted(drafter.method.closed_layers))] == max(seen.values())
+    assert seen[tuple(sorted(Plan.of([drafter.method]).closed["layer"]))] == max(seen.values())
 
 
 @pytest.mark.parametrize("path", ["hf", "fast"])
@@ -450,7 +450,9 @@ def test_a_search_by_time_measures_once_and_takes_the_least_influence_for_it(
         assert torch.equal(wanted, ours)
     drafter: Any = (adapted.calls.drafting if path == "hf" else runner.drafting).drafters[0]
     assert len(asked) == 1 and drafter.number >= 4
-    assert drafter.method.closed_layers == {4}  # half of the time for an influence of 1.5; four other layers have 4
+    assert Plan.of([drafter.method]).closed["layer"] == {
+        4
+    }  # half of the time for an influence of 1.5; four other layers have 4
 
 
 def test_many_rows_still_have_the_bits_of_full_depth() -> None:

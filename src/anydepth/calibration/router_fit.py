@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.methods.layer_router import LayerRouter
-from anydepth.methods.skip_set import SkipSet
+from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import recorded_inputs
 from anydepth.training.losses import divergence
 
@@ -116,7 +116,7 @@ def _measure(
     with adapted.untouched():
         full = adapted(input_ids=ids, use_cache=False).logits[0]
 
-    fixed = SkipSet(SkipSet.Config(), adapted.backbone)  # in place of the router
+    fixed = SkipSet(SkipSetConfig(), adapted.backbone)  # in place of the router
     deciding = [fixed if method is router else method for method in adapted.active_methods]
 
     def choose(keep: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,10 @@ class Sample(NamedTuple):
 class Decider(Protocol):
     """What a plan asks of a method (`methods/method.py`)."""
 
-    name: Any
-    is_watched: bool
+    name: ClassVar[str]
+
+    @property
+    def is_watched(self) -> bool: ...
 
     def gates(self) -> Sequence[GateSpec]: ...
 

@@ -151,8 +151,8 @@ class HeadConfidence(Score):
     least = -1.0
 
     def __init__(self, measure: HeadMeasure, vocabulary: Tensor | None, reads_at: int, flops_per_token: int) -> None:
-        self.measure, self.vocabulary, self.flops_per_token = measure, vocabulary, flops_per_token
-        self.reads_at = reads_at
+        self.measure: HeadMeasure = measure
+        self.vocabulary, self.flops_per_token, self.reads_at = vocabulary, flops_per_token, reads_at
 
     @torch.no_grad()
     def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating.plan import Plan
 from anydepth.methods._base.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
@@ -103,9 +104,10 @@ def _static(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
         raise UserError(f"{others[0]} is not a fixed choice of layers, which is all that a plain checkpoint can hold")
     left_out: set[int] = set()
     if isinstance(skips, SkipSet):
-        if skips.closed_mixers or skips.closed_ffns:
+        closed = Plan.of([skips]).closed
+        if closed["mixer"] or closed["ffn"]:
             raise UserError("a plain checkpoint has whole layers: search without --branches for a set of those")
-        left_out = set(skips.closed_layers)
+        left_out = set(closed["layer"])
     last = _checked(adapted, exit_layer, adapted.backbone.num_layers)
     kept = [layer_idx for layer_idx in range(last) if layer_idx not in left_out]
     if len(kept) == adapted.backbone.num_layers:

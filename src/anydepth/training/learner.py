@@ -48,7 +48,8 @@ class Learner(nn.Module):
         """
         model, settings = self.learning, self.settings
         for number, method in enumerate(methods_of(model)):
-            method.set_progress(self.step / max(settings.num_steps - 1, 1), self.step)
+            if isinstance(method, Trained):
+                method.set_progress(self.step / max(settings.num_steps - 1, 1), self.step)
             method.reseed((self.seed * 1_000_003 + self.forwards) * 31 + number)
         # Dropout: of each process its own, whoever did the steps before.
         torch.manual_seed(((self.seed * 1_000_003 + self.forwards) * 1009 + rank()) % 2**63)

@@ -126,9 +126,9 @@ class Method(nn.Module):
 
 def closed_gates(layers: Iterable[int] = (), mixers: Iterable[int] = (), ffns: Iterable[int] = ()) -> list[GateSpec]:
     """Return gates that no token passes. No K/V are ever read there, so none are left."""
-    branches: dict[Branch, Iterable[int]] = {"layer": layers, "mixer": mixers, "ffn": ffns}
-    found = {branch: tuple(sorted(some)) for branch, some in branches.items()}
-    return [GateSpec(some, branch, Closed(), on_skip="omit") for branch, some in found.items() if some]
+    branches: list[tuple[Branch, Iterable[int]]] = [("layer", layers), ("mixer", mixers), ("ffn", ffns)]
+    gates = [GateSpec(tuple(sorted(some)), branch, Closed(), on_skip="omit") for branch, some in branches]
+    return [gate for gate in gates if gate.layers]
 
 
 def check_layers(layers: Sequence[int], num_layers: int, option: str) -> None:
