@@ -23,6 +23,7 @@ import families
 from anydepth import FastEngine
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating.plan import Plan
 from anydepth.inference import next_token, speculate
 from anydepth.inference.drafters import Lookup
 from anydepth.inference.engine.native import same_bits_until

@@ -104,7 +104,8 @@ def _static(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
         raise UserError(f"{others[0]} is not a fixed choice of layers, which is all that a plain checkpoint can hold")
     left_out: set[int] = set()
     if isinstance(skips, SkipSet):
-        closed = Plan.of([skips]).closed
+        methods: list[Method] = [skips]
+        closed = Plan.of(methods).closed
         if closed["mixer"] or closed["ffn"]:
             raise UserError("a plain checkpoint has whole layers: search without --branches for a set of those")
         left_out = set(closed["layer"])
