@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 import anydepth
+import commands
 from anydepth.cli import app
 from anydepth.errors import UserError
 from anydepth.training.corpora import load_texts
@@ -141,8 +142,7 @@ def test_the_page_works(name: str, workplace: Path) -> None:
         elif body.startswith("anydepth "):
             run_command(body, workplace)
         elif body.startswith("python benchmarks/"):
-            script = shlex.split(body)[1]
-            done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT)
+            done = commands.script(ROOT / shlex.split(body)[1], "--help", folder=ROOT)
             assert done.returncode == 0, done.stderr
         elif body.startswith(("accelerate launch ", "ACCELERATE_USE_CPU=true accelerate launch ")):
             words = shlex.split(body)
@@ -182,7 +182,7 @@ def talk_to(words: list[str]) -> None:
     """Commands that wait for somebody: started for real, asked once, ended."""
     line = [sys.executable, "-m", "anydepth.cli", *words, "--dtype", "float32"]
     if words[0] == "chat":
-        done = subprocess.run([*line, "--max-new-tokens", "4"], input="hi\n\n", capture_output=True, text=True)
+        done = commands.anydepth(*words, "--dtype", "float32", "--max-new-tokens", "4", input="hi\n\n")
         assert done.returncode == 0, done.stderr
         return
     process = subprocess.Popen([*line, "--port", "0", "--data", "text.txt"], stderr=subprocess.PIPE, text=True)

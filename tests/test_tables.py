@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
@@ -30,8 +30,10 @@ PAGES = ("README.md", "docs/results.md")
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_page_has_the_table(name: str) -> None:
-    command = [sys.executable, *TABLES[name]]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    path, *arguments = TABLES[name]
+    done = commands.script(ROOT / path, *arguments, folder=ROOT)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.strip()
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     for line in printed.splitlines():
         assert line in pages, f"{name}: {' and '.join(PAGES)} lack {line!r} of `{' '.join(TABLES[name])}`"

@@ -14,9 +14,16 @@ FAMILIES = {"llama", "gemma3_text", "gpt2", "qwen3_next"}
 CASES = {"skip_branches", "router_project", "attention_omit", "exit_recompute", "hat", "mixers_routed"}
 
 
+REPEATED = {"test_cost_is_what_torch_counts"}
+"""Slow to run, and the same for every family whose layers are alike."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         family, case = parameters.get("family"), parameters.get("case")
-        if case is not None and family is not None and family not in FAMILIES and case not in CASES:
+        if family is None or family in FAMILIES:
+            continue
+        is_repeated = getattr(item, "originalname", "") in REPEATED or parameters.get("chunk") in (7, 63)
+        if is_repeated or (case is not None and case not in CASES):
             item.add_marker(pytest.mark.slow)

@@ -63,7 +63,7 @@ def windows(num: int = 16, length: int = 24) -> Tensor:
     return torch.randint(1, 257, (num, length), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("execution", ["masked", "sparse"])
+@pytest.mark.parametrize("execution", [pytest.param("masked", marks=pytest.mark.slow), "sparse"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_moves_every_gate(tmp_path: Path, name: str, execution: str) -> None:
     model = tiny_llama()
