@@ -82,7 +82,7 @@ class Network(Score):
     def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
         return context.evaluate(self.network, hidden.detach()).movedim(-1, 0)
 
-    def logit_threshold(self, threshold: float) -> float:
+    def logit_threshold(self, threshold: Tensor) -> Tensor:
         """Return what logits are compared with where numbers are compared with `threshold`."""
         return threshold
 
@@ -95,9 +95,8 @@ class ClassifierConfidence(Network):
     def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
         return -torch.sigmoid(-super().evaluate(hidden, context, asked, captured))
 
-    def logit_threshold(self, threshold: float) -> float:
-        kept = 1 + threshold  # σ(logit) of a token that is just kept
-        return math.inf if kept >= 1 else -math.inf if kept <= 0 else math.log(kept / (1 - kept))
+    def logit_threshold(self, threshold: Tensor) -> Tensor:
+        return torch.logit((1 + threshold).clamp(0, 1))  # of σ(logit) of a token that is just kept
 
 
 class PooledNetwork(Network):

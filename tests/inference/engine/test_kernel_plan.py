@@ -56,6 +56,18 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "early_exit, margin of some tokens": [{**LEAVE, "confidence": "margin", "vocabulary": 50, "thresholds": 0.1}],
     "early_exit, entropy, beside FFN gates": [{**LEAVE, "confidence": "entropy", "thresholds": 0.12}, FFNS],
     "early_exit, classifier": [{**LEAVE, "confidence": "classifier", "thresholds": 0.5}],
+    "early_exit, cosine": [{**LEAVE, "confidence": "cosine", "thresholds": 0.95}],
+    "early_exit, stricter at first": [{**LEAVE, "thresholds": 0.03, "decay": 2.0, "decay_length": 20}],
+    "early_exit, classifier, stricter at first": [
+        {**LEAVE, "confidence": "classifier", "thresholds": 0.45, "decay": 2.0, "decay_length": 20}
+    ],
+    "mixture_of_depths": [{"name": "mixture_of_depths"}],
+    "mixture_of_depths, unscaled, beside FFN gates": [
+        {"name": "mixture_of_depths", "weigh": False, "kv_rule": "project"},
+        FFNS,
+    ],
+    "router, omit": [{**ROUTER, "kv_rule": "omit"}],
+    "mixer router, omit": [{**MIXERS, "kv_rule": "omit"}],
     "ffn_router": [FFNS],
     "hat": [EXITS, FFNS],
     "exits around a skip set": [
@@ -170,9 +182,6 @@ def test_the_head_is_as_sure_in_the_kernels(
 @pytest.mark.parametrize(
     "methods",
     [
-        [{"name": "mixture_of_depths"}],  # weighs what layers add
-        [{**ROUTER, "kv_rule": "omit"}],
-        [{**MIXERS, "kv_rule": "omit"}],
         [ROUTER, EXITS],  # two gates of one layer
         [ROUTER, {"name": "skip_set", "skip_layers": [3]}],  # a gate of a layer that is closed
     ],
@@ -222,6 +231,7 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.Monkey
     ids = torch.arange(1, 6)[None]
     wanted = engine.model.forward(ids, [0], cache, plan)[0]
     cache.rewind(0, 4)
+    monkeypatch.setattr(Step, "_kernel_pass", lambda *_: None)
     own = Decisions.gate
     with monkeypatch.context() as broken:
         broken.setattr(Decisions, "gate", lambda *_: 1 / 0 if _[2] == 4 else own(*_))

@@ -7,10 +7,10 @@ states wait until a token of the slot runs the layer. Under `omit` it holds the 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from ctypes import c_int64
 
-import torch
 from torch import Tensor
 
 from anydepth.inference.engine.packing import huge
@@ -40,7 +40,7 @@ class LayerKV:
         counts: filled tokens per slot.
         waiting: (slots, room, D) states in front of the layer of the tokens behind those, whose K/V nobody needed yet.
         num_waiting: how many per slot; the kernels count here as well.
-        places: per slot, the places (count,) of its tokens where some left none; None where nothing is missing.
+        places: per slot, the positions of its K/V in order, where some tokens left none; None where none is missing.
     """
 
     def __init__(self, states: Tensor, hidden_size: int, layout: Layout | None = None) -> None:
@@ -50,7 +50,7 @@ class LayerKV:
         self.waiting = states.new_empty(num_slots, 0, hidden_size)
         self.room = 0
         self.num_waiting = (c_int64 * num_slots)()
-        self.places: list[Tensor | None] = [None] * num_slots
+        self.places: list[list[int] | None] = [None] * num_slots
 
     def is_whole(self, slot: int, length: int) -> bool:
         """Whether a slot's first `length` tokens, and no others, left K/V here."""
@@ -82,18 +82,19 @@ class LayerKV:
         self.num_waiting[slot] = 0
         return states
 
-    def append(self, slot: int, new: Tensor, places: Tensor | None = None) -> None:
-        """Add (N, 2 · heads, head_dim) keys and values of the tokens at `places` (N,); None: the next N, no holes."""
+    def append(self, slot: int, new: Tensor, places: Sequence[int] | None = None) -> None:
+        """Add (N, 2 · heads, head_dim) keys and values of the tokens at N positions; None: the next N, no gaps."""
         start = self.counts[slot]
         self.states[slot, :, start : start + len(new)] = new.transpose(0, 1)
         self.extend(slot, len(new), places)
 
-    def extend(self, slot: int, num_tokens: int, places: Tensor | None = None) -> None:
+    def extend(self, slot: int, num_tokens: int, places: Sequence[int] | None = None) -> None:
         """Count tokens whose states are written already."""
         if places is not None:
             before = self.places[slot]
-            before = torch.arange(self.counts[slot], device=places.device) if before is None else before
-            self.places[slot] = torch.cat([before, places])
+            if before is None:
+                before = self.places[slot] = list(range(self.counts[slot]))
+            before.extend(places)
         self.counts[slot] += num_tokens
 
     def append_rows(self, slots: Sequence[int], index: Tensor, new: Tensor, places: Tensor) -> None:
@@ -112,8 +113,8 @@ class LayerKV:
         if places is None:
             self.counts[slot] = min(self.counts[slot], length)
         else:
-            count = self.counts[slot] = int((places < length).sum())
-            is_whole = count == 0 or int(places[count - 1]) == count - 1
+            count = self.counts[slot] = bisect_left(places, length)
+            is_whole = count == 0 or places[count - 1] == count - 1
             self.places[slot] = None if is_whole else places[:count]
 
     def clear(self, slot: int) -> None:

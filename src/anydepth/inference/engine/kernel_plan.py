@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from anydepth.gating.context import PassContext
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Plan
-from anydepth.gating.scores import HeadConfidence, Network, Score, StateDelta
-from anydepth.gating.spec import GateSpec
+from anydepth.gating.scores import HeadConfidence, Network, Score
+from anydepth.gating.spec import GateSpec, PositionThreshold
 from anydepth.gating.trace import LazyRecord, PassRecord
 from anydepth.inference.engine.cache import EngineCache, LayerKV, Layout
 from anydepth.inference.engine.head import Head
 from anydepth.inference.engine.layer import EngineLayer
-from anydepth.inference.engine.native import ALONE, EXIT, FFN, MIXER, NativeGate, Rows, Task, Tasks
+from anydepth.inference.engine.native import ALONE, EXIT, FFN, MIXER, OMIT, NativeGate, NativeScale, Rows, Task, Tasks
 from anydepth.inference.engine.networks import NativeNetworks
 
 MAX_PASSES = 64
@@ -37,7 +37,7 @@ class Unfit(Exception):
     """The kernels cannot decide this; gates must be decided layer by layer."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LayerGate:
     """One layer's part of a gate.
 
@@ -59,12 +59,19 @@ class LayerGate:
         return score.network if isinstance(score, Network) and not score.pool_tokens else None
 
     @property
+    def by_position(self) -> bool:
+        """Whether each token has a threshold of its own."""
+        return isinstance(self.spec.threshold, PositionThreshold)
+
+    def limits(self, positions: Tensor) -> Tensor:
+        """Return what the kernels compare with at some positions."""
+        limit = torch.as_tensor(self.spec.threshold_at(positions), dtype=torch.float32)
+        return self.score.logit_threshold(limit) if isinstance(self.score, Network) else limit
+
+    @cached_property
     def limit(self) -> float:
-        """What the kernels compare with."""
-        spec = self.spec
-        assert isinstance(spec.threshold, float)
-        limit = spec.threshold + spec.offset
-        return spec.score.logit_threshold(limit) if isinstance(spec.score, Network) else limit
+        """What the kernels compare with, where it is the same for all tokens."""
+        return float("nan") if self.by_position else self.limits(torch.empty(0)).item()
 
 
 class KernelGates:
@@ -74,9 +81,11 @@ class KernelGates:
         layers, ffns: gates by layer, in order; of whole layers or, if the layer is in `mixers`, of the mixer alone.
         exits: layers that some tokens exit in front of.
         skippable: layers whose mixer a gate, or an exit before, keeps some tokens from.
-        gated: those of them that other tokens run.
+        omitting: those of them in which tokens that skip leave no K/V.
+        gated: the others that some tokens run.
         readers: by layer in front of which its network is evaluated, a gate of each network.
-        columns: by score, the first of its columns among all.
+        columns: by score, the first of its columns among all; by gate with thresholds for each token, that of those.
+        compared: layers whose input later layers compare with.
 
     Raises:
         Unfit: a gate that the kernels do not know, two gates of one layer, or one of a layer that is closed.
@@ -102,7 +111,11 @@ class KernelGates:
         self.ffns = {i: gate for i, gate in sorted(ffns.items()) if i not in self.closed_ffns}
         self.exits = [layer_idx for layer_idx, gate in self.layers.items() if gate.spec.exits]
         self.skippable = sorted({*self.layers, *range(min(self.exits, default=num_layers), num_layers)})
-        self.gated = [layer_idx for layer_idx in self.skippable if layer_idx not in self.closed_mixers]
+        self.omitting = [layer_idx for layer_idx, gate in self.layers.items() if gate.spec.on_skip == "omit"]
+        if self.omitting and self.exits:
+            raise Unfit
+        self.gated = [i for i in self.skippable if i not in self.closed_mixers and i not in self.omitting]
+        self.compared = plan.compared
         self.readers = {
             gate.score.reads_at: gate
             for gate in self.layers.values()
@@ -110,12 +123,15 @@ class KernelGates:
         }
         if not self.closed_mixers.isdisjoint([*self.layers, *self.readers]):
             raise Unfit
-        self.columns: dict[Score, int] = {}
+        self.columns: dict[Score | LayerGate, int] = {}
         self.num_columns = 0
         for gate in (*self.layers.values(), *self.ffns.values()):
             if gate.score not in self.columns:
                 self.columns[gate.score] = self.num_columns
                 self.num_columns += gate.score.num_columns
+            if gate.by_position:
+                self.columns[gate] = self.num_columns
+                self.num_columns += 1
 
     @property
     def is_empty(self) -> bool:
@@ -127,13 +143,19 @@ class KernelGates:
         start, size = self.columns[score] * self.num_tokens, score.num_columns * self.num_tokens
         return flat[start : start + size].view(self.num_tokens, -1)
 
+    def thresholds(self, gate: LayerGate, flat: Tensor) -> Tensor:
+        """Return (N,) the thresholds of a gate that has one for each token."""
+        start = self.columns[gate] * self.num_tokens
+        return flat[start : start + self.num_tokens]
+
+    def is_open(self, gate: LayerGate, flat: Tensor) -> Tensor:
+        """Return (N,) the tokens that pass a gate, were all of them active."""
+        limit = self.thresholds(gate, flat) if gate.by_position else gate.limit
+        return self.scores(gate.score, flat)[:, gate.column] > limit
+
     def record(self, flat: Tensor, record: PassRecord) -> None:
         """Put down which tokens ran what, and what it cost to decide."""
-        shape = record.token_mask.shape
-
-        def is_open(gate: LayerGate) -> Tensor:
-            return self.scores(gate.score, flat)[:, gate.column] > gate.limit
-
+        shape, is_open = record.token_mask.shape, partial(self.is_open, flat=flat)
         keep = torch.ones(self.num_layers, self.num_tokens, dtype=torch.bool)
         for layer_idx, gate in self.layers.items():
             if layer_idx not in self.mixers:
@@ -144,7 +166,7 @@ class KernelGates:
             record.mixer_keep[layer_idx] = record.ffn_keep[layer_idx] = keep[layer_idx].view(shape)
             if layer_idx in self.mixers:
                 record.mixer_keep[layer_idx] = (keep[layer_idx] & is_open(self.layers[layer_idx])).view(shape)
-            record.kv_rules[layer_idx] = "project"
+            record.kv_rules[layer_idx] = "omit" if layer_idx in self.omitting else "project"
         for layer_idx, gate in self.ffns.items():
             record.ffn_keep[layer_idx] = (keep[layer_idx] & is_open(gate)).view(shape)
         no_token = torch.zeros_like(record.token_mask)
@@ -163,6 +185,7 @@ class KernelGates:
 
         asked = [gate.network for layer_idx, gate in self.readers.items() if num_active(layer_idx)]
         asked += [gate.network for layer_idx, gate in self.ffns.items() if num_kept[layer_idx]]
+        asked += [gate.spec.scale for gate in self.layers.values()]
         heads = [(i, gate.score) for i, gate in self.layers.items() if isinstance(gate.score, HeadConfidence)]
         return sum(network.flops(self.num_tokens) for network in asked if network is not None) + sum(
             score.flops_per_token * num_active(layer_idx) for layer_idx, score in heads
@@ -171,12 +194,9 @@ class KernelGates:
 
 def _check_fits(spec: GateSpec) -> None:
     """Raise `Unfit` for a gate that the kernels do not decide."""
-    leaves_kv = spec.branch != "ffn"
-    if leaves_kv and spec.on_skip != "project":
+    if spec.on_skip == "recompute" or spec.alternates is not None:
         raise Unfit
-    if spec.scale is not None or spec.alternates is not None:
-        raise Unfit
-    if isinstance(spec.score, StateDelta) or not isinstance(spec.threshold, float):
+    if spec.scale is not None and (spec.branch != "layer" or spec.exits):
         raise Unfit
 
 
@@ -213,15 +233,23 @@ class KernelPass:
         self.networks, self.exit_head = networks, exit_head
         self.addresses: dict[GateNetwork, int] = {}
         self.flat = torch.zeros(gates.num_columns * num_tokens)
+        like = caches[0].waiting
+        self.compared = {i: like.new_empty(num_tokens, like.shape[-1]) for i in gates.compared}
+        self.before = like.new_empty(num_tokens, like.shape[-1])
+        self.omitting = [(gates.layers[layer_idx], caches[layer_idx]) for layer_idx in gates.omitting]
+        self.held = torch.zeros(len(self.omitting), num_tokens, dtype=torch.long)
         self.waiting = [caches[layer_idx] for layer_idx in gates.gated]
         for kv in self.waiting:
             kv.make_room_to_wait(0, num_tokens)
-        skipped = {*gates.gated, *gates.closed_mixers}
+        skipped = {*gates.gated, *gates.omitting, *gates.closed_mixers}
         self.whole = [kv for layer_idx, kv in enumerate(caches) if layer_idx not in skipped]
         tasks = [self._task(i, layer, kv) for i, (layer, kv) in enumerate(zip(layers, caches, strict=True))]
+        for layer_idx, states in self.compared.items():
+            if not tasks[layer_idx].parts:
+                raise Unfit
+            tasks[layer_idx].tap = states
         if not any(task.parts for task in tasks):
             raise Unfit  # nothing is left to run
-        like = caches[0].waiting
         self.taps = like.new_empty(len(stops), num_tokens, like.shape[-1])
         for tap, stop in zip(self.taps, stops, strict=True):
             tasks[stop].tap = tap
@@ -236,6 +264,13 @@ class KernelPass:
         if gate is not None:
             task.gate = self._native(gate, layer_idx)
             task.parts |= (EXIT if gate.spec.exits else 0) | (ALONE if layer_idx in gates.mixers else 0)
+            if gate.spec.scale is not None:
+                task.scale = NativeScale(self._address(gate.spec.scale), torch.zeros(gates.num_tokens), self.before)
+            if layer_idx in gates.omitting:
+                if layer.window is not None:
+                    raise Unfit  # a window counts positions, the kernels K/V
+                task.parts |= OMIT
+                task.counts = self.held[gates.omitting.index(layer_idx)]
         elif reader is not None:
             task.gate = self._native(LayerGate(reader.spec, READ_ONLY), layer_idx)
         if layer_idx not in gates.closed_mixers:
@@ -256,12 +291,22 @@ class KernelPass:
         network = gate.network
         if network is not None:
             is_new = network not in self.addresses
-            address = None if self.networks is None else self.networks.address(network)
-            if address is None or is_new != (gate.score.reads_at == layer_idx):  # read too late, or twice
+            if is_new != (gate.score.reads_at == layer_idx):  # read too late, or twice
                 raise Unfit
-            self.addresses[network] = address
+            address = self._address(network)
             evaluates = address if is_new else 0
-        return NativeGate(evaluates, logits, gate.column, gate.limit, head)
+        before = None if gate.score.compares_with is None else self.compared[gate.score.compares_with]
+        thresholds = self.gates.thresholds(gate, self.flat) if gate.by_position else None
+        limit = 0.0 if gate.by_position else gate.limit
+        return NativeGate(evaluates, logits, gate.column, limit, head, before, thresholds)
+
+    def _address(self, network: GateNetwork) -> int:
+        """Return where a network lies for the kernels; it must stay there for as long as this pass is used."""
+        address = None if self.networks is None else self.networks.address(network)
+        if address is None:
+            raise Unfit
+        self.addresses[network] = address
+        return address
 
     def fits(self, slots: Sequence[int], seen: Sequence[int]) -> bool:
         """Whether layers hold, or keep waiting, all that these slots have seen, and networks lie where they lay."""
@@ -269,6 +314,8 @@ class KernelPass:
             if not all(kv.is_whole(slot, length) for kv in self.whole):
                 return False
             if not all(kv.holds_all(slot, length) for kv in self.waiting):
+                return False
+            if any(kv.num_waiting[slot] for _, kv in self.omitting):
                 return False
         return self.networks is None or all(self.networks.address(one) == at for one, at in self.addresses.items())
 
@@ -281,9 +328,11 @@ class KernelPass:
         return before == [kv.room for kv in self.waiting]
 
     def prepare(self, context: Callable[[], PassContext]) -> bool:
-        """Take in the scores that are known in advance; False if they are not for this forward."""
+        """Take in the scores and thresholds that are known in advance; False if scores are not for this forward."""
         for score in self.gates.columns:
-            if score.reads_at is None or score.pool_tokens:
+            if isinstance(score, LayerGate):
+                self.gates.thresholds(score, self.flat).copy_(score.limits(context().positions).flatten())
+            elif score.reads_at is None or score.pool_tokens:
                 numbers = score.known(context())
                 if numbers is None:
                     return False
@@ -293,7 +342,11 @@ class KernelPass:
 
     def run(self, rows: Rows, slots: Sequence[int], seen: Sequence[int], hidden: Tensor) -> list[Tensor]:
         """(N, D) states in front of the first layer to those at the stops and behind the last; K/V are counted."""
+        if self.omitting:
+            self.held[:, : len(slots)] = torch.tensor([[kv.counts[slot] for slot in slots] for _, kv in self.omitting])
         hidden = self.tasks.run(rows, hidden)
+        for gate, kv in self.omitting:
+            self._count(kv, self.gates.is_open(gate, self.flat).tolist(), slots, seen)
         for slot, length in zip(slots, seen, strict=True):
             length += self.gates.num_tokens // len(slots)
             for kv in self.whole:
@@ -301,6 +354,15 @@ class KernelPass:
             for kv in self.waiting:
                 kv.counts[slot] = length - kv.num_waiting[slot]
         return [*self.taps.clone(), hidden] if len(self.taps) else [hidden]
+
+    def _count(self, kv: LayerKV, keep: list[bool], slots: Sequence[int], seen: Sequence[int]) -> None:
+        """Count the K/V that tokens have left in a layer where those that skip it leave none."""
+        size = self.gates.num_tokens // len(slots)
+        for row, (slot, length) in enumerate(zip(slots, seen, strict=True)):
+            left = [length + place for place in range(size) if keep[row * size + place]]
+            if left:
+                has_gaps = len(left) < size or not kv.is_whole(slot, length)
+                kv.extend(slot, len(left), left if has_gaps else None)
 
     def recorded(self, record: PassRecord) -> PassRecord:
         """Return what the last run decided."""

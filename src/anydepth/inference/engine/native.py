@@ -84,14 +84,8 @@ class _Exit(Structure):
     _fields_ = [("head", _Matrix), ("norm", _Norm), ("softcap", c_float), ("confidence", c_int32)]
 
 
-GATE_FIELDS = (
-    "network",
-    "exit",
-    "logits",
-    "column",
-    "stride",
-    "threshold",
-)  # the last is a float, and four bytes unused
+GATE_FIELDS = ("network", "exit", "compared", "logits", "column", "stride", "thresholds", "threshold")
+"""The last is a float, and four bytes unused."""
 
 
 class _Task(Structure):
@@ -99,7 +93,10 @@ class _Task(Structure):
         *((name, c_int64) for name in ("layer", "cache", "parts", "counts")),
         *(
             (name, c_int64)
-            for name in ("waiting", "num_waiting", "room", "mixed", "num_mixed", "fed", "num_fed", "tap")
+            for name in (
+                *("waiting", "num_waiting", "room", "mixed", "num_mixed", "fed", "num_fed"),
+                *("tap", "scale", "scales", "before"),
+            )
         ),
         *((f"gate_{name}", c_int64) for name in GATE_FIELDS),
         *((f"ffn_gate_{name}", c_int64) for name in GATE_FIELDS),
@@ -270,14 +267,16 @@ class NativeExit:
 
 @dataclass(slots=True)
 class NativeGate:
-    """Inside the kernels: a token is let through whose logit is above the threshold.
+    """Inside the kernels: a token passes if its logit is above the threshold.
 
     Attributes:
-        network: address of the network that gives the logits (`networks.py`); 0: a gate before has asked it, or there
-            is none.
+        network: address of the network that gives the logits (`networks.py`); 0: an earlier gate has evaluated it, or
+            there is none.
+        logits: (N, G) float32, written for all tokens; of an exit for those that are active.
+        column: which of the G; -1: the network is only evaluated, for later layers, and every token passes.
         exit: the head whose confidence, with a minus, is the logit.
-        logits: (N, G) float32, written for all tokens; of an exit for those that have not left.
-        column: which of the G; -1: the network is only asked, about later layers, and everybody let through.
+        compared: (N, D) states; minus their cosine with those in front of the layer is the logit.
+        thresholds: (N,) float32, one for each token, in place of `threshold`.
     """
 
     network: int
@@ -285,12 +284,32 @@ class NativeGate:
     column: int
     threshold: float
     exit: NativeExit | None = None
+    compared: Tensor | None = None
+    thresholds: Tensor | None = None
 
     def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
         threshold = int.from_bytes(bytes(c_float(self.threshold)), sys.byteorder)
         exit_at = 0 if self.exit is None else addressof(self.exit.struct)
-        return self.network, exit_at, self.logits.data_ptr(), self.column, self.logits.shape[1], threshold
+        return (
+            *(self.network, exit_at, _address(self.compared), self.logits.data_ptr()),
+            *(self.column, self.logits.shape[1], _address(self.thresholds), threshold),
+        )
+
+
+@dataclass(slots=True)
+class NativeScale:
+    """Inside the kernels: what a layer adds to the tokens that pass its gate is multiplied.
+
+    Attributes:
+        network: address of the network whose logit gives r = 2·σ(logit).
+        logits: (N,) float32, written for all tokens where one passes.
+        before: (N, D) workspace, the states in front of the layer.
+    """
+
+    network: int
+    logits: Tensor
+    before: Tensor
 
 
 EVERYBODY = (0,) * len(GATE_FIELDS)
@@ -311,6 +330,7 @@ class Task:
         gate: of the layer, in place of `mixed` and `fed`.
         ffn_gate: of the FFN.
         tap: (R·T, D), where the states in front of the layer are left.
+        scale: of what the layer adds.
     """
 
     layer: NativeLayer
@@ -323,6 +343,7 @@ class Task:
     gate: NativeGate | None = None
     ffn_gate: NativeGate | None = None
     tap: Tensor | None = None
+    scale: NativeScale | None = None
 
     def fields(self) -> tuple[int, ...]:
         """As `_Task` has them."""
@@ -330,14 +351,18 @@ class Task:
             self.layer.address,
             self.kv.states.data_ptr(),
             self.parts,
-            0 if self.counts is None else self.counts.data_ptr(),
+            _address(self.counts),
             *self._waiting(),
             *_list(self.mixed),
             *_list(self.fed),
-            0 if self.tap is None else self.tap.data_ptr(),
+            _address(self.tap),
+            *((0, 0, 0) if self.scale is None else self._scale(self.scale)),
             *(EVERYBODY if self.gate is None else self.gate.fields()),
             *(EVERYBODY if self.ffn_gate is None else self.ffn_gate.fields()),
         )
+
+    def _scale(self, scale: NativeScale) -> tuple[int, int, int]:
+        return scale.network, scale.logits.data_ptr(), scale.before.data_ptr()
 
     def _waiting(self) -> tuple[int, int, int]:
         kv = self.kv
@@ -406,6 +431,10 @@ class NativeLinear(Linear):
                 self.in_bf16,
             )
         return output
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _list(part: Tensor | None) -> tuple[int, int]:

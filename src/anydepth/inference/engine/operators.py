@@ -75,7 +75,7 @@ class RowPass:
             queries, new = layer.project(kept, rotation)
             for row, own in zip(rows, new.split(sizes), strict=True):
                 holes = counts[row] < self.num_tokens or self.has_holes(kv, [row])
-                kv.append(self.slots[row], own, self.places_of(row, gate) if holes else None)
+                kv.append(self.slots[row], own, self.places_of(row, gate).tolist() if holes else None)
         mixed = [
             self._attend(layer, kv, self.slots[row], own, self.places_of(row, gate))
             for row, own in zip(rows, queries.split(sizes), strict=True)
@@ -146,7 +146,8 @@ class RowPass:
         else:
             kind = layer.rotation_kind
             where = slice(start, start + count) if places is None else places
-            kv.append(slot, layer.project_kv(states, None if kind is None else self.tables.at(kind, where)), places)
+            keys_and_values = layer.project_kv(states, None if kind is None else self.tables.at(kind, where))
+            kv.append(slot, keys_and_values, None if places is None else places.tolist())
 
     # --- attention ---------------------------------------------------------------------------------------------
 
@@ -159,7 +160,7 @@ class RowPass:
             parts = zip(rows, queries.split(self.num_tokens), new.split(self.num_tokens), strict=True)
             mixed = []
             for row, own, own_new in parts:
-                kv.append(self.slots[row], own_new, self.places[row] if holes else None)
+                kv.append(self.slots[row], own_new, self.places[row].tolist() if holes else None)
                 mixed.append(self._attend(layer, kv, self.slots[row], own, self.places[row]))
             return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         index = torch.tensor(slots, device=new.device)
@@ -183,7 +184,8 @@ class RowPass:
 
     def _attend(self, layer: EngineLayer, kv: LayerKV, slot: int, queries: Tensor, places: Tensor) -> Tensor:
         """Queries at `places` (N,) over what the slot holds, their own K/V included."""
-        count, holes = kv.counts[slot], kv.places[slot]
+        count, held = kv.counts[slot], kv.places[slot]
+        holes = None if held is None else torch.tensor(held, device=places.device)
         if layer.native is not None and (holes is None or layer.window is None):
             seen = places + 1 if holes is None else torch.searchsorted(holes, places, right=True)
             return layer.native.attend(queries, kv, slot, seen)

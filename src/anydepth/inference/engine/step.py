@@ -52,7 +52,7 @@ class Step(RowPass):
         self.plan, self.networks, self.exit_head = plan, networks, exit_head
         self.is_gated = not plan.is_empty
         self.span: list[Task] = []  # asked for, not run yet
-        self.left: list[tuple[LayerKV, int, int, Tensor | None]] = []  # by the span: K/V in a slot, at which places
+        self.left: list[tuple[LayerKV, int, int, list[int] | None]] = []  # by the span: K/V in a slot, at which places
         self.asked_with: tuple[Tensor, Tensor] | None = None
 
     # --- layer after layer -------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Step(RowPass):
                 self.left.append((kv, slot, self.seen[row] + self.num_tokens - kv.counts[slot], None))
             else:
                 holes = counts[row] < self.num_tokens or task.counts is not None
-                self.left.append((kv, slot, counts[row], self.places_of(row, gate) if holes else None))
+                self.left.append((kv, slot, counts[row], self.places_of(row, gate).tolist() if holes else None))
         return task
 
     def _run_span(self, hidden: Tensor) -> Tensor:

@@ -55,13 +55,15 @@ struct Exit {
     Confidence confidence;
 };
 
-// Lets those tokens through whose logit is above a threshold; everybody if `logits` is null.
+// Lets those tokens through whose logit is above a threshold; every token if `logits` is null.
 struct Gate {
-    const Network* network;  // gives the logits here; null: a gate before has asked it, or there is none
-    const Exit* exit;        // or this: its confidence, with a minus, is the logit of each token that is asked
+    const Network* network;  // gives the logits here; null: an earlier gate has evaluated it, or there is none
+    const Exit* exit;        // or this: minus its confidence is the logit of each token that is asked
+    const void* compared;    // or this: minus the cosine of the state and of that in (R·T, hidden) is the logit
     float* logits;           // (R·T, stride), left for the caller
-    int64_t column;          // -1: the network is asked about later layers, and everybody let through
+    int64_t column;          // -1: the network is evaluated for later layers, and every token passes
     int64_t stride;
+    const float* thresholds;  // (R·T,) one for each token; null: `threshold` is for all
     float threshold, unused;
 };
 
@@ -77,8 +79,11 @@ struct Task {
     int64_t num_mixed;
     const int64_t* fed;  // the same for the FFN
     int64_t num_fed;
-    void* tap;            // (R·T, hidden), where the states in front of the layer are left for the caller; null: nowhere
-    Gate gate, ffn_gate;  // of the layer, where `mixed` and `fed` are null; and of the FFN
+    void* tap;             // (R·T, hidden), where the states in front of the layer are left for the caller; null: nowhere
+    const Network* scale;  // r = 2·σ(logit) multiplies what the layer adds to tokens that pass its gate; null: nothing does
+    float* scales;         // (R·T,) logits of that, left for the caller
+    void* before;          // (R·T, hidden) workspace of a scaled layer
+    Gate gate, ffn_gate;   // of the layer, where `mixed` and `fed` are null; and of the FFN
 };
 
 }  // extern "C"
@@ -398,7 +403,7 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
 
 // The logits of a gate that asks the head, whole when the team returns.
 template <class A>
-void doubts(const Gate& gate, const Tokens& asked, const A* states, float* workspace, const Matrix* next) {
+void confidences(const Gate& gate, const Tokens& asked, const A* states, float* workspace, const Matrix* next) {
     const Exit& exit = *gate.exit;
     const int size = exit.head.rows;
     const Range own = product<A>(exit.head, prepared<A>(exit.head, exit.norm, states, asked), asked.num, workspace, next);
@@ -411,16 +416,45 @@ void doubts(const Gate& gate, const Tokens& asked, const A* states, float* works
         gate.logits[asked[n] * gate.stride + gate.column] = -confidence(exit.confidence, workspace + int64_t(n) * size, size);
 }
 
+// The logits of a gate that compares states, whole when the team returns.
+template <class A>
+void deltas(const Gate& gate, const Tokens& asked, const A* states, int64_t size) {
+    const A* compared = static_cast<const A*>(gate.compared);
+#pragma omp for
+    for (int n = 0; n < asked.num; ++n) {
+        const A *x = states + asked[n] * size, *y = compared + asked[n] * size;
+        double xy = 0, xx = 0, yy = 0;
+        for (int64_t i = 0; i < size; ++i) xy += one(x[i]) * one(y[i]), xx += one(x[i]) * one(x[i]), yy += one(y[i]) * one(y[i]);
+        gate.logits[asked[n] * gate.stride + gate.column] = float(-xy / std::max(std::sqrt(xx * yy), 1e-8));
+    }
+}
+
+// r·f(h) + (1 − r)·h for some tokens: `to` holds f(h), `before` h. Whole when the team returns.
+template <class A>
+void scale(const Task& task, const Tokens& kept, A* to) {
+    const int64_t size = task.layer->hidden;
+    const A* before = static_cast<const A*>(task.before);
+#pragma omp for
+    for (int n = 0; n < kept.num; ++n) {
+        const float r = rounded<A>(2.0f / (1.0f + std::exp(-task.scales[kept[n]]))), rest = rounded<A>(1.0f - r);
+        A* own = to + kept[n] * size;
+        const A* old = before + kept[n] * size;
+        for (int64_t i = 0; i < size; ++i) store(rounded<A>(r * one(own[i])) + rounded<A>(rest * one(old[i])), own + i);
+    }
+}
+
 // Of some tokens those that a gate lets through, into `kept`. `next`: the map that is read behind it.
 template <class A>
-Tokens through(const Gate& gate, const Tokens& asked, const A* states, int num, float* workspace, std::vector<int64_t>& kept,
-               const Matrix* next) {
+Tokens through(const Gate& gate, const Tokens& asked, const A* states, int num, int64_t size, float* workspace,
+               std::vector<int64_t>& kept, const Matrix* next) {
+    if (gate.compared) deltas(gate, asked, states, size);
     if (gate.network) logits_of(*gate.network, states, num, gate.logits, workspace);
-    if (gate.exit) doubts(gate, asked, states, workspace, next);
+    if (gate.exit) confidences(gate, asked, states, workspace, next);
     if (gate.column < 0) return asked;
     std::vector<int64_t> open;
     for (int i = 0; i < asked.num; ++i)
-        if (gate.logits[asked[i] * gate.stride + gate.column] > gate.threshold) open.push_back(asked[i]);
+        if (gate.logits[asked[i] * gate.stride + gate.column] > (gate.thresholds ? gate.thresholds[asked[i]] : gate.threshold))
+            open.push_back(asked[i]);
     kept.swap(open);  // the tokens asked may be those of `kept`
     return {kept.data(), int(kept.size())};
 }
@@ -454,9 +488,15 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
             Tokens fed = task->fed ? Tokens{task->fed, int(task->num_fed)} : all;
             if (task->gate.logits && all.num) {
                 auto& kept = task->parts & EXIT ? going_on : layer_kept;
-                mixed = through(task->gate, all, now, num, b.workspace, kept, behind_gate(*task));
+                mixed = through(task->gate, all, now, num, task->layer->hidden, b.workspace, kept, behind_gate(*task));
                 if (!(task->parts & ALONE)) fed = mixed;
                 if (task->parts & EXIT) all = mixed;
+            }
+            const Tokens scaled{mixed.list, task->scale ? mixed.num : 0};
+            if (scaled.num) {
+                logits_of(*task->scale, now, num, task->scales, b.workspace);
+#pragma omp master
+                std::memcpy(task->before, now, size * sizeof(A));
             }
             if (!(task->parts & MIXER)) mixed.num = 0;
             if (task->waiting) settle(*task, b, now, mixed);
@@ -466,10 +506,11 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
             }
             if (task->parts & FFN && fed.num) {
                 if (task->ffn_gate.logits)
-                    fed = through(task->ffn_gate, fed, now, num, b.workspace, ffn_kept, &task->layer->gate);
+                    fed = through(task->ffn_gate, fed, now, num, task->layer->hidden, b.workspace, ffn_kept, &task->layer->gate);
                 if (fed.num) ffn<A>(*task->layer, now, to, b.workspace, fed, next);
                 if (fed.num) now = to;
             }
+            if (scaled.num) scale(*task, scaled, to);
         }
 #pragma omp master
         if (now != to) std::memcpy(to, now, size * sizeof(A));

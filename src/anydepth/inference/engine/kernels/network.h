@@ -1,4 +1,4 @@
-// The small networks that gates decide with (`methods/gate_network.py`), in float32, for a few tokens.
+// The small networks that gates decide with (`gating/gate_network.py`), in float32, for a few tokens.
 #pragma once
 
 #include <cmath>
