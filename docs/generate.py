@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from anydepth.methods._base.training import Trained
+
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"^<!-- generate: (\S+) ?(\S*) -->$", re.MULTILINE)
 
@@ -36,14 +38,21 @@ def config(name: str) -> str:
 def method(name: str) -> str:
     """One line: lossless or lossy, trained or not."""
     cls = _methods()[name]
-    output = "output is the full-depth output" if cls.lossless else "lossy"
-    return f"*{_sentence(cls.summary)} {output.capitalize()}; {'trained' if cls.trained else 'not trained'}.*"
+    output = "output is the full-depth output" if cls.is_lossless() else "lossy"
+    return (
+        f"*{_sentence(cls.summary)} {output.capitalize()}; {'trained' if issubclass(cls, Trained) else 'not trained'}.*"
+    )
 
 
 def methods() -> str:
     """The table of all methods."""
     rows = [
-        (f"[`{name}`](methods/{name}.md)", cls.summary, "yes" if cls.lossless else "no", "yes" if cls.trained else "no")
+        (
+            f"[`{name}`](methods/{name}.md)",
+            cls.summary,
+            "yes" if cls.is_lossless() else "no",
+            "yes" if issubclass(cls, Trained) else "no",
+        )
         for name, cls in _methods().items()
     ]
     return _table(("method", "idea", "lossless", "trained"), rows)
