@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import yaml
 
-from anydepth.gating import cost
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.gating import cost
 from anydepth.measure.results import document, read_document, write_json
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows

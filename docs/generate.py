@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from anydepth.methods._base.training import Trained
-
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"^<!-- generate: (\S+) ?(\S*) -->$", re.MULTILINE)
 
@@ -39,9 +37,7 @@ def method(name: str) -> str:
     """One line: lossless or lossy, trained or not."""
     cls = _methods()[name]
     output = "output is the full-depth output" if cls.is_lossless() else "lossy"
-    return (
-        f"*{_sentence(cls.summary)} {output.capitalize()}; {'trained' if issubclass(cls, Trained) else 'not trained'}.*"
-    )
+    return f"*{_sentence(cls.summary)} {output.capitalize()}; {'trained' if _is_trained(cls) else 'not trained'}.*"
 
 
 def methods() -> str:
@@ -51,7 +47,7 @@ def methods() -> str:
             f"[`{name}`](methods/{name}.md)",
             cls.summary,
             "yes" if cls.is_lossless() else "no",
-            "yes" if issubclass(cls, Trained) else "no",
+            "yes" if _is_trained(cls) else "no",
         )
         for name, cls in _methods().items()
     ]
@@ -99,6 +95,12 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "readme": readme,
     "result-files": result_files,
 }
+
+
+def _is_trained(cls: type) -> bool:
+    from anydepth.methods._base.training import Trained
+
+    return issubclass(cls, Trained)
 
 
 def _methods() -> dict[str, Any]:
