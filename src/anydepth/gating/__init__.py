@@ -1,0 +1,1 @@
+"""Gates as data, the plan that compiles them, and the record of what ran."""
