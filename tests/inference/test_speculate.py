@@ -175,8 +175,8 @@ def test_no_token_runs_the_first_layers_twice() -> None:
 def test_guesses_that_are_dropped_leave_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second one is, after the first layers have run for it."""
     adapted, asked = anydepth.attach(tiny_llama(), DRAFTERS[name]).eval(), itertools.count()
-    monkeypatch.setattr("anydepth.inference.economy.Costs.repays", lambda *_: next(asked) % 2)
-    monkeypatch.setattr("anydepth.inference.economy.Costs.pays", lambda *_: True)
+    monkeypatch.setattr("anydepth.inference.draft_policy.StepTimes.repays", lambda *_: next(asked) % 2)
+    monkeypatch.setattr("anydepth.inference.draft_policy.StepTimes.pays", lambda *_: True)
     engines = [FastEngine(adapted), *([adapted] if name == "several exits" else [])]
     for engine, num_rows in itertools.product(engines, (1, 4)):
         wanted, ours = both(adapted, engine, prompts(num_rows), do_sample=False, eos_token_id=None)

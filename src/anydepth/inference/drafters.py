@@ -19,7 +19,7 @@ from anydepth.calibration.bayesian import Proposals, inner
 from anydepth.calibration.skip_search import STRATEGIES, Candidate, Problem, candidates
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating.context import LogitsOf
-from anydepth.inference.economy import NUM_CLASSES
+from anydepth.inference.draft_policy import NUM_BINS
 from anydepth.inference.engine.cache import EngineCache
 from anydepth.inference.engine.layer import EngineLayer
 from anydepth.inference.engine.model import EngineModel, run_to_stops
@@ -36,7 +36,7 @@ from anydepth.models.llama_like import Weights, layer_parts, norm_of
 
 @dataclass(frozen=True)
 class Guess:
-    """A token, and the drafter's class of confidence that it is in, below `NUM_CLASSES`."""
+    """A token, and the drafter's class of confidence that it is in, below `NUM_BINS`."""
 
     token: int
     confidence: int
@@ -56,6 +56,12 @@ class Drafter(ABC):
 
     name: str
     target: Target | None = None
+    is_free: bool = False
+    """Whether a token costs no pass of a model."""
+    exit_layer: int = 0
+    """First layers of the model that a draft runs and a verification does not run again; one such drafter a round."""
+    pruned: PrunedModel | None = None
+    """What it drafts with, where that is the model with something left out."""
 
     def start(self, target: Target, num_rows: int) -> None:
         """A generation begins; the prompts' states are in `row.fresh`."""
@@ -64,6 +70,10 @@ class Drafter(ABC):
     @abstractmethod
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
         """What stands behind `row.last` in each row; None: it has no idea."""
+
+    def next_bin(self, row: Row) -> int | None:
+        """Return the confidence bin of its next token, where it says that before drafting; −1: it has no token."""
+        return None
 
     def settle(self, rows: Sequence[Row]) -> None:  # noqa: B027 (most have nothing to do)
         """Rows have taken what was verified; `row.fresh` has the states of what they took."""
@@ -76,7 +86,7 @@ class Drafter(ABC):
 def _guesses(tokens: list[int], shares: list[float]) -> list[Guess | None]:
     """None where no token of the drafter's vocabulary is allowed: its share is no number."""
     return [
-        Guess(token, min(int(share * NUM_CLASSES), NUM_CLASSES - 1)) if share >= 0 else None
+        Guess(token, min(int(share * NUM_BINS), NUM_BINS - 1)) if share >= 0 else None
         for token, share in zip(tokens, shares, strict=True)
     ]
 
@@ -85,7 +95,7 @@ class FirstLayers(Drafter):
     """The first layers of the model, and its norm and head on their state (LayerSkip, Elhoushi et al. 2024)."""
 
     def __init__(self, num_layers: int, head: Callable[[Tensor], Tensor], vocabulary: Tensor | None = None) -> None:
-        self.num_layers, self.head, self.vocabulary = num_layers, head, vocabulary
+        self.exit_layer, self.head, self.vocabulary = num_layers, head, vocabulary
         self.name = f"first {num_layers} layers"
 
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
@@ -98,6 +108,7 @@ class Pruned(Drafter):
     """The model as attached methods prune it: a skip set, a router, exits."""
 
     name = "reduced model"
+    pruned: PrunedModel
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self.pruned = PrunedModel(methods)
@@ -212,6 +223,7 @@ class Lookup(Drafter):
     """What followed the last tokens where they stood before in the text (prompt lookup, Saxena 2023)."""
 
     name = "lookup"
+    is_free = True
 
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self.sizes = range(longest, shortest - 1, -1)
@@ -223,22 +235,21 @@ class Lookup(Drafter):
         super().stop()
         self.indices, self.following = {}, {}
 
-    def confidence(self, row: Row) -> int | None:
-        """Of its next guess; None: it would have none."""
+    def next_bin(self, row: Row) -> int:
         if not row.draft:
             self._find(row)
         place, confidence = self.following.get(row.slot, (len(row.ids), 0))
-        return confidence if place < len(row.ids) else None
+        return confidence if place < len(row.ids) else -1
 
     def guess(self, rows: Sequence[Row], choose: Choose) -> list[Guess | None]:
         return [self._guess(row) for row in rows]
 
     def _guess(self, row: Row) -> Guess | None:
-        confidence = self.confidence(row)
-        if confidence is None:
+        confidence = self.next_bin(row)
+        if confidence < 0:
             return None
         place = self.following[row.slot][0]
-        self.following[row.slot] = place + 1, min(confidence + 1, NUM_CLASSES - 1)
+        self.following[row.slot] = place + 1, min(confidence + 1, NUM_BINS - 1)
         return Guess(row.ids[place], confidence)
 
     def _find(self, row: Row) -> None:

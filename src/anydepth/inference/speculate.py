@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import isfinite
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating.context import LogitsOf
 from anydepth.gating.trace import PassRecord
 from anydepth.inference.counts import Counts
-from anydepth.inference.drafters import Drafter, FirstLayers, Lookup, Pruned, drafters_of
-from anydepth.inference.economy import FIRST, NUM_CLASSES, TRY_AGAIN, Economy
+from anydepth.inference.draft_policy import DraftPolicy
+from anydepth.inference.drafters import Drafter, drafters_of
 from anydepth.inference.next_token import NextToken, Stops, largest
 from anydepth.inference.targets import Row, Target
 from anydepth.methods.draft_network import DraftNetwork
@@ -39,7 +40,7 @@ class Setup:
     max_draft: int
     adaptive: bool
     vocabulary_size: int
-    economy: Economy = field(default_factory=Economy)
+    policy: DraftPolicy = field(default_factory=DraftPolicy)
 
 
 def setup_of(
@@ -131,7 +132,7 @@ class Plan:
     drafter: Drafter | None
     limit: int
     is_trial: bool
-    confidences: list[int] = field(default_factory=list)
+    bins: list[int] = field(default_factory=list)
     reached: float = 1.0
 
 
@@ -153,8 +154,9 @@ class Speculation:
         on_token: Callable[[Tensor, int], None] | None = None,
     ) -> None:
         self.target, self.setup, self.choice, self.stops, self.on_token = target, setup, choice, stops, on_token
-        self.drafters, self.economy = list(setup.drafters), setup.economy
-        self.costs = self.economy.costs(1)
+        self.drafters, self.policy = list(setup.drafters), setup.policy
+        self.times, self.num_rows = self.policy.times(1), 1
+        self.rate = 0.0
         self.counts = Counts()
 
     def run(self, rows: list[Row], after_round: Callable[[], None], *, fills: bool) -> None:
@@ -179,8 +181,8 @@ class Speculation:
 
     def begin(self, rows: list[Row]) -> None:
         """Take in the prompts, and the first token of each. What was begun is to be ended, whatever happens."""
-        pruned = [drafter.pruned for drafter in self.drafters if isinstance(drafter, Pruned)]
-        logits = self.target.start(rows, next((model for model in pruned if model.keeps_state), None))
+        pruned = [drafter.pruned for drafter in self.drafters]
+        logits = self.target.start(rows, next((one for one in pruned if one is not None and one.keeps_state), None))
         for drafter in self.drafters:
             drafter.start(self.target, len(rows))
         self._take(rows, [part[None] for part in logits])
@@ -192,14 +194,14 @@ class Speculation:
 
     def round(self, rows: list[Row]) -> None:
         """Draft for rows that are not done, verify, and take what was right and one token more."""
-        self.costs = self.economy.costs(len(rows))
+        self.times, self.num_rows = self.policy.times(len(rows)), len(rows)
         for drafter in self.drafters:
             drafter.settle(rows)
         plans = self._draft(rows)
         started = time.perf_counter()
         logits = self.target.verify(rows)
         _wait(logits[0])
-        self.costs.note_verification(sum(len(part) for part in logits), time.perf_counter() - started)
+        self.times.observe_verification(sum(len(part) for part in logits), time.perf_counter() - started)
         num_taken = self._take(rows, logits)
         for plan, count in zip(plans, num_taken, strict=True):
             self._learn(plan, plan.row.ids[-count:])
@@ -212,12 +214,13 @@ class Speculation:
         """Let each row draft for as long as it pays."""
         candidates, trial = self._candidates()
         most = self._most(rows)
-        plans = [
-            Plan(row, self._drafter_for(row, candidates, trial), self._limit(row, most), trial is not None)
-            for row in rows
-        ]
-        exits = [plan.drafter for plan in plans if isinstance(plan.drafter, FirstLayers)]
-        self.target.exit_layer = exits[0].num_layers if exits else 0
+        plans = []
+        self.rate = 0.0
+        for row in rows:
+            drafter, rate = (trial, 0.0) if trial is not None else self._drafter_for(row, candidates)
+            plans.append(Plan(row, drafter, self._limit(row, most), trial is not None))
+            self.rate += rate
+        self.target.exit_layer = max((plan.drafter.exit_layer for plan in plans if plan.drafter is not None), default=0)
         drafting = [plan for plan in plans if plan.drafter is not None and plan.limit > 0]
         while drafting:
             going_on: list[Plan] = []
@@ -231,18 +234,15 @@ class Speculation:
         return plans
 
     def _candidates(self) -> tuple[list[Drafter], Drafter | None]:
-        """Drafters of this round, of those with first layers the best; and one that is to be tried, if it is time."""
-        if self.setup.adaptive and self.costs.plain is None:
+        """Return the drafters of this round, of those with first layers the best; and one that is due to be tried."""
+        if self.setup.adaptive and self.times.plain is None:
             return [], None  # a plain step is measured first
-        for drafter in self.drafters:
-            record = self.economy.of(drafter.name)
-            record.idle += 1
-            if self.setup.adaptive and record.idle > TRY_AGAIN and not isinstance(drafter, Lookup):
-                record.idle = 0
-                return [drafter], drafter
-        exits = [drafter for drafter in self.drafters if isinstance(drafter, FirstLayers)]
-        best = max(exits, key=self._worth, default=None)
-        return [one for one in self.drafters if one is best or not isinstance(one, FirstLayers)], None
+        due = self.policy.due_trial(self.drafters) if self.setup.adaptive else None
+        if due is not None:
+            return [due], due
+        exits = [drafter for drafter in self.drafters if drafter.exit_layer]
+        best = max(exits, key=lambda drafter: self.policy.rate(drafter, self.num_rows), default=None)
+        return [one for one in self.drafters if one is best or not one.exit_layer], None
 
     def _most(self, rows: list[Row]) -> int:
         """Tokens that each row may draft, so that a verification is still one pass of few tokens, and the same bits.
@@ -259,65 +259,48 @@ class Speculation:
         return most if room is None else min(most, room - 1)
 
     def _pays(self, drafter: Drafter, plans: list[Plan]) -> bool:
-        """Whether one more guess of these is worth its time."""
-        return self.costs.pays(drafter.name, [plan.reached * self._next(drafter, plan) for plan in plans])
+        """Return whether one more token of these is worth its time."""
+        probabilities = [plan.reached * self._next_right(drafter, plan) for plan in plans]
+        return self.times.pays(drafter.name, probabilities, self.rate)
 
     def _tries(self, drafter: Drafter, plans: list[Plan]) -> bool:
-        """Whether these would be first guesses of a drafter that is to be known better, whatever they cost."""
-        is_known = isinstance(drafter, Lookup) or self.economy.of(drafter.name).is_known
+        """Return whether these would be first tokens of a drafter that is to be known better, whatever they cost."""
+        is_known = self.policy.is_known(drafter)
         return any((plan.is_trial or not is_known) and not plan.row.draft for plan in plans)
 
-    def _next(self, drafter: Drafter, plan: Plan) -> float:
-        """How likely the next guess is right."""
-        record = self.economy.of(drafter.name)
-        if isinstance(drafter, Lookup):
-            confidence = drafter.confidence(plan.row)
-            return 0.0 if confidence is None else record.known.of(confidence)
-        return record.right_after(plan.confidences[-1]) if plan.confidences else record.next.of(FIRST)
+    def _next_right(self, drafter: Drafter, plan: Plan) -> float:
+        next_bin = drafter.next_bin(plan.row)
+        return 0.0 if next_bin == -1 else self.policy.next_right(drafter, plan.bins, next_bin)
 
     def _guess(self, drafter: Drafter, plans: list[Plan], *, keeps_all: bool) -> list[Plan]:
         """One more token of these rows; those that got one, if it is worth to be verified or all are kept."""
         started = time.perf_counter()
         guesses = drafter.guess([plan.row for plan in plans], self.choice.guess)
-        self.costs.note_guess(drafter.name, time.perf_counter() - started)
-        record, got = self.economy.of(drafter.name), []
+        self.times.observe_draft(drafter.name, time.perf_counter() - started)
+        acceptance, got = self.policy.statistics(drafter).by_bin, []
         for plan, guess in zip(plans, guesses, strict=True):
-            if guess is None:  # no token of its vocabulary is allowed
-                record.next.note(plan.confidences[-1] if plan.confidences else FIRST, right=False)
-                continue
-            reached = plan.reached * record.known.of(guess.confidence)
-            if not keeps_all and not self.costs.repays(reached):
-                record.next.note(plan.confidences[-1] if plan.confidences else FIRST, right=False)
+            reached = 0.0 if guess is None else plan.reached * acceptance.of(guess.confidence)
+            if guess is None or not (
+                keeps_all or self.times.repays(reached, self.rate)
+            ):  # or no token of its vocabulary is allowed
+                self.policy.observe_none(drafter, plan.bins)
                 continue
             plan.row.draft.append(guess.token)
-            plan.confidences.append(guess.confidence)
+            plan.bins.append(guess.confidence)
             plan.reached = reached
             got.append(plan)
         return got
 
-    def _drafter_for(self, row: Row, candidates: Sequence[Drafter], trial: Drafter | None) -> Drafter | None:
-        """The one that is worth most to a row; None: a plain step."""
-        if trial is not None:
-            return trial
-        best, most = None, 0.0
+    def _drafter_for(self, row: Row, candidates: Sequence[Drafter]) -> tuple[Drafter | None, float]:
+        """Return the drafter with the highest rate for a row, and that rate, 0 where unknown; None: no drafter."""
+        best: Drafter | None = None
+        best_rate = 0.0
         for drafter in candidates:
-            worth = self._worth(drafter, row)
-            if worth > most:
-                best, most = drafter, worth
-        return best
-
-    def _worth(self, drafter: Drafter, row: Row | None = None) -> float:
-        """Tokens per second that are expected of a drafter, on a row if it depends on that; 0 where it has no idea."""
-        record = self.economy.of(drafter.name)
-        first, later = record.next.of(FIRST), record.right_after(NUM_CLASSES // 2)
-        if not isinstance(drafter, Lookup) and not record.is_known:
-            return float("inf")  # to be tried
-        if isinstance(drafter, Lookup):
-            confidence = None if row is None else drafter.confidence(row)
-            if confidence is None:
-                return 0.0
-            first, later = record.known.of(confidence), record.known.of(min(confidence + 1, NUM_CLASSES - 1))
-        return self.costs.worth(drafter.name, first, later)
+            next_bin = drafter.next_bin(row)
+            rate = 0.0 if next_bin == -1 else self.policy.rate(drafter, self.num_rows, next_bin)
+            if rate > best_rate:
+                best, best_rate = drafter, rate
+        return best, best_rate if isfinite(best_rate) else 0.0
 
     # --- taking ------------------------------------------------------------------------------------------------
 
@@ -350,14 +333,10 @@ class Speculation:
             if guess != token:
                 break
             num_right += 1
-        name = None if plan.drafter is None else plan.drafter.name
-        judged = len(draft) if num_right < len(taken) else num_right  # what stood behind the end was not
-        self.counts.note(name, judged, num_right, len(taken))
-        if name is not None:
-            record, before = self.economy.of(name), FIRST
-            for place in range(min(num_right + 1, len(draft), len(taken))):
-                record.note(before, plan.confidences[place], right=place < num_right)
-                before = plan.confidences[place]
+        judged = len(draft) if num_right < len(taken) else num_right  # what came after the end was not
+        self.counts.note(None if plan.drafter is None else plan.drafter.name, judged, num_right, len(taken))
+        if plan.drafter is not None:
+            self.policy.observe(plan.drafter, plan.bins, num_right, len(taken))
 
 
 def _wait(tensor: Tensor) -> None:
