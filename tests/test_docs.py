@@ -49,10 +49,12 @@ SMALL: dict[str, list[str]] = {
     "search": ["--data", "text.txt", "--num-windows", "1", "--sequence-length", "32"],
 }
 PAGES_THAT_RUN = [name for name, text in PAGES.items() if BLOCK.search(text)]
-SLOW = (
+SLOW = [
     "docs/guides/honest-benchmarks.md",
-    "docs/tutorials/serve.md",
-)  # sweeps and servers, each with a test of its own
+    "docs/coming-from.md",
+    *(name for name in PAGES if name.startswith("docs/tutorials/")),
+]
+"""Sweeps and servers with tests of their own, commands that other pages have, and what runs on the real model too."""
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:

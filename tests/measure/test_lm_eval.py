@@ -130,6 +130,7 @@ def test_full_depth_is_lm_evals_own_model(name: str) -> None:
     assert distance(answers(AnydepthLM(adapted, byte_tokenizer()), name), theirs) > 1e-2  # routing on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gsm8k", "wikitext"])
 def test_text_and_rolling_windows_are_lm_evals_own(name: str) -> None:
     """Generated text word for word; of a window smaller than the articles, too."""
@@ -183,7 +184,13 @@ def test_the_engine_scores_as_the_hugging_face_model(kind: str) -> None:
     assert 0.2 < ours.work.share <= 1 and abs(ours.work.share - theirs.work.share) < 0.25
 
 
-@pytest.mark.parametrize("kind", ["skip set", "router", "sequence", "recompute", "speculation"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "router",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("skip set", "sequence", "recompute", "speculation")),
+    ],
+)
 def test_the_engine_writes_what_the_hugging_face_model_writes(kind: str) -> None:
     adapted = deciding({"name": "self_speculation"} if kind == "speculation" else METHODS[kind])
     found = [
@@ -356,6 +363,7 @@ def test_batches_hold_no_padding() -> None:
     assert shares[0] == shares[1]
 
 
+@pytest.mark.slow
 def test_every_local_task_is_scored_with_its_share() -> None:
     adapted = anydepth.attach(model(), ROUTER)
     names = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "wikitext"]

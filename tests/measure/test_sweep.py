@@ -104,6 +104,7 @@ def test_a_killed_sweep_goes_on_where_it_was_on_ray(
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_two_points_end_in_one_document(recipe: Path, tmp_path: Path) -> None:
     done = start(recipe, tmp_path / "sweep", "--jobs", "2")
     printed, errors = done.communicate(timeout=500)

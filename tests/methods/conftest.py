@@ -11,7 +11,7 @@ import pytest
 
 FAMILIES = {"llama", "gemma3_text", "gpt2", "qwen3_next"}
 """A plain one, norms around branches and windows, arguments by position and fused q/k/v, recurrent layers."""
-CASES = {"skip_branches", "router_project", "attention_omit", "exit_recompute", "hat", "mixers_routed"}
+CASES = {"skip_branches", "router_omit", "exit_recompute", "mixers_routed"}
 
 
 REPEATED = {"test_cost_is_what_torch_counts"}

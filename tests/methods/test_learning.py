@@ -118,6 +118,7 @@ def routed(**options: Any) -> tuple[AdaptedModel, Any]:
     return adapted.train(), adapted.methods["layer_router"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["token", "sequence", "batch"])
 def test_reinforce_finds_a_known_optimum(granularity: str) -> None:
     """A toy reward: the first routed layer costs 1 nat, the second saves 1, the others do nothing but have a price."""
@@ -157,6 +158,7 @@ def test_reinforce_sign_in_one_step() -> None:
     assert (towards[:, :2] > 0).all() and (towards[:, 2:] < 0).all()
 
 
+@pytest.mark.slow
 def test_lagrange_multiplier_holds_the_target() -> None:
     """Every layer is worth 1; the price climbs to 1 and the target share is skipped."""
     adapted, router = routed(target_rule="lagrange", target_skip=0.4, lagrange_rate=0.1, target_weight=4.0)

@@ -179,6 +179,7 @@ def test_no_error_names_a_path_a_prompt_or_the_host(server: str) -> None:
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_serves(target: Path) -> None:
     process, address = start(target)
     before = text_of(address)
@@ -216,6 +217,7 @@ class Planted:
 NAMES = ["pytorch_model.bin", "adapter_model.bin", "optimizer.pt", "training_args.bin", "model.pkl", "rng_state.pth"]
 
 
+@pytest.mark.slow
 def test_planted_pickles_are_not_read(tmp_path: Path) -> None:
     """Beside the weights of base and checkpoint, in every folder there is."""
     target, mark = tiny_router(tmp_path), tmp_path / "mark"

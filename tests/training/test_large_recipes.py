@@ -17,6 +17,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "large").glob("*.yaml"
 ALWAYS = ("tinyllama-1.1b_hat", "qwen2.5-3b_layer_router_token")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path", [pytest.param(p, id=p.stem, marks=() if p.stem in ALWAYS else pytest.mark.slow) for p in RECIPES]
 )

@@ -157,6 +157,7 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"{path} never came")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_said_by_one_process(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, "token router", batch_size=3)
     done = subprocess.run(
