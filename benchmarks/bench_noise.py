@@ -19,7 +19,8 @@ import torch
 import anydepth
 from anydepth.execution.adapted import AdaptedModel, attach
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.measure.results import document, write_json
+from anydepth.json_io import write_json
+from anydepth.measure.results import document
 from anydepth.measure.timing import on_free_cores, time_generation
 from anydepth.training.data import load_windows
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anydepth.measure.results import read_document, write_json
+from anydepth.json_io import read_document, write_json
 
 ROOT = Path(__file__).resolve().parent
 CHECKPOINT = ROOT / "checkpoints" / "ffn_router"

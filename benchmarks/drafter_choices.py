@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from speculation import SHIPPED, prompts_of, timed
 
 import anydepth
-from anydepth.config import DrafterConfig, OwnTextConfig
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.measure.results import document, write_json
+from anydepth.json_io import write_json
+from anydepth.measure.results import document
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.recipe import DrafterConfig, OwnTextConfig
 from anydepth.training.checkpoint import with_speculation
 from anydepth.training.drafter import train_drafter
 from anydepth.training.own_text import own_texts

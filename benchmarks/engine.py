@@ -23,10 +23,11 @@ import anydepth
 from anydepth.execution.adapted import attach, detach
 from anydepth.inference.engine.batching import Batcher, Request
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.prompts import read_prompts
-from anydepth.measure.results import document, read_document, write_json
+from anydepth.measure.results import document
 from anydepth.measure.roofline import read_bandwidth
 from anydepth.measure.timing import time_generation
 from anydepth.training.data import load_windows

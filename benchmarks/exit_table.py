@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anydepth.measure.results import document, read_document, write_json
+from anydepth.json_io import read_document, write_json
+from anydepth.measure.results import document
 
 ROOT = Path(__file__).resolve().parent
 TRAINED = ROOT.parent / "runs" / "early-exit"

@@ -14,7 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anydepth.measure.results import document, write_json
+from anydepth.json_io import write_json
+from anydepth.measure.results import document
 from anydepth.measure.sweep import Sweep, plan, sweep_document
 
 HERE = Path(__file__).resolve().parent

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anydepth
 from anydepth.execution.adapted import attach, detach
-from anydepth.measure.results import document, write_json
+from anydepth.json_io import write_json
+from anydepth.measure.results import document
 from anydepth.serve.export import export
 
 RESULT = Path(__file__).resolve().parent / "results" / "gguf_export.json"

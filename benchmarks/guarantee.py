@@ -22,7 +22,8 @@ from anydepth.calibration.guarantee import difference, inconsistency, learn_then
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
 from anydepth.execution.adapted import attach, detach
 from anydepth.inference.engine.decode import FastEngine
-from anydepth.measure.results import document, read_document, write_json
+from anydepth.json_io import read_document, write_json
+from anydepth.measure.results import document
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows
 

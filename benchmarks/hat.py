@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from anydepth import ExitGate
+from anydepth.json_io import read_document, write_json
 from anydepth.measure.conditionality import conditionality
 from anydepth.measure.evaluate import evaluate
-from anydepth.measure.results import document, read_document, write_json
+from anydepth.measure.results import document
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate, exit_losses
-from anydepth.measure.results import document, read_document, write_json
+from anydepth.measure.results import document
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows
 

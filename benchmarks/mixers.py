@@ -23,7 +23,8 @@ import yaml
 
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
-from anydepth.measure.results import document, read_document, write_json
+from anydepth.json_io import read_document, write_json
+from anydepth.measure.results import document
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows
 

@@ -18,8 +18,9 @@ import anydepth
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
-from anydepth.measure.results import document, read_document, source_commit, write_json
+from anydepth.measure.results import document, source_commit
 from anydepth.training.data import load_windows
 
 RESULT = Path(__file__).resolve().parent / "results" / "routers.json"

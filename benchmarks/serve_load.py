@@ -27,8 +27,9 @@ from typing import Any
 import httpx
 
 import anydepth
+from anydepth.json_io import write_json
 from anydepth.measure.prompts import read_prompts
-from anydepth.measure.results import document, write_json
+from anydepth.measure.results import document
 from anydepth.models.tokens import encode
 
 RESULT = Path(__file__).resolve().parent / "results" / "serve_load.json"

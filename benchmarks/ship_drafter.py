@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from anydepth.measure.results import read_document
+from anydepth.json_io import read_document
 from anydepth.training.checkpoint import load_target
 from anydepth.training.shipped import folder, ship
 

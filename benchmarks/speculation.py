@@ -26,8 +26,9 @@ import anydepth
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.speculate import Counts
+from anydepth.json_io import write_json
 from anydepth.measure.prompts import read_prompts
-from anydepth.measure.results import document, write_json
+from anydepth.measure.results import document
 from anydepth.models.tokens import padded
 from anydepth.training.checkpoint import with_speculation
 

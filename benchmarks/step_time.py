@@ -19,9 +19,10 @@ import torch
 
 import anydepth
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
-from anydepth.config import TrainConfig
 from anydepth.execution.adapted import attach
-from anydepth.measure.results import document, write_json
+from anydepth.json_io import write_json
+from anydepth.measure.results import document
+from anydepth.recipe import TrainConfig
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from anydepth.errors import UserError
 from anydepth.inference.engine.decode import FastEngine
+from anydepth.json_io import read_document, write_json
 from anydepth.measure.lm_eval import add_changes, score_tasks
-from anydepth.measure.results import document, read_document, task_scores, write_json
+from anydepth.measure.results import document, task_scores
 from anydepth.training.checkpoint import is_checkpoint, load_target, read_manifest
 
 ROOT = Path(__file__).resolve().parent

@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file
 
 import anydepth
-from anydepth.config import TrainConfig
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.run import summary_of
 from anydepth.models.load import load_model
+from anydepth.recipe import TrainConfig
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare

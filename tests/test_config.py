@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from anydepth.config import Recipe, StrictConfig, load_recipe, validate
+from anydepth.config import StrictConfig, validate
 from anydepth.errors import UserError
+from anydepth.recipe import Recipe, load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "parallel")  # those are accelerate's

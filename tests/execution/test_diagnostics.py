@@ -10,8 +10,8 @@ import torch
 
 import anydepth
 from anydepth.cli.display import Printer, step_line
-from anydepth.config import TrainConfig
 from anydepth.execution.diagnostics import GateDecisions, described, diagnose, gate_decisions, lasting_collapse
+from anydepth.recipe import TrainConfig
 from anydepth.training.train import prepare, train
 from tiny import NUM_LAYERS, tiny_llama
 

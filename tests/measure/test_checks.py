@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from anydepth.config import Recipe, load_recipe, validate
+from anydepth.config import validate
 from anydepth.errors import UserError
 from anydepth.measure import run as running
 from anydepth.measure.run import STAGES, Runner
+from anydepth.recipe import Recipe, load_recipe
 from commands import anydepth
 from tiny import save_base, save_text
 

@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import anydepth
-from anydepth.config import TrainConfig
 from anydepth.gating import cost
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.evaluate import evaluate, why_the_same
+from anydepth.recipe import TrainConfig
 from anydepth.training.train import prepare
 from tiny import tiny_llama
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from anydepth.cli.display import show_methods
+from anydepth.json_io import plain
 from anydepth.measure.inspect import list_methods
-from anydepth.measure.results import document, plain
+from anydepth.measure.results import document
 from anydepth.methods import METHODS
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "add-a-method.md"

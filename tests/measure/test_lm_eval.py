@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import anydepth
 from anydepth.cli import app
-from anydepth.config import TrainConfig
 from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.gating.plan import Plan
@@ -26,6 +25,7 @@ from anydepth.measure.lm_eval import AnydepthLM, _whole, add_changes, check_task
 from anydepth.measure.results import task_scores
 from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import Task, task_named, where_to_look
+from anydepth.recipe import TrainConfig
 from anydepth.training.train import prepare
 from tiny import byte_tokenizer, save_base, save_text, tiny_llama
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from anydepth.measure.results import document, write_json
+from anydepth.json_io import write_json
+from anydepth.measure.results import document
 
 
 def test_document_has_every_common_field() -> None:

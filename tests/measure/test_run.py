@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from anydepth.config import Recipe
 from anydepth.measure.run import STAGES, Runner
 from anydepth.measure.sweep import Point, Sweep
+from anydepth.recipe import Recipe
 from anydepth.report import page
 from tiny import save_base, save_text
 

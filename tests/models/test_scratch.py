@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from anydepth.config import ScratchConfig, TokenizerConfig
 from anydepth.errors import UserError
 from anydepth.models.load import load_model
 from anydepth.models.scratch import scratch_folder, train_tokenizer
+from anydepth.recipe import ScratchConfig, TokenizerConfig
 from anydepth.training.corpora import load_texts
 
 SMALL = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "ffn_size": 48, "tokenizer": {"size": 600}}

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import anydepth
 import families
-from anydepth.config import TrainConfig
 from anydepth.errors import RunError, UserError
+from anydepth.recipe import TrainConfig
 from anydepth.serve import export as exporting
 from anydepth.serve.export import export
 from anydepth.training.train import prepare

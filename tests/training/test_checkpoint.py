@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 import anydepth
-from anydepth.config import TrainConfig
 from anydepth.errors import UserError
+from anydepth.recipe import TrainConfig
 from anydepth.training.train import prepare
 from tiny import save_base, tiny_llama
 

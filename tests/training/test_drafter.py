@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 import anydepth
 from anydepth import FastEngine
-from anydepth.config import DrafterConfig, OwnTextConfig
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.drafters import Trained
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.speculate import Counts
 from anydepth.inference.targets import EngineTarget, Row
 from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.recipe import DrafterConfig, OwnTextConfig
 from anydepth.training.drafter import DraftTraining, batches_of, collate, train_drafter
 from anydepth.training.own_text import Template, Text, Writer, own_texts
 from anydepth.training.shipped import load_shipped, pack, ship, shipped_drafter, unpack

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import anydepth
-from anydepth.config import PhaseConfig, Recipe, TrainConfig, validate
+from anydepth.config import validate
 from anydepth.errors import UserError
+from anydepth.recipe import PhaseConfig, Recipe, TrainConfig
 from anydepth.training import phases as training_phases
 from anydepth.training.phases import train_phases
 from anydepth.training.train import TrainResult, prepare

@@ -122,7 +122,8 @@ def _meet_bounds(options: dict[str, Any]) -> None:
 def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dict[str, Any], printer: Printer) -> None:
     """Write the checkpoint with the new thresholds, and the document."""
     from anydepth.calibration.shares import options_of
-    from anydepth.measure.results import document, write_json
+    from anydepth.json_io import write_json
+    from anydepth.measure.results import document
     from anydepth.methods.early_exit import EarlyExit
     from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import is_checkpoint, own_base, save

@@ -46,7 +46,7 @@ class Printer:
         if rank() > 0:  # the first of several processes speaks for all
             return
         if self.as_json:
-            from anydepth.measure.results import plain
+            from anydepth.json_io import plain
 
             print(json.dumps(plain(document), ensure_ascii=False))
         else:

@@ -103,12 +103,13 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity with routing on, beside the untouched model."""
-    from anydepth.config import TextConfig, validate
+    from anydepth.config import validate
     from anydepth.inference.engine import choose, label_of
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
+    from anydepth.recipe import TextConfig
     from anydepth.training.checkpoint import load_target
     from anydepth.training.corpora import check_corpus
     from anydepth.training.data import load_windows, num_tokens
@@ -432,7 +433,7 @@ def report(
 
     PNG and CSV stand beside it.
     """
-    from anydepth.measure.results import read_document
+    from anydepth.json_io import read_document
     from anydepth.report.page import write_report
 
     if out.is_dir():

@@ -127,8 +127,9 @@ def search(
     from anydepth.calibration.skip_search import check_strategy
     from anydepth.calibration.skip_search import search as search_skip_set
     from anydepth.execution.adapted import attach, detach
+    from anydepth.json_io import write_json
     from anydepth.measure.held_out import held_out, split_windows
-    from anydepth.measure.results import document, write_json
+    from anydepth.measure.results import document
     from anydepth.models.load import dtype_name, load_model
     from anydepth.training.checkpoint import save
     from anydepth.training.corpora import check_corpus
@@ -208,7 +209,7 @@ def sweep(
 
 
 def _runner(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> Any:
-    from anydepth.config import load_recipe
+    from anydepth.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     from anydepth.measure.run import Runner

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.config import TextConfig
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
@@ -33,6 +32,7 @@ from anydepth.measure.statistics import is_noise, ratio_interval
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
 from anydepth.models.load import dtype_name
 from anydepth.models.tokens import padded
+from anydepth.recipe import TextConfig
 from anydepth.training.data import PACKED, load_windows
 
 Engine = FastEngine | None

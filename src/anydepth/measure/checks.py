@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from anydepth.calibration.router_fit import NO_ROUTER, learned_router
 from anydepth.calibration.shares import nothing_to_calibrate
 from anydepth.calibration.skip_search import num_left_out
-from anydepth.config import ModelConfig, Recipe, StrictConfig
+from anydepth.config import StrictConfig
 from anydepth.errors import UserError
 from anydepth.inference.generate import check_window
 from anydepth.methods._base.calibration import Calibrated
@@ -26,6 +26,7 @@ from anydepth.methods.self_speculation import SelfSpeculation, SelfSpeculationCo
 from anydepth.models.backbone import FAMILIES, Backbone
 from anydepth.models.load import source_of
 from anydepth.models.scratch import build_decoder
+from anydepth.recipe import ModelConfig, Recipe
 from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.config import TextConfig
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.gating import cost
@@ -19,6 +18,7 @@ from anydepth.inference.engine.weights import WEIGHT_ONLY
 from anydepth.measure.evaluate import evaluate
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import is_quantised
+from anydepth.recipe import TextConfig
 from anydepth.training.data import PACKED, load_windows
 
 

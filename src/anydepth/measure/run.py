@@ -21,36 +21,36 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.calibration.router_fit import fit_router
 from anydepth.calibration.shares import NotTrained, compares_scores, settle_shares
 from anydepth.calibration.skip_search import search
-from anydepth.config import (
-    AnalyzeConfig,
-    DataConfig,
-    DrafterConfig,
-    DType,
-    EvalConfig,
-    Recipe,
-    RouterFitConfig,
-    SearchConfig,
-    StrictConfig,
-    TextConfig,
-    load_recipe,
-)
+from anydepth.config import DType, StrictConfig
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.execution.diagnostics import diagnose, warnings_of
 from anydepth.gating.shared_batch import num_processes
 from anydepth.inference.engine import choose
 from anydepth.inference.generate import generate
+from anydepth.json_io import read_document, write_json, write_text
 from anydepth.measure.analyze import analyze
 from anydepth.measure.bench import bench, load_prompts
 from anydepth.measure.checks import NO_NETWORK, check
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.held_out import held_out, split_windows
-from anydepth.measure.results import document, read_document, source_commit, write_json, write_text
+from anydepth.measure.results import document, source_commit
 from anydepth.methods import method_class
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.processes import is_parallel, rank, shards_weights
+from anydepth.recipe import (
+    AnalyzeConfig,
+    DataConfig,
+    DrafterConfig,
+    EvalConfig,
+    Recipe,
+    RouterFitConfig,
+    SearchConfig,
+    TextConfig,
+    load_recipe,
+)
 from anydepth.training.checkpoint import MANIFEST, is_checkpoint, load_target, save
 from anydepth.training.corpora import load_texts
 from anydepth.training.data import load_windows, rows_of

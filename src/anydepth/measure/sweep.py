@@ -25,10 +25,11 @@ from typing import Any
 
 import yaml
 
-from anydepth.config import Recipe, load_recipe
 from anydepth.errors import RunError, UserError
-from anydepth.measure.results import document, num_cores, read_document, write_json
+from anydepth.json_io import read_document, write_json
+from anydepth.measure.results import document, num_cores
 from anydepth.measure.run import LEARNING, RECIPE, Runner
+from anydepth.recipe import Recipe, load_recipe
 
 Say = Callable[[str], None]
 POINTS, STUDY = "points", "optuna.log"

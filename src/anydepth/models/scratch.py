@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from anydepth.config import ScratchConfig, TokenizerConfig
 from anydepth.errors import UserError
 from anydepth.models.load import save_whole
+from anydepth.recipe import ScratchConfig, TokenizerConfig
 
 UNKNOWN, END = "<unk>", "</s>"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

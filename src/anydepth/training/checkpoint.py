@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from anydepth.config import refuse_training_only
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
-from anydepth.measure.results import write_json
+from anydepth.json_io import write_json
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.methods._base.method import Method
 from anydepth.methods.compose import MethodSpec

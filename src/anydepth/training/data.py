@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.config import TextConfig
 from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
+from anydepth.recipe import TextConfig
 from anydepth.training.corpora import load_texts
 from anydepth.training.losses import IGNORED
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from anydepth.config import DrafterConfig
 from anydepth.errors import RunError
 from anydepth.methods.draft_network import DraftNetwork
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import head_weights, logits_softcap
+from anydepth.recipe import DrafterConfig
 from anydepth.training.losses import divergence
 from anydepth.training.own_text import Text
 

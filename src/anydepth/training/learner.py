@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anydepth.config import TrainConfig
 from anydepth.execution.adapted import AdaptedModel, without_adapter
 from anydepth.methods._base.method import Method
 from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
 from anydepth.processes import rank
+from anydepth.recipe import TrainConfig
 from anydepth.training.losses import distillation_loss, expected_exit_loss, token_losses
 
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.config import OwnTextConfig
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.model import EngineModel
 from anydepth.inference.next_token import largest
 from anydepth.models.tokens import end_ids
+from anydepth.recipe import OwnTextConfig
 
 MARK = "\x00"
 # fmt: off

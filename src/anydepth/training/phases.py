@@ -16,11 +16,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anydepth.config import PhaseConfig, TrainConfig
 from anydepth.execution.adapted import AdaptedModel, attach, detach
-from anydepth.measure.results import write_json
+from anydepth.json_io import write_json
 from anydepth.methods._base.method import Method
 from anydepth.processes import rank
+from anydepth.recipe import PhaseConfig, TrainConfig
 from anydepth.training.parallel import wait_for_all
 from anydepth.training.train import Row, TrainResult, train
 

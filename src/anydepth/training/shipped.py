@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.weights import quantise_int8
-from anydepth.measure.results import write_json
+from anydepth.json_io import write_json
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import base_fingerprint

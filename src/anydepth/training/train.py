@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from anydepth.config import NOTHING_TO_TRAIN, TrainConfig
 from anydepth.errors import RunError, UserError
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.execution.diagnostics import gate_decisions, lasting_collapse, training_metrics
 from anydepth.gating.shared_batch import batch_mean, num_processes
-from anydepth.measure.results import write_json
+from anydepth.json_io import write_json
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import is_quantised
+from anydepth.recipe import NOTHING_TO_TRAIN, TrainConfig
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset, collate
 from anydepth.training.learner import Learner, methods_of, trained_methods_of

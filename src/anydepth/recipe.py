@@ -1,0 +1,417 @@
+"""Recipes: what to load, train, calibrate and measure, as strict sections of one YAML file.
+
+Imports neither torch nor transformers: a misspelt recipe answers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from anydepth.config import StrictConfig, keys_of, validate
+from anydepth.errors import UserError
+from anydepth.overrides import UniqueKeys, override_key
+
+Device = str
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=1)]
+NOTHING_TO_TRAIN = "nothing to train: the recipe names no trained method, no train.lora and no train.backbone"
+
+
+class TokenizerConfig(StrictConfig):
+    """A tokenizer of SentencePiece's form, trained on the training text."""
+
+    kind: Literal["unigram", "bpe"] = Field(default="unigram", description="How its pieces are found.")
+    size: int = Field(default=4096, ge=512, description="Pieces, 256 for single bytes included.")
+
+
+class ScratchConfig(StrictConfig):
+    """A decoder with random weights, to be trained whole (`train.backbone: true`)."""
+
+    architecture: str = Field(default="llama", description="transformers' name of the family: llama, gpt2, qwen3, …")
+    hidden_size: int = Field(default=256, ge=8, description="Width of the residual stream.")
+    num_layers: int = Field(default=8, ge=2, description="Depth.")
+    num_heads: int = Field(default=4, ge=1, description="Heads of queries; hidden_size is a multiple of it.")
+    num_kv_heads: int | None = Field(default=None, ge=1, description="Heads of keys and values; null is num_heads.")
+    ffn_size: int = Field(default=688, ge=8, description="Inner width of the FFN.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Every dropout that the architecture has.")
+    max_positions: int = Field(default=1024, ge=8, description="Longest sequence.")
+    options: dict[str, Any] = Field(
+        default={}, description="Further keys of the architecture's own configuration, such as layer_types."
+    )
+    tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="Trained on data.train first.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScratchConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+
+class ModelConfig(StrictConfig):
+    """Which base model, in which precision, where."""
+
+    target: str = Field(default="embedded", description="`embedded`, a hub name, a folder, or a .gguf file.")
+    scratch: ScratchConfig | None = Field(
+        default=None, description="A new decoder and tokenizer in place of target; null is none."
+    )
+    dtype: DType = Field(
+        default="auto",
+        description="Precision of the backbone's weights; auto is the checkpoint's own type, or float32 if they learn.",
+    )
+    device: Device = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:1, …")
+    quantisation: Literal["nf4"] | None = Field(
+        default=None, description="nf4: linear maps of the base in 4 bits (bitsandbytes); LoRA learns beside them."
+    )
+    attention: Literal["sdpa", "eager"] | None = Field(
+        default=None, description="Attention implementation; null is transformers' choice."
+    )
+
+
+class TextConfig(StrictConfig):
+    """How text becomes windows of tokens."""
+
+    bos: Literal["per_window", "per_document"] = Field(
+        default="per_window",
+        description="What begins with the BOS of a tokenizer that puts one in front of a text; others have none.",
+    )
+    isolate_documents: bool = Field(
+        default=False,
+        description="Give each document windows of its own in training, calibrate and eval: no token sees another's.",
+    )
+    lines: bool = Field(
+        default=False, description="Make each line a document; those of WikiText stay as published, with their marks."
+    )
+    min_chars: int = Field(default=0, ge=0, description="Keep documents of more than this many characters.")
+
+
+class DataConfig(TextConfig):
+    """Text to train and calibrate on; how windows are made holds for all text of the recipe."""
+
+    train: str = Field(default="embedded:train", description="`NAME:SPLIT` or a .txt, .jsonl or .parquet file.")
+    sequence_length: int = Field(default=512, ge=8, description="Tokens per training window.")
+    max_documents: int | None = Field(default=None, ge=1, description="Use only the first documents.")
+    max_windows: int | None = Field(default=None, ge=1, description="Use only the first windows.")
+
+
+class LoraSettings(StrictConfig):
+    """Low-rank adapters on the backbone (Hu et al. 2021)."""
+
+    rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(default=32, gt=0, description="Scale: the update is multiplied by alpha ÷ rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
+    target: list[str] | str = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj"], description="Names of the linear maps that get one."
+    )
+
+
+class DistillationSettings(StrictConfig):
+    """Distillation from the same model with gates and adapters off."""
+
+    weight: float = Field(default=0.7, ge=0, le=1, description="1 − a: weight of T²·KL; cross-entropy has the rest.")
+    temperature: float = Field(default=2.0, gt=0, description="Temperature T of both distributions.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps with cross-entropy alone at the start.")
+
+
+class TrainConfig(StrictConfig):
+    """Training, by transformers' Trainer. The backbone is frozen unless `backbone` says otherwise."""
+
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Optimiser steps; 100 where num_epochs is not given either."
+    )
+    num_epochs: float | None = Field(
+        default=None, gt=0, description="Instead of max_steps: how often training sees every window."
+    )
+    batch_size: int = Field(default=2, ge=1, description="Windows per forward.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forwards per optimiser step.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Peak rate of adapters or backbone (cosine to 0).")
+    router_learning_rate: float | None = Field(default=None, gt=0, description="Peak rate of the methods' weights.")
+    warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
+    max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+    backbone: bool = Field(default=False, description="Train all weights of the backbone; the checkpoint holds them.")
+    lora: LoraSettings | None = Field(default=None, description="Adapters on the backbone; null trains gates alone.")
+    distillation: DistillationSettings | None = Field(default=None, description="Teacher; null is cross-entropy alone.")
+    execution: Literal["masked", "sparse"] = Field(
+        default="masked", description="masked: gates learn from skipped tokens too; sparse: kept tokens only, faster."
+    )
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="bfloat16 turns autocast on.")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute layers in backward to save memory.")
+    save_every: int = Field(default=50, ge=1, description="Steps between checkpoints to resume from.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, options: Any) -> Any:
+        return options if not isinstance(options, Mapping) or _has_length(options) else {**options, "max_steps": 100}
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps, of a config whose length is given in steps: see `with_steps`."""
+        assert self.max_steps is not None, "train() turns epochs into steps"
+        return self.max_steps
+
+    def with_steps(self, num_windows: int) -> TrainConfig:
+        """Return the same settings with their epochs over `num_windows` windows as steps, the last one whole."""
+        if self.num_epochs is None:
+            return self
+        steps = math.ceil(self.num_epochs * num_windows / (self.batch_size * self.gradient_accumulation_steps))
+        return self.model_copy(update={"max_steps": steps, "num_epochs": None})
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TrainConfig:
+        if self.backbone and self.lora is not None:
+            raise ValueError("backbone trains all weights and lora adapters beside frozen ones; give one of them")
+        return self
+
+
+class OwnTextConfig(StrictConfig):
+    """Text that the model writes itself, for the training of a drafter."""
+
+    num_tokens: int = Field(default=1_200_000, ge=1000, description="Tokens, those of questions included.")
+    temperature: float = Field(default=0.8, gt=0, description="Of questions, which the model makes up itself.")
+    opened: float = Field(default=0.85, ge=0, le=1, description="Share of questions whose first words are given.")
+    max_question: int = Field(default=96, ge=4, description="Tokens of a question, at most.")
+    max_answer: int = Field(
+        default=96,
+        ge=8,
+        description="Tokens of an answer, at most; answers are greedy: long ones repeat themselves.",
+    )
+    num_slots: int = Field(default=48, ge=1, le=64, description="Texts written at a time.")
+
+
+class DrafterConfig(StrictConfig):
+    """Training of a drafter's network; the model itself stays as it is."""
+
+    own_text: OwnTextConfig = Field(default=OwnTextConfig(), description="What it learns from.")
+    max_steps: int = Field(default=800, ge=1, description="Optimiser steps.")
+    batch_tokens: int = Field(default=2048, ge=64, description="Tokens per step, padding included.")
+    learning_rate: float = Field(default=6e-4, gt=0, description="Peak rate (warm-up, then cosine).")
+    warmup_steps: int = Field(default=30, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay.")
+    max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
+    num_guesses: int = Field(default=2, ge=1, le=6, description="Guesses in a row that it is trained for.")
+    precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="bfloat16 turns autocast on.")
+    save_every: int = Field(default=50, ge=1, description="Steps between states to resume from.")
+
+
+class PhaseConfig(StrictConfig):
+    """One of several trainings in turn, each of which starts from what the one before it left."""
+
+    name: str = Field(pattern=r"^[\w-]+$", description="Names its folder under phases/.")
+    train: list[str] = Field(min_length=1, description="Methods that this phase trains.")
+    frozen: list[str] = Field(default=[], description="Methods that are attached meanwhile and decide as at inference.")
+    max_steps: int | None = Field(default=None, ge=1, description="Optimiser steps; or give num_epochs.")
+    num_epochs: float | None = Field(default=None, gt=0, description="How often this phase sees every window.")
+    learning_rate: float | None = Field(default=None, gt=0, description="Instead of the recipe's train.learning_rate.")
+    router_learning_rate: float | None = Field(default=None, gt=0, description="Instead of the recipe's.")
+    warmup_steps: int | None = Field(default=None, ge=0, description="Instead of the recipe's.")
+    train_lora: bool = Field(default=True, description="Whether a LoRA adapter learns on in this phase.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> PhaseConfig:
+        if not _has_length(self.model_dump()):
+            raise ValueError("a phase needs max_steps or num_epochs")
+        return self
+
+
+def _has_length(options: Mapping[str, Any]) -> bool:
+    """Whether training is told how long it is. Raises `ValueError` if it is told twice."""
+    given = [name for name in ("max_steps", "num_epochs") if options.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError("max_steps and num_epochs both say how long training is; give one, or set the other to null")
+    return bool(given)
+
+
+class SearchConfig(StrictConfig):
+    """Search of a skip set before training; its result replaces the skip lists of the methods that take one."""
+
+    strategy: Literal["influence", "greedy", "bayesian", "dynamic", "knapsack"] = Field(
+        default="influence", description="How layers are chosen."
+    )
+    budget: float = Field(default=0.25, gt=0, lt=1, description="Share of layers (or branches) to leave out.")
+    branches: bool = Field(default=False, description="Choose among mixers and FFNs instead of whole layers.")
+    num_windows: int = Field(default=4, ge=1, description="Windows of training text to search on.")
+    sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
+
+
+class RouterFitConfig(StrictConfig):
+    """First weights of a layer router, by regression on what each layer is worth to each token, before training."""
+
+    num_windows: int = Field(default=16, ge=2, description="Windows of training text to measure on.")
+    sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
+
+
+class CalibrateConfig(StrictConfig):
+    """Setting of thresholds after training."""
+
+    skip_share: float = Field(gt=0, lt=1, description="Share of what methods decide about to skip at inference.")
+    num_windows: int = Field(default=32, ge=1, description="Windows of training text to set it on.")
+
+
+class EvalConfig(StrictConfig):
+    """Perplexity, with routing on and at full depth."""
+
+    data: str = Field(default="embedded:valid", description="`NAME:SPLIT` or a file.")
+    sequence_length: int = Field(default=1024, ge=8, description="Tokens per window.")
+    max_documents: int | None = Field(default=None, ge=1, description="Use only the first documents.")
+    max_windows: int | None = Field(default=None, ge=1, description="Use only the first windows.")
+
+
+class BenchConfig(StrictConfig):
+    """Paired wall-clock, full depth and adapted in turn in one process."""
+
+    batch_sizes: list[Count] = Field(default=[1], min_length=1, description="Rows generated together.")
+    prompt_tokens: list[Count] = Field(default=[64], min_length=1, description="Prompt lengths.")
+    new_tokens: int = Field(default=64, ge=1, description="Tokens generated per row.")
+    num_runs: int = Field(default=5, ge=1, description="Pairs per row; up to three times as many while they vary.")
+    dtypes: list[DType] = Field(default=[], description="Precisions to measure in; none is the model's own.")
+    engine: Literal["auto", "hf", "fast"] = Field(default="auto", description="auto: fast where it runs the model.")
+    data: str | None = Field(default=None, description="Text to take prompts from; the eval text when left out.")
+
+
+class AnalyzeConfig(StrictConfig):
+    """Where depth goes, and whether it depends on the token."""
+
+    data: str | None = Field(default=None, description="Text to look at; the eval text when left out.")
+    sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
+    num_windows: int = Field(default=8, ge=1, description="Windows of it.")
+    num_permutations: int = Field(default=199, ge=1, description="Of the test whether depth depends on the token.")
+    num_samples: int = Field(
+        default=64,
+        ge=0,
+        description="Documents (paragraphs, where those are few or long) whose depth is correlated with their length, "
+        "perplexity and rarity; at most sequence_length tokens of each. 0 leaves the correlations out.",
+    )
+
+
+class GenerateConfig(StrictConfig):
+    """The sample text of a run."""
+
+    prompt: str = Field(default="The most important thing about the sea is", description="Prompt of the sample.")
+    max_new_tokens: int = Field(default=64, ge=1, description="Tokens to generate.")
+
+
+class Recipe(StrictConfig):
+    """One experiment, start to end."""
+
+    model: ModelConfig = Field(default=ModelConfig(), description="The base model.")
+    methods: list[dict[str, Any]] = Field(default=[], description="Methods with their options; none is full depth.")
+    data: DataConfig = Field(default=DataConfig(), description="Training text.")
+    search: SearchConfig | None = Field(default=None, description="Search a skip set first; null does not.")
+    router_fit: RouterFitConfig | None = Field(
+        default=None, description="Fit the router first; null starts from initial_bias and initial_skip_layers."
+    )
+    train: TrainConfig | None = Field(default=None, description="Training; null attaches the methods as they are.")
+    phases: list[PhaseConfig] = Field(
+        default=[], description="Trainings in turn, with the other settings of train; none is one training of all."
+    )
+    drafter: DrafterConfig | None = Field(
+        default=None, description="Training of the network of self_speculation; null does not."
+    )
+    calibrate: CalibrateConfig | None = Field(default=None, description="Set thresholds to a share; null keeps them.")
+    eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
+    bench: BenchConfig = Field(default=BenchConfig(), description="Speed.")
+    analyze: AnalyzeConfig = Field(default=AnalyzeConfig(), description="Where depth goes, if methods decide it.")
+    generate: GenerateConfig = Field(default=GenerateConfig(), description="A sample of text.")
+    seed: int = Field(default=0, description="Seed of everything random; a method can have its own.")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _named(cls, methods: Any) -> Any:
+        """A name alone stands for the method with its defaults."""
+        if not isinstance(methods, list):
+            return methods
+        return [{"name": method} if isinstance(method, str) else method for method in methods]
+
+    @model_validator(mode="after")
+    def _backbone_learns(self) -> Recipe:
+        learns = self.train is not None and self.train.backbone
+        if self.model.scratch is not None and not learns:
+            raise ValueError("model.scratch starts from random weights, which train.backbone: true must train")
+        if learns and self.model.quantisation is not None:
+            raise ValueError("weights in 4 bits cannot be trained; give train.lora in place of train.backbone")
+        if self.drafter is not None and self.train is not None:
+            raise ValueError(
+                "a drafter learns from a base that stays as it is; train that first, in a recipe of its own"
+            )
+        if learns and self.phases:
+            raise ValueError("phases train methods and LoRA; train.backbone is one training of everything")
+        return self
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Recipe:
+        names = [str(method.get("name")) for method in self.methods]
+        if self.phases and self.train is None:
+            raise ValueError("phases need a train section, for what they share")
+        for phase in self.phases:
+            unknown = [name for name in (*phase.train, *phase.frozen) if name not in names]
+            if unknown:
+                raise ValueError(
+                    f"phase {phase.name} names {unknown[0]}, which methods does not; it has {', '.join(names)}"
+                )
+            both = sorted(set(phase.train) & set(phase.frozen))
+            if both:
+                raise ValueError(f"phase {phase.name} both trains and freezes {both[0]}")
+        labels = [phase.name for phase in self.phases]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"two phases have the same name; names are {', '.join(labels)}")
+        return self
+
+    def check_training(self) -> None:
+        """Raise `UserError` if a training has nothing to train. Loads the methods, hence torch."""
+        from anydepth.methods import method_class
+
+        if self.train is None or self.train.backbone:
+            return
+        named = zip((str(spec["name"]) for spec in self.methods), self.method_configs(), strict=True)
+        learning = {name for name, config in named if method_class(name, "methods").has_weights(config)}
+        if not self.phases and not learning and self.train.lora is None:
+            raise UserError(NOTHING_TO_TRAIN)
+        for phase in self.phases:
+            if not learning & set(phase.train) and (self.train.lora is None or not phase.train_lora):
+                raise UserError(f"phase {phase.name}: nothing to train: no weights in {', '.join(phase.train)}")
+
+    def method_configs(self) -> list[StrictConfig]:
+        """The methods' configs, validated. Loads the methods, hence torch."""
+        from anydepth.methods import method_class
+
+        configs = []
+        for number, spec in enumerate(self.methods):
+            options, where = dict(spec), f"methods[{number}]"
+            config_class = method_class(options.pop("name", None), where).Config
+            if "seed" in config_class.model_fields:
+                options.setdefault("seed", self.seed)
+            configs.append(validate(config_class, options, where=where))
+        return configs
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
+
+    Raises:
+        UserError: no such file, not YAML, not a mapping, an unknown key or a wrong value; one line each.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no recipe at {path}; give a YAML file (recipes/ has one per method)")
+    try:
+        content = yaml.load(path.read_text(), UniqueKeys)  # a safe loader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} holds a {type(content).__name__}; a recipe is a mapping of {', '.join(keys_of(Recipe))}"
+        )
+    for override in overrides:
+        override_key(content, override)
+    recipe = validate(Recipe, content, where=str(path))
+    recipe.method_configs()
+    recipe.check_training()
+    return recipe
