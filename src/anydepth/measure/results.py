@@ -1,6 +1,6 @@
 """The result document: what was measured, and everything needed to measure it again.
 
-Every command's JSON comes from `document` and is written by `json_io.write_json`. The fields of each schema are in the CLI
+Every command's JSON comes from `document` and is written by `json_io`. The fields of each schema are in the CLI
 reference; reading and comparing documents is `report/`.
 """
 

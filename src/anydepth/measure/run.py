@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.calibration.router_fit import fit_router
 from anydepth.calibration.shares import NotTrained, compares_scores, settle_shares
 from anydepth.calibration.skip_search import search
-from anydepth.config import DType, StrictConfig
+from anydepth.config import StrictConfig
 from anydepth.errors import UserError
 from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.execution.diagnostics import diagnose, warnings_of
@@ -44,6 +44,7 @@ from anydepth.recipe import (
     AnalyzeConfig,
     DataConfig,
     DrafterConfig,
+    DType,
     EvalConfig,
     Recipe,
     RouterFitConfig,
