@@ -196,7 +196,7 @@ def show_calibration(document: dict[str, Any]) -> None:
             f"text of calibration; {row['target']:.1%} was set"
         )
     if document["speedup"] is not None:
-        print(f"speed-up: {document['speedup']:.2f}× (median of pairs, measured)")
+        print(f"speed-up: {_speedup(document)}: median of fresh pairs and its 95% interval")
     if document["perplexity_increase"] is not None:
         print(f"perplexity: {document['perplexity_increase']:+.1%} against the same model at full depth")
     held_out = document["held_out"]

@@ -112,7 +112,8 @@ class Calibration:
     def to_share(self, share: float) -> dict[str, Any]:
         """Set thresholds that skip a share; return the fields of the document."""
         found = set_skip_shares(self.adapted, self.windows, share)
-        fields = {"share": share, "speedup": None, "perplexity_increase": None, **self._looked_at(found, share)}
+        unasked = dict.fromkeys(("speedup", "speedup_interval", "perplexity_increase"))
+        fields = {"share": share, **unasked, **self._looked_at(found, share)}
         return {"met": not fields["warnings"], **fields}
 
     def to_bounds(self, target_speedup: float | None, max_perplexity_increase: float | None) -> dict[str, Any]:
