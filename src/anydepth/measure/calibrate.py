@@ -83,8 +83,8 @@ class Calibration:
                 drafts, whose perplexity no threshold changes.
         """
         adapted, tokenizer = load_target(options["target"], dtype=options["dtype"], device=options["device"])
-        if adapted.speculation is not None and options["skip_share"] is None and options["capacity"] is None:
-            raise UserError(f"{options['target']} only drafts with what it skips; give --skip-share, and bench it")
+        if options["skip_share"] is None and options["capacity"] is None:
+            check_decides(adapted, options["target"])
         length, count, other = options["sequence_length"], options["num_windows"], options["held_out"]
         windows = load_windows(options["data"], tokenizer, length, max_windows=count if other else 2 * count)
         if other is not None:
@@ -176,6 +176,12 @@ class Calibration:
             f"  {row['label']}: {1 - mean(row['skip_share'].values()):.0%} run, speed-up {row['speedup']:.2f}, "
             f"perplexity {row['perplexity_increase']:+.1%}"
         )
+
+
+def check_decides(adapted: AdaptedModel, target: str) -> None:
+    """Raise `UserError` for a model that only drafts with what it skips: its text is that of full depth."""
+    if adapted.speculation is not None:
+        raise UserError(f"{target} only drafts with what it skips; give --skip-share, and bench it")
 
 
 def _engine(timing: Timing) -> dict[str, str]:
