@@ -172,16 +172,20 @@ def test_evaluation_has_both_kinds_of_full_depth(routers: Path, text: Path) -> N
 def test_several_capacities_of_one_checkpoint(routers: Path, text: Path, tmp_path: Path) -> None:
     """A row per capacity and the control; the folder keeps its thresholds and has quantiles then."""
     out = tmp_path / "out"
-    command = ("calibrate", routers, *SMALL, "--data", text, "--sweep", "0.4,0.9", "--out", out)
+    command = ("calibrate", routers, *SMALL, "--data", text, "--sweep", "0.4,0.9,1", "--out", out)
     done = run(*command, "--engine", "fast", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     document = json.loads((out / "calibrate.json").read_text())
     assert "increase" in done.stdout and "int8" in done.stdout and document["met"] is None
-    first, second = document["sweep"]
+    nothing, first, second = document["sweep"]
+    assert nothing["realised_capacity"] == 1 and nothing["speedup"] is None is nothing["speedup_interval"]
+    assert not nothing["is_noise"]
     assert (first["capacity"], second["capacity"]) == (0.9, 0.4)
     assert first["realised_capacity"] > second["realised_capacity"]
     for row in (first, second, document["control"]):
         assert row["speedup_range"][0] <= row["speedup"] <= row["speedup_range"][1]
+        interval = row["speedup_interval"]
+        assert row["is_noise"] == (interval[0] <= 1 <= interval[1])
         low, high = row["perplexity_increase_range"]
         assert low <= row["perplexity_increase"] <= high
     assert document["thresholds"] == {"ffn_router": 0.0}

@@ -214,7 +214,7 @@ def _show_capacities(document: dict[str, Any]) -> None:
         [
             row["label"],
             "" if "realised_capacity" not in row else f"{row['realised_capacity']:.1%}",
-            _around(row["speedup"], row["speedup_range"], 3),
+            _speedup(row),
             f"{row['perplexity']:.4g}",
             _percent(row["perplexity_increase"], row["perplexity_increase_range"]),
         ]
@@ -223,13 +223,13 @@ def _show_capacities(document: dict[str, Any]) -> None:
     table(["", "run on held-out text", "speed-up", "perplexity", "increase"], rows)
     engine = document["engine"]
     print(
-        f"speed-up over full depth on engine {engine['engine']} {engine['weights']}, in brackets all pairs; increase "
-        "over the same model at full depth, in brackets 95%"
+        f"speed-up over full depth on engine {engine['engine']} {engine['weights']}; {SPREAD}\n"
+        "increase over the same model at full depth, in brackets 95%"
     )
 
 
-def _percent(middle: float, bounds: list[float]) -> str:
-    return f"{middle:+.1%} ({bounds[0]:+.1%} to {bounds[1]:+.1%})"
+def _percent(middle: float, bounds: list[float] | None) -> str:
+    return f"{middle:+.1%}" + ("" if bounds is None else f" ({bounds[0]:+.1%} to {bounds[1]:+.1%})")
 
 
 def show_eval(document: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 from torch import Tensor
@@ -172,9 +171,9 @@ class Calibration:
         self.say(f"  {row['share']:.0%} skipped: {name.replace('_', ' ')} {value:.3f}")
 
     def _tell_row(self, row: dict[str, Any]) -> None:
+        speed = "" if row["speedup"] is None else f"speed-up {row['speedup']:.2f}, "
         self.say(
-            f"  {row['label']}: {1 - mean(row['skip_share'].values()):.0%} run, speed-up {row['speedup']:.2f}, "
-            f"perplexity {row['perplexity_increase']:+.1%}"
+            f"  {row['label']}: {row['realised_capacity']:.0%} run, {speed}perplexity {row['perplexity_increase']:+.1%}"
         )
 
 
