@@ -129,7 +129,7 @@ def _fetch_wikitext(name: str, split: str) -> Any:
 _ARTICLE = re.compile(r" = [^=].*[^=] = \n?")
 _HEADING = re.compile(r"((?:= )+)(.*?)((?: =)+)")
 _SPACING = [
-    (re.compile(r" @([-,.])@ "), r"\1"),
+    (re.compile(r" @([-,.])@(?: |$)"), r"\1"),
     (re.compile(r" ([,.;:!?%°′″)\]}’”])"), r"\1"),
     (re.compile(r"([(\[{$£€₤‘“]) "), r"\1"),
     # ' between a space and the end of a contraction: "lobster 's", "don 't", "I 'm".
