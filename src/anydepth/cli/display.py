@@ -389,8 +389,9 @@ def _is_minor(name: str) -> bool:
 
 
 def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]:
-    training = recipe.train or recipe.drafter
-    total = None if training is None else training.max_steps  # None: the number of windows will decide
+    parts = recipe.phases or [part for part in (recipe.train or recipe.drafter,) if part is not None]
+    lengths = [part.max_steps for part in parts]
+    total = None if None in lengths else sum(lengths) or None  # None: the number of windows will decide
     of, every = ("", 20) if total is None else (f"/{total}", max(total // 20, 1))
 
     first: dict[str, float] = {}
