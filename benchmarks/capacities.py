@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from anydepth.errors import UserError
 from anydepth.measure.results import read_document, write_json
 
 ROOT = Path(__file__).resolve().parent
@@ -68,4 +69,7 @@ def ends(bounds: list[float] | None, form: str, to: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"capacities.py: {error}") from error
