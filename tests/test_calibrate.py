@@ -17,6 +17,7 @@ from anydepth.measure.evaluate import evaluate
 from anydepth.measure.run import summary_of
 from anydepth.models.load import load_model
 from anydepth.training.checkpoint import load_target
+from anydepth.training.corpora import validation_of
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare
 from commands import anydepth as run
@@ -228,6 +229,25 @@ def test_bounds_and_sizes_outside_their_range(option: str, value: object, named:
 def test_a_share_to_search_for_is_finite(routers: Path, tmp_path: Path) -> None:
     line = refused("search", routers.parent / "base", "--budget", "nan", "--out", tmp_path / "out", "-q")
     assert "between 0 and 1, such as 0.25; came nan" in line
+
+
+def test_quality_is_measured_on_the_validation_text_of_a_corpus(routers: Path, tmp_path: Path) -> None:
+    """Not on what follows in its training text, which recipes train on."""
+    assert [validation_of(spec) for spec in ("embedded", "wikitext-2:train")] == ["embedded:valid", "wikitext-2:valid"]
+    assert validation_of("embedded:valid") is None
+    out = tmp_path / "out"
+    done = run("calibrate", routers, *SMALL, "--skip-share", 0.3, "--out", out, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    adapted, tokenizer = load_target(str(out))
+    windows = load_windows("embedded:valid", tokenizer, LENGTH, max_windows=2)
+    with torch.no_grad():
+        wanted = adapted(windows, labels=windows, use_cache=False).loss.exp().item()
+    assert document["config"]["held_out"] == "embedded:valid"
+    assert document["held_out"]["perplexity"] == pytest.approx(wanted, rel=1e-4)
+    assert "no file 'nothing.txt'" in refused(
+        "calibrate", "no such target", "--skip-share", 0.3, "--held-out", "nothing.txt", "--out", out
+    )
 
 
 @pytest.mark.parametrize("command", ["calibrate", "search"])

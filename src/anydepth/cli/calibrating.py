@@ -68,7 +68,7 @@ def calibrate(
     num_prompts: Annotated[int, typer.Option(help="Prompts to bound the risk on.")] = 100,
     data: Data = "embedded:train",
     held_out: Annotated[
-        str | None, typer.Option(help="Text to look at afterwards, as --data; what follows there when left out.")
+        str | None, typer.Option(help="Text to measure quality on; else the valid split of --data, or what follows.")
     ] = None,
     num_windows: Annotated[int, typer.Option(help="Windows of text to calibrate on.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
@@ -112,7 +112,11 @@ def _meet_bounds(options: dict[str, Any]) -> None:
     capacities = None if options["sweep"] is None else capacities_of(options["sweep"])
     _check_bounds(options["target_speedup"], options["max_perplexity_increase"], share, capacities)
     from anydepth.measure.calibrate import Calibration
+    from anydepth.training.corpora import check_corpus, validation_of
 
+    options["held_out"] = options["held_out"] or validation_of(options["data"])
+    if options["held_out"] is not None:
+        check_corpus(options["held_out"])
     printer = Printer(options["as_json"], options["quiet"])
     calibration = Calibration.load(options, printer.progress)
     if capacities is not None:
