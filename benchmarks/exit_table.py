@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from anydepth.errors import UserError
 from anydepth.measure.results import document, read_document, write_json
 
 ROOT = Path(__file__).resolve().parent
@@ -85,4 +86,7 @@ def markdown(rows: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"exit_table.py: {error}") from error
