@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from anydepth.errors import UserError
 from anydepth.json_io import read_document, write_json
 
 ROOT = Path(__file__).resolve().parent
@@ -49,19 +50,26 @@ def main() -> None:
 def markdown(result: dict[str, Any]) -> str:
     """Return the table of the docs."""
     lines = [
-        "| | really run on held-out text | speed-up (range) | perplexity | increase (95%) |",
+        "| | really run on held-out text | speed-up (95%) | perplexity | increase (95%) |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in [*result["sweep"], *([result["control"]] if result["control"] else [])]:
-        low, high = row["speedup_range"]
-        least, most = row["perplexity_increase_range"]
+        speed = "" if row["speedup"] is None else f"{row['speedup']:.2f}×{ends(row['speedup_interval'], '.2f', '–')}"
+        if row["is_noise"]:
+            speed += ", noise"
+        increase = f"{row['perplexity_increase']:+.1%}{ends(row['perplexity_increase_range'], '+.1%', ' to ')}"
         realised = f"{row['realised_capacity']:.3f}" if "realised_capacity" in row else ""
-        lines.append(
-            f"| {row['label']} | {realised} | {row['speedup']:.2f}× ({low:.2f}–{high:.2f}) | {row['perplexity']:.2f} | "
-            f"{row['perplexity_increase']:+.1%} ({least:+.1%} to {most:+.1%}) |"
-        )
+        lines.append(f"| {row['label']} | {realised} | {speed} | {row['perplexity']:.2f} | {increase} |")
     return "\n".join(lines)
 
 
+def ends(bounds: list[float] | None, form: str, to: str) -> str:
+    """Return an interval in brackets; nothing where there is none."""
+    return "" if bounds is None else f" ({bounds[0]:{form}}{to}{bounds[1]:{form}})"
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"capacities.py: {error}") from error

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from anydepth.errors import UserError
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
 
@@ -86,4 +87,7 @@ def markdown(rows: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"exit_table.py: {error}") from error

@@ -90,12 +90,14 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     budget = result["calibrated"]
+    nearest = budget["calibrated_speedup"] < budget["target_speedup"]
+    rule = " (by the rule at that time, the nearest; what does not reach the speed is refused now)" if nearest else ""
     lines += [
         "",
         (
             f"Full depth of the same text: {result['as_trained']['full_depth_perplexity']:.1f}. Asked for "
             f"{budget['target_speedup']:g}×, calibration chose thresholds that it measured at "
-            f"{budget['calibrated_speedup']:.2f}×; on other prompts they give {budget['measured_speedup']:.2f}×."
+            f"{budget['calibrated_speedup']:.2f}×{rule}; on other prompts they give {budget['measured_speedup']:.2f}×."
         ),
     ]
     return "\n".join(lines)

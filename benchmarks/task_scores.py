@@ -58,10 +58,7 @@ def main() -> None:
     if arguments.table:
         print(markdown(read_document(arguments.out)["rows"]))
         return
-    try:
-        run(arguments)
-    except UserError as error:
-        raise SystemExit(f"task_scores.py: {error}") from error
+    run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -97,6 +94,7 @@ def scored(label: str, target: str, arguments: argparse.Namespace) -> dict[str, 
     path = arguments.rows / f"{re.sub(r'[^0-9A-Za-z]+', '_', label)}.json"
     weights = read_manifest(Path(target))["weights"] if is_checkpoint(target) else target
     config = {"target": target, "weights": weights, "limit": arguments.limit, "tasks": TASKS}
+    config |= {"seed": arguments.seed} if arguments.seed else {}  # rows from before it was kept are of seed 0
     known = read_document(path) if path.exists() else {}
     row = known if known.get("config") == config else {}
     missing = [name for name in TASKS if name not in row.get("tasks", {})]
@@ -159,4 +157,7 @@ def cell(task: dict[str, Any], metric: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"task_scores.py: {error}") from error

@@ -262,6 +262,8 @@ def capacities() -> dict[str, Any]:
     shared = {
         "speedup": 1.2,
         "speedup_range": [1.1, 1.3],
+        "speedup_interval": [1.15, 1.25],
+        "is_noise": False,
         "perplexity": 13.0,
         "perplexity_increase": 0.04,
         "perplexity_increase_range": [0.02, 0.06],
@@ -270,6 +272,8 @@ def capacities() -> dict[str, Any]:
         {**shared, "label": f"capacity {value}", "capacity": value, "realised_capacity": value, "skip_share": {}}
         for value in (0.9, 0.5)
     ]
+    nothing = {"speedup": None, "speedup_range": None, "speedup_interval": None, "perplexity_increase_range": None}
+    rows.insert(0, {**rows[0], **nothing, "label": "capacity 1", "capacity": 1, "realised_capacity": 1.0})
     return {
         **ORIGIN,
         "schema": "anydepth.calibrate/1",

@@ -17,6 +17,7 @@ from anydepth.measure.run import summary_of
 from anydepth.models.load import load_model
 from anydepth.recipe import TrainConfig
 from anydepth.training.checkpoint import load_target
+from anydepth.training.corpora import validation_of
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare
 from commands import anydepth as run
@@ -172,16 +173,20 @@ def test_evaluation_has_both_kinds_of_full_depth(routers: Path, text: Path) -> N
 def test_several_capacities_of_one_checkpoint(routers: Path, text: Path, tmp_path: Path) -> None:
     """A row per capacity and the control; the folder keeps its thresholds and has quantiles then."""
     out = tmp_path / "out"
-    command = ("calibrate", routers, *SMALL, "--data", text, "--sweep", "0.4,0.9", "--out", out)
+    command = ("calibrate", routers, *SMALL, "--data", text, "--sweep", "0.4,0.9,1", "--out", out)
     done = run(*command, "--engine", "fast", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
     document = json.loads((out / "calibrate.json").read_text())
     assert "increase" in done.stdout and "int8" in done.stdout and document["met"] is None
-    first, second = document["sweep"]
+    nothing, first, second = document["sweep"]
+    assert nothing["realised_capacity"] == 1 and nothing["speedup"] is None is nothing["speedup_interval"]
+    assert not nothing["is_noise"]
     assert (first["capacity"], second["capacity"]) == (0.9, 0.4)
     assert first["realised_capacity"] > second["realised_capacity"]
     for row in (first, second, document["control"]):
         assert row["speedup_range"][0] <= row["speedup"] <= row["speedup_range"][1]
+        interval = row["speedup_interval"]
+        assert row["is_noise"] == (interval[0] <= 1 <= interval[1])
         low, high = row["perplexity_increase_range"]
         assert low <= row["perplexity_increase"] <= high
     assert document["thresholds"] == {"ffn_router": 0.0}
@@ -197,6 +202,95 @@ def test_what_calibrate_is_asked_for(routers: Path) -> None:
     assert "calibrate to what?" in refused(*shared, "--skip-share", 0.3, "--sweep", "0.5")
     assert "--sweep takes shares" in refused(*shared, "--sweep", "0.5,1.5")
     assert "--sweep takes shares with commas" in refused(*shared, "--sweep", "half")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--target-speedup", "nan", "factor above 1"),
+        ("--target-speedup", "inf", "factor above 1"),
+        ("--max-perplexity-increase", "nan", "at least 0"),
+        ("--max-perplexity-increase", "inf", "at least 0"),
+        ("--skip-share", "nan", "from 0 to less than 1"),
+        ("--capacity", "nan", "above 0 up to 1"),
+        ("--sweep", "0.5,nan", "above 0 up to 1"),
+        ("--max-risk", "nan", "between 0 and 1"),
+        ("--num-runs", 0, "at least 1; came 0"),
+        ("--new-tokens", 0, "at least 1; came 0"),
+        ("--num-prompts", 0, "at least 1; came 0"),
+        ("--num-windows", 0, "at least 1; came 0"),
+        ("--sequence-length", 1, "at least 2; came 1"),
+    ],
+)
+def test_bounds_and_sizes_outside_their_range(option: str, value: object, named: str) -> None:
+    assert named in refused("calibrate", "no such target", "--out", "never", option, value)
+
+
+def test_a_share_to_search_for_is_finite(routers: Path, tmp_path: Path) -> None:
+    line = refused("search", routers.parent / "base", "--budget", "nan", "--out", tmp_path / "out", "-q")
+    assert "between 0 and 1, such as 0.25; came nan" in line
+
+
+def test_quality_is_measured_on_the_validation_text_of_a_corpus(routers: Path, tmp_path: Path) -> None:
+    """Not on what follows in its training text, which recipes train on."""
+    assert [validation_of(spec) for spec in ("embedded", "wikitext-2:train")] == ["embedded:valid", "wikitext-2:valid"]
+    assert validation_of("embedded:valid") is None
+    out = tmp_path / "out"
+    done = run("calibrate", routers, *SMALL, "--skip-share", 0.3, "--out", out, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    adapted, tokenizer = load_target(str(out))
+    windows = load_windows("embedded:valid", tokenizer, LENGTH, max_windows=2)
+    with torch.no_grad():
+        wanted = adapted(windows, labels=windows, use_cache=False).loss.exp().item()
+    assert document["config"]["held_out"] == "embedded:valid"
+    assert document["held_out"]["perplexity"] == pytest.approx(wanted, rel=1e-4)
+    assert "no file 'nothing.txt'" in refused(
+        "calibrate", "no such target", "--skip-share", 0.3, "--held-out", "nothing.txt", "--out", out
+    )
+
+
+@pytest.mark.parametrize("command", ["calibrate", "search"])
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path, command: str) -> None:
+    """A file, and a run whose results would be of other weights: refused before the target is looked at."""
+    options = ("--skip-share", 0.3) if command == "calibrate" else ()
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(command, "no such target", *options, "--out", tmp_path / "file")
+    (tmp_path / "recipe.yaml").write_text("")
+    assert "holds the run of a recipe" in refused(command, "no such target", *options, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("also", [(), ("--per-exit",)])
+def test_a_risk_of_a_model_that_only_drafts_is_refused(text: Path, tmp_path: Path, also: tuple[str, ...]) -> None:
+    """Its text is that of full depth: a risk of 0 says nothing of its thresholds."""
+    model, _ = load_model(str(save_base(tmp_path / "base")))
+    methods = [{"name": "early_exit", "layers": [2, 4]}, {"name": "self_speculation"}]
+    folder = anydepth.save(anydepth.attach(model, methods), tmp_path / "drafts", base=str(tmp_path / "base"))
+    command = ("calibrate", folder, *SMALL, "--data", text, "--max-risk", 0.5, *also, "--out", tmp_path / "out", "-q")
+    assert "only drafts with what it skips" in refused(*command)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("also", [(), ("--per-exit",)])
+def test_a_risk_leaves_quantiles_and_an_old_table_goes(
+    routers: Path, text: Path, tmp_path: Path, also: tuple[str, ...]
+) -> None:
+    """Any capacity can be set later; thresholds.json is of the calibration that wrote the folder last."""
+    model, _ = load_model(str(save_base(tmp_path / "base")))
+    adapted = anydepth.attach(model, {"name": "early_exit", "layers": [2, 4]})
+    folder = anydepth.save(adapted, tmp_path / "exits", base=str(tmp_path / "base"))
+    out = tmp_path / "out"
+    risk = ("--max-risk", 0.9, "--confidence", 0.8, "--num-prompts", 20, *also)
+    done = run("calibrate", folder, *SMALL, "--data", text, *risk, "--out", out, "-q")
+    assert done.returncode == 0, done.stderr
+    assert (out / "thresholds.json").exists()
+    options = ("--data", text, "--sequence-length", LENGTH, "--limit", 4, "--capacity", 0.5, "--json", "-q")
+    done = run("eval", out, *options)
+    assert json.loads(done.stdout)["skip_share"]["early_exit"] == pytest.approx(0.5, abs=0.15), done.stderr
+    if not also:
+        done = run("calibrate", routers, *SMALL, "--data", text, "--skip-share", 0.3, "--out", out, "-q")
+        assert done.returncode == 0, done.stderr
+        assert not (out / "thresholds.json").exists()
 
 
 def test_options_of_a_fresh_method_that_change_nothing(routers: Path, text: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
+from anydepth.calibration import budget
 from anydepth.calibration.budget import Unreachable, find_budget
 from anydepth.calibration.shares import collect_scores, thresholds_of
 from anydepth.execution.adapted import AdaptedModel
@@ -86,8 +90,44 @@ def test_a_share_that_fails_its_last_measurement_gives_way_to_a_larger_one() -> 
     scores = collect_scores(adapted, windows())
     clock = Noise(*[1.7] * 6, 1.2, then=1.7)
     found = find_budget(adapted, scores, target_speedup=1.6, speedup=clock)
+    assert found.speedups == [1.7, 1.7] and found.speedup_interval == pytest.approx([1.7, 1.7])
     assert found.speedup == 1.7 == found.trajectory[-1]["speedup"]
-    assert found.share == found.trajectory[-1]["share"] > found.trajectory[-2]["share"]
+    assert found.share == found.trajectory[-1]["share"] > found.trajectory[-3]["share"]
+
+
+def met_by_chance(
+    monkeypatch: pytest.MonkeyPatch, speed_of: Callable[[float], float], spread: float, trials: int
+) -> tuple[float, float]:
+    """Return how often 1.3 was met at all, and how often by a share whose true speed is below, of clocks with noise."""
+    adapted = undecided("layer_router")
+    shares: list[float] = []
+    monkeypatch.setattr(budget, "thresholds_at", lambda scores, share: shares.append(share))
+    monkeypatch.setattr(budget, "set_thresholds", lambda adapted, thresholds: None)
+    generator = random.Random(7)
+
+    def clock() -> list[float]:
+        return [speed_of(shares[-1]) * generator.lognormvariate(0, spread) for _ in range(5)]
+
+    met, wrong = 0, 0
+    for _ in range(trials):
+        with suppress(Unreachable):
+            found = find_budget(adapted, {}, target_speedup=1.3, speedup=clock)
+            assert found.speedup_interval is not None and found.speedup_interval[0] >= 1.3
+            met += 1
+            wrong += speed_of(found.share) < 1.3
+    return met / trials, wrong / trials
+
+
+@pytest.mark.parametrize("spread", [0.03, 0.15])
+@pytest.mark.parametrize("case", ["just too slow", "a ramp"])
+def test_a_speed_is_seldom_met_by_chance(monkeypatch: pytest.MonkeyPatch, case: str, spread: float) -> None:
+    """With the first lucky median this was 41% of the time where all shares are just too slow."""
+    trials = 400
+    speed_of = (lambda share: 1.2999) if case == "just too slow" else (lambda share: 1 + share)
+    met, wrong = met_by_chance(monkeypatch, speed_of, spread, trials)
+    assert wrong < 0.03
+    if case == "a ramp":
+        assert met > 0.97
 
 
 def test_quality_that_no_share_keeps_is_refused() -> None:

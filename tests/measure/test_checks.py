@@ -136,10 +136,42 @@ DRAFTS = {"name": "self_speculation", "network": {}}
 
 def test_texts_of_stages_that_are_not_asked_for_may_be_missing(folder: Path, tmp_path: Path) -> None:
     stages = ("search", "fit", "train")
-    checked(folder, tmp_path / "out", stages, eval={"data": "nothing.txt"}, bench={"prompt_tokens": [900]})
-    for stage in ("eval", "bench", "analyze", "generate"):
+    missing: dict[str, Any] = {"eval": {"data": "nothing.txt"}, "bench": {"prompt_tokens": [900]}}
+    checked(folder, tmp_path / "skip_set", stages, methods=SKIP_SET, **missing)
+    random = {"name": "layer_router", "router": "random", "rates": 0.5, "always_keep": 2}
+    checked(folder, tmp_path / "random", stages, methods=[random], search=None, **missing)
+    (tmp_path / "out").mkdir()
+    for stage in ("train", "eval", "bench", "analyze", "generate"):
         (tmp_path / "out" / f"{stage}.json").write_text("{}")  # done, and its text has gone since
     checked(folder, tmp_path / "out", eval={"data": "nothing.txt"}, bench={"prompt_tokens": [900]})
+
+
+@pytest.mark.parametrize("learned", [{}, {"calibrate": {"skip_share": 0.3}}])
+def test_training_needs_the_text_that_shares_are_measured_on(
+    folder: Path, tmp_path: Path, learned: dict[str, Any]
+) -> None:
+    """Thresholds are measured on `eval.data` in the train stage: a missing file once lost the training."""
+    with pytest.raises(UserError, match=r"no file 'nothing\.txt'"):
+        checked(folder, tmp_path / "out", ("search", "fit", "train"), eval={"data": "nothing.txt"}, **learned)
+    short = {"data": str(folder / "short.txt"), "sequence_length": 64}
+    with pytest.raises(UserError, match="less than the 32"):
+        checked(folder, tmp_path / "b", ("train",), eval=short, **learned)
+
+
+def test_training_is_kept_where_measuring_shares_fails(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is a checkpoint with the trained weights, and the stage counts as not done."""
+    recipe = validate(Recipe, described(folder, methods=["ffn_router"], search=None), where="recipe")
+    runner = Runner(recipe, tmp_path / "out", say=lambda line: None)
+
+    def fail(*arguments: object) -> None:
+        raise UserError("the disk with the text is gone")
+
+    monkeypatch.setattr(running, "settle_shares", fail)
+    with pytest.raises(UserError, match="is gone"):
+        runner.train()
+    assert running.is_checkpoint(tmp_path / "out") and "train" in runner.missing
 
 
 def test_a_decoder_from_scratch_is_checked_before_its_tokenizer_is_trained(tmp_path: Path) -> None:

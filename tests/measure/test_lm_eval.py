@@ -346,11 +346,16 @@ def test_where_documents_would_be(data: Path, monkeypatch: pytest.MonkeyPatch) -
     assert where_to_look("hellaswag") == "it needs a network"
 
 
-def test_what_the_window_cuts_is_told() -> None:
+def test_what_the_window_cuts_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And no more than that: outside a repository lm-eval has git say so on standard error."""
+    monkeypatch.chdir(tmp_path)
     adapted = anydepth.attach(tiny_llama(max_position_embeddings=64), ROUTER)
     told: list[str] = []
     scores = score_tasks(adapted, byte_tokenizer(), ["mmlu_anatomy"], limit=1, num_fewshot=2, say=told.append)
     assert scores["mmlu_anatomy"]["num_truncated"] == 4 and "lost their start" in told[-1]
+    assert "git" not in capfd.readouterr().err
 
 
 def test_batches_hold_no_padding() -> None:

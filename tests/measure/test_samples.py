@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import anydepth
+from anydepth.measure import samples
 from anydepth.measure.samples import MIN_TOKENS, correlations, draw_samples
 from tiny import byte_tokenizer, tiny_llama
 
@@ -33,6 +35,17 @@ def test_documents_are_samples_and_are_spread_over_the_corpus() -> None:
     assert (found.unit, found.num_cut) == ("document", 2)
     assert [len(ids) for ids in found.token_ids] == [20, 30, 40, 45, 45]
     assert found.counts == Counter(byte_tokenizer()("".join(texts))["input_ids"])
+
+
+def test_samples_of_a_corpus_that_is_read_in_part_are_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of 200 texts is read: samples are from each quarter of them, in order."""
+    texts = [f"{number:03} " + "x" * 16 for number in range(200)]
+    monkeypatch.setattr(samples, "MAX_COUNTED", 40 * 20)
+    tokenizer = byte_tokenizer()
+    found = draw_samples(texts, tokenizer, limit=16, max_tokens=45)
+    places = [int(str(tokenizer.decode(ids))[:3]) for ids in found.token_ids]
+    assert places == sorted(places) and found.counts.total() == 40 * 20
+    assert max(b - a for a, b in pairwise([0, *places, 199])) <= 25
 
 
 def test_few_or_long_documents_are_taken_by_paragraph() -> None:

@@ -113,3 +113,9 @@ def test_one_window_has_no_interval() -> None:
 @pytest.mark.parametrize(("degrees", "wanted"), [(1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (29, 2.045)])
 def test_quantiles_are_students(degrees: int, wanted: float) -> None:
     assert t_quantile(degrees) == pytest.approx(wanted, abs=0.01)
+
+
+@pytest.mark.parametrize(("degrees", "wanted"), [(1, 318.31), (2, 22.327), (7, 4.785), (29, 3.396)])
+def test_quantiles_of_small_tails(degrees: int, wanted: float) -> None:
+    """Tail of 0.001, from the tables of Student's t."""
+    assert t_quantile(degrees, 0.001) == pytest.approx(wanted, rel=2e-3)

@@ -61,11 +61,13 @@ def test_wikitext_marks_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "wikitext-2").mkdir()
     # One article with every mark, one without.
     text = ' \n = One = \n \n It weighs 1 @,@ 000 @.@ 5 kg ( 2 lb ) , a well @-@ known " <unk> " . \n'
+    text += " Born in 1916 @,@ \n"  # as in six lines of wikitext-2
     text += " \n = Two = \n \n B . \n"
     (tmp_path / "wikitext-2" / "valid.txt").write_text(text)
     monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
     one, two = load_texts("wikitext-2:valid")
-    assert 'It weighs 1,000.5 kg (2 lb), a well-known "<unk>".' in one and "B." in two
+    assert 'It weighs 1,000.5 kg (2 lb), a well-known "<unk>".\nBorn in 1916,' in one and "B." in two
+    assert "@" not in one
 
 
 def test_the_lines_of_wikitext_103_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

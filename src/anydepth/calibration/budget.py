@@ -17,9 +17,16 @@ from anydepth.calibration.shares import (
 )
 from anydepth.errors import RunError
 from anydepth.execution.adapted import AdaptedModel
+from anydepth.measure.statistics import ratio_interval
 
 SHARES = 64
 """Shares told apart; finer ones are within the noise of a timing."""
+STEPS = [0, 2, 6, 14, 30, 62]
+"""How far above the share that bisection found those lie that are confirmed, one after another, until one holds."""
+LOOKS = [2, 4, 8]
+"""Measurements of one share after which it is decided whether it holds."""
+TAIL = 0.025 / (len(STEPS) * len(LOOKS))
+"""Error of each decision (Bonferroni): with 97.5% none of them takes a share that is slower than wanted."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Budget:
     Attributes:
         share: of its decisions that each method skips, on the text of the scores.
         speedup: median of paired ratios on this machine; None where no speed was asked for.
-        speedups: the pairs that it is the median of, measured at the end.
+        speedup_interval: its 95% interval, which lies above the speed that was asked for.
+        speedups: the fresh pairs that it is the median of.
         perplexity_increase: relative, against full depth; None where no bound was asked for.
         trajectory: every share tried, with what was measured.
     """
@@ -37,6 +45,7 @@ class Budget:
     share: float
     thresholds: Thresholds
     speedup: float | None
+    speedup_interval: list[float] | None
     speedups: list[float]
     perplexity_increase: float | None
     trajectory: list[dict[str, float]] = field(default_factory=list)
@@ -61,9 +70,9 @@ def find_budget(
 ) -> Budget:
     """Set thresholds to the smallest share that reaches a speed, or the largest that keeps a bound on quality.
 
-    Both are monotone in the share up to noise, so it is bisected; then what was chosen is measured once more, and that
-    measurement decides. With both bounds the speed decides, and quality must hold there. The thresholds stay as they
-    were if nothing meets the bounds.
+    Both are monotone in the share up to noise, so it is bisected. A speed is then confirmed on fresh pairs, at that
+    share and larger ones: the one that is chosen reaches it with 97.5%. With both bounds the speed decides, and quality
+    must hold there. The thresholds stay as they were if nothing meets the bounds.
 
     Args:
         scores: of `collect_scores`.
@@ -85,7 +94,8 @@ def find_budget(
         if increase is not None and max_perplexity_increase is not None and increase > max_perplexity_increase:
             raise Unreachable(_too_costly(target_speedup, increase, max_perplexity_increase))
     final = median(speedups) if speedups else None
-    return Budget(number / SHARES, thresholds_of(adapted), final, speedups, increase, search.tried)
+    interval = ratio_interval(speedups)
+    return Budget(number / SHARES, thresholds_of(adapted), final, interval, speedups, increase, search.tried)
 
 
 def _too_costly(target_speedup: float | None, increase: float, bound: float) -> str:
@@ -107,26 +117,34 @@ class _Search:
     tried: list[dict[str, float]] = field(default_factory=list)
 
     def reach(self, target: float, speedup: Callable[[], list[float]]) -> tuple[int, list[float]]:
-        """Set the smallest share whose last measurement reaches a speed; return its number and that measurement.
+        """Set the smallest share that is confirmed to reach a speed; return its number and the pairs that confirm it.
 
-        A share that reached it by chance while it was bisected fails the last measurement. Then those above it that
-        reached it are measured again, and after them larger ones.
+        Bisection follows single measurements, lucky ones too, so that what it finds is only where to begin.
         """
-        number = _bisect(lambda number: self._speed(number, speedup)[0] >= target)
-        reached = [round(row["share"] * SHARES) for row in self.tried if row["speedup"] >= target]
-        step = 1
-        while number < SHARES:
-            found, pairs = self._speed(number, speedup)
-            if found >= target:
+        found = _bisect(lambda number: self._speed(number, speedup, []) >= target)
+        measured = self.tried if found == SHARES else []
+        for number in dict.fromkeys(min(found + step, SHARES - 1) for step in STEPS if found < SHARES):
+            pairs: list[float] = []
+            if self._is_confirmed(number, target, speedup, pairs):
                 return number, pairs
-            above = [other for other in reached if other > number]
-            number, step = (min(above), 1) if above else (number + step, 2 * step)
-        last = {row["share"]: row["speedup"] for row in self.tried}
-        share = max(last, key=lambda share: last[share])
+            measured.append(self.tried[-1])
+        best = max(measured, key=lambda row: row["speedup"])
+        noisy = " (too noisy to be sure of it)" if best["speedup"] >= target else ""
         raise Unreachable(
-            f"a speed-up of {target:g} is out of reach here: the most measured was {last[share]:.2f}, with "
-            f"{share:.0%} of decisions skipping"
+            f"a speed-up of {target:g} is out of reach here: the most measured was {best['speedup']:.2f}{noisy}, with "
+            f"{best['share']:.0%} of decisions skipping"
         )
+
+    def _is_confirmed(self, number: int, target: float, speedup: Callable[[], list[float]], pairs: list[float]) -> bool:
+        """Add pairs of a share until it is shown to reach a speed, or they suggest that it does not."""
+        for num_measured in range(1, max(LOOKS) + 1):
+            middle = self._speed(number, speedup, pairs)
+            if num_measured not in LOOKS:
+                continue
+            interval = ratio_interval(pairs, TAIL)
+            if middle < target or (interval is not None and interval[0] >= target):
+                return middle >= target
+        return False
 
     def keep(self, bound: float, increase: Callable[[], float]) -> int:
         """Set the largest share that keeps a bound on quality; return its number."""
@@ -138,14 +156,14 @@ class _Search:
     def _set(self, number: int) -> None:
         set_thresholds(self.adapted, thresholds_at(self.scores, number / SHARES))
 
-    def _speed(self, number: int, speedup: Callable[[], list[float]]) -> tuple[float, list[float]]:
-        pairs: list[float] = []
+    def _speed(self, number: int, speedup: Callable[[], list[float]], pairs: list[float]) -> float:
+        """Add a measurement of a share to `pairs`; return the median of all."""
 
         def measure() -> float:
             pairs.extend(speedup())
             return median(pairs)
 
-        return self._measure(number, "speedup", measure), pairs
+        return self._measure(number, "speedup", measure)
 
     def _measure(self, number: int, name: str, measure: Callable[[], float]) -> float:
         self._set(number)

@@ -108,6 +108,8 @@ def check_strategy(strategy: str) -> None:
 
 def num_left_out(num_layers: int, budget: float, *, branches: bool) -> int:
     """Return how many layers or branches a budget leaves out. Raises `UserError` for none and for all."""
+    if not 0 < budget < 1:
+        raise UserError(f"budget is a share between 0 and 1, such as 0.25; came {budget:g}")
     everything = len(candidates(num_layers, branches=branches))
     num_out = round(budget * everything)
     if not 0 < num_out < everything:

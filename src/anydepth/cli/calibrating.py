@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,9 @@ from anydepth.cli.options import (
     Seed,
     SkipShare,
     Target,
+    at_least,
     capacities_of,
+    check_out,
     wanted_share,
 )
 from anydepth.errors import UserError
@@ -65,7 +68,7 @@ def calibrate(
     num_prompts: Annotated[int, typer.Option(help="Prompts to bound the risk on.")] = 100,
     data: Data = "embedded:train",
     held_out: Annotated[
-        str | None, typer.Option(help="Text to look at afterwards, as --data; what follows there when left out.")
+        str | None, typer.Option(help="Text to measure quality on; else the valid split of --data, or what follows.")
     ] = None,
     num_windows: Annotated[int, typer.Option(help="Windows of text to calibrate on.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
@@ -88,6 +91,10 @@ def calibrate(
     arguments = dict(locals())
     from anydepth.training.corpora import check_corpus
 
+    check_out(out)
+    for option in ("num_prompts", "num_windows", "prompt_tokens", "new_tokens", "num_runs"):
+        at_least(option.replace("_", "-"), arguments[option], 1)
+    at_least("sequence-length", sequence_length, 2)
     check_corpus(data)
     if max_risk is not None:
         if any(value is not None for value in (target_speedup, max_perplexity_increase, skip_share, capacity, sweep)):
@@ -105,7 +112,11 @@ def _meet_bounds(options: dict[str, Any]) -> None:
     capacities = None if options["sweep"] is None else capacities_of(options["sweep"])
     _check_bounds(options["target_speedup"], options["max_perplexity_increase"], share, capacities)
     from anydepth.measure.calibrate import Calibration
+    from anydepth.training.corpora import check_corpus, validation_of
 
+    options["held_out"] = options["held_out"] or validation_of(options["data"])
+    if options["held_out"] is not None:
+        check_corpus(options["held_out"])
     printer = Printer(options["as_json"], options["quiet"])
     calibration = Calibration.load(options, printer.progress)
     if capacities is not None:
@@ -134,10 +145,12 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
     has_own_base = is_checkpoint(target) and own_base(Path(target)) is not None
     save(adapted, out, own_base=tokenizer if has_own_base else None)
     fields |= {"thresholds": options_of(adapted)}
+    table = out / "thresholds.json"
+    table.unlink(missing_ok=True)  # of an earlier calibration
     if EarlyExit.name in fields["thresholds"]:
         exits: Any = adapted.methods[EarlyExit.name]
         limits = exits.thresholds_of(exits.config)
-        write_json(out / "thresholds.json", {"layers": list(limits), "thresholds": list(limits.values())})
+        write_json(table, {"layers": list(limits), "thresholds": list(limits.values())})
     result = document("anydepth.calibrate/1", seed=arguments["seed"], config=config, label=adapted.label, **fields)
     write_json(out / "calibrate.json", result)
     printer.result(result, show_calibration)
@@ -145,13 +158,12 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
 
 def _bound_risk(options: dict[str, Any]) -> None:
     """`calibrate --max-risk`."""
-    import math
-
     from anydepth.calibration.exits import collect_exit_scores, exit_settings
     from anydepth.calibration.generated import bound_risk, check_risk, shared_settings
     from anydepth.calibration.guarantee import TESTS, check_bounds, check_test, least_sequences
-    from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_of
+    from anydepth.calibration.shares import collect_scores, keep_scores, set_thresholds, thresholds_of
     from anydepth.inference.engine import choose
+    from anydepth.measure.calibrate import check_decides
     from anydepth.training.checkpoint import has_adapter, load_target
 
     bounds, test = {name: options[name] for name in ("max_risk", "confidence")}, options["test"] or TESTS[0]
@@ -161,13 +173,14 @@ def _bound_risk(options: dict[str, Any]) -> None:
     printer = Printer(options["as_json"], options["quiet"])
     load = {"dtype": options["dtype"], "device": options["device"]}
     adapted, tokenizer = load_target(options["target"], **load)
+    check_decides(adapted, options["target"])
     # As it would be run: with a LoRA adapter folded into the weights, which is then not there to be saved.
     merged = load_target(options["target"], **load, merge=True)[0] if has_adapter(adapted) else adapted
     windows, prompts, references = _risk_texts(options, tokenizer)
-    if options["per_exit"]:
-        settings = exit_settings(collect_exit_scores(merged, windows))
-    else:
-        settings = shared_settings(collect_scores(merged, windows))
+    scores = collect_scores(merged, windows)
+    keep_scores(adapted, scores)
+    each = options["per_exit"]
+    settings = exit_settings(collect_exit_scores(merged, windows)) if each else shared_settings(scores)
 
     def say(row: dict[str, float]) -> None:
         printer.progress(f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}")
@@ -234,7 +247,7 @@ def _check_bounds(
             "calibrate to what? give --target-speedup 1.3, --max-perplexity-increase 0.03 or both; or one of "
             "--skip-share 0.4, --sweep 0.9,0.7,0.5 and --max-risk 0.05"
         )
-    if target_speedup is not None and target_speedup <= 1:
+    if target_speedup is not None and not 1 < target_speedup < math.inf:
         raise UserError(f"--target-speedup is a factor above 1, such as 1.3; came {target_speedup:g}")
-    if max_perplexity_increase is not None and max_perplexity_increase < 0:
+    if max_perplexity_increase is not None and not 0 <= max_perplexity_increase < math.inf:
         raise UserError(f"--max-perplexity-increase is a share of at least 0; came {max_perplexity_increase:g}")

@@ -196,7 +196,7 @@ def show_calibration(document: dict[str, Any]) -> None:
             f"text of calibration; {row['target']:.1%} was set"
         )
     if document["speedup"] is not None:
-        print(f"speed-up: {document['speedup']:.2f}× (median of pairs, measured)")
+        print(f"speed-up: {_speedup(document)}: median of fresh pairs and its 95% interval")
     if document["perplexity_increase"] is not None:
         print(f"perplexity: {document['perplexity_increase']:+.1%} against the same model at full depth")
     held_out = document["held_out"]
@@ -214,7 +214,7 @@ def _show_capacities(document: dict[str, Any]) -> None:
         [
             row["label"],
             "" if "realised_capacity" not in row else f"{row['realised_capacity']:.1%}",
-            _around(row["speedup"], row["speedup_range"], 3),
+            _speedup(row),
             f"{row['perplexity']:.4g}",
             _percent(row["perplexity_increase"], row["perplexity_increase_range"]),
         ]
@@ -223,13 +223,13 @@ def _show_capacities(document: dict[str, Any]) -> None:
     table(["", "run on held-out text", "speed-up", "perplexity", "increase"], rows)
     engine = document["engine"]
     print(
-        f"speed-up over full depth on engine {engine['engine']} {engine['weights']}, in brackets all pairs; increase "
-        "over the same model at full depth, in brackets 95%"
+        f"speed-up over full depth on engine {engine['engine']} {engine['weights']}; {SPREAD}\n"
+        "increase over the same model at full depth, in brackets 95%"
     )
 
 
-def _percent(middle: float, bounds: list[float]) -> str:
-    return f"{middle:+.1%} ({bounds[0]:+.1%} to {bounds[1]:+.1%})"
+def _percent(middle: float, bounds: list[float] | None) -> str:
+    return f"{middle:+.1%}" + ("" if bounds is None else f" ({bounds[0]:+.1%} to {bounds[1]:+.1%})")
 
 
 def show_eval(document: dict[str, Any]) -> None:
@@ -389,8 +389,9 @@ def _is_minor(name: str) -> bool:
 
 
 def step_line(printer: Printer, recipe: Any) -> Callable[[dict[str, Any]], None]:
-    training = recipe.train or recipe.drafter
-    total = None if training is None else training.max_steps  # None: the number of windows will decide
+    parts = recipe.phases or [part for part in (recipe.train or recipe.drafter,) if part is not None]
+    lengths = [part.max_steps for part in parts]
+    total = None if None in lengths else sum(lengths) or None  # None: the number of windows will decide
     of, every = ("", 20) if total is None else (f"/{total}", max(total // 20, 1))
 
     first: dict[str, float] = {}

@@ -32,6 +32,7 @@ from anydepth.cli.options import (
     SkipShare,
     Target,
     WeightKind,
+    at_least,
     by_method,
     method_options,
     numbers,
@@ -116,8 +117,8 @@ def evaluate(
 
     text = validate(TextConfig, {"bos": bos, "isolate_documents": isolate_documents}, where="eval")
     check_corpus(data)
-    _at_least("limit", limit, 1)
-    _at_least("num-fewshot", num_fewshot, 0)
+    at_least("limit", limit, 1)
+    at_least("num-fewshot", num_fewshot, 0)
     printer = Printer(as_json, quiet)
     names, share = _task_names(tasks) if tasks else [], wanted_share(skip_share, capacity)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": by_method(options), "skip_share": share}
@@ -153,12 +154,6 @@ def evaluate(
         shared = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed, "say": say}
         _add_tasks(fields, adapted, tokenizer, names, fast, label, full_depth, **shared)
     printer.result(document("anydepth.eval/1", seed=seed, config=config, label=label, **fields), show_eval)
-
-
-def _at_least(option: str, value: int | None, least: int) -> None:
-    """Raise `UserError` for less; None is an option that nobody gave."""
-    if value is not None and value < least:
-        raise UserError(f"--{option} is a number of at least {least}; came {value}")
 
 
 def _task_names(tasks: str) -> list[str]:
@@ -260,7 +255,8 @@ def bench(
 
     if prompts is not None and (prompt_tokens is not None or (num_runs is not None and requests is None)):
         raise UserError("--prompts brings lengths and pairs: leave out --prompt-tokens and --num-runs")
-    _at_least("num-runs", num_runs, 1)
+    at_least("num-runs", num_runs, 1)
+    at_least("new-tokens", new_tokens, 1)
     if compare:
         check_comparison(arguments)
     prompt_tokens = "64" if prompt_tokens is None else prompt_tokens
@@ -315,7 +311,7 @@ def bench(
 
 
 def _check_requests(requests: int | None, engines: list[Any]) -> None:
-    _at_least("requests", requests, 1)
+    at_least("requests", requests, 1)
     if requests is not None and None in engines:
         raise UserError("--requests is continuous batching, which the fast engine has; add --engine fast")
     if requests is not None and any(engine.adapted.speculation is not None for engine in engines):
@@ -391,9 +387,9 @@ def analyze(
     from anydepth.training.data import load_windows
 
     check_corpus(data)
-    _at_least("permutations", permutations, 1)
-    _at_least("samples", samples, 0)
-    _at_least("limit", limit, 1)
+    at_least("permutations", permutations, 1)
+    at_least("samples", samples, 0)
+    at_least("limit", limit, 1)
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
     arguments["dtype"] = dtype_name(adapted)

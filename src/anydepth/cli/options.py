@@ -118,6 +118,20 @@ def capacities_of(text: str) -> list[float]:
     return sorted(found, reverse=True)
 
 
+def at_least(option: str, value: int | None, least: int) -> None:
+    """Raise `UserError` for less; None is an option that was not given."""
+    if value is not None and value < least:
+        raise UserError(f"--{option} is a number of at least {least}; came {value}")
+
+
+def check_out(out: Path) -> None:
+    """Raise `UserError` where `--out` is a file, or the folder of a run, whose results would be of other weights."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is a folder to write to; {out} is a file")
+    if (out / "recipe.yaml").exists():
+        raise UserError(f"{out} holds the run of a recipe, whose results would be of other weights; give another --out")
+
+
 def numbers(option: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):

@@ -23,6 +23,8 @@ from anydepth.cli.options import (
     RecipeSeed,
     Seed,
     Target,
+    at_least,
+    check_out,
     recipe_overrides,
     seed_numbers,
 )
@@ -135,6 +137,9 @@ def search(
     from anydepth.training.corpora import check_corpus
 
     check_strategy(strategy)
+    check_out(out)
+    at_least("num-windows", num_windows, 1)
+    at_least("sequence-length", sequence_length, 2)
     check_corpus(data)
     printer = Printer(as_json, quiet)
     options = {

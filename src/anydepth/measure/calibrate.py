@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 from torch import Tensor
@@ -83,8 +82,8 @@ class Calibration:
                 drafts, whose perplexity no threshold changes.
         """
         adapted, tokenizer = load_target(options["target"], dtype=options["dtype"], device=options["device"])
-        if adapted.speculation is not None and options["skip_share"] is None and options["capacity"] is None:
-            raise UserError(f"{options['target']} only drafts with what it skips; give --skip-share, and bench it")
+        if options["skip_share"] is None and options["capacity"] is None:
+            check_decides(adapted, options["target"])
         length, count, other = options["sequence_length"], options["num_windows"], options["held_out"]
         windows = load_windows(options["data"], tokenizer, length, max_windows=count if other else 2 * count)
         if other is not None:
@@ -112,7 +111,8 @@ class Calibration:
     def to_share(self, share: float) -> dict[str, Any]:
         """Set thresholds that skip a share; return the fields of the document."""
         found = set_skip_shares(self.adapted, self.windows, share)
-        fields = {"share": share, "speedup": None, "perplexity_increase": None, **self._looked_at(found, share)}
+        unasked = dict.fromkeys(("speedup", "speedup_interval", "perplexity_increase"))
+        fields = {"share": share, **unasked, **self._looked_at(found, share)}
         return {"met": not fields["warnings"], **fields}
 
     def to_bounds(self, target_speedup: float | None, max_perplexity_increase: float | None) -> dict[str, Any]:
@@ -171,10 +171,16 @@ class Calibration:
         self.say(f"  {row['share']:.0%} skipped: {name.replace('_', ' ')} {value:.3f}")
 
     def _tell_row(self, row: dict[str, Any]) -> None:
+        speed = "" if row["speedup"] is None else f"speed-up {row['speedup']:.2f}, "
         self.say(
-            f"  {row['label']}: {1 - mean(row['skip_share'].values()):.0%} run, speed-up {row['speedup']:.2f}, "
-            f"perplexity {row['perplexity_increase']:+.1%}"
+            f"  {row['label']}: {row['realised_capacity']:.0%} run, {speed}perplexity {row['perplexity_increase']:+.1%}"
         )
+
+
+def check_decides(adapted: AdaptedModel, target: str) -> None:
+    """Raise `UserError` for a model that only drafts with what it skips: its text is that of full depth."""
+    if adapted.speculation is not None:
+        raise UserError(f"{target} only drafts with what it skips; give --skip-share, and bench it")
 
 
 def _engine(timing: Timing) -> dict[str, str]:

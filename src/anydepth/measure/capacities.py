@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import mean, median, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from anydepth.calibration.shares import Scores, off_target, set_thresholds, thre
 from anydepth.execution.adapted import AdaptedModel
 from anydepth.inference.engine.decode import FastEngine
 from anydepth.inference.engine.weights import WEIGHT_ONLY
-from anydepth.measure.bench import paired_engines
+from anydepth.measure.bench import paired_engines, speedup_fields
 from anydepth.measure.evaluate import evaluate, same_model
+from anydepth.measure.statistics import mean_of_sums
 
 CONTROL = "int8"
 """Weights of the control."""
@@ -30,7 +31,7 @@ Row = dict[str, Any]
 def quality(adapted: AdaptedModel, windows: Tensor) -> Row:
     """Return perplexity on (N, T) windows, its increase over the same model at full depth, and what is skipped.
 
-    `perplexity_increase_range` holds the increase with 95%, from the differences of windows.
+    `perplexity_increase_range` holds the increase with 95%, from the differences of windows; None of one window.
     """
     each = [evaluate(adapted, window[None]) for window in windows]
     shares = {name: mean(fields["skip_share"][name] for fields in each) for name in each[0].get("skip_share", {})}
@@ -42,19 +43,14 @@ def quality(adapted: AdaptedModel, windows: Tensor) -> Row:
 def _increase(ours: Sequence[float], full: Sequence[float]) -> Row:
     """Return perplexities and their relative increase, from losses of the same windows."""
     changes = [own - other for own, other in zip(ours, full, strict=True)]
-    middle = mean(changes)
-    reach = 1.96 * stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else 0.0
+    found = mean_of_sums(torch.tensor(changes, dtype=torch.double), torch.ones(len(changes)))
+    bounds = [math.expm1(bound) for end in ("low", "high") if (bound := found[end]) is not None]
     return {
         "perplexity": math.exp(mean(ours)),
         "full_depth_perplexity": math.exp(mean(full)),
-        "perplexity_increase": math.expm1(middle),
-        "perplexity_increase_range": [math.expm1(middle - reach), math.expm1(middle + reach)],
+        "perplexity_increase": math.expm1(mean(changes)),
+        "perplexity_increase_range": bounds or None,
     }
-
-
-def spread(speedups: list[float]) -> Row:
-    """Return the median of paired ratios, their extremes, and all of them."""
-    return {"speedup": median(speedups), "speedup_range": [min(speedups), max(speedups)], "speedups": speedups}
 
 
 def sweep_capacities(
@@ -76,7 +72,8 @@ def sweep_capacities(
         set_thresholds(adapted, thresholds_at(scores, 1 - capacity))
         row = {"label": f"capacity {capacity:g}", "capacity": capacity, **quality(adapted, held_out)}
         shares = row["skip_share"]
-        row |= {"realised_capacity": 1 - mean(shares.values()), **spread(speedups())}
+        pairs = speedups() if any(shares.values()) else []  # where nothing skips, both sides are full depth
+        row |= {"realised_capacity": 1 - mean(shares.values()), **speedup_fields(pairs)}
         row["warnings"] = off_target(shares, dict.fromkeys(shares, 1 - capacity))
         rows.append(row)
         on_row(row)
@@ -98,7 +95,7 @@ def control(
     with adapted.disabled():
         ours, full = ([_loss(each, window) for window in held_out] for each in (light, engine))
     speedups = paired_engines(adapted, prompts, new_tokens, num_runs, (engine, light))
-    return {"label": f"full depth, {CONTROL}", "weights": CONTROL, **_increase(ours, full), **spread(speedups)}
+    return {"label": f"full depth, {CONTROL}", "weights": CONTROL, **_increase(ours, full), **speedup_fields(speedups)}
 
 
 def _loss(engine: FastEngine, window: Tensor) -> float:

@@ -19,6 +19,7 @@ from anydepth.calibration.skip_search import num_left_out
 from anydepth.config import StrictConfig
 from anydepth.errors import UserError
 from anydepth.inference.generate import check_window
+from anydepth.methods import method_class
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.methods._base.method import Method
 from anydepth.methods.compose import build_methods
@@ -50,25 +51,30 @@ def check(recipe: Recipe, stages: Collection[str]) -> None:
     recipe.check_training()
     _check_search(recipe)
     model, tokenizer = _base(recipe.model)
+    settles = recipe.calibrate is not None or any(_may_compare(str(method["name"])) for method in recipe.methods)
     if model is not None:
-        _check_methods(recipe, model)
+        methods = _check_methods(recipe, model)
+        settles = recipe.calibrate is not None or any(method.compares_scores for method in methods)
         if "bench" in stages:
             check_window(model, max(recipe.bench.prompt_tokens), recipe.bench.new_tokens)
         if "generate" in stages and tokenizer is not None:
             num_prompt = len(tokenizer(recipe.generate.prompt)["input_ids"])  # type: ignore[arg-type]
             check_window(model, num_prompt, recipe.generate.max_new_tokens)
-    for need in _texts(recipe, stages):
+    for need in _texts(recipe, stages, settles):
         _check_text(need, recipe, model, tokenizer)
 
 
-def _texts(recipe: Recipe, stages: Collection[str]) -> Iterator[Need]:
+def _texts(recipe: Recipe, stages: Collection[str], settles: bool) -> Iterator[Need]:
+    """Yield the text that `stages` read; training that `settles` thresholds measures shares on the text of eval."""
     data, evaluation, bench = recipe.data, recipe.eval, recipe.bench
     if "search" in stages and recipe.search is not None:
         yield Need("search.sequence_length", data.train, recipe.search.sequence_length)
     if "fit" in stages and recipe.router_fit is not None:
         yield Need("router_fit.sequence_length", data.train, recipe.router_fit.sequence_length, 2)
-    if "train" in stages and (recipe.train is not None or recipe.calibrate is not None):
+    if "train" in stages and (recipe.train is not None or settles):
         yield Need("data.sequence_length", data.train, data.sequence_length, 1, data.max_documents)
+    if "train" in stages and settles:
+        yield Need("eval.sequence_length", evaluation.data, min(evaluation.sequence_length, data.sequence_length))
     if "eval" in stages:
         yield Need("eval.sequence_length", evaluation.data, evaluation.sequence_length, 1, evaluation.max_documents)
     if "bench" in stages:
@@ -135,8 +141,13 @@ def _base(model: ModelConfig) -> tuple[PreTrainedModel | None, PreTrainedTokeniz
         return AutoModelForCausalLM.from_config(config), tokenizer
 
 
-def _check_methods(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Raise `UserError` for options that do not fit the model, and for stages that no method is there for."""
+def _may_compare(name: str) -> bool:
+    """Return whether a method has a threshold with some of its options; only loading can tell more."""
+    return method_class(name, "methods").budget_option is not None
+
+
+def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
+    """Return the methods. Raise `UserError` for options that do not fit the model, and for stages without a method."""
     backbone = Backbone(model)
     methods = build_methods([_without_weights(config) for config in recipe.method_configs()], backbone)
     if recipe.search is not None:
@@ -151,6 +162,7 @@ def _check_methods(recipe: Recipe, model: PreTrainedModel) -> None:
     if recipe.train is not None:
         with warnings.catch_warnings(action="ignore"):  # PEFT's, told when training begins
             prepare(model, recipe.train)
+    return methods
 
 
 def _without_weights(config: StrictConfig) -> StrictConfig:

@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models import huggingface
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -201,7 +201,7 @@ def check_windows(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, nam
     Tasks are read from lm-eval's files; those of a group are checked when they are scored.
     """
     manager = check_tasks(names)
-    with _quiet_logger():
+    with _quiet():
         lm = AnydepthLM(adapted, tokenizer)
     for name in names:
         for spec in task_named(name).specs:
@@ -241,7 +241,7 @@ def score_tasks(
     manager = check_tasks(names)
     adapted.eval()
     scores = {}
-    with _quiet_logger(), nullcontext() if say else redirect_stderr(StringIO()):
+    with _quiet(), nullcontext() if say else redirect_stderr(StringIO()):
         lm = AnydepthLM(adapted, tokenizer, engine=engine)
         for name in names:
             task = task_named(name)
@@ -262,15 +262,17 @@ def score_tasks(
 
 
 @contextmanager
-def _quiet_logger() -> Iterator[None]:
-    """lm-eval warns of every default that it fills in."""
+def _quiet() -> Iterator[None]:
+    """Silence lm-eval's warnings of every default that it fills in, and git's where it is run outside a repository."""
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    before, look_up = logger.level, evaluator.get_git_commit_hash
     logger.setLevel(logging.ERROR)
+    evaluator.get_git_commit_hash = lambda: None  # documents have a commit of ours
     try:
         yield
     finally:
         logger.setLevel(before)
+        evaluator.get_git_commit_hash = look_up
 
 
 def _results(lm: Any, manager: TaskManager, name: str, specs: Sequence[Spec], *, seed: int, **options: Any) -> Any:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
+
+FORMS = {
+    "prompt": "a string",
+    "turns": "a list of strings",
+    "messages": "a list of objects with a string `content`",
+}
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Prompts of a .jsonl file, `prompt`, the first of `turns`, or `messages`; in the chat template if there is one.
 
     Raises:
-        UserError: no such file, a line that is not JSON, or one without any of the three.
+        UserError: no such file, a line that is not JSON, one without any of the three, or one of another form.
     """
     if not path.is_file():
         raise UserError(f"no file at {path}; give a .jsonl file of prompts")
@@ -42,10 +49,24 @@ def _prompt_of(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str
         row = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where} is not JSON") from error
-    if not isinstance(row, dict) or not any(row.get(key) for key in ("prompt", "turns", "messages")):
+    if not isinstance(row, dict) or not any(row.get(key) for key in FORMS):
         raise UserError(f"{where} has none of `prompt`, `turns`, `messages`")
+    for key, form in FORMS.items():
+        if row.get(key) and not _is_form(key, row[key]):
+            raise UserError(f"{where}: came `{key}` {json.dumps(row[key])[:80]}; it must be {form}")
     text = row.get("prompt") or (row.get("turns") or [None])[0]
     if tokenizer.chat_template is None:
-        return str(text or row["messages"][-1]["content"])
+        return text or row["messages"][-1]["content"]
     messages = row.get("messages") or [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _is_form(key: str, value: Any) -> bool:
+    """Return whether a value of a prompt line has its form in `FORMS`."""
+    if key == "prompt":
+        return isinstance(value, str)
+    if not isinstance(value, list):
+        return False
+    if key == "messages":
+        return all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in value)
+    return all(isinstance(turn, str) for turn in value)

@@ -224,13 +224,15 @@ class Runner:
         adapted = self._gathered() if sharded else adapted
         if recipe.drafter is not None:
             fields |= self._train_drafter(recipe.drafter, adapted, tokenizer)
-        fields |= self._settle(adapted, tokenizer)
-        if any(method.has_learned_gates for method in adapted.trained_methods):
-            fields["gates"] = diagnose(adapted, rows_of(self._windows(recipe.data.train, tokenizer, recipe.data)))
-            for text in warnings_of(fields["gates"]):
-                self.say(f"warning: {text}")
         trained = recipe.train is not None and recipe.train.backbone
-        save(adapted, self.out, own_base=tokenizer if trained else None)
+        try:
+            fields |= self._settle(adapted, tokenizer)
+            if any(method.has_learned_gates for method in adapted.trained_methods):
+                fields["gates"] = diagnose(adapted, rows_of(self._windows(recipe.data.train, tokenizer, recipe.data)))
+                for text in warnings_of(fields["gates"]):
+                    self.say(f"warning: {text}")
+        finally:  # what was trained is kept where measuring it fails
+            save(adapted, self.out, own_base=tokenizer if trained else None)
         detach(adapted)
         return fields
 

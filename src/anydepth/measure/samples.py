@@ -27,7 +27,8 @@ MIN_TOKENS = 16
 MIN_DOCUMENTS = 32
 """A corpus of fewer documents is taken paragraph by paragraph."""
 MAX_COUNTED = 500_000
-"""Tokens of the corpus that are read at most, for samples and frequencies."""
+"""Tokens of the corpus that are read at most, for samples and frequencies: of texts spread evenly over it."""
+GOLDEN = (math.sqrt(5) - 1) / 2
 BETWEEN_PARAGRAPHS = re.compile(r"\n\s*\n")
 Track = Callable[[Iterable[Any]], Iterable[Any]]
 """Hands on what it is given, and shows how far it is."""
@@ -81,15 +82,17 @@ def draw_samples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, li
 def _read(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], Counter[int]]:
     """Return the token ids of texts that are long enough, and how often each token occurs in all of them."""
     counts: Counter[int] = Counter()
-    found, num_read = [], 0
-    for ids in tokenise(texts, tokenizer):
+    found: list[tuple[int, list[int]]] = []
+    num_read = 0
+    order = sorted(range(len(texts)), key=lambda place: place * GOLDEN % 1)  # each beginning of it is spread evenly
+    for place, ids in zip(order, tokenise([texts[place] for place in order], tokenizer), strict=False):
         counts.update(ids)
         if len(ids) >= MIN_TOKENS:
-            found.append(ids)
+            found.append((place, ids))
         num_read += len(ids)
         if num_read >= MAX_COUNTED:
             break
-    return found, counts
+    return [ids for _, ids in sorted(found)], counts
 
 
 @torch.no_grad()

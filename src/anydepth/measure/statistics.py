@@ -15,15 +15,18 @@ MEDIAN_ERROR = math.sqrt(math.pi / 2)
 """Standard error of a median, in those of the mean."""
 
 
-def ratio_interval(ratios: Sequence[float]) -> list[float] | None:
+def ratio_interval(ratios: Sequence[float], tail: float = 0.025) -> list[float] | None:
     """Return `[low, high]` around the median of paired ratios; None of fewer than two.
 
     Student's t on their logarithms, whose spread outliers widen: few pairs, or noisy ones, show no difference.
+
+    Args:
+        tail: probability that the median is below `low`, and that it is above `high`.
     """
     if len(ratios) < 2:
         return None
     logs = [math.log(ratio) for ratio in ratios]
-    half = t_quantile(len(logs) - 1) * MEDIAN_ERROR * stdev(logs) / len(logs) ** 0.5
+    half = t_quantile(len(logs) - 1, tail) * MEDIAN_ERROR * stdev(logs) / len(logs) ** 0.5
     return [math.exp(median(logs) - half), math.exp(median(logs) + half)]
 
 
@@ -61,11 +64,13 @@ def mean_of_sums(sums: Tensor, counts: Tensor, most: float | None = None) -> dic
     }
 
 
-def t_quantile(degrees: int) -> float:
-    """The 97.5% quantile of Student's t (Hill 1970's expansion; the two smallest by name, where it is too coarse)."""
-    if degrees < 3:
-        return {1: 12.7062, 2: 4.3027}[degrees]
-    z = NormalDist().inv_cdf(0.975)
+def t_quantile(degrees: int, tail: float = 0.025) -> float:
+    """Return the 1 − `tail` quantile of Student's t: exact below 3 degrees, else by the expansion of Hill (1970)."""
+    if degrees == 1:
+        return math.tan(math.pi * (0.5 - tail))
+    if degrees == 2:
+        return (1 - 2 * tail) / math.sqrt(2 * tail * (1 - tail))
+    z = NormalDist().inv_cdf(1 - tail)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

@@ -402,19 +402,24 @@ def _bar(middle: float, bounds: Sequence[float] | None) -> list[list[float]] | N
 def capacities(document: Document) -> Figure:
     """Speed-up and perplexity over the capacity that was set, one above the other; the control as a line."""
     rows, control = document["sweep"], document["control"]
+
+    def bounds_of(row: Document, key: str, scale: float) -> Sequence[float]:
+        bounds = _bounds(row) if key == "speedup" else row[f"{key}_range"]
+        return [scale * bound for bound in bounds or (row[key], row[key])]
+
     figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
-    axis_of = (("speedup", 1, "speed-up (bars: all pairs)"), ("perplexity_increase", 100, "perplexity, % (bars: 95%)"))
+    axis_of = (("speedup", 1, "speed-up (bars: 95%)"), ("perplexity_increase", 100, "perplexity, % (bars: 95%)"))
     for axes, (key, scale, label) in zip(panels, axis_of, strict=True):
         bare(axes)
-        middles = [scale * row[key] for row in rows]
-        reach = [_reach(scale * row[key], [scale * bound for bound in row[f"{key}_range"]]) for row in rows]
-        axes.errorbar([row["capacity"] for row in rows], middles, yerr=list(zip(*reach, strict=True)), color=COLOURS[0],
-                      ecolor=GREY, marker="o", markersize=4, capsize=2, label="capacity")  # fmt: skip
+        placed = [row for row in rows if row[key] is not None]
+        middles = [scale * row[key] for row in placed]
+        reach = [_reach(scale * row[key], bounds_of(row, key, scale)) for row in placed]
+        axes.errorbar([row["capacity"] for row in placed], middles, yerr=list(zip(*reach, strict=True)) or None,
+                      color=COLOURS[0], ecolor=GREY, marker="o", markersize=4, capsize=2, label="capacity")  # fmt: skip
         axes.axhline(1 if key == "speedup" else 0, color=GREY, linewidth=1, linestyle="--", label="full depth")
         if control is not None:
-            low, high = (scale * bound for bound in control[f"{key}_range"])
-            axes.axhspan(low, high, color=COLOURS[1], alpha=0.15)
+            axes.axhspan(*bounds_of(control, key, scale), color=COLOURS[1], alpha=0.15)
             axes.axhline(scale * control[key], color=COLOURS[1], linewidth=1.4, label=_short(control["label"]))
         axes.set_ylabel(label, fontsize=9)
     panels[1].set_xlabel("capacity (share of decisions to run, as set)")

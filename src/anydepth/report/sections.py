@@ -257,7 +257,7 @@ def _capacities(page: Page, document: Document, name: str) -> None:
     engine, control = document["engine"], document["control"]
     page.text(
         f"One checkpoint at several capacities, on held-out text and on engine {engine['engine']} {engine['weights']}; "
-        "speed and perplexity against the same model at full depth.",
+        f"speed and perplexity against the same model at full depth. {SPREAD}",
         "lead",
     )
     columns = {
@@ -268,13 +268,13 @@ def _capacities(page: Page, document: Document, name: str) -> None:
         "perplexity_increase": "increase",
         "untouched_perplexity": "untouched model",
     }
-    ranged = ("speedup", "perplexity_increase")
+    key = "perplexity_increase"
     rows = [
-        {**row, **{f"{key}_{end}": bound for key in ranged for end, bound in _ends(row[f"{key}_range"])}}
+        {**row, **{f"{key}_{end}": bound for end, bound in _ends(row[f"{key}_range"])}}
         for row in (*document["sweep"], *([] if control is None else [control]))
     ]
-    also = [f"{key}_{end}" for key in ranged for end in ("low", "high")]
-    page.table(name, columns, rows, {key: partial(_from_to, key) for key in ranged}, also)
+    also = ("speedup_interval", "is_noise", f"{key}_low", f"{key}_high")
+    page.table(name, columns, rows, {"speedup": _speedup, key: partial(_from_to, key)}, also)
     text = "Speed-up and perplexity over the capacity; the band is full depth with int8 weights."
     page.figure(f"{name}-capacities", plots.capacities(document), text, document)
 

@@ -58,6 +58,12 @@ def check_corpus(spec: str) -> None:
         _fetch_wikitext(name, split)
 
 
+def validation_of(spec: str) -> str | None:
+    """Return the `valid` split of the corpus that `spec` names the `train` split of; None of anything else."""
+    name, split = _check_name(spec)
+    return f"{name}:valid" if split == "train" else None
+
+
 def _check_name(spec: str) -> tuple[str, str]:
     """Return name and split of a corpus, its first split if none is given; both empty for a file."""
     name, _, split = spec.partition(":")
@@ -129,7 +135,7 @@ def _fetch_wikitext(name: str, split: str) -> Any:
 _ARTICLE = re.compile(r" = [^=].*[^=] = \n?")
 _HEADING = re.compile(r"((?:= )+)(.*?)((?: =)+)")
 _SPACING = [
-    (re.compile(r" @([-,.])@ "), r"\1"),
+    (re.compile(r" @([-,.])@(?: |$)"), r"\1"),
     (re.compile(r" ([,.;:!?%°′″)\]}’”])"), r"\1"),
     (re.compile(r"([(\[{$£€₤‘“]) "), r"\1"),
     # ' between a space and the end of a contraction: "lobster 's", "don 't", "I 'm".

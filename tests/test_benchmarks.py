@@ -1,0 +1,40 @@
+"""Scripts of benchmarks: what they say without a result, and which rows they keep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import commands
+from anydepth.measure.results import document
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["capacities.py", "exit_table.py", "task_scores.py"])
+def test_a_table_without_a_result_is_one_line(name: str, tmp_path: Path) -> None:
+    path = Path(shutil.copy(BENCHMARKS / name, tmp_path / name))  # next to no results
+    done = commands.script(path, "--table", folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"{name}: cannot read result") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("seed", "kept"), [(0, True), (1, False)])
+def test_rows_of_another_seed_are_not_kept(seed: int, kept: bool, tmp_path: Path) -> None:
+    """Rows that were written before the seed was kept are of seed 0."""
+    script = runpy.run_path(str(BENCHMARKS / "task_scores.py"))
+    config = {"target": "no such model", "weights": "no such model", "limit": None, "tasks": script["TASKS"]}
+    row = document(script["SCHEMA"], seed=0, config=config, label="x", tasks={name: {} for name in script["TASKS"]})
+    (tmp_path / "x.json").write_text(json.dumps(row))
+    arguments: Any = argparse.Namespace(rows=tmp_path, limit=None, seed=seed)
+    if kept:
+        assert script["scored"]("x", "no such model", arguments)["config"] == config
+    else:
+        with pytest.raises(Exception, match="no such model"):
+            script["scored"]("x", "no such model", arguments)
