@@ -143,7 +143,7 @@ def _base(model: ModelConfig) -> tuple[PreTrainedModel | None, PreTrainedTokeniz
 
 def _may_compare(name: str) -> bool:
     """Return whether a method has a threshold with some of its options; only loading can tell more."""
-    return method_class(name, "methods").budget_option is not None
+    return issubclass(method_class(name, "methods"), Calibrated)
 
 
 def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
