@@ -54,7 +54,7 @@ def check(recipe: Recipe, stages: Collection[str]) -> None:
     settles = recipe.calibrate is not None or any(_may_compare(str(method["name"])) for method in recipe.methods)
     if model is not None:
         methods = _check_methods(recipe, model)
-        settles = recipe.calibrate is not None or any(method.compares_scores for method in methods)
+        settles = recipe.calibrate is not None or bool(_deciding(methods))
         if "bench" in stages:
             check_window(model, max(recipe.bench.prompt_tokens), recipe.bench.new_tokens)
         if "generate" in stages and tokenizer is not None:
