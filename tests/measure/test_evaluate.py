@@ -90,7 +90,7 @@ def test_perplexity_has_the_interval_of_its_windows() -> None:
     result = evaluate(adapted, windows())
     for side in (result, result["full_depth"]):
         losses = [(part if side is result else part["full_depth"])["loss"] for part in each]
-        half = 4.3027 * stdev(losses) / 3**0.5
+        half = 4.302653 * stdev(losses) / 3**0.5
         assert side["perplexity_interval"] == pytest.approx([math.exp(mean(losses) + end * half) for end in (-1, 1)])
 
 
