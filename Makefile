@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 TEST_JOBS ?= 2
 # One thread per test process: two that share the cores' threads can be ten times slower.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --timeout=600
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=600
 STAMP := $(VENV)/.anydepth-setup
 LOWEST_STAMP := $(LOWEST_VENV)/.anydepth-setup
 PIP_OPTIONS := --disable-pip-version-check --quiet

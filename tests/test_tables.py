@@ -23,6 +23,7 @@ TABLES = {
     "guarantee": ["benchmarks/guarantee.py", "--table"],
     "serve_load": ["benchmarks/serve_load.py", "--table"],
     "fronts": ["benchmarks/fronts.py", "--table"],
+    "capacities": ["benchmarks/capacities.py", "--table"],
     "drafter_choices": ["benchmarks/drafter_choices.py", "--table"],
 }
 PAGES = ("README.md", "docs/results.md")

@@ -237,7 +237,7 @@ def test_planted_pickles_are_not_read(tmp_path: Path) -> None:
     assert mark.exists(), "the mark proves nothing"
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch"])
+@pytest.mark.parametrize("kind", [pytest.param("pickle", marks=pytest.mark.slow), "torch"])
 def test_weights_that_are_only_pickled_are_refused(kind: str, tmp_path: Path) -> None:
     save_base(tmp_path)
     mark = tmp_path / "mark"

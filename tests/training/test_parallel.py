@@ -106,13 +106,10 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.allclose(value, found[name], rtol=1e-3, atol=2e-5), name
 
 
-CASES = [
-    pytest.param(config, methods, marks=[] if (config, methods) == ("fsdp2", "layer skip") else [pytest.mark.slow])
-    for config in ("ddp", "fsdp2")
-    for methods in METHODS
-]
+CASES = [(config, methods) for config in ("ddp", "fsdp2") for methods in METHODS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "methods"), CASES)
 def test_two_processes_learn_what_one_does(config: str, methods: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, methods)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import families
 from anydepth import FastEngine, attach
+from anydepth.gating.plan import Plan
 from anydepth.inference.engine import native
 from tiny import tiny_llama
 
@@ -35,11 +36,11 @@ def test_bits_behind_a_window(family: str, weights: str) -> None:
 
 def check(model: PreTrainedModel, weights: str, methods: list[dict[str, Any]]) -> None:
     adapted = attach(model if weights == "float32" else model.to(torch.bfloat16), methods)
-    engine, methods_on = FastEngine(adapted, weights).model, adapted.active_methods
+    engine, plan = FastEngine(adapted, weights).model, Plan.of(adapted.active_methods)
     cache, generator = engine.new_cache(NUM_ROWS), torch.Generator().manual_seed(0)
     for row in range(NUM_ROWS):  # pasts of different lengths, some of more than one part
         past = torch.randint(3, 100, (1, 20 + 60 * row), generator=generator)
-        engine.forward(past, [cache.take_slot()], cache, methods_on)
+        engine.forward(past, [cache.take_slot()], cache, plan)
     before = list(cache.lengths)
     new = torch.randint(3, 100, (NUM_ROWS, NUM_NEW), generator=generator)
 
@@ -48,7 +49,7 @@ def check(model: PreTrainedModel, weights: str, methods: list[dict[str, Any]]) -
             cache.rewind(slot, length)
 
     def logits(ids: torch.Tensor, slots: list[int]) -> torch.Tensor:
-        return engine.logits(engine.forward(ids, slots, cache, methods_on)[0])
+        return engine.logits(engine.forward(ids, slots, cache, plan)[0])
 
     everyone = list(range(NUM_ROWS))
     alone = [
