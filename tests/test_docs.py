@@ -52,6 +52,7 @@ PAGES_THAT_RUN = [name for name, text in PAGES.items() if BLOCK.search(text)]
 SLOW = [
     "docs/guides/honest-benchmarks.md",
     "docs/coming-from.md",
+    "docs/methods/early_exit.md",
     *(name for name in PAGES if name.startswith("docs/tutorials/")),
 ]
 """Sweeps and servers with tests of their own, commands that other pages have, and what runs on the real model too."""

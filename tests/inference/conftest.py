@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 FAMILIES = {"llama", "gemma3_text", "gpt2"}
-DRAFTERS = {"lookup", "first layers", "router, omit"}
+DRAFTERS = {"lookup", "first layers"}
 """Families differ in layers, drafters in what they ask of the model: each runs once with everything."""
 
 

@@ -121,7 +121,7 @@ def stock(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
     return HFLM(pretrained=backbone, tokenizer=tokenizer)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("name", ["arc_easy", "mmlu_anatomy"])
+@pytest.mark.parametrize("name", [pytest.param("arc_easy", marks=pytest.mark.slow), "mmlu_anatomy"])
 def test_full_depth_is_lm_evals_own_model(name: str) -> None:
     theirs = answers(stock(model(), byte_tokenizer()), name)
     adapted = anydepth.attach(model(), ROUTER)

@@ -66,6 +66,7 @@ def test_a_point_that_was_killed_before_its_report_gets_one(
     assert kept == {name: at for name, at in before.items() if name != "run.json"}  # nothing was measured twice
 
 
+@pytest.mark.slow
 def test_whatever_is_missing_is_done(recipe: Recipe, tmp_path: Path) -> None:
     """C17: every file that a stage leaves counts, not one of them."""
     sweep, runner = a_sweep(recipe, tmp_path)
