@@ -29,8 +29,8 @@ def options(name: str) -> str:
 
 
 def config(name: str) -> str:
-    """One section of a recipe, from its class in `anydepth.config`."""
-    return _fields(getattr(importlib.import_module("anydepth.config"), name))
+    """One section of a recipe, from its class in `anydepth.recipe`."""
+    return _fields(getattr(importlib.import_module("anydepth.recipe"), name))
 
 
 def method(name: str) -> str:

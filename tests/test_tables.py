@@ -24,6 +24,7 @@ TABLES = {
     "serve_load": ["benchmarks/serve_load.py", "--table"],
     "fronts": ["benchmarks/fronts.py", "--table"],
     "capacities": ["benchmarks/capacities.py", "--table"],
+    "task_scores": ["benchmarks/task_scores.py", "--table"],
     "drafter_choices": ["benchmarks/drafter_choices.py", "--table"],
 }
 PAGES = ("README.md", "docs/results.md")
