@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"{target} holds no checkpoint; train it first, or give --row LABEL=FOLDER")
     documents = [scored(label, target, arguments) for label, target in rows.items()]
     told = with_changes(documents)
-    command = "python benchmarks/task_scores.py" + (f" --limit {arguments.limit}" if arguments.limit else "")
+    command = "python benchmarks/task_scores.py" + "".join(f" --row '{row}'" for row in arguments.row)
+    command += f" --limit {arguments.limit}" if arguments.limit else ""
     config = {"tasks": TASKS, "limit": arguments.limit, "rows": rows}
     result = document(SCHEMA, seed=arguments.seed, config=config, command=command, rows=told)
     result |= {

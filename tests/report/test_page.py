@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_every_committed_result_has_its_place_on_a_page(tmp_path: Path) -> None:
         if "sweep" in document:  # capacities have a table and a figure
             assert all(row["label"] in everything for row in document["sweep"])
         else:  # others have no figures, but are named
-            assert str(document["schema"]) in everything and str(document.get("command") or "") in everything
+            assert str(document["schema"]) in everything and escape(str(document.get("command") or "")) in everything
     assert "Language loss alone" in page
 
 

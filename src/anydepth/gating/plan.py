@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 class Decider(Protocol):
-    """What a plan asks of a method (`methods/method.py`)."""
+    """What a plan asks of a method (`methods/_base/method.py`)."""
 
     name: ClassVar[str]
 
@@ -186,15 +186,11 @@ class Decisions:
                 self._put(gate, scores > gate.spec.threshold_at(context.positions))
 
     @classmethod
-    def begin(cls, methods: Sequence[Decider], context: PassContext, plan: Plan | None = None) -> Decisions:
-        """Start a forward: let methods prepare what they keep of it, and decide what is known before.
-
-        Args:
-            plan: of the same methods, compiled before; None compiles one.
-        """
+    def begin(cls, methods: Sequence[Decider], context: PassContext) -> Decisions:
+        """Start a forward: let methods prepare what they keep of it, and decide what is known before."""
         for method in methods:
             context.states[method.name] = method.begin(context)
-        return cls(Plan.for_forward(methods, context) if plan is None else plan, context, methods)
+        return cls(Plan.for_forward(methods, context), context, methods)
 
     def reads(self, layer_idx: int) -> bool:
         """Return whether gates of a layer depend on the states that they are asked with.
@@ -266,11 +262,7 @@ class Decisions:
     def _keep(self, gate: PlannedGate, hidden: Tensor, asked: Tensor) -> tuple[Tensor, Sample | None]:
         """Return (G, B, T) decisions, and how they were drawn in training."""
         method, spec, context = gate.method, gate.spec, self.context
-        if spec.score.reads_at is None:
-            scores = spec.score.known(context)
-            assert scores is not None, "only scores of states are unknown"
-        else:
-            scores = spec.score.evaluate(hidden, context, asked, self.compared)
+        scores = spec.score.evaluate(hidden, context, asked, self.compared)
         if gate.is_sampled:
             sample = method.sample(spec, scores, hidden, context)
             return sample.keep, sample

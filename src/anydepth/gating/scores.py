@@ -51,7 +51,9 @@ class Score:
             asked: (B, T) tokens whose numbers count; others may be anything.
             captured: (B, T, D) by layer, the inputs of layers that a score compares with.
         """
-        raise NotImplementedError
+        numbers = self.known(context)
+        assert numbers is not None, "a score that reads states has its own way"
+        return numbers
 
 
 class Closed(Score):

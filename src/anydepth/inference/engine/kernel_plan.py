@@ -212,7 +212,7 @@ class KernelPass:
     Attributes:
         taps: (stops, N, D), where the kernels leave those.
         flat: (columns · N,) scores of all gates, where the kernels read them and leave those of networks.
-        whole, waiting: caches of layers that everybody runs, and that tokens may skip.
+        whole, waiting: caches of layers that every token runs, and of those that tokens may skip.
 
     Raises:
         Unfit: gates that the kernels do not decide.

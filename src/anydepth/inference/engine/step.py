@@ -171,7 +171,7 @@ class Step(RowPass):
         return gate, mixer_gate
 
     def _ask_ffn(self, layer_idx: int, gate: Gate | None, hidden: Tensor) -> Gate | None:
-        if self.plan.gates_branches and (gate is None or gate.any_kept):  # else nobody is left to ask about
+        if self.plan.gates_branches and (gate is None or gate.any_kept):  # else no token is left to decide about
             gate = Gate.both(gate, self.decisions.gate("ffn", layer_idx, self._shaped(hidden)))
         if gate is not None:
             self.record.ffn_keep[layer_idx] = gate.keep
