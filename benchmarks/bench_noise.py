@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import anydepth
-from anydepth.execution.adapted import AdaptedModel, attach
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.engine.fast import FastEngine
+from anydepth.hf.adapted import AdaptedModel, attach
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
 from anydepth.measure.timing import on_free_cores, time_generation

@@ -21,19 +21,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from speculation import SHIPPED, prompts_of, timed
 
 import anydepth
-from anydepth.execution.adapted import AdaptedModel, attach, detach
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.engine.fast import FastEngine
+from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
-from anydepth.methods.draft_network import DraftNetwork
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.recipe import DrafterConfig, OwnTextConfig
+from anydepth.speculation.draft_network import DraftNetwork
+from anydepth.speculation.drafter_training import train_drafter
+from anydepth.speculation.self_generated import own_texts
 from anydepth.training.checkpoint import with_speculation
-from anydepth.training.drafter import train_drafter
-from anydepth.training.own_text import own_texts
+from speculation import SHIPPED, prompts_of, timed
 
 RESULT = Path(__file__).resolve().parent / "results" / "drafter_choices.json"
 TAPS = [10, 20, 30]

@@ -20,9 +20,9 @@ from engine_table import markdown
 from torch import Tensor
 
 import anydepth
-from anydepth.execution.adapted import attach, detach
-from anydepth.inference.engine.batching import Batcher, Request
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.decoding.scheduler import Batcher, Request
+from anydepth.engine.fast import FastEngine
+from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate

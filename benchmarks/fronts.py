@@ -16,7 +16,7 @@ from typing import Any
 
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
-from anydepth.measure.sweep import Sweep, plan, sweep_document
+from anydepth.runs.sweep import Sweep, plan, sweep_document
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "fronts.json"

@@ -23,7 +23,7 @@ from llama_cpp_peer import LlamaCpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import anydepth
-from anydepth.execution.adapted import attach, detach
+from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
 from anydepth.serve.export import export

@@ -20,8 +20,8 @@ import torch
 from anydepth.calibration.generated import continuations
 from anydepth.calibration.guarantee import difference, inconsistency, learn_then_test
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
-from anydepth.execution.adapted import attach, detach
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.engine.fast import FastEngine
+from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
 from anydepth.training.checkpoint import load_target

@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from anydepth.execution.adapted import AdaptedModel, attach, detach
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.engine.fast import FastEngine
+from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate, exit_losses

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import yaml
 
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
 from anydepth.training.checkpoint import load_target

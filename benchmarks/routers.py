@@ -16,8 +16,8 @@ import torch
 
 import anydepth
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
-from anydepth.execution.adapted import AdaptedModel, attach, detach
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.engine.fast import FastEngine
+from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
 from anydepth.measure.results import document, source_commit

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from anydepth.json_io import read_document
+from anydepth.speculation.shipped import folder, ship
 from anydepth.training.checkpoint import load_target
-from anydepth.training.shipped import folder, ship
 
 
 def main() -> None:

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 import anydepth
-from anydepth.execution.adapted import AdaptedModel, attach, detach
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.speculate import Counts
+from anydepth.engine.fast import FastEngine
+from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
 from anydepth.models.tokens import padded
+from anydepth.speculation.speculate import Counts
 from anydepth.training.checkpoint import with_speculation
 
 RESULT = Path(__file__).resolve().parent / "results" / "speculation.json"

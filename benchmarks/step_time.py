@@ -19,7 +19,7 @@ import torch
 
 import anydepth
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
-from anydepth.execution.adapted import attach
+from anydepth.hf.adapted import attach
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
 from anydepth.recipe import TrainConfig

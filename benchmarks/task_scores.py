@@ -17,8 +17,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
-from anydepth.inference.engine.decode import FastEngine
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.lm_eval import add_changes, score_tasks
 from anydepth.measure.results import document, task_scores

@@ -27,7 +27,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
     def app() -> FastAPI:
         import torch
 
-        from anydepth.serve.app import Settings, create_app
+        from anydepth.serve.api import Settings, create_app
         from anydepth.serve.opening import open_service
 
         torch.set_num_threads(cpus)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-PRELOADED = ["anydepth.cli", "anydepth.measure.run", "anydepth.serve.export", "anydepth.report.page", "commands"]
+PRELOADED = ["anydepth.cli", "anydepth.runs.run", "anydepth.serve.export", "anydepth.report.page", "commands"]
 SECONDS = 300
 # As the command line sets them before it imports anything; here that was done already.
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}

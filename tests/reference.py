@@ -1,6 +1,6 @@
 """Replays a recorded trace on a stock model: *trace in, logits out*, so decisions are checked apart from arithmetic.
 
-Nothing of `anydepth.execution` is used. Every layer computes every token; what the trace says was skipped is then
+Nothing of `anydepth.hf` is used. Every layer computes every token; what the trace says was skipped is then
 left out of the residual stream, and under `omit` hidden from the keys that later tokens see. No gather, no cache.
 """
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import anydepth
-from anydepth.serve.app import Settings, create_app
+from anydepth.serve.api import Settings, create_app
 from anydepth.serve.service import Service
 from tiny import byte_tokenizer, tiny_llama
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import anydepth
 from anydepth.measure.evaluate import evaluate
-from anydepth.measure.run import summary_of
 from anydepth.models.load import load_model
 from anydepth.recipe import TrainConfig
+from anydepth.runs.run import summary_of
 from anydepth.training.checkpoint import load_target
 from anydepth.training.corpora import validation_of
 from anydepth.training.data import load_windows

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import anydepth
+from anydepth.engine.backends.cpu.native import why_not
 from anydepth.gating import cost
-from anydepth.inference.engine.native import why_not
 from anydepth.measure.evaluate import evaluate
 from anydepth.training.data import load_windows
 from reference import relative_rms, replay

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import anydepth
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.hf.adapted import AdaptedModel
 from tiny import tiny_llama
 
 METHODS: dict[str, Any] = {

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaptedModel": "anydepth.execution.adapted",
-    "attach": "anydepth.execution.adapted",
-    "detach": "anydepth.execution.adapted",
+    "AdaptedModel": "anydepth.hf.adapted",
+    "attach": "anydepth.hf.adapted",
+    "detach": "anydepth.hf.adapted",
     "Trace": "anydepth.gating.trace",
     "load_model": "anydepth.models.load",
     "load": "anydepth.training.checkpoint",
     "save": "anydepth.training.checkpoint",
     "METHODS": "anydepth.methods",
-    "FastEngine": "anydepth.inference.engine.decode",
+    "FastEngine": "anydepth.engine.fast",
     "EarlyExit": "anydepth.methods.early_exit",
     "ExitGate": "anydepth.methods.exit_gate",
     "FFNRouter": "anydepth.methods.ffn_router",
@@ -64,10 +64,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from anydepth.engine.fast import FastEngine
     from anydepth.errors import RunError, UserError
-    from anydepth.execution.adapted import AdaptedModel, attach, detach
     from anydepth.gating.trace import Trace
-    from anydepth.inference.engine.decode import FastEngine
+    from anydepth.hf.adapted import AdaptedModel, attach, detach
     from anydepth.methods import METHODS
     from anydepth.methods.early_exit import EarlyExit
     from anydepth.methods.exit_gate import ExitGate

@@ -12,7 +12,7 @@ import pytest
 from anydepth.calibration import budget
 from anydepth.calibration.budget import Unreachable, find_budget
 from anydepth.calibration.shares import collect_scores, thresholds_of
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.hf.adapted import AdaptedModel
 from undecided import METHODS, undecided, windows
 
 

@@ -15,8 +15,8 @@ from anydepth.calibration.exits import ExitScores, collect_exit_scores, exit_set
 from anydepth.calibration.generated import STEPS, bound_risk
 from anydepth.calibration.guarantee import inconsistency
 from anydepth.calibration.shares import options_of, set_thresholds, thresholds_of
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
-from anydepth.inference.engine.decode import FastEngine
 from tiny import NUM_LAYERS, tiny_llama
 
 LAYERS = [2, 3, 5]

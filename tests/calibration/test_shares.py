@@ -19,7 +19,7 @@ from anydepth.calibration.shares import (
     thresholds_of,
 )
 from anydepth.errors import RunError
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.calibration import Calibrated
 from tiny import tiny_llama
 from undecided import METHODS, OTHERS, undecided, windows

@@ -17,16 +17,16 @@ from torch import Tensor
 
 import anydepth
 from anydepth.cli.display import show_bench
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import RunError, UserError
-from anydepth.execution.partial import PartialRunner
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.hf.partial import PartialRunner
 from anydepth.measure import timing
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate
-from anydepth.measure.run import summary_of
 from anydepth.measure.self_check import self_check
 from anydepth.measure.statistics import is_noise, ratio_interval
 from anydepth.measure.throughput import throughput
+from anydepth.runs.run import summary_of
 from tiny import tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import anydepth
 from anydepth.calibration.guarantee import inconsistency
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.engine.fast import FastEngine
 from anydepth.measure.compare import compare, ways_of
 from anydepth.report.page import write_report
 from commands import anydepth as command

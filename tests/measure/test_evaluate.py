@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import anydepth
+from anydepth.engine.fast import FastEngine
 from anydepth.gating import cost
-from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.evaluate import evaluate, why_the_same
 from anydepth.recipe import TrainConfig
 from anydepth.training.train import prepare

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anydepth.inference.engine import native
+from anydepth.engine.backends.cpu import native
 from anydepth.measure.held_out import _warning, held_out, split_windows
 from anydepth.methods.skip_set import SkipSetConfig
 from tiny import byte_tokenizer, save_text, tiny_llama

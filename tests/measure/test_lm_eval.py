@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import anydepth
 from anydepth.cli import app
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import Trace
-from anydepth.inference.engine.decode import FastEngine
 from anydepth.measure.lm_eval import AnydepthLM, _whole, add_changes, check_tasks, check_windows, score_tasks
 from anydepth.measure.results import task_scores
 from anydepth.measure.shared_prefix import SharedPrefixes

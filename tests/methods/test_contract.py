@@ -21,14 +21,14 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 import anydepth
 import families
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
 from anydepth.gating.context import PassContext
 from anydepth.gating.plan import Decisions, Plan, Sample
 from anydepth.gating.scores import Score
 from anydepth.gating.spec import GateSpec
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods import METHODS
 from anydepth.methods._base.method import Method
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
@@ -112,7 +112,7 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
     "mixers_routed": {"name": "mixer_router", "threshold": float("-inf")},
     "mixers_all": {"name": "mixer_router", "threshold": float("-inf"), "state": "all"},
 }
-LOSSLESS = {"self_speculation": "tests/inference/test_speculate.py"}
+LOSSLESS = {"self_speculation": "tests/speculation/test_speculate.py"}
 """Methods without gates of their own at inference, and where their contract is tested."""
 TOLERANCE = 1e-5
 
@@ -416,9 +416,9 @@ def test_fast_engine_is_the_model(
             FastEngine(adapted)
         return
     if how == "long parts by operators":  # the longest part below is then one of many tokens, the others are of few
-        monkeypatch.setattr("anydepth.inference.engine.step.MAX_TOKENS", 16)
+        monkeypatch.setattr("anydepth.engine.step.MAX_TOKENS", 16)
     if how == "asked layer by layer":
-        monkeypatch.setattr("anydepth.inference.engine.step.Step._kernel_pass", lambda *_: None)
+        monkeypatch.setattr("anydepth.engine.step.Step._kernel_pass", lambda *_: None)
     assert_engine_is_the_model(FastEngine(adapted), adapted)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import anydepth
 import families
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods.mixture_of_depths import MixtureOfDepths
 from anydepth.recipe import TrainConfig
 from anydepth.training.losses import expected_exit_loss, token_losses

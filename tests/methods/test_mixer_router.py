@@ -11,10 +11,10 @@ from torch import Tensor
 import anydepth
 import families
 from anydepth.errors import RunError, UserError
-from anydepth.execution import alternate
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
 from anydepth.gating.plan import Sample
+from anydepth.hf import alternate
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.inspect import inspect_model
 from anydepth.measure.self_check import self_check
 from anydepth.methods.mixer_router import MixerRouter

@@ -16,10 +16,10 @@ import anydepth
 import families
 from anydepth.errors import UserError
 from anydepth.gating import cost
-from anydepth.methods.draft_network import DraftNetwork
 from anydepth.models.backbone import Backbone
 from anydepth.models.load import base_fingerprint
 from anydepth.models.plain import fold_adapters, plain_state
+from anydepth.speculation.draft_network import DraftNetwork
 from tiny import byte_tokenizer, save_base
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of tied models

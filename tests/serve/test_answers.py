@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import anydepth
-from anydepth.inference.generate import generate
+from anydepth.decoding.generate import generate
 from anydepth.measure.prompts import read_prompts
 from anydepth.models.tokens import encode, padded
 from anydepth.serve.service import Service
 from anydepth.serve.talk import Talk
-from anydepth.serve.text import TextStream, TokenText
+from anydepth.serve.text_stream import TextStream, TokenText
 from commands import anydepth as command
 from serving_here import DRAFTS, TEMPLATE, chat, complete, fallback_tokenizer, refusal, serving
 from tiny import byte_tokenizer, save_base, tiny_llama

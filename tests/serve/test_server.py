@@ -20,8 +20,8 @@ from openai import APIStatusError, OpenAI
 from transformers import AutoTokenizer, LogitsProcessorList
 
 import anydepth
-from anydepth.inference.engine.batching import Batcher, Request
-from anydepth.serve.app import Settings, create_app
+from anydepth.decoding.scheduler import Batcher, Request
+from anydepth.serve.api import Settings, create_app
 from anydepth.serve.service import Service
 from anydepth.serve.shapes import ChatShape
 from serving import end, start, tiny_router

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import anydepth
-from anydepth.inference.counts import Counts
-from anydepth.inference.engine.batching import Request
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.targets import EngineTarget
+from anydepth.decoding.scheduler import Request
+from anydepth.engine.fast import FastEngine
 from anydepth.serve.service import Drafted, Job
-from anydepth.serve.text import TextStream
+from anydepth.serve.text_stream import TextStream
+from anydepth.speculation.counts import Counts
+from anydepth.speculation.targets import EngineTarget
 from tiny import byte_tokenizer, tiny_llama
 
 NETWORK: dict[str, Any] = {"taps": [2, 6], "vocabulary_size": 100}

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from anydepth.serve.text import TextStream
+from anydepth.serve.text_stream import TextStream
 from tiny import byte_tokenizer
 
 TEXT = "The sea is wide – “größer”, 海 and 🌊; STOP here."

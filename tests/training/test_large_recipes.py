@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anydepth
-from anydepth.measure.run import Runner
 from anydepth.recipe import load_recipe
+from anydepth.runs.run import Runner
 from tiny import SHAPES, byte_tokenizer, save_text
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "large").glob("*.yaml"))

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 import anydepth
 from anydepth.calibration.shares import skipped_shares
 from anydepth.measure.evaluate import evaluate, exit_losses
-from anydepth.measure.run import Runner
 from anydepth.recipe import Recipe, TextConfig, TrainConfig
+from anydepth.runs.run import Runner
 from anydepth.training.data import WindowDataset, bos_of, collate, load_windows, num_tokens, pack, rows_of
 from anydepth.training.learner import Learner
 from anydepth.training.train import prepare, train

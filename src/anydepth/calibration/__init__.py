@@ -1,1 +1,1 @@
-"""Setting what training leaves open: skip sets, thresholds, budgets."""
+"""Thresholds and budgets: what training leaves open, set on text within a bound."""

@@ -16,7 +16,7 @@ from anydepth.calibration.shares import (
     thresholds_of,
 )
 from anydepth.errors import RunError
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.statistics import ratio_interval
 
 SHARES = 64

@@ -16,7 +16,7 @@ from torch import Tensor
 from anydepth.calibration.generated import STEPS
 from anydepth.calibration.shares import Thresholds
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods.early_exit import EarlyExit
 
 

@@ -32,11 +32,11 @@ from anydepth.calibration.shares import (
     thresholds_of,
 )
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.tokens import end_ids
 
 if TYPE_CHECKING:  # what is given to this stage, not what it stands on
-    from anydepth.inference.engine.decode import FastEngine
+    from anydepth.engine.fast import FastEngine
 
 RISKS = ("consistency", "quality", "difference")
 STEPS = [0.5 ** (8 - 0.5 * number) for number in range(17)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anydepth.errors import RunError
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods import METHODS
 from anydepth.methods._base import score_quantiles as kept
 from anydepth.methods._base.calibration import Calibrated

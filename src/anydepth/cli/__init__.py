@@ -14,8 +14,8 @@ import warnings
 import typer
 
 # Imported for the commands they register, in the order in which help lists them.
-from anydepth.cli import training, calibrating, measuring, text, serving  # noqa: F401  # isort: skip
-from anydepth.cli.app import app
+from anydepth.cli import training, calibrating, measuring, generating, serving  # noqa: F401  # isort: skip
+from anydepth.cli.application import app
 from anydepth.errors import RunError, UserError
 from anydepth.processes import is_parallel, rank
 

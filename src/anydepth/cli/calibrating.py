@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anydepth.cli.app import app
+from anydepth.cli.application import app
 from anydepth.cli.display import Printer, show_calibration
 from anydepth.cli.options import (
     Capacity,
@@ -162,7 +162,7 @@ def _bound_risk(options: dict[str, Any]) -> None:
     from anydepth.calibration.generated import bound_risk, check_risk, shared_settings
     from anydepth.calibration.guarantee import TESTS, check_bounds, check_test, least_sequences
     from anydepth.calibration.shares import collect_scores, keep_scores, set_thresholds, thresholds_of
-    from anydepth.inference.engine import choose
+    from anydepth.engine import choose
     from anydepth.measure.calibrate import check_decides
     from anydepth.training.checkpoint import has_adapter, load_target
 

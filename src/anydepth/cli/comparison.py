@@ -25,7 +25,7 @@ def check_comparison(options: dict[str, Any]) -> None:
 
 def compare_ways(options: dict[str, Any], adapted: Any, tokenizer: Any, printer: Printer) -> dict[str, Any]:
     """Return the fields of `anydepth.bench/1`: a row for each way to run the target."""
-    from anydepth.inference.engine import choose
+    from anydepth.engine import choose
     from anydepth.measure.bench import batches_of, load_prompts
     from anydepth.measure.compare import compare, ways_of
     from anydepth.measure.prompts import read_prompts

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from anydepth.cli.analysis import show_analysis
-from anydepth.cli.app import app
+from anydepth.cli.application import app
 from anydepth.cli.display import (
     Printer,
     bench_line,
@@ -105,7 +105,7 @@ def evaluate(
 ) -> None:
     """Perplexity with routing on, beside the untouched model."""
     from anydepth.config import validate
-    from anydepth.inference.engine import choose, label_of
+    from anydepth.engine import choose, label_of
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
     from anydepth.measure.results import document
@@ -243,7 +243,7 @@ def bench(
     import torch
 
     from anydepth.cli.comparison import check_comparison, compare_ways, show_comparison
-    from anydepth.inference.engine import label_of
+    from anydepth.engine import label_of
     from anydepth.measure.bench import bench as time_pairs
     from anydepth.measure.bench import bench_prompts, load_prompts
     from anydepth.measure.prompts import read_prompts
@@ -321,7 +321,7 @@ def _check_requests(requests: int | None, engines: list[Any]) -> None:
 def _with_methods(target: str, against: list[str], options: list[str], load: dict[str, Any]) -> tuple[Any, Any]:
     """The model to bench and its tokenizer: with its own methods, or those named on the command line."""
     from anydepth.config import refuse_training_only, validate
-    from anydepth.execution.adapted import attach, detach
+    from anydepth.hf.adapted import attach, detach
     from anydepth.methods import method_class
     from anydepth.methods.self_speculation import SelfSpeculation
     from anydepth.training.checkpoint import load_target, with_speculation
@@ -342,7 +342,7 @@ def _with_methods(target: str, against: list[str], options: list[str], load: dic
 
 def _engines(adapted: Any, engine: str, weights: str | None, compiled: bool, say: Callable[[str], None]) -> list[Any]:
     """What to bench with: None for the Hugging Face model's own `generate`, fast engines by their weights."""
-    from anydepth.inference.engine import ENGINES, choose
+    from anydepth.engine import ENGINES, choose
 
     if engine not in (*ENGINES, "both"):
         raise UserError(f"engine '{engine}' is unknown; bench takes {', '.join(ENGINES)} or both")
@@ -377,7 +377,7 @@ def analyze(
     And whether it depends on the token at all.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("as_json", "quiet")}
-    from anydepth.inference.engine import label_of
+    from anydepth.engine import label_of
     from anydepth.measure.analyze import analyze as look
     from anydepth.measure.evaluate import why_the_same
     from anydepth.measure.results import document
@@ -459,7 +459,7 @@ def _documents_in(folder: Path) -> list[Path]:
             return [whole]
     if (folder / "points").is_dir():
         raise UserError(f"{folder} is a sweep that has not come to its end; run it again, it goes on where it was")
-    from anydepth.measure.run import STAGES
+    from anydepth.runs.run import STAGES
 
     found = [folder / f"{stage}.json" for stage in ("calibrate", *STAGES)]
     found = [path for path in found if path.exists()]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anydepth.cli.app import app as commands
+from anydepth.cli.application import app as commands
 from anydepth.cli.display import Printer, show_export
 from anydepth.cli.options import (
     Capacity,
@@ -65,11 +65,11 @@ def serve(
 
     --data is text that depth budgets are set on.
     """
-    from anydepth.inference.sampling import check_source, told
+    from anydepth.decoding.sampling_options import check_source, told
 
     check_source(generation_config)
     try:
-        from anydepth.serve.app import Settings, create_app
+        from anydepth.serve.api import Settings, create_app
         from anydepth.serve.http import bind, listen
         from anydepth.serve.opening import open_service
     except ImportError as error:

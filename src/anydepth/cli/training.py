@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from anydepth.cli.app import app
+from anydepth.cli.application import app
 from anydepth.cli.display import Printer, show_run, show_search, show_sweep, step_line
 from anydepth.cli.options import (
     Data,
@@ -126,13 +126,13 @@ def search(
 
     Writes a checkpoint folder with the skip set.
     """
-    from anydepth.calibration.skip_search import check_strategy
-    from anydepth.calibration.skip_search import search as search_skip_set
-    from anydepth.execution.adapted import attach, detach
+    from anydepth.hf.adapted import attach, detach
     from anydepth.json_io import write_json
     from anydepth.measure.held_out import held_out, split_windows
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name, load_model
+    from anydepth.search.skip_search import check_strategy
+    from anydepth.search.skip_search import search as search_skip_set
     from anydepth.training.checkpoint import save
     from anydepth.training.corpora import check_corpus
 
@@ -202,7 +202,7 @@ def sweep(
     chosen = seed_numbers(seeds)
     flags = recipe_overrides(overrides, None, device, dtype)
     config = {"recipe": str(recipe), "over": over or [], "seeds": chosen, "overrides": flags, "backend": backend}
-    from anydepth.measure.sweep import Sweep, plan, sweep_document
+    from anydepth.runs.sweep import Sweep, plan, sweep_document
 
     printer = Printer(as_json, quiet)
     found = Sweep(plan(recipe, over or [], chosen, flags), out, printer.progress)
@@ -217,6 +217,6 @@ def _runner(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> 
     from anydepth.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from anydepth.measure.run import Runner
+    from anydepth.runs.run import Runner
 
     return Runner(loaded, out, printer.progress)

@@ -16,7 +16,7 @@ Evaluate = Callable[["GateNetwork", Tensor], Tensor]
 class GateNetwork(nn.Module):
     """LayerNorm, then a linear map D → G with an MLP over `widths` added to it (GELU), in float32.
 
-    (..., D) states to (..., G) logits. The linear map is what can be solved for (`calibration/router_fit.py`); it
+    (..., D) states to (..., G) logits. The linear map is what can be solved for (`search/router_fit.py`); it
     starts at zero, its biases at the given ones.
 
     Args:

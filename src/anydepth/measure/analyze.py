@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.diagnostics import GateDecisions, described, gate_decisions, joined
 from anydepth.gating import cost
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.conditionality import conditionality
 from anydepth.measure.samples import Track, correlations, full_depth_losses
 from anydepth.measure.statistics import mean_of, rank_correlation
+from anydepth.training.diagnostics import GateDecisions, described, gate_decisions, joined
 
 NUM_BINS = 8
 STOP_WORDS = (

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.decoding.generate import check_window
+from anydepth.engine import verifies_bitwise
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import RunError, UserError
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
-from anydepth.inference.engine import verifies_bitwise
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.generate import check_window
-from anydepth.inference.speculate import Counts
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
 from anydepth.measure.statistics import is_noise, ratio_interval
@@ -33,6 +32,7 @@ from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generatio
 from anydepth.models.load import dtype_name
 from anydepth.models.tokens import padded
 from anydepth.recipe import TextConfig
+from anydepth.speculation.speculate import Counts
 from anydepth.training.data import PACKED, load_windows
 
 Engine = FastEngine | None

@@ -21,10 +21,10 @@ from anydepth.calibration.shares import (
     skipped_shares,
     thresholds_of,
 )
+from anydepth.engine import choose
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel
-from anydepth.inference.engine import choose
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.bench import load_prompts, paired_speedups
 from anydepth.measure.capacities import control, quality, sweep_capacities
 from anydepth.training.checkpoint import has_adapter, load_target

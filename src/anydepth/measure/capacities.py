@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.calibration.shares import Scores, off_target, set_thresholds, thresholds_at
-from anydepth.execution.adapted import AdaptedModel
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.engine.weights import WEIGHT_ONLY
+from anydepth.engine.fast import FastEngine
+from anydepth.engine.weights import WEIGHT_ONLY
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.bench import paired_engines, speedup_fields
 from anydepth.measure.evaluate import evaluate, same_model
 from anydepth.measure.statistics import mean_of_sums

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from anydepth.calibration.guarantee import inconsistency
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.speculate import records_of
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.bench import Engine, Pair, row_of
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.self_check import self_check
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
 from anydepth.methods._base.method import Method
 from anydepth.models.tokens import end_ids
+from anydepth.speculation.speculate import records_of
 
 CONTROL = "int8"
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.engine.fast import FastEngine
 from anydepth.gating import cost
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.statistics import mean_of_sums
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.training.checkpoint import has_adapter

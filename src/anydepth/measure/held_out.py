@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.engine.fast import FastEngine
+from anydepth.engine.weights import WEIGHT_ONLY
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel, attach, detach
 from anydepth.gating import cost
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.engine.weights import WEIGHT_ONLY
+from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.measure.evaluate import evaluate
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import is_quantised

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods import METHODS
 from anydepth.methods._base.training import Trained
 from anydepth.methods.mixer_router import MixerRouter

@@ -28,10 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.results import MEANS, error_name
 from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import LOCAL, Spec, task_named, where_to_look

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anydepth.execution.adapted import AdaptedModel
+from anydepth.engine.backends.cpu import native
+from anydepth.engine.backends.cpu.packing import huge
+from anydepth.engine.fast import FastEngine
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
-from anydepth.inference.engine import native
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.engine.packing import huge
+from anydepth.hf.adapted import AdaptedModel
 
 BUFFER_BYTES = 2**28
 """More than any cache holds."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating import cost
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.statistics import correlation
 from anydepth.training.data import tokenise
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from anydepth.config import StrictConfig
+from anydepth.engine.fast import FastEngine
+from anydepth.engine.weights import WEIGHT_ONLY
 from anydepth.errors import RunError
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating.context import PassContext
 from anydepth.gating.plan import Plan
 from anydepth.gating.scores import Known
 from anydepth.gating.spec import Branch, GateSpec, KVRule
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.engine.weights import WEIGHT_ONLY
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}

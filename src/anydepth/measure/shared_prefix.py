@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from anydepth.engine.fast import FastEngine
 from anydepth.gating import cost
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord, Trace
-from anydepth.inference.engine.decode import FastEngine
 
 
 class SharedPrefixes:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from anydepth.inference.engine.batching import Batcher, Request
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.decoding.scheduler import Batcher, Request
+from anydepth.engine.fast import FastEngine
 from anydepth.measure.bench import speedup_fields
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from anydepth.execution.adapted import AdaptedModel
-from anydepth.inference.engine.decode import FastEngine
+from anydepth.engine.fast import FastEngine
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.results import num_cores
 
 Batch = dict[str, Tensor]

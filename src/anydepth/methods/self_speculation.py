@@ -1,7 +1,7 @@
 """Self-speculative decoding: a part of the model drafts tokens, all of it verifies many of them in one pass.
 
 Lossless: forwards run at full depth, and generated tokens are those of full depth, sampled ones too
-(`inference/speculate.py`). Whatever else is attached decides nothing but what drafts are made with. LayerSkip (Elhoushi
+(`speculation/speculate.py`). Other attached methods decide in drafts alone. LayerSkip (Elhoushi
 et al. 2024), SWIFT (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Saxena 2023).
 """
 
@@ -14,8 +14,8 @@ from pydantic import Field, field_validator
 from anydepth.config import StrictConfig, training_field
 from anydepth.methods._base.method import Method, check_layers
 from anydepth.methods._base.training import Trained
-from anydepth.methods.draft_network import DraftNetwork
 from anydepth.models.backbone import Backbone
+from anydepth.speculation.draft_network import DraftNetwork
 
 
 class DraftNetworkConfig(StrictConfig):

@@ -1,7 +1,7 @@
 """A fixed set of layers, mixers or FFNs that no token runs.
 
 The simplest method and *the* baseline that every learned one must beat at equal cost. Lossy; not trained. Sets are
-found by `anydepth search` (`calibration/skip_search.py`). ShortGPT (Men et al. 2024), What Matters in Transformers?
+found by `anydepth search` (`search/skip_search.py`). ShortGPT (Men et al. 2024), What Matters in Transformers?
 (He et al. 2024).
 """
 

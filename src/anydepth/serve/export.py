@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.errors import RunError, UserError
-from anydepth.execution.adapted import AdaptedModel
 from anydepth.gating.plan import Plan
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method
 from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig

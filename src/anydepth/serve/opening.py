@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.sampling import use_defaults
+from anydepth.decoding.sampling_options import use_defaults
+from anydepth.engine.fast import FastEngine
 from anydepth.models.load import DType
 from anydepth.serve.service import Budgets, Service
 from anydepth.training.checkpoint import load_target

@@ -26,16 +26,16 @@ from anydepth.calibration.shares import (
     set_thresholds,
     thresholds_at,
 )
+from anydepth.decoding.sampler import NextToken, Stops
+from anydepth.decoding.scheduler import Batcher, Logprob, Request, next_part
+from anydepth.engine.fast import FastEngine
 from anydepth.errors import RunError, UserError
 from anydepth.gating.trace import PassRecord
-from anydepth.inference.counts import Counts
-from anydepth.inference.engine.batching import Batcher, Logprob, Request, next_part
-from anydepth.inference.engine.decode import FastEngine
-from anydepth.inference.next_token import NextToken, Stops
-from anydepth.inference.speculate import Speculation, setup_of
-from anydepth.inference.targets import EngineTarget, Row
 from anydepth.models.tokens import end_ids
-from anydepth.serve.text import TextStream
+from anydepth.serve.text_stream import TextStream
+from anydepth.speculation.counts import Counts
+from anydepth.speculation.speculate import Speculation, setup_of
+from anydepth.speculation.targets import EngineTarget, Row
 
 log = logging.getLogger("anydepth.serve")
 FALLBACK_WINDOWS = 4

@@ -10,7 +10,7 @@ from typing import Any
 
 from anydepth.serve.protocol import ChatCompletion, Sampling
 from anydepth.serve.service import Piece, Token
-from anydepth.serve.text import TokenText
+from anydepth.serve.text_stream import TokenText
 
 
 class Shape(ABC):

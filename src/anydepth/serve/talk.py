@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.decoding.sampling_options import SamplingOptions
+from anydepth.decoding.scheduler import Request
 from anydepth.errors import RunError, UserError
-from anydepth.inference.engine.batching import Request
-from anydepth.inference.sampling import SamplingOptions
 from anydepth.serve.service import Job, Piece, Service
-from anydepth.serve.text import TextStream
+from anydepth.serve.text_stream import TextStream
 
 
 class Talk:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.config import refuse_training_only
 from anydepth.errors import UserError
-from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.methods._base.method import Method
@@ -33,7 +33,7 @@ from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import ADAPTER, AUTO, DType, add_adapters, base_fingerprint, is_quantised, load_model
 from anydepth.models.plain import fold_adapters
-from anydepth.training.shipped import load_shipped, shipped_drafter
+from anydepth.speculation.shipped import load_shipped, shipped_drafter
 
 MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anydepth.execution.adapted import AdaptedModel, without_adapter
+from anydepth.hf.adapted import AdaptedModel, without_adapter
 from anydepth.methods._base.method import Method
 from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone

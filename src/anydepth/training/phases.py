@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anydepth.execution.adapted import AdaptedModel, attach, detach
+from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
 from anydepth.methods._base.method import Method
 from anydepth.processes import rank

@@ -25,15 +25,15 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from anydepth.errors import RunError, UserError
-from anydepth.execution.adapted import AdaptedModel
-from anydepth.execution.diagnostics import gate_decisions, lasting_collapse, training_metrics
 from anydepth.gating.shared_batch import batch_mean, num_processes
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import write_json
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import is_quantised
 from anydepth.recipe import NOTHING_TO_TRAIN, TrainConfig
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset, collate
+from anydepth.training.diagnostics import gate_decisions, lasting_collapse, training_metrics
 from anydepth.training.learner import Learner, methods_of, trained_methods_of
 from anydepth.training.parallel import check_kind, copy_into, first_alone, part_of, shards_on_cpu, wait_for_all, whole
 

@@ -1,0 +1,151 @@
+"""How a token is sampled where nobody says it: a model's own defaults, out of its `generation_config.json`.
+
+Not a sampler: the processors are transformers' own, in transformers' order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from anydepth.decoding.sampler import GREEDY
+from anydepth.errors import UserError
+
+SOURCES = ("auto", "none")
+NEUTRAL: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Options that are applied, and the values that change nothing."""
+NOT_APPLIED: dict[str, Any] = {
+    "num_beams": 1,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+}
+"""Options of transformers that change its text and are left out by the server and `chat`."""
+
+TOP_K = 50
+"""What transformers' `generate` samples from where neither the call nor the config has `top_k`."""
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Options that greedy decoding does not have."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen; every default changes nothing."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, config: GenerationConfig, **chosen: float | None) -> SamplingOptions:
+        """Return what was chosen, and for all that is None the model's own defaults."""
+        own = defaults_of(config)
+        return cls(**(own | {name: value for name, value in chosen.items() if value is not None}))  # type: ignore[arg-type]
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature <= GREEDY
+
+    def processors(self, *penalties: LogitsProcessor) -> LogitsProcessorList:
+        """Return transformers' processors for these options; greedy decoding has penalties alone.
+
+        Args:
+            penalties: others, which are applied after the repetition penalty, as vLLM does.
+        """
+        found = LogitsProcessorList(penalties)
+        if self.repetition_penalty != 1:
+            found.insert(0, RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.is_greedy:
+            return found
+        if self.temperature != 1:
+            found.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k > 0:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            found.append(MinPLogitsWarper(self.min_p))
+        return found
+
+
+def defaults_of(config: GenerationConfig) -> dict[str, float]:
+    """Return the options that a generation config sets to something that changes the text."""
+    return _set_in(config, NEUTRAL)
+
+
+def check_source(source: str) -> None:
+    """Raise `UserError` for an unknown value of --generation-config."""
+    if source not in SOURCES:
+        raise UserError(
+            f"--generation-config is {' or '.join(SOURCES)}: the model's own sampling defaults, or none of them; "
+            f"came '{source}'"
+        )
+
+
+def use_defaults(config: GenerationConfig, source: str) -> None:
+    """Keep the sampling defaults of a generation config (`auto`), or clear them in place (`none`); token ids stay."""
+    check_source(source)
+    if source == "none":
+        for name in (*NEUTRAL, *NOT_APPLIED):
+            setattr(config, name, None)
+
+
+def told(config: GenerationConfig) -> str | None:
+    """Return one line about a model's own defaults for the server and `chat`; None: it has none."""
+    used, left_out = defaults_of(config), _set_in(config, NOT_APPLIED)
+    return _line(
+        f"{_listed(used)} unless a request says otherwise" if used else "",
+        f"not applied here: {_listed(left_out)}" if left_out else "",
+    )
+
+
+def told_of_generate(config: GenerationConfig, temperature: float) -> str | None:
+    """Return one line about what transformers' `generate` applies beside the temperature; None: nothing."""
+    found = _set_in(config, NEUTRAL | NOT_APPLIED)
+    if temperature > GREEDY:
+        own = {"temperature": temperature, "top_k": TOP_K if config.top_k is None else config.top_k}
+        return f"sampling with {_listed(found | own)} (of generation_config.json, else transformers' defaults)"
+    used = {name: value for name, value in found.items() if name not in SAMPLED}
+    unused = {name: value for name, value in found.items() if name in SAMPLED}
+    return _line(
+        f"{_listed(used)} applied" if used else "",
+        f"{_listed(unused)} not applied, since the text is greedy (--temperature samples)" if unused else "",
+    )
+
+
+def _line(*parts: str) -> str | None:
+    said = "; ".join(part for part in parts if part)
+    return f"generation_config.json: {said} (--generation-config none ignores it)" if said else None
+
+
+def _listed(options: dict[str, Any]) -> str:
+    """Return options and their values, where those are numbers, as words."""
+    return ", ".join(f"{name} {value:g}" if isinstance(value, int | float) else name for name, value in options.items())
+
+
+def _set_in(config: GenerationConfig, neutral: dict[str, Any]) -> dict[str, Any]:
+    values = {name: getattr(config, name, None) for name in neutral}
+    return {name: value for name, value in values.items() if value is not None and value != neutral[name]}

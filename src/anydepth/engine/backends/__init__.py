@@ -1,0 +1,1 @@
+"""What the engine computes with: one folder for each kind of device."""

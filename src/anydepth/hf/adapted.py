@@ -1,0 +1,398 @@
+"""A causal LM with methods attached: same forward, same `generate`, work really skipped.
+
+`attach` puts gates in place of the layers' forwards and touches nothing else: parameters, their names and
+`save_pretrained` stay as they are; `detach` gives the model back as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from anydepth.config import StrictConfig
+from anydepth.errors import UserError
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.plan import Decisions
+from anydepth.gating.sequence_state import SequenceState
+from anydepth.gating.trace import PassRecord, Trace
+from anydepth.hf.adaptive_cache import AdaptiveCache
+from anydepth.hf.calls import Calls, join_checkpoints, leave_checkpoints
+from anydepth.hf.gated_layer import GatedLayer
+from anydepth.hf.partial import Run
+from anydepth.methods._base.method import Method
+from anydepth.methods._base.training import ExitState, Trained
+from anydepth.methods.compose import MethodSpec, build_methods
+from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.models.backbone import Backbone
+
+
+class _ModelForward:
+    """The model's own forward, its signature included, from which transformers' Trainer reads which columns to keep.
+
+    A descriptor without `__set__`, so that others may put a forward of theirs in its place, as accelerate does.
+    """
+
+    def __get__(self, adapted: AdaptedModel | None, owner: type) -> Any:
+        return _unbound_forward if adapted is None else _BoundForward(adapted)
+
+
+def _unbound_forward(adapted: AdaptedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    """What Trainer asks the class for: models have labels."""
+    return adapted.model(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+
+
+class _BoundForward:
+    def __init__(self, adapted: AdaptedModel) -> None:
+        self.adapted = adapted
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.adapted.model(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.adapted.backbone.model.forward)
+
+
+class AdaptedModel(nn.Module):
+    """A Hugging Face causal LM and the methods attached to it. Unknown attributes are the model's.
+
+    Attributes:
+        model: the causal LM, or a `PeftModel` around it.
+        methods: the attached methods by name; their parameters are the only ones that anydepth adds.
+        backbone: the structural view of the model.
+    """
+
+    def __init__(self, model: nn.Module, specs: Sequence[MethodSpec]) -> None:
+        super().__init__()
+        self.backbone = Backbone(model)
+        _refuse_second_attachment(self.backbone)
+        methods = build_methods(specs, self.backbone)
+        self.backbone.verify()
+        self.model = model
+        self.methods = nn.ModuleDict({method.name: method for method in methods})
+        self.methods.to(self.backbone.device)
+        self.methods.train(model.training)
+        self.training = model.training
+        self.calls = Calls()
+        self._install()
+
+    # --- in and out of the model ---------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        decoder = self.backbone.decoder
+        self._decoder_before = decoder.__dict__.get("forward")
+        self._own_decoder = decoder.forward
+        self._decoder_arguments = list(inspect.signature(type(decoder).forward).parameters)[1:]
+        decoder.forward = self._decoder_forward
+        last = self.backbone.layers[-1]
+        self._gated = [GatedLayer(view, self.calls, is_last=view is last) for view in self.backbone.layers]
+        self._head_hook = self.backbone.head.register_forward_pre_hook(self._count_head_rows)
+
+    def remove(self) -> nn.Module:
+        """Take the gates out. The model is as it was; `detach` is the public name."""
+        self._head_hook.remove()
+        leave_checkpoints(self._modules_of_layers)
+        for gated in self._gated:
+            gated.remove()
+        self._gated = []
+        if self._decoder_before is None:
+            del self.backbone.decoder.forward
+        else:
+            self.backbone.decoder.forward = self._decoder_before
+        return self.model
+
+    def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs}
+        if any(layer.training for layer in self._modules_of_layers):  # as transformers decides it, layer by layer
+            join_checkpoints(self._modules_of_layers, self.calls)
+        if not self.calls.enabled:
+            with self.calls.setting(run=None):
+                output = self._own_decoder(**kwargs)
+            if isinstance(cache := kwargs.get("past_key_values"), AdaptiveCache):
+                cache.advance(_tokens(kwargs, cache.num_seen)[0].shape[1])
+            return output
+        run = self._begin(kwargs)
+        with self.calls.setting(run=run):
+            output = self._own_decoder(**kwargs)
+        if run.cache is not None:
+            run.cache.advance(run.shape[1])
+        return output
+
+    @property
+    def _modules_of_layers(self) -> list[nn.Module]:
+        return [view.module for view in self.backbone.layers]
+
+    def _begin(self, kwargs: dict[str, Any]) -> Run:
+        """Return a new `Run`, which is the last one from now on."""
+        cache = self._cache_for(kwargs)
+        token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
+        methods = self.active_methods
+        record = PassRecord(token_mask, 0 if cache is None else cache.num_seen, cache is not None, len(self._gated))
+        memory = SequenceState() if cache is None else SequenceState(cache.method_memory)
+        evaluate = record.counting(GateNetwork.__call__)
+        context = PassContext(
+            token_mask,
+            positions,
+            self.training,
+            evaluate=evaluate,
+            memory=memory,
+            logits_of=record.counting_logits(self.backbone.logits_of),
+        )
+        run = self.calls.last = Run(Decisions.begin(methods, context), record, cache, self.calls.sparse)
+        if record.past_length == 0:
+            self.calls.records = []
+        self.calls.records.append(record)
+        return run
+
+    def _cache_for(self, kwargs: dict[str, Any]) -> AdaptiveCache | None:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if use_cache is None:
+                use_cache = self.config.use_cache and not (self.training or self.backbone.decoder.training)
+            kwargs["use_cache"] = use_cache
+            kwargs["past_key_values"] = cache = self.new_cache() if use_cache else None
+        if cache is not None and not isinstance(cache, AdaptiveCache):
+            raise UserError(
+                f"came a {type(cache).__name__}; layers that skip tokens need anydepth's own cache: call "
+                "adapted.generate(...), or pass past_key_values=adapted.new_cache()"
+            )
+        return cache
+
+    def _count_head_rows(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        # Within a forward it is asked by exits, whose record counts it.
+        if self.calls.enabled and self.calls.records and self.calls.run is None:
+            self.calls.records[-1].head_rows = args[0].numel() // args[0].shape[-1]
+
+    # --- use --------------------------------------------------------------------------------------------------------
+
+    forward: Any = _ModelForward()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors by name; of a tied weight the second name has a copy, for files cannot share it."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        seen: set[int] = set()
+        for name, parameter in self.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
+            if not kwargs.get("keep_vars") and id(parameter) in seen and name in state:
+                state[name] = state[name].clone()
+            seen.add(id(parameter))
+        return state
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence.
+
+        With `self_speculation` attached, its loop is the one of `speculation/speculate.py`.
+        """
+        if self.speculation is not None and "custom_generate" not in kwargs:
+            from anydepth.speculation.hf import speculate  # stands behind this file; here is where users call it
+
+            return speculate(self, *args, **kwargs)
+        # transformers' own cache cannot tell how long a sequence is if no layer has attention.
+        needs_own = self.calls.enabled or "attention" not in self.backbone.layer_types()
+        if needs_own and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
+            kwargs["past_key_values"] = self.new_cache()
+        model: Any = self.model
+        return model.generate(*args, **kwargs)
+
+    def new_cache(self) -> AdaptiveCache:
+        """An empty cache, for `past_key_values=` of direct forwards."""
+        return AdaptiveCache(self.config)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run at full depth, bitwise the model without anydepth. Calls of other threads go on as they are."""
+        with self.calls.setting(enabled=False, run=None):
+            yield
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Run the base model: full depth, and a LoRA adapter off as well."""
+        with self.disabled(), without_adapter(self.model):
+            yield
+
+    @contextmanager
+    def masked(self) -> Iterator[None]:
+        """Run every layer and blend the results: slow, and the definition of the sparse execution."""
+        with self.calls.setting(sparse=False):
+            yield
+
+    @property
+    def is_enabled(self) -> bool:
+        """False while `disabled`."""
+        return self.calls.enabled
+
+    @property
+    def active_methods(self) -> list[Method]:
+        """The methods that decide, in order: none while `disabled`; beside `self_speculation` none at inference."""
+        if not self.calls.enabled:
+            return []
+        if self.calls.stand_ins is not None:
+            return list(self.calls.stand_ins)
+        methods = [method for method in self.methods.values() if isinstance(method, Method)]
+        drafts = not self.training and any(isinstance(method, SelfSpeculation) for method in methods)
+        return [] if drafts else methods
+
+    @property
+    def speculation(self) -> SelfSpeculation | None:
+        """How drafts are made, where `self_speculation` is attached and on."""
+        found = next((method for method in self.methods.values() if isinstance(method, SelfSpeculation)), None)
+        return found if self.calls.enabled and self.calls.stand_ins is None else None
+
+    @property
+    def draft_methods(self) -> list[Method]:
+        """What is attached beside `self_speculation`."""
+        return [method for method in self.methods.values() if isinstance(method, Method) and not method.is_lossless()]
+
+    @contextmanager
+    def deciding(self, *stand_ins: Method) -> Iterator[None]:
+        """Other methods' decisions in place of the attached ones', such as those of an earlier forward."""
+        with self.calls.setting(stand_ins=stand_ins):
+            yield
+
+    @property
+    def records(self) -> list[PassRecord]:
+        """The forwards of the last sequence of this thread, one record each."""
+        return self.calls.records
+
+    @records.setter
+    def records(self, records: list[PassRecord]) -> None:
+        self.calls.records = records
+
+    @property
+    def draft_counts(self) -> Any:
+        """What was drafted in the last generation of this thread that speculated; None before one."""
+        return self.calls.draft_counts
+
+    @property
+    def last_trace(self) -> Trace:
+        """What ran in the last sequence: one uncached forward, or all forwards that shared a cache."""
+        return Trace.join(self.calls.records)
+
+    @property
+    def last_run(self) -> Run:
+        """The last forward of this thread, as it was executed."""
+        assert self.calls.last is not None, "no forward has run yet"
+        return self.calls.last
+
+    @property
+    def context(self) -> PassContext:
+        """What the methods saw and noted of the last forward."""
+        return self.last_run.context
+
+    @property
+    def trained_methods(self) -> list[Trained]:
+        """The methods of the last forward that learn, or that change training."""
+        return [method for method in self.active_methods if isinstance(method, Trained)]
+
+    def auxiliary_losses(self) -> dict[str, Tensor]:
+        """The methods' losses of the last forward, over real tokens, by `method/term`."""
+        return {
+            f"{method.name}/{term}": value
+            for method in self.trained_methods
+            for term, value in method.auxiliary_losses(self.context).items()
+        }
+
+    def outcome_losses(self, logits: Tensor) -> dict[str, Tensor]:
+        """Losses from what came out of the last forward, (B, T, V), by `method/term`."""
+        return {
+            f"{method.name}/{term}": value
+            for method in self.trained_methods
+            for term, value in method.outcome_losses(self.context, logits).items()
+        }
+
+    def policy_losses(self, token_losses: Tensor) -> dict[str, Tensor]:
+        """Losses from what the decisions of the last forward led to, by `method/term`."""
+        return {
+            f"{method.name}/{term}": value
+            for method in self.trained_methods
+            for term, value in method.policy_losses(self.context, token_losses).items()
+        }
+
+    def exit_states(self) -> dict[str, list[ExitState]]:
+        """The exits that the last forward passed, by method, for losses over them."""
+        exits = {method.name: method.exit_states(self.context) for method in self.trained_methods}
+        return {name: states for name, states in exits.items() if states}
+
+    @property
+    def label(self) -> str:
+        """What is attached, in a few words."""
+        return " + ".join(self.methods) or "full depth"
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.model.config
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not set yet: looking it up there would not end
+                raise
+            return getattr(self.model, name)
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """A model without its LoRA adapter, where it has one."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    learning = {part: part.requires_grad for part in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for part, learns in learning.items():  # PEFT would leave a frozen adapter learning
+            part.requires_grad_(learns)
+
+
+def attach(model: nn.Module, methods: MethodSpec | Sequence[MethodSpec]) -> AdaptedModel:
+    """Attach one or several methods to a causal LM (plain, or wrapped by PEFT).
+
+    Args:
+        model: a transformers causal LM of a supported family.
+        methods: a method's `Config`, a mapping `{"name": ..., option: ...}`, or a list of those.
+
+    Raises:
+        UserError: unsupported model, unknown method, or an option that does not fit the model.
+    """
+    return AdaptedModel(model, [methods] if isinstance(methods, StrictConfig | Mapping) else list(methods))
+
+
+def detach(adapted: AdaptedModel) -> nn.Module:
+    """Take the methods off again; returns the model as it was before `attach`."""
+    return adapted.remove()
+
+
+def _refuse_second_attachment(backbone: Backbone) -> None:
+    owner = getattr(backbone.decoder.forward, "__self__", None)
+    if isinstance(owner, AdaptedModel):
+        raise UserError(
+            f"this model has methods attached already ({', '.join(owner.methods)}); anydepth.detach it first, "
+            "or attach all methods at once as a list"
+        )
+
+
+def _tokens(kwargs: dict[str, Any], num_seen: int) -> tuple[Tensor, Tensor]:
+    """(B, T) mask of real tokens, and their places among the real tokens of their row."""
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"][..., 0]
+    batch_size, num_tokens = tokens.shape
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Mapping):  # generate may hand over masks it made per layer type; they hold no padding column
+        mask = None
+    if mask is None or mask.dim() != 2:
+        real = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=tokens.device)
+        positions = torch.arange(num_seen, num_seen + num_tokens, device=tokens.device).expand(batch_size, -1)
+        return real, positions
+    mask = mask.bool()
+    return mask[:, -num_tokens:], (mask.long().cumsum(1) - 1)[:, -num_tokens:].clamp_min(0)

@@ -1,0 +1,101 @@
+"""What belongs to a call of an adapted model, and never to the model: the forward in progress, and the last one.
+
+Each thread has its own, so that several can run one model at a time. A copy of a model starts with none of it. A layer
+that backward recomputes (gradient checkpointing) takes part in the forward that it belongs to, whatever ran since.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from anydepth.gating.trace import PassRecord
+    from anydepth.hf.partial import Run
+    from anydepth.methods._base.method import Method
+
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+class Calls(threading.local):
+    """State of the calls that this thread makes.
+
+    Attributes:
+        run: the forward in progress; None outside of one, and at full depth.
+        last: the last forward that has ended.
+        records: of the forwards of the last sequence.
+        enabled, sparse, stand_ins: what `disabled`, `masked` and `deciding` have set.
+        drafting: how the model itself drafts, kept between generations.
+        draft_counts: of the last generation that speculated.
+    """
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.last: Run | None = None
+        self.records: list[PassRecord] = []
+        self.enabled = True
+        self.sparse = True
+        self.stand_ins: Sequence[Method] | None = None
+        self.drafting: Any = None
+        self.draft_counts: Any = None
+
+    def __reduce__(self) -> Any:
+        """Copy as calls that were never made."""
+        return Calls, ()
+
+    @contextmanager
+    def setting(self, **values: Any) -> Iterator[None]:
+        """Set attributes, and set them back at the end."""
+        before = {name: getattr(self, name) for name in values}
+        vars(self).update(values)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+
+class JoinedCheckpoint:
+    """Gradient checkpointing of a layer as a part of the forward that called it.
+
+    Reentrant checkpointing does not see tensors that a layer uses without being handed them, as gates are: its
+    gradients would lack theirs. So the other kind runs, which gives the same gradients and saves as much memory.
+
+    Args:
+        own: what transformers has set, `functools.partial` of `torch.utils.checkpoint.checkpoint`.
+    """
+
+    def __init__(self, own: Callable[..., Any], calls: Calls) -> None:
+        self.own, self.calls = own, calls
+        self.checkpoint = own
+        if isinstance(own, functools.partial):
+            self.checkpoint = functools.partial(own.func, *own.args, **{**own.keywords, "use_reentrant": False})
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        run = self.calls.run
+
+        def resumed(*args: Any) -> Any:
+            with self.calls.setting(run=run):
+                return function(*args)
+
+        return self.checkpoint(resumed, *args)
+
+
+def join_checkpoints(layers: Sequence[nn.Module], calls: Calls) -> None:
+    """Put `JoinedCheckpoint` in place of what transformers has set, also where a user has switched it on since."""
+    for layer in layers:
+        own = layer.__dict__.get(_CHECKPOINT)
+        if own is not None and not isinstance(own, JoinedCheckpoint):
+            setattr(layer, _CHECKPOINT, JoinedCheckpoint(own, calls))
+
+
+def leave_checkpoints(layers: Sequence[nn.Module]) -> None:
+    """Give layers back what transformers has set."""
+    for layer in layers:
+        joined = layer.__dict__.get(_CHECKPOINT)
+        if isinstance(joined, JoinedCheckpoint):
+            setattr(layer, _CHECKPOINT, joined.own)

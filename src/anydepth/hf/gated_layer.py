@@ -1,0 +1,253 @@
+"""Gates in place: a decoder layer, its mixer and its FFN run for the tokens that a `Gate` keeps.
+
+Two executions. *Masked* runs everything and blends: slow, and the definition. *Sparse* gathers the kept tokens,
+runs the model's own forward on them and scatters the result; a skipped token costs at most its K/V projection.
+The model's code runs unchanged in both: only the tokens, the mask and the cache that it is handed differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.gating.gate import Gate, MixerRouting
+from anydepth.hf.alternate import run_alternate, weighted
+from anydepth.hf.calls import Calls
+from anydepth.hf.deferred import put_exits_back, through_exits
+from anydepth.hf.partial import Forward, PartialRunner, Run
+from anydepth.models.backbone import LayerView, first_output
+
+
+class GatedLayer:
+    """Gates one decoder layer by taking the place of its forward and of its branches' forwards."""
+
+    def __init__(self, view: LayerView, calls: Calls, *, is_last: bool = False) -> None:
+        self.view, self.is_last = view, is_last
+        self.layer_idx = view.layer_idx
+        self.runner = PartialRunner(view)
+        self.calls = calls
+        self.patches: list[tuple[nn.Module, Any]] = []
+        self.own_layer = self._patch(view.module, self.layer_forward)
+        self.own_mixer = self._patch(view.mixer, self.mixer_forward)
+        self.own_mixer_out = self.own_mixer
+        if view.mixer_out is not view.mixer:
+            self.own_mixer_out = self._patch(view.mixer_out, self.mixer_out_forward)
+        self.own_ffn_in = self._patch(view.ffn_in, self.ffn_in_forward)
+        self.own_ffn_out = self.own_ffn_in
+        if view.ffn_out is not view.ffn_in:
+            self.own_ffn_out = self._patch(view.ffn_out, self.ffn_out_forward)
+
+    def _patch(self, module: nn.Module, forward: Forward) -> Forward:
+        self.patches.append((module, module.__dict__.get("forward")))
+        own = module.forward
+        module.forward = forward
+        return own
+
+    def remove(self) -> None:
+        """Give every module its own forward back, also one that accelerate had put there."""
+        for module, before in reversed(self.patches):
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+    # --- whole layer -------------------------------------------------------------------------------------------
+
+    def layer_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = self.calls.run
+        if run is None:
+            return self.own_layer(hidden, *args, **kwargs)
+        arguments = {**dict(zip(self.view.argument_names, args, strict=False)), **kwargs}
+        gate = run.decisions.gate("layer", self.layer_idx, hidden)
+        if run.gates_branches:
+            self._gate_branches(run, gate, hidden, arguments)
+            return self.own_layer(hidden, **arguments)
+        if gate is not None:
+            self._record(run, gate, mixer=True, ffn=True)
+            if gate.kv_rule == "recompute":
+                output = through_exits(run, self.view, gate, self.own_layer, hidden, arguments)
+                if run.sparse and not gate.any_kept:
+                    output = self._unused(output)
+                output = put_exits_back(run, output) if self.is_last else output
+                return (output, None) if self.view.family.returns_tuple else output
+        if gate is None or gate.any_kept or not run.sparse:
+            self.runner.settle(run)
+        if gate is None or self.runner.is_plain(run, gate):
+            return self.own_layer(hidden, **arguments)
+        output = self._gated_layer(run, gate, hidden, arguments)
+        return (output, None) if self.view.family.returns_tuple else output
+
+    def _gated_layer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        if run.sparse and not gate.any_kept and not self.runner.sees_every_token(gate):
+            self.runner.defer(run, gate, hidden, arguments)
+            return self._unused(hidden)
+        if self.runner.sees_every_token(gate):
+            if run.sparse:  # the recurrent state must see every token, the FFN need not
+                run.ffn_gates[self.layer_idx] = gate.without_weight()  # stays: backward may run the layer again
+            output = first_output(self.own_layer(hidden, **arguments))
+        elif run.sparse:
+            output = self.runner.run_on_kept(run, gate, self.own_layer, hidden, hidden, arguments, self.view.normalise)
+            if gate.weight is None:
+                return output
+        else:
+            output = self.runner.run_masked(run, gate, self.own_layer, hidden, hidden, arguments)
+        return _blend(output, hidden, gate)
+
+    def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """A layer gate beside branch gates is a gate on both branches."""
+        mixer_gate = Gate.both(layer_gate, run.decisions.gate("mixer", self.layer_idx, hidden))
+        routing = run.decisions.routings.get(self.layer_idx)
+        run.routings.pop(self.layer_idx, None)
+        if routing is not None:
+            mixer_gate = routing.gate  # no other method gates mixers beside it
+            run.routings[self.layer_idx] = routing
+            run.record.other_keep[self.layer_idx] = routing.takes_alternate & run.context.token_mask
+        run.layer_gates[self.layer_idx] = layer_gate
+        for gates, gate in ((run.mixer_gates, mixer_gate), (run.ffn_gates, layer_gate)):
+            gates.pop(self.layer_idx, None)
+            if gate is not None:
+                gates[self.layer_idx] = gate
+        if mixer_gate is not None:
+            self._record(run, mixer_gate, mixer=True)
+        if mixer_gate is None or mixer_gate.any_kept or not run.sparse:
+            self.runner.settle(run)
+        elif not self.runner.sees_every_token(mixer_gate):
+            self.runner.defer(run, mixer_gate, hidden, arguments)
+
+    def _unused(self, output: Tensor) -> Tensor:
+        """The same, with a gradient of zeros for weights that learn and that nobody ran.
+
+        An optimiser takes no gradient for something else than zeros, and other processes, where somebody did run, would
+        wait for it.
+        """
+        if not torch.is_grad_enabled():
+            return output
+        weights = [weight for weight in self.view.module.parameters() if weight.requires_grad]
+        nothing = [weight.sum().float() * 0 for weight in weights]
+        return output + torch.stack(nothing).sum().to(output.dtype) if nothing else output
+
+    def _record(self, run: Run, gate: Gate, *, mixer: bool = False, ffn: bool = False) -> None:
+        if mixer:
+            run.record.mixer_keep[self.layer_idx] = gate.keep
+            run.record.kv_rules[self.layer_idx] = gate.kv_rule
+        if ffn:
+            run.record.ffn_keep[self.layer_idx] = gate.keep
+
+    # --- mixer -------------------------------------------------------------------------------------------------
+
+    def mixer_forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.calls.run
+        gate = None if run is None else run.mixer_gates.get(self.layer_idx)
+        if run is None or gate is None:
+            return self.own_mixer(*args, **kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        routing = run.routings.get(self.layer_idx)
+        other = None if routing is None else run_alternate(run, self.layer_idx, routing, hidden)
+        if self.runner.is_plain(run, gate):
+            return self.own_mixer(hidden, **kwargs)  # others saw the tokens, nobody reads them
+        output = self._gated_mixer(run, gate, hidden, kwargs)
+        if self.view.mixer_out is self.view.mixer:
+            output = _added(gate, output, routing, other)
+        elif other is not None:
+            run.alternates[self.layer_idx] = other
+        return output if self.view.is_recurrent else (output, None)
+
+    def _gated_mixer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        if self.runner.sees_every_token(gate):
+            return first_output(self.own_mixer(hidden, **arguments))
+        nothing = torch.zeros_like(hidden)
+        if not run.sparse:
+            return self.runner.run_masked(run, gate, self.own_mixer, hidden, nothing, arguments)
+        if not gate.any_kept:
+            return self._unused(nothing)
+        return self.runner.run_on_kept(run, gate, self.own_mixer, hidden, nothing, arguments, lambda normed: normed)
+
+    def mixer_out_forward(self, branch: Tensor) -> Tensor:
+        """The norm behind the mixer (Gemma, OLMo-2): gates weigh what is added, not what is normalised."""
+        run, output = self.calls.run, self.own_mixer_out(branch)
+        gate = None if run is None else run.mixer_gates.get(self.layer_idx)
+        if run is None or gate is None:
+            return output
+        other = run.alternates.pop(self.layer_idx, None)
+        routing = run.routings.get(self.layer_idx)
+        return _added(gate, output, routing, None if other is None else self.own_mixer_out(other))
+
+    # --- FFN ---------------------------------------------------------------------------------------------------
+
+    def ffn_in_forward(self, residual: Tensor) -> Any:
+        """First module of the FFN branch: asks for the gate and lets only kept tokens on."""
+        run = self.calls.run
+        if run is None:
+            return self.own_ffn_in(residual)
+        if run.gates_branches:
+            self._ask_ffn(run, residual)
+        gate = run.ffn_gates.get(self.layer_idx)
+        if gate is not None and run.sparse and not gate.all_kept:
+            flat = residual.reshape(-1, residual.shape[-1]).index_select(0, gate.keep.flatten().nonzero()[:, 0])
+            compact = flat if residual.dim() == 2 else flat[None]
+            ahead = self.own_ffn_in(compact) if gate.any_kept else compact
+        else:
+            ahead = self.own_ffn_in(residual)
+        return self._finish_ffn(run, ahead) if self.view.ffn_out is self.view.ffn_in else ahead
+
+    def ffn_out_forward(self, branch: Tensor) -> Tensor:
+        """Last module of the FFN branch: puts the kept tokens' output back among zeros."""
+        run = self.calls.run
+        gate = None if run is None else run.ffn_gates.get(self.layer_idx)
+        if run is not None and gate is not None and run.sparse and not gate.any_kept:
+            return self._finish_ffn(run, branch)
+        output = self.own_ffn_out(branch)
+        return output if run is None else self._finish_ffn(run, output)
+
+    def _ask_ffn(self, run: Run, residual: Tensor) -> None:
+        # Not what `ffn_gates` has: gradient checkpointing runs the FFN again, and would meet its own gate there.
+        gate = run.layer_gates.get(self.layer_idx)
+        # In training also where nobody is left: other processes, where somebody is, ask too.
+        if gate is None or gate.any_kept or run.context.training:
+            gate = Gate.both(gate, run.decisions.gate("ffn", self.layer_idx, residual.view(*run.shape, -1)))
+        if gate is not None:
+            run.ffn_gates[self.layer_idx] = gate
+            self._record(run, gate, ffn=True)
+
+    def _finish_ffn(self, run: Run, output: Tensor) -> Tensor:
+        gate = run.ffn_gates.get(self.layer_idx)
+        if gate is None:
+            return output
+        if run.sparse and not gate.all_kept:
+            output = self._spread(run, gate, output)
+            if gate.weight is None:
+                return output
+        return _scale(output.view(*run.shape, -1), gate).view_as(output)
+
+    def _spread(self, run: Run, gate: Gate, compact: Tensor) -> Tensor:
+        """The kept tokens' (…, N, D) output among zeros for the others."""
+        width = self.view.hidden_size
+        whole = compact.new_zeros(gate.keep.numel(), width)
+        if gate.any_kept:
+            whole = whole.index_copy(0, gate.keep.flatten().nonzero()[:, 0], compact.reshape(-1, width))
+        else:
+            whole = self._unused(whole)
+        return whole if compact.dim() == 2 else whole.view(*run.shape, width)
+
+
+def _blend(output: Tensor, hidden: Tensor, gate: Gate) -> Tensor:
+    """g·f(h) + (1 − g)·h; with a straight-through weight the gradient of g flows, else g only selects."""
+    if gate.weight is None:
+        return torch.where(gate.keep[..., None], output, hidden)
+    weight = gate.weight[..., None].to(output.dtype)
+    return weight * output + (1 - weight) * hidden
+
+
+def _added(gate: Gate, output: Tensor, routing: MixerRouting | None, other: Tensor | None) -> Tensor:
+    """What two mixers add together: each for its own tokens, or in training both by their weights."""
+    output = _scale(output, gate)
+    return output if routing is None or other is None else output + weighted(routing, other)
+
+
+def _scale(output: Tensor, gate: Gate) -> Tensor:
+    """g·branch(h), what a gated branch adds to the residual stream."""
+    if gate.weight is None:
+        return output if gate.all_kept else output * gate.keep[..., None]
+    return output * gate.weight[..., None].to(output.dtype)

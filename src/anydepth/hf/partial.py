@@ -1,0 +1,360 @@
+"""How a layer or mixer runs for some of the tokens: masked or gathered, with the K/V, mask and rotation they need.
+
+The model's own forward runs unchanged. What it is handed differs: the kept tokens, their rows of the mask, and a
+`KVTap` where the cache would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anydepth.gating.context import PassContext
+from anydepth.gating.gate import Gate, MixerRouting
+from anydepth.gating.plan import Decisions
+from anydepth.gating.trace import PassRecord
+from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap
+from anydepth.models.backbone import LayerView, first_output
+
+Forward = Callable[..., Any]
+_KEEPS_CACHE = "_can_checkpoint_with_cache"
+
+
+@dataclass
+class Run:
+    """One forward in progress: its decisions, cache, record, and the gates of branches decided so far."""
+
+    decisions: Decisions
+    record: PassRecord
+    cache: AdaptiveCache | None
+    sparse: bool
+    layer_gates: dict[int, Gate | None] = field(default_factory=dict)  # beside gates of branches
+    mixer_gates: dict[int, Gate] = field(default_factory=dict)
+    routings: dict[int, MixerRouting] = field(default_factory=dict)  # their gates are among `mixer_gates`
+    alternates: dict[int, Tensor] = field(default_factory=dict)  # their outputs, on the way to the norm after them
+    ffn_gates: dict[int, Gate] = field(default_factory=dict)
+    exits_noted: Gate | None = None  # under the K/V rule `recompute`, see `late.py`
+    left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: tokens that exited, and states
+    late: Tensor | None = None  # (B, N, D) of tokens of earlier forwards
+    has_stopped: bool = False
+
+    @property
+    def context(self) -> PassContext:
+        return self.decisions.context
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        batch_size, num_tokens = self.context.token_mask.shape
+        return batch_size, num_tokens
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens of this sequence in earlier forwards."""
+        return 0 if self.cache is None else self.cache.num_seen
+
+    @property
+    def gates_branches(self) -> bool:
+        return self.decisions.plan.gates_branches
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of the batch that keep equally many tokens, so that they run without padding.
+
+    Attributes:
+        rows: (R,) row indices, or None for all rows in order.
+        kept: (R, N) places in the T new tokens; skipped: (R, T - N).
+    """
+
+    rows: Tensor | None
+    kept: Tensor
+    skipped: Tensor
+
+    @property
+    def num_kept(self) -> int:
+        return self.kept.shape[1]
+
+    def take(self, tensor: Tensor, places: Tensor) -> Tensor:
+        """(R, N, ...) entries at `places` (R, N) of a (B or 1, T, ...) tensor."""
+        if tensor.shape[0] == 1 and places.shape[0] == 1:
+            return tensor.index_select(1, places[0])
+        rows = torch.arange(places.shape[0], device=tensor.device) if self.rows is None else self.rows
+        if tensor.shape[0] == 1:
+            rows = torch.zeros_like(rows)
+        return tensor[rows[:, None], places]
+
+    def put(self, base: Tensor, values: Tensor) -> Tensor:
+        """A copy of (B, T, D) `base` with `values` (R, N, D) at the kept places."""
+        if base.shape[0] == 1:
+            return base.index_copy(1, self.kept[0], values.to(base.dtype))
+        rows = torch.arange(base.shape[0], device=base.device) if self.rows is None else self.rows
+        return base.index_put((rows[:, None], self.kept), values.to(base.dtype))
+
+    def order(self) -> Tensor:
+        """Where each of the T tokens stands in [kept, skipped]: (T,) for one row, else (R, T)."""
+        order = torch.cat([self.kept, self.skipped], dim=1).argsort(dim=1)
+        return order[0] if order.shape[0] == 1 else order
+
+
+def groups_of(keep: Tensor) -> Iterator[Group]:
+    """Split the rows of a (B, T) decision by how many tokens they keep."""
+    num_rows, num_tokens = keep.shape
+    counts = keep.sum(1)
+    for count in counts.unique().tolist():
+        rows = None if num_rows == 1 else (counts == count).nonzero()[:, 0]
+        if rows is not None and rows.numel() == num_rows:
+            rows = None
+        part = keep if rows is None else keep[rows]
+        kept = part.nonzero()[:, 1].view(-1, count) if count else keep.new_zeros(part.shape[0], 0, dtype=torch.long)
+        yield Group(rows, kept, (~part).nonzero()[:, 1].view(part.shape[0], num_tokens - count))
+
+
+def levelled(keep: Tensor, real: Tensor) -> Tensor:
+    """A (B, T) decision with a few of the `real` tokens that it skips let in, so that all rows keep equally many.
+
+    Rows then run together. Only where a skipped token leaves the same K/V as one that runs (`project`), and what the
+    module makes of it is dropped. As it came if more than an eighth of the tokens would be let in.
+    """
+    counts = keep.sum(1)
+    lacking = counts.max() - counts
+    if int(lacking.sum()) * 8 > int(counts.sum()):
+        return keep
+    skipped = real & ~keep
+    behind = skipped.flip(1).cumsum(1).flip(1)  # padding is in front
+    return keep | (skipped & (behind <= lacking[:, None]))
+
+
+class PartialRunner:
+    """Runs one layer, or its mixer, for the tokens that a gate keeps."""
+
+    def __init__(self, view: LayerView) -> None:
+        self.view = view
+        self.layer_idx = view.layer_idx
+
+    def is_plain(self, run: Run, gate: Gate) -> bool:
+        """Everybody runs and the K/V before are complete: the module's own forward, untouched."""
+        return gate.all_kept and gate.weight is None and not self._has_holes(run)
+
+    def _has_holes(self, run: Run) -> bool:
+        if run.cache is None or self.view.is_recurrent:
+            return False
+        slots = run.cache.slots(self.layer_idx)
+        return slots.places is not None or slots.num_slots != run.cache.num_seen
+
+    def sees_every_token(self, gate: Gate) -> bool:
+        """A recurrent mixer under `project`: its state is its K/V, and every token goes in."""
+        return self.view.is_recurrent and gate.kv_rule == "project"
+
+    def defer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Nobody runs the layer now: under `project` its K/V wait until a later token does."""
+        if gate.kv_rule == "project" and run.cache is not None:
+            run.cache.slots(self.layer_idx).defer(hidden, arguments.get("position_embeddings"))
+
+    def settle(self, run: Run) -> None:
+        """Project the K/V that earlier tokens left pending: now somebody needs them."""
+        if run.cache is None or self.view.is_recurrent:
+            return
+        slots = run.cache.slots(self.layer_idx)
+        if slots.pending:
+            hidden, rotation = slots.take_pending()
+            slots.append(*self.view.project_kv(self.view.normalise(hidden), rotation), None, slots.num_slots)
+
+    def run_masked(
+        self, run: Run, gate: Gate, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        """Every token through the module; under `omit` with the skipped tokens' K/V hidden."""
+        if gate.kv_rule == "project":
+            return first_output(own(hidden, **arguments))
+        if self.view.is_recurrent:
+            # A recurrence has no mask to hide a token with: leaving it out is the definition.
+            return self.run_on_kept(run, gate, own, hidden, base, arguments, self.view.normalise)
+        num_rows, num_tokens = run.shape
+        everything = torch.arange(num_tokens, device=hidden.device).expand(num_rows, -1)
+        group = Group(None, everything, everything[:, :0])
+        places = torch.where(gate.keep, everything + run.num_seen, EMPTY)
+        tap = self._tap(run, group, None, places)
+        visible = self._omit_mask(run, group, arguments.get("attention_mask"), places)
+        # A skipped token sees itself: its output is dropped, but a NaN would stay in the gradient.
+        visible[..., -num_tokens:] |= torch.eye(num_tokens, dtype=torch.bool, device=hidden.device)
+        mask = _in_form_of(arguments.get("attention_mask"), visible)
+        with self._keeping_tap():
+            return first_output(own(hidden, **self._for_attention(arguments, tap, mask)))
+
+    def run_on_kept(
+        self,
+        run: Run,
+        gate: Gate,
+        own: Forward,
+        hidden: Tensor,
+        base: Tensor,
+        arguments: dict[str, Any],
+        normalise: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The kept tokens through the module's own forward, put back into `base`; K/V by the gate's rule."""
+        written: list[tuple[Group, KVTap, Tensor | None]] = []
+        running = gate.keep
+        if run.context.training and gate.kv_rule == "project" and not self.view.is_recurrent:
+            running = levelled(running, run.context.token_mask)
+        for group in groups_of(running):
+            if self.view.is_recurrent:
+                base = self._run_recurrent_rows(run, group, own, hidden, base, arguments)
+                continue
+            skipped = None
+            if gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or run.cache is not None):
+                rotation = arguments.get("position_embeddings")
+                if rotation is not None:
+                    rotation = (group.take(rotation[0], group.skipped), group.take(rotation[1], group.skipped))
+                skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), rotation)
+            places = group.kept + run.num_seen if gate.kv_rule == "omit" else None
+            tap = self._tap(run, group, skipped if group.num_kept else None, places)
+            if group.num_kept:
+                kept = group.take(hidden, group.kept)
+                with self._keeping_tap():
+                    output = first_output(own(kept, **self._for_group(run, group, arguments, tap, places)))
+                if running is not gate.keep:
+                    output = torch.where(
+                        group.take(gate.keep, group.kept)[..., None], output, group.take(base, group.kept)
+                    )
+                base = group.put(base, output)
+            elif skipped is not None:
+                tap.new = skipped
+            written.append((group, tap, places))
+        self._write(run, written)
+        return base
+
+    @contextmanager
+    def _keeping_tap(self) -> Iterator[None]:
+        """Under gradient checkpointing transformers takes the cache away from a layer, for it would be written twice; a
+        `KVTap` may be."""
+        module: Any = self.view.module
+        # As transformers decides it, by the layer's own mode; else the module is shared with other threads.
+        if not (module.training and getattr(module, "gradient_checkpointing", False)):
+            yield
+            return
+        own = module.__dict__.get(_KEEPS_CACHE)
+        setattr(module, _KEEPS_CACHE, True)
+        try:
+            yield
+        finally:
+            if own is None:
+                delattr(module, _KEEPS_CACHE)
+            else:
+                setattr(module, _KEEPS_CACHE, own)
+
+    def _run_recurrent_rows(
+        self, run: Run, group: Group, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        """`omit` in a recurrent mixer: the recurrence of each row runs over its kept tokens alone."""
+        if not group.num_kept:
+            return base
+        mask = arguments.get("attention_mask")
+        taken: dict[str, Any] = {"attention_mask": None if mask is None else group.take(mask, group.kept)}
+        rows = torch.arange(run.shape[0], device=hidden.device) if group.rows is None else group.rows
+        state = None
+        for name in ("past_key_values", "cache_params"):
+            if arguments.get(name) is not None and run.cache is not None:
+                state = run.cache.recurrent_rows(self.layer_idx, rows)
+                taken[name] = state
+        output = first_output(own(group.take(hidden, group.kept), **{**arguments, **taken}))
+        if state is not None and run.cache is not None:
+            run.cache.write_recurrent_rows(self.layer_idx, rows, state, run.shape[0])
+        return group.put(base, output)
+
+    def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, places: Tensor | None) -> KVTap:
+        order = None if skipped is None else group.order()
+        if run.cache is None:
+            return KVTap(None, skipped, order)
+        slots = run.cache.slots(self.layer_idx)
+        if group.rows is None:
+            seen = run.num_seen
+            return KVTap(None, skipped, order, lambda keys, values: slots.append(keys, values, places, seen))
+        if slots.keys is None or slots.values is None:
+            return KVTap(None, skipped, order)
+        return KVTap((slots.keys[group.rows], slots.values[group.rows]), skipped, order)
+
+    def _for_group(
+        self, run: Run, group: Group, arguments: dict[str, Any], tap: KVTap, places: Tensor | None
+    ) -> dict[str, Any]:
+        """The arguments of a layer or attention forward, for the kept tokens of some rows."""
+        mask = arguments.get("attention_mask")
+        if places is None:
+            visible = self._project_mask(run, group, mask)
+        else:
+            visible = _in_form_of(mask, self._omit_mask(run, group, mask, places))
+        taken = self._for_attention(arguments, tap, visible)
+        if arguments.get("position_ids") is not None:
+            taken["position_ids"] = group.take(arguments["position_ids"], group.kept)
+        if arguments.get("position_embeddings") is not None:
+            rotation = arguments["position_embeddings"]
+            taken["position_embeddings"] = tuple(group.take(part, group.kept) for part in rotation)
+        return taken
+
+    def _for_attention(self, arguments: dict[str, Any], tap: KVTap, mask: Tensor | None) -> dict[str, Any]:
+        return {**arguments, self.view.family.cache_argument: tap, "attention_mask": mask}
+
+    def _project_mask(self, run: Run, group: Group, mask: Tensor | None) -> Tensor | None:
+        """Rows of the model's own mask; plain causal where the model passed none."""
+        if mask is not None:
+            return group.take(mask[:, 0], group.kept)[:, None]
+        num_tokens = run.shape[1]
+        if num_tokens == 1:
+            return None
+        columns = torch.arange(run.num_seen + num_tokens, device=group.kept.device)
+        return (columns <= group.kept[..., None] + run.num_seen)[:, None]
+
+    def _omit_mask(self, run: Run, group: Group, mask: Tensor | None, places: Tensor) -> Tensor:
+        """(R, 1, N, S) bool: which slots each kept token sees. Columns are slots, the model's mask has places."""
+        columns = places
+        if run.cache is not None and run.cache.slots(self.layer_idx).num_slots:
+            before = run.cache.slots(self.layer_idx).places_of(run.shape[0], places.device)
+            columns = torch.cat([before if group.rows is None else before[group.rows], places], dim=1)
+        visible = (columns != EMPTY)[:, None] & (columns[:, None] <= group.kept[..., None] + run.num_seen)
+        if mask is not None:
+            rows = group.take(mask[:, 0], group.kept)
+            index = columns.clamp_min(0)[:, None].expand(-1, group.num_kept, -1)
+            seen_by_model = rows.gather(2, index)
+            visible = visible & (seen_by_model if mask.dtype == torch.bool else seen_by_model > _hidden_below(mask))
+        return visible[:, None]
+
+    def _write(self, run: Run, written: list[tuple[Group, KVTap, Tensor | None]]) -> None:
+        """The new K/V of all rows into the cache, in one piece."""
+        if run.cache is None:
+            return
+        parts = [(group, *tap.new, places) for group, tap, places in written if tap.new is not None]
+        if not parts:
+            return
+        slots, seen = run.cache.slots(self.layer_idx), run.cache.num_seen
+        group, keys, values, places = parts[0]
+        if group.rows is None:  # nobody was kept, so no module wrote for itself
+            slots.append(keys, values, places, seen)
+            return
+        num_rows = run.shape[0]
+        num_slots = max(part[1].shape[2] for part in parts)
+        all_keys = keys.new_zeros(num_rows, keys.shape[1], num_slots, keys.shape[3])
+        all_values = values.new_zeros(num_rows, values.shape[1], num_slots, values.shape[3])
+        all_places = None if places is None else places.new_full((num_rows, num_slots), EMPTY)
+        for group, keys, values, places in parts:
+            rows = slice(None) if group.rows is None else group.rows
+            all_keys[rows, :, : keys.shape[2]] = keys
+            all_values[rows, :, : values.shape[2]] = values
+            if all_places is not None and places is not None:
+                all_places[rows, : places.shape[1]] = places
+        slots.append(all_keys, all_values, all_places, seen)
+
+
+def _in_form_of(mask: Tensor | None, visible: Tensor) -> Tensor:
+    """A bool mask as the model's attention takes it: additive where the model's own mask is (eager)."""
+    if mask is None or mask.dtype == torch.bool:
+        return visible
+    return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
+
+
+def _hidden_below(mask: Tensor) -> float:
+    """Additive masks hide with the lowest finite number; anything near it is hidden."""
+    return torch.finfo(mask.dtype).min / 2

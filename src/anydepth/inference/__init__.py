@@ -1,1 +1,0 @@
-"""Generation with an adapted model: drafting and verifying, and the fast engine."""

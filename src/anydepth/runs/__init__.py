@@ -1,0 +1,1 @@
+"""Recipes from start to end, alone or over many values of their keys."""

@@ -1,0 +1,176 @@
+"""What a recipe, its texts and the shape of its base model say about stages to come, before the first one runs.
+
+A mistake that only the last stage would meet is told at once. Loads no weights: the base model is built on PyTorch's
+`meta` device from its configuration.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from anydepth.calibration.shares import nothing_to_calibrate
+from anydepth.config import StrictConfig
+from anydepth.decoding.generate import check_window
+from anydepth.errors import UserError
+from anydepth.methods import method_class
+from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.method import Method
+from anydepth.methods.compose import build_methods
+from anydepth.methods.self_speculation import SelfSpeculation, SelfSpeculationConfig
+from anydepth.models.backbone import FAMILIES, Backbone
+from anydepth.models.load import source_of
+from anydepth.models.scratch import build_decoder
+from anydepth.recipe import ModelConfig, Recipe
+from anydepth.search.router_fit import NO_ROUTER, learned_router
+from anydepth.search.skip_search import num_left_out
+from anydepth.training.corpora import check_corpus
+from anydepth.training.data import load_windows
+from anydepth.training.train import prepare
+
+NO_NETWORK = "drafter trains the network of self_speculation; give that method a network"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Text that a stage reads: at least `count` windows of `length` tokens of `corpus`; `option` names the length."""
+
+    option: str
+    corpus: str
+    length: int
+    count: int = 1
+    max_documents: int | None = None
+
+
+def check(recipe: Recipe, stages: Collection[str]) -> None:
+    """Raise `UserError` for what would end one of `stages` (those of `runs/run.py`), as far as it can be known."""
+    recipe.check_training()
+    _check_search(recipe)
+    model, tokenizer = _base(recipe.model)
+    settles = recipe.calibrate is not None or any(_may_compare(str(method["name"])) for method in recipe.methods)
+    if model is not None:
+        methods = _check_methods(recipe, model)
+        settles = recipe.calibrate is not None or bool(_deciding(methods))
+        if "bench" in stages:
+            check_window(model, max(recipe.bench.prompt_tokens), recipe.bench.new_tokens)
+        if "generate" in stages and tokenizer is not None:
+            num_prompt = len(tokenizer(recipe.generate.prompt)["input_ids"])  # type: ignore[arg-type]
+            check_window(model, num_prompt, recipe.generate.max_new_tokens)
+    for need in _texts(recipe, stages, settles):
+        _check_text(need, recipe, model, tokenizer)
+
+
+def _texts(recipe: Recipe, stages: Collection[str], settles: bool) -> Iterator[Need]:
+    """Yield the text that `stages` read; training that `settles` thresholds measures shares on the text of eval."""
+    data, evaluation, bench = recipe.data, recipe.eval, recipe.bench
+    if "search" in stages and recipe.search is not None:
+        yield Need("search.sequence_length", data.train, recipe.search.sequence_length)
+    if "fit" in stages and recipe.router_fit is not None:
+        yield Need("router_fit.sequence_length", data.train, recipe.router_fit.sequence_length, 2)
+    if "train" in stages and (recipe.train is not None or settles):
+        yield Need("data.sequence_length", data.train, data.sequence_length, 1, data.max_documents)
+    if "train" in stages and settles:
+        yield Need("eval.sequence_length", evaluation.data, min(evaluation.sequence_length, data.sequence_length))
+    if "eval" in stages:
+        yield Need("eval.sequence_length", evaluation.data, evaluation.sequence_length, 1, evaluation.max_documents)
+    if "bench" in stages:
+        length, count = max(bench.prompt_tokens), max(bench.batch_sizes)
+        yield Need("bench.prompt_tokens", bench.data or evaluation.data, length, count)
+    if "analyze" in stages:
+        length = recipe.analyze.sequence_length
+        yield Need("analyze.sequence_length", recipe.analyze.data or evaluation.data, length)
+
+
+def _check_text(
+    need: Need, recipe: Recipe, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    if tokenizer is None:
+        check_corpus(need.corpus)
+        return
+    if model is not None and need.length > (most := _most_positions(model)):
+        raise UserError(f"{need.option} is {need.length}; this model has only {most} positions")
+    text = recipe.data.model_copy(update={"isolate_documents": False}) if need.count > 1 else recipe.data
+    limits = {"max_windows": need.count, "max_documents": need.max_documents}
+    windows = load_windows(need.corpus, tokenizer, need.length, text=text, **limits)
+    if len(windows) < need.count:
+        raise UserError(
+            f"{need.option}: {need.count} windows of {need.length} tokens are needed; {need.corpus} has {len(windows)}"
+        )
+
+
+def _most_positions(model: PreTrainedModel) -> float:
+    """Return the longest text that a model has positions for; rotary ones have no end."""
+    config = model.config
+    rotates = getattr(config, "rope_parameters", None) is not None or getattr(config, "alibi", False)
+    return float("inf") if rotates else getattr(config, "max_position_embeddings", float("inf"))
+
+
+def _check_search(recipe: Recipe) -> None:
+    takers = {"skip_set": ("skip_layers", "skip_mixers", "skip_ffns"), "layer_router": ("initial_skip_layers",)}
+    takes = any(
+        set(takers.get(str(method["name"]), ())) - method.keys() and method["name"] in takers
+        for method in recipe.methods
+    )
+    if recipe.search is not None and not takes:
+        raise UserError(
+            "search finds a skip set and no method takes it: name skip_set without its lists, or layer_router without "
+            "initial_skip_layers, or leave search out"
+        )
+
+
+def _base(model: ModelConfig) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
+    """Return the base model without weights, and its tokenizer; None for what only loading can tell about."""
+    if model.scratch is not None:
+        with torch.device("meta"):
+            return build_decoder(model.scratch, model.scratch.tokenizer.size, 0, seed=0), None
+    if model.target.endswith(".gguf"):
+        return None, None
+    try:
+        source = source_of(model.target)
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None, None
+    if config.model_type not in FAMILIES:
+        return None, None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def _may_compare(name: str) -> bool:
+    """Return whether a method has a threshold with some of its options; only loading can tell more."""
+    return issubclass(method_class(name, "methods"), Calibrated)
+
+
+def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
+    """Return the methods. Raise `UserError` for options that do not fit the model, and for stages without a method."""
+    backbone = Backbone(model)
+    methods = build_methods([_without_weights(config) for config in recipe.method_configs()], backbone)
+    if recipe.search is not None:
+        num_left_out(backbone.num_layers, recipe.search.budget, branches=recipe.search.branches)
+    if recipe.router_fit is not None and learned_router(methods) is None:
+        raise UserError(NO_ROUTER)
+    if recipe.calibrate is not None and not _deciding(methods):
+        raise UserError(nothing_to_calibrate(" + ".join(method.name for method in methods) or "full depth"))
+    speculation = next((one for one in recipe.method_configs() if isinstance(one, SelfSpeculationConfig)), None)
+    if recipe.drafter is not None and (speculation is None or speculation.network is None):
+        raise UserError(NO_NETWORK)
+    if recipe.train is not None:
+        with warnings.catch_warnings(action="ignore"):  # PEFT's, told when training begins
+            prepare(model, recipe.train)
+    return methods
+
+
+def _without_weights(config: StrictConfig) -> StrictConfig:
+    """Return the same config; of a drafter without its network, which starts as a copy of weights."""
+    return config.model_copy(update={"network": None}) if isinstance(config, SelfSpeculationConfig) else config
+
+
+def _deciding(methods: list[Method]) -> list[Method]:
+    """Return the methods whose threshold decides at inference; beside a drafter none does."""
+    drafts = any(isinstance(method, SelfSpeculation) for method in methods)
+    return [] if drafts else [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]

@@ -1,0 +1,420 @@
+"""OpenAI's API over a `Service`: completions, chat completions, models, health, metrics and the playground."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from typing import Annotated, Any
+
+import torch
+from fastapi import Depends, FastAPI, HTTPException, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from transformers import (
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from anydepth import __version__
+from anydepth.decoding import scheduler
+from anydepth.decoding.sampling_options import SamplingOptions
+from anydepth.errors import UserError
+from anydepth.models.tokens import encode_batch
+from anydepth.serve.metrics import Metrics
+from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
+from anydepth.serve.service import Busy, Job, Piece, Service
+from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
+from anydepth.serve.size_limit import SizeLimit
+from anydepth.serve.text_stream import TextStream, TokenText
+
+log = logging.getLogger("anydepth.serve")
+DONE = "[DONE]"
+BROKEN = "decoding failed; the server's log says why"
+REFUSALS = (400, 401, 404, 408, 413, 429, 431)
+STREAMED = {200: {"description": "The answer, whole or as events.", "content": {"text/event-stream": {}}}}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one server.
+
+    Attributes:
+        name: of the model. api_key: None asks for none.
+        max_body_bytes: of a request. request_seconds: after which it is given up.
+        max_new_tokens: of one answer.
+        seed: of requests that bring none; None is another one each time.
+    """
+
+    name: str
+    api_key: str | None = None
+    max_body_bytes: int = 1 << 20
+    request_seconds: float = 600.0
+    max_new_tokens: int = 4096
+    seed: int | None = None
+
+
+class Penalties(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, of new tokens alone."""
+
+    is_stateless = True
+
+    def __init__(self, num_prompt: int, presence: float, frequency: float) -> None:
+        self.num_prompt, self.presence, self.frequency = num_prompt, presence, frequency
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        new = input_ids[0, self.num_prompt :]
+        if not len(new):
+            return scores
+        ids, counts = new.unique(return_counts=True)
+        scores = scores.clone()
+        scores[0, ids] -= self.presence + self.frequency * counts.to(scores.dtype)
+        return scores
+
+
+def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> FastAPI:
+    """The ASGI application. The service is closed with it, once what it accepted has ended."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.get_running_loop().run_in_executor(None, service.close)
+
+    app = FastAPI(
+        title="anydepth",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={code: {"model": Error} for code in REFUSALS},
+    )
+    app.add_middleware(SizeLimit, most=settings.max_body_bytes)
+    _errors(app)
+    metrics = Metrics(service)
+    server = Server(service, tokenizer, settings, metrics)
+    keyed = [Depends(_key_of(settings.api_key))]
+    app.add_api_route("/v1/models", server.models, methods=["GET"], dependencies=keyed)
+    app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"], dependencies=keyed)
+    posted: dict[str, Any] = {"methods": ["POST"], "dependencies": keyed, "response_model": None, "responses": STREAMED}
+    app.add_api_route("/v1/completions", server.complete, **posted)
+    app.add_api_route("/v1/chat/completions", server.chat, **posted)
+    app.add_api_route("/metrics", metrics.page, methods=["GET"], dependencies=keyed)
+    app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/", playground(), methods=["GET"], include_in_schema=False)
+    _tell_of_400(app)
+    return app
+
+
+def _tell_of_400(app: FastAPI) -> None:
+    """Take FastAPI's 422 out of the OpenAPI document: here what is wrong with a body is a 400, as with OpenAI."""
+    schema = app.openapi()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+
+
+def playground() -> Callable[[], Awaitable[Response]]:
+    """`GET /`: the page, which may load nothing, and run nothing but what stands in it."""
+    page = files("anydepth.serve").joinpath("playground.html").read_text(encoding="utf-8")
+
+    def allowed(tag: str) -> str:
+        inner = page[page.index(f"<{tag}>") + len(tag) + 2 : page.index(f"</{tag}>")]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
+
+    policy = (
+        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+    async def show() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    return show
+
+
+def _key_of(wanted: str | None) -> Callable[[Any], None]:
+    def check(sent: Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]) -> None:
+        given = "" if sent is None else sent.credentials
+        if wanted is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
+            raise HTTPException(401, "no such API key; send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+
+    return check
+
+
+def _errors(app: FastAPI) -> None:
+    """Every refusal is a JSON object, and repeats nothing of what was sent but the name of an unknown field."""
+
+    def invalid(_: Request, raised: Any) -> Response:
+        return JSONResponse(explained(raised.errors()), 400)
+
+    def refused(_: Request, raised: Any) -> Response:
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+            raised.status_code, INVALID
+        )
+        return JSONResponse(error(str(raised.detail), kind), raised.status_code, raised.headers)
+
+    def failed(_: Request, raised: Exception) -> Response:
+        return JSONResponse(error(BROKEN, "server_error"), 500)
+
+    app.add_exception_handler(Exception, failed)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(StarletteHTTPException, refused)
+
+
+@dataclass
+class Server:
+    """The endpoints."""
+
+    service: Service
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    metrics: Metrics
+
+    def __post_init__(self) -> None:
+        self.seeds = random.Random(self.settings.seed)
+        self.tokens = TokenText(self.tokenizer)
+
+    async def models(self) -> dict[str, Any]:
+        """What there is: one model."""
+        return {"object": "list", "data": [self._card()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """The one model."""
+        self._check_model(name)
+        return self._card()
+
+    async def health(self) -> Response:
+        """Whether requests are answered."""
+        alive = self.service.thread.is_alive() and not self.service.is_closing
+        return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
+
+    def _card(self) -> dict[str, Any]:
+        adapted = self.service.engine.adapted
+        own = {
+            "num_layers": adapted.backbone.num_layers,
+            "attached": ", ".join(method.name for method in adapted.draft_methods) or "nothing that skips",
+            "skips": bool(adapted.draft_methods),
+            "depth_budget": self.service.budgets is not None,
+            "lossless": adapted.speculation is not None,
+        }
+        return {"id": self.settings.name, "object": "model", "created": 0, "owned_by": "anydepth", "anydepth": own}
+
+    def _check_model(self, name: str) -> None:
+        if name != self.settings.name:
+            raise HTTPException(404, f"there is no such model here; GET /v1/models names {self.settings.name}")
+
+    # --- completions -------------------------------------------------------------------------------------------------
+
+    async def complete(self, body: Completion, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        self._check_model(body.model)
+        prompts = self._prompts(body)
+        jobs = [
+            self._job(body, prompt, body.max_tokens or 16, number, body.logprobs)
+            for prompt in prompts
+            for number in range(body.n or 1)
+        ]
+        return await self._answer(body, request, jobs, CompletionShape(self.tokens, self.settings.name, body))
+
+    async def chat(self, body: ChatCompletion, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        self._check_model(body.model)
+        if self.tokenizer.chat_template is None:
+            raise HTTPException(400, "this model has no chat template; use /v1/completions")
+        turns = [message.as_turn() for message in body.messages]
+        try:
+            prompt: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        except Exception as failed:  # templates raise what they like about the order of roles
+            raise HTTPException(400, "the chat template does not take these roles in this order") from failed
+        room = self._room(prompt)
+        wanted = body.max_completion_tokens or body.max_tokens or min(room, self.settings.max_new_tokens)
+        num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        jobs = [self._job(body, prompt, wanted, number, num_logprobs) for number in range(body.n or 1)]
+        return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body))
+
+    def _prompts(self, body: Completion) -> list[list[int]]:
+        if isinstance(body.prompt, str):
+            texts = [body.prompt]
+        elif isinstance(body.prompt[0], int):
+            size = self.service.engine.adapted.config.vocab_size
+            if max(body.prompt) >= size:  # type: ignore[type-var]
+                raise HTTPException(400, f"prompt: token ids are below {size}")
+            return [list(body.prompt)]  # type: ignore[arg-type]
+        else:
+            texts = [str(text) for text in body.prompt]
+        return encode_batch(self.tokenizer, texts)
+
+    def _room(self, prompt: list[int]) -> int:
+        """New tokens that fit behind a prompt."""
+        window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
+        slot = self.service.batcher.cache.max_length
+        most = min(length for length in (window, slot) if length is not None)
+        if not prompt:
+            raise HTTPException(400, "the prompt is empty")
+        if len(prompt) >= most:
+            raise HTTPException(
+                400,
+                f"the prompt has {len(prompt)} tokens; at most {most - 1} fit here (the model's window, or "
+                "the server's --max-tokens shared among --max-batch-size)",
+            )
+        return most - len(prompt)
+
+    def _job(self, body: Sampling, prompt: list[int], wanted: int, number: int, num_logprobs: int | None) -> Job:
+        room = min(self._room(prompt), self.settings.max_new_tokens)
+        if wanted > room:
+            raise HTTPException(400, f"{wanted} new tokens do not fit behind {len(prompt)}; at most {room} do")
+        if body.anydepth.depth_budget is not None and self.service.budgets is None:
+            raise HTTPException(
+                400,
+                "anydepth.depth_budget: nothing attached here has one threshold to set, as routers and exit gates do",
+            )
+        config = self.service.engine.adapted.generation_config
+        options = SamplingOptions.of(config, temperature=body.temperature, top_p=body.top_p)
+        penalties = []
+        if body.presence_penalty or body.frequency_penalty:
+            penalties.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
+        generator = None
+        if not options.is_greedy:
+            generator = torch.Generator(device=self.service.engine.model.device)
+            seed = self.seeds.getrandbits(63) if body.seed is None else (body.seed + number) % 2**63
+            generator.manual_seed(seed)
+        request = scheduler.Request(
+            prompt,
+            wanted,
+            eos_token_ids=self.service.end_ids,
+            full_depth=body.anydepth.full_depth,
+            logits_processor=options.processors(*penalties),
+            generator=generator,
+            budget=body.anydepth.depth_budget,
+            num_logprobs=num_logprobs,
+        )
+        stream = TextStream(self.tokenizer, prompt, body.stops)
+        return Job(
+            request,
+            stream,
+            put=lambda piece: None,
+            lossless=body.anydepth.lossless,
+            wants_layers=body.anydepth.depth,
+            seconds=self.settings.request_seconds,
+        )
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    async def _answer(self, body: Sampling, request: Request, jobs: list[Job], shape: Shape) -> Response:
+        queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(number: int, piece: Piece) -> None:
+            with suppress(RuntimeError):  # the loop has ended: nobody reads any more
+                loop.call_soon_threadsafe(queue.put_nowait, (number, piece))
+
+        for number, job in enumerate(jobs):
+            job.put = partial(put, number)
+        try:
+            self.service.submit(*jobs)
+        except Busy as busy:
+            raise HTTPException(429, str(busy), {"Retry-After": str(busy.retry_after)}) from busy
+        except UserError as impossible:
+            raise HTTPException(400, str(impossible)) from impossible
+        if body.stream:
+            events = self._events(body, jobs, queue, shape)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return await self._whole(body, request, jobs, queue, shape)
+
+    async def _events(self, body: Sampling, jobs: list[Job], queue: Any, shape: Shape) -> AsyncIterator[str]:
+        """Server-sent events; whatever goes wrong is one as well, for the status has been sent."""
+        left = len(jobs)
+        try:
+            while left:
+                number, piece = await queue.get()
+                left -= piece.finish_reason is not None
+                if piece.finish_reason in ("timeout", "error"):
+                    yield _event(_failed(piece)[0])
+                    return
+                for chunk in shape.chunks(number, piece):
+                    yield _event(chunk)
+            if body.stream_options is not None and body.stream_options.include_usage:
+                yield _event({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs, body)})
+            yield f"data: {DONE}\n\n"
+        except Exception as failed:
+            log.error("an answer could not be told", exc_info=failed)
+            yield _event(error(BROKEN, "server_error"))
+        finally:  # also when the client goes away
+            self._cancel(jobs)
+
+    async def _whole(self, body: Sampling, request: Request, jobs: list[Job], queue: Any, shape: Shape) -> Response:
+        pieces: list[list[Piece]] = [[] for _ in jobs]
+        gone = asyncio.ensure_future(_gone(request))
+        try:
+            left = len(jobs)
+            while left:
+                ask = asyncio.ensure_future(queue.get())
+                await asyncio.wait({ask, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not ask.done():
+                    ask.cancel()
+                    return Response(status_code=499)
+                number, piece = ask.result()
+                pieces[number].append(piece)
+                left -= piece.finish_reason is not None
+                if piece.finish_reason in ("timeout", "error"):
+                    return JSONResponse(*_failed(piece))
+            choices = [shape.choice(number, parts) for number, parts in enumerate(pieces)]
+            return JSONResponse({**shape.head(stream=False), "choices": choices, "usage": usage_of(jobs, body)})
+        finally:
+            gone.cancel()
+            self._cancel(jobs)
+
+    def _cancel(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self.service.cancel(job)
+
+
+async def _gone(request: Request) -> None:
+    """Ends when the client is not there any more."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.1)
+
+
+def _event(fields: dict[str, Any]) -> str:
+    return f"data: {json.dumps(fields)}\n\n"
+
+
+def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
+    if piece.finish_reason == "timeout":
+        return error("the request took too long", "timeout_error"), 408
+    return error(BROKEN, "server_error"), 500
+
+
+def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
+    """Return the tokens of each prompt, counted once, and of all answers; and anydepth's own numbers.
+
+    `tokens_per_second` and what drafting gave are of the first answer. `drafting` says of lossless requests how many
+    answers were drafted, and why the first of the others was not.
+    """
+    read = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
+    said = sum(job.num_said for job in jobs)
+    usage: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+    own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second}
+    if jobs[0].counts is not None:
+        own["acceptance_rate"] = jobs[0].counts.acceptance_rate
+        own["tokens_per_round"] = jobs[0].counts.mean_acceptance_length
+    if body.anydepth.lossless:
+        reasons = [job.why_not_drafted for job in jobs if job.why_not_drafted is not None]
+        drafted = len(jobs) - len(reasons)
+        own["drafting"] = {"used": drafted > 0, "answers": drafted, "reason": reasons[0] if reasons else None}
+    usage["anydepth"] = own
+    return usage

@@ -1,0 +1,95 @@
+"""Drafters that come with the package, for base models that are known by their weights.
+
+Stored in 8 bits, each row with its own scale, as the fast engine reads them: a few MB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anydepth.engine.weights import quantise_int8
+from anydepth.hf.adapted import AdaptedModel
+from anydepth.json_io import write_json
+from anydepth.methods.self_speculation import SelfSpeculation
+from anydepth.models.backbone import unwrap
+from anydepth.models.load import base_fingerprint
+
+WEIGHTS, MANIFEST = "drafter.safetensors", "drafter.json"
+SCALE = ".scale"
+
+
+def folder() -> Path:
+    """Where they lie, each in a folder of its own."""
+    return Path(str(files("anydepth") / "shipped"))
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Options of `self_speculation`, and the weights of its network."""
+
+    options: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def shipped_drafter(model: Any) -> Shipped | None:
+    """The one that was trained for this base model, if there is one."""
+    known = {path: json.loads(path.read_text()) for path in folder().glob(f"*/{MANIFEST}")}
+    if not known:
+        return None
+    fingerprint = base_fingerprint(unwrap(model), light=True)
+    for path, manifest in known.items():
+        if manifest["base"] == fingerprint:
+            return Shipped(manifest["options"], unpack(load_file(path.with_name(WEIGHTS))))
+    return None
+
+
+def load_shipped(adapted: AdaptedModel, drafter: Shipped) -> None:
+    """Give the network of an attached `self_speculation` its weights."""
+    method = adapted.methods[SelfSpeculation.name]
+    assert isinstance(method, SelfSpeculation) and method.network is not None
+    method.network.load_state_dict(drafter.weights)
+
+
+def ship(adapted: AdaptedModel, out: Path, about: Mapping[str, Any]) -> None:
+    """Write the drafter of an adapted model as package data."""
+    method = adapted.methods[SelfSpeculation.name]
+    assert isinstance(method, SelfSpeculation) and method.network is not None
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(pack(method.network.state_dict()), out / WEIGHTS)
+    options = {"name": method.name, **method.config.model_dump(mode="json", exclude_defaults=True)}
+    write_json(
+        out / MANIFEST, {"base": base_fingerprint(unwrap(adapted.model), light=True), "options": options, **about}
+    )
+
+
+def pack(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices in 8 bits, the rest in bfloat16; ids stay as they are."""
+    packed = {}
+    for name, value in weights.items():
+        if value.dim() == 2 and value.is_floating_point():
+            packed[name], packed[name + SCALE] = quantise_int8(value)
+        else:
+            packed[name] = value.to(torch.bfloat16) if value.is_floating_point() else value.to(torch.int32)
+    return packed
+
+
+def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 out of what `pack` made."""
+    weights = {}
+    for name, value in packed.items():
+        if name.endswith(SCALE):
+            continue
+        if name + SCALE in packed:
+            weights[name] = value.float() * packed[name + SCALE].float()[:, None]
+        else:
+            weights[name] = value.float() if value.is_floating_point() else value.long()
+    return weights

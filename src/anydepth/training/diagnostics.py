@@ -1,0 +1,278 @@
+"""Diagnose the gates of each method over real tokens, and warn about gates that decide nothing.
+
+Everything is computed from traces, for training and for `analyze` alike. Only learned gates are warned about: a skip
+set, random gates and exits by confidence are constant where their options say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anydepth.gating.plan import Plan
+from anydepth.gating.shared_batch import batch_mean
+from anydepth.gating.trace import Trace
+from anydepth.hf.adapted import AdaptedModel
+from anydepth.methods._base.method import Method
+from anydepth.methods._base.training import Trained
+
+ALL_CLOSED, ALL_OPEN = 0.02, 0.98
+"""Mean fraction of tokens that the gates of a method let run, below and above which they have collapsed."""
+DEAD = 0.01
+"""A gate that opens, or closes, for a smaller fraction of tokens never does."""
+LOW_ENTROPY = 0.10
+"""Nats, of a gate's decision; the mean over gates."""
+UNEVEN = 0.10
+"""Variance between gates of the fraction of tokens that each lets run."""
+PREFIX = "gate_"
+"""Begins the names of the training metrics that are made here."""
+ENTROPY = f"{PREFIX}entropy"
+DIAGNOSED_WINDOWS = 8
+PATIENCE = 5
+"""A collapse is reported once it lasts for this part (1 ÷ PATIENCE) of training."""
+
+
+@dataclass(frozen=True)
+class GateDecisions:
+    """The decisions of one method's gates.
+
+    Attributes:
+        method: the method's name.
+        branch: what a gate lets run: `layer`, `mixer`, `ffn`, or `softmax` (the layer's own mixer, where tokens choose
+            between two).
+        layers: the layer of each gate.
+        keep: (G, N) bool, which of N real tokens each gate lets run.
+    """
+
+    method: str
+    branch: str
+    layers: list[int]
+    keep: Tensor
+
+    @property
+    def fractions(self) -> Tensor:
+        """(G,) fraction of tokens that each gate lets run."""
+        return self.keep.double().mean(1)
+
+    def metrics(self, mean: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, float]:
+        """Return the mean fraction of tokens that run, entropies in nats, and spreads between gates and tokens.
+
+        Args:
+            mean: of what is a mean over these tokens, over those of all processes that share a batch.
+        """
+        fractions, of_tokens = mean(self.fractions), self.keep.double().mean(0)
+        variance = mean(of_tokens.square().mean()) - mean(of_tokens.mean()).square()
+        values = (
+            fractions.mean(),
+            binary_entropy(fractions).mean(),
+            binary_entropy(fractions.mean()),
+            fractions.std(correction=0),
+            variance.clamp_min(0).sqrt(),
+        )
+        names = ("fraction", "entropy", "entropy_of_mean", "layer_std", "token_std")
+        return dict(zip(names, torch.stack(values).tolist(), strict=True))
+
+    def open_gates(self) -> list[float]:
+        """Return the fraction of tokens for which k of the G gates are open, for k from 0 to G."""
+        counts = torch.bincount(self.keep.sum(0), minlength=len(self.layers) + 1)
+        return (counts.double() / counts.sum()).tolist()
+
+
+def binary_entropy(fraction: Tensor) -> Tensor:
+    """Return the entropy, in nats, of a gate that opens for this fraction of tokens."""
+    return torch.special.entr(fraction) + torch.special.entr(1 - fraction)
+
+
+def gate_decisions(trace: Trace, methods: Sequence[Method]) -> list[GateDecisions]:
+    """Read the decisions of each method that gates from a trace of whole sequences.
+
+    Layers that another method closes for every token, such as a skip set, are left out: their gates decide nothing.
+    """
+    mixers, ffns = trace.mixer_keep, trace.ffn_keep
+    branches = {"layer": mixers | ffns, "mixer": mixers, "ffn": ffns, "softmax": mixers}
+    positions = trace.token_mask.cumsum(1) - 1
+    decisions = []
+    for method in methods:
+        branch = _branch(method)
+        layers = sorted(set(method.gated_layers) - _closed(methods, branch))
+        gated = trace.token_mask & (positions >= method.pool_tokens)
+        if layers and bool(gated.any()):
+            decisions.append(GateDecisions(method.name, branch, layers, branches[branch][layers][:, gated].cpu()))
+    return decisions
+
+
+def _branch(method: Method) -> str:
+    """Return what the gates of a method let run."""
+    if method.routes_mixers:
+        return "softmax"
+    return "mixer" if "mixer" in method.branches else "ffn" if method.branches == {"ffn"} else "layer"
+
+
+def _closed(methods: Sequence[Method], branch: str) -> frozenset[int]:
+    """Return the layers whose `branch` a method without gates closes for every token."""
+    closed: frozenset[int] = frozenset()
+    for plan in (Plan.of([method]) for method in methods):
+        mixers, ffns = plan.closed["mixer"], plan.closed["ffn"]
+        closed |= plan.closed["layer"] | {"layer": mixers & ffns, "ffn": ffns}.get(branch, mixers)
+    return closed
+
+
+def joined(parts: Sequence[list[GateDecisions]]) -> list[GateDecisions]:
+    """Join the decisions of several forwards along the tokens."""
+    return [
+        replace(same[0], keep=torch.cat([part.keep for part in same], dim=1))
+        for same in zip(*(part for part in parts if part), strict=True)
+    ]
+
+
+@torch.no_grad()
+def diagnose(adapted: AdaptedModel, rows: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Run the first of some (1, T) token ids with routing on, and describe the gates at inference."""
+    adapted.eval()
+    parts = []
+    if any(method.gated_layers for method in adapted.active_methods):
+        for row in rows[:DIAGNOSED_WINDOWS]:
+            adapted(input_ids=row.to(adapted.device), use_cache=False)
+            parts.append(gate_decisions(adapted.last_trace, adapted.active_methods))
+    return described(joined(parts), adapted.active_methods)
+
+
+def described(decisions: Sequence[GateDecisions], methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Return the documents of `gates`, one for each method that gates, with its warnings."""
+    by_name = {method.name: method for method in methods}
+    return [
+        {
+            "method": own.method,
+            "branch": own.branch,
+            "num_tokens": own.keep.shape[1],
+            **own.metrics(),
+            "gates": [
+                {"layer": layer_idx, "fraction": fraction, "entropy": entropy}
+                for layer_idx, fraction, entropy in zip(
+                    own.layers, own.fractions.tolist(), binary_entropy(own.fractions).tolist(), strict=True
+                )
+            ],
+            "open_gates": own.open_gates(),
+            "warnings": gate_warnings(own, by_name[own.method]),
+        }
+        for own in decisions
+    ]
+
+
+def warnings_of(gates: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the warnings of all methods."""
+    return [text for own in gates for text in own["warnings"]]
+
+
+def training_metrics(decisions: Sequence[GateDecisions]) -> dict[str, float]:
+    """Return the metrics of each method for the training history, by `method/gate_…`, over the whole batch."""
+    each = {own.method: own.metrics(batch_mean) for own in decisions}
+    return {f"{method}/{PREFIX}{name}": value for method, own in each.items() for name, value in own.items()}
+
+
+# --- warnings --------------------------------------------------------------------------------------------------------
+
+
+def gate_warnings(decisions: GateDecisions, method: Method) -> list[str]:
+    """Return what is wrong with learned gates, one sentence each, with the numbers and what to change."""
+    if not (isinstance(method, Trained) and method.has_learned_gates):
+        return []
+    metrics, fractions = decisions.metrics(), decisions.fractions
+    collapse = _collapse(method, decisions.branch, metrics["fraction"], metrics["entropy"])
+    found = [] if collapse is None else [collapse]
+    if not ALL_CLOSED <= metrics["fraction"] <= ALL_OPEN:
+        return found
+    variance = metrics["layer_std"] ** 2
+    if collapse is None and variance > UNEVEN:
+        found.append(
+            f"{method.name}: the fraction of tokens differs between layers with a variance of {variance:.2f} "
+            f"(limit {UNEVEN:g}): much of the choice of layers is fixed; {_advice(method)}"
+        )
+    for word, those, why in (
+        ("never", fractions < DEAD, "a skip set does the same without a gate"),
+        ("always", fractions > 1 - DEAD, "such a gate saves nothing"),
+    ):
+        if those.any():
+            layers = [layer_idx for layer_idx, is_one in zip(decisions.layers, those.tolist(), strict=True) if is_one]
+            verb = "run" if decisions.branch == "layer" and len(layers) > 1 else "runs"
+            found.append(
+                f"{method.name}: {_named(decisions.branch, layers)} {word} {verb} (fraction of tokens "
+                f"{_bounds(fractions[those])}): {why}; {_advice(method)}"
+            )
+    return found
+
+
+def lasting_collapse(history: Sequence[dict[str, Any]], methods: Sequence[Method], max_steps: int) -> list[str]:
+    """Return one warning for each method whose gates, as sampled, have collapsed for a fifth of training.
+
+    Args:
+        history: the rows so far, with the metrics under `figures`. A method with a warning in them has none again.
+    """
+    num_rows = max(max_steps // PATIENCE, PATIENCE)
+    recent = [row.get("figures", {}) for row in history[-num_rows:]]
+    said = [text for row in history for text in row.get("warnings", [])]
+    found = []
+    for method in methods:
+        names = [f"{method.name}/{PREFIX}{name}" for name in ("fraction", "entropy")]
+        is_new = not any(text.startswith(f"{method.name}:") for text in said)
+        if len(recent) < num_rows or not is_new or not all(names[0] in row for row in recent):
+            continue
+        if not isinstance(method, Trained) or not method.has_learned_gates or method.is_frozen:
+            continue
+        fraction, entropy = (sum(row[name] for row in recent) / num_rows for name in names)
+        collapse = _collapse(method, _branch(method), fraction, entropy)
+        if collapse is not None:
+            found.append(f"{collapse} (sampled gates, mean of the last {num_rows} steps)")
+    return found
+
+
+def _collapse(method: Method, branch: str, fraction: float, entropy: float) -> str | None:
+    """Return a warning where all gates of a method are open, closed, or constant."""
+    what = {"layer": "gated layers", "mixer": "gated mixers", "ffn": "gated FFNs", "softmax": "softmax mixers"}[branch]
+    if fraction < ALL_CLOSED:
+        problem = f"almost no token runs the {what} (mean fraction {fraction:.3f}, limit {ALL_CLOSED:g})"
+    elif fraction > ALL_OPEN:
+        problem = f"almost every token runs the {what} (mean fraction {fraction:.3f}, limit {ALL_OPEN:g})"
+    elif entropy < LOW_ENTROPY:
+        return (
+            f"{method.name}: gates are nearly constant (mean entropy {entropy:.3f} nats, limit {LOW_ENTROPY:g}): a "
+            f"skip set does the same without gates; {_advice(method)}"
+        )
+    else:
+        return None
+    return f"{method.name}: {problem}; {_advice(method)}, or set the threshold with calibrate.skip_share"
+
+
+def _advice(method: Method) -> str:
+    """Return which of the method's options to change before the next training."""
+    options = method.config.model_dump()
+    if options.get("initial_bias", 0) > 0:
+        return f"lower initial_bias ({options['initial_bias']:g}) or train for more steps"
+    if "entropy_weight" in options:
+        return f"raise entropy_weight ({options['entropy_weight']:g}) or train for more steps"
+    return "train for more steps"
+
+
+def _named(branch: str, layers: list[int]) -> str:
+    """Return what the gates of these layers let run, in words."""
+    numbers = f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}"
+    part = {"mixer": "the mixer of ", "ffn": "the FFN of ", "softmax": "the softmax mixer of "}.get(branch, "")
+    return f"{part}{numbers}"
+
+
+def _ranges(layers: list[int]) -> str:
+    """Return `3, 5–8` for layers 3, 5, 6, 7 and 8."""
+    ordered = sorted(layers)
+    cuts = [0, *(i for i, (one, other) in enumerate(pairwise(ordered), start=1) if other != one + 1), len(ordered)]
+    runs = [ordered[first:end] for first, end in pairwise(cuts)]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _bounds(fractions: Tensor) -> str:
+    low, high = (f"{float(bound):.3f}" for bound in (fractions.min(), fractions.max()))
+    return low if low == high else f"{low} to {high}"

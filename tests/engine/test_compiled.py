@@ -1,0 +1,40 @@
+"""`torch.compile` of the branches: the same results, one graph for all layers, artefacts in the cache folder. Slow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import anydepth
+from anydepth.engine.fast import FastEngine
+from anydepth.errors import UserError
+from reference import relative_rms
+from tiny import tiny_llama
+
+ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYDEPTH_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    adapted = anydepth.attach(tiny_llama(), ROUTER)
+    ids = torch.arange(1, 30)[None]
+    engine = FastEngine(adapted, compiled=True)
+    assert engine.model.why_not_native == "switched off"
+    wanted = adapted(ids, use_cache=False).logits[0]
+    with torch.no_grad():
+        assert relative_rms(engine.logits(ids[0]), wanted) < 1e-5
+    options = {"input_ids": ids, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(engine.generate(**options), adapted.generate(**options))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    assert any((tmp_path / "inductor").rglob("*"))
+
+
+def test_compiled_wants_dense_weights() -> None:
+    with pytest.raises(UserError, match="dense weights, not int8"):
+        FastEngine(anydepth.attach(tiny_llama().bfloat16(), []), "int8", compiled=True)

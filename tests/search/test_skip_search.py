@@ -1,0 +1,137 @@
+"""Skip sets: what a search finds is what leaves most of full depth, and the model comes back untouched."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import anydepth
+from anydepth.calibration.shares import set_skip_share
+from anydepth.errors import RunError, UserError
+from anydepth.search.knapsack import latencies, least_value
+from anydepth.search.skip_search import STRATEGIES, influences, search
+from tiny import tiny_llama
+
+
+def windows(num: int = 3, length: int = 40) -> Tensor:
+    return torch.randint(1, 257, (num, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def agreement(layers: tuple[int, ...]) -> float:
+    model = tiny_llama()
+    wanted = model(windows()).logits.argmax(-1)
+    ours = anydepth.attach(model, {"name": "skip_set", "skip_layers": list(layers)})(windows()).logits.argmax(-1)
+    return (ours == wanted).double().mean().item()
+
+
+def test_greedy_takes_the_best_next_layer_each_time() -> None:
+    found = search(tiny_llama(), windows(), strategy="greedy", budget=0.5)
+    chosen: tuple[int, ...] = ()
+    for step in found.trajectory:
+        candidates = [(*chosen, layer) for layer in range(6) if layer not in chosen]
+        best = max(agreement(candidate) for candidate in candidates)
+        chosen = (*chosen, step["layer"])
+        assert step["agreement"] == pytest.approx(agreement(chosen)) == pytest.approx(best)
+    assert found.config.skip_layers == sorted(chosen)
+    assert found.agreement >= sorted(agreement(pair) for pair in combinations(range(6), 3))[0]
+
+
+@torch.no_grad()
+def test_influence_is_one_minus_cosine() -> None:
+    model = tiny_llama()
+    states = model(windows(), output_hidden_states=True).hidden_states
+    measured = influences(anydepth.attach(model, {"name": "skip_set"}), windows())
+    for layer in range(5):  # the last recorded state has the final norm applied
+        wanted = 1 - F.cosine_similarity(states[layer], states[layer + 1], dim=-1).mean().item()
+        assert measured["layer", layer] == pytest.approx(wanted, abs=1e-5)
+    assert len(measured) == 18
+    found = search(tiny_llama(), windows(), strategy="influence", budget=0.34)
+    order = sorted(range(6), key=lambda layer: measured["layer", layer])
+    assert found.config.skip_layers == sorted(order[:2])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_beats_the_mean_of_all_sets(strategy: str) -> None:
+    found = search(tiny_llama(), windows(), strategy=strategy, budget=0.34)
+    size = len(found.config.skip_layers)
+    assert size == 2 or (strategy == "knapsack" and size == 3)  # a clock decides what a third of the time is
+    assert found.agreement == pytest.approx(found.trajectory[-1]["agreement"])
+    every = {chosen: agreement(chosen) for chosen in combinations(range(6), size)}
+    assert found.agreement >= sum(every.values()) / len(every)
+    if strategy == "bayesian":  # keeps both ends; of the six sets that are left it sees all
+        assert found.agreement == max(value for chosen, value in every.items() if not {0, 5} & set(chosen))
+
+
+def test_a_knapsack_takes_what_is_worth_least_for_the_weight() -> None:
+    values, weights = [5.0, 1.0, 1.5, 4.0], [4, 1, 2, 3]
+    wanted = {
+        total: min(
+            sum(values[i] for i in chosen)
+            for size in range(1, 4)
+            for chosen in combinations(range(4), size)
+            if sum(weights[i] for i in chosen) >= total
+        )
+        for total in range(1, 9)
+    }
+    for total, value in wanted.items():
+        chosen = least_value(values, weights, total)
+        assert sum(weights[i] for i in chosen) >= total
+        assert sum(values[i] for i in chosen) == pytest.approx(value)
+
+
+@torch.no_grad()
+def test_latencies_are_there_for_every_branch() -> None:
+    times = latencies(anydepth.attach(tiny_llama(), {"name": "skip_set"}), windows())
+    assert len(times) == 18 and all(time > 0 for time in times.values())
+    assert all(times["layer", i] > max(times["mixer", i], times["ffn", i]) for i in range(6))
+
+
+def test_dynamic_refuses_branches() -> None:
+    with pytest.raises(UserError, match="whole layers"):
+        search(tiny_llama(), windows(), strategy="dynamic", budget=0.3, branches=True)
+
+
+@pytest.mark.parametrize("strategy", ["influence", "greedy", "bayesian", "knapsack"])
+def test_branches_and_the_model_afterwards(strategy: str) -> None:
+    model = tiny_llama()
+    stock = model(windows()).logits
+    found = search(model, windows(1, 24), strategy=strategy, budget=0.25, branches=True)
+    assert len(found.config.skip_mixers) + len(found.config.skip_ffns) == 3
+    assert found.config.skip_layers == []
+    assert torch.equal(model(windows()).logits, stock)
+
+
+@pytest.mark.parametrize(("budget", "strategy"), [(0.01, "greedy"), (0.99, "greedy"), (0.3, "bayes")])
+def test_what_cannot_be_searched(budget: float, strategy: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(UserError):
+        search(model, windows(), strategy=strategy, budget=budget)
+    anydepth.attach(model, [])  # nothing is left attached
+
+
+@pytest.mark.parametrize("branch", ["layer", "mixer"])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.75])
+def test_the_threshold_skips_the_share_it_was_asked_for(share: float, branch: str) -> None:
+    adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2, "branch": branch})
+    assert set_skip_share(adapted, windows(), share) == pytest.approx(share, abs=0.01)
+    adapted(input_ids=windows(), use_cache=False)
+    assert 1 - adapted.last_trace.mixer_keep[2:].double().mean().item() == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "skip_set"},
+        {"name": "layer_router", "router": "random", "rates": 0.5},
+        {"name": "mixer_router", "router": "random"},
+    ],
+)
+def test_a_model_without_scores_has_no_share_to_set(spec: dict[str, Any]) -> None:
+    with pytest.raises(RunError, match="nothing to calibrate"):
+        set_skip_share(anydepth.attach(tiny_llama(), spec), windows(), 0.3)

@@ -1,0 +1,754 @@
+"""Lossless decoding: the tokens of full depth, whatever drafts, whatever is asked of `generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+import anydepth
+import families
+from anydepth import FastEngine
+from anydepth.decoding import sampler
+from anydepth.decoding.sampler import KEPT_NOISE, Noise
+from anydepth.engine.backends.cpu.native import same_bits_until
+from anydepth.errors import UserError
+from anydepth.gating.plan import Plan
+from anydepth.hf.adapted import AdaptedModel
+from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
+from anydepth.speculation import speculate
+from anydepth.speculation.drafters import Lookup
+from anydepth.speculation.hf import HFTarget
+from anydepth.speculation.targets import EngineTarget, Row
+from tiny import byte_tokenizer, tiny_llama
+
+NETWORK = {"taps": [2, 6], "vocabulary_size": 100}
+ALONE: dict[str, Any] = {"name": "self_speculation", "lookup": False, "adaptive": False, "max_draft": 4}
+DRAFTERS: dict[str, list[dict[str, Any]]] = {
+    "lookup": [{"name": "self_speculation"}],
+    "first layers": [{**ALONE, "exit_layers": 3}],
+    "first layers, few tokens": [{**ALONE, "exit_layers": [3], "exit_vocabulary": 60}],
+    "several exits": [{"name": "self_speculation", "exit_layers": [2, 4, 5]}],
+    "skip set": [ALONE, {"name": "skip_set", "skip_layers": [2, 4], "skip_ffns": [3]}],
+    "router, project": [ALONE, {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0}],
+    "router, omit": [ALONE, {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "kv_rule": "omit"}],
+    "sequence router": [
+        ALONE,
+        {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "granularity": "sequence", "pool_tokens": 5},
+    ],
+    "mixer router": [
+        ALONE,
+        {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "branch": "mixer", "reads": "sequential"},
+    ],
+    "exits": [ALONE, {"name": "exit_gate", "layers": [2, 4], "initial_bias": 0.0}],
+    "exits, run later": [ALONE, {"name": "early_exit", "layers": [2, 4], "thresholds": 0.1, "kv_rule": "recompute"}],
+    "trained": [{**ALONE, "network": NETWORK}],
+    "searched": [{**ALONE, "search": {"budget": 0.34, "every": 3, "window": 6}}],
+    "searched by states": [{**ALONE, "search": {"strategy": "dynamic", "budget": 0.34, "every": 9, "window": 6}}],
+    "searched by time": [{**ALONE, "search": {"strategy": "knapsack", "budget": 0.34, "every": 9, "window": 6}}],
+    "everything": [
+        {"name": "self_speculation", "exit_layers": [2], "network": NETWORK},
+        {"name": "skip_set", "skip_layers": [2]},
+    ],
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40},
+    "processed": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 9},
+    "penalised samples": {
+        "do_sample": True,
+        "temperature": 1.2,
+        "repetition_penalty": 1.2,
+        "bad_words_ids": [[7], [9, 3]],
+    },
+}
+
+
+@pytest.fixture(params=DRAFTERS)
+def drafter(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def prompts(num_rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """Of different lengths, padded on the left; some repeat themselves, for lookups to find."""
+    ids = torch.randint(3, 100, (num_rows, 21), generator=torch.Generator().manual_seed(seed))
+    ids[:, 12:18] = ids[:, 3:9]
+    mask = torch.ones_like(ids)
+    if num_rows > 1:
+        mask[1, :7] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def both(adapted: AdaptedModel, engine: Any, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Tokens at full depth and speculated, from the same seed."""
+    options = {"max_new_tokens": 30, "pad_token_id": 0, **options}
+    torch.manual_seed(5)
+    with adapted.disabled():
+        wanted = engine.generate(**batch, **options)
+    torch.manual_seed(5)
+    return wanted, engine.generate(**batch, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_gives_the_tokens_of_full_depth(drafter: str, options: str, dtype: torch.dtype) -> None:
+    """Bitwise the same logits, so in bfloat16 too there are no ties to be decided otherwise."""
+    adapted = anydepth.attach(tiny_llama().to(dtype), DRAFTERS[drafter]).eval()
+    engine = FastEngine(adapted)
+    for num_rows, seed in itertools.product((1, 4), (0, 1)):
+        wanted, ours = both(adapted, engine, prompts(num_rows, seed), **OPTIONS[options])
+        assert torch.equal(wanted, ours)
+    if not DRAFTERS[drafter][0].get("adaptive", True):
+        assert adapted.draft_counts.num_drafted  # something was drafted, and not all was right
+        assert adapted.draft_counts.acceptance_rate < 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lookup",
+        "first layers",
+        "skip set",
+        "router, omit",
+        "mixer router",
+        "exits",
+        "exits, run later",
+        "searched",
+        "searched by states",
+        "searched by time",
+    ],
+)
+def test_every_family_gives_the_tokens_of_full_depth(family: str, name: str) -> None:
+    adapted = anydepth.attach(families.build(family), DRAFTERS[name]).eval()
+    batch = prompts(2)
+    if family == "qwen3_next":
+        with pytest.raises(UserError, match="recurrent layer's state cannot"):
+            adapted.generate(**batch, max_new_tokens=4)
+        return
+    for options in ("greedy", "sampled"):
+        wanted, ours = both(adapted, adapted, batch, **OPTIONS[options])
+        assert torch.equal(wanted, ours)
+    if family in ENGINE_FAMILIES:
+        wanted, ours = both(adapted, FastEngine(adapted), batch, **OPTIONS["greedy"])
+        assert torch.equal(wanted, ours)
+
+
+def test_what_drafts_like_the_model_is_always_right() -> None:
+    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set"}]).eval()
+    for options in OPTIONS.values():
+        both(adapted, FastEngine(adapted), prompts(3), **options, eos_token_id=None)
+        counts = adapted.draft_counts
+        assert counts.acceptance_rate == 1 and counts.num_drafted["reduced model"] >= 3 * 23
+        assert counts.mean_acceptance_length > 4
+
+
+def test_no_token_runs_the_first_layers_twice() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    engine = FastEngine(adapted)
+    own, ran = engine.model.run_to_stops, [0] * 6
+
+    def counted(states: Any, slots: Any, cache: Any, first: int, stops: Any) -> Any:
+        for layer_idx in range(first, stops[-1]):
+            ran[layer_idx] += sum(len(part) for part in states)
+        return own(states, slots, cache, first, stops)
+
+    engine.model.run_to_stops = counted  # type: ignore[method-assign]
+    engine.generate(**prompts(1), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    counts = adapted.draft_counts
+    drafted = sum(counts.num_drafted.values())
+    assert ran == [21 + counts.num_verified + drafted] * 6
+    assert counts.num_taken == 29 and drafted > counts.num_accepted["first 3 layers"]
+
+
+@pytest.mark.parametrize("name", ["several exits", "everything"])
+def test_guesses_that_are_dropped_leave_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second one is, after the first layers have run for it."""
+    adapted, asked = anydepth.attach(tiny_llama(), DRAFTERS[name]).eval(), itertools.count()
+    monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.repays", lambda *_: next(asked) % 2)
+    monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.pays", lambda *_: True)
+    engines = [FastEngine(adapted), *([adapted] if name == "several exits" else [])]
+    for engine, num_rows in itertools.product(engines, (1, 4)):
+        wanted, ours = both(adapted, engine, prompts(num_rows), do_sample=False, eos_token_id=None)
+        assert torch.equal(wanted, ours)
+    assert next(asked) > 20 and adapted.draft_counts.num_drafted
+
+
+def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
+    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set"}]).eval()  # drafts far, always right
+    engine, tokenizer, batch = FastEngine(adapted), byte_tokenizer(), prompts(3)
+    with adapted.disabled():
+        whole = engine.generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ends = [int(whole[0, 21 + 6]), int(whole[2, 21 + 17])]
+    said = tokenizer.decode(whole[1, 21:])
+    stop = next(letter for letter in said if letter.isascii() and letter.isprintable())
+    at = said.index(stop)
+    for options in ({"eos_token_id": ends}, {"stop_strings": [stop], "tokenizer": tokenizer, "eos_token_id": None}):
+        for runner in (engine, adapted):
+            wanted, ours = both(adapted, runner, batch, do_sample=False, max_new_tokens=40, **options)
+            assert torch.equal(wanted, ours)
+            if "stop_strings" in options:
+                alone = {key: part[1:2] for key, part in batch.items()}
+                first = runner.generate(**alone, do_sample=False, max_new_tokens=40, pad_token_id=0, **options)
+                assert tokenizer.decode(first[0, 21:]).endswith(stop) and first.shape[1] < whole.shape[1]
+    assert at < 40
+
+
+def test_rows_that_ended_go_on_where_no_end_token_is_known() -> None:
+    """As transformers has it: without an end token nothing is filled up, and the batch ends with its last row."""
+    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set", "skip_layers": [2]}]).eval()
+    batch = prompts(3)
+
+    class Ends(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            lengths = torch.tensor([6, 14, 9])[: len(input_ids)] + 21
+            if len(input_ids) == 1:  # asked row by row: told apart by the prompt
+                row = next(i for i, ids in enumerate(batch["input_ids"]) if torch.equal(ids, input_ids[0, :21]))
+                lengths = torch.tensor([[6, 14, 9][row] + 21])
+            return torch.full((len(input_ids),), input_ids.shape[1]) >= lengths
+
+    for runner in (FastEngine(adapted), adapted):
+        options: Any = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None}
+        wanted, ours = both(adapted, runner, batch, stopping_criteria=[Ends()], **options)
+        assert torch.equal(wanted, ours) and ours.shape[1] == 21 + 14
+
+
+def test_a_length_that_the_prompt_has_already_ends_at_once() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    for runner in (FastEngine(adapted), adapted):
+        limit = StoppingCriteriaList([MaxLengthCriteria(10)])
+        wanted, ours = both(adapted, runner, prompts(2), do_sample=False, stopping_criteria=limit)
+        assert torch.equal(wanted, ours) and ours.shape[1] == 22
+
+
+def test_what_would_be_dropped_is_refused() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    batch = prompts(2)
+    right = {**batch, "attention_mask": torch.tensor([[1] * 20 + [0], [1] * 21])}
+    for runner in (FastEngine(adapted), adapted):
+        with pytest.raises(UserError, match="pad on the left"):
+            runner.generate(**right, max_new_tokens=3)
+        with pytest.raises(UserError, match="assistant_model is not taken"):
+            runner.generate(**batch, assistant_model=adapted.model, max_new_tokens=3)
+
+
+def test_rows_near_a_change_of_bits_hold_the_others_back() -> None:
+    """A batch of one row in front of the place where attention is cut otherwise and one far from it."""
+    model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
+    adapted = anydepth.attach(model, [{**ALONE, "max_draft": 8}, {"name": "skip_set", "skip_layers": [2]}]).eval()
+    engine, generator = FastEngine(adapted), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 100, (2, 250), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :130] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    wanted, ours = both(adapted, engine, batch, do_sample=False, max_new_tokens=60, eos_token_id=None)
+    assert torch.equal(wanted, ours)
+
+
+@pytest.mark.parametrize("strategy", ["dynamic", "influence", "knapsack"])
+def test_searching_for_layers_beside_early_exits(strategy: str) -> None:
+    """Layers that are called by themselves see no gates of the forward before."""
+    spec = {**ALONE, "exit_layers": [3], "search": {"strategy": strategy, "every": 8, "window": 8}}
+    adapted = anydepth.attach(tiny_llama(), spec).eval()
+    for runner in (FastEngine(adapted), adapted):
+        wanted, ours = both(adapted, runner, prompts(1), do_sample=False, eos_token_id=None)
+        assert torch.equal(wanted, ours)
+
+
+class Puts:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        self.values.append(value)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_a_streamer_gets_every_step_in_order() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["everything"]).eval()
+    engine, batch, streams = FastEngine(adapted), prompts(3), []
+    for full_depth in (True, False):
+        streams.append(Puts())
+        options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "streamer": streams[-1]}
+        if full_depth:
+            with adapted.disabled():
+                engine.generate(**batch, **options)
+        else:
+            engine.generate(**batch, **options)
+    assert [value.tolist() for value in streams[0].values] == [value.tolist() for value in streams[1].values]
+    assert streams[0].ended == streams[1].ended == 1
+
+
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_a_draft_that_fails_leaves_the_model_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    runner: Any = adapted if path == "hf" else FastEngine(adapted)
+    wanted, ours = both(adapted, runner, prompts(2), do_sample=False)
+    assert torch.equal(wanted, ours)
+    own, calls = sampler.NextToken.guess, itertools.count()
+
+    def fails(self: Any, *arguments: Any) -> Any:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return own(self, *arguments)
+
+    monkeypatch.setattr(sampler.NextToken, "guess", fails)
+    with pytest.raises(KeyboardInterrupt):
+        runner.generate(**prompts(2), max_new_tokens=30, do_sample=False, pad_token_id=0)
+    monkeypatch.undo()
+    again, ours = both(adapted, runner, prompts(2), do_sample=False)
+    assert torch.equal(again, wanted) and torch.equal(ours, wanted)
+    with adapted.disabled():
+        assert torch.isfinite(adapted(prompts(1)["input_ids"]).logits).all()
+
+
+def test_forwards_run_at_full_depth() -> None:
+    model, ids = tiny_llama(), prompts(2)["input_ids"]
+    wanted = model(ids).logits
+    adapted = anydepth.attach(model, DRAFTERS["skip set"]).eval()
+    assert torch.equal(adapted(ids).logits, wanted)
+    assert adapted.last_trace.mean_depth == 6
+
+
+# --- distribution -----------------------------------------------------------------------------------------------
+
+
+def joint(adapted: AdaptedModel, engine: FastEngine, num_batches: int, **options: Any) -> Tensor:
+    """Counts of the 3 tokens that follow a prompt, sampled: (V, V, V) of a vocabulary of 8."""
+    ids = torch.tensor([[3, 5, 3, 5, 3]]).expand(12, -1)
+    counts = torch.zeros(8, 8, 8)
+    for seed in range(num_batches):
+        torch.manual_seed(seed)
+        rows = engine.generate(
+            input_ids=ids, max_new_tokens=3, do_sample=True, eos_token_id=None, pad_token_id=0, **options
+        )[:, 5:]
+        for row in rows.tolist():
+            counts[tuple(row)] += 1
+    return counts
+
+
+def exact(adapted: AdaptedModel, temperature: float, top_p: float) -> Tensor:
+    """The same as probabilities, by enumeration."""
+    from transformers import TopPLogitsWarper
+
+    shares = torch.ones(8, 8, 8)
+    warp = TopPLogitsWarper(top_p)
+    with adapted.disabled():
+        for first, second in itertools.product(range(8), repeat=2):
+            ids: Any = torch.tensor([[3, 5, 3, 5, 3, first, second]])
+            logits = adapted(ids).logits[0, 4:].float() / temperature
+            steps = torch.stack([warp(ids, part[None])[0].softmax(-1) for part in logits])
+            shares[first, second] = steps[0, first] * steps[1, second] * steps[2]
+    return shares
+
+
+def chi_square_p(counts: Tensor, shares: Tensor) -> float:
+    """Of the hypothesis that counts were drawn from shares; rare cells together."""
+    from math import erfc, sqrt
+
+    wanted = shares.flatten() * counts.sum()
+    seen, rare = counts.flatten(), wanted < 5
+    wanted = torch.cat([wanted[~rare], wanted[rare].sum()[None]])
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    usable = wanted > 1
+    statistic = float(((seen - wanted)[usable] ** 2 / wanted[usable]).sum())
+    freedom = int(usable.sum()) - 1
+    # Wilson and Hilferty: the cube root is nearly normal.
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / sqrt(2 / (9 * freedom))
+    return 0.5 * erfc(z / sqrt(2))
+
+
+@torch.no_grad()
+def test_sampled_tokens_have_the_joint_distribution_of_full_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a drafter whose tokens are taken for true without verification is found out by the same test."""
+    model = tiny_llama(vocab_size=8)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    adapted = anydepth.attach(model, [{**ALONE, "exit_layers": [3]}]).eval()
+    engine, options = FastEngine(adapted), {"temperature": 0.9, "top_p": 0.9, "top_k": 0}
+    shares = exact(adapted, options["temperature"], options["top_p"])
+    assert chi_square_p(joint(adapted, engine, 330, **options), shares) > 1e-3
+    assert 0.1 < adapted.draft_counts.acceptance_rate < 0.95
+    own = speculate.Speculation._take
+
+    def credulous(self: Any, rows: Any, logits: Any) -> Any:
+        for row, part in zip(rows, logits, strict=True):
+            for place, token in enumerate(row.draft):
+                part[place] = torch.full_like(part[place], -1e4)
+                part[place, token] = 0.0
+        return own(self, rows, logits)
+
+    monkeypatch.setattr(speculate.Speculation, "_take", credulous)
+    assert chi_square_p(joint(adapted, engine, 330, **options), shares) < 1e-6
+
+
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def test_lookup_goes_on_as_the_text_did() -> None:
+    drafter = Lookup()
+    drafter.start(None, 1)  # type: ignore[arg-type]
+    row = Row([9, 1, 2, 3, 4, 5, 9, 9, 2, 3], slot=0)
+    seen = []
+    for _ in range(4):
+        guess = drafter.guess([row], None)[0]  # type: ignore[arg-type]
+        assert guess is not None
+        seen.append((guess.token, guess.confidence))
+        row.draft.append(guess.token)
+    assert seen == [(4, 2), (5, 3), (9, 4), (9, 5)]
+    row.ids, row.draft = [*row.ids, 7], []
+    assert drafter.guess([row], None) == [None]  # type: ignore[arg-type]
+
+
+def test_a_search_goes_on_while_text_is_generated_and_keeps_the_best() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["searched"]).eval()
+    engine = FastEngine(adapted)
+    for seed in range(3):
+        engine.generate(**prompts(1, seed), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert engine.drafting is not None
+    drafter: Any = engine.drafting.drafters[0]
+    seen = drafter.proposals.seen
+    assert len(seen) >= 5 and all(len(layers) == 2 and 0 <= share <= 1 for layers, share in seen.items())
+    assert seen[tuple(sorted(Plan.of([drafter.method]).closed["layer"]))] == max(seen.values())
+
+
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_a_search_by_time_measures_once_and_takes_the_least_influence_for_it(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 4 takes half of a step, so it is cheaper to leave out than four other layers, one of which is cheaper."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["searched by time"]).eval()
+    runner: Any = adapted if path == "hf" else FastEngine(adapted)
+    target, asked = (HFTarget, EngineTarget)[path == "fast"], []
+    own = target.layer_seconds
+
+    def planted(self: Any, row: Row, num_tokens: int) -> list[float]:
+        measured = own(self, row, num_tokens)
+        assert len(measured) == 6 and all(seconds > 0 for seconds in measured)
+        asked.append(row.num_seen)
+        return [1.0, 1.0, 1.0, 1.0, 5.0, 1.0]
+
+    monkeypatch.setattr(target, "layer_seconds", planted)
+    turns = dict.fromkeys([("layer", i) for i in range(6)], 1.0) | {("layer", 4): 1.5}
+    monkeypatch.setattr("anydepth.search.knapsack.influences", lambda *_: turns)
+    for seed in range(2):
+        wanted, ours = both(adapted, runner, prompts(1, seed), do_sample=False, eos_token_id=None)
+        assert torch.equal(wanted, ours)
+    drafter: Any = (adapted.calls.drafting if path == "hf" else runner.drafting).drafters[0]
+    assert len(asked) == 1 and drafter.number >= 4
+    assert Plan.of([drafter.method]).closed["layer"] == {
+        4
+    }  # half of the time for an influence of 1.5; four other layers have 4
+
+
+def test_many_rows_still_have_the_bits_of_full_depth() -> None:
+    """A verification of all drafts of many rows would be a pass of many tokens, which other operators run."""
+    spec = [{**ALONE, "max_draft": 8}, {"name": "skip_set", "skip_layers": [2]}]
+    adapted = anydepth.attach(tiny_llama().to(torch.bfloat16), spec).eval()
+    for num_rows in (8, 24):
+        wanted, ours = both(adapted, FastEngine(adapted), prompts(num_rows), do_sample=False)
+        assert torch.equal(wanted, ours)
+
+
+def test_contexts_whose_attention_is_cut_into_larger_parts() -> None:
+    """Passes do not reach over the places where the parts double: there the bits would be others."""
+    ids = torch.randint(3, 100, (1, 100), generator=torch.Generator().manual_seed(0)).repeat(1, 3)[:, :240]
+    model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
+    adapted = anydepth.attach(model, [{**ALONE, "max_draft": 8}, {"name": "skip_set", "skip_layers": [2]}]).eval()
+    engine = FastEngine(adapted)
+    for start in range(0, 60, 7):
+        batch = {"input_ids": ids[:, start:], "attention_mask": torch.ones_like(ids[:, start:])}
+        wanted, ours = both(adapted, engine, batch, do_sample=False, max_new_tokens=90, eos_token_id=None)
+        assert torch.equal(wanted, ours)
+    assert same_bits_until(1, 2) <= same_bits_until(257, 2) and same_bits_until(300, 2) >= 300
+
+
+def test_the_state_of_chance_is_that_of_full_depth() -> None:
+    """Drafts draw noise for steps that nobody takes; a second generation behind the same seed does not see it."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
+    engine, options = FastEngine(adapted), {"do_sample": True, "max_new_tokens": 11, "pad_token_id": 0}
+    texts = []
+    for full_depth in (True, False):
+        torch.manual_seed(3)
+        for _ in range(2):
+            if full_depth:
+                with adapted.disabled():
+                    texts.append(engine.generate(**prompts(2), **options))
+            else:
+                texts.append(engine.generate(**prompts(2), **options))
+    assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[3])
+
+
+def test_noise_that_was_dropped_is_drawn_again() -> None:
+    torch.manual_seed(1)
+    noise = Noise(2, torch.device("cpu"))
+    first = [noise.at(step, 5).clone() for step in range(KEPT_NOISE + 20)]
+    assert torch.equal(noise.at(3, 5), first[3]) and noise.at(KEPT_NOISE + 20, 5).shape == (2, 5)
+    again = noise.at(KEPT_NOISE + 21, 5)
+    torch.manual_seed(1)
+    every = [torch.empty(2, 5).exponential_(1) for _ in range(KEPT_NOISE + 22)]
+    assert all(torch.equal(a, b) for a, b in zip(first, every, strict=False)) and torch.equal(again, every[-1])
+
+
+def test_no_token_of_a_reduced_vocabulary_is_allowed() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers, few tokens"]).eval()
+
+    def allowed(_: int, ids: Tensor) -> list[int]:
+        return [150, 160, 170 + len(ids) % 7]
+
+    allowed.is_stateless = True  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed}
+    for sampling in (False, True):
+        wanted, ours = both(adapted, FastEngine(adapted), prompts(2), do_sample=sampling, **options)
+        assert torch.equal(wanted, ours)
+
+
+def test_nothing_of_a_generation_is_kept() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["everything"]).eval()
+    engine = FastEngine(adapted)
+    engine.generate(**prompts(2), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert engine.drafting is not None
+    for drafter in engine.drafting.drafters:
+        assert drafter.target is None and getattr(drafter, "cache", None) is None
+        assert not getattr(drafter, "rows", None) and not getattr(drafter, "indices", None)
+
+
+def test_a_prompt_that_fails_says_why() -> None:
+    """Nothing has begun to draft then: what is stopped was never started."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["everything"]).eval()
+    engine = FastEngine(adapted)
+
+    def fails(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    engine.model.run_to_stops = fails  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(**prompts(2), max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+
+def test_the_trained_drafter_is_of_the_fast_engine() -> None:
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["trained"]).eval()
+    with pytest.raises(UserError, match="use engine fast"):
+        adapted.generate(**prompts(1), max_new_tokens=4)
+
+
+def test_padding_is_no_text_to_look_up() -> None:
+    drafter = Lookup()
+    drafter.start(None, 1)  # type: ignore[arg-type]
+    row = Row([0, 0, 0, 0, 5, 6, 0, 0], num_padding=4, slot=0)
+    assert drafter.guess([row], None) == [None]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"exit_layers": [6]}, "exit_layers has \\[6\\]"),
+        ({"exit_layers": [0]}, "at least one layer"),
+        ({"max_draft": 0}, "max_draft"),
+        ({"network": {"taps": [7]}}, "taps"),
+        ({"network": {"taps": [2, 4]}}, "the last must be 6"),
+        ({"exit_layers": [3], "exit_vocabulary": 999}, "257 tokens"),
+        ({"network": {"taps": [2, 6]}, "exit_layers": [3]}, "behind exit_layers"),
+        ({"draft": 3}, "unknown key"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        anydepth.attach(tiny_llama(), {"name": "self_speculation", **options})
+
+
+def test_modes_that_it_has_not_are_refused() -> None:
+    adapted = anydepth.attach(tiny_llama(), {"name": "self_speculation"}).eval()
+    for runner in (adapted, FastEngine(adapted)):
+        with pytest.raises(UserError, match="greedily or samples"):
+            runner.generate(**prompts(1), max_new_tokens=4, num_beams=2)
+
+
+# --- rotary embeddings that depend on the length of the sequence ---------------------------------------------
+
+
+def of_growing_rotary(kind: str) -> Any:
+    """A model whose rotary embedding changes at 24 tokens."""
+    config = families.CONFIGS["phi3" if kind == "longrope" else "llama"]()
+    if kind == "longrope":
+        config.original_max_position_embeddings = 24
+        scaling = {
+            "short_factor": [1.0] * 4,
+            "long_factor": [3.0, 5.0, 7.0, 9.0],
+            "original_max_position_embeddings": 24,
+        }
+        config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0, **scaling}
+    else:
+        config.max_position_embeddings = 24
+        config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    family = config.model_type
+    before, families.CONFIGS[family] = families.CONFIGS[family], lambda: config
+    try:
+        return families.build(family)
+    finally:
+        families.CONFIGS[family] = before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drafter", ["lookup", "first layers", "router, project"])
+@pytest.mark.parametrize("length", [12, 24, 25])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_embeddings_that_change_with_the_length(kind: str, length: int, drafter: str) -> None:
+    """C4: a pass never spans the change; the right tokens are those of stock transformers."""
+    ids = families.token_ids(1, length)
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = of_growing_rotary(kind).generate(ids, **options)
+    adapted = anydepth.attach(of_growing_rotary(kind), DRAFTERS[drafter])
+    assert torch.equal(adapted.generate(ids, **options), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [[8], [0, 8], [0, 0]])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_batches_that_cross_the_change_of_rotary_embeddings_are_refused(kind: str, padding: list[int]) -> None:
+    """C4, rows: the change comes for all rows at once, padding included, and rows that draft run alone."""
+    ids = families.token_ids(len(padding), 12)
+    mask = torch.stack([torch.arange(12) >= count for count in padding]).long()
+    adapted = anydepth.attach(of_growing_rotary(kind), DRAFTERS["first layers"])
+    options: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.raises(UserError, match="changes at 24 tokens") as caught:
+        adapted.generate(ids, max_new_tokens=24, **options)
+    assert "\n" not in str(caught.value)
+    wanted = of_growing_rotary(kind).generate(ids, max_new_tokens=10, **options)
+    assert torch.equal(adapted.generate(ids, max_new_tokens=10, **options), wanted)  # not reached
+
+
+@torch.no_grad()
+def test_skipping_across_the_change_of_rotary_embeddings() -> None:
+    """C4, without drafts: a cache of ours is read anew where the model asks for it, too."""
+    ids = families.token_ids(1, 20)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    shallow = of_growing_rotary("longrope")
+    del shallow.model.layers[3]
+    for number, layer in enumerate(shallow.model.layers):
+        layer.self_attn.layer_idx = number
+    shallow.config.num_hidden_layers = 4
+    adapted = anydepth.attach(of_growing_rotary("longrope"), {"name": "skip_set", "skip_layers": [3]})
+    assert torch.equal(adapted.generate(ids, **options), shallow.generate(ids, **options))
+
+
+# --- logits processors that keep a state ---------------------------------------------------------------------
+
+
+class Counting(LogitsProcessor):
+    """Wants another token each time that it is asked, as a grammar does."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.num_calls += 1
+        self.lengths.append(input_ids.shape[1])
+        scores = scores.clone()
+        scores[:, 3 + 7 * self.num_calls % 90 :: 5] += 4.0
+        return scores
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["hf", "fast"])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("drafter", ["lookup", "first layers", "everything"])
+def test_processors_with_a_state_are_asked_once_a_token(drafter: str, sampled: bool, path: str) -> None:
+    """C7: a logits processor is called for each token that is taken, in order, as transformers calls it."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS[drafter])
+    runner: Any = FastEngine(adapted) if path == "fast" else adapted
+    found = []
+    for full_depth in (True, False):
+        processor = Counting()
+        with adapted.disabled() if full_depth else contextlib.nullcontext():
+            torch.manual_seed(3)
+            ids = runner.generate(
+                **prompts(1), max_new_tokens=20, do_sample=sampled, pad_token_id=0, eos_token_id=None,
+                logits_processor=LogitsProcessorList([processor]),
+            )  # fmt: skip
+        found.append((ids.tolist(), processor.num_calls, processor.lengths))
+    assert found[0] == found[1]
+    assert found[1][1] == 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_a_users_prefix_function_is_asked_once_a_token(path: str) -> None:
+    """C7, a function: `prefix_allowed_tokens_fn` may keep a state as well."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
+    runner: Any = FastEngine(adapted) if path == "fast" else adapted
+    found = []
+    for full_depth in (True, False):
+        asked = itertools.count()
+
+        def allowed(_: int, __: Tensor, asked: Any = asked) -> list[int]:
+            start = next(asked) * 11 % 200
+            return list(range(start + 3, start + 40))
+
+        with adapted.disabled() if full_depth else contextlib.nullcontext():
+            ids = runner.generate(
+                **prompts(1), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None,
+                prefix_allowed_tokens_fn=allowed,
+            )  # fmt: skip
+        found.append((ids.tolist(), next(asked)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_processors_with_a_state_and_several_rows_are_refused(path: str) -> None:
+    """C7, a batch: rows that draft are at different tokens, which such a processor cannot follow."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["lookup"])
+    runner: Any = FastEngine(adapted) if path == "fast" else adapted
+    with pytest.raises(UserError, match="Counting may keep a state"):
+        runner.generate(
+            **prompts(2), max_new_tokens=5, pad_token_id=0, logits_processor=LogitsProcessorList([Counting()])
+        )
+
+
+@torch.no_grad()
+def test_processors_of_transformers_that_keep_a_state() -> None:
+    """C7, transformers' own: classifier-free guidance has a K/V cache of the unconditional text."""
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
+    found = []
+    for full_depth in (True, False):
+        guidance: Any = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, tiny_llama(seed=3))
+        processors = LogitsProcessorList([guidance])
+        with adapted.disabled() if full_depth else contextlib.nullcontext():
+            found.append(
+                adapted.generate(
+                    **prompts(1), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None,
+                    logits_processor=processors,
+                )
+            )  # fmt: skip
+    assert torch.equal(*found)
+
+
+def test_processors_that_say_they_keep_no_state_are_taken_for_batches() -> None:
+    """C7, the way out: an attribute, and drafts ask them as they ask transformers' own."""
+
+    class Ban(LogitsProcessor):
+        is_stateless = True
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            return scores.index_fill(1, torch.tensor([7, 9]), -torch.inf)
+
+    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
+    ours, theirs = both(adapted, adapted, prompts(3), do_sample=False, logits_processor=LogitsProcessorList([Ban()]))
+    assert torch.equal(ours, theirs)
