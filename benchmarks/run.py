@@ -23,7 +23,7 @@ from anydepth.config import validate
 from anydepth.errors import RunError, UserError
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
-from anydepth.measure.statistics import is_noise
+from anydepth.statistics import is_noise
 from anydepth.recipe import Recipe
 from anydepth.runs.run import Runner
 from anydepth.training.checkpoint import own_base

@@ -27,14 +27,16 @@ _HOMES = {
     "load": "anydepth.training.checkpoint",
     "save": "anydepth.training.checkpoint",
     "METHODS": "anydepth.methods",
-    "FastEngine": "anydepth.engine.fast",
+    "FastEngine": "anydepth.decoding.engines",
+    "HFEngine": "anydepth.decoding.engines",
+    "Draft": "anydepth.speculation.draft",
+    "DraftConfig": "anydepth.draft_sections",
     "EarlyExit": "anydepth.methods.early_exit",
     "ExitGate": "anydepth.methods.exit_gate",
     "FFNRouter": "anydepth.methods.ffn_router",
     "LayerRouter": "anydepth.methods.layer_router",
     "MixerRouter": "anydepth.methods.mixer_router",
     "MixtureOfDepths": "anydepth.methods.mixture_of_depths",
-    "SelfSpeculation": "anydepth.methods.self_speculation",
     "SkipSet": "anydepth.methods.skip_set",
     "StochasticDepth": "anydepth.methods.stochastic_depth",
     "UserError": "anydepth.errors",
@@ -43,15 +45,17 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "AdaptedModel",
+    "Draft",
+    "DraftConfig",
     "EarlyExit",
     "ExitGate",
     "FFNRouter",
     "FastEngine",
+    "HFEngine",
     "LayerRouter",
     "MixerRouter",
     "MixtureOfDepths",
     "RunError",
-    "SelfSpeculation",
     "SkipSet",
     "StochasticDepth",
     "Trace",
@@ -64,7 +68,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from anydepth.engine.fast import FastEngine
+    from anydepth.decoding.engines import FastEngine, HFEngine
+    from anydepth.draft_sections import DraftConfig
     from anydepth.errors import RunError, UserError
     from anydepth.gating.trace import Trace
     from anydepth.hf.adapted import AdaptedModel, attach, detach
@@ -75,10 +80,10 @@ if TYPE_CHECKING:
     from anydepth.methods.layer_router import LayerRouter
     from anydepth.methods.mixer_router import MixerRouter
     from anydepth.methods.mixture_of_depths import MixtureOfDepths
-    from anydepth.methods.self_speculation import SelfSpeculation
     from anydepth.methods.skip_set import SkipSet
     from anydepth.methods.stochastic_depth import StochasticDepth
     from anydepth.models.load import load_model
+    from anydepth.speculation.draft import Draft
     from anydepth.training.checkpoint import load, save
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from anydepth.config import StrictConfig, keys_of, validate
+from anydepth.draft_sections import DraftConfig, DrafterConfig, split_draft
 from anydepth.errors import UserError
 from anydepth.overrides import UniqueKeys, override_key
 
@@ -171,36 +172,6 @@ class TrainConfig(StrictConfig):
         return self
 
 
-class OwnTextConfig(StrictConfig):
-    """Text that the model writes itself, for the training of a drafter."""
-
-    num_tokens: int = Field(default=1_200_000, ge=1000, description="Tokens, those of questions included.")
-    temperature: float = Field(default=0.8, gt=0, description="Of questions, which the model makes up itself.")
-    opened: float = Field(default=0.85, ge=0, le=1, description="Share of questions whose first words are given.")
-    max_question: int = Field(default=96, ge=4, description="Tokens of a question, at most.")
-    max_answer: int = Field(
-        default=96,
-        ge=8,
-        description="Tokens of an answer, at most; answers are greedy: long ones repeat themselves.",
-    )
-    num_slots: int = Field(default=48, ge=1, le=64, description="Texts written at a time.")
-
-
-class DrafterConfig(StrictConfig):
-    """Training of a drafter's network; the model itself stays as it is."""
-
-    own_text: OwnTextConfig = Field(default=OwnTextConfig(), description="What it learns from.")
-    max_steps: int = Field(default=800, ge=1, description="Optimiser steps.")
-    batch_tokens: int = Field(default=2048, ge=64, description="Tokens per step, padding included.")
-    learning_rate: float = Field(default=6e-4, gt=0, description="Peak rate (warm-up, then cosine).")
-    warmup_steps: int = Field(default=30, ge=0, description="Steps of linear warm-up.")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay.")
-    max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
-    num_guesses: int = Field(default=2, ge=1, le=6, description="Guesses in a row that it is trained for.")
-    precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="bfloat16 turns autocast on.")
-    save_every: int = Field(default=50, ge=1, description="Steps between states to resume from.")
-
-
 class PhaseConfig(StrictConfig):
     """One of several trainings in turn, each of which starts from what the one before it left."""
 
@@ -312,8 +283,12 @@ class Recipe(StrictConfig):
     phases: list[PhaseConfig] = Field(
         default=[], description="Trainings in turn, with the other settings of train; none is one training of all."
     )
+    draft: DraftConfig | None = Field(
+        default=None,
+        description="Draft tokens and verify them: the text of full depth, methods decide in drafts; null does not.",
+    )
     drafter: DrafterConfig | None = Field(
-        default=None, description="Training of the network of self_speculation; null does not."
+        default=None, description="Training of the network of draft; null leaves it as it is."
     )
     calibrate: CalibrateConfig | None = Field(default=None, description="Set thresholds to a share; null keeps them.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
@@ -329,6 +304,15 @@ class Recipe(StrictConfig):
         if not isinstance(methods, list):
             return methods
         return [{"name": method} if isinstance(method, str) else method for method in methods]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_old(cls, content: Any) -> Any:
+        """Read a recipe from when drafting was a method."""
+        if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
+            return content
+        methods, draft = split_draft(content["methods"])
+        return content if draft is None else {**content, "methods": methods, "draft": draft}
 
     @model_validator(mode="after")
     def _backbone_learns(self) -> Recipe:

@@ -24,7 +24,7 @@ from anydepth.measure import timing
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.self_check import self_check
-from anydepth.measure.statistics import is_noise, ratio_interval
+from anydepth.statistics import is_noise, ratio_interval
 from anydepth.measure.throughput import throughput
 from anydepth.runs.run import summary_of
 from tiny import tiny_llama

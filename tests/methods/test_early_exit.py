@@ -156,7 +156,7 @@ def test_curricula() -> None:
 
 
 def test_training_runs_full_depth_and_pays_every_exit() -> None:
-    from anydepth.training.losses import expected_exit_loss
+    from anydepth.losses import expected_exit_loss
 
     adapted = early_exit(loss_scale=0.5, curriculum="none", thresholds=0.0).train()
     model: Any = adapted.model

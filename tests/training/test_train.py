@@ -18,7 +18,7 @@ import anydepth
 from anydepth.config import validate
 from anydepth.errors import RunError, UserError
 from anydepth.recipe import TrainConfig
-from anydepth.training.losses import IGNORED, distillation_loss
+from anydepth.losses import IGNORED, distillation_loss
 from anydepth.training.train import prepare, train
 from tiny import save_base, save_text, tiny_llama
 

@@ -17,7 +17,7 @@ from anydepth.calibration.shares import (
 )
 from anydepth.errors import RunError
 from anydepth.hf.adapted import AdaptedModel
-from anydepth.measure.statistics import ratio_interval
+from anydepth.statistics import ratio_interval
 
 SHARES = 64
 """Shares told apart; finer ones are within the noise of a timing."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,9 @@ from anydepth.calibration.shares import (
     thresholds_at,
     thresholds_of,
 )
+from anydepth.decoding.engine import Engine
 from anydepth.errors import UserError
-from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.tokens import end_ids
-
-if TYPE_CHECKING:  # what is given to this stage, not what it stands on
-    from anydepth.engine.fast import FastEngine
 
 RISKS = ("consistency", "quality", "difference")
 STEPS = [0.5 ** (8 - 0.5 * number) for number in range(17)]
@@ -58,28 +55,22 @@ def shared_settings(scores: Scores) -> list[Thresholds]:
 
 
 @torch.no_grad()
-def continuations(
-    adapted: AdaptedModel,
-    prompts: Sequence[Tensor],
-    new_tokens: int,
-    engine: FastEngine | None,
-    *,
-    full_depth: bool,
-) -> list[list[int]]:
-    """What follows each (T,) prompt greedily, up to an end token, which is left away."""
+def continuations(engine: Engine, prompts: Sequence[Tensor], new_tokens: int, *, full_depth: bool) -> list[list[int]]:
+    """Continue each (T,) prompt greedily, up to an end token, which is left out."""
+    adapted = engine.adapted
     ends = end_ids(adapted)
     texts = []
     with adapted.disabled() if full_depth else nullcontext():
         for prompt in prompts:
-            ids = (adapted if engine is None else engine).generate(
-                input_ids=prompt[None], max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
-            )[0, len(prompt) :]
+            ids = engine.generate(input_ids=prompt[None], max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)[
+                0, len(prompt) :
+            ]
             texts.append([token for token in ids.tolist() if token not in ends])
     return texts
 
 
 def bound_risk(
-    adapted: AdaptedModel,
+    engine: Engine,
     settings: Sequence[Thresholds],
     prompts: Sequence[Tensor],
     *,
@@ -89,7 +80,6 @@ def bound_risk(
     test: str = "fixed-sequence",
     risk: str = "consistency",
     references: Sequence[Sequence[int]] | None = None,
-    engine: FastEngine | None = None,
     on_test: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> Guarantee:
     """Set thresholds to skip as much as can be shown to keep the risk; where nothing can be shown, to skip nothing.
@@ -108,19 +98,20 @@ def bound_risk(
         UserError: an unknown test or risk, or quality without references.
     """
     check_risk(risk)
+    adapted = engine.adapted
     if risk == "quality" and references is None:
         raise UserError("risk quality needs references; give prompts with `reference`, or use risk consistency")
     nothing = dict.fromkeys(thresholds_of(adapted), -math.inf)
     if len(prompts) < least_sequences(max_risk, confidence, len(settings) if test == "bonferroni" else 1):
         set_thresholds(adapted, nothing)
         return Guarantee(None, float("nan"), 1.0, len(prompts))
-    whole = continuations(adapted, prompts, new_tokens, engine, full_depth=True)
+    whole = continuations(engine, prompts, new_tokens, full_depth=True)
     options: list[dict[str, Any]] = []
 
     def losses(setting: int) -> list[float]:
         set_thresholds(adapted, settings[setting])
         options.append(options_of(adapted))
-        texts = continuations(adapted, prompts, new_tokens, engine, full_depth=False)
+        texts = continuations(engine, prompts, new_tokens, full_depth=False)
         pairs = list(zip(texts, whole, strict=True))
         if risk == "quality" and references is not None:
             return [quality_loss(ours, full, list(ref)) for (ours, full), ref in zip(pairs, references, strict=True)]

@@ -52,25 +52,24 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> Scores:
         RunError: no attached method has a threshold to set. NotTrained: one has not learned anything yet.
     """
     adapted.eval()
-    with _deciding(adapted):
-        methods = _with_threshold(adapted)
-        before = configs_of(adapted)
-        tables = {method.name: torch.zeros_like(method.score_quantiles, device="cpu") for method in methods}
-        try:
-            first = _watch_everything(adapted, methods, windows)
-            latest = dict(first)
-            for row, step in enumerate(kept.STEPS):
-                for method in methods:
-                    scores = (latest if method.has_threshold_per_layer else first)[method.name]
-                    method.threshold = _fill_row(method, tables[method.name][row], scores, step)
-                if step == 0:
-                    continue  # just below all scores: nothing skips
-                shares, now = _pass(adapted, methods, windows)
-                for method in methods:
-                    tables[method.name][row, 0] = shares[method.name]
-                    latest[method.name] = {**latest[method.name], **now[method.name]}  # not all layers may be asked
-        finally:
-            set_configs(adapted, before)
+    methods = _with_threshold(adapted)
+    before = configs_of(adapted)
+    tables = {method.name: torch.zeros_like(method.score_quantiles, device="cpu") for method in methods}
+    try:
+        first = _watch_everything(adapted, methods, windows)
+        latest = dict(first)
+        for row, step in enumerate(kept.STEPS):
+            for method in methods:
+                scores = (latest if method.has_threshold_per_layer else first)[method.name]
+                method.threshold = _fill_row(method, tables[method.name][row], scores, step)
+            if step == 0:
+                continue  # just below all scores: nothing skips
+            shares, now = _pass(adapted, methods, windows)
+            for method in methods:
+                tables[method.name][row, 0] = shares[method.name]
+                latest[method.name] = {**latest[method.name], **now[method.name]}  # not all layers may be asked
+    finally:
+        set_configs(adapted, before)
     return tables
 
 
@@ -122,23 +121,12 @@ def _fill_row(method: Calibrated, row: Tensor, scores: dict[int, Tensor], step: 
 def skipped_shares(adapted: AdaptedModel, windows: Tensor) -> dict[str, float]:
     """Return by method the share of its decisions that (M, T) windows skip, with the thresholds that are set."""
     adapted.eval()
-    with _deciding(adapted):
-        methods = _with_threshold(adapted)
-        runs = []
-        for row in rows_of(windows):
-            adapted(input_ids=row.to(adapted.device), use_cache=False, logits_to_keep=1)
-            runs.append(_shares_of(methods, adapted))
+    methods = _with_threshold(adapted)
+    runs = []
+    for row in rows_of(windows):
+        adapted(input_ids=row.to(adapted.device), use_cache=False, logits_to_keep=1)
+        runs.append(_shares_of(methods, adapted))
     return {method.name: mean(run[method.name] for run in runs) for method in methods}
-
-
-@contextmanager
-def _deciding(adapted: AdaptedModel) -> Iterator[None]:
-    """Let methods decide that otherwise only draft."""
-    if adapted.speculation is None:
-        yield
-        return
-    with adapted.deciding(*adapted.draft_methods):
-        yield
 
 
 def compares_scores(adapted: AdaptedModel) -> bool:
@@ -147,8 +135,7 @@ def compares_scores(adapted: AdaptedModel) -> bool:
 
 
 def _comparing(adapted: AdaptedModel) -> list[Calibrated]:
-    deciding = adapted.active_methods if adapted.speculation is None else adapted.draft_methods
-    return [method for method in deciding if isinstance(method, Calibrated) and method.compares_scores]
+    return [method for method in adapted.active_methods if isinstance(method, Calibrated) and method.compares_scores]
 
 
 def _with_threshold(adapted: AdaptedModel) -> list[Calibrated]:

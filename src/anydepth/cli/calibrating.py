@@ -137,13 +137,14 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
     from anydepth.measure.results import document
     from anydepth.methods.early_exit import EarlyExit
     from anydepth.models.load import dtype_name
-    from anydepth.training.checkpoint import is_checkpoint, own_base, save
+    from anydepth.training.checkpoint import is_checkpoint, load_draft, own_base, save
 
     target, out = arguments["target"], arguments["out"]
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
     config["dtype"] = dtype_name(adapted)
     has_own_base = is_checkpoint(target) and own_base(Path(target)) is not None
-    save(adapted, out, own_base=tokenizer if has_own_base else None)
+    draft = load_draft(target, adapted)
+    save(adapted, out, own_base=tokenizer if has_own_base else None, draft=draft)
     fields |= {"thresholds": options_of(adapted)}
     table = out / "thresholds.json"
     table.unlink(missing_ok=True)  # of an earlier calibration
@@ -162,9 +163,9 @@ def _bound_risk(options: dict[str, Any]) -> None:
     from anydepth.calibration.generated import bound_risk, check_risk, shared_settings
     from anydepth.calibration.guarantee import TESTS, check_bounds, check_test, least_sequences
     from anydepth.calibration.shares import collect_scores, keep_scores, set_thresholds, thresholds_of
-    from anydepth.engine import choose
+    from anydepth.decoding.engines import open_engine
     from anydepth.measure.calibrate import check_decides
-    from anydepth.training.checkpoint import has_adapter, load_target
+    from anydepth.training.checkpoint import has_adapter, load_draft, load_target
 
     bounds, test = {name: options[name] for name in ("max_risk", "confidence")}, options["test"] or TESTS[0]
     check_bounds(**bounds)
@@ -173,7 +174,8 @@ def _bound_risk(options: dict[str, Any]) -> None:
     printer = Printer(options["as_json"], options["quiet"])
     load = {"dtype": options["dtype"], "device": options["device"]}
     adapted, tokenizer = load_target(options["target"], **load)
-    check_decides(adapted, options["target"])
+    draft = load_draft(options["target"], adapted)
+    check_decides(draft, options["target"])
     # As it would be run: with a LoRA adapter folded into the weights, which is then not there to be saved.
     merged = load_target(options["target"], **load, merge=True)[0] if has_adapter(adapted) else adapted
     windows, prompts, references = _risk_texts(options, tokenizer)
@@ -186,7 +188,7 @@ def _bound_risk(options: dict[str, Any]) -> None:
         printer.progress(f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}")
 
     found = bound_risk(
-        merged,
+        open_engine(merged, options["engine"], None, printer.progress),
         settings,
         prompts,
         new_tokens=options["new_tokens"],
@@ -194,7 +196,6 @@ def _bound_risk(options: dict[str, Any]) -> None:
         test=test,
         risk=options["risk"],
         references=references,
-        engine=choose(merged, options["engine"], None, printer.progress),
         on_test=say,
     )
     set_thresholds(adapted, thresholds_of(merged))

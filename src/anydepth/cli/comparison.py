@@ -25,17 +25,17 @@ def check_comparison(options: dict[str, Any]) -> None:
 
 def compare_ways(options: dict[str, Any], adapted: Any, tokenizer: Any, printer: Printer) -> dict[str, Any]:
     """Return the fields of `anydepth.bench/1`: a row for each way to run the target."""
-    from anydepth.engine import choose
+    from anydepth.decoding.engines import open_engine
     from anydepth.measure.bench import batches_of, load_prompts
     from anydepth.measure.compare import compare, ways_of
     from anydepth.measure.prompts import read_prompts
-    from anydepth.methods.self_speculation import SelfSpeculation
-    from anydepth.training.checkpoint import with_speculation
+    from anydepth.training.checkpoint import load_draft
     from anydepth.training.data import load_windows
 
-    if SelfSpeculation.name not in adapted.methods:
-        adapted = with_speculation(adapted)
-    engine = choose(adapted, options["engine"], options["weights"], printer.progress, compiled=options["compiled"])
+    draft = load_draft(options["target"], adapted, lossless=True)
+    engine = open_engine(
+        adapted, options["engine"], options["weights"], printer.progress, draft=draft, compiled=options["compiled"]
+    )
     (size,) = numbers("batch-sizes", options["batch_sizes"])
     new_tokens, window = options["new_tokens"], getattr(adapted.config, "max_position_embeddings", None) or SCORED
     if options["prompts"] is not None:
@@ -47,9 +47,7 @@ def compare_ways(options: dict[str, Any], adapted: Any, tokenizer: Any, printer:
         rows = [texts[[(run * size + row) % len(texts) for row in range(size)]] for run in range(count)]
         batches = [{"input_ids": row, "attention_mask": row.new_ones(row.shape)} for row in rows]
     windows = load_windows(options["data"], tokenizer, min(SCORED, window), max_windows=NUM_WINDOWS)
-    rows = compare(
-        adapted, ways_of(adapted, engine, printer.progress), batches, windows, new_tokens, say=printer.progress
-    )
+    rows = compare(ways_of(engine, printer.progress), batches, windows, new_tokens, say=printer.progress)
     return {"label": adapted.label, "rows": rows, "queues": []}
 
 

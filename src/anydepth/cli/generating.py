@@ -58,33 +58,35 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Text, with the depth of every token."""
-    from anydepth.decoding.generate import generate as write
+    from anydepth.decoding.engines import label_of, open_engine
     from anydepth.decoding.sampling_options import check_source, told_of_generate, use_defaults
-    from anydepth.engine import choose, label_of, verifies_bitwise
+    from anydepth.decoding.text import generate_text
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
-    from anydepth.training.checkpoint import load_target
+    from anydepth.training.checkpoint import load_draft, load_target
 
     if temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     check_source(generation_config)
     text = sys.stdin.read() if prompt == "-" else prompt
     printer, share = Printer(as_json, quiet), wanted_share(skip_share, capacity)
-    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": by_method(options), "skip_share": share}
+    own = by_method(options)
+    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": own, "skip_share": share}
     with printer.busy(f"loading {target} …"):
-        adapted, tokenizer = load_target(target, merge=True, lossless=lossless, **load)
+        adapted, tokenizer = load_target(target, merge=True, **load)
+        draft = load_draft(target, adapted, lossless=lossless, options=own.get("draft"))
         use_defaults(adapted.generation_config, generation_config)
-        fast = choose(adapted, engine, weights, printer.progress, compiled=compiled)
-    if adapted.speculation is not None and not verifies_bitwise(adapted, fast):
+        writer = open_engine(adapted, engine, weights, printer.progress, draft=draft, compiled=compiled)
+    if writer.drafts and not writer.is_bitwise:
         printer.progress(
             "verified by transformers' operators, where rounding can decide a near tie otherwise than at full depth; "
             "for the same tokens in any case: --dtype float32, or --engine fast"
         )
     if line := told_of_generate(adapted.generation_config, temperature):
         printer.progress(line)
-    shared = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "engine": fast}
+    shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     with printer.busy("writing …"):
-        fields = write(adapted, tokenizer, text, **shared)
+        fields = generate_text(writer, tokenizer, text, **shared)
     config = {
         "target": target,
         "max_new_tokens": max_new_tokens,
@@ -93,11 +95,11 @@ def generate(
         "lossless": lossless,
         "generation_config": generation_config,
         "options": options,
-        "engine": "hf" if fast is None else "fast",
-        "weights": dtype_name(adapted) if fast is None else fast.model.weights,
+        "engine": writer.name,
+        "weights": writer.weights,
         "skip_share": share,
     }
-    result = document("anydepth.generate/1", seed=seed, config=config, label=label_of(adapted, fast), **fields)
+    result = document("anydepth.generate/1", seed=seed, config=config, label=label_of(writer), **fields)
     printer.result(result, lambda document: show_text(document, show_depth))
     drafted = result.get("mean_acceptance_length")
     a_round = f", {drafted:.2f} a verification" if drafted else ""
@@ -127,11 +129,11 @@ def chat(
 
     An empty line or Ctrl-D ends it; Ctrl-C ends an answer.
     """
+    from anydepth.decoding.engines import FastEngine
     from anydepth.decoding.sampling_options import check_source, defaults_of, told, use_defaults
-    from anydepth.engine.fast import FastEngine
     from anydepth.serve.service import Service
     from anydepth.serve.talk import Talk
-    from anydepth.training.checkpoint import load_target
+    from anydepth.training.checkpoint import load_draft, load_target
 
     if temperature is not None and temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
@@ -139,14 +141,16 @@ def chat(
     if max_new_tokens < 1:
         raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
     share = wanted_share(skip_share, capacity)
-    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": by_method(options), "skip_share": share}
+    own = by_method(options)
+    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": own, "skip_share": share}
     printer = Printer(False, quiet)
     with printer.busy(f"loading {target} …"):
-        adapted, tokenizer = load_target(target, merge=True, lossless=lossless, **load)
+        adapted, tokenizer = load_target(target, merge=True, **load)
         if tokenizer.chat_template is None:
             raise UserError(f"{target} has no chat template; use generate for models that were not trained to talk")
         use_defaults(adapted.generation_config, generation_config)
-        service = Service(FastEngine(adapted.eval(), weights), tokenizer, max_batch_size=1)
+        draft = load_draft(target, adapted, lossless=lossless, options=own.get("draft"))
+        service = Service(FastEngine(adapted.eval(), weights, draft=draft), tokenizer, max_batch_size=1)
     if line := told(adapted.generation_config):
         printer.progress(line)
     if temperature is None:

@@ -38,6 +38,7 @@ from anydepth.cli.options import (
     numbers,
     wanted_share,
 )
+from anydepth.draft_sections import DRAFT, OLD_NAME
 from anydepth.errors import UserError
 
 
@@ -105,13 +106,13 @@ def evaluate(
 ) -> None:
     """Perplexity with routing on, beside the untouched model."""
     from anydepth.config import validate
-    from anydepth.engine import choose, label_of
+    from anydepth.decoding.engines import label_of, open_engine
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
     from anydepth.recipe import TextConfig
-    from anydepth.training.checkpoint import load_target
+    from anydepth.training.checkpoint import load_draft, load_target
     from anydepth.training.corpora import check_corpus
     from anydepth.training.data import load_windows, num_tokens
 
@@ -123,12 +124,12 @@ def evaluate(
     names, share = _task_names(tasks) if tasks else [], wanted_share(skip_share, capacity)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": by_method(options), "skip_share": share}
     adapted, tokenizer = load_target(target, **load)
-    fast = choose(adapted, engine, weights, printer.progress)
-    if fast is not None and exits:
+    scorer = open_engine(adapted, engine, weights, printer.progress, draft=load_draft(target, adapted))
+    if scorer.name != "hf" and exits:
         raise UserError("--exits runs the Hugging Face model; leave out --engine and --weights")
     if names:
-        _check_windows(adapted, tokenizer, names)
-    label = "full depth" if full_depth else label_of(adapted, fast)
+        _check_windows(scorer, tokenizer, names)
+    label = "full depth" if full_depth else label_of(scorer)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit, text=text)
     printer.progress(f"scoring {num_tokens(windows)} tokens of {data} …")
     config = {
@@ -143,16 +144,16 @@ def evaluate(
         "full_depth": full_depth,
         "options": options,
         "skip_share": share,
-        "engine": "hf" if fast is None else "fast",
-        "weights": dtype_name(adapted) if fast is None else fast.model.weights,
+        "engine": scorer.name,
+        "weights": scorer.weights,
     }
-    fields = score(adapted, windows, engine=fast, full_depth_only=full_depth, track=printer.track)
+    fields = score(scorer, windows, full_depth_only=full_depth, track=printer.track)
     if exits:
         fields["exits"] = exit_losses(adapted, windows)
     if names:
         say = None if quiet else printer.progress
         shared = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed, "say": say}
-        _add_tasks(fields, adapted, tokenizer, names, fast, label, full_depth, **shared)
+        _add_tasks(fields, scorer, tokenizer, names, label, full_depth, **shared)
     printer.result(document("anydepth.eval/1", seed=seed, config=config, label=label, **fields), show_eval)
 
 
@@ -168,19 +169,18 @@ def _task_names(tasks: str) -> list[str]:
     return names
 
 
-def _check_windows(adapted: Any, tokenizer: Any, names: list[str]) -> None:
+def _check_windows(engine: Any, tokenizer: Any, names: list[str]) -> None:
     """Raise `UserError` for a task that the model's window is too small for; before anything is scored."""
     from anydepth.measure.lm_eval import check_windows
 
-    check_windows(adapted, tokenizer, names)
+    check_windows(engine, tokenizer, names)
 
 
 def _add_tasks(
     fields: dict[str, Any],
-    adapted: Any,
+    engine: Any,
     tokenizer: Any,
     names: list[str],
-    fast: Any,
     label: str,
     full_depth: bool,
     **options: Any,
@@ -190,12 +190,11 @@ def _add_tasks(
     from anydepth.measure.lm_eval import add_changes, score_tasks
 
     full = fields["full_depth"]
-    with adapted.untouched():
-        base = engine_of_base(adapted, fast)
-        full["tasks"] = score_tasks(adapted, tokenizer, names, **options, engine=base, who="untouched")
+    with engine.adapted.untouched():
+        full["tasks"] = score_tasks(engine_of_base(engine), tokenizer, names, **options, who="untouched")
     fields["tasks"] = full["tasks"]
-    if not full_depth and why_the_same(adapted, fast) is None:
-        fields["tasks"] = score_tasks(adapted, tokenizer, names, **options, engine=fast, who=label)
+    if not full_depth and why_the_same(engine) is None:
+        fields["tasks"] = score_tasks(engine, tokenizer, names, **options, who=label)
     add_changes(fields["tasks"], full["tasks"])
 
 
@@ -243,7 +242,7 @@ def bench(
     import torch
 
     from anydepth.cli.comparison import check_comparison, compare_ways, show_comparison
-    from anydepth.engine import label_of
+    from anydepth.decoding.engines import label_of
     from anydepth.measure.bench import bench as time_pairs
     from anydepth.measure.bench import bench_prompts, load_prompts
     from anydepth.measure.prompts import read_prompts
@@ -265,21 +264,21 @@ def bench(
         check_corpus(data)
     printer = Printer(as_json, quiet)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "skip_share": wanted_share(skip_share, capacity)}
-    adapted, tokenizer = _with_methods(target, against or [], options or [], load)
+    adapted, tokenizer, draft = _with_methods(target, against or [], options or [], load)
     config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
     config["dtype"] = dtype_name(adapted)
     if compare:
         fields = compare_ways(arguments, adapted, tokenizer, printer)
         printer.result(document("anydepth.bench/1", seed=seed, config=config, **fields), show_comparison)
         return
-    if not adapted.methods and engine in ("auto", "hf"):
+    if not adapted.methods and draft is None and engine in ("auto", "hf"):
         raise UserError(
             f"{target} has no method attached; give a folder that train or search wrote, --against METHOD, or compare "
             "engines at full depth with --engine both"
         )
     sizes, lengths = numbers("batch-sizes", batch_sizes), numbers("prompt-tokens", prompt_tokens)
-    engines = _engines(adapted, engine, weights, compiled, printer.progress)
-    _check_requests(requests, engines)
+    engines = _engines(adapted, draft, engine, weights, compiled, printer.progress)
+    at_least("requests", requests, 1)
     if prompts is None:
         config |= {"prompt_tokens": prompt_tokens, "num_runs": num_runs}
     elif requests is not None:
@@ -288,68 +287,62 @@ def bench(
     shared: dict[str, Any] = {
         "batch_sizes": sizes,
         "new_tokens": new_tokens,
-        "engines": engines,
         "on_row": lambda row: printer.progress(bench_line(row)),
         "say": printer.progress,
     }
     if prompts is not None:
         texts = read_prompts(prompts, tokenizer)
-        rows = bench_prompts(adapted, tokenizer, texts, **shared)
+        rows = bench_prompts(engines, tokenizer, texts, **shared)
         ids = [torch.tensor(encode(tokenizer, text)) for text in texts]
     else:
         windows = load_prompts(adapted, tokenizer, data, lengths, new_tokens)
-        rows = time_pairs(adapted, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)
+        rows = time_pairs(engines, windows, prompt_tokens=lengths, num_runs=num_runs, **shared)
         ids = [window[: lengths[0]] for window in windows]
     queue: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens, "num_runs": num_runs}
     queues = []
     if requests is not None:
         queues = [row for fast in engines for row in throughput(fast, ids, num_requests=requests, **queue)]
-    result = document(
-        "anydepth.bench/1", seed=seed, config=config, label=label_of(adapted, *engines), rows=rows, queues=queues
-    )
+    result = document("anydepth.bench/1", seed=seed, config=config, label=label_of(*engines), rows=rows, queues=queues)
     printer.result(result, show_bench)
 
 
-def _check_requests(requests: int | None, engines: list[Any]) -> None:
-    at_least("requests", requests, 1)
-    if requests is not None and None in engines:
-        raise UserError("--requests is continuous batching, which the fast engine has; add --engine fast")
-    if requests is not None and any(engine.adapted.speculation is not None for engine in engines):
-        raise UserError("--requests decodes without drafts; leave out --requests or self_speculation")
-
-
-def _with_methods(target: str, against: list[str], options: list[str], load: dict[str, Any]) -> tuple[Any, Any]:
-    """The model to bench and its tokenizer: with its own methods, or those named on the command line."""
+def _with_methods(target: str, against: list[str], options: list[str], load: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Load the model to bench, its tokenizer and what it drafts with: its own, or methods of the command line."""
     from anydepth.config import refuse_training_only, validate
     from anydepth.hf.adapted import attach, detach
     from anydepth.methods import method_class
-    from anydepth.methods.self_speculation import SelfSpeculation
-    from anydepth.training.checkpoint import load_target, with_speculation
+    from anydepth.speculation.draft import Draft
+    from anydepth.training.checkpoint import load_draft, load_target
 
     if options and not against:
         raise UserError("--set is for the method that --against names; --capacity and --skip-share move thresholds")
+    if against in ([DRAFT], [OLD_NAME]):  # drafts with what the target has
+        own = {name: value for name, value in method_options(DRAFT, options).items() if name != "name"}
+        adapted, tokenizer = load_target(target, merge=True, **load)
+        return adapted, tokenizer, Draft(adapted, own) if own else load_draft(target, adapted, lossless=True)
     specs = [method_options(name, options) for name in against]
     for name, (_, *chosen), spec in zip(against, specs, specs, strict=True):
         own = {option: spec[option] for option in chosen}
         refuse_training_only(name, validate(method_class(name, "--against").Config, own, where=name), own, fresh=True)
     adapted, tokenizer = load_target(target, merge=True, **load)
-    if against == [SelfSpeculation.name]:  # drafts with what the target has
-        return with_speculation(adapted, specs[0] if options else None), tokenizer
+    draft = load_draft(target, adapted)
     if against:
-        adapted = attach(detach(adapted), specs)
-    return adapted, tokenizer
+        adapted, draft = attach(detach(adapted), specs), None
+    return adapted, tokenizer, draft
 
 
-def _engines(adapted: Any, engine: str, weights: str | None, compiled: bool, say: Callable[[str], None]) -> list[Any]:
-    """What to bench with: None for the Hugging Face model's own `generate`, fast engines by their weights."""
-    from anydepth.engine import ENGINES, choose
+def _engines(
+    adapted: Any, draft: Any, engine: str, weights: str | None, compiled: bool, say: Callable[[str], None]
+) -> list[Any]:
+    """Open the engines to bench with: one for each kind of weights, after transformers where both are asked for."""
+    from anydepth.decoding.engines import ENGINES, HFEngine, open_engine
 
     if engine not in (*ENGINES, "both"):
         raise UserError(f"engine '{engine}' is unknown; bench takes {', '.join(ENGINES)} or both")
     kinds = weights.split(",") if weights else [None]
     one = "fast" if engine == "both" else engine
-    chosen = [choose(adapted, one, kind, say, compiled=compiled) for kind in kinds]
-    return [None, *chosen] if engine == "both" else chosen
+    chosen = [open_engine(adapted, one, kind, say, draft=draft, compiled=compiled) for kind in kinds]
+    return [HFEngine(adapted, draft), *chosen] if engine == "both" else chosen
 
 
 @app.command()
@@ -377,12 +370,12 @@ def analyze(
     And whether it depends on the token at all.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("as_json", "quiet")}
-    from anydepth.engine import label_of
+    from anydepth.decoding.engines import HFEngine, label_of
     from anydepth.measure.analyze import analyze as look
     from anydepth.measure.evaluate import why_the_same
     from anydepth.measure.results import document
     from anydepth.models.load import dtype_name
-    from anydepth.training.checkpoint import load_target
+    from anydepth.training.checkpoint import load_draft, load_target
     from anydepth.training.corpora import check_corpus, load_texts
     from anydepth.training.data import load_windows
 
@@ -393,7 +386,8 @@ def analyze(
     printer = Printer(as_json, quiet)
     adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=by_method(options))
     arguments["dtype"] = dtype_name(adapted)
-    if adapted.methods and (why := why_the_same(adapted)) is not None:
+    engine = HFEngine(adapted, load_draft(target, adapted))
+    if engine.differs and (why := why_the_same(engine)) is not None:
         raise UserError(f"{target} has no depth to analyze: {why}")
     others = [load_target(other, dtype=dtype, device=device)[0] for other in compare or []]
     for other, name in zip(others, compare or [], strict=True):
@@ -416,7 +410,7 @@ def analyze(
         seed=seed,
         track=printer.track,
     )
-    result = document("anydepth.analyze/1", seed=seed, config=arguments, label=label_of(adapted), **fields)
+    result = document("anydepth.analyze/1", seed=seed, config=arguments, label=label_of(engine), **fields)
     printer.result(result, show_analysis)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from anydepth.draft_sections import DRAFT, OLD_NAME
 from anydepth.errors import UserError
 
 Target = Annotated[
@@ -76,14 +77,14 @@ def method_options(name: str, options: list[str]) -> dict[str, Any]:
 
 
 def by_method(options: list[str] | None) -> dict[str, dict[str, Any]]:
-    """`METHOD.OPTION=VALUE` overrides, by method."""
+    """Return `METHOD.OPTION=VALUE` overrides by method, those of drafting under `draft`."""
     found: dict[str, dict[str, Any]] = {}
     for option in options or []:
         key, equals, value = option.partition("=")
         method, dot, name = key.partition(".")
         if not equals or not dot or not name:
             raise UserError(f"--set takes METHOD.OPTION=VALUE, such as early_exit.thresholds=0.9; came '{option}'")
-        found.setdefault(method, {})[name] = yaml.safe_load(value)
+        found.setdefault(DRAFT if method == OLD_NAME else method, {})[name] = yaml.safe_load(value)
     return found
 
 

@@ -1,104 +1,203 @@
-"""Text from an adapted model, with the depth that every token took."""
+"""transformers' `generate` with our decode loop: options, logits processors and stop rules stay its own."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.configuration_utils import GenerationMode
 
-from anydepth.decoding.sampler import GREEDY
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.request import DraftCounts, Request
+from anydepth.decoding.sampler import JointStops, Sampler, Stops
+from anydepth.decoding.scheduler import Scheduler
 from anydepth.errors import UserError
-from anydepth.gating.trace import Trace
-from anydepth.hf.adapted import AdaptedModel
-from anydepth.models.tokens import end_ids, padded
+from anydepth.gating.trace import PassRecord, joined_rows
+
+NOT_HERE = ("assistant_model", "inputs_embeds", "position_ids", "past_key_values")
+"""Options of `generate` that would otherwise be dropped without a word."""
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
-@torch.no_grad()
-def generate(
-    adapted: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
-    engine: FastEngine | None = None,
-) -> dict[str, Any]:
-    """Continue a prompt; returns the fields of `anydepth.generate/1`.
-
-    Args:
-        temperature: 0 is greedy; otherwise samples with `seed`.
-        engine: generate with it; None is the Hugging Face model's own `generate`.
+def generate_batch(
+    engine: Engine,
+    *args: Any,
+    streamer: Any = None,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Generate on an engine as `adapted.generate` does: (B, prompt + new) token ids, ended rows padded.
 
     Raises:
-        UserError: an empty prompt, or one that does not fit the model's window with `max_new_tokens`.
+        UserError: an option that the loop does not have, a mask that is no padding on the left, or stop strings
+            without a tokenizer.
     """
-    inputs = padded(tokenizer, [prompt], adapted.device)
-    num_prompt = inputs["input_ids"].shape[1]
-    check_window(adapted, num_prompt, max_new_tokens)
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > GREEDY}
-    if temperature > GREEDY:
-        sampling["temperature"] = temperature
-    if ends := sorted(end_ids(adapted, tokenizer)):
-        sampling["eos_token_id"] = ends
-    started = time.perf_counter()
-    token_ids = (adapted if engine is None else engine).generate(
-        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **sampling
-    )[0, num_prompt:]
-    seconds = time.perf_counter() - started
-    layers, depths = _depths(adapted, num_prompt, len(token_ids))
-    ids = torch.cat([inputs["input_ids"][0], token_ids]).tolist()
-    mixers = _mixers(adapted.last_trace, [str(tokenizer.decode([token_id])) for token_id in ids])
-    counts = adapted.draft_counts if adapted.speculation is not None else None
-    return {
-        "prompt": prompt,
-        "text": tokenizer.decode(token_ids, skip_special_tokens=True),
-        "token_ids": token_ids.tolist(),
-        "tokens": [tokenizer.decode([token_id]) for token_id in token_ids.tolist()],
-        "depths": depths,
-        "layers": layers,
-        "num_layers": adapted.backbone.num_layers,
-        "tokens_per_second": len(token_ids) / seconds,
-        **mixers,
-        **({} if counts is None else counts.to_json()),
-    }
+    for option in NOT_HERE:
+        if kwargs.get(option) is not None:
+            raise UserError(f"{option} is not taken here; leave it out, or use engine hf at full depth")
+    _check_padding(kwargs.get("attention_mask"))
+    # transformers 5.23 gives the streamer the prompt, but hides it and the tokenizer from a loop of others.
+    stopping_criteria = StoppingCriteriaList(list(stopping_criteria or []))
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise UserError("stop_strings need tokenizer=, to know how tokens spell them")
+        stopping_criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    return engine.adapted.generate(
+        *args,
+        custom_generate=partial(_decode, engine, streamer=streamer),
+        streamer=streamer,
+        stopping_criteria=stopping_criteria,
+        **kwargs,
+    )
 
 
-def check_window(model: AdaptedModel | PreTrainedModel, num_prompt: int, max_new_tokens: int) -> None:
-    """Raise `UserError` for a prompt that the model cannot take."""
-    if num_prompt == 0:
-        raise UserError("the prompt is empty; give at least one word")
-    if max_new_tokens < 1:
-        raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
-    window = getattr(model.config, "max_position_embeddings", None)
-    if window is not None and num_prompt + max_new_tokens > window:
+def _check_padding(mask: Tensor | None) -> None:
+    """Raise `UserError` unless a (B, T) mask has its zeros before the tokens, and a token in every row."""
+    if mask is None:
+        return
+    real = mask.bool()
+    if real.dim() != 2 or not real[:, -1].all() or not torch.equal(real.long().cummax(1).values.bool(), real):
         raise UserError(
-            f"the prompt has {num_prompt} tokens; with {max_new_tokens} new ones that is more than the model's window "
-            f"of {window}; shorten the prompt to {max(window - max_new_tokens, 0)} tokens or ask for fewer new ones"
+            "attention_mask must have its zeros before the tokens, and every row at least one token; pad on the left "
+            '(tokenizer.padding_side = "left")'
         )
 
 
-def _mixers(trace: Trace, tokens: list[str]) -> dict[str, Any]:
-    """Of models whose tokens choose a mixer: `mixers`, with the `layers` where they do, the `tokens` of the prompt and
-    all new ones but the last, which no layer has seen, and for each whether it took `softmax` in each of the layers."""
-    layers = [layer_idx for layer_idx, share in enumerate(trace.other_share()) if share]
-    if not layers:
-        return {}
-    softmax = trace.mixer_keep[layers, 0].T.tolist()
-    return {"mixers": {"layers": layers, "tokens": tokens[: len(softmax)], "softmax": softmax}}
+def _check_mode(config: GenerationConfig, engine: Engine) -> None:
+    """Raise `UserError` for what is neither greedy nor sampling."""
+    who = "drafting" if engine.drafts else "the fast engine"
+    if config.get_generation_mode() not in MODES or config.return_dict_in_generate:
+        raise UserError(
+            f"{who} decodes greedily or samples, and returns token ids; use engine hf at full depth for the rest"
+        )
+    if type(config.watermarking_config).__name__.startswith("SynthID"):
+        raise UserError(f"{who} calls logits processors more often than once a token, which SynthID's cannot take")
+    if config.guidance_scale is not None and config.guidance_scale != 1:
+        raise UserError(f"{who} has no classifier-free guidance; use engine hf at full depth")
 
 
-def _depths(adapted: AdaptedModel, num_prompt: int, num_new: int) -> tuple[list[list[float]], list[float]]:
-    """Per new token, the layers that ran to predict it (0, ½ or 1 each) and their sum.
+@torch.no_grad()
+def _decode(
+    engine: Engine,
+    hf_model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Run transformers' decoding loop for (B, prompt) token ids: (B, prompt + new)."""
+    _check_mode(generation_config, engine)
+    mask, adapted = kwargs.get("attention_mask"), engine.adapted
+    engine.check_batch(input_ids, mask, generation_config.max_length)
+    num_rows, num_prompt = input_ids.shape
+    padding = [0] * num_rows if mask is None else (mask == 0).sum(1).tolist()
+    fills = generation_config._eos_token_tensor is not None  # without an end token transformers lets rows go on
+    stops = Stops(stopping_criteria) if fills or num_rows == 1 else JointStops(stopping_criteria, num_rows)
+    sampler = Sampler(
+        logits_processor,
+        num_rows,
+        adapted.config.vocab_size,
+        input_ids.device,
+        sampling=bool(generation_config.do_sample),
+        drafts=engine.drafts,
+    )
+    requests = [
+        Request(ids, sampler, stops, num_padding=num_padding, row=row, is_drafted=engine.drafts)
+        for row, (ids, num_padding) in enumerate(zip(input_ids.tolist(), padding, strict=True))
+    ]
+    pad = 0 if generation_config._pad_token_tensor is None else int(generation_config._pad_token_tensor)
+    output = _Output(requests, pad, streamer)
+    with engine.turn:
+        Scheduler(engine, num_rows, is_interactive=False).run(requests, output.put)
+    length = stops.length if isinstance(stops, JointStops) else None
+    length = max(len(request.ids) for request in requests) if length is None else length
+    sampler.noise.rewind(length - num_prompt)
+    token_ids = output.end(length).to(input_ids.device)
+    engine.last.counts = None
+    if engine.drafts:
+        engine.last.counts = DraftCounts()
+        for request in requests:
+            engine.last.counts.add(request.counts)
+        adapted.records = full_depth_records(token_ids, mask, num_prompt, adapted.backbone.num_layers)
+    elif adapted.is_enabled:
+        adapted.records = _records(requests, num_prompt)
+    return token_ids
 
-    The first new token comes out of the prompt's last place, the second out of the first's place, and so on.
+
+class _Output:
+    """The token ids of a batch, as transformers returns and streams them.
+
+    Args:
+        pad: what rows that have ended are filled with.
     """
-    trace = adapted.last_trace
-    ran: Tensor = ((trace.mixer_keep | trace.other_keep)[:, 0].float() + trace.ffn_keep[:, 0].float()) / 2
-    places = ran[:, num_prompt - 1 : num_prompt - 1 + num_new].T
-    return places.tolist(), places.sum(1).tolist()
+
+    def __init__(self, requests: Sequence[Request], pad: int, streamer: Any) -> None:
+        self.requests, self.pad, self.streamer = requests, pad, streamer
+        self.num_put = requests[0].num_prompt
+
+    def put(self) -> None:
+        """Give the streamer the steps that all rows have taken."""
+        if self.streamer is not None:
+            longest = max(len(request.ids) for request in self.requests)
+            self._put(min(longest if request.is_finished else len(request.ids) for request in self.requests))
+
+    def _put(self, length: int) -> None:
+        for position in range(self.num_put, length):
+            self.streamer.put(torch.tensor([self._token(request, position) for request in self.requests]))
+        self.num_put = max(self.num_put, length)
+
+    def end(self, length: int) -> Tensor:
+        """Return (B, length) token ids."""
+        if self.streamer is not None:
+            self._put(length)
+            self.streamer.end()
+        rows = [request.ids[:length] for request in self.requests]
+        return torch.tensor([row + [self.pad] * (length - len(row)) for row in rows])
+
+    def _token(self, request: Request, position: int) -> int:
+        return request.ids[position] if position < len(request.ids) else self.pad
+
+
+def _records(requests: Sequence[Request], num_prompt: int) -> list[PassRecord]:
+    """Return one record for the prompts of a batch, and one for each step."""
+    num_passes = max(len(request.passes) for request in requests)
+    return [
+        joined_rows(
+            [request.passes[number] if number < len(request.passes) else None for request in requests],
+            1 if number else num_prompt,
+        )
+        for number in range(num_passes)
+    ]
+
+
+def full_depth_records(ids: Tensor, mask: Tensor | None, num_prompt: int, num_layers: int) -> list[PassRecord]:
+    """Return records of the prompt and of each token after it, all at full depth.
+
+    Args:
+        ids: (B, prompt + new). mask: (B, prompt), False is padding.
+    """
+    real = torch.ones_like(ids[:, :-1], dtype=torch.bool)
+    if mask is not None:
+        real[:, :num_prompt] = mask.bool()
+    lengths = [num_prompt, *[1] * (real.shape[1] - num_prompt)]
+    positions = accumulate([0, *lengths])
+    return [
+        PassRecord(part, position, cached=True, num_layers=num_layers, head_rows=len(part))
+        for part, position in zip(real.split(lengths, dim=1), positions, strict=False)
+    ]

@@ -1,9 +1,9 @@
-"""Which token comes next, and when a text ends: as transformers' `generate` decides it, row by row."""
+"""Choose next tokens, and decide when a text ends, as transformers' `generate` does, request by request."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,30 +20,42 @@ from transformers import (
 from transformers.generation import logits_process
 
 from anydepth.errors import UserError
-from anydepth.speculation.targets import Row
 
 GREEDY = 1e-5
 """A temperature up to which the likeliest token is taken: logits divided by less than that are no numbers."""
 KEPT_NOISE = 48
-"""Steps whose noise is kept; that of older ones is drawn anew for rows far behind."""
+"""Steps whose noise is kept; that of older ones is drawn anew for requests far behind."""
+
+
+class Row(Protocol):
+    """What a sampler asks of a request: its tokens, padding and prompt included, and its row in the batch."""
+
+    ids: list[int]
+    draft: list[int]
+    row: int
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt, padding included."""
+        ...
 
 
 class Noise:
-    """What `torch.multinomial` would divide by at each step of a batch, were all rows at that step.
-
-    Args:
-        generator: draws it; None is torch's own of the device.
+    """Exponential noise that `torch.multinomial` draws at each step of a batch, so that drafts and targets share it.
 
     Drafts ask for steps that are never taken: `rewind` then gives the generator the state of a run without them.
+
+    Args:
+        generator: draws the noise; None is torch's own of the device.
     """
 
     def __init__(self, num_rows: int, device: torch.device, generator: torch.Generator | None = None) -> None:
         self.num_rows, self.device, self.generator = num_rows, device, generator
-        self.before: list[Tensor] = []  # states of the generator in front of each step
+        self.before: list[Tensor] = []  # states of the generator before each step
         self.kept: dict[int, Tensor] = {}
 
     def at(self, step: int, size: int) -> Tensor:
-        """(B, size); steps are asked for in order the first time."""
+        """Return (B, size) noise of a step; steps are asked for in order the first time."""
         if step in self.kept:
             return self.kept[step]
         now = self._state
@@ -60,7 +72,7 @@ class Noise:
         return self.kept[step]
 
     def rewind(self, num_steps: int) -> None:
-        """So many steps were taken."""
+        """Set the generator to its state after so many steps."""
         if num_steps < len(self.before):
             self._state = self.before[num_steps]
 
@@ -98,118 +110,176 @@ def is_stateless(processor: Any) -> bool:
     return says_so or (type(processor).__module__ == logits_process.__name__ and not isinstance(processor, KEEP_STATE))
 
 
-class NextToken:
-    """The next token out of logits.
+class Sampler:
+    """Chooses tokens from logits, for one request or the requests of a batch.
 
     Args:
-        processors: transformers' own or a user's. Those that may keep a state, such as a grammar, are asked once for
+        processors: transformers' own or a user's. Those that may keep a state, such as a grammar, are called once for
             each token that is taken, in order, and never for drafts.
-        num_rows: of the batch; noise is drawn for all of them, as there.
-        vocabulary_size: of the model.
+        num_rows: of the batch; noise is drawn for all of them, as transformers does.
+        vocabulary_size: of the model; needed to draft from a part of it.
         generator: draws the noise of sampling; None is torch's own of the device.
+        drafts: whether requests may be at different tokens, because they draft.
+
+    Raises:
+        UserError: processors that may keep a state, for several requests that draft.
     """
 
     def __init__(
         self,
-        processors: LogitsProcessorList,
-        num_rows: int,
-        vocabulary_size: int,
-        device: torch.device,
+        processors: LogitsProcessorList | None = None,
+        num_rows: int = 1,
+        vocabulary_size: int = 0,
+        device: torch.device | None = None,
         *,
-        sampling: bool,
+        sampling: bool = False,
         generator: torch.Generator | None = None,
+        drafts: bool = False,
     ) -> None:
-        self.processors, self.num_rows, self.sampling = processors, num_rows, sampling
-        self.for_drafts = LogitsProcessorList(part for part in processors if is_stateless(part))
-        if num_rows > 1 and len(self.for_drafts) < len(processors):
-            name = next(type(part).__name__ for part in processors if not is_stateless(part))
+        self.processors = LogitsProcessorList() if processors is None else processors
+        self.num_rows, self.sampling, self.vocabulary_size = num_rows, sampling, vocabulary_size
+        self.for_drafts = LogitsProcessorList(part for part in self.processors if is_stateless(part))
+        if drafts and num_rows > 1 and len(self.for_drafts) < len(self.processors):
+            name = next(type(part).__name__ for part in self.processors if not is_stateless(part))
             raise UserError(
                 f"{name} may keep a state, and rows that draft are at different tokens; generate them one by one, or "
                 "at full depth (adapted.disabled())"
             )
-        self.vocabulary_size = vocabulary_size
-        self.noise = Noise(num_rows, device, generator)
+        self.noise = Noise(num_rows, torch.device("cpu") if device is None else device, generator)
+        self.ended: dict[int, list[int]] = {}
 
     @property
     def is_plain(self) -> bool:
-        """Whether the largest of the logits is all there is to it."""
+        """Whether the next token is that of the largest logit."""
         return not self.processors and not self.sampling
 
-    def scores(self, row: Row, ids: Sequence[int], logits: Tensor, *, is_draft: bool = False) -> Tensor:
-        """Return the processed logits (V,) after `ids`, which begin as the row's."""
+    def scores(self, requests: Sequence[Row], logits: Tensor) -> Tensor:
+        """Return the processed (R, V) logits after the tokens of some requests, of as many tokens each.
+
+        A batch goes through the processors as a whole, as transformers does it: requests that have ended are there
+        with what they had last, padded.
+        """
+        if not self.processors:
+            return logits.float()
+        if self.num_rows == 1:
+            return self._processed([request.ids for request in requests], logits)
+        length = len(requests[0].ids)
+        running = {request.row: number for number, request in enumerate(requests)}
+        ids, order = [], []
+        for row in range(self.num_rows):
+            own = requests[running[row]].ids if row in running else self.ended.get(row, requests[0].ids)
+            ids.append(own + [own[-1]] * (length - len(own)))
+            order.append(running.get(row, 0))
+            if row in running:
+                self.ended[row] = own
+        return self._processed(ids, logits[order])[[request.row for request in requests]]
+
+    def _processed(self, ids: list[list[int]], logits: Tensor) -> Tensor:
+        so_far: Any = torch.tensor(ids, device=logits.device)
+        return self.processors(so_far, logits.float())
+
+    def row_scores(self, request: Row, ids: Sequence[int], logits: Tensor, *, is_draft: bool = False) -> Tensor:
+        """Return the processed (V,) logits after `ids`, which begin as the request's."""
         processors = self.for_drafts if is_draft else self.processors
         if not processors:
             return logits.float()
         # Some know their batch: they get the row in its place among copies of itself.
         so_far: Any = torch.tensor([ids], device=logits.device).expand(self.num_rows, -1)
-        return processors(so_far, logits[None].float().repeat(self.num_rows, 1))[row.slot]
+        return processors(so_far, logits[None].float().repeat(self.num_rows, 1))[request.row]
 
-    def token(self, row: Row, ids: Sequence[int], scores: Tensor) -> int:
-        """The one behind `ids`, which begin as the row's."""
+    def token(self, request: Row, num_tokens: int, scores: Tensor) -> int:
+        """Return the token after `num_tokens` tokens of a request, padding included, from processed (V,) logits."""
         if not self.sampling:
             return largest(scores[None])[0]
-        noise = self.noise.at(len(ids) - row.num_prompt, len(scores))[row.slot].to(scores.device)
+        noise = self.noise.at(num_tokens - request.num_prompt, len(scores))[request.row].to(scores.device)
         return int((scores.softmax(-1) / noise).argmax())
 
-    def guess(self, rows: Sequence[Row], logits: Tensor, vocabulary: Tensor | None) -> tuple[list[int], list[float]]:
-        """`drafters.Choose`."""
+    def draft(
+        self, requests: Sequence[Row], logits: Tensor, vocabulary: Tensor | None
+    ) -> tuple[list[int], list[float]]:
+        """Return the tokens that requests would take after their drafts, and the probabilities of those.
+
+        Args:
+            logits: (R, V') of all tokens, or of a `vocabulary` (V',).
+        """
         if self.is_plain:
             scores = logits.float().cpu().numpy()  # faster than torch at so few numbers
-            places = scores.argmax(-1).tolist()
-            shares = [1 / float(np.exp(row - row[place]).sum()) for row, place in zip(scores, places, strict=True)]
-            return (places if vocabulary is None else [int(vocabulary[place]) for place in places]), shares
-        tokens, shares = [], []
-        for row, part in zip(rows, logits, strict=True):
+            best = scores.argmax(-1).tolist()
+            probabilities = [1 / float(np.exp(row - row[one]).sum()) for row, one in zip(scores, best, strict=True)]
+            return (best if vocabulary is None else [int(vocabulary[one]) for one in best]), probabilities
+        tokens, probabilities = [], []
+        for request, part in zip(requests, logits, strict=True):
             if vocabulary is not None:
-                whole = part.new_full((self.vocabulary_size,), float("-inf"))
-                part = whole.index_copy(0, vocabulary.to(part.device), part)
-            ids = [*row.ids, *row.draft]
-            scores = self.scores(row, ids, part, is_draft=True)
-            tokens.append(self.token(row, ids, scores))
-            shares.append(scores.softmax(-1)[tokens[-1]].item())
-        return tokens, shares
+                every = part.new_full((self.vocabulary_size,), float("-inf"))
+                part = every.index_copy(0, vocabulary.to(part.device), part)
+            ids = [*request.ids, *request.draft]
+            scores = self.row_scores(request, ids, part, is_draft=True)
+            tokens.append(self.token(request, len(ids), scores))
+            probabilities.append(scores.softmax(-1)[tokens[-1]].item())
+        return tokens, probabilities
 
 
 class Stops:
-    """When a row ends: transformers' own criteria, asked only where they can say yes.
+    """When a request ends: transformers' own criteria, called only where they can say yes.
 
     Attributes:
-        max_length: known without asking; None: none. end_ids: likewise.
-        others: that must be asked at every token.
+        max_length: known without a call; None: none. end_ids: likewise.
+        others: that must be called at every token.
     """
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         lengths = [part for part in criteria if type(part) is MaxLengthCriteria]
         ends = [part for part in criteria if type(part) is EosTokenCriteria]
         self.max_length = min((part.max_length for part in lengths), default=None)
-        self.end_ids = {token for part in ends for token in part.eos_token_id.tolist()}
+        self.end_ids = frozenset(token for part in ends for token in part.eos_token_id.tolist())
         self.others = StoppingCriteriaList(part for part in criteria if part not in lengths and part not in ends)
 
     @classmethod
     def at(cls, length: int, end_ids: Iterable[int] = ()) -> Stops:
-        """At a length, or behind one of these tokens."""
+        """Return stops at a length, padding included, or after one of these tokens."""
         stops = cls(StoppingCriteriaList([MaxLengthCriteria(length)]))
-        stops.end_ids = set(end_ids)
+        stops.end_ids = frozenset(end_ids)
         return stops
 
-    def room(self, row: Row) -> int | None:
-        """Tokens that a row may still take; None: any number."""
-        return None if self.max_length is None else self.max_length - len(row.ids)
+    def num_left(self, request: Row) -> int | None:
+        """Return how many tokens a request may still take; None: any number."""
+        return None if self.max_length is None else self.max_length - len(request.ids)
 
-    def ends(self, row: Row, scores: Tensor) -> bool:
-        """Whether the row's last token is its end."""
-        room = self.room(row)
-        if (room is not None and room <= 0) or row.ids[-1] in self.end_ids:
+    def ends(self, request: Row, scores: Tensor) -> bool:
+        """Return whether a request's last token is its end, which was chosen from processed (V,) logits."""
+        left = self.num_left(request)
+        if (left is not None and left <= 0) or request.ids[-1] in self.end_ids:
             return True
         if not self.others:
             return False
-        ids: Any = torch.tensor([row.ids], device=scores.device)
+        ids: Any = torch.tensor([request.ids], device=scores.device)
         criteria: Any = self.others
         return bool(criteria(ids, scores[None])[0])
 
 
+class JointStops(Stops):
+    """Stops of a batch whose rows go on until all have ended, as transformers does where no end token is known.
+
+    Attributes:
+        length: of all rows at the end; None: some row has not ended yet.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, num_rows: int) -> None:
+        super().__init__(criteria)
+        self.num_rows, self.first_ends = num_rows, dict[int, int]()
+
+    @property
+    def length(self) -> int | None:
+        return max(self.first_ends.values()) if len(self.first_ends) == self.num_rows else None
+
+    def ends(self, request: Row, scores: Tensor) -> bool:
+        if request.row not in self.first_ends and super().ends(request, scores):
+            self.first_ends[request.row] = len(request.ids)
+        return self.length is not None and len(request.ids) >= self.length
+
+
 def largest(scores: Tensor) -> list[int]:
-    """Places of the first of the largest of (N, V). numpy looks ten times as fast as torch."""
+    """Return where each row of (N, V) first has its largest. numpy is ten times as fast as torch."""
     if scores.device.type == "cpu":
         return scores.float().numpy().argmax(-1).tolist()
     return scores.argmax(-1).tolist()

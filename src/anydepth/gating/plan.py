@@ -77,9 +77,11 @@ class Plan:
         exits: by method, its exits in order of their layers.
         compared: layers whose inputs are kept, for gates of later layers to compare with.
         compiled: what an execution has made of this plan, by its own keys.
+        methods: whose gates these are.
     """
 
-    def __init__(self, gates: Sequence[PlannedGate]) -> None:
+    def __init__(self, gates: Sequence[PlannedGate], methods: Sequence[Decider] = ()) -> None:
+        self.methods = tuple(methods)
         layers: dict[Branch, set[int]] = {"layer": set(), "mixer": set(), "ffn": set()}
         self.gates: list[PlannedGate] = []
         self.at_input: dict[int, list[PlannedGate]] = {}
@@ -114,7 +116,7 @@ class Plan:
     @classmethod
     def of(cls, methods: Sequence[Decider]) -> Plan:
         """Return the plan of methods at inference."""
-        return cls([PlannedGate(method, spec) for method in methods for spec in method.gates()])
+        return cls([PlannedGate(method, spec) for method in methods for spec in method.gates()], methods)
 
     @classmethod
     def for_forward(cls, methods: Sequence[Decider], context: PassContext) -> Plan:
@@ -124,7 +126,7 @@ class Plan:
             is_sampled = method.samples(context)
             specs = method.training_gates(context) if is_sampled else method.gates()
             found += [PlannedGate(method, spec, is_sampled) for spec in specs]
-        return cls(found)
+        return cls(found, methods)
 
     @property
     def is_empty(self) -> bool:
@@ -169,7 +171,7 @@ class Decisions:
         weights: (B, T) by layer, what is multiplied with what the layer adds, where a gate has a scale.
     """
 
-    def __init__(self, plan: Plan, context: PassContext, methods: Sequence[Decider] = ()) -> None:
+    def __init__(self, plan: Plan, context: PassContext) -> None:
         self.plan, self.context = plan, context
         self.decided: dict[tuple[Branch, int], dict[PlannedGate, Gate]] = {}
         self.routings: dict[int, MixerRouting] = {}
@@ -178,7 +180,7 @@ class Decisions:
         self.weights: dict[int, Tensor] = {}
         self.closed = Gate.closed(context, "omit") if any(plan.closed.values()) else None
         self.is_known: set[PlannedGate] = set()
-        self.capturing = [method for method in methods if method.samples(context) and method.captured_layers()]
+        self.capturing = [one for one in plan.methods if one.samples(context) and one.captured_layers()]
         for gate in plan.known:
             scores = gate.spec.score.known(context)
             if scores is not None:
@@ -186,11 +188,15 @@ class Decisions:
                 self._put(gate, scores > gate.spec.threshold_at(context.positions))
 
     @classmethod
-    def begin(cls, methods: Sequence[Decider], context: PassContext) -> Decisions:
-        """Start a forward: let methods prepare what they keep of it, and decide what is known before."""
+    def begin(cls, methods: Sequence[Decider], context: PassContext, plan: Plan | None = None) -> Decisions:
+        """Start a forward: let methods prepare what they keep of it, and decide what is known before.
+
+        Args:
+            plan: of these methods at inference; None makes one for this forward.
+        """
         for method in methods:
             context.states[method.name] = method.begin(context)
-        return cls(Plan.for_forward(methods, context), context, methods)
+        return cls(Plan.for_forward(methods, context) if plan is None else plan, context)
 
     def reads(self, layer_idx: int) -> bool:
         """Return whether gates of a layer depend on the states that they are asked with.

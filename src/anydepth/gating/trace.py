@@ -5,7 +5,7 @@ A `PassRecord` is one forward; a `Trace` joins the forwards of one cached sequen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,51 @@ class LazyRecord(PassRecord):
 
         part = self.token_mask[row : row + 1]
         return LazyRecord(PassRecord(part, self.past_length, self.cached, self.num_layers, head_rows=1), note)
+
+
+def joined_rows(passes: Sequence[tuple[PassRecord, int] | None], num_tokens: int) -> PassRecord:
+    """Return one record of rows that ran in forwards of their own, padded on the left to `num_tokens`.
+
+    Args:
+        passes: by row, its forward and its row there; None: it had ended.
+    """
+    first = next(found[0] for found in passes if found is not None)
+    if [found is not None and found[0] is first and found[1] for found in passes] == list(range(len(first.token_mask))):
+        return first
+    record = PassRecord(
+        torch.zeros(len(passes), num_tokens, dtype=torch.bool, device=first.token_mask.device),
+        first.past_length if num_tokens == 1 else 0,
+        first.cached,
+        first.num_layers,
+        head_rows=sum(found is not None for found in passes),
+    )
+    for row, found in enumerate(passes):
+        if found is not None:
+            mask = found[0].token_mask[found[1]]
+            record.token_mask[row, num_tokens - len(mask) :] = mask
+    return LazyRecord(record, lambda own: _join_rows(own, passes))
+
+
+def _join_rows(record: PassRecord, passes: Sequence[tuple[PassRecord, int] | None]) -> None:
+    """Put the decisions of rows together; a row that had ended counts as run, which its mask leaves out."""
+    rows = [None if found is None else found[0].row(found[1]) for found in passes]
+    num_tokens, ran = record.token_mask.shape[1], [row for row in rows if row is not None]
+
+    def joined(name: str, layer_idx: int) -> Tensor:
+        empty = torch.zeros_like(record.token_mask[:1])
+        found = [empty if row is None else getattr(row, name).get(layer_idx, row.token_mask) for row in rows]
+        return torch.cat([torch.nn.functional.pad(part, (num_tokens - part.shape[1], 0)) for part in found])
+
+    for name in ("mixer_keep", "ffn_keep"):
+        layers = {layer_idx for row in ran for layer_idx in getattr(row, name)}
+        setattr(record, name, {layer_idx: joined(name, layer_idx) for layer_idx in layers})
+    none = torch.zeros(1, dtype=torch.long, device=record.token_mask.device)
+    for layer_idx in {layer_idx for row in ran for layer_idx in row.late}:
+        late = [none if row is None else row.late.get(layer_idx, none) for row in rows]
+        record.late[layer_idx] = torch.cat(late)
+    for row in ran:
+        record.kv_rules.update(row.kv_rules)
+        record.router_flops += row.router_flops
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from anydepth.config import StrictConfig
 from anydepth.errors import UserError
 from anydepth.gating.context import PassContext
 from anydepth.gating.gate_network import GateNetwork
-from anydepth.gating.plan import Decisions
+from anydepth.gating.plan import Decisions, Plan
 from anydepth.gating.sequence_state import SequenceState
 from anydepth.gating.trace import PassRecord, Trace
 from anydepth.hf.adaptive_cache import AdaptiveCache
@@ -29,7 +29,6 @@ from anydepth.hf.partial import Run
 from anydepth.methods._base.method import Method
 from anydepth.methods._base.training import ExitState, Trained
 from anydepth.methods.compose import MethodSpec, build_methods
-from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import Backbone
 
 
@@ -133,7 +132,8 @@ class AdaptedModel(nn.Module):
         """Return a new `Run`, which is the last one from now on."""
         cache = self._cache_for(kwargs)
         token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
-        methods = self.active_methods
+        plan = self.calls.plan
+        methods = self.active_methods if plan is None else plan.methods
         record = PassRecord(token_mask, 0 if cache is None else cache.num_seen, cache is not None, len(self._gated))
         memory = SequenceState() if cache is None else SequenceState(cache.method_memory)
         evaluate = record.counting(GateNetwork.__call__)
@@ -145,7 +145,7 @@ class AdaptedModel(nn.Module):
             memory=memory,
             logits_of=record.counting_logits(self.backbone.logits_of),
         )
-        run = self.calls.last = Run(Decisions.begin(methods, context), record, cache, self.calls.sparse)
+        run = self.calls.last = Run(Decisions.begin(methods, context, plan), record, cache, self.calls.sparse)
         if record.past_length == 0:
             self.calls.records = []
         self.calls.records.append(record)
@@ -187,14 +187,7 @@ class AdaptedModel(nn.Module):
         return state
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence.
-
-        With `self_speculation` attached, its loop is the one of `speculation/speculate.py`.
-        """
-        if self.speculation is not None and "custom_generate" not in kwargs:
-            from anydepth.speculation.hf import speculate  # stands behind this file; here is where users call it
-
-            return speculate(self, *args, **kwargs)
+        """Generate by transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence."""
         # transformers' own cache cannot tell how long a sequence is if no layer has attention.
         needs_own = self.calls.enabled or "attention" not in self.backbone.layer_types()
         if needs_own and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
@@ -230,31 +223,27 @@ class AdaptedModel(nn.Module):
         return self.calls.enabled
 
     @property
+    def attached(self) -> list[Method]:
+        """The attached methods, in order."""
+        return [method for method in self.methods.values() if isinstance(method, Method)]
+
+    @property
     def active_methods(self) -> list[Method]:
-        """The methods that decide, in order: none while `disabled`; beside `self_speculation` none at inference."""
+        """The methods that decide, in order: none while `disabled`."""
         if not self.calls.enabled:
             return []
-        if self.calls.stand_ins is not None:
-            return list(self.calls.stand_ins)
-        methods = [method for method in self.methods.values() if isinstance(method, Method)]
-        drafts = not self.training and any(isinstance(method, SelfSpeculation) for method in methods)
-        return [] if drafts else methods
-
-    @property
-    def speculation(self) -> SelfSpeculation | None:
-        """How drafts are made, where `self_speculation` is attached and on."""
-        found = next((method for method in self.methods.values() if isinstance(method, SelfSpeculation)), None)
-        return found if self.calls.enabled and self.calls.stand_ins is None else None
-
-    @property
-    def draft_methods(self) -> list[Method]:
-        """What is attached beside `self_speculation`."""
-        return [method for method in self.methods.values() if isinstance(method, Method) and not method.is_lossless()]
+        return self.attached if self.calls.stand_ins is None else list(self.calls.stand_ins)
 
     @contextmanager
     def deciding(self, *stand_ins: Method) -> Iterator[None]:
         """Other methods' decisions in place of the attached ones', such as those of an earlier forward."""
         with self.calls.setting(stand_ins=stand_ins):
+            yield
+
+    @contextmanager
+    def running(self, plan: Plan) -> Iterator[None]:
+        """Run a plan that was made before, in place of one for each forward."""
+        with self.calls.setting(plan=plan, enabled=True):
             yield
 
     @property
@@ -265,11 +254,6 @@ class AdaptedModel(nn.Module):
     @records.setter
     def records(self, records: list[PassRecord]) -> None:
         self.calls.records = records
-
-    @property
-    def draft_counts(self) -> Any:
-        """What was drafted in the last generation of this thread that speculated; None before one."""
-        return self.calls.draft_counts
 
     @property
     def last_trace(self) -> Trace:

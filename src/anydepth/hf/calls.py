@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from anydepth.gating.plan import Plan
     from anydepth.gating.trace import PassRecord
     from anydepth.hf.partial import Run
     from anydepth.methods._base.method import Method
@@ -29,9 +30,7 @@ class Calls(threading.local):
         run: the forward in progress; None outside of one, and at full depth.
         last: the last forward that has ended.
         records: of the forwards of the last sequence.
-        enabled, sparse, stand_ins: what `disabled`, `masked` and `deciding` have set.
-        drafting: how the model itself drafts, kept between generations.
-        draft_counts: of the last generation that speculated.
+        enabled, sparse, stand_ins, plan: what `disabled`, `masked`, `deciding` and `running` have set.
     """
 
     def __init__(self) -> None:
@@ -41,8 +40,7 @@ class Calls(threading.local):
         self.enabled = True
         self.sparse = True
         self.stand_ins: Sequence[Method] | None = None
-        self.drafting: Any = None
-        self.draft_counts: Any = None
+        self.plan: Plan | None = None
 
     def __reduce__(self) -> Any:
         """Copy as calls that were never made."""

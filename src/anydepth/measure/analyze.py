@@ -20,7 +20,7 @@ from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.conditionality import conditionality
 from anydepth.measure.samples import Track, correlations, full_depth_losses
-from anydepth.measure.statistics import mean_of, rank_correlation
+from anydepth.statistics import mean_of, rank_correlation
 from anydepth.training.diagnostics import GateDecisions, described, gate_decisions, joined
 
 NUM_BINS = 8

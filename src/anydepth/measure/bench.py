@@ -18,25 +18,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.decoding.generate import check_window
-from anydepth.engine import verifies_bitwise
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.request import DraftCounts
+from anydepth.decoding.text import check_window
 from anydepth.errors import RunError, UserError
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
-from anydepth.measure.statistics import is_noise, ratio_interval
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
 from anydepth.models.load import dtype_name
 from anydepth.models.tokens import padded
 from anydepth.recipe import TextConfig
-from anydepth.speculation.speculate import Counts
+from anydepth.statistics import is_noise, ratio_interval
 from anydepth.training.data import PACKED, load_windows
 
-Engine = FastEngine | None
-"""None is the Hugging Face model's own `generate`."""
 Ratios = dict[str, list[float]]
 """Of pairs of timings: `total`, `prefill`, and `decode` where more than one token is generated."""
 WIDE = 1.05
@@ -60,42 +57,41 @@ def load_prompts(
 
 
 def bench(
-    adapted: AdaptedModel,
+    engines: Sequence[Engine],
     windows: Tensor,
     *,
     batch_sizes: list[int],
     prompt_tokens: list[int],
     new_tokens: int,
     num_runs: int = 5,
-    engines: Sequence[Engine] = (None,),
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Rows of `anydepth.bench/1`, one per batch size, prompt length and engine, prompts taken from (N, T) windows.
+    """Return rows of `anydepth.bench/1`, one per batch size, prompt length and engine, prompts from (N, T) windows.
 
     Args:
+        engines: of one model; each generates in turn, at full depth too.
         num_runs: pairs at least; up to three times as many while a ratio's interval is wide.
-        engines: generate with each in turn, at full depth too.
         say: told if others keep cores busy, and threads are fewer for it.
 
     Raises:
         UserError: too little text for the batch, or prompts longer than the model's window.
         RunError: the self-check failed.
     """
-    adapted.eval()
+    adapted = engines[0].adapted.eval()
     if max(batch_sizes) > len(windows):
         raise UserError(
             f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens; the text has "
             f"{len(windows)}"
         )
-    self_check(adapted, windows[:2, : min(48, windows.shape[1])].to(adapted.device), engines)
+    self_check(engines, windows[:2, : min(48, windows.shape[1])].to(adapted.device))
     rows = []
     for batch_size in batch_sizes:
         for length in prompt_tokens:
             prompts = windows[:batch_size, :length].to(adapted.device)
             batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
             with on_free_cores(say):
-                found = _rows(adapted, [batch] * num_runs, new_tokens, engines)
+                found = _rows(engines, [batch] * num_runs, new_tokens)
             for row in found:
                 rows.append(row)
                 on_row(row)
@@ -103,24 +99,23 @@ def bench(
 
 
 def bench_prompts(
-    adapted: AdaptedModel,
+    engines: Sequence[Engine],
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     *,
     batch_sizes: list[int],
     new_tokens: int,
-    engines: Sequence[Engine] = (None,),
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Rows of `anydepth.bench/1` over given prompts: each batch of them (padded on the left) is one measured pair."""
-    adapted.eval()
+    """Return rows of `anydepth.bench/1` over prompts: each batch of them (padded on the left) is one measured pair."""
+    adapted = engines[0].adapted.eval()
     rows = []
     for batch_size in batch_sizes:
         batches = batches_of(adapted, tokenizer, prompts, batch_size, new_tokens)
-        self_check(adapted, batches[0]["input_ids"][:1, -48:], engines)
+        self_check(engines, batches[0]["input_ids"][:1, -48:])
         with on_free_cores(say):
-            found = _rows(adapted, batches, new_tokens, engines)
+            found = _rows(engines, batches, new_tokens)
         for row in found:
             rows.append(row)
             on_row(row)
@@ -143,27 +138,23 @@ def batches_of(
     return batches
 
 
-def paired_speedups(
-    adapted: AdaptedModel, windows: Tensor, new_tokens: int, num_runs: int, engine: Engine = None
-) -> list[float]:
-    """`num_runs` ratios of total time, full depth ÷ adapted, at batch 1; prompts are (N, T) windows in turn."""
-    prompts = [window[None].to(adapted.device) for window in windows]
+def paired_speedups(engine: Engine, windows: Tensor, new_tokens: int, num_runs: int) -> list[float]:
+    """Return `num_runs` ratios of total time, full depth ÷ adapted, at batch 1; prompts are (N, T) windows in turn."""
+    prompts = [window[None].to(engine.adapted.device) for window in windows]
     batches = [{"input_ids": prompt, "attention_mask": torch.ones_like(prompt)} for prompt in prompts]
-    _pair(adapted, batches[0], new_tokens, 0, engine)  # warm-up
-    pairs = [_pair(adapted, batches[run % len(batches)], new_tokens, run, engine) for run in range(num_runs)]
+    _pair(engine, batches[0], new_tokens, 0)  # warm-up
+    pairs = [_pair(engine, batches[run % len(batches)], new_tokens, run) for run in range(num_runs)]
     return [pair.full.total / pair.ours.total for pair in pairs]
 
 
-def paired_engines(
-    adapted: AdaptedModel, windows: Tensor, new_tokens: int, num_runs: int, engines: tuple[Engine, Engine]
-) -> list[float]:
+def paired_engines(engines: tuple[Engine, Engine], windows: Tensor, new_tokens: int, num_runs: int) -> list[float]:
     """Return `num_runs` ratios of total time at full depth, first engine ÷ second, at batch 1."""
     totals: dict[int, list[float]] = {0: [], 1: []}
     for number in range(-1, num_runs):  # the first is a warm-up
-        prompt = windows[number % len(windows)][None].to(adapted.device)
+        prompt = windows[number % len(windows)][None].to(engines[0].adapted.device)
         batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
         for turn in (0, 1) if number % 2 else (1, 0):
-            timing = time_generation(adapted, batch, new_tokens, engines[turn], full_depth=True)
+            timing = time_generation(engines[turn], batch, new_tokens, full_depth=True)
             totals[turn].append(timing.total)
     return [first / second for first, second in zip(totals[0][1:], totals[1][1:], strict=True)]
 
@@ -177,46 +168,53 @@ class Pair:
     trace: Trace
     flops: cost.FlopCount
     prefill_flops: cost.FlopCount
-    drafts: Counts | None
+    drafts: DraftCounts | None
 
 
-def _rows(
-    adapted: AdaptedModel, batches: list[Batch], new_tokens: int, engines: Sequence[Engine]
-) -> list[dict[str, Any]]:
-    """One row per engine; every batch is generated by all of them before the next."""
+def _rows(engines: Sequence[Engine], batches: list[Batch], new_tokens: int) -> list[dict[str, Any]]:
+    """Return one row per engine; every batch is generated by all of them before the next."""
+    adapted = engines[0].adapted
     for engine in engines:
-        _pair(adapted, batches[0], new_tokens, 0, engine)  # warm-up
+        _pair(engine, batches[0], new_tokens, 0)  # warm-up
     pairs: list[list[Pair]] = [[] for _ in engines]
     bandwidth = []
     for number in range(MOST * len(batches)):
-        if number >= len(batches) and not _is_wide(adapted, pairs):
+        if number >= len(batches) and not _is_wide(engines, pairs):
             break
         bandwidth.append(read_bandwidth(adapted.device))
         for place in range(len(engines)):
             turn = (place + number) % len(engines)
-            pairs[turn].append(_pair(adapted, batches[number % len(batches)], new_tokens, number, engines[turn]))
+            pairs[turn].append(_pair(engines[turn], batches[number % len(batches)], new_tokens, number))
     rows: list[dict[str, Any]] = []
     for engine, own in zip(engines, pairs, strict=True):
         over = _ratios([first.full for first in pairs[0]], [pair.full for pair in own]) if rows else None
-        row = row_of(adapted, batches, own, new_tokens, engine, first=rows[0] if rows else None, over=over)
-        if new_tokens > 1 and _reads_what_it_runs(adapted):
-            row["roofline"] = roofline(adapted, engine, own[-1].trace, median(bandwidth), row)
+        row = row_of(
+            engine,
+            batches,
+            own,
+            new_tokens,
+            is_compared=engine.differs,
+            first=rows[0] if rows else None,
+            over=over,
+        )
+        if new_tokens > 1 and _reads_what_it_runs(engine):
+            row["roofline"] = roofline(engine, own[-1].trace, median(bandwidth), row)
         if over is not None:
             row["over_first"] = _over(rows[0], row, over)
         rows.append(row)
     return rows
 
 
-def _is_wide(adapted: AdaptedModel, pairs: list[list[Pair]]) -> bool:
+def _is_wide(engines: Sequence[Engine], pairs: list[list[Pair]]) -> bool:
     """Return whether the interval of some ratio that a row tells is wide."""
-    told = [_speedups(own)["total"] for own in pairs] if adapted.methods else []
+    told = [_speedups(own)["total"] for engine, own in zip(engines, pairs, strict=True) if engine.differs]
     told += [_ratios([one.full for one in pairs[0]], [one.full for one in own])["total"] for own in pairs[1:]]
     return any(interval is None or interval[1] > WIDE * interval[0] for interval in map(ratio_interval, told))
 
 
-def _reads_what_it_runs(adapted: AdaptedModel) -> bool:
-    """Whether a step's bytes are those of the layers in its trace: no drafts beside it, no second mixers."""
-    return adapted.speculation is None and not any(method.routes_mixers for method in adapted.active_methods)
+def _reads_what_it_runs(engine: Engine) -> bool:
+    """Return whether a step's bytes are those of the layers in its trace: no drafts, no alternate mixers."""
+    return not engine.drafts and not any(method.routes_mixers for method in engine.adapted.active_methods)
 
 
 def _over(first: dict[str, Any], row: dict[str, Any], ratios: Ratios) -> dict[str, Any]:
@@ -239,33 +237,33 @@ def _gain(row: dict[str, Any], part: str) -> float:
 
 
 def row_of(
-    adapted: AdaptedModel,
+    engine: Engine,
     batches: list[Batch],
     pairs: list[Pair],
     new_tokens: int,
-    engine: Engine,
     *,
+    is_compared: bool = True,
     first: dict[str, Any] | None = None,
     over: Ratios | None = None,
 ) -> dict[str, Any]:
     """Return a row of `anydepth.bench/1` for pairs measured on an engine.
 
     Args:
+        is_compared: whether the two sides of a pair are two generations.
         first, over: of engines after the first, the first one's row and how many times faster than it this one is.
     """
-    _check_lossless(adapted, pairs, engine)
+    _check_lossless(engine, pairs)
     whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
     batch_size, lengths = batches[0]["input_ids"].shape[0], [batch["input_ids"].shape[1] for batch in batches]
     speedups = _speedups(pairs)
     full = _medians([pair.full for pair in pairs], batch_size, new_tokens)
     if first is not None and over is not None:
         full = _times(first["full_depth"], over, [pair.full for pair in pairs])
-    dtype = dtype_name(adapted)
     ideal_decode = (whole.full_depth - prefill.full_depth) / (whole.total - prefill.total) if new_tokens > 1 else None
     return {
-        "engine": "hf" if engine is None else "fast",
-        "weights": dtype if engine is None else engine.model.weights,
-        "dtype": dtype,
+        "engine": engine.name,
+        "weights": engine.weights,
+        "dtype": dtype_name(engine.adapted),
         "batch_size": batch_size,
         "prompt_tokens": max(lengths),
         "prompt_tokens_range": [min(lengths), max(lengths)],
@@ -279,10 +277,10 @@ def row_of(
             "layer_token_share": whole.layer_token_share,
             **_drafts(pairs),
         },
-        **speedup_fields(speedups["total"] if adapted.methods else [], whole.ideal_speedup),
+        **speedup_fields(speedups["total"] if is_compared else [], whole.ideal_speedup),
         "identical_tokens": all(torch.equal(pair.full.token_ids, pair.ours.token_ids) for pair in pairs),
-        "prefill": _phase(adapted, speedups["prefill"], prefill.ideal_speedup),
-        **({} if ideal_decode is None else {"decode": _phase(adapted, speedups["decode"], ideal_decode)}),
+        "prefill": _phase(is_compared, speedups["prefill"], prefill.ideal_speedup),
+        **({} if ideal_decode is None else {"decode": _phase(is_compared, speedups["decode"], ideal_decode)}),
     }
 
 
@@ -305,9 +303,9 @@ def speedup_fields(speedups: list[float], ideal: float | None = None) -> dict[st
     return fields
 
 
-def _check_lossless(adapted: AdaptedModel, pairs: list[Pair], engine: Engine) -> None:
+def _check_lossless(engine: Engine, pairs: list[Pair]) -> None:
     """Raise `RunError` where drafts changed the text. Without our kernels, a near tie in half precision may."""
-    if adapted.speculation is None or not verifies_bitwise(adapted, engine):
+    if not engine.drafts or not engine.is_bitwise:
         return
     for number, pair in enumerate(pairs):
         if not torch.equal(pair.full.token_ids, pair.ours.token_ids):
@@ -321,15 +319,15 @@ def _check_lossless(adapted: AdaptedModel, pairs: list[Pair], engine: Engine) ->
 def _drafts(pairs: list[Pair]) -> dict[str, Any]:
     """How drafting went, where there was any."""
     found = [pair.drafts for pair in pairs if pair.drafts is not None]
-    together = Counts()
+    together = DraftCounts()
     for counts in found:
         together.add(counts)
     return together.to_json() if found else {}
 
 
-def _phase(adapted: AdaptedModel, speedups: list[float], ideal: float) -> dict[str, Any] | None:
+def _phase(is_compared: bool, speedups: list[float], ideal: float) -> dict[str, Any] | None:
     """Return the speed-up of the prompt or of decoding; None: nothing is attached."""
-    if not adapted.methods:
+    if not is_compared:
         return None
     speedup = median(speedups)
     interval = ratio_interval(speedups)
@@ -345,16 +343,16 @@ def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:
     )
 
 
-def _pair(adapted: AdaptedModel, batch: Batch, new_tokens: int, number: int, engine: Engine) -> Pair:
-    """Full depth and adapted, taking turns at going first; once where nothing is attached."""
-    orders = ((False, True), (True, False)) if adapted.methods else ((False,), (False,))
+def _pair(engine: Engine, batch: Batch, new_tokens: int, number: int) -> Pair:
+    """Time full depth and adapted, taking turns at going first; once where nothing is attached."""
+    adapted, orders = engine.adapted, ((False, True), (True, False)) if engine.differs else ((False,), (False,))
     timings = {}
     for full_depth in orders[number % 2]:
-        timings[full_depth] = time_generation(adapted, batch, new_tokens, engine, full_depth=full_depth)
+        timings[full_depth] = time_generation(engine, batch, new_tokens, full_depth=full_depth)
     records = adapted.records  # full depth leaves none
     trace, prefill = Trace.join(records), Trace.join(records[:1])
     whole, first = cost.flops(adapted.backbone, trace), cost.flops(adapted.backbone, prefill)
-    drafts = None if adapted.speculation is None else adapted.draft_counts
+    drafts = engine.draft_counts if engine.drafts else None
     ours = timings[False]
     return Pair(timings.get(True, ours), ours, trace, whole, first, drafts)
 

@@ -21,13 +21,14 @@ from anydepth.calibration.shares import (
     skipped_shares,
     thresholds_of,
 )
-from anydepth.engine import choose
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.engines import open_engine
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.bench import load_prompts, paired_speedups
 from anydepth.measure.capacities import control, quality, sweep_capacities
-from anydepth.training.checkpoint import has_adapter, load_target
+from anydepth.speculation.draft import Draft
+from anydepth.training.checkpoint import has_adapter, load_draft, load_target
 from anydepth.training.data import load_windows
 
 Say = Callable[[str], None]
@@ -37,21 +38,20 @@ Say = Callable[[str], None]
 class Timing:
     """What is timed: the model as it would be run, with a LoRA adapter folded into the weights."""
 
-    model: AdaptedModel
-    engine: FastEngine | None
+    engine: Engine
     prompts: Tensor
     new_tokens: int
     num_runs: int
 
     def speedups(self, like: AdaptedModel) -> list[float]:
         """Return paired ratios full depth ÷ adapted, with the thresholds of another copy of the model."""
-        set_thresholds(self.model, thresholds_of(like))
-        return paired_speedups(self.model, self.prompts, self.new_tokens, self.num_runs, self.engine)
+        set_thresholds(self.engine.adapted, thresholds_of(like))
+        return paired_speedups(self.engine, self.prompts, self.new_tokens, self.num_runs)
 
     def control(self, held_out: Tensor, say: Say) -> dict[str, Any] | None:
         """Return the measurements of full depth with int8 weights; None, said to `say`, where they do not run."""
         try:
-            return control(self.model, self.engine, held_out, self.prompts, self.new_tokens, self.num_runs)
+            return control(self.engine, held_out, self.prompts, self.new_tokens, self.num_runs)
         except UserError as error:
             say(f"no control: {error}")
             return None
@@ -83,7 +83,7 @@ class Calibration:
         """
         adapted, tokenizer = load_target(options["target"], dtype=options["dtype"], device=options["device"])
         if options["skip_share"] is None and options["capacity"] is None:
-            check_decides(adapted, options["target"])
+            check_decides(load_draft(options["target"], adapted), options["target"])
         length, count, other = options["sequence_length"], options["num_windows"], options["held_out"]
         windows = load_windows(options["data"], tokenizer, length, max_windows=count if other else 2 * count)
         if other is not None:
@@ -103,10 +103,10 @@ class Calibration:
         options, adapted = self.options, self.adapted
         if has_adapter(adapted):
             adapted, _ = load_target(options["target"], dtype=options["dtype"], device=options["device"], merge=True)
-        engine = choose(adapted, options["engine"], None, self.say)
+        engine = open_engine(adapted, options["engine"], None, self.say)
         new_tokens, num_runs = options["new_tokens"], options["num_runs"]
         prompts = load_prompts(adapted, self.tokenizer, options["data"], [options["prompt_tokens"]], new_tokens)
-        return Timing(adapted, engine, prompts[:num_runs], new_tokens, num_runs)
+        return Timing(engine, prompts[:num_runs], new_tokens, num_runs)
 
     def to_share(self, share: float) -> dict[str, Any]:
         """Set thresholds that skip a share; return the fields of the document."""
@@ -153,7 +153,13 @@ class Calibration:
         set_configs(self.adapted, before)
         beside = timing.control(self.held_out, self.say)
         warnings = [f"{row['label']}: {line}" for row in rows for line in row.pop("warnings")]
-        return {"met": None, "sweep": rows, "control": beside, "warnings": warnings, "engine": _engine(timing)}
+        return {
+            "met": None,
+            "sweep": rows,
+            "control": beside,
+            "warnings": warnings,
+            "engine": {"engine": timing.engine.name, "weights": timing.engine.weights},
+        }
 
     def _looked_at(self, found: dict[str, float], share: float) -> dict[str, Any]:
         """Return what held-out text shows, beside the shares found on the calibration text."""
@@ -177,14 +183,7 @@ class Calibration:
         )
 
 
-def check_decides(adapted: AdaptedModel, target: str) -> None:
-    """Raise `UserError` for a model that only drafts with what it skips: its text is that of full depth."""
-    if adapted.speculation is not None:
+def check_decides(draft: Draft | None, target: str) -> None:
+    """Raise `UserError` for a target that only drafts with what it skips: its text is that of full depth."""
+    if draft is not None:
         raise UserError(f"{target} only drafts with what it skips; give --skip-share, and bench it")
-
-
-def _engine(timing: Timing) -> dict[str, str]:
-    """Return the engine and the weights that were timed."""
-    if timing.engine is None:
-        return {"engine": "hf", "weights": str(timing.model.dtype).removeprefix("torch.")}
-    return {"engine": "fast", "weights": timing.engine.model.weights}

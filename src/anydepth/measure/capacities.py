@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.calibration.shares import Scores, off_target, set_thresholds, thresholds_at
-from anydepth.engine.fast import FastEngine
-from anydepth.engine.weights import WEIGHT_ONLY
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.engines import FastEngine, HFEngine
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.bench import paired_engines, speedup_fields
 from anydepth.measure.evaluate import evaluate, same_model
-from anydepth.measure.statistics import mean_of_sums
+from anydepth.statistics import mean_of_sums
 
 CONTROL = "int8"
 """Weights of the control."""
@@ -33,7 +33,7 @@ def quality(adapted: AdaptedModel, windows: Tensor) -> Row:
 
     `perplexity_increase_range` holds the increase with 95%, from the differences of windows; None of one window.
     """
-    each = [evaluate(adapted, window[None]) for window in windows]
+    each = [evaluate(HFEngine(adapted), window[None]) for window in windows]
     shares = {name: mean(fields["skip_share"][name] for fields in each) for name in each[0].get("skip_share", {})}
     untouched = mean(fields["full_depth"]["loss"] for fields in each)
     ours, full = [fields["loss"] for fields in each], [same_model(fields)["loss"] for fields in each]
@@ -81,24 +81,22 @@ def sweep_capacities(
 
 
 @torch.no_grad()
-def control(
-    adapted: AdaptedModel, engine: FastEngine | None, held_out: Tensor, prompts: Tensor, new_tokens: int, num_runs: int
-) -> Row | None:
-    """Measure full depth with int8 weights against full depth of an engine; None for an engine that is no other.
+def control(engine: Engine, held_out: Tensor, prompts: Tensor, new_tokens: int, num_runs: int) -> Row | None:
+    """Measure full depth with int8 weights against full depth of an engine; None where it has such weights, or is hf.
 
     Raises:
         UserError: int8 weights do not run this model.
     """
-    if engine is None or engine.model.weights in WEIGHT_ONLY:
+    if engine.is_quantised or engine.name != FastEngine.name:
         return None
-    light = FastEngine(adapted, CONTROL)
-    with adapted.disabled():
+    light = FastEngine(engine.adapted, CONTROL)
+    with engine.adapted.disabled():
         ours, full = ([_loss(each, window) for window in held_out] for each in (light, engine))
-    speedups = paired_engines(adapted, prompts, new_tokens, num_runs, (engine, light))
+    speedups = paired_engines((engine, light), prompts, new_tokens, num_runs)
     return {"label": f"full depth, {CONTROL}", "weights": CONTROL, **_increase(ours, full), **speedup_fields(speedups)}
 
 
-def _loss(engine: FastEngine, window: Tensor) -> float:
+def _loss(engine: Engine, window: Tensor) -> float:
     """Return nats per token of (T,) ids."""
     ids = window.to(engine.adapted.device)
     return F.cross_entropy(engine.logits(ids)[:-1].float(), ids[1:]).item()

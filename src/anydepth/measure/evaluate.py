@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.engines import FastEngine, HFEngine
 from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel
-from anydepth.measure.statistics import mean_of_sums
 from anydepth.methods._base.calibration import Calibrated
+from anydepth.statistics import mean_of_sums
 from anydepth.training.checkpoint import has_adapter
 from anydepth.training.data import rows_of
 
@@ -84,41 +85,34 @@ def _entropy(share: float) -> float:
     return -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
 
 
-def why_the_same(adapted: AdaptedModel, engine: FastEngine | None = None) -> str | None:
-    """Say why scores are those of the untouched model, where they are; None where something can change them.
-
-    Args:
-        engine: that scores; one whose weights have fewer bits than the model's changes them.
-    """
-    if has_adapter(adapted) or (engine is not None and engine.packs):
+def why_the_same(engine: Engine) -> str | None:
+    """Say why an engine's scores are those of the base model, where they are; None where something can change them."""
+    adapted = engine.adapted
+    if has_adapter(adapted) or engine.is_quantised:
         return None
-    if adapted.speculation is not None:
+    if engine.drafts:
         return "drafting does not change scores: full depth verifies every token"
     if any(not method.is_lossless() for method in adapted.active_methods):
         return None
     return f"{' + '.join(adapted.methods) or 'nothing'} is attached, and every token runs every layer"
 
 
-def engine_of_base(adapted: AdaptedModel, engine: FastEngine | None) -> FastEngine | None:
-    """Return an engine for the untouched model, next to one of the adapted; None: the Hugging Face model scores it.
-
-    An engine has a LoRA adapter folded in; the untouched model has its own weights, in its own precision.
-    """
-    if engine is None or has_adapter(adapted):
-        return None
-    return FastEngine(adapted) if engine.packs else engine
+def engine_of_base(engine: Engine) -> Engine:
+    """Return an engine for the base model, whose weights are its own, in its own precision, without an adapter."""
+    if has_adapter(engine.adapted):
+        return HFEngine(engine.adapted)
+    return FastEngine(engine.adapted) if engine.is_quantised else engine
 
 
 @torch.no_grad()
 def evaluate(
-    adapted: AdaptedModel,
+    engine: Engine,
     windows: Tensor,
     *,
-    engine: FastEngine | None = None,
     full_depth_only: bool = False,
     track: Track = iter,
 ) -> dict[str, Any]:
-    """Loss, depth and agreement on (N, T) windows, each scored without the others.
+    """Score (N, T) windows, each without the others: loss, depth and agreement.
 
     Returns the fields of `anydepth.eval/1` for the adapted model, with those of the untouched model (gates and LoRA
     off; its own weights whatever the engine's) under `full_depth`. With a LoRA adapter, those of the same model at full
@@ -126,12 +120,12 @@ def evaluate(
     nothing can differ, text is scored once, and `note` says why.
 
     Args:
-        engine: score its logits; None is the Hugging Face model.
+        engine: gives the logits of the adapted model; the Hugging Face model those of full depth.
         track: told of the windows as they are scored.
     """
-    adapted.eval()
-    ours, untouched, whole, why = Tally(), Tally(), Tally(), why_the_same(adapted)
-    at_once = full_depth_only or (engine is None and why is not None)
+    adapted, why = engine.adapted.eval(), why_the_same(engine)
+    ours, untouched, whole = Tally(), Tally(), Tally()
+    at_once = full_depth_only or (engine.name == "hf" and why is not None)
     differs = has_adapter(adapted) and not at_once
     num_agreeing = 0
     for row in track(rows_of(windows)):
@@ -140,7 +134,7 @@ def evaluate(
             reference = adapted(input_ids=token_ids, use_cache=False).logits
         _add(untouched, adapted, token_ids, reference, reference, at_full_depth=True)
         if not at_once:
-            logits = _logits(adapted, token_ids, engine)
+            logits = engine.logits(token_ids[0])[None]
             _add(ours, adapted, token_ids, logits, reference, at_full_depth=False)
             if differs:
                 with adapted.disabled():
@@ -166,12 +160,6 @@ def evaluate(
 def same_model(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of the same model at full depth: with LoRA on where there is an adapter."""
     return fields.get("full_depth_adapted", fields["full_depth"])
-
-
-def _logits(adapted: AdaptedModel, token_ids: Tensor, engine: FastEngine | None) -> Tensor:
-    if engine is None:
-        return adapted(input_ids=token_ids, use_cache=False).logits
-    return engine.logits(token_ids[0])[None]
 
 
 def _add(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engines import FastEngine, HFEngine
 from anydepth.engine.weights import WEIGHT_ONLY
 from anydepth.errors import UserError
 from anydepth.gating import cost
@@ -47,7 +47,7 @@ def held_out(model: nn.Module, config: SkipSetConfig, windows: Tensor) -> dict[s
         return {"num_tokens": 0, "rows": [], "warning": warning}
     adapted = attach(model, config)
     try:
-        found = evaluate(adapted, windows)
+        found = evaluate(HFEngine(adapted), windows)
         rows = [_row("full depth", found["full_depth"], _bytes(adapted, SkipSetConfig()))]
         rows.append(_row("skip set", found, _bytes(adapted, config)))
     finally:
@@ -71,8 +71,8 @@ def _packed(adapted: AdaptedModel, kind: str, windows: Tensor) -> dict[str, Any]
         engine = FastEngine(adapted, kind)
     except UserError:
         return None
-    layers = sum(layer.mixer_bytes + layer.ffn_bytes for layer in engine.model.layers)
-    return _row(f"{kind} weights", evaluate(adapted, windows, engine=engine), layers + engine.model.head.num_bytes)
+    layers, head = engine.weight_bytes()
+    return _row(f"{kind} weights", evaluate(engine, windows), sum(map(sum, layers)) + head)
 
 
 def _bytes(adapted: AdaptedModel, config: SkipSetConfig) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from anydepth.config import StrictConfig
+from anydepth.draft_sections import DRAFT, DraftConfig
 from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel
@@ -88,24 +90,28 @@ def _notes(views: list[LayerView]) -> list[str]:
 
 
 def list_methods() -> list[dict[str, Any]]:
-    """Every method with its options: the fields of `anydepth.methods/1`."""
-    listed = []
-    for name, method in METHODS.items():
-        options = {
-            key: {
-                "help": field.description,
-                "required": field.is_required(),
-                "default": None if field.is_required() else field.get_default(call_default_factory=True),
-            }
-            for key, field in method.Config.model_fields.items()
+    """Return every method with its options, and drafting: the fields of `anydepth.methods/1`."""
+    listed = [
+        {
+            "name": name,
+            "summary": method.summary,
+            "lossless": method.is_lossless(),
+            "trained": issubclass(method, Trained),
+            "options": _options(method.Config),
         }
-        listed.append(
-            {
-                "name": name,
-                "summary": method.summary,
-                "lossless": method.is_lossless(),
-                "trained": issubclass(method, Trained),
-                "options": options,
-            }
-        )
-    return listed
+        for name, method in METHODS.items()
+    ]
+    summary = "drafts tokens with a part of the model, verifies them with all of it (a section of its own)"
+    drafting = {"name": DRAFT, "summary": summary, "lossless": True, "trained": True, "options": _options(DraftConfig)}
+    return [*listed, drafting]
+
+
+def _options(config: type[StrictConfig]) -> dict[str, Any]:
+    return {
+        key: {
+            "help": field.description,
+            "required": field.is_required(),
+            "default": None if field.is_required() else field.get_default(call_default_factory=True),
+        }
+        for key, field in config.model_fields.items()
+    }

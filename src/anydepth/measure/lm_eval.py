@@ -28,14 +28,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.engines import HFEngine
 from anydepth.errors import UserError
 from anydepth.gating import cost
-from anydepth.hf.adapted import AdaptedModel
+from anydepth.gating.plan import FULL_DEPTH
 from anydepth.measure.results import MEANS, error_name
 from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import LOCAL, Spec, task_named, where_to_look
-from anydepth.training.checkpoint import load_target
+from anydepth.training.checkpoint import load_draft, load_target
 
 WHOLE = "none"
 """How lm-eval names a metric that no filter stands before."""
@@ -61,18 +62,16 @@ class AnydepthLM(Base):
     """An adapted model under lm-eval's requests, its decisions on in scoring and in generation.
 
     Args:
-        target: what the command line takes as TARGET, or a model with methods attached (its tokenizer beside it).
-        engine: the fast engine of that model, to score and to generate with; None is the Hugging Face model.
+        target: what the command line takes as TARGET, or an engine, whose tokenizer is given as well.
     """
 
     def __init__(
         self,
-        target: str | AdaptedModel,
+        target: str | Engine,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: Any = "auto",
         device: str | None = None,
         batch_size: int | str | None = 1,
-        engine: FastEngine | None = None,
         **options: Any,
     ) -> None:
         if str(batch_size).startswith("auto"):
@@ -80,9 +79,11 @@ class AnydepthLM(Base):
         if isinstance(target, str):
             # lm-eval's command line asks for cuda:0 where nobody asked for anything.
             asks_for_nothing = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
-            target, tokenizer = load_target(target, dtype=dtype, device="cpu" if asks_for_nothing else device or "cpu")
-        super().__init__(pretrained=target, tokenizer=tokenizer, batch_size=batch_size, **options)
-        self.adapted, self.engine, self.work = target, engine, Work()
+            name, device = target, "cpu" if asks_for_nothing else device or "cpu"
+            adapted, tokenizer = load_target(name, dtype=dtype, device=device)
+            target = HFEngine(adapted, load_draft(name, adapted))
+        super().__init__(pretrained=target.adapted, tokenizer=tokenizer, batch_size=batch_size, **options)
+        self.adapted, self.engine, self.work = target.adapted, target, Work()
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         """In batches of one length: lm-eval pads without a mask, and padding would be routed and counted."""
@@ -91,8 +92,8 @@ class AnydepthLM(Base):
         if longest > self.max_length:
             raise UserError(f"an answer to score has {longest} tokens, more than {self._the_window}")
         self.work.num_truncated += sum(length > self.max_length + 1 for length in whole)
-        if self.engine is not None:
-            return self._by_engine(self.engine, requests, disable_tqdm)
+        if self.engine.shares_prefixes:
+            return self._by_engine(requests, disable_tqdm)
         lengths = [min(length, self.max_length + 1) for length in whole]
         answers: list[Any] = [None] * len(lengths)
         with tqdm(total=len(lengths), disable=disable_tqdm or None, desc="requests", leave=False) as bar:
@@ -104,14 +105,14 @@ class AnydepthLM(Base):
                 bar.update(len(places))
         return answers
 
-    def _by_engine(self, engine: FastEngine, requests: Any, disable_tqdm: bool) -> list[tuple[float, bool]]:
+    def _by_engine(self, requests: Any, disable_tqdm: bool) -> list[tuple[float, bool]]:
         """Score requests in the order of their tokens, so that those that begin alike follow each other."""
         texts = [(context + scored)[-(self.max_length + 1) :] for _, context, scored in requests]
-        prefixes = SharedPrefixes(engine, self._add)
+        prefixes = SharedPrefixes(self.engine, self._add)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(texts)
         order = sorted(range(len(texts)), key=texts.__getitem__)
         for place in tqdm(order, disable=disable_tqdm or None, desc="requests", leave=False):
-            scored = torch.tensor(requests[place][2], device=engine.model.device)
+            scored = torch.tensor(requests[place][2], device=self.adapted.device)
             logits = prefixes.score(texts[place][:-1], len(scored)).float()
             chosen = logits.log_softmax(-1).gather(1, scored[:, None])
             answers[place] = float(chosen.sum()), bool((logits.argmax(-1) == scored).all())
@@ -139,14 +140,14 @@ class AnydepthLM(Base):
         for request in requests:
             self.check_room(request.args[1])
         before = self.batch_size_per_gpu
-        self.batch_size_per_gpu = before if self.adapted.speculation is None else 1
+        self.batch_size_per_gpu = 1 if self.engine.drafts else before
         try:
             return super().generate_until(requests, disable_tqdm)
         finally:
             self.batch_size_per_gpu = before
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), self.adapted.running(FULL_DEPTH) if self.engine.drafts else nullcontext():
             logits = self.adapted(input_ids=inps, use_cache=False).logits
         self._count()
         return logits
@@ -159,9 +160,9 @@ class AnydepthLM(Base):
 
     @contextmanager
     def _generating_by_engine(self) -> Iterator[None]:
-        """Let lm-eval call `generate` of the fast engine, where there is one."""
+        """Let lm-eval call `generate` of the engine."""
         before = self._model
-        self._model = before if self.engine is None else self.engine
+        self._model = self.engine
         try:
             yield
         finally:
@@ -195,14 +196,14 @@ def check_tasks(names: Sequence[str]) -> TaskManager:
     return manager
 
 
-def check_windows(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> None:
+def check_windows(engine: Engine, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> None:
     """Raise `UserError` for a task that generates more than fits the model's window.
 
     Tasks are read from lm-eval's files; those of a group are checked when they are scored.
     """
     manager = check_tasks(names)
     with _quiet():
-        lm = AnydepthLM(adapted, tokenizer)
+        lm = AnydepthLM(engine, tokenizer)
     for name in names:
         for spec in task_named(name).specs:
             path = manager.task_index[spec if isinstance(spec, str) else spec["task"]].yaml_path
@@ -212,11 +213,10 @@ def check_windows(adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, nam
 
 
 def score_tasks(
-    adapted: AdaptedModel,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str],
     *,
-    engine: FastEngine | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -230,7 +230,6 @@ def score_tasks(
 
     Args:
         names: lm-eval's, those of `measure/tasks.py` on local files.
-        engine: the fast engine of the model, to score and to generate with; None is the Hugging Face model.
         num_fewshot: examples in the prompt; None is what each benchmark was published with.
         limit: score only the first items (of each part of a benchmark in parts).
         say: told of each task, and `who` is scored, lm-eval's progress bars on standard error below it; None is silent.
@@ -239,10 +238,10 @@ def score_tasks(
         UserError: lm-eval has no such task, its documents are not available, or its answers do not fit the window.
     """
     manager = check_tasks(names)
-    adapted.eval()
+    engine.adapted.eval()
     scores = {}
     with _quiet(), nullcontext() if say else redirect_stderr(StringIO()):
-        lm = AnydepthLM(adapted, tokenizer, engine=engine)
+        lm = AnydepthLM(engine, tokenizer)
         for name in names:
             task = task_named(name)
             shots = task.num_fewshot if num_fewshot is None else num_fewshot

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anydepth.decoding.engine import Engine
 from anydepth.engine.backends.cpu import native
 from anydepth.engine.backends.cpu.packing import huge
-from anydepth.engine.fast import FastEngine
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
-from anydepth.hf.adapted import AdaptedModel
 
 BUFFER_BYTES = 2**28
 """More than any cache holds."""
@@ -41,19 +40,12 @@ def read_bandwidth(device: torch.device, num_passes: int = 3) -> float:
     return best
 
 
-def roofline(
-    adapted: AdaptedModel, engine: FastEngine | None, trace: Trace, bandwidth: float, row: dict[str, Any]
-) -> dict[str, Any]:
-    """Bytes per decoding step of a bench row's two sides, and the share of the read bandwidth that they reach."""
-    backbone = adapted.backbone
-    if engine is None:
-        branches = [cost.branch_weight_bytes(view) for view in backbone.layers]
-        head = cost.weight_bytes(backbone.head)
-    else:
-        branches = [(layer.mixer_bytes, layer.ffn_bytes) for layer in engine.model.layers]
-        head = engine.model.head.num_bytes
+def roofline(engine: Engine, trace: Trace, bandwidth: float, row: dict[str, Any]) -> dict[str, Any]:
+    """Return bytes per decoding step of a bench row's two sides, and the share of the read bandwidth they reach."""
+    backbone, dtype = engine.adapted.backbone, engine.adapted.dtype
+    branches, head = engine.weight_bytes()
     result: dict[str, Any] = {"read_bytes_per_second": bandwidth}
     for side, what in (("full_depth", trace.at_full_depth()), ("adapted", trace)):
-        step = cost.step_bytes(backbone, what, branches, head, adapted.dtype.itemsize)
+        step = cost.step_bytes(backbone, what, branches, head, dtype.itemsize)
         result[side] = {"bytes_per_step": step, "share": step / bandwidth / row[side]["tpot_seconds"]}
     return result

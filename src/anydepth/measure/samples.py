@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel
-from anydepth.measure.statistics import correlation
+from anydepth.statistics import correlation
 from anydepth.training.data import tokenise
 
 MIN_TOKENS = 16

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from anydepth.config import StrictConfig
-from anydepth.engine.fast import FastEngine
-from anydepth.engine.weights import WEIGHT_ONLY
+from anydepth.decoding.engine import Engine
 from anydepth.errors import RunError
 from anydepth.gating.context import PassContext
 from anydepth.gating.plan import Plan
@@ -25,11 +24,12 @@ MOST = 0.5
 
 
 @torch.no_grad()
-def self_check(adapted: AdaptedModel, token_ids: Tensor, engines: Sequence[FastEngine | None] = ()) -> None:
-    """Sparse = masked, cached = uncached, fast engine = model, on this very model; raises `RunError` otherwise.
+def self_check(engines: Sequence[Engine], token_ids: Tensor) -> None:
+    """Check sparse = masked, cached = uncached, engine = model, on this very model; raise `RunError` otherwise.
 
     All of them are given the decisions of one forward: near a threshold, rounding alone would decide otherwise.
     """
+    adapted = engines[0].adapted
     adapted(input_ids=token_ids, use_cache=False)
     with adapted.deciding(Replay(adapted)):
         sparse = adapted(input_ids=token_ids, use_cache=False).logits
@@ -43,12 +43,13 @@ def self_check(adapted: AdaptedModel, token_ids: Tensor, engines: Sequence[FastE
         parts = [adapted(input_ids=token_ids[:, piece], past_key_values=cache).logits for piece in pieces]
         _compare("cached and uncached execution", sparse, torch.cat(parts, dim=1), tolerance)
         for engine in engines:
-            if engine is not None and engine.model.weights not in WEIGHT_ONLY:
-                state, plan = engine.model.new_cache(1), Plan.of(adapted.active_methods)
-                slot, first = state.take_slot(), token_ids[:1]
-                hidden = [engine.model.forward(first[:, piece], [slot], state, plan)[0] for piece in pieces]
-                ours = engine.model.logits(torch.cat(hidden, dim=1))
-                _compare("the fast engine and the model", sparse[:1], ours, tolerance)
+            if engine.is_quantised:
+                continue
+            session, plan = engine.new_session(1), Plan.of(adapted.active_methods)
+            sequence, parts = session.open(), [token_ids[0, piece].tolist() for piece in pieces]
+            ours = [session.read(sequence, part, plan, num_logits=len(part))[0] for part in parts]
+            joined = torch.cat([part for part in ours if part is not None])
+            _compare(f"engine {engine.name} and the model", sparse[0], joined, tolerance)
 
 
 def _tolerance(adapted: AdaptedModel, token_ids: Tensor, logits: Tensor) -> float:

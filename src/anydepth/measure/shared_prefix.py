@@ -1,6 +1,6 @@
-"""Logits of many texts on the fast engine; what a text shares with the one before it is not run again.
+"""Logits of many texts on an engine; what a text shares with the one before it is not run again.
 
-Few-shot examples and the choices of one question begin alike: the slot of the engine's cache is rewound to the common
+Few-shot examples and the choices of one question begin alike: the engine's K/V are rewound to the common
 prefix, and only the rest runs. Decisions are causal, so they are those of a run of the whole text.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engine import Engine
 from anydepth.gating import cost
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord, Trace
@@ -24,10 +24,10 @@ class SharedPrefixes:
         count: called with what each text cost, of the tokens that really ran.
     """
 
-    def __init__(self, engine: FastEngine, count: Callable[[cost.FlopCount], None]) -> None:
+    def __init__(self, engine: Engine, count: Callable[[cost.FlopCount], None]) -> None:
         self.engine, self.count = engine, count
-        self.cache = engine.model.new_cache(1)
-        self.slot = self.cache.take_slot()
+        self.session = engine.new_session(1)
+        self.sequence = self.session.open()
         self.ids: list[int] = []
         self.records: list[PassRecord] = []
         self.logits = torch.empty(0)
@@ -39,15 +39,14 @@ class SharedPrefixes:
         if ids == self.ids and num_last == len(self.logits):
             return self.logits
         kept = min(_num_shared(self.ids, ids), len(ids) - num_last)
-        self.cache.rewind(self.slot, kept)
+        self.session.rewind(self.sequence, kept)
         self.records = _first(self.records, kept)
-        filled = [layer.counts[self.slot] for layer in self.cache.layers]
-        model, adapted = self.engine.model, self.engine.adapted
-        rest = torch.tensor([ids[kept:]], device=model.device)
-        hidden, record = model.forward(rest, [self.slot], self.cache, Plan.of(adapted.active_methods))
-        record.head_rows = num_last
-        self.ids, self.records = ids, [*self.records, record]
-        self.logits = model.logits(hidden[0, -num_last:])
+        filled, adapted = self.session.num_kv(self.sequence), self.engine.adapted
+        logits, record = self.session.read(
+            self.sequence, ids[kept:], Plan.of(adapted.active_methods), num_logits=num_last
+        )
+        assert logits is not None
+        self.ids, self.records, self.logits = ids, [*self.records, record], logits
         trace = Trace.join(self.records)
         self.count(cost.flops(adapted.backbone, trace, since=len(self.records) - 1, filled=filled))
         return self.logits

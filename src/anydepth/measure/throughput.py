@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from anydepth.decoding.scheduler import Batcher, Request
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Sampler, Stops
+from anydepth.decoding.scheduler import Scheduler
 from anydepth.measure.bench import speedup_fields
 
 
 def throughput(
-    engine: FastEngine,
+    engine: Engine,
     prompts: Sequence[Tensor],
     *,
     batch_sizes: list[int],
@@ -30,37 +32,39 @@ def throughput(
         prompts: token ids (T,) each.
     """
     wanted = [prompts[number % len(prompts)].tolist() for number in range(num_requests)]
-    rows, methods = [], engine.adapted.methods
+    rows = []
     for batch_size in batch_sizes:
         pairs = []
         for number in range(num_runs + 1):  # the first warms up
             seconds = {}
-            for full_depth in ((False, True), (True, False))[number % 2] if methods else (False,):
+            for full_depth in ((False, True), (True, False))[number % 2] if engine.differs else (False,):
                 seconds[full_depth] = _seconds(engine, wanted, batch_size, new_tokens, full_depth=full_depth)
             pairs.append((seconds.get(True, seconds[False]), seconds[False]))
         speedups = [theirs / ours for theirs, ours in pairs[1:]]
         rate = num_requests * new_tokens / median(theirs for theirs, _ in pairs[1:])
         row: dict[str, Any] = {
-            "weights": engine.model.weights,
+            "weights": engine.weights,
             "batch_size": batch_size,
             "num_requests": num_requests,
             "new_tokens": new_tokens,
             "num_runs": num_runs,
             "full_depth": {"tokens_per_second": rate},
             "adapted": {"tokens_per_second": rate * median(speedups)},
-            **speedup_fields(speedups if methods else []),
+            **speedup_fields(speedups if engine.differs else []),
         }
         rows.append(row)
     return rows
 
 
-def _seconds(
-    engine: FastEngine, prompts: list[list[int]], batch_size: int, new_tokens: int, *, full_depth: bool
-) -> float:
+def _seconds(engine: Engine, prompts: list[list[int]], batch_size: int, new_tokens: int, *, full_depth: bool) -> float:
     """From the first request in to the last one out, prompts included."""
     longest = max(len(prompt) for prompt in prompts) + new_tokens
-    batcher = Batcher(engine, batch_size, max_tokens=batch_size * longest)
+    scheduler = Scheduler(engine, batch_size, max_tokens=batch_size * longest)
     with engine.adapted.disabled() if full_depth else nullcontext():
+        requests = [
+            Request(prompt, Sampler(), Stops.at(len(prompt) + new_tokens), is_drafted=engine.drafts)
+            for prompt in prompts
+        ]
         started = time.perf_counter()
-        batcher.run([Request(prompt, new_tokens) for prompt in prompts])
+        scheduler.run(requests)
         return time.perf_counter() - started

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from anydepth.engine.fast import FastEngine
-from anydepth.hf.adapted import AdaptedModel
+from anydepth.decoding.engine import Engine
 from anydepth.measure.results import num_cores
 
 Batch = dict[str, Tensor]
@@ -53,15 +52,14 @@ class _FirstToken(BaseStreamer):
 
 
 @torch.no_grad()
-def time_generation(
-    adapted: AdaptedModel, batch: Batch, new_tokens: int, engine: FastEngine | None, *, full_depth: bool
-) -> Timing:
-    """One greedy generation of exactly `new_tokens` tokens per row."""
+def time_generation(engine: Engine, batch: Batch, new_tokens: int, *, full_depth: bool) -> Timing:
+    """Time one greedy generation of exactly `new_tokens` tokens per row."""
+    adapted = engine.adapted
     first = _FirstToken()
     _reset_peak_memory()
     with adapted.disabled() if full_depth else nullcontext():
         started = time.perf_counter()
-        output = (adapted if engine is None else engine).generate(
+        output = engine.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=new_tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from anydepth.draft_sections import NO_METHOD, OLD_NAME
 from anydepth.errors import UserError
 from anydepth.methods._base.method import Method
 from anydepth.methods.early_exit import EarlyExit
@@ -12,7 +13,6 @@ from anydepth.methods.ffn_router import FFNRouter
 from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.methods.mixture_of_depths import MixtureOfDepths
-from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.skip_set import SkipSet
 from anydepth.methods.stochastic_depth import StochasticDepth
 
@@ -25,7 +25,6 @@ METHODS: dict[str, type[Method]] = {
     "ffn_router": FFNRouter,
     "early_exit": EarlyExit,
     "mixer_router": MixerRouter,
-    "self_speculation": SelfSpeculation,
 }
 
 
@@ -33,6 +32,8 @@ def method_class(name: str | None, where: str = "methods") -> type[Method]:
     """The method called `name`; a `UserError` names the nearest one otherwise."""
     if name in METHODS:
         return METHODS[name]
+    if name == OLD_NAME:
+        raise UserError(f"{where}: {NO_METHOD}")
     near = difflib.get_close_matches(str(name), METHODS, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"methods are {', '.join(METHODS)}"
     raise UserError(f"{where}: no method is called '{name}'; {hint}")

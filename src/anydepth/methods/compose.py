@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anydepth.config import StrictConfig, validate
+from anydepth.draft_sections import NO_METHOD, DraftConfig
 from anydepth.errors import UserError
 from anydepth.methods import METHODS, method_class
 from anydepth.methods._base.method import Method
-from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import Backbone
 
 MethodSpec = StrictConfig | Mapping[str, Any]
@@ -40,6 +40,8 @@ def _build(config: StrictConfig, backbone: Backbone) -> Method:
                 return method(config, backbone)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from error
+    if isinstance(config, DraftConfig):
+        raise UserError(NO_METHOD)
     raise UserError(f"{type(config).__name__} is not a method's Config; methods are {', '.join(METHODS)}")
 
 
@@ -64,8 +66,6 @@ def _refuse_conflicts(methods: list[Method]) -> None:
 
 def _refuse_beside_routing(method: Method, others: list[Method]) -> None:
     for other in others:
-        if isinstance(other, SelfSpeculation):
-            raise UserError(f"{other.name} takes tokens back, which {method.name}'s recurrent mixers cannot")
         if other.branches - {"ffn"} or other.is_lossless():
             raise UserError(
                 f"{method.name} has a mixer for every token, {other.name} lets some do without; attach one of them"

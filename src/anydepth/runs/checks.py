@@ -14,25 +14,24 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.calibration.shares import nothing_to_calibrate
-from anydepth.config import StrictConfig
-from anydepth.decoding.generate import check_window
+from anydepth.decoding.text import check_window
 from anydepth.errors import UserError
 from anydepth.methods import method_class
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.methods._base.method import Method
 from anydepth.methods.compose import build_methods
-from anydepth.methods.self_speculation import SelfSpeculation, SelfSpeculationConfig
 from anydepth.models.backbone import FAMILIES, Backbone
 from anydepth.models.load import source_of
 from anydepth.models.scratch import build_decoder
 from anydepth.recipe import ModelConfig, Recipe
 from anydepth.search.router_fit import NO_ROUTER, learned_router
 from anydepth.search.skip_search import num_left_out
+from anydepth.speculation.draft import check_draft
 from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare
 
-NO_NETWORK = "drafter trains the network of self_speculation; give that method a network"
+NO_NETWORK = "drafter trains the network of draft; give draft a network"
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class Need:
 def check(recipe: Recipe, stages: Collection[str]) -> None:
     """Raise `UserError` for what would end one of `stages` (those of `runs/run.py`), as far as it can be known."""
     recipe.check_training()
+    if recipe.drafter is not None and (recipe.draft is None or recipe.draft.network is None):
+        raise UserError(NO_NETWORK)
     _check_search(recipe)
     model, tokenizer = _base(recipe.model)
     settles = recipe.calibrate is not None or any(_may_compare(str(method["name"])) for method in recipe.methods)
@@ -149,28 +150,21 @@ def _may_compare(name: str) -> bool:
 def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
     """Return the methods. Raise `UserError` for options that do not fit the model, and for stages without a method."""
     backbone = Backbone(model)
-    methods = build_methods([_without_weights(config) for config in recipe.method_configs()], backbone)
+    methods = build_methods(recipe.method_configs(), backbone)
+    if recipe.draft is not None:
+        check_draft(recipe.draft, backbone, methods)
     if recipe.search is not None:
         num_left_out(backbone.num_layers, recipe.search.budget, branches=recipe.search.branches)
     if recipe.router_fit is not None and learned_router(methods) is None:
         raise UserError(NO_ROUTER)
     if recipe.calibrate is not None and not _deciding(methods):
         raise UserError(nothing_to_calibrate(" + ".join(method.name for method in methods) or "full depth"))
-    speculation = next((one for one in recipe.method_configs() if isinstance(one, SelfSpeculationConfig)), None)
-    if recipe.drafter is not None and (speculation is None or speculation.network is None):
-        raise UserError(NO_NETWORK)
     if recipe.train is not None:
         with warnings.catch_warnings(action="ignore"):  # PEFT's, told when training begins
             prepare(model, recipe.train)
     return methods
 
 
-def _without_weights(config: StrictConfig) -> StrictConfig:
-    """Return the same config; of a drafter without its network, which starts as a copy of weights."""
-    return config.model_copy(update={"network": None}) if isinstance(config, SelfSpeculationConfig) else config
-
-
 def _deciding(methods: list[Method]) -> list[Method]:
-    """Return the methods whose threshold decides at inference; beside a drafter none does."""
-    drafts = any(isinstance(method, SelfSpeculation) for method in methods)
-    return [] if drafts else [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]
+    """Return the methods whose threshold decides at inference."""
+    return [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.shares import NotTrained, compares_scores, settle_shares
 from anydepth.config import StrictConfig
-from anydepth.decoding.generate import generate
-from anydepth.engine import choose
+from anydepth.decoding.engines import HFEngine, open_engine
+from anydepth.decoding.text import generate_text
+from anydepth.draft_sections import DrafterConfig
 from anydepth.errors import UserError
 from anydepth.gating.shared_batch import num_processes
 from anydepth.hf.adapted import AdaptedModel, attach, detach
@@ -32,14 +33,12 @@ from anydepth.measure.evaluate import evaluate
 from anydepth.measure.held_out import held_out, split_windows
 from anydepth.measure.results import document, source_commit
 from anydepth.methods import method_class
-from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.processes import is_parallel, rank, shards_weights
 from anydepth.recipe import (
     AnalyzeConfig,
     DataConfig,
-    DrafterConfig,
     DType,
     EvalConfig,
     Recipe,
@@ -48,12 +47,13 @@ from anydepth.recipe import (
     TextConfig,
     load_recipe,
 )
-from anydepth.runs.checks import NO_NETWORK, check
+from anydepth.runs.checks import check
 from anydepth.search.router_fit import fit_router
 from anydepth.search.skip_search import search
+from anydepth.speculation.draft import Draft
 from anydepth.speculation.drafter_training import train_drafter
 from anydepth.speculation.self_generated import OWN_TEXT, own_texts
-from anydepth.training.checkpoint import MANIFEST, is_checkpoint, load_target, save
+from anydepth.training.checkpoint import MANIFEST, is_checkpoint, load_draft, load_target, save
 from anydepth.training.corpora import load_texts
 from anydepth.training.data import load_windows, rows_of
 from anydepth.training.diagnostics import diagnose, warnings_of
@@ -222,8 +222,9 @@ class Runner:
         if rank() > 0:
             return fields
         adapted = self._gathered() if sharded else adapted
-        if recipe.drafter is not None:
-            fields |= self._train_drafter(recipe.drafter, adapted, tokenizer)
+        draft = None if recipe.draft is None else Draft(adapted, recipe.draft)
+        if recipe.drafter is not None and draft is not None:
+            fields |= self._train_drafter(recipe.drafter, adapted, draft, tokenizer)
         trained = recipe.train is not None and recipe.train.backbone
         try:
             fields |= self._settle(adapted, tokenizer)
@@ -232,7 +233,7 @@ class Runner:
                 for text in warnings_of(fields["gates"]):
                     self.say(f"warning: {text}")
         finally:  # what was trained is kept where measuring it fails
-            save(adapted, self.out, own_base=tokenizer if trained else None)
+            save(adapted, self.out, own_base=tokenizer if trained else None, draft=draft)
         detach(adapted)
         return fields
 
@@ -266,19 +267,18 @@ class Runner:
         return adapted.eval()
 
     def _train_drafter(
-        self, settings: DrafterConfig, adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase
+        self, settings: DrafterConfig, adapted: AdaptedModel, draft: Draft, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Any]:
-        """Let the model write, then train the network of `self_speculation` on it."""
-        speculation = adapted.speculation
-        if speculation is None or speculation.network is None:
-            raise UserError(NO_NETWORK)
+        """Let the model write, then train the network of its draft on that."""
+        network = draft.network
+        assert network is not None, "the recipe was checked"
         shared = {"seed": self.recipe.seed}
         texts, written = own_texts(
-            adapted, tokenizer, speculation.network.taps, settings.own_text, self.out / OWN_TEXT, say=self.say, **shared
+            adapted, tokenizer, network.taps, settings.own_text, self.out / OWN_TEXT, say=self.say, **shared
         )
         self.say(f"{sum(len(text.ids) for text in texts)} tokens in {len(texts)} texts; training the drafter …")
         history = train_drafter(
-            speculation.network,
+            network,
             adapted.backbone,
             texts,
             settings,
@@ -299,9 +299,9 @@ class Runner:
         return self._stage("eval", self._evaluate)
 
     def _evaluate(self) -> dict[str, Any]:
-        adapted, tokenizer = self._adapted(merge=False)
+        adapted, tokenizer, draft = self._adapted(merge=False)
         settings = self.recipe.eval
-        return evaluate(adapted, self._windows(settings.data, tokenizer, settings))
+        return evaluate(HFEngine(adapted, draft), self._windows(settings.data, tokenizer, settings))
 
     def bench(self) -> dict[str, Any]:
         return self._stage("bench", self._bench)
@@ -311,18 +311,18 @@ class Runner:
         data = settings.data or self.recipe.eval.data
         rows = []
         for dtype in settings.dtypes or [self.recipe.model.dtype]:
-            adapted, tokenizer = self._adapted(merge=True, dtype=dtype)
+            adapted, tokenizer, draft = self._adapted(merge=True, dtype=dtype)
+            engine = open_engine(adapted, settings.engine, say=self.say, draft=draft)
             windows = load_prompts(
                 adapted, tokenizer, data, settings.prompt_tokens, settings.new_tokens, text=self._packing
             )
             rows += bench(
-                adapted,
+                [engine],
                 windows,
                 batch_sizes=settings.batch_sizes,
                 prompt_tokens=settings.prompt_tokens,
                 new_tokens=settings.new_tokens,
                 num_runs=settings.num_runs,
-                engines=[choose(adapted, settings.engine, say=self.say)],
                 say=self.say,
             )
         return {"rows": rows}
@@ -334,11 +334,10 @@ class Runner:
     def _decides(self) -> bool:
         """Whether tokens differ in depth: not where all that is attached is lossless, nor where it only drafts."""
         lossless = [method_class(str(spec["name"]), "methods").is_lossless() for spec in self.recipe.methods]
-        drafts = any(spec["name"] == SelfSpeculation.name for spec in self.recipe.methods)
-        return not all(lossless) and not drafts
+        return not all(lossless) and self.recipe.draft is None
 
     def _analyze(self) -> dict[str, Any]:
-        adapted, tokenizer = self._adapted(merge=False)
+        adapted, tokenizer, _ = self._adapted(merge=False)
         settings = self.recipe.analyze
         data = settings.data or self.recipe.eval.data
         return analyze(
@@ -355,9 +354,9 @@ class Runner:
         return self._stage("generate", self._generate)
 
     def _generate(self) -> dict[str, Any]:
-        adapted, tokenizer = self._adapted(merge=True)
-        settings = self.recipe.generate
-        return generate(adapted, tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
+        adapted, tokenizer, draft = self._adapted(merge=True)
+        settings, engine = self.recipe.generate, open_engine(adapted, say=self.say, draft=draft)
+        return generate_text(engine, tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
 
     # --- parts ---------------------------------------------------------------------------------------------------
 
@@ -386,7 +385,7 @@ class Runner:
         """How reports call this run."""
         names = [str(method["name"]) for method in self.recipe.methods] or ["full depth"]
         lora = self.recipe.train is not None and self.recipe.train.lora is not None
-        label = " + ".join([*names, *(["LoRA"] if lora else [])])
+        label = " + ".join([*names, *(["LoRA"] if lora else []), *(["drafting"] if self.recipe.draft else [])])
         return f"{label}, {kind} weights" if (kind := self.recipe.model.quantisation) else label
 
     def _base(self) -> Any:
@@ -404,10 +403,13 @@ class Runner:
             attention=model.attention,
         )
 
-    def _adapted(self, *, merge: bool, dtype: DType | None = None) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
+    def _adapted(
+        self, *, merge: bool, dtype: DType | None = None
+    ) -> tuple[AdaptedModel, PreTrainedTokenizerBase, Draft | None]:
         assert is_checkpoint(self.out), "the train stage leaves a checkpoint, trained or not"
         model = self.recipe.model
-        return load_target(str(self.out), dtype=dtype or model.dtype, device=model.device, merge=merge)
+        adapted, tokenizer = load_target(str(self.out), dtype=dtype or model.dtype, device=model.device, merge=merge)
+        return adapted, tokenizer, load_draft(str(self.out), adapted)
 
     def _texts(self) -> list[str]:
         data = self.recipe.data

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from anydepth.errors import RunError, UserError
 from anydepth.hf.adapted import AdaptedModel
+from anydepth.losses import divergence
 from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import recorded_inputs
-from anydepth.training.losses import divergence
 
 NO_ROUTER = "only a learned layer_router can be fitted; this model has none"
 RIDGES = (1e2, 1e3, 3e3, 1e4, 3e4, 1e5)

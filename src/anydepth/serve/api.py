@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from anydepth import __version__
-from anydepth.decoding import scheduler
+from anydepth.decoding import request as decoding
+from anydepth.decoding.sampler import Stops
 from anydepth.decoding.sampling_options import SamplingOptions
 from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
@@ -206,10 +207,10 @@ class Server:
         adapted = self.service.engine.adapted
         own = {
             "num_layers": adapted.backbone.num_layers,
-            "attached": ", ".join(method.name for method in adapted.draft_methods) or "nothing that skips",
-            "skips": bool(adapted.draft_methods),
+            "attached": ", ".join(method.name for method in adapted.attached) or "nothing that skips",
+            "skips": bool(adapted.attached),
             "depth_budget": self.service.budgets is not None,
-            "lossless": adapted.speculation is not None,
+            "lossless": self.service.engine.drafting is not None,
         }
         return {"id": self.settings.name, "object": "model", "created": 0, "owned_by": "anydepth", "anydepth": own}
 
@@ -261,7 +262,7 @@ class Server:
     def _room(self, prompt: list[int]) -> int:
         """New tokens that fit behind a prompt."""
         window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
-        slot = self.service.batcher.cache.max_length
+        slot = self.service.scheduler.session.max_length
         most = min(length for length in (window, slot) if length is not None)
         if not prompt:
             raise HTTPException(400, "the prompt is empty")
@@ -289,16 +290,14 @@ class Server:
             penalties.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
         generator = None
         if not options.is_greedy:
-            generator = torch.Generator(device=self.service.engine.model.device)
+            generator = torch.Generator(device=self.service.engine.adapted.device)
             seed = self.seeds.getrandbits(63) if body.seed is None else (body.seed + number) % 2**63
             generator.manual_seed(seed)
-        request = scheduler.Request(
+        request = decoding.Request(
             prompt,
-            wanted,
-            eos_token_ids=self.service.end_ids,
+            self.service.sampler(options.processors(*penalties), generator),
+            Stops.at(len(prompt) + wanted, self.service.end_ids),
             full_depth=body.anydepth.full_depth,
-            logits_processor=options.processors(*penalties),
-            generator=generator,
             budget=body.anydepth.depth_budget,
             num_logprobs=num_logprobs,
         )

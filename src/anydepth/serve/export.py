@@ -21,7 +21,6 @@ from anydepth.errors import RunError, UserError
 from anydepth.gating.plan import Plan
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method
-from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import Backbone
 from anydepth.models.load import is_quantised
@@ -52,12 +51,12 @@ def export(
     exit_layer: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write the checkpoint into a new folder; the fields of `anydepth.export/1`.
+    """Write the checkpoint into a new folder; return the fields of `anydepth.export/1`.
 
     Args:
         adapted: the effect of its adapters is folded into what is written.
-        exit_layer: `draft`: so many first layers; None is what `self_speculation` drafts with. `static`: no layer
-            behind it, beside those that the skip set leaves out.
+        exit_layer: `draft`: so many first layers. `static`: no layer after so many, besides those that the skip set
+            leaves out.
 
     Raises:
         UserError: nothing of that kind to write, or a folder that is not empty.
@@ -119,14 +118,12 @@ def _static(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
 
 
 def _draft(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
-    speculation = dict(adapted.methods.items()).get(SelfSpeculation.name)
-    configured: Sequence[int] = getattr(getattr(speculation, "config", None), "exit_layers", [])
-    if exit_layer is None and not configured:
+    if exit_layer is None:
         raise UserError(
             "draft writes the first layers as a model of its own: give --exit-layer, or a target that drafts with "
             "exit_layers (a trained drafter reads states of the whole model, and cannot stand alone)"
         )
-    return list(range(_checked(adapted, exit_layer, max(configured, default=0))))
+    return list(range(_checked(adapted, exit_layer, 0)))
 
 
 def _checked(adapted: AdaptedModel, exit_layer: int | None, otherwise: int) -> int:
@@ -139,8 +136,7 @@ def _checked(adapted: AdaptedModel, exit_layer: int | None, otherwise: int) -> i
 def _merged(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
     if exit_layer is not None:
         raise UserError("merged is the whole model; leave --exit-layer out")
-    attached = [method for method in adapted.methods.values() if isinstance(method, Method)]
-    deciding = [method.name for method in attached if not method.is_lossless()]
+    deciding = [method.name for method in adapted.attached if not method.is_lossless()]
     if deciding:
         raise UserError(
             f"{deciding[0]} decides what runs, and a plain checkpoint runs everything: what would be written is "

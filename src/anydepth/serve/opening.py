@@ -7,11 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.decoding.engines import FastEngine
 from anydepth.decoding.sampling_options import use_defaults
-from anydepth.engine.fast import FastEngine
+from anydepth.draft_sections import DRAFT
 from anydepth.models.load import DType
 from anydepth.serve.service import Budgets, Service
-from anydepth.training.checkpoint import load_target
+from anydepth.training.checkpoint import load_draft, load_target
 from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 
@@ -45,10 +46,11 @@ def open_service(
     """
     check_corpus(data)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}
-    adapted, tokenizer = load_target(target, merge=True, lossless=True, **load)
+    adapted, tokenizer = load_target(target, merge=True, **load)
+    draft = load_draft(target, adapted, lossless=True, options=(overrides or {}).get(DRAFT))
     use_defaults(adapted.generation_config, generation_config)
-    engine = FastEngine(adapted.eval(), weights)
+    engine = FastEngine(adapted.eval(), weights, draft=draft)
     budgets = None
-    if adapted.draft_methods:
+    if adapted.attached:
         budgets = Budgets.of(engine, load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS))
     return Service(engine, tokenizer, budgets=budgets, **limits), tokenizer

@@ -1,7 +1,6 @@
 """The engine behind the server: one thread decodes, and a bounded queue feeds it.
 
-Requests are decoded together (`engine/batching.py`). A request for the text of full depth is drafted and verified by
-itself, one at a time; its text and its log-probabilities are the same either way.
+Requests are decoded together (`decoding/scheduler.py`), those for the text of full depth with drafts.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
 from anydepth.calibration.shares import (
-    Thresholds,
     collect_scores,
     configs_of,
     kept_scores,
@@ -26,16 +24,15 @@ from anydepth.calibration.shares import (
     set_thresholds,
     thresholds_at,
 )
-from anydepth.decoding.sampler import NextToken, Stops
-from anydepth.decoding.scheduler import Batcher, Logprob, Request, next_part
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.request import DraftCounts, Logprob, Request
+from anydepth.decoding.sampler import Sampler
+from anydepth.decoding.scheduler import Scheduler
 from anydepth.errors import RunError, UserError
+from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.tokens import end_ids
 from anydepth.serve.text_stream import TextStream
-from anydepth.speculation.counts import Counts
-from anydepth.speculation.speculate import Speculation, setup_of
-from anydepth.speculation.targets import EngineTarget, Row
 
 log = logging.getLogger("anydepth.serve")
 FALLBACK_WINDOWS = 4
@@ -43,7 +40,6 @@ FALLBACK_WINDOWS = 4
 LATEST = 32
 """Finished requests that the time to wait is estimated from."""
 NO_DRAFTER = "no drafter is attached; serve a target that drafts, or one that skips layers"
-TAKEN = "one answer is drafted at a time, and another one was being drafted"
 NO_GAIN = "no draft was expected to save time"
 
 
@@ -96,8 +92,12 @@ class Job:
     last_token: float | None = None
     num_said: int = 0
     is_over: bool = False
-    counts: Counts | None = None
     why_not_drafted: str | None = None
+
+    @property
+    def counts(self) -> DraftCounts | None:
+        """What was drafted for it; None: nothing was asked for."""
+        return self.request.counts if self.request.is_drafted else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -121,7 +121,7 @@ class Service:
 
     def __init__(
         self,
-        engine: FastEngine,
+        engine: Engine,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch_size: int = 8,
@@ -132,13 +132,12 @@ class Service:
         self.engine, self.tokenizer, self.budgets = engine, tokenizer, budgets
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
         self.end_ids = end_ids(engine.adapted, tokenizer)
-        set_budget = budgets.set if budgets else lambda budget: None
-        methods = engine.adapted.draft_methods  # beside self_speculation they would only draft
-        self.batcher = Batcher(engine, max_batch_size, max_tokens, methods=methods, set_budget=set_budget)
+        self.scheduler = Scheduler(
+            engine, max_batch_size, max_tokens, plan_of=None if budgets is None else budgets.plan_of
+        )
         self.jobs: dict[Request, Job] = {}
         self.arrived: list[Job] = []
         self.cancelled: set[Job] = set()
-        self.drafted: Drafted | None = None
         self.wake = threading.Condition()
         self.is_closing = False
         self.latest: list[float] = []
@@ -162,12 +161,17 @@ class Service:
                 f"{self.max_queue} wait; ask for at most {most} (prompts times n)"
             )
         for job in jobs:
-            self.batcher.check(job.request)
+            self.scheduler.check(job.request)
         with self.wake:
             if self.is_closing or self.num_waiting + self.num_running + len(jobs) > most:
                 raise Busy(self._seconds_to_wait())
             self.arrived += jobs
             self.wake.notify()
+
+    def sampler(self, processors: LogitsProcessorList, generator: torch.Generator | None) -> Sampler:
+        """Return the sampler of one request; without a generator it is greedy."""
+        size, device = self.engine.adapted.config.vocab_size, self.engine.adapted.device
+        return Sampler(processors, 1, size, device, sampling=generator is not None, generator=generator)
 
     def cancel(self, job: Job) -> None:
         """Forget a job; its pieces end."""
@@ -185,11 +189,11 @@ class Service:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.arrived) + len(self.batcher.waiting)
+        return len(self.arrived) + len(self.scheduler.waiting)
 
     @property
     def num_running(self) -> int:
-        return len(self.batcher.running) + (self.batcher.reading is not None) + (self.drafted is not None)
+        return len(self.scheduler.running) + (self.scheduler.reading is not None)
 
     def _seconds_to_wait(self) -> int:
         mean = sum(self.latest) / len(self.latest) if self.latest else 1.0
@@ -224,14 +228,10 @@ class Service:
     def _admit(self, job: Job) -> None:
         self.jobs[job.request] = job
         job.request.full_depth |= job.lossless
-        if job.lossless and self.engine.adapted.speculation is None:
+        job.request.is_drafted = job.lossless and self.engine.drafting is not None
+        if job.lossless and not job.request.is_drafted:
             self._is_not_drafted(job, NO_DRAFTER)
-        elif job.lossless and self.drafted is not None:
-            self._is_not_drafted(job, TAKEN)
-        elif job.lossless:
-            self.drafted = Drafted(self.engine, job)
-            return
-        self.batcher.add(job.request)
+        self.scheduler.add(job.request)
 
     def _is_not_drafted(self, job: Job, why: str) -> None:
         """Keep the reason for the answer's `usage`; log each reason once."""
@@ -245,20 +245,14 @@ class Service:
         return [job for job in self.jobs.values() if now - job.arrived > job.seconds]
 
     def _step(self) -> None:
-        if self.drafted is not None:
-            job = self.drafted.job
-            try:
-                self.drafted.step(at_once=self.batcher.is_idle)
+        if self.scheduler.is_idle:
+            return
+        for request in self.scheduler.step():
+            job = self.jobs.get(request)
+            if job is not None and request.failure is not None:  # one request must not take the batch with it
+                self._fail(job, request.failure)
+            elif job is not None:
                 self._say(job)
-            except Exception as failed:  # nor one request the batch
-                self._fail(job, failed)
-        if not self.batcher.is_idle:
-            for request in self.batcher.step(alone=self.drafted is None):
-                job = self.jobs.get(request)
-                if job is not None and request.failure is not None:
-                    self._fail(job, request.failure)
-                elif job is not None:
-                    self._say(job)
 
     def _say(self, job: Job) -> None:
         """Hand on what is new of a job's answer."""
@@ -276,9 +270,9 @@ class Service:
         job.last_token = time.monotonic()
         job.first_token = job.first_token or job.last_token
         reason = None
-        if job.stream.is_stopped or request.output[job.num_said - 1] in request.eos_token_ids:
+        if job.stream.is_stopped or request.output[job.num_said - 1] in request.stops.end_ids:
             reason = "stop"
-        elif len(request.output) >= request.max_new_tokens and job.num_said == len(request.output):
+        elif request.is_finished and job.num_said == len(request.output):
             reason = "length"
         if reason is None:
             job.put(Piece(text, tokens))
@@ -291,7 +285,7 @@ class Service:
         if not job.wants_layers:
             return Token(request.output[place], logprob, None)
         num_layers = self.engine.adapted.backbone.num_layers
-        record = request.record_of(place)
+        record = None if request.is_drafted else request.record_of(place)
         return Token(request.output[place], logprob, [1.0] * num_layers if record is None else layers_of(record))
 
     def _fail(self, job: Job, failure: Exception) -> None:
@@ -302,14 +296,9 @@ class Service:
         """A job is over; None: nobody waits for it any more."""
         if self.jobs.pop(job.request, None) is None:
             return
-        if self.drafted is not None and self.drafted.job is job:
-            job.counts = self.drafted.counts
-            self.drafted.end()
-            self.drafted = None
-            if not sum(job.counts.num_drafted.values()) and reason is not None:
-                self._is_not_drafted(job, NO_GAIN)
-        else:
-            self.batcher.cancel(job.request)
+        self.scheduler.cancel(job.request)
+        if job.counts is not None and not sum(job.counts.num_drafted.values()) and reason is not None:
+            self._is_not_drafted(job, NO_GAIN)
         job.is_over = True
         if reason is not None:
             self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
@@ -323,91 +312,31 @@ def layers_of(record: PassRecord) -> list[float]:
     return ((mixers[:, 0, -1].float() + ffns[:, 0, -1].float()) / 2).tolist()
 
 
-class Drafted:
-    """One request, drafted and verified round by round."""
-
-    def __init__(self, engine: FastEngine, job: Job) -> None:
-        self.job, self.engine, adapted = job, engine, engine.adapted
-        method = adapted.speculation
-        assert method is not None
-        engine.drafting = setup_of(adapted, engine.drafting, engine.model.exit_logits, engine.trained)
-        request = job.request
-        self.target = EngineTarget(engine.model, 1, [] if method.network is None else method.network.taps)
-        size, device = adapted.config.vocab_size, engine.model.device
-        sampling, own = request.generator is not None, request.generator
-        self.choice = NextToken(request.logits_processor, 1, size, device, sampling=sampling, generator=own)
-        stops = Stops.at(len(request.prompt) + request.max_new_tokens, request.eos_token_ids)
-        self.run = Speculation(self.target, engine.drafting, self.choice, stops, self._record)
-        self.row = Row(list(request.prompt))
-        self.has_begun = False
-        self.keeps_state = any(method.pool_tokens for method in adapted.draft_methods)  # those see all of it in `begin`
-
-    @property
-    def counts(self) -> Counts:
-        return self.run.counts
-
-    @torch.no_grad()
-    def step(self, *, at_once: bool) -> None:
-        """A round. First the prompt is taken in: in parts, unless at once, for others wait."""
-        with self.engine.turn:
-            self._step(at_once=at_once)
-        self.job.request.output[:] = self.row.ids[self.row.num_prompt :]
-
-    def _step(self, *, at_once: bool) -> None:
-        if self.has_begun:
-            self.run.round([self.row])
-            return
-        left = self.target.num_left(self.row)
-        part = left if at_once or self.keeps_state else next_part(left)
-        if part < left:
-            self.target.read(self.row, part)
-        else:
-            self.has_begun = True
-            self.run.begin([self.row])
-
-    def _record(self, logits: Tensor, token: int) -> None:
-        """Keep the log-probabilities of a token that was taken."""
-        request = self.job.request
-        if request.num_logprobs is not None:
-            request.logprobs.append(Logprob.of(logits, token, request.num_logprobs))
-
-    def end(self) -> None:
-        """Forget the drafts, and leave the request's generator as decoding without drafts leaves it."""
-        self.choice.noise.rewind(self.job.num_said)
-        self.run.end()
-
-
 class Budgets:
-    """Thresholds for any share of the decisions, from kept scores or those of some text; see `calibration/shares.py`.
+    """Plans for any share of the decisions, from kept scores or those of some text; see `calibration/shares.py`.
 
     Raises:
         RunError: no attached method has a threshold.
     """
 
-    def __init__(self, engine: FastEngine, windows: Tensor) -> None:
+    def __init__(self, engine: Engine, windows: Tensor) -> None:
         self.adapted = engine.adapted
-        with self.adapted.deciding(*self.adapted.draft_methods):
-            self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
-            self.own = configs_of(self.adapted)
-        self.now: float | None = None
-        self.known: dict[float, Thresholds] = {}
+        self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
+        self.plans: dict[float | None, Plan] = {None: Plan.of(self.adapted.attached)}
 
     @classmethod
-    def of(cls, engine: FastEngine, windows: Tensor) -> Budgets | None:
+    def of(cls, engine: Engine, windows: Tensor) -> Budgets | None:
         """Return None where there is nothing to set: fixed choices, full depth, gates that have not been trained."""
         with suppress(RunError, UserError):
             return cls(engine, windows)
         return None
 
-    def set(self, budget: float | None) -> None:
-        """Let so large a share of the decisions be for running; None is what the model came with."""
-        if budget == self.now:
-            return
-        if budget is not None and budget not in self.known:
-            self.known[budget] = thresholds_at(self.scores, 1 - budget)
-        with self.adapted.deciding(*self.adapted.draft_methods):
-            if budget is None:
-                set_configs(self.adapted, self.own)
-            else:
-                set_thresholds(self.adapted, self.known[budget])
-        self.now = budget
+    def plan_of(self, request: Request) -> Plan:
+        """Return the gates that let the share of a request's depth budget run; None is what the model came with."""
+        budget = request.budget
+        if budget is not None and budget not in self.plans:
+            own = configs_of(self.adapted)
+            set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
+            self.plans[budget] = Plan.of(self.adapted.attached)
+            set_configs(self.adapted, own)
+        return self.plans[budget]

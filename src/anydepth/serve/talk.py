@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Stops
 from anydepth.decoding.sampling_options import SamplingOptions
-from anydepth.decoding.scheduler import Request
 from anydepth.errors import RunError, UserError
 from anydepth.serve.service import Job, Piece, Service
 from anydepth.serve.text_stream import TextStream
@@ -41,7 +42,7 @@ class Talk:
         self.processors = options.processors()
         self.generator = None
         if not options.is_greedy:
-            self.generator = torch.Generator(device=service.engine.model.device).manual_seed(seed)
+            self.generator = torch.Generator(device=service.engine.adapted.device).manual_seed(seed)
 
     def answer(self, line: str) -> Iterator[tuple[str, float]]:
         """Pieces of the answer, each with the layers run for it. A caller that stops listening ends it.
@@ -52,13 +53,9 @@ class Talk:
         turns = [*self.turns, {"role": "user", "content": line}]
         prompt = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
         room = self._room(len(prompt))
-        request = Request(
-            prompt,  # type: ignore[arg-type]
-            min(room, self.max_new_tokens),
-            eos_token_ids=self.service.end_ids,
-            logits_processor=self.processors,
-            generator=self.generator,
-        )
+        sampler = self.service.sampler(self.processors, self.generator)
+        stops = Stops.at(len(prompt) + min(room, self.max_new_tokens), self.service.end_ids)
+        request = Request(prompt, sampler, stops)  # type: ignore[arg-type]
         pieces: queue.Queue[Piece] = queue.Queue()
         stream = TextStream(self.tokenizer, request.prompt)
         job = Job(request, stream, pieces.put, lossless=self.lossless, wants_layers=True)
@@ -80,7 +77,7 @@ class Talk:
 
     def _room(self, num_prompt: int) -> int:
         window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
-        most = min(length for length in (window, self.service.batcher.cache.max_length) if length is not None)
+        most = min(length for length in (window, self.service.scheduler.session.max_length) if length is not None)
         if num_prompt >= most:
             raise UserError(f"the conversation has {num_prompt} tokens, and the model takes {most}; begin a new one")
         return most - num_prompt

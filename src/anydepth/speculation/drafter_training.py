@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from anydepth.draft_sections import DrafterConfig
 from anydepth.errors import RunError
+from anydepth.losses import divergence
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import head_weights, logits_softcap
-from anydepth.recipe import DrafterConfig
 from anydepth.speculation.draft_network import DraftNetwork
 from anydepth.speculation.self_generated import Text
-from anydepth.training.losses import divergence
 
 STATE, HISTORY = "drafter.safetensors", "history"
 

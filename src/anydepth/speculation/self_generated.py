@@ -18,13 +18,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper
 
-from anydepth.decoding.sampler import largest
-from anydepth.engine.model import EngineModel
+from anydepth.decoding.engines import FastEngine
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Sampler, Stops
+from anydepth.decoding.scheduler import Scheduler
+from anydepth.draft_sections import OwnTextConfig
+from anydepth.gating.plan import FULL_DEPTH
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.tokens import end_ids
-from anydepth.recipe import OwnTextConfig
 
 MARK = "\x00"
 # fmt: off
@@ -89,115 +92,78 @@ class Text:
     answer: int
 
 
-@dataclass
-class _Text:
-    """One that is being written: `ids`, all but the last of which the model has seen.
-
-    Attributes:
-        states: (most, taps, D), of which the first `num_seen` are there. One block: so many small ones would be
-            scattered over memory that is then never given back.
-        asks: whether this is the question's turn, which is sampled. turn: tokens of the turn so far.
-        answer: where the answer begins.
-    """
-
-    ids: list[int]
-    states: Tensor
-    num_seen: int = 0
-    asks: bool = True
-    turn: int = 0
-    answer: int = 1
-
-
 class Writer:
-    """Writes texts in all slots of one cache.
+    """Writes texts, many at a time: a question that is sampled, and after it an answer that is greedy.
 
     Args:
-        taps: layers behind which states are kept, counted from 1; the last is what the head reads, before its norm.
+        taps: layers whose output states are kept, counted from 1; the last is what the head reads, before its norm.
         openings: token ids that questions begin with, and a share of `config.opened` does.
     """
 
     def __init__(
         self,
-        model: EngineModel,
+        engine: FastEngine,
         template: Template,
         taps: list[int],
         config: OwnTextConfig,
         openings: Sequence[list[int]] = (),
         seed: int = 0,
     ) -> None:
-        self.model, self.template, self.taps, self.config = model, template, taps, config
+        self.template, self.config, self.openings = template, config, openings
         self.generator = torch.Generator().manual_seed(seed)
-        self.openings = openings
-        self.cache = model.new_cache(config.num_slots)
-        self.texts = {self.cache.take_slot(): self._new() for _ in range(config.num_slots)}
+        self.warm = LogitsProcessorList([TemperatureLogitsWarper(config.temperature)])
+        self.scheduler = Scheduler(engine, config.num_slots, is_interactive=False)
+        self.reader = engine.new_session(1, captures=taps)
+        self.read = self.reader.open()
+        self.questions: dict[Request, int] = {}  # where each begins
+        self.answers: dict[Request, int] = {}
 
-    def _new(self) -> _Text:
+    def step(self) -> list[Text]:
+        """Write one token more of each text; return those that have ended."""
+        while len(self.questions) + len(self.answers) < self.config.num_slots:
+            self._ask()
+        ended = []
+        for request in self.scheduler.step():
+            if request.failure is not None:
+                raise request.failure
+            if not request.is_finished:
+                continue
+            if request in self.questions:
+                self._answer(request, self.questions.pop(request))
+            else:
+                ended.append(self._text(request, self.answers.pop(request)))
+        return ended
+
+    def _ask(self) -> None:
         ids = list(self.template.opening)
         if self.template.between and self.openings and torch.rand((), generator=self.generator) < self.config.opened:
             ids += self.openings[int(torch.randint(len(self.openings), (1,), generator=self.generator))]
-        most = len(ids) + len(self.template.between) + self.config.max_question + self.config.max_answer
-        states = torch.empty(most, len(self.taps), self.model.backbone.hidden_size, dtype=self.model.dtype)
-        return _Text(ids, states)
+        sampler = Sampler(self.warm, sampling=True, generator=self.generator)
+        request = self._add(ids, sampler, self.config.max_question)
+        self.questions[request] = len(self.template.opening)
 
-    @torch.no_grad()
-    def step(self) -> list[Text]:
-        """A token more of each text; returns those that have ended."""
-        unseen = {slot: text.ids[text.num_seen :] for slot, text in self.texts.items()}
-        longer = [slot for slot, ids in unseen.items() if len(ids) > 1]
-        last: dict[int, Tensor] = {}
-        for slot in longer:
-            last |= self._see([slot], [unseen[slot]])
-        rest = [slot for slot in self.texts if slot not in longer]
-        if rest:
-            last |= self._see(rest, [unseen[slot] for slot in rest])
-        slots = list(self.texts)
-        logits = self.model.logits(torch.stack([last[slot] for slot in slots]))
-        said = largest(logits)
-        asking = [number for number, slot in enumerate(slots) if self.texts[slot].asks]
-        for number, token in zip(asking, self._sample(logits[asking]), strict=True):
-            said[number] = token
-        ended = []
-        for number, slot in enumerate(slots):
-            text = self.texts[slot]
-            text.ids.append(said[number])
-            text.turn += 1
-            if text.ids[-1] in self.template.ends or text.turn >= (
-                self.config.max_question if text.asks else self.config.max_answer
-            ):
-                self._end_turn(slot, text, ended)
-        return ended
+    def _answer(self, question: Request, begin: int) -> None:
+        """Let the model answer a question; of a model without turns, let it go on greedily."""
+        ids, has_ended = question.ids, question.ids[-1] in self.template.ends
+        if has_ended and not self.template.between:
+            return  # all of the text was sampled
+        ids = [*(ids[:-1] if has_ended else ids), *self.template.between]
+        self.answers[self._add(ids, Sampler(), self.config.max_answer)] = min(begin, len(ids))
 
-    def _sample(self, logits: Tensor) -> list[int]:
-        """By where one uniform number lies among the summed shares: `torch.multinomial` draws one for every token."""
-        sums = (logits.float().cpu() / self.config.temperature).softmax(-1).double().cumsum(-1)
-        places = torch.rand(len(sums), 1, generator=self.generator, dtype=torch.double) * sums[:, -1:]
-        return torch.searchsorted(sums, places, right=True).clamp(max=sums.shape[1] - 1)[:, 0].tolist()
+    def _add(self, ids: list[int], sampler: Sampler, num_new: int) -> Request:
+        request = Request(ids, sampler, Stops.at(len(ids) + num_new, self.template.ends), full_depth=True)
+        self.scheduler.add(request)
+        return request
 
-    def _end_turn(self, slot: int, text: _Text, ended: list[Text]) -> None:
-        has_ended = text.ids[-1] in self.template.ends
-        if text.asks and (self.template.between or not has_ended):
-            if has_ended:
-                text.ids.pop()
-            text.ids += self.template.between
-            text.asks, text.turn, text.answer = False, 0, len(text.ids)
-            return
-        if not text.asks:
-            ids = torch.tensor(text.ids[: text.num_seen])
-            question = min(len(self.template.opening), text.answer)
-            ended.append(Text(ids, text.states[: text.num_seen].clone(), question, text.answer))
-        self.cache.rewind(slot, 0)
-        self.texts[slot] = self._new()
-
-    def _see(self, slots: list[int], ids: list[list[int]]) -> dict[int, Tensor]:
-        """States (D,) behind the last layer of the last tokens, by slot; those at the taps are kept."""
-        states = [self.model.embedding(torch.tensor(part, device=self.model.device)) for part in ids]
-        kept = self.model.run_to_stops(states, slots, self.cache, 0, self.taps)
-        for number, slot in enumerate(slots):
-            text = self.texts[slot]
-            seen, text.num_seen = text.num_seen, text.num_seen + len(ids[number])
-            text.states[seen : text.num_seen] = torch.stack([part[number] for part in kept], dim=1)
-            self.cache.lengths[slot] = text.num_seen
-        return {slot: kept[-1][number][-1] for number, slot in enumerate(slots)}
+    def _text(self, answer: Request, question: int) -> Text:
+        """Return a text and its states; the last token has none."""
+        ids = answer.ids[:-1]
+        with torch.no_grad():
+            self.reader.read(self.read, ids, FULL_DEPTH, num_logits=0, capture=True)
+        states = torch.stack(self.reader.captured(self.read), dim=1)
+        self.reader.close(self.read)
+        self.read = self.reader.open()
+        return Text(torch.tensor(ids), states, question, answer.num_prompt)
 
 
 OWN_TEXT = "own-text"
@@ -223,12 +189,12 @@ def own_texts(
     template = Template.of(tokenizer)
     template = replace(template, ends=template.ends | end_ids(adapted, tokenizer))
     openings = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in OPENINGS]  # type: ignore[arg-type]
-    texts, seconds, model = [], 0.0, None
+    texts, seconds, engine = [], 0.0, None
     for number in range(-(-config.num_tokens // size)):
         path = folder / f"{number:03d}.safetensors"
         if not path.exists():
-            model = model or EngineModel(adapted.backbone)
-            writer = Writer(model, template, taps, config, openings, seed * 100_003 + number)
+            engine = engine or FastEngine(adapted)
+            writer = Writer(engine, template, taps, config, openings, seed * 100_003 + number)
             say(f"writing its own text, {number * size} of {config.num_tokens} tokens …")
             _write_shard(writer, path, size)
         shard = load_file(path)

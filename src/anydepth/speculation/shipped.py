@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from torch import Tensor
 from anydepth.engine.weights import quantise_int8
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import write_json
-from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import base_fingerprint
+from anydepth.speculation.draft import Draft
 
 WEIGHTS, MANIFEST = "drafter.safetensors", "drafter.json"
 SCALE = ".scale"
@@ -32,40 +31,25 @@ def folder() -> Path:
     return Path(str(files("anydepth") / "shipped"))
 
 
-@dataclass(frozen=True)
-class Shipped:
-    """Options of `self_speculation`, and the weights of its network."""
-
-    options: dict[str, Any]
-    weights: dict[str, Tensor]
-
-
-def shipped_drafter(model: Any) -> Shipped | None:
-    """The one that was trained for this base model, if there is one."""
+def default_draft(adapted: AdaptedModel) -> Draft:
+    """Return the draft that comes with the package for a base model, else prompt lookup and what is attached."""
     known = {path: json.loads(path.read_text()) for path in folder().glob(f"*/{MANIFEST}")}
-    if not known:
-        return None
-    fingerprint = base_fingerprint(unwrap(model), light=True)
+    fingerprint = base_fingerprint(unwrap(adapted.model), light=True) if known else None
     for path, manifest in known.items():
         if manifest["base"] == fingerprint:
-            return Shipped(manifest["options"], unpack(load_file(path.with_name(WEIGHTS))))
-    return None
+            draft = Draft(adapted, {key: value for key, value in manifest["options"].items() if key != "name"})
+            assert draft.network is not None
+            draft.network.load_state_dict(unpack(load_file(path.with_name(WEIGHTS))))
+            return draft
+    return Draft(adapted, {})
 
 
-def load_shipped(adapted: AdaptedModel, drafter: Shipped) -> None:
-    """Give the network of an attached `self_speculation` its weights."""
-    method = adapted.methods[SelfSpeculation.name]
-    assert isinstance(method, SelfSpeculation) and method.network is not None
-    method.network.load_state_dict(drafter.weights)
-
-
-def ship(adapted: AdaptedModel, out: Path, about: Mapping[str, Any]) -> None:
-    """Write the drafter of an adapted model as package data."""
-    method = adapted.methods[SelfSpeculation.name]
-    assert isinstance(method, SelfSpeculation) and method.network is not None
+def ship(adapted: AdaptedModel, draft: Draft, out: Path, about: Mapping[str, Any]) -> None:
+    """Write the trained drafter of a model as package data."""
+    assert draft.network is not None
     out.mkdir(parents=True, exist_ok=True)
-    save_file(pack(method.network.state_dict()), out / WEIGHTS)
-    options = {"name": method.name, **method.config.model_dump(mode="json", exclude_defaults=True)}
+    save_file(pack(draft.network.state_dict()), out / WEIGHTS)
+    options = draft.config.model_dump(mode="json", exclude_defaults=True)
     write_json(
         out / MANIFEST, {"base": base_fingerprint(unwrap(adapted.model), light=True), "options": options, **about}
     )

@@ -23,20 +23,22 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.config import refuse_training_only
+from anydepth.draft_sections import DRAFT as DRAFT_SECTION
+from anydepth.draft_sections import OLD_NAME, split_draft
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.methods._base.method import Method
-from anydepth.methods.compose import MethodSpec
-from anydepth.methods.self_speculation import SelfSpeculation
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import ADAPTER, AUTO, DType, add_adapters, base_fingerprint, is_quantised, load_model
 from anydepth.models.plain import fold_adapters
-from anydepth.speculation.shipped import load_shipped, shipped_drafter
+from anydepth.speculation.draft import Draft
+from anydepth.speculation.shipped import default_draft
 
 MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"
+METHODS, DRAFT = "methods.safetensors", "draft.safetensors"
 BASE = "base"
 """Folder of a base that was trained, beside the methods' weights."""
 
@@ -47,6 +49,7 @@ def save(
     *,
     base: str | None = None,
     own_base: PreTrainedTokenizerBase | None = None,
+    draft: Draft | None = None,
 ) -> Path:
     """Write what anydepth added to the model into `folder`.
 
@@ -54,6 +57,7 @@ def save(
         base: how to load the base model again; its `name_or_path` when left out.
         own_base: the tokenizer of a base whose weights were trained: both are written too, as a plain Hugging Face
             checkpoint.
+        draft: what it is to draft with, its trained network included.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,9 @@ def save(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in adapted.methods.state_dict().items()}
-    save_file(tensors, staging / "methods.safetensors")
+    save_file(tensors, staging / METHODS)
+    if draft is not None:
+        save_file({name: tensor.contiguous() for name, tensor in draft.state_dict().items()}, staging / DRAFT)
     adapters = model.active_adapters if isinstance(model, PeftModel) else []
     if isinstance(model, PeftModel):
         model.save_pretrained(str(staging / "adapter"), save_embedding_layers=False, selected_adapters=adapters)
@@ -79,6 +85,7 @@ def save(
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "methods": [{"name": name, **part.config.model_dump(mode="json")} for name, part in methods.items()],
+        "draft": None if draft is None else draft.config.model_dump(mode="json"),
         "adapters": adapters,
         "weights": weights.name,
         "files": files,
@@ -115,7 +122,6 @@ def load_target(
     dtype: DType = AUTO,
     device: str = "cpu",
     merge: bool = False,
-    lossless: bool = False,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     skip_share: float | None = None,
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
@@ -123,9 +129,7 @@ def load_target(
 
     Args:
         merge: fold adapters into the weights, as one does to run fast; the base is then no longer available.
-        lossless: attach `self_speculation` as well, with the drafter that comes with the package if there is one; the
-            target's own methods then draft.
-        overrides: options by method, in place of those that the target has.
+        overrides: options by method, in place of those that the target has; those of `draft` are for `load_draft`.
         skip_share: of their decisions that methods skip, by the score quantiles that the target keeps.
 
     Raises:
@@ -136,10 +140,8 @@ def load_target(
     else:
         model, tokenizer = load_model(target, dtype=dtype, device=device)
         adapted = attach(_merged(model) if merge else model, [])
-    if lossless and SelfSpeculation.name not in adapted.methods:
-        adapted = with_speculation(adapted)
-    if overrides:
-        adapted = with_options(adapted, overrides)
+    if own := {name: options for name, options in (overrides or {}).items() if name != DRAFT_SECTION}:
+        adapted = with_options(adapted, own)
     if skip_share is not None:
         _skip(adapted, skip_share)
     return adapted, tokenizer
@@ -185,23 +187,37 @@ def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any
     return again.eval()
 
 
-def with_speculation(adapted: AdaptedModel, options: MethodSpec | None = None) -> AdaptedModel:
-    """The same model and methods, and `self_speculation`.
+def load_draft(
+    target: str, adapted: AdaptedModel, *, lossless: bool = False, options: Mapping[str, Any] | None = None
+) -> Draft | None:
+    """Return what a `TARGET` drafts with; None: it does not draft.
 
     Args:
-        options: None is the drafter that comes with the package for this base model, else lookup alone.
+        adapted: the model that was loaded from it.
+        lossless: draft in any case, with the drafter that comes with the package if there is one.
+        options: of drafting, in place of those that the target has.
     """
-    weights = adapted.methods.state_dict()
-    configs = [method.config for method in adapted.methods.values() if isinstance(method, Method)]
-    model = detach(adapted)
-    drafter = shipped_drafter(model) if options is None else None
-    if options is None:
-        options = {"name": SelfSpeculation.name} if drafter is None else drafter.options
-    adapted = attach(model, [*configs, options])
-    adapted.methods.load_state_dict(weights, strict=False)
-    if drafter is not None:
-        load_shipped(adapted, drafter)
-    return adapted.eval()
+    manifest = read_manifest(Path(target)) if is_checkpoint(target) else {}
+    known, weights = manifest.get("draft"), dict[str, torch.Tensor]()
+    if known is not None:
+        weights = _draft_weights(Path(target) / manifest["weights"])
+    elif options is None:
+        return default_draft(adapted) if lossless else None
+    draft = Draft(adapted, {**(known or {}), **(options or {})})
+    try:
+        draft.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError("an option of draft needs weights of another shape; train it so") from error
+    return draft
+
+
+def _draft_weights(weights: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a trained drafter; old checkpoints have them among the methods'."""
+    if (weights / DRAFT).exists():
+        return load_file(weights / DRAFT)
+    before = f"{OLD_NAME}."
+    stored = load_file(weights / METHODS)
+    return {name.removeprefix(before): value for name, value in stored.items() if name.startswith(before)}
 
 
 def _load(
@@ -255,6 +271,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text())
+        manifest["methods"], draft = split_draft(manifest["methods"])
+        manifest["draft"] = manifest.get("draft") if draft is None else draft
         weights = folder / manifest["weights"]
         files, _ = dict(manifest["files"]), [dict(method) for method in manifest["methods"]]
         _, _ = manifest["base"]["fingerprint"], [str(name) for name in manifest.get("adapters", [])]
@@ -282,9 +300,11 @@ def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -
 
 def load_method_weights(adapted: AdaptedModel, folder: Path, manifest: dict[str, Any]) -> None:
     """Copy the methods' weights of a checkpoint into an adapted model, bitwise."""
-    path = folder / manifest["weights"] / "methods.safetensors"
+    path = folder / manifest["weights"] / METHODS
     try:
-        adapted.methods.load_state_dict(load_file(path))
+        stored = load_file(path)
+        own = {name: value for name, value in stored.items() if not name.startswith(f"{OLD_NAME}.")}
+        adapted.methods.load_state_dict(own)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{path} does not fit its methods ({str(error).splitlines()[0]}); restore it") from error
 

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
+from anydepth.losses import IGNORED
 from anydepth.models.tokens import encode_batch
 from anydepth.recipe import TextConfig
 from anydepth.training.corpora import load_texts
-from anydepth.training.losses import IGNORED
 
 DOCUMENTS_PER_BATCH = 64
 PACKED = TextConfig()

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.hf.adapted import AdaptedModel, without_adapter
+from anydepth.losses import distillation_loss, expected_exit_loss, token_losses
 from anydepth.methods._base.method import Method
 from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
 from anydepth.processes import rank
 from anydepth.recipe import TrainConfig
-from anydepth.training.losses import distillation_loss, expected_exit_loss, token_losses
 
 
 class Learner(nn.Module):

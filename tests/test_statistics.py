@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from anydepth.measure.statistics import correlation, mean_of, t_quantile
+from anydepth.statistics import correlation, mean_of, t_quantile
 
 HALF = 1.959963984540054
 

@@ -1,0 +1,139 @@
+"""What every engine is: weights, sessions over them, and how it drafts."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from anydepth.decoding.request import DraftCounts
+from anydepth.decoding.session import Session, StepPolicy
+from anydepth.engine.model import EngineModel
+from anydepth.engine.weights import WEIGHT_ONLY
+from anydepth.gating.plan import FULL_DEPTH, Plan
+from anydepth.hf.adapted import AdaptedModel
+
+
+class Drafting(Protocol):
+    """How an engine drafts (`speculation/drafting.py`).
+
+    Attributes:
+        captures: layers, counted from 1, whose output states drafters read.
+    """
+
+    @property
+    def captures(self) -> Sequence[int]:
+        """Return the layers."""
+        ...
+
+    def open(self, session: Session) -> StepPolicy:
+        """Return the step policy of the requests in a session that are drafted for."""
+        ...
+
+
+class Draft(Protocol):
+    """What to draft with, for any engine (`speculation/draft.py`)."""
+
+    def on(self, engine: Engine) -> Drafting:
+        """Return how an engine drafts with it."""
+        ...
+
+
+class Engine(ABC):
+    """Decodes an adapted model: `engine.generate(...)` for `adapted.generate(...)`.
+
+    Threads take turns, one step at a time: kernels and drafters have one scratch memory, and all cores anyway.
+
+    Args:
+        draft: draft tokens and verify them: `generate` then gives the text of full depth, and the attached methods
+            decide in drafts alone. None: the attached methods decide.
+
+    Attributes:
+        name: `hf` or `fast`. weights: the precision of its weights, such as bfloat16 or int8.
+        model: the packed model of the fast engine.
+        shares_prefixes: whether texts that begin alike are best scored one after the other, in one sequence.
+    """
+
+    name: ClassVar[str]
+    weights: str
+    model: EngineModel | None = None
+    shares_prefixes: ClassVar[bool] = False
+
+    def __init__(self, adapted: AdaptedModel, draft: Draft | None = None) -> None:
+        self.adapted, self.draft = adapted, draft
+        self.turn = threading.RLock()
+        self.last = threading.local()
+        self.drafting = None if draft is None else draft.on(self)
+
+    @abstractmethod
+    def new_session(self, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()) -> Session:
+        """Return memory for so many sequences of up to `max_length` tokens; None: as long as memory allows."""
+
+    @abstractmethod
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Generate as transformers' `generate` does, with its options: (B, prompt + new) token ids."""
+
+    @abstractmethod
+    def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
+        """Return (..., V) logits of states of any depth; of a vocabulary (V',) alone if one is given."""
+
+    @abstractmethod
+    def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
+        """Return the bytes of weights that a token reads: by layer of mixer and FFN, and of the head."""
+
+    def check_batch(  # noqa: B027 (most can)
+        self, input_ids: Tensor, mask: Tensor | None, max_length: int | None
+    ) -> None:
+        """Raise `UserError` for a (B, T) batch whose rows cannot be decoded each by itself."""
+
+    @property
+    def is_bitwise(self) -> bool:
+        """Whether drafts cannot change a token: logits of a verification are those of a plain step, near enough.
+
+        The kernels give the same bits for one token and for several; other operators do not, which in float32 decides
+        exact ties alone, in half precision near ties as well.
+        """
+        return self.adapted.dtype == torch.float32
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the weights have fewer bits here than in the model."""
+        return self.weights in WEIGHT_ONLY
+
+    @property
+    def differs(self) -> bool:
+        """Whether anything is attached that can make it differ from full depth, in text or in time."""
+        return bool(self.adapted.methods) or self.drafting is not None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether `generate` drafts and verifies: with a draft, unless the model is `disabled`."""
+        return self.drafting is not None and self.adapted.is_enabled
+
+    def without_draft(self) -> Self:
+        """Return an engine on the same weights in whose generations the attached methods decide."""
+        other = copy.copy(self)
+        other.draft = other.drafting = None
+        return other
+
+    @property
+    def draft_counts(self) -> DraftCounts | None:
+        """What was drafted in the last generation of this thread; None: nothing was."""
+        return getattr(self.last, "counts", None)
+
+    @torch.no_grad()
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """Return the (T, V) logits of one sequence of (T,) tokens, in one prefill."""
+        session, plan = self.new_session(1), FULL_DEPTH if self.drafts else Plan.of(self.adapted.active_methods)
+        with self.turn:
+            logits, record = session.read(session.open(), token_ids.tolist(), plan, num_logits=len(token_ids))
+        assert logits is not None
+        record.head_rows = len(token_ids)
+        if self.adapted.is_enabled:
+            self.adapted.records = [record]
+        return logits

@@ -1,0 +1,182 @@
+"""The engines: transformers and the fast engine, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anydepth.decoding.engine import Draft, Engine
+from anydepth.decoding.generate import generate_batch
+from anydepth.engine.model import EngineModel
+from anydepth.engine.session import FastSession
+from anydepth.errors import UserError
+from anydepth.gating import cost
+from anydepth.gating.plan import FULL_DEPTH
+from anydepth.hf.adapted import AdaptedModel
+from anydepth.hf.session import HFSession
+from anydepth.models.load import dtype_name
+
+
+class HFEngine(Engine):
+    """Runs the Hugging Face model itself: any family; without a draft by transformers' own `generate`."""
+
+    name = "hf"
+
+    def __init__(self, adapted: AdaptedModel, draft: Draft | None = None) -> None:
+        self.weights = dtype_name(adapted)
+        super().__init__(adapted, draft)
+
+    def new_session(self, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()) -> HFSession:
+        """Return memory for so many sequences of up to `max_length` tokens."""
+        return HFSession(self.adapted, num_sequences, max_length)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Generate by transformers' own loop; drafted requests run one by one, each with a cache of its own."""
+        if not self.drafts:
+            return self.adapted.generate(*args, **kwargs)
+        return generate_batch(self, *args, **kwargs)
+
+    @torch.no_grad()
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """Return the (T, V) logits of one sequence of (T,) tokens, in one forward without a cache."""
+        with self.adapted.running(FULL_DEPTH) if self.drafts else nullcontext():
+            return self.adapted(input_ids=token_ids[None], use_cache=False).logits[0]
+
+    def check_batch(self, input_ids: Tensor, mask: Tensor | None, max_length: int | None) -> None:
+        """Raise `UserError` where a row's tokens would depend on the length of others, or on its padding.
+
+        A rotary embedding that changes with the length does so at that of the longest row of a batch, padding
+        included; rows that draft run alone.
+        """
+        switch = self.adapted.backbone.rotary_switch
+        if switch is None or (len(input_ids) == 1 and (mask is None or bool(mask.all()))):
+            return
+        if max_length is None or max_length > switch.length:
+            raise UserError(
+                f"this model's rotary embedding changes at {switch.length} tokens, for all rows of a batch at once, "
+                "and rows that draft run alone; generate prompts one by one without padding, or at full depth "
+                "(adapted.disabled())"
+            )
+
+    def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
+        """Return (..., V) logits of states of any depth."""
+        return self.adapted.backbone.logits_of(states, vocabulary)
+
+    def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
+        """Return the bytes of weights that a token reads."""
+        backbone = self.adapted.backbone
+        return [cost.branch_weight_bytes(view) for view in backbone.layers], cost.weight_bytes(backbone.head)
+
+
+class FastEngine(Engine):
+    """Decodes Llama-like families at the speed of the memory.
+
+    Holds the weights a second time, packed; weights that change later (training, a LoRA adapter) are not seen.
+
+    Args:
+        weights: float32, bfloat16, float16, int8 or int4; None is the model's own precision.
+        draft: see `Engine`.
+        native: decode with the compiled kernels where they are available; else PyTorch's own operators.
+        compiled: put the branches through `torch.compile` instead: for GPUs; the first start takes a minute.
+
+    Raises:
+        UserError: a family or weights that it does not run.
+    """
+
+    name = "fast"
+    model: EngineModel
+    shares_prefixes = True
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        weights: str | None = None,
+        *,
+        draft: Draft | None = None,
+        native: bool = True,
+        compiled: bool = False,
+    ) -> None:
+        for method in adapted.attached:
+            if method.routes_mixers:
+                raise UserError(f"{method.name} has mixers that the fast engine does not know")
+        self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
+        self.weights = self.model.weights
+        super().__init__(adapted, draft)
+
+    @property
+    def is_bitwise(self) -> bool:
+        """Whether drafts cannot change a token."""
+        return super().is_bitwise or self.model.why_not_native is None
+
+    def new_session(
+        self, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()
+    ) -> FastSession:
+        """Return memory for so many sequences of up to `max_length` tokens."""
+        return FastSession(self.model, num_sequences, max_length, captures)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Generate with transformers' options: greedy and sampling, any batch, left padding."""
+        return generate_batch(self, *args, **kwargs)
+
+    def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
+        """Return (..., V) logits of states of any depth."""
+        return self.model.exit_logits(states, vocabulary)
+
+    def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
+        """Return the bytes of weights that a token reads."""
+        return [(layer.mixer_bytes, layer.ffn_bytes) for layer in self.model.layers], self.model.head.num_bytes
+
+
+ENGINES = ("auto", "hf", "fast")
+
+
+def label_of(*engines: Engine) -> str:
+    """Name what is attached, a LoRA adapter too, and the weights of engines that hold them in fewer bits."""
+    from peft import PeftModel
+
+    adapted = engines[0].adapted
+    label = f"{adapted.label} + LoRA" if isinstance(adapted.model, PeftModel) else adapted.label
+    packed = dict.fromkeys(engine.weights for engine in engines if engine.is_quantised)
+    return ", ".join([label, *(f"{kind} weights" for kind in packed)])
+
+
+def open_engine(
+    adapted: AdaptedModel,
+    engine: str = "auto",
+    weights: str | None = None,
+    say: Callable[[str], None] = print,
+    *,
+    draft: Draft | None = None,
+    compiled: bool = False,
+) -> Engine:
+    """Return the engine that a user asks for.
+
+    Args:
+        engine: `hf`, `fast`, or `auto`: fast where it runs the model; `say` is told why not.
+        weights, compiled: of the fast engine, see `FastEngine`.
+
+    Raises:
+        UserError: an unknown engine; `fast` for a model that it does not run; weights with `hf`.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"engine '{engine}' is unknown; engines are {', '.join(ENGINES)}")
+    if engine == "hf":
+        if weights is not None:
+            raise UserError(f"weights {weights} are the fast engine's; use engine fast, or leave them out")
+        if compiled:
+            raise UserError("compile is the fast engine's; use engine fast, or leave it out")
+        return HFEngine(adapted, draft)
+    try:
+        fast = FastEngine(adapted, weights, draft=draft, compiled=compiled)
+    except UserError as error:
+        if engine == "fast" or weights is not None or compiled:
+            raise
+        say(f"engine hf: {error}")
+        return HFEngine(adapted, draft)
+    if fast.model.why_not_native is not None and not compiled:
+        say(f"engine fast, by PyTorch's own operators, slower: {fast.model.why_not_native}")
+    return fast

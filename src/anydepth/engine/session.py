@@ -1,0 +1,195 @@
+"""Sequences on the fast engine (`decoding/session.py`): all in one K/V cache, of any length each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anydepth.engine.backends.cpu.native import MAX_TOKENS, same_bits_until
+from anydepth.engine.model import EngineModel
+from anydepth.gating.plan import Plan
+from anydepth.gating.trace import PassRecord
+from anydepth.models.clock import STEPS, now
+
+
+class FastSession:
+    """K/V of sequences on the fast engine.
+
+    Args:
+        captures: layers, counted from 1, whose output states are kept of tokens that are read or verified.
+
+    Attributes:
+        committed: by sequence, its tokens whose K/V stay.
+    """
+
+    def __init__(
+        self, model: EngineModel, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()
+    ) -> None:
+        self.model, self.num_sequences, self.max_length = model, num_sequences, max_length
+        self.max_tokens = MAX_TOKENS if model.why_not_native is None else None
+        self.cache = model.new_cache(num_sequences, max_length)
+        self.captures = list(captures)
+        self.stops = sorted({*captures, len(model.layers)})
+        self.committed: dict[int, int] = {}
+        self.exited: dict[int, list[Tensor]] = {}  # (1, D) states of draft tokens after the first layers
+        self.states: dict[int, list[Tensor]] = {}
+        self.memory: dict[Any, Any] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further sequence can be opened."""
+        return not self.cache.free
+
+    def open(self) -> int:
+        """Start a sequence without tokens; the lowest number that is free."""
+        sequence = self.cache.take_slot()
+        self.committed[sequence], self.exited[sequence], self.states[sequence] = 0, [], []
+        return sequence
+
+    def close(self, sequence: int) -> None:
+        """Forget a sequence."""
+        self.cache.release(sequence)
+        del self.committed[sequence], self.exited[sequence], self.states[sequence]
+
+    def length(self, sequence: int) -> int:
+        """Return how many tokens are committed."""
+        return self.committed[sequence]
+
+    def num_kv(self, sequence: int) -> list[int]:
+        """Return how many tokens have K/V, by layer."""
+        return [layer.counts[sequence] for layer in self.cache.layers]
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget the tokens from position `length` on."""
+        self.cache.rewind(sequence, length)
+        self.committed[sequence] = min(self.committed[sequence], length)
+
+    def read(
+        self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
+    ) -> tuple[Tensor | None, PassRecord]:
+        """Run the next tokens of a prompt; (N, V) logits after the last `num_logits` of them, None for 0."""
+        if capture:
+            before = self.states[sequence]
+            (states,) = self._through([sequence], [self._embed(ids)], 0)
+            if before:
+                self.states[sequence] = [torch.cat(parts) for parts in zip(before, self.states[sequence], strict=True)]
+            mask = torch.ones(1, len(ids), dtype=torch.bool, device=self.model.device)
+            record = PassRecord(mask, self.committed[sequence], cached=True, num_layers=len(self.model.layers))
+        else:
+            token_ids = torch.tensor([ids], device=self.model.device)
+            hidden, record = self.model.forward(token_ids, [sequence], self.cache, plan)
+            states = hidden[0]
+        self.committed[sequence] += len(ids)
+        record.head_rows = num_logits
+        return (self.model.logits(states[-num_logits:]) if num_logits else None), record
+
+    def step(
+        self, sequences: Sequence[int], ids: Sequence[int], plan: Plan
+    ) -> tuple[Tensor, list[tuple[PassRecord, int]]]:
+        """Run one more token of each sequence: (R, V) logits after it, and for each its forward and its row there."""
+        token_ids = torch.tensor(ids, device=self.model.device)[:, None]
+        hidden, record = self.model.forward(token_ids, sequences, self.cache, plan)
+        for sequence in sequences:
+            self.committed[sequence] += 1
+        record.head_rows = len(sequences)
+        return self.model.logits(hidden[:, 0]), [(record, row) for row in range(len(sequences))]
+
+    # --- drafting --------------------------------------------------------------------------------------------------
+
+    def draft(self, sequences: Sequence[int], ids: Sequence[int], plan: Plan) -> Tensor:
+        """Return (R, V) logits after one more token of each, by a pruned plan; nothing is committed."""
+        token_ids = torch.tensor(ids, device=self.model.device)[:, None]
+        hidden, _ = self.model.forward(token_ids, sequences, self.cache, plan)
+        return self.model.logits(hidden[:, 0])
+
+    def draft_exits(self, sequences: Sequence[int], ids: Sequence[int], exit_layer: int) -> list[Tensor]:
+        """Return (1, D) states of one more token of each after the first layers; `verify` does not run those again."""
+        self._run_first(sequences, [self._embed([token]) for token in ids], exit_layer)
+        return [self.exited[sequence][-1] for sequence in sequences]
+
+    def _run_first(self, sequences: Sequence[int], states: list[Tensor], exit_layer: int) -> None:
+        if any(len(part) for part in states):
+            states = self.model.run_layers(states, sequences, self.cache, 0, exit_layer)
+            for sequence, part in zip(sequences, states, strict=True):
+                self.exited[sequence] += part.split(1)
+
+    def verify(self, sequences: Sequence[int], ids: Sequence[Sequence[int]], exit_layer: int = 0) -> list[Tensor]:
+        """Return (K + 1, V) logits of each sequence after its last token and each of its K drafted ones."""
+        unseen = [own[len(self.exited[sequence]) :] for sequence, own in zip(sequences, ids, strict=True)]
+        states = [self._embed(own) for own in unseen]
+        if exit_layer:
+            self._run_first(sequences, states, exit_layer)
+            states = [torch.cat(self.exited[sequence]) for sequence in sequences]
+        else:
+            self._forget_drafts(sequences)  # K/V that pruned drafts left
+        states = self._through(sequences, states, exit_layer)
+        return list(self.model.logits(torch.cat(states)).split([len(part) for part in states]))
+
+    def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Keep the first tokens that were verified, and forget the rest."""
+        for sequence, count in zip(sequences, num_tokens, strict=True):
+            self.states[sequence] = [part[:count] for part in self.states[sequence]]
+            self.exited[sequence] = []
+            self.committed[sequence] += count
+        self._forget_drafts(sequences)
+
+    def captured(self, sequence: int) -> list[Tensor]:
+        """Return (N, D) states by captured layer, of the tokens that were read or committed last."""
+        return self.states[sequence]
+
+    def draft_limit(self, sequence: int) -> int | None:
+        """Return how many tokens may be drafted for the bits of a plain step; None: any number."""
+        if self.max_tokens is None:
+            return None
+        length = self.committed[sequence] + 1
+        return same_bits_until(length, self.model.layers[0].num_kv_heads) - length
+
+    def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
+        """Return (N, V) logits after the last N committed tokens by a pruned plan; their K/V stay."""
+        end = self.committed[sequence]
+        start = end - len(ids)
+        kept = self.cache.states[:, sequence, :, start:end].clone()
+        self.cache.rewind(sequence, start)
+        hidden, _ = self.model.forward(torch.tensor([ids], device=self.model.device), [sequence], self.cache, plan)
+        self.cache.rewind(sequence, start)
+        self.cache.states[:, sequence, :, start:end] = kept
+        for kv in self.cache.layers:
+            kv.extend(sequence, len(ids))
+        self.cache.lengths[sequence] = end
+        return self.model.logits(hidden[0])
+
+    def layer_seconds(self, sequence: int, ids: Sequence[int]) -> list[float]:
+        """Return the median seconds of each layer in a decoding step after the committed tokens."""
+        times: list[list[float]] = [[] for _ in self.model.layers]
+        for _ in range(STEPS):
+            states = [self._embed(ids[-1:])]
+            for layer_idx, own in enumerate(times):
+                started = now(self.model.device)
+                states = self.model.run_layers(states, [sequence], self.cache, layer_idx, layer_idx + 1)
+                own.append(now(self.model.device) - started)
+            self.cache.rewind(sequence, self.committed[sequence])
+        return [median(own) for own in times]
+
+    def _forget_drafts(self, sequences: Sequence[int]) -> None:
+        for sequence in sequences:
+            if self.cache.lengths[sequence] != self.committed[sequence]:
+                self.cache.rewind(sequence, self.committed[sequence])
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        return self.model.embedding(torch.tensor(ids, dtype=torch.long, device=self.model.device))
+
+    def _through(self, sequences: Sequence[int], states: list[Tensor], first: int) -> list[Tensor]:
+        """Run layers from `first` on over the states of next tokens; keep what is captured."""
+        stops = [stop for stop in self.stops if stop > first]
+        found = self.model.run_to_stops(states, sequences, self.cache, first, stops)
+        captured = found if self.stops[-1] in self.captures else found[:-1]
+        if first in self.captures:
+            captured = [states, *captured]
+        for number, sequence in enumerate(sequences):
+            self.states[sequence] = [parts[number] for parts in captured]
+            self.cache.lengths[sequence] = self.cache.layers[-1].counts[sequence]
+        return found[-1]

@@ -1,0 +1,205 @@
+"""Sequences on the Hugging Face model itself (`decoding/session.py`): any family.
+
+Each sequence has a cache of its own, and runs alone: sequences accept different numbers of draft tokens, which one
+cache cannot hold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anydepth.config import StrictConfig
+from anydepth.gating.plan import FULL_DEPTH, Plan
+from anydepth.gating.scores import Known
+from anydepth.gating.spec import GateSpec
+from anydepth.gating.trace import PassRecord
+from anydepth.hf.adapted import AdaptedModel
+from anydepth.hf.adaptive_cache import AdaptiveCache, SlottedLayer
+from anydepth.hf.latencies import latencies
+from anydepth.methods._base.method import Method
+
+
+class HFSession:
+    """K/V of sequences on an adapted model.
+
+    Attributes:
+        ids: by sequence, its committed tokens.
+    """
+
+    max_tokens = None
+
+    def __init__(self, adapted: AdaptedModel, num_sequences: int, max_length: int | None = None) -> None:
+        self.adapted, self.num_sequences, self.max_length = adapted, num_sequences, max_length
+        self.switch = adapted.backbone.rotary_switch
+        self.free = list(range(num_sequences))
+        self.caches: dict[int, AdaptiveCache] = {}
+        self.ids: dict[int, list[int]] = {}
+        self.num_exited: dict[int, int] = {}
+        self.verified: dict[int, list[int]] = {}
+        self.memory: dict[Any, Any] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further sequence can be opened."""
+        return not self.free
+
+    def open(self) -> int:
+        """Start a sequence without tokens; the lowest number that is free."""
+        sequence = min(self.free)
+        self.free.remove(sequence)
+        self.caches[sequence] = self.adapted.new_cache()
+        self.ids[sequence], self.num_exited[sequence] = [], 0
+        return sequence
+
+    def close(self, sequence: int) -> None:
+        """Forget a sequence."""
+        del self.caches[sequence], self.ids[sequence], self.num_exited[sequence]
+        self.free.append(sequence)
+
+    def length(self, sequence: int) -> int:
+        """Return how many tokens are committed."""
+        return len(self.ids[sequence])
+
+    def num_kv(self, sequence: int) -> list[int]:
+        """Return how many tokens have K/V, by layer."""
+        layers = self.caches[sequence].layers
+        return [layer.num_slots if isinstance(layer, SlottedLayer) else self.length(sequence) for layer in layers]
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget the tokens from position `length` on."""
+        self.caches[sequence].rewind(length)
+        del self.ids[sequence][length:]
+
+    def read(
+        self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
+    ) -> tuple[Tensor | None, PassRecord]:
+        """Run the next tokens of a prompt; (N, V) logits after the last `num_logits` of them, None for 0."""
+        # transformers takes 0 for all.
+        logits = self._forward(sequence, list(ids), plan, logits_to_keep=max(num_logits, 1))
+        self.ids[sequence] += ids
+        record = self.adapted.records[-1]
+        record.head_rows = num_logits
+        return (logits if num_logits else None), record
+
+    def step(
+        self, sequences: Sequence[int], ids: Sequence[int], plan: Plan
+    ) -> tuple[Tensor, list[tuple[PassRecord, int]]]:
+        """Run one more token of each sequence: (R, V) logits after it, and for each its forward and its row there."""
+        logits, passes = [], []
+        for sequence, token in zip(sequences, ids, strict=True):
+            own, record = self.read(sequence, [token], plan)
+            logits.append(own)
+            passes.append((record, 0))
+        return torch.cat(logits), passes
+
+    # --- drafting --------------------------------------------------------------------------------------------------
+
+    def draft(self, sequences: Sequence[int], ids: Sequence[int], plan: Plan) -> Tensor:
+        """Return (R, V) logits after one more token of each, by a pruned plan; nothing is committed."""
+        return torch.cat(
+            [self._forward(sequence, [token], plan) for sequence, token in zip(sequences, ids, strict=True)]
+        )
+
+    def draft_exits(self, sequences: Sequence[int], ids: Sequence[int], exit_layer: int) -> list[Tensor]:
+        """Return (1, D) states of one more token of each after the first layers; `verify` does not run those again."""
+        states, plan = [], self._exit_plan(exit_layer, continues=False)
+        for sequence, token in zip(sequences, ids, strict=True):
+            with self.adapted.running(plan):
+                input_ids = torch.tensor([[token]], device=self.adapted.device)
+                self.adapted.backbone.decoder(
+                    input_ids=input_ids, past_key_values=self.caches[sequence], use_cache=True
+                )
+            self.num_exited[sequence] += 1
+            states.append(self.adapted.last_run.left[exit_layer][1][0])
+        return states
+
+    def verify(self, sequences: Sequence[int], ids: Sequence[Sequence[int]], exit_layer: int = 0) -> list[Tensor]:
+        """Return (K + 1, V) logits of each sequence after its last token and each of its K drafted ones."""
+        logits = []
+        for sequence, tokens in zip(sequences, ids, strict=True):
+            unseen, seen = list(tokens[self.num_exited[sequence] :]), self.ids[sequence]
+            if self._restarts(sequence):
+                self.caches[sequence].rewind(0)
+                own = self._forward(sequence, [*seen, *tokens], FULL_DEPTH, logits_to_keep=1)
+            elif exit_layer and unseen:
+                own = self._forward(sequence, unseen, self._exit_plan(exit_layer, continues=True))
+                late = self.adapted.last_run.late
+                if late is not None:
+                    own = torch.cat([self.adapted.backbone.logits_of(late[0]), own])
+            else:
+                self.caches[sequence].rewind(len(seen))
+                own = self._forward(sequence, list(tokens), FULL_DEPTH)
+            self.verified[sequence] = list(tokens)
+            logits.append(own)
+        return logits
+
+    def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Keep the first tokens that were verified, and forget the rest."""
+        for sequence, count in zip(sequences, num_tokens, strict=True):
+            self.ids[sequence] += self.verified.pop(sequence)[:count]
+            self.num_exited[sequence] = 0
+            self.caches[sequence].rewind(len(self.ids[sequence]))
+
+    def captured(self, sequence: int) -> list[Tensor]:
+        """Return no states: drafters that read them run on the fast engine."""
+        return []
+
+    def draft_limit(self, sequence: int) -> int | None:
+        """Return how many tokens may be drafted so that the rotary embedding is that of a plain step; None: any."""
+        if self.switch is None:
+            return None
+        left = self.switch.length - len(self.ids[sequence]) - 1
+        if left >= 0:
+            return left
+        return 0 if self.switch.again or self._restarts(sequence) else None
+
+    def _restarts(self, sequence: int) -> bool:
+        """Whether the next pass is the first after the switch, of a model that then reads the sequence anew."""
+        return self.switch is not None and self.switch.restarts and len(self.ids[sequence]) == self.switch.length
+
+    def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
+        """Return (N, V) logits after the last N committed tokens by a pruned plan; their K/V stay."""
+        cache = self.caches[sequence]
+        try:
+            self.caches[sequence] = copy.deepcopy(cache)
+            self.caches[sequence].rewind(len(self.ids[sequence]) - len(ids))
+            return self._forward(sequence, list(ids), plan)
+        finally:
+            self.caches[sequence] = cache
+
+    def layer_seconds(self, sequence: int, ids: Sequence[int]) -> list[float]:
+        """Return the median seconds of each layer in a decoding step after N tokens."""
+        seconds = latencies(self.adapted, torch.tensor([list(ids)]))
+        return [seconds["layer", layer_idx] for layer_idx in range(self.adapted.backbone.num_layers)]
+
+    def _exit_plan(self, exit_layer: int, *, continues: bool) -> Plan:
+        methods: list[Method] = [ExitAt(self.adapted, exit_layer, continues=continues)]
+        return Plan.of(methods)
+
+    def _forward(self, sequence: int, ids: list[int], plan: Plan, **options: Any) -> Tensor:
+        """Return (N, V) logits of a sequence's next tokens."""
+        input_ids = torch.tensor([ids], device=self.adapted.device)
+        with self.adapted.running(plan):
+            return self.adapted(input_ids=input_ids, past_key_values=self.caches[sequence], **options).logits[0]
+
+
+class ExitAt(Method):
+    """Let every token exit before one layer, or continue there with those that exited earlier."""
+
+    Config = StrictConfig
+    name = "exit_at"
+    summary = "drafts with the first layers"
+
+    def __init__(self, adapted: AdaptedModel, num_layers: int, *, continues: bool) -> None:
+        super().__init__(StrictConfig(), adapted.backbone)
+        self.first_skipped, self.continues = num_layers, continues
+
+    def gates(self) -> list[GateSpec]:
+        """Return the one exit."""
+        score = Known(1, lambda context: torch.full((1, *context.positions.shape), float(self.continues)))
+        return [GateSpec((self.first_skipped,), "layer", score, 0.5, "recompute", exits=True)]

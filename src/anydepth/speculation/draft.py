@@ -1,0 +1,121 @@
+"""What to draft with: settings, and the weights of a trained network.
+
+Lossless: whatever drafts, generated tokens are those of full depth, sampled ones too. Attached methods decide in drafts
+alone. LayerSkip (Elhoushi et al. 2024), SWIFT (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Saxena 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.config import validate
+from anydepth.decoding.engine import Engine
+from anydepth.draft_sections import DraftConfig
+from anydepth.errors import UserError
+from anydepth.hf.adapted import AdaptedModel
+from anydepth.methods._base.method import Method, check_layers
+from anydepth.models.backbone import Backbone
+from anydepth.speculation.draft_network import DraftNetwork
+from anydepth.speculation.drafters import Drafter, EarlyExitDrafter, PromptLookupDrafter, PrunedDrafter
+from anydepth.speculation.drafting import Drafting
+from anydepth.speculation.searched_drafters import searched_drafter
+from anydepth.speculation.trained_drafter import TrainedDrafter
+
+
+class Draft(nn.Module):
+    """Settings of drafting for a model, and the weights of a trained drafter: `FastEngine(adapted, draft=Draft(…))`.
+
+    Args:
+        options: a `DraftConfig`, or its options.
+
+    Raises:
+        UserError: options that do not fit the model.
+    """
+
+    network: DraftNetwork | None
+
+    def __init__(self, adapted: AdaptedModel, options: DraftConfig | Mapping[str, Any]) -> None:
+        super().__init__()
+        config = options if isinstance(options, DraftConfig) else validate(DraftConfig, dict(options), where="draft")
+        self.config, self.network = config, None
+        check_draft(config, adapted.backbone, adapted.attached)
+        if config.network is not None:
+            size = min(config.network.vocabulary_size, adapted.config.vocab_size)
+            generator = torch.Generator().manual_seed(config.seed)
+            try:
+                self.network = DraftNetwork(adapted.backbone, _taps(config, adapted.backbone), size, generator)
+            except RuntimeError as error:
+                raise UserError(
+                    "draft.network starts from a plain last layer; merge LoRA, and load without nf4"
+                ) from error
+        self.to(adapted.device)
+
+    def on(self, engine: Engine) -> Drafting:
+        """Return how an engine drafts with it.
+
+        Raises:
+            UserError: nothing that the engine can draft with.
+        """
+        drafters = self._drafters(engine)
+        if not drafters:
+            raise UserError(
+                "there is nothing to draft with: the trained drafter runs on the fast engine; use engine fast, let "
+                "lookup draft, or name exit_layers"
+            )
+        captures = sorted({layer for drafter in drafters for layer in drafter.captures})
+        return Drafting(drafters, self.config.max_draft, self.config.adaptive, captures)
+
+    def _drafters(self, engine: Engine) -> list[Drafter]:
+        config, adapted, vocabulary = self.config, engine.adapted, None
+        if config.exit_vocabulary is not None:
+            vocabulary = torch.arange(config.exit_vocabulary, device=adapted.device)
+
+        def head(states: Tensor) -> Tensor:
+            return engine.exit_logits(states, vocabulary)
+
+        drafters: list[Drafter] = [PromptLookupDrafter()] if config.lookup else []
+        if self.network is not None and engine.model is not None:
+            drafters.append(TrainedDrafter(engine.model, self.network))
+        drafters += [EarlyExitDrafter(layer, head, vocabulary) for layer in config.exit_layers]
+        if pruning := [method for method in adapted.attached if not method.is_lossless()]:
+            drafters.append(PrunedDrafter(pruning))
+        if config.search is not None:
+            drafters.append(searched_drafter(config.search, adapted))
+        return drafters
+
+
+def check_draft(config: DraftConfig, backbone: Backbone, attached: Sequence[Method]) -> None:
+    """Raise `UserError` for options that do not fit a model and the methods attached to it."""
+    if "recurrent" in backbone.layer_types():
+        raise UserError("drafting takes wrong tokens back, which a recurrent layer's state cannot; leave draft out")
+    for method in attached:
+        if method.routes_mixers:
+            raise UserError(f"drafting takes tokens back, which {method.name}'s recurrent mixers cannot")
+    vocabulary_size = backbone.model.config.vocab_size
+    if 0 in config.exit_layers:
+        raise UserError("draft.exit_layers has 0; a draft needs at least one layer")
+    if config.exit_vocabulary is not None and config.exit_vocabulary > vocabulary_size:
+        raise UserError(f"draft.exit_vocabulary is {config.exit_vocabulary}; the model has {vocabulary_size} tokens")
+    try:
+        check_layers(config.exit_layers, backbone.num_layers, "draft.exit_layers")
+        taps = _taps(config, backbone)
+        check_layers([tap - 1 for tap in taps], backbone.num_layers, "draft.network.taps, less one,")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if config.network is not None:
+        if taps[-1] != backbone.num_layers:
+            raise UserError(
+                f"draft.network.taps end with {taps[-1]}; the last must be {backbone.num_layers}, what the head reads"
+            )
+        if config.exit_layers and max(config.exit_layers) > taps[0]:
+            raise UserError(f"draft.network.taps start with {taps[0]}; they must come after exit_layers")
+
+
+def _taps(config: DraftConfig, backbone: Backbone) -> list[int]:
+    """Return the layers, counted from 1, whose output states the network reads."""
+    taps = [] if config.network is None else config.network.taps
+    return sorted(taps) or [backbone.num_layers]
