@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 
 import anydepth
-from anydepth.engine.fast import FastEngine
-from anydepth.hf.adapted import AdaptedModel, attach
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.engines import FastEngine, HFEngine
+from anydepth.hf.adapted import attach
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
 from anydepth.measure.timing import on_free_cores, time_generation
@@ -30,13 +31,13 @@ NEW_TOKENS = 48
 ALLOWED = 0.03
 
 
-def paired(adapted: AdaptedModel, windows: torch.Tensor, num_runs: int, engine: FastEngine | None) -> list[float]:
+def paired(engine: Engine, windows: torch.Tensor, num_runs: int) -> list[float]:
     """Ratios of the same generation's times, taken in turn, sides changed from pair to pair."""
     ratios = []
     for number in range(num_runs + 1):  # the first warms up
         prompt = windows[number % len(windows)][None]
         batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-        first, second = (time_generation(adapted, batch, NEW_TOKENS, engine, full_depth=True).total for _ in range(2))
+        first, second = (time_generation(engine, batch, NEW_TOKENS, full_depth=True).total for _ in range(2))
         ratios.append(first / second if number % 2 else second / first)
     return sorted(ratios[1:])
 
@@ -50,13 +51,13 @@ def main() -> None:
     adapted = attach(model, []).eval()
     windows = load_windows("embedded:valid", tokenizer, 64, max_windows=arguments.num_runs)
     rows = []
-    for name, engine in (("fast", FastEngine(adapted)), ("hf", None)):
+    for name, engine in (("fast", FastEngine(adapted)), ("hf", HFEngine(adapted))):
         busy = subprocess.Popen([sys.executable, "-c", BUSY])
         try:
             time.sleep(1.0)
             for _ in range(arguments.num_repeats):
                 with on_free_cores(print):
-                    ratios = paired(adapted, windows, arguments.num_runs, engine)
+                    ratios = paired(engine, windows, arguments.num_runs)
                     threads = torch.get_num_threads()
                 median = ratios[len(ratios) // 2]
                 rows.append(

@@ -23,16 +23,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import anydepth
-from anydepth.engine.fast import FastEngine
-from anydepth.hf.adapted import AdaptedModel, attach, detach
+from anydepth.decoding.engines import FastEngine
+from anydepth.draft_sections import DrafterConfig, OwnTextConfig
+from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
-from anydepth.methods.self_speculation import SelfSpeculation
-from anydepth.recipe import DrafterConfig, OwnTextConfig
+from anydepth.speculation.draft import Draft
 from anydepth.speculation.draft_network import DraftNetwork
 from anydepth.speculation.drafter_training import train_drafter
 from anydepth.speculation.self_generated import own_texts
-from anydepth.training.checkpoint import with_speculation
+from anydepth.speculation.shipped import default_draft
 from speculation import SHIPPED, prompts_of, timed
 
 RESULT = Path(__file__).resolve().parent / "results" / "drafter_choices.json"
@@ -54,56 +54,57 @@ def train(name: str, model: Any, tokenizer: Any, arguments: argparse.Namespace) 
     if path.exists():
         return
     own_text = OwnTextConfig(num_tokens=arguments.tokens)
-    writer = attach(model, {"name": "self_speculation", "network": {"taps": TAPS}}).eval()
+    writer = attach(model, []).eval()
     texts, _ = own_texts(writer, tokenizer, TAPS, own_text, arguments.runs / "own-text", seed=arguments.seed, say=print)
     detach(writer)
     columns = [TAPS.index(tap) for tap in CHOICES[name]["taps"]]
     texts = [dataclasses.replace(text, states=text.states[:, columns]) for text in texts]
-    adapted = attach(model, {"name": "self_speculation", "network": CHOICES[name], "seed": arguments.seed})
-    method = adapted.methods[SelfSpeculation.name]
-    assert isinstance(method, SelfSpeculation) and method.network is not None
+    adapted = attach(model, [])
+    network = network_of(Draft(adapted, {"network": CHOICES[name], "seed": arguments.seed}))
     config = DrafterConfig(own_text=own_text, max_steps=arguments.steps)
     out = arguments.runs / f"steps-{path.stem}"
-    history = train_drafter(method.network, adapted.backbone, texts, config, out, seed=arguments.seed, resume=True)
+    history = train_drafter(network, adapted.backbone, texts, config, out, seed=arguments.seed, resume=True)
     detach(adapted)
-    save_file(method.network.state_dict(), path, {"history": json.dumps(history[-20:])})
+    save_file(network.state_dict(), path, {"history": json.dumps(history[-20:])})
     print(f"{name}: trained, loss {mean(row['loss'] for row in history[-20:]):.3f}", flush=True)
 
 
-def of_choice(name: str, model: Any, arguments: argparse.Namespace) -> AdaptedModel:
+def of_choice(name: str, model: Any, arguments: argparse.Namespace) -> FastEngine:
     path = arguments.runs / f"{name.replace(', ', '-').replace('; ', '_')}.safetensors"
-    adapted = attach(model, {"name": "self_speculation", "network": CHOICES[name]}).eval()
-    network_of(adapted).load_state_dict(load_file(path))
-    return adapted
+    adapted = attach(model, []).eval()
+    draft = Draft(adapted, {"network": CHOICES[name]})
+    network_of(draft).load_state_dict(load_file(path))
+    return FastEngine(adapted, draft=draft)
 
 
-def of_shipped(size: int, model: Any, arguments: argparse.Namespace) -> AdaptedModel:
-    """With the tokens of its head that stand most often in the text that the model wrote."""
-    adapted = with_speculation(attach(model, []))
-    network, counts = network_of(adapted), torch.zeros(model.config.vocab_size, dtype=torch.long)
+def of_shipped(size: int, model: Any, arguments: argparse.Namespace) -> FastEngine:
+    """Return an engine whose drafter has the tokens of its head that are most frequent in what the model wrote."""
+    adapted = attach(model, []).eval()
+    draft = default_draft(adapted)
+    network, counts = network_of(draft), torch.zeros(model.config.vocab_size, dtype=torch.long)
     for path in sorted((arguments.runs / "own-text").glob("*.safetensors")):
         counts += torch.bincount(load_file(path)["ids"].flatten().long(), minlength=len(counts))
     most = counts[network.vocabulary].topk(size).indices.sort().values
     network.vocabulary = network.vocabulary[most]
-    return adapted
+    return FastEngine(adapted, draft=draft)
 
 
-def network_of(adapted: AdaptedModel) -> DraftNetwork:
-    assert adapted.speculation is not None and adapted.speculation.network is not None
-    return adapted.speculation.network
+def network_of(draft: Any) -> DraftNetwork:
+    assert draft.network is not None
+    return draft.network
 
 
-def measure(makes: dict[str, Callable[[], AdaptedModel]], tokenizer: Any, limit: int) -> dict[str, Any]:
+def measure(makes: dict[str, Callable[[], FastEngine]], tokenizer: Any, limit: int) -> dict[str, Any]:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in makes}
     for names in (list(makes), list(makes)[::-1]):
         for name in names:
-            adapted = makes[name]()
-            network = network_of(adapted)
-            fields = timed(FastEngine(adapted), tokenizer, prompts_of(limit), name)
+            engine = makes[name]()
+            network = network_of(engine.draft)
+            fields = timed(engine, tokenizer, prompts_of(limit), name)
             size = {"taps": network.taps, "vocabulary_size": len(network.vocabulary)}
             num_parameters = sum(weight.numel() for weight in network.parameters())
             found[name].append({**size, "num_parameters": num_parameters, **fields})
-            detach(adapted)
+            detach(engine.adapted)
     return {
         name: {
             **runs[0],

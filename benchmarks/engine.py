@@ -20,8 +20,9 @@ from engine_table import markdown
 from torch import Tensor
 
 import anydepth
-from anydepth.decoding.scheduler import Batcher, Request
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engines import FastEngine
+from anydepth.decoding.request import Request
+from anydepth.decoding.scheduler import Scheduler
 from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
@@ -96,7 +97,7 @@ def peers(num_runs: int) -> dict[str, Any]:
                 if name in others:
                     first, total, tokens[name] = others[name].generate(window.tolist(), NEW_TOKENS)
                 else:
-                    timing = time_generation(adapted, batch, NEW_TOKENS, engines[name], full_depth=True)
+                    timing = time_generation(engines[name], batch, NEW_TOKENS, full_depth=True)
                     first, total, tokens[name] = timing.ttft, timing.total, timing.token_ids[0].tolist()
                 if number:  # the first window warms up
                     times[name].append((first, (total - first) / (NEW_TOKENS - 1)))
@@ -153,13 +154,12 @@ def skipping(num_runs: int) -> dict[str, Any]:
     for name, method in methods.items():
         adapted = attach(model, method)
         for row in bench(
-            adapted,
+            [FastEngine(adapted)],
             windows,
             batch_sizes=[1],
             prompt_tokens=[64, 512],
             new_tokens=NEW_TOKENS,
             num_runs=num_runs,
-            engines=[FastEngine(adapted)],
         ):
             rows.append({"method": name, **row})
             decode, prefill = row["decode"], row["prefill"]
@@ -209,15 +209,15 @@ def batches(num_runs: int) -> dict[str, Any]:
         for batch_size in (1, 2, 4, 8, 16, 32):
             seconds, tokens = [], 0
             for _ in range(max(num_runs // 2, 2)):
-                requests = [Request(window.tolist(), NEW_TOKENS) for window in windows[:batch_size]]
-                batcher = Batcher(engine, batch_size)
+                requests = [Request.greedy(window.tolist(), NEW_TOKENS) for window in windows[:batch_size]]
+                scheduler = Scheduler(engine, batch_size)
                 for request in requests:
-                    batcher.add(request)
-                while batcher.waiting:
-                    batcher.step()
+                    scheduler.add(request)
+                while scheduler.waiting:
+                    scheduler.step()
                 started, before = time.perf_counter(), sum(len(request.output) for request in requests)
-                while not batcher.is_idle:
-                    batcher.step()
+                while not scheduler.is_idle:
+                    scheduler.step()
                 tokens = sum(len(request.output) for request in requests) - before
                 seconds.append(time.perf_counter() - started)
                 for number, request in enumerate(requests):
@@ -239,15 +239,15 @@ def batches(num_runs: int) -> dict[str, Any]:
     adapted = attach(model, [])
     engine = FastEngine(adapted)
     for queued in (8, 16, 32, 64):
-        batcher = Batcher(engine, 8)
-        requests = [Request(window.tolist(), 32) for window in windows[:queued]]
+        scheduler = Scheduler(engine, 8)
+        requests = [Request.greedy(window.tolist(), 32) for window in windows[:queued]]
         for request in requests:
-            batcher.add(request)
+            scheduler.add(request)
         decode, steps = 0.0, 0
-        while not batcher.is_idle:
-            full = len(batcher.running) == 8 and not batcher.cache.free
+        while not scheduler.is_idle:
+            full = len(scheduler.running) == 8 and scheduler.session.is_full
             started = time.perf_counter()
-            batcher.step()
+            scheduler.step()
             if full:
                 decode, steps = decode + time.perf_counter() - started, steps + 1
         rows.append({"queued": queued, "seconds_per_step_of_8": decode / steps, "steps": steps})
@@ -327,7 +327,7 @@ def quality(num_runs: int) -> dict[str, Any]:
     adapted, rows = attach(model, []), []
     windows = prompts_of(tokenizer, 1024, 40)
     for kind in ("bfloat16", "int8", "int4"):
-        scores = evaluate(adapted, windows, engine=FastEngine(adapted, kind))
+        scores = evaluate(FastEngine(adapted, kind), windows)
         rows.append(
             {"weights": kind, **{key: scores[key] for key in ("perplexity", "loss", "agreement", "num_tokens")}}
         )

@@ -20,7 +20,7 @@ import torch
 from anydepth.calibration.generated import continuations
 from anydepth.calibration.guarantee import difference, inconsistency, learn_then_test
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engines import FastEngine
 from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
@@ -86,11 +86,11 @@ def real(num_texts: int) -> dict[str, torch.Tensor]:
     windows = load_windows("wikitext-2:train", tokenizer, 256, max_windows=8)
     prompts = list(load_windows("wikitext-2:valid", tokenizer, PROMPT, max_windows=num_texts))
     scores = collect_scores(adapted, windows)
-    whole = continuations(adapted, prompts, NEW, engine, full_depth=True)
+    whole = continuations(engine, prompts, NEW, full_depth=True)
     kinds: dict[str, list[list[float]]] = {"early exit, 1 − ROUGE-L": [], "early exit, any difference": []}
     for setting, share in enumerate(SHARES):
         set_thresholds(adapted, thresholds_at(scores, share))
-        texts = continuations(adapted, prompts, NEW, engine, full_depth=False)
+        texts = continuations(engine, prompts, NEW, full_depth=False)
         for kind, measure in zip(kinds, (inconsistency, difference), strict=True):
             kinds[kind].append([measure(a, b) for a, b in zip(texts, whole, strict=True)])
         print(setting, [round(sum(part[-1]) / len(part[-1]), 3) for part in kinds.values()], flush=True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from anydepth import ExitGate
+from anydepth.decoding.engines import HFEngine
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.conditionality import conditionality
 from anydepth.measure.evaluate import evaluate
@@ -127,7 +128,7 @@ def quality(folder: Path) -> dict[str, Any]:
     """Perplexity, depth, and how much the gates have to do with the token, on held-out text."""
     adapted, tokenizer = load_target(str(folder), dtype="bfloat16")
     windows = load_windows("wikitext-2:valid", tokenizer, 1024, max_windows=20)
-    measured = evaluate(adapted, windows)
+    measured = evaluate(HFEngine(adapted), windows)
     exits, ffns = [], []
     for window in windows:
         adapted(input_ids=window[None], use_cache=False, logits_to_keep=1)

@@ -13,12 +13,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engines import FastEngine, HFEngine
 from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate, exit_losses
 from anydepth.measure.results import document
+from anydepth.speculation.draft import Draft
 from anydepth.training.checkpoint import load_target
 from anydepth.training.data import load_windows
 
@@ -49,8 +50,9 @@ def main() -> None:
         }
         detach_all(model)
         for exit_layer in EXITS:
-            spec = {"name": "self_speculation", "lookup": False, "exit_layers": [exit_layer]}
-            fast, slow = timed(attach(model, spec).eval(), windows, arguments.num_runs)
+            adapted = attach(model, []).eval()
+            draft = Draft(adapted, {"lookup": False, "exit_layers": [exit_layer]})
+            fast, slow = timed(adapted, windows, arguments.num_runs, draft)
             keys = ("acceptance_rate", "mean_acceptance_length", "num_drafted")
             results[name]["speculation"][exit_layer] = {
                 "speedup": fast["speedup"],
@@ -63,7 +65,7 @@ def main() -> None:
         for threshold in THRESHOLDS:
             spec = {"name": "early_exit", "layers": EXITS, "thresholds": threshold, "vocabulary": 512}
             adapted = attach(model, spec).eval()
-            scored = evaluate(adapted, windows)
+            scored = evaluate(HFEngine(adapted), windows)
             fast, slow = timed(adapted, windows, arguments.num_runs)
             results[name]["early_exit"][threshold] = {
                 "perplexity": scored["perplexity"],
@@ -84,19 +86,18 @@ def main() -> None:
     write_json(RESULT, document("anydepth.layerskip/1", seed=0, config=config, command=command, rows=results))
 
 
-def timed(adapted: AdaptedModel, windows: Any, num_runs: int) -> list[dict[str, Any]]:
+def timed(adapted: AdaptedModel, windows: Any, num_runs: int, draft: Draft | None = None) -> list[dict[str, Any]]:
     """Rows of a bench behind 64 tokens: on the fast engine, on the Hugging Face model."""
     return [
         bench(
-            adapted,
+            [engine],
             windows,
             batch_sizes=[1],
             prompt_tokens=[64],
             new_tokens=64,
             num_runs=num_runs,
-            engines=[engine],
         )[0]
-        for engine in (FastEngine(adapted), None)
+        for engine in (FastEngine(adapted, draft=draft), HFEngine(adapted, draft))
     ]
 
 

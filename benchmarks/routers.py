@@ -16,7 +16,7 @@ import torch
 
 import anydepth
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engines import FastEngine
 from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
@@ -97,13 +97,12 @@ def main() -> None:
         engine = FastEngine(adapted)
         set_depth(adapted, engine, windows, depth)
         for row in bench(
-            adapted,
+            [engine],
             windows,
             batch_sizes=[1],
             prompt_tokens=[64, 512],
             new_tokens=NEW_TOKENS,
             num_runs=arguments.num_runs,
-            engines=[engine],
         ):
             rows.append({"method": name, "commit": commit, "dirty": dirty, **row})
             decode, prefill = row["decode"], row["prefill"]

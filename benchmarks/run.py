@@ -23,9 +23,9 @@ from anydepth.config import validate
 from anydepth.errors import RunError, UserError
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
-from anydepth.statistics import is_noise
 from anydepth.recipe import Recipe
 from anydepth.runs.run import Runner
+from anydepth.statistics import is_noise
 from anydepth.training.checkpoint import own_base
 
 STAGES = ("search", "fit", "train", "evaluate", "bench")

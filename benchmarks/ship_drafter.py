@@ -11,7 +11,7 @@ from pathlib import Path
 
 from anydepth.json_io import read_document
 from anydepth.speculation.shipped import folder, ship
-from anydepth.training.checkpoint import load_target
+from anydepth.training.checkpoint import load_draft, load_target
 
 
 def main() -> None:
@@ -22,7 +22,10 @@ def main() -> None:
     trained = read_document(arguments.checkpoint / "train.json")
     about = {key: trained[key] for key in ("commit", "dirty", "seed", "num_own_tokens", "writing_seconds", "seconds")}
     adapted, _ = load_target(str(arguments.checkpoint), dtype="bfloat16")
-    ship(adapted, folder() / arguments.name, about)
+    draft = load_draft(str(arguments.checkpoint), adapted)
+    if draft is None:
+        raise SystemExit(f"{arguments.checkpoint} has no draft section; train recipes/drafter.yaml")
+    ship(adapted, draft, folder() / arguments.name, about)
     print(folder() / arguments.name)
 
 

@@ -23,28 +23,30 @@ from typing import Any
 import torch
 
 import anydepth
-from anydepth.engine.fast import FastEngine
-from anydepth.hf.adapted import AdaptedModel, attach, detach
+from anydepth.decoding.engines import FastEngine
+from anydepth.decoding.request import DraftCounts
+from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import write_json
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
 from anydepth.models.tokens import padded
-from anydepth.speculation.speculate import Counts
-from anydepth.training.checkpoint import with_speculation
+from anydepth.speculation.draft import Draft
+from anydepth.speculation.shipped import default_draft
 
 RESULT = Path(__file__).resolve().parent / "results" / "speculation.json"
 SCHEMA = "anydepth.speculation/1"
 NEW_TOKENS = 64
-ALONE: dict[str, Any] = {"name": "self_speculation", "lookup": False, "adaptive": False, "max_draft": 4}
-DRAFTERS: dict[str, list[dict[str, Any]]] = {
-    "lookup": [{"name": "self_speculation"}],
-    "first 20 layers": [{**ALONE, "exit_layers": [20]}],
-    "first 26 layers, 8192 tokens": [{**ALONE, "exit_layers": [26], "exit_vocabulary": 8192}],
-    "skip set": [ALONE, {"name": "skip_set", "skip_layers": [11, 13, 19]}],
-    "searched": [{**ALONE, "search": {}}],
-    "router": [ALONE, {"name": "layer_router", "router": "random", "rates": [0.9] * 26}],
-    "exits": [ALONE, {"name": "early_exit", "layers": [24, 27], "thresholds": 0.5, "vocabulary": 8192}],
+ALONE: dict[str, Any] = {"lookup": False, "adaptive": False, "max_draft": 4}
+DRAFTERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "lookup": ({}, []),
+    "first 20 layers": ({**ALONE, "exit_layers": [20]}, []),
+    "first 26 layers, 8192 tokens": ({**ALONE, "exit_layers": [26], "exit_vocabulary": 8192}, []),
+    "skip set": (ALONE, [{"name": "skip_set", "skip_layers": [11, 13, 19]}]),
+    "searched": ({**ALONE, "search": {}}, []),
+    "router": (ALONE, [{"name": "layer_router", "router": "random", "rates": [0.9] * 26}]),
+    "exits": (ALONE, [{"name": "early_exit", "layers": [24, 27], "thresholds": 0.5, "vocabulary": 8192}]),
 }
+"""Options of drafting, and methods that prune the model in drafts."""
 SHIPPED = "shipped"
 Row = tuple[str, dict[str, Any]]
 
@@ -72,29 +74,33 @@ def generate(runner: Any, batch: dict[str, Any], **options: Any) -> tuple[torch.
     return ids[:, batch["input_ids"].shape[1] :], time.perf_counter() - started
 
 
-def speculating(model: Any, name: str) -> AdaptedModel:
+def drafting(model: Any, name: str) -> FastEngine:
+    """Return an engine that drafts so; its model is detached by the caller."""
     if name == SHIPPED:
-        return with_speculation(attach(model, []))
-    return attach(model, DRAFTERS[name]).eval()
+        adapted = attach(model, []).eval()
+        return FastEngine(adapted, draft=default_draft(adapted))
+    options, methods = DRAFTERS[name]
+    adapted = attach(model, methods).eval()
+    return FastEngine(adapted, draft=Draft(adapted, options))
 
 
 def speed(arguments: argparse.Namespace) -> Iterator[Row]:
     model, tokenizer = load()
     by_category = prompts_of(arguments.limit)
     for name in arguments.drafters or [SHIPPED, "lookup"]:
-        adapted = speculating(model, name)
-        yield name, timed(FastEngine(adapted), tokenizer, by_category, name)
-        detach(adapted)
+        engine = drafting(model, name)
+        yield name, timed(engine, tokenizer, by_category, name)
+        detach(engine.adapted)
 
 
 def timed(engine: FastEngine, tokenizer: Any, by_category: dict[str, list[str]], name: str) -> dict[str, Any]:
     """Full depth and lossless in turn, prompt by prompt: the fields of a drafter."""
-    adapted, rows, together = engine.adapted, {}, Counts()
+    adapted, rows, together = engine.adapted, {}, DraftCounts()
     warm = dict(tokenizer(next(iter(by_category.values()))[0], return_tensors="pt"))
     for _ in range(3):
         generate(engine, warm)
     for category, texts in by_category.items():
-        ratios, seconds, num_tokens, counts, same = [], [0.0, 0.0], 0, Counts(), True
+        ratios, seconds, num_tokens, counts, same = [], [0.0, 0.0], 0, DraftCounts(), True
         for number, text in enumerate(texts):
             batch = padded(tokenizer, [text])
             pair = {}
@@ -104,7 +110,7 @@ def timed(engine: FastEngine, tokenizer: Any, by_category: dict[str, list[str]],
                         pair[full_depth] = generate(engine, batch)
                 else:
                     pair[full_depth] = generate(engine, batch)
-                    counts.add(adapted.draft_counts)
+                    counts.add(engine.draft_counts)
             num_tokens += pair[True][0].shape[1]
             same &= torch.equal(pair[True][0], pair[False][0])
             ratios.append(pair[True][1] / pair[False][1])
@@ -141,8 +147,8 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
         "assistant_early_exit 20": {"assistant_early_exit": 20},
         "assistant_early_exit 27": {"assistant_early_exit": 27},
     }
-    adapted = speculating(model, SHIPPED)
-    engine = FastEngine(adapted)
+    engine = drafting(model, SHIPPED)
+    adapted = engine.adapted
     seconds: dict[str, list[float]] = defaultdict(list)
     num_tokens: dict[str, int] = defaultdict(int)
     warm = dict(tokenizer(next(iter(by_category.values()))[0], return_tensors="pt"))
@@ -194,13 +200,13 @@ def lossless(arguments: argparse.Namespace, dtype: str = "float32") -> Iterator[
     wanted = {size: [generate(plain, batch)[0] for batch in parts] for size, parts in batches.items()}
     detach(plain.adapted)
     for name in arguments.drafters or [*DRAFTERS, SHIPPED]:
-        adapted = speculating(model, name)
-        engine = FastEngine(adapted)
+        engine = drafting(model, name)
+        adapted = engine.adapted
         for size, parts in batches.items():
-            together, apart = Counts(), []
+            together, apart = DraftCounts(), []
             for batch, full_depth in zip(parts, wanted[size], strict=True):
                 ids, _ = generate(engine, batch)
-                together.add(adapted.draft_counts)
+                together.add(engine.draft_counts)
                 with adapted.disabled():
                     apart += divergences(adapted, batch, full_depth, ids)
             print(f"{dtype} {name} batch {size}: {len(apart)} of {len(texts)} differ {apart}", flush=True)

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from anydepth.engine.fast import FastEngine
+from anydepth.decoding.engines import FastEngine
 from anydepth.errors import UserError
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.lm_eval import add_changes, score_tasks
@@ -107,9 +107,7 @@ def scored(label: str, target: str, arguments: argparse.Namespace) -> dict[str, 
     for name in missing:
         limits = [limit for limit in (TASKS[name]["limit"], arguments.limit) if limit is not None]
         options: dict[str, Any] = {"num_fewshot": TASKS[name]["num_fewshot"], "limit": min(limits, default=None)}
-        tasks = score_tasks(
-            adapted, tokenizer, [name], engine=engine, seed=arguments.seed, say=print, who=label, **options
-        )
+        tasks = score_tasks(engine, tokenizer, [name], seed=arguments.seed, say=print, who=label, **options)
         done = {**row.get("tasks", {}), **tasks}
         row = document(SCHEMA, seed=arguments.seed, config=config, label=label, attached=adapted.label, tasks=done)
         write_json(path, row)

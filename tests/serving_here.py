@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import anydepth
+from anydepth import Draft
 from anydepth.serve.api import Settings, create_app
 from anydepth.serve.service import Service
 from tiny import byte_tokenizer, tiny_llama
@@ -19,22 +20,25 @@ TEMPLATE = (
     "{{ bos_token or '' }}{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-DRAFTS = {"name": "self_speculation", "exit_layers": [2], "adaptive": False, "lookup": False}
+DRAFTS = {"exit_layers": [2], "adaptive": False, "lookup": False}
+"""Options of drafting."""
 
 
 @contextmanager
 def serving(
     *methods: Any,
+    draft: dict[str, Any] | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **limits: int,
 ) -> Iterator[TestClient]:
-    """Yield a client of a server of a tiny model with these methods attached."""
+    """Yield a client of a server of a tiny model with these methods attached, which drafts with these options."""
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     if tokenizer.chat_template is None:
         tokenizer.chat_template = TEMPLATE
     adapted = anydepth.attach(tiny_llama() if model is None else model, list(methods)).eval()
-    service = Service(anydepth.FastEngine(adapted), tokenizer, **limits)
+    drafting = None if draft is None else Draft(adapted, draft)
+    service = Service(anydepth.FastEngine(adapted, draft=drafting), tokenizer, **limits)
     with TestClient(create_app(service, tokenizer, Settings("tiny"))) as client:
         yield client  # leaving it closes the service
 

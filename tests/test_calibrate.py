@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import anydepth
+from anydepth import HFEngine
 from anydepth.measure.evaluate import evaluate
 from anydepth.models.load import load_model
 from anydepth.recipe import TrainConfig
@@ -157,7 +158,7 @@ def test_evaluation_has_both_kinds_of_full_depth(routers: Path, text: Path) -> N
     """C15: `full_depth` is the untouched model, `full_depth_adapted` the same one with gates off."""
     adapted, tokenizer = load_target(str(routers))
     windows = load_windows(str(text), tokenizer, LENGTH, max_windows=2)
-    found = evaluate(adapted, windows)
+    found = evaluate(HFEngine(adapted), windows)
     with torch.no_grad():
         logits = adapted(windows, use_cache=False).logits
         with adapted.disabled():
@@ -167,7 +168,7 @@ def test_evaluation_has_both_kinds_of_full_depth(routers: Path, text: Path) -> N
     same = (logits.argmax(-1) == full.logits.argmax(-1))[:, :-1].double().mean().item()
     assert found["agreement_adapted"] == pytest.approx(same)
     merged, _ = load_target(str(routers), merge=True)
-    assert "full_depth_adapted" not in evaluate(merged, windows), "one full depth is left"
+    assert "full_depth_adapted" not in evaluate(HFEngine(merged), windows), "one full depth is left"
 
 
 def test_several_capacities_of_one_checkpoint(routers: Path, text: Path, tmp_path: Path) -> None:
@@ -264,8 +265,9 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path, command: str) -> No
 def test_a_risk_of_a_model_that_only_drafts_is_refused(text: Path, tmp_path: Path, also: tuple[str, ...]) -> None:
     """Its text is that of full depth: a risk of 0 says nothing of its thresholds."""
     model, _ = load_model(str(save_base(tmp_path / "base")))
-    methods = [{"name": "early_exit", "layers": [2, 4]}, {"name": "self_speculation"}]
-    folder = anydepth.save(anydepth.attach(model, methods), tmp_path / "drafts", base=str(tmp_path / "base"))
+    adapted = anydepth.attach(model, {"name": "early_exit", "layers": [2, 4]})
+    draft = anydepth.Draft(adapted, {})
+    folder = anydepth.save(adapted, tmp_path / "drafts", base=str(tmp_path / "base"), draft=draft)
     command = ("calibrate", folder, *SMALL, "--data", text, "--max-risk", 0.5, *also, "--out", tmp_path / "out", "-q")
     assert "only drafts with what it skips" in refused(*command)
     assert not (tmp_path / "out").exists()

@@ -284,7 +284,7 @@ def test_lossless_text_is_that_of_full_depth(base: Path, finished: Path) -> None
     for target, drafts in ((base, "[2, 4]"), (finished, "[3]")):
         for engine in ("hf", "fast"):
             command = ("generate", target, *options, "--lossless", "--engine", engine, "--temperature", 0.0)
-            done = anydepth(*command, "--set", f"self_speculation.exit_layers={drafts}")
+            done = anydepth(*command, "--set", f"draft.exit_layers={drafts}")
             assert done.returncode == 0, done.stderr
             document = json.loads(done.stdout)
             if target == base:
@@ -405,7 +405,7 @@ def test_methods_and_help_read_well() -> None:
         "ffn_router",
         "early_exit",
         "mixer_router",
-        "self_speculation",
+        "draft",
     ]
     assert all(option["help"] for method in listed for option in method["options"].values())
     for arguments in (["--help"], ["run", "--help"], ["bench", "-h"]):

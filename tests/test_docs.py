@@ -125,8 +125,6 @@ def shrunk(recipe: dict[str, Any]) -> dict[str, Any]:
         recipe["drafter"] |= {**small, "batch_tokens": 64, "own_text": own_text}
     for method in recipe.get("methods", []):
         method.pop("initial_skip_layers", None)  # of bases that are deeper
-        if method["name"] == "self_speculation" and "exit_vocabulary" in method:
-            method["exit_vocabulary"] = 64
     for section in ("router_fit", "calibrate", "search"):
         if section in recipe:
             recipe[section] |= {"num_windows": 2}

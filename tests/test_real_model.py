@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import anydepth
+from anydepth import HFEngine
 from anydepth.engine.backends.cpu.native import why_not
 from anydepth.gating import cost
 from anydepth.measure.evaluate import evaluate
@@ -99,7 +100,7 @@ def test_int4_costs_as_good_as_nothing_where_the_weights_are_4_bit() -> None:
     if why_not(torch.bfloat16, adapted.device):
         pytest.skip("int4 needs the compiled kernels")
     windows = load_windows("embedded:valid", tokenizer, 512, max_windows=4)
-    found = evaluate(adapted, windows, engine=anydepth.FastEngine(adapted, "int4"))
+    found = evaluate(HFEngine(adapted), windows, engine=anydepth.FastEngine(adapted, "int4"))
     assert found["perplexity"] == pytest.approx(found["full_depth"]["perplexity"], rel=5e-3)
 
 
@@ -108,7 +109,7 @@ def test_full_depth_evaluation_is_a_plain_loop(loaded: tuple[PreTrainedModel, Te
     model, ids = loaded
     losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
     adapted = anydepth.attach(model, [])
-    result = evaluate(adapted, ids)
+    result = evaluate(HFEngine(adapted), ids)
     anydepth.detach(adapted)
     assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
     assert math.log(result["perplexity"]) == pytest.approx(result["loss"])

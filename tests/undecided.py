@@ -22,7 +22,6 @@ OTHERS: dict[str, Any] = {
     "exit_gate": {"name": "exit_gate", "layers": [2, 4]},
     "mixers": {"name": "mixer_router"},
     "sequential": {"name": "mixer_router", "reads": "sequential"},
-    "drafts": [METHODS["layer_router"], {"name": "self_speculation"}],
 }
 
 

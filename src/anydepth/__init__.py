@@ -14,6 +14,7 @@ train → calibrate → generate → measure against full depth → report.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -89,6 +90,11 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `anydepth --help` does not wait for torch.
+    if name == "SelfSpeculation":  # until the next release
+        from anydepth.draft_sections import OldSelfSpeculation
+
+        warnings.warn("anydepth.SelfSpeculation is now anydepth.Draft", DeprecationWarning, stacklevel=2)
+        return OldSelfSpeculation
     if name not in _HOMES:
         raise AttributeError(f"module 'anydepth' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)

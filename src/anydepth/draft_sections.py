@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -26,8 +27,13 @@ def split_draft(methods: Sequence[Any]) -> tuple[list[Any], dict[str, Any] | Non
     if not old:
         return list(methods), None
     options = {} if isinstance(old[0], str) else {key: value for key, value in old[0].items() if key != "name"}
-    logging.getLogger("anydepth").warning("methods: self_speculation is a section of its own: write draft: %s", options)
+    _say_once(f"methods: self_speculation is a section of its own now; write draft: {options}")
     return [one for one in methods if one not in old], options
+
+
+@cache
+def _say_once(line: str) -> None:
+    logging.getLogger("anydepth").warning(line)
 
 
 class DraftNetworkConfig(StrictConfig):
@@ -113,3 +119,9 @@ class DrafterConfig(StrictConfig):
     num_guesses: int = Field(default=2, ge=1, le=6, description="Guesses in a row that it is trained for.")
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="bfloat16 turns autocast on.")
     save_every: int = Field(default=50, ge=1, description="Steps between states to resume from.")
+
+
+class OldSelfSpeculation:
+    """What `anydepth.SelfSpeculation` was: code that makes its `Config` still runs, and `attach` says what to write."""
+
+    Config = DraftConfig

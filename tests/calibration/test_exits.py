@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import anydepth
+from anydepth import FastEngine, HFEngine
 from anydepth.calibration.exits import ExitScores, collect_exit_scores, exit_settings
 from anydepth.calibration.generated import STEPS, bound_risk
 from anydepth.calibration.guarantee import inconsistency
 from anydepth.calibration.shares import options_of, set_thresholds, thresholds_of
-from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
 from tiny import NUM_LAYERS, tiny_llama
 
@@ -127,14 +127,13 @@ def test_the_risk_is_that_of_the_setting_that_is_chosen(options: dict[str, Any],
     adapted, prompts = exits(**options), list(texts(16, seed=3))
     settings = exit_settings(collect_exit_scores(adapted, texts(8)))
     found = bound_risk(
-        adapted,
+        FastEngine(adapted) if fast else HFEngine(adapted),
         settings,
         prompts,
         new_tokens=6,
         max_risk=0.85,
         confidence=0.9,
         test=test,
-        engine=FastEngine(adapted) if fast else None,
     )
     assert found.met and found.chosen is not None
     assert thresholds_of(adapted) == settings[found.chosen]
@@ -161,7 +160,7 @@ def test_it_fails_closed_with_other_methods_attached(num_prompts: int, test: str
     adapted = anydepth.attach(tiny_llama(), [{"name": "early_exit", "layers": [2, 3]}, router]).eval()
     settings = exit_settings(collect_exit_scores(adapted, texts(8)))
     shared: dict[str, Any] = {"new_tokens": 6, "max_risk": 0.06, "confidence": 0.9, "test": test}
-    found = bound_risk(adapted, settings, list(texts(num_prompts, seed=3)), **shared)
+    found = bound_risk(HFEngine(adapted), settings, list(texts(num_prompts, seed=3)), **shared)
     assert not found.met
     assert thresholds_of(adapted) == {"early_exit": -math.inf, "exit_gate": -math.inf}
     adapted(texts(2))

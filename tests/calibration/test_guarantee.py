@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import anydepth
+from anydepth import HFEngine
 from anydepth.calibration.generated import bound_risk, shared_settings
 from anydepth.calibration.guarantee import (
     TESTS,
@@ -137,7 +138,7 @@ def calibrated(num_prompts: int, max_risk: float, **options: Any) -> tuple[Any, 
     ids = torch.randint(3, 200, (num_prompts, 12), generator=torch.Generator().manual_seed(1))
     scores, rows = collect_scores(adapted, ids[:8]), []
     found = bound_risk(
-        adapted,
+        HFEngine(adapted),
         shared_settings(scores),
         list(ids),
         new_tokens=6,

@@ -115,12 +115,6 @@ def test_random_mixers_have_no_scores() -> None:
         collect_scores(adapted, windows())
 
 
-def test_what_only_drafts_keeps_scores_too() -> None:
-    adapted = undecided("drafts")
-    reached = set_skip_share(adapted, windows(), 0.4)
-    assert reached == pytest.approx(0.4, abs=0.02)
-
-
 def test_training_leaves_a_mixer_router_at_its_target() -> None:
     """C28: training to 50% softmax whose logits all lie above 0 gives 50% at inference, on held-out text too."""
     adapted = undecided("mixers", target=0.5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import anydepth
-from anydepth.engine.fast import FastEngine
+from anydepth import FastEngine
 from anydepth.errors import UserError
 from reference import relative_rms
 from tiny import tiny_llama

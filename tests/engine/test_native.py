@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import anydepth
+from anydepth import FastEngine
 from anydepth.engine.backends.cpu import build, native
 from anydepth.engine.backends.cpu.native import (
     FFN,
@@ -26,7 +27,6 @@ from anydepth.engine.backends.cpu.native import (
     rotation_structs,
 )
 from anydepth.engine.backends.cpu.packing import Memory, pack_panels
-from anydepth.engine.fast import FastEngine
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.layer import EngineLayer
 from anydepth.engine.rotary import Rotation

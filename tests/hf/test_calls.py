@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import anydepth
 import families
-from anydepth.decoding.scheduler import Batcher, Request
-from anydepth.engine.fast import FastEngine
+from anydepth import Draft, FastEngine, HFEngine
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Sampler, Stops
+from anydepth.decoding.scheduler import Scheduler
 from anydepth.hf.adapted import AdaptedModel
 
 SPECS: dict[str, Any] = {
@@ -31,9 +33,12 @@ SPECS: dict[str, Any] = {
     "early_exit_cosine": {"name": "early_exit", "layers": [2, 3], "confidence": "cosine", "thresholds": 0.8},
     "mixer_router": {"name": "mixer_router"},
     "hat": [{"name": "exit_gate", "layers": [2, 4]}, {"name": "ffn_router", "layers": [0, 1, 3]}],
-    "self_speculation": {"name": "self_speculation", "exit_layers": [2]},
-    "self_speculation_by_router": [{"name": "self_speculation"}, {"name": "layer_router", "always_keep": 1}],
 }
+DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "first_layers": ("none", {"exit_layers": [2]}),
+    "by_router": ("layer_router", {}),
+}
+"""Methods and options of drafting."""
 NUM_THREADS = 4
 
 
@@ -70,10 +75,14 @@ def test_threads_write_what_each_would_alone(spec: str) -> None:
         assert list(pool.map(lambda seed: written(adapted.generate, seed), seeds)) == alone
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "mixer_router"])
-def test_threads_share_an_engine(spec: str) -> None:
+@pytest.mark.parametrize("path", ["hf", "fast"])
+@pytest.mark.parametrize("spec", [*(spec for spec in SPECS if spec != "mixer_router"), *DRAFTS])
+def test_threads_share_an_engine(spec: str, path: str) -> None:
     """C2, another engine: kernels and drafters have one scratch memory for all."""
-    engine = FastEngine(attached(spec))
+    methods, options = DRAFTS.get(spec, (spec, None))
+    adapted = attached(methods)
+    draft = None if options is None else Draft(adapted, options)
+    engine = FastEngine(adapted, draft=draft) if path == "fast" else HFEngine(adapted, draft)
     seeds = range(8)
     alone = [written(engine.generate, seed) for seed in seeds]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -84,12 +93,12 @@ def test_threads_share_an_engine(spec: str) -> None:
 def test_threads_search_what_they_draft_with(strategy: str) -> None:
     """C2, hooks: a search listens to forwards of its own thread alone."""
     search = {"strategy": strategy, "window": 8, "every": 4, "num_searches": 100}
-    adapted = anydepth.attach(families.build("llama"), {"name": "self_speculation", "search": search})
+    adapted = anydepth.attach(families.build("llama"), [])
+    engine = HFEngine(adapted, Draft(adapted, {"search": search}))
     seeds = range(8)
-    with adapted.disabled():
-        alone = [written(adapted.generate, seed) for seed in seeds]
+    alone = [written(adapted.generate, seed) for seed in seeds]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        assert list(pool.map(lambda seed: written(adapted.generate, seed), seeds)) == alone
+        assert list(pool.map(lambda seed: written(engine.generate, seed), seeds)) == alone
 
 
 def test_a_batch_and_a_generation_share_an_engine() -> None:
@@ -98,8 +107,8 @@ def test_a_batch_and_a_generation_share_an_engine() -> None:
     alone = [written(engine.generate, seed) for seed in range(4)]
 
     def batched(seed: int) -> list[int]:
-        request = Request(families.token_ids(1, 12, seed=seed)[0].tolist(), 12)
-        Batcher(engine, 2, 2000).run([request])
+        request = Request(families.token_ids(1, 12, seed=seed)[0].tolist(), Sampler(), Stops.at(24))
+        Scheduler(engine, 2, 2000).run([request])
         return request.prompt + request.output
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -225,7 +234,7 @@ def gradients(
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("execution", ["masked", "sparse"])
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith("self_speculation")])
+@pytest.mark.parametrize("spec", SPECS)
 def test_recomputed_layers_belong_to_their_own_forward(spec: str, execution: str, reentrant: bool) -> None:
     """C6: two forwards before one backward give the gradients that they give without checkpointing."""
     wanted = gradients(spec, execution, None, "llama")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import anydepth
-from anydepth.engine.fast import FastEngine
+from anydepth import FastEngine
 from anydepth.errors import UserError
 from anydepth.gating.plan import Plan
 from anydepth.gating.scores import Score

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import anydepth
+from anydepth import HFEngine
 from anydepth.gating.scores import Known
 from anydepth.gating.spec import GateSpec
 from anydepth.measure.analyze import analyze, observe, token_classes
@@ -122,6 +123,6 @@ def test_flops_a_token_stand_beside_those_of_full_depth() -> None:
     adapted = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": [2]})
     windows = torch.randint(1, 257, (2, 40), generator=torch.Generator().manual_seed(1))
     found = analyze(adapted, byte_tokenizer(), windows, num_permutations=9)
-    scored = evaluate(adapted, windows)
+    scored = evaluate(HFEngine(adapted), windows)
     assert found["gflops_per_token"] == pytest.approx(scored["gflops_per_token"])
     assert found["full_depth"]["gflops_per_token"] == pytest.approx(scored["full_depth"]["gflops_per_token"])

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 import anydepth
+from anydepth import FastEngine, HFEngine
 from anydepth.cli.display import show_bench
-from anydepth.engine.fast import FastEngine
 from anydepth.errors import RunError, UserError
 from anydepth.hf.partial import PartialRunner
 from anydepth.measure import timing
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.self_check import self_check
-from anydepth.statistics import is_noise, ratio_interval
 from anydepth.measure.throughput import throughput
 from anydepth.runs.run import summary_of
+from anydepth.statistics import is_noise, ratio_interval
 from tiny import tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}
@@ -40,7 +40,13 @@ def test_a_row_says_everything() -> None:
     adapted = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": [1, 2, 3]})
     seen: list[dict[str, object]] = []
     rows = bench(
-        adapted, windows(), batch_sizes=[1, 3], prompt_tokens=[8], new_tokens=5, num_runs=3, on_row=seen.append
+        [HFEngine(adapted)],
+        windows(),
+        batch_sizes=[1, 3],
+        prompt_tokens=[8],
+        new_tokens=5,
+        num_runs=3,
+        on_row=seen.append,
     )
     assert rows == seen
     assert [row["batch_size"] for row in rows] == [1, 3]
@@ -58,7 +64,7 @@ def test_a_row_says_everything() -> None:
 
 def test_full_depth_is_identical_and_ideal_one() -> None:
     row = bench(
-        anydepth.attach(tiny_llama(), {"name": "skip_set"}),
+        [HFEngine(anydepth.attach(tiny_llama(), {"name": "skip_set"}))],
         windows(),
         batch_sizes=[1],
         prompt_tokens=[8],
@@ -71,10 +77,8 @@ def test_full_depth_is_identical_and_ideal_one() -> None:
 
 def test_engines_in_turn_and_what_they_read() -> None:
     adapted = anydepth.attach(tiny_llama(), ROUTER)
-    engines = [None, FastEngine(adapted)]
-    first, second = bench(
-        adapted, windows(), batch_sizes=[1], prompt_tokens=[24], new_tokens=4, num_runs=1, engines=engines
-    )
+    engines = [HFEngine(adapted), FastEngine(adapted)]
+    first, second = bench(engines, windows(), batch_sizes=[1], prompt_tokens=[24], new_tokens=4, num_runs=1)
     assert [(row["engine"], row["weights"]) for row in (first, second)] == [("hf", "float32"), ("fast", "float32")]
     over = second["over_first"]
     assert (over["engine"], over["weights"]) == ("hf", "float32") and "over_first" not in first
@@ -111,10 +115,10 @@ class Clock:
         return dataclasses.replace(found, ttft=total / 4, total=total)
 
 
-def a_row(spec: Any = ROUTER, num_runs: int = 3, engines: Any = (None,)) -> dict[str, Any]:
-    adapted = anydepth.attach(tiny_llama(), spec)
+def a_row(spec: Any = ROUTER, num_runs: int = 3) -> dict[str, Any]:
+    engine = HFEngine(anydepth.attach(tiny_llama(), spec))
     options: dict[str, Any] = {"batch_sizes": [1], "prompt_tokens": [8], "new_tokens": 2, "num_runs": num_runs}
-    return bench(adapted, windows(), **options, engines=engines)[-1]
+    return bench([engine], windows(), **options)[-1]
 
 
 def test_one_estimator_for_speed_and_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +167,8 @@ def test_engines_agree_with_their_ratios() -> None:
     """C19: across engines as well."""
     adapted = anydepth.attach(tiny_llama(), ROUTER)
     first, second = bench(
-        adapted, windows(), batch_sizes=[1], prompt_tokens=[8], new_tokens=3, num_runs=2,
-        engines=[None, FastEngine(adapted)],
+        [HFEngine(adapted), FastEngine(adapted)], windows(), batch_sizes=[1], prompt_tokens=[8], new_tokens=3,
+        num_runs=2,
     )  # fmt: skip
     for side in ("full_depth", "adapted"):
         for part, key, power in (("total", "tokens_per_second", 1), ("prefill", "ttft_seconds", -1),
@@ -177,8 +181,8 @@ def test_nothing_attached_gets_no_speed_up(capsys: pytest.CaptureFixture[str]) -
     """C20: a model beside itself differs by noise alone."""
     adapted = anydepth.attach(tiny_llama(), [])
     rows = bench(
-        adapted, windows(), batch_sizes=[1], prompt_tokens=[8], new_tokens=3, num_runs=2,
-        engines=[None, FastEngine(adapted)],
+        [HFEngine(adapted), FastEngine(adapted)], windows(), batch_sizes=[1], prompt_tokens=[8], new_tokens=3,
+        num_runs=2,
     )  # fmt: skip
     for row in rows:
         assert [row[key] for key in ("speedup", "speedup_interval", "realised", "prefill", "decode")] == [None] * 5
@@ -189,14 +193,14 @@ def test_nothing_attached_gets_no_speed_up(capsys: pytest.CaptureFixture[str]) -
     show_bench({"rows": rows, "queues": queue})
     printed = capsys.readouterr().out
     assert printed.count("nothing attached") == 3 and "that the skipped work allows" not in printed
-    evaluation = {"schema": "anydepth.eval/1", "label": "full depth", **evaluate(adapted, windows(2))}
+    evaluation = {"schema": "anydepth.eval/1", "label": "full depth", **evaluate(HFEngine(adapted), windows(2))}
     summary = summary_of([evaluation, {"schema": "anydepth.bench/1", "rows": rows}])
     assert summary[1]["speedup"] is None and summary[1]["tokens_per_second"] == summary[0]["tokens_per_second"]
 
 
 @pytest.mark.parametrize("spec", [ROUTER, {**ROUTER, "kv_rule": "omit"}, {"name": "skip_set", "skip_mixers": [0, 3]}])
 def test_the_self_check_passes_what_is_right(spec: dict[str, object]) -> None:
-    self_check(anydepth.attach(tiny_llama(), spec), windows(2))
+    self_check([HFEngine(anydepth.attach(tiny_llama(), spec))], windows(2))
 
 
 def test_a_wrong_execution_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +208,7 @@ def test_a_wrong_execution_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(PartialRunner, "run_on_kept", lambda self, run, gate, own, hidden, base, *rest: base)
     with pytest.raises(RunError, match="self-check failed"):
         bench(
-            anydepth.attach(tiny_llama(), ROUTER),
+            [HFEngine(anydepth.attach(tiny_llama(), ROUTER))],
             windows(),
             batch_sizes=[1],
             prompt_tokens=[8],
@@ -216,7 +220,7 @@ def test_a_wrong_execution_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> 
 def test_more_rows_than_prompts_are_refused() -> None:
     with pytest.raises(UserError, match="batch size 9"):
         bench(
-            anydepth.attach(tiny_llama(), ROUTER),
+            [HFEngine(anydepth.attach(tiny_llama(), ROUTER))],
             windows(),
             batch_sizes=[9],
             prompt_tokens=[8],

@@ -12,14 +12,14 @@ import torch
 from torch.nn import functional as F
 
 import anydepth
+from anydepth import Draft, FastEngine, HFEngine
 from anydepth.calibration.guarantee import inconsistency
-from anydepth.engine.fast import FastEngine
 from anydepth.measure.compare import compare, ways_of
 from anydepth.report.page import write_report
 from commands import anydepth as command
 from tiny import NUM_LAYERS, save_base, save_text, tiny_llama
 
-DRAFTS = {"name": "self_speculation", "exit_layers": [2]}
+DRAFTS = {"exit_layers": [2]}
 LABELS = ["full depth", "early_exit", "lossless", "full depth, int8"]
 
 
@@ -27,11 +27,12 @@ def table(
     thresholds: object, *, fast: bool, size: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[anydepth.AdaptedModel, list[dict[str, Any]]]:
     exits = {"name": "early_exit", "layers": [2, 4], "thresholds": thresholds}
-    adapted = anydepth.attach(tiny_llama().to(dtype), [exits, DRAFTS]).eval()
+    adapted = anydepth.attach(tiny_llama().to(dtype), exits).eval()
     ids = torch.randint(3, 200, (3, size, 12), generator=torch.Generator().manual_seed(1))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
-    ways = ways_of(adapted, FastEngine(adapted) if fast else None)
-    return adapted, compare(adapted, ways, batches, ids.view(3 * size, 12), 8)
+    draft = Draft(adapted, DRAFTS)
+    ways = ways_of(FastEngine(adapted, draft=draft) if fast else HFEngine(adapted, draft))
+    return adapted, compare(ways, batches, ids.view(3 * size, 12), 8)
 
 
 def test_exits_that_stay_shut_are_full_depth() -> None:
@@ -69,7 +70,7 @@ def test_open_exits_are_told_by_depth_rouge_and_perplexity(fast: bool) -> None:
     ours, wanted = ([_continue(model, row) for row in ids] for model in (cut, base))
     distances = [inconsistency(a, b) for a, b in zip(ours, wanted, strict=True)]
     assert early["rouge_l"] == pytest.approx(1 - sum(distances) / len(distances))
-    assert not adapted.active_methods  # as before: it drafts
+    assert adapted.active_methods  # as before
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import anydepth
-from anydepth.engine.fast import FastEngine
+from anydepth import Draft, FastEngine, HFEngine
 from anydepth.gating import cost
 from anydepth.measure.evaluate import evaluate, why_the_same
 from anydepth.recipe import TrainConfig
@@ -39,7 +39,7 @@ def test_full_depth_is_a_plain_transformers_loop() -> None:
     model, total = tiny_llama(), 0.0
     for row in windows():
         total += model(input_ids=row[None], labels=row[None]).loss.item() * 39
-    result = evaluate(anydepth.attach(model, []), windows())
+    result = evaluate(HFEngine(anydepth.attach(model, [])), windows())
     assert result["loss"] == pytest.approx(total / (3 * 39), abs=1e-4)
     assert result["num_tokens"] == 3 * 39
     assert result["full_depth"]["agreement"] == 1.0
@@ -49,7 +49,7 @@ def test_full_depth_is_a_plain_transformers_loop() -> None:
 @torch.no_grad()
 def test_routed_numbers_are_those_of_the_routed_forward() -> None:
     adapted = routed()
-    result = evaluate(adapted, windows())
+    result = evaluate(HFEngine(adapted), windows())
     losses, agreeing, shares, depths = [], 0, [], []
     for row in windows():
         with adapted.disabled():
@@ -76,7 +76,7 @@ def test_flops_a_token_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=windows()[:1])
     full = counter.get_total_flops() / 40 / 1e9
-    result = evaluate(anydepth.attach(model, {"name": "skip_set", "skip_layers": [1, 4, 5]}), windows())
+    result = evaluate(HFEngine(anydepth.attach(model, {"name": "skip_set", "skip_layers": [1, 4, 5]})), windows())
     head = 2 * 32 * 257 / 1e9
     assert result["full_depth"]["gflops_per_token"] == pytest.approx(full)
     assert result["gflops_per_token"] == pytest.approx((full - head) / 2 + head)
@@ -85,9 +85,9 @@ def test_flops_a_token_are_those_that_torch_counts() -> None:
 def test_perplexity_has_the_interval_of_its_windows() -> None:
     """Student's t over the windows' mean losses, which have equally many tokens; none of one window."""
     adapted = routed()
-    each = [evaluate(adapted, window[None]) for window in windows()]
+    each = [evaluate(HFEngine(adapted), window[None]) for window in windows()]
     assert [part["perplexity_interval"] for part in each] == [None] * 3
-    result = evaluate(adapted, windows())
+    result = evaluate(HFEngine(adapted), windows())
     for side in (result, result["full_depth"]):
         losses = [(part if side is result else part["full_depth"])["loss"] for part in each]
         half = 4.302653 * stdev(losses) / 3**0.5
@@ -96,23 +96,24 @@ def test_perplexity_has_the_interval_of_its_windows() -> None:
 
 def test_what_cannot_differ_is_scored_once() -> None:
     """C31: drafting changes nothing, nor does what is off at inference; a LoRA adapter does."""
-    for spec, words in (({"name": "self_speculation"}, "drafting"), ({"name": "stochastic_depth"}, "every layer"),
-                        ([], "nothing is attached")):  # fmt: skip
-        result = evaluate(anydepth.attach(tiny_llama(), spec), windows())
+    for spec, words in (([], "drafting"), ({"name": "stochastic_depth"}, "every layer"), ([], "nothing is attached")):
+        adapted = anydepth.attach(tiny_llama(), spec)
+        engine = HFEngine(adapted, Draft(adapted, {}) if words == "drafting" else None)
+        result = evaluate(engine, windows())
         assert words in result["note"] and result["loss"] == result["full_depth"]["loss"]
-    assert "note" not in evaluate(routed(), windows(1))
+    assert "note" not in evaluate(HFEngine(routed()), windows(1))
     adapted = anydepth.attach(prepare(tiny_llama(), TrainConfig.model_validate({"lora": {"rank": 2}})), [])
-    assert why_the_same(adapted) is None
+    assert why_the_same(HFEngine(adapted)) is None
     packed = anydepth.attach(tiny_llama().bfloat16(), [])
-    assert why_the_same(packed, FastEngine(packed, "int8")) is None and why_the_same(packed, FastEngine(packed))
+    assert why_the_same(FastEngine(packed, "int8")) is None and why_the_same(FastEngine(packed))
 
 
 def test_untouched_means_gates_and_adapters_off() -> None:
-    stock = evaluate(anydepth.attach(tiny_llama(), []), windows())
+    stock = evaluate(HFEngine(anydepth.attach(tiny_llama(), [])), windows())
     model = prepare(tiny_llama(), TrainConfig.model_validate({"lora": {"rank": 2}}))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
-    result = evaluate(anydepth.attach(model, ROUTER), windows())
+    result = evaluate(HFEngine(anydepth.attach(model, ROUTER)), windows())
     assert result["full_depth"]["loss"] == pytest.approx(stock["loss"], abs=1e-6)
     assert result["loss"] != pytest.approx(stock["loss"], abs=1e-3)

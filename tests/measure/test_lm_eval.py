@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 import anydepth
+from anydepth import Draft, FastEngine, HFEngine
 from anydepth.cli import app
-from anydepth.engine.fast import FastEngine
 from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.gating.plan import Plan
@@ -126,8 +126,8 @@ def test_full_depth_is_lm_evals_own_model(name: str) -> None:
     theirs = answers(stock(model(), byte_tokenizer()), name)
     adapted = anydepth.attach(model(), ROUTER)
     with adapted.disabled():
-        assert distance(answers(AnydepthLM(adapted, byte_tokenizer()), name), theirs) <= 1e-4
-    assert distance(answers(AnydepthLM(adapted, byte_tokenizer()), name), theirs) > 1e-2  # routing on
+        assert distance(answers(AnydepthLM(HFEngine(adapted), byte_tokenizer()), name), theirs) <= 1e-4
+    assert distance(answers(AnydepthLM(HFEngine(adapted), byte_tokenizer()), name), theirs) > 1e-2  # routing on
 
 
 @pytest.mark.slow
@@ -138,9 +138,9 @@ def test_text_and_rolling_windows_are_lm_evals_own(name: str) -> None:
     theirs = answers(stock(backbone, byte_tokenizer()), name, 2)
     adapted = anydepth.attach(backbone, ROUTER)
     with adapted.disabled():
-        ours = answers(AnydepthLM(adapted, byte_tokenizer()), name, 2)
+        ours = answers(AnydepthLM(HFEngine(adapted), byte_tokenizer()), name, 2)
     assert len(ours) >= 2 and (ours == theirs if name == "gsm8k" else distance(ours, theirs) < 1e-4)
-    assert answers(AnydepthLM(adapted, byte_tokenizer()), name, 2) != theirs
+    assert answers(AnydepthLM(HFEngine(adapted), byte_tokenizer()), name, 2) != theirs
 
 
 METHODS: dict[str, Any] = {
@@ -176,8 +176,8 @@ def deciding(spec: Any) -> anydepth.AdaptedModel:
 def test_the_engine_scores_as_the_hugging_face_model(kind: str) -> None:
     """Requests that begin alike keep what they share; their scores are those of whole runs, by the other engine."""
     adapted = deciding(METHODS[kind])
-    theirs = AnydepthLM(adapted, byte_tokenizer())
-    ours = AnydepthLM(adapted, byte_tokenizer(), engine=FastEngine(adapted))
+    theirs = AnydepthLM(HFEngine(adapted), byte_tokenizer())
+    ours = AnydepthLM(FastEngine(adapted), byte_tokenizer())
     name = "mmlu_anatomy" if kind in ("full depth", "sequence") else "arc_easy"  # letters, or texts
     assert distance(answers(ours, name, 3), answers(theirs, name, 3)) <= 2e-4
     assert ours.work.full_depth < 0.7 * theirs.work.full_depth or kind == "full depth"
@@ -192,11 +192,10 @@ def test_the_engine_scores_as_the_hugging_face_model(kind: str) -> None:
     ],
 )
 def test_the_engine_writes_what_the_hugging_face_model_writes(kind: str) -> None:
-    adapted = deciding({"name": "self_speculation"} if kind == "speculation" else METHODS[kind])
-    found = [
-        answers(AnydepthLM(adapted, byte_tokenizer(), engine=engine), "gsm8k", 1)
-        for engine in (None, FastEngine(adapted))
-    ]
+    adapted = deciding([] if kind == "speculation" else METHODS[kind])
+    draft = Draft(adapted, {}) if kind == "speculation" else None
+    engines = (HFEngine(adapted, draft), FastEngine(adapted, draft=draft))
+    found = [answers(AnydepthLM(engine, byte_tokenizer()), "gsm8k", 1) for engine in engines]
     assert found[0] == found[1]
 
 
@@ -235,15 +234,17 @@ def text(tmp_path: Path) -> str:
     return str(save_text(tmp_path / "text.txt"))
 
 
-@pytest.mark.parametrize("method", ["self_speculation", "stochastic_depth"])
+@pytest.mark.parametrize("method", ["drafting", "stochastic_depth"])
 def test_what_changes_no_score_is_scored_once(tmp_path: Path, text: str, method: str) -> None:
     """C31: no column equal to that of the base, and one line that says why."""
     base = save_base(tmp_path / "base")
     loaded, _ = anydepth.load_model(str(base))
-    anydepth.save(anydepth.attach(loaded, {"name": method}), tmp_path / "own", base=str(base))
+    adapted = anydepth.attach(loaded, [] if method == "drafting" else {"name": method})
+    draft = Draft(adapted, {}) if method == "drafting" else None
+    anydepth.save(adapted, tmp_path / "own", base=str(base), draft=draft)
     asked = ["--data", text, "--tasks", "arc_easy"]
     printed = evaluated(tmp_path / "own", *asked)
-    why = "drafting does not change scores" if method == "self_speculation" else "every token runs every layer"
+    why = "drafting does not change scores" if method == "drafting" else "every token runs every layer"
     assert printed.count(why) == 1 and "change" not in printed.replace(why, "").replace("of the change", "")
     assert [line.split()[0] for line in printed.splitlines() if line[:1].isalpha()][:1] == ["untouched"]
     document = json.loads(evaluated(tmp_path / "own", *asked, "--json", "--quiet"))
@@ -282,24 +283,24 @@ def test_a_window_without_room_for_an_answer_is_told(window: int) -> None:
     """C23: before anything runs, in one line."""
     adapted = anydepth.attach(tiny_llama(max_position_embeddings=window), ROUTER)
     with pytest.raises(UserError, match=f"256 new tokens are more than the model's window of {window}"):
-        check_windows(adapted, byte_tokenizer(), ["arc_easy", "gsm8k"])
-    for engine in (None, FastEngine(adapted)):
+        check_windows(HFEngine(adapted), byte_tokenizer(), ["arc_easy", "gsm8k"])
+    for engine in (HFEngine(adapted), FastEngine(adapted)):
         with pytest.raises(UserError, match=f"256 new tokens are more than the model's window of {window}"):
-            score_tasks(adapted, byte_tokenizer(), ["gsm8k"], limit=1, engine=engine)
-    check_windows(anydepth.attach(model(), ROUTER), byte_tokenizer(), ["arc_easy", "gsm8k", "mmlu"])
+            score_tasks(engine, byte_tokenizer(), ["gsm8k"], limit=1)
+    check_windows(HFEngine(anydepth.attach(model(), ROUTER)), byte_tokenizer(), ["arc_easy", "gsm8k", "mmlu"])
 
 
 def test_a_window_shorter_than_an_answer_is_told() -> None:
     """C23: an answer that is scored does not fit either."""
     adapted = anydepth.attach(tiny_llama(max_position_embeddings=8), ROUTER)
-    for engine in (None, FastEngine(adapted)):
+    for engine in (HFEngine(adapted), FastEngine(adapted)):
         with pytest.raises(UserError, match=r"an answer to score has \d+ tokens, more than the model's window of 8"):
-            score_tasks(adapted, byte_tokenizer(), ["arc_easy"], limit=4, engine=engine)
+            score_tasks(engine, byte_tokenizer(), ["arc_easy"], limit=4)
 
 
 def test_parts_count_by_their_items() -> None:
     adapted = anydepth.attach(model(), ROUTER)
-    scores = score_tasks(adapted, byte_tokenizer(), ["mmlu"], num_fewshot=0)["mmlu"]
+    scores = score_tasks(HFEngine(adapted), byte_tokenizer(), ["mmlu"], num_fewshot=0)["mmlu"]
     parts = scores["parts"]
     assert [parts[name]["num_items"] for name in ("mmlu_anatomy", "mmlu_virology")] == [6, 8]
     joined = (6 * parts["mmlu_anatomy"]["acc"] + 8 * parts["mmlu_virology"]["acc"]) / 14
@@ -320,7 +321,7 @@ def test_changes_are_of_the_same_items() -> None:
 
 def test_errors_are_lm_evals_own() -> None:
     scores = score_tasks(
-        anydepth.attach(model(), ROUTER), byte_tokenizer(), ["arc_easy", "gsm8k"], limit=4, num_fewshot=0
+        HFEngine(anydepth.attach(model(), ROUTER)), byte_tokenizer(), ["arc_easy", "gsm8k"], limit=4, num_fewshot=0
     )
     for name, metric in (("arc_easy", "acc"), ("gsm8k", "exact_match,strict-match")):
         items, (score, error) = scores[name]["items"][metric], task_scores(scores[name])[metric]
@@ -335,7 +336,7 @@ def test_broken_documents_are_named(data: Path, line: str, words: str) -> None:
     path = data / "arc_easy" / "dev.jsonl"
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=f"{path}, line 5 {words}"):
-        score_tasks(anydepth.attach(model(), ROUTER), byte_tokenizer(), ["arc_easy"], limit=1)
+        score_tasks(HFEngine(anydepth.attach(model(), ROUTER)), byte_tokenizer(), ["arc_easy"], limit=1)
 
 
 def test_where_documents_would_be(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +354,7 @@ def test_what_the_window_cuts_is_told(
     monkeypatch.chdir(tmp_path)
     adapted = anydepth.attach(tiny_llama(max_position_embeddings=64), ROUTER)
     told: list[str] = []
-    scores = score_tasks(adapted, byte_tokenizer(), ["mmlu_anatomy"], limit=1, num_fewshot=2, say=told.append)
+    scores = score_tasks(HFEngine(adapted), byte_tokenizer(), ["mmlu_anatomy"], limit=1, num_fewshot=2, say=told.append)
     assert scores["mmlu_anatomy"]["num_truncated"] == 4 and "lost their start" in told[-1]
     assert "git" not in capfd.readouterr().err
 
@@ -361,7 +362,7 @@ def test_what_the_window_cuts_is_told(
 def test_batches_hold_no_padding() -> None:
     adapted, shares, found = anydepth.attach(model(), ROUTER), [], []
     for size in (1, 4):
-        lm = AnydepthLM(adapted, byte_tokenizer(), batch_size=size)
+        lm = AnydepthLM(HFEngine(adapted), byte_tokenizer(), batch_size=size)
         found.append(answers(lm, "arc_easy"))
         shares.append((lm.work.layers, lm.work.full_depth))
     assert distance(found[1], found[0]) <= 1e-3
@@ -372,7 +373,7 @@ def test_batches_hold_no_padding() -> None:
 def test_every_local_task_is_scored_with_its_share() -> None:
     adapted = anydepth.attach(model(), ROUTER)
     names = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "wikitext"]
-    scores = score_tasks(adapted, byte_tokenizer(), names, limit=2, num_fewshot=1)
+    scores = score_tasks(HFEngine(adapted), byte_tokenizer(), names, limit=2, num_fewshot=1)
     metrics = {name: sorted(key for key in row if key.partition(",")[0] in METRICS) for name, row in scores.items()}
     assert metrics == {
         "arc_easy": ["acc", "acc_norm"],
@@ -385,7 +386,10 @@ def test_every_local_task_is_scored_with_its_share() -> None:
     assert all(0.3 < row["layer_token_share"] < 0.95 for row in scores.values())
     assert all(row["num_fewshot"] == 1 and row["num_truncated"] == 0 for row in scores.values())
     with adapted.disabled():
-        assert score_tasks(adapted, byte_tokenizer(), ["arc_easy"], limit=2)["arc_easy"]["layer_token_share"] == 1.0
+        assert (
+            score_tasks(HFEngine(adapted), byte_tokenizer(), ["arc_easy"], limit=2)["arc_easy"]["layer_token_share"]
+            == 1.0
+        )
 
 
 def test_documents_are_where_and_as_many_as_they_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +421,7 @@ def test_the_real_model_on_real_documents(name: str, limit: int, monkeypatch: py
     theirs = answers(stock(backbone, tokenizer), name, limit)
     adapted = anydepth.attach(backbone, {"name": "skip_set", "skip_layers": [11, 13]})
     with adapted.disabled():
-        assert distance(answers(AnydepthLM(adapted, tokenizer), name, limit), theirs) <= 1e-4
-    lm = AnydepthLM(adapted, tokenizer)
+        assert distance(answers(AnydepthLM(HFEngine(adapted), tokenizer), name, limit), theirs) <= 1e-4
+    lm = AnydepthLM(HFEngine(adapted), tokenizer)
     assert distance(answers(lm, name, limit), theirs) > 1e-2
     assert lm.work.share == pytest.approx(28 / 30, abs=0.01)

@@ -13,9 +13,9 @@ from torch import Tensor
 import anydepth
 import families
 from anydepth.hf.adapted import AdaptedModel
+from anydepth.losses import expected_exit_loss, token_losses
 from anydepth.methods.mixture_of_depths import MixtureOfDepths
 from anydepth.recipe import TrainConfig
-from anydepth.losses import expected_exit_loss, token_losses
 from anydepth.training.train import train
 from tiny import tiny_llama
 

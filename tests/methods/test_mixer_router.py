@@ -10,6 +10,7 @@ from torch import Tensor
 
 import anydepth
 import families
+from anydepth import HFEngine
 from anydepth.errors import RunError, UserError
 from anydepth.gating import cost
 from anydepth.gating.plan import Sample
@@ -215,7 +216,6 @@ def test_bfloat16_models_take_float32_mixers() -> None:
 @pytest.mark.parametrize(
     ("beside", "words"),
     [
-        ({"name": "self_speculation"}, "takes tokens back"),
         ({"name": "layer_router", "always_keep": 2}, "a mixer for every token"),
         ({"name": "skip_set", "skip_mixers": [1]}, "a mixer for every token"),
     ],
@@ -250,7 +250,7 @@ def test_the_self_check_runs_second_mixers(monkeypatch: pytest.MonkeyPatch) -> N
     """Both states pass it; a second mixer that computes something else when it is run sparsely does not."""
     ids = families.token_ids(batch_size=2, length=40)
     for state in ("routed", "all"):
-        self_check(attach(layers=[1, 3], state=state), ids)
+        self_check([HFEngine(attach(layers=[1, 3], state=state))], ids)
     own = alternate._Mixer.__call__
 
     def wrong(self: Any, hidden: Tensor, state: Any, real: Any = None) -> Tensor:
@@ -258,7 +258,7 @@ def test_the_self_check_runs_second_mixers(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(alternate._Mixer, "__call__", wrong)
     with pytest.raises(RunError, match="cached and uncached"):
-        self_check(attach(layers=[1, 3]), ids)
+        self_check([HFEngine(attach(layers=[1, 3]))], ids)
 
 
 def test_routed_mixers_train_under_autocast() -> None:

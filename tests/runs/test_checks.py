@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "nothing to calibrate: no method of this model \\(skip_set\\)",
     ),
     "fit": ({"methods": SKIP_SET, "router_fit": {"sequence_length": 32}}, "only a learned layer_router"),
-    "drafter": ({"drafter": {}, "train": None}, "give that method a network"),
+    "drafter": ({"drafter": {}, "train": None}, "give draft a network"),
     "search": ({"methods": ["ffn_router"]}, "no method takes it"),
     "taken": ({"methods": [{**ROUTER, "initial_skip_layers": [3]}]}, "no method takes it"),
     "budget": ({"search": {"budget": 0.01}}, "is 0 left out"),
@@ -128,10 +128,7 @@ def test_a_recipe_with_nothing_to_train_does_not_load(folder: Path, tmp_path: Pa
 def test_a_good_recipe_passes(folder: Path, tmp_path: Path) -> None:
     checked(folder, tmp_path / "out", calibrate={"skip_share": 0.3}, router_fit={"sequence_length": 32})
     checked(folder, tmp_path / "b", methods=[], train=None, search=None)
-    checked(folder, tmp_path / "c", drafter={}, train=None, search=None, methods=[DRAFTS])
-
-
-DRAFTS = {"name": "self_speculation", "network": {}}
+    checked(folder, tmp_path / "c", drafter={}, train=None, search=None, methods=[], draft={"network": {}})
 
 
 def test_texts_of_stages_that_are_not_asked_for_may_be_missing(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import anydepth
-from anydepth.decoding.generate import generate
+from anydepth import Draft, FastEngine, HFEngine
+from anydepth.decoding.text import generate_text
 from anydepth.measure.prompts import read_prompts
 from anydepth.models.tokens import encode, padded
 from anydepth.serve.service import Service
@@ -130,13 +131,13 @@ def test_an_answer_ends_at_the_end_token_of_the_tokenizer_and_of_the_config(ende
     wanted = stock.generate(prompt, eos_token_id=[0, end], **options)[0, prompt.shape[1] :].tolist()
     assert wanted[-1] == end and len(wanted) < 30
     model, tokenizer = anydepth.load_model(str(folder))
-    adapted = anydepth.attach(model, [DRAFTS])
-    engine = anydepth.FastEngine(adapted)
-    assert adapted.generate(prompt, **options)[0, prompt.shape[1] :].tolist() == wanted
-    assert engine.generate(prompt, **options)[0, prompt.shape[1] :].tolist() == wanted
+    adapted = anydepth.attach(model, [])
+    draft = Draft(adapted, DRAFTS)
+    for engine in (HFEngine(adapted, draft), FastEngine(adapted, draft=draft)):
+        assert engine.generate(prompt, **options)[0, prompt.shape[1] :].tolist() == wanted
     fresh = anydepth.attach(AutoModelForCausalLM.from_pretrained(folder), [])
-    for one in (None, anydepth.FastEngine(fresh)):
-        assert generate(fresh, tokenizer, "the sea", max_new_tokens=30, engine=one)["token_ids"] == wanted
+    for one in (HFEngine(fresh), FastEngine(fresh)):
+        assert generate_text(one, tokenizer, "the sea", max_new_tokens=30)["token_ids"] == wanted
     with serving(model=AutoModelForCausalLM.from_pretrained(folder), tokenizer=tokenizer) as client:
         for lossless in (False, True):
             answer = complete(client, temperature=0, max_tokens=30, anydepth={"lossless": lossless})
@@ -208,7 +209,7 @@ def test_a_prompt_out_of_a_template_has_one_bos(tmp_path: Path) -> None:
     model = tiny_llama(vocab_size=len(tokenizer))
     stock = model.generate(torch.tensor([wanted]), max_new_tokens=6, do_sample=False, pad_token_id=2)
     adapted = anydepth.attach(model, [])
-    fields = generate(adapted, tokenizer, text, max_new_tokens=6)
+    fields = generate_text(HFEngine(adapted), tokenizer, text, max_new_tokens=6)
     assert fields["token_ids"] == stock[0, len(wanted) :].tolist()
     anydepth.detach(adapted)
     with serving(model=model, tokenizer=tokenizer) as client:
@@ -269,11 +270,11 @@ def test_the_repetition_penalty_is_that_of_transformers(lossless: bool) -> None:
     wanted = tokenizer.decode(stock, skip_special_tokens=True)
     assert stock.tolist() != plain.tolist()
     tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
-    with serving(DRAFTS, model=model, tokenizer=tokenizer) as client:
+    with serving(draft=DRAFTS, model=model, tokenizer=tokenizer) as client:
         answer = complete(client, temperature=0, anydepth={"lossless": lossless})
         assert answer["choices"][0]["text"] == wanted
-    adapted = anydepth.attach(with_defaults(repetition_penalty=1.6), [DRAFTS]).eval()
-    service = Service(anydepth.FastEngine(adapted), tokenizer)
+    adapted = anydepth.attach(with_defaults(repetition_penalty=1.6), []).eval()
+    service = Service(FastEngine(adapted, draft=Draft(adapted, DRAFTS)), tokenizer)
     try:
         talk = Talk(service, tokenizer, None, 24, 0.0, lossless=lossless)
         assert "".join(text for text, _ in talk.answer("the sea")) == wanted
@@ -281,17 +282,18 @@ def test_the_repetition_penalty_is_that_of_transformers(lossless: bool) -> None:
         service.close()
 
 
-@pytest.mark.parametrize("methods", [[], [DRAFTS]], ids=["plain", "drafted"])
+@pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafted"])
 @pytest.mark.parametrize("fast", [False, True], ids=["hf", "fast"])
-def test_generate_keeps_to_the_generation_config(fast: bool, methods: list[Any]) -> None:
+def test_generate_keeps_to_the_generation_config(fast: bool, drafts: bool) -> None:
     """S22: `generate` of both engines, drafted or not, has stock transformers' tokens with the model's own defaults."""
     defaults = {"do_sample": True, "temperature": 0.8, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.3}
     ids = torch.tensor([encode(byte_tokenizer(), "the sea")])
     stock = with_defaults(**defaults)
     torch.manual_seed(4)
     wanted = stock.generate(ids, max_new_tokens=24)
-    adapted = anydepth.attach(with_defaults(**defaults), methods).eval()
-    ours: Any = anydepth.FastEngine(adapted) if fast else adapted
+    adapted = anydepth.attach(with_defaults(**defaults), []).eval()
+    draft = Draft(adapted, DRAFTS) if drafts else None
+    ours = FastEngine(adapted, draft=draft) if fast else HFEngine(adapted, draft)
     torch.manual_seed(4)
     assert ours.generate(ids, max_new_tokens=24).tolist() == wanted.tolist()
 
@@ -328,7 +330,7 @@ def test_log_probabilities_and_sampling_are_drafted(sampling: dict[str, Any]) ->
     options = {**sampling, "logprobs": 3, "max_tokens": 40}
     with serving() as client:
         plain = complete(client, **options)
-    with serving(DRAFTS) as client:
+    with serving(draft=DRAFTS) as client:
         drafted = complete(client, **options, anydepth={"lossless": True})
     assert drafted["usage"]["anydepth"]["drafting"] == {"used": True, "answers": 1, "reason": None}
     assert 0 < drafted["usage"]["anydepth"]["acceptance_rate"] <= 1 and "drafting" not in plain["usage"]["anydepth"]
@@ -341,26 +343,28 @@ def test_log_probabilities_and_sampling_are_drafted(sampling: dict[str, Any]) ->
 
 
 def test_usage_says_why_an_answer_was_not_drafted(caplog: pytest.LogCaptureFixture) -> None:
-    """S23: of several answers one is drafted at a time; without a drafter none is. The log says it once."""
+    """S23: several answers are drafted together; without a drafter none is. The log says it once."""
     with serving() as client:
         told = complete(client, anydepth={"lossless": True})["usage"]["anydepth"]["drafting"]
         complete(client, anydepth={"lossless": True})
     assert not told["used"] and told["answers"] == 0 and "no drafter is attached" in told["reason"]
     assert len([record for record in caplog.records if "no drafter" in record.message]) == 1
-    with serving(DRAFTS) as client:
+    with serving(draft=DRAFTS) as client:
         answer = complete(client, n=3, temperature=0, anydepth={"lossless": True})
         told = answer["usage"]["anydepth"]["drafting"]
-        assert told["used"] and told["answers"] == 1 and "one answer is drafted at a time" in told["reason"]
+        assert told == {"used": True, "answers": 3, "reason": None}
         assert len({choice["text"] for choice in answer["choices"]}) == 1
 
 
 def test_sampled_conversations_are_the_same_drafted_or_not() -> None:
     """S23: `chat --lossless` at its default temperature drafts, and says what it says without; turn after turn."""
     said = []
-    for methods, lossless in (([], False), ([DRAFTS], True)):
+    for lossless in (False, True):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = TEMPLATE
-        service = Service(anydepth.FastEngine(anydepth.attach(tiny_llama(), methods).eval()), tokenizer)
+        adapted = anydepth.attach(tiny_llama(), []).eval()
+        draft = Draft(adapted, DRAFTS) if lossless else None
+        service = Service(FastEngine(adapted, draft=draft), tokenizer)
         talk = Talk(service, tokenizer, None, 12, 0.7, lossless=lossless, seed=2)
         said.append(["".join(text for text, _ in talk.answer(line)) for line in ("hi", "so", "go")])
         service.close()

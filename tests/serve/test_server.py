@@ -20,7 +20,9 @@ from openai import APIStatusError, OpenAI
 from transformers import AutoTokenizer, LogitsProcessorList
 
 import anydepth
-from anydepth.decoding.scheduler import Batcher, Request
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Sampler, Stops
+from anydepth.decoding.scheduler import Scheduler
 from anydepth.serve.api import Settings, create_app
 from anydepth.serve.service import Service
 from anydepth.serve.shapes import ChatShape
@@ -388,17 +390,17 @@ def test_one_request_that_fails_takes_no_other_with_it(target: Path) -> None:
         raise ValueError("broken")
 
     engine = anydepth.FastEngine(anydepth.load(target / "router"))
-    batcher = Batcher(engine, 4, 512)
-    good = Request([5, 6, 7], 9)
-    bad = Request([5, 6, 7], 9, logits_processor=LogitsProcessorList([broken]))  # type: ignore[list-item]
-    empty = Request([5, 6, 7], 9, generator=torch.Generator())
-    empty.logits_processor.append(lambda _, scores: scores * float("nan"))  # type: ignore[arg-type]
-    alone = Request([5, 6, 7], 9)
-    Batcher(engine, 4, 512).run([alone])
+    scheduler = Scheduler(engine, 4, 512)
+    good = Request([5, 6, 7], Sampler(), Stops.at(12))
+    bad = Request([5, 6, 7], Sampler(LogitsProcessorList([broken])), Stops.at(12))  # type: ignore[list-item]
+    empty = Request([5, 6, 7], Sampler(sampling=True, generator=torch.Generator()), Stops.at(12))
+    empty.sampler.processors.append(lambda _, scores: scores * float("nan"))  # type: ignore[arg-type]
+    alone = Request([5, 6, 7], Sampler(), Stops.at(12))
+    Scheduler(engine, 4, 512).run([alone])
     with pytest.raises(ValueError, match="broken"):
-        batcher.run([bad, good, empty])
+        scheduler.run([bad, good, empty])
     assert good.output == alone.output and good.failure is None
-    assert isinstance(empty.failure, RuntimeError) and not batcher.running and len(batcher.cache.free) == 4
+    assert isinstance(empty.failure, RuntimeError) and not scheduler.running and len(scheduler.session.cache.free) == 4
 
 
 def test_the_smallest_temperature_is_greedy(client: OpenAI) -> None:

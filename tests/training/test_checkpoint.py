@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import anydepth
 from anydepth.errors import UserError
 from anydepth.recipe import TrainConfig
+from anydepth.training.checkpoint import load_draft, load_target
 from anydepth.training.train import prepare
 from tiny import save_base, tiny_llama
 
@@ -132,3 +135,49 @@ def test_saving_a_skip_set_needs_no_tensors(tmp_path: Path) -> None:
     adapted = anydepth.attach(tiny_llama(), anydepth.SkipSet.Config(skip_layers=[3]))
     folder = anydepth.save(adapted, tmp_path / "set", base=str(save_base(tmp_path / "base")))
     assert anydepth.load(folder).methods["skip_set"].config.skip_layers == [3]
+
+
+# --- drafting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_comes_back_with_its_network(tmp_path: Path, base: Path) -> None:
+    model, _ = anydepth.load_model(str(base), dtype="float32")
+    adapted = anydepth.attach(model, {"name": "skip_set", "skip_layers": [2]})
+    draft = anydepth.Draft(adapted, {"exit_layers": [1], "network": {"taps": [2, 6], "vocabulary_size": 50}, "seed": 3})
+    anydepth.save(adapted, tmp_path / "own", base=str(base), draft=draft)
+    target = str(tmp_path / "own")
+    again, _ = load_target(target)
+    found = load_draft(target, again)
+    assert found is not None and found.config == draft.config and list(again.methods) == ["skip_set"]
+    for name, value in draft.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value)
+    other = load_draft(target, again, options={"lookup": False})
+    assert other is not None and other.config == draft.config.model_copy(update={"lookup": False})
+    with pytest.raises(UserError, match="weights of another shape"):
+        load_draft(target, again, options={"network": {"taps": [6], "vocabulary_size": 50}})
+    assert load_draft(str(base), again) is None and load_draft(str(base), again, lossless=True) is not None
+
+
+def test_checkpoints_from_when_drafting_was_a_method(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The method's options are the draft's, its weights the network's, and one line says so."""
+    model, _ = anydepth.load_model(str(base), dtype="float32")
+    adapted = anydepth.attach(model, {"name": "skip_set", "skip_layers": [2]})
+    draft = anydepth.Draft(adapted, {"network": {"taps": [2, 6], "vocabulary_size": 50}})
+    folder = anydepth.save(adapted, tmp_path / "own", base=str(base), draft=draft)
+    manifest = json.loads((folder / "anydepth.json").read_text())
+    weights = folder / manifest["weights"]
+    (weights / "draft.safetensors").unlink()
+    save_file(
+        {f"self_speculation.{name}": value.contiguous() for name, value in draft.state_dict().items()},
+        weights / "methods.safetensors",
+    )
+    files = {name: hashlib.sha256((weights / name).read_bytes()).hexdigest() for name in ("methods.safetensors",)}
+    manifest["methods"].insert(0, {"name": "self_speculation", **manifest.pop("draft")})
+    (folder / "anydepth.json").write_text(json.dumps({**manifest, "files": files}))
+    again, _ = load_target(str(folder))
+    found = load_draft(str(folder), again)
+    assert list(again.methods) == ["skip_set"] and found is not None and found.config == draft.config
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in draft.state_dict().items())
+    assert "write draft:" in caplog.text

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import anydepth
 from anydepth.config import validate
 from anydepth.errors import RunError, UserError
-from anydepth.recipe import TrainConfig
 from anydepth.losses import IGNORED, distillation_loss
+from anydepth.recipe import TrainConfig
 from anydepth.training.train import prepare, train
 from tiny import save_base, save_text, tiny_llama
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import anydepth
+from anydepth import HFEngine
 from anydepth.calibration.shares import skipped_shares
 from anydepth.measure.evaluate import evaluate, exit_losses
 from anydepth.recipe import Recipe, TextConfig, TrainConfig
@@ -74,7 +75,7 @@ def test_every_window_begins_with_the_bos_of_the_tokenizer() -> None:
 def test_perplexity_is_that_of_stock_transformers_with_a_bos_before_each_window() -> None:
     """C9. The targets are all tokens of text, BOS is none of them."""
     model, tokenizer = model_with_bos(), with_bos(byte_tokenizer())
-    found = evaluate(anydepth.attach(model_with_bos(), []), pack(DOCUMENTS * 3, tokenizer, 24))
+    found = evaluate(HFEngine(anydepth.attach(model_with_bos(), [])), pack(DOCUMENTS * 3, tokenizer, 24))
     stream = [token for document in DOCUMENTS * 3 for token in [*plain_ids(document), 0]]
     pieces = [stream[start : start + 23] for start in range(0, len(stream) - 23, 23)]
     losses = torch.cat([stock_losses(model, [tokenizer.bos_token_id, *piece]) for piece in pieces])
@@ -89,7 +90,7 @@ def test_a_document_scores_as_in_lm_eval() -> None:
     request = Instance("loglikelihood_rolling", {}, (text,), 0)
     expected = theirs.loglikelihood_rolling([request], disable_tqdm=True)[0]
     windows = pack([text], tokenizer, len(plain_ids(text)) + 1)
-    ours = evaluate(anydepth.attach(model_with_bos(), []), windows)
+    ours = evaluate(HFEngine(anydepth.attach(model_with_bos(), [])), windows)
     assert ours["loss"] * ours["num_tokens"] == pytest.approx(-expected, abs=1e-3)
     assert ours["num_tokens"] == len(plain_ids(text))
 
@@ -168,10 +169,10 @@ def test_the_second_document_scores_as_if_it_were_alone(tmp_path: Path) -> None:
     losses = torch.cat([stock_losses(model, plain_ids(text)) for text in DOCUMENTS[:2]])
     adapted = anydepth.attach(tiny_llama(), [])
     alone = load_windows(str(path), byte_tokenizer(), 100, text=ISOLATED)
-    found = evaluate(adapted, alone)
+    found = evaluate(HFEngine(adapted), alone)
     assert found["loss"] == pytest.approx(losses.mean().item(), abs=1e-5) and found["num_tokens"] == len(losses)
     assert exit_losses(adapted, alone)[-1]["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
-    packed = evaluate(adapted, load_windows(str(path), byte_tokenizer(), 70))
+    packed = evaluate(HFEngine(adapted), load_windows(str(path), byte_tokenizer(), 70))
     assert packed["loss"] != pytest.approx(losses.mean().item(), abs=1e-2)
 
 

@@ -118,12 +118,15 @@ def export(
     from anydepth.models.load import dtype_name
     from anydepth.serve.export import check
     from anydepth.serve.export import export as write
-    from anydepth.training.checkpoint import load_target
+    from anydepth.training.checkpoint import load_draft, load_target
 
     check(kind, out)
     printer = Printer(as_json, quiet)
     with printer.busy(f"exporting {target} …"):
         adapted, tokenizer = load_target(target, dtype=dtype, device=device, merge=True)
+        draft = load_draft(target, adapted)
+        if kind == "draft" and exit_layer is None and draft is not None:
+            exit_layer = max(draft.config.exit_layers, default=None)
         fields = write(adapted, tokenizer, kind, out, exit_layer=exit_layer, seed=seed)
     config = {"target": target, "as": kind, "exit_layer": exit_layer, "dtype": dtype_name(adapted)}
     printer.result(document("anydepth.export/1", seed=seed, config=config, **fields), show_export)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,11 @@ class Request:
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)
 
+    @classmethod
+    def greedy(cls, prompt: Sequence[int], num_new: int, end_ids: Iterable[int] = (), **options: Any) -> Request:
+        """Return a request for the likeliest next tokens, so many at most."""
+        return cls(list(prompt), Sampler(), Stops.at(len(prompt) + num_new, end_ids), **options)
+
     @property
     def num_prompt(self) -> int:
         """Tokens of the prompt, padding included."""
@@ -180,14 +185,18 @@ class Request:
     @property
     def trace(self) -> Trace:
         """What ran for it."""
-        return Trace.join([record.row(row) for record, row in self.passes])
+        return Trace.join([_own(record, row) for record, row in self.passes])
 
     def record_of(self, position: int) -> PassRecord | None:
         """Return the forward that gave a token of the output; None: none was recorded."""
         if not self.passes:
             return None
-        record, row = self.passes[position - len(self.output)]
-        return record.row(row)
+        return _own(*self.passes[position - len(self.output)])
+
+
+def _own(record: PassRecord, row: int) -> PassRecord:
+    """Return what one row of a forward ran."""
+    return record if len(record.token_mask) == 1 else record.row(row)
 
 
 def draft_tokens(
@@ -213,7 +222,7 @@ def take_tokens(requests: Sequence[Request], logits: Tensor) -> None:
         own = [requests[number] for number in numbers]
         try:
             scores = sampler.scores(own, logits[numbers])
-            tokens = [sampler.token(request, len(request.ids), row) for request, row in zip(own, scores, strict=True)]
+            tokens = [sampler.take(request, row) for request, row in zip(own, scores, strict=True)]
         except Exception as failed:
             for request in own:
                 request.fail(failed)

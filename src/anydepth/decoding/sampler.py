@@ -194,6 +194,16 @@ class Sampler:
         noise = self.noise.at(num_tokens - request.num_prompt, len(scores))[request.row].to(scores.device)
         return int((scores.softmax(-1) / noise).argmax())
 
+    def take(self, request: Row, scores: Tensor) -> int:
+        """Return the next token of a request from processed (V,) logits.
+
+        Raises:
+            RuntimeError: no token has a probability.
+        """
+        if self.sampling and not bool(scores.max() > float("-inf")):
+            raise RuntimeError("the logits processors left no token to choose from")
+        return self.token(request, len(request.ids), scores)
+
     def draft(
         self, requests: Sequence[Row], logits: Tensor, vocabulary: Tensor | None
     ) -> tuple[list[int], list[float]]:

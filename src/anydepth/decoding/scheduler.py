@@ -65,8 +65,8 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Raise `UserError` for an empty prompt, or one that no sequence can hold with its new tokens."""
         num_new, most = request.stops.num_left(request), self.session.max_length
-        if not request.tokens or (num_new is not None and num_new < 1):
-            raise UserError("a request needs a prompt of at least one token, and at least one new token to make")
+        if not request.tokens:
+            raise UserError("a request needs a prompt of at least one token")
         if most is not None and (num_new is None or len(request.tokens) + num_new > most):
             raise UserError(
                 f"a request of {len(request.tokens)} + {num_new} tokens does not fit a slot of {most}; allow more "

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import Request
-from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.measure.bench import speedup_fields
 
@@ -61,10 +60,7 @@ def _seconds(engine: Engine, prompts: list[list[int]], batch_size: int, new_toke
     longest = max(len(prompt) for prompt in prompts) + new_tokens
     scheduler = Scheduler(engine, batch_size, max_tokens=batch_size * longest)
     with engine.adapted.disabled() if full_depth else nullcontext():
-        requests = [
-            Request(prompt, Sampler(), Stops.at(len(prompt) + new_tokens), is_drafted=engine.drafts)
-            for prompt in prompts
-        ]
+        requests = [Request.greedy(prompt, new_tokens, is_drafted=engine.drafts) for prompt in prompts]
         started = time.perf_counter()
         scheduler.run(requests)
         return time.perf_counter() - started

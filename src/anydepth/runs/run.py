@@ -22,7 +22,7 @@ from anydepth.calibration.shares import NotTrained, compares_scores, settle_shar
 from anydepth.config import StrictConfig
 from anydepth.decoding.engines import HFEngine, open_engine
 from anydepth.decoding.text import generate_text
-from anydepth.draft_sections import DrafterConfig
+from anydepth.draft_sections import DraftConfig, DrafterConfig
 from anydepth.errors import UserError
 from anydepth.gating.shared_batch import num_processes
 from anydepth.hf.adapted import AdaptedModel, attach, detach
@@ -222,7 +222,7 @@ class Runner:
         if rank() > 0:
             return fields
         adapted = self._gathered() if sharded else adapted
-        draft = None if recipe.draft is None else Draft(adapted, recipe.draft)
+        draft = None if recipe.draft is None else Draft(adapted, seeded(recipe.draft, recipe.seed))
         if recipe.drafter is not None and draft is not None:
             fields |= self._train_drafter(recipe.drafter, adapted, draft, tokenizer)
         trained = recipe.train is not None and recipe.train.backbone
@@ -453,6 +453,11 @@ class Runner:
             out = found["skip_layers"] + (found["skip_mixers"] if router.get("branch") == "mixer" else [])
             router.setdefault("initial_skip_layers", [i for i in out if i >= first])
         return self.recipe.model_copy(update={"methods": methods}).method_configs()
+
+
+def seeded(config: DraftConfig, seed: int) -> DraftConfig:
+    """Return the options of drafting with the recipe's seed, unless they have one of their own."""
+    return config if "seed" in config.model_fields_set else config.model_copy(update={"seed": seed})
 
 
 @contextmanager

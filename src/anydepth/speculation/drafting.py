@@ -214,7 +214,7 @@ class DraftedSteps:
         for position, own in enumerate(logits):
             if plain is None:
                 scores = sampler.row_scores(request, request.ids, own)
-                token = sampler.token(request, len(request.ids), scores)
+                token = sampler.take(request, scores)
             else:
                 scores, token = own, plain[position]
             request.take(token, own)

@@ -12,8 +12,8 @@ from transformers import TextStreamer
 
 import anydepth
 import families
-from anydepth.engine import choose
-from anydepth.engine.fast import FastEngine
+from anydepth import FastEngine, HFEngine
+from anydepth.decoding.engines import open_engine
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
 from reference import relative_rms
@@ -151,14 +151,14 @@ def test_lora_is_folded_into_a_copy(use_dora: bool) -> None:
 
 def test_auto_says_why_not() -> None:
     said: list[str] = []
-    assert choose(anydepth.attach(families.build("opt"), []), "auto", say=said.append) is None
+    assert isinstance(open_engine(anydepth.attach(families.build("opt"), []), "auto", say=said.append), HFEngine)
     assert len(said) == 1 and "does not run opt" in said[0]
-    assert isinstance(choose(routed(), "auto"), FastEngine)
-    assert choose(routed(), "hf") is None
+    assert isinstance(open_engine(routed(), "auto"), FastEngine)
+    assert isinstance(open_engine(routed(), "hf"), HFEngine)
     with pytest.raises(UserError, match="auto, hf, fast"):
-        choose(routed(), "quick")
+        open_engine(routed(), "quick")
     with pytest.raises(UserError, match="weights int8 are the fast engine's"):
-        choose(routed(), "hf", "int8")
+        open_engine(routed(), "hf", "int8")
 
 
 @torch.no_grad()

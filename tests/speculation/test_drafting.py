@@ -20,49 +20,22 @@ from transformers import (
 
 import anydepth
 import families
-from anydepth import FastEngine
-from anydepth.decoding import sampler
-from anydepth.decoding.sampler import KEPT_NOISE, Noise
+from anydepth import Draft
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.engine.backends.cpu.native import same_bits_until
+from anydepth.engine.session import FastSession
 from anydepth.errors import UserError
 from anydepth.gating.plan import Plan
 from anydepth.hf.adapted import AdaptedModel
+from anydepth.hf.session import HFSession
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
-from anydepth.speculation import speculate
-from anydepth.speculation.drafters import Lookup
-from anydepth.speculation.hf import HFTarget
-from anydepth.speculation.targets import EngineTarget, Row
+from anydepth.speculation import drafting as policy
+from anydepth.speculation.drafters import PromptLookupDrafter
+from drafts import ALONE, DRAFTERS, drafting
 from tiny import byte_tokenizer, tiny_llama
 
-NETWORK = {"taps": [2, 6], "vocabulary_size": 100}
-ALONE: dict[str, Any] = {"name": "self_speculation", "lookup": False, "adaptive": False, "max_draft": 4}
-DRAFTERS: dict[str, list[dict[str, Any]]] = {
-    "lookup": [{"name": "self_speculation"}],
-    "first layers": [{**ALONE, "exit_layers": 3}],
-    "first layers, few tokens": [{**ALONE, "exit_layers": [3], "exit_vocabulary": 60}],
-    "several exits": [{"name": "self_speculation", "exit_layers": [2, 4, 5]}],
-    "skip set": [ALONE, {"name": "skip_set", "skip_layers": [2, 4], "skip_ffns": [3]}],
-    "router, project": [ALONE, {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0}],
-    "router, omit": [ALONE, {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "kv_rule": "omit"}],
-    "sequence router": [
-        ALONE,
-        {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "granularity": "sequence", "pool_tokens": 5},
-    ],
-    "mixer router": [
-        ALONE,
-        {"name": "layer_router", "always_keep": 2, "initial_bias": 0.0, "branch": "mixer", "reads": "sequential"},
-    ],
-    "exits": [ALONE, {"name": "exit_gate", "layers": [2, 4], "initial_bias": 0.0}],
-    "exits, run later": [ALONE, {"name": "early_exit", "layers": [2, 4], "thresholds": 0.1, "kv_rule": "recompute"}],
-    "trained": [{**ALONE, "network": NETWORK}],
-    "searched": [{**ALONE, "search": {"budget": 0.34, "every": 3, "window": 6}}],
-    "searched by states": [{**ALONE, "search": {"strategy": "dynamic", "budget": 0.34, "every": 9, "window": 6}}],
-    "searched by time": [{**ALONE, "search": {"strategy": "knapsack", "budget": 0.34, "every": 9, "window": 6}}],
-    "everything": [
-        {"name": "self_speculation", "exit_layers": [2], "network": NETWORK},
-        {"name": "skip_set", "skip_layers": [2]},
-    ],
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40},
@@ -91,11 +64,11 @@ def prompts(num_rows: int, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-def both(adapted: AdaptedModel, engine: Any, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    """Tokens at full depth and speculated, from the same seed."""
+def both(engine: Engine, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Return tokens at full depth and drafted, from the same seed."""
     options = {"max_new_tokens": 30, "pad_token_id": 0, **options}
     torch.manual_seed(5)
-    with adapted.disabled():
+    with engine.adapted.disabled():
         wanted = engine.generate(**batch, **options)
     torch.manual_seed(5)
     return wanted, engine.generate(**batch, **options)
@@ -105,14 +78,13 @@ def both(adapted: AdaptedModel, engine: Any, batch: dict[str, Tensor], **options
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_engine_gives_the_tokens_of_full_depth(drafter: str, options: str, dtype: torch.dtype) -> None:
     """Bitwise the same logits, so in bfloat16 too there are no ties to be decided otherwise."""
-    adapted = anydepth.attach(tiny_llama().to(dtype), DRAFTERS[drafter]).eval()
-    engine = FastEngine(adapted)
+    engine = drafting("fast", drafter, tiny_llama().to(dtype))
     for num_rows, seed in itertools.product((1, 4), (0, 1)):
-        wanted, ours = both(adapted, engine, prompts(num_rows, seed), **OPTIONS[options])
+        wanted, ours = both(engine, prompts(num_rows, seed), **OPTIONS[options])
         assert torch.equal(wanted, ours)
     if not DRAFTERS[drafter][0].get("adaptive", True):
-        assert adapted.draft_counts.num_drafted  # something was drafted, and not all was right
-        assert adapted.draft_counts.acceptance_rate < 1
+        assert engine.draft_counts is not None and engine.draft_counts.num_drafted
+        assert engine.draft_counts.acceptance_rate < 1  # not all was right
 
 
 @pytest.mark.parametrize(
@@ -131,32 +103,32 @@ def test_the_engine_gives_the_tokens_of_full_depth(drafter: str, options: str, d
     ],
 )
 def test_every_family_gives_the_tokens_of_full_depth(family: str, name: str) -> None:
-    adapted = anydepth.attach(families.build(family), DRAFTERS[name]).eval()
     batch = prompts(2)
     if family == "qwen3_next":
         with pytest.raises(UserError, match="recurrent layer's state cannot"):
-            adapted.generate(**batch, max_new_tokens=4)
+            drafting("hf", name, families.build(family))
         return
     for options in ("greedy", "sampled"):
-        wanted, ours = both(adapted, adapted, batch, **OPTIONS[options])
+        wanted, ours = both(drafting("hf", name, families.build(family)), batch, **OPTIONS[options])
         assert torch.equal(wanted, ours)
     if family in ENGINE_FAMILIES:
-        wanted, ours = both(adapted, FastEngine(adapted), batch, **OPTIONS["greedy"])
+        wanted, ours = both(drafting("fast", name, families.build(family)), batch, **OPTIONS["greedy"])
         assert torch.equal(wanted, ours)
 
 
 def test_what_drafts_like_the_model_is_always_right() -> None:
-    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set"}]).eval()
     for options in OPTIONS.values():
-        both(adapted, FastEngine(adapted), prompts(3), **options, eos_token_id=None)
-        counts = adapted.draft_counts
-        assert counts.acceptance_rate == 1 and counts.num_drafted["reduced model"] >= 3 * 23
+        engine = drafting("fast", (ALONE, [{"name": "skip_set"}]))
+        both(engine, prompts(3), **options, eos_token_id=None)
+        counts = engine.draft_counts
+        assert counts is not None
+        assert counts.acceptance_rate == 1 and counts.num_drafted["pruned model"] >= 3 * 23
         assert counts.mean_acceptance_length > 4
 
 
 def test_no_token_runs_the_first_layers_twice() -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
-    engine = FastEngine(adapted)
+    engine = drafting("fast", "first layers")
+    assert engine.model is not None
     own, ran = engine.model.run_to_stops, [0] * 6
 
     def counted(states: Any, slots: Any, cache: Any, first: int, stops: Any) -> Any:
@@ -166,7 +138,8 @@ def test_no_token_runs_the_first_layers_twice() -> None:
 
     engine.model.run_to_stops = counted  # type: ignore[method-assign]
     engine.generate(**prompts(1), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
-    counts = adapted.draft_counts
+    counts = engine.draft_counts
+    assert counts is not None
     drafted = sum(counts.num_drafted.values())
     assert ran == [21 + counts.num_verified + drafted] * 6
     assert counts.num_taken == 29 and drafted > counts.num_accepted["first 3 layers"]
@@ -175,28 +148,28 @@ def test_no_token_runs_the_first_layers_twice() -> None:
 @pytest.mark.parametrize("name", ["several exits", "everything"])
 def test_guesses_that_are_dropped_leave_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second one is, after the first layers have run for it."""
-    adapted, asked = anydepth.attach(tiny_llama(), DRAFTERS[name]).eval(), itertools.count()
+    asked = itertools.count()
     monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.repays", lambda *_: next(asked) % 2)
     monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.pays", lambda *_: True)
-    engines = [FastEngine(adapted), *([adapted] if name == "several exits" else [])]
+    engines = [drafting(path, name) for path in (("fast", "hf") if name == "several exits" else ("fast",))]
     for engine, num_rows in itertools.product(engines, (1, 4)):
-        wanted, ours = both(adapted, engine, prompts(num_rows), do_sample=False, eos_token_id=None)
+        wanted, ours = both(engine, prompts(num_rows), do_sample=False, eos_token_id=None)
         assert torch.equal(wanted, ours)
-    assert next(asked) > 20 and adapted.draft_counts.num_drafted
+    assert next(asked) > 20 and engines[0].draft_counts.num_drafted  # type: ignore[union-attr]
 
 
 def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
-    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set"}]).eval()  # drafts far, always right
-    engine, tokenizer, batch = FastEngine(adapted), byte_tokenizer(), prompts(3)
-    with adapted.disabled():
+    spec = (ALONE, [{"name": "skip_set"}])  # drafts far, always right
+    engine, tokenizer, batch = drafting("fast", spec), byte_tokenizer(), prompts(3)
+    with engine.adapted.disabled():
         whole = engine.generate(**batch, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
     ends = [int(whole[0, 21 + 6]), int(whole[2, 21 + 17])]
     said = tokenizer.decode(whole[1, 21:])
     stop = next(letter for letter in said if letter.isascii() and letter.isprintable())
     at = said.index(stop)
     for options in ({"eos_token_id": ends}, {"stop_strings": [stop], "tokenizer": tokenizer, "eos_token_id": None}):
-        for runner in (engine, adapted):
-            wanted, ours = both(adapted, runner, batch, do_sample=False, max_new_tokens=40, **options)
+        for runner in (engine, drafting("hf", spec)):
+            wanted, ours = both(runner, batch, do_sample=False, max_new_tokens=40, **options)
             assert torch.equal(wanted, ours)
             if "stop_strings" in options:
                 alone = {key: part[1:2] for key, part in batch.items()}
@@ -207,7 +180,6 @@ def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
 
 def test_rows_that_ended_go_on_where_no_end_token_is_known() -> None:
     """As transformers has it: without an end token nothing is filled up, and the batch ends with its last row."""
-    adapted = anydepth.attach(tiny_llama(), [ALONE, {"name": "skip_set", "skip_layers": [2]}]).eval()
     batch = prompts(3)
 
     class Ends(StoppingCriteria):
@@ -218,51 +190,49 @@ def test_rows_that_ended_go_on_where_no_end_token_is_known() -> None:
                 lengths = torch.tensor([[6, 14, 9][row] + 21])
             return torch.full((len(input_ids),), input_ids.shape[1]) >= lengths
 
-    for runner in (FastEngine(adapted), adapted):
+    for path in ("fast", "hf"):
         options: Any = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None}
-        wanted, ours = both(adapted, runner, batch, stopping_criteria=[Ends()], **options)
+        engine = drafting(path, (ALONE, [{"name": "skip_set", "skip_layers": [2]}]))
+        wanted, ours = both(engine, batch, stopping_criteria=[Ends()], **options)
         assert torch.equal(wanted, ours) and ours.shape[1] == 21 + 14
 
 
 def test_a_length_that_the_prompt_has_already_ends_at_once() -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
-    for runner in (FastEngine(adapted), adapted):
+    for path in ("fast", "hf"):
         limit = StoppingCriteriaList([MaxLengthCriteria(10)])
-        wanted, ours = both(adapted, runner, prompts(2), do_sample=False, stopping_criteria=limit)
+        wanted, ours = both(drafting(path, "first layers"), prompts(2), do_sample=False, stopping_criteria=limit)
         assert torch.equal(wanted, ours) and ours.shape[1] == 22
 
 
 def test_what_would_be_dropped_is_refused() -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
     batch = prompts(2)
     right = {**batch, "attention_mask": torch.tensor([[1] * 20 + [0], [1] * 21])}
-    for runner in (FastEngine(adapted), adapted):
+    for runner in (drafting("fast", "first layers"), drafting("hf", "first layers")):
         with pytest.raises(UserError, match="pad on the left"):
             runner.generate(**right, max_new_tokens=3)
         with pytest.raises(UserError, match="assistant_model is not taken"):
-            runner.generate(**batch, assistant_model=adapted.model, max_new_tokens=3)
+            runner.generate(**batch, assistant_model=runner.adapted.model, max_new_tokens=3)
 
 
 def test_rows_near_a_change_of_bits_hold_the_others_back() -> None:
     """A batch of one row in front of the place where attention is cut otherwise and one far from it."""
     model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
-    adapted = anydepth.attach(model, [{**ALONE, "max_draft": 8}, {"name": "skip_set", "skip_layers": [2]}]).eval()
-    engine, generator = FastEngine(adapted), torch.Generator().manual_seed(0)
+    engine = drafting("fast", ({**ALONE, "max_draft": 8}, [{"name": "skip_set", "skip_layers": [2]}]), model)
+    generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 100, (2, 250), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, :130] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    wanted, ours = both(adapted, engine, batch, do_sample=False, max_new_tokens=60, eos_token_id=None)
+    wanted, ours = both(engine, batch, do_sample=False, max_new_tokens=60, eos_token_id=None)
     assert torch.equal(wanted, ours)
 
 
 @pytest.mark.parametrize("strategy", ["dynamic", "influence", "knapsack"])
 def test_searching_for_layers_beside_early_exits(strategy: str) -> None:
     """Layers that are called by themselves see no gates of the forward before."""
-    spec = {**ALONE, "exit_layers": [3], "search": {"strategy": strategy, "every": 8, "window": 8}}
-    adapted = anydepth.attach(tiny_llama(), spec).eval()
-    for runner in (FastEngine(adapted), adapted):
-        wanted, ours = both(adapted, runner, prompts(1), do_sample=False, eos_token_id=None)
+    options = {**ALONE, "exit_layers": [3], "search": {"strategy": strategy, "every": 8, "window": 8}}
+    for path in ("fast", "hf"):
+        wanted, ours = both(drafting(path, (options, [])), prompts(1), do_sample=False, eos_token_id=None)
         assert torch.equal(wanted, ours)
 
 
@@ -281,13 +251,12 @@ class Puts:
 
 
 def test_a_streamer_gets_every_step_in_order() -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["everything"]).eval()
-    engine, batch, streams = FastEngine(adapted), prompts(3), []
+    engine, batch, streams = drafting("fast", "everything"), prompts(3), []
     for full_depth in (True, False):
         streams.append(Puts())
         options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "streamer": streams[-1]}
         if full_depth:
-            with adapted.disabled():
+            with engine.adapted.disabled():
                 engine.generate(**batch, **options)
         else:
             engine.generate(**batch, **options)
@@ -297,39 +266,43 @@ def test_a_streamer_gets_every_step_in_order() -> None:
 
 @pytest.mark.parametrize("path", ["hf", "fast"])
 def test_a_draft_that_fails_leaves_the_model_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
-    runner: Any = adapted if path == "hf" else FastEngine(adapted)
-    wanted, ours = both(adapted, runner, prompts(2), do_sample=False)
+    runner = drafting(path, "first layers")
+    wanted, ours = both(runner, prompts(2), do_sample=False)
     assert torch.equal(wanted, ours)
-    own, calls = sampler.NextToken.guess, itertools.count()
+    own, calls = Sampler.draft, itertools.count()
 
     def fails(self: Any, *arguments: Any) -> Any:
         if next(calls) == 5:
             raise KeyboardInterrupt
         return own(self, *arguments)
 
-    monkeypatch.setattr(sampler.NextToken, "guess", fails)
+    monkeypatch.setattr(Sampler, "draft", fails)
     with pytest.raises(KeyboardInterrupt):
         runner.generate(**prompts(2), max_new_tokens=30, do_sample=False, pad_token_id=0)
     monkeypatch.undo()
-    again, ours = both(adapted, runner, prompts(2), do_sample=False)
+    again, ours = both(runner, prompts(2), do_sample=False)
     assert torch.equal(again, wanted) and torch.equal(ours, wanted)
-    with adapted.disabled():
-        assert torch.isfinite(adapted(prompts(1)["input_ids"]).logits).all()
+    with runner.adapted.disabled():
+        assert torch.isfinite(runner.adapted(prompts(1)["input_ids"]).logits).all()
 
 
-def test_forwards_run_at_full_depth() -> None:
-    model, ids = tiny_llama(), prompts(2)["input_ids"]
-    wanted = model(ids).logits
-    adapted = anydepth.attach(model, DRAFTERS["skip set"]).eval()
-    assert torch.equal(adapted(ids).logits, wanted)
-    assert adapted.last_trace.mean_depth == 6
+def test_attached_methods_decide_outside_of_drafting() -> None:
+    """`adapted.generate` and forwards are those of the attached methods; a drafted text is that of full depth."""
+    engine, batch = drafting("fast", "skip set"), prompts(2)
+    engine.adapted(batch["input_ids"])
+    assert engine.adapted.last_trace.mean_depth == 3.5
+    both(engine, batch, do_sample=False)
+    assert engine.adapted.last_trace.mean_depth == 6
+    plain = engine.without_draft()
+    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(plain.generate(**batch, **options), engine.adapted.generate(**batch, **options))
+    assert engine.adapted.last_trace.mean_depth < 6
 
 
 # --- distribution -----------------------------------------------------------------------------------------------
 
 
-def joint(adapted: AdaptedModel, engine: FastEngine, num_batches: int, **options: Any) -> Tensor:
+def joint(engine: Engine, num_batches: int, **options: Any) -> Tensor:
     """Counts of the 3 tokens that follow a prompt, sampled: (V, V, V) of a vocabulary of 8."""
     ids = torch.tensor([[3, 5, 3, 5, 3]]).expand(12, -1)
     counts = torch.zeros(8, 8, 8)
@@ -380,49 +353,50 @@ def test_sampled_tokens_have_the_joint_distribution_of_full_depth(monkeypatch: p
     model = tiny_llama(vocab_size=8)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
-    adapted = anydepth.attach(model, [{**ALONE, "exit_layers": [3]}]).eval()
-    engine, options = FastEngine(adapted), {"temperature": 0.9, "top_p": 0.9, "top_k": 0}
+    engine = drafting("fast", ({**ALONE, "exit_layers": [3]}, []), model)
+    adapted, options = engine.adapted, {"temperature": 0.9, "top_p": 0.9, "top_k": 0}
     shares = exact(adapted, options["temperature"], options["top_p"])
-    assert chi_square_p(joint(adapted, engine, 330, **options), shares) > 1e-3
-    assert 0.1 < adapted.draft_counts.acceptance_rate < 0.95
-    own = speculate.Speculation._take
+    assert chi_square_p(joint(engine, 330, **options), shares) > 1e-3
+    assert engine.draft_counts is not None and 0.1 < engine.draft_counts.acceptance_rate < 0.95
+    own = policy.DraftedSteps._take
 
-    def credulous(self: Any, rows: Any, logits: Any) -> Any:
-        for row, part in zip(rows, logits, strict=True):
+    def credulous(self: Any, requests: Any, logits: Any) -> Any:
+        for row, part in zip(requests, logits, strict=True):
             for place, token in enumerate(row.draft):
                 part[place] = torch.full_like(part[place], -1e4)
                 part[place, token] = 0.0
-        return own(self, rows, logits)
+        return own(self, requests, logits)
 
-    monkeypatch.setattr(speculate.Speculation, "_take", credulous)
-    assert chi_square_p(joint(adapted, engine, 330, **options), shares) < 1e-6
+    monkeypatch.setattr(policy.DraftedSteps, "_take", credulous)
+    assert chi_square_p(joint(engine, 330, **options), shares) < 1e-6
 
 
 # --- parts ------------------------------------------------------------------------------------------------------
 
 
+def request(ids: list[int], num_padding: int = 0) -> Request:
+    """Return a request whose prompt these tokens are."""
+    return Request(ids, Sampler(), Stops.at(len(ids) + 9), num_padding=num_padding)
+
+
 def test_lookup_goes_on_as_the_text_did() -> None:
-    drafter = Lookup()
-    drafter.start(None, 1)  # type: ignore[arg-type]
-    row = Row([9, 1, 2, 3, 4, 5, 9, 9, 2, 3], slot=0)
-    seen = []
+    drafter, row, seen = PromptLookupDrafter(), request([9, 1, 2, 3, 4, 5, 9, 9, 2, 3]), []
     for _ in range(4):
-        guess = drafter.guess([row], None)[0]  # type: ignore[arg-type]
-        assert guess is not None
-        seen.append((guess.token, guess.confidence))
-        row.draft.append(guess.token)
+        proposal = drafter.propose(None, [row], None)[0]  # type: ignore[arg-type]
+        assert proposal is not None
+        seen.append((proposal.token, proposal.bin))
+        row.draft.append(proposal.token)
     assert seen == [(4, 2), (5, 3), (9, 4), (9, 5)]
     row.ids, row.draft = [*row.ids, 7], []
-    assert drafter.guess([row], None) == [None]  # type: ignore[arg-type]
+    assert drafter.propose(None, [row], None) == [None]  # type: ignore[arg-type]
 
 
 def test_a_search_goes_on_while_text_is_generated_and_keeps_the_best() -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["searched"]).eval()
-    engine = FastEngine(adapted)
+    engine = drafting("fast", "searched")
     for seed in range(3):
         engine.generate(**prompts(1, seed), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert engine.drafting is not None
-    drafter: Any = engine.drafting.drafters[0]
+    drafter: Any = engine.drafting.drafters[0]  # type: ignore[attr-defined]
     seen = drafter.proposals.seen
     assert len(seen) >= 5 and all(len(layers) == 2 and 0 <= share <= 1 for layers, share in seen.items())
     assert seen[tuple(sorted(Plan.of([drafter.method]).closed["layer"]))] == max(seen.values())
@@ -433,24 +407,23 @@ def test_a_search_by_time_measures_once_and_takes_the_least_influence_for_it(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layer 4 takes half of a step, so it is cheaper to leave out than four other layers, one of which is cheaper."""
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["searched by time"]).eval()
-    runner: Any = adapted if path == "hf" else FastEngine(adapted)
-    target, asked = (HFTarget, EngineTarget)[path == "fast"], []
-    own = target.layer_seconds
+    runner = drafting(path, "searched by time")
+    session: Any = (HFSession, FastSession)[path == "fast"]
+    own, asked = session.layer_seconds, []
 
-    def planted(self: Any, row: Row, num_tokens: int) -> list[float]:
-        measured = own(self, row, num_tokens)
+    def planted(self: Any, sequence: int, ids: list[int]) -> list[float]:
+        measured = own(self, sequence, ids)
         assert len(measured) == 6 and all(seconds > 0 for seconds in measured)
-        asked.append(row.num_seen)
+        asked.append(sequence)
         return [1.0, 1.0, 1.0, 1.0, 5.0, 1.0]
 
-    monkeypatch.setattr(target, "layer_seconds", planted)
+    monkeypatch.setattr(session, "layer_seconds", planted)
     turns = dict.fromkeys([("layer", i) for i in range(6)], 1.0) | {("layer", 4): 1.5}
     monkeypatch.setattr("anydepth.search.knapsack.influences", lambda *_: turns)
     for seed in range(2):
-        wanted, ours = both(adapted, runner, prompts(1, seed), do_sample=False, eos_token_id=None)
+        wanted, ours = both(runner, prompts(1, seed), do_sample=False, eos_token_id=None)
         assert torch.equal(wanted, ours)
-    drafter: Any = (adapted.calls.drafting if path == "hf" else runner.drafting).drafters[0]
+    drafter: Any = runner.drafting.drafters[0]  # type: ignore[attr-defined]
     assert len(asked) == 1 and drafter.number >= 4
     assert Plan.of([drafter.method]).closed["layer"] == {
         4
@@ -459,10 +432,10 @@ def test_a_search_by_time_measures_once_and_takes_the_least_influence_for_it(
 
 def test_many_rows_still_have_the_bits_of_full_depth() -> None:
     """A verification of all drafts of many rows would be a pass of many tokens, which other operators run."""
-    spec = [{**ALONE, "max_draft": 8}, {"name": "skip_set", "skip_layers": [2]}]
-    adapted = anydepth.attach(tiny_llama().to(torch.bfloat16), spec).eval()
+    spec = ({**ALONE, "max_draft": 8}, [{"name": "skip_set", "skip_layers": [2]}])
+    engine = drafting("fast", spec, tiny_llama().to(torch.bfloat16))
     for num_rows in (8, 24):
-        wanted, ours = both(adapted, FastEngine(adapted), prompts(num_rows), do_sample=False)
+        wanted, ours = both(engine, prompts(num_rows), do_sample=False)
         assert torch.equal(wanted, ours)
 
 
@@ -470,44 +443,31 @@ def test_contexts_whose_attention_is_cut_into_larger_parts() -> None:
     """Passes do not reach over the places where the parts double: there the bits would be others."""
     ids = torch.randint(3, 100, (1, 100), generator=torch.Generator().manual_seed(0)).repeat(1, 3)[:, :240]
     model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
-    adapted = anydepth.attach(model, [{**ALONE, "max_draft": 8}, {"name": "skip_set", "skip_layers": [2]}]).eval()
-    engine = FastEngine(adapted)
+    engine = drafting("fast", ({**ALONE, "max_draft": 8}, [{"name": "skip_set", "skip_layers": [2]}]), model)
     for start in range(0, 60, 7):
         batch = {"input_ids": ids[:, start:], "attention_mask": torch.ones_like(ids[:, start:])}
-        wanted, ours = both(adapted, engine, batch, do_sample=False, max_new_tokens=90, eos_token_id=None)
+        wanted, ours = both(engine, batch, do_sample=False, max_new_tokens=90, eos_token_id=None)
         assert torch.equal(wanted, ours)
     assert same_bits_until(1, 2) <= same_bits_until(257, 2) and same_bits_until(300, 2) >= 300
 
 
 def test_the_state_of_chance_is_that_of_full_depth() -> None:
     """Drafts draw noise for steps that nobody takes; a second generation behind the same seed does not see it."""
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"]).eval()
-    engine, options = FastEngine(adapted), {"do_sample": True, "max_new_tokens": 11, "pad_token_id": 0}
+    engine, options = drafting("fast", "first layers"), {"do_sample": True, "max_new_tokens": 11, "pad_token_id": 0}
     texts = []
     for full_depth in (True, False):
         torch.manual_seed(3)
         for _ in range(2):
             if full_depth:
-                with adapted.disabled():
+                with engine.adapted.disabled():
                     texts.append(engine.generate(**prompts(2), **options))
             else:
                 texts.append(engine.generate(**prompts(2), **options))
     assert torch.equal(texts[0], texts[2]) and torch.equal(texts[1], texts[3])
 
 
-def test_noise_that_was_dropped_is_drawn_again() -> None:
-    torch.manual_seed(1)
-    noise = Noise(2, torch.device("cpu"))
-    first = [noise.at(step, 5).clone() for step in range(KEPT_NOISE + 20)]
-    assert torch.equal(noise.at(3, 5), first[3]) and noise.at(KEPT_NOISE + 20, 5).shape == (2, 5)
-    again = noise.at(KEPT_NOISE + 21, 5)
-    torch.manual_seed(1)
-    every = [torch.empty(2, 5).exponential_(1) for _ in range(KEPT_NOISE + 22)]
-    assert all(torch.equal(a, b) for a, b in zip(first, every, strict=False)) and torch.equal(again, every[-1])
-
-
 def test_no_token_of_a_reduced_vocabulary_is_allowed() -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers, few tokens"]).eval()
+    engine = drafting("fast", "first layers, few tokens")
 
     def allowed(_: int, ids: Tensor) -> list[int]:
         return [150, 160, 170 + len(ids) % 7]
@@ -515,24 +475,13 @@ def test_no_token_of_a_reduced_vocabulary_is_allowed() -> None:
     allowed.is_stateless = True  # type: ignore[attr-defined]
     options: dict[str, Any] = {"prefix_allowed_tokens_fn": allowed}
     for sampling in (False, True):
-        wanted, ours = both(adapted, FastEngine(adapted), prompts(2), do_sample=sampling, **options)
+        wanted, ours = both(engine, prompts(2), do_sample=sampling, **options)
         assert torch.equal(wanted, ours)
 
 
-def test_nothing_of_a_generation_is_kept() -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["everything"]).eval()
-    engine = FastEngine(adapted)
-    engine.generate(**prompts(2), max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert engine.drafting is not None
-    for drafter in engine.drafting.drafters:
-        assert drafter.target is None and getattr(drafter, "cache", None) is None
-        assert not getattr(drafter, "rows", None) and not getattr(drafter, "indices", None)
-
-
 def test_a_prompt_that_fails_says_why() -> None:
-    """Nothing has begun to draft then: what is stopped was never started."""
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["everything"]).eval()
-    engine = FastEngine(adapted)
+    engine = drafting("fast", "everything")
+    assert engine.model is not None
 
     def fails(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -543,16 +492,13 @@ def test_a_prompt_that_fails_says_why() -> None:
 
 
 def test_the_trained_drafter_is_of_the_fast_engine() -> None:
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["trained"]).eval()
     with pytest.raises(UserError, match="use engine fast"):
-        adapted.generate(**prompts(1), max_new_tokens=4)
+        drafting("hf", "trained")
 
 
 def test_padding_is_no_text_to_look_up() -> None:
-    drafter = Lookup()
-    drafter.start(None, 1)  # type: ignore[arg-type]
-    row = Row([0, 0, 0, 0, 5, 6, 0, 0], num_padding=4, slot=0)
-    assert drafter.guess([row], None) == [None]  # type: ignore[arg-type]
+    row = request([0, 0, 0, 0, 5, 6, 0, 0], num_padding=4)
+    assert PromptLookupDrafter().propose(None, [row], None) == [None]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -564,18 +510,17 @@ def test_padding_is_no_text_to_look_up() -> None:
         ({"network": {"taps": [7]}}, "taps"),
         ({"network": {"taps": [2, 4]}}, "the last must be 6"),
         ({"exit_layers": [3], "exit_vocabulary": 999}, "257 tokens"),
-        ({"network": {"taps": [2, 6]}, "exit_layers": [3]}, "behind exit_layers"),
+        ({"network": {"taps": [2, 6]}, "exit_layers": [3]}, "after exit_layers"),
         ({"draft": 3}, "unknown key"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        anydepth.attach(tiny_llama(), {"name": "self_speculation", **options})
+        Draft(anydepth.attach(tiny_llama(), []), options)
 
 
 def test_modes_that_it_has_not_are_refused() -> None:
-    adapted = anydepth.attach(tiny_llama(), {"name": "self_speculation"}).eval()
-    for runner in (adapted, FastEngine(adapted)):
+    for runner in (drafting("hf", "lookup"), drafting("fast", "lookup")):
         with pytest.raises(UserError, match="greedily or samples"):
             runner.generate(**prompts(1), max_new_tokens=4, num_beams=2)
 
@@ -614,8 +559,8 @@ def test_rotary_embeddings_that_change_with_the_length(kind: str, length: int, d
     ids = families.token_ids(1, length)
     options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     wanted = of_growing_rotary(kind).generate(ids, **options)
-    adapted = anydepth.attach(of_growing_rotary(kind), DRAFTERS[drafter])
-    assert torch.equal(adapted.generate(ids, **options), wanted)
+    engine = drafting("hf", drafter, of_growing_rotary(kind))
+    assert torch.equal(engine.generate(ids, **options), wanted)
 
 
 @torch.no_grad()
@@ -625,13 +570,13 @@ def test_batches_that_cross_the_change_of_rotary_embeddings_are_refused(kind: st
     """C4, rows: the change comes for all rows at once, padding included, and rows that draft run alone."""
     ids = families.token_ids(len(padding), 12)
     mask = torch.stack([torch.arange(12) >= count for count in padding]).long()
-    adapted = anydepth.attach(of_growing_rotary(kind), DRAFTERS["first layers"])
+    engine = drafting("hf", "first layers", of_growing_rotary(kind))
     options: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with pytest.raises(UserError, match="changes at 24 tokens") as caught:
-        adapted.generate(ids, max_new_tokens=24, **options)
+        engine.generate(ids, max_new_tokens=24, **options)
     assert "\n" not in str(caught.value)
     wanted = of_growing_rotary(kind).generate(ids, max_new_tokens=10, **options)
-    assert torch.equal(adapted.generate(ids, max_new_tokens=10, **options), wanted)  # not reached
+    assert torch.equal(engine.generate(ids, max_new_tokens=10, **options), wanted)  # not reached
 
 
 @torch.no_grad()
@@ -672,9 +617,8 @@ class Counting(LogitsProcessor):
 @pytest.mark.parametrize("drafter", ["lookup", "first layers", "everything"])
 def test_processors_with_a_state_are_asked_once_a_token(drafter: str, sampled: bool, path: str) -> None:
     """C7: a logits processor is called for each token that is taken, in order, as transformers calls it."""
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS[drafter])
-    runner: Any = FastEngine(adapted) if path == "fast" else adapted
-    found = []
+    runner = drafting(path, drafter)
+    adapted, found = runner.adapted, []
     for full_depth in (True, False):
         processor = Counting()
         with adapted.disabled() if full_depth else contextlib.nullcontext():
@@ -692,9 +636,8 @@ def test_processors_with_a_state_are_asked_once_a_token(drafter: str, sampled: b
 @pytest.mark.parametrize("path", ["hf", "fast"])
 def test_a_users_prefix_function_is_asked_once_a_token(path: str) -> None:
     """C7, a function: `prefix_allowed_tokens_fn` may keep a state as well."""
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
-    runner: Any = FastEngine(adapted) if path == "fast" else adapted
-    found = []
+    runner = drafting(path, "first layers")
+    adapted, found = runner.adapted, []
     for full_depth in (True, False):
         asked = itertools.count()
 
@@ -714,8 +657,7 @@ def test_a_users_prefix_function_is_asked_once_a_token(path: str) -> None:
 @pytest.mark.parametrize("path", ["hf", "fast"])
 def test_processors_with_a_state_and_several_rows_are_refused(path: str) -> None:
     """C7, a batch: rows that draft are at different tokens, which such a processor cannot follow."""
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["lookup"])
-    runner: Any = FastEngine(adapted) if path == "fast" else adapted
+    runner = drafting(path, "lookup")
     with pytest.raises(UserError, match="Counting may keep a state"):
         runner.generate(
             **prompts(2), max_new_tokens=5, pad_token_id=0, logits_processor=LogitsProcessorList([Counting()])
@@ -725,14 +667,14 @@ def test_processors_with_a_state_and_several_rows_are_refused(path: str) -> None
 @torch.no_grad()
 def test_processors_of_transformers_that_keep_a_state() -> None:
     """C7, transformers' own: classifier-free guidance has a K/V cache of the unconditional text."""
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
-    found = []
+    engine = drafting("hf", "first layers")
+    adapted, found = engine.adapted, []
     for full_depth in (True, False):
         guidance: Any = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, tiny_llama(seed=3))
         processors = LogitsProcessorList([guidance])
         with adapted.disabled() if full_depth else contextlib.nullcontext():
             found.append(
-                adapted.generate(
+                engine.generate(
                     **prompts(1), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None,
                     logits_processor=processors,
                 )
@@ -749,6 +691,6 @@ def test_processors_that_say_they_keep_no_state_are_taken_for_batches() -> None:
         def __call__(self, input_ids: Any, scores: Any) -> Any:
             return scores.index_fill(1, torch.tensor([7, 9]), -torch.inf)
 
-    adapted = anydepth.attach(tiny_llama(), DRAFTERS["first layers"])
-    ours, theirs = both(adapted, adapted, prompts(3), do_sample=False, logits_processor=LogitsProcessorList([Ban()]))
+    engine = drafting("hf", "first layers")
+    ours, theirs = both(engine, prompts(3), do_sample=False, logits_processor=LogitsProcessorList([Ban()]))
     assert torch.equal(ours, theirs)

@@ -1,0 +1,195 @@
+"""Continuous batching: every request gets what it gets alone, whoever else is there; memory stays in its bound."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+import anydepth
+from anydepth import FastEngine
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Sampler, Stops
+from anydepth.decoding.scheduler import Scheduler
+from anydepth.errors import UserError
+from drafts import NETWORK, drafting
+from tiny import tiny_llama
+
+RATES = [0.5, 0.7, 0.4, 0.8, 0.5]
+
+
+def engine(kv_rule: str = "project") -> FastEngine:
+    router = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": RATES, "kv_rule": kv_rule}
+    return FastEngine(anydepth.attach(tiny_llama(), router))
+
+
+def request(prompt: list[int], num_new: int, sampler: Sampler | None = None, end_ids: tuple[int, ...] = ()) -> Request:
+    """Return a request for so many new tokens, greedy unless a sampler is given."""
+    return Request(prompt, sampler or Sampler(), Stops.at(len(prompt) + num_new, end_ids))
+
+
+def prompts(num: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(3, 40, (num,), generator=generator).tolist()
+    return [torch.randint(1, 257, (length,), generator=generator).tolist() for length in lengths]
+
+
+def alone(fast: FastEngine, prompt: list[int], new_tokens: int) -> list[int]:
+    output = fast.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kv_rule", ["project", "omit"])
+def test_requests_that_join_and_leave_get_what_they_get_alone(kv_rule: str) -> None:
+    fast = engine(kv_rule)
+    requests = [request(prompt, 3 + 2 * number) for number, prompt in enumerate(prompts(9))]
+    scheduler = Scheduler(fast, max_requests=4)
+    most = 0
+    for one in requests:
+        scheduler.add(one)
+    while not scheduler.is_idle:
+        most = max(most, len(scheduler.step()))
+    assert most == 4
+    for one in requests:
+        assert one.output == alone(fast, one.prompt, len(one.output))
+        assert torch.equal(one.trace.mixer_keep, fast.adapted.last_trace.mixer_keep)
+    assert all(count == 0 for layer in scheduler.session.cache.layers for count in layer.counts)
+
+
+@pytest.mark.parametrize("kv_rule", ["project", "omit"])
+def test_long_prompts_are_read_between_the_tokens_of_others(kv_rule: str) -> None:
+    fast = engine(kv_rule)
+    generator = torch.Generator().manual_seed(6)
+    long = [torch.randint(1, 257, (length,), generator=generator).tolist() for length in (300, 460, 323)]
+    first, *others = [request(prompts(1)[0], 9), *(request(prompt, 4) for prompt in long)]
+    scheduler = Scheduler(fast, max_requests=4)
+    scheduler.add(first)
+    for one in others:
+        scheduler.add(one)
+    while not first.is_finished:
+        assert first in scheduler.step()  # a token in every step, whatever else is read
+    assert [len(one.output) for one in others] == [4, 3, 0] and scheduler.reading is others[2]
+    while not scheduler.is_idle:
+        scheduler.step()
+    for one in (first, *others):
+        assert one.output == alone(fast, one.prompt, len(one.output))
+        assert torch.equal(one.trace.mixer_keep, fast.adapted.last_trace.mixer_keep)
+        record = one.record_of(0)
+        assert record is not None and torch.equal(
+            record.stacked()[0][:, 0, -1], one.trace.mixer_keep[:, 0, len(one.prompt) - 1]
+        )
+    long_one = request(long[1], 4)
+    for one in (kept := request(long[0], 20), long_one):
+        scheduler.add(one)
+    for _ in range(3):
+        scheduler.step()
+    assert scheduler.reading is long_one
+    scheduler.cancel(long_one)
+    assert scheduler.reading is None and len(scheduler.session.cache.free) == 3
+    scheduler.run([])
+    assert kept.is_finished and scheduler.is_idle
+
+
+def test_a_prompt_is_read_at_once_only_where_no_request_waits_for_tokens() -> None:
+    fast, prompt = engine(), list(range(1, 240))
+    for is_alone, parts in ((True, [1]), (False, [0, 1])):  # 128, then 111
+        one, scheduler = request(prompt, 1), Scheduler(fast)
+        if not is_alone:
+            scheduler.add(request([1, 2, 3], 9))
+            scheduler.step()
+        scheduler.add(one)
+        while not one.is_finished:
+            scheduler.step()
+        assert one.trace.head_rows == parts
+    first, second = request(prompt, 2), request(prompt, 2)
+    scheduler = Scheduler(fast, is_interactive=False)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.step() == [first, second]  # both prompts, before any second token
+
+
+def test_end_tokens_processors_and_sampling_are_each_requests_own() -> None:
+    fast, (first, second) = engine(), prompts(2)
+    said = alone(fast, first, 8)
+    ending = request(first, 8, end_ids=tuple(said[2:3]))
+    penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1e9)])  # type: ignore[no-untyped-call]
+    never_again = request(second, 12, Sampler(penalty))
+    sampled = [
+        request(second, 12, Sampler(sampling=True, generator=torch.Generator().manual_seed(seed))) for seed in (1, 1, 2)
+    ]
+    Scheduler(fast, max_requests=5).run([ending, never_again, *sampled])
+    assert ending.output == said[:3]
+    assert len({*second, *never_again.output}) == len(set(second)) + 12
+    assert sampled[0].output == sampled[1].output != sampled[2].output
+
+
+def test_cancelled_requests_leave_no_trace() -> None:
+    fast, three = engine(), prompts(3)
+    kept, running, waiting = (request(prompt, 10) for prompt in three)
+    scheduler = Scheduler(fast, max_requests=2)
+    for one in (running, kept, waiting):
+        scheduler.add(one)
+    for _ in range(3):
+        scheduler.step()
+    scheduler.cancel(running)
+    scheduler.cancel(waiting)
+    while not scheduler.is_idle:
+        scheduler.step()
+    assert kept.output == alone(fast, kept.prompt, 10) and not waiting.output and len(running.output) < 10
+    assert sorted(scheduler.session.cache.free) == [0, 1]
+
+
+def test_memory_is_bounded_and_what_cannot_fit_is_refused() -> None:
+    scheduler = Scheduler(engine(), max_requests=2, max_tokens=120)
+    long = request(list(range(1, 51)), 10)
+    scheduler.run([long, request(list(range(1, 11)), 40)])
+    assert scheduler.session.cache.capacity <= 60 and len(long.output) == 10
+    with pytest.raises(UserError, match="51 \\+ 10 tokens does not fit a slot of 60"):
+        scheduler.add(request(list(range(1, 52)), 10))
+    with pytest.raises(UserError, match="at least one token"):
+        scheduler.add(request([], 10))
+    with pytest.raises(UserError, match="holds no request"):
+        Scheduler(engine(), max_requests=0)
+
+
+@pytest.mark.parametrize("options", [{"network": NETWORK}, {"exit_layers": [2], "lookup": False}])
+def test_long_prompts_of_drafted_requests_are_read_in_chunks_too(options: dict[str, Any]) -> None:
+    """While others wait for tokens, and the text is the same."""
+    engine = drafting("fast", (options, []), tiny_llama(max_position_embeddings=512))
+    prompt = torch.randint(1, 257, (400,), generator=torch.Generator().manual_seed(3)).tolist()
+    found = []
+    for is_alone in (True, False):
+        one, scheduler = request(prompt, 12), Scheduler(engine)
+        one.is_drafted = True
+        if not is_alone:
+            scheduler.add(request([1, 2, 3], 30))
+            scheduler.step()
+        scheduler.add(one)
+        while not one.is_finished:
+            scheduler.step()
+        found.append(one.output)
+        assert [record.token_mask.shape[1] for record, _ in one.passes] == ([400] if is_alone else [128, 128, 144])
+        assert one.counts.num_drafted
+    with engine.adapted.disabled():
+        wanted = engine.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert found[0] == found[1] == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_drafted_and_plain_requests_share_a_session(path: str) -> None:
+    """Each gets what it gets alone: drafted ones the text of full depth, others that of the attached methods."""
+    spec = ({"exit_layers": [2], "adaptive": False}, [{"name": "skip_set", "skip_layers": [3]}])
+    engine = drafting(path, spec)
+    requests = [request(prompt, 12) for prompt in prompts(6)]
+    for number, one in enumerate(requests):
+        one.is_drafted = number % 2 == 0
+    Scheduler(engine, 4).run(requests)
+    for one in requests:
+        ids = torch.tensor([one.prompt])
+        with engine.adapted.disabled() if one.is_drafted else nullcontext():
+            wanted = engine.adapted.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert one.output == wanted[0, len(one.prompt) :].tolist()
+    assert requests[0].counts.num_drafted and not requests[1].counts.num_verified
