@@ -32,7 +32,7 @@ def test_an_option_without_a_default_is_listed_as_required(
     """C21: the guide's example, registered as the guide says."""
     monkeypatch.setitem(METHODS, "every_other", the_guides_own_method())
     result = document("anydepth.methods/1", seed=0, config={}, methods=list_methods())
-    listed = json.loads(json.dumps(plain(result)))["methods"][-1]
+    (listed,) = (one for one in json.loads(json.dumps(plain(result)))["methods"] if one["name"] == "every_other")
     assert listed["options"]["layer"] == {"help": "The layer that even tokens skip.", "required": True, "default": None}
     assert listed["options"]["kv_rule"]["required"] is False
     assert listed["options"]["kv_rule"]["default"] == "project"
