@@ -1,4 +1,4 @@
-"""What gates may look at of one forward."""
+"""The inputs of gates in one forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anydepth.gating.gate_network import Evaluate, GateNetwork
 from anydepth.gating.sequence_state import SequenceState
 
 LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
-"""(..., V) logits of (..., D) states by the model's final norm and head; of a vocabulary (V',) if one is given."""
+"""Maps (..., D) states to (..., V) logits by the model's final norm and head, or to those of a (V',) vocabulary."""
 
 
 @dataclass
@@ -23,11 +23,11 @@ class PassContext:
         token_mask: (B, T) bool, real tokens (padding is False).
         positions: (B, T) int, position of each token among the real tokens of its sequence, earlier forwards included.
         training: whether decisions may be sampled.
-        states: what methods keep of this forward alone, by their names.
-        scores: (..., B, T) what thresholds were compared with, by method and then by layer, for calibration.
-        evaluate: logits of a gate network; an engine may have a faster way than the network's own.
-        memory: what is kept per sequence between forwards.
-        logits_of: logits of a state of any depth; None: the execution has no head at hand.
+        states: by method, its state for this forward alone.
+        scores: (..., B, T) scores that were compared with thresholds, by method and then by layer, for calibration.
+        evaluate: returns the logits of a gate network; an engine may have a faster way than the network's own.
+        memory: tensors kept per sequence between forwards.
+        logits_of: returns the logits of a state of any depth; None where the execution has no head.
     """
 
     token_mask: Tensor

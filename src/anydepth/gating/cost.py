@@ -1,8 +1,8 @@
-"""What a trace costs: FLOPs, weight bytes and K/V bytes, from the modules' shapes and which tokens ran them.
+"""Count the FLOPs, weight bytes and K/V bytes of a trace, from the modules' shapes and which tokens ran them.
 
-No timing. Counts as `torch.utils.flop_counter.FlopCounterMode` does: 2 per multiply-add, matrix products,
-convolutions and attention only, attention over the whole rectangle of queries × keys; and the recurrence of linear
-attention, of which torch sees nothing. The only file with such formulas.
+Nothing is timed. FLOPs are those of `torch.utils.flop_counter.FlopCounterMode`: 2 per multiply-add, of matrix products,
+convolutions and attention only, attention over the whole rectangle of queries × keys. The recurrence of linear
+attention, which torch does not count, is added. Only this file has such formulas.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from anydepth.models.plain import running_modules
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of a trace over real tokens, beside full depth on the same tokens.
+    """FLOPs of a trace over real tokens, and of full depth on the same tokens.
 
     Attributes:
         layers, full_depth_layers: mixers and FFNs, as run and at full depth.
-        head: logits. router: what the methods' decisions cost.
+        head: the logits. router: the methods' decisions.
     """
 
     layers: int
@@ -45,18 +45,18 @@ class FlopCount:
 
     @property
     def layer_token_share(self) -> float:
-        """Executed ÷ all layer-tokens, weighted by FLOPs."""
+        """Fraction of layer-tokens that ran, weighted by FLOPs."""
         return self.layers / self.full_depth_layers
 
     @property
     def ideal_speedup(self) -> float:
-        """Full depth ÷ adapted, were time proportional to FLOPs."""
+        """Speed-up over full depth if time were proportional to FLOPs."""
         return self.full_depth / self.total
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """FLOPs of one layer per token: projections of the mixer, its K/V share, per query-key pair, and the FFN."""
+    """FLOPs of one layer: per token of its mixer, of its K/V projections alone and of its FFN; per query-key pair."""
 
     mixer: int
     skipped_mixer: int
@@ -65,7 +65,7 @@ class LayerCost:
 
 
 def layer_cost(view: LayerView) -> LayerCost:
-    """FLOPs per token of one layer, read off its modules (LoRA and 4-bit included)."""
+    """Return the FLOPs per token of one layer, from the shapes of its modules (LoRA and 4-bit included)."""
     mixer = _linear_flops(view.mixer)
     ffn = _ffn_flops(view)
     if view.is_recurrent:
@@ -82,11 +82,11 @@ def layer_cost(view: LayerView) -> LayerCost:
 
 
 def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[int] | None = None) -> FlopCount:
-    """FLOPs of everything a trace says ran, real tokens only, and of full depth on the same tokens.
+    """Return the FLOPs of everything that ran in a trace, real tokens only, and of full depth on the same tokens.
 
     Args:
-        since: count the forwards from this one on, of those that shared a cache; decisions and logits of all.
-        filled: by layer, of how many first tokens the K/V were in the cache before those forwards; None is of none.
+        since: number of the first forward whose layers are counted; decisions and logits are counted for all forwards.
+        filled: by layer, the number of first tokens with K/V in the cache before those forwards; None means 0.
     """
     layers = full = 0
     for layer_idx, view in enumerate(backbone.layers):
@@ -97,7 +97,7 @@ def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[
 
 
 def full_depth_flops(backbone: Backbone, num_tokens: int) -> int:
-    """FLOPs of one forward of so many tokens at full depth, with the logits of all of them."""
+    """Return the FLOPs of one forward of `num_tokens` tokens at full depth, with the logits of all of them."""
     record = PassRecord(torch.ones(1, num_tokens, dtype=torch.bool), 0, cached=False, num_layers=backbone.num_layers)
     record.head_rows = num_tokens
     return flops(backbone, Trace.join([record])).full_depth
@@ -110,7 +110,7 @@ def _layer_flops(view: LayerView, layer_idx: int, trace: Trace, since: int, fill
     omits, late = trace.kv_rules[layer_idx] == "omit", trace.late[layer_idx].sum(0).tolist()
     num_mixed, num_fed = num_mixed + sum(late[since:]), num_fed + sum(late[since:])
     if view.is_recurrent and not omits:
-        num_mixed = num_tokens  # its state sees every token
+        num_mixed = num_tokens  # the recurrent state sees every token
     pairs, all_pairs = _attended_pairs(mixer_keep, real, trace, omits, late, since)
     ran = num_mixed * cost.mixer + pairs * cost.per_pair + num_fed * cost.ffn
     if trace.kv_rules[layer_idx] == "project":
@@ -119,8 +119,11 @@ def _layer_flops(view: LayerView, layer_idx: int, trace: Trace, since: int, fill
 
 
 def _num_projected(keep: Tensor, real: Tensor, trace: Trace, filled: int) -> int:
-    """Tokens whose K/V are projected alone: with a cache, once a token of the same or a later forward needs them;
-    without one, in the rows where some token attends. The first `filled` tokens have theirs."""
+    """Return the number of tokens of which only the K/V are projected.
+
+    With a cache these are projected once a token of the same or a later forward needs them, without one in the rows
+    where some token attends. The first `filled` tokens already have K/V.
+    """
     skipped = real & ~keep
     if not trace.cached:
         return int(skipped[keep.any(1)].sum())
@@ -134,7 +137,7 @@ def _num_projected(keep: Tensor, real: Tensor, trace: Trace, filled: int) -> int
 def _attended_pairs(
     keep: Tensor, real: Tensor, trace: Trace, omits: bool, late: list[int], since: int
 ) -> tuple[int, int]:
-    """Query-key pairs that attention computes as run, and at full depth (masked pairs are computed too)."""
+    """Return the query-key pairs that attention computes as run, and at full depth; masked pairs are computed too."""
     pairs = all_pairs = seen = slots = 0
     passes = (keep.split(trace.pass_lengths, dim=1), real.split(trace.pass_lengths, dim=1), late)
     for number, (kept, tokens, num_late) in enumerate(zip(*passes, strict=True)):
@@ -151,7 +154,7 @@ def _attended_pairs(
 
 
 def kv_bytes(backbone: Backbone, trace: Trace, bytes_per_value: int) -> int:
-    """Bytes of K/V that the tokens of a trace leave, all layers (recurrent states not counted)."""
+    """Return the bytes of K/V that the tokens of a trace leave in all layers; recurrent states are not counted."""
     total = 0
     for layer_idx, view in enumerate(backbone.layers):
         if view.is_recurrent:
@@ -164,7 +167,7 @@ def kv_bytes(backbone: Backbone, trace: Trace, bytes_per_value: int) -> int:
 def step_bytes(
     backbone: Backbone, trace: Trace, branches: Sequence[tuple[int, int]], head: int, bytes_per_value: int
 ) -> float:
-    """Bytes that one decoding step reads, mean over the steps of a trace: weights of what any row runs, and K/V.
+    """Return the mean bytes that a decoding step of a trace reads: the K/V, and the weights of what any row runs.
 
     Args:
         branches: weight bytes of each layer's mixer and FFN.
@@ -183,18 +186,18 @@ def step_bytes(
 
 
 def branch_weight_bytes(view: LayerView) -> tuple[int, int]:
-    """Bytes of a layer's mixer and of the rest of it, as stored."""
+    """Return the stored bytes of a layer's mixer, and of the rest of the layer."""
     mixer = weight_bytes(view.mixer)
     return mixer, weight_bytes(view.module) - mixer
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters of a module, as stored."""
+    """Return the stored bytes of a module's parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _linear_flops(module: nn.Module) -> int:
-    """FLOPs per token of all linear maps in a module (4-bit weights are packed: count by features)."""
+    """Return the FLOPs per token of all linear layers of a module; by features, because 4-bit weights are packed."""
     total = 0
     for child in running_modules(module):
         if isinstance(child, nn.Linear):
@@ -205,20 +208,21 @@ def _linear_flops(module: nn.Module) -> int:
 
 
 def recurrent_mixer_flops(mixer: nn.Module) -> int:
-    """FLOPs of a recurrent mixer per token, whatever the length."""
+    """Return the FLOPs of a recurrent mixer per token, which do not depend on the length."""
     return _linear_flops(mixer) + _recurrence_flops(mixer)
 
 
 def break_even(view: LayerView, other: nn.Module) -> int:
-    """Tokens of context from which on a softmax mixer costs more FLOPs per token than a recurrent one."""
+    """Return the tokens of context from which a softmax mixer costs more FLOPs per token than a recurrent one."""
     softmax = layer_cost(view)
     return max(-(-(recurrent_mixer_flops(other) - softmax.mixer) // softmax.per_pair), 0)
 
 
 def _recurrence_flops(mixer: Any) -> int:
-    """The gated delta rule and its convolution, per token: read, write and query of the (heads, dk, dv) state.
+    """Return the FLOPs per token of the gated delta rule and its convolution.
 
-    Of the recurrence itself, whatever algorithm computes it: the chunked one does more for chunks that are not full.
+    The rule reads, writes and queries the (heads, dk, dv) state. Counted is the recurrence itself, whichever algorithm
+    computes it: the chunked one computes more where chunks are not full.
     """
     state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
     return 3 * 2 * state + 2 * mixer.conv1d.weight.numel()
@@ -231,7 +235,7 @@ def _ffn_flops(view: LayerView) -> int:
 
 
 def _expert_flops(ffn: nn.Module) -> int:
-    """Routed experts of a mixture, whose weights are (experts, out, in) tensors: `top_k` of them run per token."""
+    """Return the FLOPs per token of routed experts, stored as (experts, out, in) tensors: `top_k` of them run."""
     experts = dict(ffn.named_children()).get("experts")
     if experts is None:
         return 0

@@ -1,4 +1,4 @@
-"""What a decision says to an execution: which tokens run a branch, and what the others leave behind."""
+"""The decision that an execution gets: which tokens run a branch, and which K/V the others leave."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Gate:
     Attributes:
         keep: (B, T) bool; padding is never kept.
         kv_rule: how tokens that skip a mixer leave K/V there.
-        any_kept, all_kept: the same over real tokens, known to the host.
+        any_kept, all_kept: whether any, or all, real tokens are kept; known on the host.
         weight: (B, T) w of h + w·(f(h) − h), 0 where a token skips. In training the gate's gradient flows through it.
     """
 
@@ -32,7 +32,7 @@ class Gate:
     def stack(cls, keep: Tensor, context: PassContext, kv_rule: KVRule, weights: Tensor | None = None) -> list[Gate]:
         """Return the gates of G branches from (G, B, T) decisions, with one host synchronisation for all of them."""
         real = context.token_mask
-        if real.numel() == 1 and weights is None:  # one token of a decode step, where every operator costs time
+        if real.numel() == 1 and weights is None:  # A decode step of one token: every operator costs time.
             decided = keep.flatten().tolist()
             either: dict[bool, Gate] = {}
             if True in decided:
@@ -50,19 +50,19 @@ class Gate:
 
     @classmethod
     def closed(cls, context: PassContext, kv_rule: KVRule) -> Gate:
-        """Return a gate that no token passes, without looking at the device."""
+        """Return a gate that no token passes, without synchronising with the device."""
         return cls(torch.zeros_like(context.token_mask), kv_rule, any_kept=False, all_kept=False)
 
     def without_weight(self) -> Gate:
-        """Return the same decision, which only selects."""
+        """Return the same decision without a weight."""
         return replace(self, weight=None)
 
     @staticmethod
     def both(first: Gate | None, second: Gate | None) -> Gate | None:
         """Return the gate of the tokens that both keep.
 
-        Where no token runs a mixer no K/V are needed: `omit` then wins. Two rules for tokens that others attend to
-        contradict each other, and are refused when methods are attached.
+        Where no token runs a mixer no K/V are needed, so `omit` wins. Two rules for tokens that others attend to
+        contradict each other; they are refused when methods are attached.
         """
         if first is None or second is None:
             return first or second
@@ -87,10 +87,10 @@ class MixerRouting:
     """Which tokens run a layer's own mixer; all others run an alternate one.
 
     Attributes:
-        gate: the tokens that run their layer's own. Under `project` both mixers see every token and the routing picks
-            whose output is used; under `omit` each sees its own tokens alone.
-        alternate: (B, T, D) → (B, T, D), a recurrent mixer with a state of its own.
-        alternate_weight: (B, T) of the alternate's output, 0 where a token runs the layer's own.
+        gate: the tokens that run the layer's own mixer. Under `project` both mixers see every token and the routing
+            selects the output; under `omit` each mixer sees only its own tokens.
+        alternate: a recurrent mixer (B, T, D) → (B, T, D) with its own state.
+        alternate_weight: (B, T) weight of the alternate's output, 0 where a token runs the layer's own mixer.
     """
 
     gate: Gate
@@ -99,5 +99,5 @@ class MixerRouting:
 
     @property
     def takes_alternate(self) -> Tensor:
-        """(B, T) bool; padding may be among them."""
+        """(B, T) bool, the tokens that run the alternate mixer; padding may be among them."""
         return ~self.gate.keep

@@ -1,4 +1,4 @@
-"""The small network that routers and gates decide with, from a token's state."""
+"""The small network by which routers and gates decide from a token's state."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Evaluate = Callable[["GateNetwork", Tensor], Tensor]
-"""Logits of a network for states."""
+"""Returns the logits of a network for states."""
 
 
 class GateNetwork(nn.Module):
-    """LayerNorm, then a linear map D → G with an MLP over `widths` added to it (GELU), in float32.
+    """A LayerNorm, then the sum of a linear layer D → G and an MLP (GELU), in float32.
 
-    (..., D) states to (..., G) logits. The linear map is what can be solved for (`search/router_fit.py`); it
-    starts at zero, its biases at the given ones.
+    Maps (..., D) states to (..., G) logits. The weight of the linear layer starts at zero; `search/router_fit.py` can
+    solve for it.
 
     Args:
-        widths: of the MLP's hidden layers; none leaves the linear map alone.
-        biases: (G,).
+        widths: widths of the MLP's hidden layers; an empty list leaves the MLP out.
+        biases: (G,) first biases of the linear layer.
     """
 
     def __init__(self, hidden_size: int, widths: Sequence[int], biases: Tensor, generator: torch.Generator) -> None:
@@ -44,12 +44,12 @@ class GateNetwork(nn.Module):
 
     @property
     def mlp(self) -> list[nn.Linear]:
-        """Its maps in order, GELU between them."""
+        """Linear layers of the MLP in order; GELU is between them."""
         parts = (*self.hidden, self.out)
         return [linear for linear in parts if isinstance(linear, nn.Linear)]
 
     def forward(self, states: Tensor) -> Tensor:
-        # Autocast would take the logits to bfloat16, where a threshold falls between few values.
+        # Autocast would round the logits to bfloat16, which has few values around a threshold.
         with torch.autocast(states.device.type, enabled=False):
             normed = self.norm(states.float())
             logits = self.direct(normed)

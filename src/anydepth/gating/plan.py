@@ -1,4 +1,4 @@
-"""The gates of all attached methods, by where they are decided, and the decisions of one forward."""
+"""The gates of all attached methods, by the state that they read, and their decisions in one forward."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Sample(NamedTuple):
 
     Attributes:
         keep: (G, B, T) bool.
-        weights: (G, B, T) that the gates' gradient flows through; None: they only select.
-        alternate_weights: (G, B, T) of alternate mixers' outputs.
+        weights: (G, B, T) weights that carry the gates' gradient; None where gates only select.
+        alternate_weights: (G, B, T) weights of the alternate mixers' outputs.
     """
 
     keep: Tensor
@@ -31,7 +31,7 @@ class Sample(NamedTuple):
 
 
 class Decider(Protocol):
-    """What a plan asks of a method (`methods/_base/method.py`)."""
+    """The part of a method that a plan uses (`methods/_base/method.py`)."""
 
     name: ClassVar[str]
 
@@ -55,10 +55,10 @@ class Decider(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PlannedGate:
-    """A gate and the method that it is of.
+    """A gate and the method that lists it.
 
     Attributes:
-        is_sampled: whether decisions are drawn, for training.
+        is_sampled: whether decisions are drawn for training.
     """
 
     method: Decider
@@ -67,17 +67,17 @@ class PlannedGate:
 
 
 class Plan:
-    """Gates by the place where they are decided. Gates that never skip are left out.
+    """Gates by the state that they read. Gates that never skip are left out.
 
     Attributes:
+        methods: the methods that list the gates.
         gates: all gates but the closed ones.
         closed: by branch, the layers that no token runs.
         at_input, at_ffn: by layer, the gates that read its input, and the input of its FFN.
         known: gates that may be decided before the forward.
-        exits: by method, its exits in order of their layers.
-        compared: layers whose inputs are kept, for gates of later layers to compare with.
-        compiled: what an execution has made of this plan, by its own keys.
-        methods: whose gates these are.
+        exits: by method and layer, the exits in order.
+        compared: layers with inputs that are kept for the gates of later layers.
+        compiled: objects that executions have built from this plan, by their own keys.
     """
 
     def __init__(self, gates: Sequence[PlannedGate], methods: Sequence[Decider] = ()) -> None:
@@ -120,7 +120,7 @@ class Plan:
 
     @classmethod
     def for_forward(cls, methods: Sequence[Decider], context: PassContext) -> Plan:
-        """Return the plan of one forward, in which methods that are trained may sample."""
+        """Return the plan of one forward, in which methods in training may sample."""
         found = []
         for method in methods:
             is_sampled = method.samples(context)
@@ -135,7 +135,7 @@ class Plan:
 
     @cached_property
     def recomputes(self) -> bool:
-        """Whether tokens that exit have their deeper K/V computed later."""
+        """Whether the deeper K/V of tokens that exit are computed later."""
         return any(gate.spec.on_skip == "recompute" for gate in self.gates)
 
 
@@ -144,7 +144,7 @@ class ExitProgress:
     """Which tokens of a forward have not exited by a method.
 
     Attributes:
-        gate: of the last exit: the tokens that continue; None before the first.
+        gate: the gate of the last exit, which keeps the tokens that continue; None before the first.
         arrived: by layer, the gate of the last exit before it.
     """
 
@@ -156,19 +156,19 @@ class ExitProgress:
         return self.gate is None or self.gate.any_kept
 
     def arrive(self, layer_idx: int) -> Gate | None:
-        """Return the gate of the last exit before a layer, also where backward runs it again after deeper ones."""
+        """Return the gate of the last exit before a layer, also when backward runs it again after deeper ones."""
         self.gate = self.arrived.setdefault(layer_idx, self.gate)
         return self.gate
 
 
 class Decisions:
-    """The gates of one forward, decided as the states that they read are there.
+    """The gates of one forward, decided once the states that they read exist.
 
-    `gate` is asked for each layer, then for its mixer and its FFN, with the state in front of each.
+    An execution calls `gate` for each layer, then for its mixer and its FFN, with the input of each.
 
     Attributes:
-        routings: by layer, between its own mixer and an alternate one.
-        weights: (B, T) by layer, what is multiplied with what the layer adds, where a gate has a scale.
+        routings: by layer, which tokens run its own mixer and which an alternate one.
+        weights: by layer, the (B, T) factors of its output where a gate has a scale.
     """
 
     def __init__(self, plan: Plan, context: PassContext) -> None:
@@ -189,20 +189,17 @@ class Decisions:
 
     @classmethod
     def begin(cls, methods: Sequence[Decider], context: PassContext, plan: Plan | None = None) -> Decisions:
-        """Start a forward: let methods prepare what they keep of it, and decide what is known before.
+        """Start a forward: let methods begin their states, and decide the gates that are known before.
 
         Args:
-            plan: of these methods at inference; None makes one for this forward.
+            plan: the plan of these methods at inference; None makes one for this forward.
         """
         for method in methods:
             context.states[method.name] = method.begin(context)
         return cls(Plan.for_forward(methods, context) if plan is None else plan, context)
 
     def reads(self, layer_idx: int) -> bool:
-        """Return whether gates of a layer depend on the states that they are asked with.
-
-        False: the answer is known before the layers in front of it have run.
-        """
+        """Return whether gates of a layer depend on its states; if not, they are known before earlier layers run."""
         plan = self.plan
         if layer_idx in plan.compared and any(progress.any_active for progress in self.progress.values()):
             return True
@@ -212,16 +209,16 @@ class Decisions:
         )
 
     def gate(self, branch: Branch, layer_idx: int, hidden: Tensor) -> Gate | None:
-        """Return which tokens run a layer, its mixer or its FFN, from the (B, T, D) state in front; None: every token.
+        """Return which tokens run a layer, its mixer or its FFN, from its (B, T, D) input; None means every token.
 
-        The mixer's gate is asked with the layer's input.
+        The gate of a mixer is called with the layer's input.
         """
         answer: Gate | None = None
         if branch == "layer":
             answer = self._read_input(layer_idx, hidden)
         elif branch == "ffn":
             for gate in self.plan.at_ffn.get(layer_idx, ()):
-                self._decide(gate, hidden, self.context.token_mask)
+                self._decide(gate, hidden)
         if layer_idx in self.plan.closed[branch]:
             answer = Gate.both(answer, self.closed)
         for decided in self.decided.get((branch, layer_idx), {}).values():
@@ -229,7 +226,7 @@ class Decisions:
         return answer
 
     def _read_input(self, layer_idx: int, hidden: Tensor) -> Gate | None:
-        """Decide what reads a layer's input. Returns the gate of exits so far."""
+        """Decide the gates that read a layer's input, and return the gate of the exits so far."""
         for method in self.capturing:
             if layer_idx in method.captured_layers():
                 method.capture(layer_idx, hidden, self.context)
@@ -237,7 +234,7 @@ class Decisions:
             self.compared[layer_idx] = hidden
         for gate in self.plan.at_input.get(layer_idx, ()):
             if not gate.spec.exits and gate not in self.is_known:
-                self._decide(gate, hidden, self.context.token_mask)
+                self._decide(gate, hidden)
         answer: Gate | None = None
         for name, exits in self.plan.exits.items():
             answer = Gate.both(answer, self._exit(self.progress[name], exits.get(layer_idx), layer_idx, hidden))
@@ -245,17 +242,17 @@ class Decisions:
 
     def _exit(self, progress: ExitProgress, gate: PlannedGate | None, layer_idx: int, hidden: Tensor) -> Gate | None:
         arrived = progress.arrive(layer_idx)
-        # In training also where no token arrived: gates learn from their probabilities, whichever tokens were drawn.
+        # In training also where no token arrived, because gates learn from the probabilities of all tokens.
         if gate is not None and (progress.any_active or gate.is_sampled):
-            asked = self.context.token_mask if arrived is None else arrived.keep
-            (keep,), _ = self._keep(gate, hidden, asked)
+            active = self.context.token_mask if arrived is None else arrived.keep
+            (keep,), _ = self._keep(gate, hidden, active)
             if arrived is not None and not arrived.all_kept:
                 keep = keep & arrived.keep
             (progress.gate,) = Gate.stack(keep[None], self.context, gate.spec.on_skip)
         return progress.gate
 
-    def _decide(self, gate: PlannedGate, hidden: Tensor, asked: Tensor) -> None:
-        keep, sample = self._keep(gate, hidden, asked)
+    def _decide(self, gate: PlannedGate, hidden: Tensor) -> None:
+        keep, sample = self._keep(gate, hidden, self.context.token_mask)
         scale, weights, alternates = gate.spec.scale, None, None
         if sample is not None:
             weights, alternates = sample.weights, sample.alternate_weights
@@ -265,15 +262,15 @@ class Decisions:
             self.weights[gate.spec.layers[0]] = weights[0]
         self._put(gate, keep, weights, alternates)
 
-    def _keep(self, gate: PlannedGate, hidden: Tensor, asked: Tensor) -> tuple[Tensor, Sample | None]:
-        """Return (G, B, T) decisions, and how they were drawn in training."""
+    def _keep(self, gate: PlannedGate, hidden: Tensor, active: Tensor) -> tuple[Tensor, Sample | None]:
+        """Return (G, B, T) decisions, and the sample that they are from in training."""
         method, spec, context = gate.method, gate.spec, self.context
-        scores = spec.score.evaluate(hidden, context, asked, self.compared)
+        scores = spec.score.evaluate(hidden, context, active, self.compared)
         if gate.is_sampled:
             sample = method.sample(spec, scores, hidden, context)
             return sample.keep, sample
-        noted = context.scores.setdefault(method.name, {}).setdefault(spec.layers[0], [])
-        noted.append(spec.calibrated(scores, context.positions))
+        recorded = context.scores.setdefault(method.name, {}).setdefault(spec.layers[0], [])
+        recorded.append(spec.calibrated(scores, context.positions))
         keep = scores > spec.threshold_at(context.positions)
         if spec.score.pool_tokens:
             keep = keep | (context.positions < spec.score.pool_tokens)

@@ -1,6 +1,6 @@
-"""What gates compare with their thresholds: numbers of each token, from its states, its position, or the head.
+"""The scores that gates compare with their thresholds, from a token's state, its position, or the head.
 
-A score that is known before the forward needs no state: gates made of it cost no more than looking at a list.
+A score that needs no state is known before the forward, and gates with it cost almost nothing.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.shared_batch import batch_mean
 
 CHUNK = 256
-"""Tokens whose logits exist at a time."""
+"""Tokens with logits in memory at a time."""
 HeadMeasure = Literal["max_probability", "margin", "entropy"]
 
 
 class Score:
-    """A number per token and column; a token runs a column's layer if its number is above the threshold.
+    """A score per token and column; a token runs a column's layer if its score is above the threshold.
 
     Attributes:
-        reads_at: the layer whose input it reads, or for the gate of an FFN the input of that FFN; None: it reads no
-            state of the forward.
-        compares_with: a layer whose input it reads besides.
-        num_columns: numbers per token.
-        least: no number is below.
-        pool_tokens: first tokens of a sequence, all of which run, that its numbers are made of; 0: each token's own.
+        reads_at: the layer with the input that it reads, or for the gate of an FFN the layer of that FFN; None where it
+            reads no state of the forward.
+        compares_with: another layer with an input that it reads.
+        num_columns: scores per token.
+        least: lower bound of the scores.
+        pool_tokens: number of first tokens of a sequence that its scores are computed from, all of which run; 0 where
+            each token has its own score.
     """
 
     reads_at: int | None = None
@@ -41,30 +42,30 @@ class Score:
     pool_tokens: int = 0
 
     def known(self, context: PassContext) -> Tensor | None:
-        """Return (G, B, T) numbers before the forward; None: they depend on its states."""
+        """Return (G, B, T) scores before the forward; None where they depend on its states."""
         return None
 
-    def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
-        """Return (G, B, T or 1) numbers from (B, T, D) states in front of `reads_at`.
+    def evaluate(self, hidden: Tensor, context: PassContext, active: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
+        """Return (G, B, T or 1) scores from the (B, T, D) input of layer `reads_at`.
 
         Args:
-            asked: (B, T) tokens whose numbers count; others may be anything.
-            captured: (B, T, D) by layer, the inputs of layers that a score compares with.
+            active: (B, T) tokens that need a score; the scores of others may be anything.
+            captured: by layer, the (B, T, D) inputs that a score compares with.
         """
-        numbers = self.known(context)
-        assert numbers is not None, "a score that reads states has its own way"
-        return numbers
+        scores = self.known(context)
+        assert scores is not None, "a score that reads states overrides evaluate"
+        return scores
 
 
 class Closed(Score):
-    """No token runs."""
+    """The score of a gate that no token passes."""
 
 
 class Known(Score):
-    """Numbers that a function gives for each forward.
+    """Scores that a function computes for each forward.
 
     Args:
-        make: (num_columns, B, T) of a forward.
+        make: returns the (num_columns, B, T) scores of a forward.
     """
 
     def __init__(self, num_columns: int, make: Callable[[PassContext], Tensor]) -> None:
@@ -81,34 +82,34 @@ class Network(Score):
         self.network, self.reads_at = network, reads_at
         self.num_columns = network.direct.out_features
 
-    def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
+    def evaluate(self, hidden: Tensor, context: PassContext, active: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
         return context.evaluate(self.network, hidden.detach()).movedim(-1, 0)
 
     def logit_threshold(self, threshold: Tensor) -> Tensor:
-        """Return what logits are compared with where numbers are compared with `threshold`."""
+        """Return the threshold of logits that decides as `threshold` does for scores."""
         return threshold
 
 
 class ClassifierConfidence(Network):
-    """Minus the probability σ(−logit) by which a classifier would let a token exit."""
+    """Minus the probability σ(−logit) with which a classifier lets a token exit."""
 
     least = -1.0
 
-    def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
-        return -torch.sigmoid(-super().evaluate(hidden, context, asked, captured))
+    def evaluate(self, hidden: Tensor, context: PassContext, active: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
+        return -torch.sigmoid(-super().evaluate(hidden, context, active, captured))
 
     def logit_threshold(self, threshold: Tensor) -> Tensor:
-        return torch.logit((1 + threshold).clamp(0, 1))  # of σ(logit) of a token that is just kept
+        return torch.logit((1 + threshold).clamp(0, 1))  # the score is σ(logit) − 1
 
 
 class PooledNetwork(Network):
-    """Logits from the mean state of a sequence's first `pool_tokens` tokens: one decision for all that follow.
+    """Logits from the mean state of a sequence's first `pool_tokens` tokens: one decision for all later tokens.
 
-    Pooled states and logits are kept with the sequence, so that prompts may come in chunks.
+    Pooled states and logits are kept with the sequence, so that prompts may be processed in chunks.
 
     Args:
         key: name under which they are kept.
-        shares_batch: one mean for the whole batch.
+        shares_batch: use one mean for the whole batch.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class PooledNetwork(Network):
         like = torch.zeros(len(context.positions), self.num_columns, device=context.positions.device)
         return context.memory.recall(f"{self.key}/logits", like).T[..., None]
 
-    def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
+    def evaluate(self, hidden: Tensor, context: PassContext, active: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
         hidden = hidden.detach()
         pool = hidden.new_zeros(len(hidden), self.pool_tokens, hidden.shape[-1], dtype=torch.float32)
         pool = context.memory.recall(f"{self.key}/pool", pool).clone()
@@ -132,7 +133,7 @@ class PooledNetwork(Network):
         pool[rows, context.positions[rows, columns]] = hidden[rows, columns].float()
         mean = pool.mean(1, keepdim=True)
         if self.shares_batch:
-            if self.shared_mean is None:  # kept: a recomputation in backward must not wait for other processes
+            if self.shared_mean is None:  # kept, because a recomputation in backward must not wait for other processes
                 self.shared_mean = batch_mean(mean.mean(0, keepdim=True))
             mean = self.shared_mean.expand_as(mean)
         logits = context.evaluate(self.network, mean.contiguous())  # (B, 1, G)
@@ -142,11 +143,11 @@ class PooledNetwork(Network):
 
 
 class HeadConfidence(Score):
-    """Minus the confidence of the model's head in a state, were it the last.
+    """Minus the confidence of the model's head in a state, as if the state were the last.
 
     Args:
-        vocabulary: (V',) tokens that it is computed over; None is all.
-        flops_per_token: of the head.
+        vocabulary: (V',) tokens that it is computed over; None means all.
+        flops_per_token: FLOPs of the head.
     """
 
     least = -1.0
@@ -156,14 +157,14 @@ class HeadConfidence(Score):
         self.vocabulary, self.flops_per_token, self.reads_at = vocabulary, flops_per_token, reads_at
 
     @torch.no_grad()
-    def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
-        assert context.logits_of is not None, "executions give the head"
-        numbers = hidden.new_zeros(asked.shape, dtype=torch.float32)
+    def evaluate(self, hidden: Tensor, context: PassContext, active: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
+        assert context.logits_of is not None, "an execution with such a score sets logits_of"
+        scores = hidden.new_zeros(active.shape, dtype=torch.float32)
         logits_of, vocabulary = context.logits_of, self.vocabulary
-        # Logits of a few tokens exist at a time: of a long prompt they would be larger than the model.
-        parts = [confidence(self.measure, logits_of(part, vocabulary).float()) for part in hidden[asked].split(CHUNK)]
-        numbers[asked] = -torch.cat(parts) if parts else numbers[asked]
-        return numbers[None]
+        # In chunks, because the logits of a long prompt would be larger than the model.
+        parts = [confidence(self.measure, logits_of(part, vocabulary).float()) for part in hidden[active].split(CHUNK)]
+        scores[active] = -torch.cat(parts) if parts else scores[active]
+        return scores[None]
 
 
 class StateDelta(Score):
@@ -175,7 +176,7 @@ class StateDelta(Score):
         self.reads_at, self.compares_with = reads_at, reads_at - 1
 
     @torch.no_grad()
-    def evaluate(self, hidden: Tensor, context: PassContext, asked: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
+    def evaluate(self, hidden: Tensor, context: PassContext, active: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
         assert self.compares_with is not None
         return -F.cosine_similarity(hidden.float(), captured[self.compares_with].float(), dim=-1)[None]
 

@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class SequenceState:
-    """Tensors that methods keep per sequence, in step with the K/V cache; empty where there is none.
+    """Tensors that methods keep per sequence, in step with the K/V cache; empty without a cache.
 
-    What was remembered of tokens that the cache forgot (`rewind`) stays: a method must write it anew as it sees their
-    places again.
+    Values of tokens that the cache has dropped (`rewind`) stay: a method must write them again when it sees those
+    positions again.
 
     Args:
-        kept: by name, a row for each sequence of the cache.
-        rows: those of this forward; None is all, in order.
-        num_rows: of the cache, where `rows` are given.
+        kept: by name, a tensor with one row per sequence of the cache.
+        rows: rows of the cache that this forward has; None means all, in order.
+        num_rows: rows of the cache, needed with `rows`.
     """
 
     def __init__(
@@ -28,13 +28,13 @@ class SequenceState:
         self.num_rows = num_rows
 
     def recall(self, name: str, like: Tensor) -> Tensor:
-        """(B, ...) what was remembered; zeros at the start, of the shape of `like` (B, ...)."""
+        """Return the kept (B, ...) values; before the first `remember`, zeros of the shape of `like` (B, ...)."""
         if self.rows is None:
             return self.kept.get(name, torch.zeros_like(like))
         return self.kept[name][self.rows] if name in self.kept else torch.zeros_like(like)
 
     def remember(self, name: str, values: Tensor) -> None:
-        """Keep (B, ...) values, the same shape at every forward."""
+        """Keep (B, ...) values, of the same shape at every forward."""
         if self.rows is None:
             self.kept[name] = values
             return

@@ -1,8 +1,8 @@
-"""A training batch whose rows several processes share, equally many each.
+"""A training batch with an equal number of rows on each of several processes.
 
-A loss that is a mean over tokens needs nothing of this: the processes' gradients are averaged. What is drawn at random,
-and what is not linear in the tokens (a squared distance of a mean from its target), must be that of the whole batch, or
-the number of processes would change the loss.
+A loss that is a mean over tokens needs none of this, because the processes' gradients are averaged. Random draws, and
+values that are not linear in the tokens (such as the squared distance of a mean from its target), must be those of the
+whole batch, or the number of processes would change the loss.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from torch import Tensor
 
 
 def num_processes() -> int:
-    """That share each batch; 1 where nobody started several."""
+    """Return the number of processes that share each batch; 1 without parallel training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def batch_mean(own: Tensor) -> Tensor:
-    """The mean over the processes of what is a mean over this one's rows.
+    """Return the mean over all processes of `own`, a mean over this process's rows.
 
-    The gradient is that of `own`. Averaged over the processes it is that of the mean, and backward waits for nobody.
+    The gradient is that of `own`: averaged over the processes it is that of the mean, and backward needs no
+    synchronisation.
     """
     if num_processes() == 1:
         return own
@@ -33,7 +34,7 @@ def batch_mean(own: Tensor) -> Tensor:
 
 @torch.no_grad()
 def batch_rows(own: Tensor) -> Tensor:
-    """(W·N, …) of all processes, from (N, …) of each; no gradient."""
+    """Gather the (W·N, …) rows of W processes, from (N, …) of each, without a gradient."""
     if num_processes() == 1:
         return own
     parts = [torch.empty_like(own) for _ in range(num_processes())]
@@ -42,11 +43,11 @@ def batch_rows(own: Tensor) -> Tensor:
 
 
 def draw_uniform(shape: Sequence[int], generator: torch.Generator, *, rows: int, only_first: bool = False) -> Tensor:
-    """Uniform numbers in [0, 1) of `shape`, drawn for the rows of all processes.
+    """Draw uniform numbers in [0, 1) for the rows of all processes, and return the (`shape`) ones of this process.
 
     Args:
-        rows: the dimension that has the rows; of those drawn each process takes its own.
-        only_first: the numbers of the batch's first row for every row.
+        rows: the dimension of the rows.
+        only_first: give every row the numbers of the batch's first row.
     """
     whole = list(shape)
     whole[rows] *= num_processes()

@@ -1,7 +1,7 @@
-"""Gates as data: a score for each token, a threshold, and what a token that skips leaves behind.
+"""Gates as data: a score for each token, a threshold, and the K/V that a skipping token leaves.
 
 A method lists its gates (`Method.gates`), a `Plan` compiles the lists of all attached methods, and every execution
-interprets the same plan: the Hugging Face model, the fast engine by PyTorch's operators, and its kernels.
+interprets the same plan: the Hugging Face model, and the fast engine by PyTorch's operators or by its kernels.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from anydepth.gating.scores import Score
 
 Branch = Literal["layer", "mixer", "ffn"]
 SkipRule = Literal["project", "omit"]
-"""How a token that skips a mixer leaves K/V there: its state is projected, or it leaves none."""
+"""How a token that skips a mixer leaves K/V: its state is projected, or there are none."""
 KVRule = Literal[SkipRule, "recompute"]
-"""`recompute` is for exits: K/V are those of full depth, computed when a later token needs them."""
+"""With `recompute`, for exits, K/V are those of full depth, computed when a later token needs them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PositionThreshold:
     def at(self, positions: Tensor) -> Tensor | float:
         """Return the threshold at (B, T) positions."""
         if self.base < -1:
-            return self.base  # no token is that sure
+            return self.base  # no token has such a confidence
         return -(0.9 * -self.base + 0.1 * self._decayed(positions)).clamp(0, 1)
 
     def base_of(self, scores: Tensor, positions: Tensor) -> Tensor:
@@ -55,18 +55,18 @@ class PositionThreshold:
 
 @dataclass(frozen=True, eq=False)
 class GateSpec:
-    """One decision of a method at inference: a token runs a branch if its score is above the threshold.
+    """A decision of a method at inference: a token runs a branch if its score is above the threshold.
 
     Attributes:
-        layers: layers that are decided, in the order of the score's columns.
-        branch: what a token skips.
-        score: what is compared with the threshold.
-        threshold: −inf closes the gate for no token.
+        layers: the gated layers, in the order of the score's columns.
+        branch: the branch that a token skips.
+        score: the score that is compared with the threshold.
+        threshold: with −inf no token skips.
         on_skip: how a token that skips a mixer leaves K/V; ignored for FFNs.
         offset: subtracted from the score; calibration sees the difference.
         exits: whether a token that skips a layer skips all later ones too.
-        scale: a network whose r = 2·σ(logit) multiplies what the layer adds, h + r·(f(h) − h).
-        alternates: mixers that skipping tokens take in place of the layer's own, by layer.
+        scale: a network; r = 2·σ(logit) multiplies the output of the layer, h + r·(f(h) − h).
+        alternates: by layer, the mixer that skipping tokens run in place of the layer's own.
     """
 
     layers: tuple[int, ...]
@@ -92,6 +92,6 @@ class GateSpec:
         return limit + self.offset
 
     def calibrated(self, scores: Tensor, positions: Tensor) -> Tensor:
-        """Return the thresholds at which tokens of (..., B, T) scores are just closed out."""
+        """Return the thresholds at which tokens with (..., B, T) scores just skip."""
         scores = scores - self.offset
         return self.threshold.base_of(scores, positions) if isinstance(self.threshold, PositionThreshold) else scores

@@ -1,4 +1,4 @@
-"""Which real token ran which branch: every count, metric and plot reads this, never the method.
+"""The record of which real token ran which branch; every count, metric and plot reads it, never the method.
 
 A `PassRecord` is one forward; a `Trace` joins the forwards of one cached sequence along the tokens.
 """
@@ -32,15 +32,15 @@ class PassRecord:
     ffn_keep: dict[int, Tensor] = field(default_factory=dict)
     kv_rules: dict[int, KVRule] = field(default_factory=dict)
     late: dict[int, Tensor] = field(default_factory=dict)
-    """(B,) by layer: tokens that ran it although they had left (`recompute`), of this forward or earlier ones."""
+    """By layer, (B,) tokens of this or earlier forwards that ran it after their exit (`recompute`)."""
     other_keep: dict[int, Tensor] = field(default_factory=dict)
-    """(B, T) by layer: tokens that took its second mixer."""
+    """By layer, (B, T) tokens that ran its alternate mixer."""
     head_rows: int = 0
-    router_flops: int = field(default_factory=int)  # no default of the class: see `LazyRecord`
-    other_flops: int = field(default_factory=int)  # of second mixers
+    router_flops: int = field(default_factory=int)  # a class attribute would hide `LazyRecord.__getattr__`
+    other_flops: int = field(default_factory=int)  # FLOPs of alternate mixers
 
     def counting(self, evaluate: Evaluate) -> Evaluate:
-        """The same evaluation of networks, its FLOPs added to this record; padding is not counted."""
+        """Wrap an evaluation of networks so that its FLOPs are added to this record; padding is not counted."""
 
         def counted(network: GateNetwork, states: Tensor) -> Tensor:
             self.count(network, states)
@@ -49,7 +49,7 @@ class PassRecord:
         return counted
 
     def counting_logits(self, logits_of: LogitsOf) -> LogitsOf:
-        """The same logits, their FLOPs added to this record as those of a decision."""
+        """Wrap a head so that the FLOPs of its logits are added to this record as those of a decision."""
 
         def counted(states: Tensor, vocabulary: Tensor | None) -> Tensor:
             logits = logits_of(states, vocabulary)
@@ -59,13 +59,13 @@ class PassRecord:
         return counted
 
     def count(self, network: GateNetwork, states: Tensor) -> None:
-        """One evaluation for (B, T, D) states, or for one state per row."""
+        """Add the FLOPs of one evaluation for (B, T, D) states, or for one state per row."""
         each_token = states.shape[:2] == self.token_mask.shape
         self.router_flops += network.flops(self.num_real if each_token else states.shape[0])
 
     @cached_property
     def num_real(self) -> int:
-        """Tokens that are no padding."""
+        """Number of tokens without padding."""
         return int(self.token_mask.sum())
 
     def _stack(self, keeps: dict[int, Tensor]) -> Tensor:
@@ -73,7 +73,7 @@ class PassRecord:
         return torch.stack([keeps.get(layer_idx, every) for layer_idx in range(self.num_layers)])
 
     def row(self, row: int) -> PassRecord:
-        """The same forward for one row of the batch."""
+        """Return the record of one row of the batch."""
 
         def part(keeps: dict[int, Tensor]) -> dict[int, Tensor]:
             return {layer_idx: keep[row : row + 1] for layer_idx, keep in keeps.items()}
@@ -94,7 +94,7 @@ class PassRecord:
         )
 
     def first(self, num_tokens: int) -> PassRecord:
-        """Return the decisions for the first tokens of this forward, at no cost: it has been counted with the whole."""
+        """Return the decisions for the first tokens of this forward, without FLOPs: the whole forward counts them."""
 
         def part(keeps: dict[int, Tensor]) -> dict[int, Tensor]:
             return {layer_idx: keep[:, :num_tokens] for layer_idx, keep in keeps.items()}
@@ -111,60 +111,60 @@ class PassRecord:
         )
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """`mixer_keep` and `ffn_keep` as (L, B, T)."""
+        """Return `mixer_keep` and `ffn_keep` as (L, B, T) tensors."""
         return self._stack(self.mixer_keep), self._stack(self.ffn_keep)
 
     def stacked_other(self) -> Tensor:
-        """`other_keep` as (L, B, T)."""
-        nobody = torch.zeros_like(self.token_mask)
-        return torch.stack([self.other_keep.get(layer_idx, nobody) for layer_idx in range(self.num_layers)])
+        """Return `other_keep` as an (L, B, T) tensor."""
+        none = torch.zeros_like(self.token_mask)
+        return torch.stack([self.other_keep.get(layer_idx, none) for layer_idx in range(self.num_layers)])
 
     def stacked_late(self) -> Tensor:
-        """`late` as (L, B)."""
+        """Return `late` as an (L, B) tensor."""
         none = self.token_mask.new_zeros(len(self.token_mask), dtype=torch.long)
         return torch.stack([self.late.get(layer_idx, none) for layer_idx in range(self.num_layers)])
 
 
 class LazyRecord(PassRecord):
-    """Decisions that are known, but put down only when somebody looks at them: a decoding step would feel it.
+    """A record with decisions that are filled in when they are read, because that would slow down a decoding step.
 
     Args:
-        record: of the forward, without decisions.
-        note: puts them down.
+        record: the record of the forward, without decisions.
+        fill: writes the decisions into a record.
     """
 
     LATER = ("mixer_keep", "ffn_keep", "kv_rules", "late", "other_keep", "router_flops", "other_flops")
 
-    def __init__(self, record: PassRecord, note: Callable[[PassRecord], None]) -> None:
+    def __init__(self, record: PassRecord, fill: Callable[[PassRecord], None]) -> None:
         self.token_mask, self.past_length = record.token_mask, record.past_length
         self.cached, self.num_layers, self.head_rows = record.cached, record.num_layers, record.head_rows
-        self.note = note
+        self.fill = fill
 
     def __getattr__(self, name: str) -> Any:
         if name not in self.LATER:
             raise AttributeError(name)
-        noted = PassRecord(self.token_mask, self.past_length, self.cached, self.num_layers)
-        self.note(noted)
+        filled = PassRecord(self.token_mask, self.past_length, self.cached, self.num_layers)
+        self.fill(filled)
         for part in self.LATER:
-            setattr(self, part, getattr(noted, part))
-        del self.note
+            setattr(self, part, getattr(filled, part))
+        del self.fill
         return getattr(self, name)
 
     def row(self, row: int) -> PassRecord:
-        def note(own: PassRecord) -> None:
-            whole = PassRecord.row(self, row)
+        def fill(own: PassRecord) -> None:
+            found = PassRecord.row(self, row)
             for part in self.LATER:
-                setattr(own, part, getattr(whole, part))
+                setattr(own, part, getattr(found, part))
 
         part = self.token_mask[row : row + 1]
-        return LazyRecord(PassRecord(part, self.past_length, self.cached, self.num_layers, head_rows=1), note)
+        return LazyRecord(PassRecord(part, self.past_length, self.cached, self.num_layers, head_rows=1), fill)
 
 
 def joined_rows(passes: Sequence[tuple[PassRecord, int] | None], num_tokens: int) -> PassRecord:
-    """Return one record of rows that ran in forwards of their own, padded on the left to `num_tokens`.
+    """Return one record of rows that ran in separate forwards, padded on the left to `num_tokens`.
 
     Args:
-        passes: by row, its forward and its row there; None: it had ended.
+        passes: for each row, its forward and its row there; None where the row had ended.
     """
     first = next(found[0] for found in passes if found is not None)
     if [found is not None and found[0] is first and found[1] for found in passes] == list(range(len(first.token_mask))):
@@ -184,7 +184,7 @@ def joined_rows(passes: Sequence[tuple[PassRecord, int] | None], num_tokens: int
 
 
 def _join_rows(record: PassRecord, passes: Sequence[tuple[PassRecord, int] | None]) -> None:
-    """Put the decisions of rows together; a row that had ended counts as run, which its mask leaves out."""
+    """Join the decisions of rows; a row that had ended counts as run, and its mask leaves it out."""
     rows = [None if found is None else found[0].row(found[1]) for found in passes]
     num_tokens, ran = record.token_mask.shape[1], [row for row in rows if row is not None]
 
@@ -207,19 +207,19 @@ def _join_rows(record: PassRecord, passes: Sequence[tuple[PassRecord, int] | Non
 
 @dataclass(frozen=True)
 class Trace:
-    """What ran, for (B, T) tokens through L layers. Padding is never counted.
+    """The branches that (B, T) tokens ran in L layers. Padding is never counted.
 
     Attributes:
-        mixer_keep: (L, B, T) bool, the token ran this layer's mixer, for the sake of its own output.
+        mixer_keep: (L, B, T) bool, the token ran this layer's mixer for its own output.
         ffn_keep: (L, B, T) bool, the token ran this layer's FFN.
-        other_keep: (L, B, T) bool, the token took this layer's second mixer instead.
-        late: (L, B, passes) how many more tokens ran it in each forward, that had left before: for their K/V.
+        other_keep: (L, B, T) bool, the token ran this layer's alternate mixer instead.
+        late: (L, B, passes) number of tokens that each forward ran for their K/V, after their exit.
         token_mask: (B, T) bool, real tokens.
         pass_lengths: tokens of each forward, in order; they add up to T.
         head_rows: rows of logits that each forward computed, over the whole batch.
         kv_rules: per layer, how a token that skips the mixer leaves K/V: `project`, `omit` or `recompute`.
         cached: whether the forwards shared a cache.
-        router_flops: what the methods' decisions cost. other_flops: what second mixers did.
+        router_flops: FLOPs of the methods' decisions. other_flops: FLOPs of alternate mixers.
     """
 
     mixer_keep: Tensor
@@ -236,7 +236,7 @@ class Trace:
 
     @classmethod
     def join(cls, records: list[PassRecord]) -> Trace:
-        """One trace out of the forwards of one sequence (all of one batch size)."""
+        """Join the forwards of one sequence, all of one batch size, into one trace."""
         assert records, "no forward has run yet"
         stacks = [record.stacked() for record in records]
         rules: dict[int, KVRule] = {}
@@ -257,42 +257,42 @@ class Trace:
         )
 
     def at_full_depth(self) -> Trace:
-        """The same tokens with nothing skipped."""
+        """Return the trace of the same tokens with nothing skipped."""
         every = torch.ones_like(self.mixer_keep)
         rules = ["project"] * len(self.kv_rules)
-        late, nobody = torch.zeros_like(self.late), torch.zeros_like(self.other_keep)
+        late, none = torch.zeros_like(self.late), torch.zeros_like(self.other_keep)
         return replace(
             self,
             mixer_keep=every,
             ffn_keep=every,
             kv_rules=rules,
             late=late,
-            other_keep=nobody,
+            other_keep=none,
             router_flops=0,
             other_flops=0,
         )
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens."""
+        """Number of real tokens."""
         return int(self.token_mask.sum())
 
     @property
     def depths(self) -> Tensor:
-        """(B, T) float: layers run for each token's output; one with one of its two branches run counts half."""
+        """(B, T) layers run for each token's output; a layer with one of two branches run counts half."""
         return ((self.mixer_keep | self.other_keep).float() + self.ffn_keep.float()).sum(0) / 2
 
     @property
     def mean_depth(self) -> float:
-        """Layers run per real token, mean; those that were run late included."""
+        """Mean layers run per real token, layers run late included."""
         return self.depths[self.token_mask].double().mean().item() + int(self.late.sum()) / self.num_tokens
 
     def executed_share(self) -> tuple[list[float], list[float]]:
-        """Share of real tokens that ran each layer's mixer, and each layer's FFN."""
+        """Return the fraction of real tokens that ran each layer's mixer, and each layer's FFN."""
         return self._shares(self.mixer_keep), self._shares(self.ffn_keep)
 
     def other_share(self) -> list[float]:
-        """Share of real tokens that took each layer's second mixer."""
+        """Return the fraction of real tokens that ran each layer's alternate mixer."""
         return self._shares(self.other_keep)
 
     def _shares(self, keep: Tensor) -> list[float]:

@@ -1,4 +1,4 @@
-"""Pseudo-random numbers of a token's position, for gates that do not know the token: the controls."""
+"""Pseudo-random numbers by position, for control gates that do not read the token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def uniform_by_position(positions: Tensor, layers: Sequence[int], seed: int) -> Tensor:
     """Return (G, B, T) numbers in [0, 1), pseudo-random in (layer, position of the token, seed).
 
-    Deterministic, so that cached and uncached, padded and single runs agree.
+    They are deterministic, so that cached and uncached, padded and single runs agree.
     """
     offsets = torch.tensor(layers, device=positions.device)[:, None, None]
     return _hash(positions[None] * 8191 + offsets * 131 + seed * 65537)
