@@ -74,41 +74,24 @@ class PassRecord:
 
     def row(self, row: int) -> PassRecord:
         """Return the record of one row of the batch."""
-
-        def part(keeps: dict[int, Tensor]) -> dict[int, Tensor]:
-            return {layer_idx: keep[row : row + 1] for layer_idx, keep in keeps.items()}
-
-        return PassRecord(
-            self.token_mask[row : row + 1],
-            self.past_length,
-            self.cached,
-            self.num_layers,
-            mixer_keep=part(self.mixer_keep),
-            ffn_keep=part(self.ffn_keep),
-            kv_rules=self.kv_rules,
-            late={layer_idx: number[row : row + 1] for layer_idx, number in self.late.items()},
-            other_keep=part(self.other_keep),
-            head_rows=1,
-            router_flops=self.router_flops // len(self.token_mask),
-            other_flops=self.other_flops // len(self.token_mask),
-        )
+        index = slice(row, row + 1)
+        part, num_rows = self._part(index), len(self.token_mask)
+        part.late = {layer_idx: number[index] for layer_idx, number in self.late.items()}
+        part.head_rows = 1
+        part.router_flops, part.other_flops = self.router_flops // num_rows, self.other_flops // num_rows
+        return part
 
     def first(self, num_tokens: int) -> PassRecord:
         """Return the decisions for the first tokens of this forward, without FLOPs: the whole forward counts them."""
+        return self._part((slice(None), slice(num_tokens)))
 
-        def part(keeps: dict[int, Tensor]) -> dict[int, Tensor]:
-            return {layer_idx: keep[:, :num_tokens] for layer_idx, keep in keeps.items()}
-
-        return PassRecord(
-            self.token_mask[:, :num_tokens],
-            self.past_length,
-            self.cached,
-            self.num_layers,
-            mixer_keep=part(self.mixer_keep),
-            ffn_keep=part(self.ffn_keep),
-            kv_rules=self.kv_rules,
-            other_keep=part(self.other_keep),
-        )
+    def _part(self, index: slice | tuple[slice, slice]) -> PassRecord:
+        """Return the decisions for some rows or tokens, without what is counted per row."""
+        record = PassRecord(self.token_mask[index], self.past_length, self.cached, self.num_layers)
+        for name in ("mixer_keep", "ffn_keep", "other_keep"):
+            setattr(record, name, {layer_idx: keep[index] for layer_idx, keep in getattr(self, name).items()})
+        record.kv_rules = self.kv_rules
+        return record
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """Return `mixer_keep` and `ffn_keep` as (L, B, T) tensors."""
