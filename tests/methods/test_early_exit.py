@@ -65,7 +65,7 @@ def test_a_file_that_is_missing_and_a_list_that_is_too_long_are_named(tmp_path: 
         early_exit(thresholds=[0.1, 0.2, 0.3])
     with pytest.raises(UserError, match=r"give them in order, \[2, 4\]"):
         early_exit(layers=[4, 2], thresholds=[0.1, 0.2])
-    with pytest.raises(UserError, match="at least one layer in front"):
+    with pytest.raises(UserError, match="at least one layer before it"):
         anydepth.attach(tiny_llama(), {"name": "early_exit", "layers": [0]})
 
 

@@ -1,4 +1,4 @@
-"""The methods, one file each. A new one is its file and one line here."""
+"""The methods, one file each. A new method is a file and one line here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_class(name: str | None, where: str = "methods") -> type[Method]:
-    """The method called `name`; a `UserError` names the nearest one otherwise."""
+    """Return the method called `name`, or raise a `UserError` that names the nearest one."""
     if name in METHODS:
         return METHODS[name]
     if name == OLD_NAME:

@@ -1,4 +1,4 @@
-"""Methods out of what a user gives, and which of them can be attached together."""
+"""Build methods from configs or mappings, and refuse those that cannot be attached together."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def _refuse_conflicts(methods: list[Method]) -> None:
     for method in methods:
         others = [other for other in methods if other is not method]
         if "recompute" in method.kv_rules:
-            _refuse_beside_recompute(method, others)
+            _refuse_with_recompute(method, others)
         if method.routes_mixers:
-            _refuse_beside_routing(method, others)
+            _refuse_with_routing(method, others)
     by_rule = {rule: method.name for method in methods for rule in method.kv_rules}
     if len(by_rule) > 1:
         raise UserError(
@@ -64,16 +64,16 @@ def _refuse_conflicts(methods: list[Method]) -> None:
         )
 
 
-def _refuse_beside_routing(method: Method, others: list[Method]) -> None:
+def _refuse_with_routing(method: Method, others: list[Method]) -> None:
     for other in others:
         if other.branches - {"ffn"} or other.is_lossless():
             raise UserError(
-                f"{method.name} has a mixer for every token, {other.name} lets some do without; attach one of them"
+                f"{method.name} runs a mixer for every token, {other.name} skips mixers; attach one of them"
             )
 
 
-def _refuse_beside_recompute(method: Method, others: list[Method]) -> None:
-    """What `method` runs later is full depth: no other method may decide about it."""
+def _refuse_with_recompute(method: Method, others: list[Method]) -> None:
+    """Refuse other methods that decide about layers which `method` runs later at full depth."""
     for other in others:
         in_training = method.decides_in_training and other.decides_in_training
         if in_training or not other.is_lossless():

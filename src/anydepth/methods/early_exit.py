@@ -1,9 +1,9 @@
-"""Early exit by confidence: a token leaves behind the first of chosen layers whose state is sure enough.
+"""Early exit by confidence: a token exits at the first of the chosen layers where its state is confident enough.
 
-Confident Adaptive Language Modeling (Schuster et al. 2022); LayerSkip (Elhoushi et al. 2024) for the training that
-makes early states readable: in training nobody leaves, and every exit pays its cross-entropy, Σ_l e(l)·CE_l with
-e(l) = e_scale·Σ_{i≤l} i, for the last layer (L−1) + e_scale·Σ_{i≤L−2} i, over the exits that a curriculum lets in.
-Lossy; thresholds with a guarantee are what `anydepth calibrate --max-risk` sets.
+Exits follow Confident Adaptive Language Modeling (Schuster et al. 2022), training follows LayerSkip (Elhoushi et al.
+2024): no token exits, and the loss is Σ_l e(l)·CE_l over the exits that a curriculum selects, with e(l) =
+e_scale·Σ_{i≤l} i and (L−1) + e_scale·Σ_{i≤L−2} i for the last layer. Lossy; `anydepth calibrate --max-risk` sets
+thresholds with a guarantee.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class EarlyExitConfig(StrictConfig):
     """Options of `early_exit`."""
 
     layers: list[int] | None = Field(
-        default=None, description="Layers in front of which tokens may leave; null is half and three quarters of all."
+        default=None, description="Layers before which tokens may exit; null is half and three quarters of all."
     )
     confidence: Literal["max_probability", "margin", "entropy", "cosine", "classifier"] = Field(
         default="max_probability",
-        description="Of a state: its first choice, how far that is from the second, 1 − entropy ÷ log V, how little "
-        "the last layer turned it, or a trained classifier's.",
+        description="Measure of confidence: probability of the top token, its margin over the next one, 1 − entropy ÷ "
+        "log V, cosine similarity of the states before and after the last layer, or a trained classifier's.",
     )
     thresholds: list[float] | float = Field(
         default=math.inf,
@@ -51,28 +51,28 @@ class EarlyExitConfig(StrictConfig):
     decay: float | None = Field(
         default=None,
         gt=0,
-        description="τ of λ·0.9 + 0.1·exp(−τ·place / decay_length): stricter at first. null is none.",
+        description="τ of 0.9·λ + 0.1·exp(−τ·position ÷ decay_length), stricter at the start; null is none.",
     )
-    decay_length: int = Field(default=512, ge=1, description="Places over which thresholds decay.")
+    decay_length: int = Field(default=512, ge=1, description="Positions over which thresholds decay.")
     vocabulary: int | None = Field(
-        default=None, ge=2, description="Confidence over so many tokens alone, the first ids; null is all."
+        default=None, ge=2, description="Compute confidence over this many first token ids only; null is all."
     )
     kv_rule: Literal["propagate", "recompute"] = Field(
         default="propagate",
-        description="Deeper layers project K/V from the state that a token left with, or run later.",
+        description="Deeper layers project K/V from the state at the exit (propagate), or run later (recompute).",
     )
     loss_scale: float = training_field(
-        default=0.1, ge=0, description="e_scale of the loss over exits in training; 0 is none."
+        default=0.1, ge=0, description="e_scale of the loss over exits in training; 0 is no loss."
     )
     loss_layers: list[int] | None = training_field(
-        default=None, description="Layers in front of which training pays; null is all but the first."
+        default=None, description="Layers before which the loss has an exit; null is all but the first."
     )
     curriculum: Literal["none", "rotational", "gradual"] = training_field(
         default="rotational",
-        description="Exits that pay at a step: all; every rotation-th, shifting; or from the last on, more and more.",
+        description="Exits in the loss of a step: all; every rotation-th, shifting; or ever more, last one first.",
     )
     rotation: int = training_field(default=4, ge=1, description="R of the rotational curriculum.")
-    classifier_weight: float = training_field(default=1.0, ge=0, description="Of the classifier's cross-entropy.")
+    classifier_weight: float = training_field(default=1.0, ge=0, description="Weight of the classifier's loss.")
     seed: int = training_field(initial=True, default=0, description="Seed of the classifier.")
 
     @field_validator("thresholds", mode="before")
@@ -82,7 +82,7 @@ class EarlyExitConfig(StrictConfig):
         if not isinstance(value, str):
             return value
         with suppress(ValueError):
-            return float(value)  # "Infinity", as documents have it
+            return float(value)  # JSON documents write "Infinity"
         thresholds, layers = _read_thresholds(value)
         wanted = info.data.get("layers")
         if wanted is not None and layers is not None and layers != sorted(wanted):
@@ -98,10 +98,10 @@ class EarlyExitConfig(StrictConfig):
 
 
 def _read_thresholds(path: str) -> tuple[object, object]:
-    """Return the thresholds in a JSON file, and the layers that they are for; None where it does not say.
+    """Return the thresholds in a JSON file, and their layers; None where the file names none.
 
     Raises:
-        ValueError: the file cannot be read, or holds something else.
+        ValueError: the file cannot be read, or has other content.
     """
     try:
         read = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -121,18 +121,18 @@ def _read_thresholds(path: str) -> tuple[object, object]:
 
 @dataclass
 class EarlyExitState(TrainingState):
-    """One training forward: the states in front of layers with an exit, by layer."""
+    """State of one training forward: by layer, the inputs of layers with an exit."""
 
     states: dict[int, Tensor] = field(default_factory=dict)
 
 
 class EarlyExit(Trained, Calibrated, Method):
-    """Decides in front of chosen layers, by confidence in what the head says of the state there."""
+    """A method that exits tokens before chosen layers, by the confidence of the head or of a classifier."""
 
     Config = EarlyExitConfig
     State = EarlyExitState
     name = "early_exit"
-    summary = "tokens exit at chosen layers once the head is sure of them"
+    summary = "tokens exit at chosen layers once the head is confident"
     budget_option = "thresholds"
     decides_in_training = False
     vocabulary: Tensor | None
@@ -143,7 +143,9 @@ class EarlyExit(Trained, Calibrated, Method):
         self.layers = sorted(half if config.layers is None else config.layers)
         check_layers(self.layers, self.num_layers, "layers")
         if not self.layers or self.layers[0] == 0:
-            raise ValueError(f"layers is {self.layers}; an exit needs at least one layer in front of it, from 1 on")
+            raise ValueError(
+                f"layers is {self.layers}; an exit needs at least one layer before it, so give layers from 1 on"
+            )
         self.thresholds_of(config)
         self.loss_layers = list(range(1, self.num_layers)) if config.loss_layers is None else config.loss_layers
         check_layers(self.loss_layers, self.num_layers, "loss_layers")
@@ -165,14 +167,14 @@ class EarlyExit(Trained, Calibrated, Method):
         return config.confidence == "classifier"
 
     def thresholds_of(self, config: EarlyExitConfig) -> dict[int, float]:
-        """Return λ by layer, in their order. Raises `ValueError` for a list that does not fit the layers."""
+        """Return λ by layer, in order; raise `ValueError` for a list that does not fit the layers."""
         if isinstance(config.thresholds, list) and config.layers not in (None, self.layers):
             raise ValueError(f"layers is {config.layers}; with a list of thresholds give them in order, {self.layers}")
         return one_per_layer(config.thresholds, self.layers, "thresholds")
 
     @property
     def threshold(self) -> float | list[float]:
-        """What calibration sets: a token continues if minus its confidence is above this, or above its layer's."""
+        """Threshold, or one per layer, above which minus the confidence lets a token continue."""
         value = self.config.thresholds
         return [-limit for limit in value] if isinstance(value, list) else -value
 
@@ -200,7 +202,7 @@ class EarlyExit(Trained, Calibrated, Method):
         return HeadConfidence(kind, self.vocabulary, layer_idx, self.head_flops)
 
     def _threshold(self, limit: float) -> float | PositionThreshold:
-        """Return what minus a confidence must be above for a token to continue."""
+        """Return the threshold above which minus the confidence lets a token continue."""
         if self.config.decay is None:
             return -limit
         return PositionThreshold(-limit, self.config.decay, self.config.decay_length)
@@ -217,19 +219,18 @@ class EarlyExit(Trained, Calibrated, Method):
         self.state(context).states[layer_idx] = hidden
 
     def weights(self) -> dict[int, float]:
-        """e(l) of the exits that pay now, by the layer in front of which they are; the last layer's is 1.
+        """Return e(l) of the exits in the loss of this step, relative to that of the last layer.
 
-        Of L layers, exit l is behind l of them (l counted from 1 here): its state is in front of layer l.
+        Exit l reads the input of layer l, which is the output of the first l layers.
         """
         scale, last = self.config.loss_scale, self.num_layers - 1
-        whole = last + scale * sum(range(last))
-        paying = [layer_idx for layer_idx in self.loss_layers if self._pays(layer_idx)]
-        return {layer_idx: scale * sum(range(layer_idx)) / whole for layer_idx in paying}
+        last_weight = last + scale * sum(range(last))
+        return {i: scale * sum(range(i)) / last_weight for i in self.loss_layers if self._has_loss(i)}
 
-    def _pays(self, layer_idx: int) -> bool:
+    def _has_loss(self, layer_idx: int) -> bool:
         if self.config.curriculum == "rotational":
             return layer_idx % self.config.rotation == self.step % self.config.rotation
-        if self.config.curriculum == "gradual":  # twice as fast as training, from the last to the first
+        if self.config.curriculum == "gradual":  # from the last to the first exit, by half of training
             return layer_idx >= self.num_layers * (1 - 2 * self.progress)
         return True
 
@@ -238,7 +239,10 @@ class EarlyExit(Trained, Calibrated, Method):
         return [ExitState(states[i], weight * ones) for i, weight in self.weights().items() if weight and i in states]
 
     def outcome_losses(self, context: PassContext, logits: Tensor) -> dict[str, Tensor]:
-        """`classifier`: cross-entropy of whether an exit's first choice is the last layer's, mean over real tokens."""
+        """Return `classifier`, the cross-entropy of whether an exit's top token differs from the last layer's.
+
+        It is a mean over real tokens and exits.
+        """
         states = self.state(context).states
         if not self.networks or not states or context.logits_of is None:
             return {}

@@ -1,9 +1,8 @@
-"""Exit gates: in front of chosen layers a small network decides whether a token has been through enough of them.
+"""Exit gates: before chosen layers a small network decides whether a token exits.
 
-Hierarchical Adaptive Transformer, vertical; CALM's K/V rule `propagate` (Schuster et al. 2022): the state of a token
-that left is frozen, and is what deeper layers project its K/V from. Training samples hard exits, which the states
-follow, and pays the expected loss under the soft distribution p(l) = s_l·Π_{j<l}(1 − s_j): through it alone the gates
-learn. Lossy.
+This is the vertical part of the Hierarchical Adaptive Transformer, with CALM's K/V rule `propagate` (Schuster et al.
+2022): deeper layers project the K/V of a token from its state at the exit. Training samples hard exits and minimises
+the expected loss under the soft distribution p(l) = s_l·Π_{j<l}(1 − s_j), which alone trains the gates. Lossy.
 """
 
 from __future__ import annotations
@@ -33,32 +32,32 @@ class ExitGateConfig(StrictConfig):
     """Options of `exit_gate`."""
 
     layers: list[int] | None = Field(
-        default=None, description="Layers with a gate in front; null is five, spread from a fifth of the depth on."
+        default=None, description="Layers with a gate before them; null is five, spread from a fifth of the depth on."
     )
     widths: list[int] = Field(default=[64, 32], description="Hidden layers of the gates' networks.")
     kv_rule: Literal["propagate", "recompute"] = Field(
         default="propagate",
-        description="Deeper layers project K/V from the state that a token left with, or run it later, exactly, "
-        "together with the next token that goes on.",
+        description="Deeper layers project K/V from the state at the exit (propagate), or run the token later, with "
+        "the next token that continues (recompute: exact).",
     )
-    threshold: float = Field(default=0.0, description="At inference a token goes on if its logit is above this.")
-    initial_bias: float = training_field(initial=True, default=2.0, description="Logits start at this: tokens go on.")
+    threshold: float = Field(default=0.0, description="At inference a token continues if its logit is above this.")
+    initial_bias: float = training_field(initial=True, default=2.0, description="First logits: tokens continue.")
     forward_temperature: float = training_field(
         default=0.5, ge=0, description="Scale of the noise that exits are sampled with."
     )
     backward_temperature: float = training_field(default=1.0, gt=0, description="Temperature of the soft distribution.")
-    expected_weight: float = training_field(default=1.0, ge=0, description="Of the expected cross-entropy over exits.")
+    expected_weight: float = training_field(default=1.0, ge=0, description="Weight of the loss over exits.")
     floor: float = training_field(
         default=0.0,
         ge=0,
-        description="Added to the weight of each exit's cross-entropy: exits that nobody takes become readable too.",
+        description="Added to the weight of each exit's cross-entropy, so that exits without tokens learn too.",
     )
     target_depth: float = training_field(
         way=SHARE_AT_INFERENCE,
         default=0.67,
         gt=0,
         le=1,
-        description="Expected share of layers run, mean over real tokens.",
+        description="Expected fraction of layers run, mean over real tokens.",
     )
     target_weight: float = training_field(default=8.0, ge=0, description="β of β·(expected depth − target_depth)².")
     seed: int = training_field(initial=True, default=0, description="Seed of the gates and of their noise.")
@@ -66,24 +65,24 @@ class ExitGateConfig(StrictConfig):
     @model_validator(mode="after")
     def _consistent(self) -> ExitGateConfig:
         if math.isnan(self.threshold):
-            raise ValueError("threshold is nan; it must be a number (−inf lets nobody exit)")
+            raise ValueError("threshold is nan; it must be a number (with −inf no token exits)")
         return self
 
 
 @dataclass
 class ExitGateState(TrainingState):
-    """One training forward: the states in front of each gate, and its logits over the threshold, by layer."""
+    """State of one training forward: by layer, the input of each gate and its logits minus the threshold."""
 
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class ExitGate(Trained, Calibrated, Method):
-    """Decides per token in front of each layer of `layers` whether it exits; the rest of the layers it then skips."""
+    """A method with a gate before each of `layers` that decides per token whether to skip all remaining layers."""
 
     Config = ExitGateConfig
     State = ExitGateState
     name = "exit_gate"
-    summary = "gates in front of chosen layers let tokens exit early"
+    summary = "gates before chosen layers let tokens exit early"
     budget_option = "threshold"
 
     def __init__(self, config: ExitGateConfig, backbone: Backbone) -> None:
@@ -91,7 +90,7 @@ class ExitGate(Trained, Calibrated, Method):
         layers = _spread(self.num_layers) if config.layers is None else sorted(config.layers)
         check_layers(layers, self.num_layers, "layers")
         if not layers or layers[0] == 0:
-            raise ValueError(f"layers is {layers}; a gate needs at least one layer in front of it, from 1 on")
+            raise ValueError(f"layers is {layers}; a gate needs at least one layer before it, so give layers from 1 on")
         size, start = backbone.hidden_size, torch.tensor([config.initial_bias])
         self.networks = {layer_idx: GateNetwork(size, config.widths, start, self.generator) for layer_idx in layers}
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
@@ -116,42 +115,42 @@ class ExitGate(Trained, Calibrated, Method):
         return Sample((margin + self.config.forward_temperature * noise > 0)[None])
 
     def _distribution(self, context: PassContext) -> tuple[list[Tensor], Tensor]:
-        """Return p(l) of each gate passed, (B, T) each, and what remains for the last layer."""
-        remaining, leaving = None, []
+        """Return the (B, T) p(l) of each gate, and the remaining probability of the last layer."""
+        remaining, exiting = None, []
         for _, margin in self.state(context).seen.values():
             soft = torch.sigmoid(-margin / self.config.backward_temperature)
             remaining = torch.ones_like(soft) if remaining is None else remaining
-            leaving.append(remaining * soft)
+            exiting.append(remaining * soft)
             remaining = remaining * (1 - soft)
         assert remaining is not None
-        return leaving, remaining
+        return exiting, remaining
 
     def exit_states(self, context: PassContext) -> list[ExitState]:
         seen = self.state(context).seen
         if not seen or not self.config.expected_weight:
             return []
-        leaving, remaining = self._distribution(context)
+        exiting, remaining = self._distribution(context)
         weight, floor = self.config.expected_weight, self.config.floor
         exits = [
-            ExitState(hidden, weight * (part + floor)) for (hidden, _), part in zip(seen.values(), leaving, strict=True)
+            ExitState(hidden, weight * (part + floor)) for (hidden, _), part in zip(seen.values(), exiting, strict=True)
         ]
         return [*exits, ExitState(None, weight * remaining)]
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
-        """`target`: β·(expected depth − d*)², the mean over real tokens."""
+        """Return `target`: β·(expected depth − target_depth)², the depth a mean over real tokens."""
         seen = self.state(context).seen
         if not seen or not self.config.target_weight:
             return {}
-        leaving, remaining = self._distribution(context)
-        share = remaining
-        for layer_idx, part in zip(seen, leaving, strict=True):
-            share = share + part * layer_idx / self.num_layers
-        depth = batch_mean(share[context.token_mask].mean())
+        exiting, remaining = self._distribution(context)
+        fraction = remaining
+        for layer_idx, part in zip(seen, exiting, strict=True):
+            fraction = fraction + part * layer_idx / self.num_layers
+        depth = batch_mean(fraction[context.token_mask].mean())
         return {"target": self.config.target_weight * (depth - self.config.target_depth) ** 2}
 
 
 def _spread(num_layers: int) -> list[int]:
-    """Five layers, for 22 of them 4, 8, 12, 16 and 20; fewer in a shallow model."""
+    """Return five layers (4, 8, 12, 16 and 20 of 22), or fewer in a shallow model."""
     return sorted(
         {max(1, round(num_layers * share)) for share in (0.2, 0.36, 0.54, 0.72, 0.88)} & set(range(num_layers))
     )

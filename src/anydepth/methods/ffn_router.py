@@ -1,8 +1,8 @@
 """FFN routing: in each layer a score decides per token whether its FFN runs; mixers always run, so K/V are exact.
 
-The token choice of mixture-of-experts with one expert and nothing (Hierarchical Adaptive Transformer, horizontal).
-Training lets through the tokens above a running quantile of the scores, so that a share `capacity` runs, and carries
-the gate's gradient straight through; inference compares with the same quantile, held still. Lossy.
+This is the horizontal part of the Hierarchical Adaptive Transformer: token choice as in a mixture of experts, with one
+expert or none. Training keeps the tokens above a running quantile of the scores, so that a fraction `capacity` runs,
+and uses a straight-through gradient; inference compares with the last quantile. Lossy.
 """
 
 from __future__ import annotations
@@ -34,32 +34,30 @@ class FFNRouterConfig(StrictConfig):
 
     layers: list[int] | None = Field(default=None, description="Layers whose FFN is routed; null is all but the first.")
     capacity: float = training_field(
-        way=SHARE_AT_INFERENCE, default=0.55, gt=0, le=1, description="Share of tokens whose FFN runs, in each layer."
+        way=SHARE_AT_INFERENCE, default=0.55, gt=0, le=1, description="Fraction of tokens that run the FFN."
     )
     initial_capacity: float = training_field(
-        default=0.9, gt=0, le=1, description="Share at the start of training; falls to capacity in its first half."
+        default=0.9, gt=0, le=1, description="Fraction at the start of training; falls to capacity in its first half."
     )
-    widths: list[int] = Field(default=[], description="Hidden layers of the scoring network; none is a linear map.")
+    widths: list[int] = Field(default=[], description="Hidden widths of the scoring network; none is a linear layer.")
     threshold: list[float] | float = Field(
         default=0.0,
-        description="At inference an FFN runs if the score less its layer's quantile is above this: one number, or one "
-        "per layer.",
+        description="At inference an FFN runs if the score minus its layer's quantile is above this: one number, or "
+        "one per layer.",
     )
     backward_temperature: float = training_field(
         default=1.0, gt=0, description="Temperature of the straight-through gradient."
     )
     z_loss_weight: float = training_field(
-        default=1e-3, ge=0, description="Of mean(logsumexp([0, s])²): keeps scores small."
+        default=1e-3, ge=0, description="Weight of mean(logsumexp([0, s])²), which keeps scores small."
     )
     entropy_weight: float = training_field(
-        default=1e-3, ge=0, description="Of minus the gates' mean entropy: against gates that settle too early."
+        default=1e-3, ge=0, description="Weight of minus the gates' mean entropy, against constant gates."
     )
     capacity_weight: float = training_field(
-        default=1.0, ge=0, description="Of (mean σ(s − threshold) − capacity)², per layer."
+        default=1.0, ge=0, description="Weight of (mean σ(s − threshold) − capacity)², per layer."
     )
-    quantile_momentum: float = training_field(
-        default=0.9, ge=0, lt=1, description="Of the running quantile, per forward."
-    )
+    quantile_momentum: float = training_field(default=0.9, ge=0, lt=1, description="Momentum of the running quantile.")
     seed: int = training_field(initial=True, default=0, description="Seed of the scoring networks.")
 
     @model_validator(mode="after")
@@ -71,14 +69,14 @@ class FFNRouterConfig(StrictConfig):
 
 @dataclass
 class FFNRouterState(TrainingState):
-    """One training forward, by layer: scores and their margins over the threshold, and the thresholds."""
+    """State of one training forward: by layer, scores and their margins over the threshold, and the thresholds."""
 
     seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     thresholds: dict[int, float] = field(default_factory=dict)
 
 
 class FFNRouter(Trained, Calibrated, Method):
-    """Decides per token and layer, in front of the FFN, whether it runs."""
+    """A method that decides per token and layer whether the FFN runs."""
 
     Config = FFNRouterConfig
     State = FFNRouterState
@@ -99,8 +97,8 @@ class FFNRouter(Trained, Calibrated, Method):
         self.networks = {i: GateNetwork(size, config.widths, start, self.generator) for i in layers}
         self.by_layer = nn.ModuleDict({str(i): network for i, network in self.networks.items()})
         for network in self.networks.values():
-            nn.init.normal_(network.direct.weight, std=0.02, generator=self.generator)  # no two tokens alike
-        self.register_buffer("thresholds", torch.full((len(layers),), -math.inf))  # until training has seen scores
+            nn.init.normal_(network.direct.weight, std=0.02, generator=self.generator)  # so that scores differ
+        self.register_buffer("thresholds", torch.full((len(layers),), -math.inf))  # set in training
         one_per_layer(config.threshold, layers, "threshold")
         self.score_quantiles = empty_table(len(layers))
         self.capacity = config.capacity
@@ -132,9 +130,9 @@ class FFNRouter(Trained, Calibrated, Method):
 
     @torch.no_grad()
     def _quantile(self, layer_idx: int, score: Tensor, context: PassContext) -> float:
-        """Return the running score that a fraction `capacity` of real tokens is above.
+        """Return the running quantile that a fraction `capacity` of real tokens is above.
 
-        Updated once per forward: checkpointing asks again, and must get the same answer.
+        It is updated once per forward, because a recomputation in backward must get the same value.
         """
         known, column = self.state(context).thresholds, self.columns[layer_idx]
         if layer_idx not in known:
@@ -147,14 +145,14 @@ class FFNRouter(Trained, Calibrated, Method):
         return known[layer_idx]
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
-        """`z_loss`, `entropy` and `capacity`, means over real tokens and layers."""
+        """Return `z_loss`, `entropy` and `capacity`, means over real tokens and layers."""
         seen, real = self.state(context).seen, context.token_mask
         if not seen:
             return {}
         score = torch.stack([score[real] for score, _ in seen.values()])  # (layers, N)
         margin = torch.stack([margin[real] for _, margin in seen.values()])
         soft = torch.sigmoid(margin)
-        # Of the logits: from a probability that has rounded to 0 or 1 it has no gradient.
+        # From the logits, because a probability that has rounded to 0 or 1 gives no gradient.
         entropy = (F.softplus(margin) - margin * soft).mean()
         return {
             "z_loss": self.config.z_loss_weight * F.softplus(score).square().mean(),

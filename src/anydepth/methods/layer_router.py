@@ -1,10 +1,10 @@
-"""Dynamic layer routing: a small network reads an early state and decides which later layers are run.
+"""Dynamic layer routing: a small network reads an early state and decides which later layers run.
 
-Per token, or per sequence from its first `pool_tokens` tokens. All gates of a token depend on one state, so its whole
-plan is known after `always_keep` layers; with `reads: sequential` each layer has a network that reads its own input.
-With `branch: mixer` tokens skip mixers alone, and their FFNs run. Lossy; trained with the Gumbel straight-through
-estimator (Jang et al. 2017) or with REINFORCE (Williams 1992). Dynamic Layer Routing; Skip-Layer attention (Zeng et
-al. 2023); Router-Tuning (He et al. 2024).
+It decides per token, or per sequence from the first `pool_tokens` tokens. All gates of a token depend on one state, so
+they are known after `always_keep` layers; with `reads: sequential` each layer has a network that reads its own input.
+With `branch: mixer` tokens skip mixers only, and FFNs run. Lossy; trained with the Gumbel straight-through estimator
+(Jang et al. 2017) or with REINFORCE (Williams 1992). See also Skip-Layer attention (Zeng et al. 2023) and Router-Tuning
+(He et al. 2024).
 """
 
 from __future__ import annotations
@@ -35,51 +35,49 @@ class LayerRouterConfig(StrictConfig):
     """Options of `layer_router`."""
 
     branch: Literal["layer", "mixer"] = Field(
-        default="layer", description="What tokens skip: whole layers, or their mixers alone; the FFNs then run."
+        default="layer", description="Branch that tokens skip: whole layers, or mixers only while the FFNs run."
     )
-    always_keep: int = Field(default=4, ge=1, description="First layers that every token runs; the router reads there.")
+    always_keep: int = Field(default=4, ge=1, description="Layers that every token runs; the router reads after them.")
     input: Literal["state", "embeddings"] = Field(
-        default="state", description="What it reads: the state behind always_keep layers, or the token's embedding."
+        default="state", description="Input of the router: the state after always_keep layers, or the embedding."
     )
     reads: Literal["parallel", "sequential"] = Field(
-        default="parallel", description="One router decides for all layers, or each layer's own reads its input."
+        default="parallel", description="One router decides for all layers, or each layer has one that reads its input."
     )
     widths: list[int] | None = Field(
-        default=None, description="Hidden layers of the network; null is D/2 and D/4, none is a linear map."
+        default=None, description="Hidden widths of the network; null is D/2 and D/4, none is a linear layer."
     )
     granularity: Literal["token", "sequence", "batch"] = Field(
         default="token",
-        description="Whose plan: each token's own; one per sequence, from its first pool_tokens tokens, which run at "
-        "full depth; batch: one per batch in training, to reproduce earlier work; at inference as sequence.",
+        description="Decide for each token; for each sequence, from its first pool_tokens tokens, which run at full "
+        "depth; or for each batch in training, to reproduce earlier work, and at inference for each sequence.",
     )
     pool_tokens: int = Field(
-        default=32, ge=1, description="First tokens that a sequence's plan is made from; training varies their number."
+        default=32, ge=1, description="Number of first tokens that decide for a sequence; training varies it."
     )
     estimator: Literal["gumbel_ste", "reinforce"] = training_field(
-        default="gumbel_ste", description="How gates learn: straight through sampled gates, or from what choices cost."
+        default="gumbel_ste", description="How gates learn: straight through samples, or from the cost of decisions."
     )
     router: Literal["learned", "random"] = Field(
-        default="learned", description="A trained network, or pseudo-random gates of fixed rates: the control."
+        default="learned", description="A trained network, or pseudo-random gates with fixed rates as a control."
     )
     rates: list[float] | float | None = Field(
         default=None,
-        description="For router=random: share of tokens that run each routed layer; a number is that of all of them.",
+        description="For router=random: fraction of tokens that run each routed layer; one number is for all layers.",
     )
     target_skip: float = training_field(
         way=SHARE_AT_INFERENCE,
         default=0.4,
         ge=0,
         lt=1,
-        description="Share of routed layer-tokens, or mixer-tokens, to skip.",
+        description="Fraction of routed layer-tokens, or mixer-tokens, to skip.",
     )
     kv_rule: SkipRule = Field(
-        default="project", description="K/V of a skipping token: its state projected, or none (omit)."
+        default="project", description="K/V of a skipping token: projected from its state, or none (omit)."
     )
     threshold: float = Field(default=0.0, description="At inference a token runs the layer if its logit is above this.")
     initial_bias: float = training_field(
-        initial=True,
-        default=2.0,
-        description="Size of the logits at the start: large means that noise flips few gates.",
+        initial=True, default=2.0, description="Magnitude of the first logits; with a large one noise flips few gates."
     )
     initial_skip_layers: list[int] = training_field(
         initial=True,
@@ -90,24 +88,24 @@ class LayerRouterConfig(StrictConfig):
         default=1.0, gt=0, description="Temperature of the straight-through gradient."
     )
     final_backward_temperature: float | None = training_field(
-        default=None, gt=0, description="Reached at the end of training, in equal ratios; null keeps it constant."
+        default=None, gt=0, description="Temperature at the end, reached geometrically; null keeps it constant."
     )
     sparsity_weight: float = training_field(
-        default=0.0, ge=0, description="λ of λ·Σ w_l·mean(g_l), a price on every layer run."
+        default=0.0, ge=0, description="λ of λ·Σ w_l·mean(g_l), a price of every layer run."
     )
     sparsity_slope: tuple[float, float] = training_field(
         default=(1.0, 1.0), description="Relative price of the first and of the last routed layer; linear between."
     )
     target_rule: Literal["quadratic", "lagrange"] = training_field(
         default="quadratic",
-        description="β·(skip − target_skip)²; lagrange adds a price on layers that rises till it holds.",
+        description="β·(skip − target_skip)²; lagrange adds a price of layers that rises until the target is met.",
     )
     target_weight: float = training_field(default=8.0, ge=0, description="β of β·(skip − target_skip)².")
     lagrange_rate: float = training_field(
-        default=0.05, gt=0, description="Steps of the price, times (target_skip − skip)."
+        default=0.05, gt=0, description="Step size of the price, multiplied by (target_skip − skip)."
     )
     baseline_momentum: float = training_field(
-        default=0.9, ge=0, lt=1, description="Of the moving mean cost that REINFORCE compares with."
+        default=0.9, ge=0, lt=1, description="Momentum of the mean cost that REINFORCE compares with."
     )
     seed: int = training_field(
         initial=True, unless=CONTROL_ALONE, default=0, description="Seed of the method's own random generator."
@@ -116,30 +114,30 @@ class LayerRouterConfig(StrictConfig):
     @model_validator(mode="after")
     def _consistent(self) -> LayerRouterConfig:
         if self.router == "random" and self.rates is None:
-            raise ValueError("router=random needs rates: one share in [0, 1] per routed layer")
+            raise ValueError("router=random needs rates: one fraction in [0, 1] per routed layer")
         if self.router == "learned" and self.rates is not None:
             raise ValueError("rates are for router=random; with router=learned leave them out")
         if self.router == "random" and self.granularity != "token":
-            raise ValueError(f"router=random decides per token; granularity came as {self.granularity}")
+            raise ValueError(f"router=random decides per token, got granularity {self.granularity}; set it to token")
         if self.reads == "sequential" and (self.router == "random" or self.input == "embeddings"):
             other = "router=random" if self.router == "random" else "input=embeddings"
             raise ValueError(f"reads=sequential reads the input of each layer; {other} does not, leave one of them out")
         rates = self.rates if isinstance(self.rates, list) else [self.rates or 0.0]
         if any(not 0 <= rate <= 1 for rate in rates):
-            raise ValueError(f"rates must lie in [0, 1], came {self.rates}")
+            raise ValueError(f"rates must be in [0, 1], got {self.rates}")
         if math.isnan(self.threshold):
-            raise ValueError("threshold is nan; it must be a number (−inf keeps every layer)")
+            raise ValueError("threshold is nan; it must be a number (with −inf every layer runs)")
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """What a training forward sampled for G routed layers.
+    """Sampled decisions of a training forward for G routed layers.
 
     Attributes:
         rates: (G,) mean of the gates over routed tokens, with a gradient.
-        routed: (B, T) bool, real tokens that were decided about.
-        margin, keep: (G, B, T or 1) logits over the threshold, and the decisions.
+        routed: (B, T) bool, real tokens with a decision.
+        margin, keep: (G, B, T or 1) logits minus the threshold, and the decisions.
     """
 
     rates: Tensor
@@ -150,13 +148,13 @@ class Sampled:
 
 @dataclass
 class RouterState(TrainingState):
-    """One training forward: what was sampled, by layer whose input was read."""
+    """State of one training forward: the samples, by the layer that was read."""
 
     sampled: dict[int, Sampled] = field(default_factory=dict)
 
 
 class LayerRouter(Trained, Calibrated, Method):
-    """Decides, after `always_keep` layers or from the embeddings, which of the later layers are run."""
+    """A method that decides after `always_keep` layers, or from the embeddings, which later layers run."""
 
     Config = LayerRouterConfig
     State = RouterState
@@ -177,7 +175,7 @@ class LayerRouter(Trained, Calibrated, Method):
         self.routed = list(range(config.always_keep, self.num_layers))
         first = 0 if config.input == "embeddings" else config.always_keep
         self.read_at = {first: self.routed} if config.reads == "parallel" else {i: [i] for i in self.routed}
-        """By layer whose input is read, the layers that are then decided."""
+        """By the layer that is read, the layers that are then decided."""
         self.rates = config.rates if isinstance(config.rates, list) else [config.rates or 0.0] * len(self.routed)
         if len(self.rates) != len(self.routed):
             raise ValueError(f"rates has {len(self.rates)} values; {len(self.routed)} layers are routed")
@@ -186,7 +184,7 @@ class LayerRouter(Trained, Calibrated, Method):
         self.learns_by_policy = config.estimator == "reinforce"
         self.draws_once = config.granularity == "batch"
         self.networks: dict[int, GateNetwork] = {}
-        """By layer whose input they read; random gates have none."""
+        """Networks by the layer that they read; random gates have none."""
         if config.router == "learned":
             self.networks = {i: self._network(layers, backbone.hidden_size) for i, layers in self.read_at.items()}
         if config.reads == "parallel":
@@ -194,7 +192,7 @@ class LayerRouter(Trained, Calibrated, Method):
         else:
             self.by_layer = nn.ModuleDict({str(i): network for i, network in self.networks.items()})
         self.register_buffer("price", torch.zeros(()))  # the Lagrange multiplier
-        self.register_buffer("baseline", torch.full((), math.inf))  # mean cost so far, once there is one
+        self.register_buffer("baseline", torch.full((), math.inf))  # mean cost; infinite before the first step
 
     def _network(self, layers: list[int], size: int) -> GateNetwork:
         closed = torch.tensor([layer_idx in self.config.initial_skip_layers for layer_idx in layers])
@@ -229,7 +227,7 @@ class LayerRouter(Trained, Calibrated, Method):
     def training_gates(self, context: PassContext) -> list[GateSpec]:
         if self.config.granularity == "token":
             return self.gates()
-        # A split point between half and twice as many tokens.
+        # Between half and twice as many tokens are pooled.
         drawn = torch.rand((), generator=self.generator).item()
         longest = max(context.token_mask.shape[1] - 1, 1)
         pool_tokens = max(min(round(self.config.pool_tokens * 2 ** (2 * drawn - 1)), longest), 1)
@@ -261,7 +259,7 @@ class LayerRouter(Trained, Calibrated, Method):
         return Sample(keep | free, weights)
 
     def sampled(self, context: PassContext) -> Sampled | None:
-        """Return what a training forward sampled, the routed layers in order."""
+        """Return the samples of a training forward, joined over the routed layers in order."""
         parts: list[Sampled] = list(self.state(context).sampled.values())
         if len(parts) <= 1:
             return parts[0] if parts else None
@@ -278,7 +276,10 @@ class LayerRouter(Trained, Calibrated, Method):
     # --- losses --------------------------------------------------------------------------------------------------
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
-        """`sparsity`: λ·Σ w_l·mean(g_l); `target`: β·(skip − s*)²; `price`: price·mean(g). Over routed real tokens."""
+        """Return `sparsity`: λ·Σ w_l·mean(g_l), `target`: β·(skip − target_skip)², and `price`: price·mean(g).
+
+        All means are over routed real tokens.
+        """
         sampled = self.sampled(context)
         if sampled is None:
             return {}
@@ -296,15 +297,15 @@ class LayerRouter(Trained, Calibrated, Method):
         return losses
 
     def _prices(self, rates: Tensor) -> Tensor:
-        """(G,) relative prices of the routed layers."""
+        """Return the (G,) relative prices of the routed layers."""
         first, last = self.config.sparsity_slope
         return torch.linspace(first, last, len(self.routed), device=rates.device)
 
     def policy_losses(self, context: PassContext, token_losses: Tensor) -> dict[str, Tensor]:
-        """`policy`: −(baseline − cost)·log p(gates), cost = cross-entropy + λ·Σ w_l·g_l + price·mean(g).
+        """Return `policy`: −(baseline − cost)·log p(gates), with cost = cross-entropy + λ·Σ w_l·g_l + price·mean(g).
 
-        A decision is charged with the loss of the tokens that it is about: a token's own, or the mean of the sequence
-        or batch behind its first tokens.
+        The cross-entropy is that of the tokens that a decision is for: one token, or the mean over the sequence or
+        batch after its first tokens.
         """
         sampled = self.sampled(context)
         if not self.learns_by_policy or sampled is None:

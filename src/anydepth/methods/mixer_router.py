@@ -1,10 +1,10 @@
-"""Per-token choice of the mixer: in some layers a token takes softmax attention or a gated delta rule.
+"""Mixer routing: in some layers a token runs softmax attention or a gated delta rule.
 
-The layer's own softmax mixer stays as it is, and a linear one (`models/delta_rule.py`) stands beside it; norms and FFN
-are shared. One linear router on the state behind layer 0 decides for all of these layers (`parallel`), or each layer
-has its own (`sequential`). Hard Gumbel decisions carried straight through in training, a threshold at inference. What
-a mixer sees is part of the method: with `state: all` both see every token and the choice is whose output is read;
-with `state: routed` each sees its own tokens alone, and the K/V cache holds those only. Lossy.
+The layer's softmax mixer is unchanged and has a linear alternate (`models/delta_rule.py`); both use the same norms and
+FFN. One linear router on the state after layer 0 decides for all of these layers (`parallel`), or each layer has a
+router (`sequential`). Training uses hard Gumbel decisions with a straight-through gradient, inference a threshold. With
+`state: all` both mixers see every token and the decision selects the output; with `state: routed` each mixer sees its
+own tokens only, and the K/V cache has only those. Lossy.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from anydepth.models.backbone import Backbone
 from anydepth.models.delta_rule import DeltaShape, build_delta_rule, matched_shape
 
 READ_AT = 1
-"""The layer in front of which a parallel router reads."""
+"""The layer with the input that a parallel router reads."""
 
 
 class LinearMixerConfig(StrictConfig):
-    """Heads of the gated delta rule; what is left out, so that it has no more parameters than the softmax mixer."""
+    """Heads of the gated delta rule; unset values give no more parameters than the softmax mixer has."""
 
     num_key_heads: int | None = Field(default=None, ge=1, description="Heads of queries and keys.")
-    num_value_heads: int | None = Field(default=None, ge=1, description="Of values; a multiple of num_key_heads.")
+    num_value_heads: int | None = Field(default=None, ge=1, description="Heads of values; a multiple of num_key_heads.")
     key_head_dim: int | None = Field(
         default=None, ge=1, description="Width of a key; null is that of the softmax mixer."
     )
-    value_head_dim: int | None = Field(default=None, ge=1, description="Width of a value; null likewise.")
-    conv_size: int = Field(default=4, ge=1, description="Tokens that its causal convolution sees.")
+    value_head_dim: int | None = Field(default=None, ge=1, description="Width of a value; null as for keys.")
+    conv_size: int = Field(default=4, ge=1, description="Width of the causal convolution, in tokens.")
 
 
 class MixerRouterConfig(StrictConfig):
@@ -54,69 +54,72 @@ class MixerRouterConfig(StrictConfig):
         default=None, description="Layers with both mixers; null is every softmax layer but the first and the last."
     )
     state: Literal["all", "routed"] = Field(
-        default="routed", description="Which tokens a mixer sees: all of them, or those that take it."
+        default="routed", description="Tokens that a mixer sees: all of them, or those that run it."
     )
     reads: Literal["parallel", "sequential"] = Field(
-        default="parallel", description="Decided for all layers behind layer 0, or by a router in front of each."
+        default="parallel",
+        description="One router after layer 0 decides for all layers, or each layer has one before it.",
     )
     router: Literal["learned", "random"] = Field(
-        default="learned", description="random takes softmax at `rate`, blind to the token: a control."
+        default="learned", description="random selects softmax at `rate` without reading the token, as a control."
     )
     rate: float = training_field(
-        way="it is for router=random",
+        way="set router=random to use it",
         unless=CONTROL_ALONE,
         default=0.25,
         ge=0,
         le=1,
-        description="Share of softmax tokens of the random router.",
+        description="Fraction of tokens that the random router gives softmax.",
     )
-    threshold: float = Field(default=0.0, description="At inference a token takes softmax if its logit is above this.")
+    threshold: float = Field(default=0.0, description="At inference a token runs softmax if its logit is above this.")
     target: float | None = training_field(
         way=SHARE_AT_INFERENCE,
         default=None,
         ge=0,
         le=1,
-        description="Share of softmax tokens to train for, and to set the threshold to; null balances the mixers.",
+        description="Fraction of softmax tokens that training and the threshold aim for; null balances the mixers.",
     )
-    target_weight: float = training_field(default=1.0, ge=0, description="Of (share − target)².")
+    target_weight: float = training_field(default=1.0, ge=0, description="Weight of (fraction − target)².")
     balance_weight: float = training_field(
-        default=0.01, ge=0, description="Of Σ 2·f·P over the two mixers, f the share, P the mean probability (Switch)."
+        default=0.01,
+        ge=0,
+        description="Weight of Σ 2·f·P over both mixers, f the fraction, P the mean probability (Switch).",
     )
     backward_temperature: float = training_field(
-        default=1.0, gt=0, description="Of the straight-through gradient, at first."
+        default=1.0, gt=0, description="First temperature of the straight-through gradient."
     )
     final_backward_temperature: float | None = training_field(
-        default=None, gt=0, description="At the end of training, geometrically; null stays."
+        default=None, gt=0, description="Temperature at the end, reached geometrically; null keeps it constant."
     )
     initial_bias: float = training_field(
-        initial=True, default=0.0, description="Of the logits: positive starts near all softmax."
+        initial=True, default=0.0, description="First value of the logits; a positive one starts near all softmax."
     )
-    linear: LinearMixerConfig = Field(default=LinearMixerConfig(), description="Size of the linear mixer.")
+    linear: LinearMixerConfig = Field(default=LinearMixerConfig(), description="Shape of the linear mixer.")
     seed: int = training_field(
         initial=True,
         unless=CONTROL_ALONE,
         default=0,
-        description="Seed of the linear mixers, the router, and of random choices.",
+        description="Seed of the linear mixers, the router and the random router.",
     )
 
 
 @dataclass
 class MixerRouterState(TrainingState):
-    """One training forward, by number of the router: gates with a straight-through gradient, and probabilities."""
+    """State of one training forward: by router, gates with a straight-through gradient, and probabilities."""
 
     sampled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class MixerRouter(Trained, Calibrated, Method):
-    """Decides per token and layer which of two mixers it takes."""
+    """A method that decides per token and layer which of two mixers runs."""
 
     Config = MixerRouterConfig
     State = MixerRouterState
     name = "mixer_router"
     scheduled = ("backward_temperature",)
-    summary = "each token takes softmax attention or a gated delta rule"
+    summary = "each token runs softmax attention or a gated delta rule"
     budget_option = "threshold"
-    calibrates_to_target = True  # decisions are sampled in training: their rate is not that of the sign of the logits
+    calibrates_to_target = True  # the rate of sampled decisions differs from that of the threshold
 
     def __init__(self, config: MixerRouterConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -126,9 +129,11 @@ class MixerRouter(Trained, Calibrated, Method):
         check_layers(self.routed, self.num_layers, "layers")
         recurrent = sorted(set(self.routed) - set(softmax))
         if recurrent or not self.routed:
-            raise ValueError(f"layers has {recurrent}; only softmax layers get a second mixer, which are {softmax}")
+            raise ValueError(f"layers has {recurrent}; only softmax layers get an alternate mixer: {softmax}")
         if config.reads == "parallel" and 0 in self.routed:
-            raise ValueError("layers has 0; a parallel router reads behind layer 0: leave it out, or read sequentially")
+            raise ValueError(
+                "layers has 0; a parallel router reads after layer 0: leave 0 out, or set reads=sequential"
+            )
         shapes = [_shape(config.linear, matched_shape(backbone.layers[layer_idx])) for layer_idx in self.routed]
         size, generator = backbone.hidden_size, self.generator
         self.mixers = nn.ModuleDict(
@@ -180,29 +185,29 @@ class MixerRouter(Trained, Calibrated, Method):
         soft = torch.sigmoid(noisy / self.backward_temperature)
         hard = keep.float() + soft - soft.detach()
         weights = hard * context.token_mask
-        others = 1 - weights
+        alternates = 1 - weights
         if self.config.state == "routed":  # a mixer has no output for tokens that it does not see
-            weights, others = weights * keep, others * ~keep
+            weights, alternates = weights * keep, alternates * ~keep
         self.state(context).sampled[number] = (hard, torch.sigmoid(margin))
-        return Sample(keep, weights, others)
+        return Sample(keep, weights, alternates)
 
     # --- losses --------------------------------------------------------------------------------------------------
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
-        """`target`: (share of softmax − target)², or `balance`: Σ 2·f·P, mean over layers. Over real tokens."""
+        """Return `target`: (softmax fraction − target)², or `balance`: Σ 2·f·P, over real tokens and layers."""
         sampled, real = self.state(context).sampled, context.token_mask
         if not sampled:
             return {}
         chosen = torch.cat([hard[:, real] for hard, _ in sampled.values()])  # (layers, N)
         if self.config.target is not None:
             return {"target": self.config.target_weight * (batch_mean(chosen.mean()) - self.config.target).square()}
-        shares = batch_mean(chosen.detach().mean(1))
+        fractions = batch_mean(chosen.detach().mean(1))
         likely = batch_mean(torch.cat([probability[:, real] for _, probability in sampled.values()]).mean(1))
-        balance = 2 * (shares * likely + (1 - shares) * (1 - likely))
+        balance = 2 * (fractions * likely + (1 - fractions) * (1 - likely))
         return {"balance": self.config.balance_weight * balance.mean()}
 
     def metrics(self, context: PassContext) -> dict[str, float]:
-        """Return `softmax_share`: of tokens and routed layers, as sampled."""
+        """Return `softmax_share`, the sampled fraction of softmax over tokens and routed layers."""
         sampled = self.state(context).sampled
         if not sampled:
             return {}

@@ -1,7 +1,8 @@
-"""Mixture of depths: in chosen layers each sequence sends its best-scored tokens through, the others go around.
+"""Mixture of depths: in chosen layers only the tokens of a sequence with the best scores run.
 
-Raposo et al. 2024: training lets the top ⌈C·T⌉ tokens of a sequence run (expert choice) and adds r·f(h), r a router's
-weight; a predictor, trained beside it on who was chosen, decides at inference, where the future is not known. Lossy.
+As in Raposo et al. 2024, training runs the top ⌈C·T⌉ tokens of a sequence (expert choice) and adds r·f(h), with the
+router's weight r. At inference later tokens are not known, so a predictor that learns the router's choice decides.
+Lossy.
 """
 
 from __future__ import annotations
@@ -30,46 +31,46 @@ from anydepth.models.backbone import Backbone
 class MixtureOfDepthsConfig(StrictConfig):
     """Options of `mixture_of_depths`."""
 
-    layers: list[int] | None = Field(default=None, description="Layers with a choice; null is every other, from 1 on.")
+    layers: list[int] | None = Field(default=None, description="Layers with a router; null is every other, from 1 on.")
     capacity: float = training_field(
         way=SHARE_AT_INFERENCE,
         default=0.5,
         gt=0,
         le=1,
-        description="Share C of a sequence's tokens that run, in training.",
+        description="Fraction C of a sequence's tokens that run, in training.",
     )
     kv_rule: SkipRule = Field(
-        default="omit", description="K/V of a token that goes around: none, or its state projected."
+        default="omit", description="K/V of a skipping token: none (omit), or projected from its state."
     )
-    weigh: bool = Field(default=True, description="Add r·f(h) with r = 2·σ(score); no: f(h), r only in the gradient.")
-    widths: list[int] = Field(default=[], description="Hidden layers of the scoring network; none is a linear map.")
-    predictor_widths: list[int] = Field(default=[64], description="Hidden layers of the predictor.")
+    weigh: bool = Field(default=True, description="Add r·f(h) with r = 2·σ(score); false: r in the gradient only.")
+    widths: list[int] = Field(default=[], description="Widths of the router's hidden layers; none is a linear layer.")
+    predictor_widths: list[int] = Field(default=[64], description="Widths of the predictor's hidden layers.")
     threshold: list[float] | float = Field(
         default=0.0,
         description="At inference a token runs if the predictor's logit is above it: one number, or one per layer.",
     )
     initial_bias: float = training_field(
-        initial=True, default=2.0, description="Of the predictor at the start: everybody runs."
+        initial=True, default=2.0, description="First predictor logits: every token runs."
     )
-    predictor_weight: float = training_field(default=1.0, ge=0, description="Of the predictor's binary cross-entropy.")
+    predictor_weight: float = training_field(default=1.0, ge=0, description="Weight of the predictor's loss.")
     seed: int = training_field(initial=True, default=0, description="Seed of the networks.")
 
     @model_validator(mode="after")
     def _consistent(self) -> MixtureOfDepthsConfig:
         if has_nan(self.threshold):
-            raise ValueError("threshold is nan; it must be a number (−inf lets everybody run)")
+            raise ValueError("threshold is nan; it must be a number (with −inf every token runs)")
         return self
 
 
 @dataclass
 class MixtureOfDepthsState(TrainingState):
-    """One training forward: predicted logits and the tokens that were chosen, by layer."""
+    """State of one training forward: by layer, predicted logits and the chosen tokens."""
 
     chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class MixtureOfDepths(Trained, Calibrated, Method):
-    """Scores the tokens of a sequence in front of each chosen layer, and predicts which will be among the best."""
+    """A method that runs the tokens with the best scores in each chosen layer, and predicts which these are."""
 
     Config = MixtureOfDepthsConfig
     State = MixtureOfDepthsState
@@ -87,7 +88,7 @@ class MixtureOfDepths(Trained, Calibrated, Method):
         self.routers = {i: GateNetwork(size, config.widths, torch.zeros(1), generator) for i in layers}
         self.predictors = {i: GateNetwork(size, config.predictor_widths, open_at_first, generator) for i in layers}
         for router in self.routers.values():
-            nn.init.normal_(router.direct.weight, std=0.02, generator=generator)  # no two tokens alike
+            nn.init.normal_(router.direct.weight, std=0.02, generator=generator)  # so that scores differ
         one_per_layer(config.threshold, layers, "threshold")
         self.score_quantiles = empty_table(len(layers))
         self.by_layer = nn.ModuleDict(
@@ -123,13 +124,13 @@ class MixtureOfDepths(Trained, Calibrated, Method):
         return Sample(keep[None], (factor * (keep & context.token_mask))[None])
 
     def _best(self, score: Tensor, real: Tensor) -> Tensor:
-        """Return (B, T) the ⌈C·n⌉ best of the n real tokens of each row."""
+        """Return the (B, T) mask of the ⌈C·n⌉ best of the n real tokens of each row."""
         wanted = (real.sum(1, keepdim=True) * self.config.capacity).ceil()
         order = score.detach().masked_fill(~real, -math.inf).argsort(dim=1, descending=True)
         return order.argsort(dim=1) < wanted
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
-        """`predictor`: binary cross-entropy, the mean over real tokens and layers."""
+        """Return `predictor`, a binary cross-entropy, the mean over real tokens and layers."""
         found, real = self.state(context).chosen, context.token_mask
         if not found or not self.config.predictor_weight:
             return {}
@@ -138,7 +139,7 @@ class MixtureOfDepths(Trained, Calibrated, Method):
         return {"predictor": self.config.predictor_weight * F.binary_cross_entropy_with_logits(logits, chosen)}
 
     def metrics(self, context: PassContext) -> dict[str, float]:
-        """`predictor_accuracy`, and `predicted_capacity`: the share that would run at inference."""
+        """Return `predictor_accuracy`, and `predicted_capacity`: the fraction that would run at inference."""
         found, real = self.state(context).chosen, context.token_mask
         if not found:
             return {}

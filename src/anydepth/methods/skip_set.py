@@ -1,8 +1,8 @@
 """A fixed set of layers, mixers or FFNs that no token runs.
 
-The simplest method and *the* baseline that every learned one must beat at equal cost. Lossy; not trained. Sets are
-found by `anydepth search` (`search/skip_search.py`). ShortGPT (Men et al. 2024), What Matters in Transformers?
-(He et al. 2024).
+The simplest method, and the baseline that every learned one must beat at equal cost. Lossy; not trained. `anydepth
+search` (`search/skip_search.py`) finds sets. See ShortGPT (Men et al. 2024) and What Matters in Transformers? (He et
+al. 2024).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class SkipSetConfig(StrictConfig):
     """Options of `skip_set`."""
 
     skip_layers: list[int] = Field(default=[], description="Layers that no token runs, counted from 0.")
-    skip_mixers: list[int] = Field(default=[], description="Layers whose mixer alone is left out.")
-    skip_ffns: list[int] = Field(default=[], description="Layers whose FFN alone is left out.")
+    skip_mixers: list[int] = Field(default=[], description="Layers of which only the mixer is left out.")
+    skip_ffns: list[int] = Field(default=[], description="Layers of which only the FFN is left out.")
 
 
 class SkipSet(Method):
-    """Leaves out the same layers, mixers and FFNs for every token; nothing of them is computed or kept."""
+    """A method that leaves out the same layers, mixers and FFNs for every token, without any K/V there."""
 
     Config = SkipSetConfig
     name = "skip_set"
@@ -39,7 +39,7 @@ class SkipSet(Method):
         self.choose(config.skip_layers, config.skip_mixers, config.skip_ffns)
 
     def choose(self, layers: Iterable[int], mixers: Iterable[int] = (), ffns: Iterable[int] = ()) -> None:
-        """Leave out these from now on; how a search tries one candidate after the other."""
+        """Set the layers, mixers and FFNs to leave out; a search calls this for each candidate."""
         self.closed = closed_gates(layers, mixers, ffns)
 
     def gates(self) -> list[GateSpec]:

@@ -1,7 +1,7 @@
-"""Layers dropped at random during training, so that the model works without some of them later.
+"""Random dropping of layers in training, so that the model later works without some of them.
 
-Stochastic depth (Huang et al. 2016), LayerDrop (Fan et al. 2019), LayerSkip's layer dropout (Elhoushi et al. 2024,
-eq. 1). Training only: at inference every layer runs and the output is the full-depth output.
+See stochastic depth (Huang et al. 2016), LayerDrop (Fan et al. 2019) and the layer dropout of LayerSkip (Elhoushi et
+al. 2024, eq. 1). At inference every layer runs and the output is that of full depth.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class StochasticDepthConfig(StrictConfig):
     schedule: Literal["uniform", "linear", "exponential"] = training_field(
         default="linear",
         description="How the probability grows with depth, from 0 at the first layer that may be dropped; uniform: "
-        "max_probability at all of them.",
+        "max_probability at all layers.",
     )
-    always_keep: int = training_field(default=0, ge=0, description="First layers that are never dropped.")
+    always_keep: int = training_field(default=0, ge=0, description="Number of first layers that are never dropped.")
     curriculum: bool = training_field(
         default=False, description="Start at 0 and reach max_probability at the end of training."
     )
@@ -41,7 +41,7 @@ class StochasticDepthConfig(StrictConfig):
 
 
 class StochasticDepth(Trained, Method):
-    """Drops layer l with probability p_l in training, without rescaling; the dropped rows are not computed."""
+    """A method that drops layer l with probability p_l in training, without rescaling or computing dropped rows."""
 
     Config = StochasticDepthConfig
     name = "stochastic_depth"
@@ -63,17 +63,17 @@ class StochasticDepth(Trained, Method):
         self.progress = progress
 
     def probabilities(self) -> list[float]:
-        """Return the drop probability of each layer at the present progress of training."""
+        """Return the drop probability of each layer at this point of training."""
         first = self.config.always_keep
         last = max(self.num_layers - 1 - first, 1)
         scale = math.exp(self.progress * math.log(2)) - 1 if self.config.curriculum else 1.0
         shapes = {
-            "uniform": lambda place: 1.0,
-            "linear": lambda place: place / last,
-            "exponential": lambda place: math.exp(place * math.log(2) / last) - 1,
+            "uniform": lambda index: 1.0,
+            "linear": lambda index: index / last,
+            "exponential": lambda index: math.exp(index * math.log(2) / last) - 1,
         }
         shape = shapes[self.config.schedule]
-        dropped = [self.config.max_probability * scale * shape(place) for place in range(self.num_layers - first)]
+        dropped = [self.config.max_probability * scale * shape(index) for index in range(self.num_layers - first)]
         return [0.0] * first + dropped
 
     def training_gates(self, context: PassContext) -> list[GateSpec]:
@@ -85,5 +85,5 @@ class StochasticDepth(Trained, Method):
         margin = drawn - torch.tensor(self.probabilities())[:, None]
         margin = torch.where(margin >= 0, 1.0, -1.0)[:, :, None].expand(-1, batch_size, num_tokens)
         score = Known(self.num_layers, lambda _: margin.to(context.token_mask.device))
-        # A sequence that drops a layer drops it for all its tokens, so no K/V is needed there.
+        # A sequence drops a layer for all its tokens, so no K/V are needed there.
         return [GateSpec(tuple(range(self.num_layers)), "layer", score, on_skip="omit")]

@@ -1,1 +1,1 @@
-"""What every method has: its contract, and the parts of methods that are trained and calibrated."""
+"""The contract of methods, and the parts of methods that are trained and calibrated."""

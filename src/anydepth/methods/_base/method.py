@@ -1,7 +1,7 @@
-"""The contract of a method: it lists gates, and nothing else.
+"""The contract of a method: it lists gates.
 
-A method never executes, copies or masks anything of the backbone. Decisions at inference are deterministic, causal and
-independent of padding. What learns adds `Trained` (`training.py`), what calibration sets adds `Calibrated`.
+A method never executes, copies or masks any part of the backbone. Decisions at inference are deterministic, causal and
+independent of padding. A method that learns also inherits `Trained` (`training.py`), one with thresholds `Calibrated`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from anydepth.models.backbone import Backbone
 
 
 class Method(nn.Module):
-    """Base of every method. Parameters of methods are in float32.
+    """Base class of methods. Their parameters are in float32.
 
     Class attributes:
-        Config: its options.
+        Config: the class of its options.
         name: the key in `METHODS`.
         summary: one line for `anydepth methods`.
     """
@@ -33,11 +33,11 @@ class Method(nn.Module):
     name: ClassVar[str]
     summary: ClassVar[str]
     decides_in_training: ClassVar[bool] = True
-    """Whether tokens skip by it in training."""
+    """Whether its gates skip tokens in training."""
     is_frozen: bool = False
-    """Whether it is attached while others are trained: it decides as at inference."""
+    """Whether it decides as at inference while other methods are trained."""
     is_watched: bool = False
-    """Whether calibration wants scores, also of gates whose threshold skips no token."""
+    """Whether scores are recorded for calibration, also those of gates that skip no token."""
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
@@ -61,19 +61,19 @@ class Method(nn.Module):
         return cls.gates is Method.gates
 
     def reseed(self, seed: int) -> None:
-        """Restart the method's own randomness; training calls it every step, so that a resumed run repeats it."""
+        """Seed the random generator; training calls this at every step, so that a resumed run repeats the draws."""
         self.generator.manual_seed(seed)
 
-    # --- what follows from the gates -----------------------------------------------------------------------------
+    # --- derived from the gates ----------------------------------------------------------------------------------
 
     @property
     def kv_rules(self) -> set[KVRule]:
-        """How tokens that skip a mixer leave K/V where other tokens of their sequence run it."""
+        """The ways in which tokens that skip a mixer leave K/V where other tokens of their sequence run it."""
         return {spec.on_skip for spec in self.gates() if spec.branch != "ffn" and not isinstance(spec.score, Closed)}
 
     @property
     def gated_layers(self) -> Sequence[int]:
-        """Layers that gates decide token by token, or sequence by sequence."""
+        """Layers with gates that decide per token or per sequence."""
         gated: set[int] = set()
         for spec in self.gates():
             if not isinstance(spec.score, Closed):
@@ -82,30 +82,30 @@ class Method(nn.Module):
 
     @property
     def branches(self) -> set[Branch]:
-        """Branches that tokens skip by it."""
+        """Branches that its gates skip."""
         return {spec.branch for spec in self.gates()}
 
     @property
     def routes_mixers(self) -> bool:
-        """Whether it has alternate mixers for tokens to take."""
+        """Whether it has alternate mixers."""
         return any(spec.alternates is not None for spec in self.gates())
 
     @property
     def pool_tokens(self) -> int:
-        """First tokens of a sequence, all of which run, that its later decisions depend on."""
+        """Number of first tokens of a sequence, all of which run, that its later decisions depend on."""
         return max((spec.score.pool_tokens for spec in self.gates()), default=0)
 
-    # --- training: nothing, unless a method is `Trained` -----------------------------------------------------------
+    # --- training; `Trained` overrides this ------------------------------------------------------------------------
 
     def begin(self, context: PassContext) -> Any:
-        """Return what belongs to one forward alone, kept in `context.states` by the method's name.
+        """Return the state for one forward, kept in `context.states` by the method's name.
 
-        Nothing of a forward is kept on the method: other threads run it at the same time, and backward may run a layer
-        again after later forwards.
+        It is not kept on the method, because other threads run the method at the same time and backward may run a
+        layer again after later forwards.
         """
 
     def samples(self, context: PassContext) -> bool:
-        """Return whether decisions of this forward are drawn for training, rather than taken as at inference."""
+        """Return whether decisions of this forward are drawn for training instead of made as at inference."""
         return False
 
     def training_gates(self, context: PassContext) -> list[GateSpec]:
@@ -113,19 +113,19 @@ class Method(nn.Module):
         return self.gates()
 
     def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
-        """Draw the decisions of one gate in training, from its (G, B, T or 1) scores of (B, T, D) states."""
+        """Draw the decisions of one gate in training, from its (G, B, T or 1) scores for (B, T, D) states."""
         return Sample(scores > spec.threshold_at(context.positions))
 
     def captured_layers(self) -> Sequence[int]:
-        """Return layers whose inputs training wants, gates or not."""
+        """Return the layers with inputs that training needs, gated or not."""
         return ()
 
     def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None:
-        """Take the (B, T, D) input of one of `captured_layers` in training."""
+        """Record the (B, T, D) input of one of `captured_layers` in training."""
 
 
 def closed_gates(layers: Iterable[int] = (), mixers: Iterable[int] = (), ffns: Iterable[int] = ()) -> list[GateSpec]:
-    """Return gates that no token passes. No K/V are ever read there, so none are left."""
+    """Return gates that no token passes; they leave no K/V, because none are read there."""
     branches: list[tuple[Branch, Iterable[int]]] = [("layer", layers), ("mixer", mixers), ("ffn", ffns)]
     gates = [GateSpec(tuple(sorted(some)), branch, Closed(), on_skip="omit") for branch, some in branches]
     return [gate for gate in gates if gate.layers]

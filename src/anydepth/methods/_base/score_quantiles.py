@@ -1,7 +1,7 @@
-"""Kept score quantiles: which thresholds skip which fraction of a method's decisions, measured once on text.
+"""Tables of score quantiles: which thresholds skip which fraction of a method's decisions, measured once on text.
 
-A table has one row per step of `STEPS` and 1 + N columns: the fraction that was measured to skip, and the N thresholds
-that it was measured with. It is saved with a checkpoint, so that any fraction can be set later without text.
+A table has one row per step of `STEPS` and 1 + N columns: the measured fraction that skips, and the N thresholds that
+were set. It is saved with a checkpoint, so that any fraction can be set later without text.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import torch
 from torch import Tensor
 
 STEPS = (0.0, 1 / 32, *(step / 16 for step in range(1, 16)), 31 / 32, 1.0)
-"""Fractions of the scores below the thresholds of a row; finer at both ends, where quantiles lie far apart."""
+"""Fractions of the scores below the thresholds of a row; finer at both ends, where quantiles are far apart."""
 
 
 def empty_table(num_thresholds: int) -> Tensor:
-    """Return a table that nothing was measured for."""
+    """Return a table without measurements."""
     return torch.zeros(len(STEPS), 1 + num_thresholds)
 
 
 def is_filled(table: Tensor) -> bool:
-    """Return whether something was measured."""
+    """Return whether a table has measurements."""
     return bool(table[:, 0].any())
 
 
 def quantile(scores: Tensor, fraction: float) -> float:
     """Return the threshold that a fraction of (N,) sorted scores is not above."""
-    place = min(round(fraction * len(scores)), len(scores)) - 1
-    # torch.quantile takes at most 16M values; a sorted index has no such end and is an actual score.
-    return scores[place].item() if place >= 0 else math.nextafter(scores[0].item(), -math.inf)
+    index = min(round(fraction * len(scores)), len(scores)) - 1
+    # An index into sorted scores gives an actual score, and torch.quantile takes at most 16M values.
+    return scores[index].item() if index >= 0 else math.nextafter(scores[0].item(), -math.inf)
 
 
 def thresholds_at(table: Tensor, share: float) -> float | list[float]:
-    """Return the thresholds that skip `share`, interpolated between rows; the last row's where none skips as much.
+    """Return the thresholds that skip `share`, interpolated between rows; those of the last row where none skips it.
 
-    A number where the table has one threshold, or where all are −inf, as for a share of 0.
+    The result is one number where the table has one threshold, and −inf for a share of 0.
     """
     if share <= 0:
         return -math.inf
@@ -48,5 +48,5 @@ def thresholds_at(table: Tensor, share: float) -> float | list[float]:
 
 
 def most(table: Tensor) -> float:
-    """Return the largest fraction that was measured to skip."""
+    """Return the largest measured fraction that skips."""
     return table[:, 0].max().item()

@@ -15,10 +15,11 @@ from anydepth.gating.shared_batch import draw_uniform
 
 @dataclass(frozen=True)
 class ExitState:
-    """An exit that a forward passed: (B, T, D) states of the residual stream, and the tokens' (B, T) weights there.
+    """An exit that a forward passed.
 
     Attributes:
-        states: None stands for the model's own output.
+        states: (B, T, D) residual stream; None for the model's own output.
+        weights: (B, T) weights of the tokens there.
     """
 
     states: Tensor | None
@@ -27,10 +28,10 @@ class ExitState:
 
 @dataclass
 class TrainingState:
-    """What a method keeps of one forward for its losses.
+    """Values of one forward that a method keeps for its losses.
 
     Attributes:
-        noise: drawn once per gate: with gradient checkpointing a layer runs again and must decide the same.
+        noise: noise by gate, drawn once: with gradient checkpointing a layer runs again and must decide the same.
     """
 
     noise: dict[int, Tensor] = field(default_factory=dict)
@@ -40,10 +41,10 @@ class Trained(nn.Module):
     """Mixin of methods that learn, or that change training.
 
     Class attributes:
-        scheduled: attributes that `set_progress` moves, for the history of training.
-        learns_by_policy: whether training asks for `policy_losses`.
+        scheduled: attributes that `set_progress` changes, recorded in the history of training.
+        learns_by_policy: whether training uses `policy_losses`.
         draws_once: whether all sequences of a batch get the same noise.
-        State: what it keeps of one forward.
+        State: the class of its state for one forward.
     """
 
     scheduled: ClassVar[tuple[str, ...]] = ()
@@ -63,7 +64,7 @@ class Trained(nn.Module):
 
     @property
     def has_learned_gates(self) -> bool:
-        """Whether training teaches its gates to tell tokens apart: gates that never change are then a fault."""
+        """Whether its gates learn to decide by token, so that constant gates are a fault."""
         return self.decides_in_training and bool(self.gated_layers) and any(True for _ in self.gate_parameters())
 
     def begin(self, context: PassContext) -> Any:
@@ -71,15 +72,15 @@ class Trained(nn.Module):
         return self.State()
 
     def state(self, context: PassContext) -> Any:
-        """Return what was kept of a forward."""
+        """Return the state for one forward."""
         return context.states[self.name]
 
     def samples(self, context: PassContext) -> bool:
-        """Return whether decisions of this forward are drawn, rather than taken as at inference."""
+        """Return whether decisions of this forward are drawn instead of made as at inference."""
         return context.training and not self.is_frozen
 
     def logistic_noise(self, logits: Tensor, context: PassContext, key: int = 0) -> Tensor:
-        """Return the difference of two classes' Gumbel noise for (…, B, T) logits; one draw per forward and `key`."""
+        """Return the difference of two Gumbel variables for each (…, B, T) logit; one draw per forward and `key`."""
         drawn = self.state(context).noise
         if key not in drawn:
             uniform = draw_uniform(logits.shape, self.generator, rows=-2, only_first=self.draws_once)
@@ -87,14 +88,14 @@ class Trained(nn.Module):
         return drawn[key]
 
     def set_progress(self, progress: float, step: int = 0) -> None:
-        """Step the schedules of the config to `progress` in [0, 1] of training, optimiser step `step`."""
+        """Set the schedules of the config for optimiser step `step`, at `progress` in [0, 1] of training."""
 
     def gate_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what learns at the rate of routers; the rest learns as the model itself."""
+        """Yield the parameters that learn at the routers' rate; all others learn at the model's rate."""
         return self.parameters()
 
     def exit_states(self, context: PassContext) -> list[ExitState]:
-        """Return states from which a token's output could be taken as well, for a loss over exits."""
+        """Return the exits of the last forward, for a loss over exits."""
         return []
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
@@ -102,7 +103,7 @@ class Trained(nn.Module):
         return {}
 
     def policy_losses(self, context: PassContext, token_losses: Tensor) -> dict[str, Tensor]:
-        """Return scalar losses from what decisions led to, the (B, T) cross-entropy of the next tokens."""
+        """Return scalar losses from the (B, T) cross-entropy of the next tokens that the decisions led to, by name."""
         return {}
 
     def outcome_losses(self, context: PassContext, logits: Tensor) -> dict[str, Tensor]:
@@ -110,5 +111,5 @@ class Trained(nn.Module):
         return {}
 
     def metrics(self, context: PassContext) -> dict[str, float]:
-        """Return figures about the last training forward that are not losses, by name."""
+        """Return metrics of the last training forward that are not losses, by name."""
         return {}
