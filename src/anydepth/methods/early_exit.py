@@ -26,7 +26,7 @@ from anydepth.gating.context import PassContext
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.scores import ClassifierConfidence, HeadConfidence, Score, StateDelta
 from anydepth.gating.spec import GateSpec, KVRule, PositionThreshold
-from anydepth.methods._base.calibration import Calibrated, has_nan, one_per_layer
+from anydepth.methods._base.calibration import Calibrated, Thresholds, one_per_layer
 from anydepth.methods._base.method import Method, check_layers
 from anydepth.methods._base.training import ExitState, Trained, TrainingState
 from anydepth.models.backbone import Backbone
@@ -43,7 +43,7 @@ class EarlyExitConfig(StrictConfig):
         description="Measure of confidence: probability of the top token, its margin over the next one, 1 − entropy ÷ "
         "log V, cosine similarity of the states before and after the last layer, or a trained classifier's.",
     )
-    thresholds: list[float] | float = Field(
+    thresholds: Thresholds = Field(
         default=math.inf,
         description="A token exits if its confidence is at least this: one number, one per layer from the first on, or "
         "a JSON file that holds either, such as the thresholds.json of `calibrate`. Above 1 no token exits.",
@@ -88,13 +88,6 @@ class EarlyExitConfig(StrictConfig):
         if wanted is not None and layers is not None and layers != sorted(wanted):
             raise ValueError(f"the file has thresholds for exits at layers {layers}; the exits are at {sorted(wanted)}")
         return thresholds
-
-    @field_validator("thresholds")
-    @classmethod
-    def _are_numbers(cls, value: list[float] | float) -> list[float] | float:
-        if value == [] or has_nan(value):
-            raise ValueError("must be numbers, at least one")
-        return value
 
 
 def _read_thresholds(path: str) -> tuple[object, object]:

@@ -7,12 +7,11 @@ the expected loss under the soft distribution p(l) = s_l·Π_{j<l}(1 − s_j), w
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from anydepth.config import SHARE_AT_INFERENCE, StrictConfig, training_field
@@ -22,7 +21,7 @@ from anydepth.gating.plan import Sample
 from anydepth.gating.scores import Network
 from anydepth.gating.shared_batch import batch_mean
 from anydepth.gating.spec import GateSpec, KVRule
-from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.calibration import Calibrated, Threshold
 from anydepth.methods._base.method import Method, check_layers
 from anydepth.methods._base.training import ExitState, Trained, TrainingState
 from anydepth.models.backbone import Backbone
@@ -40,7 +39,7 @@ class ExitGateConfig(StrictConfig):
         description="Deeper layers project K/V from the state at the exit (propagate), or run the token later, with "
         "the next token that continues (recompute: exact).",
     )
-    threshold: float = Field(default=0.0, description="At inference a token continues if its logit is above this.")
+    threshold: Threshold = Field(default=0.0, description="At inference a token continues if its logit is above this.")
     initial_bias: float = training_field(initial=True, default=2.0, description="First logits: tokens continue.")
     forward_temperature: float = training_field(
         default=0.5, ge=0, description="Scale of the noise that exits are sampled with."
@@ -61,12 +60,6 @@ class ExitGateConfig(StrictConfig):
     )
     target_weight: float = training_field(default=8.0, ge=0, description="β of β·(expected depth − target_depth)².")
     seed: int = training_field(initial=True, default=0, description="Seed of the gates and of their noise.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ExitGateConfig:
-        if math.isnan(self.threshold):
-            raise ValueError("threshold is nan; it must be a number (with −inf no token exits)")
-        return self
 
 
 @dataclass

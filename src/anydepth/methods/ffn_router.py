@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ from anydepth.gating.plan import Sample
 from anydepth.gating.scores import Network
 from anydepth.gating.shared_batch import batch_mean, batch_rows
 from anydepth.gating.spec import GateSpec
-from anydepth.methods._base.calibration import Calibrated, has_nan, one_per_layer
+from anydepth.methods._base.calibration import Calibrated, Thresholds, one_per_layer
 from anydepth.methods._base.method import Method, check_layers
 from anydepth.methods._base.score_quantiles import empty_table
 from anydepth.methods._base.training import Trained, TrainingState
@@ -40,7 +40,7 @@ class FFNRouterConfig(StrictConfig):
         default=0.9, gt=0, le=1, description="Fraction at the start of training; falls to capacity in its first half."
     )
     widths: list[int] = Field(default=[], description="Hidden widths of the scoring network; none is a linear layer.")
-    threshold: list[float] | float = Field(
+    threshold: Thresholds = Field(
         default=0.0,
         description="At inference an FFN runs if the score minus its layer's quantile is above this: one number, or "
         "one per layer.",
@@ -59,12 +59,6 @@ class FFNRouterConfig(StrictConfig):
     )
     quantile_momentum: float = training_field(default=0.9, ge=0, lt=1, description="Momentum of the running quantile.")
     seed: int = training_field(initial=True, default=0, description="Seed of the scoring networks.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> FFNRouterConfig:
-        if has_nan(self.threshold):
-            raise ValueError("threshold is nan; it must be a number (−inf keeps every FFN)")
-        return self
 
 
 @dataclass

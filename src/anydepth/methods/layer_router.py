@@ -25,7 +25,7 @@ from anydepth.gating.scores import Known, Network, PooledNetwork, Score
 from anydepth.gating.shared_batch import batch_mean
 from anydepth.gating.spec import GateSpec, SkipRule
 from anydepth.gating.uniform import uniform_by_position
-from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.calibration import Calibrated, Threshold
 from anydepth.methods._base.method import Method, check_layers
 from anydepth.methods._base.training import Trained, TrainingState
 from anydepth.models.backbone import Backbone
@@ -75,7 +75,9 @@ class LayerRouterConfig(StrictConfig):
     kv_rule: SkipRule = Field(
         default="project", description="K/V of a skipping token: projected from its state, or none (omit)."
     )
-    threshold: float = Field(default=0.0, description="At inference a token runs the layer if its logit is above this.")
+    threshold: Threshold = Field(
+        default=0.0, description="At inference a token runs the layer if its logit is above this."
+    )
     initial_bias: float = training_field(
         initial=True, default=2.0, description="Magnitude of the first logits; with a large one noise flips few gates."
     )
@@ -125,8 +127,6 @@ class LayerRouterConfig(StrictConfig):
         rates = self.rates if isinstance(self.rates, list) else [self.rates or 0.0]
         if any(not 0 <= rate <= 1 for rate in rates):
             raise ValueError(f"rates must be in [0, 1], got {self.rates}")
-        if math.isnan(self.threshold):
-            raise ValueError("threshold is nan; it must be a number (with −inf every layer runs)")
         return self
 
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +21,7 @@ from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Sample
 from anydepth.gating.scores import Network
 from anydepth.gating.spec import GateSpec, SkipRule
-from anydepth.methods._base.calibration import Calibrated, has_nan, one_per_layer
+from anydepth.methods._base.calibration import Calibrated, Thresholds, one_per_layer
 from anydepth.methods._base.method import Method, check_layers
 from anydepth.methods._base.score_quantiles import empty_table
 from anydepth.methods._base.training import Trained, TrainingState
@@ -45,7 +45,7 @@ class MixtureOfDepthsConfig(StrictConfig):
     weigh: bool = Field(default=True, description="Add r·f(h) with r = 2·σ(score); false: r in the gradient only.")
     widths: list[int] = Field(default=[], description="Widths of the router's hidden layers; none is a linear layer.")
     predictor_widths: list[int] = Field(default=[64], description="Widths of the predictor's hidden layers.")
-    threshold: list[float] | float = Field(
+    threshold: Thresholds = Field(
         default=0.0,
         description="At inference a token runs if the predictor's logit is above it: one number, or one per layer.",
     )
@@ -54,12 +54,6 @@ class MixtureOfDepthsConfig(StrictConfig):
     )
     predictor_weight: float = training_field(default=1.0, ge=0, description="Weight of the predictor's loss.")
     seed: int = training_field(initial=True, default=0, description="Seed of the networks.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MixtureOfDepthsConfig:
-        if has_nan(self.threshold):
-            raise ValueError("threshold is nan; it must be a number (with −inf every token runs)")
-        return self
 
 
 @dataclass

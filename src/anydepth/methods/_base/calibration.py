@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from anydepth.errors import UserError
@@ -15,6 +16,17 @@ from anydepth.gating.context import PassContext
 from anydepth.gating.spec import Branch, GateSpec
 from anydepth.methods._base.score_quantiles import empty_table, is_filled, most, thresholds_at
 from anydepth.models.backbone import Backbone
+
+
+def _refuse_nan(value: Any) -> Any:
+    if any(map(math.isnan, value if isinstance(value, list) else [value])):
+        raise ValueError("must be a number, or a list of numbers")
+    return value
+
+
+Threshold = Annotated[float, AfterValidator(_refuse_nan)]
+Thresholds = Annotated[list[float] | float, AfterValidator(_refuse_nan)]
+"""One threshold, or one per layer."""
 
 
 class Calibrated(nn.Module):
@@ -129,8 +141,3 @@ def one_per_layer(value: float | list[float], layers: Sequence[int], option: str
     if len(values) != len(layers):
         raise ValueError(f"{option} has {len(values)} values; there are {len(layers)} layers with a decision")
     return dict(zip(layers, values, strict=True))
-
-
-def has_nan(value: float | list[float]) -> bool:
-    """Return whether a threshold, or one of several, is NaN."""
-    return any(map(math.isnan, value if isinstance(value, list) else [value]))
