@@ -25,7 +25,7 @@ from anydepth.gating.scores import Known, Network, Score
 from anydepth.gating.shared_batch import batch_mean
 from anydepth.gating.spec import GateSpec, KVRule
 from anydepth.gating.uniform import uniform_by_position
-from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.calibration import Calibrated, Threshold
 from anydepth.methods._base.method import Method, check_layers
 from anydepth.methods._base.training import Trained, TrainingState
 from anydepth.models.backbone import Backbone
@@ -71,7 +71,7 @@ class MixerRouterConfig(StrictConfig):
         le=1,
         description="Fraction of tokens that the random router gives softmax.",
     )
-    threshold: float = Field(default=0.0, description="At inference a token runs softmax if its logit is above this.")
+    threshold: Threshold = Field(default=0.0, description="At inference, tokens with a logit above this run softmax.")
     target: float | None = training_field(
         way=SHARE_AT_INFERENCE,
         default=None,
