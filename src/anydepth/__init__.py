@@ -1,7 +1,7 @@
-"""anydepth: spend less compute on easy tokens, and prove what that buys.
+"""Spend less compute on easy tokens of a language model, and measure the gain.
 
-The path: load a model → a method decides which tokens run which layers → execution does it, work really skipped →
-train → calibrate → generate → measure against full depth → report.
+The stages are: load a model → a method decides which tokens run which layers → an execution skips the rest → train →
+calibrate → generate → measure against full depth → report.
 
     import anydepth
 
@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, so that `anydepth --help` does not wait for torch.
+    # Lazy imports, so that `anydepth --help` does not wait for torch.
     if name == "SelfSpeculation":  # until the next release
         from anydepth.draft_sections import OldSelfSpeculation
 

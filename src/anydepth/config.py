@@ -1,6 +1,6 @@
-"""Strict options: a key that does not exist is an error that names the nearest one that does.
+"""Strict options: an unknown key is an error that names the nearest known one.
 
-Imports neither torch nor transformers: `anydepth --help` and a misspelt recipe answer at once.
+This module imports neither torch nor transformers, so that `anydepth --help` and a misspelt recipe answer at once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from anydepth.errors import UserError
 
 
 class StrictConfig(BaseModel):
-    """Base of every config: unknown keys are errors, values do not change after loading."""
+    """Base class of configs: unknown keys are errors, and values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes `yes` for 1; nobody who writes `max_steps: yes` means one step."""
+        """Refuse `max_steps: yes`, which pydantic would read as 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and {int, float} & set(_alternatives(annotation)):
             raise ValueError("must be a number, not yes or no")
@@ -41,12 +41,12 @@ CONTROL_ALONE = ("router", "random")
 def training_field(
     *, way: str = RETRAIN, initial: bool = False, unless: tuple[str, str] | None = None, **own: Any
 ) -> Any:
-    """Declare a field that a trained method no longer reads: overriding it at inference is refused.
+    """Declare a field that is read in training only, so that overriding it at inference is refused.
 
     Args:
-        way: what to do instead.
-        initial: whether it shapes the first weights, so that a method without a checkpoint does read it.
-        unless: another field and its value, with which this one is read at inference as well.
+        way: advice what to do instead.
+        initial: whether it shapes the first weights, so that a method without a checkpoint reads it.
+        unless: another field and its value with which this field is read at inference too.
         own: arguments of pydantic's `Field`.
     """
     mark: Any = {"way": way, "initial": initial, "unless": unless}
@@ -54,11 +54,11 @@ def training_field(
 
 
 def refuse_training_only(name: str, config: StrictConfig, options: Iterable[str], *, fresh: bool = False) -> None:
-    """Raise `UserError` for the first of some options that changes nothing at inference.
+    """Raise `UserError` for the first of `options` that changes nothing at inference.
 
     Args:
-        name: of the method. config: with the options in place.
-        fresh: whether its weights are made anew, from the options that shape first weights.
+        name: name of the method. config: its config with the options.
+        fresh: whether the method has no checkpoint, so that options of the first weights count.
     """
     for option in options:
         field = type(config).model_fields.get(option)
@@ -71,7 +71,7 @@ def refuse_training_only(name: str, config: StrictConfig, options: Iterable[str]
 
 
 def validate(config: type[ConfigT], options: Mapping[str, Any], *, where: str) -> ConfigT:
-    """`config(**options)`, with the first problem as one line that starts with `where`."""
+    """Return `config(**options)`, or raise `UserError` with the first problem in one line that starts with `where`."""
     try:
         return config(**options)
     except (ValidationError, TypeError) as error:
@@ -82,19 +82,19 @@ def _explain(config: type[StrictConfig], error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         owner, key = _owner(config, first["loc"]), str(first["loc"][-1])
         allowed = keys_of(owner)
         near = difflib.get_close_matches(key, allowed, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"keys are {', '.join(allowed)}"
-        return f"unknown key '{place}'; {hint}"
+        return f"unknown key '{path}'; {hint}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{place + ': ' if place else ''}{message[0].lower() + message[1:]}, came {first['input']!r}"
+    return f"{path + ': ' if path else ''}{message[0].lower() + message[1:]}, got {first['input']!r}"
 
 
 def _owner(config: type[StrictConfig], location: tuple[int | str, ...]) -> type[StrictConfig]:
-    """The config class that the last key of `location` was given to."""
+    """Return the config class that got the last key of `location`."""
     owner = config
     for part in location[:-1]:
         field = owner.model_fields.get(str(part))

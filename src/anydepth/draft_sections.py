@@ -1,4 +1,4 @@
-"""Sections of a recipe about drafting: what drafts, and how its network is trained. Imports no torch."""
+"""Sections of a recipe about drafting: the drafters, and the training of a drafter's network. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,76 +12,73 @@ from pydantic import Field, field_validator
 from anydepth.config import StrictConfig, training_field
 
 DRAFT = "draft"
-"""The section, as options name it."""
+"""Name of the section in options."""
 OLD_NAME = "self_speculation"
-"""What drafting was called while it was a method."""
+"""Name of drafting while it was a method."""
 NO_METHOD = (
-    "self_speculation is no method any more: write its options under draft: in a recipe, or in Python "
+    "self_speculation is not a method any more; write its options under draft: in a recipe, or in Python "
     "FastEngine(adapted, draft=anydepth.Draft(adapted, {...}))"
 )
 
 
 def split_draft(methods: Sequence[Any]) -> tuple[list[Any], dict[str, Any] | None]:
-    """Return the methods of an old recipe or checkpoint, and the options of drafting that were among them."""
+    """Return the methods of a recipe or checkpoint, and the draft options that older ones have among them, or None."""
     old = [one for one in methods if one == OLD_NAME or (isinstance(one, Mapping) and one.get("name") == OLD_NAME)]
     if not old:
         return list(methods), None
     options = {} if isinstance(old[0], str) else {key: value for key, value in old[0].items() if key != "name"}
-    _say_once(f"methods: self_speculation is a section of its own now; write draft: {options}")
+    _warn_once(f"methods: self_speculation is now a section; write draft: {options}")
     return [one for one in methods if one not in old], options
 
 
 @cache
-def _say_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     logging.getLogger("anydepth").warning(line)
 
 
 class DraftNetworkConfig(StrictConfig):
-    """A trained drafter: one layer next to the model, and a part of its head."""
+    """A trained drafter: one more layer, and a part of the model's head."""
 
     taps: list[int] = Field(
-        default=[],
-        description="Layers, counted from 1, whose output states it reads of verified tokens; none is the last.",
+        default=[], description="Layers, counted from 1, with output states that it reads; empty is the last."
     )
     vocabulary_size: int = Field(
-        default=8192, ge=16, description="Tokens that it can draft: those that the model writes most often."
+        default=8192, ge=16, description="Tokens that it can draft: the most frequent ones of the model."
     )
 
 
 class OnlineSearchConfig(StrictConfig):
-    """A skip set to draft with, searched on the text being generated."""
+    """A skip set for drafting, searched on the text being generated."""
 
     strategy: Literal["bayesian", "dynamic", "influence", "knapsack"] = Field(
         default="bayesian",
-        description="As of `anydepth search`; bayesian tries one more set each time, knapsack times the layers once.",
+        description="As in `anydepth search`; bayesian tries one more set each time, knapsack times layers once.",
     )
-    budget: float = Field(default=0.3, gt=0, lt=1, description="Fraction of layers, or of time, that drafts leave out.")
+    budget: float = Field(default=0.3, gt=0, lt=1, description="Fraction of layers, or of time, that drafts skip.")
     every: int = Field(default=16, ge=1, description="Tokens between two searches.")
-    window: int = Field(default=32, ge=4, description="Last tokens that are searched on.")
-    num_searches: int = Field(default=60, ge=1, description="Searches after which the set stays.")
+    window: int = Field(default=32, ge=4, description="Last tokens to search on.")
+    num_searches: int = Field(default=60, ge=1, description="Searches after which the set is fixed.")
     seed: int = Field(default=0, description="Seed of the proposals.")
 
 
 class DraftConfig(StrictConfig):
-    """Drafting: cheap tokens, verified by the model at full depth, many in one pass."""
+    """Drafting: cheap draft tokens, which the model verifies at full depth, many in one forward."""
 
-    lookup: bool = Field(default=True, description="Draft what followed the last tokens earlier in the text.")
+    lookup: bool = Field(default=True, description="Draft the tokens that followed the last ones earlier.")
     exit_layers: list[int] = Field(
-        default=[], description="Draft with so many first layers; of several, with what is worth most at the moment."
+        default=[],
+        description="Draft with this many first layers; of several numbers, with the one that pays most now.",
     )
     exit_vocabulary: int | None = Field(
-        default=None,
-        ge=16,
-        description="Tokens that drafts of first layers can be, the first ids; null is all.",
+        default=None, ge=16, description="First token ids that drafts of exit_layers are limited to; null is all."
     )
     search: OnlineSearchConfig | None = Field(
-        default=None, description="Draft with a skip set that is searched meanwhile; null does not."
+        default=None, description="Draft with a skip set that is searched meanwhile; null is none."
     )
     network: DraftNetworkConfig | None = Field(default=None, description="A trained drafter; null is none.")
-    max_draft: int = Field(default=8, ge=1, le=32, description="Tokens drafted at a time, at most.")
+    max_draft: int = Field(default=8, ge=1, le=32, description="Most tokens drafted at a time.")
     adaptive: bool = Field(
-        default=True,
-        description="Draft as many as pays by what was measured so far, and none where none does; false: max_draft.",
+        default=True, description="Draft as many tokens as measurements show to pay, or none; false: max_draft."
     )
     seed: int = training_field(initial=True, default=0, description="Seed of the network's first weights.")
 
@@ -92,36 +89,34 @@ class DraftConfig(StrictConfig):
 
 
 class OwnTextConfig(StrictConfig):
-    """Text that the model writes itself, for the training of a drafter."""
+    """Self-generated text for the training of a drafter."""
 
-    num_tokens: int = Field(default=1_200_000, ge=1000, description="Tokens, those of questions included.")
-    temperature: float = Field(default=0.8, gt=0, description="Of questions, which the model makes up itself.")
-    opened: float = Field(default=0.85, ge=0, le=1, description="Share of questions whose first words are given.")
-    max_question: int = Field(default=96, ge=4, description="Tokens of a question, at most.")
+    num_tokens: int = Field(default=1_200_000, ge=1000, description="Tokens, those of prompts included.")
+    temperature: float = Field(default=0.8, gt=0, description="Temperature of prompts, which the model writes.")
+    opened: float = Field(default=0.85, ge=0, le=1, description="Fraction of prompts that begin with given words.")
+    max_question: int = Field(default=96, ge=4, description="Most tokens of a prompt.")
     max_answer: int = Field(
-        default=96,
-        ge=8,
-        description="Tokens of an answer, at most; answers are greedy: long ones repeat themselves.",
+        default=96, ge=8, description="Most tokens of a completion; completions are greedy, so that long ones repeat."
     )
-    num_slots: int = Field(default=48, ge=1, le=64, description="Texts written at a time.")
+    num_slots: int = Field(default=48, ge=1, le=64, description="Texts generated at a time.")
 
 
 class DrafterConfig(StrictConfig):
-    """Training of a drafter's network; the model itself stays as it is."""
+    """Training of a drafter's network; the model does not change."""
 
-    own_text: OwnTextConfig = Field(default=OwnTextConfig(), description="What it learns from.")
+    own_text: OwnTextConfig = Field(default=OwnTextConfig(), description="Training text.")
     max_steps: int = Field(default=800, ge=1, description="Optimiser steps.")
     batch_tokens: int = Field(default=2048, ge=64, description="Tokens per step, padding included.")
     learning_rate: float = Field(default=6e-4, gt=0, description="Peak rate (warm-up, then cosine).")
     warmup_steps: int = Field(default=30, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay.")
     max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
-    num_guesses: int = Field(default=2, ge=1, le=6, description="Guesses in a row that it is trained for.")
+    num_guesses: int = Field(default=2, ge=1, le=6, description="Draft tokens in a row to train for.")
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="bfloat16 turns autocast on.")
     save_every: int = Field(default=50, ge=1, description="Steps between states to resume from.")
 
 
 class OldSelfSpeculation:
-    """What `anydepth.SelfSpeculation` was: code that makes its `Config` still runs, and `attach` says what to write."""
+    """The former `anydepth.SelfSpeculation`: its `Config` can be built, and `attach` refuses it with advice."""
 
     Config = DraftConfig

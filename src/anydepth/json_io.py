@@ -1,4 +1,4 @@
-"""JSON files: written whole or not at all, and read with one line about what is wrong."""
+"""Read and write JSON files: a write is atomic, an error of a read is one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anydepth.errors import UserError
 
 
 def write_json(path: str | Path, values: Any) -> None:
-    """Write strict JSON, see `write_text`."""
+    """Write strict JSON atomically."""
     write_text(path, json.dumps(plain(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -37,7 +37,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """Read what `document` made. Raises `UserError` for anything else."""
+    """Read a result of anydepth, or raise `UserError`."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -45,14 +45,14 @@ def read_document(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"'{path}' is not JSON ({error}); give a file that anydepth wrote with --json") from error
     if not isinstance(values, dict) or not str(values.get("schema")).startswith("anydepth."):
-        raise UserError(f"'{path}' is JSON but no result of anydepth: it has no `schema` of the form anydepth.NAME/1")
+        raise UserError(f"'{path}' is JSON, not a result of anydepth: it has no `schema` of the form anydepth.NAME/1")
     return values
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types. Non-finite numbers become the strings "Infinity", "-Infinity" and "NaN".
+    """Convert `value` to JSON's types; non-finite numbers become the strings "Infinity", "-Infinity" and "NaN".
 
-    JSON has no such numbers; the strings turn back into them in Python's `float`, in pydantic and in JavaScript.
+    JSON has no such numbers; Python's `float`, pydantic and JavaScript convert the strings back.
     """
     if isinstance(value, BaseModel):
         return plain(value.model_dump())

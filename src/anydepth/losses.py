@@ -1,4 +1,4 @@
-"""Losses that belong to no single method. All of them over real, shifted tokens; labels of padding are −100."""
+"""Losses that all methods share, over real, shifted tokens; labels of padding are −100."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ IGNORED = -100
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, chunk: int = 512) -> Tensor:
-    """T²·KL(teacher ‖ student) per real token, in float32 (Hinton et al. 2015).
+    """Return T²·KL(teacher ‖ student) per real token, in float32 (Hinton et al. 2015).
 
     Args:
         student, teacher: (B, T, V) logits of the same tokens; the gradient flows to the student only.
         labels: (B, T) ids, −100 where a token is not to be predicted.
-        chunk: rows whose float32 probabilities exist at a time; they are recomputed for the gradient.
+        chunk: rows with float32 probabilities in memory at a time; they are recomputed for the gradient.
     """
     wanted = labels[:, 1:].flatten() != IGNORED
     student_rows = student[:, :-1].flatten(0, 1)[wanted]
@@ -32,7 +32,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperat
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, T) cross-entropy of the token behind each, in float32; 0 where none is to be predicted.
+    """Return the (B, T) cross-entropy of the next token of each, in float32; 0 where none is to be predicted.
 
     Args:
         logits: (B, T, V).
@@ -45,13 +45,13 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def expected_exit_loss(
     exits: list[ExitState], logits: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Σ over exits of weight · cross-entropy there, the mean over predicted tokens.
+    """Return Σ over exits of weight · cross-entropy, as a mean over predicted tokens.
 
-    The logits of one exit exist at a time; they are computed again for the gradient.
+    The logits of one exit are in memory at a time; they are recomputed for the gradient.
 
     Args:
-        logits: (B, T, V), the model's own output, which an exit without states stands for.
-        logits_of: final norm and head.
+        logits: (B, T, V) of the model's output, used for exits without states.
+        logits_of: applies the final norm and the head.
     """
 
     def at(states: Tensor, weights: Tensor) -> Tensor:
@@ -71,6 +71,6 @@ def _total_divergence(student: Tensor, teacher: Tensor, temperature: float) -> T
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) in nats of each row of (N, V) logits, in float32: (N,)."""
+    """Return the (N,) KL(teacher ‖ student) of (N, V) logits, in nats and float32."""
     log_student, log_teacher = F.log_softmax(student.float(), dim=-1), F.log_softmax(teacher.float(), dim=-1)
     return F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)

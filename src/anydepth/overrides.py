@@ -1,4 +1,4 @@
-"""YAML mappings as recipes want them: no key twice, and single keys set from the command line."""
+"""YAML mappings without duplicate keys, and keys set from the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from anydepth.errors import UserError
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping that gives a key twice; YAML would silently keep the last."""
+    """A YAML loader that refuses duplicate keys; YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[reportUnknownMemberType]
@@ -21,36 +21,36 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 def override_key(content: dict[str, Any], override: str) -> None:
-    """Put `a.b=value` or `methods.0.key=value` into the recipe's mapping."""
+    """Set `a.b=value` or `methods.0.key=value` in the mapping of a recipe."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set takes KEY=VALUE, such as train.max_steps=20; came '{override}'")
+        raise UserError(f"--set takes KEY=VALUE, such as train.max_steps=20; got '{override}'")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {key}: '{text}' is not a YAML value") from error
     parts = key.split(".")
-    place: Any = content
+    section: Any = content
     for part in parts[:-1]:
-        place = _descend(place, part, key)
-    if isinstance(place, list):
-        place[_index(place, parts[-1], key)] = value
+        section = _descend(section, part, key)
+    if isinstance(section, list):
+        section[_index(section, parts[-1], key)] = value
     else:
-        place[parts[-1]] = value
+        section[parts[-1]] = value
 
 
-def _descend(place: Any, part: str, key: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, part, key)]
-    if place.get(part) is None:
-        place[part] = {}
-    if not isinstance(place[part], dict | list):
-        raise UserError(f"--set {key}: '{part}' holds {place[part]!r}, not a section")
-    return place[part]
+def _descend(section: Any, part: str, key: str) -> Any:
+    if isinstance(section, list):
+        return section[_index(section, part, key)]
+    if section.get(part) is None:
+        section[part] = {}
+    if not isinstance(section[part], dict | list):
+        raise UserError(f"--set {key}: '{part}' holds {section[part]!r}, not a section")
+    return section[part]
 
 
-def _index(place: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(place):
-        allowed = "has no entries" if not place else f"has entries 0 to {len(place) - 1}"
+def _index(entries: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(entries):
+        allowed = f"has entries 0 to {len(entries) - 1}" if entries else "has no entries"
         raise UserError(f"--set {key}: there is no entry '{part}'; the list {allowed}")
     return int(part)

@@ -1,4 +1,4 @@
-"""Which of several processes this is, as `accelerate launch` and `torchrun` tell it in the environment."""
+"""The rank of this process, from the environment that `accelerate launch` and `torchrun` set."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 
 
 def rank() -> int:
-    """0 is the one that writes and prints."""
+    """Return the rank of this process; rank 0 writes and prints."""
     return int(os.environ.get("RANK", "0")) if is_parallel() else 0
 
 
 def is_parallel() -> bool:
-    """Whether several were started."""
+    """Return whether several processes were started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def shards_weights() -> bool:
-    """Whether they were asked to share the weights too (FSDP)."""
+    """Return whether the processes shard the weights (FSDP)."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

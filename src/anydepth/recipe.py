@@ -1,6 +1,6 @@
 """Recipes: what to load, train, calibrate and measure, as strict sections of one YAML file.
 
-Imports neither torch nor transformers: a misspelt recipe answers at once.
+This module imports neither torch nor transformers, so that a misspelt recipe is reported at once.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ NOTHING_TO_TRAIN = "nothing to train: the recipe names no trained method, no tra
 
 
 class TokenizerConfig(StrictConfig):
-    """A tokenizer of SentencePiece's form, trained on the training text."""
+    """A tokenizer like SentencePiece's, trained on the training text."""
 
-    kind: Literal["unigram", "bpe"] = Field(default="unigram", description="How its pieces are found.")
+    kind: Literal["unigram", "bpe"] = Field(default="unigram", description="Algorithm that finds the pieces.")
     size: int = Field(default=4096, ge=512, description="Pieces, 256 for single bytes included.")
 
 
 class ScratchConfig(StrictConfig):
-    """A decoder with random weights, to be trained whole (`train.backbone: true`)."""
+    """A decoder with random weights, all of which are trained (`train.backbone: true`)."""
 
     architecture: str = Field(default="llama", description="transformers' name of the family: llama, gpt2, qwen3, …")
     hidden_size: int = Field(default=256, ge=8, description="Width of the residual stream.")
     num_layers: int = Field(default=8, ge=2, description="Depth.")
-    num_heads: int = Field(default=4, ge=1, description="Heads of queries; hidden_size is a multiple of it.")
+    num_heads: int = Field(default=4, ge=1, description="Heads of queries; must divide hidden_size.")
     num_kv_heads: int | None = Field(default=None, ge=1, description="Heads of keys and values; null is num_heads.")
     ffn_size: int = Field(default=688, ge=8, description="Inner width of the FFN.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Every dropout that the architecture has.")
@@ -50,14 +50,14 @@ class ScratchConfig(StrictConfig):
     @model_validator(mode="after")
     def _fits(self) -> ScratchConfig:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         return self
 
 
 class ModelConfig(StrictConfig):
-    """Which base model, in which precision, where."""
+    """The base model, its precision and its device."""
 
     target: str = Field(default="embedded", description="`embedded`, a hub name, a folder, or a .gguf file.")
     scratch: ScratchConfig | None = Field(
@@ -69,7 +69,7 @@ class ModelConfig(StrictConfig):
     )
     device: Device = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:1, …")
     quantisation: Literal["nf4"] | None = Field(
-        default=None, description="nf4: linear maps of the base in 4 bits (bitsandbytes); LoRA learns beside them."
+        default=None, description="nf4: linear layers of the base in 4 bits (bitsandbytes), trained with LoRA."
     )
     attention: Literal["sdpa", "eager"] | None = Field(
         default=None, description="Attention implementation; null is transformers' choice."
@@ -81,20 +81,20 @@ class TextConfig(StrictConfig):
 
     bos: Literal["per_window", "per_document"] = Field(
         default="per_window",
-        description="What begins with the BOS of a tokenizer that puts one in front of a text; others have none.",
+        description="Whether windows or documents begin with BOS, if the tokenizer adds one to a text.",
     )
     isolate_documents: bool = Field(
         default=False,
-        description="Give each document windows of its own in training, calibrate and eval: no token sees another's.",
+        description="Give each document separate windows in training, calibrate and eval, without others' tokens.",
     )
     lines: bool = Field(
-        default=False, description="Make each line a document; those of WikiText stay as published, with their marks."
+        default=False, description="Make each line a document; lines of WikiText keep their marks, as published."
     )
     min_chars: int = Field(default=0, ge=0, description="Keep documents of more than this many characters.")
 
 
 class DataConfig(TextConfig):
-    """Text to train and calibrate on; how windows are made holds for all text of the recipe."""
+    """Text to train and calibrate on; the options of windows hold for all text of the recipe."""
 
     train: str = Field(default="embedded:train", description="`NAME:SPLIT` or a .txt, .jsonl or .parquet file.")
     sequence_length: int = Field(default=512, ge=8, description="Tokens per training window.")
@@ -107,29 +107,27 @@ class LoraSettings(StrictConfig):
 
     rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
     alpha: int = Field(default=32, gt=0, description="Scale: the update is multiplied by alpha ÷ rank.")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapters.")
     target: list[str] | str = Field(
-        default=["q_proj", "k_proj", "v_proj", "o_proj"], description="Names of the linear maps that get one."
+        default=["q_proj", "k_proj", "v_proj", "o_proj"], description="Names of the linear layers that get one."
     )
 
 
 class DistillationSettings(StrictConfig):
     """Distillation from the same model with gates and adapters off."""
 
-    weight: float = Field(default=0.7, ge=0, le=1, description="1 − a: weight of T²·KL; cross-entropy has the rest.")
+    weight: float = Field(default=0.7, ge=0, le=1, description="Weight of T²·KL; cross-entropy has 1 − weight.")
     temperature: float = Field(default=2.0, gt=0, description="Temperature T of both distributions.")
-    warmup_steps: int = Field(default=0, ge=0, description="Steps with cross-entropy alone at the start.")
+    warmup_steps: int = Field(default=0, ge=0, description="First steps, with cross-entropy only.")
 
 
 class TrainConfig(StrictConfig):
-    """Training, by transformers' Trainer. The backbone is frozen unless `backbone` says otherwise."""
+    """Training by transformers' Trainer. The backbone is frozen unless `backbone` is true."""
 
     max_steps: int | None = Field(
-        default=None, ge=1, description="Optimiser steps; 100 where num_epochs is not given either."
+        default=None, ge=1, description="Optimiser steps; null is 100 unless num_epochs is set."
     )
-    num_epochs: float | None = Field(
-        default=None, gt=0, description="Instead of max_steps: how often training sees every window."
-    )
+    num_epochs: float | None = Field(default=None, gt=0, description="Passes over all windows, instead of max_steps.")
     batch_size: int = Field(default=2, ge=1, description="Windows per forward.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forwards per optimiser step.")
     learning_rate: float = Field(default=3e-4, gt=0, description="Peak rate of adapters or backbone (cosine to 0).")
@@ -138,8 +136,8 @@ class TrainConfig(StrictConfig):
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
     max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
     backbone: bool = Field(default=False, description="Train all weights of the backbone; the checkpoint holds them.")
-    lora: LoraSettings | None = Field(default=None, description="Adapters on the backbone; null trains gates alone.")
-    distillation: DistillationSettings | None = Field(default=None, description="Teacher; null is cross-entropy alone.")
+    lora: LoraSettings | None = Field(default=None, description="Adapters on the backbone; null trains gates only.")
+    distillation: DistillationSettings | None = Field(default=None, description="Teacher; null is cross-entropy only.")
     execution: Literal["masked", "sparse"] = Field(
         default="masked", description="masked: gates learn from skipped tokens too; sparse: kept tokens only, faster."
     )
@@ -154,12 +152,12 @@ class TrainConfig(StrictConfig):
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps, of a config whose length is given in steps: see `with_steps`."""
+        """Optimiser steps of a config with its length in steps, see `with_steps`."""
         assert self.max_steps is not None, "train() turns epochs into steps"
         return self.max_steps
 
     def with_steps(self, num_windows: int) -> TrainConfig:
-        """Return the same settings with their epochs over `num_windows` windows as steps, the last one whole."""
+        """Return these settings with epochs over `num_windows` windows converted to steps, rounded up."""
         if self.num_epochs is None:
             return self
         steps = math.ceil(self.num_epochs * num_windows / (self.batch_size * self.gradient_accumulation_steps))
@@ -168,22 +166,22 @@ class TrainConfig(StrictConfig):
     @model_validator(mode="after")
     def _one_way(self) -> TrainConfig:
         if self.backbone and self.lora is not None:
-            raise ValueError("backbone trains all weights and lora adapters beside frozen ones; give one of them")
+            raise ValueError("backbone trains all weights, lora trains adapters of frozen ones; give one of them")
         return self
 
 
 class PhaseConfig(StrictConfig):
-    """One of several trainings in turn, each of which starts from what the one before it left."""
+    """One of several trainings in turn; each starts from the result of the one before."""
 
-    name: str = Field(pattern=r"^[\w-]+$", description="Names its folder under phases/.")
+    name: str = Field(pattern=r"^[\w-]+$", description="Name of its folder under phases/.")
     train: list[str] = Field(min_length=1, description="Methods that this phase trains.")
-    frozen: list[str] = Field(default=[], description="Methods that are attached meanwhile and decide as at inference.")
+    frozen: list[str] = Field(default=[], description="Methods that are attached too and decide as at inference.")
     max_steps: int | None = Field(default=None, ge=1, description="Optimiser steps; or give num_epochs.")
-    num_epochs: float | None = Field(default=None, gt=0, description="How often this phase sees every window.")
+    num_epochs: float | None = Field(default=None, gt=0, description="Passes over all windows.")
     learning_rate: float | None = Field(default=None, gt=0, description="Instead of the recipe's train.learning_rate.")
     router_learning_rate: float | None = Field(default=None, gt=0, description="Instead of the recipe's.")
     warmup_steps: int | None = Field(default=None, ge=0, description="Instead of the recipe's.")
-    train_lora: bool = Field(default=True, description="Whether a LoRA adapter learns on in this phase.")
+    train_lora: bool = Field(default=True, description="Whether a LoRA adapter is trained in this phase.")
 
     @model_validator(mode="after")
     def _one_length(self) -> PhaseConfig:
@@ -193,10 +191,10 @@ class PhaseConfig(StrictConfig):
 
 
 def _has_length(options: Mapping[str, Any]) -> bool:
-    """Whether training is told how long it is. Raises `ValueError` if it is told twice."""
+    """Return whether options give the length of training; raise `ValueError` if two do."""
     given = [name for name in ("max_steps", "num_epochs") if options.get(name) is not None]
     if len(given) > 1:
-        raise ValueError("max_steps and num_epochs both say how long training is; give one, or set the other to null")
+        raise ValueError("max_steps and num_epochs both set the length of training; give one, or null for the other")
     return bool(given)
 
 
@@ -204,30 +202,30 @@ class SearchConfig(StrictConfig):
     """Search of a skip set before training; its result replaces the skip lists of the methods that take one."""
 
     strategy: Literal["influence", "greedy", "bayesian", "dynamic", "knapsack"] = Field(
-        default="influence", description="How layers are chosen."
+        default="influence", description="Method that selects layers."
     )
-    budget: float = Field(default=0.25, gt=0, lt=1, description="Share of layers (or branches) to leave out.")
-    branches: bool = Field(default=False, description="Choose among mixers and FFNs instead of whole layers.")
+    budget: float = Field(default=0.25, gt=0, lt=1, description="Fraction of layers (or branches) to leave out.")
+    branches: bool = Field(default=False, description="Select mixers and FFNs instead of layers.")
     num_windows: int = Field(default=4, ge=1, description="Windows of training text to search on.")
     sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
 
 
 class RouterFitConfig(StrictConfig):
-    """First weights of a layer router, by regression on what each layer is worth to each token, before training."""
+    """First weights of a layer router, by regression on the benefit of each layer to each token."""
 
     num_windows: int = Field(default=16, ge=2, description="Windows of training text to measure on.")
     sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
 
 
 class CalibrateConfig(StrictConfig):
-    """Setting of thresholds after training."""
+    """Thresholds after training."""
 
-    skip_share: float = Field(gt=0, lt=1, description="Share of what methods decide about to skip at inference.")
-    num_windows: int = Field(default=32, ge=1, description="Windows of training text to set it on.")
+    skip_share: float = Field(gt=0, lt=1, description="Fraction of decisions that skip at inference.")
+    num_windows: int = Field(default=32, ge=1, description="Windows of training text to set thresholds on.")
 
 
 class EvalConfig(StrictConfig):
-    """Perplexity, with routing on and at full depth."""
+    """Perplexity, with methods on and at full depth."""
 
     data: str = Field(default="embedded:valid", description="`NAME:SPLIT` or a file.")
     sequence_length: int = Field(default=1024, ge=8, description="Tokens per window.")
@@ -236,71 +234,69 @@ class EvalConfig(StrictConfig):
 
 
 class BenchConfig(StrictConfig):
-    """Paired wall-clock, full depth and adapted in turn in one process."""
+    """Paired wall-clock times: full depth and adapted in turn, in one process."""
 
     batch_sizes: list[Count] = Field(default=[1], min_length=1, description="Rows generated together.")
     prompt_tokens: list[Count] = Field(default=[64], min_length=1, description="Prompt lengths.")
     new_tokens: int = Field(default=64, ge=1, description="Tokens generated per row.")
-    num_runs: int = Field(default=5, ge=1, description="Pairs per row; up to three times as many while they vary.")
-    dtypes: list[DType] = Field(default=[], description="Precisions to measure in; none is the model's own.")
+    num_runs: int = Field(default=5, ge=1, description="Pairs per row; up to three times as many if they vary.")
+    dtypes: list[DType] = Field(default=[], description="Precisions to measure in; none is the model's.")
     engine: Literal["auto", "hf", "fast"] = Field(default="auto", description="auto: fast where it runs the model.")
-    data: str | None = Field(default=None, description="Text to take prompts from; the eval text when left out.")
+    data: str | None = Field(default=None, description="Text to take prompts from; null is the eval text.")
 
 
 class AnalyzeConfig(StrictConfig):
-    """Where depth goes, and whether it depends on the token."""
+    """Analysis of where depth goes, and whether it depends on the token."""
 
-    data: str | None = Field(default=None, description="Text to look at; the eval text when left out.")
+    data: str | None = Field(default=None, description="Text to analyse; null is the eval text.")
     sequence_length: int = Field(default=256, ge=8, description="Tokens per window.")
-    num_windows: int = Field(default=8, ge=1, description="Windows of it.")
-    num_permutations: int = Field(default=199, ge=1, description="Of the test whether depth depends on the token.")
+    num_windows: int = Field(default=8, ge=1, description="Windows of the text.")
+    num_permutations: int = Field(default=199, ge=1, description="Permutations of the test of dependence.")
     num_samples: int = Field(
         default=64,
         ge=0,
-        description="Documents (paragraphs, where those are few or long) whose depth is correlated with their length, "
-        "perplexity and rarity; at most sequence_length tokens of each. 0 leaves the correlations out.",
+        description="Documents (paragraphs, where documents are few or long) to correlate depth with length, "
+        "perplexity and rarity; at most sequence_length tokens of each. 0 is no correlation.",
     )
 
 
 class GenerateConfig(StrictConfig):
-    """The sample text of a run."""
+    """A sample text of the run."""
 
     prompt: str = Field(default="The most important thing about the sea is", description="Prompt of the sample.")
     max_new_tokens: int = Field(default=64, ge=1, description="Tokens to generate.")
 
 
 class Recipe(StrictConfig):
-    """One experiment, start to end."""
+    """One experiment from start to end."""
 
     model: ModelConfig = Field(default=ModelConfig(), description="The base model.")
     methods: list[dict[str, Any]] = Field(default=[], description="Methods with their options; none is full depth.")
     data: DataConfig = Field(default=DataConfig(), description="Training text.")
-    search: SearchConfig | None = Field(default=None, description="Search a skip set first; null does not.")
+    search: SearchConfig | None = Field(default=None, description="Search a skip set first; null is none.")
     router_fit: RouterFitConfig | None = Field(
         default=None, description="Fit the router first; null starts from initial_bias and initial_skip_layers."
     )
-    train: TrainConfig | None = Field(default=None, description="Training; null attaches the methods as they are.")
+    train: TrainConfig | None = Field(default=None, description="Training; null trains nothing.")
     phases: list[PhaseConfig] = Field(
-        default=[], description="Trainings in turn, with the other settings of train; none is one training of all."
+        default=[], description="Trainings in turn, with the settings of train; none is one training of all methods."
     )
     draft: DraftConfig | None = Field(
         default=None,
-        description="Draft tokens and verify them: the text of full depth, methods decide in drafts; null does not.",
+        description="Draft with the methods and verify at full depth, which gives the text; null is no drafting.",
     )
-    drafter: DrafterConfig | None = Field(
-        default=None, description="Training of the network of draft; null leaves it as it is."
-    )
-    calibrate: CalibrateConfig | None = Field(default=None, description="Set thresholds to a share; null keeps them.")
+    drafter: DrafterConfig | None = Field(default=None, description="Training of the draft network; null trains none.")
+    calibrate: CalibrateConfig | None = Field(default=None, description="Set thresholds; null keeps them.")
     eval: EvalConfig = Field(default=EvalConfig(), description="Perplexity.")
     bench: BenchConfig = Field(default=BenchConfig(), description="Speed.")
-    analyze: AnalyzeConfig = Field(default=AnalyzeConfig(), description="Where depth goes, if methods decide it.")
+    analyze: AnalyzeConfig = Field(default=AnalyzeConfig(), description="Analysis of depth.")
     generate: GenerateConfig = Field(default=GenerateConfig(), description="A sample of text.")
-    seed: int = Field(default=0, description="Seed of everything random; a method can have its own.")
+    seed: int = Field(default=0, description="Seed of all random draws; a method can set another.")
 
     @field_validator("methods", mode="before")
     @classmethod
     def _named(cls, methods: Any) -> Any:
-        """A name alone stands for the method with its defaults."""
+        """Replace a name by the method with its defaults."""
         if not isinstance(methods, list):
             return methods
         return [{"name": method} if isinstance(method, str) else method for method in methods]
@@ -308,7 +304,7 @@ class Recipe(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _from_old(cls, content: Any) -> Any:
-        """Read a recipe from when drafting was a method."""
+        """Convert an old recipe, in which drafting was a method."""
         if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
             return content
         methods, draft = split_draft(content["methods"])
@@ -320,25 +316,23 @@ class Recipe(StrictConfig):
         if self.model.scratch is not None and not learns:
             raise ValueError("model.scratch starts from random weights, which train.backbone: true must train")
         if learns and self.model.quantisation is not None:
-            raise ValueError("weights in 4 bits cannot be trained; give train.lora in place of train.backbone")
+            raise ValueError("weights in 4 bits cannot be trained; give train.lora instead of train.backbone")
         if self.drafter is not None and self.train is not None:
-            raise ValueError(
-                "a drafter learns from a base that stays as it is; train that first, in a recipe of its own"
-            )
+            raise ValueError("a drafter needs a base that does not change; train the base first, in another recipe")
         if learns and self.phases:
-            raise ValueError("phases train methods and LoRA; train.backbone is one training of everything")
+            raise ValueError("phases train methods and LoRA, train.backbone everything at once; give one of them")
         return self
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Recipe:
         names = [str(method.get("name")) for method in self.methods]
         if self.phases and self.train is None:
-            raise ValueError("phases need a train section, for what they share")
+            raise ValueError("phases need a train section with their shared settings")
         for phase in self.phases:
             unknown = [name for name in (*phase.train, *phase.frozen) if name not in names]
             if unknown:
                 raise ValueError(
-                    f"phase {phase.name} names {unknown[0]}, which methods does not; it has {', '.join(names)}"
+                    f"phase {phase.name} names {unknown[0]}, which is not in methods; these are {', '.join(names)}"
                 )
             both = sorted(set(phase.train) & set(phase.frozen))
             if both:
@@ -349,7 +343,7 @@ class Recipe(StrictConfig):
         return self
 
     def check_training(self) -> None:
-        """Raise `UserError` if a training has nothing to train. Loads the methods, hence torch."""
+        """Raise `UserError` if a training has nothing to train. Imports the methods and torch."""
         from anydepth.methods import method_class
 
         if self.train is None or self.train.backbone:
@@ -363,7 +357,7 @@ class Recipe(StrictConfig):
                 raise UserError(f"phase {phase.name}: nothing to train: no weights in {', '.join(phase.train)}")
 
     def method_configs(self) -> list[StrictConfig]:
-        """The methods' configs, validated. Loads the methods, hence torch."""
+        """Return the methods' validated configs. Imports the methods and torch."""
         from anydepth.methods import method_class
 
         configs = []
@@ -380,7 +374,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
 
     Raises:
-        UserError: no such file, not YAML, not a mapping, an unknown key or a wrong value; one line each.
+        UserError: no such file, not YAML, not a mapping, an unknown key or a wrong value; in one line.
     """
     path = Path(path)
     if not path.is_file():

@@ -12,13 +12,13 @@ from torch import Tensor
 
 LINE_POINTS = 21
 MEDIAN_ERROR = math.sqrt(math.pi / 2)
-"""Standard error of a median, in those of the mean."""
+"""Ratio of the standard errors of a median and a mean."""
 
 
 def ratio_interval(ratios: Sequence[float], tail: float = 0.025) -> list[float] | None:
-    """Return `[low, high]` around the median of paired ratios; None of fewer than two.
+    """Return `[low, high]` around the median of paired ratios; None for fewer than two.
 
-    Student's t on their logarithms, whose spread outliers widen: few pairs, or noisy ones, show no difference.
+    The interval is Student's t of their logarithms. Outliers widen it, so that few or noisy pairs show no difference.
 
     Args:
         tail: probability that the median is below `low`, and that it is above `high`.
@@ -31,7 +31,7 @@ def ratio_interval(ratios: Sequence[float], tail: float = 0.025) -> list[float] 
 
 
 def is_noise(interval: Sequence[float] | None) -> bool:
-    """Return whether a ratio with this interval is no difference: it contains 1, or nothing is known of it."""
+    """Return whether a ratio with this interval shows no difference: the interval contains 1 or is unknown."""
     return interval is None or interval[0] <= 1 <= interval[1]
 
 
@@ -39,15 +39,15 @@ def mean_of(values: Tensor, among: Tensor, most: float | None = None) -> dict[st
     """Return the `mean` of (W, T) values where `among` is true, as `mean_of_sums` does.
 
     Args:
-        most: where values lie between 0 and this, so do the bounds.
+        most: upper limit of the values; the bounds are then clipped to [0, most].
     """
     return mean_of_sums(torch.where(among, values, 0).double().sum(1), among.double().sum(1), most)
 
 
 def mean_of_sums(sums: Tensor, counts: Tensor, most: float | None = None) -> dict[str, float | None]:
-    """Return the `mean` per token of (W,) sums over windows with so many tokens each, with its bounds.
+    """Return the `mean` per token of (W,) sums over windows with (W,) token counts, with its bounds.
 
-    `low` and `high` are None where fewer than two windows have any token. The mean is a ratio of two sums over windows;
+    `low` and `high` are None where fewer than two windows have a token. The mean is a ratio of two sums over windows;
     its error is linearised (Cochran 1977, 6.4), t with W − 1 degrees of freedom.
     """
     sums, counts = sums[counts > 0], counts[counts > 0]
@@ -81,17 +81,17 @@ def t_quantile(degrees: int, tail: float = 0.025) -> float:
 
 
 def correlation(x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return how two (N,) measurements of N samples go together.
+    """Return the correlation of two (N,) measurements of N samples.
 
     Returns:
         `pearson` and `spearman`, each `r` with `low` and `high` (None where a measurement is constant; no
-        interval below four samples); and `line`, the least-squares fit, None likewise.
+        interval below four samples); and `line`, the least-squares fit, None for a constant.
     """
     x, y = x.double(), y.double()
     count = len(x)
     by_value = pearson(x, y)
     by_rank = pearson(ranks(x), ranks(y))
-    # Of ranks, z varies more than of normal values (Bonett and Wright 2000).
+    # The variance of z is larger for ranks than for normal values (Bonett and Wright 2000).
     rank_variance = 1 + (by_rank or 0.0) ** 2 / 2
     return {
         "pearson": fisher_interval(by_value, count),
@@ -101,14 +101,14 @@ def correlation(x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def pearson(x: Tensor, y: Tensor) -> float | None:
-    """Return Pearson's r of two (N,) measurements; None where one of the two is constant."""
+    """Return Pearson's r of two (N,) measurements; None where one is constant."""
     if len(x) < 2 or bool(x.min() == x.max()) or bool(y.min() == y.max()):
         return None
     return float(torch.corrcoef(torch.stack([x.double(), y.double()]))[0, 1].clamp(-1, 1))
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float | None:
-    """Return Spearman's r of two (N,) measurements, ties at their mean rank; None where one of the two is constant."""
+    """Return Spearman's r of two (N,) measurements, ties at their mean rank; None where one is constant."""
     return pearson(ranks(x), ranks(y))
 
 
@@ -120,7 +120,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def fisher_interval(r: float | None, count: int, variance: float = 1.0) -> dict[str, float | None]:
-    """Return `r` with the 95% interval of Fisher's z, whose variance is `variance` ÷ (count − 3)."""
+    """Return `r` with the 95% interval of Fisher's z, which has variance `variance` ÷ (count − 3)."""
     if r is None or count < 4:
         return {"r": r, "low": None, "high": None}
     if 1 - abs(r) < 1e-12:
