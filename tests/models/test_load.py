@@ -244,7 +244,7 @@ def test_a_gguf_of_six_bytes(tmp_path: Path) -> None:
     """C33: exit 2 and one line."""
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\0\0")
     done = anydepth_command("inspect", tmp_path / "cut.gguf")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "not whole" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "incomplete" in done.stderr
 
 
 def test_ggufs_cut_anywhere_or_with_wrong_bytes(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Loading a base model, and the structural view of it that everything else goes through."""
+"""Load a base model, and describe its structure for all other modules."""

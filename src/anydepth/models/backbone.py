@@ -1,8 +1,7 @@
-"""Structural view of a Hugging Face decoder: where its layers, mixers, FFNs, norms and K/V projections are.
+"""The structure of a Hugging Face decoder: its layers, mixers, FFNs, norms and K/V projections.
 
-The only file that knows Hugging Face attribute names. It holds no forward of any model: everything that runs is
-the model's own submodules. A new family is one line in `FAMILIES`, checked against the model itself on attach
-(`Backbone.verify`).
+There is no forward of any model here: only the model's submodules run. A new family is one line in `families.py`, which
+`Backbone.verify` checks against the model on attach.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ Rotation = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one model family. Where several are given, the first that the layer has is taken.
+    """Module names of a model family. Of several names, the first that a layer has is used.
 
-    `restarts_at_switch`: the model reads the sequence anew when its rotary embedding switches to long sequences.
-    `mixer_out` and `ffn_out` name the module whose output is what the branch adds to the residual stream;
-    `ffn_in` the first module that sees the residual stream on behalf of the FFN; `kv_norm` the norm between the
-    residual stream and the K/V projection.
+    Attributes:
+        kv_norm: the norm between the residual stream and the K/V projection.
+        mixer_out, ffn_out: the module with the output that the branch adds to the residual stream.
+        ffn_in: the first module of the FFN, which gets the residual stream.
+        restarts_at_switch: whether the model reads the sequence again when its rotary embedding switches to long
+            sequences.
     """
 
     decoder: str = "model"
@@ -55,12 +56,12 @@ class Family:
 
 @dataclass(frozen=True)
 class RotarySwitch:
-    """Where the rotary embedding of a model changes for all tokens at once, because the sequence has grown.
+    """The length at which the rotary embedding of a model changes for all tokens.
 
     Attributes:
         length: tokens of the longest sequence before the change.
-        again: whether it changes with every further token, too (`dynamic`).
-        restarts: whether the model then reads the whole sequence anew (Phi-3).
+        again: whether it changes with every further token too (`dynamic`).
+        restarts: whether the model then reads the whole sequence again (Phi-3).
     """
 
     length: int
@@ -134,11 +135,11 @@ FAMILIES: dict[str, Family] = {
 
 
 class _Projected(Exception):
-    """Ends an attention forward once its K/V are known: queries meet no keys, nothing is written."""
+    """An exception that ends an attention forward once its K/V are known, before attention runs."""
 
 
 class _KVCapture:
-    """Stands where the cache would be and takes the K/V that an attention module has just projected."""
+    """A cache that captures the K/V that an attention module has projected."""
 
     def __init__(self, *, stop: bool) -> None:
         self.stop = stop
@@ -153,7 +154,7 @@ class _KVCapture:
 
 
 class LayerView:
-    """One decoder layer: its modules by role, and the K/V projection of tokens that skip its mixer."""
+    """A decoder layer: its modules by role, and the K/V projection of tokens that skip its mixer."""
 
     def __init__(self, module: nn.Module, layer_idx: int, family: Family, hidden_size: int) -> None:
         self.module = module
@@ -166,7 +167,7 @@ class LayerView:
         self.ffn_in = self._first(family.ffn_in)
         self.ffn_out = self._first(family.ffn_out)
         self.is_recurrent = hasattr(self.mixer, "conv1d")
-        # GPT-2 passes some arguments by position; the names after (self, hidden_states) put them in place.
+        # Names after (self, hidden_states), because GPT-2 passes some arguments by position.
         self.argument_names = list(inspect.signature(type(module).forward).parameters)[2:]
 
     def _first(self, names: tuple[str, ...]) -> nn.Module:
@@ -175,24 +176,24 @@ class LayerView:
             if child is not None:
                 return child
         raise UserError(
-            f"layer {self.layer_idx} ({type(self.module).__name__}) has none of {', '.join(names)}: this variant of "
-            "the family is laid out in a way anydepth does not know"
+            f"layer {self.layer_idx} ({type(self.module).__name__}) has none of {', '.join(names)}: anydepth "
+            "does not support this variant of the family"
         )
 
     @property
     def projects_separately(self) -> bool:
-        """Whether K/V can be projected without queries. Fused q/k/v is projected whole for a skipping token."""
+        """Whether K/V can be projected without queries; a skipping token needs all of a fused q/k/v projection."""
         return not self.family.fused_qkv and not self.is_recurrent
 
     @property
     def fused_projection(self) -> nn.Module:
-        """The map of q, k and v, where they are one matrix."""
+        """The projection of q, k and v, where they are one matrix."""
         children = dict(self.mixer.named_children())
         return next(children[name] for name in ("qkv_proj", "c_attn", "query_key_value") if name in children)
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Of an attention: heads of queries, heads of keys and values, and the width of each."""
+        """Number of query heads, number of key/value heads, and the width of a head."""
         attention: Any = self.mixer
         queries = attention.config.num_attention_heads
         width = getattr(attention, "head_dim", None) or self.hidden_size // queries
@@ -203,11 +204,11 @@ class LayerView:
         return queries, (outputs // width - queries) // 2, width
 
     def normalise(self, hidden: Tensor) -> Tensor:
-        """The residual stream as the K/V projection sees it, (..., D) -> (..., D)."""
+        """Apply the norm before the K/V projection to the (..., D) residual stream."""
         return hidden if self.kv_norm is None else self.kv_norm(hidden)
 
     def project_kv(self, normed: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Keys (rotated) and values of (B, T, D) normed states, each (B, num_kv_heads, T, head_dim)."""
+        """Project (B, T, D) normed states to rotated keys and to values, each (B, num_kv_heads, T, head_dim)."""
         if self.family.fused_qkv:
             return self._capture_kv(normed, rotation)
         attention: Any = self.mixer
@@ -222,7 +223,7 @@ class LayerView:
             keys = norm(keys).view(head_shape)
         keys = keys.transpose(1, 2)
         if rotation is not None and getattr(attention, "use_rope", True):
-            # The family's own rotation; it wants queries too, one head of keys is the cheapest stand-in.
+            # The family's function rotates queries too; one head of keys replaces them.
             rotate = sys.modules[type(chosen_module(attention)).__module__].apply_rotary_pos_emb
             keys = rotate(keys[:, :1], keys, *rotation)[1]
         return keys, values
@@ -241,18 +242,18 @@ class LayerView:
 
 
 def first_output(output: Any) -> Tensor:
-    """What a layer or branch puts out: some give a tuple, of which it is the first."""
+    """Return the output of a layer or branch, the first of a tuple if it returns one."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face causal LM inside a PEFT wrapper, or the model itself."""
+    """Return the Hugging Face causal LM inside a PEFT wrapper, or the model itself."""
     get_base = getattr(model, "get_base_model", None)
     return get_base() if get_base is not None else model  # type: ignore[return-value]
 
 
 class Backbone:
-    """The structural view of a causal LM. Raises `UserError` with the list of families for any other model."""
+    """The structure of a causal LM. Raises `UserError` with the list of families for any other model."""
 
     def __init__(self, model: nn.Module) -> None:
         check_adapters(model)
@@ -265,7 +266,7 @@ class Backbone:
         self.family = FAMILIES[self.family_name]
         self._refuse_variants(causal_lm.config)
         if self.attention_implementation not in ("sdpa", "eager"):
-            # The others take no mask of (query, key): kept tokens would attend to the wrong ones.
+            # Other implementations take no mask of (query, key), so kept tokens would attend to the wrong ones.
             raise UserError(
                 f"attention by '{self.attention_implementation}' cannot run a part of the tokens; load the model with "
                 "attn_implementation='sdpa' or 'eager'"
@@ -303,12 +304,12 @@ class Backbone:
 
     @property
     def final_norm(self) -> nn.Module:
-        """In front of the head; nothing in some OPT models."""
+        """The norm before the head; an identity in some OPT models."""
         return getattr(self.decoder, self.family.final_norm, None) or nn.Identity()
 
     @contextmanager
     def layer_outputs(self) -> Iterator[dict[int, Tensor]]:
-        """Yield a mapping that holds the (B, T, D) output of each layer in the last forward, by index."""
+        """Yield a mapping of layer index to the (B, T, D) output of the layer in the last forward."""
         outputs: dict[int, Tensor] = {}
 
         def keep(layer_idx: int, _: nn.Module, __: Any, output: Any) -> None:
@@ -320,13 +321,13 @@ class Backbone:
             yield outputs
 
     def logits_of(self, states: Tensor, vocabulary: Tensor | None = None) -> Tensor:
-        """(..., V) logits of (..., D) states of the residual stream: the model's final norm and head.
+        """Return (..., V) logits of (..., D) residual states, by the model's final norm and head.
 
         Args:
-            vocabulary: (V',) tokens to give those of alone.
+            vocabulary: (V',) tokens to return the logits of; None means all.
         """
         states = self.final_norm(states)
-        project_out = getattr(self.decoder, "project_out", None)  # of some OPT models
+        project_out = getattr(self.decoder, "project_out", None)  # in some OPT models
         states = states if project_out is None else project_out(states)
         head = chosen_module(self.head)
         if vocabulary is None:
@@ -334,14 +335,14 @@ class Backbone:
         elif type(head) is nn.Linear:
             bias = None if head.bias is None else head.bias[vocabulary]
             logits = F.linear(states, head.weight[vocabulary], bias)
-        else:  # with an adapter, whose effect on some rows alone only the adapter knows
+        else:  # only a forward of the adapter gives its effect
             logits = self.head(states)[..., vocabulary]
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
     def rotary_switch(self) -> RotarySwitch | None:
-        """Where the rotary embedding depends on the length of the sequence; None: it never does."""
+        """The switch of a rotary embedding that depends on the length of the sequence; None if it does not."""
         config: Any = self.model.config
         parameters: Any = getattr(config, "rope_parameters", None) or {}
         kinds = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
@@ -359,7 +360,7 @@ class Backbone:
         return str(self.model.config._attn_implementation)
 
     def layer_types(self) -> list[str]:
-        """`recurrent` or `attention` per layer."""
+        """Return `recurrent` or `attention` for each layer."""
         return ["recurrent" if view.is_recurrent else "attention" for view in self.layers]
 
     @torch.no_grad()
@@ -367,7 +368,7 @@ class Backbone:
         """Check `project_kv` of each kind of layer against the model's own forward on six tokens.
 
         Raises:
-            UserError: the installed transformers lays this family out in another way than anydepth knows.
+            UserError: the installed transformers computes K/V of this family differently.
         """
         seen: set[tuple[str, bool]] = set()
         checked = []
@@ -393,14 +394,14 @@ class Backbone:
             error = (ours - own).norm() / own.norm().clamp_min(1e-9)
             if ours.shape != own.shape or error > tolerance:
                 raise UserError(
-                    f"layer {view.layer_idx} of this {self.family_name} model projects K/V in a way anydepth does not "
-                    f"know (relative error {error:.1e}); please report it with your transformers version"
+                    f"layer {view.layer_idx} of this {self.family_name} model projects K/V differently from anydepth "
+                    f"(relative error {error:.1e}); please report it with your transformers version"
                 )
 
 
 @contextmanager
 def recorded_inputs(views: list[LayerView]) -> Iterator[dict[int, tuple[Tensor, dict[str, Any]]]]:
-    """Yield a mapping that holds what the decoder passes to layers in the last forward, by index: states, the rest."""
+    """Yield a mapping of layer index to the states and other arguments that the layer gets in the last forward."""
     records: dict[int, tuple[Tensor, dict[str, Any]]] = {}
 
     def hook_for(view: LayerView) -> Callable[..., None]:
@@ -417,7 +418,7 @@ def recorded_inputs(views: list[LayerView]) -> Iterator[dict[int, tuple[Tensor, 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every submodule gets its own mode back, also where the user froze some in eval."""
+    """Set evaluation mode, and restore the mode of each submodule afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -7,11 +7,11 @@ import time
 import torch
 
 STEPS = 24
-"""Decoding steps that the time of a layer is the median of."""
+"""Decoding steps over which the median time of a layer is taken."""
 
 
 def now(device: torch.device) -> float:
-    """Return the seconds of a clock, once the device has done all work that was launched on it."""
+    """Return the seconds of a clock after the device has finished all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

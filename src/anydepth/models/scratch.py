@@ -1,8 +1,8 @@
-"""A small decoder with random weights, and a tokenizer trained on the text that it is to learn.
+"""A small decoder with random weights, and a tokenizer trained on the training text.
 
-The decoder is a stock transformers architecture. The tokenizer is of SentencePiece's form (Kudo and Richardson 2018):
-pieces start with ▁ where a word does, and what no piece covers is spelt in bytes, so that every text without ▁ comes
-back.
+The decoder is a stock transformers architecture. The tokenizer is like SentencePiece's (Kudo and Richardson 2018):
+pieces start with ▁ where a word does, and text without a piece is spelt in bytes, so that every text without ▁ can be
+decoded.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from anydepth.recipe import ScratchConfig, TokenizerConfig
 UNKNOWN, END = "<unk>", "</s>"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "resid_dropout")
-"""What transformers' families call their dropout."""
+"""Names of dropout in transformers' configs."""
 FFN_SIZES = ("intermediate_size", "n_inner", "ffn_dim")
-"""And the inner width of their FFN."""
+"""Names of the FFN's inner width."""
 
 
 def scratch_folder(config: ScratchConfig, read_texts: Callable[[], list[str]], folder: Path, *, seed: int) -> Path:
-    """A folder that `load_model` reads, with an untrained decoder; made once, whole, and then kept.
+    """Return `folder` with an untrained decoder for `load_model`, written atomically if it does not exist.
 
     Args:
-        read_texts: what the tokenizer is trained on; called only while there is no folder yet.
+        read_texts: returns the training text of the tokenizer; called only if the folder does not exist.
 
     Raises:
         UserError: an architecture that transformers does not know, widths that do not fit, or too little text.
@@ -50,7 +50,7 @@ def scratch_folder(config: ScratchConfig, read_texts: Callable[[], list[str]], f
 
 
 def build_decoder(config: ScratchConfig, vocab_size: int, eos_token_id: Any, *, seed: int) -> PreTrainedModel:
-    """Return the decoder that `config` describes, its weights drawn from `seed`."""
+    """Build the decoder that `config` describes, with weights drawn from `seed`."""
     where = f"model.scratch: no '{config.architecture}' decoder of this shape"
     try:
         known = AutoConfig.for_model(config.architecture)
@@ -77,7 +77,7 @@ def build_decoder(config: ScratchConfig, vocab_size: int, eos_token_id: Any, *, 
     if hasattr(known, "num_key_value_heads"):
         shape["num_key_value_heads"] = config.num_kv_heads or config.num_heads
     elif config.num_kv_heads is not None:
-        raise UserError(f"{where}; all its heads have keys and values of their own, leave num_kv_heads out")
+        raise UserError(f"{where}; each of its heads has keys and values, leave num_kv_heads out")
     unknown = [key for key in config.options if not hasattr(known, key) or key in shape]
     if unknown:
         raise UserError(f"{where}; options has '{unknown[0]}', which its configuration lacks or model.scratch sets")
@@ -91,7 +91,7 @@ def build_decoder(config: ScratchConfig, vocab_size: int, eos_token_id: Any, *, 
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], *, max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `config.size` pieces, bytes and special tokens included, trained on `texts`."""
+    """Train a tokenizer of `config.size` pieces, bytes and special tokens included, on `texts`."""
     pieces = config.size - len(BYTES)
     special = [UNKNOWN, END]
     trainer: Any
@@ -126,13 +126,13 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], *, max_length
 
 
 def _with_bytes(tokenizer: Tokenizer) -> Tokenizer:
-    """The same with a piece for every byte at the end, which trainers cannot add."""
+    """Append a piece for every byte, which trainers cannot add."""
     described = json.loads(tokenizer.to_str())
     model = described["model"]
     if model["type"] == "BPE":
         model["vocab"] |= {piece: len(model["vocab"]) + byte for byte, piece in enumerate(BYTES)}
     else:
-        # Never chosen while a piece of text fits: their score is below all others.
+        # Bytes have the lowest score, so that they are used only where no piece fits.
         worst = min(score for _, score in model["vocab"]) - 10
         model["vocab"] += [[piece, worst] for piece in BYTES]
         model["byte_fallback"] = True

@@ -1,4 +1,4 @@
-"""What a tokenizer and a model's generation config decide together: the ids of a text, and the tokens that end one."""
+"""Token ids of texts, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the ids of a text with the tokenizer's special tokens; see `encode_batch`."""
+    """Return the ids of a text as `encode_batch` does."""
     return encode_batch(tokenizer, [text])[0]
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text with the tokenizer's special tokens, and a single BOS where the text begins with it.
+    """Return the ids of each text with the tokenizer's special tokens, and one BOS where the text begins with BOS.
 
-    Chat templates write the BOS into the text, and tokenizers then add a second one, which no model was trained on.
+    Chat templates write the BOS into the text. Tokenizers then add another one, which no model was trained on.
     """
-    # verbose=False: no warning about a text that is longer than the window; callers check or cut it.
+    # No warnings about texts that are longer than the window, because callers check or cut them.
     rows: Any = tokenizer(list(texts), verbose=False, return_attention_mask=False)["input_ids"]
     bos: Any = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]  # type: ignore[index]
