@@ -73,16 +73,7 @@ def load_model(
     if name not in (AUTO, *DTYPES):
         raise UserError(f"dtype '{name}' is unknown; dtypes are {', '.join((AUTO, *DTYPES))}")
     torch_device = _device(device)
-    options: dict[str, Any] = {}
-    if attention is not None:
-        if attention not in ATTENTIONS:
-            raise UserError(
-                f"attention '{attention}' is not supported; give one of {', '.join(ATTENTIONS)} (others take no mask "
-                "of single tokens)"
-            )
-        options["attn_implementation"] = attention
-    if quantisation is not None:
-        options |= {"quantization_config": _four_bits(quantisation), "device_map": {"": torch_device}}
+    options = _options(quantisation, attention, torch_device)
     adapter = Path(target) if (Path(target) / ADAPTER).is_file() else None
     base = target if adapter is None else adapter_base(adapter)
     with quiet():
@@ -95,15 +86,32 @@ def load_model(
     _set_end_tokens(model, tokenizer)
     model.name_or_path = base
     if is_quantised(model):
-        module: Any
-        for module in model.modules():
-            # bitsandbytes 0.50 repacks a weight at its first use in evaluation, for a kernel without backward.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        _disable_repacking(model)
     else:
         model.to(torch_device)  # type: ignore[arg-type]
     adapted: Any = add_adapters(model, {} if adapter is None else {"default": adapter})
     return adapted.eval(), tokenizer
+
+
+def _options(quantisation: str | None, attention: str | None, device: torch.device) -> dict[str, Any]:
+    """Return the options of `from_pretrained`."""
+    if attention not in (None, *ATTENTIONS):
+        raise UserError(
+            f"attention '{attention}' is not supported; give one of {', '.join(ATTENTIONS)} (others take no mask of "
+            "single tokens)"
+        )
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if quantisation is not None:
+        options |= {"quantization_config": _four_bits(quantisation), "device_map": {"": device}}
+    return options
+
+
+def _disable_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes 0.50 from repacking weights at their first evaluation, for a kernel without backward."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def adapter_base(folder: Path) -> str:
