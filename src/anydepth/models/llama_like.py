@@ -107,16 +107,9 @@ def layer_parts(view: LayerView) -> LayerParts:
     mlp: Any = chosen_module(outer_mlp)
     config = attention.config
     num_heads, num_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
-    if hasattr(attention, "qkv_proj"):
-        sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-        queries, keys, values = _split(attention.qkv_proj, sizes)
-    else:
-        queries, keys, values = (_weights(attention.q_proj), _weights(attention.k_proj), _weights(attention.v_proj))
-    if hasattr(mlp, "gate_up_proj"):
-        gate, up = _split(mlp.gate_up_proj, [config.intermediate_size] * 2)
-    else:
-        gate, up = _weights(mlp.gate_proj), _weights(mlp.up_proj)
-    activation = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    queries, keys, values = _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes)
+    gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [config.intermediate_size] * 2)
     rotates = bool(getattr(attention, "use_rope", True))
     return LayerParts(
         queries=queries,
@@ -138,16 +131,23 @@ def layer_parts(view: LayerView) -> LayerParts:
         scale=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
         # Families with windows in some layers have the window in the layer, others (Mistral, Phi-3) in the config.
-        window=attention.sliding_window
-        if hasattr(attention, "sliding_window")
-        else getattr(config, "sliding_window", None),
+        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
         rotation_kind=(getattr(attention, "layer_type", None) or "all") if rotates else None,
-        activation=_activation(activation),
+        activation=_activation(mlp),
     )
 
 
-def _activation(module: nn.Module) -> str:
-    name = type(module).__name__
+def _projections(module: nn.Module, names: Sequence[str], fused: str, sizes: list[int]) -> list[Weights]:
+    """Return the weights of some projections, which may be one fused matrix with these output sizes."""
+    if not hasattr(module, fused):
+        return [_weights(getattr(module, name)) for name in names]
+    weights = _weights(getattr(module, fused))
+    biases = [None] * len(sizes) if weights.bias is None else weights.bias.split(sizes)
+    return [Weights(weight, bias) for weight, bias in zip(weights.weight.split(sizes), biases, strict=True)]
+
+
+def _activation(mlp: Any) -> str:
+    name = type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
     if name in ("SiLU", "SiLUActivation"):
         return "silu"
     if name in ("GELUTanh", "PytorchGELUTanh"):
@@ -215,9 +215,3 @@ def _weights(module: nn.Module) -> Weights:
     plain = plain_module(module)
     assert isinstance(plain, nn.Linear)
     return Weights(plain.weight.detach(), None if plain.bias is None else plain.bias.detach())
-
-
-def _split(module: nn.Module, sizes: list[int]) -> list[Weights]:
-    fused = _weights(module)
-    biases = [None] * len(sizes) if fused.bias is None else fused.bias.split(sizes)
-    return [Weights(weight, bias) for weight, bias in zip(fused.weight.split(sizes), biases, strict=True)]
