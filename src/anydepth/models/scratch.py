@@ -56,11 +56,22 @@ def build_decoder(config: ScratchConfig, vocab_size: int, eos_token_id: Any, *, 
         known = AutoConfig.for_model(config.architecture)
     except ValueError as error:
         raise UserError(f"{where}; transformers does not know the name, try llama") from error
+    shape = _shape(config, known, where, vocab_size=vocab_size, eos_token_id=eos_token_id)
+    torch.manual_seed(seed)
+    try:
+        described = AutoConfig.for_model(config.architecture, **shape)
+        return AutoModelForCausalLM.from_config(described, dtype=torch.float32)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{where} ({str(error).strip().splitlines()[0][:200]})") from error
+
+
+def _shape(config: ScratchConfig, known: Any, where: str, **of_tokenizer: Any) -> dict[str, Any]:
+    """Return the arguments of the architecture's configuration, of which `known` is the default."""
     ffn_size = next((name for name in FFN_SIZES if hasattr(known, name)), None)
     if ffn_size is None:
         raise UserError(f"{where}; its FFN has no width to set, try llama")
     shape: dict[str, Any] = {
-        "vocab_size": vocab_size,
+        **of_tokenizer,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
@@ -68,7 +79,6 @@ def build_decoder(config: ScratchConfig, vocab_size: int, eos_token_id: Any, *, 
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": True,
         "bos_token_id": None,
-        "eos_token_id": eos_token_id,
         "pad_token_id": None,
         **{name: config.dropout for name in DROPOUTS if hasattr(known, name)},
     }
@@ -81,28 +91,20 @@ def build_decoder(config: ScratchConfig, vocab_size: int, eos_token_id: Any, *, 
     unknown = [key for key in config.options if not hasattr(known, key) or key in shape]
     if unknown:
         raise UserError(f"{where}; options has '{unknown[0]}', which its configuration lacks or model.scratch sets")
-    shape |= config.options
-    torch.manual_seed(seed)
-    try:
-        described = AutoConfig.for_model(config.architecture, **shape)
-        return AutoModelForCausalLM.from_config(described, dtype=torch.float32)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{where} ({str(error).strip().splitlines()[0][:200]})") from error
+    return shape | config.options
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str], *, max_length: int) -> PreTrainedTokenizerFast:
     """Train a tokenizer of `config.size` pieces, bytes and special tokens included, on `texts`."""
     pieces = config.size - len(BYTES)
-    special = [UNKNOWN, END]
+    options: dict[str, Any] = dict(vocab_size=pieces, special_tokens=[UNKNOWN, END], show_progress=False)
     trainer: Any
     if config.kind == "bpe":
         tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
-        trainer = trainers.BpeTrainer(vocab_size=pieces, special_tokens=special, show_progress=False)
+        trainer = trainers.BpeTrainer(**options)
     else:
         tokenizer = Tokenizer(models.Unigram())
-        trainer = trainers.UnigramTrainer(
-            vocab_size=pieces, special_tokens=special, unk_token=UNKNOWN, show_progress=False
-        )
+        trainer = trainers.UnigramTrainer(unk_token=UNKNOWN, **options)
     words: Any = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), words])
     tokenizer.train_from_iterator(texts, trainer)
