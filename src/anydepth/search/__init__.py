@@ -1,1 +1,1 @@
-"""Search for skip sets, and the first weights of a router, without training."""
+"""Search skip sets, and the first weights of a router, without training."""

@@ -1,8 +1,8 @@
-"""Search of layers to skip by dynamic programming over the states (CLaSp, Chen et al. 2025).
+"""Search layers to skip by dynamic programming over the states (CLaSp, Chen et al. 2025).
 
-best[j] is, in front of layer i, the state with j layers skipped that is nearest to that of full depth: the better of
-running layer i−1 on best[j] of before, and of skipping it from best[j−1]. All states are those of whole windows; how
-near, the mean cosine over their tokens.
+Before layer i, best[j] is the state with j skipped layers that is nearest to that of full depth: layer i−1 is either
+run on the former best[j], or skipped from best[j−1]. States are those of all windows, and the nearness is the mean
+cosine similarity over their tokens.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from anydepth.search.skip_search import Candidate, Problem
 
 @torch.no_grad()
 def choose(problem: Problem) -> list[Candidate]:
-    """The layers that the best last state with `num_out` skipped was reached without.
+    """Return the `num_out` layers that the best last state skips.
 
     Raises:
-        UserError: branches instead of layers.
+        UserError: the candidates are branches instead of layers.
     """
     if any(kind != "layer" for kind, _ in problem.candidates):
-        raise UserError("strategy dynamic chooses whole layers; leave --branches out, or use another strategy")
+        raise UserError("strategy dynamic selects layers, not branches; leave --branches out, or use another strategy")
     adapted, views = problem.adapted, problem.adapted.backbone.layers
     with adapted.disabled(), recorded_inputs(views) as inputs, adapted.backbone.layer_outputs() as outputs:
         adapted(input_ids=problem.windows.to(adapted.device), use_cache=False, logits_to_keep=1)
@@ -36,12 +36,12 @@ def choose(problem: Problem) -> list[Candidate]:
             ran = [first_output(view.module(states, **arguments)) for states, _ in best]
             reached: list[tuple[Tensor, list[int]]] = []
             for skipped in range(min(layer_idx + 1, problem.num_out) + 1):
-                ways = []
+                options = []
                 if skipped < len(best):
-                    ways.append((ran[skipped], best[skipped][1]))
+                    options.append((ran[skipped], best[skipped][1]))
                 if skipped:
-                    ways.append((best[skipped - 1][0], [*best[skipped - 1][1], layer_idx]))
-                reached.append(max(ways, key=lambda way: _nearness(way[0], wanted[layer_idx])))
+                    options.append((best[skipped - 1][0], [*best[skipped - 1][1], layer_idx]))
+                reached.append(max(options, key=lambda option: _nearness(option[0], wanted[layer_idx])))
             best = reached
     return [("layer", layer_idx) for layer_idx in best[problem.num_out][1]]
 

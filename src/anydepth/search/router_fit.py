@@ -1,9 +1,9 @@
-"""A first router without training: measure what every layer is worth to every token, and regress on it.
+"""Fit the first weights of a router without training: measure the benefit of each layer to each token, and regress.
 
-Around a static choice of layers, or of mixers, each routed one is toggled for all tokens of a window; what that does to
-KL(full depth ‖ adapted) at a token is the layer's *benefit* to it. Ridge regression from the state that its network
-reads predicts benefits of new tokens, and a token runs the layers whose predicted benefit is highest. Gradients alone
-leave the gates where they start: a straight-through gradient of one sampled choice is mostly noise (docs/results).
+Around a static set of layers, or of mixers, each routed one is toggled for all tokens of a window; the change of
+KL(full depth ‖ adapted) at a token is the layer's *benefit* to it. Ridge regression predicts benefits from the state
+that the layer's network reads, and a token runs the layers with the highest predictions. Gradients alone hardly move
+the gates, because a straight-through gradient of one sampled decision is mostly noise (docs/results).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import recorded_inputs
 
-NO_ROUTER = "only a learned layer_router can be fitted; this model has none"
+NO_ROUTER = "only a learned layer_router can be fitted, and this model has none; attach one"
 RIDGES = (1e2, 1e3, 3e3, 1e4, 3e4, 1e5)
 CLIPPED = 0.01
-"""Share of benefits at either end that is cut off: a few tokens would lead the regression."""
+"""Fraction of benefits at either end that is clipped, because a few tokens would dominate the regression."""
 
 
 @dataclass(frozen=True)
 class RouterFit:
-    """What a fit found on held-out windows; divergences are KL(full depth ‖ adapted) in nats per token.
+    """Result of a fit on held-out windows; divergences are KL(full depth ‖ adapted) in nats per token.
 
     Attributes:
-        static_divergence: of the static choice that benefits were measured around.
-        routed_divergence: of the fitted router at `skip_share`, the share that it skips there.
-        ridge: chosen by the predicted gain on the held-out windows.
+        static_divergence: divergence of the static set that benefits were measured around.
+        routed_divergence: divergence of the fitted router, which skips the fraction `skip_share`.
+        ridge: the ridge with the largest predicted gain on the held-out windows.
     """
 
     static_divergence: float
@@ -53,13 +53,15 @@ class RouterFit:
 
 @torch.no_grad()
 def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
-    """Fit the attached `layer_router` to benefits measured on (N, T) windows, at its `target_skip`; sets its weights.
+    """Fit the weights of the attached `layer_router` to benefits on (N, T) windows, at its `target_skip`.
 
-    Costs one forward per window and routed layer. The last quarter of the windows is held out to choose the ridge and
-    to measure the result. Deterministic. Of a router that reads sequentially the states are those of the static choice.
+    It takes one forward per window and routed layer and is deterministic. The last quarter of the windows is held out
+    to select the ridge and to measure the result. A router that reads sequentially is fitted to states of the static
+    set.
 
     Raises:
-        RunError: no learned router is attached. UserError: fewer than two windows.
+        RunError: no learned router is attached.
+        UserError: fewer than two windows.
     """
     router = _learned_router(adapted)
     if len(windows) < 2:
@@ -102,21 +104,22 @@ def _learned_router(adapted: AdaptedModel) -> LayerRouter:
 
 
 def learned_router(methods: Iterable[nn.Module]) -> LayerRouter | None:
-    """Return the router that can be fitted; None if there is none."""
+    """Return the router that can be fitted, or None."""
     return next((one for one in methods if isinstance(one, LayerRouter) and one.networks), None)
 
 
 def _measure(
     adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Of one (1, T) window: states (T, D) of each network, benefits (T, G), the static choice's divergence (T,).
+    """Measure one (1, T) window, with results on the host.
 
-    All on the host.
+    Returns:
+        (T, D) states that each network reads, (T, G) benefits, and the (T,) divergence of the static set.
     """
     with adapted.untouched():
         full = adapted(input_ids=ids, use_cache=False).logits[0]
 
-    fixed = SkipSet(SkipSetConfig(), adapted.backbone)  # in place of the router
+    fixed = SkipSet(SkipSetConfig(), adapted.backbone)  # replaces the router
     deciding = [fixed if method is router else method for method in adapted.active_methods]
 
     def choose(keep: Tensor) -> None:
@@ -141,7 +144,7 @@ def _measure(
 
 
 def _states_of(adapted: AdaptedModel, router: LayerRouter, ids: Tensor) -> list[Tensor]:
-    """Return what each network reads, (T, D) in float32 on the host."""
+    """Return the (T, D) states that each network reads, in float32 on the host."""
     views = [adapted.backbone.layers[layer_idx] for layer_idx in router.networks]
     with recorded_inputs(views) as inputs:
         adapted(input_ids=ids, use_cache=False, logits_to_keep=1)
@@ -149,13 +152,13 @@ def _states_of(adapted: AdaptedModel, router: LayerRouter, ids: Tensor) -> list[
 
 
 def _features(states: Tensor) -> Tensor:
-    """Normalised states and a constant, (N, D + 1), as the router's network sees them at the start."""
+    """Return (N, D + 1) normalised states and a constant, as the router's network computes them at the start."""
     normed = F.layer_norm(states, states.shape[-1:])
     return torch.cat([normed, torch.ones(len(states), 1)], dim=1).double()
 
 
 def _solve(states: Sequence[Tensor], benefits: Tensor, ridge: float, target_skip: float) -> tuple[list[Tensor], Tensor]:
-    """Weights (D + 1, G) of each network's regression, and the prediction below which `target_skip` of these fall."""
+    """Return the (D + 1, G) weights of each network's regression, and the `target_skip` quantile of predictions."""
     columns = benefits.chunk(len(states), dim=1)
     weights = [_regress(own, part, ridge) for own, part in zip(states, columns, strict=True)]
     predicted = _predicted(states, weights).flatten().sort().values
@@ -166,26 +169,26 @@ def _regress(states: Tensor, benefits: Tensor, ridge: float) -> Tensor:
     features, targets = _features(states), benefits.double()
     targets = targets.clamp(targets.quantile(CLIPPED, dim=0), targets.quantile(1 - CLIPPED, dim=0))
     penalty = ridge * torch.eye(features.shape[1], dtype=features.dtype)
-    penalty[-1, -1] = 0  # the constant is free
+    penalty[-1, -1] = 0  # no penalty of the constant
     return torch.linalg.solve(features.T @ features + penalty, features.T @ targets)
 
 
 def _predicted(states: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """(N, G) benefits of all routed layers, by the states that their networks read."""
+    """Predict the (N, G) benefits of all routed layers from the states that their networks read."""
     return torch.cat([_features(own) @ part for own, part in zip(states, weights, strict=True)], dim=1)
 
 
 def _gain(
     states: Sequence[Tensor], benefits: Tensor, split: int, static: Tensor, target_skip: float, ridge: float
 ) -> float:
-    """Benefit per held-out token of the fitted choice over the static one, were benefits additive."""
+    """Return the benefit per held-out token of the fitted router over the static set, if benefits were additive."""
     weights, threshold = _solve([own[:split] for own in states], benefits[:split], ridge, target_skip)
     keep = _predicted([own[split:] for own in states], weights) > threshold
     return ((keep.double() - static.double()) * benefits[split:]).sum(1).mean().item()
 
 
 def _write(router: LayerRouter, weights: Sequence[Tensor], threshold: Tensor, states: Sequence[Tensor]) -> None:
-    """Into the networks' linear maps, scaled so that the median logit is `initial_bias` away from the threshold."""
+    """Set the networks' linear layers, scaled so that the median logit is `initial_bias` away from the threshold."""
     distance = (_predicted(states, weights) - threshold).abs().median()
     scale = router.config.initial_bias / distance.clamp_min(1e-9)
     for network, part in zip(router.networks.values(), weights, strict=True):

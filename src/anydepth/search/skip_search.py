@@ -1,9 +1,8 @@
-"""Search of a skip set: which layers, mixers or FFNs a model misses least, on calibration text.
+"""Search the layers, mixers or FFNs that matter least on calibration text.
 
-`influence`: one pass; a branch that turns the state little is missed little (block influence 1 − cos(h, h'),
-ShortGPT, Men et al. 2024). `greedy`: leaves out one more at a time, always the one after which most next-token
-choices equal full depth; slower, and better where layers work together. `bayesian`, `dynamic`, `knapsack`: files of
-their own.
+`influence` takes one forward and leaves out the branches that change the state least (block influence 1 − cos(h, h'),
+ShortGPT, Men et al. 2024). `greedy` leaves out one more at a time, the one with which most next tokens equal those of
+full depth; it is slower, and better where layers depend on each other. `bayesian`, `dynamic` and `knapsack` have files.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ Candidate = tuple[str, int]
 
 @dataclass(frozen=True)
 class SkipSearchResult:
-    """A skip set and how much of full depth is left with it.
+    """A skip set and its agreement with full depth.
 
     Attributes:
-        agreement: share of next-token choices equal to full depth on the search text.
+        agreement: fraction of next tokens on the search text that equal those of full depth.
         trajectory: one row per branch left out, with the agreement after it.
     """
 
@@ -45,12 +44,12 @@ class SkipSearchResult:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a strategy is asked: which `num_out` of the candidates the model misses least.
+    """The problem of a strategy: find the `num_out` candidates that matter least.
 
     Attributes:
         adapted: a model with a `skip_set` attached.
-        windows: (N, T) of text.
-        reference: (N, T) next-token choices at full depth; None where a strategy compares none.
+        windows: (N, T) token ids of text.
+        reference: (N, T) next tokens at full depth; None for a strategy that does not compare them.
     """
 
     adapted: AdaptedModel
@@ -61,7 +60,7 @@ class Problem:
     seed: int = 0
 
     def agreement(self, out: Sequence[Candidate]) -> float:
-        """Share of next-token choices that stay those of full depth without some candidates."""
+        """Return the fraction of next tokens that equal those of full depth when `out` is left out."""
         method = self.adapted.methods["skip_set"]
         assert isinstance(method, SkipSet) and self.reference is not None
         lists = as_lists(out)
@@ -70,16 +69,16 @@ class Problem:
 
 
 Strategy = Callable[[Problem], list[Candidate]]
-"""The candidates to leave out, in order."""
+"""Returns the candidates to leave out, in order."""
 
 
 def search(
     model: nn.Module, windows: Tensor, *, strategy: str, budget: float, branches: bool = False, seed: int = 0
 ) -> SkipSearchResult:
-    """The skip set of `budget` (share of layers, or of branches) that `strategy` finds on (N, T) windows.
+    """Find a skip set with a fraction `budget` of the layers, or of the branches, on (N, T) windows.
 
     Raises:
-        UserError: unknown strategy, or a budget that leaves nothing out or nothing in.
+        UserError: an unknown strategy, or a budget that leaves out nothing or everything.
     """
     check_strategy(strategy)
     started = time.monotonic()
@@ -107,27 +106,27 @@ def check_strategy(strategy: str) -> None:
 
 
 def num_left_out(num_layers: int, budget: float, *, branches: bool) -> int:
-    """Return how many layers or branches a budget leaves out. Raises `UserError` for none and for all."""
+    """Return the number of layers or branches that a budget leaves out; raise `UserError` for none or all."""
     if not 0 < budget < 1:
-        raise UserError(f"budget is a share between 0 and 1, such as 0.25; came {budget:g}")
+        raise UserError(f"budget is a fraction between 0 and 1, such as 0.25; came {budget:g}")
     everything = len(candidates(num_layers, branches=branches))
     num_out = round(budget * everything)
     if not 0 < num_out < everything:
         raise UserError(
             f"budget {budget} of {everything} {'branches' if branches else 'layers'} is {num_out} left out; "
-            "choose a share that leaves out at least one and keeps at least one"
+            "give a fraction that leaves out at least one and keeps at least one"
         )
     return num_out
 
 
 def candidates(num_layers: int, *, branches: bool) -> list[Candidate]:
-    """What can be left out: whole layers, or mixers and FFNs."""
+    """Return what can be left out: layers, or mixers and FFNs."""
     kinds = ("mixer", "ffn") if branches else ("layer",)
     return [(kind, layer_idx) for layer_idx in range(num_layers) for kind in kinds]
 
 
 def as_lists(chosen: Sequence[Candidate]) -> dict[str, list[int]]:
-    """As options of `skip_set`."""
+    """Return candidates as options of `skip_set`."""
     names = {"layer": "skip_layers", "mixer": "skip_mixers", "ffn": "skip_ffns"}
     return {name: sorted(i for kind, i in chosen if names[kind] == name) for name in names.values()}
 
@@ -170,12 +169,12 @@ STRATEGIES: dict[str, Strategy] = {
     "dynamic": _dynamic,
     "knapsack": _knapsack,
 }
-"""By name; a new one is a function and a line here."""
+"""Strategies by name; a new one is a function and a line here."""
 
 
 @torch.no_grad()
 def _choices(adapted: AdaptedModel, windows: Tensor) -> Tensor:
-    """The most likely next token at each place, (N, T)."""
+    """Return the (N, T) most likely next tokens."""
     return torch.cat(
         [adapted(input_ids=row[None].to(adapted.device), use_cache=False).logits.argmax(-1) for row in windows]
     )
@@ -183,7 +182,7 @@ def _choices(adapted: AdaptedModel, windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def influences(adapted: AdaptedModel, windows: Tensor) -> dict[Candidate, float]:
-    """1 − cos between the state in front of and behind each layer, mixer and FFN; mean over tokens, full depth."""
+    """Return 1 − cos of the states before and after each layer, mixer and FFN at full depth, the mean over tokens."""
     totals: dict[Candidate, float] = {}
     with adapted.disabled(), _listening(adapted.backbone, totals):
         for window in windows:
@@ -193,30 +192,30 @@ def influences(adapted: AdaptedModel, windows: Tensor) -> dict[Candidate, float]
 
 @contextmanager
 def _listening(backbone: Backbone, totals: dict[Candidate, float]) -> Iterator[None]:
-    """Hooks that add up the influence of every layer and branch."""
+    """Add the influence of each layer and branch to `totals` in every forward."""
     added: dict[Candidate, Tensor] = {}
 
-    def note_branch(candidate: Candidate) -> Callable[..., None]:
+    def record_branch(candidate: Candidate) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             added[candidate] = first_output(output)
 
         return hook
 
-    def note_layer(layer_idx: int) -> Callable[..., None]:
+    def record_layer(layer_idx: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             before, after = args[0], first_output(output)
             ffn = added.pop(("ffn", layer_idx)).view_as(after)
             mixer = added.pop(("mixer", layer_idx))
-            turns = {"layer": (before, after), "mixer": (before, before + mixer), "ffn": (after - ffn, after)}
-            for kind, (old, new) in turns.items():
-                turn = 1 - F.cosine_similarity(old.float(), new.float(), dim=-1).mean().item()
-                totals[(kind, layer_idx)] = totals.get((kind, layer_idx), 0.0) + turn
+            changes = {"layer": (before, after), "mixer": (before, before + mixer), "ffn": (after - ffn, after)}
+            for kind, (old, new) in changes.items():
+                change = 1 - F.cosine_similarity(old.float(), new.float(), dim=-1).mean().item()
+                totals[(kind, layer_idx)] = totals.get((kind, layer_idx), 0.0) + change
 
         return hook
 
     with Hooks() as hooks:
         for view in backbone.layers:
-            hooks.after(view.mixer_out, note_branch(("mixer", view.layer_idx)))
-            hooks.after(view.ffn_out, note_branch(("ffn", view.layer_idx)))
-            hooks.after(view.module, note_layer(view.layer_idx))
+            hooks.after(view.mixer_out, record_branch(("mixer", view.layer_idx)))
+            hooks.after(view.ffn_out, record_branch(("ffn", view.layer_idx)))
+            hooks.after(view.module, record_layer(view.layer_idx))
         yield
