@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from anydepth.search.skip_search import Candidate, Problem
+from anydepth.search.problem import Candidate, Problem
 
 PROPOSALS = 100
 EVERY = 25

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from anydepth.errors import UserError
 from anydepth.models.backbone import first_output, recorded_inputs
-from anydepth.search.skip_search import Candidate, Problem
+from anydepth.search.problem import Candidate, Problem
 
 
 @torch.no_grad()

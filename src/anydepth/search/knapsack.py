@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from anydepth.hf.latencies import latencies
-from anydepth.search.skip_search import Candidate, Problem, influences
+from anydepth.search.problem import Candidate, Problem, influences
 
 TOLERANCE = 0.05
 """Fraction of the wanted time that may be missed, because of the noise of a clock; one more layer would be too much."""
