@@ -93,7 +93,7 @@ def test_latencies_are_there_for_every_branch() -> None:
 
 
 def test_dynamic_refuses_branches() -> None:
-    with pytest.raises(UserError, match="whole layers"):
+    with pytest.raises(UserError, match="selects layers"):
         search(tiny_llama(), windows(), strategy="dynamic", budget=0.3, branches=True)
 
 

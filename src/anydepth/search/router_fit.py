@@ -77,23 +77,34 @@ def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
     ridge = max(RIDGES, key=lambda ridge: _gain(states, benefits, split, static, router.config.target_skip, ridge))
     known = [own[:split] for own in states]
     _write(router, *_solve(known, benefits[:split], ridge, router.config.target_skip), known)
-    routed, skipped = [], []
-    for window in windows[-num_held_out:]:
-        ids = window[None].to(adapted.device)
-        with adapted.untouched():
-            full = adapted(input_ids=ids, use_cache=False).logits[0]
-        routed.append(divergence(adapted(input_ids=ids, use_cache=False).logits[0], full))
-        skipped.append(~adapted.last_trace.mixer_keep[router.routed])
+    routed_divergence, skip_share = _held_out(adapted, router, windows[-num_held_out:])
     _write(router, *_solve(states, benefits, ridge, router.config.target_skip), states)
     return RouterFit(
         static_divergence=torch.cat([part[2] for part in parts[-num_held_out:]]).mean().item(),
         static_skip_share=(~static).double().mean().item(),
-        routed_divergence=torch.cat(routed).mean().item(),
-        skip_share=torch.cat(skipped, dim=2).double().mean().item(),
+        routed_divergence=routed_divergence,
+        skip_share=skip_share,
         ridge=ridge,
         num_tokens=windows.numel(),
         seconds=time.monotonic() - started,
     )
+
+
+def _held_out(adapted: AdaptedModel, router: LayerRouter, windows: Tensor) -> tuple[float, float]:
+    """Return the mean divergence of the router on (N, T) windows, and the fraction that it skips."""
+    divergences, skipped = [], []
+    for window in windows:
+        ids = window[None].to(adapted.device)
+        full = _full_depth(adapted, ids)
+        divergences.append(divergence(adapted(input_ids=ids, use_cache=False).logits[0], full))
+        skipped.append(~adapted.last_trace.mixer_keep[router.routed])
+    return torch.cat(divergences).mean().item(), torch.cat(skipped, dim=2).double().mean().item()
+
+
+def _full_depth(adapted: AdaptedModel, ids: Tensor) -> Tensor:
+    """Return the (T, V) logits of (1, T) ids at full depth."""
+    with adapted.untouched():
+        return adapted(input_ids=ids, use_cache=False).logits[0]
 
 
 def _learned_router(adapted: AdaptedModel) -> LayerRouter:
@@ -116,9 +127,7 @@ def _measure(
     Returns:
         (T, D) states that each network reads, (T, G) benefits, and the (T,) divergence of the static set.
     """
-    with adapted.untouched():
-        full = adapted(input_ids=ids, use_cache=False).logits[0]
-
+    full = _full_depth(adapted, ids)
     fixed = SkipSet(SkipSetConfig(), adapted.backbone)  # replaces the router
     deciding = [fixed if method is router else method for method in adapted.active_methods]
 
