@@ -1,4 +1,4 @@
-"""Setting thresholds so that a wanted speed is reached on this machine, or a bound on the loss of quality is kept."""
+"""Set thresholds that reach a speed-up on this machine, or keep a bound on the loss of quality."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from anydepth.hf.adapted import AdaptedModel
 from anydepth.statistics import ratio_interval
 
 SHARES = 64
-"""Shares told apart; finer ones are within the noise of a timing."""
+"""Number of steps from 0 to 1 of the skipped fraction; finer ones are within the noise of a timing."""
 STEPS = [0, 2, 6, 14, 30, 62]
-"""How far above the share that bisection found those lie that are confirmed, one after another, until one holds."""
+"""Steps above the result of bisection that are confirmed one after another, until one holds."""
 LOOKS = [2, 4, 8]
-"""Measurements of one share after which it is decided whether it holds."""
+"""Numbers of measurements of one step after which it is decided whether it holds."""
 TAIL = 0.025 / (len(STEPS) * len(LOOKS))
-"""Error of each decision (Bonferroni): with 97.5% none of them takes a share that is slower than wanted."""
+"""Error of each decision (Bonferroni): with probability 97.5% none accepts a step that is too slow."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What `find_budget` chose.
+    """Result of `find_budget`.
 
     Attributes:
-        share: of its decisions that each method skips, on the text of the scores.
-        speedup: median of paired ratios on this machine; None where no speed was asked for.
-        speedup_interval: its 95% interval, which lies above the speed that was asked for.
-        speedups: the fresh pairs that it is the median of.
-        perplexity_increase: relative, against full depth; None where no bound was asked for.
-        trajectory: every share tried, with what was measured.
+        share: fraction of each method's decisions that skip, on the text of the scores.
+        speedup: median of paired ratios on this machine; None without a target.
+        speedup_interval: its 95% interval, which is above the target.
+        speedups: the new pairs with this median.
+        perplexity_increase: relative increase against full depth; None without a bound.
+        trajectory: every fraction that was tried, with its measurement.
     """
 
     share: float
@@ -55,7 +55,7 @@ class Budget:
 
 
 class Unreachable(RunError):
-    """The bounds cannot be met; the message names the best that can."""
+    """An error for bounds that cannot be met; the message has the best result."""
 
 
 def find_budget(
@@ -68,19 +68,19 @@ def find_budget(
     perplexity_increase: Callable[[], float] | None = None,
     on_try: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> Budget:
-    """Set thresholds to the smallest share that reaches a speed, or the largest that keeps a bound on quality.
+    """Set thresholds that skip the smallest fraction to reach a speed-up, or the largest to keep a bound on quality.
 
-    Both are monotone in the share up to noise, so it is bisected. A speed is then confirmed on fresh pairs, at that
-    share and larger ones: the one that is chosen reaches it with 97.5%. With both bounds the speed decides, and quality
-    must hold there. The thresholds stay as they were if nothing meets the bounds.
+    Both are monotone in the fraction up to noise, so the fraction is bisected. A speed-up is then confirmed on new
+    pairs, at this fraction and larger ones: the result reaches it with probability 97.5%. With both bounds the speed-up
+    decides, and quality must hold there. If nothing meets the bounds, the thresholds do not change.
 
     Args:
-        scores: of `collect_scores`.
-        speedup: paired ratios full depth ÷ adapted, measured with the thresholds that are set.
-        perplexity_increase: relative to full depth, the same way.
+        scores: result of `collect_scores`.
+        speedup: measures paired ratios full depth ÷ adapted with the current thresholds.
+        perplexity_increase: measures the increase relative to full depth likewise.
 
     Raises:
-        Unreachable: with the best that was found.
+        Unreachable: nothing meets the bounds.
     """
     search = _Search(adapted, scores, on_try)
     with restored_on_failure(adapted):
@@ -100,16 +100,16 @@ def find_budget(
 
 def _too_costly(target_speedup: float | None, increase: float, bound: float) -> str:
     if target_speedup is None:
-        return f"perplexity is {increase:.1%} above full depth where the bound is {bound:.1%}; it is out of reach here"
+        return f"perplexity is {increase:.1%} above full depth, the bound is {bound:.1%}; give a higher bound"
     return (
-        f"a speed-up of {target_speedup:g} costs {increase:.1%} of perplexity, more than the {bound:.1%} allowed; ask "
-        "for less speed, or allow more"
+        f"a speed-up of {target_speedup:g} costs {increase:.1%} of perplexity, more than the {bound:.1%} allowed; give "
+        "a lower speed-up or a higher bound"
     )
 
 
 @dataclass
 class _Search:
-    """Shares that were tried, and what was measured."""
+    """The search for a fraction, with the measurements of those that were tried."""
 
     adapted: AdaptedModel
     scores: Scores
@@ -117,9 +117,9 @@ class _Search:
     tried: list[dict[str, float]] = field(default_factory=list)
 
     def reach(self, target: float, speedup: Callable[[], list[float]]) -> tuple[int, list[float]]:
-        """Set the smallest share that is confirmed to reach a speed; return its number and the pairs that confirm it.
+        """Set the smallest step that is confirmed to reach a speed-up; return it and the pairs that confirm it.
 
-        Bisection follows single measurements, lucky ones too, so that what it finds is only where to begin.
+        Bisection follows single measurements, lucky ones too, so its result is only a start.
         """
         found = _bisect(lambda number: self._speed(number, speedup, []) >= target)
         measured = self.tried if found == SHARES else []
@@ -129,14 +129,14 @@ class _Search:
                 return number, pairs
             measured.append(self.tried[-1])
         best = max(measured, key=lambda row: row["speedup"])
-        noisy = " (too noisy to be sure of it)" if best["speedup"] >= target else ""
+        noisy = " (too noisy to confirm)" if best["speedup"] >= target else ""
         raise Unreachable(
             f"a speed-up of {target:g} is out of reach here: the most measured was {best['speedup']:.2f}{noisy}, with "
             f"{best['share']:.0%} of decisions skipping"
         )
 
     def _is_confirmed(self, number: int, target: float, speedup: Callable[[], list[float]], pairs: list[float]) -> bool:
-        """Add pairs of a share until it is shown to reach a speed, or they suggest that it does not."""
+        """Measure pairs until a step is shown to reach a speed-up, or seems not to."""
         for num_measured in range(1, max(LOOKS) + 1):
             middle = self._speed(number, speedup, pairs)
             if num_measured not in LOOKS:
@@ -147,7 +147,7 @@ class _Search:
         return False
 
     def keep(self, bound: float, increase: Callable[[], float]) -> int:
-        """Set the largest share that keeps a bound on quality; return its number."""
+        """Set the largest step that keeps a bound on quality, and return it."""
         too_far = _bisect(lambda number: self._measure(number, "perplexity_increase", increase) > bound)
         number = max(too_far - 1, 0)
         self._set(number)
@@ -157,7 +157,7 @@ class _Search:
         set_thresholds(self.adapted, thresholds_at(self.scores, number / SHARES))
 
     def _speed(self, number: int, speedup: Callable[[], list[float]], pairs: list[float]) -> float:
-        """Add a measurement of a share to `pairs`; return the median of all."""
+        """Add a measurement of a step to `pairs`, and return the median of all."""
 
         def measure() -> float:
             pairs.extend(speedup())
@@ -174,7 +174,7 @@ class _Search:
 
 
 def _bisect(reaches: Callable[[int], bool]) -> int:
-    """Return the smallest number below `SHARES` that reaches it, `SHARES` if none does."""
+    """Return the smallest number for which `reaches` is true, or `SHARES` if there is none."""
     low, high = 0, SHARES
     while low < high:
         middle = (low + high) // 2

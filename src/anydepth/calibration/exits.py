@@ -1,8 +1,8 @@
 """Settings of one threshold per exit, in an order that `guarantee.py` can test.
 
-From all exits shut, the next setting opens one exit by one step: the one whose tokens would differ least from full
-depth for the layers that they save. How often they differ is estimated on text that tests nothing, as in Pareto testing
-(Laufer-Goldenberg et al. 2023), so that the order costs no sequence and a wrong estimate costs no validity.
+From all exits closed, the next setting opens one exit by one step: that with the fewest tokens that differ from full
+depth per saved layer. These are estimated on text that is not used for tests, as in Pareto testing (Laufer-Goldenberg
+et al. 2023), so that the order needs no test sequences and a wrong estimate does not make a test invalid.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from anydepth.methods.early_exit import EarlyExit
 
 @dataclass(frozen=True)
 class ExitScores:
-    """What each of E exits would do with N tokens that ran at full depth.
+    """The effect of each of E exits on N tokens that ran at full depth.
 
     Attributes:
         saved: (E,) layers that a token saves there.
-        confidence: (E, N) the largest threshold at which each token exits.
-        differs: (E, N) bool, whether the exit's first choice is not the last layer's.
+        confidence: (E, N) largest threshold at which each token exits.
+        differs: (E, N) bool, whether the exit's top token differs from the last layer's.
     """
 
     saved: Tensor
@@ -38,7 +38,7 @@ class ExitScores:
         """Return the fraction of tokens that differ from full depth, and the layers saved per token.
 
         Args:
-            thresholds: one for each exit; tokens take the first exit that they reach.
+            thresholds: one for each exit; a token exits at the first one that it reaches.
         """
         exits = self.confidence >= torch.tensor(thresholds)[:, None]
         first = exits.int().argmax(0)
@@ -48,7 +48,7 @@ class ExitScores:
 
 @torch.no_grad()
 def collect_exit_scores(adapted: AdaptedModel, windows: Tensor) -> ExitScores:
-    """Score (M, T) windows at every exit of `early_exit`, with no token exiting; other methods decide as they do.
+    """Score (M, T) windows at every exit of `early_exit` while no token exits; other methods decide as usual.
 
     Raises:
         UserError: no `early_exit` is attached.
@@ -56,14 +56,14 @@ def collect_exit_scores(adapted: AdaptedModel, windows: Tensor) -> ExitScores:
     method = next((part for part in adapted.active_methods if isinstance(part, EarlyExit)), None)
     if method is None:
         raise UserError(
-            f"thresholds per exit are those of early_exit; attached is {adapted.label}; calibrate without --per-exit"
+            f"thresholds per exit need early_exit, and attached is {adapted.label}; calibrate without --per-exit"
         )
     adapted.eval()
     confidence, differs = [], []
     with method.watching(), adapted.backbone.layer_outputs() as outputs:
         for window in windows:
             final = adapted(input_ids=window[None].to(adapted.device), use_cache=False).logits[0].argmax(-1)
-            (scores,) = method.scores(adapted.context).values()  # one after the other, of all exits
+            (scores,) = method.scores(adapted.context).values()  # of all exits in order
             confidence.append(-scores.view(len(method.layers), -1).float().cpu())
             choices = [adapted.backbone.logits_of(outputs[i - 1][0]).argmax(-1) for i in method.layers]
             differs.append((torch.stack(choices) != final).cpu())
@@ -72,7 +72,7 @@ def collect_exit_scores(adapted: AdaptedModel, windows: Tensor) -> ExitScores:
 
 
 def exit_settings(scores: ExitScores) -> list[Thresholds]:
-    """Return settings of `early_exit`, at most as many as `STEPS`, each more open than the one before."""
+    """Return at most `len(STEPS)` settings of `early_exit`, each more open than the one before."""
     path = _path(scores)
     count = min(len(STEPS), len(path))
     numbers = [round((number + 1) * len(path) / count) - 1 for number in range(count)]
@@ -91,18 +91,18 @@ def _path(scores: ExitScores) -> list[list[float]]:
         differs, saved = scores.estimate(thresholds(steps))
         return (differs - before[0]) / (saved - before[1]) if saved > before[1] else math.inf
 
-    while shut := [place for place, own in enumerate(levels) if opened[place] + 1 < len(own)]:
-        ways = [[step + (other == place) for other, step in enumerate(opened)] for place in shut]
-        opened = min(reversed(ways), key=harm)  # the deepest exit wins ties
+    while closed := [number for number, own in enumerate(levels) if opened[number] + 1 < len(own)]:
+        options = [[step + (other == number) for other, step in enumerate(opened)] for number in closed]
+        opened = min(reversed(options), key=harm)  # the deepest exit wins ties
         after = scores.estimate(thresholds(opened))
-        if after[1] > before[1]:  # else the same tokens exit
+        if after[1] > before[1]:  # otherwise the same tokens exit
             path.append(thresholds(opened))
         before = after
     return path
 
 
 def _levels(confidence: Tensor) -> list[float]:
-    """Return the thresholds of one exit from shut to open, no two the same."""
+    """Return the distinct thresholds of one exit, from closed to open."""
     ordered = confidence.sort(descending=True).values
     reached = [ordered[max(round(step * len(ordered)), 1) - 1].item() for step in STEPS]
     return [math.inf, *dict.fromkeys(reached)]

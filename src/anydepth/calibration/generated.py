@@ -1,6 +1,6 @@
-"""Thresholds whose risk on generated text is bounded, tested by `guarantee.py`.
+"""Set thresholds with a bounded risk on generated text, tested by `guarantee.py`.
 
-Settings move all thresholds together (`shared_settings`), or those of the exits each by itself (`exits.py`).
+A setting changes all thresholds together (`shared_settings`), or those of single exits (`exits.py`).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from anydepth.models.tokens import end_ids
 
 RISKS = ("consistency", "quality", "difference")
 STEPS = [0.5 ** (8 - 0.5 * number) for number in range(17)]
-"""Fractions of scores that skip, from 1/256 to all, fine where most bounds are met.
+"""Fractions of scores that skip, from 1/256 to all, finer where most bounds are met.
 
-As many settings may be tested at most; each one generates from all prompts.
+Their number limits the settings to test, each of which generates from all prompts.
 """
 
 
@@ -56,7 +56,7 @@ def shared_settings(scores: Scores) -> list[Thresholds]:
 
 @torch.no_grad()
 def continuations(engine: Engine, prompts: Sequence[Tensor], new_tokens: int, *, full_depth: bool) -> list[list[int]]:
-    """Continue each (T,) prompt greedily, up to an end token, which is left out."""
+    """Continue each (T,) prompt greedily up to an end token, which is left out."""
     adapted = engine.adapted
     ends = end_ids(adapted)
     texts = []
@@ -82,20 +82,20 @@ def bound_risk(
     references: Sequence[Sequence[int]] | None = None,
     on_test: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> Guarantee:
-    """Set thresholds to skip as much as can be shown to keep the risk; where nothing can be shown, to skip nothing.
+    """Set thresholds that skip as much as is shown to keep the risk, or that skip nothing if nothing is shown.
 
-    The risk is that of everything that is attached, thresholds that no setting moves included.
+    The risk is that of all attached methods, thresholds that no setting changes included.
 
     Args:
-        settings: from the most careful to the least careful, chosen without the prompts.
-        prompts: drawn at random from those that the bound is to hold for.
+        settings: settings from the most careful to the least careful, selected without the prompts.
+        prompts: a random sample of the prompts that the bound is for.
         test: one of `guarantee.TESTS`.
-        risk: one of `RISKS`: the distance from the text at full depth (1 − ROUGE-L), how much farther from the
-            references than that a text is, or whether the two differ at all.
+        risk: one of `RISKS`: the distance from the text at full depth (1 − ROUGE-L), the increase of the distance from
+            the reference, or whether a text differs from that at full depth.
         references: token ids, for `quality`.
 
     Raises:
-        UserError: an unknown test or risk, or quality without references.
+        UserError: an unknown test or risk, or risk quality without references.
     """
     check_risk(risk)
     adapted = engine.adapted

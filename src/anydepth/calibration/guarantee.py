@@ -1,15 +1,15 @@
 """Thresholds with a guarantee: Learn-then-Test (Angelopoulos et al. 2021) on text that the model generates.
 
-Each of some settings, the most careful first, is tested: is its risk, the mean of a loss in [0, 1] over sequences like
-those of the calibration, within the allowed one? With probability `confidence` no setting is chosen whose risk is
-above it, because the tests control how often any of them is wrong (the family-wise error):
+Settings are tested from the most careful on. The risk of a setting is the mean of a loss in [0, 1] over sequences like
+those of the calibration. With probability `confidence` no setting with a risk above the bound is selected, because the
+tests control the family-wise error:
 
-- `fixed-sequence` tests in order, each at 1 − confidence, and stops at the first setting that cannot be shown to be
-  within the bound. It suits settings whose risk rises in that order.
-- `bonferroni` tests all of them, each at (1 − confidence) ÷ their number, and needs more sequences for it.
+- `fixed-sequence` tests in order, each at 1 − confidence, and stops at the first setting that is not shown to be within
+  the bound. It suits settings with a risk that increases in that order.
+- `bonferroni` tests all settings, each at (1 − confidence) ÷ their number, and needs more sequences.
 
-Both need settings and an order that the tested sequences had no part in. Where no setting can be shown to be within the
-bound, none is chosen.
+Both need settings and an order that do not depend on the tested sequences. If no setting is shown to be within the
+bound, none is selected.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TESTS = ("fixed-sequence", "bonferroni")
 
 @dataclass(frozen=True)
 class Guarantee:
-    """The setting that was chosen, and how it was tested.
+    """The selected setting, and its tests.
 
     Attributes:
-        chosen: number of the setting, the least careful of those within the bound; None where none is.
-        risk, p_value: those of the chosen setting; of the first one where none is chosen.
-        trajectory: one row for each setting that was tested.
+        chosen: number of the least careful setting within the bound; None if there is none.
+        risk, p_value: those of the selected setting, or of the first one.
+        trajectory: one row for each tested setting.
     """
 
     chosen: int | None
@@ -62,10 +62,10 @@ def check_test(test: str) -> None:
 
 
 def least_sequences(max_risk: float, confidence: float, num_tests: int = 1) -> int:
-    """Return how many sequences it takes to show anything, even if none of them has a loss.
+    """Return the number of sequences that a bound needs even if none of them has a loss.
 
     Args:
-        num_tests: settings among which `confidence` is divided, as `bonferroni` does.
+        num_tests: number of settings that share the error, as in `bonferroni`.
     """
     check_bounds(max_risk, confidence)
     return math.ceil(math.log((1 - confidence) / num_tests) / math.log(1 - max_risk))
@@ -80,12 +80,11 @@ def learn_then_test(
     test: str = "fixed-sequence",
     on_test: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> Guarantee:
-    """Choose the least careful of the settings that can be shown to be within `max_risk`.
+    """Select the least careful setting that is shown to be within `max_risk`.
 
     Args:
-        losses_of: returns the losses of a setting, given its number: one for each sequence, in [0, 1], independent of
-            each other.
-        num_settings: settings are numbered from the most careful, 0, to the least careful.
+        losses_of: returns the independent losses in [0, 1] of a setting by its number, one for each sequence.
+        num_settings: number of settings, from the most careful, 0, to the least careful.
         test: one of `TESTS`.
 
     Raises:
@@ -111,9 +110,10 @@ def learn_then_test(
 
 
 def p_value(losses: Sequence[float], max_risk: float) -> float:
-    """Of the hypothesis that the risk is above `max_risk`: small where the losses speak against it.
+    """Return the p-value of the hypothesis that the risk is above `max_risk`.
 
-    Exact binomial tail for losses of 0 and 1; else the smaller of Hoeffding's and Bentkus' bounds (Bates et al. 2021).
+    It is the exact binomial tail for losses of 0 and 1, else the smaller of Hoeffding's and Bentkus' bounds (Bates et
+    al. 2021).
     """
     count, total = len(losses), math.fsum(losses)
     if all(loss in (0, 1) for loss in losses):
@@ -125,47 +125,47 @@ def p_value(losses: Sequence[float], max_risk: float) -> float:
 
 
 def _relative_entropy(a: float, b: float) -> float:
-    """h₁(a, b) of two coins."""
+    """Return h₁(a, b), the relative entropy of two coins."""
     first = a * math.log(a / b) if a > 0 else 0.0
     return first + (1 - a) * math.log((1 - a) / (1 - b))
 
 
-def _binomial_tail(count: int, share: float, most: int) -> float:
-    """P(Bin(count, share) ≤ most)."""
+def _binomial_tail(count: int, probability: float, most: int) -> float:
+    """Return P(Bin(count, probability) ≤ most)."""
     if most >= count:
         return 1.0
-    log_share, log_rest, log_all = math.log(share), math.log(1 - share), math.lgamma(count + 1)
+    log_p, log_rest, log_all = math.log(probability), math.log(1 - probability), math.lgamma(count + 1)
     terms = (
-        math.exp(log_all - math.lgamma(k + 1) - math.lgamma(count - k + 1) + k * log_share + (count - k) * log_rest)
+        math.exp(log_all - math.lgamma(k + 1) - math.lgamma(count - k + 1) + k * log_p + (count - k) * log_rest)
         for k in range(most + 1)
     )
     return min(math.fsum(terms), 1.0)
 
 
 def inconsistency(ours: Sequence[int], full_depth: Sequence[int]) -> float:
-    """1 − ROUGE-L (F1) of two token sequences, in [0, 1]: how far a text is from the one at full depth."""
+    """Return 1 − ROUGE-L (F1) of two token sequences, in [0, 1], the distance of a text from that at full depth."""
     if not ours or not full_depth:
         return float(bool(ours) != bool(full_depth))
     return 1 - 2 * _common(ours, full_depth) / (len(ours) + len(full_depth))
 
 
 def quality_loss(ours: Sequence[int], full_depth: Sequence[int], reference: Sequence[int]) -> float:
-    """How much farther from a reference a text is than the one at full depth, in [0, 1]."""
+    """Return how much farther a text is from a reference than the text at full depth, in [0, 1]."""
     return max(inconsistency(ours, reference) - inconsistency(full_depth, reference), 0.0)
 
 
 def difference(ours: Sequence[int], full_depth: Sequence[int]) -> float:
-    """1 if two token sequences differ anywhere, else 0."""
+    """Return 1 if two token sequences differ, else 0."""
     return float(list(ours) != list(full_depth))
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     row = [0] * (len(second) + 1)
     for token in first:
         above_left = 0
-        for place, other in enumerate(second, start=1):
-            above = row[place]
-            row[place] = above_left + 1 if token == other else max(above, row[place - 1])
+        for column, other in enumerate(second, start=1):
+            above = row[column]
+            row[column] = above_left + 1 if token == other else max(above, row[column - 1])
             above_left = above
     return row[-1]

@@ -1,7 +1,7 @@
-"""Thresholds that skip a wanted share: measured on text, kept with a checkpoint, looked at on held-out text.
+"""Thresholds that skip a given fraction: measured on text, saved in a checkpoint, checked on held-out text.
 
-Methods compare a score with a threshold (`Calibrated.budget_option`). One number in [0, 1) steers any composition: the
-share of its decisions that each method skips, as measured on calibration text.
+Methods compare a score with a threshold (`Calibrated.budget_option`). One number in [0, 1) controls any composition of
+methods: the fraction of each method's decisions that skip, as measured on calibration text.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ from anydepth.methods._base.calibration import Calibrated
 from anydepth.training.data import rows_of
 
 TABLE_TOKENS = 1024
-"""Text that tables are measured on; each row is a pass over it."""
+"""Tokens that tables are measured on; each row takes one forward over them."""
 NUM_TRIES = 6
-"""Passes that a share is approached with, beyond what interpolation in a table gives."""
+"""Number of tries to approach a fraction from the value that a table gives."""
 TOLERANCE = 0.1
-"""How far from what was asked for a share may be, relative to it, before it is worth a warning."""
+"""Relative error of a fraction above which there is a warning."""
 
 Scores = dict[str, Tensor]
-"""A table of `methods/score_quantiles.py` for each method."""
+"""A table of `methods/_base/score_quantiles.py` for each method."""
 Thresholds = Mapping[str, float | list[float]]
-"""What scores must be above for a token to run, by method; a list has one for each of its layers."""
+"""Thresholds by method, above which a score lets a token run; a list has one for each layer."""
 LayerScores = dict[str, dict[int, Tensor]]
-"""Sorted (N,) scores by method and by layer; 0 stands for all layers of a method with one threshold."""
+"""Sorted (N,) scores by method and by layer, which is 0 for all layers of a method with one threshold."""
 
 
 class NotTrained(RunError):
-    """A method has no scores that a threshold could be set on."""
+    """An error for a method without scores to set a threshold on."""
 
 
 @torch.no_grad()
 def collect_scores(adapted: AdaptedModel, windows: Tensor) -> Scores:
-    """Measure on (M, T) windows which thresholds skip which share; thresholds stay as they are.
+    """Measure on (M, T) windows which thresholds skip which fraction, and restore the thresholds.
 
-    Skipping shifts the scores of later layers. So each row of a table is measured with its own thresholds; those of
+    Skipping changes the scores of later layers. So each row of a table is measured with its thresholds; those of
     methods with one per layer are quantiles of the scores under the thresholds of the row before.
 
     Raises:
-        RunError: no attached method has a threshold to set. NotTrained: one has not learned anything yet.
+        RunError: no attached method has a threshold to set.
+        NotTrained: an attached method is not trained.
     """
     adapted.eval()
     methods = _with_threshold(adapted)
@@ -63,11 +64,11 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> Scores:
                 scores = (latest if method.has_threshold_per_layer else first)[method.name]
                 method.threshold = _fill_row(method, tables[method.name][row], scores, step)
             if step == 0:
-                continue  # just below all scores: nothing skips
+                continue  # thresholds are below all scores, so that nothing skips
             shares, now = _pass(adapted, methods, windows)
             for method in methods:
                 tables[method.name][row, 0] = shares[method.name]
-                latest[method.name] = {**latest[method.name], **now[method.name]}  # not all layers may be asked
+                latest[method.name] = {**latest[method.name], **now[method.name]}  # a layer may decide nothing
     finally:
         set_configs(adapted, before)
     return tables
@@ -81,23 +82,23 @@ def _watch_everything(adapted: AdaptedModel, methods: Sequence[Calibrated], wind
         scores = _pass(adapted, methods, windows)[1]
     for name, parts in scores.items():
         if not all(part.isfinite().all() for part in parts.values()):
-            raise NotTrained(f"{name} has scores that are not finite, as before its training; train it first")
+            raise NotTrained(f"{name} has scores that are not finite, as before training; train it first")
     return scores
 
 
 def _pass(
     adapted: AdaptedModel, methods: Sequence[Calibrated], windows: Tensor
 ) -> tuple[dict[str, float], LayerScores]:
-    """Return by method the share that (M, T) windows skip, and the sorted scores of what it was asked about."""
-    noted: dict[str, dict[int, list[Tensor]]] = {method.name: {} for method in methods}
+    """Return by method the fraction that (M, T) windows skip, and the sorted scores of its decisions."""
+    recorded: dict[str, dict[int, list[Tensor]]] = {method.name: {} for method in methods}
     shares = []
     for row in rows_of(windows):
         adapted(input_ids=row.to(adapted.device), use_cache=False, logits_to_keep=1)
         for method in methods:
             for layer_idx, scores in method.scores(adapted.context).items():
-                noted[method.name].setdefault(layer_idx, []).append(scores.float().cpu())
+                recorded[method.name].setdefault(layer_idx, []).append(scores.float().cpu())
         shares.append(_shares_of(methods, adapted))
-    found = {name: {i: torch.cat(own).sort().values for i, own in parts.items()} for name, parts in noted.items()}
+    found = {name: {i: torch.cat(own).sort().values for i, own in parts.items()} for name, parts in recorded.items()}
     return {method.name: mean(each[method.name] for each in shares) for method in methods}, found
 
 
@@ -108,7 +109,7 @@ def _shares_of(methods: Sequence[Calibrated], adapted: AdaptedModel) -> dict[str
 
 
 def _fill_row(method: Calibrated, row: Tensor, scores: dict[int, Tensor], step: float) -> float | list[float]:
-    """Write the thresholds that a fraction of some sorted scores is not above into a row; return them."""
+    """Write the thresholds that a fraction `step` of sorted scores is not above into a row, and return them."""
     if not method.has_threshold_per_layer:
         row[1] = kept.quantile(torch.cat(list(scores.values())).sort().values, step)
         return row[1].item()
@@ -119,7 +120,7 @@ def _fill_row(method: Calibrated, row: Tensor, scores: dict[int, Tensor], step: 
 
 @torch.no_grad()
 def skipped_shares(adapted: AdaptedModel, windows: Tensor) -> dict[str, float]:
-    """Return by method the share of its decisions that (M, T) windows skip, with the thresholds that are set."""
+    """Return by method the fraction of its decisions that (M, T) windows skip with the current thresholds."""
     adapted.eval()
     methods = _with_threshold(adapted)
     runs = []
@@ -146,7 +147,7 @@ def _with_threshold(adapted: AdaptedModel) -> list[Calibrated]:
 
 
 def nothing_to_calibrate(label: str) -> str:
-    """Return what to say where no method has a threshold."""
+    """Return the message for a model without thresholds."""
     *names, last = [name for name, method in METHODS.items() if issubclass(method, Calibrated)]
     return (
         f"nothing to calibrate: no method of this model ({label}) compares a score with a threshold; "
@@ -160,31 +161,31 @@ def thresholds_of(adapted: AdaptedModel) -> Thresholds:
 
 
 def options_of(adapted: AdaptedModel) -> dict[str, Any]:
-    """Return the option that holds the threshold, of each method that has one, as its config has it."""
+    """Return by method the configured value of the option with the threshold."""
     return {method.name: getattr(method.config, method.budget_option) for method in _with_threshold(adapted)}
 
 
 def set_thresholds(adapted: AdaptedModel, thresholds: Thresholds) -> None:
-    """Give methods new thresholds; all else of their configs stays."""
+    """Set the thresholds of methods."""
     for method in _with_threshold(adapted):
         if method.name in thresholds:
             method.threshold = thresholds[method.name]
 
 
 def configs_of(adapted: AdaptedModel) -> dict[str, Any]:
-    """Return the config of each method that has a threshold, to set it back with `set_configs`."""
+    """Return the config of each method that has a threshold, for `set_configs`."""
     return {method.name: method.config for method in _with_threshold(adapted)}
 
 
 def set_configs(adapted: AdaptedModel, configs: Mapping[str, Any]) -> None:
-    """Give methods the configs that they had, lists of thresholds included."""
+    """Restore the configs of methods, lists of thresholds included."""
     for method in _with_threshold(adapted):
         method.config = configs[method.name]
 
 
 @contextmanager
 def restored_on_failure(adapted: AdaptedModel) -> Iterator[None]:
-    """Restore the thresholds, lists of them too, if what is done here fails."""
+    """Restore the thresholds if the body fails."""
     before = configs_of(adapted)
     try:
         yield
@@ -194,32 +195,32 @@ def restored_on_failure(adapted: AdaptedModel) -> Iterator[None]:
 
 
 def keep_scores(adapted: AdaptedModel, scores: Scores) -> None:
-    """Store tables in the methods, for checkpoints: any share can then be set without text."""
+    """Store tables in the methods and thereby in checkpoints, so that any fraction can be set without text."""
     for method in _with_threshold(adapted):
         method.score_quantiles.copy_(scores[method.name])
 
 
 def kept_scores(adapted: AdaptedModel) -> Scores | None:
-    """Return the tables that the methods came with; None: some method has none."""
+    """Return the tables of the methods; None if a method has none."""
     tables = {method.name: method.score_quantiles.cpu() for method in _with_threshold(adapted)}
     return tables if all(map(kept.is_filled, tables.values())) else None
 
 
 def thresholds_at(scores: Scores, share: float | Mapping[str, float]) -> Thresholds:
-    """Return the thresholds that skip a share of what each method decides about, on the text of the scores.
+    """Return the thresholds that skip a fraction of each method's decisions, on the text of the scores.
 
     Args:
-        share: of all methods, or by method; methods that it lacks are left out.
+        share: the fraction of all methods, or by method; other methods are left out.
     """
     wanted = share if isinstance(share, Mapping) else dict.fromkeys(scores, share)
     return {name: kept.thresholds_at(scores[name], part) for name, part in wanted.items()}
 
 
 def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -> float:
-    """Set thresholds that skip `target_skip` of what methods decide about, and keep tables of the first windows.
+    """Set thresholds that skip a fraction `target_skip` of decisions, and store tables of the first windows.
 
-    Returns the share that (M, T) windows skip then, measured, the mean over methods. On other text it may be another:
-    `skipped_shares` measures it.
+    Returns:
+        The measured fraction that (M, T) windows then skip, the mean over methods. It may differ on other text.
 
     Raises:
         RunError: no attached method has a threshold to set.
@@ -230,17 +231,17 @@ def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -
 def set_skip_shares(
     adapted: AdaptedModel, windows: Tensor, target_skip: float | Mapping[str, float]
 ) -> dict[str, float]:
-    """Do what `set_skip_share` does; return the share that each method skips.
+    """Set thresholds as `set_skip_share` does, and return the fraction that each method skips.
 
     Args:
-        target_skip: of all methods, or by method; the thresholds of methods that it lacks stay as they are.
+        target_skip: the fraction of all methods, or by method; other methods keep their thresholds.
     """
     scores = collect_scores(adapted, windows[: max(TABLE_TOKENS // windows.shape[1], 1)])
     keep_scores(adapted, scores)
     targets = dict(target_skip) if isinstance(target_skip, Mapping) else dict.fromkeys(scores, target_skip)
     tries = {name: _Approach(target) for name, target in targets.items()}
     for _ in range(NUM_TRIES):
-        set_thresholds(adapted, thresholds_at(scores, {name: own.asked for name, own in tries.items()}))
+        set_thresholds(adapted, thresholds_at(scores, {name: own.requested for name, own in tries.items()}))
         found = skipped_shares(adapted, windows)
         for name, own in tries.items():
             own.add(found[name])
@@ -251,29 +252,29 @@ def set_skip_shares(
 
 
 class _Approach:
-    """Approach a share by asking the table for a little more or less of it, between bounds that close in."""
+    """A search for the fraction to request from a table, between bounds that close in, to measure a target."""
 
     def __init__(self, target: float) -> None:
-        self.target = self.asked = self.best = target
+        self.target = self.requested = self.best = target
         self.gap, self.low, self.high = math.inf, 0.0, 1.0
 
     def add(self, found: float) -> None:
-        """Take in what was measured for `asked`, and choose what to ask for next."""
+        """Add the fraction measured for `requested`, and set the next one to request."""
         if abs(found - self.target) < self.gap:
-            self.gap, self.best = abs(found - self.target), self.asked
+            self.gap, self.best = abs(found - self.target), self.requested
         if found < self.target:
-            self.low = self.asked
+            self.low = self.requested
         else:
-            self.high = self.asked
-        following = self.asked + self.target - found
-        self.asked = following if self.low < following < self.high else (self.low + self.high) / 2
+            self.high = self.requested
+        following = self.requested + self.target - found
+        self.requested = following if self.low < following < self.high else (self.low + self.high) / 2
 
 
 def off_target(shares: Mapping[str, float], targets: Mapping[str, float]) -> list[str]:
-    """Return a line for each method that skips more than a tenth less or more than wanted."""
+    """Return a line for each method that misses its target by more than a tenth."""
     return [
-        f"{name} skips {shares[name]:.1%} of its decisions on held-out text where {target:.1%} was wanted; "
-        "`anydepth calibrate --skip-share` sets thresholds on text of yours"
+        f"{name} skips {shares[name]:.1%} of its decisions on held-out text, the target is {target:.1%}; "
+        "set thresholds on other text with `anydepth calibrate --skip-share`"
         for name, target in targets.items()
         if abs(shares[name] - target) > TOLERANCE * target
     ]
@@ -282,15 +283,15 @@ def off_target(shares: Mapping[str, float], targets: Mapping[str, float]) -> lis
 def settle_shares(
     adapted: AdaptedModel, windows: Tensor, held_out: Tensor, skip_share: float | None = None
 ) -> dict[str, Any]:
-    """Keep tables of a model whose training has ended, set thresholds, and measure what is skipped on held-out text.
+    """Store tables of a trained model, set thresholds, and measure the skipped fraction on held-out text.
 
     Args:
-        windows: (M, T) text to measure tables on and to set thresholds on.
-        skip_share: to set all thresholds to; None sets those of methods whose training leaves that to be done.
+        windows: (M, T) text for tables and thresholds.
+        skip_share: fraction to set all thresholds to; None sets those of methods that `calibrates_to_target`.
 
     Returns:
-        `skip_share`: by method `target` (None: it has none), `calibration` and `held_out`; and `warnings`, a line for
-        each method that is off its target.
+        `skip_share`: by method `target` (None without one), `calibration` and `held_out`; and `warnings`, a line for
+        each method that misses its target.
     """
     methods = _with_threshold(adapted)
     targets = {m.name: m.target_share if skip_share is None else skip_share for m in methods}
