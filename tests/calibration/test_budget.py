@@ -134,6 +134,6 @@ def test_quality_that_no_share_keeps_is_refused() -> None:
     """C12: the final perplexity decides where quality alone is asked for, also when nothing skips."""
     adapted = undecided("layer_router")
     scores, before = collect_scores(adapted, windows()), thresholds_of(adapted)
-    with pytest.raises(Unreachable, match="perplexity is 5.0% above full depth where the bound is 2.0%"):
+    with pytest.raises(Unreachable, match="perplexity is 5.0% above full depth, the bound is 2.0%"):
         find_budget(adapted, scores, max_perplexity_increase=0.02, perplexity_increase=lambda: 0.05)
     assert thresholds_of(adapted) == before

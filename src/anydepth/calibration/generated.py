@@ -35,7 +35,12 @@ from anydepth.decoding.engine import Engine
 from anydepth.errors import UserError
 from anydepth.models.tokens import end_ids
 
-RISKS = ("consistency", "quality", "difference")
+RISKS: dict[str, Callable[..., float]] = {
+    "consistency": inconsistency,
+    "quality": quality_loss,
+    "difference": difference,
+}
+"""Losses of a text by the text at full depth and, for `quality`, a reference."""
 STEPS = [0.5 ** (8 - 0.5 * number) for number in range(17)]
 """Fractions of scores that skip, from 1/256 to all, finer where most bounds are met.
 
@@ -105,18 +110,16 @@ def bound_risk(
     if len(prompts) < least_sequences(max_risk, confidence, len(settings) if test == "bonferroni" else 1):
         set_thresholds(adapted, nothing)
         return Guarantee(None, float("nan"), 1.0, len(prompts))
-    whole = continuations(engine, prompts, new_tokens, full_depth=True)
+    compared = [continuations(engine, prompts, new_tokens, full_depth=True)]
+    if risk == "quality" and references is not None:
+        compared.append([list(reference) for reference in references])
     options: list[dict[str, Any]] = []
 
     def losses(setting: int) -> list[float]:
         set_thresholds(adapted, settings[setting])
         options.append(options_of(adapted))
         texts = continuations(engine, prompts, new_tokens, full_depth=False)
-        pairs = list(zip(texts, whole, strict=True))
-        if risk == "quality" and references is not None:
-            return [quality_loss(ours, full, list(ref)) for (ours, full), ref in zip(pairs, references, strict=True)]
-        measure = inconsistency if risk == "consistency" else difference
-        return [measure(ours, full) for ours, full in pairs]
+        return [RISKS[risk](*tokens) for tokens in zip(texts, *compared, strict=True)]
 
     with restored_on_failure(adapted):
         bounds = {"max_risk": max_risk, "confidence": confidence}

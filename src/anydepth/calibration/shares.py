@@ -273,7 +273,7 @@ class _Approach:
 def off_target(shares: Mapping[str, float], targets: Mapping[str, float]) -> list[str]:
     """Return a line for each method that misses its target by more than a tenth."""
     return [
-        f"{name} skips {shares[name]:.1%} of its decisions on held-out text, the target is {target:.1%}; "
+        f"{name} skips {shares[name]:.1%} of its decisions on held-out text where {target:.1%} was wanted; "
         "set thresholds on other text with `anydepth calibrate --skip-share`"
         for name, target in targets.items()
         if abs(shares[name] - target) > TOLERANCE * target
