@@ -1,1 +1,1 @@
-"""Text to windows, losses, training on transformers' Trainer, and checkpoints."""
+"""Read text as windows, train on transformers' Trainer, and save checkpoints."""

@@ -1,8 +1,7 @@
-"""Checkpoints: the methods' weights, the LoRA adapter if there is one, their config, and the base they belong to.
+"""Checkpoints: the methods' weights and configs, the LoRA adapter if there is one, and the name of the base.
 
-The base is named, never copied, unless training changed it: then it is part of the checkpoint. A folder holds
-`anydepth.json` (the manifest, replaced atomically and last) and `weights-<hash>/` beside it, so that a crash while
-saving leaves the former checkpoint whole.
+The base is in the checkpoint only if training changed it. A folder has `weights-<hash>/` and `anydepth.json`, the
+manifest, which is replaced atomically and last, so that a crash while saving keeps the former checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"
 METHODS, DRAFT = "methods.safetensors", "draft.safetensors"
 BASE = "base"
-"""Folder of a base that was trained, beside the methods' weights."""
+"""Folder of a trained base, next to the methods' weights."""
 
 
 def save(
@@ -54,10 +53,9 @@ def save(
     """Write what anydepth added to the model into `folder`.
 
     Args:
-        base: how to load the base model again; its `name_or_path` when left out.
-        own_base: the tokenizer of a base whose weights were trained: both are written too, as a plain Hugging Face
-            checkpoint.
-        draft: what it is to draft with, its trained network included.
+        base: target to load the base model from; its `name_or_path` by default.
+        own_base: the tokenizer of a trained base; both are written too, as a Hugging Face checkpoint.
+        draft: the drafting of the model, its trained network included.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,13 +103,13 @@ def save(
 
 
 def load(folder: str | Path, *, base: str | None = None, dtype: DType = AUTO, device: str = "cpu") -> AdaptedModel:
-    """The base model with the methods of a checkpoint folder attached.
+    """Load the base model with the methods of a checkpoint folder attached.
 
     Args:
-        base: load this base instead of the recorded one (it must be the same model).
+        base: target to load the base from instead of the recorded one; it must be the same model.
 
     Raises:
-        UserError: no checkpoint there, a damaged file, or another base.
+        UserError: no checkpoint in the folder, a damaged file, or another base.
     """
     return _load(Path(folder), base, dtype, device, merge=False)[0]
 
@@ -125,15 +123,15 @@ def load_target(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     skip_share: float | None = None,
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
-    """A `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
+    """Load a `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
 
     Args:
-        merge: fold adapters into the weights, as one does to run fast; the base is then no longer available.
-        overrides: options by method, in place of those that the target has; those of `draft` are for `load_draft`.
-        skip_share: of their decisions that methods skip, by the score quantiles that the target keeps.
+        merge: fold adapters into the weights, which is faster; the base is then no longer available.
+        overrides: options by method that replace those of the target; those of `draft` are for `load_draft`.
+        skip_share: fraction of decisions to skip, set by the score quantiles of the target.
 
     Raises:
-        UserError: no such target, an override of a method that is not attached, or no quantiles to set a share from.
+        UserError: no such target, an override of a method that is not attached, or no score quantiles.
     """
     if is_checkpoint(target):
         adapted, tokenizer = _load(Path(target), None, dtype, device, merge=merge)
@@ -152,7 +150,7 @@ def _skip(adapted: AdaptedModel, share: float) -> None:
     methods = [part for part in adapted.methods.values() if isinstance(part, Calibrated) and part.compares_scores]
     if not methods:
         raise UserError(
-            f"a share is set by thresholds, and nothing attached ({adapted.label}) compares scores with one; give a "
+            f"--skip-share sets thresholds, and nothing attached ({adapted.label}) compares scores with one; give a "
             "folder with a router or exits that train wrote"
         )
     for method in methods:
@@ -160,14 +158,14 @@ def _skip(adapted: AdaptedModel, share: float) -> None:
 
 
 def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any]]) -> AdaptedModel:
-    """The same model, methods and weights, some options changed.
+    """Return the same model, methods and weights with some options changed.
 
     Raises:
-        UserError: a method that is not attached, or an option that it does not take.
+        UserError: a method that is not attached, or an option that it does not have.
     """
     missing = [name for name in overrides if name not in adapted.methods]
     if missing:
-        raise UserError(f"{missing[0]} is not attached; what is: {', '.join(adapted.methods) or 'nothing'}")
+        raise UserError(f"{missing[0]} is not attached; attached is {', '.join(adapted.methods) or 'nothing'}")
     weights = adapted.methods.state_dict()
     specs = [
         {"name": name, **part.config.model_dump(), **overrides.get(name, {})}
@@ -183,41 +181,41 @@ def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any
     except RuntimeError as error:
         missing = [str(error)]
     if missing:
-        raise UserError(f"an option of {', '.join(overrides)} needs weights of another shape; train it so")
+        raise UserError(f"an option of {', '.join(overrides)} needs weights of another shape; train with it")
     return again.eval()
 
 
 def load_draft(
     target: str, adapted: AdaptedModel, *, lossless: bool = False, options: Mapping[str, Any] | None = None
 ) -> Draft | None:
-    """Return what a `TARGET` drafts with; None: it does not draft.
+    """Return the drafting of a `TARGET`; None if it does not draft.
 
     Args:
         adapted: the model that was loaded from it.
-        lossless: draft in any case, with the drafter that comes with the package if there is one.
-        options: of drafting, in place of those that the target has.
+        lossless: draft in any case, with the drafter of the package if there is one.
+        options: options of drafting that replace those of the target.
     """
     manifest = read_manifest(Path(target)) if is_checkpoint(target) else {}
-    known, weights = manifest.get("draft"), dict[str, torch.Tensor]()
-    if known is not None:
+    saved, weights = manifest.get("draft"), dict[str, torch.Tensor]()
+    if saved is not None:
         weights = _draft_weights(Path(target) / manifest["weights"])
     elif options is None:
         return default_draft(adapted) if lossless else None
-    draft = Draft(adapted, {**(known or {}), **(options or {})})
+    draft = Draft(adapted, {**(saved or {}), **(options or {})})
     try:
         draft.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError("an option of draft needs weights of another shape; train it so") from error
+        raise UserError("an option of draft needs weights of another shape; train with it") from error
     return draft
 
 
 def _draft_weights(weights: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a trained drafter; old checkpoints have them among the methods'."""
+    """Read the weights of a trained drafter; old checkpoints store them with the methods."""
     if (weights / DRAFT).exists():
         return load_file(weights / DRAFT)
-    before = f"{OLD_NAME}."
+    prefix = f"{OLD_NAME}."
     stored = load_file(weights / METHODS)
-    return {name.removeprefix(before): value for name, value in stored.items() if name.startswith(before)}
+    return {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
 
 
 def _load(
@@ -238,12 +236,12 @@ def _load(
 
 
 def _merged(model: nn.Module) -> nn.Module:
-    """Fold adapters into the weights; not into weights of 4 bits, where merging would round."""
+    """Fold adapters into the weights, except into 4-bit weights, which would round them."""
     return fold_adapters(model) if isinstance(model, PeftModel) and not is_quantised(model) else model
 
 
 def own_base(folder: Path) -> Path | None:
-    """Where a checkpoint has the trained weights of its base, a plain Hugging Face checkpoint; None: it has none."""
+    """Return the folder of a checkpoint's trained base, a Hugging Face checkpoint; None if the base was not trained."""
     return _own_base(folder, read_manifest(folder))
 
 
@@ -253,21 +251,21 @@ def _own_base(folder: Path, manifest: dict[str, Any]) -> Path | None:
 
 
 def is_checkpoint(target: str | Path) -> bool:
-    """Whether `target` is a folder that anydepth wrote."""
+    """Return whether `target` is a folder that anydepth wrote."""
     return (Path(target) / MANIFEST).exists()
 
 
 def has_adapter(adapted: AdaptedModel) -> bool:
-    """Whether a LoRA adapter stands beside the weights, not folded into them."""
+    """Return whether a model has a LoRA adapter that is not folded into the weights."""
     return isinstance(adapted.model, PeftModel)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, its files checked against it."""
+    """Read the manifest of a checkpoint folder, and check its files against it."""
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(
-            f"{folder} holds no anydepth checkpoint ({MANIFEST} is missing); give a folder that train or search wrote"
+            f"{folder} has no anydepth checkpoint ({MANIFEST} is missing); give a folder that train or search wrote"
         )
     try:
         manifest = json.loads(path.read_text())
@@ -293,8 +291,8 @@ def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -
     recorded = manifest["base"]["light_fingerprint" if light else "fingerprint"]
     if base_fingerprint(model, light=light, biases=biases) != recorded:
         raise UserError(
-            f"{folder} was made for the base model '{manifest['base']['target'] or BASE}', whose weights differ from "
-            f"'{model.name_or_path}'; load it with the base it was trained on"
+            f"{folder} was made for the base model '{manifest['base']['target'] or BASE}', which has other weights "
+            f"than '{model.name_or_path}'; load it with the base it was trained on"
         )
 
 
@@ -310,14 +308,14 @@ def load_method_weights(adapted: AdaptedModel, folder: Path, manifest: dict[str,
 
 
 def _adapters(folder: Path, manifest: dict[str, Any]) -> dict[str, Path]:
-    """Return where a checkpoint has its active PEFT adapters, by name."""
+    """Return the folders of a checkpoint's active PEFT adapters by name."""
     root = folder / manifest["weights"] / "adapter"
     names = manifest.get("adapters", ["default"] if root.exists() else [])
     return {name: root if name == "default" else root / name for name in names}
 
 
 def _trains_biases(adapter: Path) -> bool:
-    """Return whether a PEFT adapter, by its configuration, changes biases of its base model in place."""
+    """Return whether the configuration of a PEFT adapter trains biases of its base model in place."""
     return json.loads((adapter / ADAPTER).read_text()).get("bias", "none") != "none"
 
 
@@ -331,5 +329,5 @@ def _digest_of(files: dict[str, str]) -> str:
 
 
 def trainable_state(adapted: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: every parameter that asks for a gradient, by name."""
+    """Return what training changes: the parameters with `requires_grad`, by name."""
     return {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}

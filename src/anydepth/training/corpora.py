@@ -1,7 +1,7 @@
-"""Documents of a corpus: named ones, and `.txt`, `.jsonl` or `.parquet` files.
+"""Read the documents of named corpora, and of `.txt`, `.jsonl` or `.parquet` files.
 
-`embedded` is English text that Python ships. WikiText comes from `$ANYDEPTH_DATA` if its file is
-there, else from the hub. Imports no torch: whether a corpus exists is checked before anything is loaded.
+`embedded` is English text that Python ships. WikiText is read from `$ANYDEPTH_DATA` if its file is there, else from the
+hub. This module does not import torch, because a corpus is checked before anything is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPLITS = {
     "wikitext-103": ("train", "valid", "test"),
 }
 HUB = {"wikitext-2": "wikitext-2-v1", "wikitext-103": "wikitext-103-raw-v1"}
-"""WikiText's releases. wikitext-2 is the word-level one, as in the archives that fill `$ANYDEPTH_DATA`."""
+"""WikiText's releases. wikitext-2 is the word-level one, as in the archives for `$ANYDEPTH_DATA`."""
 
 
 def load_texts(spec: str, *, lines: bool = False, min_chars: int = 0, max_documents: int | None = None) -> list[str]:
@@ -33,25 +33,25 @@ def load_texts(spec: str, *, lines: bool = False, min_chars: int = 0, max_docume
         spec: `embedded:train` or `:valid`; `wikitext-2:` or `wikitext-103:` with `train`, `valid` or `test`; a `.txt`
             file (one document), a `.jsonl` file (one object per line, text under `text`) or a `.parquet` file (column
             `text`).
-        lines: each line is a document of its own; those of WikiText as published, with its marks.
+        lines: make each line a document; lines of WikiText keep their marks, as published.
         min_chars: keep documents of more than this many characters.
-        max_documents: keep only the first of those.
+        max_documents: keep at most this many documents.
 
     Raises:
-        UserError: no such corpus, split or file, a file of another form, or no document is left.
+        UserError: no such corpus, split or file, a file of another format, or no document is left.
     """
     documents = (text for text in _read(spec, lines) if text.strip() and len(text) > min_chars)
     kept = list(islice(documents, max_documents))
     if not kept:
-        wanted = f"no document of more than {min_chars} characters" if min_chars else "no text in it"
-        raise UserError(f"'{spec}' has {wanted}; give a corpus with at least one document")
+        missing = f"no document of more than {min_chars} characters" if min_chars else "no text"
+        raise UserError(f"'{spec}' has {missing}; give a corpus with at least one document")
     return kept
 
 
 def check_corpus(spec: str) -> None:
     """Raise `UserError` if there is no such corpus, split or file.
 
-    Reads nothing; a release of WikiText that is no local file is fetched into the cache of `datasets`.
+    No text is read, but a release of WikiText without a local file is downloaded into the cache of `datasets`.
     """
     name, split = _check_name(spec)
     if name in HUB and _wikitext_file(name, split) is None:
@@ -59,13 +59,13 @@ def check_corpus(spec: str) -> None:
 
 
 def validation_of(spec: str) -> str | None:
-    """Return the `valid` split of the corpus that `spec` names the `train` split of; None of anything else."""
+    """Return the `valid` split of the corpus if `spec` is its `train` split, else None."""
     name, split = _check_name(spec)
     return f"{name}:valid" if split == "train" else None
 
 
 def _check_name(spec: str) -> tuple[str, str]:
-    """Return name and split of a corpus, its first split if none is given; both empty for a file."""
+    """Return the name and split of a corpus (the first split by default), or empty strings for a file."""
     name, _, split = spec.partition(":")
     if name not in SPLITS:
         _check_file(spec)
@@ -95,7 +95,7 @@ def _embedded(split: str) -> list[str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise UserError("this Python lacks pydoc_data, the 'embedded' corpus; give a .txt file instead") from error
-    # Some topics are filed under two names: kept once, or validation text would be trained on.
+    # Some topics have two names; they are kept once, or training would see validation text.
     documents = list(dict.fromkeys(topics[name].strip() for name in sorted(topics)))
     return [document for i, document in enumerate(documents) if (i % 10 == 9) == (split == "valid")]
 
@@ -109,7 +109,7 @@ def _wikitext(name: str, split: str) -> list[str]:
 
 
 def _wikitext_file(name: str, split: str) -> Path | None:
-    """Return the file of a split in `$ANYDEPTH_DATA`; None if there is none."""
+    """Return the file of a split in `$ANYDEPTH_DATA`, or None."""
     folder = os.environ.get("ANYDEPTH_DATA")
     path = Path(folder or "").expanduser() / name / f"{split}.txt"
     return path if folder and path.is_file() else None
@@ -124,10 +124,10 @@ def _fetch_wikitext(name: str, split: str) -> Any:
         raise UserError(f'{name} from the hub needs: pip install "anydepth[train]"; or {otherwise}') from error
     try:
         return load_dataset("Salesforce/wikitext", HUB[name], split={"valid": "validation"}.get(split, split))
-    # A network stack with errors of many libraries; each of them means that the text did not come.
+    # Downloads raise errors of many libraries, all of which mean that there is no text.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} did not come from the hub ({reason[:160]}); {otherwise}") from error
+        raise UserError(f"{name} could not be downloaded from the hub ({reason[:160]}); {otherwise}") from error
 
 
 # --- WikiText's marks ------------------------------------------------------------------------------------------------
@@ -148,8 +148,8 @@ _SPACING = [
 def wikitext_articles(lines: Sequence[str]) -> Iterator[str]:
     """Yield the articles of a release as plain text.
 
-    Undone are the marks of numbers and hyphens (` @-@ `), the spaces around punctuation, quotes and brackets, and those
-    inside headings. `<unk>` stays: the word is lost, and leaving it out would leave a sentence that is none.
+    The marks of numbers and hyphens (` @-@ `) and the spaces around punctuation, quotes and brackets and in headings
+    are removed. `<unk>` is kept, because a sentence without the lost word would be ungrammatical.
     """
     for begin, end in article_bounds(lines):
         yield "\n".join(map(restore_text, lines[begin:end])).strip()
@@ -162,12 +162,12 @@ def article_bounds(lines: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _blank_around(lines: Sequence[str], i: int) -> bool:
-    # A formula alone on its line looks like a heading, but is between paragraphs.
+    # A formula on its own line looks like a heading, but has paragraphs next to it.
     return all(not line.strip() for line in [*lines[max(i - 1, 0) : i], *lines[i + 1 : i + 2]])
 
 
 def restore_text(line: str) -> str:
-    """Return one line of a release of WikiText with its marks undone."""
+    """Return one line of a release of WikiText without its marks."""
     line = line.strip()
     heading = _HEADING.fullmatch(line)
     if heading:
@@ -179,7 +179,7 @@ def restore_text(line: str) -> str:
 
 
 def _close_quotes(line: str) -> str:
-    """Take the spaces out of `" quoted "`; marks open and close in turn, an odd last one stays as it is."""
+    """Remove the spaces in `" quoted "`; quotes open and close in turn, and an odd last one is kept."""
     parts = line.split('"')
     for i in range(1, len(parts) - 1, 2):
         parts[i] = parts[i].strip()
@@ -209,8 +209,8 @@ def _read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file. Raises `UserError` if it cannot be read."""
-    # Not splitlines(), which also cuts at characters that WikiText has inside its paragraphs.
+    """Return the lines of a text file, or raise `UserError` if it cannot be read."""
+    # splitlines() would also cut at characters that WikiText has inside its paragraphs.
     return _read_text(path).split("\n")
 
 
@@ -229,8 +229,8 @@ def _text_of(line: str, where: str) -> str:
     except ValueError as error:
         raise UserError(f"{where} is not JSON ({error}); each line must be an object with `text`") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        came = f"an object with {', '.join(record) or 'no keys'}" if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: came {came}; each line must be an object with a string under `text`")
+        got = f"an object with {', '.join(record) or 'no keys'}" if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where}: got {got}; each line must be an object with a string under `text`")
     return record["text"]
 
 
@@ -245,7 +245,7 @@ def _read_parquet(path: Path) -> list[str]:
         names = file.schema_arrow.names
         column = file.read(columns=["text"]).column("text") if "text" in names else None
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"'{path}' is not a whole parquet file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"'{path}' is not a complete parquet file ({str(error).splitlines()[0]})") from error
     if column is None or (not pyarrow.types.is_string(column.type) and not pyarrow.types.is_large_string(column.type)):
         raise UserError(f"'{path}' has the columns {', '.join(names)}; it needs a column `text` of strings")
     return [text for text in column.to_pylist() if text is not None]

@@ -1,8 +1,8 @@
-"""Text to windows of tokens: packed, or one document per window.
+"""Cut text into windows of tokens: packed, or one document per window.
 
-Packed windows are cut from documents in a row, with EOS between them: no padding anywhere, so every label is a real
-token, and a document sees those before it in its window. With `isolate_documents` no window holds tokens of two
-documents. Not a loader for data larger than memory.
+Packed windows are cut from consecutive documents with EOS between them. They have no padding, so every label is a real
+token, and a document sees those before it in its window. With `isolate_documents` no window has tokens of two
+documents. All data must fit in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from anydepth.training.corpora import load_texts
 DOCUMENTS_PER_BATCH = 64
 PACKED = TextConfig()
 PADDING = -1
-"""Fills windows that are shorter than the longest. No token id, so that no model takes it for one: see `rows_of`."""
+"""Fills windows that are shorter than the longest. It is not a token id; `rows_of` removes it."""
 
 
 def pack(
@@ -38,24 +38,24 @@ def pack(
 ) -> Tensor:
     """Return documents as (N, sequence_length) int64 token ids.
 
-    A tokenizer that puts a BOS in front of a text gives one to every window (`bos: per_window`), so that a window of T
-    tokens is BOS and T − 1 tokens of text, all of which are predicted; elsewhere the first token of a window is not.
+    With `bos: per_window`, and a tokenizer that adds a BOS to a text, a window of T tokens is BOS and T − 1 tokens of
+    text, all of which are predicted. Otherwise the first token of a window is not predicted.
 
     Args:
-        max_windows: stop after this many.
-        text: `bos` and `isolate_documents` count here. Packed, a rest shorter than a window is dropped. Isolated, a
-            document is cut into windows of its own and the last one, or all, end in `PADDING`.
+        max_windows: largest number of windows.
+        text: options, of which `bos` and `isolate_documents` are used. Packed, a remainder shorter than a window is
+            dropped. Isolated, a document is cut into separate windows, and the last one ends in `PADDING`.
 
     Raises:
         UserError: too little text for one window, or no EOS to put between packed documents.
     """
     if max_windows is not None and max_windows < 1:
-        raise UserError(f"{max_windows} windows were asked for; at least 1 is needed")
+        raise UserError(f"max_windows is {max_windows}; it must be at least 1")
     if sequence_length < 2:
         raise UserError(f"sequence_length is {sequence_length}; a window needs at least 2 tokens")
     bos = bos_of(tokenizer) if text.bos == "per_window" else None
     head, documents = [] if bos is None else [bos], tokenise(texts, tokenizer)
-    documents = (ids[len(head) :] for ids in documents)  # windows, not documents, begin with it
+    documents = (ids[len(head) :] for ids in documents)  # windows begin with BOS, documents do not
     num_text = sequence_length - len(head)
     if text.isolate_documents:
         pieces = (ids[start : start + num_text] for ids in documents for start in range(0, len(ids), num_text))
@@ -73,16 +73,16 @@ def _packed(documents: Iterator[list[int]], tokenizer: PreTrainedTokenizerBase, 
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise UserError("this tokenizer has no EOS token to put between documents; set tokenizer.eos_token")
-    rest: list[int] = []
+    pending: list[int] = []
     num_tokens = 0
     for ids in documents:
-        # A BOS that is the same token as EOS, as in OPT, separates already.
+        # A BOS that is the same token as EOS, as in OPT, already separates documents.
         new = ids if num_tokens == 0 or ids[:1] == [eos] else [eos, *ids]
-        rest, num_tokens = rest + new, num_tokens + len(new)
-        whole = len(rest) - len(rest) % length
-        for start in range(0, whole, length):
-            yield rest[start : start + length]
-        rest = rest[whole:]
+        pending, num_tokens = pending + new, num_tokens + len(new)
+        end = len(pending) - len(pending) % length
+        for start in range(0, end, length):
+            yield pending[start : start + length]
+        pending = pending[end:]
     if num_tokens < length:
         raise UserError(
             f"the text has {num_tokens} tokens, less than the {length} of one window; "
@@ -91,17 +91,17 @@ def _packed(documents: Iterator[list[int]], tokenizer: PreTrainedTokenizerBase, 
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the BOS that the tokenizer puts in front of a text; None if it puts none.
+    """Return the BOS that the tokenizer adds before a text, or None.
 
-    Models are trained the way their tokenizer works: Gemma and Llama read a text without BOS badly, and many others
-    name a BOS that they never see there.
+    Models are trained as their tokenizer works: Gemma and Llama need the BOS, and many others define one that their
+    tokenizer never adds.
     """
     first = tokenizer("x")["input_ids"][:1]
     return tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None  # type: ignore[return-value]
 
 
 def tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Yield the token ids of each document, with the tokenizer's own BOS, without EOS."""
+    """Yield the token ids of each document, with the BOS that the tokenizer adds, without EOS."""
     for start in range(0, len(texts), DOCUMENTS_PER_BATCH):
         batch = list(texts[start : start + DOCUMENTS_PER_BATCH])
         for ids in encode_batch(tokenizer, batch):
@@ -118,7 +118,7 @@ def load_windows(
     max_documents: int | None = None,
     text: TextConfig = PACKED,
 ) -> Tensor:
-    """Return `pack(load_texts(spec), …)`, with errors that name the corpus."""
+    """Load a corpus as `load_texts` and `pack` do, with errors that name the corpus."""
     texts = load_texts(spec, lines=text.lines, min_chars=text.min_chars, max_documents=max_documents)
     try:
         return pack(texts, tokenizer, sequence_length, max_windows=max_windows, text=text)
@@ -127,20 +127,20 @@ def load_windows(
 
 
 def rows_of(windows: Tensor) -> list[Tensor]:
-    """Return each of (N, T) windows as (1, n) token ids, without its padding."""
+    """Return each of (N, T) windows as (1, n) token ids without padding."""
     return [window[window != PADDING][None] for window in windows]
 
 
 def num_tokens(windows: Tensor) -> int:
-    """Return the number of real tokens of windows."""
+    """Return the number of real tokens in windows."""
     return int((windows != PADDING).sum())
 
 
 class WindowDataset(Dataset[dict[str, Tensor]]):
-    """`num_items` windows in training order; every epoch is a permutation that depends on (seed, epoch) alone.
+    """The `num_items` windows of a training in order; an epoch is a permutation that depends on (seed, epoch) only.
 
-    The order is in the dataset, not in a sampler, so that a resumed run sees the same batches. Labels are the same
-    ids, which the model shifts itself.
+    The order is in the dataset, not in a sampler, so that a resumed run sees the same batches. Labels are the ids,
+    which the model shifts.
     """
 
     def __init__(self, windows: Tensor, *, num_items: int, seed: int) -> None:
@@ -151,7 +151,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens of all items."""
+        """Number of real tokens of all items."""
         return int((self.windows != PADDING).sum(1)[self.order].sum())
 
     def __len__(self) -> int:
@@ -170,7 +170,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
 
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return a batch, cut to its longest window."""
+    """Collate items to a batch, and cut it to its longest window."""
     batch = default_collate(list(items))
     if "attention_mask" not in batch:
         return batch
@@ -179,6 +179,6 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _permutation(num_windows: int, seed: int, epoch: int) -> Tensor:
-    # Seeds of neighbouring runs must not meet at later epochs, as seed + epoch would.
+    # With seed + epoch, runs with neighbouring seeds would repeat each other's later epochs.
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(num_windows, generator=generator)

@@ -1,7 +1,7 @@
 """Diagnose the gates of each method over real tokens, and warn about gates that decide nothing.
 
-Everything is computed from traces, for training and for `analyze` alike. Only learned gates are warned about: a skip
-set, random gates and exits by confidence are constant where their options say so.
+All is computed from traces, both in training and in `analyze`. Warnings are about learned gates only: a skip set,
+random gates and exits by confidence may be constant because of their options.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from anydepth.methods._base.training import Trained
 ALL_CLOSED, ALL_OPEN = 0.02, 0.98
 """Mean fraction of tokens that the gates of a method let run, below and above which they have collapsed."""
 DEAD = 0.01
-"""A gate that opens, or closes, for a smaller fraction of tokens never does."""
+"""Fraction of tokens below which a gate counts as never open, or never closed."""
 LOW_ENTROPY = 0.10
-"""Nats, of a gate's decision; the mean over gates."""
+"""Mean entropy of gates, in nats, below which they are nearly constant."""
 UNEVEN = 0.10
-"""Variance between gates of the fraction of tokens that each lets run."""
+"""Variance between gates of the fraction of tokens that run, above which gates are uneven."""
 PREFIX = "gate_"
-"""Begins the names of the training metrics that are made here."""
+"""Prefix of the training metrics of this module."""
 ENTROPY = f"{PREFIX}entropy"
 DIAGNOSED_WINDOWS = 8
 PATIENCE = 5
-"""A collapse is reported once it lasts for this part (1 ÷ PATIENCE) of training."""
+"""A collapse is reported once it has lasted for 1 ÷ PATIENCE of training."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class GateDecisions:
 
     Attributes:
         method: the method's name.
-        branch: what a gate lets run: `layer`, `mixer`, `ffn`, or `softmax` (the layer's own mixer, where tokens choose
-            between two).
+        branch: the branch that a gate decides: `layer`, `mixer`, `ffn`, or `softmax` (the layer's own mixer, where
+            there is an alternate one).
         layers: the layer of each gate.
         keep: (G, N) bool, which of N real tokens each gate lets run.
     """
@@ -60,10 +60,10 @@ class GateDecisions:
         return self.keep.double().mean(1)
 
     def metrics(self, mean: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, float]:
-        """Return the mean fraction of tokens that run, entropies in nats, and spreads between gates and tokens.
+        """Return the mean fraction of tokens that run, entropies in nats, and deviations between gates and tokens.
 
         Args:
-            mean: of what is a mean over these tokens, over those of all processes that share a batch.
+            mean: turns a mean over these tokens into that over all processes that share a batch.
         """
         fractions, of_tokens = mean(self.fractions), self.keep.double().mean(0)
         variance = mean(of_tokens.square().mean()) - mean(of_tokens.mean()).square()
@@ -91,7 +91,8 @@ def binary_entropy(fraction: Tensor) -> Tensor:
 def gate_decisions(trace: Trace, methods: Sequence[Method]) -> list[GateDecisions]:
     """Read the decisions of each method that gates from a trace of whole sequences.
 
-    Layers that another method closes for every token, such as a skip set, are left out: their gates decide nothing.
+    Layers that another method closes for every token, such as a skip set, are left out, because their gates decide
+    nothing.
     """
     mixers, ffns = trace.mixer_keep, trace.ffn_keep
     branches = {"layer": mixers | ffns, "mixer": mixers, "ffn": ffns, "softmax": mixers}
@@ -107,14 +108,14 @@ def gate_decisions(trace: Trace, methods: Sequence[Method]) -> list[GateDecision
 
 
 def _branch(method: Method) -> str:
-    """Return what the gates of a method let run."""
+    """Return the branch that the gates of a method decide."""
     if method.routes_mixers:
         return "softmax"
     return "mixer" if "mixer" in method.branches else "ffn" if method.branches == {"ffn"} else "layer"
 
 
 def _closed(methods: Sequence[Method], branch: str) -> frozenset[int]:
-    """Return the layers whose `branch` a method without gates closes for every token."""
+    """Return the layers in which some method closes `branch` for every token."""
     closed: frozenset[int] = frozenset()
     for plan in (Plan.of([method]) for method in methods):
         mixers, ffns = plan.closed["mixer"], plan.closed["ffn"]
@@ -132,7 +133,7 @@ def joined(parts: Sequence[list[GateDecisions]]) -> list[GateDecisions]:
 
 @torch.no_grad()
 def diagnose(adapted: AdaptedModel, rows: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Run the first of some (1, T) token ids with routing on, and describe the gates at inference."""
+    """Run the first of the rows of (1, T) token ids, and describe the gates at inference."""
     adapted.eval()
     parts = []
     if any(method.gated_layers for method in adapted.active_methods):
@@ -179,7 +180,7 @@ def training_metrics(decisions: Sequence[GateDecisions]) -> dict[str, float]:
 
 
 def gate_warnings(decisions: GateDecisions, method: Method) -> list[str]:
-    """Return what is wrong with learned gates, one sentence each, with the numbers and what to change."""
+    """Return warnings about learned gates, one sentence each, with numbers and advice."""
     if not (isinstance(method, Trained) and method.has_learned_gates):
         return []
     metrics, fractions = decisions.metrics(), decisions.fractions
@@ -208,18 +209,18 @@ def gate_warnings(decisions: GateDecisions, method: Method) -> list[str]:
 
 
 def lasting_collapse(history: Sequence[dict[str, Any]], methods: Sequence[Method], max_steps: int) -> list[str]:
-    """Return one warning for each method whose gates, as sampled, have collapsed for a fifth of training.
+    """Return one warning for each method with sampled gates that have collapsed for a fifth of training.
 
     Args:
-        history: the rows so far, with the metrics under `figures`. A method with a warning in them has none again.
+        history: rows of training, with metrics under `figures`. A method with a warning in them gets no other.
     """
     num_rows = max(max_steps // PATIENCE, PATIENCE)
     recent = [row.get("figures", {}) for row in history[-num_rows:]]
-    said = [text for row in history for text in row.get("warnings", [])]
+    warned = [text for row in history for text in row.get("warnings", [])]
     found = []
     for method in methods:
         names = [f"{method.name}/{PREFIX}{name}" for name in ("fraction", "entropy")]
-        is_new = not any(text.startswith(f"{method.name}:") for text in said)
+        is_new = not any(text.startswith(f"{method.name}:") for text in warned)
         if len(recent) < num_rows or not is_new or not all(names[0] in row for row in recent):
             continue
         if not isinstance(method, Trained) or not method.has_learned_gates or method.is_frozen:
@@ -249,7 +250,7 @@ def _collapse(method: Method, branch: str, fraction: float, entropy: float) -> s
 
 
 def _advice(method: Method) -> str:
-    """Return which of the method's options to change before the next training."""
+    """Return advice on the options of the next training."""
     options = method.config.model_dump()
     if options.get("initial_bias", 0) > 0:
         return f"lower initial_bias ({options['initial_bias']:g}) or train for more steps"
@@ -259,7 +260,7 @@ def _advice(method: Method) -> str:
 
 
 def _named(branch: str, layers: list[int]) -> str:
-    """Return what the gates of these layers let run, in words."""
+    """Return a phrase for a branch of these layers."""
     numbers = f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}"
     part = {"mixer": "the mixer of ", "ffn": "the FFN of ", "softmax": "the softmax mixer of "}.get(branch, "")
     return f"{part}{numbers}"

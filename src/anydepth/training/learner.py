@@ -1,6 +1,6 @@
-"""One forward of training: the model and all losses on it, in one module.
+"""The forward of training: the model and all its losses in one module.
 
-Wrappers of parallel training watch a module's forward: what takes part in the loss has to be used inside it.
+Wrappers of parallel training hook a module's forward, so that the loss must be computed inside it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from anydepth.recipe import TrainConfig
 
 
 class Learner(nn.Module):
-    """Gives the loss of a batch, and its terms.
+    """A module that returns the loss of a batch and its terms. Other attributes are those of the model.
 
     Args:
-        model: an `AdaptedModel`, or a `PeftModel` alone. Attributes that a learner lacks are the model's.
+        model: an `AdaptedModel` or a `PeftModel`.
 
     Attributes:
-        step: optimiser steps done.
-        forwards: done before; with `seed` they decide what is drawn.
+        step: number of optimiser steps so far.
+        forwards: number of forwards so far, which seeds random draws together with `seed`.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, seed: int) -> None:
@@ -41,17 +41,17 @@ class Learner(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of (B, T) ids with their labels, −100 where none is to be predicted; and its terms by name.
+        """Return the loss of (B, T) ids with labels, −100 where no token is predicted, and its terms by name.
 
         Args:
-            attention_mask: (B, T), 0 at padding; None where there is none.
+            attention_mask: (B, T), 0 at padding; None without padding.
         """
         model, settings = self.learning, self.settings
         for number, method in enumerate(methods_of(model)):
             if isinstance(method, Trained):
                 method.set_progress(self.step / max(settings.num_steps - 1, 1), self.step)
             method.reseed((self.seed * 1_000_003 + self.forwards) * 31 + number)
-        # Dropout: of each process its own, whoever did the steps before.
+        # Dropout depends on the process and on the forward, not on earlier sessions.
         torch.manual_seed(((self.seed * 1_000_003 + self.forwards) * 1009 + rank()) % 2**63)
         self.forwards += 1
         with _execution(model, settings.execution):
@@ -66,7 +66,7 @@ class Learner(nn.Module):
             weight = 1 - distillation.weight
             terms["distillation"] = distillation.weight * divergence
         loss = weight * terms["lm_loss"] + sum(value for name, value in terms.items() if name != "lm_loss")
-        # Gates that nobody was asked about: see `GatedLayer`.
+        # Every gate needs a gradient, also one that decided nothing, see `GatedLayer`.
         gates = [part for method in methods_of(model) for part in method.parameters() if part.requires_grad]
         loss = loss + sum(part.sum() * 0 for part in gates)
         return loss, {name: value.detach() for name, value in terms.items()}
@@ -81,26 +81,26 @@ class Learner(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """What FSDP gathers at a time: a decoder layer."""
+        """Class of a decoder layer, the unit that FSDP gathers."""
         return [type(Backbone(self.learning).layers[0].module).__name__]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "learning":  # not set yet: looking it up there would not end
+            if name == "learning":  # not set yet: the lookup below would recurse
                 raise
             return getattr(self.learning, name)
 
 
 def methods_of(model: nn.Module) -> list[Method]:
-    """Return the methods attached to a model, if any."""
+    """Return the methods attached to a model."""
     attached = model.methods.values() if isinstance(model, AdaptedModel) else ()
     return [method for method in attached if isinstance(method, Method)]
 
 
 def trained_methods_of(model: nn.Module) -> list[Trained]:
-    """Return the attached methods that learn, or that change training."""
+    """Return the attached methods that learn or change training."""
     return [method for method in methods_of(model) if isinstance(method, Trained)]
 
 
@@ -113,6 +113,6 @@ def _execution(model: nn.Module, execution: str) -> Iterator[None]:
 @torch.no_grad()
 def _teacher_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return the logits of the same model with gates and LoRA off."""
-    untouched = model.untouched() if isinstance(model, AdaptedModel) else without_adapter(model)
-    with untouched:
+    base = model.untouched() if isinstance(model, AdaptedModel) else without_adapter(model)
+    with base:
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits

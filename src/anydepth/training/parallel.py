@@ -1,6 +1,6 @@
-"""Training by several processes, as `accelerate launch` or `torchrun` start them.
+"""Training by several processes, which `accelerate launch` or `torchrun` start.
 
-All of them read; the first one writes.
+All processes read, and the first one writes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from anydepth.gating.shared_batch import num_processes
 from anydepth.processes import is_parallel, rank, shards_weights
 
 PATIENCE = timedelta(hours=24)
-"""How long processes wait for each other: for a search or a download as well."""
+"""The time that processes wait for each other, also during a search or a download."""
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Joined with the other processes, and parted from them behind it. Alone nothing happens."""
+    """Join the process group for the body, if several processes were started."""
     if not is_parallel():
         yield
         return
@@ -39,23 +39,23 @@ def together() -> Iterator[None]:
 
 
 def part() -> None:
-    """From here on this process is alone."""
+    """Leave the process group."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def wait_for_all() -> None:
-    """Until every process is here."""
+    """Wait until every process calls this."""
     if num_processes() > 1:
         dist.barrier()
 
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """The first process goes through, then the others: they find what it left.
+    """Run the body in the first process, then in the others, which see its results.
 
     Raises:
-        RunError: in the others, if the first one failed; it says why.
+        RunError: in the other processes if the first one failed, which reports the reason.
     """
     if num_processes() == 1:
         yield
@@ -75,41 +75,41 @@ def first_alone() -> Iterator[None]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether no process has all of a module's weights (FSDP2)."""
+    """Return whether a module's weights are sharded (FSDP2)."""
     return any(isinstance(weight, DTensor) for weight in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; every process must ask."""
+    """Gather a tensor that may be sharded; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(values: Tensor, like: Tensor) -> Tensor:
-    """`values`, sharded as `like` is."""
+    """Return `values`, sharded as `like` is."""
     return distribute_tensor(values, like.device_mesh, like.placements) if isinstance(like, DTensor) else values
 
 
 @torch.no_grad()
 def copy_into(weight: Tensor, values: Tensor) -> None:
-    """Give a weight, sharded or not, the values of a whole tensor."""
+    """Copy the values of a full tensor into a weight, sharded or not."""
     weight.copy_(part_of(values.to(weight.device, weight.dtype), weight))
 
 
 def check_kind(accelerator: Any) -> None:
-    """Raise `UserError` for ways to share a model that this training cannot save."""
+    """Raise `UserError` for kinds of sharding that training cannot save."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise UserError("FSDP of version 1 is not supported; set fsdp_version: 2, as recipes/parallel/fsdp2.yaml does")
     if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
         raise UserError(
-            "DeepSpeed is not supported; recipes/parallel/fsdp2.yaml shares weights, gradients and optimiser"
+            "DeepSpeed is not supported; use recipes/parallel/fsdp2.yaml, which shards weights, gradients and optimiser"
         )
 
 
 def shards_on_cpu(accelerator: Any) -> bool:
-    """Whether an `Accelerator` now shards although there are only CPUs, as `accelerate launch` was asked to.
+    """Let an `Accelerator` shard on CPUs if FSDP is configured, and return whether it does.
 
-    By itself it shards on accelerators alone. What it does is `fully_shard`, which CPUs can do as well.
+    By itself it shards on accelerators only, but its `fully_shard` works on CPUs too.
     """
     if torch.cuda.is_available() or not shards_weights():
         return False

@@ -1,7 +1,7 @@
-"""Several trainings in turn, each with some of the methods: first the routers, then the exits.
+"""Several trainings in turn, each of some methods, such as first routers and then exits.
 
-Each phase leaves what it trained in a folder of its own, whole or not at all, so that a run that was interrupted goes
-on in the phase where it was.
+Each phase saves its result in a separate folder, complete or not at all, so that an interrupted run resumes in its
+phase.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from anydepth.training.train import Row, TrainResult, train
 PHASES = "phases"
 STATE = "state.safetensors"
 DONE = "phase.json"
-"""Last file of a phase's folder."""
+"""The file that is written last into a phase's folder."""
 
 
 def train_phases(
@@ -43,13 +43,13 @@ def train_phases(
 ) -> tuple[AdaptedModel, TrainResult]:
     """Train the methods of `adapted` phase by phase on (N, T) windows.
 
-    A method that a phase neither trains nor freezes is taken off meanwhile; a frozen one decides as at inference.
+    A method that a phase neither trains nor freezes is detached in it; a frozen one decides as at inference.
 
     Args:
-        config: of every phase, but for what the phase itself sets.
+        config: the settings of every phase, which a phase may replace.
 
     Returns:
-        The model with all of its methods attached anew, and the losses of all phases in a row, each with its `phase`.
+        The model with all of its methods attached, and the losses of all phases in order, each with its `phase`.
     """
     configs = {method.name: method.config for method in adapted.active_methods}
     states = {name: part.state_dict() for name, part in adapted.methods.items()}
@@ -62,14 +62,14 @@ def train_phases(
         _load_states(adapted, states)
         settings = _settings(config, phase)
         if not all((folder / name).exists() for name in (STATE, DONE)):
-            _ask_for_gradients(adapted, phase)
+            _require_gradients(adapted, phase)
             first = len(history)
 
-            def say(row: Row, first: int = first, number: int = number) -> None:
+            def report(row: Row, first: int = first, number: int = number) -> None:
                 if on_step is not None:
                     on_step({**row, "step": row["step"] + first, "phase": number})
 
-            result = train(adapted, windows, settings, folder, seed=seed + number, resume=resume, on_step=say)
+            result = train(adapted, windows, settings, folder, seed=seed + number, resume=resume, on_step=report)
             if rank() == 0:
                 _save(adapted, folder, result)
             wait_for_all()
@@ -94,7 +94,7 @@ def _load_states(adapted: AdaptedModel, states: dict[str, dict[str, Tensor]]) ->
         part.load_state_dict(states[name])
 
 
-def _ask_for_gradients(adapted: AdaptedModel, phase: PhaseConfig) -> None:
+def _require_gradients(adapted: AdaptedModel, phase: PhaseConfig) -> None:
     for name, method in adapted.methods.items():
         assert isinstance(method, Method)
         method.is_frozen = name in phase.frozen
@@ -105,14 +105,14 @@ def _ask_for_gradients(adapted: AdaptedModel, phase: PhaseConfig) -> None:
 
 
 def _adapter(adapted: AdaptedModel) -> dict[str, Tensor]:
-    """Parameters of the LoRA adapter, by name."""
+    """Return the parameters of the LoRA adapter by name."""
     if not isinstance(adapted.model, PeftModel):
         return {}
     return {f"model.{name}": part for name, part in adapted.model.named_parameters() if "lora_" in name}
 
 
 def _save(adapted: AdaptedModel, folder: Path, result: TrainResult) -> None:
-    """The methods with their buffers, and the adapter; then the document that says it is whole."""
+    """Write the methods with their buffers and the adapter, and then `DONE`."""
     methods = {f"methods.{name}": part for name, part in adapted.methods.state_dict().items()}
     state = {name: part.detach().cpu().contiguous() for name, part in {**methods, **_adapter(adapted)}.items()}
     save_file(state, folder / STATE)

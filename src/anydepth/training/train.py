@@ -1,8 +1,8 @@
-"""Training of methods, LoRA adapters or whole models on transformers' Trainer.
+"""Train methods, LoRA adapters or all weights of a model on transformers' Trainer.
 
-Interrupted training goes on with bitwise the same loss curve: the order of the windows, the methods' randomness and
-the teacher depend on (seed, step) alone, and the rest is in the Trainer's checkpoints, each of which counts only
-once its last file is written.
+Interrupted training resumes with bitwise the same losses: the order of the windows, the methods' randomness and the
+teacher depend on (seed, step) only, and the rest is in the Trainer's checkpoints. A checkpoint is used only if its last
+file is there.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ from anydepth.training.parallel import check_kind, copy_into, first_alone, part_
 
 STEPS = "steps"
 COMPLETE = "done.json"
-"""Last file of a training checkpoint: its presence says that the others are whole."""
+"""The file that is written last into a training checkpoint; if it exists, the others are complete."""
 TRAINABLE, OPTIMIZER, SCHEDULER = "trainable.safetensors", "optimizer.safetensors", "scheduler.json"
 
 
 Row = dict[str, Any]
-"""Of the history, one for each optimiser step: `step`, `learning_rate` and `mean_depth`; `lm_loss` and every auxiliary
-loss by its name; under `figures` what methods tell that is no loss: their schedules, and metrics of their gates as
-sampled (`gate_…`); a hundred times per training, under `layers` the fraction of tokens that ran each `mixer` and `ffn`,
-decisions sampled, and that took the `softmax` mixer where some layers have another; and `warnings`, once gates have
-collapsed for a while."""
+"""The history of one optimiser step: `step`, `learning_rate`, `mean_depth`, `lm_loss` and every auxiliary loss by name.
+
+`figures` has the methods' schedules and metrics, such as those of sampled gates (`gate_…`). A hundred times per
+training, `layers` has the fraction of tokens that ran each `mixer` and `ffn`, and the `softmax` mixer where some layers
+have an
+alternate. `warnings` report gates that have collapsed for a while."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did: one row of losses per optimiser step, and how long it took, interrupted sessions included."""
+    """Result of training: one row per optimiser step, and the time, interrupted sessions included."""
 
     loss_history: list[Row]
     seconds: float
@@ -61,11 +62,11 @@ class TrainResult:
 
 
 def prepare(model: PreTrainedModel, config: TrainConfig, *, seed: int = 0) -> PreTrainedModel | PeftModel:
-    """The model as the recipe trains it: whole, frozen with a LoRA adapter, or just frozen."""
+    """Set which weights of a model are trained: all, those of a new LoRA adapter, or none."""
     if isinstance(model, PeftModel) and (config.lora is not None or config.backbone):
         raise UserError(
-            "the target is a PEFT adapter, and train.lora or train.backbone would train beside it; write a target of "
-            "one piece first: anydepth export TARGET --as merged --out DIR"
+            "the target is a PEFT adapter, next to which train.lora and train.backbone cannot train; merge it first: "
+            "anydepth export TARGET --as merged --out DIR"
         )
     model.requires_grad_(config.backbone)
     if config.lora is None:
@@ -93,12 +94,12 @@ def train(
     resume: bool = False,
     on_step: Callable[[Row], None] | None = None,
 ) -> TrainResult:
-    """Train what asks for a gradient on (N, T) windows of `pack`; checkpoints go to `out`/steps.
+    """Train the parameters with `requires_grad` on (N, T) windows of `pack`; checkpoints go to `out`/steps.
 
     Args:
-        model: an `AdaptedModel`, or a `PeftModel` alone (LoRA at full depth).
-        seed: of everything random in training.
-        resume: go on from the last complete checkpoint of `out`, if there is one.
+        model: an `AdaptedModel`, or a `PeftModel` (LoRA at full depth).
+        seed: seed of all random draws in training.
+        resume: resume from the last complete checkpoint of `out`, if there is one.
         on_step: called with each new row of the loss history.
 
     Raises:
@@ -121,7 +122,7 @@ def train(
 
 
 class AdaptedTrainer(Trainer):
-    """transformers' Trainer with the loss terms apart, light checkpoints and a watch on the gates' gradients."""
+    """transformers' Trainer with separate loss terms, small checkpoints and a check of the gates' gradients."""
 
     def __init__(self, model: nn.Module, windows: Tensor, config: TrainConfig, out: Path, seed: int) -> None:
         self.settings = config
@@ -130,16 +131,16 @@ class AdaptedTrainer(Trainer):
         self.first_step = 0
         self.started = time.monotonic()
         self.terms: dict[str, float] = defaultdict(float)
-        self.figures: dict[str, float] = defaultdict(float)
+        self.method_metrics: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
         self.windows = WindowDataset(windows, num_items=config.num_steps * batch, seed=seed)
         if isinstance(model, AdaptedModel) and is_quantised(model.model):
-            # The Trainer refuses a 4-bit base without; what is trained here stands beside it.
+            # The Trainer requires this for a 4-bit base; the trained weights are separate.
             vars(model)["_hf_peft_config_loaded"] = True
         self.learner = Learner(model, config, seed)
         arguments = _arguments(config, out, seed)
         super().__init__(model=self.learner, args=arguments, train_dataset=self.windows, data_collator=collate)
-        self.model_accepts_loss_kwargs = False  # our losses are means already
+        self.model_accepts_loss_kwargs = False  # the losses are means already
         self.remove_callback(_progress_callback(self))
         self.add_callback(_StepWatch(self))
 
@@ -150,12 +151,12 @@ class AdaptedTrainer(Trainer):
 
     @property
     def seconds(self) -> float:
-        """Spent so far, in earlier sessions too."""
+        """Time so far, earlier sessions included."""
         return time.monotonic() - self.started
 
     @property
     def learning(self) -> nn.Module:
-        """The model as it was given, never a wrapper of a parallel run."""
+        """The model without wrappers of parallel training."""
         return self.learner.learning
 
     # --- loss --------------------------------------------------------------------------------------------------
@@ -163,32 +164,32 @@ class AdaptedTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         self.learner.step = self.state.global_step
         loss, terms = model(**inputs)
-        self._note(terms)
+        self._record(terms)
         return loss
 
-    def _note(self, terms: dict[str, Tensor]) -> None:
-        share = 1 / self.settings.gradient_accumulation_steps
-        for name, value in terms.items():
-            self.terms[name] += share * value.item()
+    def _record(self, terms: dict[str, Tensor]) -> None:
+        weight = 1 / self.settings.gradient_accumulation_steps
+        for name, term in terms.items():
+            self.terms[name] += weight * term.item()
         if isinstance(self.learning, AdaptedModel):
             trace, methods = self.learning.last_trace, self.learning.active_methods
-            self.terms["mean_depth"] += share * trace.mean_depth
+            self.terms["mean_depth"] += weight * trace.mean_depth
             gating = [method for method in methods if method.decides_in_training or method.is_frozen]
-            for name, figure in training_metrics(gate_decisions(trace, gating)).items():
-                self.figures[name] += share * figure
+            for name, value in training_metrics(gate_decisions(trace, gating)).items():
+                self.method_metrics[name] += weight * value
             for method in self.learning.trained_methods:
-                told = {name: float(getattr(method, name)) for name in method.scheduled}
-                for name, figure in {**told, **method.metrics(self.learning.context)}.items():
-                    self.figures[f"{method.name}/{name}"] += share * figure
+                scheduled = {name: float(getattr(method, name)) for name in method.scheduled}
+                for name, value in {**scheduled, **method.metrics(self.learning.context)}.items():
+                    self.method_metrics[f"{method.name}/{name}"] += weight * value
 
     def finish_step(self) -> None:
-        """One row of the history per optimiser step, of all processes together."""
+        """Add a row to the history, the mean over all processes."""
         adapted, step = self.learning, self.state.global_step
-        terms, figures = self._mean_over_processes(self.terms), self._mean_over_processes(self.figures)
-        self.terms, self.figures = defaultdict(float), defaultdict(float)
+        terms, metrics = self._mean_over_processes(self.terms), self._mean_over_processes(self.method_metrics)
+        self.terms, self.method_metrics = defaultdict(float), defaultdict(float)
         row: Row = {"step": step, **terms, "learning_rate": self._get_learning_rate()}
-        if figures:
-            row["figures"] = figures
+        if metrics:
+            row["figures"] = metrics
         if isinstance(adapted, AdaptedModel) and step % max(self.settings.num_steps // 100, 1) == 0:
             row["layers"] = self._fractions_by_layer(adapted)
             if warnings := lasting_collapse([*self.history, row], methods_of(adapted), self.settings.num_steps):
@@ -210,9 +211,9 @@ class AdaptedTrainer(Trainer):
         means = batch_mean(torch.tensor(list(parts.values()), device=self.args.device)).tolist()
         return {which: [round(fraction, 4) for fraction in part] for which, part in zip(parts, means, strict=True)}
 
-    def _mean_over_processes(self, figures: dict[str, float]) -> dict[str, float]:
-        means = batch_mean(torch.tensor(list(figures.values()), dtype=torch.float64, device=self.args.device))
-        return dict(zip(figures, means.tolist(), strict=True))
+    def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
+        means = batch_mean(torch.tensor(list(values.values()), dtype=torch.float64, device=self.args.device))
+        return dict(zip(values, means.tolist(), strict=True))
 
     # --- optimiser and data ------------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class AdaptedTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        return SequentialSampler(self.windows)  # the dataset itself is in its order, see WindowDataset
+        return SequentialSampler(self.windows)  # the dataset is already in order, see WindowDataset
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -247,7 +248,7 @@ class AdaptedTrainer(Trainer):
         return {**trainable_state(self.learning), **_method_buffers(self.learning)}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """By the parameters' names and whole, so that any number of processes can go on with it."""
+        """Save full tensors by the parameters' names, so that any number of processes can resume."""
         optimizer, scheduler, folder = self._own_optimizer(), self._scheduler(), Path(output_dir)
         state = {
             f"{name}/{key}": whole(value).cpu().contiguous()
@@ -266,7 +267,7 @@ class AdaptedTrainer(Trainer):
         for name, value in load_file(folder / OPTIMIZER).items():
             name, _, key = name.rpartition("/")
             parameter = parameters[name]
-            # A count of steps stays on the host; the rest is as its parameter.
+            # A count of steps stays on the host; other state is placed as its parameter.
             value = value if value.dim() == 0 else part_of(value.to(parameter.device), parameter)
             optimizer.state[parameter][key] = value
         scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text()))
@@ -274,7 +275,7 @@ class AdaptedTrainer(Trainer):
             group["lr"] = rate
 
     def _own_optimizer(self) -> torch.optim.Optimizer:
-        """Without what accelerate has put around it."""
+        """Return the optimiser without accelerate's wrapper."""
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)
 
@@ -283,7 +284,7 @@ class AdaptedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        wait_for_all()  # until each has left what only it knows
+        wait_for_all()  # until each process has saved its state
         if self.args.should_save:
             folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             done = {"forwards": self.learner.forwards, "history": self.history, "seconds": self.seconds}
@@ -299,14 +300,14 @@ class AdaptedTrainer(Trainer):
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Give a model, sharded or not, what a checkpoint of training holds."""
+    """Copy a training checkpoint into a model, sharded or not."""
     own = {**dict(model.named_parameters()), **_method_buffers(model)}
     for name, value in load_file(folder / TRAINABLE).items():
         copy_into(own[name], value)
 
 
 class _StepWatch(TrainerCallback):
-    """Row per step, and an error when a gate that should learn gets no gradient."""
+    """A callback that finishes steps, and raises an error if a gate in training gets no gradient."""
 
     def __init__(self, trainer: AdaptedTrainer) -> None:
         self.trainer = trainer
@@ -341,7 +342,7 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
         max_grad_norm=config.max_gradient_norm,
         bf16=config.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,  # every one has a gradient, see `Learner`
+        ddp_find_unused_parameters=False,  # every parameter has a gradient, see `Learner`
         ddp_backend="gloo" if num_processes() > 1 and not torch.cuda.is_available() else None,
         seed=seed,
         data_seed=seed,
@@ -355,15 +356,15 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
         label_names=["labels"],
         dataloader_pin_memory=False,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never replicas in threads
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one device per process, no replicas in threads
     return arguments
 
 
 def _rows_of_each(batch_size: int) -> int:
     if batch_size % num_processes():
         raise UserError(
-            f"train.batch_size is {batch_size}, and {num_processes()} processes share it; give a multiple of them, and "
-            "fewer train.gradient_accumulation_steps instead"
+            f"train.batch_size is {batch_size}, which {num_processes()} processes share; give a multiple of them, and "
+            "fewer train.gradient_accumulation_steps"
         )
     return batch_size // num_processes()
 
@@ -375,7 +376,7 @@ def _progress_callback(trainer: Trainer) -> type[TrainerCallback]:
 
 
 def last_complete(out: Path) -> Path | None:
-    """The newest whole checkpoint; what a kill left half-written is removed."""
+    """Return the newest complete checkpoint, and remove incomplete ones."""
     complete: list[tuple[int, Path]] = []
     for folder in (out / STEPS).glob("checkpoint-*"):
         if (folder / COMPLETE).exists():
@@ -386,5 +387,5 @@ def last_complete(out: Path) -> Path | None:
 
 
 def _method_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What methods learn without a gradient, such as running quantiles."""
+    """Return the buffers of methods, such as running quantiles."""
     return {name: value for name, value in model.named_buffers() if name.startswith("methods.")}
