@@ -106,7 +106,7 @@ def test_a_confidence_is_the_largest_threshold_at_which_a_token_exits(options: d
 
 def test_only_early_exit_has_thresholds_per_exit() -> None:
     adapted = anydepth.attach(tiny_llama(), {"name": "exit_gate", "layers": [2, 4]}).eval()
-    with pytest.raises(UserError, match="those of early_exit; attached is exit_gate"):
+    with pytest.raises(UserError, match="need early_exit, and attached is exit_gate"):
         collect_exit_scores(adapted, texts(2))
 
 

@@ -97,15 +97,10 @@ def _pass(
         for method in methods:
             for layer_idx, scores in method.scores(adapted.context).items():
                 recorded[method.name].setdefault(layer_idx, []).append(scores.float().cpu())
-        shares.append(_shares_of(methods, adapted))
+        (mixers, ffns), others = adapted.last_trace.executed_share(), adapted.last_trace.other_share()
+        shares.append({method.name: method.skip_share(mixers, ffns, others) for method in methods})
     found = {name: {i: torch.cat(own).sort().values for i, own in parts.items()} for name, parts in recorded.items()}
     return {method.name: mean(each[method.name] for each in shares) for method in methods}, found
-
-
-def _shares_of(methods: Sequence[Calibrated], adapted: AdaptedModel) -> dict[str, float]:
-    trace = adapted.last_trace
-    (mixers, ffns), others = trace.executed_share(), trace.other_share()
-    return {method.name: method.skip_share(mixers, ffns, others) for method in methods}
 
 
 def _fill_row(method: Calibrated, row: Tensor, scores: dict[int, Tensor], step: float) -> float | list[float]:
@@ -122,12 +117,7 @@ def _fill_row(method: Calibrated, row: Tensor, scores: dict[int, Tensor], step: 
 def skipped_shares(adapted: AdaptedModel, windows: Tensor) -> dict[str, float]:
     """Return by method the fraction of its decisions that (M, T) windows skip with the current thresholds."""
     adapted.eval()
-    methods = _with_threshold(adapted)
-    runs = []
-    for row in rows_of(windows):
-        adapted(input_ids=row.to(adapted.device), use_cache=False, logits_to_keep=1)
-        runs.append(_shares_of(methods, adapted))
-    return {method.name: mean(run[method.name] for run in runs) for method in methods}
+    return _pass(adapted, _with_threshold(adapted), windows)[0]
 
 
 def compares_scores(adapted: AdaptedModel) -> bool:

@@ -209,7 +209,7 @@ def _weights(module: nn.Module) -> Weights:
     base = base_module(module)
     if type(base) is not nn.Linear:
         raise UserError(
-            f"the fast engine needs plain linear layers, got {type(base).__name__}; load without quantisation, or "
+            f"the fast engine takes plain linear maps and found {type(base).__name__}; load without quantisation, or "
             "use engine hf"
         )
     plain = plain_module(module)

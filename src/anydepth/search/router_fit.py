@@ -63,7 +63,9 @@ def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
         RunError: no learned router is attached.
         UserError: fewer than two windows.
     """
-    router = _learned_router(adapted)
+    router = learned_router(adapted.methods.values())
+    if router is None:
+        raise RunError(NO_ROUTER)
     if len(windows) < 2:
         raise UserError("fitting a router needs at least two windows of text, one to fit and one to hold out")
     started = time.monotonic()
@@ -105,13 +107,6 @@ def _full_depth(adapted: AdaptedModel, ids: Tensor) -> Tensor:
     """Return the (T, V) logits of (1, T) ids at full depth."""
     with adapted.untouched():
         return adapted(input_ids=ids, use_cache=False).logits[0]
-
-
-def _learned_router(adapted: AdaptedModel) -> LayerRouter:
-    router = learned_router(adapted.methods.values())
-    if router is None:
-        raise RunError(NO_ROUTER)
-    return router
 
 
 def learned_router(methods: Iterable[nn.Module]) -> LayerRouter | None:

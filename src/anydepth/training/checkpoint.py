@@ -64,10 +64,9 @@ def save(
     staging = folder / f".staging-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    tensors = {name: tensor.contiguous() for name, tensor in adapted.methods.state_dict().items()}
-    save_file(tensors, staging / METHODS)
-    if draft is not None:
-        save_file({name: tensor.contiguous() for name, tensor in draft.state_dict().items()}, staging / DRAFT)
+    for part, file in ((adapted.methods, METHODS), (draft, DRAFT)):
+        if part is not None:
+            save_file({name: tensor.contiguous() for name, tensor in part.state_dict().items()}, staging / file)
     adapters = model.active_adapters if isinstance(model, PeftModel) else []
     if isinstance(model, PeftModel):
         model.save_pretrained(str(staging / "adapter"), save_embedding_layers=False, selected_adapters=adapters)
@@ -88,7 +87,7 @@ def save(
         "weights": weights.name,
         "files": files,
     }
-    biases = not any(_trains_biases(adapter) for adapter in _adapters(folder, manifest).values())
+    biases = not _trains_biases(folder, manifest)
     manifest["base"] = {
         "target": None if own_base is not None else base or unwrap(model).name_or_path,
         "fingerprint": None if is_quantised(model) else base_fingerprint(model, biases=biases),
@@ -287,7 +286,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -> None:
     """Raise `UserError` unless `model` is the base that the checkpoint was made for."""
     light = is_quantised(model) or manifest["base"]["fingerprint"] is None
-    biases = not any(_trains_biases(adapter) for adapter in _adapters(folder, manifest).values())
+    biases = not _trains_biases(folder, manifest)
     recorded = manifest["base"]["light_fingerprint" if light else "fingerprint"]
     if base_fingerprint(model, light=light, biases=biases) != recorded:
         raise UserError(
@@ -314,9 +313,10 @@ def _adapters(folder: Path, manifest: dict[str, Any]) -> dict[str, Path]:
     return {name: root if name == "default" else root / name for name in names}
 
 
-def _trains_biases(adapter: Path) -> bool:
-    """Return whether the configuration of a PEFT adapter trains biases of its base model in place."""
-    return json.loads((adapter / ADAPTER).read_text()).get("bias", "none") != "none"
+def _trains_biases(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether a PEFT adapter of a checkpoint trains biases of its base model in place."""
+    configs = [json.loads((adapter / ADAPTER).read_text()) for adapter in _adapters(folder, manifest).values()]
+    return any(config.get("bias", "none") != "none" for config in configs)
 
 
 def _digest(path: Path) -> str:

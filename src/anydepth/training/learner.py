@@ -6,7 +6,6 @@ Wrappers of parallel training hook a module's forward, so that the loss must be 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,7 +53,8 @@ class Learner(nn.Module):
         # Dropout depends on the process and on the forward, not on earlier sessions.
         torch.manual_seed(((self.seed * 1_000_003 + self.forwards) * 1009 + rank()) % 2**63)
         self.forwards += 1
-        with _execution(model, settings.execution):
+        is_masked = settings.execution == "masked"
+        with model.masked() if isinstance(model, AdaptedModel) and is_masked else contextlib.nullcontext():
             output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False)
         terms = {"lm_loss": output.loss}
         if isinstance(model, AdaptedModel):
@@ -102,12 +102,6 @@ def methods_of(model: nn.Module) -> list[Method]:
 def trained_methods_of(model: nn.Module) -> list[Trained]:
     """Return the attached methods that learn or change training."""
     return [method for method in methods_of(model) if isinstance(method, Trained)]
-
-
-@contextlib.contextmanager
-def _execution(model: nn.Module, execution: str) -> Iterator[None]:
-    with model.masked() if isinstance(model, AdaptedModel) and execution == "masked" else contextlib.nullcontext():
-        yield
 
 
 @torch.no_grad()

@@ -60,15 +60,14 @@ def train_phases(
         model = detach(adapted)
         adapted = attach(model, [configs[name] for name in configs if name in (*phase.train, *phase.frozen)])
         _load_states(adapted, states)
-        settings = _settings(config, phase)
         if not all((folder / name).exists() for name in (STATE, DONE)):
             _require_gradients(adapted, phase)
-            first = len(history)
 
-            def report(row: Row, first: int = first, number: int = number) -> None:
+            def report(row: Row, first: int = len(history), number: int = number) -> None:
                 if on_step is not None:
                     on_step({**row, "step": row["step"] + first, "phase": number})
 
+            settings = _settings(config, phase)
             result = train(adapted, windows, settings, folder, seed=seed + number, resume=resume, on_step=report)
             if rank() == 0:
                 _save(adapted, folder, result)

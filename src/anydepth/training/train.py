@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from anydepth.errors import RunError, UserError
 from anydepth.gating.shared_batch import batch_mean, num_processes
@@ -141,7 +141,7 @@ class AdaptedTrainer(Trainer):
         arguments = _arguments(config, out, seed)
         super().__init__(model=self.learner, args=arguments, train_dataset=self.windows, data_collator=collate)
         self.model_accepts_loss_kwargs = False  # the losses are means already
-        self.remove_callback(_progress_callback(self))
+        self.remove_callback(PrinterCallback)
         self.add_callback(_StepWatch(self))
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -238,14 +238,12 @@ class AdaptedTrainer(Trainer):
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        state = {name: whole(value).cpu().contiguous() for name, value in self._state().items()}
+        learned = {**trainable_state(self.learning), **_method_buffers(self.learning)}
+        state = {name: whole(value).cpu().contiguous() for name, value in learned.items()}
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_file(state, folder / TRAINABLE)
-
-    def _state(self) -> dict[str, Tensor]:
-        return {**trainable_state(self.learning), **_method_buffers(self.learning)}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save full tensors by the parameters' names, so that any number of processes can resume."""
@@ -363,16 +361,10 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
 def _rows_of_each(batch_size: int) -> int:
     if batch_size % num_processes():
         raise UserError(
-            f"train.batch_size is {batch_size}, which {num_processes()} processes share; give a multiple of them, and "
+            f"train.batch_size is {batch_size}, and {num_processes()} processes share it; give a multiple of them, and "
             "fewer train.gradient_accumulation_steps"
         )
     return batch_size // num_processes()
-
-
-def _progress_callback(trainer: Trainer) -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    return PrinterCallback if trainer.args.disable_tqdm else ProgressCallback
 
 
 def last_complete(out: Path) -> Path | None:
