@@ -290,8 +290,8 @@ def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -
     recorded = manifest["base"]["light_fingerprint" if light else "fingerprint"]
     if base_fingerprint(model, light=light, biases=biases) != recorded:
         raise UserError(
-            f"{folder} was made for the base model '{manifest['base']['target'] or BASE}', which has other weights "
-            f"than '{model.name_or_path}'; load it with the base it was trained on"
+            f"{folder} was made for the base model '{manifest['base']['target'] or BASE}', but its weights differ "
+            f"from '{model.name_or_path}'; load it with the base it was trained on"
         )
 
 
