@@ -68,5 +68,5 @@ def plain(value: Any) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Path):
         return str(value)
-    assert value is None or isinstance(value, str | bool | int | float), f"{type(value).__name__} has no place in JSON"
+    assert value is None or isinstance(value, str | bool | int | float), f"{type(value).__name__} has no JSON type"
     return value

@@ -32,7 +32,7 @@ from anydepth.models.backbone import Backbone
 class FFNRouterConfig(StrictConfig):
     """Options of `ffn_router`."""
 
-    layers: list[int] | None = Field(default=None, description="Layers whose FFN is routed; null is all but the first.")
+    layers: list[int] | None = Field(default=None, description="Layers with a routed FFN; null is all but the first.")
     capacity: float = training_field(
         way=SHARE_AT_INFERENCE, default=0.55, gt=0, le=1, description="Fraction of tokens that run the FFN."
     )
