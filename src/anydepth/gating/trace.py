@@ -167,7 +167,7 @@ def joined_rows(passes: Sequence[tuple[PassRecord, int] | None], num_tokens: int
 
 
 def _join_rows(record: PassRecord, passes: Sequence[tuple[PassRecord, int] | None]) -> None:
-    """Join the decisions of rows; a row that had ended counts as run, and its mask leaves it out."""
+    """Join the decisions of rows; the mask leaves out a row that had ended."""
     rows = [None if found is None else found[0].row(found[1]) for found in passes]
     num_tokens, ran = record.token_mask.shape[1], [row for row in rows if row is not None]
 
