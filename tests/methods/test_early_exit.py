@@ -41,7 +41,7 @@ def test_confidences_are_what_they_are_called(kind: str) -> None:
             "entropy": 1 + (shares * shares.log()).sum(-1) / math.log(257),
             "cosine": F.cosine_similarity(states[layer_idx], states[layer_idx - 1], dim=-1),
         }[kind]
-        assert torch.allclose(-adapted.context.scores["early_exit"][layer_idx][0], wanted, atol=1e-5)
+        assert torch.allclose(-adapted.context.scores["early_exit"][layer_idx][0](), wanted, atol=1e-5)
 
 
 @torch.no_grad()

@@ -285,7 +285,8 @@ class JointStops(Stops):
     def ends(self, request: Row, scores: Tensor) -> bool:
         if request.row not in self.first_ends and super().ends(request, scores):
             self.first_ends[request.row] = len(request.ids)
-        return self.length is not None and len(request.ids) >= self.length
+        left = self.num_left(request)
+        return (left is not None and left <= 0) or (self.length is not None and len(request.ids) >= self.length)
 
 
 def largest(scores: Tensor) -> list[int]:

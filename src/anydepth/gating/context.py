@@ -24,7 +24,8 @@ class PassContext:
         positions: (B, T) int, position of each token among the real tokens of its sequence, earlier forwards included.
         training: whether decisions may be sampled.
         states: by method, its state for this forward alone.
-        scores: (..., B, T) scores that were compared with thresholds, by method and then by layer, for calibration.
+        scores: functions that return (..., B, T) scores that were compared with thresholds, by method and then by
+            layer, for calibration.
         evaluate: returns the logits of a gate network; an engine may have a faster way than the network's own.
         memory: tensors kept per sequence between forwards.
         logits_of: returns the logits of a state of any depth; None where the execution has no head.
@@ -34,7 +35,7 @@ class PassContext:
     positions: Tensor
     training: bool
     states: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
+    scores: dict[str, dict[int, list[Callable[[], Tensor]]]] = field(default_factory=dict)
     evaluate: Evaluate = GateNetwork.__call__
     memory: SequenceState = field(default_factory=SequenceState)
     logits_of: LogitsOf | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -270,7 +270,7 @@ class Decisions:
             sample = method.sample(spec, scores, hidden, context)
             return sample.keep, sample
         recorded = context.scores.setdefault(method.name, {}).setdefault(spec.layers[0], [])
-        recorded.append(spec.calibrated(scores, context.positions))
+        recorded.append(partial(spec.calibrated, scores, context.positions))
         keep = scores > spec.threshold_at(context.positions)
         if spec.score.pool_tokens:
             keep = keep | (context.positions < spec.score.pool_tokens)

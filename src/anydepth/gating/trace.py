@@ -172,11 +172,14 @@ def _join_rows(record: PassRecord, passes: Sequence[tuple[PassRecord, int] | Non
     num_tokens, ran = record.token_mask.shape[1], [row for row in rows if row is not None]
 
     def joined(name: str, layer_idx: int) -> Tensor:
-        empty = torch.zeros_like(record.token_mask[:1])
-        found = [empty if row is None else getattr(row, name).get(layer_idx, row.token_mask) for row in rows]
+        found = []
+        for row in rows:
+            every = torch.zeros_like(record.token_mask[:1]) if row is None else row.token_mask
+            default = torch.zeros_like(every) if name == "other_keep" else every
+            found.append(default if row is None else getattr(row, name).get(layer_idx, default))
         return torch.cat([torch.nn.functional.pad(part, (num_tokens - part.shape[1], 0)) for part in found])
 
-    for name in ("mixer_keep", "ffn_keep"):
+    for name in ("mixer_keep", "ffn_keep", "other_keep"):
         layers = {layer_idx for row in ran for layer_idx in getattr(row, name)}
         setattr(record, name, {layer_idx: joined(name, layer_idx) for layer_idx in layers})
     none = torch.zeros(1, dtype=torch.long, device=record.token_mask.device)
@@ -186,6 +189,7 @@ def _join_rows(record: PassRecord, passes: Sequence[tuple[PassRecord, int] | Non
     for row in ran:
         record.kv_rules.update(row.kv_rules)
         record.router_flops += row.router_flops
+        record.other_flops += row.other_flops
 
 
 @dataclass(frozen=True)

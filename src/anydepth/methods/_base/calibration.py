@@ -129,7 +129,8 @@ class Calibrated(nn.Module):
     def scores(self, context: PassContext) -> dict[int, Tensor]:
         """Return by layer the (N,) scores of one forward's real tokens; all under 0 where layers have one threshold."""
         real, found = context.token_mask, dict[int, list[Tensor]]()
-        for layer_idx, parts in context.scores.get(self.name, {}).items():
+        for layer_idx, recorded in context.scores.get(self.name, {}).items():
+            parts = [calibrated() for calibrated in recorded]
             own = [part[..., real] if part.shape[-2:] == real.shape else part for part in parts]
             found.setdefault(layer_idx if self.has_threshold_per_layer else 0, []).extend(own)
         return {layer_idx: torch.cat([part.flatten() for part in parts]) for layer_idx, parts in found.items()}
