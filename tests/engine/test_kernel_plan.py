@@ -12,9 +12,10 @@ import torch
 import families
 from anydepth import FastEngine, FFNRouter, attach
 from anydepth.engine.backends.cpu import native
-from anydepth.engine.backends.cpu.kernel_plan import KernelGates, KernelPass, passes_of
+from anydepth.engine.backends.cpu.backend import KernelBackend
+from anydepth.engine.backends.cpu.kernel_gates import KernelGates
+from anydepth.engine.backends.cpu.kernel_pass import KernelPass, passes_of
 from anydepth.engine.kv_cache import EngineCache
-from anydepth.engine.step import Step
 from anydepth.gating import scores
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Decisions, Plan
@@ -110,7 +111,7 @@ def decode(engine: FastEngine, steps: list[tuple[list[int], int]]) -> tuple[list
 def known_of(cache: EngineCache) -> list[tuple[int, int, torch.Tensor]]:
     """What the layers hold and keep waiting."""
     return [
-        (kv.counts[slot], kv.num_waiting[slot], kv.states[slot, :, : kv.counts[slot]])
+        (kv.counts[slot], kv.num_deferred[slot], kv.states[slot, :, : kv.counts[slot]])
         for kv in cache.layers
         for slot in range(2)
     ]
@@ -125,7 +126,7 @@ def test_kernels_decide_as_the_methods_do(name: str, monkeypatch: pytest.MonkeyP
     ours, our_records, our_cache = decode(engine, STEPS)
     wanted_runs = 2 * len(STEPS) - ("sequence" in name)  # their first tokens' plan is not made yet
     assert len(runs) == wanted_runs
-    monkeypatch.setattr(Step, "_kernel_pass", lambda *_: None)
+    monkeypatch.setattr(KernelBackend, "fused", lambda *_: None)
     theirs, their_records, their_cache = decode(engine, STEPS)
     some_skip = False
     for own, wanted, own_record, record in zip(ours, theirs, our_records, their_records, strict=True):
@@ -172,7 +173,7 @@ def test_the_head_is_as_sure_in_the_kernels(
     run()
     method.threshold = -float(sure.pop().median())  # halfway between tokens, but for the one
     ours = run()
-    monkeypatch.setattr(Step, "_kernel_pass", lambda *_: None)
+    monkeypatch.setattr(KernelBackend, "fused", lambda *_: None)
     monkeypatch.setattr(scores, "confidence", lambda *a: sure.append(confidence(*a)) or sure[-1])
     theirs = run()
     torch.testing.assert_close(*sure, rtol=1e-5, atol=1e-6)
@@ -231,7 +232,7 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.Monkey
     ids = torch.arange(1, 6)[None]
     wanted = engine.model.forward(ids, [0], cache, plan)[0]
     cache.rewind(0, 4)
-    monkeypatch.setattr(Step, "_kernel_pass", lambda *_: None)
+    monkeypatch.setattr(KernelBackend, "fused", lambda *_: None)
     own = Decisions.gate
     with monkeypatch.context() as broken:
         broken.setattr(Decisions, "gate", lambda *_: 1 / 0 if _[2] == 4 else own(*_))

@@ -15,20 +15,13 @@ from torch.nn import functional as F
 import anydepth
 from anydepth import FastEngine
 from anydepth.engine.backends.cpu import build, native
-from anydepth.engine.backends.cpu.native import (
-    FFN,
-    MAX_TOKENS,
-    MIXER,
-    ROWS_AT_ONCE,
-    NativeLinear,
-    Rows,
-    Task,
-    Tasks,
-    rotation_structs,
-)
+from anydepth.engine.backends.cpu.backend import KernelBackend
+from anydepth.engine.backends.cpu.linear import ROWS_AT_ONCE, NativeLinear
+from anydepth.engine.backends.cpu.native import MAX_TOKENS, rotation_structs
 from anydepth.engine.backends.cpu.packing import Memory, pack_panels
+from anydepth.engine.backends.cpu.tasks import FFN, MIXER, Rows, Task, Tasks
+from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.kv_cache import LayerKV
-from anydepth.engine.layer import EngineLayer
 from anydepth.engine.rotary import Rotation
 from anydepth.engine.weights import quantise_int4, quantise_int8
 from anydepth.models.llama_like import LayerParts, Norm, Weights
@@ -132,9 +125,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -> None:
     """Two rows with pasts of different lengths; 1500 is cut into parts that several threads take."""
     parts = layer_parts(**VARIANTS[variant])
-    ours = EngineLayer(parts, "float32", torch.float32, ["all"], Memory())
-    plain = EngineLayer(parts, "float32", torch.float32, ["all"])
-    assert ours.native is not None
+    ours = KernelBackend(torch.float32, ["all"]).layer(parts, "float32")
+    plain = TorchBackend(torch.float32).layer(parts, "float32")
     kv = LayerKV(torch.zeros(3, 2 * KV_HEADS, past + 20, HEAD_DIM), HIDDEN)
     kv.states[:, :, : past + 5] = randn(3, 2 * KV_HEADS, past + 5, HEAD_DIM)
     slots, counts = [2, 0], [past, past + 5]
@@ -171,22 +163,21 @@ def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -
 def test_states_wait_until_a_token_of_their_row_runs(num_waiting: int) -> None:
     """Two rows behind 3 tokens each: nobody runs for a while, then a token of the second row does."""
     parts, past = layer_parts(), 3
-    ours = EngineLayer(parts, "float32", torch.float32, ["all"], Memory())
-    plain = EngineLayer(parts, "float32", torch.float32, ["all"])
-    assert ours.native is not None
+    ours = KernelBackend(torch.float32, ["all"]).layer(parts, "float32")
+    plain = TorchBackend(torch.float32).layer(parts, "float32")
     length = past + num_waiting + 1
     kv, table = LayerKV(torch.zeros(2, 2 * KV_HEADS, length, HEAD_DIM), HIDDEN), rotation_table(length)
     hidden = randn(2, num_waiting + 1, HIDDEN)
     for step in range(num_waiting + 1):
         rows = Rows([0, 1], 1, [past + step] * 2, rotation_structs([table]))
         for slot in (0, 1):
-            kv.make_room_to_wait(slot, 1)
+            kv.make_room_to_defer(slot, 1)
         runs = step == num_waiting
-        task = Task(ours.native, kv, MIXER if runs else 0, waits=True, mixed=torch.tensor([1]) if runs else None)
+        task = Task(ours.native, kv, MIXER if runs else 0, defers=True, mixed=torch.tensor([1]) if runs else None)
         output = Tasks([task]).run(rows, hidden[:, step].contiguous())
         assert torch.equal(output[0], hidden[0, step]) and torch.equal(output[1], hidden[1, step]) != runs
-    assert [*kv.num_waiting] == [num_waiting + 1, 0]
-    assert torch.equal(kv.take_waiting(0), hidden[0]) and kv.states[0].count_nonzero() == 0
+    assert [*kv.num_deferred] == [num_waiting + 1, 0]
+    assert torch.equal(kv.take_deferred(0), hidden[0]) and kv.states[0].count_nonzero() == 0
     places = slice(past, length)
     wanted = plain.project_kv(hidden[1], Rotation(table[0][places], table[1][places]))
     torch.testing.assert_close(kv.states[1, :, past:], wanted.transpose(0, 1), rtol=1e-4, atol=1e-5)

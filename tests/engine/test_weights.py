@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from anydepth.engine.backends.torch.linear import linear_of
 from anydepth.engine.model import EngineModel
-from anydepth.engine.weights import Int8Linear, quantise_int4, quantise_int8
+from anydepth.engine.weights import quantise_int4, quantise_int8
 from anydepth.errors import UserError
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import Weights
@@ -48,7 +49,7 @@ def test_int4_is_within_half_a_step() -> None:
 def test_int8_maps_of_torch(num_rows: int) -> None:
     maps = [weights(48, 64), weights(16, 64)]
     x = torch.randn(num_rows, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    linear = Int8Linear(maps)
+    linear = linear_of(maps, "int8")
     wanted = torch.cat([x.float() @ int8_meant(part.weight).T + part.bias.float() for part in maps], dim=1)  # type: ignore[union-attr]
     torch.testing.assert_close(linear(x).float(), wanted, rtol=2e-2, atol=0.15)
     assert linear.num_bytes == 64 * 64 + 64 * 2

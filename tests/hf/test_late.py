@@ -105,7 +105,7 @@ def test_the_engine_waits_with_rows_of_different_depths() -> None:
             assert torch.equal(single[0], hidden[row])
             assert torch.equal(its.stacked()[0][:, 0], record.stacked()[0][:, row])
             assert torch.equal(its.stacked_late()[:, 0], record.stacked_late()[:, row])
-        waited += any(kv.num_waiting[slot] for kv in both.layers for slot in (0, 1))
+        waited += any(kv.num_deferred[slot] for kv in both.layers for slot in (0, 1))
     assert waited >= 4
     method.config = method.config.model_copy(update={"threshold": -1e9})
     engine.model.forward(ids[:, :1], [0, 1], both, Plan.of([method]))

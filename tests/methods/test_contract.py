@@ -413,9 +413,9 @@ def test_fast_engine_is_the_model(
             FastEngine(adapted)
         return
     if how == "long parts by operators":  # the longest part below is then one of many tokens, the others are of few
-        monkeypatch.setattr("anydepth.engine.step.MAX_TOKENS", 16)
+        monkeypatch.setattr("anydepth.engine.backends.cpu.backend.MAX_TOKENS", 16)
     if how == "asked layer by layer":
-        monkeypatch.setattr("anydepth.engine.step.Step._kernel_pass", lambda *_: None)
+        monkeypatch.setattr("anydepth.engine.backends.cpu.backend.KernelBackend.fused", lambda *_: None)
     assert_engine_is_the_model(FastEngine(adapted), adapted)
 
 

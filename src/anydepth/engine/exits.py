@@ -1,25 +1,27 @@
 """Passes with exits whose missing layers are run later (the K/V rule `recompute`).
 
-Between two exits layers run for all tokens of a row that are there, those of earlier passes first; where nobody of a
-row goes on they wait, as states, in the cache of the layer in front of which they stopped.
+Between two exits layers run for all tokens of a row that have arrived, those of earlier passes first. Where no token of
+a row continues, the row's tokens are deferred: their states are stored in the cache of the layer before which they
+exited.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from anydepth.engine.kv_cache import EngineCache
+from anydepth.engine.step import Step
 from anydepth.gating.gate import Gate
 
-if TYPE_CHECKING:
-    from anydepth.engine.model import EngineModel
-    from anydepth.engine.step import Step
+RunLayers = Callable[[Sequence[Tensor], Sequence[int], EngineCache, int, int], list[Tensor]]
+"""`EngineModel.run_layers`."""
 
 
 class ExitPass:
-    """T new tokens each of some rows, some of which leave.
+    """T new tokens each of some rows, some of which exit.
 
     Attributes:
         states: (T, D) by row, of the new tokens.
@@ -27,70 +29,71 @@ class ExitPass:
         running: the rows that have not stopped.
     """
 
-    def __init__(self, model: EngineModel, step: Step, hidden: Tensor) -> None:
-        self.model, self.step = model, step
-        self.num_tokens = step.num_tokens
-        self.states = list(hidden.split(step.num_tokens))
-        self.earlier = [hidden[:0] for _ in step.slots]
-        self.running = list(range(step.num_rows))
+    def __init__(self, step: Step, hidden: Tensor, num_layers: int, run_layers: RunLayers) -> None:
+        self.step, self.new, self.num_layers, self.run_layers = step, step.new, num_layers, run_layers
+        self.states = list(hidden.split(self.new.num_tokens))
+        self.earlier = [hidden[:0] for _ in self.new.sequences]
+        self.running = list(range(self.new.num_rows))
 
     def run(self) -> Tensor:
-        """(B·T, D) states behind the last layer, of tokens that left those that they left with."""
+        """Return (B·T, D) states after the last layer; of tokens that exited, those that they exited with."""
         decisions = self.step.decisions
         output, first, gate = None, 0, None
-        for layer_idx in range(len(self.model.layers)):
+        for layer_idx in range(self.num_layers):
             if not decisions.reads(layer_idx):
                 continue
             self._segment(first, layer_idx, gate)
-            first, came = layer_idx, gate
+            first, arrived = layer_idx, gate
             hidden = torch.stack(self.states)
             gate = decisions.gate("layer", layer_idx, hidden)
             if gate is None:
                 continue
-            output = hidden if output is None or came is None else torch.where(came.keep[..., None], hidden, output)
+            output = (
+                hidden if output is None or arrived is None else torch.where(arrived.keep[..., None], hidden, output)
+            )
             self._stop(layer_idx, gate)
-        self._segment(first, len(self.model.layers), gate)
+        self._segment(first, self.num_layers, gate)
         last = torch.stack(self.states)
         if output is not None and gate is not None:
             last = torch.where(gate.keep[..., None], last, output)
         return last.flatten(0, 1)
 
     def _stop(self, layer_idx: int, gate: Gate) -> None:
-        """Rows of which nobody goes on wait here."""
-        goes_on = gate.keep.any(1).tolist()
-        kv = self.step.cache.layers[layer_idx]
+        """Defer the rows none of whose tokens continues."""
+        continues = gate.keep.any(1).tolist()
+        kv = self.new.cache.layers[layer_idx]
         for row in self.running:
-            if not goes_on[row]:
-                kv.wait(self.step.slots[row], torch.cat([self.earlier[row], self.states[row]]))
-        self.running = [row for row in self.running if goes_on[row]]
+            if not continues[row]:
+                kv.defer(self.new.sequences[row], torch.cat([self.earlier[row], self.states[row]]))
+        self.running = [row for row in self.running if continues[row]]
 
     def _segment(self, first: int, last: int, gate: Gate | None) -> None:
-        """Layers between two exits, for the rows that have not stopped."""
+        """Run the layers between two exits, for the rows that have not stopped."""
         if first == last:
             return
-        cache, slots = self.step.cache, [self.step.slots[row] for row in self.running]
-        kv = cache.layers[first]
+        cache, sequences = self.new.cache, [self.new.sequences[row] for row in self.running]
+        kv, num_tokens = cache.layers[first], self.new.num_tokens
         parts = [
-            torch.cat([kv.take_waiting(slot), self.earlier[row], self.states[row]])
-            for row, slot in zip(self.running, slots, strict=True)
+            torch.cat([kv.take_deferred(sequence), self.earlier[row], self.states[row]])
+            for row, sequence in zip(self.running, sequences, strict=True)
         ]
         if parts:
             try:
-                done = self.model.run_layers(parts, slots, cache, first, last)
+                done = self.run_layers(parts, sequences, cache, first, last)
             except BaseException:
-                for slot, part in zip(slots, parts, strict=True):  # earlier tokens have run what is in front
-                    kv.wait(slot, part[: -self.num_tokens])
+                for sequence, part in zip(sequences, parts, strict=True):  # earlier tokens have run the layers before
+                    kv.defer(sequence, part[:-num_tokens])
                 raise
             for row, part in zip(self.running, done, strict=True):
-                self.earlier[row], self.states[row] = part[: -self.num_tokens], part[-self.num_tokens :]
+                self.earlier[row], self.states[row] = part[:-num_tokens], part[-num_tokens:]
         if gate is not None:
             self._record(first, last, gate)
 
     def _record(self, first: int, last: int, gate: Gate) -> None:
-        record = self.step.record
-        late = torch.zeros(self.step.num_rows, dtype=torch.long, device=gate.keep.device)
+        record = self.new.record
+        late = torch.zeros(self.new.num_rows, dtype=torch.long, device=gate.keep.device)
         for row in self.running:
-            late[row] = len(self.earlier[row]) + self.num_tokens - int(gate.keep[row].sum())
+            late[row] = len(self.earlier[row]) + self.new.num_tokens - int(gate.keep[row].sum())
         for layer_idx in range(first, last):
             record.mixer_keep[layer_idx] = record.ffn_keep[layer_idx] = gate.keep
             record.kv_rules[layer_idx], record.late[layer_idx] = gate.kv_rule, late

@@ -1,133 +1,144 @@
-"""Preallocated K/V: one slot per sequence, every layer with its own count of tokens.
+"""Preallocated K/V of up to a number of sequences; every layer counts its tokens by itself.
 
-Under the KV rule `project` a layer holds every token of a slot, in order; of the latest, where they all skipped, the
-states wait until a token of the slot runs the layer. Under `omit` it holds the tokens that ran, each with its place.
+Under the KV rule `project` a layer has every token of a sequence, in order. The K/V of the latest tokens, where all of
+them skipped the layer, are deferred: their states are stored until a token of the sequence runs the layer. Under `omit`
+a layer has the tokens that ran it, each with its position.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from ctypes import c_int64
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from anydepth.engine.backends.cpu.packing import huge
+from anydepth.engine.huge_pages import huge
+from anydepth.gating.trace import PassRecord
 
 GROWTH = 256
-"""Tokens of room that a cache grows by at least."""
+"""Tokens that the capacity of a cache grows by at least."""
 FIRST_ROOM = 16
-"""For tokens to wait in a layer; doubled when it is full."""
+"""Capacity for deferred tokens of a layer; doubled when it is full."""
 
 
 class Layout:
-    """Where a cache's memory lies: the version changes with every move, and what points there is then void."""
+    """Counts the moves of a cache's memory: pointers into it are valid for one version."""
 
     def __init__(self) -> None:
         self.version = 0
 
 
 class LayerKV:
-    """Keys and values of one layer, `counts` tokens of each slot filled.
+    """Keys and values of one layer, `counts` tokens of each sequence filled.
 
     Args:
-        states: (slots, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
+        states: (sequences, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
         hidden_size: D of the residual stream.
         layout: counts the moves of the memory of its cache.
 
     Attributes:
-        counts: filled tokens per slot.
-        waiting: (slots, room, D) states in front of the layer of the tokens behind those, whose K/V nobody needed yet.
-        num_waiting: how many per slot; the kernels count here as well.
-        places: per slot, the positions of its K/V in order, where some tokens left none; None where none is missing.
+        counts: tokens with K/V, by sequence.
+        deferred: (sequences, room, D) inputs to the layer of the tokens after those, whose K/V are deferred.
+        num_deferred: their number by sequence, int64; the kernels change it as well.
+        positions: by sequence, those of its K/V in order where some tokens left none; None where there are no gaps.
     """
 
     def __init__(self, states: Tensor, hidden_size: int, layout: Layout | None = None) -> None:
         self.states, self.layout = states, layout or Layout()
-        num_slots = len(states)
-        self.counts = [0] * num_slots
-        self.waiting = states.new_empty(num_slots, 0, hidden_size)
-        self.room = 0
-        self.num_waiting = (c_int64 * num_slots)()
-        self.places: list[list[int] | None] = [None] * num_slots
+        num_sequences = len(states)
+        self.counts = [0] * num_sequences
+        self.deferred = states.new_empty(num_sequences, 0, hidden_size)
+        self.deferred_capacity = 0
+        self.num_deferred = array("q", [0] * num_sequences)
+        self.positions: list[list[int] | None] = [None] * num_sequences
 
-    def is_whole(self, slot: int, length: int) -> bool:
-        """Whether a slot's first `length` tokens, and no others, left K/V here."""
-        return self.counts[slot] == length and self.places[slot] is None
+    def is_contiguous(self, sequence: int, length: int) -> bool:
+        """Return whether the first `length` tokens of a sequence, and no others, have K/V here."""
+        return self.counts[sequence] == length and self.positions[sequence] is None
 
-    def holds_all(self, slot: int, length: int) -> bool:
-        """Whether a slot's first `length` tokens, and no others, left K/V here or wait."""
-        return self.counts[slot] + self.num_waiting[slot] == length and self.places[slot] is None
+    def holds_all(self, sequence: int, length: int) -> bool:
+        """Return whether the first `length` tokens of a sequence, and no others, have K/V here or are deferred."""
+        return self.counts[sequence] + self.num_deferred[sequence] == length and self.positions[sequence] is None
 
-    def make_room_to_wait(self, slot: int, num_tokens: int) -> None:
-        """For so many more tokens of a slot."""
-        wanted = self.num_waiting[slot] + num_tokens
-        if wanted > self.room:
-            before, self.room = self.waiting, max(wanted, 2 * self.room, FIRST_ROOM)
-            self.waiting = before.new_empty(before.shape[0], self.room, before.shape[2])
-            self.waiting[:, : before.shape[1]] = before
+    def make_room_to_defer(self, sequence: int, num_tokens: int) -> None:
+        """Make room for so many more deferred tokens of a sequence."""
+        wanted = self.num_deferred[sequence] + num_tokens
+        if wanted > self.deferred_capacity:
+            before, self.deferred_capacity = self.deferred, max(wanted, 2 * self.deferred_capacity, FIRST_ROOM)
+            self.deferred = before.new_empty(before.shape[0], self.deferred_capacity, before.shape[2])
+            self.deferred[:, : before.shape[1]] = before
             self.layout.version += 1
 
-    def wait(self, slot: int, states: Tensor) -> None:
-        """Put (N, D) states of the slot's next tokens to those that wait."""
-        self.make_room_to_wait(slot, len(states))
-        count = self.num_waiting[slot]
-        self.waiting[slot, count : count + len(states)] = states
-        self.num_waiting[slot] = count + len(states)
+    def defer(self, sequence: int, states: Tensor) -> None:
+        """Defer the K/V of a sequence's next tokens, with these (N, D) states."""
+        self.make_room_to_defer(sequence, len(states))
+        count = self.num_deferred[sequence]
+        self.deferred[sequence, count : count + len(states)] = states
+        self.num_deferred[sequence] = count + len(states)
 
-    def take_waiting(self, slot: int) -> Tensor:
-        """(N, D) all states that wait, in order; none does afterwards."""
-        states = self.waiting[slot, : self.num_waiting[slot]]
-        self.num_waiting[slot] = 0
+    def take_deferred(self, sequence: int) -> Tensor:
+        """Return the (N, D) states of all deferred tokens, in order, and forget them."""
+        states = self.deferred[sequence, : self.num_deferred[sequence]]
+        self.num_deferred[sequence] = 0
         return states
 
-    def append(self, slot: int, new: Tensor, places: Sequence[int] | None = None) -> None:
+    def append(self, sequence: int, new: Tensor, positions: Sequence[int] | None = None) -> None:
         """Add (N, 2 · heads, head_dim) keys and values of the tokens at N positions; None: the next N, no gaps."""
-        start = self.counts[slot]
-        self.states[slot, :, start : start + len(new)] = new.transpose(0, 1)
-        self.extend(slot, len(new), places)
+        start = self.counts[sequence]
+        self.states[sequence, :, start : start + len(new)] = new.transpose(0, 1)
+        self.extend(sequence, len(new), positions)
 
-    def extend(self, slot: int, num_tokens: int, places: Sequence[int] | None = None) -> None:
-        """Count tokens whose states are written already."""
-        if places is not None:
-            before = self.places[slot]
+    def extend(self, sequence: int, num_tokens: int, positions: Sequence[int] | None = None) -> None:
+        """Count tokens whose K/V are written already."""
+        if positions is not None:
+            before = self.positions[sequence]
             if before is None:
-                before = self.places[slot] = list(range(self.counts[slot]))
-            before.extend(places)
-        self.counts[slot] += num_tokens
+                before = self.positions[sequence] = list(range(self.counts[sequence]))
+            before.extend(positions)
+        self.counts[sequence] += num_tokens
 
-    def append_rows(self, slots: Sequence[int], index: Tensor, new: Tensor, places: Tensor) -> None:
-        """Add (B, T, 2 · heads, head_dim) at the next `places` (B, T) of several slots without holes.
+    def append_rows(self, sequences: Sequence[int], index: Tensor, new: Tensor, positions: Tensor) -> None:
+        """Add (B, T, 2 · heads, head_dim) at the next positions (B, T) of several sequences without gaps.
 
         Args:
-            index: (B,) the slots, on the device.
+            index: (B,) the sequences, on the device.
         """
-        self.states[index[:, None], :, places] = new
-        for slot in slots:
-            self.counts[slot] += new.shape[1]
+        self.states[index[:, None], :, positions] = new
+        for sequence in sequences:
+            self.counts[sequence] += new.shape[1]
 
-    def rewind(self, slot: int, length: int) -> None:
-        self.num_waiting[slot] = max(min(self.num_waiting[slot], length - self.counts[slot]), 0)
-        places = self.places[slot]
-        if places is None:
-            self.counts[slot] = min(self.counts[slot], length)
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget the tokens of a sequence from position `length` on."""
+        self.num_deferred[sequence] = max(min(self.num_deferred[sequence], length - self.counts[sequence]), 0)
+        positions = self.positions[sequence]
+        if positions is None:
+            self.counts[sequence] = min(self.counts[sequence], length)
         else:
-            count = self.counts[slot] = bisect_left(places, length)
-            is_whole = count == 0 or places[count - 1] == count - 1
-            self.places[slot] = None if is_whole else places[:count]
+            count = self.counts[sequence] = bisect_left(positions, length)
+            is_contiguous = count == 0 or positions[count - 1] == count - 1
+            self.positions[sequence] = None if is_contiguous else positions[:count]
 
-    def clear(self, slot: int) -> None:
-        self.counts[slot], self.num_waiting[slot], self.places[slot] = 0, 0, None
+    def clear(self, sequence: int) -> None:
+        """Forget a sequence."""
+        self.counts[sequence], self.num_deferred[sequence], self.positions[sequence] = 0, 0, None
 
 
 class EngineCache:
-    """All layers' K/V for up to `num_slots` sequences, growing with the longest, up to `max_length` tokens each."""
+    """K/V of all layers for up to `num_sequences` sequences; grows with the longest, up to `max_length` tokens each.
+
+    Attributes:
+        lengths: tokens by sequence.
+        free: sequences that are not in use.
+    """
 
     def __init__(
         self,
         num_layers: int,
-        num_slots: int,
+        num_sequences: int,
         num_heads: int,
         head_dim: int,
         hidden_size: int,
@@ -136,30 +147,31 @@ class EngineCache:
     ) -> None:
         self.max_length = max_length
         self.capacity = GROWTH if max_length is None else min(GROWTH, max_length)
-        self.lengths = [0] * num_slots
-        self.free = list(range(num_slots))
+        self.lengths = [0] * num_sequences
+        self.free = list(range(num_sequences))
         # One block, so that it is large enough for huge pages. Zeros: what a mask hides must still be finite.
-        self.states = _zeros((num_layers, num_slots, 2 * num_heads, self.capacity, head_dim), like)
+        self.states = _zeros((num_layers, num_sequences, 2 * num_heads, self.capacity, head_dim), like)
         self.layout = Layout()
         self.layers = [LayerKV(states, hidden_size, self.layout) for states in self.states]
         self.method_memory: dict[str, Tensor] = {}
 
     def take_slot(self) -> int:
-        """An empty slot; the lowest that is free."""
-        assert self.free, "every slot is taken"
-        slot = min(self.free)
-        self.free.remove(slot)
-        return slot
+        """Return an empty sequence: the lowest number that is free."""
+        assert self.free, "every sequence is in use"
+        sequence = min(self.free)
+        self.free.remove(sequence)
+        return sequence
 
-    def release(self, slot: int) -> None:
+    def release(self, sequence: int) -> None:
+        """Forget a sequence, whose number is then free."""
         for layer in self.layers:
-            layer.clear(slot)
-        self.lengths[slot] = 0
-        self.free.append(slot)
+            layer.clear(sequence)
+        self.lengths[sequence] = 0
+        self.free.append(sequence)
 
     def make_room(self, length: int) -> None:
-        """Room for sequences of `length` tokens."""
-        assert self.max_length is None or length <= self.max_length, "longer than a slot may grow"
+        """Make room for sequences of `length` tokens."""
+        assert self.max_length is None or length <= self.max_length, "longer than a sequence may grow"
         if length > self.capacity:
             wanted = max(length, self.capacity * 3 // 2, self.capacity + GROWTH)
             self.capacity = wanted if self.max_length is None else min(wanted, self.max_length)
@@ -170,11 +182,11 @@ class EngineCache:
             for layer, states in zip(self.layers, self.states, strict=True):
                 layer.states = states
 
-    def rewind(self, slot: int, length: int) -> None:
-        """Forget the tokens of a slot from place `length` on."""
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget the tokens of a sequence from position `length` on."""
         for layer in self.layers:
-            layer.rewind(slot, length)
-        self.lengths[slot] = min(self.lengths[slot], length)
+            layer.rewind(sequence, length)
+        self.lengths[sequence] = min(self.lengths[sequence], length)
 
     @property
     def num_bytes(self) -> int:
@@ -183,6 +195,32 @@ class EngineCache:
             sum(layer.counts) * layer.states.shape[1] * layer.states.shape[3] * layer.states.element_size()
             for layer in self.layers
         )
+
+
+class NewTokens:
+    """T new tokens of each of B sequences, over their cache: what one pass runs.
+
+    Args:
+        num_tokens: T.
+        sequences: their numbers in the cache, one per row.
+        seen: tokens of each before the new ones.
+    """
+
+    def __init__(self, num_tokens: int, sequences: Sequence[int], seen: Sequence[int], cache: EngineCache) -> None:
+        self.num_tokens, self.sequences, self.seen, self.cache = num_tokens, list(sequences), list(seen), cache
+        self.num_rows = len(self.sequences)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(B, T) positions of the tokens in their sequences."""
+        device = self.cache.states.device
+        return torch.arange(self.num_tokens, device=device) + torch.tensor(self.seen, device=device)[:, None]
+
+    @cached_property
+    def record(self) -> PassRecord:
+        """Which tokens ran what, as it is decided."""
+        mask = torch.ones(self.num_rows, self.num_tokens, dtype=torch.bool, device=self.cache.states.device)
+        return PassRecord(mask, self.seen[0], cached=True, num_layers=len(self.cache.layers))
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.engine.backends.cpu.native import why_not
-from anydepth.engine.backends.cpu.networks import NativeNetworks
-from anydepth.engine.backends.cpu.packing import Memory
+from anydepth.engine.backends.choice import choose_backend
+from anydepth.engine.backends.torch.backend import FusedRun
+from anydepth.engine.backends.torch.head import Head
+from anydepth.engine.backends.torch.layer import EngineLayer
+from anydepth.engine.backends.torch.linear import Linear
 from anydepth.engine.exits import ExitPass
-from anydepth.engine.head import Head
-from anydepth.engine.kv_cache import EngineCache
-from anydepth.engine.layer import EngineLayer
+from anydepth.engine.kv_cache import EngineCache, NewTokens
 from anydepth.engine.rotary import Rotations
 from anydepth.engine.step import Step
 from anydepth.engine.weights import WEIGHT_ONLY, WEIGHTS
@@ -22,7 +23,15 @@ from anydepth.errors import UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import Norm, Weights, final_norm, head_weights, logits_softcap, read_layers
+from anydepth.models.llama_like import (
+    LayerParts,
+    Norm,
+    Weights,
+    final_norm,
+    head_weights,
+    logits_softcap,
+    read_layers,
+)
 from anydepth.models.load import dtype_name
 
 
@@ -32,8 +41,11 @@ class EngineModel:
     Args:
         backbone: of a model whose family is in `llama_like.FAMILIES`.
         weights: one of `engine.weights.WEIGHTS`; None is the model's own precision.
-        native: use the compiled kernels where they can be had (`why_not_native` says why not).
+        native: use the compiled kernels where they are available (`why_not_native` says why not).
         compiled: use `torch.compile` in their place.
+
+    Attributes:
+        backend: what it computes with.
 
     Raises:
         UserError: a family or a layer that the engine does not run.
@@ -53,158 +65,177 @@ class EngineModel:
             )
         if self.weights not in (own, *WEIGHT_ONLY):
             raise UserError(f"the model is {own}; load it with dtype {self.weights} to run {self.weights} weights")
-        self.backbone = backbone
-        self.dtype = backbone.model.dtype
-        self.device = backbone.device
         if compiled and self.weights in WEIGHT_ONLY:
             raise UserError(f"torch.compile is for dense weights, not {self.weights}; leave one of the two out")
-        self.why_not_native = (
-            "switched off"
-            if compiled or not native
-            else why_not(self.dtype, self.device, max(part.head_dim for part in parts))
-        )
-        if self.weights == "int4" and self.why_not_native:
-            raise UserError(f"int4 weights need the compiled kernels, and {self.why_not_native}; or use int8")
-        self.memory = memory = None if self.why_not_native else Memory()
+        self.backbone, self.dtype, self.device = backbone, backbone.model.dtype, backbone.device
         kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
-        self.rotations = Rotations(backbone, kinds, self._like)
-        self.layers = [EngineLayer(part, self.weights, self.dtype, kinds, memory, compiled=compiled) for part in parts]
-        self.networks = None if memory is None else NativeNetworks(memory)
+        self.backend = choose_backend(
+            parts, self.weights, self.dtype, self.device, kinds, native=native, compiled=compiled
+        )
+        self.rotations = Rotations(backbone, kinds, self._like, self.backend.rotary_tables)
+        self.layers = [self.layer_of(part, self.weights) for part in parts]
         self.head = self.head_of(final_norm(backbone), self.weights)
         self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
         self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
 
+    @property
+    def why_not_native(self) -> str | None:
+        """Why the compiled kernels do not run it; None if they do."""
+        return self.backend.why_not_native
+
+    def layer_of(self, parts: LayerParts, weights: str) -> EngineLayer:
+        """Return a layer on this model's backend, with rotary embeddings of its kinds."""
+        return self.backend.layer(parts, weights)
+
+    def linear_of(self, part: Weights, weights: str) -> Linear:
+        """Return a linear layer on this model's backend."""
+        return self.backend.linear([part], weights)
+
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
-        """The model's head behind a norm; of some tokens (V',) where a vocabulary is given."""
+        """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""
         rows = head_weights(self.backbone)
         if vocabulary is not None:
             rows = Weights(rows.weight[vocabulary], None if rows.bias is None else rows.bias[vocabulary])
-        return Head(rows, norm, weights, self.dtype, self.memory, logits_softcap(self.backbone))
+        return self.backend.head(rows, norm, weights, logits_softcap(self.backbone))
 
     def exit_head(self, vocabulary: Tensor | None) -> Head:
-        """Of states of any depth; of a vocabulary (V',) alone, whose rows are packed once."""
+        """Return the head for states of any depth; that of a vocabulary (V',) is packed once."""
         if vocabulary is None:
             return self.head
         known = self.exit_heads.get(id(vocabulary))
-        if known is None:  # with the vocabulary itself, so that its id stays its own
+        if known is None:  # stored with the vocabulary, so that no other tensor gets its id
             known = vocabulary, self.head_of(final_norm(self.backbone), self.weights, vocabulary)
             self.exit_heads[id(vocabulary)] = known
         return known[1]
 
     def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """(..., V) of states of any depth."""
+        """Return (..., V) logits of states of any depth."""
         return self.exit_head(vocabulary)(states)
 
     @property
     def _like(self) -> Tensor:
-        """Of the activations' type, where they lie."""
+        """An empty tensor of the activations' type and device."""
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
-    def new_cache(self, num_slots: int, max_length: int | None = None, *, num_layers: int | None = None) -> EngineCache:
-        """An empty cache for `num_slots` sequences of up to `max_length` tokens; None: as long as memory allows.
+    def new_cache(
+        self, num_sequences: int, max_length: int | None = None, *, num_layers: int | None = None
+    ) -> EngineCache:
+        """Return an empty cache for sequences of up to `max_length` tokens; None: as long as memory allows.
 
         Args:
             num_layers: of layers like the model's; None is all of them.
         """
-        first, hidden_size = self.layers[0], self.backbone.hidden_size
+        layer, hidden_size = self.layers[0], self.backbone.hidden_size
         return EngineCache(
             num_layers or len(self.layers),
-            num_slots,
-            first.num_kv_heads,
-            first.head_dim,
+            num_sequences,
+            layer.num_kv_heads,
+            layer.head_dim,
             hidden_size,
             self._like,
             max_length,
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) of (..., D) states behind the last layer."""
+        """Return the (..., V) logits of (..., D) states after the last layer."""
         return self.head(hidden)
 
     @torch.no_grad()
     def forward(
-        self, token_ids: Tensor, slots: Sequence[int], cache: EngineCache, plan: Plan = FULL_DEPTH
+        self, token_ids: Tensor, sequences: Sequence[int], cache: EngineCache, plan: Plan = FULL_DEPTH
     ) -> tuple[Tensor, PassRecord]:
-        """States (B, T, D) behind the last layer for (B, T) new tokens of the sequences in `slots`, and what ran."""
+        """Run (B, T) new tokens of some sequences: states (B, T, D) after the last layer, and what ran."""
         num_tokens = token_ids.shape[1]
-        step = self._step(num_tokens, slots, [cache.lengths[slot] for slot in slots], cache, plan)
+        new = self._new_tokens(num_tokens, sequences, [cache.lengths[sequence] for sequence in sequences], cache)
         hidden = self.embedding(token_ids).flatten(0, 1)
         try:
             if plan.recomputes:
-                hidden = ExitPass(self, step, hidden).run()
+                step = Step(new, plan, self.backend, self.rotations, self.exit_head)
+                hidden, record = ExitPass(step, hidden, len(self.layers), self.run_layers).run(), new.record
             else:
-                (hidden,) = step.through(self.layers, hidden)
+                (hidden,), record = self._run(self.layers, hidden, new, plan)
         except BaseException:
-            for slot in slots:  # layers that have run are not ahead of the others
-                cache.rewind(slot, cache.lengths[slot])
+            for sequence in sequences:  # layers that have run are not ahead of the others
+                cache.rewind(sequence, cache.lengths[sequence])
             raise
-        for slot in slots:
-            cache.lengths[slot] += num_tokens
-        return hidden.view(*token_ids.shape, -1), step.record
+        for sequence in sequences:
+            cache.lengths[sequence] += num_tokens
+        return hidden.view(*token_ids.shape, -1), record
 
     @torch.no_grad()
     def run_layers(
-        self, states: Sequence[Tensor], slots: Sequence[int], cache: EngineCache, first: int, last: int
+        self, states: Sequence[Tensor], sequences: Sequence[int], cache: EngineCache, first: int, last: int
     ) -> list[Tensor]:
-        """Layers `first` to `last` − 1 at full depth: the states behind them, see `run_to_stops`."""
-        return self.run_to_stops(states, slots, cache, first, [last])[-1]
+        """Run layers `first` to `last` − 1 at full depth: the states after them, see `run_to_stops`."""
+        return self.run_to_stops(states, sequences, cache, first, [last])[-1]
 
     @torch.no_grad()
     def run_to_stops(
-        self, states: Sequence[Tensor], slots: Sequence[int], cache: EngineCache, first: int, stops: Sequence[int]
+        self,
+        states: Sequence[Tensor],
+        sequences: Sequence[int],
+        cache: EngineCache,
+        first: int,
+        stops: Sequence[int],
+        layers: Sequence[EngineLayer] | None = None,
     ) -> list[list[Tensor]]:
-        """Layers from `first` on at full depth, for the next tokens of each slot that they have not seen.
+        """Run layers from `first` on at full depth, for the next tokens of each sequence that they have not seen.
 
         Args:
-            states: (N, D) by slot, of as many tokens as each has.
+            states: (N, D) by sequence, of as many tokens as each has.
             stops: layers, counted from 1, in order; the last of them is the last that runs.
+            layers: those of the cache, where they are not the model's own.
 
         Returns:
-            By stop, the states behind that layer; their K/V are in the cache, whose `lengths` stay.
+            By stop, the states after that layer; their K/V are in the cache, whose `lengths` stay.
         """
-        return run_to_stops(self.layers[first : stops[-1]], states, slots, cache, first, stops, self.rotations)
+        layers = (self.layers if layers is None else layers)[first : stops[-1]]
+        caches, counts = cache.layers[first : stops[-1]], [len(part) for part in states]
+        seen, longest = [caches[0].counts[sequence] for sequence in sequences], max(counts)
+        new = self._new_tokens(longest, sequences, seen, cache)
+        # After a row's tokens comes padding, which no token sees and later tokens overwrite.
+        padded = [part if len(part) == longest else F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
+        hidden = padded[0] if len(padded) == 1 else torch.cat(padded)
 
-    def _step(self, num_tokens: int, slots: Sequence[int], seen: Sequence[int], cache: EngineCache, plan: Plan) -> Step:
-        """One of `num_tokens` in each row behind those `seen`, with room for them."""
-        make_room(max(seen) + num_tokens, cache, self.rotations)
-        return Step(num_tokens, slots, seen, cache, plan, self.rotations, self.networks, self.exit_head)
+        def forget_beyond(counts: Sequence[int]) -> None:
+            for kv in caches:
+                for sequence, before, count in zip(sequences, seen, counts, strict=True):
+                    kv.rewind(sequence, before + count)
 
+        try:
+            found = [part.split(longest) for part in self._run(layers, hidden, new, FULL_DEPTH, first, stops[:-1])[0]]
+        except BaseException:
+            forget_beyond([0] * len(sequences))
+            raise
+        if min(counts) == longest:
+            return [list(parts) for parts in found]
+        forget_beyond(counts)
+        return [[part[:count] for part, count in zip(parts, counts, strict=True)] for parts in found]
 
-def make_room(length: int, cache: EngineCache, rotations: Rotations) -> None:
-    """For sequences of so many tokens."""
-    cache.make_room(length)
-    rotations.make_room(length)
+    def _new_tokens(
+        self, num_tokens: int, sequences: Sequence[int], seen: Sequence[int], cache: EngineCache
+    ) -> NewTokens:
+        """Return the next tokens of each sequence, with room for them."""
+        length = max(seen) + num_tokens
+        cache.make_room(length)
+        self.rotations.make_room(length)
+        return NewTokens(num_tokens, sequences, seen, cache)
 
+    def _run(
+        self,
+        layers: Sequence[EngineLayer],
+        hidden: Tensor,
+        new: NewTokens,
+        plan: Plan,
+        first: int = 0,
+        stops: Sequence[int] = (),
+    ) -> FusedRun:
+        """Run layers in one call of the backend, or else one by one: states at the stops and the end, and what ran."""
 
-def run_to_stops(
-    layers: Sequence[EngineLayer],
-    states: Sequence[Tensor],
-    slots: Sequence[int],
-    cache: EngineCache,
-    first: int,
-    stops: Sequence[int],
-    rotations: Rotations,
-) -> list[list[Tensor]]:
-    """`EngineModel.run_to_stops` of any layers, which are those from `first` on of a cache."""
-    caches, num_tokens = cache.layers[first : first + len(layers)], [len(part) for part in states]
-    seen, longest = [caches[0].counts[slot] for slot in slots], max(num_tokens)
-    make_room(max(seen) + longest, cache, rotations)
-    step = Step(longest, slots, seen, cache, FULL_DEPTH, rotations, None)
-    # Behind a row's tokens stands what nobody sees, and is overwritten.
-    padded = [part if len(part) == longest else F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
-    hidden = padded[0] if len(padded) == 1 else torch.cat(padded)
+        @cache
+        def step() -> Step:  # not made where one call runs everything
+            return Step(new, plan, self.backend, self.rotations, self.exit_head)
 
-    def forget_beyond(counts: Sequence[int]) -> None:
-        for kv in caches:
-            for slot, before, count in zip(slots, seen, counts, strict=True):
-                kv.rewind(slot, before + count)
-
-    try:
-        found = [part.split(longest) for part in step.through(layers, hidden, first, stops[:-1])]
-    except BaseException:
-        forget_beyond([0] * len(slots))
-        raise
-    if min(num_tokens) == longest:
-        return [list(parts) for parts in found]
-    forget_beyond(num_tokens)
-    return [[part[:count] for part, count in zip(parts, num_tokens, strict=True)] for parts in found]
+        tables, exit_head = self.rotations, self.exit_head
+        fused = self.backend.fused(layers, hidden, new, plan, tables, exit_head, lambda: step().context, first, stops)
+        return (step().run(layers, hidden, first, stops), new.record) if fused is None else fused

@@ -1,15 +1,14 @@
-"""Rotations of queries and keys by their places: one table for each kind that the model has."""
+"""Rotary embeddings (RoPE) of queries and keys: one table for each kind that the model has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anydepth.engine.backends.cpu.native import rotation_structs
 from anydepth.engine.kv_cache import GROWTH
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import rotations
@@ -22,6 +21,7 @@ class Rotation:
         self.cos, self.sin = cos, sin
 
     def take(self, index: Tensor) -> Rotation:
+        """Return the rotation of some of the tokens."""
         return Rotation(self.cos[index], self.sin[index])
 
     @cached_property
@@ -30,37 +30,47 @@ class Rotation:
         half = self.sin.shape[-1] // 2
         return self.cos[:, None], torch.cat([-self.sin[:, :half], self.sin[:, half:]], dim=-1)[:, None]
 
-    def turn(self, heads: Tensor) -> None:
+    def rotate(self, heads: Tensor) -> None:
         """Rotate (N, H, head_dim) in place; only the first R of each head where the model rotates a part."""
         (cos, sin), size = self.factors, self.cos.shape[-1]
-        turned = heads if size == heads.shape[-1] else heads[..., :size]
-        swapped = turned.roll(size // 2, dims=-1)
-        turned.mul_(cos).addcmul_(swapped, sin)
+        rotated = heads if size == heads.shape[-1] else heads[..., :size]
+        swapped = rotated.roll(size // 2, dims=-1)
+        rotated.mul_(cos).addcmul_(swapped, sin)
 
 
 class Rotations:
-    """Tables of all kinds of rotation, by the model itself, that grow with the longest sequence.
+    """Tables of cosines and sines by kind, computed by the model itself, that grow with the longest sequence.
 
     Args:
-        kinds: by number, as the kernels name them.
-        like: a tensor of the activations' type, where they lie.
+        kinds: the kinds of the model; kernels name them by their index.
+        like: a tensor of the activations' type and device.
+        compile_tables: what a backend makes of the tables (positions, R).
+
+    Attributes:
+        compiled: its result, for the tables of now.
     """
 
-    def __init__(self, backbone: Backbone, kinds: Sequence[str], like: Tensor) -> None:
-        self.backbone, self.kinds, self.like = backbone, list(kinds), like
-        self.num_places = 0
+    def __init__(
+        self,
+        backbone: Backbone,
+        kinds: Sequence[str],
+        like: Tensor,
+        compile_tables: Callable[[Sequence[tuple[Tensor, Tensor]]], Any],
+    ) -> None:
+        self.backbone, self.kinds, self.like, self.compile_tables = backbone, list(kinds), like, compile_tables
+        self.num_positions = 0
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
-        self.structs: Any = None
+        self.compiled: Any = None
 
     def make_room(self, length: int) -> None:
-        """Tables for the places up to `length`."""
-        if length > self.num_places:
-            self.num_places = length + GROWTH
-            tables = rotations(self.backbone, self.num_places, self.kinds, self.like)
+        """Extend the tables to all positions below `length`."""
+        if length > self.num_positions:
+            self.num_positions = length + GROWTH
+            tables = rotations(self.backbone, self.num_positions, self.kinds, self.like)
             self.tables = {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
-            self.structs = rotation_structs([self.tables[kind] for kind in self.kinds])
+            self.compiled = self.compile_tables([self.tables[kind] for kind in self.kinds])
 
-    def at(self, kind: str, places: Tensor | slice) -> Rotation:
-        """Of a kind, for tokens at these places."""
+    def at(self, kind: str, positions: Tensor | slice) -> Rotation:
+        """Return the rotation of a kind for tokens at these positions."""
         cos, sin = self.tables[kind]
-        return Rotation(cos[places], sin[places])
+        return Rotation(cos[positions], sin[positions])

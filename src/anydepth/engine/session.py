@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anydepth.engine.backends.cpu.native import MAX_TOKENS, same_bits_until
 from anydepth.engine.model import EngineModel
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord
@@ -30,7 +29,7 @@ class FastSession:
         self, model: EngineModel, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()
     ) -> None:
         self.model, self.num_sequences, self.max_length = model, num_sequences, max_length
-        self.max_tokens = MAX_TOKENS if model.why_not_native is None else None
+        self.max_tokens = model.backend.max_tokens
         self.cache = model.new_cache(num_sequences, max_length)
         self.captures = list(captures)
         self.stops = sorted({*captures, len(model.layers)})
@@ -143,10 +142,9 @@ class FastSession:
 
     def draft_limit(self, sequence: int) -> int | None:
         """Return how many tokens may be drafted for the bits of a plain step; None: any number."""
-        if self.max_tokens is None:
-            return None
         length = self.committed[sequence] + 1
-        return same_bits_until(length, self.model.layers[0].num_kv_heads) - length
+        until = self.model.backend.same_bits_until(length, self.model.layers[0].num_kv_heads)
+        return None if until is None else until - length
 
     def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
         """Return (N, V) logits after the last N committed tokens by a pruned plan; their K/V stay."""

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
-from anydepth.engine.backends.cpu.native import NativeLinear
-from anydepth.engine.backends.cpu.packing import pack_panels
 from anydepth.engine.kv_cache import EngineCache
-from anydepth.engine.layer import EngineLayer
-from anydepth.engine.model import EngineModel, run_to_stops
-from anydepth.engine.weights import INT4_GROUP, Linear
+from anydepth.engine.model import EngineModel
+from anydepth.engine.weights import INT4_GROUP
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
 from anydepth.speculation.draft_network import DraftNetwork
 from anydepth.speculation.drafters import Choose, Drafter, Proposal, proposals
@@ -52,21 +49,17 @@ class TrainedDrafter(Drafter):
         reads, joins = network.read.weight.detach(), network.join.weight.detach()
         both = torch.cat([joins[:, : len(reads)] @ reads, joins[:, len(reads) :]], dim=1)  # one linear layer of the two
         network = copy.deepcopy(network).to(model.dtype)
-        few_bits = model.memory is not None and model.dtype == torch.bfloat16
+        few_bits = model.why_not_native is None and model.dtype == torch.bfloat16
         kind = "int8" if few_bits else model.weights
         parts = layer_parts(network.view(model.backbone))
         widths = [part.shape[1] for part in network.layer.parameters() if part.dim() == 2]
         # Reads half as much, and drafts as well.
         layer_kind = "int4" if few_bits and not any(width % INT4_GROUP for width in widths) else kind
-        self.layer = EngineLayer(parts, layer_kind, model.dtype, model.rotations.kinds, model.memory)
-        self.read, self.join = (self._linear(part.to(model.dtype), kind) for part in (both, joins))
+        self.layer = model.layer_of(parts, layer_kind)
+        self.read, self.join = (
+            model.linear_of(Weights(part.detach().to(model.dtype), None), kind) for part in (both, joins)
+        )
         self.head = model.head_of(norm_of(network.norm), kind, network.vocabulary)
-
-    def _linear(self, weight: Tensor, kind: str) -> Linear:
-        dense = Weights(weight.detach(), None)
-        if self.model.memory is None:
-            return Linear([dense])
-        return NativeLinear([pack_panels(dense, kind, self.model.memory)], self.model.dtype, self.model.memory)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
         """Return the token after `request.last` for each request."""
@@ -99,7 +92,7 @@ class TrainedDrafter(Drafter):
         joined = (self.join if requests[0].draft else self.read)(both)
         parts = list(joined.split([len(part) for part in inputs]))
         sequences = [request.kv for request in requests]
-        (parts,) = run_to_stops([self.layer], parts, sequences, cache, 0, [1], self.model.rotations)
+        (parts,) = self.model.run_to_stops(parts, sequences, cache, 0, [1], [self.layer])
         for request, part in zip(requests, parts, strict=True):
             reading = self._reading(request)
             reading.feature = part[-1:]

@@ -1,1 +1,1 @@
-"""What the engine computes with: one folder for each kind of device."""
+"""What the engine computes with, one folder per backend; `choice.py` chooses one for a model."""

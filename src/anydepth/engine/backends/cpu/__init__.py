@@ -1,1 +1,1 @@
-"""The compiled kernels, and all that calls them: the only place with ctypes."""
+"""The compiled kernels and their callers: the only place with ctypes."""

@@ -1,4 +1,4 @@
-"""Networks of gates through the kernels: one call where PyTorch needs a dozen, which a decoding step would feel."""
+"""Gate networks by the kernels: one call where PyTorch needs a dozen, which would cost a decoding step."""
 
 from __future__ import annotations
 
@@ -15,33 +15,51 @@ from anydepth.engine.backends.cpu.packing import Memory
 from anydepth.gating.gate_network import GateNetwork
 
 
-class _Dense(Structure):
+class DenseStruct(Structure):
+    """`Dense` of network.h."""
+
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("cols", c_int64)]
 
+    @classmethod
+    def of(cls, linear: nn.Linear) -> DenseStruct:
+        """Return the struct of a linear layer, which must outlive it."""
+        bias = None if linear.bias is None else linear.bias.data_ptr()
+        return cls(linear.weight.data_ptr(), bias, linear.out_features, linear.in_features)
 
-class _Network(Structure):
+
+class NetworkStruct(Structure):
+    """`Network` of network.h.
+
+    Attributes:
+        weight_at: `weight_address` of the network that it was made of.
+        points_to: what must outlive it.
+    """
+
+    weight_at: int
+    points_to: Any
+
     _fields_ = [
         *((name, c_void_p) for name in ("norm_weight", "norm_bias", "mlp")),
         ("mlp_size", c_int64),
-        ("direct", _Dense),
+        ("direct", DenseStruct),
         ("eps", c_float),
     ]
 
 
 class NativeNetworks:
-    """Evaluates gate networks where they lie: weights that change later are seen."""
+    """Evaluates gate networks on the weights that they have now: later changes are seen."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.known: WeakKeyDictionary[GateNetwork, tuple[int, _Network]] = WeakKeyDictionary()
-        for number, struct in ((6, _Dense), (7, _Network)):
+        self.structs: WeakKeyDictionary[GateNetwork, NetworkStruct] = WeakKeyDictionary()
+        for number, struct in ((6, DenseStruct), (7, NetworkStruct)):
             assert library().anydepth_sizes(number) == ctypes.sizeof(struct), struct
         memory.reserve(2 * MAX_TOKENS * MAX_WIDTH)
 
     def evaluate(self, network: GateNetwork, states: Tensor) -> Tensor:
-        """(..., G) logits of (..., D) states."""
+        """Return the (..., G) logits of (..., D) states."""
         num_tokens = states.numel() // states.shape[-1]
-        struct = self._struct(network)
+        struct = self.struct(network)
         if num_tokens > MAX_TOKENS or struct is None or not states.is_contiguous():
             return network(states)
         logits = torch.empty(*states.shape[:-1], network.direct.out_features)
@@ -55,38 +73,31 @@ class NativeNetworks:
         )
         return logits
 
-    def address(self, network: GateNetwork) -> int | None:
-        """For the kernels; None if it is not for them."""
-        struct = self._struct(network)
-        return None if struct is None else addressof(struct)
-
-    def _struct(self, network: GateNetwork) -> _Network | None:
-        """None: not for the kernels."""
-        # Past `nn.Module.__getattr__`: this is asked for every network of every step.
-        weight: Any = network._modules["direct"]
-        address, known = weight._parameters["weight"].data_ptr(), self.known.get(network)
-        if known is not None and known[0] == address:
-            return known[1]
+    def struct(self, network: GateNetwork) -> NetworkStruct | None:
+        """Return the struct of a network; None if the kernels do not evaluate it."""
+        address, known = weight_address(network), self.structs.get(network)
+        if known is not None and known.weight_at == address:
+            return known
         parameters = list(network.parameters())
         if any(part.dtype != torch.float32 or part.device.type != "cpu" for part in parameters):
             return None
         if any(linear.out_features > MAX_WIDTH for linear in network.mlp):
             return None
-        mlp = (_Dense * len(network.mlp))(*(_dense(linear) for linear in network.mlp))
+        mlp = (DenseStruct * len(network.mlp))(*(DenseStruct.of(linear) for linear in network.mlp))
         norm = network.norm
-        struct = _Network(
+        struct = self.structs[network] = NetworkStruct(
             norm_weight=norm.weight.data_ptr(),
             norm_bias=norm.bias.data_ptr(),
             mlp=addressof(mlp),
             mlp_size=len(mlp),
-            direct=_dense(network.direct),
+            direct=DenseStruct.of(network.direct),
             eps=norm.eps,
         )
-        struct.points_to = mlp, parameters  # not to be freed before the struct
-        self.known[network] = (address, struct)
+        struct.weight_at, struct.points_to = address, (mlp, parameters)
         return struct
 
 
-def _dense(linear: nn.Linear) -> _Dense:
-    bias = None if linear.bias is None else linear.bias.data_ptr()
-    return _Dense(linear.weight.data_ptr(), bias, linear.out_features, linear.in_features)
+def weight_address(network: GateNetwork) -> int:
+    """Return where the weights of a network are, without `nn.Module.__getattr__`: it is called in every step."""
+    direct: Any = network._modules["direct"]
+    return direct._parameters["weight"].data_ptr()

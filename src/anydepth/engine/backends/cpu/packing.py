@@ -1,17 +1,17 @@
-"""Weights as the kernels read them: panels of 16 outputs, in order of reading, on huge pages.
+"""Memory of the kernels, and weights in the order in which they read them: panels of 16 outputs.
 
-A panel holds the same few inputs of its 16 outputs in 64 bytes: 1 float32, 2 bfloat16, 4 int8 or 8 int4 of each.
+A panel has the same few inputs of its 16 outputs in 64 bytes: 1 float32, 2 bfloat16, 4 int8 or 8 int4 of each.
 `kernels/product.h` reads them; the two files must agree.
 """
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from anydepth.engine.huge_pages import huge
 from anydepth.engine.weights import INT4_GROUP, quantise_int4, quantise_int8
 from anydepth.models.llama_like import Weights
 
@@ -19,16 +19,8 @@ PANEL = 16
 CHUNK_BYTES = 2**26
 
 
-def huge(num_bytes: int) -> Tensor:
-    """(num_bytes,) zeros on huge pages where the system has them: looking up small ones costs a fifth of the speed."""
-    memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
 class Memory:
-    """Of a model's kernels: packed weights, on huge pages, and scratch.
+    """What the kernels of a model use: packed weights, on huge pages, and scratch.
 
     Attributes:
         scratch: float32, shared by all calls.
@@ -40,7 +32,7 @@ class Memory:
         self.used = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A copy in here, contiguous, on a cache line of its own."""
+        """Copy a tensor to here, contiguous, on a cache line of its own."""
         num_bytes = tensor.numel() * tensor.element_size()
         if self.used + num_bytes > len(self.chunk):
             self.chunk, self.used = huge(max(CHUNK_BYTES, num_bytes)), 0
@@ -49,14 +41,14 @@ class Memory:
         return kept.copy_(tensor)
 
     def reserve(self, num_floats: int) -> None:
-        """Scratch for a call that needs so much."""
+        """Make the scratch large enough for a call that needs so much."""
         if num_floats > self.scratch.numel():
             self.scratch = torch.empty(num_floats)
 
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A linear map (num_outputs, num_inputs) in panels.
+    """A linear layer (num_outputs, num_inputs) in panels.
 
     Attributes:
         weight: float32 (panels, in, 16); bfloat16 (panels, in / 2, 16, 2); int8 (panels, in / 4, 16, 4) bytes b for
@@ -80,25 +72,25 @@ class PackedWeights:
 
 
 def pack_panels(weights: Weights, kind: str, memory: Memory) -> PackedWeights:
-    """Quantise where `kind` asks for it, and pack.
+    """Quantise if `kind` is quantised, and pack.
 
     Raises:
-        UserError: int4 for inputs that do not come in whole groups.
+        UserError: int4 for inputs that are not whole groups.
     """
     scales = None
     if kind == "int8":
         steps, scale = quantise_int8(weights.weight)
-        # 128 is nothing: what fills up the inputs meets zeros, what fills up the outputs is not read.
-        packed = _panels((steps.to(torch.int16) + 128).to(torch.uint8), 4)
+        # 128 is zero; padded inputs are multiplied with zeros, and padded outputs are not read.
+        packed = panels((steps.to(torch.int16) + 128).to(torch.uint8), 4)
         scales = torch.nn.functional.pad(scale, (0, packed.shape[0] * PANEL - len(scale)))
     elif kind == "int4":
         steps, step, offset = quantise_int4(weights.weight)
-        halves = _panels(steps.flatten(1), 4)  # (panels, in / 4, 16, 4)
+        halves = panels(steps.flatten(1), 4)  # (panels, in / 4, 16, 4)
         halves = halves.view(len(halves), -1, INT4_GROUP // 8, 2, PANEL, 4)
         packed = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
-        scales = torch.stack([_panels(part, 1)[..., 0] for part in (step, offset)], dim=2)
+        scales = torch.stack([panels(part, 1)[..., 0] for part in (step, offset)], dim=2)
     else:
-        packed = _panels(weights.weight, 2 if kind == "bfloat16" else 1)
+        packed = panels(weights.weight, 2 if kind == "bfloat16" else 1)
     return PackedWeights(
         memory.keep(packed),
         None if scales is None else memory.keep(scales),
@@ -109,8 +101,8 @@ def pack_panels(weights: Weights, kind: str, memory: Memory) -> PackedWeights:
     )
 
 
-def _panels(matrix: Tensor, num_together: int) -> Tensor:
-    """(out, in) as (panels, in / num_together, 16, num_together), filled up with zeros."""
+def panels(matrix: Tensor, num_together: int) -> Tensor:
+    """Return (out, in) as (panels, in / num_together, 16, num_together), padded with zeros."""
     num_outputs, num_inputs = matrix.shape
-    filled = torch.nn.functional.pad(matrix, (0, -num_inputs % num_together, 0, -num_outputs % PANEL))
-    return filled.view(-1, PANEL, filled.shape[1] // num_together, num_together).transpose(1, 2)
+    padded = torch.nn.functional.pad(matrix, (0, -num_inputs % num_together, 0, -num_outputs % PANEL))
+    return padded.view(-1, PANEL, padded.shape[1] // num_together, num_together).transpose(1, 2)

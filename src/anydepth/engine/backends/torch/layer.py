@@ -1,23 +1,21 @@
 """One decoder layer of a Llama-like family over a flat list of tokens, (N, D) in and out.
 
-Biases, norms of queries and keys, norms before or behind a branch, partial rotation, soft caps and sliding windows are
-those of `models/llama_like.py`.
+Biases, norms of queries and keys, norms before or after a branch, partial rotary embeddings, soft caps and sliding
+windows are those of `models/llama_like.py`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.engine.backends.cpu.native import MAPS, NativeLayer, NativeLinear
-from anydepth.engine.backends.cpu.packing import Memory, pack_panels
+from anydepth.engine.backends.torch.linear import Linear
 from anydepth.engine.rotary import Rotation
-from anydepth.engine.weights import WEIGHT_ONLY, Linear, without_kernels
 from anydepth.models.llama_like import LayerParts, Norm
 from anydepth.models.load import cache_folder
 
@@ -34,51 +32,29 @@ class RMSNorm:
 
 
 class EngineLayer:
-    """Mixer and FFN of one layer, over weights of a `kind` (`weights.WEIGHTS`).
+    """Mixer and FFN of one layer by PyTorch's operators.
 
     Args:
-        rotation_kinds: all that the model has, by number.
-        memory: of the kernels, for few tokens; None is PyTorch's own operators for all.
+        linear: makes one linear layer of the weights of some roles, which share their input.
         compiled: put the branches, not the attention between them, through `torch.compile`.
     """
 
     def __init__(
-        self,
-        parts: LayerParts,
-        kind: str,
-        dtype: torch.dtype,
-        rotation_kinds: Sequence[str],
-        memory: Memory | None = None,
-        *,
-        compiled: bool = False,
+        self, parts: LayerParts, dtype: torch.dtype, linear: Callable[..., Linear], *, compiled: bool = False
     ) -> None:
         def norm(part: Norm | None) -> RMSNorm | None:
             return None if part is None else RMSNorm(part, dtype)
 
-        packed = {} if memory is None else {role: pack_panels(getattr(parts, role), kind, memory) for role in MAPS}
-
-        def joined(*roles: str) -> Linear:
-            maps = [getattr(parts, role) for role in roles]
-            if memory is None and not compiled:
-                return without_kernels(maps, kind)
-            if memory is not None and kind in WEIGHT_ONLY:
-                return NativeLinear([packed[role] for role in roles], dtype, memory)
-            return Linear(maps)
-
         self.num_heads, self.num_kv_heads, self.head_dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
         self.scale, self.softcap, self.window = parts.scale, parts.softcap, parts.window
         self.rotation_kind, self.activation = parts.rotation_kind, parts.activation
-        self.qkv = joined("queries", "keys", "values")
-        self.queries, self.kv = joined("queries"), joined("keys", "values")  # where some tokens only leave K/V
-        self.out = joined("output")
-        self.gate, self.up, self.down = joined("gate"), joined("up"), joined("down")
+        self.qkv = linear("queries", "keys", "values")
+        self.queries, self.kv = linear("queries"), linear("keys", "values")  # where some tokens only leave K/V
+        self.out = linear("output")
+        self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
         self.mixer_norm, self.mixer_out_norm = norm(parts.mixer_norm), norm(parts.mixer_out_norm)
         self.ffn_norm, self.ffn_out_norm = norm(parts.ffn_norm), norm(parts.ffn_out_norm)
         self.query_norm, self.key_norm = norm(parts.query_norm), norm(parts.key_norm)
-        self.native = None
-        if memory is not None:
-            rotation = None if parts.rotation_kind is None else rotation_kinds.index(parts.rotation_kind)
-            self.native = NativeLayer(parts, packed, rotation, dtype, memory)
         if compiled:
             self.add_ffn, self.add_mixer = _compiled(self.add_ffn), _compiled(self.add_mixer)
             self.project, self.project_kv = _compiled(self.project), _compiled(self.project_kv)
@@ -97,50 +73,53 @@ class EngineLayer:
     # --- mixer -------------------------------------------------------------------------------------------------
 
     def project(self, hidden: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Queries (N, H, head_dim), keys and values (N, 2·H_kv, head_dim) of (N, D) states."""
+        """Return queries (N, H, head_dim), keys and values (N, 2·H_kv, head_dim) of (N, D) states."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
         parts = self.qkv(normed).view(len(hidden), -1, self.head_dim)
-        num_turned = self.num_heads + self.num_kv_heads
+        num_rotated = self.num_heads + self.num_kv_heads
         if self.query_norm is None and self.key_norm is None:
             if rotation is not None:
-                rotation.turn(parts[:, :num_turned])
+                rotation.rotate(parts[:, :num_rotated])
             return parts[:, : self.num_heads], parts[:, self.num_heads :]
         queries, keys, values = parts.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         queries, keys = _normed(queries, self.query_norm), _normed(keys, self.key_norm)
         if rotation is not None:
-            rotation.turn(queries)
-            rotation.turn(keys)
+            rotation.rotate(queries)
+            rotation.rotate(keys)
         return queries, torch.cat([keys, values], dim=1)
 
     def project_queries(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
-        """Queries (N, H, head_dim) alone of (N, D) states."""
+        """Return the queries (N, H, head_dim) alone of (N, D) states."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
         queries = _normed(self.queries(normed).view(len(hidden), -1, self.head_dim), self.query_norm)
         if rotation is not None:
-            rotation.turn(queries)
+            rotation.rotate(queries)
         return queries
 
     def project_kv(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
-        """Keys and values (N, 2·H_kv, head_dim) of tokens that do not run the mixer."""
+        """Return keys and values (N, 2·H_kv, head_dim) of tokens that do not run the mixer."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
         both = self.kv(normed).view(len(hidden), -1, self.head_dim)
         keys = both[:, : self.num_kv_heads]
         if self.key_norm is not None:
             keys.copy_(_normed(keys, self.key_norm))
         if rotation is not None:
-            rotation.turn(keys)
+            rotation.rotate(keys)
         return both
 
     def attend(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-        """(R·T, H·head_dim) of R rows with T queries each over their keys and values (R, 2·H_kv, S, head_dim).
+        """Attend with T queries of each of R rows over their keys and values (R, 2·H_kv, S, head_dim).
 
         Args:
             queries: (R·T, H, head_dim).
-            mask: (R, T, S), True is seen; None: everything is.
+            mask: (R, T, S), True where a query sees a key; None: everywhere.
+
+        Returns:
+            (R·T, H·head_dim).
         """
         num_rows, num_heads, group = len(states), self.num_kv_heads, self.num_heads // self.num_kv_heads
         num_tokens = len(queries) // num_rows
-        # The heads that share keys stand as more queries of one head: no copy of K/V, no grouped attention needed.
+        # The heads that share keys become more queries of one head: no copy of K/V, no grouped attention needed.
         shared = queries.reshape(num_rows, num_tokens, num_heads, group, self.head_dim).permute(0, 2, 3, 1, 4)
         shared = shared.reshape(num_rows, num_heads, group * num_tokens, self.head_dim)
         if mask is not None:
@@ -150,7 +129,7 @@ class EngineLayer:
         return output.reshape(len(queries), -1)
 
     def attend_causal(self, queries: Tensor, states: Tensor) -> Tensor:
-        """The same for one row whose S queries, in order, are all of its cache, `states` (1, 2·H_kv, S, head_dim)."""
+        """Attend with S queries of one row that are, in order, all of its cache, `states` (1, 2·H_kv, S, head_dim)."""
         if self.softcap is not None:
             mask = torch.ones(len(queries), len(queries), dtype=torch.bool, device=queries.device).tril()
             return self.attend(queries, states, mask[None])
@@ -165,14 +144,14 @@ class EngineLayer:
     def _scores_to_values(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         if self.softcap is None:
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
-        # Gemma-2: the scores pass a tanh, which no fused attention of torch takes.
+        # Gemma-2 puts the scores through a tanh, which no fused attention of torch supports.
         scores = torch.tanh(queries @ keys.transpose(-1, -2) * self.scale / self.softcap) * self.softcap
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         return scores.float().softmax(-1).to(values.dtype) @ values
 
     def add_mixer(self, mixed: Tensor, residual: Tensor) -> Tensor:
-        """Residual stream behind the mixer, from attention's (N, H·head_dim) output."""
+        """Return the residual stream after the mixer, from attention's (N, H·head_dim) output."""
         if self.mixer_out_norm is None:
             return self.out.plus(mixed, residual)
         return residual + self.mixer_out_norm(self.out(mixed))
@@ -180,7 +159,7 @@ class EngineLayer:
     # --- FFN ---------------------------------------------------------------------------------------------------
 
     def add_ffn(self, residual: Tensor) -> Tensor:
-        """Residual stream behind the FFN, (N, D) to (N, D)."""
+        """Return the residual stream after the FFN, (N, D) to (N, D)."""
         normed = residual if self.ffn_norm is None else self.ffn_norm(residual)
         gated = self.activation == "silu"
         gate = self.gate.silu(normed) if gated else F.gelu(self.gate(normed), approximate="tanh")
@@ -191,9 +170,9 @@ class EngineLayer:
 
 
 def _compiled(branch: Callable[..., Any]) -> Callable[..., Any]:
-    """All layers of a shape share one graph; on a GPU it is replayed as a CUDA graph.
+    """Compile a branch: all layers of a shape share one graph; on a GPU it is replayed as a CUDA graph.
 
-    The artefacts stay in the cache folder, so that the second start is a matter of seconds.
+    The artefacts are stored in the cache folder, so that the second start takes seconds.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     mode = "reduce-overhead" if torch.cuda.is_available() else "default"
@@ -201,7 +180,7 @@ def _compiled(branch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _normed(heads: Tensor, norm: RMSNorm | None) -> Tensor:
-    """Norm of each head, or of all heads at once (OLMo-2), of (N, H, head_dim)."""
+    """Normalise (N, H, head_dim) by head, or all heads at once (OLMo-2)."""
     if norm is None:
         return heads
     if norm.weight.shape[0] == heads.shape[-1]:

@@ -1,0 +1,248 @@
+"""Layers as tasks of the kernels: any number of them in one call, over the K/V where they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from ctypes import addressof, byref, c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anydepth.engine.backends.cpu.linear import NativeExit, matrix
+from anydepth.engine.backends.cpu.native import (
+    GATE_FIELDS,
+    NORMS,
+    TASK_FIELDS,
+    BatchStruct,
+    LayerStruct,
+    NormStruct,
+    address_of,
+    library,
+)
+from anydepth.engine.backends.cpu.packing import Memory, PackedWeights
+from anydepth.engine.kv_cache import LayerKV
+from anydepth.models.llama_like import LayerParts
+
+MIXER, FFN, OMIT, EXIT, ALONE = 1, 2, 4, 8, 16
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+NO_GATE = (0,) * len(GATE_FIELDS)
+
+
+class Rows:
+    """R rows of T new tokens each, after `counts` tokens each, as the kernels take them.
+
+    Args:
+        rotations: `rotation_structs` that include the last token's position.
+    """
+
+    def __init__(self, sequences: Sequence[int], num_tokens: int, counts: Sequence[int], rotations: Any) -> None:
+        numbers = c_int64 * len(sequences)
+        self.sequences, self.counts = numbers(*sequences), numbers(*counts)
+        self.rotations = rotations  # the struct only points to them
+        self.struct = BatchStruct(
+            rows=len(sequences),
+            tokens=num_tokens,
+            sequences=addressof(self.sequences),
+            counts=addressof(self.counts),
+            rotations=addressof(rotations),
+        )
+
+    def over(self, kv: LayerKV, memory: Memory) -> Any:
+        """Return the struct for caches of the capacity of this one."""
+        self.struct.capacity = kv.states.shape[2]
+        self.struct.workspace = memory.scratch.data_ptr()
+        return byref(self.struct)
+
+
+class NativeLayer:
+    """The weights and settings of one layer.
+
+    Args:
+        packed: weights by role (`ROLES`).
+        rotation: number of the rotary embedding of queries and keys, None for none.
+    """
+
+    def __init__(
+        self,
+        parts: LayerParts,
+        packed: dict[str, PackedWeights],
+        rotation: int | None,
+        dtype: torch.dtype,
+        memory: Memory,
+    ) -> None:
+        self.packed = packed  # the struct only points to them
+        self.norms = {name: getattr(parts, name) for name in NORMS if getattr(parts, name) is not None}
+        self.struct = LayerStruct(
+            heads=parts.num_heads,
+            kv_heads=parts.num_kv_heads,
+            head_dim=parts.head_dim,
+            hidden=packed["gate"].num_inputs,
+            rotation=-1 if rotation is None else rotation,
+            window=parts.window or 0,
+            activation=ACTIVATIONS[parts.activation],
+            in_bf16=dtype == torch.bfloat16,
+            scale=parts.scale,
+            softcap=parts.softcap or 0.0,
+            **{name: matrix(weights) for name, weights in packed.items()},
+            **{name: NormStruct.of(norm) for name, norm in self.norms.items()},
+        )
+        self.pointer, self.address = byref(self.struct), addressof(self.struct)
+        self.memory = memory
+        memory.reserve(library().anydepth_workspace(self.pointer))
+
+    def fill(self, hidden: Tensor, rows: Rows, kv: LayerKV) -> None:
+        """Write the K/V of (N, D) states that do not run the mixer into the cache; its counts stay."""
+        library().anydepth_fill(
+            self.pointer, c_void_p(kv.states.data_ptr()), rows.over(kv, self.memory), c_void_p(hidden.data_ptr())
+        )
+
+    def attend(self, queries: Tensor, kv: LayerKV, sequence: int, seen: Tensor) -> Tensor:
+        """Attend with (N, H, head_dim) queries, each over the first `seen` (N,) K/V of a sequence: (N, H·head_dim)."""
+        queries, seen = queries.contiguous(), seen.contiguous()
+        output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
+        library().anydepth_attend(
+            self.pointer,
+            c_void_p(kv.states[sequence].data_ptr()),
+            c_int64(kv.states.shape[2]),
+            c_void_p(seen.data_ptr()),
+            len(queries),
+            c_void_p(queries.data_ptr()),
+            c_void_p(output.data_ptr()),
+        )
+        return output
+
+
+@dataclass(slots=True)
+class NativeGate:
+    """A gate inside the kernels: a token passes if its logit is above the threshold.
+
+    Attributes:
+        network: address of the network that gives the logits (`networks.py`); 0: an earlier gate has evaluated it, or
+            there is none.
+        logits: (N, G) float32, written for all tokens; those of an exit for active tokens.
+        column: which of the G; -1: the network is only evaluated, for later layers, and every token passes.
+        exit: a head, minus whose confidence is the logit.
+        compared: (N, D) states; minus their cosine with the layer's input is the logit.
+        thresholds: (N,) float32, one for each token, in place of `threshold`.
+    """
+
+    network: int
+    logits: Tensor
+    column: int
+    threshold: float
+    exit: NativeExit | None = None
+    compared: Tensor | None = None
+    thresholds: Tensor | None = None
+
+    def fields(self) -> tuple[int, ...]:
+        """Return the values of `GATE_FIELDS`."""
+        threshold = int.from_bytes(bytes(c_float(self.threshold)), sys.byteorder)
+        exit_at = 0 if self.exit is None else addressof(self.exit.struct)
+        return (
+            *(self.network, exit_at, address_of(self.compared), self.logits.data_ptr()),
+            *(self.column, self.logits.shape[1], address_of(self.thresholds), threshold),
+        )
+
+
+@dataclass(slots=True)
+class NativeScale:
+    """A factor inside the kernels, on what a layer adds to the tokens that pass its gate.
+
+    Attributes:
+        network: address of the network whose logit gives r = 2·σ(logit).
+        logits: (N,) float32, written for all tokens where one passes.
+        before: (N, D) workspace for the layer's input.
+    """
+
+    network: int
+    logits: Tensor
+    before: Tensor
+
+    def fields(self) -> tuple[int, ...]:
+        """Return the values of `scale`, `scales` and `before`."""
+        return self.network, self.logits.data_ptr(), self.before.data_ptr()
+
+
+@dataclass(slots=True)
+class Task:
+    """What to run of one layer, and over which cache.
+
+    Attributes:
+        parts: the sum of some of `MIXER`, `FFN`, `OMIT`, `EXIT` and `ALONE`. `OMIT`: tokens that do not run the mixer
+            leave no K/V; without it all tokens of a row leave K/V as soon as one of the row runs it. `EXIT`: tokens
+            that `gate` stops run no later layer either. `ALONE`: tokens that `gate` stops run the FFN.
+        defers: the K/V of rows none of whose tokens run the mixer are deferred, for which the cache must have room;
+            those of the other rows are materialised.
+        counts: K/V of each row before, in this layer, where they are not those of the `Rows`.
+        mixed, fed: int64 indices into (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
+        gate: of the layer, in place of `mixed` and `fed`.
+        ffn_gate: of the FFN.
+        captured: (R·T, D), where the layer's input is stored.
+        scale: a factor on what the layer adds.
+    """
+
+    layer: NativeLayer
+    kv: LayerKV
+    parts: int
+    defers: bool = False
+    counts: Tensor | None = None
+    mixed: Tensor | None = None
+    fed: Tensor | None = None
+    gate: NativeGate | None = None
+    ffn_gate: NativeGate | None = None
+    captured: Tensor | None = None
+    scale: NativeScale | None = None
+
+    def fields(self) -> tuple[int, ...]:
+        """Return the values of `TaskStruct`."""
+        return (
+            self.layer.address,
+            self.kv.states.data_ptr(),
+            self.parts,
+            address_of(self.counts),
+            *self._deferred(),
+            *_list(self.mixed),
+            *_list(self.fed),
+            address_of(self.captured),
+            *((0, 0, 0) if self.scale is None else self.scale.fields()),
+            *(NO_GATE if self.gate is None else self.gate.fields()),
+            *(NO_GATE if self.ffn_gate is None else self.ffn_gate.fields()),
+        )
+
+    def _deferred(self) -> tuple[int, int, int]:
+        kv = self.kv
+        if not self.defers:
+            return 0, 0, 0
+        return kv.deferred.data_ptr(), kv.num_deferred.buffer_info()[0], kv.deferred_capacity
+
+
+class Tasks:
+    """Tasks to run one after the other; may run again as long as weights and caches stay where they are."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tuple(tasks)  # the array only points to what they have
+        self.array = (c_int64 * (TASK_FIELDS * len(tasks)))(*chain.from_iterable(task.fields() for task in tasks))
+
+    def run(self, rows: Rows, hidden: Tensor) -> Tensor:
+        """Run (N, D) states through the layers, N up to `MAX_TOKENS`.
+
+        K/V go into the caches, whose counts stay; only the numbers of deferred tokens change.
+        """
+        first, output = self.tasks[0], torch.empty_like(hidden)
+        library().anydepth_run(
+            self.array,
+            len(self.tasks),
+            rows.over(first.kv, first.layer.memory),
+            c_void_p(hidden.data_ptr()),
+            c_void_p(output.data_ptr()),
+        )
+        return output
+
+
+def _list(part: Tensor | None) -> tuple[int, int]:
+    """Return the address and the length of a list."""
+    return (0, 0) if part is None else (part.data_ptr(), len(part))

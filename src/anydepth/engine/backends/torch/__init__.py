@@ -1,0 +1,1 @@
+"""PyTorch's own operators: any device, and the fallback of every other backend."""
