@@ -16,14 +16,13 @@ import anydepth
 from anydepth import FastEngine
 from anydepth.engine.backends.cpu import build, native
 from anydepth.engine.backends.cpu.backend import KernelBackend
-from anydepth.engine.backends.cpu.linear import ROWS_AT_ONCE, NativeLinear
 from anydepth.engine.backends.cpu.native import MAX_TOKENS, rotation_structs
-from anydepth.engine.backends.cpu.packing import Memory, pack_panels
+from anydepth.engine.backends.cpu.packing import ROWS_AT_ONCE, Memory, NativeLinear, pack_panels
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, Rows, Task, Tasks
 from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.rotary import Rotation
-from anydepth.engine.weights import quantise_int4, quantise_int8
+from anydepth.engine.weights import WEIGHTS, Float32
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 from tiny import tiny_llama
 
@@ -50,24 +49,15 @@ def test_maps(kind: str, num_inputs: int, num_rows: int) -> None:
     x, norm = randn(num_rows, num_inputs, seed=2).to(dtype), Norm(1 + 0.3 * randn(num_inputs, seed=3), 1e-5)
     x[:, 5] *= 100
     memory = Memory()
-    ours = NativeLinear([pack_panels(part, kind, memory) for part in maps], dtype, memory, norm)(x)
+    ours = NativeLinear([pack_panels(part, WEIGHTS[kind], memory) for part in maps], dtype, memory, norm)(x)
     # Rounded where the Hugging Face model rounds.
     normed = (x.float() * (x.float().square().mean(-1, keepdim=True) + norm.eps).rsqrt()).to(dtype).float()
     normed = (normed * norm.weight).to(dtype).float()
-    wanted = torch.cat([F.linear(normed, dequantised(part.weight, kind), part.bias.float()) for part in maps], dim=1)  # type: ignore[union-attr]
+    wanted = torch.cat(
+        [F.linear(normed, WEIGHTS[kind].dense(part.weight).float(), part.bias.float()) for part in maps], dim=1
+    )  # type: ignore[union-attr]
     bound = 1e-5 if kind == "float32" else 1e-2
     torch.testing.assert_close(ours.float(), wanted, rtol=bound, atol=5 * bound)
-
-
-def dequantised(weight: Tensor, kind: str) -> Tensor:
-    """(out, in) float32, what the kernels should make of it."""
-    if kind == "int8":
-        steps, scales = quantise_int8(weight)
-        return steps.float() * scales.float()[:, None]
-    if kind == "int4":
-        steps, step, offset = quantise_int4(weight)
-        return ((steps.float() - 8) * step.float()[..., None] + offset.float()[..., None]).flatten(1)
-    return weight.float()
 
 
 def layer_parts(**changes: object) -> LayerParts:
@@ -125,8 +115,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -> None:
     """Two rows with pasts of different lengths; 1500 is cut into parts that several threads take."""
     parts = layer_parts(**VARIANTS[variant])
-    ours = KernelBackend(torch.float32, ["all"]).layer(parts, "float32")
-    plain = TorchBackend(torch.float32).layer(parts, "float32")
+    ours = KernelBackend(torch.float32, ["all"]).layer(parts, Float32)
+    plain = TorchBackend(torch.float32).layer(parts, Float32)
     kv = LayerKV(torch.zeros(3, 2 * KV_HEADS, past + 20, HEAD_DIM), HIDDEN)
     kv.states[:, :, : past + 5] = randn(3, 2 * KV_HEADS, past + 5, HEAD_DIM)
     slots, counts = [2, 0], [past, past + 5]
@@ -163,8 +153,8 @@ def test_branches_are_those_of_torch(variant: str, num_tokens: int, past: int) -
 def test_states_wait_until_a_token_of_their_row_runs(num_waiting: int) -> None:
     """Two rows behind 3 tokens each: nobody runs for a while, then a token of the second row does."""
     parts, past = layer_parts(), 3
-    ours = KernelBackend(torch.float32, ["all"]).layer(parts, "float32")
-    plain = TorchBackend(torch.float32).layer(parts, "float32")
+    ours = KernelBackend(torch.float32, ["all"]).layer(parts, Float32)
+    plain = TorchBackend(torch.float32).layer(parts, Float32)
     length = past + num_waiting + 1
     kv, table = LayerKV(torch.zeros(2, 2 * KV_HEADS, length, HEAD_DIM), HIDDEN), rotation_table(length)
     hidden = randn(2, num_waiting + 1, HIDDEN)

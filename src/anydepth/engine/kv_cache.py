@@ -11,13 +11,10 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from anydepth.engine.huge_pages import huge
-from anydepth.gating.trace import PassRecord
 
 GROWTH = 256
 """Tokens that the capacity of a cache grows by at least."""
@@ -195,32 +192,6 @@ class EngineCache:
             sum(layer.counts) * layer.states.shape[1] * layer.states.shape[3] * layer.states.element_size()
             for layer in self.layers
         )
-
-
-class NewTokens:
-    """T new tokens of each of B sequences, over their cache: what one pass runs.
-
-    Args:
-        num_tokens: T.
-        sequences: their numbers in the cache, one per row.
-        seen: tokens of each before the new ones.
-    """
-
-    def __init__(self, num_tokens: int, sequences: Sequence[int], seen: Sequence[int], cache: EngineCache) -> None:
-        self.num_tokens, self.sequences, self.seen, self.cache = num_tokens, list(sequences), list(seen), cache
-        self.num_rows = len(self.sequences)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """(B, T) positions of the tokens in their sequences."""
-        device = self.cache.states.device
-        return torch.arange(self.num_tokens, device=device) + torch.tensor(self.seen, device=device)[:, None]
-
-    @cached_property
-    def record(self) -> PassRecord:
-        """Which tokens ran what, as it is decided."""
-        mask = torch.ones(self.num_rows, self.num_tokens, dtype=torch.bool, device=self.cache.states.device)
-        return PassRecord(mask, self.seen[0], cached=True, num_layers=len(self.cache.layers))
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.engine.backends.choice import choose_backend
-from anydepth.engine.backends.torch.backend import FusedRun
-from anydepth.engine.backends.torch.head import Head
-from anydepth.engine.backends.torch.layer import EngineLayer
+from anydepth.engine.backends.cpu.backend import KernelBackend
+from anydepth.engine.backends.cpu.native import why_not
+from anydepth.engine.backends.torch.backend import TorchBackend
+from anydepth.engine.backends.torch.layer import EngineLayer, Head
 from anydepth.engine.backends.torch.linear import Linear
 from anydepth.engine.exits import ExitPass
-from anydepth.engine.kv_cache import EngineCache, NewTokens
+from anydepth.engine.kv_cache import EngineCache
+from anydepth.engine.new_tokens import NewTokens
 from anydepth.engine.rotary import Rotations
 from anydepth.engine.step import Step
-from anydepth.engine.weights import WEIGHT_ONLY, WEIGHTS
+from anydepth.engine.weights import WEIGHTS, WeightFormat
 from anydepth.errors import UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
@@ -56,25 +56,23 @@ class EngineModel:
     ) -> None:
         parts = read_layers(backbone)
         own = dtype_name(backbone.model)
-        self.weights = weights or own
-        if self.weights not in WEIGHTS:
-            raise UserError(f"weights '{self.weights}' are unknown; weights are {', '.join(WEIGHTS)}")
-        if self.weights in WEIGHT_ONLY and own != "bfloat16":
-            raise UserError(
-                f"{self.weights} weights want a bfloat16 model, this one is {own}; load it with dtype bfloat16"
-            )
-        if self.weights not in (own, *WEIGHT_ONLY):
-            raise UserError(f"the model is {own}; load it with dtype {self.weights} to run {self.weights} weights")
-        if compiled and self.weights in WEIGHT_ONLY:
-            raise UserError(f"torch.compile is for dense weights, not {self.weights}; leave one of the two out")
+        self.weights = name = weights or own
+        if name not in WEIGHTS:
+            raise UserError(f"weights '{name}' are unknown; weights are {', '.join(WEIGHTS)}")
+        chosen = WEIGHTS[name]
+        if chosen.dtype != backbone.model.dtype:
+            wanted = str(chosen.dtype).removeprefix("torch.")
+            if chosen.is_quantised:
+                raise UserError(f"{name} weights want a {wanted} model, this one is {own}; load it with dtype {wanted}")
+            raise UserError(f"the model is {own}; load it with dtype {wanted} to run {name} weights")
+        if compiled and chosen.is_quantised:
+            raise UserError(f"torch.compile is for dense weights, not {name}; leave one of the two out")
         self.backbone, self.dtype, self.device = backbone, backbone.model.dtype, backbone.device
         kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
-        self.backend = choose_backend(
-            parts, self.weights, self.dtype, self.device, kinds, native=native, compiled=compiled
-        )
+        self.backend = _choose_backend(parts, chosen, self.device, kinds, native=native, compiled=compiled)
         self.rotations = Rotations(backbone, kinds, self._like, self.backend.rotary_tables)
-        self.layers = [self.layer_of(part, self.weights) for part in parts]
-        self.head = self.head_of(final_norm(backbone), self.weights)
+        self.layers = [self.layer_of(part, name) for part in parts]
+        self.head = self.head_of(final_norm(backbone), name)
         self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
         self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
 
@@ -85,18 +83,19 @@ class EngineModel:
 
     def layer_of(self, parts: LayerParts, weights: str) -> EngineLayer:
         """Return a layer on this model's backend, with rotary embeddings of its kinds."""
-        return self.backend.layer(parts, weights)
+        return self.backend.layer(parts, WEIGHTS[weights])
 
     def linear_of(self, part: Weights, weights: str) -> Linear:
         """Return a linear layer on this model's backend."""
-        return self.backend.linear([part], weights)
+        return self.backend.linear([part], WEIGHTS[weights])
 
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
         """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""
         rows = head_weights(self.backbone)
         if vocabulary is not None:
             rows = Weights(rows.weight[vocabulary], None if rows.bias is None else rows.bias[vocabulary])
-        return self.backend.head(rows, norm, weights, logits_softcap(self.backbone))
+        chosen = WEIGHTS[WEIGHTS[weights].head or weights]
+        return self.backend.head(rows, norm, chosen, logits_softcap(self.backbone))
 
     def exit_head(self, vocabulary: Tensor | None) -> Head:
         """Return the head for states of any depth; that of a vocabulary (V',) is packed once."""
@@ -146,14 +145,14 @@ class EngineModel:
     ) -> tuple[Tensor, PassRecord]:
         """Run (B, T) new tokens of some sequences: states (B, T, D) after the last layer, and what ran."""
         num_tokens = token_ids.shape[1]
-        new = self._new_tokens(num_tokens, sequences, [cache.lengths[sequence] for sequence in sequences], cache)
+        new = self._new_tokens(num_tokens, sequences, [cache.lengths[one] for one in sequences], cache, plan)
         hidden = self.embedding(token_ids).flatten(0, 1)
         try:
             if plan.recomputes:
-                step = Step(new, plan, self.backend, self.rotations, self.exit_head)
+                step = Step(new, self.backend)
                 hidden, record = ExitPass(step, hidden, len(self.layers), self.run_layers).run(), new.record
             else:
-                (hidden,), record = self._run(self.layers, hidden, new, plan)
+                (hidden,), record = self._run(self.layers, hidden, new)
         except BaseException:
             for sequence in sequences:  # layers that have run are not ahead of the others
                 cache.rewind(sequence, cache.lengths[sequence])
@@ -192,7 +191,7 @@ class EngineModel:
         layers = (self.layers if layers is None else layers)[first : stops[-1]]
         caches, counts = cache.layers[first : stops[-1]], [len(part) for part in states]
         seen, longest = [caches[0].counts[sequence] for sequence in sequences], max(counts)
-        new = self._new_tokens(longest, sequences, seen, cache)
+        new = self._new_tokens(longest, sequences, seen, cache, FULL_DEPTH)
         # After a row's tokens comes padding, which no token sees and later tokens overwrite.
         padded = [part if len(part) == longest else F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
         hidden = padded[0] if len(padded) == 1 else torch.cat(padded)
@@ -203,7 +202,7 @@ class EngineModel:
                     kv.rewind(sequence, before + count)
 
         try:
-            found = [part.split(longest) for part in self._run(layers, hidden, new, FULL_DEPTH, first, stops[:-1])[0]]
+            found = [part.split(longest) for part in self._run(layers, hidden, new, first, stops[:-1])[0]]
         except BaseException:
             forget_beyond([0] * len(sequences))
             raise
@@ -213,29 +212,44 @@ class EngineModel:
         return [[part[:count] for part, count in zip(parts, counts, strict=True)] for parts in found]
 
     def _new_tokens(
-        self, num_tokens: int, sequences: Sequence[int], seen: Sequence[int], cache: EngineCache
+        self, num_tokens: int, sequences: Sequence[int], seen: Sequence[int], cache: EngineCache, plan: Plan
     ) -> NewTokens:
         """Return the next tokens of each sequence, with room for them."""
-        length = max(seen) + num_tokens
+        length, tables = max(seen) + num_tokens, self.rotations
         cache.make_room(length)
-        self.rotations.make_room(length)
-        return NewTokens(num_tokens, sequences, seen, cache)
+        tables.make_room(length)
+        return NewTokens(num_tokens, sequences, seen, cache, plan, tables, self.backend.evaluate, self.exit_head)
 
     def _run(
         self,
         layers: Sequence[EngineLayer],
         hidden: Tensor,
         new: NewTokens,
-        plan: Plan,
         first: int = 0,
         stops: Sequence[int] = (),
-    ) -> FusedRun:
-        """Run layers in one call of the backend, or else one by one: states at the stops and the end, and what ran."""
+    ) -> tuple[list[Tensor], PassRecord]:
+        """Run layers in one call of the backend, or else one by one; see `TorchBackend.fused`."""
+        fused = self.backend.fused(layers, hidden, new, first, stops)
+        return (Step(new, self.backend).run(layers, hidden, first, stops), new.record) if fused is None else fused
 
-        @cache
-        def step() -> Step:  # not made where one call runs everything
-            return Step(new, plan, self.backend, self.rotations, self.exit_head)
 
-        tables, exit_head = self.rotations, self.exit_head
-        fused = self.backend.fused(layers, hidden, new, plan, tables, exit_head, lambda: step().context, first, stops)
-        return (step().run(layers, hidden, first, stops), new.record) if fused is None else fused
+def _choose_backend(
+    parts: Sequence[LayerParts],
+    weights: type[WeightFormat],
+    device: torch.device,
+    rotation_kinds: Sequence[str],
+    *,
+    native: bool,
+    compiled: bool,
+) -> TorchBackend:
+    """Return the compiled kernels where they run the model, else PyTorch's operators."""
+    reason = "switched off"
+    if native and not compiled:
+        reason = why_not(weights.dtype, device, max(part.head_dim for part in parts))
+        if reason is None and weights.kernel_id is None:
+            reason = f"they have no product for {weights.name} weights"
+        if reason is None:
+            return KernelBackend(weights.dtype, rotation_kinds)
+    if weights.needs_kernels:
+        raise UserError(f"{weights.name} weights need the compiled kernels, and {reason}; or use int8")
+    return TorchBackend(weights.dtype, reason, compiled=compiled)

@@ -10,53 +10,26 @@ from functools import cached_property
 
 from torch import Tensor
 
-from anydepth.engine.backends.torch.backend import ExitHead, TorchBackend
+from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.backends.torch.layer import EngineLayer
-from anydepth.engine.kv_cache import LayerKV, NewTokens
-from anydepth.engine.rotary import Rotations
-from anydepth.gating.context import PassContext
+from anydepth.engine.kv_cache import LayerKV
+from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate import Gate
-from anydepth.gating.plan import Decisions, Plan
-from anydepth.gating.sequence_state import SequenceState
+from anydepth.gating.plan import Decisions
 
 
 class Step:
-    """New tokens on their way through the layers.
+    """New tokens on their way through the layers."""
 
-    Args:
-        exit_head: the model's head, for states of any depth; None where no gate needs it.
-    """
-
-    def __init__(
-        self,
-        new: NewTokens,
-        plan: Plan,
-        backend: TorchBackend,
-        tables: Rotations,
-        exit_head: ExitHead | None = None,
-    ) -> None:
-        self.new, self.plan, self.backend, self.exit_head = new, plan, backend, exit_head
-        self.branches = backend.branches(new, tables)
-        self.is_gated = not plan.is_empty
+    def __init__(self, new: NewTokens, backend: TorchBackend) -> None:
+        self.new, self.plan, self.branches = new, new.plan, backend.branches(new)
+        self.is_gated = not new.plan.is_empty
         self.last_shaped: tuple[Tensor, Tensor] | None = None
-
-    @cached_property
-    def context(self) -> PassContext:
-        """What gates are decided with."""
-        new, record = self.new, self.new.record
-        return PassContext(
-            record.token_mask,
-            new.positions,
-            training=False,
-            evaluate=record.counting(self.backend.evaluate),
-            memory=SequenceState(new.cache.method_memory, new.sequences, len(new.cache.lengths)),
-            logits_of=None if self.exit_head is None else record.counting_logits(self._exit_logits),
-        )
 
     @cached_property
     def decisions(self) -> Decisions:
         """The gates of this pass, decided layer by layer."""
-        return Decisions(self.plan, self.context)
+        return Decisions(self.plan, self.new.context)
 
     def run(
         self, layers: Sequence[EngineLayer], hidden: Tensor, first: int = 0, stops: Sequence[int] = ()
@@ -86,10 +59,6 @@ class Step:
                 hidden = branches.flush(hidden)
             hidden = branches.feed(layer, kv, hidden, self._ffn_gate(layer_idx, gate, hidden))
         return [*states, branches.flush(hidden)]
-
-    def _exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        assert self.exit_head is not None
-        return self.exit_head(vocabulary)(states)
 
     def _run_weighted(
         self, layer: EngineLayer, kv: LayerKV, layer_idx: int, gate: Gate, mixer_gate: Gate | None, hidden: Tensor

@@ -1,38 +1,177 @@
-"""The kinds of weights, and their quantisation."""
+"""Weight formats: how linear layers store and multiply their weights. A new format is one registered class.
+
+For the kernels weights are packed in the order in which they are read: panels of 16 outputs. A panel has the same few
+inputs of its 16 outputs in 64 bytes: 1 float32, 2 bfloat16, 4 int8 or 8 int4 of each. `kernels/product.h` reads them;
+the two files must agree.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar, TypeVar
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from anydepth.engine.backends.torch.linear import Int8Linear, Linear, PrepackedLinear, joined
 from anydepth.errors import UserError
+from anydepth.models.llama_like import Weights
 
-WEIGHT_ONLY = ("int8", "int4")
-WEIGHTS = ("float32", "bfloat16", "float16", *WEIGHT_ONLY)
-INT4_GROUP = 32
-"""Inputs that share a step and an offset."""
-HEAD_KINDS = {"int4": "int8"}
-"""The head is the part of a model that 4 bits cost most: 5.9% perplexity of the embedded model, all of int4's loss."""
+PANEL = 16
 
 
-def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) int8 and (out,) bfloat16 scales: weight = int8 · scale, symmetric."""
-    # The scales are rounded before the weights, not after: else every row would be off by its scale's rounding.
-    scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(torch.bfloat16)
-    return (weight.float() / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+class WeightFormat:
+    """Dense weights in the model's own precision; the base of all formats.
 
-
-def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, groups, 32) uint8 below 16, and bfloat16 steps and offsets (out, groups): weight = (s − 8) · step + offset.
-
-    Raises:
-        UserError: inputs that do not come in whole groups.
+    Attributes:
+        name: what users call it.
+        dtype: of the activations.
+        num_together: inputs of an output that are neighbours in a panel.
+        kernel_id: number of its product in `product.h`; None: PyTorch's operators run it.
+        is_quantised: whether the weights are a copy with fewer bits than the model's.
+        needs_kernels: whether only the kernels run it.
+        head: name of the head's format; None: the same.
     """
-    if weight.shape[1] % INT4_GROUP:
-        raise UserError(f"int4 weights want inputs in groups of {INT4_GROUP}, not {weight.shape[1]}; use int8")
-    groups = weight.float().view(len(weight), -1, INT4_GROUP)
-    low, high = groups.amin(2), groups.amax(2)
-    steps = ((high - low) / 15).clamp_min(1e-9).to(torch.bfloat16)
-    offsets = (low + 8 * steps.float()).to(torch.bfloat16)
-    quantised = ((groups - offsets.float()[..., None]) / steps.float()[..., None] + 8).round().clamp(0, 15)
-    return quantised.to(torch.uint8), steps, offsets
+
+    name: ClassVar[str]
+    dtype: ClassVar[torch.dtype]
+    num_together: ClassVar[int] = 1
+    kernel_id: ClassVar[int | None] = None
+    is_quantised: ClassVar[bool] = False
+    needs_kernels: ClassVar[bool] = False
+    head: ClassVar[str | None] = None
+
+    @classmethod
+    def dense(cls, weight: Tensor) -> Tensor:
+        """Return the (out, in) weights that products are made with."""
+        return weight
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the panels that the kernels read, (panels, in / num_together, 16, num_together), and their scales."""
+        return _panels(cls.dense(weight), cls.num_together), None
+
+    @classmethod
+    def linear(cls, parts: Sequence[Weights]) -> Linear:
+        """Return layers of the same input as one, by PyTorch's operators."""
+        return Linear([Weights(cls.dense(part.weight).to(part.weight.dtype), part.bias) for part in parts])
+
+
+Registered = TypeVar("Registered", bound=WeightFormat)
+WEIGHTS: dict[str, type[WeightFormat]] = {}
+"""All formats by name."""
+WEIGHT_ONLY: dict[str, type[WeightFormat]] = {}
+"""Those with fewer bits than the model."""
+
+
+def register(weight_format: type[Registered]) -> type[Registered]:
+    """Make a format available by its name."""
+    WEIGHTS[weight_format.name] = weight_format
+    if weight_format.is_quantised:
+        WEIGHT_ONLY[weight_format.name] = weight_format
+    return weight_format
+
+
+@register
+class Float32(WeightFormat):
+    name, dtype, kernel_id = "float32", torch.float32, 0
+
+
+@register
+class BFloat16(WeightFormat):
+    name, dtype, num_together, kernel_id = "bfloat16", torch.bfloat16, 2, 1
+
+    @classmethod
+    def linear(cls, parts: Sequence[Weights]) -> Linear:
+        linear = super().linear(parts)
+        on_cpu = parts[0].weight.device.type == "cpu"
+        return PrepackedLinear(linear.parts) if on_cpu and torch.backends.mkldnn.is_available() else linear
+
+
+@register
+class Float16(WeightFormat):
+    name, dtype = "float16", torch.float16
+
+
+@register
+class Int8(WeightFormat):
+    """Symmetric int8 with a scale per output; packed as bytes b for (b − 128) · scale."""
+
+    name, dtype, num_together, kernel_id, is_quantised = "int8", torch.bfloat16, 4, 2, True
+
+    @staticmethod
+    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (out, in) int8 and (out,) bfloat16 scales: weight = int8 · scale."""
+        # The scales are rounded before the weights are: else every row would be off by the rounding of its scale.
+        scales = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(torch.bfloat16)
+        return (weight.float() / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scales
+
+    @classmethod
+    def dense(cls, weight: Tensor) -> Tensor:
+        steps, scales = cls.quantise(weight)
+        return steps.float() * scales.float()[:, None]
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        steps, scales = cls.quantise(weight)
+        # 128 is zero; padded inputs are multiplied with zeros, and padded outputs are not read.
+        packed = _panels((steps.to(torch.int16) + 128).to(torch.uint8), cls.num_together)
+        return packed, F.pad(scales, (0, packed.shape[0] * PANEL - len(scales)))
+
+    @classmethod
+    def linear(cls, parts: Sequence[Weights]) -> Linear:
+        whole = joined(parts)
+        if whole.weight.device.type != "cpu":
+            raise UserError(f"int8 weights are for the CPU; on {whole.weight.device.type} use bfloat16")
+        return Int8Linear(*cls.quantise(whole.weight), whole.bias)
+
+
+@register
+class Int4(WeightFormat):
+    """4 bits with a step and an offset per group of inputs; packed as bytes of two, scales (panels, in / 32, 2, 16).
+
+    The head stays in int8, as it is the part of a model that 4 bits cost most: 5.9% perplexity of the embedded model,
+    all of int4's loss.
+    """
+
+    name, dtype, num_together, kernel_id, is_quantised = "int4", torch.bfloat16, 4, 3, True
+    needs_kernels, head, group = True, "int8", 32
+
+    @classmethod
+    def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (out, groups, 32) uint8 below 16, and bfloat16 steps and offsets (out, groups).
+
+        The weight is (s − 8) · step + offset.
+
+        Raises:
+            UserError: inputs that are not whole groups.
+        """
+        if weight.shape[1] % cls.group:
+            raise UserError(f"int4 weights want inputs in groups of {cls.group}, not {weight.shape[1]}; use int8")
+        groups = weight.float().view(len(weight), -1, cls.group)
+        low, high = groups.amin(2), groups.amax(2)
+        steps = ((high - low) / 15).clamp_min(1e-9).to(torch.bfloat16)
+        offsets = (low + 8 * steps.float()).to(torch.bfloat16)
+        quantised = ((groups - offsets.float()[..., None]) / steps.float()[..., None] + 8).round().clamp(0, 15)
+        return quantised.to(torch.uint8), steps, offsets
+
+    @classmethod
+    def dense(cls, weight: Tensor) -> Tensor:
+        steps, step, offset = cls.quantise(weight)
+        return ((steps.float() - 8) * step.float()[..., None] + offset.float()[..., None]).flatten(1)
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        steps, step, offset = cls.quantise(weight)
+        halves = _panels(steps.flatten(1), cls.num_together)  # (panels, in / 4, 16, 4)
+        halves = halves.view(len(halves), -1, cls.group // 8, 2, PANEL, 4)
+        packed = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
+        return packed, torch.stack([_panels(part, 1)[..., 0] for part in (step, offset)], dim=2)
+
+
+def _panels(matrix: Tensor, num_together: int) -> Tensor:
+    """Return (out, in) as (panels, in / num_together, 16, num_together), padded with zeros."""
+    num_outputs, num_inputs = matrix.shape
+    padded = F.pad(matrix, (0, -num_inputs % num_together, 0, -num_outputs % PANEL))
+    return padded.view(-1, PANEL, padded.shape[1] // num_together, num_together).transpose(1, 2)

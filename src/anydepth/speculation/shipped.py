@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anydepth.engine.weights import quantise_int8
+from anydepth.engine.weights import Int8
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import write_json
 from anydepth.models.backbone import unwrap
@@ -60,7 +60,7 @@ def pack(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     packed = {}
     for name, value in weights.items():
         if value.dim() == 2 and value.is_floating_point():
-            packed[name], packed[name + SCALE] = quantise_int8(value)
+            packed[name], packed[name + SCALE] = Int8.quantise(value)
         else:
             packed[name] = value.to(torch.bfloat16) if value.is_floating_point() else value.to(torch.int32)
     return packed

@@ -13,7 +13,7 @@ from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.model import EngineModel
-from anydepth.engine.weights import INT4_GROUP
+from anydepth.engine.weights import Int4
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
 from anydepth.speculation.draft_network import DraftNetwork
 from anydepth.speculation.drafters import Choose, Drafter, Proposal, proposals
@@ -54,7 +54,7 @@ class TrainedDrafter(Drafter):
         parts = layer_parts(network.view(model.backbone))
         widths = [part.shape[1] for part in network.layer.parameters() if part.dim() == 2]
         # Reads half as much, and drafts as well.
-        layer_kind = "int4" if few_bits and not any(width % INT4_GROUP for width in widths) else kind
+        layer_kind = "int4" if few_bits and not any(width % Int4.group for width in widths) else kind
         self.layer = model.layer_of(parts, layer_kind)
         self.read, self.join = (
             model.linear_of(Weights(part.detach().to(model.dtype), None), kind) for part in (both, joins)

@@ -1,1 +1,1 @@
-"""What the engine computes with, one folder per backend; `choice.py` chooses one for a model."""
+"""What the engine computes with, one folder per backend; `EngineModel` chooses one."""

@@ -13,8 +13,8 @@ from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, NativeLayer, Ro
 from anydepth.engine.backends.torch.branches import Branches, kept_tokens
 from anydepth.engine.backends.torch.layer import EngineLayer
 from anydepth.engine.backends.torch.linear import Linear
-from anydepth.engine.kv_cache import LayerKV, NewTokens
-from anydepth.engine.rotary import Rotations
+from anydepth.engine.kv_cache import LayerKV
+from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate import Gate
 from anydepth.models.llama_like import LayerParts
 
@@ -64,8 +64,8 @@ class PendingBranches(KernelBranches):
         new_kv: K/V that it leaves: their layer, sequence, number, and positions where there are gaps.
     """
 
-    def __init__(self, new: NewTokens, tables: Rotations) -> None:
-        super().__init__(new, tables)
+    def __init__(self, new: NewTokens) -> None:
+        super().__init__(new)
         self.pending: list[Task] = []
         self.new_kv: list[tuple[LayerKV, int, int, list[int] | None]] = []
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from ctypes import addressof
 from functools import partial
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from anydepth.engine.backends.cpu.branches import KernelLayer
 from anydepth.engine.backends.cpu.kernel_gates import KernelGates, LayerGate, Unfit
-from anydepth.engine.backends.cpu.linear import NativeExit, NativeHead
 from anydepth.engine.backends.cpu.networks import NativeNetworks, NetworkStruct, weight_address
+from anydepth.engine.backends.cpu.packing import NativeExit, NativeHead
 from anydepth.engine.backends.cpu.tasks import (
     ALONE,
     EXIT,
@@ -30,9 +29,8 @@ from anydepth.engine.backends.cpu.tasks import (
     Task,
     Tasks,
 )
-from anydepth.engine.backends.torch.backend import ExitHead
-from anydepth.engine.kv_cache import EngineCache, LayerKV, Layout, NewTokens
-from anydepth.gating.context import PassContext
+from anydepth.engine.kv_cache import EngineCache, LayerKV, Layout
+from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Plan
 from anydepth.gating.scores import HeadConfidence
@@ -48,10 +46,10 @@ class KernelPass:
     """All layers' tasks for N tokens, over the K/V where they are.
 
     Args:
-        layers: of the model, or consecutive ones where the plan is empty.
+        layers: all of the model, or consecutive ones from number `first` on where the plan is empty.
+        new: tokens of this number, over this cache.
         networks: evaluates gate networks.
-        exit_head: the head that gates take confidences from.
-        stops: layers, counted from the first of these, before which states are wanted as well; of an empty plan.
+        stops: numbers of layers before which states are wanted as well; of an empty plan.
 
     Attributes:
         captured: (stops, N, D), where the kernels store those.
@@ -67,17 +65,16 @@ class KernelPass:
     def __init__(
         self,
         layers: Sequence[KernelLayer],
-        caches: Sequence[LayerKV],
-        plan: Plan,
+        new: NewTokens,
         networks: NativeNetworks,
-        exit_head: ExitHead | None,
         *,
-        num_tokens: int,
+        first: int = 0,
         stops: Sequence[int] = (),
     ) -> None:
-        self.gates = gates = KernelGates(plan, len(layers), num_tokens)
+        num_tokens, caches = new.num_rows * new.num_tokens, new.cache.layers[first : first + len(layers)]
+        self.gates = gates = KernelGates(new.plan, len(layers), num_tokens)
         self.decides = not gates.is_empty
-        self.networks, self.exit_head = networks, exit_head
+        self.networks, self.exit_head = networks, new.exit_head
         self.structs: dict[GateNetwork, NetworkStruct] = {}
         self.flat = torch.zeros(gates.num_columns * num_tokens)
         like = caches[0].deferred
@@ -100,7 +97,7 @@ class KernelPass:
             raise Unfit  # nothing is left to run
         self.captured = like.new_empty(len(stops), num_tokens, like.shape[-1])
         for states, stop in zip(self.captured, stops, strict=True):
-            tasks[stop].captured = states
+            tasks[stop - first].captured = states
         self.tasks = Tasks([task for task in tasks if task.parts])
 
     def _task(self, layer_idx: int, layer: KernelLayer, kv: LayerKV) -> Task:
@@ -143,7 +140,7 @@ class KernelPass:
 
     def _exit(self, score: HeadConfidence) -> NativeExit:
         """Return the head that a score takes its confidence from."""
-        head = None if self.exit_head is None else self.exit_head(score.vocabulary)
+        head = self.exit_head(score.vocabulary)
         if not isinstance(head, NativeHead):
             raise Unfit
         return head.exit(score.measure)
@@ -181,20 +178,20 @@ class KernelPass:
                 kv.make_room_to_defer(sequence, new.num_tokens)
         return version == layout.version
 
-    def prepare(self, new: NewTokens, context: Callable[[], PassContext]) -> bool:
+    def prepare(self, new: NewTokens) -> bool:
         """Store the scores and thresholds that are known in advance; return False if scores are not for this pass."""
         for score in self.gates.columns:
             if isinstance(score, LayerGate):
                 self.gates.thresholds(score, self.flat).copy_(score.limits(new.positions).flatten())
             elif score.reads_at is None or score.pool_tokens:
-                numbers = score.known(context())
+                numbers = score.known(new.context)
                 if numbers is None:
                     return False
                 expanded = numbers.expand(-1, *new.positions.shape)
                 self.gates.scores(score, self.flat).copy_(expanded.flatten(1).T)
         return True
 
-    def run(self, new: NewTokens, hidden: Tensor, rotations: Any) -> tuple[list[Tensor], PassRecord]:
+    def run(self, new: NewTokens, hidden: Tensor) -> tuple[list[Tensor], PassRecord]:
         """Run (N, D) states through the layers and count their K/V.
 
         Returns:
@@ -203,7 +200,7 @@ class KernelPass:
         if self.omitting:
             counts = [[kv.counts[sequence] for sequence in new.sequences] for kv in self.omitting]
             self.held[:, : new.num_rows] = torch.tensor(counts)
-        hidden = self.tasks.run(Rows(new.sequences, new.num_tokens, new.seen, rotations), hidden)
+        hidden = self.tasks.run(Rows(new.sequences, new.num_tokens, new.seen, new.tables.compiled), hidden)
         if self.omitting:
             self._count_kept(new)
         for sequence, length in zip(new.sequences, new.seen, strict=True):
@@ -236,11 +233,7 @@ class CompiledPasses:
         self.by_shape: dict[tuple[object, ...], KernelPass | None] = {}
 
     def ready(
-        self,
-        new: NewTokens,
-        shape: tuple[object, ...],
-        compile_pass: Callable[[], KernelPass],
-        context: Callable[[], PassContext],
+        self, new: NewTokens, shape: tuple[object, ...], compile_pass: Callable[[], KernelPass]
     ) -> KernelPass | None:
         """Return the pass of a shape, ready to run new tokens; None if the kernels cannot decide the plan's gates."""
         layout = new.cache.layout
@@ -249,7 +242,7 @@ class CompiledPasses:
             return None
         if not found.has_room(new):
             found = self._find(layout, shape, compile_pass)  # compiled again: deferred tokens have moved
-        return found if found is not None and found.prepare(new, context) else None
+        return found if found is not None and found.prepare(new) else None
 
     def _find(
         self, layout: Layout, shape: tuple[object, ...], compile_pass: Callable[[], KernelPass]

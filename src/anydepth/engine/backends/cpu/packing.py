@@ -1,21 +1,25 @@
-"""Memory of the kernels, and weights in the order in which they read them: panels of 16 outputs.
-
-A panel has the same few inputs of its 16 outputs in 64 bytes: 1 float32, 2 bfloat16, 4 int8 or 8 int4 of each.
-`kernels/product.h` reads them; the two files must agree.
-"""
+"""Packed weights, and linear layers and the head over them by the kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from ctypes import byref, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from anydepth.engine.backends.cpu.native import MAX_TOKENS, ExitStruct, MatrixStruct, NormStruct, address_of, library
+from anydepth.engine.backends.torch.layer import Head, RMSNorm
+from anydepth.engine.backends.torch.linear import Linear
 from anydepth.engine.huge_pages import huge
-from anydepth.engine.weights import INT4_GROUP, quantise_int4, quantise_int8
-from anydepth.models.llama_like import Weights
+from anydepth.engine.weights import WeightFormat
+from anydepth.models.llama_like import Norm, Weights
 
-PANEL = 16
+ROWS_AT_ONCE = 128
+"""Inputs of quantised layers that still fit into the second cache; oneDNN has no kernels for these."""
+CONFIDENCES = ("max_probability", "margin", "entropy")
+"""Numbers of confidence.h."""
 CHUNK_BYTES = 2**26
 
 
@@ -48,19 +52,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A linear layer (num_outputs, num_inputs) in panels.
-
-    Attributes:
-        weight: float32 (panels, in, 16); bfloat16 (panels, in / 2, 16, 2); int8 (panels, in / 4, 16, 4) bytes b for
-            (b − 128) · scale; int4 (panels, in / 32, 4, 16, 4) bytes of two halves s for (s − 8) · step + offset.
-        scales: int8: (panels · 16,); int4: (panels, in / 32, 2, 16), steps and offsets; bfloat16.
-        kind: one of `weights.WEIGHTS`.
-    """
+    """A linear layer (num_outputs, num_inputs) as `WeightFormat.pack` gives it."""
 
     weight: Tensor
     scales: Tensor | None
     bias: Tensor | None
-    kind: str
+    kernel_id: int
     num_outputs: int
     num_inputs: int
 
@@ -70,39 +67,97 @@ class PackedWeights:
         scales = 0 if self.scales is None else self.scales.numel() * self.scales.element_size()
         return self.weight.numel() * self.weight.element_size() + scales
 
+    def struct(self) -> MatrixStruct:
+        """Return the struct of these weights, which must outlive it."""
+        return MatrixStruct(
+            weight=self.weight.data_ptr(),
+            scales=address_of(self.scales),
+            bias=address_of(self.bias),
+            rows=self.num_outputs,
+            cols=self.num_inputs,
+            kind=self.kernel_id,
+        )
 
-def pack_panels(weights: Weights, kind: str, memory: Memory) -> PackedWeights:
-    """Quantise if `kind` is quantised, and pack.
 
-    Raises:
-        UserError: int4 for inputs that are not whole groups.
+def pack_panels(part: Weights, weight_format: type[WeightFormat], memory: Memory) -> PackedWeights:
+    """Pack a linear layer into the kernels' memory."""
+    assert weight_format.kernel_id is not None
+    weight, scales = weight_format.pack(part.weight)
+    kept = memory.keep(weight), None if scales is None else memory.keep(scales)
+    return PackedWeights(*kept, part.bias, weight_format.kernel_id, *part.weight.shape)
+
+
+class NativeLinear(Linear):
+    """Linear layers of the same input, perhaps after a norm, for any number of rows."""
+
+    def __init__(
+        self, parts: Sequence[PackedWeights], dtype: torch.dtype, memory: Memory, norm: Norm | None = None
+    ) -> None:
+        self.packed, self.norm = parts, norm  # the structs only point to them
+        self.structs = [part.struct() for part in parts]
+        self.norm_struct = NormStruct() if norm is None else NormStruct.of(norm)
+        self.in_bf16 = dtype == torch.bfloat16
+        self.memory = memory
+        memory.reserve(ROWS_AT_ONCE * max(part.num_outputs for part in parts))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs = [self._product(x.contiguous(), struct) for struct in self.structs]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _product(self, x: Tensor, struct: MatrixStruct) -> Tensor:
+        output = x.new_empty(len(x), struct.rows)
+        for start in range(0, len(x), ROWS_AT_ONCE):
+            library().anydepth_linear(
+                byref(struct),
+                byref(self.norm_struct),
+                c_void_p(x[start].data_ptr()),
+                c_void_p(output[start].data_ptr()),
+                c_void_p(self.memory.scratch.data_ptr()),
+                min(ROWS_AT_ONCE, len(x) - start),
+                self.in_bf16,
+            )
+        return output
+
+
+class NativeExit:
+    """A head whose confidence in a state the kernels compute.
+
+    Args:
+        norm: applied before the head.
+        confidence: one of `CONFIDENCES`.
     """
-    scales = None
-    if kind == "int8":
-        steps, scale = quantise_int8(weights.weight)
-        # 128 is zero; padded inputs are multiplied with zeros, and padded outputs are not read.
-        packed = panels((steps.to(torch.int16) + 128).to(torch.uint8), 4)
-        scales = torch.nn.functional.pad(scale, (0, packed.shape[0] * PANEL - len(scale)))
-    elif kind == "int4":
-        steps, step, offset = quantise_int4(weights.weight)
-        halves = panels(steps.flatten(1), 4)  # (panels, in / 4, 16, 4)
-        halves = halves.view(len(halves), -1, INT4_GROUP // 8, 2, PANEL, 4)
-        packed = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
-        scales = torch.stack([panels(part, 1)[..., 0] for part in (step, offset)], dim=2)
-    else:
-        packed = panels(weights.weight, 2 if kind == "bfloat16" else 1)
-    return PackedWeights(
-        memory.keep(packed),
-        None if scales is None else memory.keep(scales),
-        weights.bias,
-        kind,
-        len(weights.weight),
-        weights.weight.shape[1],
-    )
+
+    def __init__(self, head: PackedWeights, norm: Norm, softcap: float | None, confidence: str, memory: Memory) -> None:
+        self.points_to = head, norm  # must outlive the struct
+        self.struct = ExitStruct(
+            head=head.struct(),
+            norm=NormStruct.of(norm),
+            softcap=softcap or 0.0,
+            confidence=CONFIDENCES.index(confidence),
+        )
+        memory.reserve(MAX_TOKENS * head.num_outputs)
 
 
-def panels(matrix: Tensor, num_together: int) -> Tensor:
-    """Return (out, in) as (panels, in / num_together, 16, num_together), padded with zeros."""
-    num_outputs, num_inputs = matrix.shape
-    padded = torch.nn.functional.pad(matrix, (0, -num_inputs % num_together, 0, -num_outputs % PANEL))
-    return padded.view(-1, PANEL, padded.shape[1] // num_together, num_together).transpose(1, 2)
+class NativeHead(Head):
+    """A head whose norm and product for few tokens are one call.
+
+    Attributes:
+        native: the call.
+    """
+
+    def __init__(self, linear: Linear, native: NativeLinear, norm: Norm, softcap: float | None) -> None:
+        super().__init__(RMSNorm(norm, torch.bfloat16 if native.in_bf16 else torch.float32), linear, softcap)
+        self.native = native
+
+    def _product(self, flat: Tensor) -> Tensor:
+        return self.native(flat) if len(flat) <= MAX_TOKENS else super()._product(flat)
+
+    def exit(self, confidence: str) -> NativeExit:
+        """Return the head for the kernels to compute its confidence with."""
+        (packed,), norm = self.native.packed, self.native.norm
+        assert norm is not None
+        return NativeExit(packed, norm, self.softcap, confidence, self.native.memory)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anydepth.engine.backends.cpu.linear import NativeExit, matrix
 from anydepth.engine.backends.cpu.native import (
     GATE_FIELDS,
     NORMS,
@@ -23,7 +22,7 @@ from anydepth.engine.backends.cpu.native import (
     address_of,
     library,
 )
-from anydepth.engine.backends.cpu.packing import Memory, PackedWeights
+from anydepth.engine.backends.cpu.packing import Memory, NativeExit, PackedWeights
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.models.llama_like import LayerParts
 
@@ -87,7 +86,7 @@ class NativeLayer:
             in_bf16=dtype == torch.bfloat16,
             scale=parts.scale,
             softcap=parts.softcap or 0.0,
-            **{name: matrix(weights) for name, weights in packed.items()},
+            **{name: weights.struct() for name, weights in packed.items()},
             **{name: NormStruct.of(norm) for name, norm in self.norms.items()},
         )
         self.pointer, self.address = byref(self.struct), addressof(self.struct)

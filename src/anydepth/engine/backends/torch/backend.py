@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from anydepth.engine.backends.torch.branches import Branches
-from anydepth.engine.backends.torch.head import Head
-from anydepth.engine.backends.torch.layer import EngineLayer, RMSNorm
-from anydepth.engine.backends.torch.linear import Linear, linear_of
-from anydepth.engine.kv_cache import NewTokens
-from anydepth.engine.rotary import Rotations
-from anydepth.gating.context import PassContext
+from anydepth.engine.backends.torch.layer import EngineLayer, Head, RMSNorm
+from anydepth.engine.backends.torch.linear import Linear
+from anydepth.engine.new_tokens import NewTokens
+from anydepth.engine.weights import WeightFormat
 from anydepth.gating.gate_network import Evaluate, GateNetwork
-from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 
-ExitHead = Callable[[Tensor | None], Head]
-"""The model's head, of a vocabulary (V',) or of all tokens."""
-FusedRun = tuple[list[Tensor], PassRecord]
-"""States at the stops and after the last layer, and what ran."""
+Format = type[WeightFormat]
 
 
 class TorchBackend:
@@ -45,49 +39,42 @@ class TorchBackend:
     def __init__(self, dtype: torch.dtype, why_not_native: str | None = None, *, compiled: bool = False) -> None:
         self.dtype, self.why_not_native, self.compiled = dtype, why_not_native, compiled
 
-    def linear(self, parts: Sequence[Weights], weights: str) -> Linear:
-        """Return linear layers of one input as one; `weights` is one of `engine.weights.WEIGHTS`."""
-        return Linear(parts) if self.compiled else linear_of(parts, weights)
+    def linear(self, parts: Sequence[Weights], weights: Format) -> Linear:
+        """Return linear layers of one input as one."""
+        return Linear(parts) if self.compiled else weights.linear(parts)
 
-    def layer(self, parts: LayerParts, weights: str) -> EngineLayer:
-        """Return a layer."""
+    def layer(self, parts: LayerParts, weights: Format) -> EngineLayer:
+        """Return a decoder layer."""
 
         def linear(*roles: str) -> Linear:
             return self.linear([getattr(parts, role) for role in roles], weights)
 
         return EngineLayer(parts, self.dtype, linear, compiled=self.compiled)
 
-    def head(self, rows: Weights, norm: Norm, weights: str, softcap: float | None) -> Head:
-        """Return a head: `rows` are weights (V, D) of the tokens and their bias, `norm` is applied before."""
+    def head(self, rows: Weights, norm: Norm, weights: Format, softcap: float | None) -> Head:
+        """Return a head after a norm; `rows` are the weights (V, D) of its tokens, and their bias."""
         return Head(RMSNorm(norm, self.dtype), self.linear([rows], weights), softcap)
 
     def rotary_tables(self, tables: Sequence[tuple[Tensor, Tensor]]) -> Any:
-        """Return what `branches` and `fused` need of the cosines and sines (positions, R) of each kind."""
+        """Return what passes need of the cosines and sines (positions, R) of each kind."""
         return None
 
-    def branches(self, new: NewTokens, tables: Rotations) -> Branches:
+    def branches(self, new: NewTokens) -> Branches:
         """Return what runs single branches for new tokens."""
-        return Branches(new, tables)
+        return Branches(new)
 
     def fused(
-        self,
-        layers: Sequence[EngineLayer],
-        hidden: Tensor,
-        new: NewTokens,
-        plan: Plan,
-        tables: Rotations,
-        exit_head: ExitHead | None,
-        context: Callable[[], PassContext],
-        first: int = 0,
-        stops: Sequence[int] = (),
-    ) -> FusedRun | None:
-        """Run all layers and gates of a pass in one call; None: gates must be decided layer by layer.
+        self, layers: Sequence[EngineLayer], hidden: Tensor, new: NewTokens, first: int = 0, stops: Sequence[int] = ()
+    ) -> tuple[list[Tensor], PassRecord] | None:
+        """Run layers with all their gates in one call; None: gates must be decided layer by layer (`Step`).
 
         Args:
-            layers: the model's from number `first` on.
+            layers: consecutive ones, the first of which is number `first`.
             hidden: (B·T, D) states before them.
-            context: gives what gates are decided with, where they are decided before the pass.
             stops: numbers of layers before which states are wanted as well, in order; of an empty plan.
+
+        Returns:
+            The states at the stops and after the last layer, and what ran.
         """
         return None
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from anydepth.engine.backends.torch.layer import EngineLayer
-from anydepth.engine.kv_cache import LayerKV, NewTokens
-from anydepth.engine.rotary import Rotation, Rotations
+from anydepth.engine.kv_cache import LayerKV
+from anydepth.engine.new_tokens import NewTokens
+from anydepth.engine.rotary import Rotation
 from anydepth.gating.gate import Gate
 
 
@@ -22,8 +23,8 @@ class Branches:
     A subclass may put operations off: `flush` runs what is pending and returns the states after it.
     """
 
-    def __init__(self, new: NewTokens, tables: Rotations) -> None:
-        self.new, self.tables = new, tables
+    def __init__(self, new: NewTokens) -> None:
+        self.new, self.tables = new, new.tables
         self.num_rows, self.num_tokens = new.num_rows, new.num_tokens
         self.rotations: dict[str, Rotation] = {}
         self.masks: dict[tuple[int | None, tuple[int, ...]], Tensor] = {}

@@ -1,4 +1,4 @@
-"""One decoder layer of a Llama-like family over a flat list of tokens, (N, D) in and out.
+"""A decoder layer of a Llama-like family over a flat list of tokens, (N, D) in and out, and the head.
 
 Biases, norms of queries and keys, norms before or after a branch, partial rotary embeddings, soft caps and sliding
 windows are those of `models/llama_like.py`.
@@ -167,6 +167,31 @@ class EngineLayer:
         if self.ffn_out_norm is None:
             return self.down.plus(inner, residual)
         return residual + self.ffn_out_norm(self.down(inner))
+
+
+class Head:
+    """Logits (..., V) of states (..., D).
+
+    Args:
+        softcap: c of c·tanh(logits / c), or None.
+    """
+
+    def __init__(self, norm: RMSNorm, linear: Linear, softcap: float | None) -> None:
+        self.norm, self.linear, self.softcap = norm, linear, softcap
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that it reads."""
+        return self.linear.num_bytes
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the logits."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = self._product(flat).view(*hidden.shape[:-1], -1)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def _product(self, flat: Tensor) -> Tensor:
+        return self.linear(self.norm(flat))
 
 
 def _compiled(branch: Callable[..., Any]) -> Callable[..., Any]:

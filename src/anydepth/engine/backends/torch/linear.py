@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.engine.weights import quantise_int8
-from anydepth.errors import UserError
 from anydepth.models.llama_like import Weights
 
 MANY_ROWS = 16
@@ -95,16 +93,3 @@ def joined(parts: Sequence[Weights]) -> Weights:
         biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
         bias = torch.cat(biases)
     return Weights(torch.cat([part.weight for part in parts]), bias)
-
-
-def linear_of(parts: Sequence[Weights], kind: str) -> Linear:
-    """Return layers of the same input as one; `kind` is one of `WEIGHTS`, but not int4."""
-    device = parts[0].weight.device
-    if kind == "int8":
-        if device.type != "cpu":
-            raise UserError(f"int8 weights are for the CPU; on {device.type} use bfloat16")
-        whole = joined(parts)
-        return Int8Linear(*quantise_int8(whole.weight), whole.bias)
-    if device.type == "cpu" and kind == "bfloat16" and torch.backends.mkldnn.is_available():
-        return PrepackedLinear(parts)
-    return Linear(parts)
