@@ -161,7 +161,7 @@ def test_states_wait_until_a_token_of_their_row_runs(num_waiting: int) -> None:
     for step in range(num_waiting + 1):
         rows = Rows([0, 1], 1, [past + step] * 2, rotation_structs([table]))
         for slot in (0, 1):
-            kv.make_room_to_defer(slot, 1)
+            kv.reserve_deferred(slot, 1)
         runs = step == num_waiting
         task = Task(ours.native, kv, MIXER if runs else 0, defers=True, mixed=torch.tensor([1]) if runs else None)
         output = Tasks([task]).run(rows, hidden[:, step].contiguous())

@@ -18,7 +18,7 @@ from anydepth.engine.huge_pages import huge
 
 GROWTH = 256
 """Tokens that the capacity of a cache grows by at least."""
-FIRST_ROOM = 16
+FIRST_CAPACITY = 16
 """Capacity for deferred tokens of a layer; doubled when it is full."""
 
 
@@ -39,7 +39,7 @@ class LayerKV:
 
     Attributes:
         counts: tokens with K/V, by sequence.
-        deferred: (sequences, room, D) inputs to the layer of the tokens after those, whose K/V are deferred.
+        deferred: (sequences, capacity, D) inputs to the layer of the tokens after those, whose K/V are deferred.
         num_deferred: their number by sequence, int64; the kernels change it as well.
         positions: by sequence, those of its K/V in order where some tokens left none; None where there are no gaps.
     """
@@ -61,18 +61,18 @@ class LayerKV:
         """Return whether the first `length` tokens of a sequence, and no others, have K/V here or are deferred."""
         return self.counts[sequence] + self.num_deferred[sequence] == length and self.positions[sequence] is None
 
-    def make_room_to_defer(self, sequence: int, num_tokens: int) -> None:
-        """Make room for so many more deferred tokens of a sequence."""
+    def reserve_deferred(self, sequence: int, num_tokens: int) -> None:
+        """Make sure that so many more tokens of a sequence can be deferred."""
         wanted = self.num_deferred[sequence] + num_tokens
         if wanted > self.deferred_capacity:
-            before, self.deferred_capacity = self.deferred, max(wanted, 2 * self.deferred_capacity, FIRST_ROOM)
+            before, self.deferred_capacity = self.deferred, max(wanted, 2 * self.deferred_capacity, FIRST_CAPACITY)
             self.deferred = before.new_empty(before.shape[0], self.deferred_capacity, before.shape[2])
             self.deferred[:, : before.shape[1]] = before
             self.layout.version += 1
 
     def defer(self, sequence: int, states: Tensor) -> None:
         """Defer the K/V of a sequence's next tokens, with these (N, D) states."""
-        self.make_room_to_defer(sequence, len(states))
+        self.reserve_deferred(sequence, len(states))
         count = self.num_deferred[sequence]
         self.deferred[sequence, count : count + len(states)] = states
         self.num_deferred[sequence] = count + len(states)
@@ -166,8 +166,8 @@ class EngineCache:
         self.lengths[sequence] = 0
         self.free.append(sequence)
 
-    def make_room(self, length: int) -> None:
-        """Make room for sequences of `length` tokens."""
+    def reserve(self, length: int) -> None:
+        """Make sure that sequences of `length` tokens fit."""
         assert self.max_length is None or length <= self.max_length, "longer than a sequence may grow"
         if length > self.capacity:
             wanted = max(length, self.capacity * 3 // 2, self.capacity + GROWTH)

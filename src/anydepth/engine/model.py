@@ -214,10 +214,10 @@ class EngineModel:
     def _new_tokens(
         self, num_tokens: int, sequences: Sequence[int], seen: Sequence[int], cache: EngineCache, plan: Plan
     ) -> NewTokens:
-        """Return the next tokens of each sequence, with room for them."""
+        """Return the next tokens of each sequence, for which cache and tables are large enough."""
         length, tables = max(seen) + num_tokens, self.rotations
-        cache.make_room(length)
-        tables.make_room(length)
+        cache.reserve(length)
+        tables.reserve(length)
         return NewTokens(num_tokens, sequences, seen, cache, plan, tables, self.backend.evaluate, self.exit_head)
 
     def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -20,10 +21,11 @@ ExitHead = Callable[[Tensor | None], Callable[[Tensor], Tensor]]
 """Gives the model's head, of a vocabulary (V',) or of all tokens."""
 
 
+@dataclass(eq=False)
 class NewTokens:
     """T new tokens of each of B sequences, over their cache.
 
-    Args:
+    Attributes:
         num_tokens: T.
         sequences: their numbers in the cache, one per row.
         seen: tokens of each before the new ones.
@@ -33,20 +35,19 @@ class NewTokens:
         exit_head: for states of any depth.
     """
 
-    def __init__(
-        self,
-        num_tokens: int,
-        sequences: Sequence[int],
-        seen: Sequence[int],
-        cache: EngineCache,
-        plan: Plan,
-        tables: Rotations,
-        evaluate: Evaluate,
-        exit_head: ExitHead,
-    ) -> None:
-        self.num_tokens, self.sequences, self.seen, self.cache = num_tokens, list(sequences), list(seen), cache
-        self.num_rows, self.plan, self.tables = len(self.sequences), plan, tables
-        self.evaluate, self.exit_head = evaluate, exit_head
+    num_tokens: int
+    sequences: Sequence[int]
+    seen: Sequence[int]
+    cache: EngineCache
+    plan: Plan
+    tables: Rotations
+    evaluate: Evaluate
+    exit_head: ExitHead
+
+    @cached_property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.sequences)
 
     @cached_property
     def positions(self) -> Tensor:

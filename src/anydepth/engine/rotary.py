@@ -62,7 +62,7 @@ class Rotations:
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
         self.compiled: Any = None
 
-    def make_room(self, length: int) -> None:
+    def reserve(self, length: int) -> None:
         """Extend the tables to all positions below `length`."""
         if length > self.num_positions:
             self.num_positions = length + GROWTH

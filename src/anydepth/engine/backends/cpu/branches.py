@@ -124,7 +124,7 @@ class PendingBranches(KernelBranches):
         else:
             for row in every_row:
                 if not counts[row]:
-                    kv.make_room_to_defer(new.sequences[row], self.num_tokens)
+                    kv.reserve_deferred(new.sequences[row], self.num_tokens)
             task.defers = len(rows) < self.num_rows or any(kv.num_deferred[sequence] for sequence in new.sequences)
         if rows:
             task.parts = MIXER | OMIT if omit else MIXER

@@ -1,4 +1,4 @@
-"""Compiling of the kernels, once for this machine."""
+"""Compilation of the kernels, once for each machine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "
 
 
 class BuildError(Exception):
-    """The kernels cannot be had here; the message says why."""
+    """The kernels are not available here; the message says why."""
 
 
 def built() -> Path:
-    """The library of the sources as they are, for this compiler and processor; compiled if it is not there yet.
+    """Return the library of the sources, for this compiler and processor; compiled if it does not exist yet.
 
     Raises:
         BuildError: no compiler, or one that fails.
@@ -37,12 +37,12 @@ def built() -> Path:
         if not path.exists():
             _build(command, path)
     except OSError as error:
-        raise BuildError(f"{path} cannot be made ({error.strerror or error})") from error
+        raise BuildError(f"{path} cannot be written ({error.strerror or error})") from error
     return path
 
 
 def _build(command: list[str], path: Path) -> None:
-    """Compile; in place at once, whole, also when two processes compile at a time."""
+    """Compile into a temporary folder, then rename: complete also when two processes compile at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / "kernels.so"
@@ -57,7 +57,7 @@ def _build(command: list[str], path: Path) -> None:
 
 
 def _cpu() -> str:
-    """What tells processors apart whose instructions differ."""
+    """Return a text that differs between processors with different instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

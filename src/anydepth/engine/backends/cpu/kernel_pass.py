@@ -85,7 +85,7 @@ class KernelPass:
         self.omit_scores, self.omit_limits = gates.decisions(gates.omitting)
         self.deferring = [caches[layer_idx] for layer_idx in gates.deferring]
         for kv in self.deferring:
-            kv.make_room_to_defer(0, num_tokens)
+            kv.reserve_deferred(0, num_tokens)
         skipped = {*gates.deferring, *gates.omitting, *gates.closed_mixers}
         self.whole = [kv for layer_idx, kv in enumerate(caches) if layer_idx not in skipped]
         tasks = [self._task(i, layer, kv) for i, (layer, kv) in enumerate(zip(layers, caches, strict=True))]
@@ -169,13 +169,13 @@ class KernelPass:
                 return False
         return True
 
-    def has_room(self, new: NewTokens) -> bool:
-        """Make room for all tokens to be deferred; return False if deferred tokens have moved for it."""
+    def reserve_deferred(self, new: NewTokens) -> bool:
+        """Make sure that all new tokens can be deferred; return False if memory has moved for that."""
         layout = new.cache.layout
         version = layout.version
         for kv in self.deferring:
             for sequence in new.sequences:
-                kv.make_room_to_defer(sequence, new.num_tokens)
+                kv.reserve_deferred(sequence, new.num_tokens)
         return version == layout.version
 
     def prepare(self, new: NewTokens) -> bool:
@@ -240,7 +240,7 @@ class CompiledPasses:
         found = self._find(layout, shape, compile_pass)
         if found is None or not found.fits(new):
             return None
-        if not found.has_room(new):
+        if not found.reserve_deferred(new):
             found = self._find(layout, shape, compile_pass)  # compiled again: deferred tokens have moved
         return found if found is not None and found.prepare(new) else None
 

@@ -31,9 +31,10 @@ GATE_FIELDS = ("network", "exit", "compared", "logits", "column", "stride", "thr
 """The last is a float followed by four unused bytes."""
 
 
-class MatrixStruct(Structure):
-    """`Matrix` of product.h."""
+# The structs of product.h and layer.cpp, field by field.
 
+
+class MatrixStruct(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("weight", "scales", "bias")),
         *((name, c_int32) for name in ("rows", "cols", "kind", "unused")),
@@ -41,8 +42,6 @@ class MatrixStruct(Structure):
 
 
 class NormStruct(Structure):
-    """`Norm` of layer.cpp."""
-
     _fields_ = [("weight", c_void_p), ("eps", c_float), ("size", c_int32)]
 
     @classmethod
@@ -52,8 +51,6 @@ class NormStruct(Structure):
 
 
 class LayerStruct(Structure):
-    """`Layer` of layer.cpp."""
-
     _fields_ = [
         *((name, MatrixStruct) for name in ROLES),
         *((name, NormStruct) for name in NORMS),
@@ -67,14 +64,10 @@ class LayerStruct(Structure):
 
 
 class RotationStruct(Structure):
-    """`Rotation` of layer.cpp."""
-
     _fields_ = [("cos", c_void_p), ("sin", c_void_p), ("size", c_int64)]
 
 
 class BatchStruct(Structure):
-    """`Batch` of layer.cpp."""
-
     _fields_ = [
         ("rows", c_int32),
         ("tokens", c_int32),
@@ -85,14 +78,10 @@ class BatchStruct(Structure):
 
 
 class ExitStruct(Structure):
-    """`Exit` of layer.cpp."""
-
     _fields_ = [("head", MatrixStruct), ("norm", NormStruct), ("softcap", c_float), ("confidence", c_int32)]
 
 
 class TaskStruct(Structure):
-    """`Task` of layer.cpp; every field is eight bytes."""
-
     _fields_ = [
         *((name, c_int64) for name in ("layer", "cache", "parts", "counts")),
         *((name, c_int64) for name in ("deferred", "num_deferred", "deferred_capacity")),

@@ -16,8 +16,6 @@ from anydepth.gating.gate_network import GateNetwork
 
 
 class DenseStruct(Structure):
-    """`Dense` of network.h."""
-
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("cols", c_int64)]
 
     @classmethod
@@ -28,15 +26,8 @@ class DenseStruct(Structure):
 
 
 class NetworkStruct(Structure):
-    """`Network` of network.h.
-
-    Attributes:
-        weight_at: `weight_address` of the network that it was made of.
-        points_to: what must outlive it.
-    """
-
-    weight_at: int
-    points_to: Any
+    weight_at: int  # `weight_address` of its network
+    points_to: Any  # must outlive it
 
     _fields_ = [
         *((name, c_void_p) for name in ("norm_weight", "norm_bias", "mlp")),

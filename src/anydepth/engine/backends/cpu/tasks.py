@@ -174,7 +174,7 @@ class Task:
         parts: the sum of some of `MIXER`, `FFN`, `OMIT`, `EXIT` and `ALONE`. `OMIT`: tokens that do not run the mixer
             leave no K/V; without it all tokens of a row leave K/V as soon as one of the row runs it. `EXIT`: tokens
             that `gate` stops run no later layer either. `ALONE`: tokens that `gate` stops run the FFN.
-        defers: the K/V of rows none of whose tokens run the mixer are deferred, for which the cache must have room;
+        defers: the K/V of rows none of whose tokens run the mixer are deferred, for which the cache must have capacity;
             those of the other rows are materialised.
         counts: K/V of each row before, in this layer, where they are not those of the `Rows`.
         mixed, fed: int64 indices into (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.

@@ -35,15 +35,15 @@ class Linear:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def silu(self, x: Tensor) -> Tensor:
-        """Return silu(x Wᵀ + b)."""
+        """Apply SiLU to x Wᵀ + b."""
         return F.silu(self(x))
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
-        """Return (x Wᵀ + b) · factor, factor (N, out)."""
+        """Multiply x Wᵀ + b with a factor (N, out)."""
         return self(x).mul_(factor)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return x Wᵀ + b + residual, residual (N, out)."""
+        """Add x Wᵀ + b to a residual (N, out)."""
         return self(x).add_(residual)
 
 

@@ -1,5 +1,5 @@
-// Attention of a few queries over a long cache, cut into parts that threads take: each part leaves its largest score,
-// the sum of its weights and the weighted sum of its values, which are put together afterwards.
+// Attention of a few queries over a long cache, cut into chunks for the threads: each chunk has its largest score, the sum
+// of its weights and the weighted sum of its values, which are joined afterwards.
 #pragma once
 
 #include <algorithm>
@@ -16,11 +16,11 @@ constexpr int CHUNK = 64;  // keys that stay in the nearest cache for all querie
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 16;
 
-// The keys that some tokens of a row see, cut into a few parts for each thread of the team. The cuts lie at fixed places,
-// whoever else is in the batch: a token's sums are the same alone, beside other rows and among several tokens of its own, bit
-// by bit (but for the tokens of a pass in which the size doubles).
+// The keys that some tokens of a row see, cut into a few parts for each thread of the team. The cuts are at fixed positions,
+// whichever other rows are in the batch: a token's sums have the same bits alone, with other rows and among several tokens
+// of its own (except for the tokens of a pass in which the size doubles).
 struct Parts {
-    int64_t start, all, size;  // of the keys that are read; of a part
+    int64_t start, all, size;  // first and end of the keys that are read; keys of a part
     int num;
 
     // `first`, `last`: keys that the first and the last of the tokens see. `window`: 0 for none.
@@ -29,7 +29,7 @@ struct Parts {
         const int64_t wide = window ? std::min(last, window + CHUNK) : last;
         const int threads = omp_get_num_threads();
         int64_t most = (4 * threads + kv_heads - 1) / kv_heads;
-        while (most * kv_heads % threads) ++most;  // as many for each, or all would wait for the one with more
+        while (most * kv_heads % threads) ++most;  // the same number for each, or all would wait for one
         while (wide > std::min<int64_t>(most, MAX_SPLITS - 2) * size) size *= 2;
         num = int((all + size - 1) / size - start / size);
     }
@@ -38,20 +38,21 @@ struct Parts {
 };
 
 struct Heads {
-    int size, heads, group;  // dimension; all; those that share keys
-    int64_t window;          // tokens looked back over, the own included; 0 for all
+    int size, heads, group;  // dimension; all; those that partial keys
+    int64_t window;          // the last tokens that a token sees, itself included; 0 for all
     float scale, softcap;
 };
 
-struct Share {
+// Attention of a query over some keys, before it is divided by the total weight.
+struct Partial {
     float largest, total;
     float values[MAX_HEAD_DIM];
 };
 
-// Lane k is the sum of the lanes of `of`[k].
+// Returns a vector whose lane k is the sum of the lanes of `of`[k].
 inline __attribute__((always_inline)) floats sums(floats of[WIDTH]) {
 #if defined(__AVX512F__)
-    // Of lanes that differ in `distance`, half are of one vector and half of the other; what they lack is swapped in.
+    // Half of the lanes that differ in `distance` come from one vector and half from the other; the rest is swapped in.
     const auto merge = [&](int distance, __mmask16 odd, auto swap) __attribute__((always_inline)) {
         for (int k = 0; k < WIDTH / 2 / distance; ++k) {
             const __m512 a = __m512(of[2 * k]), b = __m512(of[2 * k + 1]);
@@ -70,7 +71,7 @@ inline __attribute__((always_inline)) floats sums(floats of[WIDTH]) {
 #endif
 }
 
-// WIDTH values from place `i` on of a row of `size`, zeros behind its end.
+// Returns WIDTH values from index `i` on of a row of `size`, zeros after its end.
 template <class A>
 inline __attribute__((always_inline)) floats part_of(const A* row, int i, int size) {
     if (i + WIDTH <= size) return wide(row + i);
@@ -79,13 +80,13 @@ inline __attribute__((always_inline)) floats part_of(const A* row, int i, int si
     return values;
 }
 
-// Memory that is wanted soon; asked for bit by bit, or the processor waits for all of it.
+// Prefetches memory that is needed soon; in small pieces, or the processor waits for all of it.
 template <class A>
-inline __attribute__((always_inline)) void ask_for(const A* from, int size) {
+inline __attribute__((always_inline)) void prefetch(const A* from, int size) {
     for (int i = 0; i < size; i += 64 / int(sizeof(A))) __builtin_prefetch(from + i);
 }
 
-// Products of one query with a key, not yet added up across lanes.
+// Returns products of one query with a key, not yet summed across lanes.
 inline __attribute__((always_inline)) floats products_of(const float* query, const float* key, int size) {
     floats products = {};
     for (int i = 0; i < size; i += WIDTH) products += part_of(query, i, size) * part_of(key, i, size);
@@ -102,7 +103,7 @@ inline __attribute__((always_inline)) floats products_of(const bf16* query, cons
     return products;
 }
 
-// Scores of one query for `count` keys, at most CHUNK; those outside of `from`..`to` are NEVER. Returns the largest.
+// Computes scores of one query for `count` keys, at most CHUNK; those outside of `from`..`to` are NEVER. Returns the largest.
 constexpr float NEVER = -1e30f;
 template <int SIZE, class A>
 inline float score(const Heads& h, const A* query, const A* keys, int count, int from, int to, float* scores) {
@@ -128,9 +129,9 @@ inline float score(const Heads& h, const A* query, const A* keys, int count, int
     return result;
 }
 
-// Scores to weights in place, in the measure of a share's largest score; returns what its sums so far shrink by.
-inline float weigh(float* scores, int count, float largest, Share& share) {
-    const float now = std::max(share.largest, largest), shrink = std::exp(share.largest - now);
+// Turns scores into weights in place, relative to the largest score so far; returns the factor for the sums so far.
+inline float weigh(float* scores, int count, float largest, Partial& partial) {
+    const float now = std::max(partial.largest, largest), shrink = std::exp(partial.largest - now);
     floats total = {};
     for (int k = 0; k < count; k += WIDTH) {
         const floats some = wide(scores + k);
@@ -138,14 +139,14 @@ inline float weigh(float* scores, int count, float largest, Share& share) {
         std::memcpy(scores + k, &weights, sizeof weights);
         total += weights;
     }
-    share.largest = now;
-    share.total = share.total * shrink + sum(total);
+    partial.largest = now;
+    partial.total = partial.total * shrink + sum(total);
     return shrink;
 }
 
-// Weighted values of Q queries onto their shares, which shrink first. `weights` (Q, CHUNK).
+// Adds weighted values of Q queries to their partial sums, which are multiplied with `shrinks` first. `weights` (Q, CHUNK).
 template <int SIZE, int Q, class A>
-inline void gather(const Heads& h, const A* values, int count, const float* weights, const float* shrinks, Share* shares,
+inline void gather(const Heads& h, const A* values, int count, const float* weights, const float* shrinks, Partial* partials,
                    int64_t stride) {
     const int size = SIZE ? SIZE : h.size;
     constexpr int VECTORS = 4;
@@ -160,7 +161,7 @@ inline void gather(const Heads& h, const A* values, int count, const float* weig
         }
         for (int q = 0; q < Q; ++q)
             for (int v = 0; v < vectors; ++v) {
-                float* to = shares[q * stride].values + start + v * WIDTH;
+                float* to = partials[q * stride].values + start + v * WIDTH;
                 const floats value = wide(to) * shrinks[q] + acc[q][v];
                 std::memcpy(to, &value, sizeof value);
             }
@@ -170,7 +171,7 @@ inline void gather(const Heads& h, const A* values, int count, const float* weig
 #if defined(__AVX512BF16__)
 // With weights rounded to bfloat16 as well, as the Hugging Face model has them: two keys at a time.
 template <int SIZE, int Q, std::enable_if_t<SIZE != 0, int> = 0>
-inline void gather(const Heads&, const bf16* values, int count, const float* weights, const float* shrinks, Share* shares,
+inline void gather(const Heads&, const bf16* values, int count, const float* weights, const float* shrinks, Partial* partials,
                    int64_t stride) {
     bf16 rounded[Q][CHUNK];
     for (int q = 0; q < Q; ++q)
@@ -194,7 +195,7 @@ inline void gather(const Heads&, const bf16* values, int count, const float* wei
                                  _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8)};
         for (int q = 0; q < Q; ++q)
             for (int part = 0; part < 4; ++part) {
-                float* to = shares[q * stride].values + start + part * WIDTH;
+                float* to = partials[q * stride].values + start + part * WIDTH;
                 const __m512 sums = _mm512_permutex2var_ps(low[q][part / 2], order[part % 2], high[q][part / 2]);
                 const floats value = wide(to) * shrinks[q] + floats(sums);
                 std::memcpy(to, &value, sizeof value);
@@ -203,37 +204,37 @@ inline void gather(const Heads&, const bf16* values, int count, const float* wei
 }
 #endif
 
-// The queries of one row that share a key head, over keys begin..end of `all`, into a share each, `stride` apart.
-// `queries` (tokens, heads, size); `seen` (tokens,) keys that each token sees, a window apart.
+// Attends with the queries of one row that use the same key head, over keys begin..end of `all`: a partial result each,
+// `stride` apart. `queries` (tokens, heads, size); `seen` (tokens,) keys that each token sees, not counting a window.
 template <int SIZE, class A, class Q>
 void attend_to(const Heads& h, const A* keys, const A* values, const Q* queries, int tokens, const int64_t* seen, int64_t begin,
-               int64_t end, int64_t all, Share* shares, int64_t stride) {
+               int64_t end, int64_t all, Partial* partials, int64_t stride) {
     const int num = tokens * h.group, size = h.size;
-    static thread_local std::vector<A> own;          // (num, size) queries, one key head's together
+    static thread_local std::vector<A> own;          // (num, size) queries of one key head
     static thread_local std::vector<float> weights;  // (num, CHUNK)
     static thread_local std::vector<float> shrinks;  // (num,)
     own.resize(size_t(num) * size), weights.resize(size_t(num) * CHUNK), shrinks.resize(num);
     for (int q = 0; q < num; ++q) {
-        shares[q * stride] = {NEVER, 0.0f, {}};
+        partials[q * stride] = {NEVER, 0.0f, {}};
         const Q* query = queries + (int64_t(q / h.group) * h.heads + q % h.group) * size;
         for (int i = 0; i < size; ++i) store(one(query[i]), &own[q * size + i]);
     }
     for (int64_t start = begin; start < end; start += CHUNK) {
         const int count = int(std::min<int64_t>(CHUNK, end - start));
-        const int next = int(std::min<int64_t>(CHUNK, all - start - count));  // perhaps of this thread's next part
+        const int next = int(std::min<int64_t>(CHUNK, all - start - count));  // perhaps in this thread's next part
         for (int q = 0; q < num; ++q) {
-            ask_for(values + (start + count * q / num) * size, (count * (q + 1) / num - count * q / num) * size);
+            prefetch(values + (start + count * q / num) * size, (count * (q + 1) / num - count * q / num) * size);
             const int64_t last = seen[q / h.group], first = h.window ? last - h.window : 0;
             float* scores = &weights[q * CHUNK];
             const float largest = score<SIZE>(h, &own[q * size], keys + start * size, count, int(std::max<int64_t>(first - start, 0)),
                                         int(std::min<int64_t>(last - start, count)), scores);
-            shrinks[q] = weigh(scores, count, largest, shares[q * stride]);
+            shrinks[q] = weigh(scores, count, largest, partials[q * stride]);
         }
         const auto some = [&](auto count_of, int q) {
             const int n = decltype(count_of)::value;
-            ask_for(keys + (start + CHUNK + next * q / num) * size, (next * (q + n) / num - next * q / num) * size);
+            prefetch(keys + (start + CHUNK + next * q / num) * size, (next * (q + n) / num - next * q / num) * size);
             gather<SIZE, decltype(count_of)::value>(h, values + start * size, count, &weights[q * CHUNK], &shrinks[q],
-                                                    shares + q * stride, stride);
+                                                    partials + q * stride, stride);
         };
         int q = 0;
         for (; q + 3 <= num; q += 3) some(std::integral_constant<int, 3>{}, q);
@@ -248,9 +249,9 @@ void attend(const Heads& h, const A* keys, const A* values, Arguments... rest) {
     else attend_to<0>(h, keys, values, rest...);
 }
 
-// The shares of one query together: `put` (i, value i).
+// Joins the partial results of one query: `put` (i, value i).
 template <class Put>
-inline void join(const Share* own, int num, int size, const Put& put) {
+inline void join(const Partial* own, int num, int size, const Put& put) {
     float largest = own[0].largest, total = 0, values[MAX_HEAD_DIM] = {};
     for (int s = 1; s < num; ++s) largest = std::max(largest, own[s].largest);
     for (int s = 0; s < num; ++s) {

@@ -1,4 +1,4 @@
-// How sure a head is of a token, from its logits (`methods/early_exit.py`).
+// A head's confidence in a token, from its logits (`methods/early_exit.py`).
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 // Decoding kernels: layers of a Llama-like decoder for a few tokens.
 //
 // Weights are read once for all tokens (`product.h`); sums are in float32, and results are rounded to the activations'
-// type where the Hugging Face model rounds them. `native.py` compiles this file for the machine that it runs on and calls
-// it through a C interface; the structs here and there must match.
+// type where the Hugging Face model rounds them. `build.py` compiles this file for the machine that it runs on, and Python
+// calls it through a C interface; the structs here and in `native.py` must match.
 
 #include "attention.h"
 #include "confidence.h"
@@ -21,11 +21,11 @@ struct Layer {
     Matrix queries, keys, values, output, gate, up, down;
     Norm mixer_norm, mixer_out_norm, ffn_norm, ffn_out_norm, query_norm, key_norm;
     int32_t hidden, heads, kv_heads, head_dim, window, activation, in_bf16;
-    int32_t rotation;  // which of the batch's, -1 for none
+    int32_t rotation;  // index into the batch's rotary embeddings, -1 for none
     float scale, softcap;
 };
 
-struct Rotation {  // (places, size) each, in the activations' type
+struct Rotation {  // (positions, size) each, in the activations' type
     const void* cos;
     const void* sin;
     int64_t size;
@@ -33,21 +33,21 @@ struct Rotation {  // (places, size) each, in the activations' type
 
 struct Batch {  // R rows of T tokens each
     int32_t rows, tokens;
-    const int64_t* slots;   // (R,)
-    const int64_t* counts;  // (R,) tokens in front of the new ones
+    const int64_t* sequences;  // (R,) their numbers in the caches
+    const int64_t* counts;     // (R,) tokens before the new ones
     const Rotation* rotations;
-    int64_t capacity;  // of a slot, in tokens
+    int64_t capacity;  // of a sequence, in tokens
     float* workspace;
 };
 
-constexpr int MAX_TOKENS = 64;  // of a call
+constexpr int MAX_TOKENS = 64;  // in one call
 
-// OMIT: tokens that do not run the mixer leave no K/V; else all tokens of a row leave them as soon as one of the row runs
-// it. EXIT: tokens that the layer's gate stops run no later layer either. ALONE: the layer's gate is of the mixer alone,
-// and tokens that it stops run the FFN.
+// OMIT: tokens that do not run the mixer leave no K/V; without it all tokens of a row leave K/V as soon as one of the row
+// runs the mixer. EXIT: tokens that the layer's gate stops run no later layer either. ALONE: the layer's gate is for the
+// mixer alone, and tokens that it stops run the FFN.
 enum Part : int64_t { MIXER = 1, FFN = 2, OMIT = 4, EXIT = 8, ALONE = 16 };
 
-// What the model would say of a state, were it its last.
+// The head for states of any depth, and the measure of its confidence.
 struct Exit {
     Matrix head;
     Norm norm;
@@ -55,12 +55,12 @@ struct Exit {
     Confidence confidence;
 };
 
-// Lets those tokens through whose logit is above a threshold; every token if `logits` is null.
+// Passes the tokens whose logit is above a threshold; every token if `logits` is null.
 struct Gate {
     const Network* network;  // gives the logits here; null: an earlier gate has evaluated it, or there is none
-    const Exit* exit;        // or this: minus its confidence is the logit of each token that is asked
+    const Exit* exit;        // or this: minus its confidence is the logit of each active token
     const void* compared;    // or this: minus the cosine of the state and of that in (R·T, hidden) is the logit
-    float* logits;           // (R·T, stride), left for the caller
+    float* logits;           // (R·T, stride), stored for the caller
     int64_t column;          // -1: the network is evaluated for later layers, and every token passes
     int64_t stride;
     const float* thresholds;  // (R·T,) one for each token; null: `threshold` is for all
@@ -71,19 +71,19 @@ struct Task {
     const Layer* layer;
     void* cache;
     int64_t parts;
-    const int64_t* counts;  // (R,) K/V that the slots held before in this layer; those of the batch if null
-    void* waiting;          // (slots, room, hidden) states of the latest tokens of rows none of which ran the mixer
-    int64_t* num_waiting;   // (slots,)
-    int64_t room;
-    const int64_t* mixed;   // places of the tokens that run the mixer in the batch, in order; all if null
+    const int64_t* counts;  // (R,) K/V that the sequences had before in this layer; those of the batch if null
+    void* deferred;         // (sequences, deferred_capacity, hidden) layer inputs of tokens whose K/V are deferred
+    int64_t* num_deferred;  // (sequences,)
+    int64_t deferred_capacity;
+    const int64_t* mixed;  // indices in the batch of the tokens that run the mixer, in order; all if null
     int64_t num_mixed;
     const int64_t* fed;  // the same for the FFN
     int64_t num_fed;
-    void* tap;             // (R·T, hidden), where the states in front of the layer are left for the caller; null: nowhere
-    const Network* scale;  // r = 2·σ(logit) multiplies what the layer adds to tokens that pass its gate; null: nothing does
-    float* scales;         // (R·T,) logits of that, left for the caller
+    void* captured;        // (R·T, hidden), where the layer's input is stored for the caller; null: nowhere
+    const Network* scale;  // r = 2·σ(logit) multiplies what the layer adds to tokens that pass its gate; null: r = 1
+    float* scales;         // (R·T,) its logits, stored for the caller
     void* before;          // (R·T, hidden) workspace of a scaled layer
-    Gate gate, ffn_gate;   // of the layer, where `mixed` and `fed` are null; and of the FFN
+    Gate gate, ffn_gate;   // of the layer, if `mixed` and `fed` are null; and of the FFN
 };
 
 }  // extern "C"
@@ -97,7 +97,7 @@ struct Tokens {
     int64_t operator[](int i) const { return list ? list[i] : i; }
 };
 
-// In place over `size` values each.
+// Normalises `num` vectors of `size` values in place.
 template <class A>
 void normalise(const Norm& norm, float* x, int num) {
     for (int n = 0; n < num; ++n, x += norm.size) {
@@ -106,8 +106,8 @@ void normalise(const Norm& norm, float* x, int num) {
     }
 }
 
-// States, `state_of` (0..num), normalised, packed for a map. Every thread makes its own: cheaper than waiting for one
-// that does.
+// Packs the normalised states `state_of` (0..num) as inputs of a linear layer. Every thread packs its own copy: that is
+// cheaper than deferred for one thread.
 template <class A, class StateOf>
 const Packed& prepared(const Matrix& w, const Norm& norm, int num, const StateOf& state_of) {
     static thread_local std::vector<float> x;
@@ -121,13 +121,13 @@ const Packed& prepared(const Matrix& w, const Norm& norm, int num, const StateOf
     return pack(w.kind, x.data(), num, w.cols);
 }
 
-// Those of some tokens of a batch.
+// Packs the states of some tokens of a batch.
 template <class A>
 const Packed& prepared(const Matrix& w, const Norm& norm, const A* from, const Tokens& tokens) {
     return prepared<A>(w, norm, tokens.num, [&](int n) { return from + tokens[n] * w.cols; });
 }
 
-// x Wᵀ + b of some tokens, perhaps normalised, added to the residual stream. `scratch`: (tokens, rows).
+// Adds x Wᵀ + b of some tokens, normalised if there is a norm, to the residual stream. `scratch`: (tokens, rows).
 template <class A>
 void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A* residual, A* to, float* scratch,
                  const Tokens& tokens, const Matrix* next) {
@@ -150,7 +150,7 @@ void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A*
 
 // --- around attention ---------------------------------------------------------------------------------------------
 
-// Heads of a token by its place, in place.
+// Rotates the heads of a token by its position, in place.
 template <class A>
 void rotate(const Layer& l, const Batch& b, int64_t place, float* heads, int num) {
     if (l.rotation < 0) return;
@@ -166,19 +166,19 @@ void rotate(const Layer& l, const Batch& b, int64_t place, float* heads, int num
         }
 }
 
-// Where a token leaves K/V.
+// Where a token's K/V are stored: after `number` K/V, and at which position.
 struct Entry {
-    int64_t slot, number, place;  // behind how many K/V, and behind how many tokens
+    int64_t sequence, number, position;
 };
 
-// Keys, normalised and rotated here, and values of a token into the cache.
+// Normalises and rotates the keys of a token, and stores keys and values in the cache.
 template <class A>
 void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, float* keys, const float* values) {
     const int size = l.head_dim;
     if (l.key_norm.weight) normalise<A>(l.key_norm, keys, l.kv_heads * size / l.key_norm.size);
-    rotate<A>(l, b, entry.place, keys, l.kv_heads);
+    rotate<A>(l, b, entry.position, keys, l.kv_heads);
     const int64_t head = b.capacity * size;
-    A* slot = static_cast<A*>(cache) + entry.slot * 2 * l.kv_heads * head;
+    A* slot = static_cast<A*>(cache) + entry.sequence * 2 * l.kv_heads * head;
     for (int h = 0; h < l.kv_heads; ++h)
         for (int i = 0; i < size; ++i) {
             store(keys[h * size + i], slot + h * head + entry.number * size + i);
@@ -186,16 +186,16 @@ void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, floa
         }
 }
 
-inline int64_t place_of(const Batch& b, int64_t token) { return b.counts[token / b.tokens] + token % b.tokens; }
+inline int64_t position_of(const Batch& b, int64_t token) { return b.counts[token / b.tokens] + token % b.tokens; }
 
-// Who runs a mixer, row by row, who leaves K/V there, and how many K/V each sees.
+// Which tokens run a mixer, row by row, which leave K/V there, and how many K/V each sees.
 template <class A>
 struct Mixing {
-    std::vector<int64_t> first;     // (R + 1,) of a row among those that run it
-    std::vector<Entry> entries;     // of what waits in the rows that run it, and of the new tokens
+    std::vector<int64_t> first;     // (R + 1,) the first token of a row among those that run it
+    std::vector<Entry> entries;     // K/V of deferred and new tokens of the rows that run it
     std::vector<const A*> writers;  // their states
-    std::vector<int64_t> seen;      // for those that run it
-    bool alone;                     // nobody else leaves K/V
+    std::vector<int64_t> seen;      // K/V that each token sees that runs it
+    bool alone;                     // no other token leaves K/V
 
     void plan(const Task& task, const Batch& b, const A* from, const Tokens& kept) {
         const int64_t *counts = task.counts ? task.counts : b.counts, hidden = task.layer->hidden;
@@ -204,20 +204,20 @@ struct Mixing {
         int i = 0;
         for (int row = 0; row < b.rows; ++row) {
             first.push_back(i);
-            const int64_t start = int64_t(row) * b.tokens, end = start + b.tokens, slot = b.slots[row];
+            const int64_t start = int64_t(row) * b.tokens, end = start + b.tokens, slot = b.sequences[row];
             for (; i < kept.num && kept[i] < end; ++i)
                 seen.push_back(counts[row] + 1 + (omit ? i - first[row] : kept[i] - start));
             if (i == first[row]) continue;
-            const int64_t waiting = task.waiting ? task.num_waiting[slot] : 0;
-            const A* state = static_cast<const A*>(task.waiting) + slot * task.room * hidden;
-            for (int64_t k = -waiting; k < 0; ++k, state += hidden) {
+            const int64_t deferred = task.deferred ? task.num_deferred[slot] : 0;
+            const A* state = static_cast<const A*>(task.deferred) + slot * task.deferred_capacity * hidden;
+            for (int64_t k = -deferred; k < 0; ++k, state += hidden) {
                 writers.push_back(state);
                 entries.push_back({slot, counts[row] + k, b.counts[row] + k});
             }
             for (int64_t k = 0; k < (omit ? i - first[row] : b.tokens); ++k) {
                 const int64_t token = omit ? kept[int(first[row] + k)] : start + k;
                 writers.push_back(from + token * hidden);
-                entries.push_back({slot, counts[row] + k, place_of(b, token)});
+                entries.push_back({slot, counts[row] + k, position_of(b, token)});
             }
         }
         first.push_back(i);
@@ -226,28 +226,28 @@ struct Mixing {
 };
 
 // --- branches ----------------------------------------------------------------------------------------------------
-// Every thread of the team calls these, with the same arguments; states are whole when they return.
+// Every thread of the team calls these, with the same arguments; states are complete when they return.
 
 template <class A>
 void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens& kept, const Matrix* next) {
     const Layer& l = *task.layer;
-    static thread_local Mixing<A> who;
-    who.plan(task, b, from, kept);
-    const int num = kept.num, writers = int(who.writers.size()), size = l.head_dim, group = l.heads / l.kv_heads;
+    static thread_local Mixing<A> mixing;
+    mixing.plan(task, b, from, kept);
+    const int num = kept.num, writers = int(mixing.writers.size()), size = l.head_dim, group = l.heads / l.kv_heads;
     const int width = l.heads * size, kv_width = l.kv_heads * size;
     float* mixed = b.workspace;
     float* queries = mixed + int64_t(num) * width;
     float* keys = queries + int64_t(num) * std::max(l.hidden, width);
     float* values = keys + int64_t(writers) * kv_width;
-    Share* parts = reinterpret_cast<Share*>(values + int64_t(writers) * kv_width);
+    Partial* parts = reinterpret_cast<Partial*>(values + int64_t(writers) * kv_width);
     const int64_t head_stride = b.capacity * size, slot_stride = 2 * l.kv_heads * head_stride;
-    int splits = 1;  // of the row that needs the most
+    int splits = 1;  // the most that a row needs
     for (int row = 0; row < b.rows; ++row)
-        if (who.first[row + 1] > who.first[row])
-            splits = std::max(splits, Parts(who.seen[who.first[row]], who.seen[who.first[row + 1] - 1], l.window, l.kv_heads).num);
+        if (const int64_t first = mixing.first[row], end = mixing.first[row + 1]; end > first)
+            splits = std::max(splits, Parts(mixing.seen[first], mixing.seen[end - 1], l.window, l.kv_heads).num);
     const Packed* x = &prepared<A>(l.queries, l.mixer_norm, from, kept);
     product<A>(l.queries, *x, num, queries, &l.keys);
-    if (!who.alone) x = &prepared<A>(l.keys, l.mixer_norm, writers, [&](int n) { return who.writers[n]; });
+    if (!mixing.alone) x = &prepared<A>(l.keys, l.mixer_norm, writers, [&](int n) { return mixing.writers[n]; });
     product<A>(l.keys, *x, writers, keys, &l.values);
     product<A>(l.values, *x, writers, values, &l.output);
 #pragma omp barrier
@@ -256,44 +256,44 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
         if (item < num) {
             float* q = queries + int64_t(item) * width;
             if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
-            rotate<A>(l, b, place_of(b, kept[item]), q, l.heads);
+            rotate<A>(l, b, position_of(b, kept[item]), q, l.heads);
         } else {
             const int64_t i = item - num, start = i * kv_width;
-            leave<A>(l, b, task.cache, who.entries[i], keys + start, values + start);
+            leave<A>(l, b, task.cache, mixing.entries[i], keys + start, values + start);
         }
     }
     const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
 #pragma omp for schedule(dynamic)
     for (int item = 0; item < b.rows * l.kv_heads * splits; ++item) {
         const int split = item % splits, h = item / splits % l.kv_heads, row = item / splits / l.kv_heads;
-        const int64_t own = who.first[row], tokens = who.first[row + 1] - own;
+        const int64_t own = mixing.first[row], tokens = mixing.first[row + 1] - own;
         if (!tokens) continue;
-        const int64_t* seen = &who.seen[own];
+        const int64_t* seen = &mixing.seen[own];
         const Parts own_parts(seen[0], seen[tokens - 1], l.window, l.kv_heads);
         const int64_t begin = own_parts.begin(split), end = own_parts.end(split), all = own_parts.all;
-        const A* slot = static_cast<const A*>(task.cache) + b.slots[row] * slot_stride;
+        const A* slot = static_cast<const A*>(task.cache) + b.sequences[row] * slot_stride;
         const int64_t query = own * l.heads + h * tokens * group;
         attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
                   queries + (own * l.heads + h * group) * size, int(tokens), seen, begin, end, all, parts + query * splits + split,
-                  splits);  // the shares of a query stand together
+                  splits);  // the partial sums of a query are neighbours
     }
 #pragma omp for
     for (int item = 0; item < num * l.heads; ++item) {
         const int i = item / l.heads, head = item % l.heads;
-        const int64_t row = kept[i] / b.tokens, own = who.first[row], tokens = who.first[row + 1] - own;
+        const int64_t row = kept[i] / b.tokens, own = mixing.first[row], tokens = mixing.first[row + 1] - own;
         const int64_t query = own * l.heads + head / group * tokens * group + (i - own) * group + head % group;
         join(parts + query * splits, splits, size,
              [&](int k, float value) { mixed[int64_t(i) * width + head * size + k] = rounded<A>(value); });
     }
     add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, kept, next);
 #pragma omp barrier
-    if (task.waiting)
+    if (task.deferred)
 #pragma omp master
         for (int row = 0; row < b.rows; ++row)
-            if (who.first[row + 1] > who.first[row]) task.num_waiting[b.slots[row]] = 0;
+            if (mixing.first[row + 1] > mixing.first[row]) task.num_deferred[b.sequences[row]] = 0;
 }
 
-// K/V of tokens that do not run the mixer.
+// Stores the K/V of tokens that do not run the mixer.
 template <class A>
 void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
     const int num = b.rows * b.tokens, kv_width = l.kv_heads * l.head_dim;
@@ -305,21 +305,21 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
 #pragma omp barrier
 #pragma omp for
     for (int n = 0; n < num; ++n)
-        leave<A>(l, b, cache, {b.slots[n / b.tokens], place_of(b, n), place_of(b, n)}, keys + int64_t(n) * kv_width,
+        leave<A>(l, b, cache, {b.sequences[n / b.tokens], position_of(b, n), position_of(b, n)}, keys + int64_t(n) * kv_width,
                  values + int64_t(n) * kv_width);
 }
 
-// In rows that do not run the mixer the new tokens, `now`, wait. Of what waits in the others the mixer makes the K/V by
-// the way; those of so many that they would not fit beside the new ones are made here.
+// Defers the K/V of rows that do not run the mixer: their states `now` are stored. The mixer materialises the deferred K/V
+// of the other rows together with the new ones; where those are too many for one call, they are materialised here.
 template <class A>
-void settle(const Task& task, const Batch& b, const A* now, const Tokens& kept) {
+void defer_or_materialise(const Task& task, const Batch& b, const A* now, const Tokens& kept) {
     const int64_t hidden = task.layer->hidden, size = b.tokens * hidden;
     int64_t room = MAX_TOKENS - int64_t(b.rows) * b.tokens;
     for (int row = 0, i = 0; row < b.rows; ++row) {
         const int first = i;
         while (i < kept.num && kept[i] < int64_t(row + 1) * b.tokens) ++i;
-        A* states = static_cast<A*>(task.waiting) + b.slots[row] * task.room * hidden;
-        int64_t& count = task.num_waiting[b.slots[row]];
+        A* states = static_cast<A*>(task.deferred) + b.sequences[row] * task.deferred_capacity * hidden;
+        int64_t& count = task.num_deferred[b.sequences[row]];
         if (i == first) {
 #pragma omp master
             std::memcpy(states + count * hidden, now + row * size, size * sizeof(A)), count += b.tokens;
@@ -333,7 +333,7 @@ void settle(const Task& task, const Batch& b, const A* now, const Tokens& kept) 
             const int64_t seen = b.counts[row] - num + done;
             Batch before = b;
             before.rows = 1, before.tokens = int32_t(std::min<int64_t>(MAX_TOKENS, num - done));
-            before.slots = b.slots + row, before.counts = &seen;
+            before.sequences = b.sequences + row, before.counts = &seen;
             fill<A>(*task.layer, before, task.cache, states + done * hidden);
         }
 #pragma omp barrier
@@ -343,7 +343,7 @@ void settle(const Task& task, const Batch& b, const A* now, const Tokens& kept) 
     }
 }
 
-// Many queries of one row over what its slot holds: (N, heads, head_dim) in, (N, heads · head_dim) out.
+// Attends with many queries of one row over the K/V of its sequence: (N, heads, head_dim) in, (N, heads · head_dim) out.
 template <class A>
 void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* seen, int num, const A* queries, A* out) {
     constexpr int TOKENS = 16;
@@ -352,16 +352,16 @@ void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* 
     const int64_t head = capacity * size;
 #pragma omp parallel
     {
-        std::vector<Share> shares(TOKENS * group);
+        std::vector<Partial> partials(TOKENS * group);
 #pragma omp for schedule(dynamic)
         for (int item = blocks * l.kv_heads - 1; item >= 0; --item) {  // the longest first
             const int h = item % l.kv_heads, first = item / l.kv_heads * TOKENS, tokens = std::min(TOKENS, num - first);
             const int64_t begin = l.window ? std::max<int64_t>(0, seen[first] - l.window) : 0, end = seen[first + tokens - 1];
             const int64_t place = int64_t(first) * l.heads + h * group;
             attend<A>(heads, slot + h * head, slot + (l.kv_heads + h) * head, queries + place * size, tokens, seen + first, begin,
-                      end, end, shares.data(), 1);
+                      end, end, partials.data(), 1);
             for (int q = 0; q < tokens * group; ++q)
-                join(&shares[q], 1, size, [&](int i, float value) {
+                join(&partials[q], 1, size, [&](int i, float value) {
                     store(value, out + (place + int64_t(q / group) * l.heads + q % group) * size + i);
                 });
         }
@@ -373,7 +373,7 @@ inline floats activated(int kind, floats x) {
     return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));      // GELU (tanh)
 }
 
-// activation(gates) · ups, in place of the gates.
+// Replaces gates by activation(gates) · ups.
 template <class A>
 void combine(int kind, float* gates, const float* ups, int size) {
     for (int i = 0; i < size; i += WIDTH) {
@@ -393,7 +393,7 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
     float* scratch = ups + int64_t(num) * rows;
     const Packed& x = prepared<A>(l.gate, l.ffn_norm, from, kept);
     product<A>(l.gate, x, num, inner, &l.up);
-    const Range own = product<A>(l.up, x, num, ups, &l.down);  // the same rows: nothing to wait for
+    const Range own = product<A>(l.up, x, num, ups, &l.down);  // the same rows as before: no barrier needed
     for (int64_t start = own.begin; start < int64_t(num) * rows; start += rows)
         combine<A>(l.activation, inner + start, ups + start, own.end - own.begin);
 #pragma omp barrier
@@ -401,35 +401,35 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
 #pragma omp barrier
 }
 
-// The logits of a gate that asks the head, whole when the team returns.
+// Computes the logits of a gate by the head's confidence; complete when the team returns.
 template <class A>
-void confidences(const Gate& gate, const Tokens& asked, const A* states, float* workspace, const Matrix* next) {
+void confidences(const Gate& gate, const Tokens& active, const A* states, float* workspace, const Matrix* next) {
     const Exit& exit = *gate.exit;
     const int size = exit.head.rows;
-    const Range own = product<A>(exit.head, prepared<A>(exit.head, exit.norm, states, asked), asked.num, workspace, next);
-    for (int n = 0; exit.softcap && n < asked.num; ++n)
+    const Range own = product<A>(exit.head, prepared<A>(exit.head, exit.norm, states, active), active.num, workspace, next);
+    for (int n = 0; exit.softcap && n < active.num; ++n)
         for (int64_t i = int64_t(n) * size + own.begin; i < int64_t(n) * size + own.end; ++i)
             workspace[i] = rounded<A>(rounded<A>(std::tanh(rounded<A>(workspace[i] / exit.softcap))) * exit.softcap);
 #pragma omp barrier
 #pragma omp for
-    for (int n = 0; n < asked.num; ++n)
-        gate.logits[asked[n] * gate.stride + gate.column] = -confidence(exit.confidence, workspace + int64_t(n) * size, size);
+    for (int n = 0; n < active.num; ++n)
+        gate.logits[active[n] * gate.stride + gate.column] = -confidence(exit.confidence, workspace + int64_t(n) * size, size);
 }
 
-// The logits of a gate that compares states, whole when the team returns.
+// Computes the logits of a gate that compares states; complete when the team returns.
 template <class A>
-void deltas(const Gate& gate, const Tokens& asked, const A* states, int64_t size) {
+void deltas(const Gate& gate, const Tokens& active, const A* states, int64_t size) {
     const A* compared = static_cast<const A*>(gate.compared);
 #pragma omp for
-    for (int n = 0; n < asked.num; ++n) {
-        const A *x = states + asked[n] * size, *y = compared + asked[n] * size;
+    for (int n = 0; n < active.num; ++n) {
+        const A *x = states + active[n] * size, *y = compared + active[n] * size;
         double xy = 0, xx = 0, yy = 0;
         for (int64_t i = 0; i < size; ++i) xy += one(x[i]) * one(y[i]), xx += one(x[i]) * one(x[i]), yy += one(y[i]) * one(y[i]);
-        gate.logits[asked[n] * gate.stride + gate.column] = float(-xy / std::max(std::sqrt(xx * yy), 1e-8));
+        gate.logits[active[n] * gate.stride + gate.column] = float(-xy / std::max(std::sqrt(xx * yy), 1e-8));
     }
 }
 
-// r·f(h) + (1 − r)·h for some tokens: `to` holds f(h), `before` h. Whole when the team returns.
+// Computes r·f(h) + (1 − r)·h for some tokens: `to` has f(h), `before` h. Complete when the team returns.
 template <class A>
 void scale(const Task& task, const Tokens& kept, A* to) {
     const int64_t size = task.layer->hidden;
@@ -443,52 +443,52 @@ void scale(const Task& task, const Tokens& kept, A* to) {
     }
 }
 
-// Of some tokens those that a gate lets through, into `kept`. `next`: the map that is read behind it.
+// Puts the active tokens that pass a gate into `kept`. `next`: the linear layer that is read after it.
 template <class A>
-Tokens through(const Gate& gate, const Tokens& asked, const A* states, int num, int64_t size, float* workspace,
+Tokens through(const Gate& gate, const Tokens& active, const A* states, int num, int64_t size, float* workspace,
                std::vector<int64_t>& kept, const Matrix* next) {
-    if (gate.compared) deltas(gate, asked, states, size);
+    if (gate.compared) deltas(gate, active, states, size);
     if (gate.network) logits_of(*gate.network, states, num, gate.logits, workspace);
-    if (gate.exit) confidences(gate, asked, states, workspace, next);
-    if (gate.column < 0) return asked;
+    if (gate.exit) confidences(gate, active, states, workspace, next);
+    if (gate.column < 0) return active;
     std::vector<int64_t> open;
-    for (int i = 0; i < asked.num; ++i)
-        if (gate.logits[asked[i] * gate.stride + gate.column] > (gate.thresholds ? gate.thresholds[asked[i]] : gate.threshold))
-            open.push_back(asked[i]);
-    kept.swap(open);  // the tokens asked may be those of `kept`
+    for (int i = 0; i < active.num; ++i)
+        if (gate.logits[active[i] * gate.stride + gate.column] > (gate.thresholds ? gate.thresholds[active[i]] : gate.threshold))
+            open.push_back(active[i]);
+    kept.swap(open);  // `active` may point to `kept`
     return {kept.data(), int(kept.size())};
 }
 
-// The maps that a task reads first, with its gate and behind that.
-inline const Matrix* behind_gate(const Task& task) { return task.parts & MIXER ? &task.layer->queries : &task.layer->gate; }
-inline const Matrix* first_of(const Task& task) { return task.gate.exit ? &task.gate.exit->head : behind_gate(task); }
+// The linear layers that a task reads first, after its gate and with it.
+inline const Matrix* after_gate(const Task& task) { return task.parts & MIXER ? &task.layer->queries : &task.layer->gate; }
+inline const Matrix* first_read(const Task& task) { return task.gate.exit ? &task.gate.exit->head : after_gate(task); }
 
-// Tasks one after the other on (R·T, hidden) states.
+// Runs tasks one after the other on (R·T, hidden) states.
 template <class A>
 void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
     const int num = b.rows * b.tokens;
     const size_t size = size_t(num) * tasks[0].layer->hidden;
     const auto is_partial = [](const Task& t) { return t.mixed || t.fed || t.gate.logits || t.ffn_gate.logits; };
     if (std::any_of(tasks, tasks + n, is_partial)) {
-        std::memcpy(to, from, size * sizeof(A));  // for the tokens that a branch leaves as they are
+        std::memcpy(to, from, size * sizeof(A));  // for the tokens that a branch does not change
         from = to;
     }
 #pragma omp parallel
     {
-        static thread_local std::vector<int64_t> going_on, layer_kept, ffn_kept;
+        static thread_local std::vector<int64_t> not_exited, layer_kept, ffn_kept;
         const A* now = from;
-        Tokens all{nullptr, num};  // that have not left
+        Tokens all{nullptr, num};  // that have not exited
         for (const Task* task = tasks; task < tasks + n; ++task) {
-            const Matrix* next = task + 1 < tasks + n ? first_of(task[1]) : nullptr;
-            if (task->tap) {  // nobody writes states before all threads have met again
+            const Matrix* next = task + 1 < tasks + n ? first_read(task[1]) : nullptr;
+            if (task->captured) {  // no thread writes states before the next barrier
 #pragma omp master
-                std::memcpy(task->tap, now, size * sizeof(A));
+                std::memcpy(task->captured, now, size * sizeof(A));
             }
             Tokens mixed = task->mixed ? Tokens{task->mixed, int(task->num_mixed)} : all;
             Tokens fed = task->fed ? Tokens{task->fed, int(task->num_fed)} : all;
             if (task->gate.logits && all.num) {
-                auto& kept = task->parts & EXIT ? going_on : layer_kept;
-                mixed = through(task->gate, all, now, num, task->layer->hidden, b.workspace, kept, behind_gate(*task));
+                auto& kept = task->parts & EXIT ? not_exited : layer_kept;
+                mixed = through(task->gate, all, now, num, task->layer->hidden, b.workspace, kept, after_gate(*task));
                 if (!(task->parts & ALONE)) fed = mixed;
                 if (task->parts & EXIT) all = mixed;
             }
@@ -499,7 +499,7 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
                 std::memcpy(task->before, now, size * sizeof(A));
             }
             if (!(task->parts & MIXER)) mixed.num = 0;
-            if (task->waiting) settle(*task, b, now, mixed);
+            if (task->deferred) defer_or_materialise(*task, b, now, mixed);
             if (mixed.num) {
                 mixer<A>(*task, b, now, to, mixed, task->parts & FFN ? &task->layer->gate : next);
                 now = to;
@@ -535,10 +535,10 @@ void linear(const Matrix& w, const Norm& norm, const A* from, A* to, float* sums
 
 extern "C" {
 
-// Floats of workspace that a call may need.
+// Returns how many floats of workspace a call may need.
 int64_t anydepth_workspace(const Layer* l) {
     const int64_t num_tokens = MAX_TOKENS, width = int64_t(l->heads) * l->head_dim, kv_width = int64_t(l->kv_heads) * l->head_dim;
-    const int64_t parts = num_tokens * l->heads * MAX_SPLITS * (sizeof(Share) / sizeof(float));
+    const int64_t parts = num_tokens * l->heads * MAX_SPLITS * (sizeof(Partial) / sizeof(float));
     const int64_t mixed = num_tokens * (width + std::max<int64_t>(l->hidden, width) + 2 * kv_width);
     return std::max(mixed + parts, num_tokens * (l->hidden + 2 * l->gate.rows));
 }
@@ -576,7 +576,7 @@ void anydepth_linear(const Matrix* w, const Norm* norm, const void* from, void* 
         linear<float>(*w, *norm, static_cast<const float*>(from), static_cast<float*>(to), workspace, num_tokens);
 }
 
-// (tokens, G) logits of (tokens, D) states.
+// Computes (tokens, G) logits of (tokens, D) states.
 void anydepth_evaluate(const Network* net, const void* from, float* logits, float* workspace, int32_t num_tokens,
                        int32_t in_bf16) {
 #pragma omp parallel
@@ -586,7 +586,7 @@ void anydepth_evaluate(const Network* net, const void* from, float* logits, floa
         logits_of(*net, static_cast<const float*>(from), num_tokens, logits, workspace);
 }
 
-// Reads memory as fast as it gives: what the kernels are measured against.
+// Reads memory at full speed: the bound that the kernels are measured against.
 int64_t anydepth_read(const void* memory, int64_t num_bytes) {
     int64_t total = 0;
     const char* start = static_cast<const char*>(memory);
@@ -602,7 +602,7 @@ int64_t anydepth_read(const void* memory, int64_t num_bytes) {
     return total;
 }
 
-int32_t anydepth_sizes(int32_t which) {  // for the check that both sides mean the same structs and bounds
+int32_t anydepth_sizes(int32_t which) {  // for the check that both sides have the same structs and bounds
     const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch), sizeof(Task),
                              sizeof(Dense), sizeof(Network), MAX_TOKENS, MAX_HEAD_DIM, int32_t(MAX_WIDTH),
                              CHUNK, MAX_SPLITS, sizeof(Exit)};

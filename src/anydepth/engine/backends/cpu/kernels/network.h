@@ -29,9 +29,9 @@ struct Network {
 
 namespace {
 
-constexpr int64_t MAX_WIDTH = 8192;  // of a layer of the MLP
+constexpr int64_t MAX_WIDTH = 8192;  // outputs of a layer of the MLP
 
-// (num, size) states to (num, size) values of mean 0 and variance 1, scaled and shifted. Every thread makes its own.
+// Returns (num, size) states with mean 0 and variance 1, scaled and shifted. Every thread computes its own copy.
 template <class A>
 const float* standardised(const Network& net, const A* from, int num) {
     static thread_local std::vector<float> x;
@@ -40,7 +40,7 @@ const float* standardised(const Network& net, const A* from, int num) {
     for (int n = 0; n < num; ++n) {
         float* own = &x[n * size];
         const A* row = from + n * size;
-        floats sums[4] = {};  // apart, for the processor to add them side by side
+        floats sums[4] = {};  // separate sums, which the processor adds in parallel
         int64_t i = 0;
         for (; i + 4 * WIDTH <= size; i += 4 * WIDTH)
             for (int k = 0; k < 4; ++k) {
@@ -58,20 +58,20 @@ const float* standardised(const Network& net, const A* from, int num) {
     return x.data();
 }
 
-// (num, rows) products of (num, cols) inputs, onto what `out` holds if `add`. The team shares the rows; no barrier.
-inline void dense(const Dense& map, const float* x, int num, float* out, bool add, bool gelu) {
+// Writes (num, rows) products of (num, cols) inputs to `out`, or adds them. The team shares the rows; no barrier.
+inline void dense(const Dense& layer, const float* x, int num, float* out, bool add, bool gelu) {
     const int threads = omp_get_num_threads(), me = omp_get_thread_num();
-    for (int64_t row = map.rows * me / threads; row < map.rows * (me + 1) / threads; ++row)
+    for (int64_t row = layer.rows * me / threads; row < layer.rows * (me + 1) / threads; ++row)
         for (int n = 0; n < num; ++n) {
-            float value = dot(map.weight + row * map.cols, x + n * map.cols, int(map.cols));
-            if (map.bias) value += map.bias[row];
+            float value = dot(layer.weight + row * layer.cols, x + n * layer.cols, int(layer.cols));
+            if (layer.bias) value += layer.bias[row];
             if (gelu) value *= 0.5f * (1.0f + std::erf(value * 0.70710678f));
-            float& to = out[n * map.rows + row];
+            float& to = out[n * layer.rows + row];
             to = add ? to + value : value;
         }
 }
 
-// (num, G) logits, whole when the team returns. `workspace`: 2 · num · MAX_WIDTH floats.
+// Computes (num, G) logits; complete when the team returns. `workspace`: 2 · num · MAX_WIDTH floats.
 template <class A>
 void logits_of(const Network& net, const A* from, int num, float* logits, float* workspace) {
     const float* x = standardised(net, from, num);

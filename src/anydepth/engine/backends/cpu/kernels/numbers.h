@@ -1,4 +1,4 @@
-// Floats by the vector, bfloat16, and what rounds between them.
+// Vectors of floats, bfloat16, and rounding between them.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ inline V load(const void* from) {
     return value;
 }
 
-// Where the processor's vectors are shorter, the compiler takes several.
+// Where the processor's vectors are shorter, the compiler uses several.
 constexpr int WIDTH = 16;
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));

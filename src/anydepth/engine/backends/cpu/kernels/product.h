@@ -1,8 +1,9 @@
 // x Wᵀ for a few tokens: the weights are read once, in order, for all of them, at the speed of the memory.
 //
-// Weights lie in panels of 16 rows (`packing.py`): a vector holds the same few inputs of 16 rows, so that its lanes add
-// up to 16 results and the inputs are broadcast. bfloat16 meets bfloat16. int8 and int4 meet the activations in 16-bit
-// fixed point, with a scale for each token, as two bytes: the error is below that of rounding the result to bfloat16.
+// Weights are in panels of 16 rows (`weights.py`): a vector has the same few inputs of 16 rows, so that its lanes sum up
+// 16 results and the inputs are broadcast. bfloat16 weights are multiplied with bfloat16 activations, int8 and int4 with
+// activations in 16-bit fixed point, a scale for each token, as two bytes: the error is below that of rounding the result
+// to bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 
 extern "C" {
 
-enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
+enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };  // `kernel_id` of weights.py
 
 struct Matrix {  // (rows, cols), with a bias (rows,) or none
     const void* weight;  // panels
@@ -28,15 +29,15 @@ struct Matrix {  // (rows, cols), with a bias (rows,) or none
 namespace {
 
 constexpr int ROWS = WIDTH;  // of a panel
-constexpr int GROUP = 32;    // inputs of INT4 that share a step and an offset
+constexpr int GROUP = 32;    // inputs of INT4 with the same step and offset
 
-// How far in front of the sums memory is asked for: processors' own prefetching stops at page bounds, and with it two
-// cores read at two thirds of what memory gives. Measured: 2 KiB is too near, from 4 to 9 it is the same.
+// How many bytes before their use weights are prefetched: the processor's own prefetching stops at page bounds, with which
+// two cores read at two thirds of the memory's speed. Measured: 2 KiB is too little, 4 to 9 KiB are equally fast.
 constexpr int AHEAD = 6144;
 
 // --- steps: 64 bytes of weights, 16 rows × a few inputs ----------------------------------------------------------
 
-// Sums of products of neighbouring 16-bit halves.
+// Returns sums of products of neighbouring 16-bit halves.
 inline ints add_halves(ints a, ints b) {
 #if defined(__AVX512BW__)
     return ints(_mm512_madd_epi16(__m512i(a), __m512i(b)));
@@ -54,7 +55,7 @@ inline ints add_halves(ints a, ints b) {
 #endif
 }
 
-// Lanes hold four unsigned bytes, `x` four signed ones.
+// Lanes have four unsigned bytes, `x` four signed ones.
 inline ints add_bytes(ints sums, ints weights, int32_t x) {
 #if defined(__AVX512VNNI__)
     return ints(_mm512_dpbusd_epi32(__m512i(sums), __m512i(weights), _mm512_set1_epi32(x)));
@@ -66,7 +67,7 @@ inline ints add_bytes(ints sums, ints weights, int32_t x) {
 #endif
 }
 
-// Lanes hold two bfloat16, `x` two more.
+// Lanes have two bfloat16, `x` two more.
 inline floats add_pair(floats sums, ints weights, int32_t x) {
 #if defined(__AVX512BF16__)
     return floats(_mm512_dpbf16_ps(__m512(sums), __m512bh(weights), __m512bh(_mm512_set1_epi32(x))));
@@ -78,7 +79,7 @@ inline floats add_pair(floats sums, ints weights, int32_t x) {
 
 // --- activations, packed for a kind of weights -------------------------------------------------------------------
 
-// (tokens, stride) each; zeros behind the last input of a token.
+// (tokens, stride) each; zeros after the last input of a token.
 struct Packed {
     int stride = 0;
     std::vector<float> floats;       // FLOAT32
@@ -89,7 +90,7 @@ struct Packed {
     std::vector<float> group_sums;             // INT4: (tokens, groups)
 };
 
-// The vector of inputs from `i` on, zeros behind the last.
+// Returns the vector of inputs from `i` on, zeros after the last.
 inline floats inputs_at(const float* x, int i, int cols) {
     if (i + WIDTH <= cols) return wide(x + i);
     floats some = {};
@@ -131,7 +132,7 @@ inline void pack_bytes(Packed& packed, const float* x, int token, int cols, int 
     packed.sums_high[token] = high_sum, packed.sums_low[token] = low_sum;
 }
 
-// (tokens, cols) for a map of this kind. Of the calling thread; good until it packs again.
+// Packs (tokens, cols) for weights of this kind. The result is the calling thread's, valid until it packs again.
 inline const Packed& pack(int kind, const float* x, int num_tokens, int cols) {
     static thread_local Packed packed;
     packed.stride = (cols + WIDTH - 1) / WIDTH * WIDTH;
@@ -159,15 +160,15 @@ inline const Packed& pack(int kind, const float* x, int num_tokens, int cols) {
 }
 
 // --- panels ------------------------------------------------------------------------------------------------------
-// Panels are read one by one, a single stream from the first byte to the last: two side by side take much of what memory
-// gives away wherever panels are short. Sums of neighbouring steps are kept apart, or each would wait for the one before it.
+// Panels are read one by one, as a single stream from the first byte to the last: two streams at a time are much slower
+// where panels are short. Neighbouring steps have sums of their own, or each would wait for the one before it.
 
-// Where to ask for weights while those at a place are read: on in the share of a thread, and behind it in what comes next,
-// or memory would rest while threads wait for each other.
+// Prefetches weights while others are read: later ones of the thread's own panels and, after their end, those that it reads
+// next, or memory would be idle while threads wait for each other.
 struct Ahead {
     const char* end;
-    int64_t jump;  // from there to what comes next
-    void ask_from(const char* at) const {
+    int64_t jump;  // from there to what is read next
+    void prefetch_from(const char* at) const {
         at += AHEAD;
         __builtin_prefetch(at < end ? at : at + jump);
     }
@@ -177,11 +178,11 @@ template <int CHAINS, class Step>
 inline __attribute__((always_inline)) void in_chains(int steps, Step step) {
     int k = 0;
     for (; k + CHAINS <= steps; k += CHAINS)
-        for (int chain = 0; chain < CHAINS; ++chain) step(k + chain, chain);  // unrolled, or sums would lie in memory
+        for (int chain = 0; chain < CHAINS; ++chain) step(k + chain, chain);  // unrolled, or sums would be in memory
     for (; k < steps; ++k) step(k, 0);
 }
 
-// Each: results of a panel for M tokens from `token` on, without bias.
+// The results of a panel for M tokens from `token` on, without bias.
 template <int M>
 struct Results {
     floats values[M];
@@ -194,7 +195,7 @@ inline Results<M> float32_panel(const Matrix& w, const Packed& x, int panel, int
     const float* inputs = x.floats.data() + int64_t(token) * x.stride;
     in_chains<2>(w.cols, [&](int k, int chain) __attribute__((always_inline)) {
         const float* step = from + int64_t(k) * ROWS;
-        ahead.ask_from(reinterpret_cast<const char*>(step));
+        ahead.prefetch_from(reinterpret_cast<const char*>(step));
         for (int m = 0; m < M; ++m) sums[chain][m] += wide(step) * inputs[int64_t(m) * x.stride + k];
     });
     Results<M> results;
@@ -210,7 +211,7 @@ inline Results<M> bfloat16_panel(const Matrix& w, const Packed& x, int panel, in
     const bf16* inputs = x.bf16s.data() + int64_t(token) * x.stride;
     in_chains<2>(steps, [&](int k, int chain) __attribute__((always_inline)) {
         const char* step = from + int64_t(k) * 64;
-        ahead.ask_from(step);
+        ahead.prefetch_from(step);
         const ints weights = load<ints>(step);
         for (int m = 0; m < M; ++m)
             sums[chain][m] = add_pair(sums[chain][m], weights, load<int32_t>(inputs + int64_t(m) * x.stride + 2 * k));
@@ -223,7 +224,7 @@ inline Results<M> bfloat16_panel(const Matrix& w, const Packed& x, int panel, in
 // A byte b is the weight (b − 128) · scale.
 template <int M>
 inline Results<M> int8_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
-    constexpr int CHAINS = M <= 4 ? 2 : 1;  // many tokens are chains enough
+    constexpr int CHAINS = M <= 4 ? 2 : 1;  // many tokens are enough chains
     ints high[CHAINS][M] = {}, low[CHAINS][M] = {};
     const int steps = (w.cols + 3) / 4;
     const char* from = static_cast<const char*>(w.weight) + int64_t(panel) * steps * 64;
@@ -232,12 +233,12 @@ inline Results<M> int8_panel(const Matrix& w, const Packed& x, int panel, int to
     const int64_t start = int64_t(token) * x.stride;
     in_chains<CHAINS>(steps, [&](int k, int chain) __attribute__((always_inline)) {
         const char* step = from + int64_t(k) * 64;
-        ahead.ask_from(step);
+        ahead.prefetch_from(step);
         const ints weights = load<ints>(step);
         for (int m = 0; m < M; ++m) {
-            const int64_t place = start + int64_t(m) * x.stride + 4 * k;
-            high[chain][m] = add_bytes(high[chain][m], weights, load<int32_t>(x.high.data() + place));
-            low[chain][m] = add_bytes(low[chain][m], weights, load<int32_t>(x.low.data() + place));
+            const int64_t input = start + int64_t(m) * x.stride + 4 * k;
+            high[chain][m] = add_bytes(high[chain][m], weights, load<int32_t>(x.high.data() + input));
+            low[chain][m] = add_bytes(low[chain][m], weights, load<int32_t>(x.low.data() + input));
         }
     });
     Results<M> results;
@@ -250,7 +251,7 @@ inline Results<M> int8_panel(const Matrix& w, const Packed& x, int panel, int to
     return results;
 }
 
-// A byte of step c holds input 8c + i % 4 of a group in its low half and 8c + 4 + i % 4 in its high one; a half s is the
+// A byte of step c has input 8c + i % 4 of a group in its low half and 8c + 4 + i % 4 in its high one; a half s is the
 // weight (s − 8) · step + offset.
 template <int M>
 inline Results<M> int4_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
@@ -258,13 +259,13 @@ inline Results<M> int4_panel(const Matrix& w, const Packed& x, int panel, int to
     constexpr int STEPS = GROUP / 8, BYTES = STEPS * 64;
     const int groups = w.cols / GROUP;
     for (int g = 0; g < groups; ++g) {
-        const int64_t place = int64_t(panel) * groups + g;
-        const char* from = static_cast<const char*>(w.weight) + place * BYTES;
-        const bf16* scales = static_cast<const bf16*>(w.scales) + place * 2 * ROWS;
+        const int64_t group = int64_t(panel) * groups + g;
+        const char* from = static_cast<const char*>(w.weight) + group * BYTES;
+        const bf16* scales = static_cast<const bf16*>(w.scales) + group * 2 * ROWS;
         __builtin_prefetch(reinterpret_cast<const char*>(scales) + AHEAD / 4);
         ints high[M] = {}, low[M] = {};
         for (int c = 0; c < STEPS; ++c) {
-            ahead.ask_from(from + c * 64);
+            ahead.prefetch_from(from + c * 64);
             const ints both = load<ints>(from + c * 64);
             const ints halves[] = {both & 0x0f0f0f0f, (both >> 4) & 0x0f0f0f0f};
             for (int m = 0; m < M; ++m)
@@ -283,7 +284,7 @@ inline Results<M> int4_panel(const Matrix& w, const Packed& x, int panel, int to
     return results;
 }
 
-// M tokens at a time: as many sums as registers hold.
+// Multiplies panels with M tokens at a time: as many sums as there are registers for.
 template <int KIND, int M>
 void panels_of(const Matrix& w, const Packed& x, int begin, int end, int token, float* out, const Ahead& ahead) {
     for (int panel = begin; panel < end; ++panel) {
@@ -302,7 +303,7 @@ struct Range {
     int begin, end;
 };
 
-// Panels `begin` to `end` for all tokens; a panel stays in the nearest cache while further tokens need it.
+// Multiplies some panels with all tokens; a panel stays in the nearest cache while further tokens need it.
 template <int KIND>
 void multiply(const Matrix& w, const Packed& x, int num_tokens, float* out, Range own, const Ahead& ahead) {
     using Panels = void (*)(const Matrix&, const Packed&, int, int, int, float*, const Ahead&);
@@ -314,8 +315,8 @@ void multiply(const Matrix& w, const Packed& x, int num_tokens, float* out, Rang
             panels[std::min(num_tokens - token, 8) - 1](w, x, panel, std::min(panel + some, own.end), token, out, ahead);
 }
 
-// The panels of this thread.
-inline Range share_of(const Matrix& w) {
+// Returns the panels of this thread.
+inline Range panels_of_thread(const Matrix& w) {
     const int threads = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t panels = (w.rows + ROWS - 1) / ROWS;
     return {int(panels * me / threads), int(panels * (me + 1) / threads)};
@@ -326,13 +327,13 @@ inline const char* panel_at(const Matrix& w, int panel) {
     return static_cast<const char*>(w.weight) + int64_t(panel) * ((w.cols + inputs - 1) / inputs) * 64;
 }
 
-// (tokens, rows) of x Wᵀ + b. Every thread of the team does its share of the rows, which it returns; no barrier.
-// `next`: the map that is read next, if that is known.
+// Computes (tokens, rows) of x Wᵀ + b. Every thread of the team computes some rows, which it returns; no barrier.
+// `next`: the linear layer that is read next, if that is known.
 template <class A>
 Range product(const Matrix& w, const Packed& x, int num_tokens, float* out, const Matrix* next = nullptr) {
-    const Range own = share_of(w);
+    const Range own = panels_of_thread(w);
     const char* end = panel_at(w, own.end);
-    const Ahead ahead{end, next ? panel_at(*next, share_of(*next).begin) - end : 0};
+    const Ahead ahead{end, next ? panel_at(*next, panels_of_thread(*next).begin) - end : 0};
     switch (w.kind) {
         case FLOAT32: multiply<FLOAT32>(w, x, num_tokens, out, own, ahead); break;
         case BFLOAT16: multiply<BFLOAT16>(w, x, num_tokens, out, own, ahead); break;
