@@ -217,7 +217,8 @@ class EngineModel:
         """Return the next tokens of each sequence, for which cache and tables are large enough."""
         length, tables = max(seen) + num_tokens, self.rotations
         cache.reserve(length)
-        tables.reserve(length)
+        if length > tables.num_positions:
+            tables.extend(length)
         return NewTokens(num_tokens, sequences, seen, cache, plan, tables, self.backend.evaluate, self.exit_head)
 
     def _run(

@@ -62,13 +62,12 @@ class Rotations:
         self.tables: dict[str, tuple[Tensor, Tensor]] = {}
         self.compiled: Any = None
 
-    def reserve(self, length: int) -> None:
-        """Extend the tables to all positions below `length`."""
-        if length > self.num_positions:
-            self.num_positions = length + GROWTH
-            tables = rotations(self.backbone, self.num_positions, self.kinds, self.like)
-            self.tables = {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
-            self.compiled = self.compile_tables([self.tables[kind] for kind in self.kinds])
+    def extend(self, length: int) -> None:
+        """Compute the tables of all positions below `length`, and some more."""
+        self.num_positions = length + GROWTH
+        tables = rotations(self.backbone, self.num_positions, self.kinds, self.like)
+        self.tables = {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
+        self.compiled = self.compile_tables([self.tables[kind] for kind in self.kinds])
 
     def at(self, kind: str, positions: Tensor | slice) -> Rotation:
         """Return the rotation of a kind for tokens at these positions."""
