@@ -29,8 +29,9 @@ def options(name: str) -> str:
 
 
 def config(name: str) -> str:
-    """One section of a recipe, from its class in `anydepth.recipe`."""
-    return _fields(getattr(importlib.import_module("anydepth.recipe"), name))
+    """Return the options of one section of a recipe, from its class."""
+    homes = [importlib.import_module(home) for home in ("anydepth.recipe", "anydepth.draft_sections")]
+    return _fields(next(vars(home)[name] for home in homes if name in vars(home)))
 
 
 def method(name: str) -> str:
