@@ -10,7 +10,8 @@ import yaml
 
 from anydepth.config import validate
 from anydepth.errors import UserError
-from anydepth.recipe import Recipe, load_recipe
+from anydepth.methods.of_recipe import load_recipe
+from anydepth.recipe import Recipe
 from anydepth.runs import run as running
 from anydepth.runs.run import STAGES, Runner
 from commands import anydepth
