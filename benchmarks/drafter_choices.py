@@ -119,7 +119,7 @@ def measure(makes: dict[str, Callable[[], FastEngine]], tokenizer: Any, limit: i
 def markdown(rows: dict[str, Any]) -> str:
     """The table of the results page."""
     lines = [
-        "| | reads states behind layers | tokens of its head | tokens per verification | × full depth, twice |",
+        "| | reads states after layers | tokens of its head | tokens per verification | × full depth, twice |",
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [

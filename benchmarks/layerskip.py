@@ -104,7 +104,7 @@ def timed(adapted: AdaptedModel, windows: Any, num_runs: int, draft: Draft | Non
 def markdown(rows: dict[str, Any]) -> str:
     """The tables of the docs: loss by layer, speculation, early exit."""
     num_layers = len(rows["plain"]["losses_by_layer"])
-    lines = ["| loss behind layer | " + " | ".join(str(i + 1) for i in range(num_layers)) + " |"]
+    lines = ["| loss after layer | " + " | ".join(str(i + 1) for i in range(num_layers)) + " |"]
     lines.append("| --- |" + " --- |" * num_layers)
     for name, row in rows.items():
         losses = " | ".join(f"{one['loss']:.2f}" for one in row["losses_by_layer"])

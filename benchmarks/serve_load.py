@@ -197,7 +197,7 @@ def markdown(rows: dict[str, Any]) -> str:
     words = [
         f"{counts['answered']} answers, each the same as alone ({len(rows['wrong'])} not);",
         f"{counts.get('went away', 0)} clients went away in the middle,",
-        f"{counts.get('told to come again', 0)} were told to come again (429).",
+        f"{counts.get('told to come again', 0)} got 429 with `Retry-After`.",
         f"At most {rows['most_waiting']:.0f} waited. {rows['tokens_per_second']:.0f} tokens a second in all.",
         f"Memory of the server: {memory['middle_third'] / 2**20:.0f} MiB in the middle third of the time,",
         f"{memory['last_third'] / 2**20:.0f} MiB in the last.",
