@@ -1,4 +1,4 @@
-"""`results/engine.json` and `routers.json` as the tables of the README: `python benchmarks/engine.py --table`."""
+"""Print `results/engine.json` and `routers.json` as the tables of the page of results."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What LayerSkip training buys a small decoder: `results/layerskip.json`.
+"""Measure what LayerSkip training gains on a small decoder: `results/layerskip.json`.
 
     python benchmarks/run.py benchmarks/experiments/layerskip_from_scratch.yaml --until evaluate
     python benchmarks/layerskip.py [--table]
 
-Loss behind every layer; speculation with the first layers, tokens compared, and early exit at several thresholds, both
+Loss after every layer; drafting with the first layers, tokens compared, and early exit at several thresholds, both
 paired with full depth on the same engine, the fast one and the Hugging Face model; trained with LayerSkip and without.
 """
 

@@ -1,12 +1,12 @@
 """Run an experiment, `experiments/NAME.yaml` → `results/NAME.json`: one run per variant, resumable, one table.
 
 A variant is the experiment's recipe with its own keys on top, run once per seed. `rates_from: OTHER` gives a random
-router the rates that the variant OTHER was measured to run its layers at; `base_from: OTHER` starts from the base that
+router the measured rates of the layers of variant OTHER; `base_from: OTHER` starts from the base that
 OTHER trained.
 
     python benchmarks/run.py benchmarks/experiments/NAME.yaml [--only VARIANT] [--until train] [--table]
 
-An experiment file has `seeds`, the `recipe` that all share, and `variants`: by name, recipe keys on top of it.
+An experiment file has `seeds`, the `recipe` of all variants, and `variants`: by name, recipe keys on top of it.
 """
 
 from __future__ import annotations

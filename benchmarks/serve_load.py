@@ -1,11 +1,11 @@
-"""Many clients at once on a server of SmolLM2, some of which go away: `results/serve_load.json`.
+"""Load a server of SmolLM2 with many clients, some of which disconnect: `results/serve_load.json`.
 
     python benchmarks/serve_load.py [--clients 64] [--seconds 180]
 
 A real `anydepth serve` process in bfloat16. Each request of a fixed set (Spec-Bench prompts of many lengths; greedy,
-sampled with a seed, lossless; streamed or not) is answered alone first. Then all clients ask for them at random; every
-answer that a client waits for must be the one that it got alone. A tenth hangs up in the middle; who is told to come
-again comes again when it was told to.
+sampled with a seed, lossless; streamed or not) is answered alone first. Then all clients send them at random; every
+answer must be the one that the request got alone. A tenth of the clients disconnects in the middle; a client that gets
+429 tries again after `Retry-After`.
 """
 
 from __future__ import annotations
