@@ -57,8 +57,8 @@ def methods() -> str:
 
 def families() -> str:
     """Return the supported model families."""
-    backbone = importlib.import_module("anydepth.models.backbone")
-    return ", ".join(f"`{name}`" for name in sorted(backbone.FAMILIES))
+    families = importlib.import_module("anydepth.models.families")
+    return ", ".join(f"`{name}`" for name in sorted(families.FAMILIES))
 
 
 def commands() -> str:

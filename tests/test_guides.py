@@ -97,7 +97,7 @@ def test_the_family_of_the_guide_runs_on_both_engines(copy: Path) -> None:
     """The line, the name for the engine and the tiny config: sparse, masked and engine agree."""
     family, names, config, check = blocks_of("add-a-model-family.md")
     models = copy / "anydepth" / "models"
-    insert(models / "backbone.py", family, before='    "phi3": Family(')
+    insert(models / "families.py", family, before='    "phi3": Family(')
     text = (models / "llama_like.py").read_text()
     own = next(line for line in text.splitlines(keepends=True) if line.startswith("FAMILIES = "))
     assert names.replace(', "seed_oss"', "") == own
