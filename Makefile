@@ -24,7 +24,7 @@ help:
 	@echo "make demo      the demo: attach, train, measure, demo/report.html (some minutes)"
 	@echo "make test      fast tests"
 	@echo "make test-all  all tests but gpu and browser; the contract again on transformers $(LOWEST_TRANSFORMERS)"
-	@echo "make check     lint, format, types, docs"
+	@echo "make check     lint, format, imports, types, docs"
 	@echo "make clean     remove what the above made, also the environments"
 
 setup: $(STAMP)
@@ -62,6 +62,7 @@ $(LOWEST_STAMP): $(STAMP)
 check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 

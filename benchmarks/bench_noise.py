@@ -1,4 +1,4 @@
-"""Whether `bench` sees a difference where there is none, on a machine that is busy: `results/bench_noise.json`.
+"""Test whether `bench` sees a difference where there is none, on a machine that is busy: `results/bench_noise.json`.
 
     python benchmarks/bench_noise.py [--num-repeats 10] [--num-runs 9]
 

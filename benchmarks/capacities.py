@@ -1,9 +1,9 @@
-"""Capacity, speed and perplexity of one trained checkpoint, the FFN router of SmolLM2: `results/capacities.json`.
+"""Measure capacity, speed and perplexity of one trained FFN router of SmolLM2: `results/capacities.json`.
 
     python benchmarks/run.py benchmarks/experiments/ffn_router_frozen.yaml --only later_half --until train
     python benchmarks/capacities.py [--checkpoint FOLDER] [--table]
 
-The router that `checkpoints/ffn_router` holds was trained so, with the base frozen. `calibrate --sweep` measures tables
+The router in `checkpoints/ffn_router` was trained this way, with the base frozen. `calibrate --sweep` measures tables
 on training text, and each capacity on text that nothing was set on; full depth with int8 weights is the control.
 """
 

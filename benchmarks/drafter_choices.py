@@ -1,11 +1,11 @@
-"""Which states a trained drafter reads, and how large its head is, by measured speed: `results/drafter_choices.json`.
+"""Measure drafters that read other states or have other heads: `results/drafter_choices.json`.
 
     python benchmarks/drafter_choices.py [NAME …] [--train-only] [--steps 200] [--limit 4]
 
 Short trainings of the drafter of SmolLM2, all on the same 200,000 tokens that the model writes first (kept in `--runs`,
-as are the trained ones), then lossless decoding of Spec-Bench prompts in bfloat16, full depth in turn; lookup beside
-it. And the drafter that comes with the package, with fewer of the tokens that it can guess, the most frequent ones.
-Twice each, the second time in reverse order.
+as are the trained ones), then lossless decoding of Spec-Bench prompts in bfloat16, full depth in turn, with lookup
+as a second drafter. The drafter that comes with the package is measured with fewer of the tokens that it can draft, the
+most frequent ones. Each is measured twice, the second time in reverse order.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def measure(makes: dict[str, Callable[[], FastEngine]], tokenizer: Any, limit: i
 def markdown(rows: dict[str, Any]) -> str:
     """The table of the results page."""
     lines = [
-        "| | reads states behind layers | tokens of its head | tokens per verification | × full depth, twice |",
+        "| | reads states after layers | tokens of its head | tokens per verification | × full depth, twice |",
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [

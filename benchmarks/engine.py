@@ -1,4 +1,4 @@
-"""The fast engine against the Hugging Face model and llama.cpp on the embedded model: `results/engine.json`.
+"""Compare the fast engine with the Hugging Face model and llama.cpp on the embedded model: `results/engine.json`.
 
     python benchmarks/engine.py [SECTION ...] [--num-runs 7]
 
@@ -38,8 +38,8 @@ ROUTERS = RESULT.with_name("routers.json")
 NEW_TOKENS = 64
 # In the order in which `anydepth search embedded --strategy greedy --budget 0.5` leaves them out.
 GREEDY = [14, 7, 17, 4, 26, 16, 3, 18, 25, 5, 15, 8, 20, 12, 21]
-# Of branches alone, spread over the later layers: without the fifteen FFNs that greedy search names, or without the
-# second layer's, bfloat16 is too rough for the self-check (0.11 apart by rounding alone; 6e-6 in float32).
+# Branches alone, spread over the later layers: without the fifteen FFNs that greedy search names, or without the
+# second layer's, bfloat16 is too inexact for the self-check (0.11 apart by rounding alone; 6e-6 in float32).
 SPREAD = {5: range(3, 30, 6), 10: [*range(3, 30, 3), 28], 15: range(14, 29)}
 ALWAYS_KEEP = 3
 ROUTED = 27

@@ -1,4 +1,4 @@
-"""`results/engine.json` and `routers.json` as the tables of the README: `python benchmarks/engine.py --table`."""
+"""Print `results/engine.json` and `routers.json` as the tables of the page of results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def markdown(sections: dict[str, Any], routers: list[dict[str, Any]]) -> str:
     """The committed results as tables."""
     lines = [
         (
-            "| | ms a token behind 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers "
+            "| | ms a token after 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers "
             "| perplexity |"
         ),
         "| --- |" + " --- |" * 6,
@@ -30,7 +30,7 @@ def markdown(sections: dict[str, Any], routers: list[dict[str, Any]]) -> str:
             f"{perplexity[name]:.2f}" if name in perplexity else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| left out | decode: measured of ideal (realised) | prefill of 512 |", "| --- |" + " --- |" * 2]
+    lines += ["", "| left out | decode: measured of ideal (efficiency) | prefill of 512 |", "| --- |" + " --- |" * 2]
     rows = {(row["method"], row["prompt_tokens"]): row for row in [*sections["skipping"]["rows"], *routers]}
     for name in dict.fromkeys(name for name, _ in rows):
         cells = [name, phase(rows[name, 64]["decode"]), phase(rows[name, 512]["prefill"])]

@@ -1,4 +1,4 @@
-"""Full depth, early exit with a guaranteed risk, lossless drafting and int8 of SmolLM2: `results/exit_table.json`.
+"""Compare full depth, guaranteed early exit, lossless drafting and int8 of SmolLM2: `results/exit_table.json`.
 
     anydepth train recipes/early_exit.yaml --out runs/early-exit
     python benchmarks/exit_table.py [--table]

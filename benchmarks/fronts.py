@@ -1,10 +1,10 @@
-"""What a token router buys beside a skip set and blind gates, nothing trained: `results/fronts.json`.
+"""Compare a token router with a skip set and random gates, nothing trained: `results/fronts.json`.
 
     python benchmarks/fronts.py [--out runs/fronts]
 
 Sweeps of SmolLM2 in bfloat16 on WikiText-2 (`benchmarks/sweeps`), each point searched or fitted, scored and timed; the
-same as `anydepth sweep RECIPE --over KEY=… --out DIR` for each, and `anydepth report DIR … ` for the picture. Goes on
-where it was interrupted.
+same as `anydepth sweep RECIPE --over KEY=… --out DIR` for each, and `anydepth report DIR … ` for the picture. An
+interrupted run continues.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What `export` writes, as GGUF, in llama.cpp: `results/gguf_export.json`.
+"""Run what `export` writes, as GGUF, in llama.cpp: `results/gguf_export.json`.
 
     git clone https://github.com/ggml-org/llama.cpp; pip install sentencepiece
     python benchmarks/gguf_export.py --llama-cpp llama.cpp
 
 A skip set and a draft model of SmolLM2 are exported, converted by llama.cpp's own `convert_hf_to_gguf.py` in float32,
-and run by llama.cpp: its greedy text beside that of stock transformers. Rounding differs, so tokens may differ where
-the two likeliest are close; then it is said how close.
+and run by llama.cpp: its greedy text is compared with that of stock transformers. Rounding differs, so tokens may
+differ where the two likeliest are close; the result then says how close.
 """
 
 from __future__ import annotations

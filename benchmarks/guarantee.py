@@ -1,10 +1,10 @@
-"""Whether calibration keeps its promise, over many repetitions: `results/guarantee.json`.
+"""Test whether calibration keeps its promise, over many repetitions: `results/guarantee.json`.
 
     python benchmarks/run.py benchmarks/experiments/layerskip_from_scratch.yaml --until evaluate
     python benchmarks/guarantee.py [--table]
 
 Synthetic: losses drawn from known risks, those from 0.01 to 0.1, and one harmless setting with the next one just above
-the bound, which is as hard as it gets. Real: the decoder trained with LayerSkip goes on from texts of WikiText-2 at
+the bound, which is as hard as it gets. Real: the decoder trained with LayerSkip continues texts of WikiText-2 at
 every setting of its thresholds; each repetition calibrates on some of the texts and is judged by the mean loss of the
 others.
 """

@@ -1,4 +1,4 @@
-"""What the gates of the trained HAT learned, and whether a wanted speed is met: `results/hat.json`.
+"""Measure what the gates of the trained HAT learned, and whether a wanted speed is met: `results/hat.json`.
 
     python benchmarks/run.py benchmarks/experiments/hat_trained.yaml --until train
     python benchmarks/hat.py
@@ -137,7 +137,7 @@ def quality(folder: Path) -> dict[str, Any]:
         ffns.append(trace.ffn_keep[:, 0])
     keys = ("perplexity", "mean_depth", "layer_token_share", "agreement")
     gates = [method for method in adapted.active_methods if isinstance(method, ExitGate)]
-    first_exit = min(gates[0].networks)  # behind it FFNs follow the exits
+    first_exit = min(gates[0].networks)  # after it FFNs follow the exits
     ids = windows.flatten()
     return {
         **{key: measured[key] for key in keys},

@@ -1,9 +1,9 @@
-"""What LayerSkip training buys a small decoder: `results/layerskip.json`.
+"""Measure what LayerSkip training gains on a small decoder: `results/layerskip.json`.
 
     python benchmarks/run.py benchmarks/experiments/layerskip_from_scratch.yaml --until evaluate
     python benchmarks/layerskip.py [--table]
 
-Loss behind every layer; speculation with the first layers, tokens compared, and early exit at several thresholds, both
+Loss after every layer; drafting with the first layers, tokens compared, and early exit at several thresholds, both
 paired with full depth on the same engine, the fast one and the Hugging Face model; trained with LayerSkip and without.
 """
 
@@ -104,7 +104,7 @@ def timed(adapted: AdaptedModel, windows: Any, num_runs: int, draft: Draft | Non
 def markdown(rows: dict[str, Any]) -> str:
     """The tables of the docs: loss by layer, speculation, early exit."""
     num_layers = len(rows["plain"]["losses_by_layer"])
-    lines = ["| loss behind layer | " + " | ".join(str(i + 1) for i in range(num_layers)) + " |"]
+    lines = ["| loss after layer | " + " | ".join(str(i + 1) for i in range(num_layers)) + " |"]
     lines.append("| --- |" + " --- |" * num_layers)
     for name, row in rows.items():
         losses = " | ".join(f"{one['loss']:.2f}" for one in row["losses_by_layer"])

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: the embedded model's weights as GGUF of another width, and greedy generation, timed.
+"""Run llama.cpp as a peer: the embedded model's weights as GGUF of another width, and greedy generation, timed.
 
 Needs the benchmark extra: `pip install -e '.[benchmark]'` builds llama-cpp-python from source, some 8 minutes.
 """

@@ -1,10 +1,10 @@
-"""What choosing a mixer per token costs and buys: `results/mixers.json`.
+"""Measure what choosing a mixer per token costs and gains: `results/mixers.json`.
 
     python benchmarks/run.py benchmarks/experiments/mixers_from_scratch.yaml --until evaluate
     python benchmarks/mixers.py [--table]
 
-Of each decoder that the experiment trained: language loss alone, over three seeds; parameters; FLOPs per token, tokens
-per second and the share of softmax at several lengths, in prefill; K/V behind a long text, and time per step of
+For each decoder that the experiment trained: language loss alone, over three seeds; parameters; FLOPs per token, tokens
+per second and the fraction of softmax at several lengths, in prefill; K/V after a long text, and time per step of
 decoding there, one text at a time and several. All models in turn, in one process.
 """
 

@@ -1,9 +1,9 @@
-"""How much of what each router leaves out becomes time on the fast engine: `results/routers.json`.
+"""Measure how much of what each router leaves out becomes time on the fast engine: `results/routers.json`.
 
     python benchmarks/routers.py [--num-runs 7] [--only METHOD]
 
-The gates are untrained; their thresholds are set so that the shares named below are skipped. What is measured is the
-execution, gates and fill of K/V included, not quality.
+The gates are untrained; their thresholds are set so that the fractions named below are skipped. This
+measures the execution, gates and deferred K/V included, not quality.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Run an experiment, `experiments/NAME.yaml` → `results/NAME.json`: one run per variant, resumable, one table.
 
 A variant is the experiment's recipe with its own keys on top, run once per seed. `rates_from: OTHER` gives a random
-router the rates that the variant OTHER was measured to run its layers at; `base_from: OTHER` starts from the base that
+router the measured rates of the layers of variant OTHER; `base_from: OTHER` starts from the base that
 OTHER trained.
 
     python benchmarks/run.py benchmarks/experiments/NAME.yaml [--only VARIANT] [--until train] [--table]
 
-An experiment file has `seeds`, the `recipe` that all share, and `variants`: by name, recipe keys on top of it.
+An experiment file has `seeds`, the `recipe` of all variants, and `variants`: by name, recipe keys on top of it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from anydepth.runs.run import Runner
 from anydepth.statistics import is_noise
 from anydepth.training.checkpoint import own_base
 
+BASE = "untouched"
+"""The variant of the base model's row in results."""
 STAGES = ("search", "fit", "train", "evaluate", "bench")
 ROOT = Path(__file__).resolve().parent
 
@@ -153,7 +155,7 @@ def table_rows(name: str, seed: int, stages: dict[str, Any], *, has_own_base: bo
     if has_own_base:
         row["full_depth_perplexity"] = quality["full_depth"]["perplexity"]
     else:
-        rows.append({"variant": "untouched", **{key: quality["full_depth"][key] for key in keys}})
+        rows.append({"variant": BASE, **{key: quality["full_depth"][key] for key in keys}})
     for measured in stages.get("bench", {}).get("rows", []):
         what = f"{measured['prompt_tokens']}+{measured['new_tokens']} {measured['dtype']}"
         if measured["speedup"] is not None:
@@ -185,8 +187,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     columns = {name: cell for name, cell in columns.items() if name not in left_out}
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for name in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == name]
-        lines.append(f"| {' | '.join([name.replace('_', ' '), *(cell(own) for cell in columns.values())])} |")
+        own, label = [row for row in rows if row["variant"] == name], "base model" if name == BASE else name
+        lines.append(f"| {' | '.join([label.replace('_', ' '), *(cell(own) for cell in columns.values())])} |")
     return "\n".join(lines)
 
 

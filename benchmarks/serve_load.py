@@ -1,11 +1,11 @@
-"""Many clients at once on a server of SmolLM2, some of which go away: `results/serve_load.json`.
+"""Load a server of SmolLM2 with many clients, some of which disconnect: `results/serve_load.json`.
 
     python benchmarks/serve_load.py [--clients 64] [--seconds 180]
 
 A real `anydepth serve` process in bfloat16. Each request of a fixed set (Spec-Bench prompts of many lengths; greedy,
-sampled with a seed, lossless; streamed or not) is answered alone first. Then all clients ask for them at random; every
-answer that a client waits for must be the one that it got alone. A tenth hangs up in the middle; who is told to come
-again comes again when it was told to.
+sampled with a seed, lossless; streamed or not) is answered alone first. Then all clients send them at random; every
+answer must be the one that the request got alone. A tenth of the clients disconnects in the middle; a client that gets
+429 tries again after `Retry-After`.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def markdown(rows: dict[str, Any]) -> str:
     words = [
         f"{counts['answered']} answers, each the same as alone ({len(rows['wrong'])} not);",
         f"{counts.get('went away', 0)} clients went away in the middle,",
-        f"{counts.get('told to come again', 0)} were told to come again (429).",
+        f"{counts.get('told to come again', 0)} got 429 with `Retry-After`.",
         f"At most {rows['most_waiting']:.0f} waited. {rows['tokens_per_second']:.0f} tokens a second in all.",
         f"Memory of the server: {memory['middle_third'] / 2**20:.0f} MiB in the middle third of the time,",
         f"{memory['last_third'] / 2**20:.0f} MiB in the last.",

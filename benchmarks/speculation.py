@@ -1,9 +1,9 @@
-"""Lossless decoding on the 240 prompts of spec_bench: `results/speculation.json`.
+"""Measure lossless decoding on the 240 prompts of spec_bench: `results/speculation.json`.
 
     python benchmarks/speculation.py [speed|peers|lossless|bfloat16 …] [--limit N] [--drafters NAME …]
 
 speed: full depth and lossless in turn on the fast engine, bfloat16, batch 1, 64 tokens, by category; with the drafter
-that comes with the package, and with each of its parts. peers: what transformers has, on two prompts of each category,
+that comes with the package, and with each of its parts. peers: transformers' own ways, on two prompts of each category,
 each against its own plain decoding. lossless: float32, every kind of drafter, batch 1 and 4, token for token.
 bfloat16: the same, and where tokens first differ, how far the two are apart at full depth in units of the last place.
 """

@@ -1,9 +1,9 @@
-"""Seconds of a training step, masked and sparse in turn, at 40% of routed layer-tokens skipped.
+"""Time a training step, masked and sparse in turn, at 40% of routed layer-tokens skipped.
 
     python benchmarks/step_time.py [--num-runs 7]     writes results/step_time.json
 
 SmolLM2-135M in float32, LoRA of rank 8, two windows of 256 tokens, forward and backward with the method's losses. Gates
-are a trained router's (per token, with its gradient), set to the share by its biases, so that tokens differ.
+are a trained router's (per token, with its gradient), set to that rate by its biases, so that tokens differ.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What skipping costs on tasks, trained and not, next to full depth: `results/task_scores.json`.
+"""Measure what skipping costs on tasks, trained and not, next to full depth: `results/task_scores.json`.
 
     python benchmarks/run.py benchmarks/experiments/router_vs_controls.yaml --until train
     python benchmarks/run.py benchmarks/experiments/hat_trained.yaml --until train
@@ -7,7 +7,7 @@
 SmolLM2 in bfloat16 on the fast engine, LoRA folded into the weights. ARC-Challenge and MMLU with 5 examples (the first
 items of each subject, about 500 in all), GSM8K with none. Each score has the standard error of its items, its change
 from full depth that of the differences over the same items. A row is kept in `--rows` task by task, so that a run that
-was interrupted goes on where it was.
+was interrupted continues.
 """
 
 from __future__ import annotations

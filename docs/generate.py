@@ -1,8 +1,8 @@
-"""Fills the generated parts of the pages while mkdocs builds them: what code or results say is written there once.
+"""Fill the generated parts of the pages while mkdocs builds them, so that code and results are the only source.
 
 A line `<!-- generate: WHAT -->` in a page is replaced: `options NAME` (a method's Config), `method NAME` (lossless,
-trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `readme NAME` (what stands there
-between marks of that name), `result-files`. Not a script to run: mkdocs loads it as a hook.
+trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results NAME` (the part of
+`results.md` between marks of that name), `result-files`. mkdocs loads this file as a hook; it is not a script.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ MARKER = re.compile(r"^<!-- generate: (\S+) ?(\S*) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs' hook: a page's text with its markers replaced."""
+    """Return a page with its markers replaced; mkdocs calls this hook."""
     return MARKER.sub(lambda found: GENERATORS[found[1]](*filter(None, [found[2]])), markdown)
 
 
 def options(name: str) -> str:
-    """The options of a method, from its Config."""
+    """Return the options of a method, from its Config."""
     return _fields(_methods()[name].Config)
 
 
 def config(name: str) -> str:
-    """One section of a recipe, from its class in `anydepth.recipe`."""
-    return _fields(getattr(importlib.import_module("anydepth.recipe"), name))
+    """Return the options of one section of a recipe, from its class."""
+    homes = [importlib.import_module(home) for home in ("anydepth.recipe", "anydepth.draft_sections")]
+    return _fields(next(vars(home)[name] for home in homes if name in vars(home)))
 
 
 def method(name: str) -> str:
-    """One line: lossless or lossy, trained or not."""
+    """Return one line: lossless or lossy, trained or not."""
     cls = _methods()[name]
     output = "output is the full-depth output" if cls.is_lossless() else "lossy"
     return f"*{_sentence(cls.summary)} {output.capitalize()}; {'trained' if _is_trained(cls) else 'not trained'}.*"
 
 
 def methods() -> str:
-    """The table of all methods."""
+    """Return the table of all methods."""
     rows = [
         (
             f"[`{name}`](methods/{name}.md)",
@@ -55,13 +56,13 @@ def methods() -> str:
 
 
 def families() -> str:
-    """The supported model families."""
-    backbone = importlib.import_module("anydepth.models.backbone")
-    return ", ".join(f"`{name}`" for name in sorted(backbone.FAMILIES))
+    """Return the supported model families."""
+    families = importlib.import_module("anydepth.models.families")
+    return ", ".join(f"`{name}`" for name in sorted(families.FAMILIES))
 
 
 def commands() -> str:
-    """Every command of the CLI with its arguments and options, from typer."""
+    """Return every command of the CLI with its arguments and options, from typer."""
     typer = importlib.import_module("typer.main")
     group = typer.get_command(importlib.import_module("anydepth.cli").app)
     with group.make_context("anydepth", [], resilient_parsing=True) as context:
@@ -69,16 +70,16 @@ def commands() -> str:
         return "\n\n".join(_command(name, group.get_command(context, name)) for name in names)
 
 
-def readme(part: str) -> str:
-    """The section of the README between its marks of that name."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def results(part: str) -> str:
+    """Return the part of the page of results between its marks of that name."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     found = re.search(rf"<!-- {part}:start -->\n(.*?)<!-- {part}:end -->", text, re.DOTALL)
-    assert found, f"README.md has lost its {part}:start and {part}:end marks"
+    assert found, f"docs/results.md has lost its {part}:start and {part}:end marks"
     return found[1]
 
 
 def result_files() -> str:
-    """What lies in benchmarks/results, and where each was measured."""
+    """Return a table of the files in benchmarks/results, and where each was measured."""
     documents = [(path, json.loads(path.read_text())) for path in sorted(ROOT.glob("benchmarks/results/*.json"))]
     if not documents:
         return "No result has been committed yet."
@@ -92,7 +93,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "families": families,
     "commands": commands,
-    "readme": readme,
+    "results": results,
     "result-files": result_files,
 }
 
@@ -116,7 +117,7 @@ def _fields(cls: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """`Literal['a', 'b'] | None` as `a or b or null`, the words of YAML."""
+    """Write `Literal['a', 'b'] | None` as `a or b or null`, the words of YAML."""
     text = (
         annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
     )

@@ -1,4 +1,4 @@
-"""Several servers of one model behind one address, by Ray Serve.
+"""Run several servers of one model at one address, by Ray Serve.
 
     pip install "anydepth[replicas]"
     serve run recipes.serve_replicas:build target=embedded replicas=2
@@ -15,11 +15,11 @@ from pathlib import Path
 from fastapi import FastAPI
 from ray import serve
 
-ROOM = 64  # requests that a replica holds: those it decodes and those that wait in it
+MAX_QUEUE = 64  # requests of a replica: those that it decodes and those that wait
 
 
 def build(arguments: dict[str, str]) -> serve.Application:
-    """The application that `serve run` starts."""
+    """Return the application that `serve run` starts."""
     target, cpus = arguments["target"], int(arguments.get("cpus", "1"))
     name, key = arguments.get("name", Path(target).name), arguments.get("api_key")
     loading = {option: arguments[option] for option in ("data", "dtype", "weights") if option in arguments}
@@ -31,15 +31,15 @@ def build(arguments: dict[str, str]) -> serve.Application:
         from anydepth.serve.opening import open_service
 
         torch.set_num_threads(cpus)
-        service, tokenizer = open_service(target, max_queue=ROOM, **loading)
+        service, tokenizer = open_service(target, max_queue=MAX_QUEUE, **loading)
         return create_app(service, tokenizer, Settings(name, api_key=key))
 
     @serve.deployment(
         name="anydepth",
         num_replicas=int(arguments.get("replicas", "2")),
         ray_actor_options={"num_cpus": cpus},
-        max_ongoing_requests=2 * ROOM,  # more than it holds: what is too much it refuses itself, with 429
-        max_queued_requests=ROOM,
+        max_ongoing_requests=2 * MAX_QUEUE,  # more than it holds: the replica itself refuses the rest, with 429
+        max_queued_requests=MAX_QUEUE,
         health_check_period_s=5,
     )
     @serve.ingress(app)

@@ -67,7 +67,7 @@ def ffn_share(target: Path, text: Path, *options: object) -> float:
     return sum(shares) / len(shares)
 
 
-def test_a_share_is_set_and_looked_at_on_held_out_text(calibrated: tuple[Path, dict[str, Any]], text: Path) -> None:
+def test_a_skip_rate_is_set_and_measured_on_held_out_text(calibrated: tuple[Path, dict[str, Any]], text: Path) -> None:
     """C14: the document has the share of held-out text, which is what forwards of it count."""
     folder, document = calibrated
     row = document["skip_share"]["ffn_router"]
@@ -88,7 +88,7 @@ def test_a_capacity_at_inference_holds(calibrated: tuple[Path, dict[str, Any]], 
     assert ffn_share(calibrated[0], text, "--capacity", capacity) == pytest.approx(capacity, abs=0.08)
 
 
-def test_every_command_that_runs_a_model_takes_a_share(calibrated: tuple[Path, dict[str, Any]], text: Path) -> None:
+def test_every_command_that_runs_a_model_takes_a_skip_rate(calibrated: tuple[Path, dict[str, Any]], text: Path) -> None:
     """C13: and each refuses it in one line where a checkpoint keeps no quantiles."""
     folder, _ = calibrated
     whole, half = (ffn_share(folder, text, "--skip-share", share) for share in (0, 0.5))
@@ -227,7 +227,7 @@ def test_bounds_and_sizes_outside_their_range(option: str, value: object, named:
     assert named in refused("calibrate", "no such target", "--out", "never", option, value)
 
 
-def test_a_share_to_search_for_is_finite(routers: Path, tmp_path: Path) -> None:
+def test_a_rate_to_search_for_is_finite(routers: Path, tmp_path: Path) -> None:
     line = refused("search", routers.parent / "base", "--budget", "nan", "--out", tmp_path / "out", "-q")
     assert "between 0 and 1, such as 0.25; came nan" in line
 

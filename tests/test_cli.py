@@ -371,7 +371,7 @@ def test_options_of_a_risk_are_checked_at_once(tmp_path: Path) -> None:
     assert "belong to --max-risk" in refused(*command, "--max-perplexity-increase", 0.1, "--test", "bonferroni")
 
 
-def test_losses_behind_every_layer(base: Path, text: Path) -> None:
+def test_losses_after_every_layer(base: Path, text: Path) -> None:
     done = anydepth("eval", base, "--data", text, "--sequence-length", 64, "--limit", 2, "--exits", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

@@ -10,7 +10,8 @@ import pytest
 
 from anydepth.config import StrictConfig, validate
 from anydepth.errors import UserError
-from anydepth.recipe import Recipe, load_recipe
+from anydepth.methods.of_recipe import load_recipe, method_configs
+from anydepth.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "parallel")  # those are accelerate's
@@ -29,7 +30,7 @@ def test_recipes_are_found() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
-    assert len(recipe.method_configs()) == len(recipe.methods)
+    assert len(method_configs(recipe)) == len(recipe.methods)
 
 
 def test_overrides_are_yaml_and_reach_lists_and_null_sections(tmp_path: Path) -> None:
@@ -42,13 +43,13 @@ def test_overrides_are_yaml_and_reach_lists_and_null_sections(tmp_path: Path) ->
 
 
 def test_a_name_alone_is_a_method_with_its_defaults(tmp_path: Path) -> None:
-    (config,) = load_recipe(written(tmp_path, "methods: [layer_router]")).method_configs()
-    assert config == load_recipe(written(tmp_path, "methods: [{name: layer_router}]")).method_configs()[0]
+    (config,) = method_configs(load_recipe(written(tmp_path, "methods: [layer_router]")))
+    assert config == method_configs(load_recipe(written(tmp_path, "methods: [{name: layer_router}]")))[0]
 
 
 def test_the_seed_reaches_every_method_that_has_none_of_its_own(tmp_path: Path) -> None:
     text = "seed: 5\nmethods: [layer_router, skip_set, {name: stochastic_depth, seed: 2}]"
-    router, _, dropped = load_recipe(written(tmp_path, text)).method_configs()
+    router, _, dropped = method_configs(load_recipe(written(tmp_path, text)))
     assert (router.model_dump()["seed"], dropped.model_dump()["seed"]) == (5, 2)
 
 

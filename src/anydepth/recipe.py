@@ -21,7 +21,6 @@ from anydepth.overrides import UniqueKeys, override_key
 Device = str
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
-NOTHING_TO_TRAIN = "nothing to train: the recipe names no trained method, no train.lora and no train.backbone"
 
 
 class TokenizerConfig(StrictConfig):
@@ -342,36 +341,9 @@ class Recipe(StrictConfig):
             raise ValueError(f"two phases have the same name; names are {', '.join(labels)}")
         return self
 
-    def check_training(self) -> None:
-        """Raise `UserError` if a training has nothing to train. Imports the methods and torch."""
-        from anydepth.methods import method_class
 
-        if self.train is None or self.train.backbone:
-            return
-        named = zip((str(spec["name"]) for spec in self.methods), self.method_configs(), strict=True)
-        learning = {name for name, config in named if method_class(name, "methods").has_weights(config)}
-        if not self.phases and not learning and self.train.lora is None:
-            raise UserError(NOTHING_TO_TRAIN)
-        for phase in self.phases:
-            if not learning & set(phase.train) and (self.train.lora is None or not phase.train_lora):
-                raise UserError(f"phase {phase.name}: nothing to train: no weights in {', '.join(phase.train)}")
-
-    def method_configs(self) -> list[StrictConfig]:
-        """Return the methods' validated configs. Imports the methods and torch."""
-        from anydepth.methods import method_class
-
-        configs = []
-        for number, spec in enumerate(self.methods):
-            options, where = dict(spec), f"methods[{number}]"
-            config_class = method_class(options.pop("name", None), where).Config
-            if "seed" in config_class.model_fields:
-                options.setdefault("seed", self.seed)
-            configs.append(validate(config_class, options, where=where))
-        return configs
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply `section.key=value` overrides (values are YAML).
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `section.key=value` overrides (values are YAML); its methods are not checked.
 
     Raises:
         UserError: no such file, not YAML, not a mapping, an unknown key or a wrong value; in one line.
@@ -389,7 +361,4 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         override_key(content, override)
-    recipe = validate(Recipe, content, where=str(path))
-    recipe.method_configs()
-    recipe.check_training()
-    return recipe
+    return validate(Recipe, content, where=str(path))

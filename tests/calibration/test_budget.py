@@ -84,7 +84,7 @@ def test_a_speed_that_was_measured_by_chance_is_not_met(num_lucky: int) -> None:
     assert thresholds_of(adapted) == before
 
 
-def test_a_share_that_fails_its_last_measurement_gives_way_to_a_larger_one() -> None:
+def test_a_rate_that_fails_its_last_measurement_gives_way_to_a_larger_one() -> None:
     """C12: one unlucky reading at the smallest share is no refusal while larger ones are fast."""
     adapted = undecided("layer_router")
     scores = collect_scores(adapted, windows())

@@ -25,7 +25,7 @@ from tiny import tiny_llama
 from undecided import METHODS, OTHERS, undecided, windows
 
 
-def test_a_share_is_exact_for_a_layer_router() -> None:
+def test_a_skip_rate_is_exact_for_a_layer_router() -> None:
     adapted = undecided("layer_router")
     for share in (0.25, 0.6):
         reached = set_skip_share(adapted, windows(), share)
@@ -62,7 +62,7 @@ def test_collecting_leaves_the_thresholds() -> None:
     assert thresholds_of(adapted) == {"exit_gate": 0.3, "ffn_router": -0.1}
 
 
-def test_a_share_holds_where_skipping_shifts_the_scores() -> None:
+def test_a_skip_rate_holds_where_skipping_shifts_the_scores() -> None:
     """C14, C13: FFN routers skip what was asked for in every layer, counted by forwards of their own."""
     adapted = undecided("ffn")
     for share in (0.1, 0.45, 0.8):
@@ -158,7 +158,7 @@ def test_what_inference_skips_is_compared_with_what_training_wanted(
     assert f"{method} skips {row['held_out']:.1%}" in line and f"{target:.1%} was wanted" in line
 
 
-def test_a_share_that_text_shifts_is_warned_of() -> None:
+def test_a_skip_rate_that_text_shifts_gives_a_warning() -> None:
     """C14: the share of held-out text is measured, and the warning has both numbers."""
     adapted = undecided("ffn")
     found = settle_shares(adapted, windows(), windows(high=9), skip_share=0.45)

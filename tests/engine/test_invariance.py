@@ -30,7 +30,7 @@ def test_bits_do_not_depend_on_company(weights: str, methods: list[dict[str, Any
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_bits_behind_a_window(family: str, weights: str) -> None:
+def test_bits_after_a_window(family: str, weights: str) -> None:
     check(families.build(family), weights, [{**ROUTER, "rates": [0.5, 0.3, 0.8]}])
 
 

@@ -40,7 +40,7 @@ def test_int4_is_within_half_a_step() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
-def test_int8_maps_of_torch(num_rows: int) -> None:
+def test_int8_linear_layers_of_torch(num_rows: int) -> None:
     maps = [weights(48, 64), weights(16, 64)]
     x = torch.randn(num_rows, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     linear = Int8.linear(maps)

@@ -88,7 +88,7 @@ def test_padding_is_not_counted() -> None:
 
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize(("threshold", "fraction", "text"), [(CLOSED, 0.0, "almost no"), (OPEN, 1.0, "almost every")])
-def test_a_collapse_to_all_or_none_is_told(name: str, threshold: float, fraction: float, text: str) -> None:
+def test_a_collapse_to_all_or_none_gives_a_warning(name: str, threshold: float, fraction: float, text: str) -> None:
     """Every method that learns gates: its branches, and one warning that gives the number."""
     options = LEARNED[name]
     adapted = anydepth.attach(tiny_llama(), {"name": name, **options})
@@ -138,7 +138,7 @@ def test_what_is_static_by_design_is_no_fault() -> None:
     assert gates_of({"name": "stochastic_depth"}) == []
 
 
-def test_layers_of_a_skip_set_beside_a_router_are_left_out() -> None:
+def test_layers_of_a_skip_set_next_to_a_router_are_left_out() -> None:
     router_spec = {"name": "layer_router", "always_keep": 2}
     (found,) = gates_of({"name": "skip_set", "skip_layers": [3]}, router_spec)
     assert [row["layer"] for row in found["gates"]] == [2, 4, 5]
@@ -178,7 +178,7 @@ def test_training_warns_once_of_gates_that_stay_open(tmp_path: Any, capsys: pyte
 
 
 @pytest.mark.parametrize(("second", "shown"), [({"max_steps": 5}, "step 1/12 "), ({"num_epochs": 2}, "step 1 ")])
-def test_steps_of_phases_are_told_out_of_those_of_all(
+def test_steps_of_phases_are_counted_over_all_phases(
     capsys: pytest.CaptureFixture[str], second: dict[str, Any], shown: str
 ) -> None:
     """Steps go on from phase to phase: 7 + 5, never the 30 of `train`; epochs take as many as there is text."""

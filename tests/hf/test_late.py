@@ -147,6 +147,6 @@ def test_a_pass_that_fails_leaves_what_waits(at: int, monkeypatch: pytest.Monkey
     assert [kv.counts[0] for kv in cache.layers] == [7] * NUM_LAYERS
 
 
-def test_others_beside_it_are_refused() -> None:
+def test_other_methods_with_it_are_refused() -> None:
     with pytest.raises(UserError, match="exit_gate with kv_rule recompute .* ffn_router .* use kv_rule propagate"):
         anydepth.attach(tiny_llama(), [EXITS, {"name": "ffn_router"}])

@@ -119,7 +119,7 @@ def test_classes_of_tokens_by_what_they_are() -> None:
     ]  # fmt: skip
 
 
-def test_flops_a_token_stand_beside_those_of_full_depth() -> None:
+def test_flops_a_token_are_next_to_those_of_full_depth() -> None:
     adapted = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": [2]})
     windows = torch.randint(1, 257, (2, 40), generator=torch.Generator().manual_seed(1))
     found = analyze(adapted, byte_tokenizer(), windows, num_permutations=9)

@@ -49,7 +49,7 @@ def test_exits_that_stay_shut_are_full_depth() -> None:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_open_exits_are_told_by_depth_rouge_and_perplexity(fast: bool) -> None:
+def test_open_exits_show_in_depth_rouge_and_perplexity(fast: bool) -> None:
     """Depth, texts and losses from elsewhere: all tokens take the first exit, whose head is the model's own."""
     adapted, rows = table([0.0, 0.0], fast=fast, size=2)
     assert [row["label"] for row in rows] == LABELS[:3]  # int8 is of bfloat16 models

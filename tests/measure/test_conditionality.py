@@ -66,7 +66,7 @@ def stretches(values: Tensor, change: float, generator: torch.Generator, num_tok
     return values[torch.randint(len(values), (num_tokens + 1,), generator=generator)][numbers]
 
 
-def test_gates_that_stay_for_a_while_beside_words_that_repeat_are_no_dependence() -> None:
+def test_gates_that_stay_for_a_while_with_words_that_repeat_are_no_dependence() -> None:
     """Both change slowly, each by itself: exchanged one by one they would seem to belong together."""
     groups = torch.arange(6).repeat_interleave(120)
     p_values: dict[str, list[float]] = {"rotated": [], "exchanged": []}

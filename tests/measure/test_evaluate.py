@@ -108,7 +108,7 @@ def test_what_cannot_differ_is_scored_once() -> None:
     assert why_the_same(FastEngine(packed, "int8")) is None and why_the_same(FastEngine(packed))
 
 
-def test_untouched_means_gates_and_adapters_off() -> None:
+def test_base_model_means_gates_and_adapters_off() -> None:
     stock = evaluate(HFEngine(anydepth.attach(tiny_llama(), [])), windows())
     model = prepare(tiny_llama(), TrainConfig.model_validate({"lora": {"rank": 2}}))
     for name, parameter in model.named_parameters():

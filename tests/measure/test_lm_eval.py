@@ -279,7 +279,7 @@ def test_a_text_is_not_run_twice() -> None:
 
 
 @pytest.mark.parametrize("window", [256, 200])
-def test_a_window_without_room_for_an_answer_is_told(window: int) -> None:
+def test_a_window_without_space_for_an_answer_is_refused(window: int) -> None:
     """C23: before anything runs, in one line."""
     adapted = anydepth.attach(tiny_llama(max_position_embeddings=window), ROUTER)
     with pytest.raises(UserError, match=f"256 new tokens are more than the model's window of {window}"):
@@ -290,7 +290,7 @@ def test_a_window_without_room_for_an_answer_is_told(window: int) -> None:
     check_windows(HFEngine(anydepth.attach(model(), ROUTER)), byte_tokenizer(), ["arc_easy", "gsm8k", "mmlu"])
 
 
-def test_a_window_shorter_than_an_answer_is_told() -> None:
+def test_a_window_shorter_than_an_answer_is_refused() -> None:
     """C23: an answer that is scored does not fit either."""
     adapted = anydepth.attach(tiny_llama(max_position_embeddings=8), ROUTER)
     for engine in (HFEngine(adapted), FastEngine(adapted)):
@@ -347,7 +347,7 @@ def test_where_documents_would_be(data: Path, monkeypatch: pytest.MonkeyPatch) -
     assert where_to_look("hellaswag") == "it needs a network"
 
 
-def test_what_the_window_cuts_is_told(
+def test_what_the_window_cuts_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """And no more than that: outside a repository lm-eval has git say so on standard error."""
@@ -370,7 +370,7 @@ def test_batches_hold_no_padding() -> None:
 
 
 @pytest.mark.slow
-def test_every_local_task_is_scored_with_its_share() -> None:
+def test_every_local_task_is_scored_with_what_ran() -> None:
     adapted = anydepth.attach(model(), ROUTER)
     names = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "wikitext"]
     scores = score_tasks(HFEngine(adapted), byte_tokenizer(), names, limit=2, num_fewshot=1)

@@ -359,7 +359,7 @@ def test_masked_cached_is_uncached(family: str, adapted: AdaptedModel, case: str
 
 
 @torch.no_grad()
-def test_rewound_cache_goes_on_as_if_never_forward(family: str, adapted: AdaptedModel, case: str) -> None:
+def test_rewound_cache_continues_as_if_never_forward(family: str, adapted: AdaptedModel, case: str) -> None:
     ids, other = families.token_ids(length=30), families.token_ids(length=30, seed=8)
     wanted = logits_of(adapted, ids)[:, 17:]
     cache = adapted.new_cache()

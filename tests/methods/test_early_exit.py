@@ -109,7 +109,7 @@ def test_thresholds_decay_with_the_place() -> None:
 
 
 @torch.no_grad()
-def test_nobody_is_asked_where_nobody_may_leave() -> None:
+def test_no_head_is_evaluated_where_no_token_may_exit() -> None:
     adapted = early_exit()
     adapted(IDS)
     assert adapted.last_trace.mean_depth == 6 and adapted.last_trace.router_flops == 0

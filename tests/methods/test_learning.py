@@ -214,7 +214,7 @@ def test_expected_loss_is_the_sum_over_exits() -> None:
 
 
 @torch.no_grad()
-def test_who_exits_is_read_as_it_left(family: str, model: Any) -> None:
+def test_a_token_that_exits_is_read_as_it_exited(family: str, model: Any) -> None:
     """With every gate shut the output is final norm and head of the state in front of the first gate."""
     states = []
     adapted = anydepth.attach(model, {"name": "exit_gate", "layers": [2, 3], "threshold": float("inf")})

@@ -73,7 +73,7 @@ def test_all_softmax_is_the_base_bitwise_and_its_cache_too(family: str) -> None:
 
 
 @torch.no_grad()
-def test_routers_in_front_of_each_layer_and_at_random() -> None:
+def test_routers_before_each_layer_and_at_random() -> None:
     ids = families.token_ids()
     adapted = attach(reads="sequential", layers=[0, 2, 4])
     assert len(router_of(adapted).networks) == 3
@@ -220,13 +220,13 @@ def test_bfloat16_models_take_float32_mixers() -> None:
         ({"name": "skip_set", "skip_mixers": [1]}, "a mixer for every token"),
     ],
 )
-def test_what_it_cannot_stand_beside(beside: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_attached_with_it(beside: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         anydepth.attach(families.build("llama"), [{"name": "mixer_router"}, beside])
 
 
 @torch.no_grad()
-def test_ffn_gates_stand_beside_it() -> None:
+def test_ffn_gates_are_attached_with_it() -> None:
     adapted = anydepth.attach(
         families.build("llama"), [{"name": "mixer_router", "threshold": 1e9}, {"name": "ffn_router"}]
     )
@@ -246,7 +246,7 @@ def test_the_rates_of_training_are_the_routers_alone() -> None:
     assert len(list(router_of(adapted).parameters())) > len(gates)
 
 
-def test_the_self_check_runs_second_mixers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_check_runs_alternate_mixers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both states pass it; a second mixer that computes something else when it is run sparsely does not."""
     ids = families.token_ids(batch_size=2, length=40)
     for state in ("routed", "all"):
@@ -270,7 +270,7 @@ def test_routed_mixers_train_under_autocast() -> None:
     assert all(part.grad is not None and part.grad.isfinite().all() for part in router_of(adapted).mixers.parameters())
 
 
-def test_masked_training_learns_from_linear_mixers_that_nobody_took() -> None:
+def test_masked_training_learns_from_linear_mixers_that_no_token_took() -> None:
     """`all` knows both outputs: the router is told what the other one would have been worth."""
     adapted = attach(state="all", layers=[1, 3], initial_bias=30.0)
     adapted.train()

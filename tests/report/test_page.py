@@ -146,7 +146,7 @@ def test_mixers_are_shown_and_trainings_compared(tmp_path: Path) -> None:
     assert "softmax in 2 of 2 layers" in written[0].read_text()
 
 
-def test_sweeps_stand_side_by_side(tmp_path: Path) -> None:
+def test_sweeps_are_side_by_side(tmp_path: Path) -> None:
     outline = Outline()
     written = write_report(sweeps(), tmp_path / "page.html")
     outline.feed(written[0].read_text())
@@ -196,7 +196,7 @@ def test_every_committed_result_has_its_place_on_a_page(tmp_path: Path) -> None:
     assert "Language loss alone" in page
 
 
-def test_several_models_are_told_apart(tmp_path: Path) -> None:
+def test_several_models_have_different_labels(tmp_path: Path) -> None:
     """Each section says whose it is; of a single one there is nothing to say."""
     bench = next(document for document in every_kind() if document["schema"] == "anydepth.bench/1")
     two = [{**bench, "source": "a.json", "label": "skip_set"}, {**bench, "run": "routers", "label": "layer_router"}]
@@ -222,7 +222,7 @@ def test_gates_and_whole_texts_have_their_place(written: list[Path]) -> None:
     assert "0.50 (0.25 to 0.75)" in html and ">constant<" in html
 
 
-def test_points_of_texts_lie_where_the_document_has_them() -> None:
+def test_points_of_texts_are_where_the_document_has_them() -> None:
     figure = correlations.scatter(CORRELATIONS)
     assert len(figure.axes) == 2  # rarity is constant
     points = figure.axes[0].collections[-1].get_offsets().tolist()

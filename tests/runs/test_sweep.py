@@ -71,7 +71,7 @@ def killed_and_gone_on_with(recipe: Path, out: Path, *options: str) -> dict[str,
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_was(recipe: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_continues(recipe: Path, tmp_path: Path) -> None:
     document = killed_and_gone_on_with(recipe, tmp_path / "sweep", "--jobs", "2")
     assert document["schema"] == "anydepth.sweep/1"
     assert [point["seed"] for point in document["points"]] == [0, 1, 2] * 2
@@ -90,9 +90,7 @@ def test_a_killed_sweep_goes_on_where_it_was(recipe: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_was_on_ray(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_sweep_continues_on_ray(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     cluster = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -137,7 +135,7 @@ def test_values_are_yaml_and_points_have_names(recipe: Path) -> None:
         (["train.max_steps=0"], [0], "max_steps"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(
+def test_mistakes_are_found_before_anything_runs(
     recipe: Path, over: list[str], seeds: list[int], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
@@ -161,7 +159,7 @@ def point(name: str, perplexity: float, time_share: float, flops: float, around:
     }
 
 
-def test_a_front_is_what_nothing_beats() -> None:
+def test_a_pareto_front_is_what_nothing_beats() -> None:
     rows = [
         point("fast", 14.0, 0.5, 0.9), point("fast", 12.0, 0.7, 0.9),  # two seeds: 13 at 0.6
         point("worse", 14.0, 0.8, 0.8),
@@ -192,7 +190,7 @@ def test_an_interval_with_full_depth_in_it_is_no_difference() -> None:
     assert document["front"] == {"time": ["full depth"], "flops": ["x a", "full depth"]}
 
 
-def test_the_table_marks_what_is_on_the_front(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_marks_what_is_on_the_pareto_front(capsys: pytest.CaptureFixture[str]) -> None:
     """C18: what a reader sees."""
     rows = [{**point("a", 12.0, 0.954, 0.9), "time_share_range": [0.873, 1.05]}, point("b", 13.0, 0.8, 0.9)]
     settings = _settings(rows)

@@ -117,7 +117,7 @@ def test_what_cannot_be_searched(budget: float, strategy: str) -> None:
 
 @pytest.mark.parametrize("branch", ["layer", "mixer"])
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.75])
-def test_the_threshold_skips_the_share_it_was_asked_for(share: float, branch: str) -> None:
+def test_the_threshold_skips_the_rate_it_was_asked_for(share: float, branch: str) -> None:
     adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2, "branch": branch})
     assert set_skip_share(adapted, windows(), share) == pytest.approx(share, abs=0.01)
     adapted(input_ids=windows(), use_cache=False)

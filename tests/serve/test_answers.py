@@ -95,7 +95,7 @@ def test_completions_tell_k_or_one_more_and_right_offsets(num_top: int) -> None:
     assert all(answer["text"][told["text_offset"][place] :][:1] for place in ascii_places)
 
 
-def test_tokens_with_the_same_text_are_all_told() -> None:
+def test_tokens_with_the_same_text_are_all_listed() -> None:
     """S7: `a` and the byte token of `a` are two tokens of one text; a dictionary by text needs a name for both."""
     tokenizer = fallback_tokenizer()
     with serving(tokenizer=tokenizer, model=tiny_llama(vocab_size=len(tokenizer))) as client:

@@ -144,7 +144,7 @@ def test_what_is_no_request_gets_an_object_too(server: str, name: str) -> None:
     assert text_of(server)
 
 
-def test_a_client_that_stops_in_its_body_keeps_nobody_waiting(server: str) -> None:
+def test_a_client_that_stops_in_its_body_keeps_no_other_waiting(server: str) -> None:
     place = urlsplit(server)
     lines = []
     for _ in range(20):

@@ -312,7 +312,7 @@ def test_chat(talking: tuple[Path, str], stream: bool, logprobs: bool) -> None:
     assert text == wanted and reason == "length" and len(told) == 20 * logprobs
 
 
-def test_what_breaks_while_an_answer_is_told_is_told(
+def test_an_error_in_the_middle_of_an_answer_is_reported(
     talking: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An object, whole or as an event: never a bare 500, never a stream that just ends."""
@@ -369,7 +369,7 @@ def test_sigterm_lets_answers_end(target: Path) -> None:
         end(process)
 
 
-def test_a_port_that_is_taken_is_told_at_once(server: str, target: Path) -> None:
+def test_a_port_that_is_taken_is_refused_at_once(server: str, target: Path) -> None:
     command = [
         sys.executable,
         "-m",

@@ -121,7 +121,7 @@ def test_step_times_are_a_line_through_medians() -> None:
     assert times.plain == pytest.approx(10, rel=0.1) and times.per_token == pytest.approx(0.5, abs=0.3)
 
 
-def test_a_draft_goes_on_while_it_saves_more_than_it_costs() -> None:
+def test_a_draft_continues_while_it_saves_more_than_it_costs() -> None:
     """By hand: a step of 10, draft tokens of 2, further tokens of 1: pays from a probability of 0.3 on."""
     times = StepTimes(num_rows=1, plain=10.0, per_token=1.0)
     times.observe_draft("one", 2.0)

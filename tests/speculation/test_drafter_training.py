@@ -65,7 +65,7 @@ def test_states_are_those_of_the_model_and_answers_are_greedy(chat: bool, tmp_pa
             assert shown.startswith("<user>") and shown.endswith("|<bot>") and shown.count("<bot>") == 1
 
 
-def test_writing_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anydepth.speculation.self_generated.SHARD_TOKENS", 400)
     whole = texts_of(tmp_path / "whole")
     own, calls = Writer.step, []

@@ -146,7 +146,7 @@ def test_no_token_runs_the_first_layers_twice() -> None:
 
 
 @pytest.mark.parametrize("name", ["several exits", "everything"])
-def test_guesses_that_are_dropped_leave_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draft_tokens_that_are_dropped_leave_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second one is, after the first layers have run for it."""
     asked = itertools.count()
     monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.repays", lambda *_: next(asked) % 2)
@@ -178,7 +178,7 @@ def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
     assert at < 40
 
 
-def test_rows_that_ended_go_on_where_no_end_token_is_known() -> None:
+def test_rows_that_ended_continue_where_no_end_token_is_known() -> None:
     """As transformers has it: without an end token nothing is filled up, and the batch ends with its last row."""
     batch = prompts(3)
 
@@ -228,7 +228,7 @@ def test_rows_near_a_change_of_bits_hold_the_others_back() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["dynamic", "influence", "knapsack"])
-def test_searching_for_layers_beside_early_exits(strategy: str) -> None:
+def test_searching_for_layers_next_to_early_exits(strategy: str) -> None:
     """Layers that are called by themselves see no gates of the forward before."""
     options = {**ALONE, "exit_layers": [3], "search": {"strategy": strategy, "every": 8, "window": 8}}
     for path in ("fast", "hf"):
@@ -379,7 +379,7 @@ def request(ids: list[int], num_padding: int = 0) -> Request:
     return Request(ids, Sampler(), Stops.at(len(ids) + 9), num_padding=num_padding)
 
 
-def test_lookup_goes_on_as_the_text_did() -> None:
+def test_lookup_continues_as_the_text_did() -> None:
     drafter, row, seen = PromptLookupDrafter(), request([9, 1, 2, 3, 4, 5, 9, 9, 2, 3]), []
     for _ in range(4):
         proposal = drafter.propose(None, [row], None)[0]  # type: ignore[arg-type]
@@ -391,7 +391,7 @@ def test_lookup_goes_on_as_the_text_did() -> None:
     assert drafter.propose(None, [row], None) == [None]  # type: ignore[arg-type]
 
 
-def test_a_search_goes_on_while_text_is_generated_and_keeps_the_best() -> None:
+def test_a_search_continues_while_text_is_generated_and_keeps_the_best() -> None:
     engine = drafting("fast", "searched")
     for seed in range(3):
         engine.generate(**prompts(1, seed), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -439,7 +439,7 @@ def test_many_rows_still_have_the_bits_of_full_depth() -> None:
         assert torch.equal(wanted, ours)
 
 
-def test_contexts_whose_attention_is_cut_into_larger_parts() -> None:
+def test_contexts_with_attention_cut_into_larger_chunks() -> None:
     """Passes do not reach over the places where the parts double: there the bits would be others."""
     ids = torch.randint(3, 100, (1, 100), generator=torch.Generator().manual_seed(0)).repeat(1, 3)[:, :240]
     model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)

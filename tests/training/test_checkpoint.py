@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import anydepth
 from anydepth.errors import UserError
 from anydepth.recipe import TrainConfig
+from anydepth.training import checkpoint
 from anydepth.training.checkpoint import load_draft, load_target
 from anydepth.training.train import prepare
 from tiny import save_base, tiny_llama
@@ -181,3 +182,18 @@ def test_checkpoints_from_when_drafting_was_a_method(
     assert list(again.methods) == ["skip_set"] and found is not None and found.config == draft.config
     assert all(torch.equal(found.state_dict()[name], value) for name, value in draft.state_dict().items())
     assert "write draft:" in caplog.text
+
+
+def test_an_option_of_draft_keeps_the_drafter_of_the_package(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--lossless --set draft.exit_layers=[2]` lost the trained network."""
+    model, _ = anydepth.load_model(str(base))
+    adapted = anydepth.attach(model, [])
+    shipped = anydepth.Draft(adapted, {"network": {"taps": [4, 6], "vocabulary_size": 64}, "seed": 3})
+    monkeypatch.setattr(checkpoint, "default_draft", lambda adapted: shipped)
+    draft = checkpoint.load_draft(str(base), adapted, lossless=True, options={"exit_layers": [2]})
+    assert draft is not None and draft.config.exit_layers == [2] and draft.config.network == shipped.config.network
+    weights = draft.state_dict()
+    assert weights and all(torch.equal(weights[name], value) for name, value in shipped.state_dict().items())
+    assert checkpoint.load_draft(str(base), adapted, options={"exit_layers": [2]}).config.network is None  # type: ignore[union-attr]

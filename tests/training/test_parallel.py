@@ -124,7 +124,7 @@ def test_two_processes_learn_what_one_does(config: str, methods: str, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("methods", ["token router", "layer skip"])
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_a_process_is_killed_and_others_go_on_from_there(config: str, methods: str, tmp_path: Path) -> None:
+def test_a_process_is_killed_and_others_continue_from_there(config: str, methods: str, tmp_path: Path) -> None:
     """One of two is killed; two go on, of which one is killed; one alone goes on. The curve is the undisturbed one."""
     recipe = write_recipe(tmp_path, methods, max_steps=40, save_every=5, distillation={"weight": 0.3})
     whole = train(recipe, tmp_path / "whole", None)

@@ -68,7 +68,7 @@ def test_each_phase_trains_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies_in", [0, 1])
-def test_an_interrupted_run_goes_on_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: int) -> None:
+def test_an_interrupted_run_continues_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: int) -> None:
     whole, wanted = trained(tmp_path / "whole")
     own, phase = training_phases.train, 0
 

@@ -60,7 +60,7 @@ def test_lm_loss_is_reported_without_the_auxiliary_loss(tmp_path: Path) -> None:
     assert heavy.result.loss_history[0]["layer_router/target"] > 10
 
 
-def test_the_target_share_is_approached(tmp_path: Path) -> None:
+def test_the_target_rate_is_approached(tmp_path: Path) -> None:
     """The router learns: from nearly full depth towards half of the routed layers."""
     config = settings(max_steps=60, router_learning_rate=0.02, save_every=60)
     history = trained(tmp_path, config, {**ROUTER, "initial_bias": 2.0}).result.loss_history
@@ -185,7 +185,7 @@ def test_training_of_epochs_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [{"max_steps": 3, "num_epochs": 2}, {"num_epochs": 0}])
-def test_training_is_told_once_how_long_it_is(given: dict[str, int]) -> None:
+def test_the_length_of_training_is_given_once(given: dict[str, int]) -> None:
     with pytest.raises(UserError, match="num_epochs"):
         validate(TrainConfig, given, where="train")
     assert TrainConfig().max_steps == 100

@@ -214,7 +214,7 @@ def sweep(
 
 
 def _runner(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> Any:
-    from anydepth.recipe import load_recipe
+    from anydepth.methods.of_recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     from anydepth.runs.run import Runner

@@ -157,7 +157,8 @@ def open_engine(
 
     Args:
         engine: `hf`, `fast`, or `auto`: fast where it runs the model; `say` is told why not.
-        weights, compiled: of the fast engine, see `FastEngine`.
+        weights: of the fast engine, see `FastEngine`.
+        compiled: likewise.
 
     Raises:
         UserError: an unknown engine; `fast` for a model that it does not run; weights with `hf`.

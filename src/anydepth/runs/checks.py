@@ -20,6 +20,7 @@ from anydepth.methods import method_class
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.methods._base.method import Method
 from anydepth.methods.compose import build_methods
+from anydepth.methods.of_recipe import check_training, method_configs
 from anydepth.models.backbone import FAMILIES, Backbone
 from anydepth.models.load import source_of
 from anydepth.models.scratch import build_decoder
@@ -47,7 +48,7 @@ class Need:
 
 def check(recipe: Recipe, stages: Collection[str]) -> None:
     """Raise `UserError` for what would end one of `stages` (those of `runs/run.py`), as far as it can be known."""
-    recipe.check_training()
+    check_training(recipe)
     if recipe.drafter is not None and (recipe.draft is None or recipe.draft.network is None):
         raise UserError(NO_NETWORK)
     _check_search(recipe)
@@ -150,7 +151,7 @@ def _may_compare(name: str) -> bool:
 def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
     """Return the methods. Raise `UserError` for options that do not fit the model, and for stages without a method."""
     backbone = Backbone(model)
-    methods = build_methods(recipe.method_configs(), backbone)
+    methods = build_methods(method_configs(recipe), backbone)
     if recipe.draft is not None:
         check_draft(recipe.draft, backbone, methods)
     if recipe.search is not None:

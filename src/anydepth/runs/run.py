@@ -33,6 +33,7 @@ from anydepth.measure.evaluate import evaluate
 from anydepth.measure.held_out import held_out, split_windows
 from anydepth.measure.results import document, source_commit
 from anydepth.methods import method_class
+from anydepth.methods.of_recipe import load_recipe, method_configs
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.processes import is_parallel, rank, shards_weights
@@ -45,7 +46,6 @@ from anydepth.recipe import (
     RouterFitConfig,
     SearchConfig,
     TextConfig,
-    load_recipe,
 )
 from anydepth.runs.checks import check
 from anydepth.search.router_fit import fit_router
@@ -440,7 +440,7 @@ class Runner:
         """The recipe's methods; a searched skip set fills what they leave open."""
         path = self.out / "search.json"
         if self.recipe.search is None or not path.exists():
-            return self.recipe.method_configs()
+            return method_configs(self.recipe)
         found = read_document(path)
         methods = [dict(method) for method in self.recipe.methods]
         by_name = {method["name"]: method for method in methods}
@@ -452,7 +452,7 @@ class Runner:
             first = router.get("always_keep", 4)
             out = found["skip_layers"] + (found["skip_mixers"] if router.get("branch") == "mixer" else [])
             router.setdefault("initial_skip_layers", [i for i in out if i >= first])
-        return self.recipe.model_copy(update={"methods": methods}).method_configs()
+        return method_configs(self.recipe.model_copy(update={"methods": methods}))
 
 
 def seeded(config: DraftConfig, seed: int) -> DraftConfig:

@@ -28,7 +28,8 @@ import yaml
 from anydepth.errors import RunError, UserError
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document, num_cores
-from anydepth.recipe import Recipe, load_recipe
+from anydepth.methods.of_recipe import load_recipe
+from anydepth.recipe import Recipe
 from anydepth.runs.run import LEARNING, RECIPE, Runner
 
 Say = Callable[[str], None]

@@ -198,8 +198,13 @@ def load_draft(
     saved, weights = manifest.get("draft"), dict[str, torch.Tensor]()
     if saved is not None:
         weights = _draft_weights(Path(target) / manifest["weights"])
+    elif lossless:
+        default = default_draft(adapted)
+        if options is None:
+            return default
+        saved, weights = default.config.model_dump(), default.state_dict()
     elif options is None:
-        return default_draft(adapted) if lossless else None
+        return None
     draft = Draft(adapted, {**(saved or {}), **(options or {})})
     try:
         draft.load_state_dict(weights)

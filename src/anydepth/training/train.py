@@ -28,9 +28,10 @@ from anydepth.errors import RunError, UserError
 from anydepth.gating.shared_batch import batch_mean, num_processes
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import write_json
+from anydepth.methods.of_recipe import NOTHING_TO_TRAIN
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import is_quantised
-from anydepth.recipe import NOTHING_TO_TRAIN, TrainConfig
+from anydepth.recipe import TrainConfig
 from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset, collate
 from anydepth.training.diagnostics import gate_decisions, lasting_collapse, training_metrics

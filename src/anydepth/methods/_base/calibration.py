@@ -69,7 +69,9 @@ class Calibrated(nn.Module):
         """Return the fraction of its decisions that skip.
 
         Args:
-            mixers, ffns, others: fractions of tokens that ran each layer's mixer, FFN and alternate mixer.
+            mixers: by layer, the fraction of tokens that ran its mixer.
+            ffns: the same of its FFN.
+            others: the same of its alternate mixer.
         """
         layers, gates_ffns = self.gated_layers, self.branches == {"ffn"}
         ran = sum(ffns[i] if gates_ffns else mixers[i] for i in layers)
