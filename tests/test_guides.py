@@ -133,4 +133,4 @@ def test_a_decode_step_takes_the_path_of_the_figure() -> None:
         sys.setprofile(None)
     assert len(path) == 7
     assert [step for step in dict.fromkeys(called) if step in path] == path
-    assert not any(file == "engine/layer.py" for file, _ in called)
+    assert not any(file == "engine/step.py" for file, _ in called)

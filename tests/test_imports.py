@@ -8,7 +8,6 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
 KNOWN = [
-    {"anydepth.engine.exits", "anydepth.engine.model"},
     {"anydepth.hf.adaptive_cache", "anydepth.hf.deferred", "anydepth.hf.partial"},
     {"anydepth.report.correlations", "anydepth.report.gates", "anydepth.report.page", "anydepth.report.sections"},
 ]

@@ -124,7 +124,7 @@ def test_what_the_engine_does_not_do_is_refused() -> None:
     quantised.model.layers[2].mlp.up_proj = Quantised(32, 48, bias=False)
     long = tiny_llama()
     long.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(UserError, match=r"rotations .*dynamic"):
+    with pytest.raises(UserError, match=r"rotary embedding .*dynamic"):
         FastEngine(anydepth.attach(long, []))
     with pytest.raises(UserError, match="plain linear maps and found Quantised"):
         FastEngine(anydepth.attach(quantised, []))

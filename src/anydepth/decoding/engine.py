@@ -119,6 +119,7 @@ class Engine(ABC):
         """Return an engine on the same weights in whose generations the attached methods decide."""
         other = copy.copy(self)
         other.draft = other.drafting = None
+        other.last = threading.local()
         return other
 
     @property
