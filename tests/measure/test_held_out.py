@@ -79,7 +79,7 @@ def test_a_warning_where_fewer_bits_are_better() -> None:
     found = held_out(model(), SkipSetConfig(skip_layers=[1, 2, 3]), windows())
     rows = {row["label"]: row["loss"] for row in found["rows"]}
     assert rows["int8 weights"] < rows["skip set"]
-    assert "at full depth read less and lose less than this skip set" in found["warning"]
+    assert "at full depth read fewer bytes and have no more loss than this skip set" in found["warning"]
     keys = ("label", "loss", "perplexity", "weight_bytes")
     parts = (("full depth", 2.0, 7.4, 100), ("skip set", 2.1, 8.2, 90), ("int8 weights", 2.2, 9.0, 50))
     assert _warning([dict(zip(keys, part, strict=True)) for part in parts]) is None  # that reads less, and loses more

@@ -21,7 +21,7 @@ from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import Trace
-from anydepth.measure.lm_eval import AnydepthLM, _whole, add_changes, check_tasks, check_windows, score_tasks
+from anydepth.measure.lm_eval import AnydepthLM, _with_defaults, add_changes, check_tasks, check_windows, score_tasks
 from anydepth.measure.results import task_scores
 from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import Task, task_named, where_to_look
@@ -93,7 +93,7 @@ def answers(lm: Any, name: str, limit: int | None = None) -> list[Any]:
     from lm_eval import simple_evaluate
 
     manager = check_tasks([name])
-    specs = [_whole(manager, spec) for spec in task_named(name).specs]
+    specs = [_with_defaults(manager, spec) for spec in task_named(name).specs]
     results: Any = simple_evaluate(lm, tasks=specs, task_manager=manager, limit=limit, bootstrap_iters=0)
     return [
         response
@@ -294,7 +294,7 @@ def test_a_window_shorter_than_an_answer_is_refused() -> None:
     """C23: an answer that is scored does not fit either."""
     adapted = anydepth.attach(tiny_llama(max_position_embeddings=8), ROUTER)
     for engine in (HFEngine(adapted), FastEngine(adapted)):
-        with pytest.raises(UserError, match=r"an answer to score has \d+ tokens, more than the model's window of 8"):
+        with pytest.raises(UserError, match=r"a continuation .* \d+ tokens, more than the model's window of 8"):
             score_tasks(engine, byte_tokenizer(), ["arc_easy"], limit=4)
 
 

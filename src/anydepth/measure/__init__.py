@@ -1,1 +1,1 @@
-"""Quality and speed, always beside full depth; the schema of results."""
+"""Quality and speed, always next to full depth, and the result document."""

@@ -1,6 +1,6 @@
-"""Where depth goes: by layer, class of token, position, length and loss; and whether it depends on the token at all.
+"""Depth by layer, class of token, position, length and loss, and whether it depends on the token at all.
 
-A token's depth is what ran for it as an input; its loss is that of the untouched model for the token behind it.
+A token's depth counts the layers that ran for it as an input; its loss is the base model's for the next token.
 Intervals are 95%, from how windows differ from each other: tokens of one window are not independent.
 """
 
@@ -34,14 +34,15 @@ STOP_WORDS = (
 
 @dataclass(frozen=True)
 class Observed:
-    """What ran for the tokens of (W, T) windows.
+    """The branches that ran for the tokens of (W, T) windows.
 
     Attributes:
-        gates: (2L, W, T) bool, mixers of all layers, then FFNs. keep: what ran, the same but for tokens that took a
-            second mixer instead. depths: (W, T), layers.
-        flops: of all windows, with the logits of all tokens.
-        losses: (W, T), nats, of the token behind at full depth; NaN at the last place.
-        decisions: of each method's gates, over all tokens.
+        gates: (2L, W, T) bool, mixers of all layers, then FFNs.
+        keep: the same, and true too where a token took an alternate mixer.
+        depths: (W, T), layers.
+        flops: FLOPs of all windows, with the logits of all tokens.
+        losses: (W, T), nats, of the next token under the base model; NaN at the last position.
+        decisions: decisions of each method's gates, over all tokens.
     """
 
     token_ids: Tensor
@@ -55,7 +56,7 @@ class Observed:
 
 @torch.no_grad()
 def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Observed:
-    """Run each of (W, T) windows by itself, with routing on and untouched."""
+    """Run each of (W, T) windows by itself, with routing on and through the base model."""
     adapted.eval()
     gates, keeps, depths, losses, decisions, flops = [], [], [], [], [], 0
     for window in track(windows):
@@ -74,7 +75,7 @@ def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Obse
 
 @torch.no_grad()
 def _depths(adapted: AdaptedModel, windows: Tensor) -> Tensor:
-    """Return (W, T) depths alone."""
+    """Return the (W, T) depths of windows."""
     depths = []
     for window in windows:
         adapted(input_ids=window[None].to(adapted.device), use_cache=False)
@@ -97,34 +98,23 @@ def analyze(
     """Return the fields of `anydepth.analyze/1` for (W, T) windows.
 
     Args:
-        texts: documents to correlate depth with, each by itself, at most T tokens of it; none leaves that out.
-        num_samples: how many of them, or of their paragraphs.
-        others: the same method from other seeds, whose gates are compared on the same text.
-        track: is given the windows, then the samples, and shows how far each pass is.
+        texts: documents whose depth is correlated with their properties, each run by itself, at most T tokens of it;
+            an empty list leaves `correlations` out.
+        num_samples: the number of documents, or of their paragraphs.
+        others: the same method from other seeds; its gates are compared on the same text.
+        track: shows the progress over the windows, then over the samples.
     """
     seen = observe(adapted, windows, track)
     limits: dict[str, Any] = {"limit": num_samples, "max_tokens": windows.shape[1], "track": track}
     by_sample = correlations(adapted, tokenizer, texts, **limits) if texts and num_samples else None
-    num_layers = len(seen.keep) // 2
-    everywhere = torch.ones_like(seen.depths, dtype=torch.bool)
     full_depth = cost.full_depth_flops(adapted.backbone, windows.shape[1]) * len(windows)
-    rows = [
-        {
-            "layer": layer_idx,
-            **{
-                branch: mean_of(seen.keep[layer_idx + offset].float(), everywhere, most=1)
-                for branch, offset in (("mixer", 0), ("ffn", num_layers))
-            },
-        }
-        for layer_idx in range(num_layers)
-    ]
+    everywhere = torch.ones_like(seen.depths, dtype=torch.bool)
     return {
         "num_windows": len(windows),
-        "num_tokens": windows.numel(),
-        "depth": mean_of(seen.depths, everywhere, most=num_layers),
+        **_row(seen, everywhere),
         "gflops_per_token": seen.flops / windows.numel() / 1e9,
         "full_depth": {"gflops_per_token": full_depth / windows.numel() / 1e9},
-        "per_layer": rows,
+        "per_layer": _by_layer(seen, everywhere),
         "token_classes": _by_class(seen, tokenizer),
         "positions": _by_position(seen),
         "lengths": _by_length(adapted, seen),
@@ -140,6 +130,12 @@ def _row(seen: Observed, among: Tensor) -> dict[str, Any]:
     return {"num_tokens": int(among.sum()), "depth": mean_of(seen.depths, among, most=len(seen.keep) // 2)}
 
 
+def _by_layer(seen: Observed, everywhere: Tensor) -> list[dict[str, Any]]:
+    num_layers = len(seen.keep) // 2
+    mixers, ffns = ([mean_of(keep.float(), everywhere, most=1) for keep in half] for half in seen.keep.chunk(2))
+    return [{"layer": i, "mixer": mixers[i], "ffn": ffns[i]} for i in range(num_layers)]
+
+
 def _by_class(seen: Observed, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     classes = token_classes(seen.token_ids, tokenizer)
     known = ~seen.losses.isnan()
@@ -152,10 +148,10 @@ def _by_class(seen: Observed, tokenizer: PreTrainedTokenizerBase) -> list[dict[s
 
 
 def token_classes(token_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """Of (W, T) token ids, (W, T) bool by class.
+    """Return for each class which of (W, T) token ids belong to it, as (W, T) bool.
 
-    Each token is one of `whitespace`, `punctuation`, `numeric`, `stop word`, `sub-word` (goes on with a word that has
-    begun) and `word`; any of them may be `rare`, too: among the rarest ids that make up a tenth of this text.
+    Each token is one of `whitespace`, `punctuation`, `numeric`, `stop word`, `sub-word` (continues a word) and `word`;
+    any of them can also be `rare`: among the rarest ids that make up a tenth of this text.
     """
     names = ("whitespace", "punctuation", "numeric", "stop word", "sub-word", "word")
     kinds = torch.zeros_like(token_ids)
@@ -173,7 +169,7 @@ def token_classes(token_ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, before: int | None, token_id: int) -> str:
-    """A token as it reads behind another one: alone, many tokenizers drop the space in front of a word."""
+    """Return a token's text after another token: many tokenizers drop a leading space when they decode one alone."""
     alone = str(tokenizer.decode([token_id]))
     if before is None:
         return alone
@@ -182,7 +178,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, before: int | None, token_id: int)
 
 
 def _kind(text: str, before: str) -> str:
-    """The class of a token from its text and that of the token before it."""
+    """Return the class of a token from its text and that of the token before it."""
     word = text.strip()
     if not word:
         return "whitespace"
@@ -196,22 +192,22 @@ def _kind(text: str, before: str) -> str:
 
 
 def _by_position(seen: Observed) -> list[dict[str, Any]]:
-    """Bins that double in length: what happens, happens early."""
+    """Return the depth in bins of positions that double in length, because depth changes most at the start."""
     num_tokens = seen.depths.shape[1]
     starts = [0, *(2**power for power in range(num_tokens.bit_length()) if 2**power < num_tokens)]
-    place = torch.arange(num_tokens).expand_as(seen.depths)
+    position = torch.arange(num_tokens).expand_as(seen.depths)
     return [
-        {"first": first, "last": end - 1, **_row(seen, (place >= first) & (place < end))}
+        {"first": first, "last": end - 1, **_row(seen, (position >= first) & (position < end))}
         for first, end in zip(starts, [*starts[1:], num_tokens], strict=True)
     ]
 
 
 def _by_length(adapted: AdaptedModel, seen: Observed) -> list[dict[str, Any]]:
-    """The same texts, cut at several lengths: a router that pools over its sequence decides otherwise for each."""
-    whole = seen.token_ids.shape[1]
+    """Return the depth of the same texts cut at several lengths, which a router that pools over its sequence sees."""
+    full_length = seen.token_ids.shape[1]
     rows = []
-    for length in sorted({whole // share for share in (1, 4, 16)} - {0, 1}):
-        depths = seen.depths if length == whole else _depths(adapted, seen.token_ids[:, :length])
+    for length in sorted({full_length // part for part in (1, 4, 16)} - {0, 1}):
+        depths = seen.depths if length == full_length else _depths(adapted, seen.token_ids[:, :length])
         everywhere = torch.ones_like(depths, dtype=torch.bool)
         rows.append(
             {
@@ -224,15 +220,15 @@ def _by_length(adapted: AdaptedModel, seen: Observed) -> list[dict[str, Any]]:
 
 
 def _by_loss(seen: Observed) -> dict[str, Any]:
-    """Depth of tokens in bins of equally many by loss, and the rank correlation of the two."""
+    """Return the depth in bins of equally many tokens by loss, and the rank correlation of depth and loss."""
     known = ~seen.losses.isnan()
     losses, depths = seen.losses[known], seen.depths[known]
     edges = torch.quantile(losses, torch.linspace(0, 1, NUM_BINS + 1))
-    place = torch.bucketize(seen.losses, edges[1:-1], right=True).masked_fill(~known, -1)
+    bin_idx = torch.bucketize(seen.losses, edges[1:-1], right=True).masked_fill(~known, -1)
     bins = [
-        {"low": float(edges[number]), "high": float(edges[number + 1]), **_row(seen, place == number)}
+        {"low": float(edges[number]), "high": float(edges[number + 1]), **_row(seen, bin_idx == number)}
         for number in range(NUM_BINS)
-        if (place == number).any()
+        if (bin_idx == number).any()
     ]
     return {"bins": bins, "rank_correlation": rank_correlation(losses, depths)}
 
@@ -247,7 +243,7 @@ def _conditionality(seen: Observed, num_permutations: int, seed: int) -> dict[st
 
 
 def _seeds(runs: list[Observed]) -> list[dict[str, Any]]:
-    """Of each pair: how often their gates agree, how often they would by chance at these rates, and Cohen's kappa."""
+    """Return for each pair of runs how often their gates agree, the chance level at these rates, and Cohen's kappa."""
     rows = []
     for (first, a), (second, b) in combinations(enumerate(runs), 2):
         ours, theirs = a.gates.flatten(1), b.gates.flatten(1)

@@ -1,14 +1,15 @@
-"""Paired wall-clock: the same model at full depth and adapted, on one engine or several, in turn, in one process.
+"""Paired wall-clock times: the same model at full depth and adapted, on one or several engines, in one process.
 
-Every row is checked first: a speed-up of an execution that is not its own definition is not reported. Beside it
-stands what the skipped work allows (`cost.py`), and how much of that became time (`realised`).
+A self-check comes first: no speed-up is reported for an execution that departs from masked execution. Each measured
+speed-up has the ideal that the skipped work allows (`cost.py`) and its efficiency (achieved ÷ ideal, `realised`).
 
-One estimator gives every number of a row, the median of paired ratios: the times of full depth on the first engine
+Every number of a row comes from one estimator, the median of paired ratios: the times of full depth on the first engine
 are medians, all others are those times the ratios. Pairs are added while the interval of a ratio is wide.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
@@ -27,7 +28,7 @@ from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
-from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
+from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation, unpadded
 from anydepth.models.load import dtype_name
 from anydepth.models.tokens import padded
 from anydepth.recipe import TextConfig
@@ -35,11 +36,11 @@ from anydepth.statistics import is_noise, ratio_interval
 from anydepth.training.data import PACKED, load_windows
 
 Ratios = dict[str, list[float]]
-"""Of pairs of timings: `total`, `prefill`, and `decode` where more than one token is generated."""
+"""Ratios of paired timings: `total`, `prefill`, and `decode` where more than one token is generated."""
 WIDE = 1.05
-"""High ÷ low of a 95% interval, above which more pairs are measured."""
+"""Upper ÷ lower bound of a 95% interval above which more pairs are measured."""
 MOST = 3
-"""Times `num_runs`: the most pairs."""
+"""The most pairs, as a multiple of `num_runs`."""
 
 
 def load_prompts(
@@ -51,7 +52,11 @@ def load_prompts(
     *,
     text: TextConfig = PACKED,
 ) -> Tensor:
-    """Return (N, longest prompt) token ids of a corpus or file; refuse lengths that the model cannot take."""
+    """Return (N, longest prompt) token ids of a corpus or file.
+
+    Raises:
+        UserError: a prompt and the new tokens exceed the model's window.
+    """
     check_window(adapted, max(prompt_tokens), new_tokens)
     return load_windows(data, tokenizer, max(prompt_tokens), text=text)
 
@@ -70,9 +75,9 @@ def bench(
     """Return rows of `anydepth.bench/1`, one per batch size, prompt length and engine, prompts from (N, T) windows.
 
     Args:
-        engines: of one model; each generates in turn, at full depth too.
-        num_runs: pairs at least; up to three times as many while a ratio's interval is wide.
-        say: told if others keep cores busy, and threads are fewer for it.
+        engines: engines of one model; each generates in turn, adapted and at full depth.
+        num_runs: the least number of pairs; up to three times as many while a ratio's interval is wide.
+        say: is called if other processes keep cores busy and fewer threads are used.
 
     Raises:
         UserError: too little text for the batch, or prompts longer than the model's window.
@@ -81,20 +86,14 @@ def bench(
     adapted = engines[0].adapted.eval()
     if max(batch_sizes) > len(windows):
         raise UserError(
-            f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens; the text has "
-            f"{len(windows)}"
+            f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens, but the text has "
+            f"{len(windows)}; give more text or a smaller batch size"
         )
     self_check(engines, windows[:2, : min(48, windows.shape[1])].to(adapted.device))
     rows = []
-    for batch_size in batch_sizes:
-        for length in prompt_tokens:
-            prompts = windows[:batch_size, :length].to(adapted.device)
-            batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts)}
-            with on_free_cores(say):
-                found = _rows(engines, [batch] * num_runs, new_tokens)
-            for row in found:
-                rows.append(row)
-                on_row(row)
+    for batch_size, length in itertools.product(batch_sizes, prompt_tokens):
+        batch = unpadded(windows[:batch_size, :length].to(adapted.device))
+        rows += _rows(engines, [batch] * num_runs, new_tokens, on_row, say)
     return rows
 
 
@@ -114,11 +113,7 @@ def bench_prompts(
     for batch_size in batch_sizes:
         batches = batches_of(adapted, tokenizer, prompts, batch_size, new_tokens)
         self_check(engines, batches[0]["input_ids"][:1, -48:])
-        with on_free_cores(say):
-            found = _rows(engines, batches, new_tokens)
-        for row in found:
-            rows.append(row)
-            on_row(row)
+        rows += _rows(engines, batches, new_tokens, on_row, say)
     return rows
 
 
@@ -131,7 +126,9 @@ def batches_of(
         UserError: fewer prompts than one batch, or a prompt that the model cannot take.
     """
     if batch_size > len(prompts):
-        raise UserError(f"batch size {batch_size} needs as many prompts; the file has {len(prompts)}")
+        raise UserError(
+            f"batch size {batch_size} needs as many prompts, but the file has {len(prompts)}; give more prompts"
+        )
     parts = [prompts[start : start + batch_size] for start in range(0, len(prompts) - batch_size + 1, batch_size)]
     batches = [padded(tokenizer, part, adapted.device) for part in parts]
     check_window(adapted, max(batch["input_ids"].shape[1] for batch in batches), new_tokens)
@@ -140,8 +137,7 @@ def batches_of(
 
 def paired_speedups(engine: Engine, windows: Tensor, new_tokens: int, num_runs: int) -> list[float]:
     """Return `num_runs` ratios of total time, full depth ÷ adapted, at batch 1; prompts are (N, T) windows in turn."""
-    prompts = [window[None].to(engine.adapted.device) for window in windows]
-    batches = [{"input_ids": prompt, "attention_mask": torch.ones_like(prompt)} for prompt in prompts]
+    batches = [unpadded(window[None].to(engine.adapted.device)) for window in windows]
     _pair(engine, batches[0], new_tokens, 0)  # warm-up
     pairs = [_pair(engine, batches[run % len(batches)], new_tokens, run) for run in range(num_runs)]
     return [pair.full.total / pair.ours.total for pair in pairs]
@@ -151,8 +147,7 @@ def paired_engines(engines: tuple[Engine, Engine], windows: Tensor, new_tokens: 
     """Return `num_runs` ratios of total time at full depth, first engine ÷ second, at batch 1."""
     totals: dict[int, list[float]] = {0: [], 1: []}
     for number in range(-1, num_runs):  # the first is a warm-up
-        prompt = windows[number % len(windows)][None].to(engines[0].adapted.device)
-        batch = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+        batch = unpadded(windows[number % len(windows)][None].to(engines[0].adapted.device))
         for turn in (0, 1) if number % 2 else (1, 0):
             timing = time_generation(engines[turn], batch, new_tokens, full_depth=True)
             totals[turn].append(timing.total)
@@ -161,7 +156,7 @@ def paired_engines(engines: tuple[Engine, Engine], windows: Tensor, new_tokens: 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same generation at full depth and adapted, and what the adapted one cost, in all and for the prompt."""
+    """The same generation at full depth and adapted, with the FLOPs of the adapted one, in all and of its prefill."""
 
     full: Timing
     ours: Timing
@@ -171,8 +166,32 @@ class Pair:
     drafts: DraftCounts | None
 
 
-def _rows(engines: Sequence[Engine], batches: list[Batch], new_tokens: int) -> list[dict[str, Any]]:
-    """Return one row per engine; every batch is generated by all of them before the next."""
+def _rows(
+    engines: Sequence[Engine],
+    batches: list[Batch],
+    new_tokens: int,
+    on_row: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Return one row per engine; all engines generate a batch before the next one."""
+    with on_free_cores(say):
+        pairs, bandwidth = _measure(engines, batches, new_tokens)
+    rows: list[dict[str, Any]] = []
+    for engine, own in zip(engines, pairs, strict=True):
+        first = rows[0] if rows else None
+        over = _ratios([pair.full for pair in pairs[0]], [pair.full for pair in own]) if rows else None
+        row = row_of(engine, batches, own, new_tokens, is_compared=engine.differs, first=first, over=over)
+        if new_tokens > 1 and _reads_what_it_runs(engine):
+            row["roofline"] = roofline(engine, own[-1].trace, bandwidth, row)
+        if over is not None:
+            row["over_first"] = _over(rows[0], row, over)
+        rows.append(row)
+        on_row(row)
+    return rows
+
+
+def _measure(engines: Sequence[Engine], batches: list[Batch], new_tokens: int) -> tuple[list[list[Pair]], float]:
+    """Return the pairs of each engine and the median read bandwidth; the engines take turns at each batch."""
     adapted = engines[0].adapted
     for engine in engines:
         _pair(engine, batches[0], new_tokens, 0)  # warm-up
@@ -185,31 +204,14 @@ def _rows(engines: Sequence[Engine], batches: list[Batch], new_tokens: int) -> l
         for place in range(len(engines)):
             turn = (place + number) % len(engines)
             pairs[turn].append(_pair(engines[turn], batches[number % len(batches)], new_tokens, number))
-    rows: list[dict[str, Any]] = []
-    for engine, own in zip(engines, pairs, strict=True):
-        over = _ratios([first.full for first in pairs[0]], [pair.full for pair in own]) if rows else None
-        row = row_of(
-            engine,
-            batches,
-            own,
-            new_tokens,
-            is_compared=engine.differs,
-            first=rows[0] if rows else None,
-            over=over,
-        )
-        if new_tokens > 1 and _reads_what_it_runs(engine):
-            row["roofline"] = roofline(engine, own[-1].trace, median(bandwidth), row)
-        if over is not None:
-            row["over_first"] = _over(rows[0], row, over)
-        rows.append(row)
-    return rows
+    return pairs, median(bandwidth)
 
 
 def _is_wide(engines: Sequence[Engine], pairs: list[list[Pair]]) -> bool:
-    """Return whether the interval of some ratio that a row tells is wide."""
-    told = [_speedups(own)["total"] for engine, own in zip(engines, pairs, strict=True) if engine.differs]
-    told += [_ratios([one.full for one in pairs[0]], [one.full for one in own])["total"] for own in pairs[1:]]
-    return any(interval is None or interval[1] > WIDE * interval[0] for interval in map(ratio_interval, told))
+    """Return whether the interval of any ratio that a row reports is wide."""
+    reported = [_speedups(own)["total"] for engine, own in zip(engines, pairs, strict=True) if engine.differs]
+    reported += [_ratios([one.full for one in pairs[0]], [one.full for one in own])["total"] for own in pairs[1:]]
+    return any(interval is None or interval[1] > WIDE * interval[0] for interval in map(ratio_interval, reported))
 
 
 def _reads_what_it_runs(engine: Engine) -> bool:
@@ -218,7 +220,7 @@ def _reads_what_it_runs(engine: Engine) -> bool:
 
 
 def _over(first: dict[str, Any], row: dict[str, Any], ratios: Ratios) -> dict[str, Any]:
-    """How much faster an engine is than the first one, on the same prompts in turn, at full depth and adapted."""
+    """Return how much faster an engine is than the first one on the same prompts, at full depth and adapted."""
     full = {part: median(values) for part, values in ratios.items() if part == "total" or part in row}
     gained = {part: _gain(row, part) / _gain(first, part) for part in full}
     return {
@@ -231,7 +233,7 @@ def _over(first: dict[str, Any], row: dict[str, Any], ratios: Ratios) -> dict[st
 
 
 def _gain(row: dict[str, Any], part: str) -> float:
-    """Return a row's speed-up in all or in a part; 1 where nothing is attached."""
+    """Return a row's speed-up, in total or in a phase; 1 where nothing is attached."""
     found = row if part == "total" else row[part]
     return 1.0 if found is None or found["speedup"] is None else found["speedup"]
 
@@ -250,7 +252,7 @@ def row_of(
 
     Args:
         is_compared: whether the two sides of a pair are two generations.
-        first, over: of engines after the first, the first one's row and how many times faster than it this one is.
+        first, over: for engines after the first, the first engine's row and the ratios of its times to this one's.
     """
     _check_lossless(engine, pairs)
     whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
@@ -269,7 +271,7 @@ def row_of(
         "prompt_tokens_range": [min(lengths), max(lengths)],
         "new_tokens": new_tokens,
         "num_runs": len(pairs),
-        "num_threads": torch.get_num_threads(),
+        "num_threads": pairs[0].ours.num_threads,
         "full_depth": full,
         "adapted": {
             **_times(full, speedups, [pair.ours for pair in pairs]),
@@ -285,10 +287,10 @@ def row_of(
 
 
 def speedup_fields(speedups: list[float], ideal: float | None = None) -> dict[str, Any]:
-    """Return what a row tells of paired ratios full depth ÷ adapted; nulls of none: nothing is attached that differs.
+    """Return the fields of a row from paired ratios full depth ÷ adapted; nulls where nothing that differs is attached.
 
     Args:
-        ideal: what the skipped work allows.
+        ideal: the speed-up that the skipped work allows.
     """
     speedup, interval = median(speedups) if speedups else None, ratio_interval(speedups)
     fields: dict[str, Any] = {
@@ -304,20 +306,20 @@ def speedup_fields(speedups: list[float], ideal: float | None = None) -> dict[st
 
 
 def _check_lossless(engine: Engine, pairs: list[Pair]) -> None:
-    """Raise `RunError` where drafts changed the text. Without our kernels, a near tie in half precision may."""
+    """Raise `RunError` where drafts changed the text of a bitwise engine; on others rounding can decide a near tie."""
     if not engine.drafts or not engine.is_bitwise:
         return
     for number, pair in enumerate(pairs):
         if not torch.equal(pair.full.token_ids, pair.ours.token_ids):
-            place = int((pair.full.token_ids != pair.ours.token_ids).any(0).nonzero()[0])
+            position = int((pair.full.token_ids != pair.ours.token_ids).any(0).nonzero()[0])
             raise RunError(
-                f"lossless decoding gave another text than full depth, in run {number} from token {place} on; no speed "
-                "is told for it; please report this model"
+                f"lossless decoding gave another text than full depth, in run {number} from token {position} on; its "
+                "speed is not reported; please report this model"
             )
 
 
 def _drafts(pairs: list[Pair]) -> dict[str, Any]:
-    """How drafting went, where there was any."""
+    """Return the draft counts of all pairs together; nothing where no pair drafted."""
     found = [pair.drafts for pair in pairs if pair.drafts is not None]
     together = DraftCounts()
     for counts in found:
@@ -326,7 +328,7 @@ def _drafts(pairs: list[Pair]) -> dict[str, Any]:
 
 
 def _phase(is_compared: bool, speedups: list[float], ideal: float) -> dict[str, Any] | None:
-    """Return the speed-up of the prompt or of decoding; None: nothing is attached."""
+    """Return the speed-up of prefill or of decoding; None where nothing is attached."""
     if not is_compared:
         return None
     speedup = median(speedups)
@@ -344,12 +346,12 @@ def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:
 
 
 def _pair(engine: Engine, batch: Batch, new_tokens: int, number: int) -> Pair:
-    """Time full depth and adapted, taking turns at going first; once where nothing is attached."""
+    """Time full depth and adapted, each first in every second pair; only once where nothing is attached."""
     adapted, orders = engine.adapted, ((False, True), (True, False)) if engine.differs else ((False,), (False,))
     timings = {}
     for full_depth in orders[number % 2]:
         timings[full_depth] = time_generation(engine, batch, new_tokens, full_depth=full_depth)
-    records = adapted.records  # full depth leaves none
+    records = adapted.records  # a generation at full depth records none
     trace, prefill = Trace.join(records), Trace.join(records[:1])
     whole, first = cost.flops(adapted.backbone, trace), cost.flops(adapted.backbone, prefill)
     drafts = engine.draft_counts if engine.drafts else None
@@ -358,12 +360,12 @@ def _pair(engine: Engine, batch: Batch, new_tokens: int, number: int) -> Pair:
 
 
 def _speedups(pairs: list[Pair]) -> Ratios:
-    """The paired ratios full depth ÷ adapted."""
+    """Return the paired ratios full depth ÷ adapted."""
     return _ratios([pair.full for pair in pairs], [pair.ours for pair in pairs])
 
 
 def _ratios(others: Sequence[Timing], ours: Sequence[Timing]) -> Ratios:
-    """The paired ratios of some timings ÷ ours."""
+    """Return the paired ratios of other timings ÷ ours."""
     sides = list(zip(others, ours, strict=True))
     found = {
         "total": [theirs.total / own.total for theirs, own in sides],
@@ -385,7 +387,7 @@ def _medians(timings: list[Timing], batch_size: int, new_tokens: int) -> dict[st
 
 
 def _times(like: dict[str, Any], ratios: Ratios, timings: list[Timing]) -> dict[str, Any]:
-    """Return the numbers of a side that is so many times faster than another: they and the ratios agree."""
+    """Return the times of another side divided by the ratios, so that times and ratios of a row agree."""
     step = like["tpot_seconds"]
     return {
         "ttft_seconds": like["ttft_seconds"] / median(ratios["prefill"]),

@@ -1,4 +1,4 @@
-"""What `anydepth calibrate` measures: shares, speed and perplexity, on calibration text and on text behind it."""
+"""Measurements of `anydepth calibrate`: skipped fractions, speed and perplexity, on calibration and held-out text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Timing:
-    """What is timed: the model as it would be run, with a LoRA adapter folded into the weights."""
+    """The timed generations, of the model as it would be run: with a LoRA adapter merged into the weights."""
 
     engine: Engine
     prompts: Tensor
@@ -49,7 +49,7 @@ class Timing:
         return paired_speedups(self.engine, self.prompts, self.new_tokens, self.num_runs)
 
     def control(self, held_out: Tensor, say: Say) -> dict[str, Any] | None:
-        """Return the measurements of full depth with int8 weights; None, said to `say`, where they do not run."""
+        """Measure full depth with int8 weights; return None, with a line to `say`, where they do not run."""
         try:
             return control(self.engine, held_out, self.prompts, self.new_tokens, self.num_runs)
         except UserError as error:
@@ -62,8 +62,8 @@ class Calibration:
     """A model and the text that its thresholds are set on.
 
     Attributes:
-        windows, held_out: (M, T) text to set thresholds on, and to look at afterwards.
-        options: of the command line.
+        windows, held_out: (M, T) text to set thresholds on, and to evaluate afterwards.
+        options: options of the command line.
     """
 
     adapted: AdaptedModel
@@ -78,8 +78,8 @@ class Calibration:
         """Load what the options name.
 
         Raises:
-            UserError: too little text to set thresholds on some of it and look at the rest; or a model that only
-                drafts, whose perplexity no threshold changes.
+            UserError: too little text to set thresholds on some of it and evaluate on the rest; or a model that only
+                drafts, the perplexity of which no threshold changes.
         """
         adapted, tokenizer = load_target(options["target"], dtype=options["dtype"], device=options["device"])
         if options["skip_share"] is None and options["capacity"] is None:
@@ -93,13 +93,13 @@ class Calibration:
             windows, held_out = windows[:cut], windows[cut:]
         if len(windows) == 0:
             raise UserError(
-                f"{options['data']} has one window of {length} tokens; thresholds need one to be set on and one to "
-                "look at: give more text, --held-out, or a smaller --sequence-length"
+                f"{options['data']} has one window of {length} tokens; calibration needs one to set thresholds on and "
+                "one to evaluate: give more text, --held-out, or a smaller --sequence-length"
             )
         return cls(adapted, tokenizer, windows, held_out, options, say)
 
     def timing(self) -> Timing:
-        """Return what speed is measured on."""
+        """Load what speed is measured on."""
         options, adapted = self.options, self.adapted
         if has_adapter(adapted):
             adapted, _ = load_target(options["target"], dtype=options["dtype"], device=options["device"], merge=True)
@@ -109,10 +109,10 @@ class Calibration:
         return Timing(engine, prompts[:num_runs], new_tokens, num_runs)
 
     def to_share(self, share: float) -> dict[str, Any]:
-        """Set thresholds that skip a share; return the fields of the document."""
+        """Set thresholds that skip a fraction; return the fields of the document."""
         found = set_skip_shares(self.adapted, self.windows, share)
-        unasked = dict.fromkeys(("speedup", "speedup_interval", "perplexity_increase"))
-        fields = {"share": share, **unasked, **self._looked_at(found, share)}
+        not_measured = dict.fromkeys(("speedup", "speedup_interval", "perplexity_increase"))
+        fields = {"share": share, **not_measured, **self._held_out_fields(found, share)}
         return {"met": not fields["warnings"], **fields}
 
     def to_bounds(self, target_speedup: float | None, max_perplexity_increase: float | None) -> dict[str, Any]:
@@ -130,10 +130,10 @@ class Calibration:
             scores,
             target_speedup=target_speedup,
             max_perplexity_increase=max_perplexity_increase,
-            on_try=self._tell,
+            on_try=self._say_try,
             **measures,
         )
-        fields = self._looked_at(skipped_shares(self.adapted, self.windows), found.share)
+        fields = self._held_out_fields(skipped_shares(self.adapted, self.windows), found.share)
         increase = fields["held_out"]["perplexity_increase"]
         if max_perplexity_increase is not None and increase > max_perplexity_increase:
             fields["warnings"].append(
@@ -143,26 +143,26 @@ class Calibration:
         return {"met": True, **found.to_json(), **fields}
 
     def sweep(self, capacities: Sequence[float]) -> dict[str, Any]:
-        """Measure several capacities and the control; thresholds stay. Return the fields of the document."""
+        """Measure several capacities and the control, leaving the thresholds; return the fields of the document."""
         scores, before = collect_scores(self.adapted, self.windows), configs_of(self.adapted)
         keep_scores(self.adapted, scores)
         timing = self.timing()
         rows = sweep_capacities(
-            self.adapted, scores, capacities, self.held_out, lambda: timing.speedups(self.adapted), self._tell_row
+            self.adapted, scores, capacities, self.held_out, lambda: timing.speedups(self.adapted), self._say_row
         )
         set_configs(self.adapted, before)
-        beside = timing.control(self.held_out, self.say)
+        control_row = timing.control(self.held_out, self.say)
         warnings = [f"{row['label']}: {line}" for row in rows for line in row.pop("warnings")]
         return {
             "met": None,
             "sweep": rows,
-            "control": beside,
+            "control": control_row,
             "warnings": warnings,
             "engine": {"engine": timing.engine.name, "weights": timing.engine.weights},
         }
 
-    def _looked_at(self, found: dict[str, float], share: float) -> dict[str, Any]:
-        """Return what held-out text shows, beside the shares found on the calibration text."""
+    def _held_out_fields(self, found: dict[str, float], share: float) -> dict[str, Any]:
+        """Return what held-out text shows, next to the fractions found on the calibration text."""
         held_out = quality(self.adapted, self.held_out)
         shares = held_out.pop("skip_share") or skipped_shares(self.adapted, self.held_out)
         rows = {name: {"target": share, "calibration": found[name], "held_out": shares[name]} for name in found}
@@ -172,11 +172,11 @@ class Calibration:
             "warnings": off_target(shares, dict.fromkeys(found, share)),
         }
 
-    def _tell(self, row: dict[str, float]) -> None:
+    def _say_try(self, row: dict[str, float]) -> None:
         name, value = next((name, value) for name, value in row.items() if name != "share")
         self.say(f"  {row['share']:.0%} skipped: {name.replace('_', ' ')} {value:.3f}")
 
-    def _tell_row(self, row: dict[str, Any]) -> None:
+    def _say_row(self, row: dict[str, Any]) -> None:
         speed = "" if row["speedup"] is None else f"speed-up {row['speedup']:.2f}, "
         self.say(
             f"  {row['label']}: {row['realised_capacity']:.0%} run, {speed}perplexity {row['perplexity_increase']:+.1%}"
@@ -184,6 +184,8 @@ class Calibration:
 
 
 def check_decides(draft: Draft | None, target: str) -> None:
-    """Raise `UserError` for a target that only drafts with what it skips: its text is that of full depth."""
+    """Raise `UserError` for a target that skips only in drafts: its text is that of full depth."""
     if draft is not None:
-        raise UserError(f"{target} only drafts with what it skips; give --skip-share, and bench it")
+        raise UserError(
+            f"{target} skips only in drafts, so its text is that of full depth; give --skip-share, and bench it"
+        )

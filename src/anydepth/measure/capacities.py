@@ -1,7 +1,7 @@
-"""One trained checkpoint at several capacities: what it skips, how fast it is, and what that costs in perplexity.
+"""One trained checkpoint at several capacities: the fraction it skips, its speed, and its perplexity.
 
-Quality is that of held-out text against the same model at full depth (gates off, LoRA on); the untouched base stands
-beside it. The control is full depth with int8 weights, a cheaper model without any router.
+Quality is that of held-out text against the same model at full depth (gates off, LoRA on); the base model's is next to
+it. The control is full depth with int8 weights, a cheaper model without any router.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Row = dict[str, Any]
 
 
 def quality(adapted: AdaptedModel, windows: Tensor) -> Row:
-    """Return perplexity on (N, T) windows, its increase over the same model at full depth, and what is skipped.
+    """Return perplexity on (N, T) windows, its increase over the same model at full depth, and the skipped fractions.
 
-    `perplexity_increase_range` holds the increase with 95%, from the differences of windows; None of one window.
+    `perplexity_increase_range` is the 95% interval of the increase, from the differences of windows; None for one.
     """
     each = [evaluate(HFEngine(adapted), window[None]) for window in windows]
     shares = {name: mean(fields["skip_share"][name] for fields in each) for name in each[0].get("skip_share", {})}
-    untouched = mean(fields["full_depth"]["loss"] for fields in each)
+    base = mean(fields["full_depth"]["loss"] for fields in each)
     ours, full = [fields["loss"] for fields in each], [same_model(fields)["loss"] for fields in each]
-    return {"skip_share": shares, **_increase(ours, full), "untouched_perplexity": math.exp(untouched)}
+    return {"skip_share": shares, **_increase(ours, full), "untouched_perplexity": math.exp(base)}
 
 
 def _increase(ours: Sequence[float], full: Sequence[float]) -> Row:
@@ -61,18 +61,18 @@ def sweep_capacities(
     speedups: Callable[[], list[float]],
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Set each capacity in turn, and measure it. The thresholds of the last one stay.
+    """Set each capacity in turn and measure it. The thresholds of the last one stay.
 
     Args:
-        scores: of `collect_scores`, on other text than the held-out windows.
-        speedups: paired ratios full depth ÷ adapted, measured with the thresholds that are set.
+        scores: scores from `collect_scores`, on other text than the held-out windows.
+        speedups: measures paired ratios full depth ÷ adapted with the thresholds that are set.
     """
     rows = []
     for capacity in capacities:
         set_thresholds(adapted, thresholds_at(scores, 1 - capacity))
         row = {"label": f"capacity {capacity:g}", "capacity": capacity, **quality(adapted, held_out)}
         shares = row["skip_share"]
-        pairs = speedups() if any(shares.values()) else []  # where nothing skips, both sides are full depth
+        pairs = speedups() if any(shares.values()) else []  # Where nothing is skipped, both sides are full depth.
         row |= {"realised_capacity": 1 - mean(shares.values()), **speedup_fields(pairs)}
         row["warnings"] = off_target(shares, dict.fromkeys(shares, 1 - capacity))
         rows.append(row)
@@ -82,7 +82,7 @@ def sweep_capacities(
 
 @torch.no_grad()
 def control(engine: Engine, held_out: Tensor, prompts: Tensor, new_tokens: int, num_runs: int) -> Row | None:
-    """Measure full depth with int8 weights against full depth of an engine; None where it has such weights, or is hf.
+    """Measure full depth with int8 weights against full depth of a fast engine; None for hf and for quantised weights.
 
     Raises:
         UserError: int8 weights do not run this model.
@@ -97,6 +97,6 @@ def control(engine: Engine, held_out: Tensor, prompts: Tensor, new_tokens: int, 
 
 
 def _loss(engine: Engine, window: Tensor) -> float:
-    """Return nats per token of (T,) ids."""
+    """Return the loss of (T,) ids in nats per token."""
     ids = window.to(engine.adapted.device)
     return F.cross_entropy(engine.logits(ids)[:-1].float(), ids[1:]).item()

@@ -22,12 +22,11 @@ from anydepth.gating import cost
 from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.bench import Pair, row_of
+from anydepth.measure.capacities import CONTROL
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.self_check import self_check
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
 from anydepth.models.tokens import end_ids
-
-CONTROL = "int8"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def ways_of(engine: Engine, say: Callable[[str], None] = lambda text: None) -> l
     """Return the ways to run the model of an engine that drafts, full depth first.
 
     Args:
-        say: told why, if there is no int8 control.
+        say: is called with the reason if there is no int8 control.
 
     Raises:
         UserError: an engine that does not draft.
@@ -62,7 +61,7 @@ def ways_of(engine: Engine, say: Callable[[str], None] = lambda text: None) -> l
         ways.append(Way(" + ".join(names), plain))
     ways.append(Way("lossless", engine))
     if engine.name != FastEngine.name:
-        say(f"no row for {CONTROL}: those are weights of the fast engine, which is not used")
+        say(f"no row for {CONTROL}: only the fast engine has such weights, and it is not used")
     elif engine.weights != CONTROL:
         try:
             ways.append(Way(f"full depth, {CONTROL}", FastEngine(adapted, CONTROL), is_full_depth=True))
@@ -85,7 +84,7 @@ def compare(
         ways: from `ways_of`; the others are compared with the first.
         batches: prompts; each is one measured run of every way.
         windows: (N, T) text for the perplexity.
-        say: told if other processes keep cores busy, and what is measured now.
+        say: is called if other processes keep cores busy, and with what is scored.
 
     Raises:
         RunError: the self-check failed, or lossless drafting changed a text.
@@ -94,14 +93,8 @@ def compare(
     for way in ways:
         if not way.is_full_depth and not way.engine.drafts:
             self_check([way.engine], batches[0]["input_ids"][:1, -48:])
-    runs: list[list[Pair]] = [[] for _ in ways]
     with on_free_cores(say):
-        for way in ways:
-            _run(way, batches[0], new_tokens)  # warm-up
-        for number, batch in enumerate(batches):
-            for place in range(len(ways)):
-                turn = (place + number) % len(ways)
-                runs[turn].append(_run(ways[turn], batch, new_tokens))
+        runs = _runs(ways, batches, new_tokens)
     rows: list[dict[str, Any]] = []
     for way, own in zip(ways, runs, strict=True):
         say(f"scoring {windows.numel()} tokens: {way.label} …")
@@ -115,8 +108,20 @@ def compare(
     return rows
 
 
+def _runs(ways: list[Way], batches: list[Batch], new_tokens: int) -> list[list[Pair]]:
+    """Return the runs of each way; the ways take turns at each batch."""
+    runs: list[list[Pair]] = [[] for _ in ways]
+    for way in ways:
+        _run(way, batches[0], new_tokens)  # warm-up
+    for number, batch in enumerate(batches):
+        for place in range(len(ways)):
+            turn = (place + number) % len(ways)
+            runs[turn].append(_run(ways[turn], batch, new_tokens))
+    return runs
+
+
 def _run(way: Way, batch: Batch, new_tokens: int) -> Pair:
-    """Return one generation; it stands for both sides of the pair until all ways have run."""
+    """Return one generation as both sides of a pair; the full-depth side is replaced once all ways have run."""
     adapted = way.engine.adapted
     with way.on():
         timing = time_generation(way.engine, batch, new_tokens, full_depth=False)
@@ -133,7 +138,7 @@ def _rouge_l(adapted: AdaptedModel, pairs: list[Pair]) -> float:
 
     def texts(timing: Timing) -> list[list[int]]:
         rows = timing.token_ids.tolist()
-        return [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in rows]
+        return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
     both = [(ours, full) for pair in pairs for ours, full in zip(texts(pair.ours), texts(pair.full), strict=True)]
     return mean(1 - inconsistency(ours, full) for ours, full in both)

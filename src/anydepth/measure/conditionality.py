@@ -1,4 +1,4 @@
-"""Whether gates depend on the token: mutual information, against gates of the same rates that do not know it."""
+"""A permutation test of whether gates depend on the token, by their mutual information."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Conditionality:
     """Mutual information of gates and token ids, the mean over the gates that both open and close.
 
     Attributes:
-        mutual_information_bits: of a gate and the token's id, as counted; too high by what chance gives.
-        static_bits: the same for gates of the same rates that the token does not move: the mean over permutations.
-        p_value: share of permutations that reach as much, the observed order among them.
-        num_gates: that both open and close.
+        mutual_information_bits: plug-in estimate for a gate and the token's id; biased upwards by chance.
+        static_bits: the same for gates of the same rates that do not depend on the token: the mean over permutations.
+        p_value: fraction of permutations that reach as much, the observed order included.
+        num_gates: number of gates that both open and close.
     """
 
     mutual_information_bits: float
@@ -40,15 +40,16 @@ def conditionality(
     min_count: int = 5,
     seed: int = 0,
 ) -> Conditionality:
-    """Permutation test: all gates of a token together are given to another token, so that rates stay and what the token
-    has to do with them goes.
+    """Test whether gates depend on the token by permuting tokens.
+
+    All gates of a token move together to another token, which keeps their rates and removes the dependence.
 
     Args:
         keep: (G, N) bool, G gates of N tokens.
-        token_ids: (N,); ids seen fewer than `min_count` times count as one.
-        groups: (N,), sequences whose tokens stand in order: gates are moved along theirs, around its end, all by the
-            same random distance. Gates that differ from one sequence to the next, or that stay as they are for a while,
-            then depend on no token. None: tokens are independent of each other, any order is as likely.
+        token_ids: (N,); ids that occur fewer than `min_count` times count as one.
+        groups: (N,), the sequence of each token, tokens in order: gates rotate within their sequence, all by the same
+            random distance. Gates that differ between sequences, or that change slowly, then count as independent of
+            the token. None: every order of the tokens is equally likely.
     """
     rates = keep.float().mean(1)
     gates = keep[(rates > 0) & (rates < 1)].float().T.contiguous()  # (N, G)
@@ -56,20 +57,13 @@ def conditionality(
     rare = counts < min_count
     numbers = torch.where(rare, 0, rare.logical_not().cumsum(0))
     classes = numbers[classes]
-    sizes = torch.bincount(classes).double()
     num_tokens, num_gates = gates.shape
     if num_gates == 0:
         return Conditionality(0.0, 0.0, 1.0, 0, num_tokens, num_permutations)
-
-    def information(order: Tensor) -> float:
-        opened = torch.zeros(len(sizes), num_gates, dtype=torch.double)
-        opened.index_add_(0, classes, gates[order].double())
-        own = _entropy(opened / sizes.clamp_min(1)[:, None])
-        return float((_entropy(gates.double().mean(0)) - (own * sizes[:, None]).sum(0) / num_tokens).mean())
-
     generator = torch.Generator().manual_seed(seed)
-    observed = information(torch.arange(num_tokens))
-    by_chance = [information(_exchanged(num_tokens, groups, generator)) for _ in range(num_permutations)]
+    observed = _information(gates, classes)
+    orders = (_permuted(num_tokens, groups, generator) for _ in range(num_permutations))
+    by_chance = [_information(gates[order], classes) for order in orders]
     as_much = 1 + sum(value >= observed - 1e-12 for value in by_chance)
     return Conditionality(
         observed,
@@ -81,18 +75,26 @@ def conditionality(
     )
 
 
-def _exchanged(num_tokens: int, groups: Tensor | None, generator: torch.Generator) -> Tensor:
-    """A permutation of the tokens, or a rotation of each group of them."""
+def _information(gates: Tensor, classes: Tensor) -> float:
+    """Return the mean mutual information in bits of (N, G) gates and the (N,) classes of their tokens."""
+    sizes = torch.bincount(classes).double()
+    opened = torch.zeros(len(sizes), gates.shape[1], dtype=torch.double).index_add_(0, classes, gates.double())
+    within = _entropy(opened / sizes.clamp_min(1)[:, None])
+    return float((_entropy(gates.double().mean(0)) - (within * sizes[:, None]).sum(0) / len(gates)).mean())
+
+
+def _permuted(num_tokens: int, groups: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Return a random permutation of the tokens, or a random rotation of each group of them."""
     if groups is None:
         return torch.randperm(num_tokens, generator=generator)
     order = torch.empty(num_tokens, dtype=torch.long)
     for group in groups.unique().tolist():
-        places = (groups == group).nonzero()[:, 0]
-        distance = int(torch.randint(len(places), (1,), generator=generator))
-        order[places] = places.roll(distance)
+        positions = (groups == group).nonzero()[:, 0]
+        distance = int(torch.randint(len(positions), (1,), generator=generator))
+        order[positions] = positions.roll(distance)
     return order
 
 
 def _entropy(rate: Tensor) -> Tensor:
-    """Of gates that open at these rates, in bits."""
+    """Return the entropy in bits of gates that open at these rates."""
     return (torch.special.entr(rate) + torch.special.entr(1 - rate)) / torch.log(torch.tensor(2.0, dtype=rate.dtype))

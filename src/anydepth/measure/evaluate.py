@@ -1,4 +1,4 @@
-"""Perplexity and agreement with routing on, beside the untouched model, over real tokens only."""
+"""Perplexity and agreement with routing on, next to the base model, over real tokens only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from anydepth.training.checkpoint import has_adapter
 from anydepth.training.data import rows_of
 
 Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
-"""Hands on what it is given, and shows how far it is."""
+"""Yields the elements of an iterable and shows the progress."""
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Tally:
     """Sums over the windows seen so far.
 
     Attributes:
-        losses: of each window, in nats, and `counts` how many of its tokens were scored.
+        losses: summed loss of each window, in nats.
+        counts: number of scored tokens of each window.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Tally:
     other_kept: list[float] = field(default_factory=list)
 
     def fields(self) -> dict[str, Any]:
-        """The fields of `anydepth.eval/1`. `loss` is in nats per scored token, LM loss only."""
+        """Return the fields of `anydepth.eval/1`; `loss` is in nats per scored token, LM loss only."""
         found = mean_of_sums(torch.tensor(self.losses).double(), torch.tensor(self.counts).double())
         loss, num_tokens = sum(self.losses) / sum(self.counts), sum(self.counts)
         bounds = [bound for bound in (found["low"], found["high"]) if bound is not None]
@@ -62,13 +63,13 @@ class Tally:
         }
 
     def shares(self) -> tuple[list[float], ...]:
-        """Return the share of tokens that ran each layer's mixer, FFN and alternate mixer."""
+        """Return the fraction of tokens that ran each layer's mixer, FFN and alternate mixer."""
         each = (self.mixer_kept, self.ffn_kept, self.other_kept)
         mixers, ffns, others = ([kept / self.num_placed for kept in part] for part in each)
         return mixers, ffns, others
 
     def mixers(self) -> list[dict[str, float]]:
-        """Of each layer whose tokens choose: `layer`, `softmax_share`, and the choice's `entropy` in bits."""
+        """Return `layer`, `softmax_share` and the routing's `entropy` in bits for each layer with mixer routing."""
         shares = {layer_idx: 1 - kept / self.num_placed for layer_idx, kept in enumerate(self.other_kept) if kept}
         return [
             {"layer": layer_idx, "softmax_share": share, "entropy": _entropy(share)}
@@ -81,12 +82,12 @@ def _perplexity(loss: float) -> float:
 
 
 def _entropy(share: float) -> float:
-    """Bits of a choice between two."""
+    """Return the entropy in bits of a binary choice."""
     return -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
 
 
 def why_the_same(engine: Engine) -> str | None:
-    """Say why an engine's scores are those of the base model, where they are; None where something can change them."""
+    """Return why an engine's scores are those of the base model; None where something can change them."""
     adapted = engine.adapted
     if has_adapter(adapted) or engine.is_quantised:
         return None
@@ -98,7 +99,7 @@ def why_the_same(engine: Engine) -> str | None:
 
 
 def engine_of_base(engine: Engine) -> Engine:
-    """Return an engine for the base model, whose weights are its own, in its own precision, without an adapter."""
+    """Return an engine that runs the base model in its own precision, without an adapter."""
     if has_adapter(engine.adapted):
         return HFEngine(engine.adapted)
     return FastEngine(engine.adapted) if engine.is_quantised else engine
@@ -112,41 +113,40 @@ def evaluate(
     full_depth_only: bool = False,
     track: Track = iter,
 ) -> dict[str, Any]:
-    """Score (N, T) windows, each without the others: loss, depth and agreement.
+    """Score (N, T) windows independently: loss, depth and agreement.
 
-    Returns the fields of `anydepth.eval/1` for the adapted model, with those of the untouched model (gates and LoRA
-    off; its own weights whatever the engine's) under `full_depth`. With a LoRA adapter, those of the same model at full
+    Returns the fields of `anydepth.eval/1` for the adapted model, with those of the base model (gates and LoRA off, in
+    its own precision whatever the engine's) under `full_depth`. With a LoRA adapter, those of the same model at full
     depth (gates off, LoRA on) are under `full_depth_adapted`, and `agreement_adapted` is the agreement with it. Where
-    nothing can differ, text is scored once, and `note` says why.
+    nothing can differ, text is scored once, and `note` gives the reason.
 
     Args:
-        engine: gives the logits of the adapted model; the Hugging Face model those of full depth.
-        track: told of the windows as they are scored.
+        engine: computes the logits of the adapted model; the Hugging Face model computes those of full depth.
+        track: shows the progress over the windows.
     """
     adapted, why = engine.adapted.eval(), why_the_same(engine)
-    ours, untouched, whole = Tally(), Tally(), Tally()
+    ours, base, full = Tally(), Tally(), Tally()
     at_once = full_depth_only or (engine.name == "hf" and why is not None)
-    differs = has_adapter(adapted) and not at_once
+    has_lora = has_adapter(adapted) and not at_once
     num_agreeing = 0
     for row in track(rows_of(windows)):
         token_ids = row.to(adapted.device)
         with adapted.untouched():
             reference = adapted(input_ids=token_ids, use_cache=False).logits
-        _add(untouched, adapted, token_ids, reference, reference, at_full_depth=True)
+        _add(base, adapted, token_ids, reference, reference, at_full_depth=True)
         if not at_once:
             logits = engine.logits(token_ids[0])[None]
             _add(ours, adapted, token_ids, logits, reference, at_full_depth=False)
-            if differs:
+            if has_lora:
                 with adapted.disabled():
-                    full = adapted(input_ids=token_ids, use_cache=False).logits
-                _add(whole, adapted, token_ids, full, reference, at_full_depth=True)
-                num_agreeing += int((logits[0, :-1].argmax(-1) == full[0, :-1].argmax(-1)).sum())
-    found: dict[str, Any] = {"full_depth": untouched.fields()}
+                    others = adapted(input_ids=token_ids, use_cache=False).logits
+                _add(full, adapted, token_ids, others, reference, at_full_depth=True)
+                num_agreeing += _num_agreeing(logits, others)
+    found: dict[str, Any] = {"full_depth": base.fields()}
     if at_once:
-        note = {} if full_depth_only else {"note": why}
-        return {**untouched.fields(), **note, **found}
-    if differs:
-        found |= {"full_depth_adapted": whole.fields(), "agreement_adapted": num_agreeing / sum(whole.counts)}
+        return {**base.fields(), **({} if full_depth_only else {"note": why}), **found}
+    if has_lora:
+        found |= {"full_depth_adapted": full.fields(), "agreement_adapted": num_agreeing / sum(full.counts)}
     if any(ours.other_kept):
         found["mixers"] = ours.mixers()
     comparing = [
@@ -165,11 +165,11 @@ def same_model(fields: dict[str, Any]) -> dict[str, Any]:
 def _add(
     tally: Tally, adapted: AdaptedModel, token_ids: Tensor, logits: Tensor, reference: Tensor, *, at_full_depth: bool
 ) -> None:
-    """Score one window: every token but the first is predicted from those before it."""
+    """Add one window to a tally: every token but the first is predicted from those before it."""
     targets = token_ids[0, 1:]
     tally.losses.append(F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item())
     tally.counts.append(targets.numel())
-    tally.num_agreeing += int((logits[0, :-1].argmax(-1) == reference[0, :-1].argmax(-1)).sum())
+    tally.num_agreeing += _num_agreeing(logits, reference)
     tally.num_placed += token_ids.numel()
     num_layers = adapted.backbone.num_layers
     if at_full_depth:
@@ -189,11 +189,16 @@ def _add(
         kept[:] = [total + share * token_ids.numel() for total, share in zip(kept, shares, strict=True)]
 
 
+def _num_agreeing(logits: Tensor, others: Tensor) -> int:
+    """Return for how many tokens (1, T, V) logits predict the same next token as others, the last one left out."""
+    return int((logits[0, :-1].argmax(-1) == others[0, :-1].argmax(-1)).sum())
+
+
 @torch.no_grad()
 def exit_losses(adapted: AdaptedModel, windows: Tensor) -> list[dict[str, float]]:
-    """Loss (nats a token) and agreement with the last layer were each layer the last, on (N, T) windows; full depth.
+    """Return loss and agreement with full depth on (N, T) windows as if each layer were the last.
 
-    A row for each layer, from 1: `layers` run, `loss`, `agreement`.
+    Each row has `layers` (from 1), `loss` in nats per token, and `agreement`.
     """
     adapted.eval()
     num_layers = adapted.backbone.num_layers
@@ -202,11 +207,11 @@ def exit_losses(adapted: AdaptedModel, windows: Tensor) -> list[dict[str, float]
         for row in rows_of(windows):
             token_ids = row.to(adapted.device)
             targets = token_ids[0, 1:]
-            reference = adapted(input_ids=token_ids, use_cache=False).logits[0, :-1].argmax(-1)
+            reference = adapted(input_ids=token_ids, use_cache=False).logits
             for layer_idx in range(num_layers):
-                logits = adapted.backbone.logits_of(states[layer_idx])[0, :-1].float()
-                losses[layer_idx] += F.cross_entropy(logits, targets, reduction="sum").item()
-                agreeing[layer_idx] += int((logits.argmax(-1) == reference).sum())
+                logits = adapted.backbone.logits_of(states[layer_idx]).float()
+                losses[layer_idx] += F.cross_entropy(logits[0, :-1], targets, reduction="sum").item()
+                agreeing[layer_idx] += _num_agreeing(logits, reference)
             num_tokens += targets.numel()
     return [
         {"layers": i + 1, "loss": losses[i] / num_tokens, "agreement": agreeing[i] / num_tokens}

@@ -1,4 +1,4 @@
-"""What a skip set costs on text that its search did not see, beside weights of fewer bits at full depth."""
+"""The loss of a skip set on text that its search did not see, next to full depth with quantised weights."""
 
 from __future__ import annotations
 
@@ -30,20 +30,22 @@ def split_windows(
     *,
     text: TextConfig = PACKED,
 ) -> tuple[Tensor, Tensor]:
-    """Return (N, T) windows to search on, and as many behind them that the search does not see, or what is left."""
+    """Return (N, T) windows to search on, and up to as many of the text after them, which the search does not see."""
     windows = load_windows(data, tokenizer, sequence_length, max_windows=2 * num_windows, text=text)
     return windows[:num_windows], windows[num_windows:]
 
 
 def held_out(model: nn.Module, config: SkipSetConfig, windows: Tensor) -> dict[str, Any]:
-    """Return the `held_out` part of `anydepth.search/1`: the loss on (N, T) windows of the set and of what is cheaper.
+    """Return the `held_out` field of `anydepth.search/1`: losses on (N, T) windows of the skip set and of alternatives.
 
-    `rows` have `label`, `loss` in nats a token, `perplexity`, and `weight_bytes` that a decoded token reads: of full
-    depth, of the skip set, and of full depth with int8 and int4 weights where the fast engine runs them (in bfloat16,
-    which the model is meanwhile). `warning` says where one of those reads and loses less than the set.
+    Each of `rows` has `label`, `loss` in nats per token, `perplexity`, and the `weight_bytes` that a decoded token
+    reads. The rows are full depth, the skip set, and full depth with int8 and int4 weights where the fast engine runs
+    them (on the model in bfloat16). `warning` reports an alternative that reads less and has no more loss.
     """
     if not len(windows):
-        warning = "no text is left that the search did not see: its loss is unknown; give more text, or fewer windows"
+        warning = (
+            "no text is left that the search did not see, so its loss is unknown; give more text, or fewer windows"
+        )
         return {"num_tokens": 0, "rows": [], "warning": warning}
     adapted = attach(model, config)
     try:
@@ -66,7 +68,7 @@ def _row(label: str, scores: dict[str, Any], weight_bytes: int) -> dict[str, Any
 
 
 def _packed(adapted: AdaptedModel, kind: str, windows: Tensor) -> dict[str, Any] | None:
-    """Return the row of full depth with such weights; None where the fast engine does not run it."""
+    """Return the row of full depth with weights of a kind; None where the fast engine does not run them."""
     try:
         engine = FastEngine(adapted, kind)
     except UserError:
@@ -76,7 +78,7 @@ def _packed(adapted: AdaptedModel, kind: str, windows: Tensor) -> dict[str, Any]
 
 
 def _bytes(adapted: AdaptedModel, config: SkipSetConfig) -> int:
-    """Return the bytes of weights that a decoded token reads, without the branches that are left out."""
+    """Return the bytes of weights that a decoded token reads, without the branches that a skip set leaves out."""
     total = cost.weight_bytes(adapted.backbone.head)
     for view in adapted.backbone.layers:
         mixer, ffn = cost.branch_weight_bytes(view)
@@ -87,7 +89,7 @@ def _bytes(adapted: AdaptedModel, config: SkipSetConfig) -> int:
 
 @contextmanager
 def _in_bfloat16(model: nn.Module) -> Iterator[None]:
-    """Round a copy of the weights; the model has its own again afterwards."""
+    """Run the model with weights rounded to bfloat16; restore its own weights afterwards."""
     own = {} if is_quantised(model) else {name: part.data for name, part in model.named_parameters()}
     parameters = dict(model.named_parameters())
     try:
@@ -106,7 +108,7 @@ def _warning(rows: list[dict[str, Any]]) -> str | None:
         return None
     best = min(better, key=lambda row: row["loss"])
     return (
-        f"{best['label']} at full depth read less and lose less than this skip set: perplexity "
-        f"{best['perplexity']:.4g} beside {found['perplexity']:.4g} (full depth {rows[0]['perplexity']:.4g}); "
+        f"{best['label']} at full depth read fewer bytes and have no more loss than this skip set: perplexity "
+        f"{best['perplexity']:.4g} against {found['perplexity']:.4g} (full depth {rows[0]['perplexity']:.4g}); "
         f"prefer --weights {best['label'].split()[0]}, or leave out less"
     )

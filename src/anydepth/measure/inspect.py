@@ -1,4 +1,4 @@
-"""What a model is made of, and what applies to it."""
+"""The layers of a model and their cost, and the engines and methods that apply to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from anydepth.models.llama_like import head_weights, read_layers
 
 
 def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
-    """The fields of `anydepth.inspect/1`: family, branches, their cost, engines and methods."""
+    """Return the fields of `anydepth.inspect/1`: family, branches, their cost, engines and methods."""
     backbone = adapted.backbone
     others = {
         name: mixer
@@ -40,7 +40,7 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
         "attached": list(adapted.methods),
         "engines": {"hf": "applies", "fast": _fast_engine(backbone)},
         "methods": dict.fromkeys(METHODS, "applies"),
-        "notes": _notes(backbone.layers),
+        "notes": _remarks(backbone.layers),
     }
 
 
@@ -54,10 +54,12 @@ def _fast_engine(backbone: Backbone) -> str:
 
 
 def break_even_length(view: LayerView, other: nn.Module | None) -> int:
-    """Length of text from which on softmax costs more than a linear mixer, over all its tokens: they see half of it.
+    """Return the text length above which softmax costs more than a linear mixer, over all tokens of the text.
+
+    A token sees half of the text on average, hence the factor of 2.
 
     Args:
-        other: the linear mixer; None is one with as many parameters as the softmax one.
+        other: the linear mixer; None is one with as many parameters as the softmax mixer.
     """
     if other is None:
         other = build_delta_rule(view.hidden_size, matched_shape(view), torch.Generator())
@@ -80,17 +82,17 @@ def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
     }
 
 
-def _notes(views: list[LayerView]) -> list[str]:
-    notes = []
+def _remarks(views: list[LayerView]) -> list[str]:
+    remarks = []
     if any(view.family.fused_qkv for view in views):
-        notes.append("q, k and v are one matrix: under kv_rule=project a skipping token pays for all three")
+        remarks.append("q, k and v are one matrix: under kv_rule=project a skipping token pays for all three")
     if any(view.is_recurrent for view in views):
-        notes.append("recurrent mixers see every token under kv_rule=project; only their FFN is saved there")
-    return notes
+        remarks.append("recurrent mixers see every token under kv_rule=project; only their FFN is saved there")
+    return remarks
 
 
 def list_methods() -> list[dict[str, Any]]:
-    """Return every method with its options, and drafting: the fields of `anydepth.methods/1`."""
+    """Return every method and drafting, each with its options, for `anydepth.methods/1`."""
     listed = [
         {
             "name": name,

@@ -1,8 +1,8 @@
-"""lm-eval with routing on: the model class `anydepth`, and scores of tasks with the share of work that ran.
+"""lm-eval with routing on: the model class `anydepth`, and task scores with the fraction of the work that ran.
 
     python -m anydepth.measure.lm_eval --model anydepth --model_args target=my-router --tasks arc_easy
 
-is lm-eval's own command line with that class registered; its documents are those of the hub.
+is lm-eval's own command line with that class registered; it loads its documents from the hub.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import LOCAL, Spec, task_named, where_to_look
 from anydepth.training.checkpoint import load_draft, load_target
 
-WHOLE = "none"
-"""How lm-eval names a metric that no filter stands before."""
+NO_FILTER = "none"
+"""The filter in lm-eval's name of a metric that has none."""
 
 
 @dataclass
 class Work:
-    """FLOPs of layers that ran, what the same tokens take at full depth, and requests that were cut to the window."""
+    """FLOPs of the layers that ran, those of the same tokens at full depth, and requests truncated to the window."""
 
     layers: int = 0
     full_depth: int = 0
@@ -55,14 +55,14 @@ class Work:
         return self.layers / self.full_depth if self.full_depth else 1.0
 
 
-Base: Any = huggingface.HFLM  # its decorator hides what it is
+Base: Any = huggingface.HFLM  # Its decorator hides its type.
 
 
 class AnydepthLM(Base):
-    """An adapted model under lm-eval's requests, its decisions on in scoring and in generation.
+    """An adapted model for lm-eval, with routing on in scoring and in generation.
 
     Args:
-        target: what the command line takes as TARGET, or an engine, whose tokenizer is given as well.
+        target: a TARGET of the command line, or an engine; `tokenizer` is required with an engine.
     """
 
     def __init__(
@@ -75,60 +75,62 @@ class AnydepthLM(Base):
         **options: Any,
     ) -> None:
         if str(batch_size).startswith("auto"):
-            raise UserError("batch_size auto tries sizes on text that is then counted as work; give a number")
+            raise UserError(
+                "got batch_size auto, which tries sizes on text that is then counted as work; give a number"
+            )
         if isinstance(target, str):
-            # lm-eval's command line asks for cuda:0 where nobody asked for anything.
-            asks_for_nothing = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
-            name, device = target, "cpu" if asks_for_nothing else device or "cpu"
+            # lm-eval's command line passes cuda:0 by default, also on machines without CUDA.
+            is_default = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
+            name, device = target, "cpu" if is_default else device or "cpu"
             adapted, tokenizer = load_target(name, dtype=dtype, device=device)
             target = HFEngine(adapted, load_draft(name, adapted))
         super().__init__(pretrained=target.adapted, tokenizer=tokenizer, batch_size=batch_size, **options)
         self.adapted, self.engine, self.work = target.adapted, target, Work()
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        """In batches of one length: lm-eval pads without a mask, and padding would be routed and counted."""
-        whole = [len(context) + len(scored) for _, context, scored in requests]
+        """Score in batches of one length: lm-eval pads without a mask, and padding would be routed and counted."""
+        full_lengths = [len(context) + len(scored) for _, context, scored in requests]
         longest = max((len(scored) for _, _, scored in requests), default=0)
         if longest > self.max_length:
-            raise UserError(f"an answer to score has {longest} tokens, more than {self._the_window}")
-        self.work.num_truncated += sum(length > self.max_length + 1 for length in whole)
+            raise UserError(f"a continuation to score has {longest} tokens, more than {self._window_advice}")
+        self.work.num_truncated += sum(length > self.max_length + 1 for length in full_lengths)
         if self.engine.shares_prefixes:
             return self._by_engine(requests, disable_tqdm)
-        lengths = [min(length, self.max_length + 1) for length in whole]
+        lengths = [min(length, self.max_length + 1) for length in full_lengths]
         answers: list[Any] = [None] * len(lengths)
         with tqdm(total=len(lengths), disable=disable_tqdm or None, desc="requests", leave=False) as bar:
             for length in sorted(set(lengths), reverse=True):
-                places = [place for place, own in enumerate(lengths) if own == length]
-                part = super()._loglikelihood_tokens([requests[place] for place in places], True, override_bs)
-                for place, answer in zip(places, part, strict=True):
-                    answers[place] = answer
-                bar.update(len(places))
+                batch = [i for i, own in enumerate(lengths) if own == length]
+                scores = super()._loglikelihood_tokens([requests[i] for i in batch], True, override_bs)
+                for i, score in zip(batch, scores, strict=True):
+                    answers[i] = score
+                bar.update(len(batch))
         return answers
 
     def _by_engine(self, requests: Any, disable_tqdm: bool) -> list[tuple[float, bool]]:
-        """Score requests in the order of their tokens, so that those that begin alike follow each other."""
+        """Score requests sorted by their tokens, so that requests with a common prefix follow each other."""
         texts = [(context + scored)[-(self.max_length + 1) :] for _, context, scored in requests]
         prefixes = SharedPrefixes(self.engine, self._add)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(texts)
         order = sorted(range(len(texts)), key=texts.__getitem__)
-        for place in tqdm(order, disable=disable_tqdm or None, desc="requests", leave=False):
-            scored = torch.tensor(requests[place][2], device=self.adapted.device)
-            logits = prefixes.score(texts[place][:-1], len(scored)).float()
+        for i in tqdm(order, disable=disable_tqdm or None, desc="requests", leave=False):
+            scored = torch.tensor(requests[i][2], device=self.adapted.device)
+            logits = prefixes.score(texts[i][:-1], len(scored)).float()
             chosen = logits.log_softmax(-1).gather(1, scored[:, None])
-            answers[place] = float(chosen.sum()), bool((logits.argmax(-1) == scored).all())
+            answers[i] = float(chosen.sum()), bool((logits.argmax(-1) == scored).all())
         return answers
 
     @property
-    def _the_window(self) -> str:
+    def _window_advice(self) -> str:
         return (
-            f"the model's window of {self.max_length} takes; leave out this task, or use a model with a longer window"
+            f"the model's window of {self.max_length} tokens; leave out this task, or use a model with a longer window"
         )
 
     def check_room(self, options: dict[str, Any]) -> None:
-        """Raise `UserError` where no token of a prompt fits next to the new ones that a task's options ask for."""
+        """Raise `UserError` where a task's generation options leave no room for a prompt in the window."""
         new_tokens = int(normalize_gen_kwargs(options, self.max_gen_toks).get("max_gen_toks", 0))
         if new_tokens >= self.max_length:
-            raise UserError(f"a prompt and {new_tokens} new tokens are more than {self._the_window}")
+            raise UserError(f"a prompt and {new_tokens} new tokens are more than {self._window_advice}")
 
     def tok_batch_encode(self, strings: list[str], left_truncate_len: int | None = None, **options: Any) -> Any:
         if left_truncate_len:
@@ -136,7 +138,7 @@ class AnydepthLM(Base):
         return super().tok_batch_encode(strings, left_truncate_len=left_truncate_len, **options)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """Row by row where drafts are made: there lm-eval's stop rule, which keeps book of a batch, is asked by row."""
+        """Generate as lm-eval does, but row by row with a draft: lm-eval's stop rule keeps state for a whole batch."""
         for request in requests:
             self.check_room(request.args[1])
         before = self.batch_size_per_gpu
@@ -160,7 +162,7 @@ class AnydepthLM(Base):
 
     @contextmanager
     def _generating_by_engine(self) -> Iterator[None]:
-        """Let lm-eval call `generate` of the engine."""
+        """Make lm-eval call the engine's `generate`."""
         before = self._model
         self._model = self.engine
         try:
@@ -182,24 +184,24 @@ register_model("anydepth")(AnydepthLM)
 
 @functools.cache
 def _manager() -> TaskManager:
-    return TaskManager()  # reads some ten thousand files
+    return TaskManager()  # It reads about ten thousand files.
 
 
 def check_tasks(names: Sequence[str]) -> TaskManager:
-    """lm-eval's index of tasks. Raises `UserError` for a name that is not in it."""
+    """Return lm-eval's index of tasks. Raise `UserError` for a name that is not in it."""
     manager = _manager()
     for name in names:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, list(manager.task_index), n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"with local documents it has {', '.join(LOCAL)}"
+            hint = f"did you mean '{near[0]}'?" if near else f"tasks with local documents are {', '.join(LOCAL)}"
             raise UserError(f"lm-eval has no task '{name}'; {hint}")
     return manager
 
 
 def check_windows(engine: Engine, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> None:
-    """Raise `UserError` for a task that generates more than fits the model's window.
+    """Raise `UserError` for a task that generates more tokens than fit the model's window.
 
-    Tasks are read from lm-eval's files; those of a group are checked when they are scored.
+    Options are read from lm-eval's task files; the tasks of a group are checked when they are scored.
     """
     manager = check_tasks(names)
     with _quiet():
@@ -223,19 +225,21 @@ def score_tasks(
     say: Callable[[str], None] | None = None,
     who: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """The `tasks` of `anydepth.eval/1`, by name: lm-eval's metrics and their standard errors, `num_items`,
-    `num_fewshot` and `version`, and the `parts` of a benchmark that has some; `layer_token_share`, how much of the
-    layers' work ran; `num_truncated`, requests that lost their start to the window; `source` of the documents. And
-    `items`, for `add_changes`: metrics item by item.
+    """Return the `tasks` of `anydepth.eval/1`, by name.
+
+    Each has lm-eval's metrics and their standard errors, `num_items`, `num_fewshot` and `version`, and the `parts` of a
+    benchmark that has parts; `layer_token_share`, the fraction of the layers' work that ran; `num_truncated`, requests
+    cut at the start to fit the window; the `source` of the documents; and `items`, metrics by item for `add_changes`.
 
     Args:
-        names: lm-eval's, those of `measure/tasks.py` on local files.
-        num_fewshot: examples in the prompt; None is what each benchmark was published with.
+        names: lm-eval's task names; those of `measure/tasks.py` use local files.
+        num_fewshot: examples in the prompt; None is the number that each benchmark was published with.
         limit: score only the first items (of each part of a benchmark in parts).
-        say: told of each task, and `who` is scored, lm-eval's progress bars on standard error below it; None is silent.
+        say: is called with each task and with `who`, the name of the scored model; lm-eval's progress bars follow on
+            standard error. None is silent.
 
     Raises:
-        UserError: lm-eval has no such task, its documents are not available, or its answers do not fit the window.
+        UserError: lm-eval has no such task, its documents are not available, or its continuations exceed the window.
     """
     manager = check_tasks(names)
     engine.adapted.eval()
@@ -262,11 +266,11 @@ def score_tasks(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence lm-eval's warnings of every default that it fills in, and git's where it is run outside a repository."""
+    """Silence lm-eval's warnings of every default that it fills in, and git's outside a repository."""
     logger = logging.getLogger("lm_eval")
     before, look_up = logger.level, evaluator.get_git_commit_hash
     logger.setLevel(logging.ERROR)
-    evaluator.get_git_commit_hash = lambda: None  # documents have a commit of ours
+    evaluator.get_git_commit_hash = lambda: None  # Documents record our own commit.
     try:
         yield
     finally:
@@ -275,14 +279,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _results(lm: Any, manager: TaskManager, name: str, specs: Sequence[Spec], *, seed: int, **options: Any) -> Any:
-    evaluate: Any = simple_evaluate  # its decorator hides what it takes
+    evaluate: Any = simple_evaluate  # Its decorator hides its parameters.
     try:
         return evaluate(
             lm,
-            tasks=[_whole(manager, spec) for spec in specs],
+            tasks=[_with_defaults(manager, spec) for spec in specs],
             task_manager=manager,
             log_samples=True,
-            bootstrap_iters=0,  # errors are made of the items; its own come with prints and processes
+            bootstrap_iters=0,  # Errors are computed from the items; lm-eval's bootstrap prints and starts processes.
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -291,11 +295,13 @@ def _results(lm: Any, manager: TaskManager, name: str, specs: Sequence[Spec], *,
         )
     except (ConnectionError, FileNotFoundError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the documents of '{name}' cannot be had ({reason[:160]}); {where_to_look(name)}") from error
+        raise UserError(
+            f"the documents of '{name}' are not available ({reason[:160]}); {where_to_look(name)}"
+        ) from error
 
 
-def _whole(manager: TaskManager, spec: Spec) -> Spec:
-    """A task with overrides on top of what lm-eval's own file says."""
+def _with_defaults(manager: TaskManager, spec: Spec) -> Spec:
+    """Return a task with our overrides over lm-eval's own configuration."""
     if isinstance(spec, str):
         return spec
     path = manager.task_index[spec["task"]].yaml_path
@@ -305,7 +311,7 @@ def _whole(manager: TaskManager, spec: Spec) -> Spec:
 
 
 def _joined(results: Any) -> dict[str, Any]:
-    """Metrics of one benchmark. Of several parts: means over all items, and each part's own under `parts`."""
+    """Return the metrics of one benchmark; with several parts means over all items, and those of each under `parts`."""
     counts = {part: row["effective"] for part, row in results["n-samples"].items()}
     parts = {part: _metrics(results["results"][part]) for part in counts}
     items = _items(results)
@@ -323,13 +329,13 @@ def _joined(results: Any) -> dict[str, Any]:
 
 
 def _items(results: Any) -> dict[str, list[float]]:
-    """By metric that is a mean, its value for each item; of several parts one after the other."""
+    """Return for each metric that is a mean its values by item, part after part."""
     items: dict[str, list[float]] = {}
     for rows in results["samples"].values():
         for row in rows:
             for metric in MEANS:
                 if metric in row:
-                    items.setdefault(_named(f"{metric},{row['filter']}"), []).append(float(row[metric]))
+                    items.setdefault(_metric_name(f"{metric},{row['filter']}"), []).append(float(row[metric]))
     return items
 
 
@@ -338,7 +344,7 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def add_changes(tasks: dict[str, dict[str, Any]], full: dict[str, dict[str, Any]]) -> None:
-    """From `items`, which go: `changes`, [mean difference from full depth, its standard error] over the same items."""
+    """Replace `items` by `changes`: [mean difference from full depth, its standard error] over the same items."""
     for name, task in tasks.items():
         theirs = full[name].get("items", {})
         ours = task.pop("items", {})
@@ -352,12 +358,12 @@ def add_changes(tasks: dict[str, dict[str, Any]], full: dict[str, dict[str, Any]
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    return {_named(key): float(value) for key, value in row.items() if isinstance(value, float)}
+    return {_metric_name(key): float(value) for key, value in row.items() if isinstance(value, float)}
 
 
-def _named(key: str) -> str:
-    """A metric by lm-eval's name; what that appends of a filter is kept where one stands before the metric."""
-    return key.removesuffix(f",{WHOLE}")
+def _metric_name(key: str) -> str:
+    """Return lm-eval's name of a metric, without the suffix that means no filter."""
+    return key.removesuffix(f",{NO_FILTER}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prompts out of files, for benchmarks."""
+"""Prompts from files, for benchmarks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ FORMS = {
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Prompts of a .jsonl file, `prompt`, the first of `turns`, or `messages`; in the chat template if there is one.
+    """Return the prompts of a .jsonl file, in the chat template if there is one.
+
+    A line has `prompt`, `turns`, of which the first is used, or `messages`.
 
     Raises:
-        UserError: no such file, a line that is not JSON, one without any of the three, or one of another form.
+        UserError: no such file, or a line that is not JSON, has none of the three, or has one of another form.
     """
     if not path.is_file():
         raise UserError(f"no file at {path}; give a .jsonl file of prompts")
@@ -30,12 +32,12 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if line.strip():
             prompts.append(_prompt_of(line, f"{path}, line {number}", tokenizer))
     if not prompts:
-        raise UserError(f"{path} holds no prompt")
+        raise UserError(f"{path} has no prompt; give a .jsonl file with one prompt a line")
     return prompts
 
 
 def read_references(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]] | None:
-    """Token ids of the `reference` of the first prompts of a file that `read_prompts` reads; None if one has none."""
+    """Return the token ids of the `reference` of a prompt file's first `count` lines; None if one has none."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
     texts = [row.get("reference") for row in rows]
     texts = [text[0] if isinstance(text, list) and text else text for text in texts]
@@ -53,7 +55,7 @@ def _prompt_of(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str
         raise UserError(f"{where} has none of `prompt`, `turns`, `messages`")
     for key, form in FORMS.items():
         if row.get(key) and not _is_form(key, row[key]):
-            raise UserError(f"{where}: came `{key}` {json.dumps(row[key])[:80]}; it must be {form}")
+            raise UserError(f"{where}: got `{key}` {json.dumps(row[key])[:80]}; it must be {form}")
     text = row.get("prompt") or (row.get("turns") or [None])[0]
     if tokenizer.chat_template is None:
         return text or row["messages"][-1]["content"]

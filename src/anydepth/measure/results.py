@@ -1,7 +1,7 @@
-"""The result document: what was measured, and everything needed to measure it again.
+"""The result document: the measurements and everything needed to repeat them.
 
 Every command's JSON comes from `document` and is written by `json_io`. The fields of each schema are in the CLI
-reference; reading and comparing documents is `report/`.
+reference; `report/` reads and compares documents.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from anydepth.json_io import plain
 
 VERSIONED_PACKAGES = ("anydepth", "torch", "transformers", "peft", "lm-eval")
 
-# What changes numbers. Result files beside them may come and go without marking the tree as dirty.
+# Only these paths change results, so other changed files do not mark the tree as dirty.
 CODE_PATHS = ("src", "recipes", "benchmarks/experiments", "pyproject.toml", "constraints.txt")
 
 
 def document(schema: str, *, seed: int, config: Any, **fields: Any) -> dict[str, Any]:
-    """A result document: the fields every document has, then `fields`.
+    """Return a result document: the fields that every document has, then `fields`.
 
     Args:
         schema: name and version, as `anydepth.eval/1`.
-        config: what was asked for: a recipe, or the command's options.
+        config: the recipe, or the command's options.
     """
     versions = package_versions()
     commit, dirty = source_commit()
@@ -47,15 +47,12 @@ def document(schema: str, *, seed: int, config: Any, **fields: Any) -> dict[str,
     }
 
 
-# --- where it was measured -------------------------------------------------------------------------------------------
-
-
 MEANS = ("acc", "acc_norm", "exact_match")
-"""Metrics of tasks that are means over items, so that those of a benchmark's parts can be joined; from 0 to 1."""
+"""Metrics of tasks that are means over items, from 0 to 1, so that those of a benchmark's parts can be joined."""
 
 
 def task_scores(task: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """The scores in one of the `tasks` of an `anydepth.eval/1`, by metric, each with its standard error."""
+    """Return the scores of one of the `tasks` of an `anydepth.eval/1` by metric, each with its standard error."""
     return {
         key: (value, task.get(error_name(key)))
         for key, value in task.items()
@@ -64,22 +61,22 @@ def task_scores(task: Mapping[str, Any]) -> dict[str, tuple[float, float | None]
 
 
 def error_name(metric: str) -> str:
-    """What lm-eval calls the standard error of a metric, a filter's name behind it."""
+    """Return lm-eval's name of the standard error of a metric, with the filter at its end."""
     name, comma, rest = metric.partition(",")
     return f"{name}_stderr{comma}{rest}"
 
 
 @functools.cache
 def source_commit(root: Path | None = None) -> tuple[str | None, bool | None]:
-    """Commit of the source checkout that anydepth runs from, and whether its code differs; nulls without one.
+    """Return the commit of the source checkout that anydepth runs from, and whether its code differs; None without one.
 
-    Asked once per process: what counts is the code that was loaded, not what was edited while it ran.
+    Cached for the process: results come from the code that was loaded, not from later edits.
 
     Args:
         root: the checkout; by default the folder above `src/anydepth`.
     """
     root = root or Path(__file__).resolve().parents[3]
-    # An installed package may lie inside somebody else's checkout, as a virtual environment often does.
+    # An installed package can be inside the checkout of another project, as a virtual environment often is.
     if not (root / ".git").exists():
         return None, None
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
@@ -90,7 +87,7 @@ def source_commit(root: Path | None = None) -> tuple[str | None, bool | None]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    # Inside a git hook these variables point at another repository.
+    # Inside a git hook these variables point to another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
@@ -102,7 +99,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that numbers depend on; null where one is not installed."""
+    """Return the versions of Python and of the packages that results depend on; None where one is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in VERSIONED_PACKAGES:
         try:
@@ -113,7 +110,7 @@ def package_versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: processor, cores this process may use, threads torch uses, memory, GPUs."""
+    """Return the machine's processor, cores this process may use, threads torch uses, memory, and GPUs."""
     return {
         "cpu": _cpu_model(),
         "num_cores": num_cores(),
@@ -124,8 +121,8 @@ def hardware() -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    # macOS and Windows cannot say which cores a process may use.
+    """Return the number of cores that this process may use."""
+    # macOS and Windows do not report which cores a process may use.
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

@@ -1,4 +1,4 @@
-"""The least time a decoding step can take: the bytes it must read ÷ how fast this machine reads memory."""
+"""The least time of a decoding step: the bytes that it must read ÷ the read bandwidth of this machine's memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anydepth.gating import cost
 from anydepth.gating.trace import Trace
 
 BUFFER_BYTES = 2**28
-"""More than any cache holds."""
+"""Size of the buffer that is read, larger than any CPU cache."""
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +27,7 @@ def _buffer(device: torch.device) -> Tensor:
 
 
 def read_bandwidth(device: torch.device, num_passes: int = 3) -> float:
-    """Bytes per second of the best of a few passes over a buffer, all threads: by the kernels, or by torch."""
+    """Return the read bandwidth in bytes per second: the best of a few passes by all threads, with kernels or torch."""
     buffer, best = _buffer(device), 0.0
     by_kernel = native.why_not(torch.float32, device) is None
     for _ in range(num_passes):
@@ -41,7 +41,7 @@ def read_bandwidth(device: torch.device, num_passes: int = 3) -> float:
 
 
 def roofline(engine: Engine, trace: Trace, bandwidth: float, row: dict[str, Any]) -> dict[str, Any]:
-    """Return bytes per decoding step of a bench row's two sides, and the share of the read bandwidth they reach."""
+    """Return the bytes per decoding step of a bench row's two sides, and the fraction of the bandwidth they reach."""
     backbone, dtype = engine.adapted.backbone, engine.adapted.dtype
     branches, head = engine.weight_bytes()
     result: dict[str, Any] = {"read_bytes_per_second": bandwidth}

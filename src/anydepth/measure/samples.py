@@ -1,6 +1,6 @@
-"""Measure texts one by one: how deep each goes, beside its length, its perplexity and how rare its tokens are.
+"""The depth of each text, next to its length, its perplexity and the rarity of its tokens.
 
-A sample is a document of the corpus as it stands, never a packed window; where documents are few or long, a paragraph.
+A sample is a document of the corpus, never a packed window; where documents are few or long, a paragraph.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from anydepth.statistics import correlation
 from anydepth.training.data import tokenise
 
 MIN_TOKENS = 16
-"""Shorter texts are left out: a perplexity of a few tokens says nothing."""
+"""Tokens of the shortest sample: the perplexity of fewer tokens says nothing."""
 MIN_DOCUMENTS = 32
-"""A corpus of fewer documents is taken paragraph by paragraph."""
+"""Documents of the smallest corpus that is not split into paragraphs."""
 MAX_COUNTED = 500_000
-"""Tokens of the corpus that are read at most, for samples and frequencies: of texts spread evenly over it."""
+"""The most tokens of the corpus that are read, from texts spread evenly over it."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 BETWEEN_PARAGRAPHS = re.compile(r"\n\s*\n")
 Track = Callable[[Iterable[Any]], Iterable[Any]]
-"""Hands on what it is given, and shows how far it is."""
+"""Yields the elements of an iterable and shows the progress."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Samples:
     """Texts of a corpus, spread evenly over it.
 
     Attributes:
-        unit: what a sample is, `document` or `paragraph`.
-        token_ids: of each sample, at most as many as asked for.
-        num_cut: samples that are longer than that.
-        counts: how often each token occurs in the part of the corpus that was read.
-        bos: the id that the tokenizer puts in front of a text, if it does; it counts as no token of a sample.
+        unit: `document` or `paragraph`.
+        token_ids: token ids of each sample, cut to the greatest length.
+        num_cut: number of samples that were cut.
+        counts: number of occurrences of each token in the part of the corpus that was read.
+        bos: the id that the tokenizer puts before a text, if any; it is not counted as a token of a sample.
     """
 
     unit: str
@@ -53,11 +53,11 @@ class Samples:
     bos: int | None
 
     def own(self, ids: list[int]) -> list[int]:
-        """Return the tokens of a sample without the BOS in front."""
+        """Return the tokens of a sample without the BOS before them."""
         return ids[1:] if ids[0] == self.bos else ids
 
     def rarity(self, ids: list[int]) -> float:
-        """Return −log of a token's frequency in the corpus, in nats, the mean over a sample's tokens."""
+        """Return the mean over a sample's tokens of −log of their frequency in the corpus, in nats."""
         total = self.counts.total()
         own = self.own(ids)
         return sum(-math.log(self.counts[token_id] / total) for token_id in own) / len(own)
@@ -80,11 +80,12 @@ def draw_samples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, li
 
 
 def _read(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], Counter[int]]:
-    """Return the token ids of texts that are long enough, and how often each token occurs in all of them."""
+    """Return the token ids of texts that are long enough, and the counts of tokens over all texts that were read."""
     counts: Counter[int] = Counter()
     found: list[tuple[int, list[int]]] = []
     num_read = 0
-    order = sorted(range(len(texts)), key=lambda place: place * GOLDEN % 1)  # each beginning of it is spread evenly
+    # Every prefix of this order is spread evenly over the corpus.
+    order = sorted(range(len(texts)), key=lambda place: place * GOLDEN % 1)
     for place, ids in zip(order, tokenise([texts[place] for place in order], tokenizer), strict=False):
         counts.update(ids)
         if len(ids) >= MIN_TOKENS:
@@ -97,10 +98,10 @@ def _read(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 
 @torch.no_grad()
 def measure_samples(adapted: AdaptedModel, samples: Samples, track: Track = iter) -> list[dict[str, float]]:
-    """Run each sample by itself, untouched and with routing on.
+    """Run each sample by itself, through the base model and with routing on.
 
     Returns:
-        For each sample `length` in tokens, `perplexity` of the untouched model, `rarity`, mean `depth` in layers and
+        For each sample `length` in tokens, `perplexity` under the base model, `rarity`, mean `depth` in layers and
         `layer_token_share`, the FLOPs of its layers ÷ those at full depth.
     """
     adapted.eval()
@@ -124,7 +125,7 @@ def measure_samples(adapted: AdaptedModel, samples: Samples, track: Track = iter
 
 @torch.no_grad()
 def full_depth_losses(adapted: AdaptedModel, token_ids: Tensor) -> Tensor:
-    """Return (T − 1,) losses of the untouched model, in nats: of each of (1, T) tokens but the first."""
+    """Return the base model's (T − 1,) losses in nats, for each of (1, T) tokens but the first."""
     with adapted.untouched():
         logits = adapted(input_ids=token_ids, use_cache=False).logits[0, :-1].float()
     return F.cross_entropy(logits, token_ids[0, 1:], reduction="none").cpu()
@@ -139,16 +140,14 @@ def correlations(
     max_tokens: int,
     track: Track = iter,
 ) -> dict[str, Any] | None:
-    """Return how the depth of a text goes together with its length, its perplexity and its rarity.
-
-    None where no text is long enough.
-    """
+    """Return the correlations of a text's depth with its length, perplexity and rarity; None if all are too short."""
     samples = draw_samples(texts, tokenizer, limit=limit, max_tokens=max_tokens)
     if not samples.token_ids:
         return None
     measured = measure_samples(adapted, samples, track)
     columns = {key: torch.tensor([row[key] for row in measured], dtype=torch.double) for key in measured[0]}
-    # Tokens that only choose between mixers run every layer. The FLOPs of fixed skips depend on a text's length alone.
+    # With mixer routing alone, every token runs every layer, and only FLOPs vary. Those of fixed skips vary with the
+    # length of a text alone.
     chooses = any(method.routes_mixers for method in adapted.active_methods)
     is_constant = bool(columns["depth"].min() == columns["depth"].max())
     return {
@@ -159,9 +158,9 @@ def correlations(
         "max_tokens": max_tokens,
         "num_counted_tokens": samples.counts.total(),
         "rows": [
-            {"of": of, "with": beside, **correlation(columns[beside], columns[of])}
+            {"of": of, "with": property, **correlation(columns[property], columns[of])}
             for of in ("depth", "layer_token_share")
-            for beside in ("length", "perplexity", "rarity")
+            for property in ("length", "perplexity", "rarity")
         ],
         "samples": measured,
     }

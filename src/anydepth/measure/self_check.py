@@ -1,4 +1,4 @@
-"""Before a speed is reported: is the execution its own definition, on this very model?"""
+"""The check before a speed is reported: on this model, every execution equals masked execution."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from anydepth.methods._base.method import Method
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 MOST = 0.5
-"""Relative error beyond which rounding is no excuse, however rough the model."""
+"""Relative error that rounding does not explain, however numerically sensitive the model."""
 
 
 @torch.no_grad()
 def self_check(engines: Sequence[Engine], token_ids: Tensor) -> None:
-    """Check sparse = masked, cached = uncached, engine = model, on this very model; raise `RunError` otherwise.
+    """Check sparse = masked, cached = uncached, engine = model on (B, T) tokens; raise `RunError` otherwise.
 
-    All of them are given the decisions of one forward: near a threshold, rounding alone would decide otherwise.
+    All replay the decisions of one forward, because near a threshold rounding alone can change a decision.
     """
     adapted = engines[0].adapted
     adapted(input_ids=token_ids, use_cache=False)
@@ -53,9 +53,9 @@ def self_check(engines: Sequence[Engine], token_ids: Tensor) -> None:
 
 
 def _tolerance(adapted: AdaptedModel, token_ids: Tensor, logits: Tensor) -> float:
-    """What rounding may do to this very model: a model that lost half its layers can be rough.
+    """Return the relative error that rounding can cause in this model, which can be numerically sensitive when pruned.
 
-    In float16 and bfloat16 three times what a perturbation of the embeddings by one rounding does, if that is more.
+    In float16 and bfloat16 it is at least three times the effect of perturbing the embeddings by one rounding.
     """
     least = TOLERANCE[logits.dtype]
     if logits.dtype == torch.float32:
@@ -69,7 +69,7 @@ def _tolerance(adapted: AdaptedModel, token_ids: Tensor, logits: Tensor) -> floa
 
 
 class Replay(Method):
-    """Decides what the last sequence of a model decided, position by position."""
+    """A method that repeats the decisions of a model's last trace, position by position."""
 
     Config = StrictConfig
     name = "replay"
@@ -103,7 +103,7 @@ class Replay(Method):
 
 
 def _error(ours: Tensor, other: Tensor) -> float:
-    """Relative, of all tokens together."""
+    """Return the relative error over all tokens together."""
     return ((ours - other).float().norm() / other.float().norm().clamp_min(1e-9)).item()
 
 
@@ -112,8 +112,10 @@ def _compare(what: str, ours: Tensor, other: Tensor, tolerance: float) -> None:
     if not error <= tolerance:
         advice = "please report this model"
         if ours.dtype != torch.float32:
-            advice = "try dtype float32: if that passes, rounding is to blame; so reduced, the model is rough"
+            advice = (
+                "try dtype float32: if that passes, the cause is rounding, to which this model is numerically sensitive"
+            )
         raise RunError(
-            f"self-check failed: {what} differ by {error:.1e} (relative) under the same decisions; no speed is told "
-            f"for an execution that is not its own definition; {advice}"
+            f"self-check failed: {what} differ by {error:.1e} (relative) under the same decisions, so no speed is "
+            f"reported; {advice}"
         )

@@ -1,7 +1,7 @@
-"""Logits of many texts on an engine; what a text shares with the one before it is not run again.
+"""Logits of many texts on an engine, which runs the prefix that consecutive texts share only once.
 
-Few-shot examples and the choices of one question begin alike: the engine's K/V are rewound to the common
-prefix, and only the rest runs. Decisions are causal, so they are those of a run of the whole text.
+Texts with the same few-shot examples or the same question begin alike: the engine's K/V are rewound to the common
+prefix, and only the rest runs. Decisions are causal, so they equal those of a run of the whole text.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from anydepth.gating.trace import PassRecord, Trace
 
 
 class SharedPrefixes:
-    """One sequence of the engine's cache, from which each next text keeps what it begins with.
+    """A sequence in an engine's cache that keeps the common prefix from one text to the next.
 
     Args:
-        count: called with what each text cost, of the tokens that really ran.
+        count: is called with the FLOPs of each text, of the tokens that ran.
     """
 
     def __init__(self, engine: Engine, count: Callable[[cost.FlopCount], None]) -> None:
@@ -34,7 +34,7 @@ class SharedPrefixes:
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int], num_last: int) -> Tensor:
-        """Return the (num_last, V) logits of the last tokens of a text, as one run of all of it gives them."""
+        """Return the (num_last, V) logits of the last tokens of a text, equal to those of a run of the whole text."""
         ids = list(token_ids)
         if ids == self.ids and num_last == len(self.logits):
             return self.logits
@@ -53,13 +53,13 @@ class SharedPrefixes:
 
 
 def _num_shared(before: Sequence[int], now: Sequence[int]) -> int:
-    """Return how many first tokens two texts have in common."""
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(before, now, strict=False))
-    return next((place for place, (old, new) in pairs if old != new), min(len(before), len(now)))
+    return next((i for i, (old, new) in pairs if old != new), min(len(before), len(now)))
 
 
 def _first(records: Sequence[PassRecord], num_tokens: int) -> list[PassRecord]:
-    """Return the records of a text's first tokens; their cost has been counted."""
+    """Return the records of a text's first tokens."""
     kept = []
     for record in records:
         length = min(record.token_mask.shape[1], num_tokens)

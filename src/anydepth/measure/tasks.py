@@ -1,7 +1,7 @@
 """lm-eval's tasks on files under `ANYDEPTH_DATA`: its own prompts, few-shot examples and metrics, local documents.
 
-A task whose files are not there, or that this file does not know, is lm-eval's own and loads its documents from the
-hub. Few-shot counts are those the benchmarks were published with.
+A task that this module does not list, or that has no local files, is lm-eval's own and loads its documents from the
+hub. Few-shot counts are those that the benchmarks were published with.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from anydepth.training.corpora import article_bounds, read_lines
 Spec = str | dict[str, Any]
 Documents = dict[str, list[dict[str, Any]]]
 GSM8K_SCORED = 1319
-"""Documents of GSM8K's test set; as many from the end of the training file stand in for it."""
+"""Documents of GSM8K's test set; as many from the end of the training file are scored in its place."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What lm-eval is asked for under one name.
+    """The lm-eval tasks of one name.
 
     Attributes:
-        specs: lm-eval's task names, or such with overrides; several are one benchmark in parts.
-        num_fewshot: examples in the prompt; None leaves it to lm-eval.
-        source: where the documents come from, and which are scored.
+        specs: lm-eval's task names, or tasks with overrides; several are the parts of one benchmark.
+        num_fewshot: examples in the prompt; None is lm-eval's default.
+        source: origin of the documents, and which are scored.
     """
 
     specs: list[Spec]
@@ -41,7 +41,7 @@ class Task:
 
 
 def task_named(name: str) -> Task:
-    """The task of that name, on local files where they are there."""
+    """Return the task of a name, on local files where they exist."""
     root = os.environ.get("ANYDEPTH_DATA")
     known = LOCAL.get("mmlu" if name.startswith("mmlu_") else name)
     if root and known and (Path(root).expanduser() / known.marker).exists():
@@ -52,21 +52,23 @@ def task_named(name: str) -> Task:
 
 
 def where_to_look(name: str) -> str:
-    """What to do to have documents at hand."""
+    """Return the advice on where a task's documents are looked up."""
     root, known = os.environ.get("ANYDEPTH_DATA"), LOCAL.get("mmlu" if name.startswith("mmlu_") else name)
     if known is None:
         return "it needs a network"
     if not root:
         return f"set ANYDEPTH_DATA to a folder with {known.marker}"
-    return f"ANYDEPTH_DATA is {root}, where {Path(root).expanduser() / known.marker} and its neighbours would be"
+    return f"ANYDEPTH_DATA is {root}; put the documents at {Path(root).expanduser() / known.marker}"
 
 
 @dataclass(frozen=True)
 class Local:
-    """A benchmark that can lie under `ANYDEPTH_DATA`.
+    """A benchmark that can be stored under `ANYDEPTH_DATA`.
 
     Attributes:
-        marker: what is there if it does. scored: which documents are. num_fewshot: as it was published.
+        marker: path that exists if it is.
+        scored: the documents that are scored.
+        num_fewshot: few-shot examples that it was published with.
     """
 
     marker: str
@@ -82,7 +84,7 @@ def _local(name: str, documents: Callable[[], Documents], **overrides: Any) -> d
     return {"task": name, "custom_dataset": load, **overrides}
 
 
-# --- documents, as lm-eval's prompts name their parts; `folder` is the benchmark's own -------------------------------
+# --- documents with the fields that lm-eval's prompts name; `folder` is the benchmark's own --------------------------
 
 
 def _arc(folder: Path, name: str) -> list[Spec]:
@@ -140,14 +142,14 @@ def _wikitext(folder: Path, name: str) -> list[Spec]:
 
 
 def _pages(path: Path) -> list[dict[str, Any]]:
-    """Articles as they are; lm-eval takes the marks out itself."""
+    """Return the articles of a file unchanged; lm-eval removes the marks itself."""
     lines = read_lines(path)
     pages = ["\n".join(lines[begin:end]) for begin, end in article_bounds(lines)]
     return [{"page": page} for page in pages if page.strip()]
 
 
 def _rows(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """Documents of a .jsonl file. Raises `UserError` for a line that is none."""
+    """Return the documents of a .jsonl file. Raise `UserError` for a line that is not a document."""
     rows = []
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():

@@ -25,23 +25,18 @@ def throughput(
     new_tokens: int,
     num_runs: int = 3,
 ) -> list[dict[str, Any]]:
-    """One row per batch size: `num_requests` queued at once, so many run together; prompts are taken in turn.
+    """Return a row per batch size, the number of sequences decoded together, of `num_requests` queued at once.
 
     Args:
-        prompts: token ids (T,) each.
+        prompts: token ids (T,) each, used in turn.
     """
     wanted = [prompts[number % len(prompts)].tolist() for number in range(num_requests)]
     rows = []
     for batch_size in batch_sizes:
-        pairs = []
-        for number in range(num_runs + 1):  # the first warms up
-            seconds = {}
-            for full_depth in ((False, True), (True, False))[number % 2] if engine.differs else (False,):
-                seconds[full_depth] = _seconds(engine, wanted, batch_size, new_tokens, full_depth=full_depth)
-            pairs.append((seconds.get(True, seconds[False]), seconds[False]))
-        speedups = [theirs / ours for theirs, ours in pairs[1:]]
-        rate = num_requests * new_tokens / median(theirs for theirs, _ in pairs[1:])
-        row: dict[str, Any] = {
+        pairs = [_pair(engine, wanted, batch_size, new_tokens, number) for number in range(num_runs + 1)]
+        speedups = [full / ours for full, ours in pairs[1:]]  # The first pair is a warm-up.
+        rate = num_requests * new_tokens / median(full for full, _ in pairs[1:])
+        row = {
             "weights": engine.weights,
             "batch_size": batch_size,
             "num_requests": num_requests,
@@ -55,8 +50,18 @@ def throughput(
     return rows
 
 
+def _pair(
+    engine: Engine, prompts: list[list[int]], batch_size: int, new_tokens: int, number: int
+) -> tuple[float, float]:
+    """Return the seconds at full depth and adapted, each first in every second pair; once if nothing differs."""
+    seconds = {}
+    for full_depth in ((False, True), (True, False))[number % 2] if engine.differs else (False,):
+        seconds[full_depth] = _seconds(engine, prompts, batch_size, new_tokens, full_depth=full_depth)
+    return seconds.get(True, seconds[False]), seconds[False]
+
+
 def _seconds(engine: Engine, prompts: list[list[int]], batch_size: int, new_tokens: int, *, full_depth: bool) -> float:
-    """From the first request in to the last one out, prompts included."""
+    """Return the seconds from the first request to the last token, prefill included."""
     longest = max(len(prompt) for prompt in prompts) + new_tokens
     scheduler = Scheduler(engine, batch_size, max_tokens=batch_size * longest)
     with engine.adapted.disabled() if full_depth else nullcontext():

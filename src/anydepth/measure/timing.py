@@ -1,4 +1,4 @@
-"""Seconds and memory of one generation, on cores that nobody else is busy on."""
+"""Seconds and memory of one generation, on cores that no other process keeps busy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,14 +21,20 @@ Batch = dict[str, Tensor]
 """`input_ids` and `attention_mask`, (B, T) each."""
 
 
+def unpadded(token_ids: Tensor) -> Batch:
+    """Return a batch of (B, T) token ids without padding."""
+    return {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
+
+
 @dataclass(frozen=True)
 class Timing:
-    """One generation: seconds to the first token, in all, and the ids."""
+    """One generation: seconds to the first token and in total, its new ids, its peak memory and threads."""
 
     ttft: float
     total: float
     token_ids: Tensor
     peak_memory_bytes: int
+    num_threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def decode(self) -> float:
@@ -36,7 +42,7 @@ class Timing:
 
 
 class _FirstToken(BaseStreamer):
-    """Notes when the first new token is there, on the host."""
+    """A streamer that records when the first new token reaches the host."""
 
     def __init__(self) -> None:
         self.num_puts = 0
@@ -44,7 +50,7 @@ class _FirstToken(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         self.num_puts += 1
-        if self.num_puts == 2:  # the first is the prompt
+        if self.num_puts == 2:  # The first call has the prompt.
             self.at = time.perf_counter()
 
     def end(self) -> None:
@@ -63,7 +69,7 @@ def time_generation(engine: Engine, batch: Batch, new_tokens: int, *, full_depth
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=new_tokens,
-            # No token ends it: forbidding the end token for so long would look through the vocabulary at every step.
+            # No token has this id, so none ends the generation; min_new_tokens would scan the logits at every step.
             eos_token_id=adapted.config.vocab_size,
             do_sample=False,
             pad_token_id=0,
@@ -77,14 +83,14 @@ def time_generation(engine: Engine, batch: Batch, new_tokens: int, *, full_depth
 
 @contextmanager
 def on_free_cores(say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Fewer threads where others keep cores busy: a team of threads is as slow as the one that waits for its core.
+    """Use fewer threads where other processes keep cores busy, since the slowest thread determines the time of all.
 
-    `say` is told of it.
+    `say` is called where fewer are used.
     """
     before, busy = torch.get_num_threads(), busy_cores()
     threads = max(min(before, num_cores() - round(busy)), 1)
     if threads < before:
-        say(f"something else keeps {busy:.1f} cores busy: timing with {threads} of {before} threads")
+        say(f"other processes keep {busy:.1f} cores busy: timing with {threads} of {before} threads")
     torch.set_num_threads(threads)
     try:
         yield
@@ -93,7 +99,7 @@ def on_free_cores(say: Callable[[str], None] = lambda text: None) -> Iterator[No
 
 
 def busy_cores(seconds: float = 0.4) -> float:
-    """Cores that other processes keep busy; 0 where the system does not say (it is Linux that does)."""
+    """Return the number of cores that other processes keep busy; 0 where the system is not Linux."""
     try:
         first, started = _busy_ticks(), time.perf_counter()
         time.sleep(seconds)
@@ -104,7 +110,7 @@ def busy_cores(seconds: float = 0.4) -> float:
 
 
 def _busy_ticks() -> int:
-    """Of all cores, without this process, which sleeps meanwhile."""
+    """Return the busy ticks of all cores; this process sleeps meanwhile and adds none."""
     user, nice, system = (int(part) for part in Path("/proc/stat").read_text().split()[1:4])
     return user + nice + system
 
@@ -118,11 +124,11 @@ def _reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark anew
+        Path("/proc/self/clear_refs").write_text("5")  # On Linux this resets the high-water mark.
 
 
 def _peak_memory_bytes() -> int:
-    """GPU memory where there is one, else the process's high-water mark."""
+    """Return the peak GPU memory where there is a GPU, else the process's high-water mark."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with suppress(OSError):
