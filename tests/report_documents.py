@@ -166,7 +166,7 @@ DOCUMENTS: list[dict[str, Any]] = [
     },
 ]
 SUMMARY = [
-    {"label": "untouched", "perplexity": 12.3456789, "agreement": 1.0, "tokens_per_second": 20.0, "speedup": 1.0},
+    {"label": "base model", "perplexity": 12.3456789, "agreement": 1.0, "tokens_per_second": 20.0, "speedup": 1.0},
     {"label": HOSTILE, "perplexity": 13.25, "agreement": 0.9, "tokens_per_second": 25.0, "speedup": 1.25},
 ]
 

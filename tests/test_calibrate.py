@@ -336,7 +336,7 @@ def test_a_summary_has_the_same_model_at_full_depth() -> None:
     """C15: with LoRA the row between is what skipping alone is compared with."""
     part = {"perplexity": 9.0, "mean_depth": 6.0, "layer_token_share": 1.0, "agreement": 1.0, "gflops_per_token": 1.0}
     quality = {"schema": "anydepth.eval/1", "label": "ffn_router + LoRA", **part, "full_depth": part}
-    assert [row["label"] for row in summary_of([quality])] == ["untouched", "ffn_router + LoRA"]
+    assert [row["label"] for row in summary_of([quality])] == ["base model", "ffn_router + LoRA"]
     with_lora = {**quality, "full_depth_adapted": {**part, "perplexity": 8.0}}
-    untouched, same, adapted = summary_of([with_lora])
-    assert (untouched["perplexity"], same["perplexity"], adapted["perplexity"]) == (9.0, 8.0, 9.0)
+    base, same, adapted = summary_of([with_lora])
+    assert (base["perplexity"], same["perplexity"], adapted["perplexity"]) == (9.0, 8.0, 9.0)

@@ -12,7 +12,7 @@ from anydepth.config import validate
 from anydepth.errors import UserError
 from anydepth.methods.of_recipe import load_recipe
 from anydepth.recipe import Recipe
-from anydepth.runs import run as running
+from anydepth.runs import inputs, training
 from anydepth.runs.run import STAGES, Runner
 from commands import anydepth
 from tiny import save_base, save_text
@@ -102,11 +102,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_mistakes_are_found_before_weights_are_loaded(
+def test_told_before_weights_are_loaded(
     folder: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C16. Each of these came after minutes of search, training or timing."""
-    monkeypatch.setattr(running, "load_model", None)
+    monkeypatch.setattr(inputs, "load_model", None)
     changes, named = WRONG[case]
     if case == "short text":
         changes = {"eval": {"data": str(folder / "short.txt")}}
@@ -166,10 +166,10 @@ def test_training_is_kept_where_measuring_shares_fails(
     def fail(*arguments: object) -> None:
         raise UserError("the disk with the text is gone")
 
-    monkeypatch.setattr(running, "settle_shares", fail)
+    monkeypatch.setattr(training, "settle_shares", fail)
     with pytest.raises(UserError, match="is gone"):
         runner.train()
-    assert running.is_checkpoint(tmp_path / "out") and "train" in runner.missing
+    assert inputs.is_checkpoint(tmp_path / "out") and "train" in runner.missing
 
 
 def test_a_decoder_from_scratch_is_checked_before_its_tokenizer_is_trained(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ import yaml
 
 from anydepth.cli.display import show_sweep
 from anydepth.errors import UserError
-from anydepth.runs.sweep import AXES, _front, _settings, plan
+from anydepth.runs.fronts import AXES, front, settings_of
+from anydepth.runs.sweep import plan
 from tiny import save_base, save_text
 
 pytestmark = pytest.mark.timeout(600)
@@ -165,35 +166,35 @@ def test_a_pareto_front_is_what_nothing_beats() -> None:
         point("worse", 14.0, 0.8, 0.8),
         point("slow", 11.0, 1.2, 0.7),
     ]  # fmt: skip
-    settings = _settings(rows)
+    settings = settings_of(rows)
     assert [row["num_seeds"] for row in settings] == [0, 2, 1, 1]
     assert settings[1]["perplexity"] == 13.0 and settings[1]["perplexity_range"] == [12.0, 14.0]
-    assert _front(settings, "time") == ["x fast", "full depth"]
+    assert front(settings, "time") == ["x fast", "full depth"]
     assert settings[1]["time_share_range"] == pytest.approx([0.49, 0.71])
-    assert _front(settings, "flops") == ["x slow", "full depth"]
+    assert front(settings, "flops") == ["x slow", "full depth"]
     # Ranges that meet are no difference: the better one beats the one that was a little faster.
-    settings = _settings([point("a", 12.0, 0.600, 0.9), point("b", 11.0, 0.606, 0.9)])
-    assert _front(settings, "time") == _front(settings, "flops") == ["x b", "full depth"]
+    settings = settings_of([point("a", 12.0, 0.600, 0.9), point("b", 11.0, 0.606, 0.9)])
+    assert front(settings, "time") == front(settings, "flops") == ["x b", "full depth"]
     # However small the difference is, where the spread is smaller it is one.
-    settings = _settings([point("a", 12.0, 0.600, 0.89, 0.001), point("b", 11.0, 0.606, 0.9, 0.001)])
-    assert _front(settings, "time") == _front(settings, "flops") == ["x a", "x b", "full depth"]
+    settings = settings_of([point("a", 12.0, 0.600, 0.89, 0.001), point("b", 11.0, 0.606, 0.9, 0.001)])
+    assert front(settings, "time") == front(settings, "flops") == ["x a", "x b", "full depth"]
     # Each is hardly cheaper than the next: one that is much cheaper than the best stays.
     steps = [("a", 12.0, 0.60), ("b", 11.0, 0.61), ("c", 10.5, 0.62)]
-    settings = _settings([point(name, perplexity, cost, 0.9, 0.006) for name, perplexity, cost in steps])
-    assert _front(settings, "time") == ["x a", "x c", "full depth"]
+    settings = settings_of([point(name, perplexity, cost, 0.9, 0.006) for name, perplexity, cost in steps])
+    assert front(settings, "time") == ["x a", "x c", "full depth"]
 
 
 def test_an_interval_with_full_depth_in_it_is_no_difference() -> None:
     """C18: two pairs gave 0.954, from 0.873 to 1.05; such a row was marked as faster than full depth."""
     row = {**point("a", 12.0, 0.954, 0.9), "time_share_range": [0.873, 1.05]}
-    document = {"settings": _settings([row]), "front": {axis: _front(_settings([row]), axis) for axis in AXES}}
+    document = {"settings": settings_of([row]), "front": {axis: front(settings_of([row]), axis) for axis in AXES}}
     assert document["front"] == {"time": ["full depth"], "flops": ["x a", "full depth"]}
 
 
 def test_the_table_marks_what_is_on_the_pareto_front(capsys: pytest.CaptureFixture[str]) -> None:
     """C18: what a reader sees."""
     rows = [{**point("a", 12.0, 0.954, 0.9), "time_share_range": [0.873, 1.05]}, point("b", 13.0, 0.8, 0.9)]
-    settings = _settings(rows)
-    show_sweep({"settings": settings, "front": {axis: _front(settings, axis) for axis in AXES}})
+    settings = settings_of(rows)
+    show_sweep({"settings": settings, "front": {axis: front(settings, axis) for axis in AXES}})
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "0.954 (0.873–1.05) *" not in lines["x a"] and "0.8 (0.79–0.81) *" in lines["x b"]

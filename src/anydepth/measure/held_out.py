@@ -19,6 +19,7 @@ from anydepth.measure.evaluate import evaluate
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import is_quantised
 from anydepth.recipe import TextConfig
+from anydepth.search.skip_search import SkipSearchResult
 from anydepth.training.data import PACKED, load_windows
 
 
@@ -61,6 +62,17 @@ def held_out(model: nn.Module, config: SkipSetConfig, windows: Tensor) -> dict[s
         finally:
             detach(adapted)
     return {"num_tokens": found["num_tokens"], "rows": rows, "warning": _warning(rows)}
+
+
+def search_fields(model: nn.Module, found: SkipSearchResult, unseen: Tensor) -> dict[str, Any]:
+    """Return the fields of `anydepth.search/1`: the skip set, its search, and its loss on (N, T) unseen windows."""
+    return {
+        **found.config.model_dump(),
+        "agreement": found.agreement,
+        "seconds": found.seconds,
+        "trajectory": found.trajectory,
+        "held_out": held_out(model, found.config, unseen),
+    }
 
 
 def _row(label: str, scores: dict[str, Any], weight_bytes: int) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Recipes from start to end, alone or over many values of their keys."""
+"""Runs of a recipe from start to end, alone or over many values of its keys."""

@@ -1,6 +1,6 @@
-"""What a recipe, its texts and the shape of its base model say about stages to come, before the first one runs.
+"""Checks of a recipe, its texts and the shape of its base model before the first stage runs.
 
-A mistake that only the last stage would meet is told at once. Loads no weights: the base model is built on PyTorch's
+A mistake that would end the last stage is reported at once. No weights are loaded: the base model is built on PyTorch's
 `meta` device from its configuration.
 """
 
@@ -32,12 +32,12 @@ from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare
 
-NO_NETWORK = "drafter trains the network of draft; give draft a network"
+NO_NETWORK = "drafter trains the network of draft, and draft has none; add draft.network, or leave drafter out"
 
 
 @dataclass(frozen=True)
 class Need:
-    """Text that a stage reads: at least `count` windows of `length` tokens of `corpus`; `option` names the length."""
+    """Text that a stage needs: at least `count` windows of `length` tokens of `corpus`; `option` names the length."""
 
     option: str
     corpus: str
@@ -47,35 +47,39 @@ class Need:
 
 
 def check(recipe: Recipe, stages: Collection[str]) -> None:
-    """Raise `UserError` for what would end one of `stages` (those of `runs/run.py`), as far as it can be known."""
+    """Raise `UserError` for what would end one of `stages` (of `runs/run.py`), as far as it can be known."""
     check_training(recipe)
     if recipe.drafter is not None and (recipe.draft is None or recipe.draft.network is None):
         raise UserError(NO_NETWORK)
     _check_search(recipe)
     model, tokenizer = _base(recipe.model)
-    settles = recipe.calibrate is not None or any(_may_compare(str(method["name"])) for method in recipe.methods)
+    compares = recipe.calibrate is not None or any(_may_compare(str(method["name"])) for method in recipe.methods)
     if model is not None:
         methods = _check_methods(recipe, model)
-        settles = recipe.calibrate is not None or bool(_deciding(methods))
+        compares = recipe.calibrate is not None or bool(_deciding(methods))
         if "bench" in stages:
             check_window(model, max(recipe.bench.prompt_tokens), recipe.bench.new_tokens)
         if "generate" in stages and tokenizer is not None:
             num_prompt = len(tokenizer(recipe.generate.prompt)["input_ids"])  # type: ignore[arg-type]
             check_window(model, num_prompt, recipe.generate.max_new_tokens)
-    for need in _texts(recipe, stages, settles):
+    for need in _texts(recipe, stages, compares):
         _check_text(need, recipe, model, tokenizer)
 
 
-def _texts(recipe: Recipe, stages: Collection[str], settles: bool) -> Iterator[Need]:
-    """Yield the text that `stages` read; training that `settles` thresholds measures shares on the text of eval."""
+def _texts(recipe: Recipe, stages: Collection[str], compares: bool) -> Iterator[Need]:
+    """Yield the text that `stages` need.
+
+    Args:
+        compares: whether a threshold decides, so that training measures skipped fractions on the text of eval.
+    """
     data, evaluation, bench = recipe.data, recipe.eval, recipe.bench
     if "search" in stages and recipe.search is not None:
         yield Need("search.sequence_length", data.train, recipe.search.sequence_length)
     if "fit" in stages and recipe.router_fit is not None:
         yield Need("router_fit.sequence_length", data.train, recipe.router_fit.sequence_length, 2)
-    if "train" in stages and (recipe.train is not None or settles):
+    if "train" in stages and (recipe.train is not None or compares):
         yield Need("data.sequence_length", data.train, data.sequence_length, 1, data.max_documents)
-    if "train" in stages and settles:
+    if "train" in stages and compares:
         yield Need("eval.sequence_length", evaluation.data, min(evaluation.sequence_length, data.sequence_length))
     if "eval" in stages:
         yield Need("eval.sequence_length", evaluation.data, evaluation.sequence_length, 1, evaluation.max_documents)
@@ -94,18 +98,19 @@ def _check_text(
         check_corpus(need.corpus)
         return
     if model is not None and need.length > (most := _most_positions(model)):
-        raise UserError(f"{need.option} is {need.length}; this model has only {most} positions")
+        raise UserError(f"{need.option} is {need.length}; this model has only {most} positions; give a smaller one")
     text = recipe.data.model_copy(update={"isolate_documents": False}) if need.count > 1 else recipe.data
     limits = {"max_windows": need.count, "max_documents": need.max_documents}
     windows = load_windows(need.corpus, tokenizer, need.length, text=text, **limits)
     if len(windows) < need.count:
         raise UserError(
-            f"{need.option}: {need.count} windows of {need.length} tokens are needed; {need.corpus} has {len(windows)}"
+            f"{need.option}: {need.count} windows of {need.length} tokens are needed, and {need.corpus} has "
+            f"{len(windows)}; give more text or shorter windows"
         )
 
 
 def _most_positions(model: PreTrainedModel) -> float:
-    """Return the longest text that a model has positions for; rotary ones have no end."""
+    """Return the most positions of a text; infinite for rotary embeddings and ALiBi."""
     config = model.config
     rotates = getattr(config, "rope_parameters", None) is not None or getattr(config, "alibi", False)
     return float("inf") if rotates else getattr(config, "max_position_embeddings", float("inf"))
@@ -125,7 +130,7 @@ def _check_search(recipe: Recipe) -> None:
 
 
 def _base(model: ModelConfig) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
-    """Return the base model without weights, and its tokenizer; None for what only loading can tell about."""
+    """Return the base model without weights and its tokenizer; None for each that is known only after loading."""
     if model.scratch is not None:
         with torch.device("meta"):
             return build_decoder(model.scratch, model.scratch.tokenizer.size, 0, seed=0), None
@@ -144,12 +149,16 @@ def _base(model: ModelConfig) -> tuple[PreTrainedModel | None, PreTrainedTokeniz
 
 
 def _may_compare(name: str) -> bool:
-    """Return whether a method has a threshold with some of its options; only loading can tell more."""
+    """Return whether a method compares scores with a threshold under any options; its own need the model."""
     return issubclass(method_class(name, "methods"), Calibrated)
 
 
 def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
-    """Return the methods. Raise `UserError` for options that do not fit the model, and for stages without a method."""
+    """Return the methods.
+
+    Raises:
+        UserError: options that do not fit the model, or a stage without a method for it.
+    """
     backbone = Backbone(model)
     methods = build_methods(method_configs(recipe), backbone)
     if recipe.draft is not None:
@@ -161,7 +170,7 @@ def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
     if recipe.calibrate is not None and not _deciding(methods):
         raise UserError(nothing_to_calibrate(" + ".join(method.name for method in methods) or "full depth"))
     if recipe.train is not None:
-        with warnings.catch_warnings(action="ignore"):  # PEFT's, told when training begins
+        with warnings.catch_warnings(action="ignore"):  # PEFT repeats them when training begins.
             prepare(model, recipe.train)
     return methods
 
