@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from anydepth.errors import UserError
-from anydepth.report import correlations, plots
+from anydepth.report import correlations, plots, quality
 from anydepth.report.page import write_report
 from report_documents import (
     CORRELATIONS,
@@ -67,7 +67,7 @@ def test_the_page_is_whole_and_self_contained(written: list[Path]) -> None:
     outline.feed(html)
     assert outline.open == []
     assert outline.headings == [
-        "What it buys", "Skip set", "The router before training", "Training", "Which layers run", "Tasks", "Speed",
+        "Quality and speed", "Skip set", "The router before training", "Training", "Which layers run", "Tasks", "Speed",
         "Where depth goes", "Depth of whole texts", "A text, token by token", "How it was made",
     ]  # fmt: skip
     assert len(outline.images) == 16
@@ -231,7 +231,7 @@ def test_points_of_texts_are_where_the_document_has_them() -> None:
 
 
 def test_pictures_for_dark_pages_are_dark(tmp_path: Path) -> None:
-    figure = plots.layers({"per_layer": {"mixer": [0.5, 1.0], "ffn": [1.0, 1.0]}})
+    figure = quality.layers({"per_layer": {"mixer": [0.5, 1.0], "ffn": [1.0, 1.0]}})
     light, dark = (
         np.asarray(Image.open(BytesIO(data)).convert("L")) for data in (plots.png(figure), plots.dark_png(figure))
     )

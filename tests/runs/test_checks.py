@@ -12,7 +12,7 @@ from anydepth.config import validate
 from anydepth.errors import UserError
 from anydepth.methods.of_recipe import load_recipe
 from anydepth.recipe import Recipe
-from anydepth.runs import inputs, training
+from anydepth.runs import inputs, train_stage
 from anydepth.runs.run import STAGES, Runner
 from commands import anydepth
 from tiny import save_base, save_text
@@ -166,7 +166,7 @@ def test_training_is_kept_where_measuring_shares_fails(
     def fail(*arguments: object) -> None:
         raise UserError("the disk with the text is gone")
 
-    monkeypatch.setattr(training, "settle_shares", fail)
+    monkeypatch.setattr(train_stage, "settle_shares", fail)
     with pytest.raises(UserError, match="is gone"):
         runner.train()
     assert inputs.is_checkpoint(tmp_path / "out") and "train" in runner.missing

@@ -1,1 +1,1 @@
-"""Pictures and pages out of result documents; nothing is measured here."""
+"""Figures and pages from result documents; nothing is measured here."""

@@ -1,17 +1,15 @@
-"""The section and the figure about whole texts: their depth beside their length, perplexity and rarity."""
+"""The section and the figure about whole texts: their depth next to their length, perplexity and rarity."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from anydepth.report import plots
-from anydepth.report.plots import COLOURS, WIDTH, Document
-
-if TYPE_CHECKING:
-    from anydepth.report.page import Page
+from anydepth.report import plots, wording
+from anydepth.report.layout import Page
+from anydepth.report.plots import COLOURS, Document
 
 AXES = {
     "length": "length (tokens)",
@@ -28,7 +26,7 @@ def section(page: Page, document: Document, name: str) -> None:
     if found is None or found["of"] is None:
         return
     page.section("Depth of whole texts")
-    cut = f"; {found['num_cut']} of them go on" if found["num_cut"] else ""
+    cut = f"; {found['num_cut']} of them were cut" if found["num_cut"] else ""
     page.text(
         f"{found['num_samples']} {found['unit']}s, each run by itself, at most {found['max_tokens']} tokens{cut}. "
         f"Frequencies of tokens from {found['num_counted_tokens']} tokens of the same corpus.",
@@ -47,39 +45,28 @@ def section(page: Page, document: Document, name: str) -> None:
 
 
 def _drawn(found: dict[str, Any]) -> list[Document]:
-    """Return the correlations of what varies."""
+    """Return the correlations that are not with a constant."""
     return [row for row in found["rows"] if row["of"] == found["of"] and row["line"] is not None]
 
 
 def _cell(kind: str, row: Document) -> str:
     """Return a correlation with its interval, as text."""
-    r, low, high = (row[kind][end] for end in ("r", "low", "high"))
-    if r is None:
-        return "constant"
-    return f"{r:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
+    r, interval = wording.correlation(row[kind])
+    return f"{r} ({interval})" if interval else r
 
 
 def scatter(found: dict[str, Any]) -> Figure:
-    """Depth (or FLOP share) of each text over its length, perplexity and rarity, with a line and its band."""
+    """Draw the depth (or FLOP share) of each text over its length, perplexity and rarity, with a line and its band."""
     rows = _drawn(found)
-    figure = Figure(figsize=(WIDTH, 0.4 + 2.0 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), sharey=True, squeeze=False)[:, 0]
-    for axes, row in zip(panels, rows, strict=True):
+    figure, panels = plots.new_panels(len(rows), 1, 0.4 + 2.0 * len(rows), sharey=True, squeeze=False)
+    for axes, row in zip(panels[:, 0], rows, strict=True):
         points, line = found["samples"], row["line"]
         if line["low"] is not None:
             axes.fill_between(line["x"], line["low"], line["high"], color=COLOURS[1], alpha=0.2, linewidth=0)
         axes.plot(line["x"], line["y"], color=COLOURS[1], linewidth=1.4)
-        axes.scatter(
-            [point[row["with"]] for point in points],
-            [point[found["of"]] for point in points],
-            color=COLOURS[0],
-            s=12,
-        )
-        axes.set_title(
-            "   ".join(f"{kind.title()} {_cell(kind, row)}" for kind in KINDS),
-            fontsize=8,
-            loc="left",
-        )
+        x, y = [point[row["with"]] for point in points], [point[found["of"]] for point in points]
+        axes.scatter(x, y, color=COLOURS[0], s=12)
+        axes.set_title("   ".join(f"{kind.title()} {_cell(kind, row)}" for kind in KINDS), fontsize=8, loc="left")
         axes.set_xlabel(AXES[row["with"]], fontsize=9)
         plots.bare(axes)
     figure.supylabel(f"{OF[found['of']]} of a text", fontsize=9)

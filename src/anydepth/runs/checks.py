@@ -32,7 +32,7 @@ from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare
 
-NO_NETWORK = "drafter trains the network of draft, and draft has none; add draft.network, or leave drafter out"
+NO_NETWORK = "drafter trains the network of draft, which has none; give draft a network, or leave drafter out"
 
 
 @dataclass(frozen=True)

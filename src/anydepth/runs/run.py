@@ -32,7 +32,7 @@ from anydepth.processes import rank
 from anydepth.recipe import Recipe, RouterFitConfig, SearchConfig
 from anydepth.runs.checks import check
 from anydepth.runs.inputs import Inputs
-from anydepth.runs.training import FITTED, Training
+from anydepth.runs.train_stage import FITTED, Training
 from anydepth.search.router_fit import fit_router
 from anydepth.search.skip_search import search
 from anydepth.speculation.self_generated import OWN_TEXT

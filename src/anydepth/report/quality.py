@@ -1,0 +1,142 @@
+"""Sections and figures about quality: the layers that run, perplexity, and scores of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from matplotlib.figure import Figure
+
+from anydepth.measure.results import MEANS, task_scores
+from anydepth.report import plots, wording
+from anydepth.report.layout import Page
+from anydepth.report.plots import COLOURS, GREY, Document
+from anydepth.report.wording import number
+
+
+def evaluation(page: Page, document: Document, name: str) -> None:
+    """Add the layers that run, perplexity, and tasks; one model where nothing can differ."""
+    note = document.get("note")
+    page.section("Perplexity" if note else "Which layers run")
+    page.text(f"Fractions of {document['num_tokens']} real tokens; mean depth {document['mean_depth']:.2f}.", "lead")
+    if note:
+        page.text(f"{document['label']}: {note}.")
+    if "perplexity" in document:
+        page.text(_perplexities(document))
+    for method, share in document.get("skip_share", {}).items():
+        page.text(f"{method} skips {share:.1%} of its decisions here.")
+    if "gflops_per_token" in document:
+        page.text(f"{wording.flops(document)}.")
+    if not note:
+        text = "Fraction of evaluation tokens that ran each mixer and FFN."
+        page.figure(name, layers(document), text, document)
+    if document.get("perplexity_interval"):
+        text = "Perplexity; bars are 95%, from how windows of the text differ from each other."
+        page.figure(f"{name}-perplexity", perplexity(document), text, document)
+    if document.get("mixers"):
+        page.text("Layers with mixer routing:")
+        columns = {"layer": "layer", "softmax_share": "fraction of softmax", "entropy": "entropy of the routing, bits"}
+        page.table(f"{name}-mixers", columns, document["mixers"])
+    if document.get("tasks"):
+        _tasks(page, document, name)
+
+
+def _perplexities(document: Document) -> str:
+    ours, base, same = document["perplexity"], document["full_depth"], document.get("full_depth_adapted")
+    if document.get("note"):
+        return f"Perplexity {number(ours)}."
+    without_lora = "" if same is None else f"; the base model without LoRA {number(base['perplexity'])}"
+    full = number((same or base)["perplexity"])
+    return f"Perplexity {number(ours)}, the same model at full depth {full}{without_lora}."
+
+
+def _tasks(page: Page, document: Document, name: str) -> None:
+    page.section("Tasks")
+    same = bool(document.get("note"))
+    text = (
+        "By lm-eval, with routing on and at full depth, on the same items; ± one standard error, of the change paired."
+    )
+    page.text("By lm-eval; ± one standard error." if same else text, "lead")
+    columns = {
+        "task": "task",
+        "metric": "metric",
+        "num_items": "items",
+        "num_fewshot": "examples",
+        "full": "full depth",
+        "score": "adapted",
+        "change": "change",
+        "layer_token_share": "FLOP share of layers",
+    }
+    columns = {key: title for key, title in columns.items() if not (same and key in list(columns)[5:])}
+    rows = _task_rows(document)
+    bars = [row for row in rows if row["metric"].partition(",")[0] in MEANS]
+    if bars:
+        text = "Scores of tasks; bars are 95% (1.96 standard errors) of each score by itself."
+        page.figure(f"{name}-scores", scores(bars, same=same), text, document)
+    errors = {key: f"{key}_stderr" for key in ("full", "score", "change")}
+    shown = {key: partial(wording.plus_minus, key, error) for key, error in errors.items()}
+    page.table(f"{name}-tasks", columns, rows, shown, errors.values())
+
+
+def _task_rows(document: Document) -> list[Document]:
+    """Return a row for each task and metric: `full`, `score` and `change`, each with its standard error."""
+    rows = []
+    for label, task in document["tasks"].items():
+        full = task_scores(document["full_depth"]["tasks"][label])
+        for metric, score in task_scores(task).items():
+            row = {**task, "task": label, "metric": metric}
+            change = task.get("changes", {}).get(metric, (None, None))
+            for key, pair in (("score", score), ("full", full[metric]), ("change", change)):
+                row[key], row[f"{key}_stderr"] = pair
+            rows.append(row)
+    return rows
+
+
+def layers(document: Document) -> Figure:
+    """Draw the fraction of tokens that ran each layer's mixer and FFN."""
+    fractions = document["per_layer"]
+    figure, axes = plots.new_figure("Layers: fraction of tokens that ran them", 2.8)
+    for branch, label, shift, colour in (("mixer", "mixer", -0.2, COLOURS[0]), ("ffn", "FFN", 0.2, COLOURS[4])):
+        values = fractions[branch]
+        axes.bar([i + shift for i in range(len(values))], values, width=0.4, color=colour, label=label)
+    plots.whole_numbers(axes.xaxis)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("fraction of tokens")
+    axes.set_ylim(0, 1.05)
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.2))
+    return figure
+
+
+def perplexity(document: Document) -> Figure:
+    """Draw perplexity at full depth and adapted, with 95% intervals; one bar where nothing can differ."""
+    sides = {"full depth": document["full_depth"], plots.short(str(document["label"])): document}
+    sides = dict(list(sides.items())[: 1 if document.get("note") else 2])
+    figure, axes = plots.new_figure("Perplexity (lower is better)", 0.9 + 0.45 * len(sides))
+    values = [float(side["perplexity"]) for side in sides.values()]
+    ends = [
+        [float(bound) for bound in side.get("perplexity_interval") or (value, value)]
+        for value, side in zip(values, sides.values(), strict=True)
+    ]
+    bars = list(zip(*map(plots.reach, values, ends), strict=True))
+    colours = [GREY, COLOURS[0]][: len(sides)]
+    axes.barh(range(len(sides)), values, xerr=bars, color=colours, ecolor=COLOURS[1], capsize=3, height=0.6)
+    plots.name_rows(axes, list(sides))
+    axes.set_xlabel("perplexity (bars: 95%)")
+    return figure
+
+
+def scores(rows: Sequence[Document], *, same: bool) -> Figure:
+    """Draw scores of tasks at full depth and adapted, with 95% intervals; full depth alone if both are the same."""
+    figure, axes = plots.new_figure("Tasks (higher is better)", 1.1 + (0.3 if same else 0.5) * len(rows))
+    sides = [("full", "full depth", GREY), ("score", "adapted", COLOURS[0])][: 1 if same else 2]
+    height = 0.8 / len(sides)
+    for side, (key, label, colour) in enumerate(sides):
+        places = [place + (side - (len(sides) - 1) / 2) * height for place in range(len(rows))]
+        errors = [1.96 * (row.get(f"{key}_stderr") or 0.0) for row in rows]
+        style = {"height": height, "color": colour, "ecolor": COLOURS[1], "capsize": 2, "label": label}
+        axes.barh(places, [row[key] for row in rows], xerr=errors, **style)
+    plots.name_rows(axes, [f"{plots.short(row['task'])}: {row['metric']}" for row in rows], 7)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("score (bars: 95%)")
+    plots.legend_outside(figure, axes)
+    return figure

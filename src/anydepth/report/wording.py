@@ -1,0 +1,120 @@
+"""Numbers and sentences about results, the same on the report page and on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+Document = dict[str, Any]
+SPREAD = "in brackets the 95% interval of a speed-up; noise: it contains 1, so that no difference was shown"
+
+
+def sentence(text: str) -> str:
+    """Return a text as a sentence of the page."""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def number(value: Any) -> str:
+    """Return a value as tables and sentences of the page show it, safe in HTML; nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+
+
+def speedup(row: Document, times: str = "") -> str:
+    """Return a speed-up with its interval, marked where it is no difference; nothing where there is none."""
+    if row.get("speedup") is None:
+        return ""
+    interval = row.get("speedup_interval")
+    text = f"{row['speedup']:.2f}{times}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
+    return f"{text} noise" if row.get("is_noise") else text
+
+
+def flops(document: Document) -> str:
+    """Return the FLOPs of a token, adapted and at full depth."""
+    ours, full = document["gflops_per_token"], document["full_depth"]["gflops_per_token"]
+    return f"{ours:.4g} GFLOPs a token, {full:.4g} at full depth"
+
+
+def risk(document: Document) -> str:
+    """Return the bound of `calibrate --max-risk`, or that none was shown."""
+    if not document["met"]:
+        return "no setting could be shown to keep the bound: nothing is skipped"
+    bound, confidence = document["config"]["max_risk"], document["config"]["confidence"]
+    return (
+        f"risk {document['risk']:.3f} on {document['num_sequences']} texts; at most {bound:g} with confidence "
+        f"{confidence:g} (p {document['p_value']:.2g})"
+    )
+
+
+def skipped(document: Document) -> list[str]:
+    """Return for each calibrated method the fractions that it skips, and the one that was set."""
+    return [
+        f"{method} skips {row['held_out']:.1%} of its decisions on held-out text, {row['calibration']:.1%} on the "
+        f"text of calibration; {row['target']:.1%} was set"
+        for method, row in document.get("skip_share", {}).items()
+    ]
+
+
+def gates(own: Document) -> str:
+    """Return how often the gates of a method open, and how their decisions spread."""
+    return (
+        f"{own['method']}: {len(own['gates'])} gates let {own['fraction']:.1%} of tokens run (σ "
+        f"{own['layer_std']:.3f} between layers, {own['token_std']:.3f} between tokens); entropy of a gate "
+        f"{own['entropy']:.3f} nats, of the mean {own['entropy_of_mean']:.3f}"
+    )
+
+
+def conditionality(found: Document) -> str:
+    """Return whether gates depend on the token, with the p value of the permutation test."""
+    if not found["num_gates"]:
+        return "no gate both opens and closes: depth does not depend on the token"
+    is_least = found["p_value"] <= 1 / (found["num_permutations"] + 1) + 1e-12
+    return (
+        f"gates hold {found['mutual_information_bits']:.4f} bits about their token, {found['static_bits']:.4f} by "
+        f"chance over {found['num_permutations']} permutations; p {found['p_value']:.3g}"
+        + (" (the least that so many permutations can show)" if is_least else "")
+    )
+
+
+def agreement(row: Document, names: Sequence[str]) -> str:
+    """Return how often the gates of two runs agree."""
+    return (
+        f"{names[row['first']]} and {names[row['second']]} agree in {row['agreement']:.1%} of gates, "
+        f"{row['by_chance']:.1%} by chance (kappa {row['kappa']:.2f})"
+    )
+
+
+def correlation(found: Document) -> tuple[str, str]:
+    """Return a correlation and its interval."""
+    if found["r"] is None:
+        return "constant", ""
+    return f"{found['r']:.2f}", "" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
+
+
+def named(documents: Sequence[Document]) -> dict[str, Document]:
+    """Return documents by the name of their run, or by what is attached; numbered where two have the same name."""
+    names = [str(document.get("run") or document["label"]) for document in documents]
+    names = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return dict(zip(names, documents, strict=True))
+
+
+def ends(row: Document, *keys: str) -> Document:
+    """Return the ranges of a row's keys as columns `<key>_low` and `<key>_high`; none for a range of one value."""
+    ranges = {key: row.get(f"{key}_range") for key in keys}
+    known = {key: bounds for key, bounds in ranges.items() if bounds is not None and bounds[0] != bounds[1]}
+    return {
+        f"{key}_{end}": bound
+        for key, bounds in known.items()
+        for end, bound in zip(("low", "high"), bounds, strict=True)
+    }
+
+
+def from_to(key: str, row: Document) -> str:
+    """Return a value with the range that `ends` made of it."""
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return number(row[key]) + ("" if low is None else f" ({number(low)} to {number(high)})")
+
+
+def plus_minus(key: str, error: str, row: Document) -> str:
+    """Return a value with its error."""
+    return "" if row.get(key) is None else number(row[key]) + (f" ± {row[error]:.2g}" if row.get(error) else "")
