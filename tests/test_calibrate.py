@@ -120,8 +120,8 @@ def test_a_checkpoint_without_quantiles_names_the_way(routers: Path, text: Path)
         "eval", routers, "--set", "ffn_router.capacity=0.1"
     )
     assert "give one of them" in refused("eval", routers, "--capacity", 0.4, "--skip-share", 0.6)
-    assert "came 1.5" in refused("eval", routers, "--capacity", 1.5)
-    assert "came 1" in refused("eval", routers, "--skip-share", 1)
+    assert "got 1.5" in refused("eval", routers, "--capacity", 1.5)
+    assert "got 1" in refused("eval", routers, "--skip-share", 1)
 
 
 def test_a_speed_that_nothing_reaches_is_refused(routers: Path, text: Path, tmp_path: Path) -> None:
@@ -216,11 +216,11 @@ def test_what_calibrate_is_asked_for(routers: Path) -> None:
         ("--capacity", "nan", "above 0 up to 1"),
         ("--sweep", "0.5,nan", "above 0 up to 1"),
         ("--max-risk", "nan", "between 0 and 1"),
-        ("--num-runs", 0, "at least 1; came 0"),
-        ("--new-tokens", 0, "at least 1; came 0"),
-        ("--num-prompts", 0, "at least 1; came 0"),
-        ("--num-windows", 0, "at least 1; came 0"),
-        ("--sequence-length", 1, "at least 2; came 1"),
+        ("--num-runs", 0, "at least 1; got 0"),
+        ("--new-tokens", 0, "at least 1; got 0"),
+        ("--num-prompts", 0, "at least 1; got 0"),
+        ("--num-windows", 0, "at least 1; got 0"),
+        ("--sequence-length", 1, "at least 2; got 1"),
     ],
 )
 def test_bounds_and_sizes_outside_their_range(option: str, value: object, named: str) -> None:

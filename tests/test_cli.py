@@ -105,7 +105,7 @@ def test_analysis_of_whole_texts(finished: Path) -> None:
     assert all(row["length"] <= 32 for row in found["samples"])
     none = anydepth("analyze", finished, *options, "--samples", 0, "--json", "--quiet")
     assert json.loads(none.stdout)["correlations"] is None
-    assert "--samples is a number of at least 0; came -1" in refused("analyze", finished, "--samples", -1, "--quiet")
+    assert "--samples is a number of at least 0; got -1" in refused("analyze", finished, "--samples", -1, "--quiet")
     for_people = anydepth("analyze", finished, *options, "--samples", 5)
     assert "of 5 paragraphs with" in for_people.stdout and "up to 5 texts of at most 32 tokens" in for_people.stderr
 
@@ -259,7 +259,7 @@ def test_calibrate_refuses_what_is_out_of_reach(tmp_path: Path, finished: Path, 
     assert "speed-up of 50 is out of reach here: the most measured was" in line
     assert not (tmp_path / "set").exists()
     assert "--target-speedup 1.3" in refused(*command)
-    assert "came 0.5" in refused(*command, "--target-speedup", 0.5)
+    assert "got 0.5" in refused(*command, "--target-speedup", 0.5)
     command[1] = base
     assert "nothing to calibrate" in refused(*command, "--target-speedup", 1.2, code=1)
 
@@ -498,7 +498,7 @@ def test_values_out_of_range(base: Path, finished: Path) -> None:
     assert "1,x" in refused("bench", finished, "--batch-sizes", "1,x", "--quiet")
     assert "no method attached" in refused("bench", base, "--quiet")
     assert "did you mean 'arc_easy'" in refused("eval", base, "--tasks", "arc_eazy", "--quiet")
-    assert "--permutations is a number of at least 1; came 0" in refused(
+    assert "--permutations is a number of at least 1; got 0" in refused(
         "analyze", base, "--permutations", 0, "--quiet"
     )
     assert "cuda:7" in refused("inspect", base, "--device", "cuda:7")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import anydepth
 from anydepth import FastEngine, HFEngine
-from anydepth.cli.display import show_bench
+from anydepth.cli.benching import show_bench
 from anydepth.errors import RunError, UserError
 from anydepth.hf.partial import PartialRunner
 from anydepth.measure import timing

@@ -246,7 +246,7 @@ def test_what_changes_no_score_is_scored_once(tmp_path: Path, text: str, method:
     printed = evaluated(tmp_path / "own", *asked)
     why = "drafting does not change scores" if method == "drafting" else "every token runs every layer"
     assert printed.count(why) == 1 and "change" not in printed.replace(why, "").replace("of the change", "")
-    assert [line.split()[0] for line in printed.splitlines() if line[:1].isalpha()][:1] == ["untouched"]
+    assert [line.split()[0] for line in printed.splitlines() if line[:1].isalpha()][:1] == ["base"]
     document = json.loads(evaluated(tmp_path / "own", *asked, "--json", "--quiet"))
     assert document["note"].startswith(why) or why in document["note"]
     assert document["tasks"] == document["full_depth"]["tasks"]

@@ -28,7 +28,7 @@ def test_each_form_is_a_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"prompt": 5}, "line 1: came `prompt` 5; it must be a string"),
+        ({"prompt": 5}, "line 1: got `prompt` 5; it must be a string"),
         ({"prompt": ["a"]}, "it must be a string"),
         ({"turns": "a"}, "it must be a list of strings"),
         ({"turns": [5]}, "it must be a list of strings"),

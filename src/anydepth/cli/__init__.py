@@ -1,6 +1,6 @@
-"""The command line. The one place that prints errors: one line, exit code 2 for a mistake, 1 for a failed run.
+"""The command line, and the only place that prints errors: one line, exit code 2 for a mistake, 1 for a failed run.
 
-Commands import what they need when they run, so that `--help` and a wrong option answer at once.
+Commands import other packages when they run, so that `--help` and errors in options need no time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import warnings
 
 import typer
 
-# Imported for the commands they register, in the order in which help lists them.
-from anydepth.cli import training, calibrating, measuring, generating, serving  # noqa: F401  # isort: skip
+# Imported for the commands that they register, in the order of the help.
+from anydepth.cli import training, searching, sweeping, calibrating, inspecting, evaluating, benching  # noqa: F401  # isort: skip
+from anydepth.cli import analysis, reporting, generating, serving  # noqa: F401  # isort: skip
 from anydepth.cli.application import app
 from anydepth.errors import RunError, UserError
 from anydepth.processes import is_parallel, rank
@@ -23,23 +24,17 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def main() -> None:
-    """Entry point: runs a command and turns every error into one line and an exit code."""
+    """Run a command; turn every error into one line and an exit code."""
     sys.exit(_exit_code(sys.argv[1:]))
 
 
 def _exit_code(arguments: list[str]) -> int:
-    # Libraries warn each other of coming versions; no user of a command can act on that.
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it wants kernels from the hub, and says so on import
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # five lines of retries before the one that says it
-    if {"--quiet", "-q"} & set(arguments):
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' bars as well
-    interrupted = "interrupted; `train --resume`, `run` and `sweep` go on where they were"
+    _silence_libraries(quiet=not {"--quiet", "-q"}.isdisjoint(arguments))
+    interrupted = "interrupted; `train --resume`, `run` and `sweep` continue where they were"
     try:
         if is_parallel() and arguments[:1] != ["train"]:
-            raise UserError("train alone runs in several processes; start this command by itself, without a launcher")
-        # typer turns Ctrl-C into a returned 130.
+            raise UserError("only train runs in several processes; start this command without a launcher")
+        # typer returns 130 after Ctrl-C.
         if app(arguments or ["--help"], prog_name="anydepth", standalone_mode=False) == INTERRUPTED:
             return _fail(interrupted, INTERRUPTED)
     except typer.TyperException as error:
@@ -52,7 +47,7 @@ def _exit_code(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail(interrupted, INTERRUPTED)
     except BrokenPipeError:
-        # The reader went away, as `head` does: not our failure. Python would complain once more at exit.
+        # The reader has ended, as `head` does, which is no failure. Python would report it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
@@ -63,9 +58,20 @@ def _exit_code(arguments: list[str]) -> int:
     return 0
 
 
+def _silence_libraries(quiet: bool) -> None:
+    """Keep warnings and logs of libraries out of the output; their progress bars too if `quiet`."""
+    # These warnings are about coming versions of libraries, which a user of a command cannot change.
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It reports on import that it has no kernels.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # It logs five retries before the error.
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # This hides transformers' bars too.
+
+
 def _fail(line: str, code: int) -> int:
-    who = f"anydepth (process {rank()})" if rank() > 0 else "anydepth"
-    print(f"{who}: {' '.join(line.split())}", file=sys.stderr)
+    name = f"anydepth (process {rank()})" if rank() > 0 else "anydepth"
+    print(f"{name}: {' '.join(line.split())}", file=sys.stderr)
     return code
 
 

@@ -1,4 +1,4 @@
-"""`python -m anydepth.cli`."""
+"""The command line as `python -m anydepth.cli`."""
 
 from anydepth.cli import main
 

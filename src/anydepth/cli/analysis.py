@@ -1,63 +1,132 @@
-"""Print the document of `analyze` for people."""
+"""The command that shows where depth goes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from anydepth.cli.display import table
+import typer
+
+from anydepth.cli import options as opt
+from anydepth.cli.application import app
+from anydepth.cli.display import Printer, table
+from anydepth.errors import UserError
+from anydepth.report import wording
+
+
+@app.command()
+def analyze(
+    target: opt.Target,
+    data: opt.Data = "embedded:valid",
+    sequence_length: opt.SequenceLength = 512,
+    limit: Annotated[int, typer.Option(help="Run the first windows only.")] = 16,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Compare gates with those of the same method from another seed.")
+    ] = None,
+    permutations: Annotated[
+        int, typer.Option(help="Test with this many permutations whether depth depends on the token.")
+    ] = 199,
+    samples: Annotated[
+        int, typer.Option(help="Correlate the depth of this many texts with length, perplexity and rarity; 0: none.")
+    ] = 64,
+    options: opt.MethodOptions = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.DType = "auto",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Measure depth by layer, token class, position and loss, and whether it depends on the token."""
+    arguments = dict(locals())
+    from anydepth.decoding.engines import label_of
+    from anydepth.measure.analyze import analyze as measure
+    from anydepth.measure.results import document
+    from anydepth.training.corpora import check_corpus, load_texts
+    from anydepth.training.data import load_windows
+
+    check_corpus(data)
+    opt.at_least(1, permutations=permutations, limit=limit)
+    opt.at_least(0, samples=samples)
+    printer = Printer(as_json, quiet)
+    engine, tokenizer, others = _load(target, compare or [], dtype, device, opt.by_method(options))
+    windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
+    texts = f", and up to {samples} texts of at most {sequence_length} tokens" if samples else ""
+    printer.progress(f"running {windows.numel()} tokens of {data}{texts} …")
+    fields = measure(
+        engine.adapted,
+        tokenizer,
+        windows,
+        texts=load_texts(data) if samples else [],
+        num_samples=samples,
+        others=others,
+        num_permutations=permutations,
+        seed=seed,
+        track=printer.track,
+    )
+    config = opt.config_of(arguments, engine.adapted)
+    result = document("anydepth.analyze/1", seed=seed, config=config, label=label_of(engine), **fields)
+    printer.result(result, show_analysis)
+
+
+def _load(target: str, compare: list[str], dtype: str, device: str, overrides: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Load the target, its tokenizer and the models to compare with. Raise `UserError` where nothing can differ."""
+    from anydepth.decoding.engines import HFEngine
+    from anydepth.measure.evaluate import why_the_same
+    from anydepth.training.checkpoint import load_draft, load_target
+
+    adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=overrides)
+    engine, num_layers = HFEngine(adapted, load_draft(target, adapted)), adapted.backbone.num_layers
+    if engine.differs and (why := why_the_same(engine)) is not None:
+        raise UserError(f"{target} has no depth to analyze: {why}")
+    others = [load_target(name, dtype=dtype, device=device)[0] for name in compare]
+    for other, name in zip(others, compare, strict=True):
+        if other.backbone.num_layers != num_layers:
+            raise UserError(f"{name} has {other.backbone.num_layers} layers, {target} {num_layers}; compare one method")
+    return engine, tokenizer, others
 
 
 def show_analysis(document: dict[str, Any]) -> None:
-    """For people."""
-
-    num_layers = len(document["per_layer"])
-
-    def line(name: str, row: dict[str, Any]) -> list[str]:
-        return [name, str(row["num_tokens"]), *_interval(row["depth"])]
-
+    """Print the document of `analyze`."""
     mean, interval = _interval(document["depth"])
     within = f", {interval} with 95%" if interval else ""
-    flops, full = document["gflops_per_token"], document["full_depth"]["gflops_per_token"]
-    print(f"{mean} of {num_layers} layers a token{within}; {document['num_tokens']} tokens")
-    print(f"{flops:.3g} GFLOPs a token, {full:.3g} at full depth\n")
-    if document["losses"]["rank_correlation"] is None:
-        print("every token runs the same number of layers")
-    else:
-        rows = [line(row["class"], row) for row in document["token_classes"]]
-        table(["tokens that are", "tokens", "depth", "95%"], rows)
-        print()
-        rows = [line(_from_to(row["first"] + 1, row["last"] + 1), row) for row in document["positions"]]
-        table(["at places", "tokens", "depth", "95%"], rows)
-        print()
-        table(["texts of", "tokens", "depth", "95%"], [line(str(row["length"]), row) for row in document["lengths"]])
-        correlation = document["losses"]["rank_correlation"]
-        print(f"\ndepth goes with the loss of the next token by a rank correlation of {correlation:.2f}")
+    print(f"{mean} of {len(document['per_layer'])} layers a token{within}; {document['num_tokens']} tokens")
+    print(f"{wording.flops(document)}\n")
+    _show_kinds(document)
     _show_correlations(document["correlations"])
     _show_layers(document["per_layer"])
-    _show_gates(document["gates"])
-    found = document["conditionality"]
-    if found["num_gates"]:
-        least = " (the least that so many permutations can show)" if _is_least(found) else ""
-        print(
-            f"gates hold {found['mutual_information_bits']:.4f} bits about their token, "
-            f"{found['static_bits']:.4f} by chance; p {found['p_value']:.3g}{least}"
-        )
-    else:
-        print("no gate both opens and closes: depth does not depend on the token")
+    for own in document["gates"]:
+        print(wording.gates(own))
+    for own in document["gates"]:
+        for text in own["warnings"]:
+            print(f"warning: {text}")
+    print(wording.conditionality(document["conditionality"]))
     names = [document["config"]["target"], *(document["config"].get("compare") or [])]
     for row in document["seeds"]:
-        print(
-            f"{names[row['first']]} and {names[row['second']]} agree in {row['agreement']:.1%} of gates, "
-            f"{row['by_chance']:.1%} by chance (kappa {row['kappa']:.2f})"
-        )
+        print(wording.agreement(row, names))
+
+
+def _show_kinds(document: dict[str, Any]) -> None:
+    """Print the depth by class of token, position and length of text, and its correlation with the loss."""
+    correlation = document["losses"]["rank_correlation"]
+    if correlation is None:
+        print("every token runs the same number of layers")
+        return
+    for title, key, name in (
+        ("tokens that are", "token_classes", lambda row: row["class"]),
+        ("positions", "positions", lambda row: _from_to(row["first"] + 1, row["last"] + 1)),
+        ("texts of", "lengths", lambda row: str(row["length"])),
+    ):
+        rows = [[name(row), str(row["num_tokens"]), *_interval(row["depth"])] for row in document[key]]
+        table([title, "tokens", "depth", "95%"], rows)
+        print()
+    print(f"rank correlation of depth with the loss of the next token: {correlation:.2f}")
 
 
 def _show_correlations(found: dict[str, Any] | None) -> None:
-    """Print how the depth of whole texts goes with what they are."""
+    """Print the correlations of whole texts' depth with their properties."""
     if found is None or found["of"] is None:
         return
     rows = [
-        [row["with"], *_correlation(row["pearson"]), *_correlation(row["spearman"])]
+        [row["with"], *wording.correlation(row["pearson"]), *wording.correlation(row["spearman"])]
         for row in found["rows"]
         if row["of"] == found["of"]
     ]
@@ -66,32 +135,8 @@ def _show_correlations(found: dict[str, Any] | None) -> None:
     table([f"{what} of {found['num_samples']} {found['unit']}s with", "Pearson", "95%", "Spearman", "95%"], rows)
 
 
-def _correlation(found: dict[str, Any]) -> tuple[str, str]:
-    """Return a correlation and its interval, as text."""
-    if found["r"] is None:
-        return "constant", ""
-    return f"{found['r']:.2f}", "" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
-
-
-def _show_gates(gates: list[dict[str, Any]]) -> None:
-    """Print what the gates of each method do on average, and the warnings."""
-    for own in gates:
-        print(
-            f"{own['method']}: {len(own['gates'])} gates let {own['fraction']:.1%} of tokens run (σ "
-            f"{own['layer_std']:.3f} between layers, {own['token_std']:.3f} between tokens); entropy of a gate "
-            f"{own['entropy']:.3f} nats, of the mean {own['entropy_of_mean']:.3f}"
-        )
-    for own in gates:
-        for text in own["warnings"]:
-            print(f"warning: {text}")
-
-
-def _is_least(found: dict[str, Any]) -> bool:
-    return bool(found["p_value"] <= 1 / (found["num_permutations"] + 1) + 1e-12)
-
-
 def _interval(depth: dict[str, Any]) -> tuple[str, str]:
-    """A mean, and from where to where."""
+    """Return a mean and its interval."""
     return f"{depth['mean']:.2f}", "" if depth["low"] is None else f"{depth['low']:.2f} to {depth['high']:.2f}"
 
 
@@ -100,7 +145,7 @@ def _from_to(first: int, last: int) -> str:
 
 
 def _show_layers(rows: list[dict[str, Any]]) -> None:
-    """Layers that not every token runs."""
+    """Print the layers that not every token runs."""
     some = [row for row in rows if row["mixer"]["mean"] < 1 or row["ffn"]["mean"] < 1]
     if some:
         print()

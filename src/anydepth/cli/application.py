@@ -1,4 +1,4 @@
-"""The application that commands register with."""
+"""The application with which commands register."""
 
 from __future__ import annotations
 

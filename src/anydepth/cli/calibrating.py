@@ -8,97 +8,87 @@ from typing import Annotated, Any
 
 import typer
 
+from anydepth.cli import options as opt
 from anydepth.cli.application import app
-from anydepth.cli.display import Printer, show_calibration
-from anydepth.cli.options import (
-    Capacity,
-    Data,
-    Device,
-    DType,
-    Engine,
-    Json,
-    Out,
-    Quiet,
-    Seed,
-    SkipShare,
-    Target,
-    at_least,
-    capacities_of,
-    check_out,
-    wanted_share,
-)
+from anydepth.cli.display import Printer, table
 from anydepth.errors import UserError
+from anydepth.report import wording
 
 
 @app.command()
 def calibrate(
-    target: Target,
-    out: Out,
+    target: opt.Target,
+    out: opt.Out,
     target_speedup: Annotated[
-        float | None, typer.Option(help="Skip just enough for it, measured on this machine: 1.3.")
+        float | None, typer.Option(help="Skip just enough for this speed-up, measured on this machine: 1.3.")
     ] = None,
     max_perplexity_increase: Annotated[
-        float | None, typer.Option(help="Skip as much as it allows, against full depth: 0.03. With a speed: its bound.")
+        float | None,
+        typer.Option(help="Skip as much as this bound allows, against full depth: 0.03. Bounds --target-speedup too."),
     ] = None,
-    skip_share: SkipShare = None,
-    capacity: Capacity = None,
+    skip_share: opt.SkipShare = None,
+    capacity: opt.Capacity = None,
     sweep: Annotated[
         str | None,
-        typer.Option(help="Measure speed and perplexity at several capacities, and leave the thresholds: 0.9,0.7,0.5."),
+        typer.Option(help="Measure speed and perplexity at these capacities, and leave the thresholds: 0.9,0.7,0.5."),
     ] = None,
     max_risk: Annotated[
-        float | None, typer.Option(help="Skip as much as can be shown to keep the risk on generated text below: 0.05.")
+        float | None,
+        typer.Option(help="Skip as much as keeps the risk on generated text below this bound, with confidence: 0.05."),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of that bound: 0.95.")] = 0.95,
-    risk: Annotated[str, typer.Option(help="consistency, quality (prompts with references) or difference.")] = (
-        "consistency"
-    ),
+    confidence: Annotated[float, typer.Option(help="Keep the bound with this confidence: 0.95.")] = 0.95,
+    risk: Annotated[
+        str, typer.Option(help="Bound the risk of consistency, quality (prompts with references) or difference.")
+    ] = ("consistency"),
     per_exit: Annotated[
-        bool, typer.Option("--per-exit", help="With --max-risk: give each exit of early_exit a threshold of its own.")
+        bool, typer.Option("--per-exit", help="With --max-risk: give each exit of early_exit its own threshold.")
     ] = False,
     test: Annotated[
         str | None,
         typer.Option(
-            help="With --max-risk: fixed-sequence (default) stops at the first failure; bonferroni tests all."
+            help="With --max-risk: test by fixed-sequence (default), to the first failure, or by bonferroni, all."
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON lines to bound the risk on; else prompts are cut out of --data.")
+        Path | None, typer.Option(help="Bound the risk on these prompts, JSON lines; default: prompts cut from --data.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts to bound the risk on.")] = 100,
-    data: Data = "embedded:train",
+    num_prompts: Annotated[int, typer.Option(help="Bound the risk on this many prompts.")] = 100,
+    data: opt.Data = "embedded:train",
     held_out: Annotated[
-        str | None, typer.Option(help="Text to measure quality on; else the valid split of --data, or what follows.")
+        str | None,
+        typer.Option(
+            help="Measure quality on this text; default: the valid split of --data, or its text after the windows."
+        ),
     ] = None,
-    num_windows: Annotated[int, typer.Option(help="Windows of text to calibrate on.")] = 8,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
-    prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the timed generations.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of the timed generations.")] = 64,
-    num_runs: Annotated[int, typer.Option(help="Timed pairs per try.")] = 5,
-    engine: Engine = "auto",
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: DType = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
+    num_windows: opt.NumWindows = 8,
+    sequence_length: opt.SequenceLength = 256,
+    prompt_tokens: Annotated[int, typer.Option(help="Time generations from prompts of this length.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Time generations of this many tokens.")] = 64,
+    num_runs: Annotated[int, typer.Option(help="Time this many pairs per try.")] = 5,
+    engine: opt.Engine = "auto",
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.DType = "auto",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Set a router's or gate's thresholds to a speed, a bound on quality, a share, or a guaranteed risk.
+    """Set the thresholds of gates to a speed, a bound on quality, a skipped fraction, or a guaranteed risk.
 
-    Writes a checkpoint folder; refuses what cannot be reached, and says what can. With --max-risk nothing is skipped
-    where nothing can be shown. The folder keeps score quantiles, so that any --capacity can be set later; thresholds of
-    early_exit are written to its thresholds.json as well.
+    Writes a checkpoint folder; fails where a bound is out of reach, and reports what is within reach. With --max-risk
+    nothing is skipped where no setting can be shown to keep the bound. The folder keeps score quantiles, so that any
+    --capacity can be set later; thresholds of early_exit are written to its thresholds.json as well.
     """
     arguments = dict(locals())
     from anydepth.training.corpora import check_corpus
 
-    check_out(out)
-    for option in ("num_prompts", "num_windows", "prompt_tokens", "new_tokens", "num_runs"):
-        at_least(option.replace("_", "-"), arguments[option], 1)
-    at_least("sequence-length", sequence_length, 2)
+    opt.check_out(out)
+    counts = ("num_prompts", "num_windows", "prompt_tokens", "new_tokens", "num_runs")
+    opt.at_least(1, **{name: arguments[name] for name in counts})
+    opt.at_least(2, sequence_length=sequence_length)
     check_corpus(data)
     if max_risk is not None:
         if any(value is not None for value in (target_speedup, max_perplexity_increase, skip_share, capacity, sweep)):
-            raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other")
+            raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other bounds")
         _bound_risk(arguments)
     elif per_exit or test is not None:
         raise UserError("--per-exit and --test belong to --max-risk; add it, or leave them out")
@@ -107,9 +97,9 @@ def calibrate(
 
 
 def _meet_bounds(options: dict[str, Any]) -> None:
-    """Run `calibrate` to a speed, a bound on perplexity or a share, or at several capacities."""
-    share = wanted_share(options["skip_share"], options["capacity"])
-    capacities = None if options["sweep"] is None else capacities_of(options["sweep"])
+    """Calibrate to a speed, a bound on perplexity or a skipped fraction, or measure several capacities."""
+    share = opt.wanted_share(options["skip_share"], options["capacity"])
+    capacities = None if options["sweep"] is None else opt.capacities_of(options["sweep"])
     _check_bounds(options["target_speedup"], options["max_perplexity_increase"], share, capacities)
     from anydepth.measure.calibrate import Calibration
     from anydepth.training.corpora import check_corpus, validation_of
@@ -136,29 +126,27 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
     from anydepth.json_io import write_json
     from anydepth.measure.results import document
     from anydepth.methods.early_exit import EarlyExit
-    from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import is_checkpoint, load_draft, own_base, save
 
     target, out = arguments["target"], arguments["out"]
-    config = {name: value for name, value in arguments.items() if name not in ("as_json", "quiet")}
-    config["dtype"] = dtype_name(adapted)
+    config = opt.config_of(arguments, adapted)
     has_own_base = is_checkpoint(target) and own_base(Path(target)) is not None
     draft = load_draft(target, adapted)
     save(adapted, out, own_base=tokenizer if has_own_base else None, draft=draft)
     fields |= {"thresholds": options_of(adapted)}
-    table = out / "thresholds.json"
-    table.unlink(missing_ok=True)  # of an earlier calibration
+    exits_file = out / "thresholds.json"
+    exits_file.unlink(missing_ok=True)  # An earlier calibration can have left one.
     if EarlyExit.name in fields["thresholds"]:
         exits: Any = adapted.methods[EarlyExit.name]
         limits = exits.thresholds_of(exits.config)
-        write_json(table, {"layers": list(limits), "thresholds": list(limits.values())})
+        write_json(exits_file, {"layers": list(limits), "thresholds": list(limits.values())})
     result = document("anydepth.calibrate/1", seed=arguments["seed"], config=config, label=adapted.label, **fields)
     write_json(out / "calibrate.json", result)
     printer.result(result, show_calibration)
 
 
 def _bound_risk(options: dict[str, Any]) -> None:
-    """`calibrate --max-risk`."""
+    """Calibrate to a guaranteed risk: `calibrate --max-risk`."""
     from anydepth.calibration.exits import collect_exit_scores, exit_settings
     from anydepth.calibration.generated import bound_risk, check_risk, shared_settings
     from anydepth.calibration.guarantee import TESTS, check_bounds, check_test, least_sequences
@@ -176,17 +164,13 @@ def _bound_risk(options: dict[str, Any]) -> None:
     adapted, tokenizer = load_target(options["target"], **load)
     draft = load_draft(options["target"], adapted)
     check_decides(draft, options["target"])
-    # As it would be run: with a LoRA adapter folded into the weights, which is then not there to be saved.
+    # Risk is measured with a LoRA adapter merged, as the model is run, but the adapter is saved unmerged.
     merged = load_target(options["target"], **load, merge=True)[0] if has_adapter(adapted) else adapted
     windows, prompts, references = _risk_texts(options, tokenizer)
     scores = collect_scores(merged, windows)
     keep_scores(adapted, scores)
-    each = options["per_exit"]
-    settings = exit_settings(collect_exit_scores(merged, windows)) if each else shared_settings(scores)
-
-    def say(row: dict[str, float]) -> None:
-        printer.progress(f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}")
-
+    per_exit = options["per_exit"]
+    settings = exit_settings(collect_exit_scores(merged, windows)) if per_exit else shared_settings(scores)
     found = bound_risk(
         open_engine(merged, options["engine"], None, printer.progress),
         settings,
@@ -196,7 +180,9 @@ def _bound_risk(options: dict[str, Any]) -> None:
         test=test,
         risk=options["risk"],
         references=references,
-        on_test=say,
+        on_test=lambda row: printer.progress(
+            f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}"
+        ),
     )
     set_thresholds(adapted, thresholds_of(merged))
     if not found.met:
@@ -209,7 +195,7 @@ def _bound_risk(options: dict[str, Any]) -> None:
 
 
 def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any], list[list[int]] | None]:
-    """Windows for scores, and prompts drawn at random from the rest for the risk, with references if they have them."""
+    """Return windows for scores, and prompts drawn at random from other text, with their references if any."""
     import torch
 
     from anydepth.measure.prompts import read_prompts, read_references
@@ -231,7 +217,8 @@ def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any]
     pieces = pieces[torch.randperm(len(pieces), generator=generator)]
     if len(pieces) <= num_scored:
         raise UserError(
-            f"{options['data']} has {len(pieces)} pieces of {options['prompt_tokens']} tokens; give more text"
+            f"{options['data']} has {len(pieces)} pieces of {options['prompt_tokens']} tokens, and "
+            f"{num_scored + 1} are needed; give more text"
         )
     return pieces[:num_scored], list(pieces[num_scored : num_scored + count]), None
 
@@ -245,10 +232,60 @@ def _check_bounds(
     bounds = target_speedup is not None or max_perplexity_increase is not None
     if bounds + (share is not None) + (capacities is not None) != 1:
         raise UserError(
-            "calibrate to what? give --target-speedup 1.3, --max-perplexity-increase 0.03 or both; or one of "
-            "--skip-share 0.4, --sweep 0.9,0.7,0.5 and --max-risk 0.05"
+            "calibrate takes --target-speedup 1.3, --max-perplexity-increase 0.03 or both; or one of --skip-share 0.4, "
+            "--sweep 0.9,0.7,0.5 and --max-risk 0.05"
         )
     if target_speedup is not None and not 1 < target_speedup < math.inf:
-        raise UserError(f"--target-speedup is a factor above 1, such as 1.3; came {target_speedup:g}")
+        raise UserError(f"--target-speedup is a factor above 1, such as 1.3; got {target_speedup:g}")
     if max_perplexity_increase is not None and not 0 <= max_perplexity_increase < math.inf:
-        raise UserError(f"--max-perplexity-increase is a share of at least 0; came {max_perplexity_increase:g}")
+        raise UserError(f"--max-perplexity-increase is a fraction of at least 0; got {max_perplexity_increase:g}")
+
+
+def show_calibration(document: dict[str, Any]) -> None:
+    """Print the document of `calibrate`."""
+    for name, threshold in document["thresholds"].items():
+        values = threshold if isinstance(threshold, list) else [threshold]
+        print(f"{name}: threshold {', '.join(f'{float(value):.4g}' for value in values)}")
+    if "p_value" in document:
+        print(wording.risk(document))
+        return
+    if "sweep" in document:
+        _show_capacities(document)
+        return
+    for text in wording.skipped(document):
+        print(text)
+    if document["speedup"] is not None:
+        print(f"speed-up: {wording.speedup(document, '×')}: median of new pairs and its 95% interval")
+    if document["perplexity_increase"] is not None:
+        print(f"perplexity: {document['perplexity_increase']:+.1%} against the same model at full depth")
+    held_out = document["held_out"]
+    print(
+        f"perplexity of held-out text: {held_out['perplexity']:.4g}, {held_out['perplexity_increase']:+.1%} against "
+        f"{held_out['full_depth_perplexity']:.4g} of the same model at full depth (base model: "
+        f"{held_out['untouched_perplexity']:.4g})"
+    )
+
+
+def _show_capacities(document: dict[str, Any]) -> None:
+    """Print a row per capacity, and the control."""
+    control = document["control"]
+    rows = [
+        [
+            row["label"],
+            "" if "realised_capacity" not in row else f"{row['realised_capacity']:.1%}",
+            wording.speedup(row, "×"),
+            f"{row['perplexity']:.4g}",
+            _percent(row["perplexity_increase"], row["perplexity_increase_range"]),
+        ]
+        for row in (*document["sweep"], *([] if control is None else [control]))
+    ]
+    table(["", "run on held-out text", "speed-up", "perplexity", "increase"], rows)
+    engine = document["engine"]
+    print(
+        f"speed-up over full depth on engine {engine['engine']} {engine['weights']}; {wording.SPREAD}\n"
+        "increase over the same model at full depth, in brackets 95%"
+    )
+
+
+def _percent(middle: float, bounds: list[float] | None) -> str:
+    return f"{middle:+.1%}" + ("" if bounds is None else f" ({bounds[0]:+.1%} to {bounds[1]:+.1%})")

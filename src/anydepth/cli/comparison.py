@@ -1,4 +1,4 @@
-"""`bench --compare`: one table of ways to run a target."""
+"""One table of ways to run a target: `bench --compare`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from anydepth.errors import UserError
 
 NUM_RUNS = 10
 SCORED = 512
-"""Tokens per window that perplexity is measured on, at most."""
+"""The most tokens of a window that perplexity is measured on."""
 NUM_WINDOWS = 8
 
 
@@ -29,6 +29,7 @@ def compare_ways(options: dict[str, Any], adapted: Any, tokenizer: Any, printer:
     from anydepth.measure.bench import batches_of, load_prompts
     from anydepth.measure.compare import compare, ways_of
     from anydepth.measure.prompts import read_prompts
+    from anydepth.measure.timing import unpadded
     from anydepth.training.checkpoint import load_draft
     from anydepth.training.data import load_windows
 
@@ -44,8 +45,8 @@ def compare_ways(options: dict[str, Any], adapted: Any, tokenizer: Any, printer:
         lengths = numbers("prompt-tokens", options["prompt_tokens"] or "64")
         texts = load_prompts(adapted, tokenizer, options["data"], lengths, new_tokens).to(adapted.device)
         count = options["num_runs"] or NUM_RUNS
-        rows = [texts[[(run * size + row) % len(texts) for row in range(size)]] for run in range(count)]
-        batches = [{"input_ids": row, "attention_mask": row.new_ones(row.shape)} for row in rows]
+        rows = [[(run * size + row) % len(texts) for row in range(size)] for run in range(count)]
+        batches = [unpadded(texts[row]) for row in rows]
     windows = load_windows(options["data"], tokenizer, min(SCORED, window), max_windows=NUM_WINDOWS)
     rows = compare(ways_of(engine, printer.progress), batches, windows, new_tokens, say=printer.progress)
     return {"label": adapted.label, "rows": rows, "queues": []}

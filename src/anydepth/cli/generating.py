@@ -1,7 +1,8 @@
-"""Commands that write text."""
+"""Commands that generate text."""
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Annotated, Any
 
@@ -9,147 +10,124 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from anydepth.cli import options as opt
 from anydepth.cli.application import app
-from anydepth.cli.display import Printer, depth_legend, shade_of, show_text
-from anydepth.cli.options import (
-    Capacity,
-    Compiled,
-    Device,
-    DType,
-    Engine,
-    GenerationDefaults,
-    Json,
-    MethodOptions,
-    Quiet,
-    Seed,
-    SkipShare,
-    Target,
-    WeightKind,
-    by_method,
-    wanted_share,
-)
+from anydepth.cli.display import Printer
 from anydepth.errors import UserError
 
 CHAT_TEMPERATURE = 0.7
+SHADES = ("#1b7837", "#7fbf7b", "#b8860b", "#d6604d", "#b2182b")
+"""Colours of tokens, from shallow to deep."""
 
 
 @app.command()
 def generate(
-    target: Target,
-    prompt: Annotated[str, typer.Option(help="Text to go on from, or - for standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    target: opt.Target,
+    prompt: Annotated[str, typer.Option(help="Continue this text; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 64,
+    temperature: opt.Temperature = 0.0,
     show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour each token by the layers it ran.")] = False,
     lossless: Annotated[
         bool,
-        typer.Option("--lossless", help="The text of full depth, faster: what the target's methods draft is verified."),
+        typer.Option(
+            "--lossless", help="Generate the text of full depth, faster: the target's methods draft, all layers verify."
+        ),
     ] = False,
-    options: MethodOptions = None,
-    skip_share: SkipShare = None,
-    capacity: Capacity = None,
-    engine: Engine = "auto",
-    weights: WeightKind = None,
-    generation_config: GenerationDefaults = "auto",
-    compiled: Compiled = False,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: DType = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
+    options: opt.MethodOptions = None,
+    skip_share: opt.SkipShare = None,
+    capacity: opt.Capacity = None,
+    engine: opt.Engine = "auto",
+    weights: opt.WeightKind = None,
+    generation_config: opt.GenerationDefaults = "auto",
+    compiled: opt.Compiled = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.DType = "auto",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """Text, with the depth of every token."""
+    """Generate text, with the depth of every token."""
+    arguments = dict(locals())
     from anydepth.decoding.engines import label_of, open_engine
     from anydepth.decoding.sampling_options import check_source, told_of_generate, use_defaults
     from anydepth.decoding.text import generate_text
     from anydepth.measure.results import document
-    from anydepth.models.load import dtype_name
     from anydepth.training.checkpoint import load_draft, load_target
 
-    if temperature < 0:
-        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    opt.check_temperature(temperature)
     check_source(generation_config)
     text = sys.stdin.read() if prompt == "-" else prompt
-    printer, share = Printer(as_json, quiet), wanted_share(skip_share, capacity)
-    own = by_method(options)
-    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": own, "skip_share": share}
+    printer, load = Printer(as_json, quiet), opt.load_options(arguments)
     with printer.busy(f"loading {target} …"):
         adapted, tokenizer = load_target(target, merge=True, **load)
-        draft = load_draft(target, adapted, lossless=lossless, options=own.get("draft"))
+        draft = load_draft(target, adapted, lossless=lossless, options=load["overrides"].get("draft"))
         use_defaults(adapted.generation_config, generation_config)
         writer = open_engine(adapted, engine, weights, printer.progress, draft=draft, compiled=compiled)
     if writer.drafts and not writer.is_bitwise:
         printer.progress(
-            "verified by transformers' operators, where rounding can decide a near tie otherwise than at full depth; "
-            "for the same tokens in any case: --dtype float32, or --engine fast"
+            "verified by transformers' operators, where rounding can decide a near tie differently than at full depth; "
+            "--dtype float32 or --engine fast always gives the same tokens"
         )
     if line := told_of_generate(adapted.generation_config, temperature):
         printer.progress(line)
     shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    with printer.busy("writing …"):
+    with printer.busy("generating …"):
         fields = generate_text(writer, tokenizer, text, **shared)
-    config = {
-        "target": target,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "dtype": dtype_name(adapted),
-        "lossless": lossless,
-        "generation_config": generation_config,
-        "options": options,
-        "engine": writer.name,
-        "weights": writer.weights,
-        "skip_share": share,
-    }
+    recorded = ("target", "max_new_tokens", "temperature", "lossless", "generation_config", "options")
+    measured = {"engine": writer.name, "weights": writer.weights, "skip_share": load["skip_share"]}
+    config = opt.config_of(arguments, adapted, *recorded, **measured)
     result = document("anydepth.generate/1", seed=seed, config=config, label=label_of(writer), **fields)
     printer.result(result, lambda document: show_text(document, show_depth))
     drafted = result.get("mean_acceptance_length")
-    a_round = f", {drafted:.2f} a verification" if drafted else ""
-    printer.progress(f"{len(result['token_ids'])} tokens, {result['tokens_per_second']:.1f} per second{a_round}")
+    accepted = f", {drafted:.2f} a verification" if drafted else ""
+    printer.progress(f"{len(result['token_ids'])} tokens, {result['tokens_per_second']:.1f} per second{accepted}")
 
 
 @app.command()
 def chat(
-    target: Target,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
+    target: opt.Target,
+    system: Annotated[str | None, typer.Option(help="Begin with this system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens an answer.")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(help=f"0 is greedy. Default: the model's own, else {CHAT_TEMPERATURE}.")
+        float | None,
+        typer.Option(
+            help=f"Sample at this temperature; 0 is greedy. Default: the model's own, else {CHAT_TEMPERATURE}."
+        ),
     ] = None,
-    lossless: Annotated[bool, typer.Option("--lossless", help="Draft and verify: the answers of full depth.")] = False,
-    generation_config: GenerationDefaults = "auto",
-    options: MethodOptions = None,
-    skip_share: SkipShare = None,
-    capacity: Capacity = None,
-    weights: WeightKind = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: DType = "auto",
-    quiet: Quiet = False,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Draft and verify, for the answers of full depth.")
+    ] = False,
+    generation_config: opt.GenerationDefaults = "auto",
+    options: opt.MethodOptions = None,
+    skip_share: opt.SkipShare = None,
+    capacity: opt.Capacity = None,
+    weights: opt.WeightKind = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.DType = "auto",
+    quiet: opt.Quiet = False,
 ) -> None:
     """Talk with a model, each word coloured by its depth.
 
     An empty line or Ctrl-D ends it; Ctrl-C ends an answer.
     """
+    arguments = dict(locals())
     from anydepth.decoding.engines import FastEngine
     from anydepth.decoding.sampling_options import check_source, defaults_of, told, use_defaults
     from anydepth.serve.service import Service
     from anydepth.serve.talk import Talk
     from anydepth.training.checkpoint import load_draft, load_target
 
-    if temperature is not None and temperature < 0:
-        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    opt.check_temperature(temperature)
     check_source(generation_config)
-    if max_new_tokens < 1:
-        raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
-    share = wanted_share(skip_share, capacity)
-    own = by_method(options)
-    load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": own, "skip_share": share}
-    printer = Printer(False, quiet)
+    opt.at_least(1, max_new_tokens=max_new_tokens)
+    printer, load = Printer(False, quiet), opt.load_options(arguments)
     with printer.busy(f"loading {target} …"):
         adapted, tokenizer = load_target(target, merge=True, **load)
         if tokenizer.chat_template is None:
-            raise UserError(f"{target} has no chat template; use generate for models that were not trained to talk")
+            raise UserError(f"{target} has no chat template; use generate for models that are not trained for chat")
         use_defaults(adapted.generation_config, generation_config)
-        draft = load_draft(target, adapted, lossless=lossless, options=own.get("draft"))
+        draft = load_draft(target, adapted, lossless=lossless, options=load["overrides"].get("draft"))
         service = Service(FastEngine(adapted.eval(), weights, draft=draft), tokenizer, max_batch_size=1)
     if line := told(adapted.generation_config):
         printer.progress(line)
@@ -172,8 +150,38 @@ def chat(
 
 
 def _line(console: Console) -> str:
-    """What somebody types; empty at the end."""
+    """Return a typed line; an empty one at the end of the input."""
     try:
         return (console.input("[bold]> [/bold]") if console.is_terminal else sys.stdin.readline()).strip()
     except (EOFError, KeyboardInterrupt):
         return ""
+
+
+def shade_of(depth: float, num_layers: int) -> str:
+    """Return the colour of a token by its number of layers."""
+    return SHADES[max(math.ceil(depth / num_layers * len(SHADES)), 1) - 1]
+
+
+def depth_legend(num_layers: int) -> Text:
+    """Return the colours with their depths."""
+    legend = Text("layers run: ")
+    for number, shade in enumerate(SHADES):
+        legend.append(f"≤{round((number + 1) * num_layers / len(SHADES))} ", style=shade)
+    return legend
+
+
+def show_text(document: dict[str, Any], show_depth: bool) -> None:
+    """Print the text of `generate`, coloured or followed by its depths if `show_depth`."""
+    if not show_depth:
+        print(document["text"])
+        return
+    num_layers = document["num_layers"]
+    text = Text()
+    for token, depth in zip(document["tokens"], document["depths"], strict=True):
+        text.append(token, style=shade_of(depth, num_layers))
+    console = Console()
+    console.print(text, soft_wrap=True)
+    if console.is_terminal:
+        console.print(depth_legend(num_layers))
+    else:
+        print("depths:", " ".join(f"{depth:g}" for depth in document["depths"]))

@@ -1,4 +1,4 @@
-"""Commands that hand a model on: over HTTP, or as a checkpoint for other engines."""
+"""Commands that serve a model over HTTP, or export it as a checkpoint for other engines."""
 
 from __future__ import annotations
 
@@ -8,63 +8,50 @@ from typing import Annotated, Any
 
 import typer
 
+from anydepth.cli import options as opt
 from anydepth.cli.application import app as commands
-from anydepth.cli.display import Printer, show_export
-from anydepth.cli.options import (
-    Capacity,
-    Data,
-    Device,
-    DType,
-    GenerationDefaults,
-    Json,
-    MethodOptions,
-    Out,
-    Quiet,
-    Seed,
-    SkipShare,
-    Target,
-    WeightKind,
-    by_method,
-    wanted_share,
-)
+from anydepth.cli.display import Printer
 from anydepth.errors import UserError
 
 
 @commands.command()
 def serve(
-    target: Target,
+    target: opt.Target,
     host: Annotated[
-        str, typer.Option(help="Address to bind; others than this machine's are yours to guard.")
+        str, typer.Option(help="Bind this address; guard any that other machines can reach.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 is any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(help="Bind this port; 0 is any free one.")] = 8000,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="ANYDEPTH_API_KEY", help="Asked of every request; none asks for none."),
+        typer.Option("--api-key", envvar="ANYDEPTH_API_KEY", help="Require this key of every request; default: none."),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Of the model; its folder or target when left out.")
-    ] = None,
-    max_batch_size: Annotated[int, typer.Option(help="Requests that are decoded together.")] = 8,
-    max_queue: Annotated[int, typer.Option(help="Requests that wait; the next one is told to come again.")] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of K/V that are kept, all requests together.")] = 32768,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
-    data: Data = "embedded:train",
-    options: MethodOptions = None,
-    skip_share: SkipShare = None,
-    capacity: Capacity = None,
-    weights: WeightKind = None,
-    generation_config: GenerationDefaults = "auto",
+    name: Annotated[str | None, typer.Option("--name", help="Name the model; default: its folder or target.")] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Decode at most this many requests together.")] = 8,
+    max_queue: Annotated[
+        int, typer.Option(help="Queue at most this many requests; refuse more with a retry time.")
+    ] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(help="Keep the K/V of this many tokens, of all requests together.")
+    ] = 32768,
+    timeout: Annotated[float, typer.Option(help="End a request after this many seconds.")] = 600.0,
+    data: opt.Data = "embedded:train",
+    options: opt.MethodOptions = None,
+    skip_share: opt.SkipShare = None,
+    capacity: opt.Capacity = None,
+    weights: opt.WeightKind = None,
+    generation_config: opt.GenerationDefaults = "auto",
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Of requests that bring none; another one each time when left out.")
+        int | None, typer.Option("--seed", help="Seed requests that have no seed; default: a new one each time.")
     ] = None,
-    device: Device = "cpu",
-    dtype: DType = "auto",
-    quiet: Quiet = False,
+    device: opt.Device = "cpu",
+    dtype: opt.DType = "auto",
+    quiet: opt.Quiet = False,
 ) -> None:
-    """An OpenAI-compatible API, and a page to play with it.
+    """Serve an OpenAI-compatible API, and a page to try it.
 
-    --data is text that depth budgets are set on.
+    Depth budgets are set on the text of --data.
     """
+    arguments = dict(locals())
     from anydepth.decoding.sampling_options import check_source, told
 
     check_source(generation_config)
@@ -75,20 +62,11 @@ def serve(
     except ImportError as error:
         raise UserError(f'serve needs: pip install "anydepth[serve]" ({error})') from error
 
-    printer, share = Printer(False, quiet), wanted_share(skip_share, capacity)
+    printer, load = Printer(False, quiet), opt.load_options(arguments)
     bound = bind(host, port)
-    limits: dict[str, Any] = {"max_batch_size": max_batch_size, "max_tokens": max_tokens, "max_queue": max_queue}
-    limits |= {
-        "generation_config": generation_config,
-        "data": data,
-        "weights": weights,
-        "device": device,
-        "dtype": dtype,
-        "overrides": by_method(options),
-        "skip_share": share,
-    }
+    passed = ("max_batch_size", "max_tokens", "max_queue", "generation_config", "data", "weights")
     with printer.busy(f"loading {target} …"):
-        service, tokenizer = open_service(target, **limits)
+        service, tokenizer = open_service(target, **{name: arguments[name] for name in passed}, **load)
     if defaults := told(service.engine.adapted.generation_config):
         printer.progress(defaults)
     settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout, seed=seed)
@@ -100,22 +78,22 @@ def serve(
 
 @commands.command()
 def export(
-    target: Target,
-    kind: Annotated[str, typer.Option("--as", help="static, draft or merged.")],
-    out: Out,
-    exit_layer: Annotated[int | None, typer.Option(help="static, draft: no layer behind so many first ones.")] = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: DType = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
+    target: opt.Target,
+    kind: Annotated[str, typer.Option("--as", help="Export as static, draft or merged.")],
+    out: opt.Out,
+    exit_layer: Annotated[int | None, typer.Option(help="static, draft: keep only the first N layers.")] = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.DType = "auto",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
 ) -> None:
-    """A plain Hugging Face checkpoint, for other engines.
+    """Export a plain Hugging Face checkpoint, for other engines.
 
-    static: what a skip set leaves. draft: the first layers, to draft for the whole. merged: LoRA folded in.
+    static: the layers that a skip set leaves. draft: the first layers, as a draft model. merged: LoRA merged.
     """
+    arguments = dict(locals())
     from anydepth.measure.results import document
-    from anydepth.models.load import dtype_name
     from anydepth.serve.export import check
     from anydepth.serve.export import export as write
     from anydepth.training.checkpoint import load_draft, load_target
@@ -128,5 +106,13 @@ def export(
         if kind == "draft" and exit_layer is None and draft is not None:
             exit_layer = max(draft.config.exit_layers, default=None)
         fields = write(adapted, tokenizer, kind, out, exit_layer=exit_layer, seed=seed)
-    config = {"target": target, "as": kind, "exit_layer": exit_layer, "dtype": dtype_name(adapted)}
+    config = opt.config_of(arguments, adapted, "target", **{"as": kind, "exit_layer": exit_layer})
     printer.result(document("anydepth.export/1", seed=seed, config=config, **fields), show_export)
+
+
+def show_export(document: dict[str, Any]) -> None:
+    """Print the document of `export`."""
+    print(
+        f"{document['folder']}: {len(document['layers'])} of {document['num_layers']} layers, "
+        f"{document['num_parameters'] / 1e6:.1f} M parameters; logits differ by {document['difference']:.1e} (relative)"
+    )

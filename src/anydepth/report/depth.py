@@ -41,9 +41,9 @@ def analysis(page: Page, document: Document, name: str) -> None:
     page.figure(f"{name}-curves", curves(document), "Depth by position, and by loss at full depth.", document)
     gates.of_analysis(page, document, name)
     correlations.section(page, document, name)
-    names = [f"Run {number + 1}" for number in range(len(document["seeds"]) + 1)]
+    names = [f"run {number + 1}" for number in range(len(document["seeds"]) + 1)]
     for row in document["seeds"]:
-        page.text(f"{wording.agreement(row, names)}.")
+        page.text(sentence(wording.agreement(row, names)))
 
 
 def classes(document: Document) -> Figure:
