@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from anydepth.cli.sweeping import show_sweep
+from anydepth.cli.training import show_sweep
 from anydepth.errors import UserError
 from anydepth.runs.fronts import AXES, front, settings_of
 from anydepth.runs.sweep import plan

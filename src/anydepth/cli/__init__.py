@@ -14,7 +14,7 @@ import warnings
 import typer
 
 # Imported for the commands that they register, in the order of the help.
-from anydepth.cli import training, searching, sweeping, calibrating, inspecting, evaluating, benching  # noqa: F401  # isort: skip
+from anydepth.cli import training, calibrating, inspecting, evaluating, benching  # noqa: F401  # isort: skip
 from anydepth.cli import analysis, reporting, generating, serving  # noqa: F401  # isort: skip
 from anydepth.cli.application import app
 from anydepth.errors import RunError, UserError

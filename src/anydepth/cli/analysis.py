@@ -85,7 +85,6 @@ def _load(target: str, compare: list[str], dtype: str, device: str, overrides: d
 
 
 def show_analysis(document: dict[str, Any]) -> None:
-    """Print the document of `analyze`."""
     mean, interval = _interval(document["depth"])
     within = f", {interval} with 95%" if interval else ""
     print(f"{mean} of {len(document['per_layer'])} layers a token{within}; {document['num_tokens']} tokens")
@@ -136,7 +135,6 @@ def _show_correlations(found: dict[str, Any] | None) -> None:
 
 
 def _interval(depth: dict[str, Any]) -> tuple[str, str]:
-    """Return a mean and its interval."""
     return f"{depth['mean']:.2f}", "" if depth["low"] is None else f"{depth['low']:.2f} to {depth['high']:.2f}"
 
 

@@ -168,7 +168,6 @@ def _engines(arguments: dict[str, Any], adapted: Any, draft: Any, printer: Print
 
 
 def show_bench(document: dict[str, Any]) -> None:
-    """Print the document of `bench`."""
     for row in document["rows"]:
         print(f"{_title(row)}: {_rates(row)}")
         for name in ("total", "prefill", "decode"):

@@ -242,7 +242,6 @@ def _check_bounds(
 
 
 def show_calibration(document: dict[str, Any]) -> None:
-    """Print the document of `calibrate`."""
     for name, threshold in document["thresholds"].items():
         values = threshold if isinstance(threshold, list) else [threshold]
         print(f"{name}: threshold {', '.join(f'{float(value):.4g}' for value in values)}")
@@ -267,7 +266,6 @@ def show_calibration(document: dict[str, Any]) -> None:
 
 
 def _show_capacities(document: dict[str, Any]) -> None:
-    """Print a row per capacity, and the control."""
     control = document["control"]
     rows = [
         [

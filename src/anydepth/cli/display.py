@@ -23,7 +23,6 @@ class Printer:
         self.quiet = quiet or rank() > 0
 
     def progress(self, text: str) -> None:
-        """Print a line of progress."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 

@@ -126,7 +126,6 @@ def _add_tasks(
 
 
 def show_eval(document: dict[str, Any]) -> None:
-    """Print the document of `eval`."""
     keys = ("loss", "agreement", "mean_depth", "layer_token_share", "gflops_per_token")
     full, note = document["full_depth"], document.get("note")
     parts = {"base model": full, "full depth, LoRA on": document.get("full_depth_adapted")}
@@ -152,7 +151,6 @@ def show_eval(document: dict[str, Any]) -> None:
 
 
 def _show_tasks(document: dict[str, Any]) -> None:
-    """Print scores of tasks; those of the adapted model where they can differ."""
     from anydepth.measure.results import task_scores
 
     full = document["full_depth"]["tasks"]

@@ -48,7 +48,6 @@ def methods(
 
 
 def show_inspection(document: dict[str, Any]) -> None:
-    """Print the document of `inspect`."""
     print(
         f"{document['family']}: {document['num_layers']} layers × {document['hidden_size']}, "
         f"{document['num_parameters'] / 1e6:.1f} M parameters, {document['weight_bytes'] / 2**20:.0f} MiB, "
@@ -72,7 +71,6 @@ def show_inspection(document: dict[str, Any]) -> None:
 
 
 def show_methods(document: dict[str, Any]) -> None:
-    """Print the document of `methods`."""
     for method in document["methods"]:
         print(
             f"{method['name']}: {method['summary']} ({'lossless' if method['lossless'] else 'lossy'}, "

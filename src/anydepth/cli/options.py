@@ -82,7 +82,7 @@ def config_of(arguments: Mapping[str, Any], model: Any, *names: str, **changes: 
 
     Args:
         names: arguments to record; all but those of the output where none are given.
-        changes: values that differ from the arguments, such as the engine behind `auto`.
+        changes: values that differ from the arguments, such as the engine that `auto` selected.
     """
     from anydepth.models.load import dtype_name
 
@@ -91,7 +91,6 @@ def config_of(arguments: Mapping[str, Any], model: Any, *names: str, **changes: 
 
 
 def method_options(name: str, options: list[str]) -> dict[str, Any]:
-    """Return a method with its `OPTION=VALUE` options."""
     chosen: dict[str, Any] = {"name": name}
     for option in options:
         key, equals, value = option.partition("=")
@@ -152,7 +151,6 @@ def at_least(least: int, **values: int | None) -> None:
 
 
 def check_temperature(temperature: float | None) -> None:
-    """Raise `UserError` for a negative temperature."""
     if temperature is not None and temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
 
@@ -166,7 +164,6 @@ def check_out(out: Path) -> None:
 
 
 def numbers(option: str, text: str, least: int = 1) -> list[int]:
-    """Return the whole numbers of an option that takes several."""
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) >= least for part in parts):
         raise UserError(f"--{option} takes numbers of at least {least} with commas, such as {least},4,8; got '{text}'")

@@ -111,7 +111,6 @@ def export(
 
 
 def show_export(document: dict[str, Any]) -> None:
-    """Print the document of `export`."""
     print(
         f"{document['folder']}: {len(document['layers'])} of {document['num_layers']} layers, "
         f"{document['num_parameters'] / 1e6:.1f} M parameters; logits differ by {document['difference']:.1e} (relative)"

@@ -1,4 +1,4 @@
-"""Commands that run or train a recipe."""
+"""Commands that run or train a recipe, search a skip set, or sweep over values of a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 
 from anydepth.cli import options as opt
 from anydepth.cli.application import app
-from anydepth.cli.display import Printer, step_line, table
+from anydepth.cli.display import Printer, around, step_line, table
+from anydepth.errors import RunError, UserError
 from anydepth.report import wording
 
 COLUMNS = {
@@ -106,11 +107,143 @@ def train(
         printer.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
 
 
+@app.command()
+def search(
+    target: opt.Target,
+    out: opt.Out,
+    strategy: Annotated[
+        str, typer.Option(help="Search by influence, greedy, bayesian, dynamic or knapsack.")
+    ] = "influence",
+    budget: Annotated[float, typer.Option(help="Leave out this fraction of layers, or of branches.")] = 0.25,
+    branches: Annotated[bool, typer.Option("--branches", help="Choose among mixers and FFNs.")] = False,
+    data: opt.Data = "embedded:train",
+    num_windows: opt.NumWindows = 4,
+    sequence_length: opt.SequenceLength = 256,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.DType = "auto",
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Find the layers or branches that change a model's output least.
+
+    Writes a checkpoint folder with the skip set.
+    """
+    arguments = dict(locals())
+    from anydepth.hf.adapted import attach, detach
+    from anydepth.json_io import write_json
+    from anydepth.measure.held_out import search_fields, split_windows
+    from anydepth.measure.results import document
+    from anydepth.models.load import load_model
+    from anydepth.search.skip_search import check_strategy
+    from anydepth.search.skip_search import search as search_skip_set
+    from anydepth.training.checkpoint import save
+    from anydepth.training.corpora import check_corpus
+
+    check_strategy(strategy)
+    opt.check_out(out)
+    opt.at_least(1, num_windows=num_windows)
+    opt.at_least(2, sequence_length=sequence_length)
+    check_corpus(data)
+    printer = Printer(as_json, quiet)
+    model, tokenizer = load_model(target, dtype=dtype, device=device)
+    recorded = ("target", "strategy", "budget", "branches", "data", "num_windows", "sequence_length")
+    config = opt.config_of(arguments, model, *recorded)
+    windows, unseen = split_windows(data, tokenizer, sequence_length, num_windows)
+    printer.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
+    with printer.busy(f"searching by {strategy} …"):
+        found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=seed)
+    adapted = attach(model, found.config)
+    save(adapted, out)
+    with printer.busy("scoring text that the search did not see …"):
+        fields = search_fields(detach(adapted), found, unseen)
+    result = document("anydepth.search/1", seed=seed, config=config, **fields)
+    write_json(out / "search.json", result)
+    printer.result(result, show_search)
+
+
+@app.command()
+def sweep(
+    recipe: opt.RecipePath,
+    out: opt.Out,
+    over: Annotated[
+        list[str] | None, typer.Option(help="Run over KEY=V1,V2: methods.0.target_skip=0.2,0.4; repeatable.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Run each setting with every seed: 0,1,2.")] = "0",
+    backend: Annotated[str, typer.Option(help="Learn in local processes, or on ray: an existing cluster.")] = "local",
+    jobs: Annotated[int, typer.Option(help="Learn this many points at a time; they are timed one by one.")] = 1,
+    overrides: opt.Overrides = None,
+    device: opt.RecipeDevice = None,
+    dtype: opt.RecipeDType = None,
+    as_json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Run a recipe over values of its keys.
+
+    Compares quality with measured time and with FLOPs. Continues where it was interrupted.
+    """
+    if backend not in ("local", "ray"):
+        raise UserError(f"backend '{backend}' is unknown; it is local or ray")
+    opt.at_least(1, jobs=jobs)
+    chosen = opt.numbers("seeds", seeds, least=0)
+    flags = opt.recipe_overrides(overrides, None, device, dtype)
+    config = {"recipe": str(recipe), "over": over or [], "seeds": chosen, "overrides": flags, "backend": backend}
+    from anydepth.runs.sweep import Sweep, plan, sweep_document
+
+    printer = Printer(as_json, quiet)
+    found = Sweep(plan(recipe, over or [], chosen, flags), out, printer.progress)
+    result = sweep_document(found, config, found.run(backend, jobs))
+    printer.result(result, show_sweep)
+    if result["failed"]:
+        reasons = "; ".join(f"{point['name']}: {point['reason']}" for point in result["failed"])
+        raise RunError(f"{len(result['failed'])} of {len(found.points)} points failed ({reasons})")
+
+
 def show_run(document: dict[str, Any], out: Path) -> None:
-    """Print the summary of a run."""
     rows = []
     for row in document["summary"]:
         cells = {key: "" if row.get(key) is None else f"{row[key]:.3g}" for key in COLUMNS}
         rows.append([row["label"], *{**cells, "speedup": wording.speedup(row)}.values()])
     table(["", *COLUMNS.values()], rows)
     print(f"\nGFLOPs are those of a token; {wording.SPREAD}\n\n{out / 'report.html'}")
+
+
+def show_search(document: dict[str, Any]) -> None:
+    for key in ("skip_layers", "skip_mixers", "skip_ffns"):
+        if document[key]:
+            print(f"{key}: {document[key]}")
+    print(f"agreement with full depth: {document['agreement']:.3f}  ({document['seconds']:.0f} s)\n")
+    found = document["held_out"]
+    if found["rows"]:
+        rows = [
+            [row["label"], f"{row['perplexity']:.4g}", f"{row['loss']:.3f}", f"{row['weight_bytes'] / 1e6:.0f}"]
+            for row in found["rows"]
+        ]
+        table(["", "perplexity", "loss", "MB of weights a token"], rows)
+        print(f"on {found['num_tokens']} tokens that the search did not see")
+    if found["warning"]:
+        print(f"warning: {found['warning']}")
+
+
+def show_sweep(document: dict[str, Any]) -> None:
+
+    def cost(row: dict[str, Any], key: str, axis: str) -> str:
+        mark = " *" if row["label"] in document["front"][axis] else "  "
+        return around(row[key], row.get(f"{key}_range"), 3) + mark
+
+    rows = [
+        [
+            row["label"],
+            str(row["num_seeds"] or ""),
+            around(row["perplexity"], row.get("perplexity_range"), 4),
+            cost(row, "time_share", "time"),
+            cost(row, "layer_token_share", "flops"),
+            f"{row['gflops_per_token']:.3g}",
+        ]
+        for row in document["settings"]
+    ]
+    table(["", "seeds", "perplexity", "time", "FLOPs", "GFLOPs a token"], rows)
+    print(
+        "time and FLOPs as fractions of full depth's; in brackets their range over seeds, and 95% of timed pairs\n"
+        "* on the Pareto front: cheaper than all better ones with a star, by ranges that do not meet"
+    )

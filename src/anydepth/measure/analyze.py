@@ -75,7 +75,6 @@ def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Obse
 
 @torch.no_grad()
 def _depths(adapted: AdaptedModel, windows: Tensor) -> Tensor:
-    """Return the (W, T) depths of windows."""
     depths = []
     for window in windows:
         adapted(input_ids=window[None].to(adapted.device), use_cache=False)
@@ -98,7 +97,7 @@ def analyze(
     """Return the fields of `anydepth.analyze/1` for (W, T) windows.
 
     Args:
-        texts: documents whose depth is correlated with their properties, each run by itself, at most T tokens of it;
+        texts: documents to correlate depth with other properties, each run by itself, at most T tokens of it;
             an empty list leaves `correlations` out.
         num_samples: the number of documents, or of their paragraphs.
         others: the same method from other seeds; its gates are compared on the same text.

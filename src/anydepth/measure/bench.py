@@ -331,9 +331,8 @@ def _phase(is_compared: bool, speedups: list[float], ideal: float) -> dict[str, 
     """Return the speed-up of prefill or of decoding; None where nothing is attached."""
     if not is_compared:
         return None
-    speedup = median(speedups)
-    interval = ratio_interval(speedups)
-    return {"speedup": speedup, "speedup_interval": interval, "ideal_speedup": ideal, "realised": speedup / ideal}
+    fields = speedup_fields(speedups, ideal)
+    return {key: fields[key] for key in ("speedup", "speedup_interval", "ideal_speedup", "realised")}
 
 
 def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +14,11 @@ from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine, HFEngine
 from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel
+from anydepth.measure.samples import Track, perplexity_of
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.statistics import mean_of_sums
 from anydepth.training.checkpoint import has_adapter
 from anydepth.training.data import rows_of
-
-Track = Callable[[Iterable[Tensor]], Iterable[Tensor]]
-"""Yields the elements of an iterable and shows the progress."""
 
 
 @dataclass
@@ -51,8 +48,8 @@ class Tally:
         loss, num_tokens = sum(self.losses) / sum(self.counts), sum(self.counts)
         bounds = [bound for bound in (found["low"], found["high"]) if bound is not None]
         return {
-            "perplexity": _perplexity(loss),
-            "perplexity_interval": [_perplexity(bound) for bound in bounds] or None,
+            "perplexity": perplexity_of(loss),
+            "perplexity_interval": [perplexity_of(bound) for bound in bounds] or None,
             "loss": loss,
             "num_tokens": num_tokens,
             "mean_depth": self.depth / self.num_placed,
@@ -75,10 +72,6 @@ class Tally:
             {"layer": layer_idx, "softmax_share": share, "entropy": _entropy(share)}
             for layer_idx, share in shares.items()
         ]
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def _entropy(share: float) -> float:

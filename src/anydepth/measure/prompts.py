@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.errors import UserError
+from anydepth.training.corpora import read_lines
 
 FORMS = {
     "prompt": "a string",
@@ -27,10 +29,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """
     if not path.is_file():
         raise UserError(f"no file at {path}; give a .jsonl file of prompts")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            prompts.append(_prompt_of(line, f"{path}, line {number}", tokenizer))
+    prompts = [_prompt_of(row, where, tokenizer) for where, row in json_lines(path)]
     if not prompts:
         raise UserError(f"{path} has no prompt; give a .jsonl file with one prompt a line")
     return prompts
@@ -38,19 +37,24 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def read_references(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]] | None:
     """Return the token ids of the `reference` of a prompt file's first `count` lines; None if one has none."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:count]
-    texts = [row.get("reference") for row in rows]
+    texts = [row.get("reference") for _, row in json_lines(path)][:count]
     texts = [text[0] if isinstance(text, list) and text else text for text in texts]
     if not all(isinstance(text, str) and text for text in texts):
         return None
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]  # type: ignore[arg-type]
 
 
-def _prompt_of(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON") from error
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of each line of a .jsonl file. Raise `UserError` for a line that is not JSON."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not JSON") from error
+
+
+def _prompt_of(row: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not isinstance(row, dict) or not any(row.get(key) for key in FORMS):
         raise UserError(f"{where} has none of `prompt`, `turns`, `messages`")
     for key, form in FORMS.items():

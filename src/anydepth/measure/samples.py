@@ -114,13 +114,18 @@ def measure_samples(adapted: AdaptedModel, samples: Samples, track: Track = iter
         rows.append(
             {
                 "length": len(own),
-                "perplexity": math.exp(min(loss, 700.0)),
+                "perplexity": perplexity_of(loss),
                 "rarity": samples.rarity(ids),
                 "depth": trace.depths[0, -len(own) :].double().mean().item(),
                 "layer_token_share": cost.flops(adapted.backbone, trace).layer_token_share,
             }
         )
     return rows
+
+
+def perplexity_of(loss: float) -> float:
+    """Return the perplexity of a loss in nats per token, finite for any."""
+    return math.exp(min(loss, 700.0))
 
 
 @torch.no_grad()

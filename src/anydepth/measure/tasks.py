@@ -7,7 +7,6 @@ hub. Few-shot counts are those that the benchmarks were published with.
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from anydepth.errors import UserError
+from anydepth.measure.prompts import json_lines
 from anydepth.training.corpora import article_bounds, read_lines
 
 Spec = str | dict[str, Any]
@@ -151,16 +151,10 @@ def _pages(path: Path) -> list[dict[str, Any]]:
 def _rows(path: Path, *keys: str) -> list[dict[str, Any]]:
     """Return the documents of a .jsonl file. Raise `UserError` for a line that is not a document."""
     rows = []
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON") from error
+    for where, row in json_lines(path):
         missing = [key for key in keys if not isinstance(row, dict) or key not in row]
         if missing:
-            raise UserError(f"{path}, line {number} has no `{missing[0]}`; a document has {', '.join(keys)}")
+            raise UserError(f"{where} has no `{missing[0]}`; a document has {', '.join(keys)}")
         rows.append(row)
     return rows
 

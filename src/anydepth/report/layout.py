@@ -53,7 +53,6 @@ class Page:
     """Name of the model that the next sections are about, if the page has several."""
 
     def section(self, title: str) -> None:
-        """Begin a section."""
         of_owner = "" if self.owner is None else f" <small>{escape(self.owner)}</small>"
         self.parts.append(f"<h2>{escape(title)}{of_owner}</h2>")
 
@@ -131,7 +130,6 @@ def _table_row(columns: dict[str, str], row: Document, shown: Mapping[str, Calla
 
 
 def html(title: str, parts: list[str]) -> str:
-    """Return the page as HTML."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

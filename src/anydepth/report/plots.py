@@ -22,7 +22,6 @@ WIDTH = 5.2
 
 
 def png(figure: Figure, paper: str = "white") -> bytes:
-    """Return a figure as PNG."""
     buffer = BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # The font lacks some scripts and draws boxes for them.

@@ -136,7 +136,6 @@ def speedups(document: Document) -> Figure:
 
 
 def _engine(row: Document) -> str:
-    """Return the engine and weights of a row of a bench."""
     return f"{row.get('engine', '')} {row.get('weights', '')}".strip()
 
 

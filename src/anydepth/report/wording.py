@@ -116,5 +116,4 @@ def from_to(key: str, row: Document) -> str:
 
 
 def plus_minus(key: str, error: str, row: Document) -> str:
-    """Return a value with its error."""
     return "" if row.get(key) is None else number(row[key]) + (f" ± {row[error]:.2g}" if row.get(error) else "")

@@ -56,7 +56,6 @@ def _by_values(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, 
 
 
 def label_of(values: Mapping[str, Any]) -> str:
-    """Return the label of a setting."""
     return ", ".join(f"{key} {value}" for key, value in short_keys(values).items()) or "the recipe"
 
 

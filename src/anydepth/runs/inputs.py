@@ -26,7 +26,7 @@ from anydepth.training.data import load_windows
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of the stages of one recipe, whose results are in the folder `out`."""
+    """The inputs of the stages of one recipe, with their results in the folder `out`."""
 
     recipe: Recipe
     out: Path

@@ -156,7 +156,6 @@ class Runner:
             return self._unless_done("train", training.run)
 
     def evaluate(self) -> dict[str, Any]:
-        """Score the adapted model and full depth."""
         return self._stage("eval", self._evaluate)
 
     def _evaluate(self) -> dict[str, Any]:
@@ -204,7 +203,6 @@ class Runner:
         )
 
     def generate(self) -> dict[str, Any]:
-        """Generate the recipe's sample."""
         return self._stage("generate", self._generate)
 
     def _generate(self) -> dict[str, Any]:

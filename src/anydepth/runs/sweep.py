@@ -51,7 +51,6 @@ class Sweep:
     say: Say
 
     def runner(self, point: Point) -> Runner:
-        """Return the run of a point, without progress."""
         return Runner(point.recipe, self.out / POINTS / point.name, lambda text: None)
 
     def run(self, backend: str = "local", jobs: int = 1) -> dict[str, Any]:
