@@ -199,8 +199,8 @@ def test_several_capacities_of_one_checkpoint(routers: Path, text: Path, tmp_pat
 
 def test_what_calibrate_is_asked_for(routers: Path) -> None:
     shared = ("calibrate", routers, "--out", "never")
-    assert "calibrate to what?" in refused(*shared)
-    assert "calibrate to what?" in refused(*shared, "--skip-share", 0.3, "--sweep", "0.5")
+    assert "calibrate takes --target-speedup" in refused(*shared)
+    assert "calibrate takes --target-speedup" in refused(*shared, "--skip-share", 0.3, "--sweep", "0.5")
     assert "--sweep takes shares" in refused(*shared, "--sweep", "0.5,1.5")
     assert "--sweep takes shares with commas" in refused(*shared, "--sweep", "half")
 

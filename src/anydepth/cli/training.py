@@ -13,17 +13,14 @@ from anydepth.cli.display import Printer, around, step_line, table
 from anydepth.errors import RunError, UserError
 from anydepth.report import wording
 
-COLUMNS = {
-    "perplexity": "perplexity",
-    "agreement": "agreement",
-    "mean_depth": "depth",
-    "layer_token_share": "FLOP share",
-    "gflops_per_token": "GFLOPs",
-    "tokens_per_second": "tokens/s",
-    "speedup": "speed-up",
-    "ideal_speedup": "ideal",
-    "realised": "efficiency",
-}
+COLUMNS = wording.columns(
+    "perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup "
+    "realised",
+    agreement="agreement",
+    mean_depth="depth",
+    layer_token_share="FLOP share",
+    gflops_per_token="GFLOPs",
+)
 
 
 @app.command()

@@ -29,13 +29,8 @@ def analysis(page: Page, document: Document, name: str) -> None:
     if "gflops_per_token" in document:
         page.text(f"{wording.flops(document)}.")
     page.text(sentence(wording.conditionality(document["conditionality"])))
-    columns = {
-        "length": "texts cut at, tokens",
-        "num_tokens": "tokens",
-        "mean": "depth",
-        "low": "from",
-        "high": "to, 95%",
-    }
+    titles = {"length": "texts cut at, tokens", "mean": "depth", "low": "from", "high": "to, 95%"}
+    columns = wording.columns("length num_tokens mean low high", **titles)
     page.table(f"{name}-lengths", columns, [{**row, **row["depth"]} for row in document["lengths"]])
     page.figure(name, classes(document), "Layers run for a token, by class of token.", document)
     page.figure(f"{name}-curves", curves(document), "Depth by position, and by loss at full depth.", document)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from anydepth.errors import UserError
-from anydepth.report import depth, quality, speed, tradeoffs, training_curves
+from anydepth.report import depth, quality, speed, tradeoffs, training_curves, wording
 from anydepth.report.layout import Page, html
 from anydepth.report.plots import Document
 
@@ -69,7 +69,7 @@ def _add_sections(page: Page, documents: list[Document]) -> None:
     if rest:
         page.section("Documents without figures")
         page.text("Their tables are on the results page of the documentation.", "lead")
-        columns = {"source": "from", "schema": "document", "command": "made by"}
+        columns = wording.columns("source schema command", command="made by")
         page.table("without-figures", columns, [{"source": "", "command": "", **document} for document in rest])
 
 
@@ -96,14 +96,7 @@ def _stages_of(result: Document) -> list[Document]:
 
 def _provenance(page: Page, documents: list[Document]) -> None:
     page.section("How it was made")
-    columns = {
-        "source": "from",
-        "schema": "document",
-        "label": "attached",
-        "seed": "seed",
-        "commit": "commit",
-        "dirty": "uncommitted changes",
-    }
+    columns = wording.columns("source schema label seed commit dirty", label="attached", dirty="uncommitted changes")
     rows = list(_origins(documents))
     for key, word in (("machine", "on"), ("libraries", "with")):
         values = dict.fromkeys(row[key] for row in rows if row[key])

@@ -35,7 +35,8 @@ def evaluation(page: Page, document: Document, name: str) -> None:
         page.figure(f"{name}-perplexity", perplexity(document), text, document)
     if document.get("mixers"):
         page.text("Layers with mixer routing:")
-        columns = {"layer": "layer", "softmax_share": "fraction of softmax", "entropy": "entropy of the routing, bits"}
+        titles = {"softmax_share": "fraction of softmax", "entropy": "entropy of the routing, bits"}
+        columns = wording.columns("layer softmax_share entropy", **titles)
         page.table(f"{name}-mixers", columns, document["mixers"])
     if document.get("tasks"):
         _tasks(page, document, name)
@@ -57,17 +58,8 @@ def _tasks(page: Page, document: Document, name: str) -> None:
         "By lm-eval, with routing on and at full depth, on the same items; ± one standard error, of the change paired."
     )
     page.text("By lm-eval; ± one standard error." if same else text, "lead")
-    columns = {
-        "task": "task",
-        "metric": "metric",
-        "num_items": "items",
-        "num_fewshot": "examples",
-        "full": "full depth",
-        "score": "adapted",
-        "change": "change",
-        "layer_token_share": "FLOP share of layers",
-    }
-    columns = {key: title for key, title in columns.items() if not (same and key in list(columns)[5:])}
+    keys = "task metric num_items num_fewshot full" + ("" if same else " score change layer_token_share")
+    columns = wording.columns(keys, num_fewshot="examples", full="full depth", score="adapted")
     rows = _task_rows(document)
     bars = [row for row in rows if row["metric"].partition(",")[0] in MEANS]
     if bars:

@@ -15,30 +15,23 @@ SPREAD = wording.sentence(wording.SPREAD)
 SHOWN = {"speedup": wording.speedup}
 ALSO = ("speedup_interval", "is_noise")
 """How tables show a speed-up, and what only their CSV has of it."""
-SUMMARY = {
-    "label": "",
-    "perplexity": "perplexity",
-    "agreement": "same next token",
-    "mean_depth": "mean depth",
-    "layer_token_share": "FLOP share of layers",
-    "gflops_per_token": "GFLOPs a token",
-    "tokens_per_second": "tokens/s",
-    "speedup": "speed-up",
-    "ideal_speedup": "ideal",
-    "realised": "efficiency",
-}
-TIMED = {
-    "engine": "engine",
-    "weights": "weights",
-    "batch_size": "batch",
-    "prompt_tokens": "prompt",
-    "new_tokens": "new",
-    "full": "full tok/s",
-    "adapted_rate": "adapted tok/s",
-    "speedup": "speed-up",
-    "ideal_speedup": "ideal",
-    "realised": "efficiency",
-}
+SUMMARY = wording.columns(
+    "label perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup "
+    "realised"
+)
+TIMED = wording.columns(
+    "engine weights batch_size prompt_tokens new_tokens full adapted_rate speedup ideal_speedup realised",
+    batch_size="batch",
+    prompt_tokens="prompt",
+    new_tokens="new",
+    full="full tok/s",
+    adapted_rate="adapted tok/s",
+)
+WAYS = wording.columns(
+    "label perplexity rouge_l mean_depth tokens_per_second speedup",
+    rouge_l="ROUGE-L against full depth",
+    mean_depth="layers a token",
+)
 PANELS = (("batch_size", "batch size (rows)", "prompt_tokens"), ("prompt_tokens", "prompt (tokens)", "batch_size"))
 
 
@@ -94,17 +87,9 @@ def _comparison(page: Page, document: Document, name: str) -> None:
     """Add the table of `bench --compare`: quality and speed of each way to run the model."""
     page.section("Full depth, early exit, lossless")
     rows = [{**row["adapted"], **row, **wording.ends(row, "speedup")} for row in document["rows"]]
-    columns = {
-        "label": "",
-        "perplexity": "perplexity",
-        "rouge_l": "ROUGE-L against full depth",
-        "mean_depth": "layers a token",
-        "tokens_per_second": "tokens/s",
-        "speedup": "speed-up",
-    }
     page.text(f"{rows[0]['num_runs']} runs, all rows in turn in one process; medians of paired ratios.", "lead")
     shown, also = {"speedup": partial(wording.from_to, "speedup")}, ("speedup_low", "speedup_high")
-    page.table(f"{name}-ways", columns, rows, shown, also)
+    page.table(f"{name}-ways", WAYS, rows, shown, also)
     page.figure(f"{name}-ways", tradeoff(rows), "Perplexity against measured generation speed.", document)
 
 

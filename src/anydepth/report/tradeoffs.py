@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from anydepth.report import plots, wording
 from anydepth.report.layout import Page
 from anydepth.report.plots import COLOURS, GREY, Document
-from anydepth.report.speed import ALSO, SHOWN, SPREAD, SUMMARY
+from anydepth.report.speed import ALSO, SHOWN, SPREAD
 from anydepth.report.training_curves import loss_curves
 from anydepth.report.wording import number, sentence
 
@@ -21,7 +21,7 @@ FRONT_PANELS = (
     ("time", "time_share", "time ÷ full depth's (measured)"),
     ("flops", "layer_token_share", "FLOPs ÷ full depth's"),
 )
-EXPERIMENT_COLUMNS = {"variant": "", "num_seeds": "seeds", **{key: SUMMARY[key] for key in list(SUMMARY)[1:5]}}
+EXPERIMENT_COLUMNS = wording.columns("variant num_seeds perplexity agreement mean_depth layer_token_share")
 
 
 def comparison(page: Page, documents: list[Document]) -> None:
@@ -42,17 +42,12 @@ def sweep(page: Page, document: Document, name: str) -> None:
     over = "; ".join(document["config"]["over"]) or "seeds alone"
     count = len(document["points"])
     page.text(f"{count} {'run' if count == 1 else 'runs'} over {over}; means over seeds, with their range.", "lead")
-    columns = {
-        "label": "",
-        "num_seeds": "seeds",
-        "perplexity": "perplexity",
-        "full_depth_perplexity": "the same model at full depth",
-        "time_share": "time ÷ full depth's",
-        "layer_token_share": "FLOP share of layers",
-        "gflops_per_token": "GFLOPs a token",
-        "speedup": "speed-up",
-        "agreement": "same next token",
-    }
+    columns = wording.columns(
+        "label num_seeds perplexity full_depth_perplexity time_share layer_token_share gflops_per_token speedup "
+        "agreement",
+        full_depth_perplexity="the same model at full depth",
+        time_share="time ÷ full depth's",
+    )
     rows = [{**row, "num_seeds": row["num_seeds"] or "", **wording.ends(row, *RANGED)} for row in document["settings"]]
     also = [f"{key}_{end}" for key in RANGED for end in ("low", "high")]
     page.table(name, columns, rows, {key: partial(wording.from_to, key) for key in RANGED}, also)
@@ -114,14 +109,12 @@ def _capacities(page: Page, document: Document, name: str) -> None:
         f"speed and perplexity against the same model at full depth. {SPREAD}",
         "lead",
     )
-    columns = {
-        "label": "",
-        "realised_capacity": "run on held-out text",
-        "speedup": "speed-up",
-        "perplexity": "perplexity",
-        INCREASE: "increase",
-        "untouched_perplexity": "base model",
-    }
+    columns = wording.columns(
+        f"label realised_capacity speedup perplexity {INCREASE} untouched_perplexity",
+        realised_capacity="run on held-out text",
+        perplexity_increase="increase",
+        untouched_perplexity="base model",
+    )
     rows = [
         {**row, **wording.ends(row, INCREASE)} for row in (*document["sweep"], *([] if control is None else [control]))
     ]

@@ -9,6 +9,31 @@ from typing import Any
 Document = dict[str, Any]
 SPREAD = "in brackets the 95% interval of a speed-up; noise: it contains 1, so that no difference was shown"
 
+TITLES = {
+    "label": "",
+    "variant": "",
+    "choice": "",
+    "of": "",
+    "agreement": "same next token",
+    "layer_token_share": "FLOP share of layers",
+    "gflops_per_token": "GFLOPs a token",
+    "tokens_per_second": "tokens/s",
+    "speedup": "speed-up",
+    "ideal_speedup": "ideal",
+    "realised": "efficiency",
+    "num_seeds": "seeds",
+    "num_items": "items",
+    "num_tokens": "tokens",
+    "source": "from",
+    "schema": "document",
+}
+"""Titles of columns that differ from their keys."""
+
+
+def columns(keys: str, **titles: str) -> dict[str, str]:
+    """Return the titles of columns by key: the given ones, those of `TITLES`, or the keys themselves."""
+    return {key: titles.get(key, TITLES.get(key, key.replace("_", " "))) for key in keys.split()}
+
 
 def sentence(text: str) -> str:
     """Return a text as a sentence of the page."""

@@ -15,6 +15,7 @@ from anydepth.json_io import read_document
 from anydepth.methods.of_recipe import method_configs
 from anydepth.methods.of_recipe import method_configs
 from anydepth.methods.of_recipe import method_configs
+from anydepth.methods.of_recipe import method_configs
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.recipe import AnalyzeConfig, DataConfig, DType, EvalConfig, Recipe, RouterFitConfig, TextConfig

@@ -6,6 +6,7 @@ continues where it was. A folder belongs to one recipe.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,7 +30,7 @@ from anydepth.measure.results import document, source_commit
 from anydepth.methods import method_class
 from anydepth.methods.of_recipe import load_recipe
 from anydepth.processes import rank
-from anydepth.recipe import Recipe, RouterFitConfig, SearchConfig
+from anydepth.recipe import Recipe
 from anydepth.runs.checks import check
 from anydepth.runs.inputs import Inputs
 from anydepth.runs.train_stage import FITTED, Training
@@ -43,6 +44,7 @@ from anydepth.training.phases import PHASES
 from anydepth.training.train import STEPS
 
 Say = Callable[[str], None]
+Document = dict[str, Any]
 RECIPE, LOCK = "recipe.yaml", ".lock"
 STAGES = ("search", "fit", "train", "eval", "bench", "analyze", "generate")
 LEARNING = ("search", "fit", "train")
@@ -52,6 +54,22 @@ LEAVES = {"fit": FITTED, "train": MANIFEST, "run": REPORT}
 """The file that a stage leaves next to its document, where it leaves one."""
 
 
+def _stage(name: str) -> Callable[[Callable[[Runner], Document]], Callable[[Runner], Document | None]]:
+    """Make a method that returns a stage's fields one that returns its document; None where the recipe lacks it."""
+
+    def decorate(work: Callable[[Runner], Document]) -> Callable[[Runner], Document | None]:
+        @functools.wraps(work)
+        def stage(self: Runner) -> Document | None:
+            if not self.has(name):
+                return None
+            with first_alone(), self.locked():
+                return self.unless_done(name, lambda: work(self))
+
+        return stage
+
+    return decorate
+
+
 @dataclass
 class Runner:
     """One recipe in one folder."""
@@ -59,7 +77,7 @@ class Runner:
     recipe: Recipe
     out: Path
     say: Say
-    on_step: Callable[[dict[str, Any]], None] | None = None
+    on_step: Callable[[Document], None] | None = None
 
     def __post_init__(self) -> None:
         source_commit()  # Cached now, because the source can change before a stage ends.
@@ -76,13 +94,11 @@ class Runner:
 
     def check(self, stages: Collection[str] = STAGES) -> None:
         """Raise `UserError` for what would end one of `stages` that is not done yet, before the first one runs."""
-        left = {stage for stage in stages if not (self.out / f"{stage}.json").exists()}
-        if not self._decides():
-            left.discard("analyze")
+        left = {stage for stage in stages if self.has(stage) and not (self.out / f"{stage}.json").exists()}
         if left:
             check(self.recipe, left)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Document:
         """Run every stage; return the `anydepth.run/1` document."""
         self.check()
         work = (self.search, self.fit, self.train, self.evaluate, self.bench, self.analyze, self.generate)
@@ -98,9 +114,15 @@ class Runner:
     @property
     def missing(self) -> list[str]:
         """Stages of this recipe that have not ended, `run` (the report and its document) last."""
+        return [stage for stage in (*STAGES, "run") if self.has(stage) and not self._is_done(stage)]
+
+    def has(self, stage: str) -> bool:
+        """Return whether the recipe has a stage; nothing is analyzed where all tokens run the same layers."""
         recipe = self.recipe
-        absent = {"search": recipe.search is None, "fit": recipe.router_fit is None, "analyze": not self._decides()}
-        return [stage for stage in (*STAGES, "run") if not absent.get(stage) and not self._is_done(stage)]
+        lossless = [method_class(str(spec["name"]), "methods").is_lossless() for spec in recipe.methods]
+        decides = not all(lossless) and recipe.draft is None
+        optional = {"search": recipe.search is not None, "fit": recipe.router_fit is not None, "analyze": decides}
+        return optional.get(stage, True)
 
     def _is_done(self, stage: str) -> bool:
         """Return whether every file that a stage leaves is in the folder."""
@@ -119,12 +141,11 @@ class Runner:
 
     # --- stages --------------------------------------------------------------------------------------------------
 
-    def search(self) -> dict[str, Any] | None:
-        """Search a skip set; None where the recipe does not search."""
+    @_stage("search")
+    def search(self) -> Document:
+        """Search a skip set."""
         settings = self.recipe.search
-        return None if settings is None else self._stage("search", lambda: self._search(settings))
-
-    def _search(self, settings: SearchConfig) -> dict[str, Any]:
+        assert settings is not None
         model, tokenizer = self.inputs.base()
         size = settings.sequence_length, settings.num_windows
         windows, unseen = split_windows(self.recipe.data.train, tokenizer, *size, text=self.inputs.packing)
@@ -134,12 +155,11 @@ class Runner:
             self.say(f"warning: {warning}")
         return fields
 
-    def fit(self) -> dict[str, Any] | None:
-        """Fit a router before training; None where the recipe does not."""
+    @_stage("fit")
+    def fit(self) -> Document:
+        """Fit a router before training."""
         settings = self.recipe.router_fit
-        return None if settings is None else self._stage("fit", lambda: self._fit(settings))
-
-    def _fit(self, settings: RouterFitConfig) -> dict[str, Any]:
+        assert settings is not None
         model, tokenizer = self.inputs.base()
         windows = self.inputs.packed(self.recipe.data.train, tokenizer, settings)
         adapted = attach(model, self.inputs.methods())
@@ -147,27 +167,23 @@ class Runner:
         save_file(adapted.methods.state_dict(), self.out / FITTED)
         return found.to_json()
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> Document:
         """Attach, train and calibrate; afterwards the folder is a checkpoint. Resume interrupted training."""
         training = Training(self.recipe, self.out, self.say, self.on_step)
         with ExitStack() as stack:
             with first_alone():
-                stack.enter_context(self._locked())
-            return self._unless_done("train", training.run)
+                stack.enter_context(self.locked())
+            return self.unless_done("train", training.run)
 
-    def evaluate(self) -> dict[str, Any]:
-        return self._stage("eval", self._evaluate)
-
-    def _evaluate(self) -> dict[str, Any]:
+    @_stage("eval")
+    def evaluate(self) -> Document:
         adapted, tokenizer, draft = self.inputs.adapted(merge=False)
         settings = self.recipe.eval
         return evaluate(HFEngine(adapted, draft), self.inputs.windows(settings.data, tokenizer, settings))
 
-    def bench(self) -> dict[str, Any]:
+    @_stage("bench")
+    def bench(self) -> Document:
         """Time generation, adapted and at full depth."""
-        return self._stage("bench", self._bench)
-
-    def _bench(self) -> dict[str, Any]:
         settings, rows = self.recipe.bench, []
         sizes = {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
         for dtype in settings.dtypes or [self.recipe.model.dtype]:
@@ -179,16 +195,8 @@ class Runner:
             rows += bench([engine], windows, **sizes, **limits, say=self.say)
         return {"rows": rows}
 
-    def analyze(self) -> dict[str, Any] | None:
-        """Measure where depth goes; None where nothing is skipped."""
-        return self._stage("analyze", self._analyze) if self._decides() else None
-
-    def _decides(self) -> bool:
-        """Return whether tokens differ in depth: not if all methods are lossless or decide in drafts alone."""
-        lossless = [method_class(str(spec["name"]), "methods").is_lossless() for spec in self.recipe.methods]
-        return not all(lossless) and self.recipe.draft is None
-
-    def _analyze(self) -> dict[str, Any]:
+    @_stage("analyze")
+    def analyze(self) -> Document:
         adapted, tokenizer, _ = self.inputs.adapted(merge=False)
         settings = self.recipe.analyze
         data = settings.data or self.recipe.eval.data
@@ -202,25 +210,20 @@ class Runner:
             seed=self.recipe.seed,
         )
 
-    def generate(self) -> dict[str, Any]:
-        return self._stage("generate", self._generate)
-
-    def _generate(self) -> dict[str, Any]:
+    @_stage("generate")
+    def generate(self) -> Document:
         adapted, tokenizer, draft = self.inputs.adapted(merge=True)
         settings, engine = self.recipe.generate, open_engine(adapted, say=self.say, draft=draft)
         return generate_text(engine, tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
 
     # --- documents -----------------------------------------------------------------------------------------------
 
-    def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        with first_alone(), self._locked():
-            return self._unless_done(name, work)
-
-    def _locked(self) -> Any:
+    def locked(self) -> Any:
         """Return a context in which the first of several processes has locked the folder."""
         return only_here(self.out) if rank() == 0 else nullcontext()
 
-    def _unless_done(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def unless_done(self, name: str, work: Callable[[], Document]) -> Document:
+        """Return the document of a stage, made by `work` unless the stage has ended before."""
         path = self.out / f"{name}.json"
         if self._is_done(name):
             self.say(f"{name}: done already, kept ({path})")
@@ -233,7 +236,7 @@ class Runner:
             write_json(path, result)
         return result
 
-    def _document(self, name: str, **fields: Any) -> dict[str, Any]:
+    def _document(self, name: str, **fields: Any) -> Document:
         return document(f"anydepth.{name}/1", seed=self.recipe.seed, config=self.recipe, label=self.label, **fields)
 
     @property
@@ -265,7 +268,7 @@ QUALITIES = ("perplexity", "mean_depth", "layer_token_share", "gflops_per_token"
 SPEEDS = ("speedup", "speedup_interval", "is_noise", "ideal_speedup", "realised")
 
 
-def summary_of(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary_of(stages: list[Document]) -> list[Document]:
     """Return the summary rows of the eval and bench documents: the base model first, the adapted one last.
 
     With a LoRA adapter the same model at full depth is between them: its distance to the last is the loss of skipping.
