@@ -35,7 +35,10 @@ def analyze(
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Measure depth by layer, token class, position and loss, and whether it depends on the token."""
+    """Measure depth by layer, token class, position and loss.
+
+    And test whether it depends on the token.
+    """
     arguments = dict(locals())
     from anydepth.decoding.engines import label_of
     from anydepth.measure.analyze import analyze as measure

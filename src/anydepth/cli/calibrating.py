@@ -72,7 +72,7 @@ def calibrate(
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Set the thresholds of gates to a speed, a bound on quality, a skipped fraction, or a guaranteed risk.
+    """Set thresholds by a speed, a bound or a skipped fraction.
 
     Writes a checkpoint folder; fails where a bound is out of reach, and reports what is within reach. With --max-risk
     nothing is skipped where no setting can be shown to keep the bound. The folder keeps score quantiles, so that any

@@ -19,7 +19,7 @@ def inspect(
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Show a model's layers and their cost, and the engines and methods that apply to it."""
+    """Show a model's layers, their cost, and what applies to it."""
     arguments = dict(locals())
     from anydepth.measure.inspect import inspect_model
     from anydepth.measure.results import document
