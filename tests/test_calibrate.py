@@ -201,8 +201,8 @@ def test_what_calibrate_is_asked_for(routers: Path) -> None:
     shared = ("calibrate", routers, "--out", "never")
     assert "calibrate takes --target-speedup" in refused(*shared)
     assert "calibrate takes --target-speedup" in refused(*shared, "--skip-share", 0.3, "--sweep", "0.5")
-    assert "--sweep takes shares" in refused(*shared, "--sweep", "0.5,1.5")
-    assert "--sweep takes shares with commas" in refused(*shared, "--sweep", "half")
+    assert "--sweep takes fractions" in refused(*shared, "--sweep", "0.5,1.5")
+    assert "--sweep takes fractions with commas" in refused(*shared, "--sweep", "half")
 
 
 @pytest.mark.parametrize(
