@@ -102,7 +102,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_told_before_weights_are_loaded(
+def test_mistakes_are_found_before_weights_are_loaded(
     folder: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C16. Each of these came after minutes of search, training or timing."""
