@@ -142,7 +142,7 @@ def test_mixers_are_shown_and_trainings_compared(tmp_path: Path) -> None:
     assert outline.headings[0] == "Trainings side by side"
     assert outline.headings.count("Which mixer, token by token") == 3
     names = [path.name for path in written]
-    assert {"losses.png", "0-train-figures.png", "1-eval-mixers.csv", "2-generate-mixers.png"} <= set(names)
+    assert {"losses.png", "0-train-metrics.png", "1-eval-mixers.csv", "2-generate-mixers.png"} <= set(names)
     assert "softmax in 2 of 2 layers" in written[0].read_text()
 
 

@@ -14,12 +14,12 @@ from anydepth.errors import RunError, UserError
 from anydepth.report import wording
 
 COLUMNS = wording.columns(
-    "perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup "
-    "realised",
+    "perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup",
     agreement="agreement",
     mean_depth="depth",
     layer_token_share="FLOP share",
     gflops_per_token="GFLOPs",
+    realised="efficiency",
 )
 
 

@@ -127,7 +127,7 @@ class AnydepthLM(Base):
         )
 
     def check_room(self, options: dict[str, Any]) -> None:
-        """Raise `UserError` where a task's generation options leave no room for a prompt in the window."""
+        """Raise `UserError` where a task's generation options leave no space for a prompt in the window."""
         new_tokens = int(normalize_gen_kwargs(options, self.max_gen_toks).get("max_gen_toks", 0))
         if new_tokens >= self.max_length:
             raise UserError(f"a prompt and {new_tokens} new tokens are more than {self._window_advice}")

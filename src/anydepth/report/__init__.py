@@ -1,1 +1,1 @@
-"""Figures and pages from result documents; nothing is measured here."""
+"""Plots and pages from result documents; nothing is measured here."""

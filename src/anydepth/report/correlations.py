@@ -17,7 +17,7 @@ AXES = {
     "rarity": "rarity (mean −log frequency, nats a token)",
 }
 KINDS = ("pearson", "spearman")
-OF = {"depth": "layers per token", "layer_token_share": "FLOP share of layers"}
+OF = {"depth": "layers per token", "layer_token_share": "FLOP fraction of layers"}
 
 
 def section(page: Page, document: Document, name: str) -> None:

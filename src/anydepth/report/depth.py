@@ -1,4 +1,4 @@
-"""Sections and figures about depth: of kinds of tokens, of positions, and of every token of a text."""
+"""Sections and plots about depth: of kinds of tokens, of positions, and of every token of a text."""
 
 from __future__ import annotations
 

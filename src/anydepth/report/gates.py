@@ -1,4 +1,4 @@
-"""Sections and figures about gates: how often they open, how their decisions spread, and warnings."""
+"""Sections and plots about gates: how often they open, how their decisions spread, and warnings."""
 
 from __future__ import annotations
 

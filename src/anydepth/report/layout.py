@@ -1,4 +1,4 @@
-"""The layout of the report page: its style, headings, text, figures and tables."""
+"""The layout of the report page: its style, headings, text, plots and tables."""
 
 from __future__ import annotations
 

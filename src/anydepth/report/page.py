@@ -1,6 +1,6 @@
 """One self-contained page from result documents: it opens without a network, on a phone, in light and dark.
 
-Only documents are read. Figures are stored next to the page as PNG, tables as CSV.
+Only documents are read. Plots are stored next to the page as PNG, tables as CSV.
 """
 
 from __future__ import annotations

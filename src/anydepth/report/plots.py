@@ -1,4 +1,4 @@
-"""Drawing shared by all figures, and figures as PNG. Figures show what the documents hold and compute nothing."""
+"""Drawing shared by all plots, and plots as PNG. Plots show what the documents hold and compute nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections and figures about quality: the layers that run, perplexity, and scores of tasks."""
+"""Sections and plots about quality: the layers that run, perplexity, and scores of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections and figures about speed: the summary, paired timings, comparisons of ways to run, and drafts."""
+"""Sections and plots about speed: the summary, paired timings, comparisons of ways to run, and drafts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ SHOWN = {"speedup": wording.speedup}
 ALSO = ("speedup_interval", "is_noise")
 """How tables show a speed-up, and what only their CSV has of it."""
 SUMMARY = wording.columns(
-    "label perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup "
-    "realised"
+    "label perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup",
+    realised="efficiency",
 )
 TIMED = wording.columns(
-    "engine weights batch_size prompt_tokens new_tokens full adapted_rate speedup ideal_speedup realised",
+    "engine weights batch_size prompt_tokens new_tokens full adapted_rate speedup ideal_speedup",
     batch_size="batch",
     prompt_tokens="prompt",
     new_tokens="new",
     full="full tok/s",
     adapted_rate="adapted tok/s",
+    realised="efficiency",
 )
 WAYS = wording.columns(
     "label perplexity rouge_l mean_depth tokens_per_second speedup",
@@ -176,7 +177,7 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
         side = "left" if point[0] <= middle else "right"  # Towards the middle, so that labels stay in the figure.
         axes.scatter(*point, color=colour, s=46, zorder=3)
         axes.annotate(short(row["label"]), point, fontsize=8, xytext=(0, 7), textcoords="offset points", ha=side)
-    axes.margins(x=0.15, y=0.25)  # Room for the labels.
+    axes.margins(x=0.15, y=0.25)  # Space for the labels.
     axes.set_xlabel("tokens per second (generation)")
     axes.set_ylabel("perplexity (lower is better)")
     return figure

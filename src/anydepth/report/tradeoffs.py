@@ -1,4 +1,4 @@
-"""Sections and figures of quality against cost: sweeps with Pareto fronts, capacities, and experiments."""
+"""Sections and plots of quality against cost: sweeps with Pareto fronts, capacities, and experiments."""
 
 from __future__ import annotations
 

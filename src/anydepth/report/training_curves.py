@@ -1,4 +1,4 @@
-"""Sections and figures about what was learned: training, fitted routers and searched skip sets."""
+"""Sections and plots about what was learned: training, fitted routers and searched skip sets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def training(page: Page, document: Document, name: str) -> None:
         page.figure(f"{name}-depth", depth(document), "Layers per token while gates are sampled.", document)
     if gates.own_metrics(document):
         text = "Fractions as sampled, and schedules, by step."
-        page.figure(f"{name}-figures", metrics(document), text, document)
+        page.figure(f"{name}-metrics", metrics(document), text, document)
     if any(share < 1 for row in history for shares in row.get("layers", {}).values() for share in shares):
         page.figure(f"{name}-layers", layers(document), "Which layers ran while gates were sampled.", document)
     gates.of_training(page, document, name)

@@ -15,12 +15,11 @@ TITLES = {
     "choice": "",
     "of": "",
     "agreement": "same next token",
-    "layer_token_share": "FLOP share of layers",
+    "layer_token_share": "FLOP fraction of layers",
     "gflops_per_token": "GFLOPs a token",
     "tokens_per_second": "tokens/s",
     "speedup": "speed-up",
     "ideal_speedup": "ideal",
-    "realised": "efficiency",
     "num_seeds": "seeds",
     "num_items": "items",
     "num_tokens": "tokens",
@@ -31,8 +30,8 @@ TITLES = {
 
 
 def columns(keys: str, **titles: str) -> dict[str, str]:
-    """Return the titles of columns by key: the given ones, those of `TITLES`, or the keys themselves."""
-    return {key: titles.get(key, TITLES.get(key, key.replace("_", " "))) for key in keys.split()}
+    """Return the titles of columns by key: those given, of `TITLES`, or the keys. Keys of `titles` alone are last."""
+    return {key: TITLES.get(key, key.replace("_", " ")) for key in keys.split()} | titles
 
 
 def sentence(text: str) -> str:

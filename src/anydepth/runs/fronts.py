@@ -68,8 +68,8 @@ def short_keys(values: Mapping[str, Any]) -> dict[str, Any]:
 def front(settings: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
     """Return the labels on the Pareto front of perplexity and a cost of `AXES`, cheapest first.
 
-    In the order of perplexity, a setting is on the front if its range of costs is below those of all better ones on
-    the front. Ranges are of seeds, and of time 95% intervals too; that of full depth is 1.
+    In the order of perplexity, a setting is on it if its range of costs is below those of all better ones on it.
+    Ranges are of seeds, and of time 95% intervals too; that of full depth is 1.
     """
     cost, best = AXES[axis], list[Mapping[str, Any]]()
     for row in sorted(settings, key=lambda row: (row["perplexity"], row[cost])):
