@@ -16,6 +16,7 @@ from anydepth import FastEngine, HFEngine
 from anydepth.decoding.engines import open_engine
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
+from drafts import drafting
 from reference import relative_rms
 from tiny import byte_tokenizer, tiny_llama
 
@@ -147,6 +148,17 @@ def test_lora_is_folded_into_a_copy(use_dora: bool) -> None:
     assert relative_rms(FastEngine(adapted).logits(ids(1)[0]), wanted) < 1e-5
     assert relative_rms(wanted, anydepth.attach(tiny_llama(), ROUTER)(ids(1), use_cache=False).logits[0]) > 1e-2
     assert all(torch.equal(value, before[name]) for name, value in lora.state_dict().items())
+
+
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_draft_counts_are_those_of_the_last_generation(path: str) -> None:
+    engine = drafting(path, "first layers")
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    engine.generate(ids(1), **options)
+    assert engine.draft_counts is not None
+    with engine.adapted.disabled():
+        engine.generate(ids(1), **options)
+    assert engine.draft_counts is None
 
 
 def test_auto_says_why_not() -> None:

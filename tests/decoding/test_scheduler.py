@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 import anydepth
 from anydepth import FastEngine
+from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.decoding.scheduler import Scheduler
@@ -37,7 +38,7 @@ def prompts(num: int) -> list[list[int]]:
     return [torch.randint(1, 257, (length,), generator=generator).tolist() for length in lengths]
 
 
-def alone(fast: FastEngine, prompt: list[int], new_tokens: int) -> list[int]:
+def alone(fast: Engine, prompt: list[int], new_tokens: int) -> list[int]:
     output = fast.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
     return output[0, len(prompt) :].tolist()
 
@@ -176,6 +177,37 @@ def test_long_prompts_of_drafted_requests_are_read_in_chunks_too(options: dict[s
     with engine.adapted.disabled():
         wanted = engine.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert found[0] == found[1] == wanted[0, len(prompt) :].tolist()
+
+
+def test_a_processor_that_fails_on_drafts_ends_its_own_request_alone() -> None:
+    class Fails(LogitsProcessor):
+        is_stateless = True
+
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            if input_ids.shape[1] > 14:
+                raise ValueError("broken")
+            return scores
+
+    engine, prompt = (
+        drafting("fast", ({"exit_layers": [2], "adaptive": False, "lookup": False}, [])),
+        list(range(3, 13)),
+    )
+    good, bad = request(prompt, 12), request(prompt, 12, Sampler(LogitsProcessorList([Fails()])))
+    good.is_drafted = bad.is_drafted = True
+    with pytest.raises(ValueError, match="broken"):
+        Scheduler(engine, 2).run([good, bad])
+    with engine.adapted.disabled():
+        assert good.output == alone(engine, prompt, 12)
+    assert good.failure is None and bad.output == good.output[:5]
+
+
+def test_noise_of_tokens_that_were_taken_is_not_kept() -> None:
+    engine = drafting("fast", ({"exit_layers": [2], "adaptive": False}, []))
+    for is_drafted in (False, True):
+        one = request(prompts(1)[0], 30, Sampler(sampling=True, generator=torch.Generator().manual_seed(1)))
+        one.is_drafted = is_drafted
+        Scheduler(engine, 1).run([one])
+        assert len(one.sampler.noise.kept) <= 8 * is_drafted
 
 
 @pytest.mark.parametrize("path", ["hf", "fast"])

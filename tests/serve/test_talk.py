@@ -14,6 +14,7 @@ import anydepth
 from anydepth.errors import UserError
 from anydepth.serve.service import Service
 from anydepth.serve.talk import Talk
+from drafts import ALONE, drafting
 from tiny import byte_tokenizer, tiny_llama
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
@@ -88,6 +89,20 @@ def test_the_smallest_temperature_is_greedy(service: Service) -> None:
     talks = [Talk(service, service.tokenizer, None, 9, temperature) for temperature in (0.0, 1e-300)]
     said = ["".join(text for text, _ in talk.answer("hi")) for talk in talks]
     assert said[0] == said[1]
+
+
+def test_sampled_conversations_are_the_same_whatever_is_drafted() -> None:
+    """Drafts draw noise ahead; no later answer depends on how far they went."""
+    tokenizer, conversations = byte_tokenizer(), []
+    tokenizer.chat_template = TEMPLATE
+    for max_draft in (1, 5):
+        engine = drafting("fast", ({**ALONE, "exit_layers": [3], "max_draft": max_draft}, []))
+        service = Service(engine, tokenizer, max_batch_size=1)
+        talk = Talk(service, tokenizer, None, 9, 1.0, lossless=True, seed=3)
+        conversations.append(["".join(text for text, _ in talk.answer(line)) for line in ("hi", "hi", "so?")])
+        service.close()
+    assert conversations[0] == conversations[1]
+    assert conversations[0][0] != conversations[0][1]
 
 
 def test_sampled_answers_depend_on_the_seed(service: Service) -> None:

@@ -158,6 +158,23 @@ def test_draft_tokens_that_are_dropped_leave_nothing(name: str, monkeypatch: pyt
     assert next(asked) > 20 and engines[0].draft_counts.num_drafted  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("path", ["hf", "fast"])
+def test_rows_that_draft_by_exits_and_by_a_pruned_model_in_one_round(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verification continues after the exits of some rows, and must not see the K/V that pruned drafts left."""
+    engine = drafting(path, ({**ALONE, "exit_layers": [2]}, [{"name": "skip_set", "skip_layers": [3]}]))
+    monkeypatch.setattr(
+        policy.DraftedSteps, "_drafter_for", lambda _, request, drafters: (drafters[request.row % 2], 1.0)
+    )
+    wanted, ours = both(engine, prompts(4), do_sample=False, eos_token_id=None)
+    assert torch.equal(wanted, ours)
+    assert engine.draft_counts is not None and set(engine.draft_counts.num_drafted) == {
+        "first 2 layers",
+        "pruned model",
+    }
+
+
 def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
     spec = (ALONE, [{"name": "skip_set"}])  # drafts far, always right
     engine, tokenizer, batch = drafting("fast", spec), byte_tokenizer(), prompts(3)

@@ -37,6 +37,7 @@ class HFEngine(Engine):
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """Generate by transformers' own loop; drafted requests run one by one, each with a cache of its own."""
         if not self.drafts:
+            self.last.counts = None
             return self.adapted.generate(*args, **kwargs)
         return generate_batch(self, *args, **kwargs)
 

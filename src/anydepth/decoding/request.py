@@ -205,7 +205,10 @@ def draft_tokens(
     """`Sampler.draft` of requests with samplers of their own."""
     tokens, probabilities = [0] * len(requests), [0.0] * len(requests)
     for sampler, numbers in by_sampler(requests).items():
-        found = sampler.draft([requests[number] for number in numbers], logits[numbers], vocabulary)
+        try:
+            found = sampler.draft([requests[number] for number in numbers], logits[numbers], vocabulary)
+        except Exception:  # verification calls the same processors, and fails these requests alone
+            found = [0] * len(numbers), [float("nan")] * len(numbers)
         for number, token, probability in zip(numbers, *found, strict=True):
             tokens[number], probabilities[number] = token, probability
     return tokens, probabilities

@@ -202,7 +202,10 @@ class Sampler:
         """
         if self.sampling and not bool(scores.max() > float("-inf")):
             raise RuntimeError("the logits processors left no token to choose from")
-        return self.token(request, len(request.ids), scores)
+        token = self.token(request, len(request.ids), scores)
+        if self.num_rows == 1:  # no other row needs this step's noise, which is as large as the vocabulary
+            self.noise.kept.pop(len(request.ids) - request.num_prompt, None)
+        return token
 
     def draft(
         self, requests: Sequence[Row], logits: Tensor, vocabulary: Tensor | None

@@ -181,7 +181,8 @@ class Scheduler:
         return num_left if num_left <= PROMPT_CHUNK + (self.session.max_tokens or 0) else PROMPT_CHUNK
 
     def _leave(self, request: Request) -> None:
-        self.session.close(request.kv)
+        if request.sequence is not None:  # None: no sequence could be opened for it
+            self.session.close(request.sequence)
         request.sequence = None
         request.draft, request.memory = [], {}
         if request is self.reading:

@@ -120,11 +120,11 @@ class FastSession:
         """Return (K + 1, V) logits of each sequence after its last token and each of its K drafted ones."""
         unseen = [own[len(self.exited[sequence]) :] for sequence, own in zip(sequences, ids, strict=True)]
         states = [self._embed(own) for own in unseen]
+        # Pruned drafts left K/V that verified tokens must not see; those of the first layers stay.
+        self._forget_drafts([sequence for sequence in sequences if not self.exited[sequence]])
         if exit_layer:
             self._run_first(sequences, states, exit_layer)
             states = [torch.cat(self.exited[sequence]) for sequence in sequences]
-        else:
-            self._forget_drafts(sequences)  # K/V that pruned drafts left
         states = self._through(sequences, states, exit_layer)
         return list(self.model.logits(torch.cat(states)).split([len(part) for part in states]))
 

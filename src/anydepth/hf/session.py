@@ -59,6 +59,7 @@ class HFSession:
     def close(self, sequence: int) -> None:
         """Forget a sequence."""
         del self.caches[sequence], self.ids[sequence], self.num_exited[sequence]
+        self.verified.pop(sequence, None)
         self.free.append(sequence)
 
     def length(self, sequence: int) -> int:
@@ -126,7 +127,7 @@ class HFSession:
             if self._restarts(sequence):
                 self.caches[sequence].rewind(0)
                 own = self._forward(sequence, [*seen, *tokens], FULL_DEPTH, logits_to_keep=1)
-            elif exit_layer and unseen:
+            elif self.num_exited[sequence] and unseen:
                 own = self._forward(sequence, unseen, self._exit_plan(exit_layer, continues=True))
                 late = self.adapted.last_run.late
                 if late is not None:

@@ -39,6 +39,8 @@ FALLBACK_WINDOWS = 4
 """Windows that budgets of a checkpoint without kept scores are set on: a start is not to take minutes."""
 LATEST = 32
 """Finished requests that the time to wait is estimated from."""
+MAX_PLANS = 32
+"""Plans of depth budgets that are kept, the latest used ones: clients may send any number."""
 NO_DRAFTER = "no drafter is attached; serve a target that drafts, or one that skips layers"
 NO_GAIN = "no draft was expected to save time"
 
@@ -217,9 +219,9 @@ class Service:
                             self._admit(job)
                         except Exception as failed:
                             self._fail(job, failed)
-            for job in [*cancelled, *self._late()]:
-                self._end(job, None if job in cancelled else "timeout")
             try:
+                for job in [*cancelled, *self._late()]:
+                    self._end(job, None if job in cancelled else "timeout")
                 self._step()
             except Exception as failed:  # the batch must not take the server with it
                 for job in list(self.jobs.values()):
@@ -249,10 +251,14 @@ class Service:
             return
         for request in self.scheduler.step():
             job = self.jobs.get(request)
-            if job is not None and request.failure is not None:  # one request must not take the batch with it
-                self._fail(job, request.failure)
-            elif job is not None:
+            if job is None:
+                continue
+            try:  # one request must not end the others
+                if request.failure is not None:
+                    raise request.failure
                 self._say(job)
+            except Exception as failed:
+                self._fail(job, failed)
 
     def _say(self, job: Job) -> None:
         """Hand on what is new of a job's answer."""
@@ -302,7 +308,8 @@ class Service:
         job.is_over = True
         if reason is not None:
             self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
-            job.put(Piece(text + job.stream.finish(), list(tokens), reason))
+            rest = "" if reason == "error" else job.stream.finish()  # which may be what failed
+            job.put(Piece(text + rest, list(tokens), reason))
 
 
 def layers_of(record: PassRecord) -> list[float]:
@@ -322,7 +329,8 @@ class Budgets:
     def __init__(self, engine: Engine, windows: Tensor) -> None:
         self.adapted = engine.adapted
         self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
-        self.plans: dict[float | None, Plan] = {None: Plan.of(self.adapted.attached)}
+        self.own_plan = Plan.of(self.adapted.attached)
+        self.plans: dict[float, Plan] = {}
 
     @classmethod
     def of(cls, engine: Engine, windows: Tensor) -> Budgets | None:
@@ -334,9 +342,17 @@ class Budgets:
     def plan_of(self, request: Request) -> Plan:
         """Return the gates that let the share of a request's depth budget run; None is what the model came with."""
         budget = request.budget
-        if budget is not None and budget not in self.plans:
+        if budget is None:
+            return self.own_plan
+        plan = self.plans.pop(budget, None)
+        if plan is None:
             own = configs_of(self.adapted)
-            set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
-            self.plans[budget] = Plan.of(self.adapted.attached)
-            set_configs(self.adapted, own)
-        return self.plans[budget]
+            try:
+                set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
+                plan = Plan.of(self.adapted.attached)
+            finally:
+                set_configs(self.adapted, own)
+        self.plans[budget] = plan  # the last is the latest used
+        if len(self.plans) > MAX_PLANS:
+            del self.plans[next(iter(self.plans))]
+        return plan

@@ -40,9 +40,7 @@ class Talk:
         self.turns = [] if system is None else [{"role": "system", "content": system}]
         options = SamplingOptions.of(service.engine.adapted.generation_config, temperature=temperature)
         self.processors = options.processors()
-        self.generator = None
-        if not options.is_greedy:
-            self.generator = torch.Generator(device=service.engine.adapted.device).manual_seed(seed)
+        self.is_greedy, self.seed, self.num_answers = options.is_greedy, seed, 0
 
     def answer(self, line: str) -> Iterator[tuple[str, float]]:
         """Pieces of the answer, each with the layers run for it. A caller that stops listening ends it.
@@ -53,7 +51,7 @@ class Talk:
         turns = [*self.turns, {"role": "user", "content": line}]
         prompt = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
         room = self._room(len(prompt))
-        sampler = self.service.sampler(self.processors, self.generator)
+        sampler = self.service.sampler(self.processors, self._new_generator())
         stops = Stops.at(len(prompt) + min(room, self.max_new_tokens), self.service.end_ids)
         request = Request(prompt, sampler, stops)  # type: ignore[arg-type]
         pieces: queue.Queue[Piece] = queue.Queue()
@@ -74,6 +72,17 @@ class Talk:
         finally:
             self.service.cancel(job)
             self.turns = [*turns, {"role": "assistant", "content": said}]
+
+    def _new_generator(self) -> torch.Generator | None:
+        """Return the generator of the next answer; None for greedy answers.
+
+        Each answer has its own: drafts of an earlier one draw noise for tokens that it never takes.
+        """
+        if self.is_greedy:
+            return None
+        generator = torch.Generator(device=self.service.engine.adapted.device)
+        self.num_answers += 1
+        return generator.manual_seed((self.seed + self.num_answers - 1) % 2**63)
 
     def _room(self, num_prompt: int) -> int:
         window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)

@@ -1,0 +1,71 @@
+"""The service in this process: failures stay with their request, and what clients send bounds what is kept."""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+import pytest
+import torch
+
+import anydepth
+from anydepth import FastEngine
+from anydepth.calibration.shares import configs_of
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Sampler, Stops
+from anydepth.serve import service as module
+from anydepth.serve.service import Budgets, Job, Piece, Service
+from anydepth.serve.text_stream import TextStream
+from tiny import byte_tokenizer, tiny_llama
+
+ROUTER = {"name": "layer_router", "always_keep": 1, "initial_bias": 0.0}
+
+
+def request(budget: float | None = None) -> Request:
+    return Request([5, 6, 7], Sampler(), Stops.at(12), budget=budget)
+
+
+def budgets() -> Budgets:
+    engine = FastEngine(anydepth.attach(tiny_llama(), ROUTER).eval())
+    return Budgets(engine, torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(0)))
+
+
+def test_only_the_latest_depth_budgets_have_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_PLANS", 3)
+    found = budgets()
+    first = found.plan_of(request(0.5))
+    for number in range(9):
+        found.plan_of(request(number / 10 + 0.05))
+        assert found.plan_of(request(0.5)) is first  # used again and again, so it stays
+    assert len(found.plans) == 3 and found.plan_of(request()) is found.own_plan
+
+
+def test_a_depth_budget_that_fails_leaves_the_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = budgets()
+    before = configs_of(found.adapted)
+    monkeypatch.setattr(module.Plan, "of", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        found.plan_of(request(0.25))
+    assert configs_of(found.adapted) == before and not found.plans
+
+
+def test_an_answer_whose_text_fails_ends_alone() -> None:
+    class Broken(TextStream):
+        def push(self, token_id: int) -> str:
+            raise ValueError("no such token")
+
+        finish = push  # type: ignore[assignment]
+
+    service = Service(FastEngine(anydepth.attach(tiny_llama(), ROUTER).eval()), byte_tokenizer())
+    pieces: list[queue.Queue[Piece]] = [queue.Queue(), queue.Queue()]
+    kinds: list[Any] = [Broken, TextStream]
+    jobs = [
+        Job(request(), kind(service.tokenizer, [5, 6, 7]), own.put) for kind, own in zip(kinds, pieces, strict=True)
+    ]
+    service.submit(*jobs)
+    assert pieces[0].get(timeout=60).finish_reason == "error"
+    reasons = [pieces[1].get(timeout=60).finish_reason]
+    while reasons[-1] is None:
+        reasons.append(pieces[1].get(timeout=60).finish_reason)
+    assert reasons[-1] in ("length", "stop")
+    service.close()
