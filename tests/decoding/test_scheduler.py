@@ -148,7 +148,7 @@ def test_memory_is_bounded_and_what_cannot_fit_is_refused() -> None:
     long = request(list(range(1, 51)), 10)
     scheduler.run([long, request(list(range(1, 11)), 40)])
     assert scheduler.session.cache.capacity <= 60 and len(long.output) == 10
-    with pytest.raises(UserError, match="51 \\+ 10 tokens does not fit a slot of 60"):
+    with pytest.raises(UserError, match="51 \\+ 10 tokens does not fit a sequence of 60"):
         scheduler.add(request(list(range(1, 52)), 10))
     with pytest.raises(UserError, match="at least one token"):
         scheduler.add(request([], 10))

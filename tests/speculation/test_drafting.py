@@ -227,7 +227,7 @@ def test_what_would_be_dropped_is_refused() -> None:
     for runner in (drafting("fast", "first layers"), drafting("hf", "first layers")):
         with pytest.raises(UserError, match="pad on the left"):
             runner.generate(**right, max_new_tokens=3)
-        with pytest.raises(UserError, match="assistant_model is not taken"):
+        with pytest.raises(UserError, match="assistant_model is not supported"):
             runner.generate(**batch, assistant_model=runner.adapted.model, max_new_tokens=3)
 
 

@@ -1,4 +1,4 @@
-"""What every engine is: weights, sessions over them, and how it drafts."""
+"""The interface of engines: weights, sessions over them, and drafting."""
 
 from __future__ import annotations
 
@@ -20,43 +20,42 @@ from anydepth.hf.adapted import AdaptedModel
 
 
 class Drafting(Protocol):
-    """How an engine drafts (`speculation/drafting.py`).
+    """Drafts on an engine (`speculation/drafting.py`).
 
     Attributes:
-        captures: layers, counted from 1, whose output states drafters read.
+        captures: layers, counted from 1, of which drafters read the output states.
     """
 
     @property
-    def captures(self) -> Sequence[int]:
-        """Return the layers."""
-        ...
+    def captures(self) -> Sequence[int]: ...
 
     def open(self, session: Session) -> StepPolicy:
-        """Return the step policy of the requests in a session that are drafted for."""
+        """Return the step policy for the drafted requests of a session."""
         ...
 
 
 class Draft(Protocol):
-    """What to draft with, for any engine (`speculation/draft.py`)."""
+    """Drafters for any engine (`speculation/draft.py`)."""
 
     def on(self, engine: Engine) -> Drafting:
-        """Return how an engine drafts with it."""
+        """Open the drafters on an engine."""
         ...
 
 
 class Engine(ABC):
     """Decodes an adapted model: `engine.generate(...)` for `adapted.generate(...)`.
 
-    Threads take turns, one step at a time: kernels and drafters have one scratch memory, and all cores anyway.
+    Threads take turns, one `generate` or one scheduler step at a time: kernels and drafters have one scratch memory,
+    and a step uses all cores anyway.
 
     Args:
-        draft: draft tokens and verify them: `generate` then gives the text of full depth, and the attached methods
+        draft: draft tokens and verify them: `generate` then returns the text of full depth, and the attached methods
             decide in drafts alone. None: the attached methods decide.
 
     Attributes:
         name: `hf` or `fast`. weights: the precision of its weights, such as bfloat16 or int8.
         model: the packed model of the fast engine.
-        shares_prefixes: whether texts that begin alike are best scored one after the other, in one sequence.
+        shares_prefixes: whether texts with a common prefix are best scored one after the other, in one sequence.
     """
 
     name: ClassVar[str]
@@ -72,42 +71,42 @@ class Engine(ABC):
 
     @abstractmethod
     def new_session(self, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()) -> Session:
-        """Return memory for so many sequences of up to `max_length` tokens; None: as long as memory allows."""
+        """Return a session for `num_sequences` sequences of up to `max_length` tokens; None: as memory allows."""
 
     @abstractmethod
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Generate as transformers' `generate` does, with its options: (B, prompt + new) token ids."""
+        """Generate as transformers' `generate` does, with its options; return (B, prompt + new) token ids."""
 
     @abstractmethod
     def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """Return (..., V) logits of states of any depth; of a vocabulary (V',) alone if one is given."""
+        """Return (..., V) logits of (..., D) states of any depth, or (..., V') of a vocabulary (V',)."""
 
     @abstractmethod
     def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
-        """Return the bytes of weights that a token reads: by layer of mixer and FFN, and of the head."""
+        """Return the bytes of weights that a token reads: (mixer, FFN) by layer, and of the head."""
 
-    def check_batch(  # noqa: B027 (most can)
+    def check_batch(  # noqa: B027 (most engines decode any batch)
         self, input_ids: Tensor, mask: Tensor | None, max_length: int | None
     ) -> None:
-        """Raise `UserError` for a (B, T) batch whose rows cannot be decoded each by itself."""
+        """Raise `UserError` for a (B, T) batch of which the rows cannot be decoded independently."""
 
     @property
     def is_bitwise(self) -> bool:
-        """Whether drafts cannot change a token: logits of a verification are those of a plain step, near enough.
+        """Whether drafting leaves every token as it is.
 
-        The kernels give the same bits for one token and for several; other operators do not, which in float32 decides
-        exact ties alone, in half precision near ties as well.
+        The kernels compute the same bits for one token and for several. Other operators do not: in float32 that can
+        change exact ties alone, in half precision near ties as well.
         """
         return self.adapted.dtype == torch.float32
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the weights have fewer bits here than in the model."""
+        """Whether the engine holds the weights in fewer bits than the model."""
         return self.weights in WEIGHT_ONLY
 
     @property
     def differs(self) -> bool:
-        """Whether anything is attached that can make it differ from full depth, in text or in time."""
+        """Whether a method or a draft is attached, so that text or time can differ from full depth."""
         return bool(self.adapted.methods) or self.drafting is not None
 
     @property
@@ -116,7 +115,7 @@ class Engine(ABC):
         return self.drafting is not None and self.adapted.is_enabled
 
     def without_draft(self) -> Self:
-        """Return an engine on the same weights in whose generations the attached methods decide."""
+        """Return an engine on the same weights that does not draft: the attached methods decide."""
         other = copy.copy(self)
         other.draft = other.drafting = None
         other.last = threading.local()
@@ -124,7 +123,7 @@ class Engine(ABC):
 
     @property
     def draft_counts(self) -> DraftCounts | None:
-        """What was drafted in the last generation of this thread; None: nothing was."""
+        """Draft counts of the last generation of this thread; None: it did not draft."""
         return getattr(self.last, "counts", None)
 
     @torch.no_grad()

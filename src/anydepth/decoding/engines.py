@@ -22,7 +22,7 @@ from anydepth.models.load import dtype_name
 
 
 class HFEngine(Engine):
-    """Runs the Hugging Face model itself: any family; without a draft by transformers' own `generate`."""
+    """Runs the Hugging Face model itself, of any family; without a draft by transformers' own `generate`."""
 
     name = "hf"
 
@@ -31,11 +31,11 @@ class HFEngine(Engine):
         super().__init__(adapted, draft)
 
     def new_session(self, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()) -> HFSession:
-        """Return memory for so many sequences of up to `max_length` tokens."""
+        """Return a session for `num_sequences` sequences of up to `max_length` tokens."""
         return HFSession(self.adapted, num_sequences, max_length)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Generate by transformers' own loop; drafted requests run one by one, each with a cache of its own."""
+        """Generate by transformers' own loop; drafted requests run one by one, each with its own cache."""
         if not self.drafts:
             self.last.counts = None
             return self.adapted.generate(*args, **kwargs)
@@ -48,10 +48,10 @@ class HFEngine(Engine):
             return self.adapted(input_ids=token_ids[None], use_cache=False).logits[0]
 
     def check_batch(self, input_ids: Tensor, mask: Tensor | None, max_length: int | None) -> None:
-        """Raise `UserError` where a row's tokens would depend on the length of others, or on its padding.
+        """Raise `UserError` where a row's tokens would depend on the length of other rows, or on its padding.
 
-        A rotary embedding that changes with the length does so at that of the longest row of a batch, padding
-        included; rows that draft run alone.
+        A rotary embedding that changes with the length changes for a whole batch at once, when its longest row,
+        padding included, is that long; rows that draft run alone.
         """
         switch = self.adapted.backbone.rotary_switch
         if switch is None or (len(input_ids) == 1 and (mask is None or bool(mask.all()))):
@@ -64,11 +64,11 @@ class HFEngine(Engine):
             )
 
     def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """Return (..., V) logits of states of any depth."""
+        """Return (..., V) logits of (..., D) states of any depth, or (..., V') of a vocabulary (V',)."""
         return self.adapted.backbone.logits_of(states, vocabulary)
 
     def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
-        """Return the bytes of weights that a token reads."""
+        """Return the bytes of weights that a token reads: (mixer, FFN) by layer, and of the head."""
         backbone = self.adapted.backbone
         return [cost.branch_weight_bytes(view) for view in backbone.layers], cost.weight_bytes(backbone.head)
 
@@ -76,16 +76,16 @@ class HFEngine(Engine):
 class FastEngine(Engine):
     """Decodes Llama-like families at the speed of the memory.
 
-    Holds the weights a second time, packed; weights that change later (training, a LoRA adapter) are not seen.
+    Holds a second, packed copy of the weights; later changes (training, a LoRA adapter) do not reach it.
 
     Args:
         weights: float32, bfloat16, float16, int8 or int4; None is the model's own precision.
         draft: see `Engine`.
-        native: decode with the compiled kernels where they are available; else PyTorch's own operators.
-        compiled: put the branches through `torch.compile` instead: for GPUs; the first start takes a minute.
+        native: decode with the compiled kernels where they are available, else with PyTorch's own operators.
+        compiled: run the branches through `torch.compile` instead, for GPUs; the first start takes a minute.
 
     Raises:
-        UserError: a family or weights that it does not run.
+        UserError: a family or weights that the engine does not support.
     """
 
     name = "fast"
@@ -103,32 +103,32 @@ class FastEngine(Engine):
     ) -> None:
         for method in adapted.attached:
             if method.routes_mixers:
-                raise UserError(f"{method.name} has mixers that the fast engine does not know")
+                raise UserError(f"{method.name} has alternate mixers, which the fast engine lacks; use engine hf")
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
         self.weights = self.model.weights
         super().__init__(adapted, draft)
 
     @property
     def is_bitwise(self) -> bool:
-        """Whether drafts cannot change a token."""
+        """Whether drafting leaves every token as it is; the kernels do in any precision."""
         return super().is_bitwise or self.model.why_not_native is None
 
     def new_session(
         self, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()
     ) -> FastSession:
-        """Return memory for so many sequences of up to `max_length` tokens."""
+        """Return a session for `num_sequences` sequences of up to `max_length` tokens."""
         return FastSession(self.model, num_sequences, max_length, captures)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Generate with transformers' options: greedy and sampling, any batch, left padding."""
+        """Generate with transformers' options: greedy or sampled, for any batch with left padding."""
         return generate_batch(self, *args, **kwargs)
 
     def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """Return (..., V) logits of states of any depth."""
+        """Return (..., V) logits of (..., D) states of any depth, or (..., V') of a vocabulary (V',)."""
         return self.model.exit_logits(states, vocabulary)
 
     def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
-        """Return the bytes of weights that a token reads."""
+        """Return the bytes of weights that a token reads: (mixer, FFN) by layer, and of the head."""
         return [(layer.mixer_bytes, layer.ffn_bytes) for layer in self.model.layers], self.model.head.num_bytes
 
 
@@ -136,7 +136,7 @@ ENGINES = ("auto", "hf", "fast")
 
 
 def label_of(*engines: Engine) -> str:
-    """Name what is attached, a LoRA adapter too, and the weights of engines that hold them in fewer bits."""
+    """Return a label of the attached methods, a LoRA adapter, and quantised weights of the engines."""
     from peft import PeftModel
 
     adapted = engines[0].adapted
@@ -154,23 +154,24 @@ def open_engine(
     draft: Draft | None = None,
     compiled: bool = False,
 ) -> Engine:
-    """Return the engine that a user asks for.
+    """Return the engine of a name.
 
     Args:
-        engine: `hf`, `fast`, or `auto`: fast where it runs the model; `say` is told why not.
-        weights: of the fast engine, see `FastEngine`.
-        compiled: likewise.
+        engine: `hf`, `fast`, or `auto`: fast if it supports the model.
+        weights: precision of the fast engine's weights, see `FastEngine`.
+        compiled: option of the fast engine, see `FastEngine`.
+        say: called with one line if `auto` chooses hf, or if the compiled kernels are not available.
 
     Raises:
-        UserError: an unknown engine; `fast` for a model that it does not run; weights with `hf`.
+        UserError: an unknown engine; `fast` for a model that it does not support; weights with `hf`.
     """
     if engine not in ENGINES:
         raise UserError(f"engine '{engine}' is unknown; engines are {', '.join(ENGINES)}")
     if engine == "hf":
         if weights is not None:
-            raise UserError(f"weights {weights} are the fast engine's; use engine fast, or leave them out")
+            raise UserError(f"weights {weights} are the fast engine's; use engine fast, or leave weights out")
         if compiled:
-            raise UserError("compile is the fast engine's; use engine fast, or leave it out")
+            raise UserError("compile is an option of the fast engine; use engine fast, or leave compile out")
         return HFEngine(adapted, draft)
     try:
         fast = FastEngine(adapted, weights, draft=draft, compiled=compiled)
@@ -180,5 +181,5 @@ def open_engine(
         say(f"engine hf: {error}")
         return HFEngine(adapted, draft)
     if fast.model.why_not_native is not None and not compiled:
-        say(f"engine fast, by PyTorch's own operators, slower: {fast.model.why_not_native}")
+        say(f"engine fast with PyTorch's own operators, which are slower: {fast.model.why_not_native}")
     return fast

@@ -1,4 +1,4 @@
-"""transformers' `generate` with our decode loop: options, logits processors and stop rules stay its own."""
+"""transformers' `generate` with our decode loop; options, logits processors and stop rules are transformers' own."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from anydepth.decoding.scheduler import Scheduler
 from anydepth.errors import UserError
 from anydepth.gating.trace import PassRecord, joined_rows
 
-NOT_HERE = ("assistant_model", "inputs_embeds", "position_ids", "past_key_values")
-"""Options of `generate` that would otherwise be dropped without a word."""
+UNSUPPORTED = ("assistant_model", "inputs_embeds", "position_ids", "past_key_values")
+"""Options of `generate` that would otherwise be ignored silently."""
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
@@ -40,21 +40,20 @@ def generate_batch(
     stopping_criteria: Sequence[StoppingCriteria] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Generate on an engine as `adapted.generate` does: (B, prompt + new) token ids, ended rows padded.
+    """Generate on an engine as `adapted.generate` does; return (B, prompt + new) token ids, ended rows padded.
 
     Raises:
-        UserError: an option that the loop does not have, a mask that is no padding on the left, or stop strings
-            without a tokenizer.
+        UserError: an option that the loop lacks, a mask other than left padding, or stop strings without a tokenizer.
     """
-    for option in NOT_HERE:
+    for option in UNSUPPORTED:
         if kwargs.get(option) is not None:
-            raise UserError(f"{option} is not taken here; leave it out, or use engine hf at full depth")
+            raise UserError(f"{option} is not supported here; leave it out, or use engine hf at full depth")
     _check_padding(kwargs.get("attention_mask"))
-    # transformers 5.23 gives the streamer the prompt, but hides it and the tokenizer from a loop of others.
+    # transformers 5.23 sends the prompt to the streamer, but passes neither it nor the tokenizer to a custom loop.
     stopping_criteria = StoppingCriteriaList(list(stopping_criteria or []))
     if stop_strings is not None:
         if tokenizer is None:
-            raise UserError("stop_strings need tokenizer=, to know how tokens spell them")
+            raise UserError("stop_strings are matched with the tokens' texts; pass tokenizer= as well")
         stopping_criteria.append(StopStringCriteria(tokenizer, stop_strings))
     return engine.adapted.generate(
         *args,
@@ -78,16 +77,24 @@ def _check_padding(mask: Tensor | None) -> None:
 
 
 def _check_mode(config: GenerationConfig, engine: Engine) -> None:
-    """Raise `UserError` for what is neither greedy nor sampling."""
-    who = "drafting" if engine.drafts else "the fast engine"
-    if config.get_generation_mode() not in MODES or config.return_dict_in_generate:
+    """Raise `UserError` for a mode other than greedy decoding and sampling."""
+    runner = "drafting" if engine.drafts else "the fast engine"
+    mode = config.get_generation_mode()
+    if mode not in MODES or config.return_dict_in_generate:
+        got = f"mode {mode.value}" if mode not in MODES else "return_dict_in_generate"
         raise UserError(
-            f"{who} decodes greedily or samples, and returns token ids; use engine hf at full depth for the rest"
+            f"{runner} decodes greedily or samples, and returns token ids; got {got}, which engine hf has at full depth"
         )
     if type(config.watermarking_config).__name__.startswith("SynthID"):
-        raise UserError(f"{who} calls logits processors more often than once a token, which SynthID's cannot take")
+        raise UserError(
+            f"{runner} may call logits processors several times for a token, but SynthID watermarking counts its "
+            "calls; use engine hf at full depth"
+        )
     if config.guidance_scale is not None and config.guidance_scale != 1:
-        raise UserError(f"{who} has no classifier-free guidance; use engine hf at full depth")
+        raise UserError(
+            f"{runner} has no classifier-free guidance; got guidance_scale {config.guidance_scale}, which engine hf "
+            "has at full depth"
+        )
 
 
 @torch.no_grad()
@@ -101,14 +108,14 @@ def _decode(
     streamer: Any = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Run transformers' decoding loop for (B, prompt) token ids: (B, prompt + new)."""
+    """Decode (B, prompt) token ids in place of transformers' loop; return (B, prompt + new) token ids."""
     _check_mode(generation_config, engine)
     mask, adapted = kwargs.get("attention_mask"), engine.adapted
     engine.check_batch(input_ids, mask, generation_config.max_length)
     num_rows, num_prompt = input_ids.shape
     padding = [0] * num_rows if mask is None else (mask == 0).sum(1).tolist()
-    fills = generation_config._eos_token_tensor is not None  # without an end token transformers lets rows go on
-    stops = Stops(stopping_criteria) if fills or num_rows == 1 else JointStops(stopping_criteria, num_rows)
+    has_end = generation_config._eos_token_tensor is not None  # without one transformers continues rows that ended
+    stops = Stops(stopping_criteria) if has_end or num_rows == 1 else JointStops(stopping_criteria, num_rows)
     sampler = Sampler(
         logits_processor,
         num_rows,
@@ -144,7 +151,7 @@ class _Output:
     """The token ids of a batch, as transformers returns and streams them.
 
     Args:
-        pad: what rows that have ended are filled with.
+        pad: token that fills rows after their end.
     """
 
     def __init__(self, requests: Sequence[Request], pad: int, streamer: Any) -> None:
@@ -152,7 +159,7 @@ class _Output:
         self.num_put = requests[0].num_prompt
 
     def put(self) -> None:
-        """Give the streamer the steps that all rows have taken."""
+        """Send the streamer each step once all rows have taken it."""
         if self.streamer is not None:
             longest = max(len(request.ids) for request in self.requests)
             self._put(min(longest if request.is_finished else len(request.ids) for request in self.requests))
@@ -163,7 +170,7 @@ class _Output:
         self.num_put = max(self.num_put, length)
 
     def end(self, length: int) -> Tensor:
-        """Return (B, length) token ids."""
+        """End the stream; return (B, length) token ids."""
         if self.streamer is not None:
             self._put(length)
             self.streamer.end()
@@ -175,7 +182,7 @@ class _Output:
 
 
 def _records(requests: Sequence[Request], num_prompt: int) -> list[PassRecord]:
-    """Return one record for the prompts of a batch, and one for each step."""
+    """Return one record of the prompts of a batch, and one of each step."""
     num_passes = max(len(request.passes) for request in requests)
     return [
         joined_rows(
@@ -190,7 +197,7 @@ def full_depth_records(ids: Tensor, mask: Tensor | None, num_prompt: int, num_la
     """Return records of the prompt and of each token after it, all at full depth.
 
     Args:
-        ids: (B, prompt + new). mask: (B, prompt), False is padding.
+        ids: (B, prompt + new) token ids. mask: (B, prompt), False at padding.
     """
     real = torch.ones_like(ids[:, :-1], dtype=torch.bool)
     if mask is not None:

@@ -1,4 +1,4 @@
-"""One prompt and what has become of it, from an HTTP request to the kernels."""
+"""A request: a prompt, its options and its output, from HTTP to the kernels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from anydepth.gating.trace import PassRecord, Trace
 
 @dataclass(frozen=True)
 class Logprob:
-    """The log-probability of a token that was taken, before any processor, and those of the likeliest tokens.
+    """The log-probabilities of a chosen token and of the most likely ones, before any logits processor.
 
     Attributes:
-        top: (token, log-probability) in falling order; the token that was taken comes last where it is not among them.
+        own: of the chosen token.
+        top: (token, log-probability) in falling order; the chosen token is appended if it is not among them.
     """
 
     own: float
@@ -25,7 +26,7 @@ class Logprob:
 
     @classmethod
     def of(cls, logits: Tensor, token: int, num_top: int) -> Logprob:
-        """Return them for a token taken from (V,) logits."""
+        """Compute them for a token chosen from (V,) logits."""
         logprobs = logits.float().log_softmax(-1)
         values, ids = logprobs.topk(num_top)
         own, top = float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True))
@@ -34,13 +35,14 @@ class Logprob:
 
 @dataclass
 class DraftCounts:
-    """Count draft tokens and what verification made of them, of one request or of several.
+    """Counts of draft tokens and of their verification, for one request or several.
 
     Attributes:
         num_verified: verifications of a request, plain steps included.
-        num_taken: tokens that they gave.
-        num_drafted, num_accepted: tokens, by drafter.
-        by_position: by position in the draft, how many tokens were drafted after accepted ones alone, and accepted.
+        num_taken: tokens that those verifications gave.
+        num_drafted, num_accepted: tokens by drafter.
+        by_position: by position in the draft, [verified, accepted] tokens; a token counts as verified only if all
+            draft tokens before it were accepted.
     """
 
     num_verified: int = 0
@@ -63,12 +65,12 @@ class DraftCounts:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted ÷ drafted tokens."""
+        """Accepted tokens ÷ drafted tokens."""
         return sum(self.num_accepted.values()) / max(sum(self.num_drafted.values()), 1)
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens that a verification gives a request, the one that the model itself adds included."""
+        """Mean tokens per verification, the one that the model itself adds included."""
         return self.num_taken / max(self.num_verified, 1)
 
     def add(self, other: DraftCounts) -> None:
@@ -84,7 +86,7 @@ class DraftCounts:
             self.by_position[position][1] += accepted
 
     def to_json(self) -> dict[str, Any]:
-        """Return fields of documents; `acceptance_by_place` counts draft tokens whose forerunners were all accepted."""
+        """Return JSON fields; `acceptance_by_place` is accepted ÷ verified tokens of `by_position`."""
         return {
             "acceptance_rate": self.acceptance_rate,
             "mean_acceptance_length": self.mean_acceptance_length,
@@ -99,22 +101,22 @@ class Request:
     """A sequence to decode.
 
     Attributes:
-        prompt: token ids, padding on the left included.
-        sampler: chooses its tokens; requests of a batch may share one.
-        stops: when it ends.
+        prompt: token ids, left padding included.
+        sampler: chooses the tokens; requests of a batch may share one.
+        stops: decides when the request ends.
         num_padding: first tokens of the prompt that are padding: logits processors see them, the model does not.
-        row: its row in the sampler's batch.
-        full_depth: whether the attached methods decide nothing for it.
+        row: the request's row in the sampler's batch.
+        full_depth: whether the request runs at full depth, without the attached methods.
         is_drafted: whether tokens are drafted and verified at full depth, which gives the text of full depth.
-        budget: depth budget, for the scheduler's `plan_of`; None is what the model came with.
-        num_logprobs: likeliest tokens to record at each step; None records nothing.
-        ids: prompt and output; the K/V of all but the last, and of no draft token, are there once the prompt is read.
+        budget: depth budget for the scheduler's `plan_of`; None: the thresholds that the model was loaded with.
+        num_logprobs: most likely tokens to record at each step; None records none.
+        ids: prompt and output; once the prompt is read, the session has K/V of all but the last of them.
         output: new token ids, an end token included.
-        passes: the forwards that ran for it, each with its row there.
-        draft: tokens that are drafted after `ids`, in order.
-        is_finished: whether it has ended. failure: the error that ended it, while others went on.
-        sequence: number of its K/V in the session; None: it waits, or has left.
-        memory: what drafters keep of it, by drafter.
+        passes: the forwards that the request took part in, each with the request's row there.
+        draft: draft tokens after `ids`.
+        is_finished: whether the request has ended. failure: the error that ended it.
+        sequence: its sequence id in the session; None before it is opened and after it is closed.
+        memory: state that drafters keep of the request, by drafter.
     """
 
     prompt: list[int]
@@ -142,12 +144,12 @@ class Request:
 
     @classmethod
     def greedy(cls, prompt: Sequence[int], num_new: int, end_ids: Iterable[int] = (), **options: Any) -> Request:
-        """Return a request for the likeliest next tokens, so many at most."""
+        """Return a greedy request for up to `num_new` tokens."""
         return cls(list(prompt), Sampler(), Stops.at(len(prompt) + num_new, end_ids), **options)
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt, padding included."""
+        """Length of the prompt, padding included."""
         return len(self.prompt)
 
     @property
@@ -157,57 +159,57 @@ class Request:
 
     @property
     def num_seen(self) -> int:
-        """Tokens whose K/V are in the session, once the prompt is read."""
+        """Tokens that have K/V in the session, once the prompt is read."""
         return len(self.ids) - 1 - self.num_padding
 
     @property
     def last(self) -> int:
-        """The token after which the next is to be drafted."""
+        """The last token, drafted ones included."""
         return self.draft[-1] if self.draft else self.ids[-1]
 
     @property
     def kv(self) -> int:
-        """`sequence` of a request that runs."""
-        assert self.sequence is not None, "a request that runs has K/V"
+        """The sequence id of a request that is being read or decoded."""
+        assert self.sequence is not None, "a request has K/V only while it is read and decoded"
         return self.sequence
 
     def take(self, token: int, logits: Tensor) -> None:
-        """Append a token that was chosen from (V,) logits, before any processor."""
+        """Append a token; `logits` (V,) are those before any logits processor."""
         self.ids.append(token)
         self.output.append(token)
         if self.num_logprobs is not None:
             self.logprobs.append(Logprob.of(logits, token, self.num_logprobs))
 
     def fail(self, failure: Exception) -> None:
-        """End with an error."""
+        """End the request with an error."""
         self.failure, self.is_finished = failure, True
 
     @property
     def trace(self) -> Trace:
-        """What ran for it."""
-        return Trace.join([_own(record, row) for record, row in self.passes])
+        """The trace of all forwards of the request."""
+        return Trace.join([_row_of(record, row) for record, row in self.passes])
 
     def record_of(self, position: int) -> PassRecord | None:
-        """Return the forward that gave a token of the output; None: none was recorded."""
+        """Return the forward that gave the output token at a position; None: none was recorded."""
         if not self.passes:
             return None
-        return _own(*self.passes[position - len(self.output)])
+        return _row_of(*self.passes[position - len(self.output)])
 
 
-def _own(record: PassRecord, row: int) -> PassRecord:
-    """Return what one row of a forward ran."""
+def _row_of(record: PassRecord, row: int) -> PassRecord:
+    """Return the record of one row of a forward."""
     return record if len(record.token_mask) == 1 else record.row(row)
 
 
 def draft_tokens(
     requests: Sequence[Request], logits: Tensor, vocabulary: Tensor | None
 ) -> tuple[list[int], list[float]]:
-    """`Sampler.draft` of requests with samplers of their own."""
+    """Call `Sampler.draft` for requests with different samplers; the probability is nan where a sampler fails."""
     tokens, probabilities = [0] * len(requests), [0.0] * len(requests)
     for sampler, numbers in by_sampler(requests).items():
         try:
             found = sampler.draft([requests[number] for number in numbers], logits[numbers], vocabulary)
-        except Exception:  # verification calls the same processors, and fails these requests alone
+        except Exception:  # verification calls the same processors, and ends these requests alone
             found = [0] * len(numbers), [float("nan")] * len(numbers)
         for number, token, probability in zip(numbers, *found, strict=True):
             tokens[number], probabilities[number] = token, probability
@@ -215,7 +217,7 @@ def draft_tokens(
 
 
 def take_tokens(requests: Sequence[Request], logits: Tensor) -> None:
-    """Let each request take its next token from (R, V) logits; one that fails ends alone."""
+    """Append to each request its next token, from (R, V) logits; a request that fails ends alone."""
     if all(request.sampler.is_plain for request in requests):
         for request, own, token in zip(requests, logits, largest(logits), strict=True):
             request.take(token, own)
@@ -243,7 +245,7 @@ def _stop(request: Request, scores: Tensor) -> None:
 
 
 def by_sampler(requests: Sequence[Request]) -> dict[Sampler, list[int]]:
-    """Return the numbers of the requests of each sampler; those with plain ones count as of one."""
+    """Group the indices of requests by sampler; all plain samplers form one group."""
     found: dict[Sampler, list[int]] = {}
     plain: Sampler | None = None
     for number, request in enumerate(requests):

@@ -1,4 +1,4 @@
-"""Choose next tokens, and decide when a text ends, as transformers' `generate` does, request by request."""
+"""Choose next tokens and decide when a text ends, request by request, as transformers' `generate` does."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from transformers.generation import logits_process
 from anydepth.errors import UserError
 
 GREEDY = 1e-5
-"""A temperature up to which the likeliest token is taken: logits divided by less than that are no numbers."""
+"""Temperatures up to this one decode greedily: logits divided by a smaller number overflow."""
 KEPT_NOISE = 48
-"""Steps whose noise is kept; that of older ones is drawn anew for requests far behind."""
+"""Steps of which the noise is cached; older noise is drawn again for rows that are further back."""
 
 
 class Row(Protocol):
-    """What a sampler asks of a request: its tokens, padding and prompt included, and its row in the batch."""
+    """The part of a request that samplers read: tokens, padding and prompt included, and its row in the batch."""
 
     ids: list[int]
     draft: list[int]
@@ -36,26 +36,30 @@ class Row(Protocol):
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt, padding included."""
+        """Length of the prompt, padding included."""
         ...
 
 
 class Noise:
-    """Exponential noise that `torch.multinomial` draws at each step of a batch, so that drafts and targets share it.
+    """Exponential noise that `torch.multinomial` draws at each step of a batch.
 
-    Drafts ask for steps that are never taken: `rewind` then gives the generator the state of a run without them.
+    Cached so that drafting and verification sample with the same noise. Drafts also draw noise for steps that are
+    never taken: `rewind` then resets the generator to its state without them.
 
     Args:
-        generator: draws the noise; None is torch's own of the device.
+        generator: draws the noise; None is torch's default generator of the device.
+
+    Attributes:
+        before: states of the generator before each step. kept: cached noise by step.
     """
 
     def __init__(self, num_rows: int, device: torch.device, generator: torch.Generator | None = None) -> None:
         self.num_rows, self.device, self.generator = num_rows, device, generator
-        self.before: list[Tensor] = []  # states of the generator before each step
+        self.before: list[Tensor] = []
         self.kept: dict[int, Tensor] = {}
 
     def at(self, step: int, size: int) -> Tensor:
-        """Return (B, size) noise of a step; steps are asked for in order the first time."""
+        """Return (B, size) noise of a step; each step is first drawn after the one before it."""
         if step in self.kept:
             return self.kept[step]
         now = self._state
@@ -72,7 +76,7 @@ class Noise:
         return self.kept[step]
 
     def rewind(self, num_steps: int) -> None:
-        """Set the generator to its state after so many steps."""
+        """Set the generator to its state after `num_steps` steps."""
         if num_steps < len(self.before):
             self._state = self.before[num_steps]
 
@@ -94,20 +98,20 @@ class Noise:
             torch.set_rng_state(state)
 
 
-KEEP_STATE = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
-"""Of transformers' own: one has a K/V cache, one counts its calls."""
+STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+"""Stateful processors of transformers: the first has a K/V cache, the second counts its calls."""
 
 
 def is_stateless(processor: Any) -> bool:
-    """Return whether a logits processor is known to give the same scores however often it is asked.
+    """Return whether a logits processor is known to return the same scores however often it is called.
 
-    transformers' own are, but for those in `KEEP_STATE` and the one that asks a user's function; others, and such a
-    function, say so by an attribute `is_stateless = True`.
+    transformers' own do, except `STATEFUL` and the one that calls a user's function. Other processors, and such a
+    function, declare it by an attribute `is_stateless = True`.
     """
     if type(processor) is PrefixConstrainedLogitsProcessor:
         processor = processor._prefix_allowed_tokens_fn
-    says_so = getattr(processor, "is_stateless", False) is True
-    return says_so or (type(processor).__module__ == logits_process.__name__ and not isinstance(processor, KEEP_STATE))
+    declared = getattr(processor, "is_stateless", False) is True
+    return declared or (type(processor).__module__ == logits_process.__name__ and not isinstance(processor, STATEFUL))
 
 
 class Sampler:
@@ -115,14 +119,14 @@ class Sampler:
 
     Args:
         processors: transformers' own or a user's. Those that may keep a state, such as a grammar, are called once for
-            each token that is taken, in order, and never for drafts.
-        num_rows: of the batch; noise is drawn for all of them, as transformers does.
-        vocabulary_size: of the model; needed to draft from a part of it.
-        generator: draws the noise of sampling; None is torch's own of the device.
-        drafts: whether requests may be at different tokens, because they draft.
+            each token of the output, in order, and never for drafts.
+        num_rows: rows of the batch; noise is drawn for all of them, as transformers does.
+        vocabulary_size: size of the model's vocabulary; needed to draft from a part of it.
+        generator: draws the noise of sampling; None is torch's default generator of the device.
+        drafts: whether rows draft, so that they can be at different positions.
 
     Raises:
-        UserError: processors that may keep a state, for several requests that draft.
+        UserError: processors that may keep a state, for several rows that draft.
     """
 
     def __init__(
@@ -154,10 +158,10 @@ class Sampler:
         return not self.processors and not self.sampling
 
     def scores(self, requests: Sequence[Row], logits: Tensor) -> Tensor:
-        """Return the processed (R, V) logits after the tokens of some requests, of as many tokens each.
+        """Return the processed (R, V) logits after the tokens of some requests, which all have the same length.
 
-        A batch goes through the processors as a whole, as transformers does it: requests that have ended are there
-        with what they had last, padded.
+        Processors get the whole batch, as in transformers: rows that have ended take part with their last tokens,
+        padded.
         """
         if not self.processors:
             return logits.float()
@@ -179,23 +183,23 @@ class Sampler:
         return self.processors(so_far, logits.float())
 
     def row_scores(self, request: Row, ids: Sequence[int], logits: Tensor, *, is_draft: bool = False) -> Tensor:
-        """Return the processed (V,) logits after `ids`, which begin as the request's."""
+        """Return the processed (V,) logits of a request after `ids`, its tokens with or without a draft."""
         processors = self.for_drafts if is_draft else self.processors
         if not processors:
             return logits.float()
-        # Some know their batch: they get the row in its place among copies of itself.
+        # Some processors count the rows of a batch: each of its rows is a copy of this one.
         so_far: Any = torch.tensor([ids], device=logits.device).expand(self.num_rows, -1)
         return processors(so_far, logits[None].float().repeat(self.num_rows, 1))[request.row]
 
     def token(self, request: Row, num_tokens: int, scores: Tensor) -> int:
-        """Return the token after `num_tokens` tokens of a request, padding included, from processed (V,) logits."""
+        """Choose the token after `num_tokens` tokens of a request, padding included, from processed (V,) logits."""
         if not self.sampling:
             return largest(scores[None])[0]
         noise = self.noise.at(num_tokens - request.num_prompt, len(scores))[request.row].to(scores.device)
         return int((scores.softmax(-1) / noise).argmax())
 
     def take(self, request: Row, scores: Tensor) -> int:
-        """Return the next token of a request from processed (V,) logits.
+        """Choose the next token of a request from processed (V,) logits.
 
         Raises:
             RuntimeError: no token has a probability.
@@ -203,20 +207,20 @@ class Sampler:
         if self.sampling and not bool(scores.max() > float("-inf")):
             raise RuntimeError("the logits processors left no token to choose from")
         token = self.token(request, len(request.ids), scores)
-        if self.num_rows == 1:  # no other row needs this step's noise, which is as large as the vocabulary
+        if self.num_rows == 1:  # no other row needs the noise of this step, which is as large as the vocabulary
             self.noise.kept.pop(len(request.ids) - request.num_prompt, None)
         return token
 
     def draft(
         self, requests: Sequence[Row], logits: Tensor, vocabulary: Tensor | None
     ) -> tuple[list[int], list[float]]:
-        """Return the tokens that requests would take after their drafts, and the probabilities of those.
+        """Choose a draft token for each request; return the tokens and their probabilities.
 
         Args:
-            logits: (R, V') of all tokens, or of a `vocabulary` (V',).
+            logits: (R, V), or (R, V') of a `vocabulary` (V',).
         """
         if self.is_plain:
-            scores = logits.float().cpu().numpy()  # faster than torch at so few numbers
+            scores = logits.float().cpu().numpy()  # numpy is faster than torch for few numbers
             best = scores.argmax(-1).tolist()
             probabilities = [1 / float(np.exp(row - row[one]).sum()) for row, one in zip(scores, best, strict=True)]
             return (best if vocabulary is None else [int(vocabulary[one]) for one in best]), probabilities
@@ -233,11 +237,11 @@ class Sampler:
 
 
 class Stops:
-    """When a request ends: transformers' own criteria, called only where they can say yes.
+    """Decides when a request ends, by transformers' criteria.
 
     Attributes:
-        max_length: known without a call; None: none. end_ids: likewise.
-        others: that must be called at every token.
+        max_length: maximum length, padding included; None: no maximum. end_ids: end tokens.
+        others: criteria that must be called at every token, one request at a time.
     """
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
@@ -255,11 +259,11 @@ class Stops:
         return stops
 
     def num_left(self, request: Row) -> int | None:
-        """Return how many tokens a request may still take; None: any number."""
+        """Return how many tokens a request may still get; None: any number."""
         return None if self.max_length is None else self.max_length - len(request.ids)
 
     def ends(self, request: Row, scores: Tensor) -> bool:
-        """Return whether a request's last token is its end, which was chosen from processed (V,) logits."""
+        """Return whether a request ends with its last token, chosen from processed (V,) logits."""
         left = self.num_left(request)
         if (left is not None and left <= 0) or request.ids[-1] in self.end_ids:
             return True
@@ -271,10 +275,10 @@ class Stops:
 
 
 class JointStops(Stops):
-    """Stops of a batch whose rows go on until all have ended, as transformers does where no end token is known.
+    """Stops of a batch in which rows continue until all have ended, as in transformers without an end token.
 
     Attributes:
-        length: of all rows at the end; None: some row has not ended yet.
+        length: the common length at the end; None: some row has not ended yet.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, num_rows: int) -> None:
@@ -293,7 +297,7 @@ class JointStops(Stops):
 
 
 def largest(scores: Tensor) -> list[int]:
-    """Return where each row of (N, V) first has its largest. numpy is ten times as fast as torch."""
+    """Return the index of the first maximum of each row of (N, V); numpy is ten times as fast as torch."""
     if scores.device.type == "cpu":
         return scores.float().numpy().argmax(-1).tolist()
     return scores.argmax(-1).tolist()

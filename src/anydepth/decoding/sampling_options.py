@@ -1,6 +1,6 @@
-"""How a token is sampled where nobody says it: a model's own defaults, out of its `generation_config.json`.
+"""Sampling options: those of a request, and a model's own defaults from its `generation_config.json`.
 
-Not a sampler: the processors are transformers' own, in transformers' order.
+The logits processors are transformers' own, in transformers' order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from anydepth.errors import UserError
 
 SOURCES = ("auto", "none")
 NEUTRAL: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Options that are applied, and the values that change nothing."""
+"""Options that are applied, each with the value that has no effect."""
 NOT_APPLIED: dict[str, Any] = {
     "num_beams": 1,
     "typical_p": 1.0,
@@ -41,17 +41,17 @@ NOT_APPLIED: dict[str, Any] = {
     "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None,
 }
-"""Options of transformers that change its text and are left out by the server and `chat`."""
+"""Options of transformers that the server and `chat` do not apply, each with the value that has no effect."""
 
 TOP_K = 50
-"""What transformers' `generate` samples from where neither the call nor the config has `top_k`."""
+"""The `top_k` of transformers' `generate` where neither the call nor the config sets one."""
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Options that greedy decoding does not have."""
+"""Options that greedy decoding ignores."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen; every default changes nothing."""
+    """Options of sampling; the defaults have no effect."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -61,7 +61,7 @@ class SamplingOptions:
 
     @classmethod
     def of(cls, config: GenerationConfig, **chosen: float | None) -> SamplingOptions:
-        """Return what was chosen, and for all that is None the model's own defaults."""
+        """Return the chosen options, with the model's own defaults for those that are None."""
         own = defaults_of(config)
         return cls(**(own | {name: value for name, value in chosen.items() if value is not None}))  # type: ignore[arg-type]
 
@@ -70,10 +70,10 @@ class SamplingOptions:
         return self.temperature <= GREEDY
 
     def processors(self, *penalties: LogitsProcessor) -> LogitsProcessorList:
-        """Return transformers' processors for these options; greedy decoding has penalties alone.
+        """Return transformers' processors for these options; greedy decoding applies penalties alone.
 
         Args:
-            penalties: others, which are applied after the repetition penalty, as vLLM does.
+            penalties: further processors, which are applied after the repetition penalty, as in vLLM.
         """
         found = LogitsProcessorList(penalties)
         if self.repetition_penalty != 1:
@@ -92,7 +92,7 @@ class SamplingOptions:
 
 
 def defaults_of(config: GenerationConfig) -> dict[str, float]:
-    """Return the options that a generation config sets to something that changes the text."""
+    """Return the options of a generation config that have an effect."""
     return _set_in(config, NEUTRAL)
 
 
@@ -101,7 +101,7 @@ def check_source(source: str) -> None:
     if source not in SOURCES:
         raise UserError(
             f"--generation-config is {' or '.join(SOURCES)}: the model's own sampling defaults, or none of them; "
-            f"came '{source}'"
+            f"got '{source}'"
         )
 
 
@@ -114,20 +114,20 @@ def use_defaults(config: GenerationConfig, source: str) -> None:
 
 
 def told(config: GenerationConfig) -> str | None:
-    """Return one line about a model's own defaults for the server and `chat`; None: it has none."""
+    """Return a line that lists a model's own defaults for the server and `chat`; None: it has none."""
     used, left_out = defaults_of(config), _set_in(config, NOT_APPLIED)
     return _line(
-        f"{_listed(used)} unless a request says otherwise" if used else "",
+        f"{_listed(used)} unless a request sets them" if used else "",
         f"not applied here: {_listed(left_out)}" if left_out else "",
     )
 
 
 def told_of_generate(config: GenerationConfig, temperature: float) -> str | None:
-    """Return one line about what transformers' `generate` applies beside the temperature; None: nothing."""
+    """Return a line that lists the options that transformers' `generate` applies; None: none is set."""
     found = _set_in(config, NEUTRAL | NOT_APPLIED)
     if temperature > GREEDY:
         own = {"temperature": temperature, "top_k": TOP_K if config.top_k is None else config.top_k}
-        return f"sampling with {_listed(found | own)} (of generation_config.json, else transformers' defaults)"
+        return f"sampling with {_listed(found | own)} (from generation_config.json, else transformers' defaults)"
     used = {name: value for name, value in found.items() if name not in SAMPLED}
     unused = {name: value for name, value in found.items() if name in SAMPLED}
     return _line(
@@ -137,12 +137,12 @@ def told_of_generate(config: GenerationConfig, temperature: float) -> str | None
 
 
 def _line(*parts: str) -> str | None:
-    said = "; ".join(part for part in parts if part)
-    return f"generation_config.json: {said} (--generation-config none ignores it)" if said else None
+    joined = "; ".join(part for part in parts if part)
+    return f"generation_config.json: {joined} (--generation-config none ignores it)" if joined else None
 
 
 def _listed(options: dict[str, Any]) -> str:
-    """Return options and their values, where those are numbers, as words."""
+    """Join options, with the values that are numbers, into a list in prose."""
     return ", ".join(f"{name} {value:g}" if isinstance(value, int | float) else name for name, value in options.items())
 
 

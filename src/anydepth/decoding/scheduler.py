@@ -1,7 +1,7 @@
 """The decode loop: continuous batching of requests that join and leave between tokens.
 
-A step decodes one token of every running request (or one verified draft), and then reads on in the prompt of the next
-one: all of it, or a chunk where others wait for their tokens.
+A step decodes one token of every running request (or one verified draft), then reads from the prompt of the next
+request: all of it, or one chunk while others are being decoded.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from anydepth.errors import UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 
 PROMPT_CHUNK = 128
-"""Tokens of a prompt that are read between two tokens of other requests. A chunk that is left is never so small that
-the kernels would take it, whose sums run in another order than those of a long prompt."""
+"""Tokens of a prompt that are read between two tokens of other requests.
+
+The last chunk is never so small that the decode kernels would run it: they sum in another order than a long prompt.
+"""
 
 
 class Scheduler:
     """Decodes many requests together on an engine.
 
     Args:
-        max_requests: that run at the same time; the others wait in order.
-        max_tokens: bound on the memory: tokens of K/V of all sequences together; None: no bound.
-        plan_of: the gates that decide for a request that is not at full depth; None: of what is attached and on.
-        is_interactive: whether prompts are read in chunks between the tokens of others; else all of them first.
+        max_requests: requests that run at the same time; the others wait in order.
+        max_tokens: memory bound, in tokens with K/V of all sequences together; None: no bound.
+        plan_of: returns the plan of a request that is not at full depth; None: the plan of the active methods.
+        is_interactive: read prompts in chunks between the tokens of other requests; False: read all prompts first.
 
     Raises:
-        UserError: a bound that holds no request.
+        UserError: a memory bound too small for one token per request.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class Scheduler:
         is_interactive: bool = True,
     ) -> None:
         if max_requests < 1 or (max_tokens is not None and max_tokens < max_requests):
-            raise UserError(f"a batch of {max_requests} in {max_tokens} tokens of cache holds no request; give more")
+            raise UserError(
+                f"a batch of {max_requests} in {max_tokens} tokens of cache holds no request; allow at least one "
+                "request, and one token for each"
+            )
         self.engine, self.is_interactive = engine, is_interactive
         captures = () if engine.drafting is None else engine.drafting.captures
         max_length = None if max_tokens is None else max_tokens // max_requests
@@ -58,7 +63,7 @@ class Scheduler:
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        """Put a request in the queue. Raises as `check` does."""
+        """Queue a request; raise as `check` does."""
         self.check(request)
         self.waiting.append(request)
 
@@ -69,12 +74,12 @@ class Scheduler:
             raise UserError("a request needs a prompt of at least one token")
         if most is not None and (num_new is None or len(request.tokens) + num_new > most):
             raise UserError(
-                f"a request of {len(request.tokens)} + {num_new} tokens does not fit a slot of {most}; allow more "
+                f"a request of {len(request.tokens)} + {num_new} tokens does not fit a sequence of {most}; allow more "
                 "tokens of cache, or fewer requests at once"
             )
 
     def cancel(self, request: Request) -> None:
-        """Forget a request in whatever state; its memory is free for the next step."""
+        """Remove a request in any state and free its memory."""
         if request in self.waiting:
             self.waiting.remove(request)
         elif request is self.reading or request in self.running:
@@ -87,7 +92,7 @@ class Scheduler:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Decode the running requests, read on in a prompt; return those that got tokens, or failed."""
+        """Decode the running requests and read from a prompt; return the requests that got tokens or failed."""
         with self.engine.turn:
             served = list(self.running)
             self._decode([request for request in served if not request.is_drafted])
@@ -100,7 +105,7 @@ class Scheduler:
             return served
 
     def run(self, requests: Sequence[Request], after_step: Callable[[], None] = lambda: None) -> None:
-        """Decode all of them to their ends. Raises what went wrong with one of them, the others done."""
+        """Decode requests until all have ended; then raise the error of the first that failed."""
         for request in requests:
             self.add(request)
         while not self.is_idle:
@@ -118,17 +123,17 @@ class Scheduler:
     # --- decoding --------------------------------------------------------------------------------------------------
 
     def _decode(self, requests: list[Request]) -> None:
-        """Decode one token of each request; those with the same gates run together."""
-        alike: dict[Plan, list[Request]] = {}
+        """Decode one token of each request; requests with the same plan run together."""
+        by_plan: dict[Plan, list[Request]] = {}
         for request in requests:
-            alike.setdefault(self._plan(request), []).append(request)
-        for plan, same in alike.items():
+            by_plan.setdefault(self._plan(request), []).append(request)
+        for plan, group in by_plan.items():
             logits, passes = self.session.step(
-                [request.kv for request in same], [request.ids[-1] for request in same], plan
+                [request.kv for request in group], [request.ids[-1] for request in group], plan
             )
-            for request, found in zip(same, passes, strict=True):
+            for request, found in zip(group, passes, strict=True):
                 request.passes.append(found)
-            take_tokens(same, logits)
+            take_tokens(group, logits)
 
     def _plan(self, request: Request) -> Plan:
         return FULL_DEPTH if request.full_depth or request.is_drafted else self.plan_of(request)
@@ -141,7 +146,7 @@ class Scheduler:
     # --- prompts ---------------------------------------------------------------------------------------------------
 
     def _read_prompts(self) -> list[Request]:
-        """Read on in one prompt, or in all that there is memory for; return the requests that got a first token."""
+        """Read from one prompt, or all prompts that memory allows; return the requests that got a first token."""
         ready: list[tuple[Request, torch.Tensor]] = []
         while self.reading is not None or (self.waiting and not self.session.is_full):
             if self.reading is None:
@@ -157,7 +162,7 @@ class Scheduler:
                 self.reading = None
             if self.is_interactive:
                 break
-        # Neighbours in the cache: attention reads them in place.
+        # Sequences that are neighbours in the cache are attended to without a copy.
         self.running.sort(key=lambda one: one.kv)
         if plain := [part for part in ready if not part[0].is_drafted]:
             take_tokens([request for request, _ in plain], torch.stack([logits for _, logits in plain]))
@@ -167,17 +172,18 @@ class Scheduler:
         return [request for request, _ in ready]
 
     def _read(self, request: Request, *, at_once: bool) -> torch.Tensor | None:
-        """Read a part of a prompt, or all that is left; (V,) logits once it is read."""
+        """Read the rest of a prompt or a chunk of it; return (V,) logits after its last token, else None."""
         left = request.tokens[self.session.length(request.kv) :]
-        part = left if at_once else left[: self._next_chunk(len(left))]
+        chunk = left if at_once else left[: self._next_chunk(len(left))]
+        num_logits = int(len(chunk) == len(left))
         logits, record = self.session.read(
-            request.kv, part, self._plan(request), num_logits=len(part) == len(left), capture=request.is_drafted
+            request.kv, chunk, self._plan(request), num_logits=num_logits, capture=request.is_drafted
         )
         request.passes.append((record, 0))
         return None if logits is None else logits[-1]
 
     def _next_chunk(self, num_left: int) -> int:
-        """Return how many of the tokens that are left of a prompt to read next, while others wait."""
+        """Return how many of the `num_left` unread tokens of a prompt to read next."""
         return num_left if num_left <= PROMPT_CHUNK + (self.session.max_tokens or 0) else PROMPT_CHUNK
 
     def _leave(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""What the decode loop asks of an engine: K/V of many sequences, and forwards over them."""
+"""The interface between the decode loop and an engine: K/V of many sequences, and forwards over them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from anydepth.gating.trace import PassRecord
 
 
 class Session(Protocol):
-    """K/V of the sequences that an engine decodes together. Sequences are named by numbers.
+    """K/V of the sequences that an engine decodes together; each sequence has an id.
 
-    Tokens are *committed* once they belong to a sequence. Those of drafts are not, until `commit`: the next `verify`
-    or `step` overwrites their K/V.
+    Tokens are *committed* once they belong to a sequence. Draft tokens are not committed until `commit`: the next
+    `verify` or `step` overwrites their K/V. After an exception, sequences that took part can only be closed.
 
     Attributes:
-        num_sequences: that can be open at a time.
+        num_sequences: sequences that can be open at the same time.
         max_length: tokens that a sequence can have; None: as many as memory allows.
-        max_tokens: of a pass, all sequences together, up to which a token's logits are those of a plain step, bitwise;
-            None: it makes no difference.
-        memory: what drafters keep of the session, by drafter.
+        max_tokens: tokens of all sequences together that a pass may have to give each the bits of a plain step; None:
+            any number.
+        memory: state that drafters keep of the session, by drafter.
     """
 
     num_sequences: int
@@ -37,89 +37,92 @@ class Session(Protocol):
         ...
 
     def open(self) -> int:
-        """Start a sequence without tokens."""
+        """Start an empty sequence; return its id."""
         ...
 
     def close(self, sequence: int) -> None:
-        """Forget a sequence."""
+        """Remove a sequence; its id is free again."""
         ...
 
     def length(self, sequence: int) -> int:
-        """Return how many tokens are committed."""
+        """Return the number of committed tokens."""
         ...
 
     def read(
         self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
     ) -> tuple[Tensor | None, PassRecord]:
-        """Run the next tokens of a prompt; (N, V) logits after the last `num_logits` of them, None for 0.
+        """Run the next tokens of a prompt; return (N, V) logits after the last N = `num_logits` tokens, None for 0.
 
         Args:
-            capture: keep the states of `captured`, at full depth.
+            capture: keep the states that `captured` returns; runs at full depth.
         """
         ...
 
     def step(
         self, sequences: Sequence[int], ids: Sequence[int], plan: Plan
     ) -> tuple[Tensor, list[tuple[PassRecord, int]]]:
-        """Run one more token of each sequence: (R, V) logits after it, and for each its forward and its row there."""
+        """Run one more token of each sequence; return (R, V) logits, and for each sequence its forward and row."""
         ...
 
     def num_kv(self, sequence: int) -> list[int]:
-        """Return how many tokens have K/V, by layer."""
+        """Return the number of tokens with K/V, by layer."""
         ...
 
     def rewind(self, sequence: int, length: int) -> None:
-        """Forget the tokens from position `length` on."""
+        """Remove the tokens from position `length` on."""
         ...
 
     # --- drafting: all at full depth unless a plan is given ------------------------------------------------------
 
     def draft(self, sequences: Sequence[int], ids: Sequence[int], plan: Plan) -> Tensor:
-        """Return (R, V) logits after one more token of each, by a pruned plan; nothing is committed."""
+        """Run one more token of each sequence by a pruned plan, uncommitted; return (R, V) logits."""
         ...
 
     def draft_exits(self, sequences: Sequence[int], ids: Sequence[int], exit_layer: int) -> list[Tensor]:
-        """Return (1, D) states of one more token of each after the first layers; `verify` does not run those again."""
+        """Run the first layers for one more token of each sequence; return (1, D) states.
+
+        `verify` does not run these layers again.
+        """
         ...
 
     def verify(self, sequences: Sequence[int], ids: Sequence[Sequence[int]], exit_layer: int = 0) -> list[Tensor]:
-        """Return (K + 1, V) logits of each sequence after its last token and each of its K drafted ones.
+        """Run the last token and the K draft tokens of each sequence at full depth; return (K + 1, V) logits each.
 
         Args:
-            exit_layer: the first layers that drafts of this round have run; 0: none.
+            exit_layer: number of first layers that `draft_exits` ran in this round; 0: none.
         """
         ...
 
     def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
-        """Keep the first tokens that were verified, and forget the rest."""
+        """Commit the first `num_tokens` verified tokens of each sequence, and remove the rest."""
         ...
 
     def captured(self, sequence: int) -> list[Tensor]:
-        """Return (N, D) states by captured layer, of the tokens that were read or committed last."""
+        """Return (N, D) states by captured layer, of the latest tokens read or committed."""
         ...
 
     def draft_limit(self, sequence: int) -> int | None:
-        """Return how many tokens may be drafted for the bits of a plain step; None: any number."""
+        """Return how many draft tokens can be verified with the bits of plain steps; None: any number."""
         ...
 
     def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
-        """Return (N, V) logits after the last N committed tokens by a pruned plan; their K/V stay."""
+        """Score the last N committed tokens by a pruned plan, and restore their K/V; return (N, V) logits."""
         ...
 
     def layer_seconds(self, sequence: int, ids: Sequence[int]) -> list[float]:
-        """Return the median seconds of each layer in a decoding step after N or all committed tokens."""
+        """Measure the median seconds of each layer in a decoding step, after `ids` or all committed tokens."""
         ...
 
 
 class StepPolicy(Protocol):
-    """How requests are decoded that are drafted for: one round for all of them at a time."""
+    """Decodes drafted requests, all of them in one round at a time."""
 
     def prepare(self, request: Request) -> None:
-        """Run what must come before the prompt of a request is read."""
+        """Prepare a request before its prompt is read."""
         ...
 
     def begin(self, request: Request, logits: Tensor) -> None:
-        """Take the first token of a request whose prompt is read, from (V,) logits."""
+        """Append the first token of a request, from (V,) logits after its prompt."""
         ...
 
     def step(self, requests: Sequence[Request]) -> None:

@@ -1,4 +1,4 @@
-"""Text that an engine writes, with the depth that every token took."""
+"""Generate text on an engine, with the depth of every token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generate_text(
     """Continue a prompt; return the fields of `anydepth.generate/1`.
 
     Args:
-        temperature: 0 is greedy; otherwise samples with `seed`.
+        temperature: 0 is greedy; any other value samples with `seed`.
 
     Raises:
         UserError: an empty prompt, or one that does not fit the model's window with `max_new_tokens`.
@@ -69,11 +69,11 @@ def generate_text(
 
 
 def check_window(model: AdaptedModel | PreTrainedModel, num_prompt: int, max_new_tokens: int) -> None:
-    """Raise `UserError` for a prompt that the model cannot take."""
+    """Raise `UserError` for an empty prompt, or one that does not fit the model's window with the new tokens."""
     if num_prompt == 0:
         raise UserError("the prompt is empty; give at least one word")
     if max_new_tokens < 1:
-        raise UserError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+        raise UserError(f"max-new-tokens must be at least 1; got {max_new_tokens}")
     window = getattr(model.config, "max_position_embeddings", None)
     if window is not None and num_prompt + max_new_tokens > window:
         raise UserError(
@@ -83,9 +83,12 @@ def check_window(model: AdaptedModel | PreTrainedModel, num_prompt: int, max_new
 
 
 def _mixers(trace: Trace, tokens: list[str]) -> dict[str, Any]:
-    """Of models whose tokens choose a mixer: `mixers`, with the `layers` where they do, the `tokens` of the prompt and
-    all new ones but the last, which no layer has seen, and for each whether it took `softmax` in each of the layers."""
-    layers = [layer_idx for layer_idx, share in enumerate(trace.other_share()) if share]
+    """Return the field `mixers` of models that route tokens between mixers, else no field.
+
+    It has the `layers` with an alternate mixer, the `tokens` that ran (all but the last), and for each token whether
+    it ran `softmax` attention in each of those layers.
+    """
+    layers = [layer_idx for layer_idx, fraction in enumerate(trace.other_share()) if fraction]
     if not layers:
         return {}
     softmax = trace.mixer_keep[layers, 0].T.tolist()
@@ -93,11 +96,11 @@ def _mixers(trace: Trace, tokens: list[str]) -> dict[str, Any]:
 
 
 def _depths(adapted: AdaptedModel, num_prompt: int, num_new: int) -> tuple[list[list[float]], list[float]]:
-    """Per new token, the layers that ran to predict it (0, ½ or 1 each) and their sum.
+    """Return for each new token the layers that ran to predict it (0, ½ or 1 each), and their sum.
 
-    The first new token comes out of the prompt's last place, the second out of the first's place, and so on.
+    The prompt's last token predicts the first new token, which predicts the second, and so on.
     """
     trace = adapted.last_trace
     ran: Tensor = ((trace.mixer_keep | trace.other_keep)[:, 0].float() + trace.ffn_keep[:, 0].float()) / 2
-    places = ran[:, num_prompt - 1 : num_prompt - 1 + num_new].T
-    return places.tolist(), places.sum(1).tolist()
+    by_token = ran[:, num_prompt - 1 : num_prompt - 1 + num_new].T
+    return by_token.tolist(), by_token.sum(1).tolist()
