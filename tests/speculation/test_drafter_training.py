@@ -57,11 +57,11 @@ def test_states_are_those_of_the_model_and_answers_are_greedy(chat: bool, tmp_pa
         output = model(text.ids[None], output_hidden_states=True)
         assert torch.allclose(text.states[:, 0], output.hidden_states[2][0], atol=1e-4)
         assert torch.allclose(model.model.norm(text.states[:, 1]), output.hidden_states[-1][0], atol=1e-4)
-        said = output.logits[0].argmax(-1)[text.answer - 1 : -1]
-        assert torch.equal(said, text.ids[text.answer :])
+        said = output.logits[0].argmax(-1)[text.completion - 1 : -1]
+        assert torch.equal(said, text.ids[text.completion :])
         if chat:
-            assert byte_tokenizer().decode(text.ids[: text.question]) == "<user>"
-            shown = byte_tokenizer().decode(text.ids[: text.answer])
+            assert byte_tokenizer().decode(text.ids[: text.prompt]) == "<user>"
+            shown = byte_tokenizer().decode(text.ids[: text.completion])
             assert shown.startswith("<user>") and shown.endswith("|<bot>") and shown.count("<bot>") == 1
 
 
@@ -90,7 +90,7 @@ def test_templates() -> None:
     assert Template.of(tokenizer) == Template([0], [], frozenset([0]))
     tokenizer.chat_template = CHAT
     template = Template.of(tokenizer)
-    assert tokenizer.decode(template.opening) == "<user>" and tokenizer.decode(template.between) == "|<bot>"
+    assert tokenizer.decode(template.start) == "<user>" and tokenizer.decode(template.between) == "|<bot>"
     assert template.ends == frozenset([0, template.between[0]])
 
 
@@ -112,7 +112,7 @@ def test_training_sees_what_the_engine_computes(tmp_path: Path) -> None:
     torch.nn.init.normal_(network.join.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     network.vocabulary.copy_(torch.arange(40, 100))
     seen: list[torch.Tensor] = []
-    training = DraftTraining(network, adapted.backbone, num_guesses=3)
+    training = DraftTraining(network, adapted.backbone, num_drafted=3)
     own = torch.nn.functional.linear
 
     def noted(inputs: Any, weight: Any, *rest: Any) -> Any:
@@ -152,7 +152,7 @@ def test_the_drafter_reads_every_token_once(monkeypatch: pytest.MonkeyPatch) -> 
     own = TrainedDrafter._inputs
 
     def recorded(self: TrainedDrafter, request: Request, cache: Any) -> Any:
-        num_read, inputs = self._reading(request).num_read, own(self, request, cache)
+        num_read, inputs = self._state(request).num_read, own(self, request, cache)
         if not request.draft:
             seen.append((request.kv, num_read, len(inputs), request.num_seen))
         return inputs
@@ -221,7 +221,7 @@ def test_what_it_learned_is_used(tmp_path: Path) -> None:
         train_drafter(network_of(draft), adapted.backbone, texts, config, tmp_path / str(steps))
         engine, counts = FastEngine(adapted, draft=draft), DraftCounts()
         for number in range(12):  # texts that it has seen
-            prompt = texts[number].ids[None, : texts[number].answer]
+            prompt = texts[number].ids[None, : texts[number].completion]
             engine.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
             assert engine.draft_counts is not None
             counts.add(engine.draft_counts)

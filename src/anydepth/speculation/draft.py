@@ -1,7 +1,8 @@
-"""What to draft with: settings, and the weights of a trained network.
+"""Drafting for a model: its settings, and the weights of a trained network.
 
-Lossless: whatever drafts, generated tokens are those of full depth, sampled ones too. Attached methods decide in drafts
-alone. LayerSkip (Elhoushi et al. 2024), SWIFT (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Saxena 2023).
+Lossless: with any drafter, generated tokens are those of full depth, sampled ones too. Attached methods decide in
+drafts alone. LayerSkip (Elhoushi et al. 2024), SWIFT (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Saxena
+2023).
 """
 
 from __future__ import annotations
@@ -50,21 +51,22 @@ class Draft(nn.Module):
                 self.network = DraftNetwork(adapted.backbone, _taps(config, adapted.backbone), size, generator)
             except RuntimeError as error:
                 raise UserError(
-                    "draft.network starts from a plain last layer; merge LoRA, and load without nf4"
+                    "draft.network starts from a copy of the last layer, which has to be plain; merge LoRA, and load "
+                    "without nf4"
                 ) from error
         self.to(adapted.device)
 
     def on(self, engine: Engine) -> Drafting:
-        """Return how an engine drafts with it.
+        """Open the drafters on an engine.
 
         Raises:
-            UserError: nothing that the engine can draft with.
+            UserError: the engine supports none of the drafters.
         """
         drafters = self._drafters(engine)
         if not drafters:
             raise UserError(
-                "there is nothing to draft with: the trained drafter runs on the fast engine; use engine fast, let "
-                "lookup draft, or name exit_layers"
+                "there is no drafter for this engine: a trained one runs on the fast engine; use engine fast, turn "
+                "lookup on, or set exit_layers"
             )
         captures = sorted({layer for drafter in drafters for layer in drafter.captures})
         return Drafting(drafters, self.config.max_draft, self.config.adaptive, captures)
@@ -91,15 +93,22 @@ class Draft(nn.Module):
 def check_draft(config: DraftConfig, backbone: Backbone, attached: Sequence[Method]) -> None:
     """Raise `UserError` for options that do not fit a model and the methods attached to it."""
     if "recurrent" in backbone.layer_types():
-        raise UserError("drafting takes wrong tokens back, which a recurrent layer's state cannot; leave draft out")
+        raise UserError(
+            "drafting removes rejected tokens, which a recurrent layer's state cannot undo; leave draft out"
+        )
     for method in attached:
         if method.routes_mixers:
-            raise UserError(f"drafting takes tokens back, which {method.name}'s recurrent mixers cannot")
+            raise UserError(
+                f"drafting removes rejected tokens, which {method.name}'s recurrent mixers cannot undo; leave draft out"
+            )
     vocabulary_size = backbone.model.config.vocab_size
     if 0 in config.exit_layers:
         raise UserError("draft.exit_layers has 0; a draft needs at least one layer")
     if config.exit_vocabulary is not None and config.exit_vocabulary > vocabulary_size:
-        raise UserError(f"draft.exit_vocabulary is {config.exit_vocabulary}; the model has {vocabulary_size} tokens")
+        raise UserError(
+            f"draft.exit_vocabulary is {config.exit_vocabulary}; it must be at most {vocabulary_size}, the model's "
+            f"{vocabulary_size} tokens"
+        )
     try:
         check_layers(config.exit_layers, backbone.num_layers, "draft.exit_layers")
         taps = _taps(config, backbone)
@@ -109,13 +118,14 @@ def check_draft(config: DraftConfig, backbone: Backbone, attached: Sequence[Meth
     if config.network is not None:
         if taps[-1] != backbone.num_layers:
             raise UserError(
-                f"draft.network.taps end with {taps[-1]}; the last must be {backbone.num_layers}, what the head reads"
+                f"draft.network.taps end with {taps[-1]}; the last must be {backbone.num_layers}, the layer that the "
+                "head reads"
             )
         if config.exit_layers and max(config.exit_layers) > taps[0]:
             raise UserError(f"draft.network.taps start with {taps[0]}; they must come after exit_layers")
 
 
 def _taps(config: DraftConfig, backbone: Backbone) -> list[int]:
-    """Return the layers, counted from 1, whose output states the network reads."""
+    """Return the layers, counted from 1, of which the network reads the output states."""
     taps = [] if config.network is None else config.network.taps
     return sorted(taps) or [backbone.num_layers]

@@ -1,9 +1,9 @@
-"""A small network that guesses the token behind the next: one decoder layer beside the model, and a part of its head.
+"""A small network that drafts the token after the next: one decoder layer next to the model, and rows of its head.
 
-It reads the states that a token left behind some of the model's layers, which are known once the token is verified,
-and the embedding of the token that came of them (EAGLE, Li et al. 2024; several layers' states, EAGLE-3, Li et al.
-2025). For tokens that it guessed itself its own output stands in for those states. The layer is a stock layer of the
-model's own family, the head the model's own rows of the tokens that the model says most.
+It reads the states of a verified token after some of the model's layers, and the embedding of the token that follows
+it (EAGLE, Li et al. 2024; states of several layers, EAGLE-3, Li et al. 2025). For its own draft tokens, its output
+replaces those states. The layer is a stock layer of the model's family; the head has the rows of the model's own head
+for the tokens that the model writes most often.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from anydepth.models.plain import chosen_module, plain_module, plain_state
 
 
 class DraftNetwork(nn.Module):
-    """Weights alone; `speculation/drafters.py` runs them on the engine, `forward` in training.
+    """The weights alone: `trained_drafter.py` runs them on the engine, `drafter_training.py` in training.
 
     Args:
-        taps: layers behind which states are read, counted from 1.
-        vocabulary_size: tokens that it can guess.
+        taps: layers, counted from 1, of which the output states are read.
+        vocabulary_size: number of tokens that it can draft.
 
     Attributes:
-        read: (D, taps · D), states of verified tokens to one.
-        join: (D, 2 · D), that state and an embedding to the layer's input.
-        layer: a decoder layer as the model's last, with K/V of its own.
-        norm: in front of the head.
-        vocabulary: (V',) ids of its tokens.
+        read: (D, taps · D), from the states of a verified token to one state.
+        join: (D, 2 · D), from that state and an embedding to the layer's input.
+        layer: a decoder layer like the model's last, with its own K/V.
+        norm: the norm before the head.
+        vocabulary: (V',) ids of the tokens that it can draft.
     """
 
     vocabulary: Tensor
@@ -47,11 +47,11 @@ class DraftNetwork(nn.Module):
         self.layer: nn.Module = type(chosen_module(last))(config, layer_idx=0).float()
         self.norm = copy.deepcopy(plain_module(backbone.final_norm)).float()
         self.register_buffer("vocabulary", torch.arange(vocabulary_size))
-        self._start_from(backbone, generator)
+        self._initialise_from(backbone, generator)
 
     @torch.no_grad()
-    def _start_from(self, backbone: Backbone, generator: torch.Generator | None) -> None:
-        """The model's last layer, fed by the last of the states and a little by the embedding."""
+    def _initialise_from(self, backbone: Backbone, generator: torch.Generator | None) -> None:
+        """Copy the model's last layer; its input is the last of the states and a little of the embedding."""
         last = backbone.layers[-1].module
         self.layer.load_state_dict({name: value.float() for name, value in plain_state(last).items()})
         size = backbone.hidden_size

@@ -1,9 +1,9 @@
-"""How many tokens to draft, and with what: an estimator of tokens per second from what was measured so far.
+"""The draft policy: an estimator of tokens per second that chooses the drafter and the draft length.
 
-Two things are measured while text is generated. *Acceptance*: how often draft tokens of each confidence bin are right,
-as exponentially weighted frequencies. *Step times*: what a draft token, a verification, and each further token in a
-verification cost, as medians of the latest. A draft goes on while the next token is expected to save more time than it
-costs. Only speed depends on this, never a token: it may use the clock.
+Two things are measured while text is generated. *Acceptance by bin*: how often draft tokens of each confidence bin are
+right, as exponentially weighted frequencies. *Step times*: seconds of a draft token, of a verification, and of each
+further token in a verification, as medians of the latest ones. A draft continues while the next token is expected to
+save more time than it costs. The policy reads the clock: it affects speed alone, never a token.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ NUM_BINS = 10
 FIRST = NUM_BINS
 """The bin before a draft's first token."""
 DECAY = 0.5 ** (1 / 150)
-"""Weight of an observation for every later one of its bin: texts change."""
+"""Factor on the weight of earlier observations of a bin, for each new one: texts change."""
 LATEST = 24
-"""Times that a step time is the median of."""
+"""Measurements of which a step time is the median."""
 FIRST_RIGHT = 0.4
-"""Probability that a first draft token is right, before any was seen."""
+"""Prior probability that the first token of a draft is right."""
 PRIOR = 4.0
-"""Observations that the prior of a bin counts as."""
+"""Number of observations that the prior of a bin counts as."""
 TRIES = 12
 """First draft tokens of a drafter after which its acceptance is known."""
 TRY_AGAIN = 24
 """Rounds after which a drafter that does not pay is tried again."""
 LONGEST = 16
-"""Draft lengths that are compared when drafters are."""
+"""Greatest draft length in comparisons of drafters."""
 
 
 Drafter = TypeVar("Drafter", bound="PolicyDrafter")
 
 
 class PolicyDrafter(Protocol):
-    """What the policy asks of a drafter.
+    """The attributes of a drafter that the policy reads.
 
     Attributes:
         name: key of its statistics.
-        is_free: whether a draft token costs no pass of a model; such a drafter is never tried for its statistics.
+        is_free: whether a draft token costs no pass of a model; such a drafter needs no trials.
     """
 
     name: str
@@ -51,14 +51,14 @@ class PolicyDrafter(Protocol):
 
 @dataclass
 class Acceptance:
-    """Frequencies of right draft tokens by bin, of which old ones weigh less and less."""
+    """Frequencies of right draft tokens by bin; older observations weigh less."""
 
     right: list[float]
     seen: list[float]
 
     @classmethod
     def prior(cls, probabilities: list[float]) -> Acceptance:
-        """Return frequencies that start at these probabilities, worth `PRIOR` observations each."""
+        """Return frequencies that start at `probabilities`, each with the weight of `PRIOR` observations."""
         return cls([PRIOR * probability for probability in probabilities], [PRIOR] * len(probabilities))
 
     def of(self, number: int) -> float:
@@ -76,9 +76,9 @@ class DrafterStatistics:
     """How often a drafter's tokens are right.
 
     Attributes:
-        by_bin: by the token's own confidence bin.
-        by_bin_before: by the bin of the token before it, for a token that is still to be drafted.
-        idle: rounds since it drafted last.
+        by_bin: acceptance by the token's own confidence bin.
+        by_bin_before: acceptance by the bin of the token before, for a token that is not drafted yet.
+        idle: rounds since the drafter was last used.
     """
 
     by_bin: Acceptance = field(
@@ -91,8 +91,8 @@ class DrafterStatistics:
 
     @property
     def is_known(self) -> bool:
-        """Whether its first tokens were seen often enough."""
-        return self.by_bin_before.seen[FIRST] >= PRIOR + 0.9 * TRIES  # old ones weigh less
+        """Whether enough first tokens were observed."""
+        return self.by_bin_before.seen[FIRST] >= PRIOR + 0.9 * TRIES  # 0.9, since older observations weigh less
 
     @property
     def first(self) -> float:
@@ -100,9 +100,9 @@ class DrafterStatistics:
         return self.by_bin_before.of(FIRST)
 
     def after(self, number: int) -> float:
-        """Return the probability that a token after one of a bin is right.
+        """Return the probability that the token after one of a bin is right.
 
-        Of a bin that no draft has gone on from, the prior, as much worse or better as first tokens are than theirs.
+        A bin without observations has its prior, scaled by how first tokens compare with their prior.
         """
         estimate = self.by_bin_before.of(number)
         if self.by_bin_before.seen[number] != PRIOR:
@@ -110,7 +110,7 @@ class DrafterStatistics:
         return max(1 - (1 - estimate) * (1 - self.first) / (1 - FIRST_RIGHT), 0.0)
 
     def observe(self, before: int, number: int, *, right: bool) -> None:
-        """Count a draft token, all tokens before it being right; `before` is the bin of the last of those."""
+        """Count a draft token after right ones; `before` is the bin of the token before it."""
         self.by_bin.observe(number, right=right)
         self.by_bin_before.observe(before, right=right)
         self.idle = 0
@@ -118,12 +118,12 @@ class DrafterStatistics:
 
 @dataclass
 class StepTimes:
-    """Seconds where `num_rows` sequences are decoded together. Medians: a shared machine stops now and then.
+    """Step times of `num_rows` sequences that are decoded together, as medians: a shared machine stalls at times.
 
     Attributes:
-        verified: further tokens than one a sequence, and seconds, of the latest verifications.
-        drafted: seconds of the latest draft tokens, of all sequences that draft together, by drafter.
-        plain: seconds of verifying one token a sequence; None: not known yet.
+        verified: (tokens beyond one per sequence, seconds) of the latest verifications.
+        drafted: by drafter, seconds of the latest draft tokens, one for each sequence that drafts.
+        plain: seconds of a verification of one token per sequence; None: not measured yet.
         per_token: seconds that each further token adds.
     """
 
@@ -134,7 +134,7 @@ class StepTimes:
     per_token: float = 0.0
 
     def observe_verification(self, num_tokens: int, seconds: float) -> None:
-        """Fit plain + per_token · further tokens to the latest, each of the two by the median of what is left."""
+        """Fit plain + per_token · further tokens to the latest verifications: each term is a median of residuals."""
         self.verified.append((num_tokens - self.num_rows, seconds))
         if self.plain is None and num_tokens > self.num_rows:
             return
@@ -143,21 +143,21 @@ class StepTimes:
         self.per_token = max(median(slopes), 0.0) if slopes else 0.0
 
     def observe_draft(self, drafter: str, seconds: float) -> None:
-        """Count one draft token of each sequence that drafts."""
+        """Count the seconds of one draft token for each sequence that drafts."""
         self.drafted.setdefault(drafter, deque(maxlen=LATEST)).append(seconds)
 
     def draft(self, drafter: str) -> float | None:
-        """Return the seconds of a draft token; None: not known yet."""
+        """Return the seconds of a draft token; None: not measured yet."""
         return median(self.drafted[drafter]) if drafter in self.drafted else None
 
     def pays(self, drafter: str, probabilities: Sequence[float], rate: float = 0.0) -> bool:
-        """Return whether to draft once more for sequences whose drafts would then be right with these probabilities.
+        """Return whether one more draft token per sequence, right with these probabilities, saves time.
 
-        A further token takes time from all sequences, in which they would have got tokens at the rate that drafting
-        already has (marginal value theorem), and at that of plain steps at least.
+        In the time of a further token, all sequences would otherwise get tokens at the rate that drafting already has
+        (marginal value theorem), and at least at the rate of plain steps.
 
         Args:
-            rate: tokens per second of all sequences together, as expected of this round.
+            rate: expected tokens per second of this round, all sequences together.
         """
         seconds = self.draft(drafter)
         if self.plain is None or seconds is None:
@@ -165,7 +165,7 @@ class StepTimes:
         return sum(probabilities) > self._rate_or_plain(rate) * (seconds + len(probabilities) * self.per_token)
 
     def repays(self, probability: float, rate: float = 0.0) -> bool:
-        """Return whether to verify a token that was drafted, right with this probability; `rate` as of `pays`."""
+        """Return whether to verify a draft token that is right with this probability; `rate` as in `pays`."""
         return self.plain is None or probability > self._rate_or_plain(rate) * self.per_token
 
     def _rate_or_plain(self, rate: float) -> float:
@@ -176,11 +176,11 @@ class StepTimes:
         """Return the tokens per second of a sequence at the best draft length.
 
         Args:
-            first, later: probabilities that the first token and each later one is right, those before it being so.
+            first, later: probability that the first token, and each later one after right tokens, is right.
         """
         seconds = self.draft(drafter)
         if self.plain is None or seconds is None:
-            return float("inf")  # to be tried
+            return float("inf")  # so that it is tried
         best, taken, reached = 1 / self.plain, 1.0, first
         for length in range(1, LONGEST + 1):
             taken += reached
@@ -190,7 +190,7 @@ class StepTimes:
 
 
 class DraftPolicy:
-    """Which drafter a sequence drafts with, and for how long. One for a model and its drafters, across generations."""
+    """Chooses the drafter and the draft length; one policy for a model and its drafters, across generations."""
 
     def __init__(self) -> None:
         self.by_drafter: dict[str, DrafterStatistics] = {}
@@ -201,7 +201,7 @@ class DraftPolicy:
         return self.by_drafter.setdefault(drafter.name, DrafterStatistics())
 
     def times(self, num_rows: int) -> StepTimes:
-        """Return the step times of so many sequences together."""
+        """Return the step times of `num_rows` sequences together."""
         return self.by_rows.setdefault(num_rows, StepTimes(num_rows))
 
     def is_known(self, drafter: PolicyDrafter) -> bool:
@@ -209,7 +209,7 @@ class DraftPolicy:
         return drafter.is_free or self.statistics(drafter).is_known
 
     def due_trial(self, drafters: Sequence[Drafter]) -> Drafter | None:
-        """Start a round, and return a drafter that has been idle for so long that it is to be tried; None: none is."""
+        """Start a round; return a drafter to try because it was idle for `TRY_AGAIN` rounds, or None."""
         for drafter in drafters:
             statistics = self.statistics(drafter)
             statistics.idle += 1
@@ -219,10 +219,10 @@ class DraftPolicy:
         return None
 
     def rate(self, drafter: PolicyDrafter, num_rows: int, next_bin: int | None = None) -> float:
-        """Return the tokens per second that are expected of a drafter; infinity until it is known.
+        """Return the expected tokens per second with a drafter; infinity until it is known.
 
         Args:
-            next_bin: of its next token, where it says that before drafting.
+            next_bin: bin of its next token, if the drafter knows it before drafting.
         """
         statistics = self.statistics(drafter)
         if not self.is_known(drafter):
@@ -233,10 +233,10 @@ class DraftPolicy:
         return self.times(num_rows).rate(drafter.name, first, later)
 
     def next_right(self, drafter: PolicyDrafter, bins: Sequence[int], next_bin: int | None = None) -> float:
-        """Return the probability that the next token is right, those drafted before, of these bins, being so.
+        """Return the probability that the next token is right after right tokens of these bins.
 
         Args:
-            next_bin: as of `rate`.
+            next_bin: as in `rate`.
         """
         statistics = self.statistics(drafter)
         if next_bin is not None:
@@ -244,10 +244,10 @@ class DraftPolicy:
         return statistics.after(bins[-1]) if bins else statistics.first
 
     def observe(self, drafter: PolicyDrafter, bins: Sequence[int], num_right: int, num_taken: int) -> None:
-        """Count the tokens of a verified draft: up to the first wrong one, and as far as the sequence went."""
+        """Count the tokens of a verified draft, up to the first wrong one or the end of the sequence."""
         statistics, before = self.statistics(drafter), FIRST
-        for place, number in enumerate(bins[: min(num_right + 1, num_taken)]):
-            statistics.observe(before, number, right=place < num_right)
+        for position, number in enumerate(bins[: min(num_right + 1, num_taken)]):
+            statistics.observe(before, number, right=position < num_right)
             before = number
 
     def observe_none(self, drafter: PolicyDrafter, bins: Sequence[int]) -> None:

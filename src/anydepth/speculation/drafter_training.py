@@ -1,9 +1,9 @@
-"""Training of a drafter (`DraftNetwork`) on text that its model wrote itself, by the model's own distributions.
+"""Training of a drafter (`DraftNetwork`) on self-generated text, with the model's distributions as targets.
 
-Behind every token it learns what the model says one token later: KL against the model's distribution over the drafter's
-vocabulary, which the states of that later token give. It is unrolled as it will be used: from the second guess on, its
-own output stands in for states, and the tokens in front of the guessed ones are seen by their real states (EAGLE-3, Li
-et al. 2025, training-time test).
+After every token it learns the model's prediction of the token after the next: KL against the model's distribution over
+the drafter's vocabulary, computed from the states of the next token. Training unrolls the drafter as decoding does:
+from the second draft token on, its own output replaces the model's states, while earlier tokens keep theirs (EAGLE-3,
+Li et al. 2025, training-time test).
 """
 
 from __future__ import annotations
@@ -36,86 +36,94 @@ STATE, HISTORY = "drafter.safetensors", "history"
 class DraftTraining(nn.Module):
     """The loss of a drafter over a batch of texts, padded on the right."""
 
-    def __init__(self, network: DraftNetwork, backbone: Backbone, num_guesses: int) -> None:
+    def __init__(self, network: DraftNetwork, backbone: Backbone, num_drafted: int) -> None:
         super().__init__()
-        self.network, self.num_guesses = network, num_guesses
+        self.network, self.num_drafted = network, num_drafted
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
         self.softcap = logits_softcap(backbone)
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
         self.head = head_weights(backbone).weight[network.vocabulary].float()
 
     def forward(
-        self, ids: Tensor, states: Tensor, lengths: Tensor, questions: Tensor
+        self, ids: Tensor, states: Tensor, lengths: Tensor, starts: Tensor
     ) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Mean loss, and by guess how many were the model's own first choice, of how many.
+        """Compute the mean loss, and for each position in the draft (right, all) draft tokens.
+
+        A draft token is right if it is the model's most likely token of the drafter's vocabulary.
 
         Args:
-            ids: (B, T). states: (B, T, taps, D). lengths: (B,) of the texts. questions: (B,) where they begin: nothing
-                in front of them is to be guessed.
+            ids: (B, T). states: (B, T, taps, D). lengths: (B,) of the texts.
+            starts: (B,) first positions that the model wrote itself; no token before them is a target.
         """
-        network, places = self.network, torch.arange(ids.shape[1], device=ids.device)
+        network, positions = self.network, torch.arange(ids.shape[1], device=ids.device)
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            teacher = self.teacher(states[:, :, -1])  # (B, T, V'): what follows each token
+            teacher = self.teacher(states[:, :, -1])  # (B, T, V'), for the token after each position
             best = teacher.argmax(-1)
             embedded = self.embedding(ids).float()  # type: ignore[operator]
         cache: Any = DynamicCache()
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
         total, counted, right = torch.zeros((), device=ids.device), 0.0, []
-        for guess in range(self.num_guesses):
-            num_tokens = ids.shape[1] - 1 - guess  # with a token behind to join
-            known = embedded[:, 1 + guess :]
-            feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], known], -1)), guess, cache)
+        for number in range(self.num_drafted):
+            num_tokens = ids.shape[1] - 1 - number  # each needs a next token, whose embedding it is joined with
+            following = embedded[:, 1 + number :]
+            feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], following], -1)), number, cache)
             logits = self._capped(F.linear(network.norm(feature), self.head))
-            said = places[1 + guess :][None]  # the token behind which the model's distribution is guessed
-            wanted = (said < lengths[:, None]) & (said + 1 >= questions[:, None])
-            loss = divergence(logits[wanted], teacher[:, 1 + guess :][wanted])
-            weight = 0.8**guess
+            last = positions[1 + number :][None]  # position of the token before the target
+            is_target = (last < lengths[:, None]) & (last + 1 >= starts[:, None])
+            loss = divergence(logits[is_target], teacher[:, 1 + number :][is_target])
+            weight = 0.8**number
             total = total + weight * loss.sum()
-            counted += int(wanted.sum()) * weight
-            right.append((int((logits.argmax(-1) == best[:, 1 + guess :])[wanted].sum()), int(wanted.sum())))
+            counted += int(is_target.sum()) * weight
+            is_right = (logits.argmax(-1) == best[:, 1 + number :])[is_target]
+            right.append((int(is_right.sum()), int(is_target.sum())))
         return total / counted, right
 
     def teacher(self, last: Tensor) -> Tensor:
-        """(..., V') logits of (..., D) states behind the model's last layer, in float32."""
+        """Return (..., V') float32 logits of (..., D) states after the model's last layer."""
         dtype = next(self.final_norm.parameters()).dtype
         return self._capped(F.linear(self.final_norm(last.to(dtype)).float(), self.head))
 
     def _capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def _layer(self, hidden: Tensor, guess: int, cache: Any) -> Tensor:
-        """The layer over (B, N, D): each token sees the real ones up to `guess` before it, and its own guesses."""
+    def _layer(self, hidden: Tensor, number: int, cache: Any) -> Tensor:
+        """Run the layer over (B, N, D) for draft token `number`, counted from 0, after every token.
+
+        Each sees the model's states up to the first draft token, and then the earlier tokens of its own draft.
+        """
         num_tokens, device = hidden.shape[1], hidden.device
-        places = torch.arange(num_tokens, device=device)
-        columns = [places[None] <= places[:, None]]
-        if guess:
-            before = torch.arange(num_tokens + guess, device=device)
-            columns = [before[None] <= places[:, None]]  # of the first round, by place of the first guess
-            columns += [before[None, : num_tokens + guess - earlier] == places[:, None] for earlier in range(1, guess)]
-            columns.append(places[None] == places[:, None])
+        starts = torch.arange(num_tokens, device=device)
+        columns = [starts[None] <= starts[:, None]]
+        if number:
+            before = torch.arange(num_tokens + number, device=device)
+            columns = [before[None] <= starts[:, None]]  # K/V of number 0, which come from the model's states
+            columns += [
+                before[None, : num_tokens + number - earlier] == starts[:, None] for earlier in range(1, number)
+            ]
+            columns.append(starts[None] == starts[:, None])
         mask = torch.cat(columns, dim=1)[None, None]
-        positions = (places + guess)[None]
+        position_ids = (starts + number)[None]
         output = self.network.layer(
             hidden,
             attention_mask=mask.expand(hidden.shape[0], -1, -1, -1),
-            position_ids=positions,
+            position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            position_embeddings=self.rotary(hidden, positions),
+            position_embeddings=self.rotary(hidden, position_ids),
         )
         return output[0] if isinstance(output, tuple) else output
 
 
 def vocabulary_of(texts: Sequence[Text], size: int, vocabulary_size: int) -> Tensor:
-    """The ids that stand most often in answers, in order of the ids."""
+    """Return the `size` most frequent token ids of completions, in ascending order."""
     counts = torch.zeros(vocabulary_size, dtype=torch.long)
     for text in texts:
-        counts += torch.bincount(text.ids[text.answer :], minlength=vocabulary_size)
+        counts += torch.bincount(text.ids[text.completion :], minlength=vocabulary_size)
     return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
 def batches_of(texts: Sequence[Text], tokens: int, generator: torch.Generator) -> list[list[int]]:
-    """Texts of similar lengths together, up to so many tokens with padding; in random order."""
+    """Group texts of similar length into batches of up to `tokens` tokens, padding included, in random order."""
     order = sorted(range(len(texts)), key=lambda number: len(texts[number].ids))
     batches, batch = [], []
     for number in order:
@@ -124,16 +132,16 @@ def batches_of(texts: Sequence[Text], tokens: int, generator: torch.Generator) -
             batch = []
         batch.append(number)
     batches.append(batch)
-    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def collate(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Padded ids and states, the lengths, and where the questions begin: the model's own words."""
+    """Return ids and states padded on the right, lengths, and the positions where prompts begin."""
     longest = max(len(text.ids) for text in texts)
     ids = torch.stack([F.pad(text.ids, (0, longest - len(text.ids))) for text in texts])
     states = torch.stack([F.pad(text.states, (0, 0, 0, 0, 0, longest - len(text.ids))) for text in texts])
-    lengths, questions = [len(text.ids) for text in texts], [text.question for text in texts]
-    return ids, states, torch.tensor(lengths), torch.tensor(questions)
+    lengths, starts = [len(text.ids) for text in texts], [text.prompt for text in texts]
+    return ids, states, torch.tensor(lengths), torch.tensor(starts)
 
 
 def train_drafter(
@@ -147,7 +155,7 @@ def train_drafter(
     resume: bool = False,
     on_step: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
-    """Train a drafter in place; returns a row of losses and shares of right guesses for each step.
+    """Train a drafter in place; return a row of losses and fractions of right draft tokens for each step.
 
     Raises:
         RunError: the loss is not finite.
@@ -158,7 +166,7 @@ def train_drafter(
     out.mkdir(parents=True, exist_ok=True)
     history: list[dict[str, Any]] = []
     if resume and (out / STATE).exists():
-        history = _restore(network, optimizer, out / STATE)  # its vocabulary, too
+        history = _restore(network, optimizer, out / STATE)  # restores the vocabulary too
     training = DraftTraining(network, backbone, config.num_guesses)
     number, epoch = 0, 0
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
@@ -180,28 +188,28 @@ def train_drafter(
             nn.utils.clip_grad_norm_(network.parameters(), config.max_gradient_norm)
             optimizer.step()
             row = {"step": float(number), "loss": loss.item(), "learning_rate": rate}
-            row["figures"] = {f"right_{place + 1}": hits / max(seen, 1) for place, (hits, seen) in enumerate(right)}
+            row["figures"] = {f"right_{number}": hits / max(seen, 1) for number, (hits, seen) in enumerate(right, 1)}
             row["seconds"] = time.monotonic() - started
             if not row["loss"] < float("inf"):
-                raise RunError(f"step {number}: the loss is not finite; lower the learning rate")
+                raise RunError(f"step {number}: the loss is {row['loss']}, not finite; lower the learning rate")
             history.append(row)
             on_step(row)
             if number % config.save_every == 0 or number == config.max_steps:
-                _keep(network, optimizer, history, out / STATE)
+                _save(network, optimizer, history, out / STATE)
         epoch += 1
     return history
 
 
 def _rate(step: int, config: DrafterConfig) -> float:
-    """Linear warm-up, cosine to a twentieth."""
+    """Return the learning rate of a step: a linear warm-up, then a cosine to a twentieth of the peak."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    share = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
-    return config.learning_rate * (0.05 + 0.475 * (1 + torch.cos(torch.tensor(share * torch.pi)).item()))
+    progress = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
+    return config.learning_rate * (0.05 + 0.475 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item()))
 
 
-def _keep(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]], path: Path) -> None:
-    """Weights, optimiser and history in one file, whole or not at all."""
+def _save(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]], path: Path) -> None:
+    """Write weights, optimiser and history to one file, atomically."""
     tensors = {f"weights.{name}": value for name, value in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}
@@ -217,7 +225,7 @@ def _restore(network: DraftNetwork, optimizer: torch.optim.Optimizer, path: Path
     network.load_state_dict({name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)})
     for name, value in tensors.items():
         if name.startswith("adam."):
-            _, number, what = name.split(".")
-            state[int(number)][what] = value
+            _, number, key = name.split(".")
+            state[int(number)][key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
     return json.loads(history)

@@ -1,7 +1,7 @@
-"""Drafters: what proposes the next tokens, cheaply, for `drafting.py` to verify.
+"""Drafters, which propose next tokens cheaply; `drafting.py` verifies them.
 
-A drafter is asked for one token of each request at a time, so that drafting can stop where it no longer pays, and says
-with each token in which confidence bin it is; how often tokens of a bin are right is measured meanwhile.
+A drafter proposes one token for each request at a time, so that drafting can stop where it no longer pays. Each token
+comes with a confidence bin; `draft_policy.py` measures how often tokens of a bin are right.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class Proposal:
 
 
 Choose = Callable[[Sequence[Request], Tensor, Tensor | None], tuple[list[int], list[float]]]
-"""Choose draft tokens of requests from (R, V') logits of all tokens or of a vocabulary (V',); with probabilities."""
+"""Chooses a draft token for each request, with its probability, from (R, V) logits or (R, V') of a vocabulary (V',)."""
 
 
 class Drafter(ABC):
-    """Base of all drafters. What it keeps of a request is in `request.memory`, of a session in `session.memory`.
+    """Base of all drafters; state of a request is in `request.memory`, state of a session in `session.memory`.
 
     Attributes:
         name: key of its statistics.
         is_free: whether a token costs no pass of a model.
-        exit_layer: first layers of the model that a draft runs and a verification does not run again; one such drafter
-            a round.
-        plan: the pruned model that it drafts with. pool_tokens: first tokens that decisions of the plan depend on.
-        captures: layers, counted from 1, whose output states it reads.
+        exit_layer: number of first layers that a draft runs and its verification does not run again; a round has at
+            most one such drafter.
+        plan: plan of the pruned model. pool_tokens: first tokens of a prompt that the plan's decisions depend on.
+        captures: layers, counted from 1, of which it reads the output states.
     """
 
     name: str
@@ -53,21 +53,21 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Return the token after `request.last` for each request; None: it has none."""
+        """Propose the token after `request.last` for each request; None: it has no proposal."""
 
     def next_bin(self, request: Request) -> int | None:
-        """Return the bin of its next token, where it is known before drafting; −1: it has no token."""
+        """Return the bin of the next token, or −1 if there is none; None: the bin is not known before drafting."""
         return None
 
     def observe(self, session: Session, requests: Sequence[Request]) -> None:  # noqa: B027 (most have nothing to do)
-        """Take in what requests have read or taken since the last round."""
+        """Process the tokens that requests have read or got since the last round."""
 
     def refresh(self) -> None:  # noqa: B027
-        """Take in what attached methods decide now."""
+        """Update to the current decisions of the attached methods."""
 
 
 def proposals(tokens: list[int], probabilities: list[float]) -> list[Proposal | None]:
-    """Return proposals of tokens; None where no token of the drafter's vocabulary is allowed: a probability of nan."""
+    """Return a proposal for each token; None where the probability is nan: no token of the vocabulary is allowed."""
     return [
         Proposal(token, min(int(probability * NUM_BINS), NUM_BINS - 1)) if probability >= 0 else None
         for token, probability in zip(tokens, probabilities, strict=True)
@@ -75,21 +75,21 @@ def proposals(tokens: list[int], probabilities: list[float]) -> list[Proposal | 
 
 
 class EarlyExitDrafter(Drafter):
-    """Drafts with the first layers of the model, and its norm and head on their state (Elhoushi et al. 2024)."""
+    """Drafts with the first layers of the model, then its norm and head (Elhoushi et al. 2024)."""
 
     def __init__(self, num_layers: int, head: Callable[[Tensor], Tensor], vocabulary: Tensor | None = None) -> None:
         self.exit_layer, self.head, self.vocabulary = num_layers, head, vocabulary
         self.name = f"first {num_layers} layers"
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Return the token after `request.last` for each request."""
+        """Propose the token after `request.last` for each request."""
         sequences, last = [request.kv for request in requests], [request.last for request in requests]
         logits = self.head(torch.cat(session.draft_exits(sequences, last, self.exit_layer)))
         return proposals(*choose(requests, logits, self.vocabulary))
 
 
 class PrunedDrafter(Drafter):
-    """Drafts with the model as methods prune it: a skip set, a router, exits."""
+    """Drafts with the model as methods prune it, by a skip set, a router or exits."""
 
     name = "pruned model"
     plan: Plan
@@ -100,22 +100,23 @@ class PrunedDrafter(Drafter):
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in what the methods decide now."""
+        """Update the plan to the methods' current decisions."""
         self.plan = Plan.of(self.methods)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Return the token after `request.last` for each request."""
+        """Propose the token after `request.last` for each request."""
         sequences, last = [request.kv for request in requests], [request.last for request in requests]
         return proposals(*choose(requests, session.draft(sequences, last, self.plan), None))
 
 
 @dataclass
 class _Index:
-    """Where n-grams of a request's tokens ended last, and what a draft goes on with.
+    """An index of the n-grams of a request's tokens, and the position of the next draft token.
 
     Attributes:
+        ends: by n-gram, the position after its last occurrence.
         num_tokens: tokens that are in the index.
-        next: position of the next draft token, and its bin; None: nothing was found.
+        next: position of the next draft token, and its bin; None: no n-gram was found.
     """
 
     ends: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -124,7 +125,7 @@ class _Index:
 
 
 class PromptLookupDrafter(Drafter):
-    """Drafts what followed the last tokens where they occurred before in the text (prompt lookup, Saxena 2023)."""
+    """Drafts the tokens that followed an earlier occurrence of the last tokens (prompt lookup, Saxena 2023)."""
 
     name = "lookup"
     is_free = True
@@ -133,14 +134,14 @@ class PromptLookupDrafter(Drafter):
         self.sizes = range(longest, shortest - 1, -1)
 
     def next_bin(self, request: Request) -> int:
-        """Return the bin of its next token, which is the size of the n-gram that was found; −1: it has no token."""
+        """Return the bin of the next token, which starts at the size of the n-gram found; −1: there is none."""
         index = request.memory.setdefault(self, _Index(num_tokens=request.num_padding))
         if not request.draft:
             self._find(request, index)
         return -1 if index.next is None or index.next[0] >= len(request.ids) else index.next[1]
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Return the token after `request.last` for each request; None: the last tokens are new."""
+        """Propose the token after `request.last` for each request; None: its last tokens did not occur before."""
         return [self._propose(request) for request in requests]
 
     def _propose(self, request: Request) -> Proposal | None:

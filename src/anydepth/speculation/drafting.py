@@ -1,6 +1,7 @@
-"""Drafting as a step policy: requests draft, are verified together, and take what was right and one token more.
+"""Drafting as a step policy: requests draft, are verified together, and get the right tokens and one more.
 
-Lossless: tokens are those of full depth, sampled ones too, because drafts and targets are sampled with the same noise.
+Lossless: tokens are those of full depth, sampled ones too, because draft and target tokens are sampled with the same
+noise.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from anydepth.speculation.drafters import Drafter
 
 @dataclass(frozen=True)
 class Drafting:
-    """How an engine drafts; kept from one generation to the next, with what was measured.
+    """The drafters of an engine and their policy, kept from one generation to the next.
 
     Attributes:
-        max_draft: tokens that are drafted at a time, at most.
-        adaptive: draft for as long as it pays; else always `max_draft`.
-        captures: layers, counted from 1, whose output states drafters read.
+        max_draft: greatest draft length.
+        adaptive: draft for as long as it pays; False: always draft `max_draft` tokens.
+        captures: layers, counted from 1, of which drafters read the output states.
     """
 
     drafters: Sequence[Drafter]
@@ -37,18 +38,18 @@ class Drafting:
     policy: DraftPolicy = field(default_factory=DraftPolicy)
 
     def open(self, session: Session) -> DraftedSteps:
-        """Return the step policy of the requests in a session that are drafted for."""
+        """Return the step policy for the drafted requests of a session."""
         return DraftedSteps(session, self)
 
 
 @dataclass(eq=False)
 class Draft:
-    """How a request drafts in one round.
+    """The draft of a request in one round.
 
     Attributes:
-        drafter: None: with none. limit: tokens at most.
+        drafter: None: the request does not draft. limit: greatest draft length.
         is_trial: whether the drafter is tried for its statistics.
-        bins: confidence bins of the tokens so far. reached: probability that all of them are right.
+        bins: confidence bins of the draft tokens so far. reached: probability that all of them are right.
     """
 
     request: Request
@@ -60,9 +61,9 @@ class Draft:
 
 
 class DraftedSteps:
-    """Decodes requests by rounds of drafts and verification.
+    """Decodes requests in rounds of drafts and verification.
 
-    Of several drafters each request drafts with the one that is worth most at the moment.
+    Each request drafts with the drafter of the highest expected rate.
     """
 
     def __init__(self, session: Session, drafting: Drafting) -> None:
@@ -74,7 +75,7 @@ class DraftedSteps:
             drafter.refresh()
 
     def prepare(self, request: Request) -> None:
-        """Let pruned models see the first tokens of a prompt that their later decisions depend on."""
+        """Run pruned models over the first tokens of a prompt, which their later decisions depend on."""
         for drafter in self.drafters:
             if drafter.pool_tokens and drafter.plan is not None:
                 first = request.tokens[: drafter.pool_tokens]
@@ -82,11 +83,11 @@ class DraftedSteps:
                 self.session.rewind(request.kv, 0)
 
     def begin(self, request: Request, logits: Tensor) -> None:
-        """Take the first token of a request whose prompt is read, from (V,) logits."""
+        """Append the first token of a request, from (V,) logits after its prompt."""
         self._take([request], [logits[None]])
 
     def step(self, requests: Sequence[Request]) -> None:
-        """Draft, verify, and take what was right and one token more."""
+        """Draft and verify; append to each request the right draft tokens and one more."""
         self.times, self.num_requests = self.policy.times(len(requests)), len(requests)
         for drafter in self.drafters:
             drafter.observe(self.session, requests)
@@ -94,25 +95,25 @@ class DraftedSteps:
         sequences = [request.kv for request in requests]
         started = time.perf_counter()
         logits = self.session.verify(sequences, [[request.ids[-1], *request.draft] for request in requests], exit_layer)
-        _wait(logits[0])
+        _synchronise(logits[0])
         self.times.observe_verification(sum(len(part) for part in logits), time.perf_counter() - started)
         num_taken = self._take(requests, logits)
         for draft, count in zip(drafts, num_taken, strict=True):
-            self._learn(draft, draft.request.ids[-count:] if count else [])
+            self._observe(draft, draft.request.ids[-count:] if count else [])
             draft.request.draft = []
         self.session.commit(sequences, num_taken)
 
     # --- drafting --------------------------------------------------------------------------------------------------
 
     def _draft(self, requests: Sequence[Request]) -> tuple[list[Draft], int]:
-        """Let each request draft for as long as it pays; how, and the first layers that drafts have run."""
+        """Let each request draft for as long as it pays; return the drafts, and the exit layer or 0."""
         candidates, trial = self._candidates()
-        most = self._most(requests)
+        longest = self._longest(requests)
         drafts: list[Draft] = []
         self.rate = 0.0
         for request in requests:
             drafter, rate = (trial, 0.0) if trial is not None else self._drafter_for(request, candidates)
-            drafts.append(Draft(request, drafter, self._limit(request, most), trial is not None))
+            drafts.append(Draft(request, drafter, self._limit(request, longest), trial is not None))
             self.rate += rate
         drafting = [draft for draft in drafts if draft.drafter is not None and draft.limit > 0]
         while drafting:
@@ -127,7 +128,7 @@ class DraftedSteps:
         return drafts, max((draft.drafter.exit_layer for draft in drafts if draft.drafter is not None), default=0)
 
     def _candidates(self) -> tuple[list[Drafter], Drafter | None]:
-        """Return the drafters of this round, of those with first layers the best; and one that is due to be tried."""
+        """Return the drafters of this round, at most one of them an early exit, and a drafter that is due a trial."""
         if self.drafting.adaptive and self.times.plain is None:
             return [], None  # a plain step is measured first
         due = self.policy.due_trial(self.drafters) if self.drafting.adaptive else None
@@ -137,28 +138,30 @@ class DraftedSteps:
         best = max(exits, key=lambda drafter: self.policy.rate(drafter, self.num_requests), default=None)
         return [one for one in self.drafters if one is best or not one.exit_layer], None
 
-    def _most(self, requests: Sequence[Request]) -> int:
-        """Return how many tokens each may draft, so that a verification is one pass of few tokens, and the same bits.
+    def _longest(self, requests: Sequence[Request]) -> int:
+        """Return the draft length up to which a verification of all requests has the bits of plain steps.
 
-        All requests are as long there as the longest: none may reach where the bits of another would change.
+        A pass treats all sequences as long as its longest: no draft may reach a length where the bits of another
+        request would change.
         """
-        most, limits = self.session.max_tokens, [self.session.draft_limit(request.kv) for request in requests]
+        max_tokens, limits = self.session.max_tokens, [self.session.draft_limit(request.kv) for request in requests]
         longest = self.drafting.max_draft
-        most = longest if most is None else min(longest, max(most // len(requests) - 1, 0))
-        return min([most, *(limit for limit in limits if limit is not None)])
+        if max_tokens is not None:
+            longest = min(longest, max(max_tokens // len(requests) - 1, 0))
+        return min([longest, *(limit for limit in limits if limit is not None)])
 
-    def _limit(self, request: Request, most: int) -> int:
-        """Return the same, where the request's own end does not come first; the model itself adds one."""
+    def _limit(self, request: Request, longest: int) -> int:
+        """Return the draft length of a request, within its maximum length; the model itself adds one token."""
         left = request.stops.num_left(request)
-        return most if left is None else min(most, left - 1)
+        return longest if left is None else min(longest, left - 1)
 
     def _pays(self, drafter: Drafter, drafts: list[Draft]) -> bool:
-        """Return whether one more token of these is worth its time."""
+        """Return whether one more token for each of these drafts is worth its time."""
         probabilities = [draft.reached * self._next_right(drafter, draft) for draft in drafts]
         return self.times.pays(drafter.name, probabilities, self.rate)
 
     def _tries(self, drafter: Drafter, drafts: list[Draft]) -> bool:
-        """Return whether these would be first tokens of a drafter that is to be known better, at any cost."""
+        """Return whether some of these drafts begin a trial, which runs at any cost."""
         is_known = self.policy.is_known(drafter)
         return any((draft.is_trial or not is_known) and not draft.request.draft for draft in drafts)
 
@@ -167,14 +170,13 @@ class DraftedSteps:
         return 0.0 if next_bin == -1 else self.policy.next_right(drafter, draft.bins, next_bin)
 
     def _propose(self, drafter: Drafter, drafts: list[Draft], *, keeps_all: bool) -> list[Draft]:
-        """Draft one more token of these; return those that got one, if it is worth verifying or all are kept."""
+        """Draft one more token for each draft; return the drafts that got one that is worth verifying, or all."""
         started = time.perf_counter()
         proposals = drafter.propose(self.session, [draft.request for draft in drafts], draft_tokens)
         self.times.observe_draft(drafter.name, time.perf_counter() - started)
         acceptance, continuing = self.policy.statistics(drafter).by_bin, []
         for draft, proposal in zip(drafts, proposals, strict=True):
             reached = 0.0 if proposal is None else draft.reached * acceptance.of(proposal.bin)
-            # None: no token of its vocabulary is allowed.
             if proposal is None or not (keeps_all or self.times.repays(reached, self.rate)):
                 self.policy.observe_none(drafter, draft.bins)
                 continue
@@ -185,7 +187,7 @@ class DraftedSteps:
         return continuing
 
     def _drafter_for(self, request: Request, candidates: Sequence[Drafter]) -> tuple[Drafter | None, float]:
-        """Return the drafter with the highest rate for a request, and that rate, 0 where unknown; None: no drafter."""
+        """Return the drafter with the highest rate for a request, or None, and that rate, 0 if not known."""
         best: Drafter | None = None
         best_rate = 0.0
         for drafter in candidates:
@@ -198,12 +200,12 @@ class DraftedSteps:
     # --- verification ----------------------------------------------------------------------------------------------
 
     def _take(self, requests: Sequence[Request], logits: Sequence[Tensor]) -> list[int]:
-        """Let requests take the model's own tokens, up to the first that was not drafted; how many each took."""
+        """Append target tokens to each request, up to the first that was not drafted; return how many."""
         num_taken = []
         for request, part in zip(requests, logits, strict=True):
             try:
                 num_taken.append(self._take_one(request, part))
-            except Exception as failed:  # one request must not take the others with it
+            except Exception as failed:  # one request must not end the others
                 request.fail(failed)
                 num_taken.append(0)
         return num_taken
@@ -224,20 +226,21 @@ class DraftedSteps:
                 return position + 1
         return len(logits)
 
-    def _learn(self, draft: Draft, taken: list[int]) -> None:
-        """Count what verification says of a draft."""
+    def _observe(self, draft: Draft, targets: list[int]) -> None:
+        """Count the draft tokens of a request by its target tokens."""
         tokens, num_right = draft.request.draft, 0
-        for token, own in zip(tokens, taken, strict=False):
-            if token != own:
+        for token, target in zip(tokens, targets, strict=False):
+            if token != target:
                 break
             num_right += 1
-        judged = len(tokens) if num_right < len(taken) else num_right  # what came after the end was not
+        # Draft tokens after the end of a request were not verified.
+        num_verified = len(tokens) if num_right < len(targets) else num_right
         name = None if draft.drafter is None else draft.drafter.name
-        draft.request.counts.observe(name, judged, num_right, len(taken))
+        draft.request.counts.observe(name, num_verified, num_right, len(targets))
         if draft.drafter is not None:
-            self.policy.observe(draft.drafter, draft.bins, num_right, len(taken))
+            self.policy.observe(draft.drafter, draft.bins, num_right, len(targets))
 
 
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:  # a clock would see the launch alone
+def _synchronise(tensor: Tensor) -> None:
+    if tensor.is_cuda:  # else the clock measures the launch alone
         torch.cuda.synchronize(tensor.device)

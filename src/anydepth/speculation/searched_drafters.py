@@ -1,4 +1,4 @@
-"""Drafters whose skip set is searched on the text being generated, every few tokens on the last ones."""
+"""Drafters that search their skip set on the text being generated, every few tokens on the latest ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anydepth.speculation.drafters import PrunedDrafter
 
 
 class SearchedDrafter(PrunedDrafter):
-    """Base of the drafters that search; the set is shared by all requests, and kept between generations."""
+    """Base of drafters that search; all requests share the skip set, which is kept between generations."""
 
     name = "searched skip set"
 
@@ -29,7 +29,7 @@ class SearchedDrafter(PrunedDrafter):
         self.num_out = min(max(round(config.budget * method.num_layers), 1), method.num_layers - 1)
 
     def observe(self, session: Session, requests: Sequence[Request]) -> None:
-        """Search on the last tokens of each request that has taken enough since the last search."""
+        """Search on the last tokens of each request that got `every` tokens since its last search."""
         for request in requests:
             window = self.config.window
             searched_at = request.memory.setdefault(self, request.num_seen)
@@ -47,11 +47,11 @@ class SearchedDrafter(PrunedDrafter):
 
     @abstractmethod
     def search(self, session: Session, request: Request, window: int) -> None:
-        """Choose the set by the last `window` tokens that were seen of a request."""
+        """Choose the skip set by the last `window` tokens of a request that have K/V."""
 
 
 class ProposedSkipSet(SearchedDrafter):
-    """Tries one more proposal each time, and compares its choices with the tokens that the model took (SWIFT)."""
+    """Tries one more proposal at each search, and compares its choices with the target tokens (SWIFT)."""
 
     def __init__(self, method: SkipSet, config: OnlineSearchConfig) -> None:
         super().__init__(method, config)
@@ -60,18 +60,18 @@ class ProposedSkipSet(SearchedDrafter):
         self.skip(self.proposals.next())
 
     def search(self, session: Session, request: Request, window: int) -> None:
-        """Score one proposal on the last tokens; keep the best so far."""
+        """Score one proposal on the last tokens; draft with the best so far."""
         proposal = self.proposals.next()
         self.skip(proposal)
         ids = request.ids[-1 - window : -1]
         chosen = session.score(request.kv, ids, self.plan).argmax(-1).tolist()
-        taken = request.ids[-window:]  # after each of the tokens seen
-        self.proposals.seen[proposal] = sum(a == b for a, b in zip(chosen, taken, strict=True)) / window
+        targets = request.ids[-window:]  # the token after each of `ids`
+        self.proposals.seen[proposal] = sum(a == b for a, b in zip(chosen, targets, strict=True)) / window
         self.skip(self.proposals.best or proposal)
 
 
 class FoundSkipSet(SearchedDrafter):
-    """Searches by a strategy of `search/skip_search.py` each time (CLaSp, Chen et al. 2025, is `dynamic`)."""
+    """Runs a strategy of `search/skip_search.py` at each search (CLaSp, Chen et al. 2025, is `dynamic`)."""
 
     def __init__(self, method: SkipSet, config: OnlineSearchConfig, adapted: AdaptedModel) -> None:
         super().__init__(method, config)
@@ -79,24 +79,24 @@ class FoundSkipSet(SearchedDrafter):
         self.skip(inner(list(range(method.num_layers)), self.num_out)[-self.num_out :])
 
     def search(self, session: Session, request: Request, window: int) -> None:
-        """Search on the last tokens."""
+        """Run the strategy on the last tokens."""
         windows = torch.tensor([request.ids[-1 - window : -1]])
-        everything = candidates(self.method.num_layers, branches=False)
-        found = self.find(Problem(self.adapted, windows, everything, self.num_out), session, request)
+        layers = candidates(self.method.num_layers, branches=False)
+        found = self.find(Problem(self.adapted, windows, layers, self.num_out), session, request)
         self.skip(layer_idx for _, layer_idx in found)
 
     def find(self, problem: Problem, session: Session, request: Request) -> list[Candidate]:
-        """Return the layers to leave out for the last tokens of a request."""
+        """Return the layers to skip for the last tokens of a request."""
         return STRATEGIES[self.config.strategy](problem)
 
 
 class TimedSkipSet(FoundSkipSet):
-    """Chooses by influence on the last tokens and by the time of each layer, measured once where drafts will run."""
+    """Chooses by influence on the last tokens and by the time of each layer, measured once on the engine."""
 
     seconds: dict[Candidate, float] | None = None
 
     def find(self, problem: Problem, session: Session, request: Request) -> list[Candidate]:
-        """Return the layers to leave out for the last tokens of a request."""
+        """Return the layers to skip for the last tokens of a request."""
         if self.seconds is None:
             measured = session.layer_seconds(request.kv, request.ids[-self.config.window :])
             self.seconds = {("layer", layer_idx): seconds for layer_idx, seconds in enumerate(measured)}

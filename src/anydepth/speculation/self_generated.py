@@ -1,10 +1,9 @@
-"""Text that a model writes itself, with the states that its tokens went through: what a drafter learns from.
+"""Self-generated text with the states of its tokens: the training data of a drafter.
 
-A chat model first makes up what somebody might ask, behind its own template's opening of a user's turn (Xu et al.
-2024, Magpie) and often a first word or two, for variety; then it answers greedily, as it will at inference. Any other
-model begins a text by sampling, and goes on greedily. Many texts are written at a time by the fast engine, and a text
-that ends makes room for the next. Nothing but the model itself goes in, so what is trained on it has the model's own
-licence.
+A chat model first samples a prompt, after its template's start of a user's turn (Magpie, Xu et al. 2024) and often a
+prompt seed of a few words, for variety; then it writes the completion greedily, as at inference. Any other model
+samples the beginning of a text and continues greedily. The fast engine writes many texts at a time. All text comes from
+the model itself, so that a drafter trained on it has the model's own licence.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from anydepth.models.tokens import end_ids
 
 MARK = "\x00"
 # fmt: off
-OPENINGS = (
+PROMPT_SEEDS = (
     "Write a", "Write an", "Compose a", "Draft a", "Create a", "Design a", "Develop a", "Suggest", "Recommend",
     "Explain", "Describe", "Discuss", "Define", "Compare", "Evaluate", "Analyze", "Outline", "Identify", "Discover",
     "What is", "What are", "What was", "What does", "What happens if", "How do", "How does", "How many", "How can I",
@@ -46,19 +45,19 @@ OPENINGS = (
     "Provide", "Make", "Plan", "Do you", "Are", "Does", "Should",
 )
 # fmt: on
-"""First words of questions: what people ask for."""
+"""First words of prompts."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """Token ids around the turns of a chat; of a model without a template, nothing but its first token.
+    """Token ids around the turns of a chat; a model without a chat template has its first token alone.
 
     Attributes:
-        opening: up to where a user speaks. between: from there to where the model speaks.
+        start: tokens before the prompt. between: tokens between prompt and completion.
         ends: tokens that end a turn.
     """
 
-    opening: list[int]
+    start: list[int]
     between: list[int]
     ends: frozenset[int]
 
@@ -73,31 +72,34 @@ class Template:
                 [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
             )
         )
-        opening, _, between = text.partition(MARK)
+        start, _, between = text.partition(MARK)
 
         def ids(part: str) -> list[int]:
             return list(tokenizer(part, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
         between_ids = ids(between)
-        return cls(ids(opening), between_ids, frozenset([end, between_ids[0]]))
+        return cls(ids(start), between_ids, frozenset([end, between_ids[0]]))
 
 
 @dataclass(frozen=True)
 class Text:
-    """One that was written: (T,) ids, (T, taps, D) states, and where the question and the answer begin."""
+    """A text: (T,) ids, (T, taps, D) states, and the positions where prompt and completion begin."""
 
     ids: Tensor
     states: Tensor
-    question: int
-    answer: int
+    prompt: int
+    completion: int
 
 
 class Writer:
-    """Writes texts, many at a time: a question that is sampled, and after it an answer that is greedy.
+    """Writes texts, many at a time, each a sampled prompt and a greedy completion.
 
     Args:
-        taps: layers whose output states are kept, counted from 1; the last is what the head reads, before its norm.
-        openings: token ids that questions begin with, and a share of `config.opened` does.
+        taps: layers, counted from 1, of which output states are captured; those of the last layer are before the norm.
+        prompt_seeds: token ids that a fraction `config.opened` of the prompts begins with.
+
+    Attributes:
+        prompts: by request of a prompt, and completions: by request of a completion, where the prompt begins.
     """
 
     def __init__(
@@ -106,64 +108,62 @@ class Writer:
         template: Template,
         taps: list[int],
         config: OwnTextConfig,
-        openings: Sequence[list[int]] = (),
+        prompt_seeds: Sequence[list[int]] = (),
         seed: int = 0,
     ) -> None:
-        self.template, self.config, self.openings = template, config, openings
+        self.template, self.config, self.prompt_seeds = template, config, prompt_seeds
         self.generator = torch.Generator().manual_seed(seed)
-        self.warm = LogitsProcessorList([TemperatureLogitsWarper(config.temperature)])
+        self.processors = LogitsProcessorList([TemperatureLogitsWarper(config.temperature)])
         self.scheduler = Scheduler(engine, config.num_slots, is_interactive=False)
         self.reader = engine.new_session(1, captures=taps)
-        self.read = self.reader.open()
-        self.questions: dict[Request, int] = {}  # where each begins
-        self.answers: dict[Request, int] = {}
+        self.prompts: dict[Request, int] = {}
+        self.completions: dict[Request, int] = {}
 
     def step(self) -> list[Text]:
-        """Write one token more of each text; return those that have ended."""
-        while len(self.questions) + len(self.answers) < self.config.num_slots:
-            self._ask()
+        """Write one more token of each text; return the texts that have ended."""
+        while len(self.prompts) + len(self.completions) < self.config.num_slots:
+            self._start_prompt()
         ended = []
         for request in self.scheduler.step():
             if request.failure is not None:
                 raise request.failure
             if not request.is_finished:
                 continue
-            if request in self.questions:
-                self._answer(request, self.questions.pop(request))
+            if request in self.prompts:
+                self._start_completion(request, self.prompts.pop(request))
             else:
-                ended.append(self._text(request, self.answers.pop(request)))
+                ended.append(self._text(request, self.completions.pop(request)))
         return ended
 
-    def _ask(self) -> None:
-        ids = list(self.template.opening)
-        if self.template.between and self.openings and torch.rand((), generator=self.generator) < self.config.opened:
-            ids += self.openings[int(torch.randint(len(self.openings), (1,), generator=self.generator))]
-        sampler = Sampler(self.warm, sampling=True, generator=self.generator)
+    def _start_prompt(self) -> None:
+        ids, seeds = list(self.template.start), self.prompt_seeds
+        if self.template.between and seeds and torch.rand((), generator=self.generator) < self.config.opened:
+            ids += seeds[int(torch.randint(len(seeds), (1,), generator=self.generator))]
+        sampler = Sampler(self.processors, sampling=True, generator=self.generator)
         request = self._add(ids, sampler, self.config.max_question)
-        self.questions[request] = len(self.template.opening)
+        self.prompts[request] = len(self.template.start)
 
-    def _answer(self, question: Request, begin: int) -> None:
-        """Let the model answer a question; of a model without turns, let it go on greedily."""
-        ids, has_ended = question.ids, question.ids[-1] in self.template.ends
+    def _start_completion(self, prompt: Request, begin: int) -> None:
+        """Queue the completion of a prompt; a model without a chat template continues the text."""
+        ids, has_ended = prompt.ids, prompt.ids[-1] in self.template.ends
         if has_ended and not self.template.between:
             return  # all of the text was sampled
         ids = [*(ids[:-1] if has_ended else ids), *self.template.between]
-        self.answers[self._add(ids, Sampler(), self.config.max_answer)] = min(begin, len(ids))
+        self.completions[self._add(ids, Sampler(), self.config.max_answer)] = min(begin, len(ids))
 
     def _add(self, ids: list[int], sampler: Sampler, num_new: int) -> Request:
         request = Request(ids, sampler, Stops.at(len(ids) + num_new, self.template.ends), full_depth=True)
         self.scheduler.add(request)
         return request
 
-    def _text(self, answer: Request, question: int) -> Text:
-        """Return a text and its states; the last token has none."""
-        ids = answer.ids[:-1]
+    def _text(self, request: Request, begin: int) -> Text:
+        """Run a text to capture its states; leave out its last token, which has none."""
+        ids, sequence = request.ids[:-1], self.reader.open()
         with torch.no_grad():
-            self.reader.read(self.read, ids, FULL_DEPTH, num_logits=0, capture=True)
-        states = torch.stack(self.reader.captured(self.read), dim=1)
-        self.reader.close(self.read)
-        self.read = self.reader.open()
-        return Text(torch.tensor(ids), states, question, answer.num_prompt)
+            self.reader.read(sequence, ids, FULL_DEPTH, num_logits=0, capture=True)
+        states = torch.stack(self.reader.captured(sequence), dim=1)
+        self.reader.close(sequence)
+        return Text(torch.tensor(ids), states, begin, request.num_prompt)
 
 
 OWN_TEXT = "own-text"
@@ -180,22 +180,22 @@ def own_texts(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Text], float]:
-    """Texts as `config` asks for them, written to `folder` or found there, and the seconds that writing took.
+    """Write self-generated texts to `folder`, or load those that are there; return them and the seconds of writing.
 
-    Each file is written whole or not at all, and from a seed of its own, so that an interrupted run goes on.
+    Each file is written atomically and from its own seed, so that an interrupted run can resume.
     """
     folder.mkdir(parents=True, exist_ok=True)
     size = min(config.num_tokens, SHARD_TOKENS)
     template = Template.of(tokenizer)
     template = replace(template, ends=template.ends | end_ids(adapted, tokenizer))
-    openings = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in OPENINGS]  # type: ignore[arg-type]
+    seeds = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in PROMPT_SEEDS]  # type: ignore[arg-type]
     texts, seconds, engine = [], 0.0, None
     for number in range(-(-config.num_tokens // size)):
         path = folder / f"{number:03d}.safetensors"
         if not path.exists():
             engine = engine or FastEngine(adapted)
-            writer = Writer(engine, template, taps, config, openings, seed * 100_003 + number)
-            say(f"writing its own text, {number * size} of {config.num_tokens} tokens …")
+            writer = Writer(engine, template, taps, config, seeds, seed * 100_003 + number)
+            say(f"generating training text, {number * size} of {config.num_tokens} tokens …")
             _write_shard(writer, path, size)
         shard = load_file(path)
         lengths, begins = shard["lengths"].tolist(), (shard["questions"].tolist(), shard["answers"].tolist())
@@ -206,7 +206,11 @@ def own_texts(
 
 
 def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
-    """`ids` (N,), `lengths` of texts, where `questions` and `answers` begin, `states` (N, taps, D), what it took."""
+    """Write texts of at least `num_tokens` tokens to a file.
+
+    Its tensors are `ids` (N,), `states` (N, taps, D), `lengths` of the texts, the positions where prompts (`questions`)
+    and completions (`answers`) begin, and the `seconds` that writing took.
+    """
     texts, written, started = list[Text](), 0, time.monotonic()
     while written < num_tokens:
         ended = writer.step()
@@ -217,8 +221,8 @@ def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
         {
             "ids": torch.cat([text.ids for text in texts]).to(torch.int32),
             "lengths": torch.tensor([len(text.ids) for text in texts]),
-            "questions": torch.tensor([text.question for text in texts]),
-            "answers": torch.tensor([text.answer for text in texts]),
+            "questions": torch.tensor([text.prompt for text in texts]),
+            "answers": torch.tensor([text.completion for text in texts]),
             "states": torch.cat([text.states for text in texts]),
             "seconds": torch.tensor(time.monotonic() - started),
         },

@@ -1,6 +1,6 @@
-"""Drafters that come with the package, for base models that are known by their weights.
+"""Drafters that come with the package, for base models identified by their weights.
 
-Stored in 8 bits, each row with its own scale, as the fast engine reads them: a few MB.
+They are stored in 8 bits with a scale per row, as the fast engine reads them: a few MB.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SCALE = ".scale"
 
 
 def folder() -> Path:
-    """Where they lie, each in a folder of its own."""
+    """Return the folder of the shipped drafters; each has a folder in it."""
     return Path(str(files("anydepth") / "shipped"))
 
 
 def default_draft(adapted: AdaptedModel) -> Draft:
-    """Return the draft that comes with the package for a base model, else prompt lookup and what is attached."""
+    """Return the shipped draft of a base model, else one with prompt lookup and the attached methods."""
     known = {path: json.loads(path.read_text()) for path in folder().glob(f"*/{MANIFEST}")}
     fingerprint = base_fingerprint(unwrap(adapted.model), light=True) if known else None
     for path, manifest in known.items():
@@ -56,7 +56,7 @@ def ship(adapted: AdaptedModel, draft: Draft, out: Path, about: Mapping[str, Any
 
 
 def pack(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices in 8 bits, the rest in bfloat16; ids stay as they are."""
+    """Return weights with matrices in 8 bits, other floats in bfloat16, and ids in int32."""
     packed = {}
     for name, value in weights.items():
         if value.dim() == 2 and value.is_floating_point():
@@ -67,7 +67,7 @@ def pack(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Float32 out of what `pack` made."""
+    """Return the float32 weights, and int64 ids, of packed ones."""
     weights = {}
     for name, value in packed.items():
         if name.endswith(SCALE):
