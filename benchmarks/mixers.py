@@ -76,7 +76,7 @@ class Decoding:
         """Of keys and values."""
         held = []
         for layer_idx, kind in enumerate(self.adapted.backbone.layer_types()):
-            keys = None if kind == "recurrent" else self.cache.slots(layer_idx).keys
+            keys = None if kind == "recurrent" else self.cache.kv(layer_idx).keys
             held.append(0 if keys is None else 2 * keys.numel() * keys.element_size())
         return held
 

@@ -48,8 +48,8 @@ def test_the_cache_holds_what_the_softmax_mixer_sees(state: str) -> None:
     trace = adapted.last_trace
     for layer_idx in range(5):
         wanted = int(trace.mixer_keep[layer_idx].sum()) if state == "routed" else 120
-        slots = cache.slots(layer_idx)
-        assert slots.num_slots + slots.num_pending == wanted
+        kv = cache.kv(layer_idx)
+        assert kv.num_kv + kv.num_deferred == wanted
     share = trace.mixer_keep[[1, 3]].float().mean().item()
     assert 0.05 < share < 0.6
     assert cache.num_bytes["kv"] == cost.kv_bytes(adapted.backbone, trace, 4)

@@ -1,1 +1,1 @@
-"""Run the gates of methods on the Hugging Face model itself: sparse and masked layers, and their cache."""
+"""Methods' gates on the Hugging Face model itself: sparse and masked layers, and their cache."""

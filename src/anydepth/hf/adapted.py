@@ -1,7 +1,7 @@
-"""A causal LM with methods attached: same forward, same `generate`, work really skipped.
+"""A causal LM with methods attached: same forward, same `generate`, and skipped work is not computed.
 
-`attach` puts gates in place of the layers' forwards and touches nothing else: parameters, their names and
-`save_pretrained` stay as they are; `detach` gives the model back as it was.
+`attach` replaces the forwards of layers by gated ones and changes nothing else: parameters, their names and
+`save_pretrained` stay as they are. `detach` restores the model.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from anydepth.models.backbone import Backbone
 
 
 class _ModelForward:
-    """The model's own forward, its signature included, from which transformers' Trainer reads which columns to keep.
+    """The model's own forward with its signature, by which transformers' Trainer selects columns of the data.
 
-    A descriptor without `__set__`, so that others may put a forward of theirs in its place, as accelerate does.
+    It is a descriptor without `__set__`, so that an instance's forward can be replaced, as accelerate does.
     """
 
     def __get__(self, adapted: AdaptedModel | None, owner: type) -> Any:
@@ -43,7 +43,7 @@ class _ModelForward:
 
 
 def _unbound_forward(adapted: AdaptedModel, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-    """What Trainer asks the class for: models have labels."""
+    """Declare `labels`, which Trainer looks for in the signature of the class."""
     return adapted.model(*args, **({} if labels is None else {"labels": labels}), **kwargs)
 
 
@@ -60,7 +60,7 @@ class _BoundForward:
 
 
 class AdaptedModel(nn.Module):
-    """A Hugging Face causal LM and the methods attached to it. Unknown attributes are the model's.
+    """A Hugging Face causal LM and the methods attached to it; other attributes are looked up in the model.
 
     Attributes:
         model: the causal LM, or a `PeftModel` around it.
@@ -95,7 +95,7 @@ class AdaptedModel(nn.Module):
         self._head_hook = self.backbone.head.register_forward_pre_hook(self._count_head_rows)
 
     def remove(self) -> nn.Module:
-        """Take the gates out. The model is as it was; `detach` is the public name."""
+        """Remove the gates and return the restored model; `detach` is the public name."""
         self._head_hook.remove()
         leave_checkpoints(self._modules_of_layers)
         for gated in self._gated:
@@ -109,7 +109,7 @@ class AdaptedModel(nn.Module):
 
     def _decoder_forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs}
-        if any(layer.training for layer in self._modules_of_layers):  # as transformers decides it, layer by layer
+        if any(layer.training for layer in self._modules_of_layers):  # transformers too decides this layer by layer
             join_checkpoints(self._modules_of_layers, self.calls)
         if not self.calls.enabled:
             with self.calls.setting(run=None):
@@ -129,7 +129,7 @@ class AdaptedModel(nn.Module):
         return [view.module for view in self.backbone.layers]
 
     def _begin(self, kwargs: dict[str, Any]) -> Run:
-        """Return a new `Run`, which is the last one from now on."""
+        """Start a `Run`, and record it as the last one."""
         cache = self._cache_for(kwargs)
         token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
         plan = self.calls.plan
@@ -161,13 +161,13 @@ class AdaptedModel(nn.Module):
             kwargs["past_key_values"] = cache = self.new_cache() if use_cache else None
         if cache is not None and not isinstance(cache, AdaptiveCache):
             raise UserError(
-                f"came a {type(cache).__name__}; layers that skip tokens need anydepth's own cache: call "
+                f"past_key_values is a {type(cache).__name__}; layers that skip tokens need anydepth's own cache: call "
                 "adapted.generate(...), or pass past_key_values=adapted.new_cache()"
             )
         return cache
 
     def _count_head_rows(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        # Within a forward it is asked by exits, whose record counts it.
+        # Within a forward exits call the head, and the record counts those rows itself.
         if self.calls.enabled and self.calls.records and self.calls.run is None:
             self.calls.records[-1].head_rows = args[0].numel() // args[0].shape[-1]
 
@@ -176,7 +176,7 @@ class AdaptedModel(nn.Module):
     forward: Any = _ModelForward()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensors by name; of a tied weight the second name has a copy, for files cannot share it."""
+        """Return the tensors by name; the second name of a tied weight has a copy, since files cannot share tensors."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         seen: set[int] = set()
@@ -187,8 +187,8 @@ class AdaptedModel(nn.Module):
         return state
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' own `generate`, on a cache whose layers may hold fewer tokens than the sequence."""
-        # transformers' own cache cannot tell how long a sequence is if no layer has attention.
+        """Generate by transformers' own `generate`, on a cache that may hold fewer tokens than the sequence."""
+        # transformers' own cache does not know the length of a sequence if no layer has attention.
         needs_own = self.calls.enabled or "attention" not in self.backbone.layer_types()
         if needs_own and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = self.new_cache()
@@ -196,30 +196,30 @@ class AdaptedModel(nn.Module):
         return model.generate(*args, **kwargs)
 
     def new_cache(self) -> AdaptiveCache:
-        """An empty cache, for `past_key_values=` of direct forwards."""
+        """Return an empty cache, for `past_key_values=` of direct forwards."""
         return AdaptiveCache(self.config)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run at full depth, bitwise the model without anydepth. Calls of other threads go on as they are."""
+        """Run at full depth, bitwise as the model without anydepth; other threads are not affected."""
         with self.calls.setting(enabled=False, run=None):
             yield
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Run the base model: full depth, and a LoRA adapter off as well."""
+        """Run the base model: at full depth, and without a LoRA adapter."""
         with self.disabled(), without_adapter(self.model):
             yield
 
     @contextmanager
     def masked(self) -> Iterator[None]:
-        """Run every layer and blend the results: slow, and the definition of the sparse execution."""
+        """Run every layer and blend the results: slow, but the definition of sparse execution."""
         with self.calls.setting(sparse=False):
             yield
 
     @property
     def is_enabled(self) -> bool:
-        """False while `disabled`."""
+        """Whether methods decide; False while `disabled`."""
         return self.calls.enabled
 
     @property
@@ -229,26 +229,26 @@ class AdaptedModel(nn.Module):
 
     @property
     def active_methods(self) -> list[Method]:
-        """The methods that decide, in order: none while `disabled`."""
+        """The methods that decide, in order; none while `disabled`."""
         if not self.calls.enabled:
             return []
         return self.attached if self.calls.stand_ins is None else list(self.calls.stand_ins)
 
     @contextmanager
     def deciding(self, *stand_ins: Method) -> Iterator[None]:
-        """Other methods' decisions in place of the attached ones', such as those of an earlier forward."""
+        """Let other methods decide in place of the attached ones, such as a replay of an earlier forward."""
         with self.calls.setting(stand_ins=stand_ins):
             yield
 
     @contextmanager
     def running(self, plan: Plan) -> Iterator[None]:
-        """Run a plan that was made before, in place of one for each forward."""
+        """Run an existing plan instead of a new one for each forward."""
         with self.calls.setting(plan=plan, enabled=True):
             yield
 
     @property
     def records(self) -> list[PassRecord]:
-        """The forwards of the last sequence of this thread, one record each."""
+        """Records of the forwards of this thread's last sequence, one for each."""
         return self.calls.records
 
     @records.setter
@@ -257,27 +257,27 @@ class AdaptedModel(nn.Module):
 
     @property
     def last_trace(self) -> Trace:
-        """What ran in the last sequence: one uncached forward, or all forwards that shared a cache."""
+        """The trace of the last sequence: one uncached forward, or all forwards that shared a cache."""
         return Trace.join(self.calls.records)
 
     @property
     def last_run(self) -> Run:
-        """The last forward of this thread, as it was executed."""
+        """The last forward of this thread."""
         assert self.calls.last is not None, "no forward has run yet"
         return self.calls.last
 
     @property
     def context(self) -> PassContext:
-        """What the methods saw and noted of the last forward."""
+        """The context that methods read and wrote in the last forward."""
         return self.last_run.context
 
     @property
     def trained_methods(self) -> list[Trained]:
-        """The methods of the last forward that learn, or that change training."""
+        """The active methods that are trained or that change training."""
         return [method for method in self.active_methods if isinstance(method, Trained)]
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
-        """The methods' losses of the last forward, over real tokens, by `method/term`."""
+        """Return the methods' losses of the last forward over real tokens, by `method/term`."""
         return {
             f"{method.name}/{term}": value
             for method in self.trained_methods
@@ -285,7 +285,7 @@ class AdaptedModel(nn.Module):
         }
 
     def outcome_losses(self, logits: Tensor) -> dict[str, Tensor]:
-        """Losses from what came out of the last forward, (B, T, V), by `method/term`."""
+        """Return losses on the (B, T, V) logits of the last forward, by `method/term`."""
         return {
             f"{method.name}/{term}": value
             for method in self.trained_methods
@@ -293,7 +293,7 @@ class AdaptedModel(nn.Module):
         }
 
     def policy_losses(self, token_losses: Tensor) -> dict[str, Tensor]:
-        """Losses from what the decisions of the last forward led to, by `method/term`."""
+        """Return losses on the decisions of the last forward, given its (B, T) token losses, by `method/term`."""
         return {
             f"{method.name}/{term}": value
             for method in self.trained_methods
@@ -301,13 +301,13 @@ class AdaptedModel(nn.Module):
         }
 
     def exit_states(self) -> dict[str, list[ExitState]]:
-        """The exits that the last forward passed, by method, for losses over them."""
+        """Return the states at the exits of the last forward by method, for losses over them."""
         exits = {method.name: method.exit_states(self.context) for method in self.trained_methods}
         return {name: states for name, states in exits.items() if states}
 
     @property
     def label(self) -> str:
-        """What is attached, in a few words."""
+        """Names of the attached methods, joined; `full depth` without any."""
         return " + ".join(self.methods) or "full depth"
 
     @property
@@ -318,14 +318,14 @@ class AdaptedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not set yet: looking it up there would not end
+            if name == "model":  # not set yet, so that the look-up below would never end
                 raise
             return getattr(self.model, name)
 
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """A model without its LoRA adapter, where it has one."""
+    """Run a model without its LoRA adapter, if it has one."""
     if not isinstance(model, PeftModel):
         yield
         return
@@ -334,8 +334,8 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
         with model.disable_adapter():
             yield
     finally:
-        for part, learns in learning.items():  # PEFT would leave a frozen adapter learning
-            part.requires_grad_(learns)
+        for part, requires_grad in learning.items():  # PEFT turns gradients of a frozen adapter on
+            part.requires_grad_(requires_grad)
 
 
 def attach(model: nn.Module, methods: MethodSpec | Sequence[MethodSpec]) -> AdaptedModel:
@@ -352,7 +352,7 @@ def attach(model: nn.Module, methods: MethodSpec | Sequence[MethodSpec]) -> Adap
 
 
 def detach(adapted: AdaptedModel) -> nn.Module:
-    """Take the methods off again; returns the model as it was before `attach`."""
+    """Remove the methods; return the model as it was before `attach`."""
     return adapted.remove()
 
 
@@ -360,19 +360,19 @@ def _refuse_second_attachment(backbone: Backbone) -> None:
     owner = getattr(backbone.decoder.forward, "__self__", None)
     if isinstance(owner, AdaptedModel):
         raise UserError(
-            f"this model has methods attached already ({', '.join(owner.methods)}); anydepth.detach it first, "
+            f"this model already has methods attached ({', '.join(owner.methods)}); call anydepth.detach first, "
             "or attach all methods at once as a list"
         )
 
 
 def _tokens(kwargs: dict[str, Any], num_seen: int) -> tuple[Tensor, Tensor]:
-    """(B, T) mask of real tokens, and their places among the real tokens of their row."""
+    """Return the (B, T) mask of real tokens, and their positions among the real tokens of their row."""
     tokens = kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs["inputs_embeds"][..., 0]
     batch_size, num_tokens = tokens.shape
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, Mapping):  # generate may hand over masks it made per layer type; they hold no padding column
+    if isinstance(mask, Mapping):  # generate may pass one mask per layer type, none of which has a padding column
         mask = None
     if mask is None or mask.dim() != 2:
         real = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=tokens.device)

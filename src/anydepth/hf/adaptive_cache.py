@@ -1,7 +1,7 @@
-"""The K/V cache under adaptive depth: layers may hold fewer tokens than the sequence, and each knows which.
+"""The K/V cache under adaptive depth: each layer may hold fewer tokens than the sequence, with their positions.
 
-The only caller of transformers' Cache API. Under the KV rule `project` every layer holds every token and is
-*dense*. Under `omit` a layer holds the tokens that ran it, in slots that remember their place in the sequence.
+The only caller of transformers' Cache API. Under the K/V rule `project` every layer has K/V of every token and is
+*contiguous*. Under `omit` a layer has K/V of the tokens that ran it, each with its position in the sequence.
 """
 
 from __future__ import annotations
@@ -16,81 +16,84 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from anydepth.hf.deferred import LateLayer
+from anydepth.hf.deferred import DeferredLayer
 from anydepth.models.backbone import Rotation
 
 EMPTY = -1
-"""Place of a slot that holds no token of this row (another row of the batch needed the slot)."""
+"""Position of an entry without a token of this row: another row of the batch has one there."""
 
 
-class SlottedLayer(DynamicLayer):
-    """K/V of one attention layer. `places` (B, S) gives each slot's index in the sequence; None while dense.
+class LayerKV(DynamicLayer):
+    """K/V of one attention layer.
 
-    `pending` holds what tokens that skipped under `project` would be projected from, (hidden, cos, sin): the
-    projection waits until a later token runs the layer, and is then done for many tokens at once.
+    Attributes:
+        positions: (B, S) position in the sequence of each entry; None while the K/V are contiguous.
+        deferred: (hidden, cos, sin) of tokens that skipped under `project`; their K/V are projected, for many tokens at
+            once, when a later token runs the layer.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.places: Tensor | None = None
-        self.pending: list[tuple[Tensor, ...]] = []
+        self.positions: Tensor | None = None
+        self.deferred: list[tuple[Tensor, ...]] = []
 
     @property
-    def num_slots(self) -> int:
+    def num_kv(self) -> int:
+        """Entries of a row, deferred ones excluded."""
         return self.get_seq_length()
 
-    def append(self, keys: Tensor, values: Tensor, places: Tensor | None, seen: int) -> tuple[Tensor, Tensor]:
-        """Add (B, H, S', D) keys and values at `places` (B, S'), None for the next places; returns all of them."""
-        if places is not None or self.places is not None or self.num_slots != seen:
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor | None, seen: int) -> tuple[Tensor, Tensor]:
+        """Add (B, H, S', D) keys and values at `positions` (B, S'), None for the next ones; return all K/V."""
+        if positions is not None or self.positions is not None or self.num_kv != seen:
             batch_size = keys.shape[0]
-            before = self.places_of(batch_size, keys.device)
-            if places is None:
-                places = torch.arange(seen, seen + keys.shape[2], device=keys.device).expand(batch_size, -1)
-            self.places = torch.cat([before, places], dim=1)
+            before = self.positions_of(batch_size, keys.device)
+            if positions is None:
+                positions = torch.arange(seen, seen + keys.shape[2], device=keys.device).expand(batch_size, -1)
+            self.positions = torch.cat([before, positions], dim=1)
         return self.update(keys, values)
 
-    def places_of(self, batch_size: int, device: torch.device) -> Tensor:
-        """The places of all slots, (B, S)."""
-        if self.places is not None:
-            return self.places
-        return torch.arange(self.num_slots, device=device).expand(batch_size, -1)
+    def positions_of(self, batch_size: int, device: torch.device) -> Tensor:
+        """Return the positions of all entries, (B, S)."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.num_kv, device=device).expand(batch_size, -1)
 
     def defer(self, hidden: Tensor, rotation: Rotation | None) -> None:
-        """Remember (B, T, D) states whose K/V no token needs yet."""
-        self.pending.append((hidden, *(part.expand(hidden.shape[0], -1, -1) for part in rotation or ())))
+        """Store (B, T, D) states of tokens of which no token needs the K/V yet."""
+        self.deferred.append((hidden, *(part.expand(hidden.shape[0], -1, -1) for part in rotation or ())))
 
-    def take_pending(self) -> tuple[Tensor, Rotation | None]:
-        """All deferred states and their rotation, oldest first; nothing is pending afterwards."""
-        hidden, *rotation = (torch.cat(parts, dim=1) for parts in zip(*self.pending, strict=True))
-        self.pending = []
+    def take_deferred(self) -> tuple[Tensor, Rotation | None]:
+        """Remove and return all deferred states and their rotary embeddings, oldest first."""
+        hidden, *rotation = (torch.cat(parts, dim=1) for parts in zip(*self.deferred, strict=True))
+        self.deferred = []
         return hidden, tuple(rotation) or None  # type: ignore[return-value]
 
     @property
-    def num_pending(self) -> int:
-        return sum(states[0].shape[1] for states in self.pending)
+    def num_deferred(self) -> int:
+        return sum(states[0].shape[1] for states in self.deferred)
 
     def rewind(self, length: int) -> None:
-        """Forget every token at place `length` and after."""
-        while self.pending and self.num_slots + self.num_pending > length:
-            surplus = self.num_slots + self.num_pending - length
-            last = tuple(part[:, :-surplus] for part in self.pending.pop())
+        """Remove every token from position `length` on."""
+        while self.deferred and self.num_kv + self.num_deferred > length:
+            surplus = self.num_kv + self.num_deferred - length
+            last = tuple(part[:, :-surplus] for part in self.deferred.pop())
             if last[0].shape[1]:
-                self.pending.append(last)
-        if self.places is None:
-            self.crop(min(length - self.num_slots, 0))
+                self.deferred.append(last)
+        if self.positions is None:
+            self.crop(min(length - self.num_kv, 0))
             return
-        self.places = self.places.masked_fill(self.places >= length, EMPTY)
-        used = (self.places != EMPTY).any(0).nonzero()
-        num_slots = int(used.max()) + 1 if used.numel() else 0
-        self.places = self.places[:, :num_slots]
-        self.crop(num_slots - self.num_slots)
-        if num_slots == length and bool((self.places != EMPTY).all()):
-            self.places = None  # nothing is missing any more
+        self.positions = self.positions.masked_fill(self.positions >= length, EMPTY)
+        used = (self.positions != EMPTY).any(0).nonzero()
+        num_kv = int(used.max()) + 1 if used.numel() else 0
+        self.positions = self.positions[:, :num_kv]
+        self.crop(num_kv - self.num_kv)
+        if num_kv == length and bool((self.positions != EMPTY).all()):
+            self.positions = None  # the K/V are contiguous again
 
     def reset(self) -> None:
         super().reset()
-        self.places = None
-        self.pending = []
+        self.positions = None
+        self.deferred = []
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
@@ -103,36 +106,42 @@ class SlottedLayer(DynamicLayer):
         self._select_rows(rows)
 
     def _num_rows(self) -> int:
-        if self.places is not None:
-            return self.places.shape[0]
-        return self.pending[0][0].shape[0] if self.pending else 0
+        if self.positions is not None:
+            return self.positions.shape[0]
+        return self.deferred[0][0].shape[0] if self.deferred else 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._select_rows(indices)
 
     def _select_rows(self, rows: Tensor) -> None:
-        if self.places is not None:
-            self.places = self.places[rows.to(self.places.device)]
-        self.pending = [tuple(part[rows.to(part.device)] for part in states) for states in self.pending]
+        if self.positions is not None:
+            self.positions = self.positions[rows.to(self.positions.device)]
+        self.deferred = [tuple(part[rows.to(part.device)] for part in states) for states in self.deferred]
 
 
 class AdaptiveCache(DynamicCache):
-    """A `DynamicCache` whose length is the length of the sequence, whatever each layer holds.
+    """A `DynamicCache` that has the length of the sequence, even if layers hold fewer tokens.
 
-    Sliding-window layers keep all their tokens here (the mask still hides those out of the window): a window of
-    *tokens* and a window of *slots* differ as soon as tokens leave no K/V.
+    Sliding-window layers keep all their tokens here, and the mask hides those outside the window: the last *tokens* and
+    the last *entries* differ as soon as a token has no K/V.
+
+    Attributes:
+        num_seen: length of the sequence.
+        method_memory: per-sequence state of methods.
+        deferred: by layer, the tokens that exited before it under the K/V rule `recompute`.
+        alternates: by layer, the recurrent state of an alternate mixer.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
         for layer_idx, layer in enumerate(self.layers):
             if not isinstance(layer, LinearAttentionCacheLayerMixin):
-                self.layers[layer_idx] = SlottedLayer()
+                self.layers[layer_idx] = LayerKV()
         self.num_seen = 0
         self.method_memory: dict[str, Tensor] = {}
-        self.late: defaultdict[int, LateLayer] = defaultdict(LateLayer)
-        self.others: dict[int, LinearAttentionLayer] = {}
+        self.deferred: defaultdict[int, DeferredLayer] = defaultdict(DeferredLayer)
+        self.alternates: dict[int, LinearAttentionLayer] = {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -140,11 +149,11 @@ class AdaptiveCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        num_rows = next((len(part.arguments[0].real) for part in self.late.values() if part.arguments), 0)
-        for part in self.late.values():
+        num_rows = next((len(part.arguments[0].real) for part in self.deferred.values() if part.arguments), 0)
+        for part in self.deferred.values():
             part.select_rows(torch.arange(num_rows).repeat_interleave(repeats))
         self.method_memory = {name: part.repeat_interleave(repeats, 0) for name, part in self.method_memory.items()}
-        for layer in self.others.values():
+        for layer in self.alternates.values():
             layer.reorder_cache(torch.arange(_num_rows(layer)).repeat_interleave(repeats))  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -152,15 +161,16 @@ class AdaptiveCache(DynamicCache):
         self._select_memory(indices)
 
     def _select_memory(self, rows: Tensor) -> None:
-        for part in self.late.values():
+        for part in self.deferred.values():
             part.select_rows(rows)
         self.method_memory = {name: part[rows.to(part.device)] for name, part in self.method_memory.items()}
-        for layer in self.others.values():
+        for layer in self.alternates.values():
             layer.reorder_cache(rows)  # type: ignore[arg-type]
 
-    def slots(self, layer_idx: int) -> SlottedLayer:
+    def kv(self, layer_idx: int) -> LayerKV:
+        """Return the K/V of an attention layer."""
         layer = self.layers[layer_idx]
-        assert isinstance(layer, SlottedLayer), f"layer {layer_idx} keeps a recurrent state, not K/V"
+        assert isinstance(layer, LayerKV), f"layer {layer_idx} has a recurrent state, not K/V"
         return layer
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -170,24 +180,24 @@ class AdaptiveCache(DynamicCache):
         return self.num_seen + query_length, 0
 
     def advance(self, num_tokens: int) -> None:
-        """Called once per forward, after its last layer."""
+        """Count the new tokens of a forward, once, after its last layer."""
         self.num_seen += num_tokens
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (negative, as transformers counts)."""
+        """Remove the last `-tokens_to_remove` tokens (negative, as transformers counts)."""
         self.rewind(self.num_seen + min(tokens_to_remove, 0))
 
     def rewind(self, length: int) -> None:
-        """Make the sequence `length` tokens long. Raises for recurrent layers, which cannot go back."""
+        """Shorten the sequence to `length` tokens; raise `RuntimeError` if a layer has a recurrent state."""
         for layer in self.layers:
-            if not isinstance(layer, SlottedLayer):
-                raise RuntimeError("a recurrent layer's state cannot go back; start with a new cache")
-        if self.others:
-            raise RuntimeError("a recurrent mixer's state cannot go back; start with a new cache")
+            if not isinstance(layer, LayerKV):
+                raise RuntimeError("a recurrent layer's state cannot be rewound; start with a new cache")
+        if self.alternates:
+            raise RuntimeError("a recurrent mixer's state cannot be rewound; start with a new cache")
         for layer in self.layers:
-            assert isinstance(layer, SlottedLayer)
+            assert isinstance(layer, LayerKV)
             layer.rewind(length)
-        for part in self.late.values():
+        for part in self.deferred.values():
             part.rewind(length)
         self.num_seen = length
 
@@ -195,30 +205,30 @@ class AdaptiveCache(DynamicCache):
         super().reset()
         self.num_seen = 0
         self.method_memory = {}
-        self.late.clear()
-        self.others.clear()
+        self.deferred.clear()
+        self.alternates.clear()
 
-    def other(self, layer_idx: int) -> LinearAttentionLayer:
-        """The state of a layer's second mixer."""
-        if layer_idx not in self.others:
-            self.others[layer_idx] = LinearAttentionLayer()
-        return self.others[layer_idx]
+    def alternate(self, layer_idx: int) -> LinearAttentionLayer:
+        """Return the state of a layer's alternate mixer."""
+        if layer_idx not in self.alternates:
+            self.alternates[layer_idx] = LinearAttentionLayer()
+        return self.alternates[layer_idx]
 
     def recurrent_rows(self, layer_idx: int, rows: Tensor) -> Cache:
-        """A recurrent layer's state of some rows, to run those rows alone; put back with `write_recurrent_rows`."""
+        """Copy a recurrent layer's state of some rows, to run them alone; `write_recurrent_rows` writes it back."""
         layers: list[Any] = [rows_of(self.layers[layer_idx], rows)] * (layer_idx + 1)
         return Cache(layers=layers)
 
     def write_recurrent_rows(self, layer_idx: int, rows: Tensor, ran: Cache, batch_size: int) -> None:
-        """Put the state of `rows` back. Rows that never ran start from zeros, which is the empty state."""
+        """Write the state of `rows` back; rows that never ran start from zeros, which is the empty state."""
         put_rows(self.layers[layer_idx], rows, ran.layers[layer_idx], batch_size)
 
     @property
     def num_bytes(self) -> dict[str, int]:
-        """Of what is held: `kv` of softmax mixers, `states` of recurrent ones."""
-        kv = [layer for layer in self.layers if isinstance(layer, SlottedLayer)]
-        recurrent: list[Any] = [layer for layer in self.layers if not isinstance(layer, SlottedLayer)]
-        recurrent += self.others.values()
+        """Bytes of `kv` of softmax mixers, and of `states` of recurrent ones."""
+        kv = [layer for layer in self.layers if isinstance(layer, LayerKV)]
+        recurrent: list[Any] = [layer for layer in self.layers if not isinstance(layer, LayerKV)]
+        recurrent += self.alternates.values()
         states = [
             part
             for layer in recurrent
@@ -241,7 +251,7 @@ def _num_bytes(tensors: list[Tensor | None]) -> int:
 
 
 def rows_of(source: Any, rows: Tensor) -> LinearAttentionLayer:
-    """The state of some rows of a recurrent layer, to run those alone."""
+    """Copy the state of some rows of a recurrent layer, to run them alone."""
     part: Any = LinearAttentionLayer(number_of_states=source.number_of_states)
     for state in range(source.number_of_states):
         if source.has_previous_state[state]:
@@ -254,7 +264,7 @@ def rows_of(source: Any, rows: Tensor) -> LinearAttentionLayer:
 
 
 def put_rows(target: Any, rows: Tensor, part: Any, batch_size: int) -> None:
-    """Put what `rows_of` gave back after it ran. Rows that never ran start from zeros, which is the empty state."""
+    """Write a state from `rows_of` back after it ran; rows that never ran start from zeros, the empty state."""
     for state in range(target.number_of_states):
         conv, recurrent = part.conv_states[state], part.recurrent_states[state]
         if not target.has_previous_state[state]:
@@ -269,11 +279,14 @@ def put_rows(target: Any, rows: Tensor, part: Any, batch_size: int) -> None:
 
 
 class KVTap:
-    """Stands as the cache in front of one attention call for some rows and only their kept tokens.
+    """Replaces the cache in one attention call for some rows and their kept tokens alone.
 
-    It completes the K/V that the module projects for the kept tokens with those of the tokens that skip (`skipped`,
-    put in place by `order`), then hands on the past and the new. Where the call serves the whole batch it writes to
-    the cache (`write`); else it keeps the new K/V for the caller, who writes all rows at once.
+    It merges the K/V that the module projects for kept tokens with those of skipped tokens, by `order`, and returns
+    past and new K/V. In a call for the whole batch it writes to the cache (`write`); else `new` keeps the new K/V for
+    the caller, which writes all rows at once.
+
+    Args:
+        order: (T,) or (R, T), the index of each token in [kept, skipped].
     """
 
     def __init__(
@@ -285,7 +298,7 @@ class KVTap:
     ) -> None:
         self.past = past
         self.skipped = skipped
-        self.order = order  # (T,) or (R, T): where each token stands in [kept, skipped]
+        self.order = order
         self.write = write
         self.new: tuple[Tensor, Tensor] | None = None
 

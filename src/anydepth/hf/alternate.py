@@ -1,7 +1,7 @@
 """The alternate mixer of a layer, for the tokens that are routed to it (`MixerRouting`).
 
-Each token takes one of two mixers. The layer's own runs as under any gate; this file runs the other, which is
-recurrent: over all tokens where its state sees all, else over its own tokens alone, gathered.
+Each token runs one of two mixers. The layer's own mixer runs as under any gate; this file runs the alternate one, which
+is recurrent: over all tokens if its state sees all, else over its own tokens alone, gathered.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from anydepth.hf.partial import Run, groups_of
 from anydepth.models.backbone import first_output
 
 _FLOPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Per token of each second mixer met so far: counting walks over its modules, and decoding asks at every step."""
+"""FLOPs per token of each alternate mixer, cached: counting walks over its modules, too slow for every step."""
 
 
 def run_alternate(run: Run, layer_idx: int, routing: MixerRouting, hidden: Tensor) -> Tensor | None:
-    """(B, T, D) output of the other mixer where tokens take it, zeros elsewhere; None: nobody does.
+    """Return the (B, T, D) output of the alternate mixer, zero for other tokens; None: it has no token to run.
 
     Args:
-        hidden: (B, T, D), what the layer's own mixer sees.
+        hidden: (B, T, D) input of the layer's own mixer.
     """
-    real, others = run.context.token_mask, routing.takes_alternate & run.context.token_mask
+    real, routed = run.context.token_mask, routing.takes_alternate & run.context.token_mask
     sees_all = routing.gate.kv_rule == "project"
     learns_from_both = sees_all and routing.alternate_weight is not None and not run.sparse
     if routing.gate.all_kept and not learns_from_both and not (sees_all and run.cache is not None):
         return None
-    state = None if run.cache is None else run.cache.other(layer_idx)
+    state = None if run.cache is None else run.cache.alternate(layer_idx)
     mixer = _Mixer(run, routing.alternate, hidden)
     if sees_all:
         output = mixer(mixer.hidden, state, None if bool(real.all()) else real)
         if run.sparse or routing.alternate_weight is None:
-            output = output * others[..., None]
+            output = output * routed[..., None]
     elif state is not None and state.has_previous_state[0]:
         output = torch.zeros_like(mixer.hidden)
-        for group in groups_of(others):
+        for group in groups_of(routed):
             if group.num_kept:
                 rows = torch.arange(len(hidden), device=hidden.device) if group.rows is None else group.rows
                 part = rows_of(state, rows)
                 output = group.put(output, mixer(group.take(mixer.hidden, group.kept), part))
                 put_rows(state, rows, part, len(hidden))
     else:
-        output = _packed(mixer, others, state)
+        output = _packed(mixer, routed, state)
     return output.to(hidden.dtype)
 
 
 def weighted(routing: MixerRouting, output: Tensor) -> Tensor:
-    """The other mixer's output, times a weight that the gate's gradient flows through in training."""
+    """Scale the alternate mixer's output by the routing weight, which carries the gate's gradient in training."""
     return output if routing.alternate_weight is None else output * routing.alternate_weight[..., None].to(output.dtype)
 
 
 class _Mixer:
-    """The module in its own precision; what it computes is counted, zeros in front of a row included."""
+    """Runs the module in its own precision and counts its FLOPs, zeros before a row included."""
 
     def __init__(self, run: Run, module: nn.Module, hidden: Tensor) -> None:
         self.record, self.module = run.record, module
@@ -76,14 +76,14 @@ class _Mixer:
         return first_output(self.module(hidden, cache_params=cache, attention_mask=real))
 
 
-def _packed(mixer: _Mixer, others: Tensor, state: LinearAttentionLayer | None) -> Tensor:
-    """All rows together from their first token on: what each has moves to the right, zeros in front change nothing."""
-    hidden, counts = mixer.hidden, others.sum(1)
+def _packed(mixer: _Mixer, routed: Tensor, state: LinearAttentionLayer | None) -> Tensor:
+    """Run the routed tokens of all rows together, aligned on the right: zeros before them leave the state empty."""
+    hidden, counts = mixer.hidden, routed.sum(1)
     longest = int(counts.max())
     if not longest:
         return torch.zeros_like(hidden)
-    rows, columns = others.nonzero(as_tuple=True)
-    places = (others.cumsum(1) - 1 + (longest - counts)[:, None])[rows, columns]
+    rows, columns = routed.nonzero(as_tuple=True)
+    positions = (routed.cumsum(1) - 1 + (longest - counts)[:, None])[rows, columns]
     packed = hidden.new_zeros(len(hidden), longest, hidden.shape[-1])
-    output = mixer(packed.index_put((rows, places), hidden[rows, columns]), state)
-    return torch.zeros_like(hidden).index_put((rows, columns), output[rows, places].to(hidden.dtype))
+    output = mixer(packed.index_put((rows, positions), hidden[rows, columns]), state)
+    return torch.zeros_like(hidden).index_put((rows, columns), output[rows, positions].to(hidden.dtype))

@@ -1,7 +1,7 @@
-"""What belongs to a call of an adapted model, and never to the model: the forward in progress, and the last one.
+"""State of the calls of an adapted model, which is not state of the model: the forward in progress, and the last one.
 
-Each thread has its own, so that several can run one model at a time. A copy of a model starts with none of it. A layer
-that backward recomputes (gradient checkpointing) takes part in the forward that it belongs to, whatever ran since.
+Each thread has its own, so that several threads can run one model at a time. A copy of a model starts without any. A
+layer that backward recomputes (gradient checkpointing) belongs to its original forward, whatever ran since.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Calls(threading.local):
     """State of the calls that this thread makes.
 
     Attributes:
-        run: the forward in progress; None outside of one, and at full depth.
-        last: the last forward that has ended.
-        records: of the forwards of the last sequence.
-        enabled, sparse, stand_ins, plan: what `disabled`, `masked`, `deciding` and `running` have set.
+        run: the forward in progress; None outside of a forward, and at full depth.
+        last: the latest forward.
+        records: records of the forwards of the last sequence.
+        enabled, sparse, stand_ins, plan: settings of `disabled`, `masked`, `deciding` and `running`.
     """
 
     def __init__(self) -> None:
@@ -43,12 +43,12 @@ class Calls(threading.local):
         self.plan: Plan | None = None
 
     def __reduce__(self) -> Any:
-        """Copy as calls that were never made."""
+        """Copy as the state before any call."""
         return Calls, ()
 
     @contextmanager
     def setting(self, **values: Any) -> Iterator[None]:
-        """Set attributes, and set them back at the end."""
+        """Set attributes within a context, and restore them at its end."""
         before = {name: getattr(self, name) for name in values}
         vars(self).update(values)
         try:
@@ -60,11 +60,11 @@ class Calls(threading.local):
 class JoinedCheckpoint:
     """Gradient checkpointing of a layer as a part of the forward that called it.
 
-    Reentrant checkpointing does not see tensors that a layer uses without being handed them, as gates are: its
-    gradients would lack theirs. So the other kind runs, which gives the same gradients and saves as much memory.
+    Reentrant checkpointing misses gradients of tensors that are not arguments of the layer, such as gates. So the
+    non-reentrant kind runs, with the same gradients otherwise and the same memory.
 
     Args:
-        own: what transformers has set, `functools.partial` of `torch.utils.checkpoint.checkpoint`.
+        own: the function that transformers set, a `functools.partial` of `torch.utils.checkpoint.checkpoint`.
     """
 
     def __init__(self, own: Callable[..., Any], calls: Calls) -> None:
@@ -84,7 +84,7 @@ class JoinedCheckpoint:
 
 
 def join_checkpoints(layers: Sequence[nn.Module], calls: Calls) -> None:
-    """Put `JoinedCheckpoint` in place of what transformers has set, also where a user has switched it on since."""
+    """Replace the checkpoint functions of layers by `JoinedCheckpoint`, also those set after `attach`."""
     for layer in layers:
         own = layer.__dict__.get(_CHECKPOINT)
         if own is not None and not isinstance(own, JoinedCheckpoint):
@@ -92,7 +92,7 @@ def join_checkpoints(layers: Sequence[nn.Module], calls: Calls) -> None:
 
 
 def leave_checkpoints(layers: Sequence[nn.Module]) -> None:
-    """Give layers back what transformers has set."""
+    """Restore the checkpoint functions that transformers set."""
     for layer in layers:
         joined = layer.__dict__.get(_CHECKPOINT)
         if isinstance(joined, JoinedCheckpoint):

@@ -1,8 +1,8 @@
-"""The K/V rule `recompute`: layers that a token missed by leaving early are run later, and exactly.
+"""Deferred layers, the K/V rule `recompute`: layers that exited tokens did not run are run later, and exactly.
 
-Where nobody of a batch goes on, its tokens wait in front of the layer that they stopped at. As soon as one goes on, all
-that wait there run with it, as they would have at full depth. So those that wait deeper are always the older ones, and
-a layer takes its tokens in order.
+While no token of a batch continues, its tokens are deferred before the layer at which they stopped. As soon as one
+continues, all tokens that are deferred at a layer run with it, as at full depth. So tokens deferred at deeper layers
+are always the older ones, and a layer runs its tokens in order.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a decoder handed to one of its layers for (B, T) tokens behind `seen` others.
+    """Arguments of one layer for (B, T) tokens after `seen` earlier ones.
 
     Attributes:
-        real: (B, T) bool, no padding.
+        real: (B, T) bool, False at padding.
         mask: (B or 1, 1, T, S) of an attention layer or (B, T) of a recurrent one; None: the model passed none.
-        by_token: further tensors (B or 1, T, ...): places, and cosines and sines of their rotation.
+        by_token: further tensors (B or 1, T, ...): positions, and cosines and sines of the rotary embedding.
     """
 
     real: Tensor
@@ -41,7 +41,7 @@ class Arguments:
         return self.real.shape[1]
 
     def first(self, num_tokens: int) -> Arguments:
-        """Of the first tokens alone."""
+        """Return the arguments of the first tokens alone."""
         mask = self.mask
         if mask is not None:
             mask = mask[:, :, :num_tokens] if mask.dim() == 4 else mask[:, :num_tokens]
@@ -59,22 +59,22 @@ class Arguments:
 
 
 @dataclass
-class LateLayer:
-    """What one layer has still to run.
+class DeferredLayer:
+    """Tokens that one layer has not run yet.
 
     Attributes:
-        states: (B, N, D) each, those that stopped in front of it, oldest first.
-        arguments: of every forward since the layer ran last, oldest first.
+        states: (B, N, D) each, of the tokens that stopped before this layer, oldest first.
+        arguments: arguments of every forward since the layer last ran, oldest first.
     """
 
     states: list[Tensor] = field(default_factory=list)
     arguments: list[Arguments] = field(default_factory=list)
 
     def rewind(self, length: int) -> None:
-        """Forget tokens at place `length` and after."""
+        """Remove tokens from position `length` on."""
         kept = [part.first(min(part.num_tokens, length - part.seen)) for part in self.arguments if part.seen < length]
         left, states = sum(part.num_tokens for part in kept), []
-        for part in self.states:  # the oldest of those that the layer has still to run
+        for part in self.states:  # tokens that stopped at this layer are the oldest of those that it has not run
             states.append(part[:, :left])
             left -= states[-1].shape[1]
         self.states, self.arguments = [part for part in states if part.shape[1]], kept
@@ -84,46 +84,47 @@ class LateLayer:
         self.arguments = [part.rows(index) for part in self.arguments]
 
 
-def through_exits(
+def run_after_exit(
     run: Run, view: LayerView, gate: Gate, own: Forward, hidden: Tensor, arguments: dict[str, Any]
 ) -> Tensor:
-    """One layer behind an exit, (B, T, D) in and out: run if anybody goes on, with all that wait for it."""
-    if gate is not run.exits_noted:
-        run.exits_noted = gate
-        run.left[view.layer_idx] = run.context.token_mask & ~gate.keep, hidden
+    """Run one layer after an exit, (B, T, D) in and out, if any token continues, together with its deferred tokens."""
+    if gate is not run.exit_gate:
+        run.exit_gate = gate
+        run.exited[view.layer_idx] = run.context.token_mask & ~gate.keep, hidden
     if gate.any_kept or not run.sparse:
         return _run(run, view, gate, own, hidden, arguments)
     if run.cache is not None:
-        late = run.cache.late[view.layer_idx]
-        late.arguments.append(_taken(run, arguments))
+        layer = run.cache.deferred[view.layer_idx]
+        layer.arguments.append(_arguments_of(run, arguments))
         if not run.has_stopped:
-            late.states += [hidden] if run.late is None else [run.late, hidden]
-            run.has_stopped, run.late = True, None
+            layer.states += [hidden] if run.deferred is None else [run.deferred, hidden]
+            run.has_stopped, run.deferred = True, None
     return hidden
 
 
-def put_exits_back(run: Run, output: Tensor) -> Tensor:
-    """(B, T, D) states behind the last layer, of tokens that left as they were when they did."""
-    for _, (left, states) in sorted(run.left.items(), reverse=True):  # who left earlier is among those who left later
-        output = torch.where(left[..., None], states, output)
+def restore_exited(run: Run, output: Tensor) -> Tensor:
+    """Return the (B, T, D) output of the last layer, in which exited tokens have the state of their exit."""
+    # Tokens that exited earlier are also among those of later exits, so that the earliest exit is written last.
+    for _, (exited, states) in sorted(run.exited.items(), reverse=True):
+        output = torch.where(exited[..., None], states, output)
     return output
 
 
 def _run(run: Run, view: LayerView, gate: Gate, own: Forward, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    late = LateLayer() if run.cache is None else run.cache.late.pop(view.layer_idx, LateLayer())
-    stayed = run.context.token_mask & ~gate.keep  # they leave K/V as well
-    run.record.late[view.layer_idx] = torch.cat([*(part.real for part in late.arguments), stayed], dim=1).sum(1)
-    states = [*late.states, *([] if run.late is None else [run.late])]
+    layer = DeferredLayer() if run.cache is None else run.cache.deferred.pop(view.layer_idx, DeferredLayer())
+    exited = run.context.token_mask & ~gate.keep  # they get K/V as well
+    run.record.late[view.layer_idx] = torch.cat([*(part.real for part in layer.arguments), exited], dim=1).sum(1)
+    states = [*layer.states, *([] if run.deferred is None else [run.deferred])]
     if not states:
         return first_output(own(hidden, **arguments))
-    num_late = sum(part.shape[1] for part in states)
-    joined = _joined([*late.arguments, _taken(run, arguments)], is_recurrent=view.is_recurrent)
+    num_deferred = sum(part.shape[1] for part in states)
+    joined = _joined([*layer.arguments, _arguments_of(run, arguments)], is_recurrent=view.is_recurrent)
     output = first_output(own(torch.cat([*states, hidden], dim=1), **{**arguments, **joined}))
-    run.late = output[:, :num_late]
-    return output[:, num_late:]
+    run.deferred = output[:, :num_deferred]
+    return output[:, num_deferred:]
 
 
-def _taken(run: Run, arguments: dict[str, Any]) -> Arguments:
+def _arguments_of(run: Run, arguments: dict[str, Any]) -> Arguments:
     by_token = {}
     for name in ("position_ids", "position_embeddings"):
         value = arguments.get(name)
@@ -133,7 +134,7 @@ def _taken(run: Run, arguments: dict[str, Any]) -> Arguments:
 
 
 def _joined(parts: list[Arguments], *, is_recurrent: bool) -> dict[str, Any]:
-    """Arguments for the tokens of all parts in a row."""
+    """Concatenate the arguments of consecutive tokens."""
     joined: dict[str, Any] = {"attention_mask": (_recurrent_mask if is_recurrent else _attention_mask)(parts)}
     for name, values in parts[-1].by_token.items():
         tensors = tuple(_cat([part.by_token[name][i] for part in parts], 1) for i in range(len(values)))
@@ -148,7 +149,7 @@ def _recurrent_mask(parts: list[Arguments]) -> Tensor | None:
 
 
 def _attention_mask(parts: list[Arguments]) -> Tensor:
-    """(B or 1, 1, N, S): what each sees; nothing of what came behind it."""
+    """Return the (B or 1, 1, N, S) mask of consecutive tokens; none sees a later one."""
     length = parts[-1].seen + parts[-1].num_tokens
     additive = next(
         (part.mask.dtype for part in parts if part.mask is not None and part.mask.dtype != torch.bool), None
@@ -157,8 +158,8 @@ def _attention_mask(parts: list[Arguments]) -> Tensor:
     for part in parts:
         mask = part.mask
         if mask is None:
-            places = torch.arange(part.seen, part.seen + part.num_tokens, device=part.real.device)
-            mask = (torch.arange(length, device=places.device) <= places[:, None])[None, None]
+            positions = torch.arange(part.seen, part.seen + part.num_tokens, device=part.real.device)
+            mask = (torch.arange(length, device=positions.device) <= positions[:, None])[None, None]
         if additive is not None and mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=additive).masked_fill(~mask, torch.finfo(additive).min)
         hidden = False if additive is None else torch.finfo(additive).min
@@ -167,6 +168,6 @@ def _attention_mask(parts: list[Arguments]) -> Tensor:
 
 
 def _cat(parts: list[Tensor], dim: int) -> Tensor:
-    """Joined along `dim`, those of one row standing for all."""
+    """Concatenate along `dim`, where a tensor of one row is repeated for all rows."""
     num_rows = max(part.shape[0] for part in parts)
     return torch.cat([part.expand(num_rows, *part.shape[1:]) for part in parts], dim=dim)

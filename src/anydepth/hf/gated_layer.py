@@ -1,8 +1,8 @@
-"""Gates in place: a decoder layer, its mixer and its FFN run for the tokens that a `Gate` keeps.
+"""Gated layers: a decoder layer, its mixer and its FFN run for the tokens that a `Gate` keeps.
 
-Two executions. *Masked* runs everything and blends: slow, and the definition. *Sparse* gathers the kept tokens,
-runs the model's own forward on them and scatters the result; a skipped token costs at most its K/V projection.
-The model's code runs unchanged in both: only the tokens, the mask and the cache that it is handed differ.
+There are two executions. *Masked* runs everything and blends: slow, but the definition. *Sparse* gathers the kept
+tokens, runs the model's own forward on them and scatters the result; a skipped token costs at most its K/V projection.
+The model's code runs unchanged in both: only its tokens, mask and cache differ.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from anydepth.gating.gate import Gate, MixerRouting
 from anydepth.hf.alternate import run_alternate, weighted
 from anydepth.hf.calls import Calls
-from anydepth.hf.deferred import put_exits_back, through_exits
+from anydepth.hf.deferred import restore_exited, run_after_exit
 from anydepth.hf.partial import Forward, PartialRunner, Run
 from anydepth.models.backbone import LayerView, first_output
 
 
 class GatedLayer:
-    """Gates one decoder layer by taking the place of its forward and of its branches' forwards."""
+    """Gates one decoder layer by replacing its forward and those of its branches."""
 
     def __init__(self, view: LayerView, calls: Calls, *, is_last: bool = False) -> None:
         self.view, self.is_last = view, is_last
@@ -46,7 +46,7 @@ class GatedLayer:
         return own
 
     def remove(self) -> None:
-        """Give every module its own forward back, also one that accelerate had put there."""
+        """Restore the forward of every module, also one that accelerate had set."""
         for module, before in reversed(self.patches):
             if before is None:
                 del module.forward
@@ -67,13 +67,13 @@ class GatedLayer:
         if gate is not None:
             self._record(run, gate, mixer=True, ffn=True)
             if gate.kv_rule == "recompute":
-                output = through_exits(run, self.view, gate, self.own_layer, hidden, arguments)
+                output = run_after_exit(run, self.view, gate, self.own_layer, hidden, arguments)
                 if run.sparse and not gate.any_kept:
-                    output = self._unused(output)
-                output = put_exits_back(run, output) if self.is_last else output
+                    output = self._with_zero_gradient(output)
+                output = restore_exited(run, output) if self.is_last else output
                 return (output, None) if self.view.family.returns_tuple else output
         if gate is None or gate.any_kept or not run.sparse:
-            self.runner.settle(run)
+            self.runner.materialise(run)
         if gate is None or self.runner.is_plain(run, gate):
             return self.own_layer(hidden, **arguments)
         output = self._gated_layer(run, gate, hidden, arguments)
@@ -82,10 +82,10 @@ class GatedLayer:
     def _gated_layer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         if run.sparse and not gate.any_kept and not self.runner.sees_every_token(gate):
             self.runner.defer(run, gate, hidden, arguments)
-            return self._unused(hidden)
+            return self._with_zero_gradient(hidden)
         if self.runner.sees_every_token(gate):
-            if run.sparse:  # the recurrent state must see every token, the FFN need not
-                run.ffn_gates[self.layer_idx] = gate.without_weight()  # stays: backward may run the layer again
+            if run.sparse:  # the recurrent state must see every token, but the FFN need not
+                run.ffn_gates[self.layer_idx] = gate.without_weight()  # not removed: backward may run the layer again
             output = first_output(self.own_layer(hidden, **arguments))
         elif run.sparse:
             output = self.runner.run_on_kept(run, gate, self.own_layer, hidden, hidden, arguments, self.view.normalise)
@@ -96,12 +96,12 @@ class GatedLayer:
         return _blend(output, hidden, gate)
 
     def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        """A layer gate beside branch gates is a gate on both branches."""
+        """Decide the gates of the branches; a layer gate applies to both."""
         mixer_gate = Gate.both(layer_gate, run.decisions.gate("mixer", self.layer_idx, hidden))
         routing = run.decisions.routings.get(self.layer_idx)
         run.routings.pop(self.layer_idx, None)
         if routing is not None:
-            mixer_gate = routing.gate  # no other method gates mixers beside it
+            mixer_gate = routing.gate  # next to routing, no other method gates mixers
             run.routings[self.layer_idx] = routing
             run.record.other_keep[self.layer_idx] = routing.takes_alternate & run.context.token_mask
         run.layer_gates[self.layer_idx] = layer_gate
@@ -112,15 +112,14 @@ class GatedLayer:
         if mixer_gate is not None:
             self._record(run, mixer_gate, mixer=True)
         if mixer_gate is None or mixer_gate.any_kept or not run.sparse:
-            self.runner.settle(run)
+            self.runner.materialise(run)
         elif not self.runner.sees_every_token(mixer_gate):
             self.runner.defer(run, mixer_gate, hidden, arguments)
 
-    def _unused(self, output: Tensor) -> Tensor:
-        """The same, with a gradient of zeros for weights that learn and that nobody ran.
+    def _with_zero_gradient(self, output: Tensor) -> Tensor:
+        """Return the output with a gradient of zeros for trained weights that no token ran.
 
-        An optimiser takes no gradient for something else than zeros, and other processes, where somebody did run, would
-        wait for it.
+        Optimisers treat a missing gradient unlike zeros, and other processes, in which a token ran, would wait for it.
         """
         if not torch.is_grad_enabled():
             return output
@@ -146,10 +145,10 @@ class GatedLayer:
         routing = run.routings.get(self.layer_idx)
         other = None if routing is None else run_alternate(run, self.layer_idx, routing, hidden)
         if self.runner.is_plain(run, gate):
-            return self.own_mixer(hidden, **kwargs)  # others saw the tokens, nobody reads them
+            return self.own_mixer(hidden, **kwargs)  # the alternate mixer updated its state; no token uses its output
         output = self._gated_mixer(run, gate, hidden, kwargs)
         if self.view.mixer_out is self.view.mixer:
-            output = _added(gate, output, routing, other)
+            output = _sum_of_mixers(gate, output, routing, other)
         elif other is not None:
             run.alternates[self.layer_idx] = other
         return output if self.view.is_recurrent else (output, None)
@@ -161,28 +160,28 @@ class GatedLayer:
         if not run.sparse:
             return self.runner.run_masked(run, gate, self.own_mixer, hidden, nothing, arguments)
         if not gate.any_kept:
-            return self._unused(nothing)
+            return self._with_zero_gradient(nothing)
         return self.runner.run_on_kept(run, gate, self.own_mixer, hidden, nothing, arguments, lambda normed: normed)
 
     def mixer_out_forward(self, branch: Tensor) -> Tensor:
-        """The norm behind the mixer (Gemma, OLMo-2): gates weigh what is added, not what is normalised."""
+        """Run the norm after the mixer (Gemma, OLMo-2), then gate: gates scale what is added to the residual stream."""
         run, output = self.calls.run, self.own_mixer_out(branch)
         gate = None if run is None else run.mixer_gates.get(self.layer_idx)
         if run is None or gate is None:
             return output
         other = run.alternates.pop(self.layer_idx, None)
         routing = run.routings.get(self.layer_idx)
-        return _added(gate, output, routing, None if other is None else self.own_mixer_out(other))
+        return _sum_of_mixers(gate, output, routing, None if other is None else self.own_mixer_out(other))
 
     # --- FFN ---------------------------------------------------------------------------------------------------
 
     def ffn_in_forward(self, residual: Tensor) -> Any:
-        """First module of the FFN branch: asks for the gate and lets only kept tokens on."""
+        """Decide the gate and run the first module of the FFN branch for kept tokens alone."""
         run = self.calls.run
         if run is None:
             return self.own_ffn_in(residual)
         if run.gates_branches:
-            self._ask_ffn(run, residual)
+            self._gate_ffn(run, residual)
         gate = run.ffn_gates.get(self.layer_idx)
         if gate is not None and run.sparse and not gate.all_kept:
             flat = residual.reshape(-1, residual.shape[-1]).index_select(0, gate.keep.flatten().nonzero()[:, 0])
@@ -193,7 +192,7 @@ class GatedLayer:
         return self._finish_ffn(run, ahead) if self.view.ffn_out is self.view.ffn_in else ahead
 
     def ffn_out_forward(self, branch: Tensor) -> Tensor:
-        """Last module of the FFN branch: puts the kept tokens' output back among zeros."""
+        """Run the last module of the FFN branch, and scatter the kept tokens' output among zeros."""
         run = self.calls.run
         gate = None if run is None else run.ffn_gates.get(self.layer_idx)
         if run is not None and gate is not None and run.sparse and not gate.any_kept:
@@ -201,10 +200,10 @@ class GatedLayer:
         output = self.own_ffn_out(branch)
         return output if run is None else self._finish_ffn(run, output)
 
-    def _ask_ffn(self, run: Run, residual: Tensor) -> None:
-        # Not what `ffn_gates` has: gradient checkpointing runs the FFN again, and would meet its own gate there.
+    def _gate_ffn(self, run: Run, residual: Tensor) -> None:
+        # `ffn_gates` may have this gate already: gradient checkpointing runs the FFN again.
         gate = run.layer_gates.get(self.layer_idx)
-        # In training also where nobody is left: other processes, where somebody is, ask too.
+        # In training the gate is evaluated even if no token is left: in other processes some may be.
         if gate is None or gate.any_kept or run.context.training:
             gate = Gate.both(gate, run.decisions.gate("ffn", self.layer_idx, residual.view(*run.shape, -1)))
         if gate is not None:
@@ -222,32 +221,32 @@ class GatedLayer:
         return _scale(output.view(*run.shape, -1), gate).view_as(output)
 
     def _spread(self, run: Run, gate: Gate, compact: Tensor) -> Tensor:
-        """The kept tokens' (…, N, D) output among zeros for the others."""
+        """Scatter the kept tokens' (…, N, D) output among zeros for the other tokens."""
         width = self.view.hidden_size
-        whole = compact.new_zeros(gate.keep.numel(), width)
+        spread = compact.new_zeros(gate.keep.numel(), width)
         if gate.any_kept:
-            whole = whole.index_copy(0, gate.keep.flatten().nonzero()[:, 0], compact.reshape(-1, width))
+            spread = spread.index_copy(0, gate.keep.flatten().nonzero()[:, 0], compact.reshape(-1, width))
         else:
-            whole = self._unused(whole)
-        return whole if compact.dim() == 2 else whole.view(*run.shape, width)
+            spread = self._with_zero_gradient(spread)
+        return spread if compact.dim() == 2 else spread.view(*run.shape, width)
 
 
 def _blend(output: Tensor, hidden: Tensor, gate: Gate) -> Tensor:
-    """g·f(h) + (1 − g)·h; with a straight-through weight the gradient of g flows, else g only selects."""
+    """Return g·f(h) + (1 − g)·h; a straight-through weight carries the gradient of g, else g only selects."""
     if gate.weight is None:
         return torch.where(gate.keep[..., None], output, hidden)
     weight = gate.weight[..., None].to(output.dtype)
     return weight * output + (1 - weight) * hidden
 
 
-def _added(gate: Gate, output: Tensor, routing: MixerRouting | None, other: Tensor | None) -> Tensor:
-    """What two mixers add together: each for its own tokens, or in training both by their weights."""
+def _sum_of_mixers(gate: Gate, output: Tensor, routing: MixerRouting | None, other: Tensor | None) -> Tensor:
+    """Add the outputs of two mixers, each for its own tokens, or in training both by their weights."""
     output = _scale(output, gate)
     return output if routing is None or other is None else output + weighted(routing, other)
 
 
 def _scale(output: Tensor, gate: Gate) -> Tensor:
-    """g·branch(h), what a gated branch adds to the residual stream."""
+    """Return g·branch(h), which a gated branch adds to the residual stream."""
     if gate.weight is None:
         return output if gate.all_kept else output * gate.keep[..., None]
     return output * gate.weight[..., None].to(output.dtype)

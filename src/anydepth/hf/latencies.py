@@ -1,4 +1,4 @@
-"""Seconds of each layer and branch of the Hugging Face model in a decoding step."""
+"""Time each layer and branch of the Hugging Face model in a decoding step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from anydepth.models.hooks import Hooks
 
 @torch.no_grad()
 def latencies(adapted: AdaptedModel, windows: torch.Tensor) -> dict[tuple[str, int], float]:
-    """Return the median seconds of each layer, mixer and FFN in a decoding step of one token, at full depth."""
+    """Measure the median seconds of each layer, mixer and FFN in a decoding step of one token, at full depth."""
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     started: dict[tuple[str, int], float] = {}
 
@@ -39,7 +39,7 @@ def latencies(adapted: AdaptedModel, windows: torch.Tensor) -> dict[tuple[str, i
             for kind, first, last in (*ends, ("ffn", view.ffn_in, view.ffn_out)):
                 hooks.before(first, begin((kind, view.layer_idx)))
                 hooks.after(last, end((kind, view.layer_idx)))
-        # Not beyond the end of the window: some rotary embeddings remember the greatest length.
+        # The steps stay within the window, since some rotary embeddings keep the greatest length so far.
         num_first = max(ids.shape[1] - STEPS, 1)
         cache = adapted(input_ids=ids[:, :num_first], use_cache=True).past_key_values
         found.clear()

@@ -1,7 +1,7 @@
-"""How a layer or mixer runs for some of the tokens: masked or gathered, with the K/V, mask and rotation they need.
+"""Run a layer or mixer for some of the tokens, masked or gathered, with the K/V, mask and RoPE that they need.
 
-The model's own forward runs unchanged. What it is handed differs: the kept tokens, their rows of the mask, and a
-`KVTap` where the cache would be.
+The model's own forward runs unchanged, on other arguments: the kept tokens, their rows of the mask, and a `KVTap`
+instead of the cache.
 """
 
 from __future__ import annotations
@@ -27,20 +27,30 @@ _KEEPS_CACHE = "_can_checkpoint_with_cache"
 
 @dataclass
 class Run:
-    """One forward in progress: its decisions, cache, record, and the gates of branches decided so far."""
+    """One forward in progress: its decisions, cache, record, and the gates of branches decided so far.
+
+    Attributes:
+        layer_gates, mixer_gates, ffn_gates: gates by layer, if branches are gated.
+        routings: mixer routings by layer; their gates are among `mixer_gates`.
+        alternates: by layer, the output of the alternate mixer until the norm after it.
+        exit_gate: gate of the last exit under the K/V rule `recompute`, see `deferred.py`.
+        exited: by exit layer, (B, T) tokens that exited, and (B, T, D) states there.
+        deferred: (B, N, D) states of tokens of earlier forwards that run along.
+        has_stopped: whether the tokens of this forward have been deferred.
+    """
 
     decisions: Decisions
     record: PassRecord
     cache: AdaptiveCache | None
     sparse: bool
-    layer_gates: dict[int, Gate | None] = field(default_factory=dict)  # beside gates of branches
+    layer_gates: dict[int, Gate | None] = field(default_factory=dict)
     mixer_gates: dict[int, Gate] = field(default_factory=dict)
-    routings: dict[int, MixerRouting] = field(default_factory=dict)  # their gates are among `mixer_gates`
-    alternates: dict[int, Tensor] = field(default_factory=dict)  # their outputs, on the way to the norm after them
+    routings: dict[int, MixerRouting] = field(default_factory=dict)
+    alternates: dict[int, Tensor] = field(default_factory=dict)
     ffn_gates: dict[int, Gate] = field(default_factory=dict)
-    exits_noted: Gate | None = None  # under the K/V rule `recompute`, see `late.py`
-    left: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer: tokens that exited, and states
-    late: Tensor | None = None  # (B, N, D) of tokens of earlier forwards
+    exit_gate: Gate | None = None
+    exited: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    deferred: Tensor | None = None
     has_stopped: bool = False
 
     @property
@@ -49,13 +59,13 @@ class Run:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, T)."""
+        """Batch size and number of new tokens, (B, T)."""
         batch_size, num_tokens = self.context.token_mask.shape
         return batch_size, num_tokens
 
     @property
     def num_seen(self) -> int:
-        """Tokens of this sequence in earlier forwards."""
+        """Number of tokens of this sequence in earlier forwards."""
         return 0 if self.cache is None else self.cache.num_seen
 
     @property
@@ -69,7 +79,7 @@ class Group:
 
     Attributes:
         rows: (R,) row indices, or None for all rows in order.
-        kept: (R, N) places in the T new tokens; skipped: (R, T - N).
+        kept: (R, N) indices of kept tokens among the T new ones; skipped: (R, T - N).
     """
 
     rows: Tensor | None
@@ -80,24 +90,24 @@ class Group:
     def num_kept(self) -> int:
         return self.kept.shape[1]
 
-    def take(self, tensor: Tensor, places: Tensor) -> Tensor:
-        """(R, N, ...) entries at `places` (R, N) of a (B or 1, T, ...) tensor."""
-        if tensor.shape[0] == 1 and places.shape[0] == 1:
-            return tensor.index_select(1, places[0])
-        rows = torch.arange(places.shape[0], device=tensor.device) if self.rows is None else self.rows
+    def take(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """Return the (R, N, ...) entries at `index` (R, N) of a (B or 1, T, ...) tensor."""
+        if tensor.shape[0] == 1 and index.shape[0] == 1:
+            return tensor.index_select(1, index[0])
+        rows = torch.arange(index.shape[0], device=tensor.device) if self.rows is None else self.rows
         if tensor.shape[0] == 1:
             rows = torch.zeros_like(rows)
-        return tensor[rows[:, None], places]
+        return tensor[rows[:, None], index]
 
     def put(self, base: Tensor, values: Tensor) -> Tensor:
-        """A copy of (B, T, D) `base` with `values` (R, N, D) at the kept places."""
+        """Return a copy of (B, T, D) `base` with `values` (R, N, D) at the kept tokens."""
         if base.shape[0] == 1:
             return base.index_copy(1, self.kept[0], values.to(base.dtype))
         rows = torch.arange(base.shape[0], device=base.device) if self.rows is None else self.rows
         return base.index_put((rows[:, None], self.kept), values.to(base.dtype))
 
     def order(self) -> Tensor:
-        """Where each of the T tokens stands in [kept, skipped]: (T,) for one row, else (R, T)."""
+        """Return the index of each of the T tokens in [kept, skipped]: (T,) for one row, else (R, T)."""
         order = torch.cat([self.kept, self.skipped], dim=1).argsort(dim=1)
         return order[0] if order.shape[0] == 1 else order
 
@@ -116,18 +126,18 @@ def groups_of(keep: Tensor) -> Iterator[Group]:
 
 
 def levelled(keep: Tensor, real: Tensor) -> Tensor:
-    """A (B, T) decision with a few of the `real` tokens that it skips let in, so that all rows keep equally many.
+    """Return a (B, T) decision that also keeps a few skipped `real` tokens, so that all rows keep equally many.
 
-    Rows then run together. Only where a skipped token leaves the same K/V as one that runs (`project`), and what the
-    module makes of it is dropped. As it came if more than an eighth of the tokens would be let in.
+    Rows then run together. This needs the K/V rule `project`, under which a skipped token has the same K/V as one that
+    runs; the output of the added tokens is dropped. The decision is unchanged if it would grow by more than an eighth.
     """
     counts = keep.sum(1)
     lacking = counts.max() - counts
     if int(lacking.sum()) * 8 > int(counts.sum()):
         return keep
     skipped = real & ~keep
-    behind = skipped.flip(1).cumsum(1).flip(1)  # padding is in front
-    return keep | (skipped & (behind <= lacking[:, None]))
+    from_right = skipped.flip(1).cumsum(1).flip(1)  # the last skipped tokens are added: padding is on the left
+    return keep | (skipped & (from_right <= lacking[:, None]))
 
 
 class PartialRunner:
@@ -138,49 +148,49 @@ class PartialRunner:
         self.layer_idx = view.layer_idx
 
     def is_plain(self, run: Run, gate: Gate) -> bool:
-        """Everybody runs and the K/V before are complete: the module's own forward, untouched."""
-        return gate.all_kept and gate.weight is None and not self._has_holes(run)
+        """Return whether every token runs and the K/V have no gaps, so that the module's own forward runs."""
+        return gate.all_kept and gate.weight is None and not self._has_gaps(run)
 
-    def _has_holes(self, run: Run) -> bool:
+    def _has_gaps(self, run: Run) -> bool:
         if run.cache is None or self.view.is_recurrent:
             return False
-        slots = run.cache.slots(self.layer_idx)
-        return slots.places is not None or slots.num_slots != run.cache.num_seen
+        kv = run.cache.kv(self.layer_idx)
+        return kv.positions is not None or kv.num_kv != run.cache.num_seen
 
     def sees_every_token(self, gate: Gate) -> bool:
-        """A recurrent mixer under `project`: its state is its K/V, and every token goes in."""
+        """Return whether the mixer runs for every token: a recurrent one under `project`; its state is its K/V."""
         return self.view.is_recurrent and gate.kv_rule == "project"
 
     def defer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        """Nobody runs the layer now: under `project` its K/V wait until a later token does."""
+        """Defer the K/V of tokens under `project`, since no token runs the layer now."""
         if gate.kv_rule == "project" and run.cache is not None:
-            run.cache.slots(self.layer_idx).defer(hidden, arguments.get("position_embeddings"))
+            run.cache.kv(self.layer_idx).defer(hidden, arguments.get("position_embeddings"))
 
-    def settle(self, run: Run) -> None:
-        """Project the K/V that earlier tokens left pending: now somebody needs them."""
+    def materialise(self, run: Run) -> None:
+        """Project the deferred K/V of earlier tokens, which a token is about to attend to."""
         if run.cache is None or self.view.is_recurrent:
             return
-        slots = run.cache.slots(self.layer_idx)
-        if slots.pending:
-            hidden, rotation = slots.take_pending()
-            slots.append(*self.view.project_kv(self.view.normalise(hidden), rotation), None, slots.num_slots)
+        kv = run.cache.kv(self.layer_idx)
+        if kv.deferred:
+            hidden, rotation = kv.take_deferred()
+            kv.append(*self.view.project_kv(self.view.normalise(hidden), rotation), None, kv.num_kv)
 
     def run_masked(
         self, run: Run, gate: Gate, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
     ) -> Tensor:
-        """Every token through the module; under `omit` with the skipped tokens' K/V hidden."""
+        """Run the module for every token; under `omit` the mask hides the K/V of skipped ones."""
         if gate.kv_rule == "project":
             return first_output(own(hidden, **arguments))
         if self.view.is_recurrent:
-            # A recurrence has no mask to hide a token with: leaving it out is the definition.
+            # A recurrence has no mask to hide a token: the definition is to leave it out.
             return self.run_on_kept(run, gate, own, hidden, base, arguments, self.view.normalise)
         num_rows, num_tokens = run.shape
-        everything = torch.arange(num_tokens, device=hidden.device).expand(num_rows, -1)
-        group = Group(None, everything, everything[:, :0])
-        places = torch.where(gate.keep, everything + run.num_seen, EMPTY)
-        tap = self._tap(run, group, None, places)
-        visible = self._omit_mask(run, group, arguments.get("attention_mask"), places)
-        # A skipped token sees itself: its output is dropped, but a NaN would stay in the gradient.
+        every_token = torch.arange(num_tokens, device=hidden.device).expand(num_rows, -1)
+        group = Group(None, every_token, every_token[:, :0])
+        positions = torch.where(gate.keep, every_token + run.num_seen, EMPTY)
+        tap = self._tap(run, group, None, positions)
+        visible = self._omit_mask(run, group, arguments.get("attention_mask"), positions)
+        # A skipped token sees itself: its output is dropped, but a NaN would remain in the gradient.
         visible[..., -num_tokens:] |= torch.eye(num_tokens, dtype=torch.bool, device=hidden.device)
         mask = _in_form_of(arguments.get("attention_mask"), visible)
         with self._keeping_tap():
@@ -196,7 +206,7 @@ class PartialRunner:
         arguments: dict[str, Any],
         normalise: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """The kept tokens through the module's own forward, put back into `base`; K/V by the gate's rule."""
+        """Run the module's own forward for the kept tokens, and put the output into `base`; K/V by the gate's rule."""
         written: list[tuple[Group, KVTap, Tensor | None]] = []
         running = gate.keep
         if run.context.training and gate.kv_rule == "project" and not self.view.is_recurrent:
@@ -211,12 +221,12 @@ class PartialRunner:
                 if rotation is not None:
                     rotation = (group.take(rotation[0], group.skipped), group.take(rotation[1], group.skipped))
                 skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), rotation)
-            places = group.kept + run.num_seen if gate.kv_rule == "omit" else None
-            tap = self._tap(run, group, skipped if group.num_kept else None, places)
+            positions = group.kept + run.num_seen if gate.kv_rule == "omit" else None
+            tap = self._tap(run, group, skipped if group.num_kept else None, positions)
             if group.num_kept:
                 kept = group.take(hidden, group.kept)
                 with self._keeping_tap():
-                    output = first_output(own(kept, **self._for_group(run, group, arguments, tap, places)))
+                    output = first_output(own(kept, **self._for_group(run, group, arguments, tap, positions)))
                 if running is not gate.keep:
                     output = torch.where(
                         group.take(gate.keep, group.kept)[..., None], output, group.take(base, group.kept)
@@ -224,16 +234,20 @@ class PartialRunner:
                 base = group.put(base, output)
             elif skipped is not None:
                 tap.new = skipped
-            written.append((group, tap, places))
+            written.append((group, tap, positions))
         self._write(run, written)
         return base
 
     @contextmanager
     def _keeping_tap(self) -> Iterator[None]:
-        """Under gradient checkpointing transformers takes the cache away from a layer, for it would be written twice; a
-        `KVTap` may be."""
+        """Let the layer keep its `KVTap` under gradient checkpointing.
+
+        transformers removes the cache of a layer that it checkpoints, since backward would write to it twice, which a
+        `KVTap` allows.
+        """
         module: Any = self.view.module
-        # As transformers decides it, by the layer's own mode; else the module is shared with other threads.
+        # transformers too decides by the layer's mode. In other modes other threads share the module, which must not
+        # be changed.
         if not (module.training and getattr(module, "gradient_checkpointing", False)):
             yield
             return
@@ -250,7 +264,7 @@ class PartialRunner:
     def _run_recurrent_rows(
         self, run: Run, group: Group, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
     ) -> Tensor:
-        """`omit` in a recurrent mixer: the recurrence of each row runs over its kept tokens alone."""
+        """Run a recurrent mixer under `omit`: the recurrence of each row runs over its kept tokens alone."""
         if not group.num_kept:
             return base
         mask = arguments.get("attention_mask")
@@ -266,27 +280,27 @@ class PartialRunner:
             run.cache.write_recurrent_rows(self.layer_idx, rows, state, run.shape[0])
         return group.put(base, output)
 
-    def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, places: Tensor | None) -> KVTap:
+    def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, positions: Tensor | None) -> KVTap:
         order = None if skipped is None else group.order()
         if run.cache is None:
             return KVTap(None, skipped, order)
-        slots = run.cache.slots(self.layer_idx)
+        kv = run.cache.kv(self.layer_idx)
         if group.rows is None:
             seen = run.num_seen
-            return KVTap(None, skipped, order, lambda keys, values: slots.append(keys, values, places, seen))
-        if slots.keys is None or slots.values is None:
+            return KVTap(None, skipped, order, lambda keys, values: kv.append(keys, values, positions, seen))
+        if kv.keys is None or kv.values is None:
             return KVTap(None, skipped, order)
-        return KVTap((slots.keys[group.rows], slots.values[group.rows]), skipped, order)
+        return KVTap((kv.keys[group.rows], kv.values[group.rows]), skipped, order)
 
     def _for_group(
-        self, run: Run, group: Group, arguments: dict[str, Any], tap: KVTap, places: Tensor | None
+        self, run: Run, group: Group, arguments: dict[str, Any], tap: KVTap, positions: Tensor | None
     ) -> dict[str, Any]:
-        """The arguments of a layer or attention forward, for the kept tokens of some rows."""
+        """Return the arguments of a layer or attention forward for the kept tokens of some rows."""
         mask = arguments.get("attention_mask")
-        if places is None:
+        if positions is None:
             visible = self._project_mask(run, group, mask)
         else:
-            visible = _in_form_of(mask, self._omit_mask(run, group, mask, places))
+            visible = _in_form_of(mask, self._omit_mask(run, group, mask, positions))
         taken = self._for_attention(arguments, tap, visible)
         if arguments.get("position_ids") is not None:
             taken["position_ids"] = group.take(arguments["position_ids"], group.kept)
@@ -299,7 +313,7 @@ class PartialRunner:
         return {**arguments, self.view.family.cache_argument: tap, "attention_mask": mask}
 
     def _project_mask(self, run: Run, group: Group, mask: Tensor | None) -> Tensor | None:
-        """Rows of the model's own mask; plain causal where the model passed none."""
+        """Return rows of the model's own mask, or a causal mask where the model passed none."""
         if mask is not None:
             return group.take(mask[:, 0], group.kept)[:, None]
         num_tokens = run.shape[1]
@@ -308,12 +322,15 @@ class PartialRunner:
         columns = torch.arange(run.num_seen + num_tokens, device=group.kept.device)
         return (columns <= group.kept[..., None] + run.num_seen)[:, None]
 
-    def _omit_mask(self, run: Run, group: Group, mask: Tensor | None, places: Tensor) -> Tensor:
-        """(R, 1, N, S) bool: which slots each kept token sees. Columns are slots, the model's mask has places."""
-        columns = places
-        if run.cache is not None and run.cache.slots(self.layer_idx).num_slots:
-            before = run.cache.slots(self.layer_idx).places_of(run.shape[0], places.device)
-            columns = torch.cat([before if group.rows is None else before[group.rows], places], dim=1)
+    def _omit_mask(self, run: Run, group: Group, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """Return the (R, 1, N, S) bool mask of the K/V entries that each kept token sees.
+
+        Its columns are entries of this layer, those of the model's mask are positions in the sequence.
+        """
+        columns = positions
+        if run.cache is not None and run.cache.kv(self.layer_idx).num_kv:
+            before = run.cache.kv(self.layer_idx).positions_of(run.shape[0], positions.device)
+            columns = torch.cat([before if group.rows is None else before[group.rows], positions], dim=1)
         visible = (columns != EMPTY)[:, None] & (columns[:, None] <= group.kept[..., None] + run.num_seen)
         if mask is not None:
             rows = group.take(mask[:, 0], group.kept)
@@ -323,38 +340,38 @@ class PartialRunner:
         return visible[:, None]
 
     def _write(self, run: Run, written: list[tuple[Group, KVTap, Tensor | None]]) -> None:
-        """The new K/V of all rows into the cache, in one piece."""
+        """Write the new K/V of all rows to the cache at once."""
         if run.cache is None:
             return
-        parts = [(group, *tap.new, places) for group, tap, places in written if tap.new is not None]
+        parts = [(group, *tap.new, positions) for group, tap, positions in written if tap.new is not None]
         if not parts:
             return
-        slots, seen = run.cache.slots(self.layer_idx), run.cache.num_seen
-        group, keys, values, places = parts[0]
-        if group.rows is None:  # nobody was kept, so no module wrote for itself
-            slots.append(keys, values, places, seen)
+        kv, seen = run.cache.kv(self.layer_idx), run.cache.num_seen
+        group, keys, values, positions = parts[0]
+        if group.rows is None:  # no token was kept, so that no attention call wrote to the cache
+            kv.append(keys, values, positions, seen)
             return
         num_rows = run.shape[0]
-        num_slots = max(part[1].shape[2] for part in parts)
-        all_keys = keys.new_zeros(num_rows, keys.shape[1], num_slots, keys.shape[3])
-        all_values = values.new_zeros(num_rows, values.shape[1], num_slots, values.shape[3])
-        all_places = None if places is None else places.new_full((num_rows, num_slots), EMPTY)
-        for group, keys, values, places in parts:
+        num_kv = max(part[1].shape[2] for part in parts)
+        all_keys = keys.new_zeros(num_rows, keys.shape[1], num_kv, keys.shape[3])
+        all_values = values.new_zeros(num_rows, values.shape[1], num_kv, values.shape[3])
+        all_positions = None if positions is None else positions.new_full((num_rows, num_kv), EMPTY)
+        for group, keys, values, positions in parts:
             rows = slice(None) if group.rows is None else group.rows
             all_keys[rows, :, : keys.shape[2]] = keys
             all_values[rows, :, : values.shape[2]] = values
-            if all_places is not None and places is not None:
-                all_places[rows, : places.shape[1]] = places
-        slots.append(all_keys, all_values, all_places, seen)
+            if all_positions is not None and positions is not None:
+                all_positions[rows, : positions.shape[1]] = positions
+        kv.append(all_keys, all_values, all_positions, seen)
 
 
 def _in_form_of(mask: Tensor | None, visible: Tensor) -> Tensor:
-    """A bool mask as the model's attention takes it: additive where the model's own mask is (eager)."""
+    """Convert a bool mask to the form of the model's own mask, which is additive under eager attention."""
     if mask is None or mask.dtype == torch.bool:
         return visible
     return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
 
 
 def _hidden_below(mask: Tensor) -> float:
-    """Additive masks hide with the lowest finite number; anything near it is hidden."""
+    """Return the bound below which an additive mask hides: it hides with the lowest finite number, or near it."""
     return torch.finfo(mask.dtype).min / 2

@@ -1,7 +1,7 @@
-"""Sequences on the Hugging Face model itself (`decoding/session.py`): any family.
+"""Sequences on the Hugging Face model itself, of any family; see `decoding/session.py`.
 
-Each sequence has a cache of its own, and runs alone: sequences accept different numbers of draft tokens, which one
-cache cannot hold.
+Each sequence has its own cache and runs alone: sequences accept different numbers of draft tokens, and one cache holds
+rows of one length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from anydepth.gating.scores import Known
 from anydepth.gating.spec import GateSpec
 from anydepth.gating.trace import PassRecord
 from anydepth.hf.adapted import AdaptedModel
-from anydepth.hf.adaptive_cache import AdaptiveCache, SlottedLayer
+from anydepth.hf.adaptive_cache import AdaptiveCache, LayerKV
 from anydepth.hf.latencies import latencies
 from anydepth.methods._base.method import Method
 
@@ -29,6 +29,8 @@ class HFSession:
 
     Attributes:
         ids: by sequence, its committed tokens.
+        num_exited: by sequence, draft tokens that have run the first layers alone.
+        verified: by sequence, the tokens of a verification until `commit`.
     """
 
     max_tokens = None
@@ -49,7 +51,7 @@ class HFSession:
         return not self.free
 
     def open(self) -> int:
-        """Start a sequence without tokens; the lowest number that is free."""
+        """Start an empty sequence; return the lowest free id."""
         sequence = min(self.free)
         self.free.remove(sequence)
         self.caches[sequence] = self.adapted.new_cache()
@@ -57,30 +59,30 @@ class HFSession:
         return sequence
 
     def close(self, sequence: int) -> None:
-        """Forget a sequence."""
+        """Remove a sequence; its id is free again."""
         del self.caches[sequence], self.ids[sequence], self.num_exited[sequence]
         self.verified.pop(sequence, None)
         self.free.append(sequence)
 
     def length(self, sequence: int) -> int:
-        """Return how many tokens are committed."""
+        """Return the number of committed tokens."""
         return len(self.ids[sequence])
 
     def num_kv(self, sequence: int) -> list[int]:
-        """Return how many tokens have K/V, by layer."""
+        """Return the number of tokens with K/V, by layer."""
         layers = self.caches[sequence].layers
-        return [layer.num_slots if isinstance(layer, SlottedLayer) else self.length(sequence) for layer in layers]
+        return [layer.num_kv if isinstance(layer, LayerKV) else self.length(sequence) for layer in layers]
 
     def rewind(self, sequence: int, length: int) -> None:
-        """Forget the tokens from position `length` on."""
+        """Remove the tokens from position `length` on."""
         self.caches[sequence].rewind(length)
         del self.ids[sequence][length:]
 
     def read(
         self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
     ) -> tuple[Tensor | None, PassRecord]:
-        """Run the next tokens of a prompt; (N, V) logits after the last `num_logits` of them, None for 0."""
-        # transformers takes 0 for all.
+        """Run the next tokens of a prompt; return (N, V) logits after the last N = `num_logits` tokens, None for 0."""
+        # transformers reads logits_to_keep=0 as all.
         logits = self._forward(sequence, list(ids), plan, logits_to_keep=max(num_logits, 1))
         self.ids[sequence] += ids
         record = self.adapted.records[-1]
@@ -90,7 +92,7 @@ class HFSession:
     def step(
         self, sequences: Sequence[int], ids: Sequence[int], plan: Plan
     ) -> tuple[Tensor, list[tuple[PassRecord, int]]]:
-        """Run one more token of each sequence: (R, V) logits after it, and for each its forward and its row there."""
+        """Run one more token of each sequence; return (R, V) logits, and for each sequence its forward and row."""
         logits, passes = [], []
         for sequence, token in zip(sequences, ids, strict=True):
             own, record = self.read(sequence, [token], plan)
@@ -101,13 +103,16 @@ class HFSession:
     # --- drafting --------------------------------------------------------------------------------------------------
 
     def draft(self, sequences: Sequence[int], ids: Sequence[int], plan: Plan) -> Tensor:
-        """Return (R, V) logits after one more token of each, by a pruned plan; nothing is committed."""
+        """Run one more token of each sequence by a pruned plan, uncommitted; return (R, V) logits."""
         return torch.cat(
             [self._forward(sequence, [token], plan) for sequence, token in zip(sequences, ids, strict=True)]
         )
 
     def draft_exits(self, sequences: Sequence[int], ids: Sequence[int], exit_layer: int) -> list[Tensor]:
-        """Return (1, D) states of one more token of each after the first layers; `verify` does not run those again."""
+        """Run the first layers for one more token of each sequence; return (1, D) states.
+
+        `verify` does not run these layers again.
+        """
         states, plan = [], self._exit_plan(exit_layer, continues=False)
         for sequence, token in zip(sequences, ids, strict=True):
             with self.adapted.running(plan):
@@ -116,11 +121,11 @@ class HFSession:
                     input_ids=input_ids, past_key_values=self.caches[sequence], use_cache=True
                 )
             self.num_exited[sequence] += 1
-            states.append(self.adapted.last_run.left[exit_layer][1][0])
+            states.append(self.adapted.last_run.exited[exit_layer][1][0])
         return states
 
     def verify(self, sequences: Sequence[int], ids: Sequence[Sequence[int]], exit_layer: int = 0) -> list[Tensor]:
-        """Return (K + 1, V) logits of each sequence after its last token and each of its K drafted ones."""
+        """Run the last token and the K draft tokens of each sequence at full depth; return (K + 1, V) logits each."""
         logits = []
         for sequence, tokens in zip(sequences, ids, strict=True):
             unseen, seen = list(tokens[self.num_exited[sequence] :]), self.ids[sequence]
@@ -129,9 +134,9 @@ class HFSession:
                 own = self._forward(sequence, [*seen, *tokens], FULL_DEPTH, logits_to_keep=1)
             elif self.num_exited[sequence] and unseen:
                 own = self._forward(sequence, unseen, self._exit_plan(exit_layer, continues=True))
-                late = self.adapted.last_run.late
-                if late is not None:
-                    own = torch.cat([self.adapted.backbone.logits_of(late[0]), own])
+                deferred = self.adapted.last_run.deferred
+                if deferred is not None:
+                    own = torch.cat([self.adapted.backbone.logits_of(deferred[0]), own])
             else:
                 self.caches[sequence].rewind(len(seen))
                 own = self._forward(sequence, list(tokens), FULL_DEPTH)
@@ -140,18 +145,18 @@ class HFSession:
         return logits
 
     def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
-        """Keep the first tokens that were verified, and forget the rest."""
+        """Commit the first `num_tokens` verified tokens of each sequence, and remove the rest."""
         for sequence, count in zip(sequences, num_tokens, strict=True):
             self.ids[sequence] += self.verified.pop(sequence)[:count]
             self.num_exited[sequence] = 0
             self.caches[sequence].rewind(len(self.ids[sequence]))
 
     def captured(self, sequence: int) -> list[Tensor]:
-        """Return no states: drafters that read them run on the fast engine."""
+        """Return no states: drafters that read states run on the fast engine."""
         return []
 
     def draft_limit(self, sequence: int) -> int | None:
-        """Return how many tokens may be drafted so that the rotary embedding is that of a plain step; None: any."""
+        """Return how many draft tokens can be verified with the rotary embedding of plain steps; None: any number."""
         if self.switch is None:
             return None
         left = self.switch.length - len(self.ids[sequence]) - 1
@@ -160,11 +165,11 @@ class HFSession:
         return 0 if self.switch.again or self._restarts(sequence) else None
 
     def _restarts(self, sequence: int) -> bool:
-        """Whether the next pass is the first after the switch, of a model that then reads the sequence anew."""
+        """Return whether the next pass is the first after the switch, in which some models read the sequence again."""
         return self.switch is not None and self.switch.restarts and len(self.ids[sequence]) == self.switch.length
 
     def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
-        """Return (N, V) logits after the last N committed tokens by a pruned plan; their K/V stay."""
+        """Score the last N committed tokens by a pruned plan, and restore their K/V; return (N, V) logits."""
         cache = self.caches[sequence]
         try:
             self.caches[sequence] = copy.deepcopy(cache)
@@ -174,7 +179,7 @@ class HFSession:
             self.caches[sequence] = cache
 
     def layer_seconds(self, sequence: int, ids: Sequence[int]) -> list[float]:
-        """Return the median seconds of each layer in a decoding step after N tokens."""
+        """Measure the median seconds of each layer in a decoding step after `ids`."""
         seconds = latencies(self.adapted, torch.tensor([list(ids)]))
         return [seconds["layer", layer_idx] for layer_idx in range(self.adapted.backbone.num_layers)]
 
@@ -183,14 +188,14 @@ class HFSession:
         return Plan.of(methods)
 
     def _forward(self, sequence: int, ids: list[int], plan: Plan, **options: Any) -> Tensor:
-        """Return (N, V) logits of a sequence's next tokens."""
+        """Run the next tokens of a sequence; return (N, V) logits."""
         input_ids = torch.tensor([ids], device=self.adapted.device)
         with self.adapted.running(plan):
             return self.adapted(input_ids=input_ids, past_key_values=self.caches[sequence], **options).logits[0]
 
 
 class ExitAt(Method):
-    """Let every token exit before one layer, or continue there with those that exited earlier."""
+    """Lets every token exit before one layer, or continue there together with tokens that exited earlier."""
 
     Config = StrictConfig
     name = "exit_at"
@@ -201,6 +206,6 @@ class ExitAt(Method):
         self.first_skipped, self.continues = num_layers, continues
 
     def gates(self) -> list[GateSpec]:
-        """Return the one exit."""
+        """Return the exit."""
         score = Known(1, lambda context: torch.full((1, *context.positions.shape), float(self.continues)))
         return [GateSpec((self.first_skipped,), "layer", score, 0.5, "recompute", exits=True)]
