@@ -138,12 +138,12 @@ def test_merged_is_the_model_with_its_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("methods", "kind", "options", "complaint"),
     [
-        ([], "static", {}, "nothing is left out"),
-        (["layer_router"], "static", {}, "not a fixed choice"),
+        ([], "static", {}, "no layer is left out"),
+        (["layer_router"], "static", {}, "not a fixed set"),
         ([{"name": "skip_set", "skip_mixers": [1]}], "static", {}, "whole layers"),
         ([], "draft", {}, "give --exit-layer"),
-        ([], "draft", {"exit_layer": 9}, "from 1 to 6; came 9"),
-        ([SKIPS], "merged", {}, "skip_set decides what runs"),
+        ([], "draft", {"exit_layer": 9}, "from 1 to 6; got 9"),
+        ([SKIPS], "merged", {}, "skip_set skips work"),
         ([], "onnx", {}, "static, draft, merged"),
     ],
 )

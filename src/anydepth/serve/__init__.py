@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server, and the page to play with it."""
+"""An OpenAI-compatible server and its playground."""

@@ -1,4 +1,4 @@
-"""OpenAI's API over a `Service`: completions, chat completions, models, health, metrics and the playground."""
+"""OpenAI's API on a `Service`: completions, chat completions, models, health, metrics and the playground."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from anydepth.serve.text_stream import TextStream, TokenText
 
 log = logging.getLogger("anydepth.serve")
 DONE = "[DONE]"
-BROKEN = "decoding failed; the server's log says why"
+BROKEN = "decoding failed; the server's log says why"  # the error itself may contain parts of a prompt
 REFUSALS = (400, 401, 404, 408, 413, 429, 431)
 STREAMED = {200: {"description": "The answer, whole or as events.", "content": {"text/event-stream": {}}}}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one server.
+    """Settings of a server.
 
     Attributes:
-        name: of the model. api_key: None asks for none.
-        max_body_bytes: of a request. request_seconds: after which it is given up.
-        max_new_tokens: of one answer.
-        seed: of requests that bring none; None is another one each time.
+        name: name of the model. api_key: key that requests must have; None: no key.
+        max_body_bytes: maximum size of a request's body. request_seconds: timeout of a request.
+        max_new_tokens: maximum length of an answer.
+        seed: seed for requests without one; None: a different seed each time.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Settings:
 
 
 class Penalties(LogitsProcessor):
-    """OpenAI's presence and frequency penalties, of new tokens alone."""
+    """OpenAI's presence and frequency penalties, which count new tokens alone."""
 
     is_stateless = True
 
@@ -85,7 +85,7 @@ class Penalties(LogitsProcessor):
 
 
 def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> FastAPI:
-    """The ASGI application. The service is closed with it, once what it accepted has ended."""
+    """Return the ASGI application, which closes the service at shutdown after its accepted requests."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -104,7 +104,7 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
     _errors(app)
     metrics = Metrics(service)
     server = Server(service, tokenizer, settings, metrics)
-    keyed = [Depends(_key_of(settings.api_key))]
+    keyed = [Depends(_key_check(settings.api_key))]
     app.add_api_route("/v1/models", server.models, methods=["GET"], dependencies=keyed)
     app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"], dependencies=keyed)
     posted: dict[str, Any] = {"methods": ["POST"], "dependencies": keyed, "response_model": None, "responses": STREAMED}
@@ -113,12 +113,12 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
     app.add_api_route("/metrics", metrics.page, methods=["GET"], dependencies=keyed)
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/", playground(), methods=["GET"], include_in_schema=False)
-    _tell_of_400(app)
+    _remove_422(app)
     return app
 
 
-def _tell_of_400(app: FastAPI) -> None:
-    """Take FastAPI's 422 out of the OpenAPI document: here what is wrong with a body is a 400, as with OpenAI."""
+def _remove_422(app: FastAPI) -> None:
+    """Remove FastAPI's 422 from the OpenAPI document: an invalid body is a 400 here, as with OpenAI."""
     schema = app.openapi()
     for path in schema["paths"].values():
         for operation in path.values():
@@ -128,7 +128,7 @@ def _tell_of_400(app: FastAPI) -> None:
 
 
 def playground() -> Callable[[], Awaitable[Response]]:
-    """`GET /`: the page, which may load nothing, and run nothing but what stands in it."""
+    """Return the handler of `GET /`: the page, which may load nothing and run its own script alone."""
     page = files("anydepth.serve").joinpath("playground.html").read_text(encoding="utf-8")
 
     def allowed(tag: str) -> str:
@@ -147,17 +147,19 @@ def playground() -> Callable[[], Awaitable[Response]]:
     return show
 
 
-def _key_of(wanted: str | None) -> Callable[[Any], None]:
+def _key_check(wanted: str | None) -> Callable[[Any], None]:
     def check(sent: Annotated[HTTPAuthorizationCredentials | None, Security(HTTPBearer(auto_error=False))]) -> None:
         given = "" if sent is None else sent.credentials
         if wanted is not None and not hmac.compare_digest(given.encode(), wanted.encode()):
-            raise HTTPException(401, "no such API key; send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+            raise HTTPException(
+                401, "the API key is missing or wrong; send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"}
+            )
 
     return check
 
 
 def _errors(app: FastAPI) -> None:
-    """Every refusal is a JSON object, and repeats nothing of what was sent but the name of an unknown field."""
+    """Make every refusal a JSON object that repeats nothing from the request except the name of an unknown field."""
 
     def invalid(_: Request, raised: Any) -> Response:
         return JSONResponse(explained(raised.errors()), 400)
@@ -190,16 +192,16 @@ class Server:
         self.tokens = TokenText(self.tokenizer)
 
     async def models(self) -> dict[str, Any]:
-        """What there is: one model."""
+        """List the models, of which there is one."""
         return {"object": "list", "data": [self._card()]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """The one model."""
+        """Describe the model."""
         self._check_model(name)
         return self._card()
 
     async def health(self) -> Response:
-        """Whether requests are answered."""
+        """Answer 200 while requests are accepted, else 503."""
         alive = self.service.thread.is_alive() and not self.service.is_closing
         return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
 
@@ -216,12 +218,12 @@ class Server:
 
     def _check_model(self, name: str) -> None:
         if name != self.settings.name:
-            raise HTTPException(404, f"there is no such model here; GET /v1/models names {self.settings.name}")
+            raise HTTPException(404, f"this server has no such model; use {self.settings.name}, see GET /v1/models")
 
     # --- completions -------------------------------------------------------------------------------------------------
 
     async def complete(self, body: Completion, request: Request) -> Response:
-        """`POST /v1/completions`."""
+        """Answer `POST /v1/completions`."""
         self._check_model(body.model)
         prompts = self._prompts(body)
         jobs = [
@@ -232,17 +234,17 @@ class Server:
         return await self._answer(body, request, jobs, CompletionShape(self.tokens, self.settings.name, body))
 
     async def chat(self, body: ChatCompletion, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
+        """Answer `POST /v1/chat/completions`."""
         self._check_model(body.model)
         if self.tokenizer.chat_template is None:
             raise HTTPException(400, "this model has no chat template; use /v1/completions")
         turns = [message.as_turn() for message in body.messages]
         try:
             prompt: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        except Exception as failed:  # templates raise what they like about the order of roles
-            raise HTTPException(400, "the chat template does not take these roles in this order") from failed
-        room = self._room(prompt)
-        wanted = body.max_completion_tokens or body.max_tokens or min(room, self.settings.max_new_tokens)
+        except Exception as failed:  # templates raise errors of any type about the order of roles
+            raise HTTPException(400, "the chat template does not support these roles in this order") from failed
+        capacity = self._capacity(prompt)
+        wanted = body.max_completion_tokens or body.max_tokens or min(capacity, self.settings.max_new_tokens)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         jobs = [self._job(body, prompt, wanted, number, num_logprobs) for number in range(body.n or 1)]
         return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body))
@@ -253,35 +255,38 @@ class Server:
         elif isinstance(body.prompt[0], int):
             size = self.service.engine.adapted.config.vocab_size
             if max(body.prompt) >= size:  # type: ignore[type-var]
-                raise HTTPException(400, f"prompt: token ids are below {size}")
+                raise HTTPException(400, f"prompt: token ids must be below {size}")
             return [list(body.prompt)]  # type: ignore[arg-type]
         else:
             texts = [str(text) for text in body.prompt]
         return encode_batch(self.tokenizer, texts)
 
-    def _room(self, prompt: list[int]) -> int:
-        """New tokens that fit behind a prompt."""
+    def _capacity(self, prompt: list[int]) -> int:
+        """Return the number of new tokens that fit after a prompt."""
         window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
-        slot = self.service.scheduler.session.max_length
-        most = min(length for length in (window, slot) if length is not None)
+        max_length = self.service.scheduler.session.max_length
+        most = min(length for length in (window, max_length) if length is not None)
         if not prompt:
-            raise HTTPException(400, "the prompt is empty")
+            raise HTTPException(400, "the prompt is empty; give at least one token")
         if len(prompt) >= most:
             raise HTTPException(
                 400,
                 f"the prompt has {len(prompt)} tokens; at most {most - 1} fit here (the model's window, or "
-                "the server's --max-tokens shared among --max-batch-size)",
+                "the server's --max-tokens divided by --max-batch-size)",
             )
         return most - len(prompt)
 
     def _job(self, body: Sampling, prompt: list[int], wanted: int, number: int, num_logprobs: int | None) -> Job:
-        room = min(self._room(prompt), self.settings.max_new_tokens)
-        if wanted > room:
-            raise HTTPException(400, f"{wanted} new tokens do not fit behind {len(prompt)}; at most {room} do")
+        capacity = min(self._capacity(prompt), self.settings.max_new_tokens)
+        if wanted > capacity:
+            raise HTTPException(
+                400, f"{wanted} new tokens do not fit after a prompt of {len(prompt)}; ask for at most {capacity}"
+            )
         if body.anydepth.depth_budget is not None and self.service.budgets is None:
             raise HTTPException(
                 400,
-                "anydepth.depth_budget: nothing attached here has one threshold to set, as routers and exit gates do",
+                "anydepth.depth_budget: no attached method has a threshold to set, as routers and exit gates have; "
+                "leave it out",
             )
         config = self.service.engine.adapted.generation_config
         options = SamplingOptions.of(config, temperature=body.temperature, top_p=body.top_p)
@@ -318,7 +323,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def put(number: int, piece: Piece) -> None:
-            with suppress(RuntimeError):  # the loop has ended: nobody reads any more
+            with suppress(RuntimeError):  # the event loop has ended, so that no client reads the answer
                 loop.call_soon_threadsafe(queue.put_nowait, (number, piece))
 
         for number, job in enumerate(jobs):
@@ -327,15 +332,15 @@ class Server:
             self.service.submit(*jobs)
         except Busy as busy:
             raise HTTPException(429, str(busy), {"Retry-After": str(busy.retry_after)}) from busy
-        except UserError as impossible:
-            raise HTTPException(400, str(impossible)) from impossible
+        except UserError as invalid:
+            raise HTTPException(400, str(invalid)) from invalid
         if body.stream:
             events = self._events(body, jobs, queue, shape)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await self._whole(body, request, jobs, queue, shape)
+        return await self._response(body, request, jobs, queue, shape)
 
     async def _events(self, body: Sampling, jobs: list[Job], queue: Any, shape: Shape) -> AsyncIterator[str]:
-        """Server-sent events; whatever goes wrong is one as well, for the status has been sent."""
+        """Yield server-sent events; an error is an event as well, since the status has been sent."""
         left = len(jobs)
         try:
             while left:
@@ -350,23 +355,23 @@ class Server:
                 yield _event({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs, body)})
             yield f"data: {DONE}\n\n"
         except Exception as failed:
-            log.error("an answer could not be told", exc_info=failed)
+            log.error("an answer could not be written", exc_info=failed)
             yield _event(error(BROKEN, "server_error"))
-        finally:  # also when the client goes away
+        finally:  # also when the client disconnects
             self._cancel(jobs)
 
-    async def _whole(self, body: Sampling, request: Request, jobs: list[Job], queue: Any, shape: Shape) -> Response:
+    async def _response(self, body: Sampling, request: Request, jobs: list[Job], queue: Any, shape: Shape) -> Response:
         pieces: list[list[Piece]] = [[] for _ in jobs]
-        gone = asyncio.ensure_future(_gone(request))
+        disconnected = asyncio.ensure_future(_disconnected(request))
         try:
             left = len(jobs)
             while left:
-                ask = asyncio.ensure_future(queue.get())
-                await asyncio.wait({ask, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not ask.done():
-                    ask.cancel()
+                following = asyncio.ensure_future(queue.get())
+                await asyncio.wait({following, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+                if not following.done():
+                    following.cancel()
                     return Response(status_code=499)
-                number, piece = ask.result()
+                number, piece = following.result()
                 pieces[number].append(piece)
                 left -= piece.finish_reason is not None
                 if piece.finish_reason in ("timeout", "error"):
@@ -374,7 +379,7 @@ class Server:
             choices = [shape.choice(number, parts) for number, parts in enumerate(pieces)]
             return JSONResponse({**shape.head(stream=False), "choices": choices, "usage": usage_of(jobs, body)})
         finally:
-            gone.cancel()
+            disconnected.cancel()
             self._cancel(jobs)
 
     def _cancel(self, jobs: list[Job]) -> None:
@@ -382,8 +387,8 @@ class Server:
             self.service.cancel(job)
 
 
-async def _gone(request: Request) -> None:
-    """Ends when the client is not there any more."""
+async def _disconnected(request: Request) -> None:
+    """Wait until the client disconnects."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
 
@@ -394,19 +399,23 @@ def _event(fields: dict[str, Any]) -> str:
 
 def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
     if piece.finish_reason == "timeout":
-        return error("the request took too long", "timeout_error"), 408
+        return error("the request exceeded the server's --timeout; ask for fewer tokens", "timeout_error"), 408
     return error(BROKEN, "server_error"), 500
 
 
 def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
-    """Return the tokens of each prompt, counted once, and of all answers; and anydepth's own numbers.
+    """Return `usage`: tokens of each prompt, counted once, and of all answers, and anydepth's own numbers.
 
-    `tokens_per_second` and what drafting gave are of the first answer. `drafting` says of lossless requests how many
-    answers were drafted, and why the first of the others was not.
+    `tokens_per_second`, `acceptance_rate` and `tokens_per_round` are of the first answer. `drafting` of a lossless
+    request has the number of drafted answers, and the reason why the first of the others was not drafted.
     """
-    read = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
-    said = sum(job.num_said for job in jobs)
-    usage: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+    prompts = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
+    answers = sum(job.num_sent for job in jobs)
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompts,
+        "completion_tokens": answers,
+        "total_tokens": prompts + answers,
+    }
     own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second}
     if jobs[0].counts is not None:
         own["acceptance_rate"] = jobs[0].counts.acceptance_rate

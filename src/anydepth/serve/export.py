@@ -1,7 +1,7 @@
-"""Plain Hugging Face checkpoints of what anydepth does with a model, for engines that do not know anydepth.
+"""Export of plain Hugging Face checkpoints, for engines without anydepth.
 
-`static`: fewer layers, those that a skip set leaves. `draft`: the first layers, a model that drafts for the whole one.
-`merged`: a LoRA adapter folded into the weights. What is written is loaded again and compared before it is called done.
+`static`: the layers that a skip set keeps. `draft`: the first layers, as a draft model for the whole one. `merged`: a
+LoRA adapter folded into the weights. Each checkpoint is loaded again and compared before it is moved into place.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ NUM_COMPARED = 48
 
 
 def check(kind: str, out: Path) -> None:
-    """Raise `UserError` for what `export` could not write, before anything is loaded."""
+    """Raise `UserError` for an unknown kind or an output folder that cannot be written, before a model is loaded."""
     if kind not in KINDS:
-        raise UserError(f"export as '{kind}' is unknown; it is {', '.join(KINDS)}")
+        raise UserError(f"export kind '{kind}' is unknown; kinds are {', '.join(KINDS)}")
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out is the folder to write")
+        raise UserError(f"{out} is a file; --out must be a folder")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give another --out, or remove it first")
 
@@ -54,17 +54,16 @@ def export(
     """Write the checkpoint into a new folder; return the fields of `anydepth.export/1`.
 
     Args:
-        adapted: the effect of its adapters is folded into what is written.
-        exit_layer: `draft`: so many first layers. `static`: no layer after so many, besides those that the skip set
-            leaves out.
+        adapted: its adapters are folded into the weights.
+        exit_layer: number of first layers to keep; `static` also leaves out those of the skip set.
 
     Raises:
-        UserError: nothing of that kind to write, or a folder that is not empty.
-        RunError: the checkpoint does not say what the model says.
+        UserError: the model has nothing of that kind to export, or the folder is not empty.
+        RunError: the logits of the checkpoint differ from the model's.
     """
     check(kind, out)
     if is_quantised(adapted.model):
-        raise UserError("the base is quantised to 4 bits, which a plain checkpoint cannot hold; load it without nf4")
+        raise UserError("the base model is quantised to 4 bits, which is not a plain checkpoint; load it without nf4")
     backbone = adapted.eval().backbone
     kept = {"static": _static, "draft": _draft, "merged": _merged}[kind](adapted, exit_layer)
     model = with_layers(backbone, kept)
@@ -100,28 +99,28 @@ def _static(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
     others = [name for name in adapted.methods if name != SkipSet.name]
     skips = dict(adapted.methods.items()).get(SkipSet.name)
     if others:
-        raise UserError(f"{others[0]} is not a fixed choice of layers, which is all that a plain checkpoint can hold")
+        raise UserError(f"{others[0]} is not a fixed set of layers, as a plain checkpoint needs; export a skip_set")
     left_out: set[int] = set()
     if isinstance(skips, SkipSet):
         methods: list[Method] = [skips]
         closed = Plan.of(methods).closed
         if closed["mixer"] or closed["ffn"]:
-            raise UserError("a plain checkpoint has whole layers: search without --branches for a set of those")
+            raise UserError("a plain checkpoint has whole layers; search without --branches for a set of whole layers")
         left_out = set(closed["layer"])
     last = _checked(adapted, exit_layer, adapted.backbone.num_layers)
     kept = [layer_idx for layer_idx in range(last) if layer_idx not in left_out]
     if len(kept) == adapted.backbone.num_layers:
-        raise UserError("nothing is left out: give a folder that search wrote, or --exit-layer")
+        raise UserError("no layer is left out; give a folder that search wrote, or --exit-layer")
     if not kept:
-        raise UserError("no layer is left; leave fewer out")
+        raise UserError("all layers are left out; keep at least one")
     return kept
 
 
 def _draft(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
     if exit_layer is None:
         raise UserError(
-            "draft writes the first layers as a model of its own: give --exit-layer, or a target that drafts with "
-            "exit_layers (a trained drafter reads states of the whole model, and cannot stand alone)"
+            "draft writes the first layers as a separate model: give --exit-layer, or a target that drafts with "
+            "exit_layers (a trained drafter reads states of the whole model, and cannot run without it)"
         )
     return list(range(_checked(adapted, exit_layer, 0)))
 
@@ -129,7 +128,7 @@ def _draft(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
 def _checked(adapted: AdaptedModel, exit_layer: int | None, otherwise: int) -> int:
     last = otherwise if exit_layer is None else exit_layer
     if not 1 <= last <= adapted.backbone.num_layers:
-        raise UserError(f"--exit-layer is a number from 1 to {adapted.backbone.num_layers}; came {last}")
+        raise UserError(f"--exit-layer is a number from 1 to {adapted.backbone.num_layers}; got {last}")
     return last
 
 
@@ -139,32 +138,32 @@ def _merged(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
     deciding = [method.name for method in adapted.attached if not method.is_lossless()]
     if deciding:
         raise UserError(
-            f"{deciding[0]} decides what runs, and a plain checkpoint runs everything: what would be written is "
-            "another model; merge a target without it"
+            f"{deciding[0]} skips work, but a plain checkpoint runs every layer and would be another model; merge a "
+            "target without it"
         )
     return list(range(adapted.backbone.num_layers))
 
 
 def with_layers(backbone: Backbone, kept: Sequence[int]) -> PreTrainedModel:
-    """Return a model of the same family with some of the layers, in their order; weights are copied, adapters folded.
+    """Return a model of the same family with the kept layers, in order; weights are copied, adapters folded in.
 
     Raises:
-        UserError: a family whose layers depend on their number, or an adapter that cannot be folded.
+        UserError: a family of which layers depend on their index, or an adapter that cannot be folded in.
     """
     source, before = backbone.model, f"{backbone.family.decoder}.{backbone.family.layers}."
     config = shortened(source.config, kept)
-    places = {str(layer_idx): str(place) for place, layer_idx in enumerate(kept)}
+    numbers = {str(layer_idx): str(number) for number, layer_idx in enumerate(kept)}
     weights = {}
     for name, tensor in plain_state(source).items():
         if name.startswith(before):
             layer, _, rest = name.removeprefix(before).partition(".")
-            if layer not in places:
+            if layer not in numbers:
                 continue
-            name = f"{before}{places[layer]}.{rest}"
+            name = f"{before}{numbers[layer]}.{rest}"
         weights[name] = tensor
     tied = source.all_tied_weights_keys.items()
     if any(not torch.equal(weights[one], weights[other]) for one, other in tied if {one, other} <= weights.keys()):
-        config.tie_word_embeddings = False  # an adapter made them differ
+        config.tie_word_embeddings = False  # an adapter changed one of them
     model = AutoModelForCausalLM.from_config(config, dtype=source.dtype, attn_implementation="eager").to(
         backbone.device
     )
@@ -174,32 +173,32 @@ def with_layers(backbone: Backbone, kept: Sequence[int]) -> PreTrainedModel:
 
 
 PER_LAYER = ("layer_types", "no_rope_layers")
-"""Lists that a config of `FAMILIES` has by layer."""
+"""Lists with one entry per layer in the configs of `FAMILIES`."""
 
 
 def shortened(config: Any, kept: Sequence[int]) -> Any:
-    """Return a model's configuration for some of its layers: what it says by layer is said of those.
+    """Return a model's configuration for the kept layers, lists per layer included.
 
     Raises:
-        UserError: something that depends on a layer's number and cannot be said of another.
+        UserError: the model depends on the index of a layer in a way that no configuration describes.
     """
     config, num_layers = copy.deepcopy(config), config.num_hidden_layers
     if len(kept) == num_layers:
         return config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise UserError("this model's attention depends on the number of its layer, which a shorter model would change")
+        raise UserError("this model's attention depends on the layer's index, which a shorter model would change")
     for name in PER_LAYER:
         if getattr(config, name, None) is not None:
             setattr(config, name, [getattr(config, name)[layer_idx] for layer_idx in kept])
-    if hasattr(config, "decoder_sparse_step"):  # every so many-th layer has experts: said by name instead
+    if hasattr(config, "decoder_sparse_step"):  # every n-th layer has experts: list the others instead
         step, dense = config.decoder_sparse_step, config.mlp_only_layers
         is_dense = [layer_idx in dense or (layer_idx + 1) % step != 0 for layer_idx in kept]
-        config.mlp_only_layers = [place for place, is_plain in enumerate(is_dense) if is_plain]
+        config.mlp_only_layers = [number for number, is_plain in enumerate(is_dense) if is_plain]
         config.decoder_sparse_step = 1
     types = getattr(config, "layer_types", None) or ()
     if "linear_attention" in types and set(types) == {"linear_attention"}:
         raise UserError(
-            "only recurrent layers would be left, and transformers cannot tell the length of such a model's cache; "
+            "only recurrent layers would be left, and transformers does not know the length of such a model's cache; "
             "keep a layer with softmax attention"
         )
     config.num_hidden_layers = len(kept)
@@ -207,7 +206,7 @@ def shortened(config: Any, kept: Sequence[int]) -> Any:
 
 
 def _logits_of(adapted: AdaptedModel, kept: Sequence[int], ids: Tensor) -> Tensor:
-    """(B, T, V) with the other layers left out, by anydepth's own execution."""
+    """Run the kept layers by anydepth's own execution; return (B, T, V) logits."""
     skipped = [layer_idx for layer_idx in range(adapted.backbone.num_layers) if layer_idx not in kept]
     with adapted.deciding(SkipSet(SkipSetConfig(skip_layers=skipped), adapted.backbone)):
         return adapted(input_ids=ids, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""Listening: a socket that is bound before anything is loaded, and a server whose every refusal is JSON."""
+"""Listen for HTTP: a socket that is bound before a model is loaded, and a server with JSON refusals."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ BACKLOG = 2048
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket on an address of this machine; port 0 is any that is free.
+    """Bind a socket to an address of this machine; port 0 is any free port.
 
     Raises:
-        UserError: no such port, or it is taken.
+        UserError: the port does not exist or is in use.
     """
     if not 0 <= port < 65536:
-        raise UserError(f"--port is a number from 0 to 65535; came {port}")
+        raise UserError(f"--port is a number from 0 to 65535; got {port}")
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -42,10 +42,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(app: FastAPI, bound: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
-    """Answer until a signal ends it; `grace` seconds are left to what runs then.
+    """Serve until a signal; requests that are running then have `grace` seconds to end.
 
     Args:
-        ready: called once clients can connect.
+        ready: called as soon as clients can connect.
     """
     config = uvicorn.Config(
         app,
@@ -64,12 +64,16 @@ def listen(app: FastAPI, bound: socket.socket, *, grace: float, ready: Callable[
 
 
 class JSONRefusals(H11Protocol):
-    """What is no HTTP, or has headers without end, gets an object that says so, as every other mistake does."""
+    """The HTTP protocol with JSON refusals of invalid HTTP and of endless headers."""
 
     def send_400_response(self, msg: str) -> None:
         too_long = getattr(sys.exception(), "error_status_hint", 400) == 431
-        said = error(TOO_LONG, INVALID, code="headers_too_large") if too_long else error("no valid HTTP", INVALID)
-        body = json.dumps(said).encode()
+        refusal = (
+            error(TOO_LONG, INVALID, code="headers_too_large")
+            if too_long
+            else error("the request is not valid HTTP", INVALID)
+        )
+        body = json.dumps(refusal).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         status, reason = (431, b"Request Header Fields Too Large") if too_long else (400, b"Bad Request")
         answer = h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")], reason=reason)

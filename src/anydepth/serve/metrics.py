@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server."""
+"""Metrics of a server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counts of a service, in a registry of their own: a process may have several."""
+    """Counters of a service, each service with its own registry: a process may have several."""
 
     def __init__(self, service: Service) -> None:
         own = self.registry = CollectorRegistry()
-        self.tokens = Counter("anydepth_generated_tokens", "Tokens said.", registry=own)
-        self.prompts = Counter("anydepth_prompt_tokens", "Tokens of prompts read.", registry=own)
-        self.first = Histogram("anydepth_first_token_seconds", "From request to answer.", buckets=SECONDS, registry=own)
-        self.gap = Histogram("anydepth_token_gap_seconds", "Between what is said.", buckets=SECONDS, registry=own)
-        waiting = Gauge("anydepth_waiting_requests", "In the queue.", registry=own)
+        self.tokens = Counter("anydepth_generated_tokens", "Generated tokens.", registry=own)
+        self.prompts = Counter("anydepth_prompt_tokens", "Prompt tokens.", registry=own)
+        self.first = Histogram(
+            "anydepth_first_token_seconds", "Seconds from request to first token.", buckets=SECONDS, registry=own
+        )
+        self.gap = Histogram(
+            "anydepth_token_gap_seconds", "Seconds between pieces of an answer.", buckets=SECONDS, registry=own
+        )
+        waiting = Gauge("anydepth_waiting_requests", "Requests in the queue.", registry=own)
         waiting.set_function(lambda: service.num_waiting)
-        running = Gauge("anydepth_running_requests", "Being decoded.", registry=own)
+        running = Gauge("anydepth_running_requests", "Requests being decoded.", registry=own)
         running.set_function(lambda: service.num_running)
         service.observers.append(self._observe)
 
@@ -37,5 +41,5 @@ class Metrics:
         self.tokens.inc(num_tokens)
 
     async def page(self) -> Response:
-        """`GET /metrics`."""
+        """Answer `GET /metrics`."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)

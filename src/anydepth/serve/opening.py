@@ -1,4 +1,4 @@
-"""A target, loaded and ready to decode."""
+"""Load a target and start its service."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def open_service(
     skip_share: float | None = None,
     **limits: int,
 ) -> tuple[Service, PreTrainedTokenizerBase]:
-    """A `Service` for a target of the command line, and its tokenizer.
+    """Return a `Service` for a target of the command line, and its tokenizer.
 
     Args:
-        data: text that depth budgets are set on.
+        data: text on which depth budgets are calibrated.
         weights: int8 or int4; None is the model's own precision.
-        generation_config: auto: requests have the model's own sampling defaults; none: they have none.
-        overrides: options by method, in place of those that the target has.
-        skip_share: of their decisions that methods skip in requests that bring no depth budget.
+        generation_config: auto: requests default to the model's own sampling options; none: they do not.
+        overrides: options by method, which replace those of the target.
+        skip_share: fraction of their decisions that methods skip in requests without a depth budget.
         limits: `max_batch_size`, `max_tokens` and `max_queue` of the service.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The bodies of requests, as OpenAI's API has them, and anydepth's own fields under `anydepth`."""
+"""Bodies of requests as in OpenAI's API, with anydepth's own fields under `anydepth`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 
 def _encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair; no text has it."""
+    """Raise `ValueError` for half of a surrogate pair, which JSON can spell but no encoded text contains."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("has half of a surrogate pair, which is no character")
+        raise ValueError("has half of a surrogate pair, which is not a character; send the whole character")
     return text
 
 
-def _not_here(wanted: bool | None) -> bool | None:
+def _unsupported(wanted: bool | None) -> bool | None:
     if wanted:
         raise ValueError("is not supported here; leave it out")
     return wanted
@@ -25,46 +25,46 @@ INVALID = "invalid_request_error"
 Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
 TAKES = {
-    "prompt": "give a text, a list of 1 to 16 texts, or a list of token ids, which are whole numbers of at least 0",
+    "prompt": "give a text, a list of 1 to 16 texts, or a list of token ids, which are integers of at least 0",
     "stop": "give a text of 1 to 200 characters, or a list of at most 4 such texts",
     "content": 'give a text, or a list of parts {"type": "text", "text": "…"}',
     "response_format": 'give {"type": "text"}, or leave it out',
 }
-"""What fields take whose type is one of several; pydantic tells of each one, in its own words."""
+"""Allowed values of fields with a union type, for which pydantic has one error per type."""
 
 
 class Strict(BaseModel):
-    """An object whose unknown fields are errors, as in OpenAI's API, and whose values are not converted."""
+    """An object that refuses unknown fields, as OpenAI's API does, and does not convert values."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Extra(Strict):
-    """What other servers do not have."""
+    """anydepth's own fields."""
 
-    depth_budget: float | None = Field(default=None, ge=0, le=1, description="Share of the decisions that are to run.")
-    lossless: bool = Field(default=False, description="The text of full depth, drafted by what would be skipped.")
-    full_depth: bool = Field(default=False, description="Run every layer, and draft nothing: what others are timed by.")
-    depth: bool = Field(default=False, description="Say for each token which layers ran.")
+    depth_budget: float | None = Field(default=None, ge=0, le=1, description="Fraction of the decisions that run.")
+    lossless: bool = Field(default=False, description="Return the text of full depth, drafted and verified.")
+    full_depth: bool = Field(default=False, description="Run every layer and draft no token, as a reference for speed.")
+    depth: bool = Field(default=False, description="Return for each token the layers that ran.")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Extra:
         if self.lossless and self.depth_budget is not None:
-            raise ValueError("lossless is full depth: leave depth_budget out")
+            raise ValueError("lossless gives the text of full depth; leave depth_budget out")
         if self.full_depth and (self.lossless or self.depth_budget is not None):
-            raise ValueError("full_depth drafts and skips nothing: leave lossless and depth_budget out")
+            raise ValueError("full_depth neither drafts nor skips; leave lossless and depth_budget out")
         return self
 
 
 class StreamOptions(Strict):
-    """Of a stream."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class Sampling(Strict):
-    """What completions and chat completions share."""
+    """Fields that completions and chat completions share."""
 
     model: Text
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default: the model's own, else 1.")
@@ -84,7 +84,7 @@ class Sampling(Strict):
         if isinstance(self.stop, list) and len(self.stop) > 4:
             raise ValueError(f"stop: {TAKES['stop']}")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams; set stream")
+            raise ValueError("stream_options needs stream: true")
         return self
 
     @property
@@ -96,38 +96,38 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class Completion(Sampling):
-    """`POST /v1/completions`."""
+    """The body of `POST /v1/completions`."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)] | TokenIds = Field(
         description=TAKES["prompt"]
     )
     max_tokens: int | None = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=5)
-    echo: Annotated[bool, AfterValidator(_not_here)] | None = False
+    echo: Annotated[bool, AfterValidator(_unsupported)] | None = False
 
 
 class Part(Strict):
-    """Text of a message."""
+    """A part of a message, which is text."""
 
     type: Literal["text"]
     text: Text
 
 
 class Message(Strict):
-    """One turn."""
+    """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part]
     name: Text | None = None
 
     def as_turn(self) -> dict[str, str]:
-        """As chat templates want it."""
+        """Return the turn for chat templates."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatCompletion(Sampling):
-    """`POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: int | None = Field(default=None, ge=1)
@@ -144,7 +144,7 @@ class ChatCompletion(Sampling):
 
 
 class Refusal(BaseModel):
-    """Why there is no answer."""
+    """The reason of a refusal."""
 
     message: str
     type: str
@@ -159,20 +159,20 @@ class Error(BaseModel):
 
 
 def error(message: str, kind: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """The body of an answer that refuses."""
+    """Return the body of a refusal."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def explained(errors: Sequence[Any]) -> dict[str, Any]:
-    """Return the body of an answer that refuses, from pydantic's errors: one sentence, and where."""
+    """Return the body of a refusal from pydantic's errors: the field and one sentence."""
     first = errors[0]
     path = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return error("the body is not JSON", INVALID)
+        return error("the body is not JSON; send a JSON object", INVALID)
     if first["type"] == "extra_forbidden":
         path[-1] = str(path[-1])[:100].encode(errors="replace").decode()
-        return error(f"{_dotted(path)}: there is no such field", INVALID, param=_dotted(path))
-    union = next((place for place, part in enumerate(path) if part in TAKES), None)
+        return error(f"{_dotted(path)}: the field is unknown; leave it out", INVALID, param=_dotted(path))
+    union = next((index for index, part in enumerate(path) if part in TAKES), None)
     if union is None:
         return error(": ".join(filter(None, [_dotted(path), _sentence(first)])), INVALID, param=_dotted(path) or None)
     name = path[union]

@@ -1,6 +1,6 @@
-"""The engine behind the server: one thread decodes, and a bounded queue feeds it.
+"""The service of a server: one thread decodes the jobs of a bounded queue.
 
-Requests are decoded together (`decoding/scheduler.py`), those for the text of full depth with drafts.
+Requests are decoded together (`decoding/scheduler.py`), lossless ones with drafts.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from anydepth.serve.text_stream import TextStream
 
 log = logging.getLogger("anydepth.serve")
 FALLBACK_WINDOWS = 4
-"""Windows that budgets of a checkpoint without kept scores are set on: a start is not to take minutes."""
+"""Windows for depth budgets of a checkpoint without kept scores, few so that the start does not take minutes."""
 LATEST = 32
-"""Finished requests that the time to wait is estimated from."""
+"""Finished requests from which the waiting time is estimated."""
 MAX_PLANS = 32
-"""Plans of depth budgets that are kept, the latest used ones: clients may send any number."""
+"""Plans of depth budgets that are cached, those used last: clients may send any budgets."""
 NO_DRAFTER = "no drafter is attached; serve a target that drafts, or one that skips layers"
 NO_GAIN = "no draft was expected to save time"
 
 
 class Busy(Exception):
-    """The queue is full. `retry_after` seconds from now it may not be."""
+    """The queue is full; `retry_after` is the estimated number of seconds until it is not."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after} s")
@@ -55,7 +55,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Token:
-    """One token of an answer: `layers` ran to predict it, 0, ½ or 1 each; None where nobody asked."""
+    """One token of an answer; `layers` is what each layer ran to predict it (0, ½ or 1), None unless requested."""
 
     token_id: int
     logprob: Logprob | None
@@ -64,7 +64,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of an answer. `finish_reason`: stop, length, timeout or error; None while it goes on."""
+    """The new part of an answer; `finish_reason` is stop, length, timeout or error, None while the answer continues."""
 
     text: str
     tokens: list[Token]
@@ -73,14 +73,15 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """A request and where its answer goes.
+    """A request and the receiver of its answer.
 
     Attributes:
-        put: takes each piece, on the engine's thread.
-        lossless: the text of full depth.
-        wants_layers: whether each token says what ran for it.
-        seconds: after which it is given up, waiting included.
-        why_not_drafted: of a lossless request; None: drafts were made, or none have been asked for.
+        put: called with each piece, on the engine's thread.
+        lossless: whether the answer is the text of full depth.
+        wants_layers: whether tokens have `layers`.
+        seconds: timeout, waiting included.
+        num_sent: tokens that `put` has received.
+        why_not_drafted: reason why a lossless request was not drafted; None for other requests.
     """
 
     request: Request
@@ -92,33 +93,33 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     last_token: float | None = None
-    num_said: int = 0
+    num_sent: int = 0
     is_over: bool = False
     why_not_drafted: str | None = None
 
     @property
     def counts(self) -> DraftCounts | None:
-        """What was drafted for it; None: nothing was asked for."""
+        """Draft counts of the request; None: it is not drafted."""
         return self.request.counts if self.request.is_drafted else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Behind the first token; None: nothing came behind it."""
+        """Tokens per second after the first token; None: no token came after it."""
         if self.first_token is None or self.last_token is None or self.last_token <= self.first_token:
             return None
-        return (self.num_said - 1) / (self.last_token - self.first_token)
+        return (self.num_sent - 1) / (self.last_token - self.first_token)
 
 
 class Service:
     """Decodes jobs until it is closed.
 
     Args:
-        max_batch_size: that are decoded together; max_tokens: of K/V, all together.
-        max_queue: that wait; the next one is refused with `Busy`.
+        max_batch_size: jobs that are decoded together. max_tokens: tokens with K/V of all sequences together.
+        max_queue: jobs that can wait; further ones are refused with `Busy`.
 
     Attributes:
         end_ids: tokens that end an answer.
-        observers: told of a job, and of how many tokens, whenever it says something; on the engine's thread.
+        observers: called with a job and its number of new tokens for each piece, on the engine's thread.
     """
 
     def __init__(
@@ -154,12 +155,12 @@ class Service:
         """Queue all of these jobs, or none.
 
         Raises:
-            Busy: they do not fit now. UserError: they can never run.
+            Busy: they do not fit now. UserError: they can never fit.
         """
         most = self.max_batch_size + self.max_queue
         if len(jobs) > most:
             raise UserError(
-                f"{len(jobs)} answers at once can never be queued here, where {self.max_batch_size} run and "
+                f"{len(jobs)} answers at once never fit this server, where {self.max_batch_size} run and "
                 f"{self.max_queue} wait; ask for at most {most} (prompts times n)"
             )
         for job in jobs:
@@ -176,14 +177,14 @@ class Service:
         return Sampler(processors, 1, size, device, sampling=generator is not None, generator=generator)
 
     def cancel(self, job: Job) -> None:
-        """Forget a job; its pieces end."""
+        """Cancel a job; no further piece is sent."""
         with self.wake:
             if not job.is_over:
                 self.cancelled.add(job)
                 self.wake.notify()
 
     def close(self) -> None:
-        """Let what was accepted end, and end."""
+        """Wait until all accepted jobs have ended, and stop the thread."""
         with self.wake:
             self.is_closing = True
             self.wake.notify()
@@ -212,7 +213,7 @@ class Service:
                     return
                 arrived, self.arrived = self.arrived, []
                 cancelled, self.cancelled = self.cancelled, set()
-                # Under the lock: who waits is counted by other threads.
+                # The lock is held because other threads count the waiting jobs.
                 for job in arrived:
                     if job not in cancelled:
                         try:
@@ -220,10 +221,10 @@ class Service:
                         except Exception as failed:
                             self._fail(job, failed)
             try:
-                for job in [*cancelled, *self._late()]:
+                for job in [*cancelled, *self._timed_out()]:
                     self._end(job, None if job in cancelled else "timeout")
                 self._step()
-            except Exception as failed:  # the batch must not take the server with it
+            except Exception as failed:  # a failing batch must not end the server
                 for job in list(self.jobs.values()):
                     self._fail(job, failed)
 
@@ -236,13 +237,13 @@ class Service:
         self.scheduler.add(job.request)
 
     def _is_not_drafted(self, job: Job, why: str) -> None:
-        """Keep the reason for the answer's `usage`; log each reason once."""
+        """Store the reason for the answer's `usage`, and log each reason once."""
         job.why_not_drafted = why
         if why not in self.logged:
             self.logged.add(why)
             log.warning("a lossless answer is decoded without drafts: %s", why)
 
-    def _late(self) -> list[Job]:
+    def _timed_out(self) -> list[Job]:
         now = time.monotonic()
         return [job for job in self.jobs.values() if now - job.arrived > job.seconds]
 
@@ -256,19 +257,19 @@ class Service:
             try:  # one request must not end the others
                 if request.failure is not None:
                     raise request.failure
-                self._say(job)
+                self._send(job)
             except Exception as failed:
                 self._fail(job, failed)
 
-    def _say(self, job: Job) -> None:
-        """Hand on what is new of a job's answer."""
+    def _send(self, job: Job) -> None:
+        """Send the new part of a job's answer."""
         request, tokens, text = job.request, [], ""
-        for place in range(job.num_said, len(request.output)):
-            text += job.stream.push(request.output[place])
-            tokens.append(self._token(job, place))
+        for position in range(job.num_sent, len(request.output)):
+            text += job.stream.push(request.output[position])
+            tokens.append(self._token(job, position))
             if job.stream.is_stopped:
                 break
-        job.num_said += len(tokens)
+        job.num_sent += len(tokens)
         if not tokens:
             return
         for observe in self.observers:
@@ -276,30 +277,30 @@ class Service:
         job.last_token = time.monotonic()
         job.first_token = job.first_token or job.last_token
         reason = None
-        if job.stream.is_stopped or request.output[job.num_said - 1] in request.stops.end_ids:
+        if job.stream.is_stopped or request.output[job.num_sent - 1] in request.stops.end_ids:
             reason = "stop"
-        elif request.is_finished and job.num_said == len(request.output):
+        elif request.is_finished and job.num_sent == len(request.output):
             reason = "length"
         if reason is None:
             job.put(Piece(text, tokens))
         else:
             self._end(job, reason, text, tokens)
 
-    def _token(self, job: Job, place: int) -> Token:
+    def _token(self, job: Job, position: int) -> Token:
         request = job.request
-        logprob = request.logprobs[place] if request.num_logprobs is not None else None
+        logprob = request.logprobs[position] if request.num_logprobs is not None else None
         if not job.wants_layers:
-            return Token(request.output[place], logprob, None)
+            return Token(request.output[position], logprob, None)
         num_layers = self.engine.adapted.backbone.num_layers
-        record = None if request.is_drafted else request.record_of(place)
-        return Token(request.output[place], logprob, [1.0] * num_layers if record is None else layers_of(record))
+        record = None if request.is_drafted else request.record_of(position)
+        return Token(request.output[position], logprob, [1.0] * num_layers if record is None else layers_of(record))
 
     def _fail(self, job: Job, failure: Exception) -> None:
         log.error("decoding failed", exc_info=failure)
         self._end(job, "error")
 
     def _end(self, job: Job, reason: str | None, text: str = "", tokens: Sequence[Token] = ()) -> None:
-        """A job is over; None: nobody waits for it any more."""
+        """End a job and send its last piece; without a reason it was cancelled, and no piece is sent."""
         if self.jobs.pop(job.request, None) is None:
             return
         self.scheduler.cancel(job.request)
@@ -308,19 +309,19 @@ class Service:
         job.is_over = True
         if reason is not None:
             self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
-            rest = "" if reason == "error" else job.stream.finish()  # which may be what failed
+            rest = "" if reason == "error" else job.stream.finish()  # after an error, since the stream may have failed
             job.put(Piece(text + rest, list(tokens), reason))
 
 
 def layers_of(record: PassRecord) -> list[float]:
-    """What ran for the last token of a forward of one row, by layer: 0, ½ or 1."""
+    """Return by layer what ran for the last token of a forward of one row: 0, ½ or 1."""
     mixers, ffns = record.stacked()
     mixers = mixers | record.stacked_other()
     return ((mixers[:, 0, -1].float() + ffns[:, 0, -1].float()) / 2).tolist()
 
 
 class Budgets:
-    """Plans for any share of the decisions, from kept scores or those of some text; see `calibration/shares.py`.
+    """Plans for depth budgets, by thresholds from kept scores or those of some text; see `calibration/shares.py`.
 
     Raises:
         RunError: no attached method has a threshold.
@@ -334,13 +335,13 @@ class Budgets:
 
     @classmethod
     def of(cls, engine: Engine, windows: Tensor) -> Budgets | None:
-        """Return None where there is nothing to set: fixed choices, full depth, gates that have not been trained."""
+        """Return the budgets, or None without a threshold to set: fixed sets, full depth, untrained gates."""
         with suppress(RunError, UserError):
             return cls(engine, windows)
         return None
 
     def plan_of(self, request: Request) -> Plan:
-        """Return the gates that let the share of a request's depth budget run; None is what the model came with."""
+        """Return the plan for a request's depth budget; without a budget, that of the loaded thresholds."""
         budget = request.budget
         if budget is None:
             return self.own_plan
@@ -352,7 +353,7 @@ class Budgets:
                 plan = Plan.of(self.adapted.attached)
             finally:
                 set_configs(self.adapted, own)
-        self.plans[budget] = plan  # the last is the latest used
+        self.plans[budget] = plan  # as the last, so that the first is the one unused for longest
         if len(self.plans) > MAX_PLANS:
             del self.plans[next(iter(self.plans))]
         return plan

@@ -1,4 +1,4 @@
-"""How answers are written: OpenAI's objects, whole or as chunks of a stream."""
+"""Answers as OpenAI's objects, complete or as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from anydepth.serve.text_stream import TokenText
 
 
 class Shape(ABC):
-    """How an answer is written; one for each endpoint."""
+    """Writes the answers of one endpoint."""
 
     prefix, kind, stream_kind = "", "", ""
 
     def __init__(self, tokens: TokenText, name: str, body: Sampling) -> None:
         self.tokens, self.name = tokens, name
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
-        asked = getattr(body, "logprobs", None)
-        self.wants_logprobs = asked is not None and asked is not False
+        logprobs = getattr(body, "logprobs", None)
+        self.wants_logprobs = logprobs is not None and logprobs is not False
         self.wants_layers = body.anydepth.depth
 
     def head(self, *, stream: bool) -> dict[str, Any]:
@@ -30,7 +30,7 @@ class Shape(ABC):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
 
     def layers(self, tokens: list[Token]) -> dict[str, Any]:
-        """By token: its depth, and of each layer what ran: 0 nothing, 1 one branch, 2 both."""
+        """Return the depth of each token, and a digit for each layer: the number of branches that ran."""
         if not self.wants_layers:
             return {}
         rows = [token.layers or [] for token in tokens]
@@ -39,15 +39,15 @@ class Shape(ABC):
 
     @abstractmethod
     def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        """What a stream says of one piece of an answer."""
+        """Return the chunks of a stream for one piece of an answer."""
 
     @abstractmethod
     def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
-        """A whole answer."""
+        """Return a complete answer."""
 
 
 class CompletionShape(Shape):
-    """`text_completion`."""
+    """Writes `text_completion` objects."""
 
     prefix, kind, stream_kind = "cmpl", "text_completion", "text_completion"
 
@@ -78,22 +78,22 @@ class CompletionShape(Shape):
         }
 
     def _by_name(self, top: list[tuple[int, float]]) -> dict[str, float]:
-        """Return log-probabilities by text; where several tokens have one text, the later by their ids, as vLLM."""
+        """Return log-probabilities by text; further tokens with the same text are keyed by their ids, as in vLLM."""
         found: dict[str, float] = {}
-        for token_id, share in top:
+        for token_id, logprob in top:
             name = self.tokens.name_of(token_id)
-            found[f"token_id:{token_id}" if name in found else name] = share
+            found[f"token_id:{token_id}" if name in found else name] = logprob
         return found
 
     def _offset(self, number: int, token: Token) -> int:
-        """Return how many letters of an answer are complete before a token, and count that one too."""
+        """Return the number of complete characters before a token, and add the token's own."""
         decoder, offset = self.read.get(number, (codecs.getincrementaldecoder("utf-8")(errors="replace"), 0))
         self.read[number] = decoder, offset + len(decoder.decode(self.tokens.bytes_of(token.token_id)))
         return offset
 
 
 class ChatShape(Shape):
-    """`chat.completion`."""
+    """Writes `chat.completion` objects."""
 
     prefix, kind, stream_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -123,9 +123,9 @@ class ChatShape(Shape):
 
     def _logprob(self, token: Token) -> dict[str, Any]:
         assert token.logprob is not None
-        top = [self._one(token_id, share) for token_id, share in token.logprob.top if self.wants_top]
+        top = [self._one(token_id, logprob) for token_id, logprob in token.logprob.top if self.wants_top]
         return {**self._one(token.token_id, token.logprob.own), "top_logprobs": top}
 
-    def _one(self, token_id: int, share: float) -> dict[str, Any]:
+    def _one(self, token_id: int, logprob: float) -> dict[str, Any]:
         own = list(self.tokens.bytes_of(token_id))
-        return {"token": self.tokens.name_of(token_id), "logprob": share, "bytes": own}
+        return {"token": self.tokens.name_of(token_id), "logprob": logprob, "bytes": own}

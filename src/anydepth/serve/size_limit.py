@@ -12,7 +12,7 @@ TOO_LONG = f"the request line and the headers are more than {MAX_HEADER_BYTES} b
 
 
 class SizeLimit:
-    """Refuses headers and bodies that are too large, the latter before all of them is read."""
+    """Refuses headers and bodies that are too large, bodies before they are read completely."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
@@ -25,8 +25,8 @@ class SizeLimit:
             refusal = JSONResponse(error(TOO_LONG, INVALID, code="headers_too_large"), 431, {"Connection": "close"})
             await refusal(scope, receive, send)
             return
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told) > self.most:
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.most:
             await self._refuse(scope, receive, send)
             return
         body, more = b"", True
@@ -55,6 +55,6 @@ class SizeLimit:
 
 
 def head_size(scope: Scope) -> int:
-    """Return the bytes of a request's line and headers, as they were sent; h11 bounds only what is incomplete."""
+    """Return the size in bytes of a request's line and headers; h11 limits incomplete ones alone."""
     line = len(scope["method"]) + len(scope.get("raw_path") or b"") + len(scope["query_string"]) + len("  HTTP/1.1\r\n")
     return line + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])

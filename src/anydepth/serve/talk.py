@@ -1,4 +1,4 @@
-"""A conversation in turns, through a `Service`."""
+"""A conversation in turns, on a `Service`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from anydepth.serve.text_stream import TextStream
 
 
 class Talk:
-    """What was said so far, and the next answer.
+    """A conversation: the turns so far, and the next answer.
 
     Args:
-        system: what the model is told first.
-        temperature: 0 is greedy; the other options of sampling are the model's own defaults.
-        lossless: answers of full depth.
+        system: system message; None: no such message.
+        temperature: 0 is greedy; other sampling options are the model's own defaults.
+        lossless: answer with the text of full depth.
     """
 
     def __init__(
@@ -43,40 +43,40 @@ class Talk:
         self.is_greedy, self.seed, self.num_answers = options.is_greedy, seed, 0
 
     def answer(self, line: str) -> Iterator[tuple[str, float]]:
-        """Pieces of the answer, each with the layers run for it. A caller that stops listening ends it.
+        """Yield pieces of the answer, each with its mean depth in layers; closing the generator cancels the answer.
 
         Raises:
             UserError: the conversation is longer than the model's window. RunError: decoding failed.
         """
         turns = [*self.turns, {"role": "user", "content": line}]
         prompt = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-        room = self._room(len(prompt))
+        capacity = self._capacity(len(prompt))
         sampler = self.service.sampler(self.processors, self._new_generator())
-        stops = Stops.at(len(prompt) + min(room, self.max_new_tokens), self.service.end_ids)
+        stops = Stops.at(len(prompt) + min(capacity, self.max_new_tokens), self.service.end_ids)
         request = Request(prompt, sampler, stops)  # type: ignore[arg-type]
         pieces: queue.Queue[Piece] = queue.Queue()
         stream = TextStream(self.tokenizer, request.prompt)
         job = Job(request, stream, pieces.put, lossless=self.lossless, wants_layers=True)
         self.service.submit(job)
-        said = ""
+        text = ""
         try:
             while True:
                 piece = pieces.get()
                 if piece.finish_reason == "error":
-                    raise RunError("decoding failed")
+                    raise RunError("decoding failed; the log says why")
                 depths = [sum(token.layers or []) for token in piece.tokens]
-                said += piece.text
+                text += piece.text
                 yield piece.text, sum(depths) / max(len(depths), 1)
                 if piece.finish_reason is not None:
                     return
         finally:
             self.service.cancel(job)
-            self.turns = [*turns, {"role": "assistant", "content": said}]
+            self.turns = [*turns, {"role": "assistant", "content": text}]
 
     def _new_generator(self) -> torch.Generator | None:
         """Return the generator of the next answer; None for greedy answers.
 
-        Each answer has its own: drafts of an earlier one draw noise for tokens that it never takes.
+        Each answer has its own generator, since drafts of an earlier answer draw noise for tokens that it never takes.
         """
         if self.is_greedy:
             return None
@@ -84,9 +84,12 @@ class Talk:
         self.num_answers += 1
         return generator.manual_seed((self.seed + self.num_answers - 1) % 2**63)
 
-    def _room(self, num_prompt: int) -> int:
+    def _capacity(self, num_prompt: int) -> int:
+        """Return the number of new tokens that fit after a prompt."""
         window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
         most = min(length for length in (window, self.service.scheduler.session.max_length) if length is not None)
         if num_prompt >= most:
-            raise UserError(f"the conversation has {num_prompt} tokens, and the model takes {most}; begin a new one")
+            raise UserError(
+                f"the conversation has {num_prompt} tokens, of at most {most - 1} that fit; begin a new one"
+            )
         return most - num_prompt

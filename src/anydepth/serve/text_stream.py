@@ -1,4 +1,4 @@
-"""Token ids to text as they come: whole characters, and nothing after a stop string; and the bytes of single tokens."""
+"""Decode token ids as a stream of whole characters up to a stop string; return the bytes of single tokens."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 UNFINISHED = "�"
-"""What tokenizers decode the first bytes of a character to."""
+"""The character to which tokenizers decode an incomplete one."""
 CONTEXT = 6
-"""Tokens in front that a tokenizer looks at: alone, many drop the space in front of a word."""
+"""Prompt tokens that are decoded before the answer: many tokenizers drop the space before a first word."""
 
 
 class TextStream:
     """The text of one answer.
 
     Args:
-        prompt: token ids in front of it.
-        stop: texts that end it, not part of it themselves. They are looked for in the text with its special tokens,
-            which are not part of the answer's text.
+        prompt: token ids before the answer.
+        stop: texts that end the answer and are not part of it. They are searched for in the text with special tokens,
+            which are not part of the answer either.
 
     Attributes:
-        is_stopped: whether a stop string has come.
+        held: text that may begin a stop string. shown: which of its characters are part of the answer.
+        is_stopped: whether a stop string was found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
@@ -35,39 +36,40 @@ class TextStream:
         self.begin, self.read = 0, len(self.ids)
         special = special_tokens(tokenizer) if self.stop else {}
         self.special = {one: name for one, name in special.items() if any(name in text for text in self.stop)}
-        self.held, self.shown = "", list[bool]()  # text that may begin a stop string; which letters are the answer's
+        self.held, self.shown = "", list[bool]()
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
-        """The text that is certain with one more token; what may become a stop string is held back."""
+        """Add a token; return the text that is now certain, without text that may begin a stop string."""
         self.ids.append(token_id)
         if token_id in self.special:
-            return self._let_go(self.special[token_id], shown=False)
+            return self._release(self.special[token_id], shown=False)
         before, now = self._decode(self.begin, self.read), self._decode(self.begin, len(self.ids))
         if now.endswith(UNFINISHED):
             return ""
         self.begin, self.read = self.read, len(self.ids)
-        return self._let_go(now[len(before) :])
+        return self._release(now[len(before) :])
 
     def finish(self) -> str:
-        """What is left at the end: half a character as far as it came, and what might have become a stop string."""
+        """Return the rest at the end: the held text, and an incomplete character."""
         if self.is_stopped:
             return ""
         before, now = self._decode(self.begin, self.read), self._decode(self.begin, len(self.ids))
         self.begin = self.read = len(self.ids)
         return self._take(len(self.held)) + now[len(before) :]
 
-    def _let_go(self, text: str, *, shown: bool = True) -> str:
+    def _release(self, text: str, *, shown: bool = True) -> str:
+        """Add text; return the part that cannot begin a stop string."""
         self.held += text
         self.shown += [shown] * len(text)
-        ends = [place for place in map(self.held.find, self.stop) if place >= 0]
+        ends = [index for index in map(self.held.find, self.stop) if index >= 0]
         if ends:
             self.is_stopped = True
             return self._take(min(ends))
         return self._take(len(self.held) - max((_overlap(self.held, stop) for stop in self.stop), default=0))
 
     def _take(self, length: int) -> str:
-        """Let go of the first letters that are held; those of the answer."""
+        """Remove the first held characters; return those that are part of the answer."""
         text = "".join(letter for letter, shown in zip(self.held[:length], self.shown, strict=False) if shown)
         self.held, self.shown = self.held[length:], self.shown[length:]
         return text
@@ -77,18 +79,18 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Letters at the end of `text` with which `stop` begins."""
+    """Return the length of the longest end of `text` with which `stop` begins."""
     return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the tokens that decoding leaves out of a text, with what they are called."""
+    """Return the names of the special tokens, which decoding leaves out of a text."""
     added: Any = tokenizer.added_tokens_decoder
     return {token_id: token.content for token_id, token in added.items() if token.special}
 
 
 class TokenText:
-    """What single tokens stand for: the bytes that each one adds to a text, and a name in letters."""
+    """The bytes that single tokens add to a text, and their names."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self.special = tokenizer, special_tokens(tokenizer)
@@ -113,11 +115,11 @@ class TokenText:
             return bytes([int(byte[1], 16)])
         if self.decoder is None:
             return str(self.tokenizer.decode([token_id])).encode()
-        # After another token, since decoders drop a space at the beginning of a text.
+        # Decode after another token, since decoders drop a space at the beginning of a text.
         return str(self.decoder.decode(["a", token])).removeprefix("a").encode()
 
     def name_of(self, token_id: int) -> str:
-        """Return a token's text; as OpenAI does, `bytes:` and the bytes in hexadecimal where they are no text alone."""
+        """Return a token's text, or as OpenAI does `bytes:` and hexadecimal bytes if they are not valid text."""
         own = self.bytes_of(token_id)
         if not own:
             return self.special.get(token_id, "")
@@ -129,5 +131,5 @@ class TokenText:
 
 @lru_cache(maxsize=1)
 def _byte_of_letter() -> dict[str, int]:
-    """Return the byte that each letter of a byte-level vocabulary stands for."""
+    """Return the byte of each letter of a byte-level vocabulary."""
     return {letter: byte for byte, letter in bytes_to_unicode().items()}
