@@ -1,15 +1,20 @@
-"""Models with something to draft with, and engines that draft."""
+"""Engines that draft, and self-generated text for trained drafters."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import anydepth
 from anydepth import Draft, FastEngine, HFEngine
 from anydepth.decoding.engine import Engine
-from tiny import tiny_llama
+from anydepth.draft_sections import OwnTextConfig
+from anydepth.speculation.self_generated import Text, own_texts
+from tiny import byte_tokenizer, tiny_llama
 
 NETWORK = {"taps": [2, 6], "vocabulary_size": 100}
 ALONE: dict[str, Any] = {"lookup": False, "adaptive": False, "max_draft": 4}
@@ -56,3 +61,48 @@ def drafting(path: str, spec: str | Spec, model: PreTrainedModel | None = None) 
     options, methods = DRAFTERS[spec] if isinstance(spec, str) else spec
     adapted = anydepth.attach(tiny_llama() if model is None else model, methods).eval()
     return ENGINES[path](adapted, draft=Draft(adapted, options))
+
+
+def prompts(num_rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """Return prompts of different lengths, padded on the left; some repeat tokens, for prompt lookup."""
+    ids = torch.randint(3, 100, (num_rows, 21), generator=torch.Generator().manual_seed(seed))
+    ids[:, 12:18] = ids[:, 3:9]
+    mask = torch.ones_like(ids)
+    if num_rows > 1:
+        mask[1, :7] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def both(engine: Engine, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Return tokens at full depth and drafted, from the same seed."""
+    options = {"max_new_tokens": 30, "pad_token_id": 0, **options}
+    torch.manual_seed(5)
+    with engine.adapted.disabled():
+        wanted = engine.generate(**batch, **options)
+    torch.manual_seed(5)
+    return wanted, engine.generate(**batch, **options)
+
+
+SELF_GENERATED = OwnTextConfig(num_tokens=1200, max_question=6, max_answer=12, num_slots=5)
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+
+
+def untrained_draft() -> Draft:
+    """Return a draft with an untrained network alone."""
+    network = {"taps": [2, 6], "vocabulary_size": 60}
+    return Draft(anydepth.attach(tiny_llama(), []).eval(), {"lookup": False, "adaptive": False, "network": network})
+
+
+def network_of(draft: Draft) -> Any:
+    assert draft.network is not None
+    return draft.network
+
+
+def texts_of(folder: Path, *, chat: bool = True) -> list[Text]:
+    tokenizer = byte_tokenizer()
+    if chat:
+        tokenizer.chat_template = CHAT
+    adapted = anydepth.attach(tiny_llama(), []).eval()
+    texts, seconds = own_texts(adapted, tokenizer, [2, 6], SELF_GENERATED, folder)
+    assert seconds > 0
+    return texts

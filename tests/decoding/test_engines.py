@@ -1,4 +1,4 @@
-"""The fast engine under transformers' `generate`: same options, stop rules and streams; refuses what it does not do."""
+"""The fast engine under transformers' `generate`: same options, stop rules and streams; others are refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_options_of_generate_mean_the_same(options: dict[str, Any]) -> None:
+def test_options_of_generate_have_the_same_effect(options: dict[str, Any]) -> None:
     adapted = routed()
     settings = {"max_new_tokens": 16, "pad_token_id": 0, **options}
     torch.manual_seed(1)
@@ -113,10 +113,10 @@ def test_long_texts_outgrow_the_first_cache() -> None:
 
 
 class Quantised(torch.nn.Linear):
-    """Stands for a map of a quantising library."""
+    """A linear layer as of a quantising library."""
 
 
-def test_what_the_engine_does_not_do_is_refused() -> None:
+def test_models_and_options_without_support_are_refused() -> None:
     with pytest.raises(UserError, match="greedily or samples"):
         FastEngine(routed()).generate(ids(), max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0)
     with pytest.raises(UserError, match="does not run opt"):
@@ -161,7 +161,7 @@ def test_draft_counts_are_those_of_the_last_generation(path: str) -> None:
     assert engine.draft_counts is None
 
 
-def test_auto_says_why_not() -> None:
+def test_auto_reports_why_it_chose_hf() -> None:
     said: list[str] = []
     assert isinstance(open_engine(anydepth.attach(families.build("opt"), []), "auto", say=said.append), HFEngine)
     assert len(said) == 1 and "does not run opt" in said[0]

@@ -1,4 +1,4 @@
-"""Continuous batching: every request gets what it gets alone, whoever else is there; memory stays in its bound."""
+"""Continuous batching: every request gets the same tokens as alone; memory stays within its bound."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def engine(kv_rule: str = "project") -> FastEngine:
 
 
 def request(prompt: list[int], num_new: int, sampler: Sampler | None = None, end_ids: tuple[int, ...] = ()) -> Request:
-    """Return a request for so many new tokens, greedy unless a sampler is given."""
+    """Return a request for `num_new` new tokens, greedy unless a sampler is given."""
     return Request(prompt, sampler or Sampler(), Stops.at(len(prompt) + num_new, end_ids))
 
 
@@ -44,7 +44,7 @@ def alone(fast: Engine, prompt: list[int], new_tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kv_rule", ["project", "omit"])
-def test_requests_that_join_and_leave_get_what_they_get_alone(kv_rule: str) -> None:
+def test_requests_that_join_and_leave_get_the_same_tokens_as_alone(kv_rule: str) -> None:
     fast = engine(kv_rule)
     requests = [request(prompt, 3 + 2 * number) for number, prompt in enumerate(prompts(9))]
     scheduler = Scheduler(fast, max_requests=4)
@@ -61,7 +61,7 @@ def test_requests_that_join_and_leave_get_what_they_get_alone(kv_rule: str) -> N
 
 
 @pytest.mark.parametrize("kv_rule", ["project", "omit"])
-def test_long_prompts_are_read_between_the_tokens_of_others(kv_rule: str) -> None:
+def test_long_prompts_are_read_between_the_tokens_of_other_requests(kv_rule: str) -> None:
     fast = engine(kv_rule)
     generator = torch.Generator().manual_seed(6)
     long = [torch.randint(1, 257, (length,), generator=generator).tolist() for length in (300, 460, 323)]
@@ -127,7 +127,7 @@ def test_end_tokens_processors_and_sampling_are_each_requests_own() -> None:
     assert sampled[0].output == sampled[1].output != sampled[2].output
 
 
-def test_cancelled_requests_leave_no_trace() -> None:
+def test_cancelled_requests_affect_no_other() -> None:
     fast, three = engine(), prompts(3)
     kept, running, waiting = (request(prompt, 10) for prompt in three)
     scheduler = Scheduler(fast, max_requests=2)
@@ -143,7 +143,7 @@ def test_cancelled_requests_leave_no_trace() -> None:
     assert sorted(scheduler.session.cache.free) == [0, 1]
 
 
-def test_memory_is_bounded_and_what_cannot_fit_is_refused() -> None:
+def test_memory_is_bounded_and_requests_that_cannot_fit_are_refused() -> None:
     scheduler = Scheduler(engine(), max_requests=2, max_tokens=120)
     long = request(list(range(1, 51)), 10)
     scheduler.run([long, request(list(range(1, 11)), 40)])
@@ -158,7 +158,7 @@ def test_memory_is_bounded_and_what_cannot_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("options", [{"network": NETWORK}, {"exit_layers": [2], "lookup": False}])
 def test_long_prompts_of_drafted_requests_are_read_in_chunks_too(options: dict[str, Any]) -> None:
-    """While others wait for tokens, and the text is the same."""
+    """They are read in chunks while other requests are decoded, and the text is the same."""
     engine = drafting("fast", (options, []), tiny_llama(max_position_embeddings=512))
     prompt = torch.randint(1, 257, (400,), generator=torch.Generator().manual_seed(3)).tolist()
     found = []
@@ -201,7 +201,7 @@ def test_a_processor_that_fails_on_drafts_ends_its_own_request_alone() -> None:
     assert good.failure is None and bad.output == good.output[:5]
 
 
-def test_noise_of_tokens_that_were_taken_is_not_kept() -> None:
+def test_noise_of_output_tokens_is_not_kept() -> None:
     engine = drafting("fast", ({"exit_layers": [2], "adaptive": False}, []))
     for is_drafted in (False, True):
         one = request(prompts(1)[0], 30, Sampler(sampling=True, generator=torch.Generator().manual_seed(1)))

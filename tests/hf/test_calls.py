@@ -43,7 +43,7 @@ NUM_THREADS = 4
 
 
 def attached(spec: str, family: str = "llama") -> AdaptedModel:
-    """Attached, with gates that differ between tokens."""
+    """Attach methods with gates that differ between tokens."""
     adapted = anydepth.attach(families.build(family), SPECS[spec])
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def written(generate: Callable[..., Tensor], seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_threads_write_what_each_would_alone(spec: str) -> None:
+def test_threads_generate_as_each_would_alone(spec: str) -> None:
     """C2: four threads on one model, prompts of one length, on the model itself."""
     adapted = attached(spec)
     seeds = range(8)
@@ -118,7 +118,7 @@ def test_a_batch_and_a_generation_share_an_engine() -> None:
             assert list(ours) == list(theirs) == alone
 
 
-def test_what_one_thread_sets_leaves_others_alone() -> None:
+def test_settings_of_one_thread_do_not_affect_others() -> None:
     """C2, the context managers: full depth in one thread is no full depth in another."""
     adapted = attached("skip_set")
     routed = written(adapted.generate, 0)
@@ -130,7 +130,7 @@ def test_what_one_thread_sets_leaves_others_alone() -> None:
 
 
 def test_each_thread_has_its_trace() -> None:
-    """C2, what is told of a run: the trace is that of the caller's own last sequence."""
+    """C2, traces: the trace is that of the caller's own last sequence."""
     adapted = attached("layer_router")
     written(adapted.generate, 0)
     before = adapted.last_trace
@@ -170,7 +170,7 @@ def test_a_copy_is_equal_and_independent(spec: str, family: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("spec", ["skip_set", "layer_router", "hat"])
 def test_a_copy_of_the_base_while_attached(spec: str) -> None:
-    """C3, the base: its copy runs as it does, and not by it."""
+    """C3, the base model: a copy runs as the original, without calling it."""
     ids = families.token_ids(2, 20)
     adapted = attached(spec)
     base: nn.Module = adapted.model
@@ -184,8 +184,8 @@ def test_a_copy_of_the_base_while_attached(spec: str) -> None:
 
 
 @torch.no_grad()
-def test_a_copy_made_while_disabled_is_not() -> None:
-    """C3, a copy made at full depth: nothing would ever switch it on again."""
+def test_a_copy_made_while_disabled_is_enabled() -> None:
+    """C3, a copy made at full depth: no context manager would enable it again."""
     ids = families.token_ids(2, 20)
     adapted = attached("layer_router")
     wanted = adapted(ids).logits
@@ -210,7 +210,7 @@ def test_moving_average_of_an_adapted_model() -> None:
 def gradients(
     spec: str, execution: str, checkpointing: dict[str, bool] | None, family: str, *, base_alone: bool = False
 ) -> list[Tensor]:
-    """Of two forwards before one backward, by parameter. `base_alone`: the gates decide as at inference."""
+    """Return gradients of two forwards before one backward; with `base_alone` the gates decide as at inference."""
     adapted = attached(spec, family).train()
     if base_alone:
         adapted.eval().backbone.model.train()
@@ -245,7 +245,7 @@ def test_recomputed_layers_belong_to_their_own_forward(spec: str, execution: str
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "qwen3_next"])
 def test_recomputed_layers_of_other_families(family: str) -> None:
-    """C6, other families: layers that take arguments by position, norms behind branches, recurrent mixers."""
+    """C6, other families: layers with positional arguments, norms after branches, recurrent mixers."""
     wanted = gradients("ffn_router", "sparse", None, family)
     ours = gradients("ffn_router", "sparse", {"use_reentrant": True}, family)
     for own, theirs in zip(ours, wanted, strict=True):
@@ -257,7 +257,7 @@ def test_recomputed_layers_of_other_families(family: str) -> None:
     "spec", ["skip_set", "layer_router", "ffn_router", "mixer_router", "hat", "exit_gate_recompute"]
 )
 def test_a_base_that_trains_under_gates_that_do_not(spec: str, reentrant: bool) -> None:
-    """C6, modes apart: transformers checkpoints by the mode of the layer, whatever that of the adapted model."""
+    """C6, different modes: transformers checkpoints by the mode of the layer, not of the adapted model."""
     wanted = gradients(spec, "sparse", None, "llama", base_alone=True)
     ours = gradients(spec, "sparse", {"use_reentrant": reentrant}, "llama", base_alone=True)
     for own, theirs in zip(ours, wanted, strict=True):
@@ -283,8 +283,8 @@ def test_frozen_exits_decide_the_same_again() -> None:
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_detach_gives_checkpointing_back() -> None:
-    """What transformers has set is there again."""
+def test_detach_restores_checkpointing() -> None:
+    """The functions that transformers set are restored."""
     adapted = attached("ffn_router").train()
     model: Any = adapted.backbone.model
     model.gradient_checkpointing_enable()

@@ -1,4 +1,4 @@
-"""Exits whose missing layers run later: K/V end up those of full depth, and no token runs a layer twice."""
+"""Exits of which the skipped layers run later: K/V are those of full depth, and no token runs a layer twice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiny import tiny_llama
 EXITS: dict[str, Any] = {"name": "exit_gate", "layers": [2, 4], "kv_rule": "recompute"}
 NUM_LAYERS = 6
 PATTERN = [(2, 1), (6, 3), (2, 1), (4, 1), (2, 2), (4, 1), (6, 1), (2, 1), (6, 2)]
-"""Depth that the tokens of a forward go to, and how many they are."""
+"""(Depth, number of tokens) of each forward."""
 
 
 def adapted_model() -> AdaptedModel:
@@ -86,8 +86,8 @@ def test_kv_are_those_of_full_depth_and_layers_run_once(masked_rows: bool) -> No
 
 
 @torch.no_grad()
-def test_the_engine_waits_with_rows_of_different_depths() -> None:
-    """Each row as if it were alone, and K/V those of full depth once all have gone on."""
+def test_the_engine_defers_rows_of_different_depths() -> None:
+    """Each row is as if it were alone, and K/V are those of full depth once all rows have continued."""
     adapted = adapted_model()
     engine = FastEngine(adapted)
     ids = torch.randint(1, 256, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -96,7 +96,7 @@ def test_the_engine_waits_with_rows_of_different_depths() -> None:
         torch.nn.init.normal_(network.direct.weight, std=0.3, generator=torch.Generator().manual_seed(2))
         torch.nn.init.zeros_(network.direct.bias)
     both, alone = engine.model.new_cache(2), engine.model.new_cache(2)
-    waited = 0
+    num_deferred = 0
     for place in range(12):
         part = ids[:, place : place + 1]
         hidden, record = engine.model.forward(part, [0, 1], both, Plan.of([method]))
@@ -105,8 +105,8 @@ def test_the_engine_waits_with_rows_of_different_depths() -> None:
             assert torch.equal(single[0], hidden[row])
             assert torch.equal(its.stacked()[0][:, 0], record.stacked()[0][:, row])
             assert torch.equal(its.stacked_late()[:, 0], record.stacked_late()[:, row])
-        waited += any(kv.num_deferred[slot] for kv in both.layers for slot in (0, 1))
-    assert waited >= 4
+        num_deferred += any(kv.num_deferred[slot] for kv in both.layers for slot in (0, 1))
+    assert num_deferred >= 4
     method.config = method.config.model_copy(update={"threshold": -1e9})
     engine.model.forward(ids[:, :1], [0, 1], both, Plan.of([method]))
     whole = engine.model.new_cache(2)
@@ -118,7 +118,7 @@ def test_the_engine_waits_with_rows_of_different_depths() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_pass_that_fails_leaves_what_waits(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_pass_leaves_deferred_tokens(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = adapted_model()
     engine, script = FastEngine(adapted), scripted(adapted)
     ids = torch.randint(1, 256, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -147,6 +147,6 @@ def test_a_pass_that_fails_leaves_what_waits(at: int, monkeypatch: pytest.Monkey
     assert [kv.counts[0] for kv in cache.layers] == [7] * NUM_LAYERS
 
 
-def test_other_methods_with_it_are_refused() -> None:
+def test_other_methods_next_to_recompute_are_refused() -> None:
     with pytest.raises(UserError, match="exit_gate with kv_rule recompute .* ffn_router .* use kv_rule propagate"):
         anydepth.attach(tiny_llama(), [EXITS, {"name": "ffn_router"}])

@@ -120,11 +120,11 @@ def test_gates_that_a_fixed_choice_could_replace(fractions: list[float], text: s
     assert text in warnings_for(fractions)[0]
 
 
-def test_gates_that_tell_tokens_apart_are_no_fault() -> None:
+def test_gates_that_differ_between_tokens_are_no_fault() -> None:
     assert warnings_for([0.3, 0.6, 0.9, 0.5]) == []
 
 
-def test_what_is_static_by_design_is_no_fault() -> None:
+def test_gates_static_by_design_are_no_fault() -> None:
     random = {"name": "layer_router", "always_keep": 2, "router": "random", "rates": [0.0, 1.0, 1.0, 0.0]}
     found = gates_of(random)
     assert [row["fraction"] for row in found[0]["gates"]] == [0.0, 1.0, 1.0, 0.0]

@@ -1,4 +1,4 @@
-"""Answers are what they say: their bytes, log-probabilities, ends and prompts, and how they are sampled and drafted."""
+"""Answers: their bytes, log-probabilities, ends and prompts, and how they are sampled and drafted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = "the sea – “größer”, 海 and 🌊👩‍🚀"
 
 
 def shares_of(model: PreTrainedModel, prompt: list[int], said: list[int]) -> torch.Tensor:
-    """Return (N, V) log-probabilities of stock transformers for what was said."""
+    """Return (N, V) log-probabilities of stock transformers for an answer."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + said])).logits[0]
     return logits[len(prompt) - 1 : -1].float().log_softmax(-1)
@@ -49,8 +49,8 @@ def test_the_bytes_of_tokens_join_to_the_text(tokenizer: PreTrainedTokenizerBase
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
-def test_chat_tells_exact_bytes_and_all_log_probabilities(kind: str, stream: bool) -> None:
-    """S7: at temperature 1.2 a random model says mostly halves of characters."""
+def test_chat_returns_exact_bytes_and_all_log_probabilities(kind: str, stream: bool) -> None:
+    """S7: at temperature 1.2 a random model generates mostly halves of characters."""
     tokenizer = byte_tokenizer() if kind == "byte-level" else fallback_tokenizer()
     options: dict[str, Any] = {"temperature": 1.2, "seed": 5, "logprobs": True, "top_logprobs": 4, "max_tokens": 60}
     with serving(tokenizer=tokenizer, model=tiny_llama(vocab_size=len(tokenizer))) as client:
@@ -76,8 +76,8 @@ def test_chat_tells_exact_bytes_and_all_log_probabilities(kind: str, stream: boo
 
 
 @pytest.mark.parametrize("num_top", [0, 3, 5])
-def test_completions_tell_k_or_one_more_and_right_offsets(num_top: int) -> None:
-    """S7: tokens of one text are told apart; values are stock transformers' for the tokens that were said."""
+def test_completions_return_k_or_one_more_and_right_offsets(num_top: int) -> None:
+    """S7: tokens with one text have different names; values are stock transformers' for the tokens of the answer."""
     model, tokenizer = tiny_llama(), byte_tokenizer()
     with serving(model=model) as client:
         answer = complete(client, temperature=1.2, seed=1, logprobs=num_top, max_tokens=40)["choices"][0]
@@ -95,7 +95,7 @@ def test_completions_tell_k_or_one_more_and_right_offsets(num_top: int) -> None:
     assert all(answer["text"][told["text_offset"][place] :][:1] for place in ascii_places)
 
 
-def test_tokens_with_the_same_text_are_all_listed() -> None:
+def test_tokens_with_the_same_text_are_all_returned() -> None:
     """S7: `a` and the byte token of `a` are two tokens of one text; a dictionary by text needs a name for both."""
     tokenizer = fallback_tokenizer()
     with serving(tokenizer=tokenizer, model=tiny_llama(vocab_size=len(tokenizer))) as client:
@@ -153,7 +153,7 @@ def test_an_answer_ends_at_the_end_token_of_the_tokenizer_and_of_the_config(ende
 
 
 def test_a_special_token_in_stop_ends_the_text() -> None:
-    """S21: it is not part of the text, and is looked for all the same; alone, and together with letters."""
+    """S21: it is not part of the text, but is matched nevertheless, alone and together with letters."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     ids = [*tokenizer("one two")["input_ids"], *tokenizer("<turn>")["input_ids"], *tokenizer("three")["input_ids"]]
@@ -190,7 +190,7 @@ def test_the_server_stops_at_a_special_token() -> None:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_out_of_a_template_has_one_bos(tmp_path: Path) -> None:
+def test_a_prompt_from_a_template_has_one_bos(tmp_path: Path) -> None:
     """S21: the template writes the BOS into the text, and the tokenizer adds none, wherever such text is encoded."""
     tokenizer = fallback_tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -242,7 +242,7 @@ def with_defaults(**options: Any) -> PreTrainedModel:
 
 
 def test_requests_have_the_models_own_sampling_defaults() -> None:
-    """S22: temperature, top_k, top_p and min_p of the generation config; what a request says comes first."""
+    """S22: temperature, top_k, top_p and min_p of the generation config, unless a request sets them."""
     with serving() as plain:
         greedy = complete(plain, temperature=0)["choices"][0]["text"]
         sampled = complete(plain, seed=3)["choices"][0]["text"]
@@ -298,7 +298,7 @@ def test_generate_keeps_to_the_generation_config(fast: bool, drafts: bool) -> No
     assert ours.generate(ids, max_new_tokens=24).tolist() == wanted.tolist()
 
 
-def test_commands_say_what_the_generation_config_does(tmp_path: Path) -> None:
+def test_commands_report_the_generation_config(tmp_path: Path) -> None:
     """S22: one line on standard error; `--generation-config none` drops it; another value is refused."""
     save_base(tmp_path)
     path = tmp_path / "generation_config.json"
@@ -342,8 +342,8 @@ def test_log_probabilities_and_sampling_are_drafted(sampling: dict[str, Any]) ->
         assert set(a) == set(b) and all(math.isclose(a[name], b[name], abs_tol=1e-4) for name in a)
 
 
-def test_usage_says_why_an_answer_was_not_drafted(caplog: pytest.LogCaptureFixture) -> None:
-    """S23: several answers are drafted together; without a drafter none is. The log says it once."""
+def test_usage_has_the_reason_why_an_answer_was_not_drafted(caplog: pytest.LogCaptureFixture) -> None:
+    """S23: several answers are drafted together; without a drafter none is, which is logged once."""
     with serving() as client:
         told = complete(client, anydepth={"lossless": True})["usage"]["anydepth"]["drafting"]
         complete(client, anydepth={"lossless": True})
@@ -357,7 +357,7 @@ def test_usage_says_why_an_answer_was_not_drafted(caplog: pytest.LogCaptureFixtu
 
 
 def test_sampled_conversations_are_the_same_drafted_or_not() -> None:
-    """S23: `chat --lossless` at its default temperature drafts, and says what it says without; turn after turn."""
+    """S23: `chat --lossless` at its default temperature drafts; every answer is the same as without drafts."""
     said = []
     for lossless in (False, True):
         tokenizer = byte_tokenizer()
@@ -392,7 +392,7 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 def test_values_of_another_type_are_refused() -> None:
-    """S16: nothing is taken for what it is not; one sentence says where."""
+    """S16: values are not converted; one sentence names the field."""
     with serving() as client:
         for name, body in TYPES.items():
             told = refusal(client, **body)
@@ -402,7 +402,7 @@ def test_values_of_another_type_are_refused() -> None:
 
 
 def test_refusals_are_sentences() -> None:
-    """S11: no memory address and no name of what checks it; the same for every field that takes several types."""
+    """S11: no memory address and no name of a validator, for every field with a union type."""
     bodies: list[dict[str, Any]] = [
         {"stop": ""},
         {"stop": ["a"] * 5},
@@ -449,7 +449,7 @@ def test_refusals_are_sentences() -> None:
 
 
 def test_an_unknown_field_is_named_and_nothing_else() -> None:
-    """S12: its name is told, cut to a length; its value never is; docs/reference/http.md says so."""
+    """S12: the error has its name, truncated, and never its value, as in docs/reference/http.md."""
     with serving() as client:
         told = refusal(client, max_tokns=7777)
         assert told["param"] == "max_tokns" and "7777" not in told["message"]
@@ -461,8 +461,8 @@ def test_an_unknown_field_is_named_and_nothing_else() -> None:
     assert "the name of an unknown field" in docs
 
 
-def test_what_can_never_be_queued_is_refused_at_once() -> None:
-    """S4: more answers than the queue and the batch hold are a 400 on an idle server; what fits is queued whole."""
+def test_calls_larger_than_the_queue_are_refused_at_once() -> None:
+    """S4: more answers than queue and batch hold are a 400 on an idle server; smaller calls are queued completely."""
     with serving(max_batch_size=2, max_queue=6) as client:
         told = refusal(client, prompt=["a"] * 3, n=3, max_tokens=2)
         assert "9 answers" in told["message"] and "at most 8" in told["message"]

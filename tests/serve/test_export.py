@@ -39,7 +39,7 @@ def test_a_skip_set_is_a_shorter_model(family: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_every_how_many_th_layer_has_experts_is_said_by_name(step: int, tmp_path: Path) -> None:
+def test_every_nth_layer_with_experts_becomes_a_list(step: int, tmp_path: Path) -> None:
     """C11: `decoder_sparse_step` counts layers of the whole model."""
     config = families.CONFIGS["qwen3_next"]()
     config.decoder_sparse_step = step
@@ -147,7 +147,7 @@ def test_merged_is_the_model_with_its_adapter(tmp_path: Path) -> None:
         ([], "onnx", {}, "static, draft, merged"),
     ],
 )
-def test_what_no_plain_checkpoint_can_hold(
+def test_targets_that_no_plain_checkpoint_can_hold(
     methods: list[Any], kind: str, options: dict[str, Any], complaint: str, tmp_path: Path
 ) -> None:
     specs = [{"name": spec} if isinstance(spec, str) else spec for spec in methods]
@@ -157,7 +157,7 @@ def test_what_no_plain_checkpoint_can_hold(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_with_other_logits_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "_logits_of", lambda *_: torch.ones(2, 48, 257))
     adapted = anydepth.attach(tiny_llama(), SKIPS)
     with pytest.raises(RunError, match="differ by"):

@@ -1,4 +1,4 @@
-"""What nobody should send, by the thousand; a server that is killed; files that would run code if they were read."""
+"""Invalid requests by the thousand; a server that is killed; files that would run code if they were read."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_what_is_no_request_gets_an_object_too(server: str, name: str) -> None:
-    """S13 too: what is longer than the documented 64 KiB is a 431, complete or not, and the connection is closed."""
+def test_invalid_http_gets_an_object_too(server: str, name: str) -> None:
+    """S13 too: headers over the documented 64 KiB are a 431, complete or not, and the connection is closed."""
     received = raw(server, *FLOODS[name])
     head, _, body = received.partition(b"\r\n\r\n")
     code = 431 if name in ("one long header", "one header of 120 KB", "many headers", "a long path") else 400
@@ -144,7 +144,7 @@ def test_what_is_no_request_gets_an_object_too(server: str, name: str) -> None:
     assert text_of(server)
 
 
-def test_a_client_that_stops_in_its_body_keeps_no_other_waiting(server: str) -> None:
+def test_a_client_that_stops_in_its_body_blocks_no_other(server: str) -> None:
     place = urlsplit(server)
     lines = []
     for _ in range(20):
@@ -219,7 +219,7 @@ NAMES = ["pytorch_model.bin", "adapter_model.bin", "optimizer.pt", "training_arg
 
 @pytest.mark.slow
 def test_planted_pickles_are_not_read(tmp_path: Path) -> None:
-    """Beside the weights of base and checkpoint, in every folder there is."""
+    """They are next to the weights of base model and checkpoint, in every folder."""
     target, mark = tiny_router(tmp_path), tmp_path / "mark"
     folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
     assert len(folders) >= 3

@@ -34,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device", list(WIDTHS))
-def test_it_writes_and_shows_the_depth_of_every_token(browser: Any, address: str, device: str, scheme: str) -> None:
+def test_it_generates_and_shows_the_depth_of_every_token(browser: Any, address: str, device: str, scheme: str) -> None:
     context = browser.new_context(viewport={"width": WIDTHS[device], "height": 900}, color_scheme=scheme)
     page, complaints, asked = context.new_page(), [], []
     page.on("console", lambda message: complaints.append(message.text))
@@ -90,7 +90,7 @@ def test_full_depth_is_not_compared_with_itself(browser: Any, address: str) -> N
     page.close()
 
 
-def test_it_says_what_goes_wrong_and_can_be_used_again(browser: Any, address: str) -> None:
+def test_it_shows_errors_and_can_be_used_again(browser: Any, address: str) -> None:
     page = browser.new_page()
     page.goto(f"{address}/")
     page.get_by_text("6 layers").wait_for()

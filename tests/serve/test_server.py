@@ -1,4 +1,4 @@
-"""The server as clients meet it: a real process, OpenAI's own client, and requests that nobody should send."""
+"""The server as a real process, with OpenAI's own client and with invalid requests."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_streams_are_the_same_text_in_pieces(client: OpenAI, target: Path) -> No
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
 
 
-def test_lossless_is_the_text_of_full_depth_and_says_what_was_drafted(client: OpenAI, target: Path) -> None:
+def test_lossless_is_the_text_of_full_depth_with_draft_counts(client: OpenAI, target: Path) -> None:
     answer = client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=30, temperature=0, extra_body={"anydepth": {"lossless": True}}
     )
@@ -145,7 +145,7 @@ def test_logprobs_are_the_models(client: OpenAI, target: Path) -> None:
         assert own == pytest.approx(max(top.values()))
 
 
-def test_a_model_without_a_template_says_so(client: OpenAI) -> None:
+def test_chat_without_a_template_is_refused(client: OpenAI) -> None:
     with pytest.raises(APIStatusError, match="no chat template") as raised:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}])
     assert raised.value.status_code == 400
@@ -184,7 +184,7 @@ BAD: dict[str, tuple[Any, int]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_mistakes_get_an_object_that_says_so(server: str, name: str) -> None:
+def test_mistakes_get_an_error_object(server: str, name: str) -> None:
     body, code = BAD[name]
     answer = post(server, "completions", body, headers={"Content-Type": "application/json"})
     assert answer.status_code == code, answer.text
@@ -222,7 +222,7 @@ def test_no_key_no_answer(server: str) -> None:
 # --- many at once, and the end ---------------------------------------------------------------------------------------
 
 
-def test_the_queue_is_bounded_and_clients_that_leave_are_forgotten(target: Path) -> None:
+def test_the_queue_is_bounded_and_disconnected_clients_are_cancelled(target: Path) -> None:
     process, address = start(target, "--max-batch-size", 1, "--max-queue", 1)
     try:
         body = {"model": "tiny", "prompt": "abc", "max_tokens": WINDOW - 4, "temperature": 0.5, "stream": True}
@@ -312,9 +312,7 @@ def test_chat(talking: tuple[Path, str], stream: bool, logprobs: bool) -> None:
     assert text == wanted and reason == "length" and len(told) == 20 * logprobs
 
 
-def test_an_error_in_the_middle_of_an_answer_is_reported(
-    talking: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_within_an_answer_are_reported(talking: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An object, whole or as an event: never a bare 500, never a stream that just ends."""
     folder, _ = talking
     adapted = anydepth.load(folder / "router")
@@ -369,7 +367,7 @@ def test_sigterm_lets_answers_end(target: Path) -> None:
         end(process)
 
 
-def test_a_port_that_is_taken_is_refused_at_once(server: str, target: Path) -> None:
+def test_a_port_in_use_is_reported_at_once(server: str, target: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -383,8 +381,8 @@ def test_a_port_that_is_taken_is_refused_at_once(server: str, target: Path) -> N
     assert done.returncode == 2 and "cannot bind" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_one_request_that_fails_takes_no_other_with_it(target: Path) -> None:
-    """A logits processor that raises, and one that leaves nothing to choose from; beside them others go on."""
+def test_a_failed_request_ends_no_other(target: Path) -> None:
+    """A logits processor raises, and another leaves no token to choose from, while other requests continue."""
 
     def broken(*_: torch.Tensor) -> torch.Tensor:
         raise ValueError("broken")

@@ -1,4 +1,4 @@
-"""Conversations: the model's own words, with what was said before in front; through pipes, too."""
+"""Conversations: each answer is the model's text after the turns before it, also through pipes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def alone(service: Service, text: str, new_tokens: int) -> str:
     return str(service.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))  # type: ignore[union-attr]
 
 
-def test_each_answer_follows_what_was_said(service: Service) -> None:
+def test_each_answer_follows_the_conversation(service: Service) -> None:
     talk = Talk(service, service.tokenizer, "be brief", 8, 0.0)
     pieces = list(talk.answer("hi"))
     first = "".join(text for text, _ in pieces)
@@ -46,7 +46,7 @@ def test_each_answer_follows_what_was_said(service: Service) -> None:
     assert second == alone(service, f"s:be brief;u:hi;a:{first};u:so?;a:", 8)
 
 
-def test_an_answer_that_is_not_listened_to_ends_and_is_part_of_the_conversation(service: Service) -> None:
+def test_a_closed_answer_ends_and_is_part_of_the_conversation(service: Service) -> None:
     talk = Talk(service, service.tokenizer, None, 60, 0.0)
     answer = talk.answer("hi")
     text, _ = next(answer)
@@ -55,13 +55,13 @@ def test_an_answer_that_is_not_listened_to_ends_and_is_part_of_the_conversation(
     assert list(talk.answer("go on"))
 
 
-def test_a_conversation_longer_than_the_window_says_so(service: Service) -> None:
+def test_a_conversation_longer_than_the_window_is_refused(service: Service) -> None:
     talk = Talk(service, service.tokenizer, "x" * 140, 8, 0.0)
     with pytest.raises(UserError, match="begin a new one"):
         list(talk.answer("hi"))
 
 
-def test_the_command_talks_through_pipes(tmp_path: Path) -> None:
+def test_the_command_works_through_pipes(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tiny_llama().save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Text as tokens come: whole characters, nothing behind a stop string, and in the end all of it."""
+"""Streams of text: whole characters, no text after a stop string, and at the end all of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pieces(text: str, *stop: str) -> tuple[list[str], TextStream]:
     return [*said, stream.finish()], stream
 
 
-def test_characters_come_whole_and_all_of_them() -> None:
+def test_characters_are_complete_and_none_is_lost() -> None:
     said, _ = pieces(TEXT)
     assert "".join(said) == TEXT
     assert all("�" not in part for part in said)
@@ -35,8 +35,8 @@ def test_a_stop_string_ends_it_and_is_not_part_of_it(stop: str) -> None:
     assert stream.is_stopped == (stop in TEXT)
 
 
-def test_nothing_of_a_stop_string_is_ever_let_go() -> None:
-    """Random texts of few letters: what was said stands in front of the first stop; at most its begin is held."""
+def test_no_part_of_a_stop_string_is_ever_released() -> None:
+    """Random texts of few letters: released text ends before the first stop, and at most its beginning is held."""
     generator = random.Random(0)
     for _ in range(200):
         text = "".join(generator.choices("abc", k=30))

@@ -6,7 +6,7 @@ import pytest
 
 FAMILIES = {"llama", "gemma3_text", "gpt2"}
 DRAFTERS = {"lookup", "first layers"}
-"""Families differ in layers, drafters in what they ask of the model: each runs once with everything."""
+"""Families differ in their layers, drafters in their use of the model: each runs with all of the other in some case."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ from anydepth.speculation.draft_policy import NUM_BINS, Acceptance, DraftPolicy,
 
 @dataclass
 class Simulated:
-    """A drafter whose tokens are right with a probability that its confidence bin tells.
+    """A drafter whose tokens are right with the probability of their confidence bin.
 
     Attributes:
         right: probability by bin.
@@ -92,12 +92,12 @@ def test_regret_against_the_best_fixed_length(name: str, seconds: float) -> None
 
 
 def test_a_drafter_that_never_pays_costs_little() -> None:
-    """Trials end, and come back only every now and then."""
+    """Trials end, and are repeated rarely."""
     plain = simulate(DraftPolicy(), Simulated({5: 0.0}, 5.0), 3000, fixed=0)
     assert simulate(DraftPolicy(), Simulated({5: 0.0}, 5.0), 3000) <= 1.06 * plain
 
 
-def test_acceptance_is_the_frequency_of_late_tokens() -> None:
+def test_acceptance_is_the_frequency_of_recent_tokens() -> None:
     acceptance = Acceptance.prior([0.5] * NUM_BINS)
     random = Random(2)
     for _ in range(2000):
@@ -136,7 +136,7 @@ def test_a_draft_continues_while_it_saves_more_than_it_costs() -> None:
     assert times.rate("one", 0.0, 0.0) == pytest.approx(0.1), "a plain step"
 
 
-def test_of_sequences_together_each_has_its_part_of_a_saved_step() -> None:
+def test_sequences_together_share_the_cost_of_a_step() -> None:
     times = StepTimes(num_rows=4, plain=20.0, per_token=1.0)
     times.observe_draft("one", 2.0)
     assert times.pays("one", [0.9, 0.9, 0.3, 0.0]) == (2.1 * 20 / 4 > 2 + 4)

@@ -1,8 +1,7 @@
-"""Lossless decoding: the tokens of full depth, whatever drafts, whatever is asked of `generate`."""
+"""Lossless decoding: the tokens of full depth, with every drafter and every option of `generate`."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from typing import Any
 
@@ -10,30 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 import anydepth
 import families
-from anydepth import Draft
 from anydepth.decoding.engine import Engine
-from anydepth.decoding.request import Request
-from anydepth.decoding.sampler import Sampler, Stops
+from anydepth.decoding.sampler import Sampler
 from anydepth.engine.backends.cpu.native import same_bits_until
-from anydepth.engine.session import FastSession
 from anydepth.errors import UserError
-from anydepth.gating.plan import Plan
 from anydepth.hf.adapted import AdaptedModel
-from anydepth.hf.session import HFSession
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from anydepth.speculation import drafting as policy
-from anydepth.speculation.drafters import PromptLookupDrafter
-from drafts import ALONE, DRAFTERS, drafting
+from drafts import ALONE, DRAFTERS, both, drafting, prompts
 from tiny import byte_tokenizer, tiny_llama
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -52,26 +42,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(params=DRAFTERS)
 def drafter(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def prompts(num_rows: int, seed: int = 0) -> dict[str, Tensor]:
-    """Of different lengths, padded on the left; some repeat themselves, for lookups to find."""
-    ids = torch.randint(3, 100, (num_rows, 21), generator=torch.Generator().manual_seed(seed))
-    ids[:, 12:18] = ids[:, 3:9]
-    mask = torch.ones_like(ids)
-    if num_rows > 1:
-        mask[1, :7] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def both(engine: Engine, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    """Return tokens at full depth and drafted, from the same seed."""
-    options = {"max_new_tokens": 30, "pad_token_id": 0, **options}
-    torch.manual_seed(5)
-    with engine.adapted.disabled():
-        wanted = engine.generate(**batch, **options)
-    torch.manual_seed(5)
-    return wanted, engine.generate(**batch, **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -116,7 +86,7 @@ def test_every_family_gives_the_tokens_of_full_depth(family: str, name: str) -> 
         assert torch.equal(wanted, ours)
 
 
-def test_what_drafts_like_the_model_is_always_right() -> None:
+def test_a_drafter_equal_to_the_model_is_always_right() -> None:
     for options in OPTIONS.values():
         engine = drafting("fast", (ALONE, [{"name": "skip_set"}]))
         both(engine, prompts(3), **options, eos_token_id=None)
@@ -146,8 +116,8 @@ def test_no_token_runs_the_first_layers_twice() -> None:
 
 
 @pytest.mark.parametrize("name", ["several exits", "everything"])
-def test_draft_tokens_that_are_dropped_leave_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every second one is, after the first layers have run for it."""
+def test_dropped_draft_tokens_leave_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second draft token is dropped after the first layers have run for it."""
     asked = itertools.count()
     monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.repays", lambda *_: next(asked) % 2)
     monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.pays", lambda *_: True)
@@ -195,14 +165,14 @@ def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
     assert at < 40
 
 
-def test_rows_that_ended_continue_where_no_end_token_is_known() -> None:
-    """As transformers has it: without an end token nothing is filled up, and the batch ends with its last row."""
+def test_rows_that_ended_continue_without_an_end_token() -> None:
+    """As in transformers: without an end token rows are not padded, and the batch ends with its last row."""
     batch = prompts(3)
 
     class Ends(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             lengths = torch.tensor([6, 14, 9])[: len(input_ids)] + 21
-            if len(input_ids) == 1:  # asked row by row: told apart by the prompt
+            if len(input_ids) == 1:  # called row by row, identified by the prompt
                 row = next(i for i, ids in enumerate(batch["input_ids"]) if torch.equal(ids, input_ids[0, :21]))
                 lengths = torch.tensor([[6, 14, 9][row] + 21])
             return torch.full((len(input_ids),), input_ids.shape[1]) >= lengths
@@ -214,14 +184,14 @@ def test_rows_that_ended_continue_where_no_end_token_is_known() -> None:
         assert torch.equal(wanted, ours) and ours.shape[1] == 21 + 14
 
 
-def test_a_length_that_the_prompt_has_already_ends_at_once() -> None:
+def test_a_maximum_length_below_the_prompt_ends_at_once() -> None:
     for path in ("fast", "hf"):
         limit = StoppingCriteriaList([MaxLengthCriteria(10)])
         wanted, ours = both(drafting(path, "first layers"), prompts(2), do_sample=False, stopping_criteria=limit)
         assert torch.equal(wanted, ours) and ours.shape[1] == 22
 
 
-def test_what_would_be_dropped_is_refused() -> None:
+def test_unsupported_options_are_refused() -> None:
     batch = prompts(2)
     right = {**batch, "attention_mask": torch.tensor([[1] * 20 + [0], [1] * 21])}
     for runner in (drafting("fast", "first layers"), drafting("hf", "first layers")):
@@ -231,8 +201,8 @@ def test_what_would_be_dropped_is_refused() -> None:
             runner.generate(**batch, assistant_model=runner.adapted.model, max_new_tokens=3)
 
 
-def test_rows_near_a_change_of_bits_hold_the_others_back() -> None:
-    """A batch of one row in front of the place where attention is cut otherwise and one far from it."""
+def test_rows_near_a_change_of_bits_limit_all_drafts() -> None:
+    """A batch has one row shortly before the length at which attention is chunked otherwise, and one far from it."""
     model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
     engine = drafting("fast", ({**ALONE, "max_draft": 8}, [{"name": "skip_set", "skip_layers": [2]}]), model)
     generator = torch.Generator().manual_seed(0)
@@ -242,15 +212,6 @@ def test_rows_near_a_change_of_bits_hold_the_others_back() -> None:
     batch = {"input_ids": ids, "attention_mask": mask}
     wanted, ours = both(engine, batch, do_sample=False, max_new_tokens=60, eos_token_id=None)
     assert torch.equal(wanted, ours)
-
-
-@pytest.mark.parametrize("strategy", ["dynamic", "influence", "knapsack"])
-def test_searching_for_layers_next_to_early_exits(strategy: str) -> None:
-    """Layers that are called by themselves see no gates of the forward before."""
-    options = {**ALONE, "exit_layers": [3], "search": {"strategy": strategy, "every": 8, "window": 8}}
-    for path in ("fast", "hf"):
-        wanted, ours = both(drafting(path, (options, [])), prompts(1), do_sample=False, eos_token_id=None)
-        assert torch.equal(wanted, ours)
 
 
 class Puts:
@@ -282,7 +243,7 @@ def test_a_streamer_gets_every_step_in_order() -> None:
 
 
 @pytest.mark.parametrize("path", ["hf", "fast"])
-def test_a_draft_that_fails_leaves_the_model_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_draft_leaves_the_model_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = drafting(path, "first layers")
     wanted, ours = both(runner, prompts(2), do_sample=False)
     assert torch.equal(wanted, ours)
@@ -366,7 +327,7 @@ def chi_square_p(counts: Tensor, shares: Tensor) -> float:
 
 @torch.no_grad()
 def test_sampled_tokens_have_the_joint_distribution_of_full_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a drafter whose tokens are taken for true without verification is found out by the same test."""
+    """The same test rejects a drafter whose tokens are accepted without verification."""
     model = tiny_llama(vocab_size=8)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
@@ -388,63 +349,7 @@ def test_sampled_tokens_have_the_joint_distribution_of_full_depth(monkeypatch: p
     assert chi_square_p(joint(engine, 330, **options), shares) < 1e-6
 
 
-# --- parts ------------------------------------------------------------------------------------------------------
-
-
-def request(ids: list[int], num_padding: int = 0) -> Request:
-    """Return a request whose prompt these tokens are."""
-    return Request(ids, Sampler(), Stops.at(len(ids) + 9), num_padding=num_padding)
-
-
-def test_lookup_continues_as_the_text_did() -> None:
-    drafter, row, seen = PromptLookupDrafter(), request([9, 1, 2, 3, 4, 5, 9, 9, 2, 3]), []
-    for _ in range(4):
-        proposal = drafter.propose(None, [row], None)[0]  # type: ignore[arg-type]
-        assert proposal is not None
-        seen.append((proposal.token, proposal.bin))
-        row.draft.append(proposal.token)
-    assert seen == [(4, 2), (5, 3), (9, 4), (9, 5)]
-    row.ids, row.draft = [*row.ids, 7], []
-    assert drafter.propose(None, [row], None) == [None]  # type: ignore[arg-type]
-
-
-def test_a_search_continues_while_text_is_generated_and_keeps_the_best() -> None:
-    engine = drafting("fast", "searched")
-    for seed in range(3):
-        engine.generate(**prompts(1, seed), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert engine.drafting is not None
-    drafter: Any = engine.drafting.drafters[0]  # type: ignore[attr-defined]
-    seen = drafter.proposals.seen
-    assert len(seen) >= 5 and all(len(layers) == 2 and 0 <= share <= 1 for layers, share in seen.items())
-    assert seen[tuple(sorted(Plan.of([drafter.method]).closed["layer"]))] == max(seen.values())
-
-
-@pytest.mark.parametrize("path", ["hf", "fast"])
-def test_a_search_by_time_measures_once_and_takes_the_least_influence_for_it(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Layer 4 takes half of a step, so it is cheaper to leave out than four other layers, one of which is cheaper."""
-    runner = drafting(path, "searched by time")
-    session: Any = (HFSession, FastSession)[path == "fast"]
-    own, asked = session.layer_seconds, []
-
-    def planted(self: Any, sequence: int, ids: list[int]) -> list[float]:
-        measured = own(self, sequence, ids)
-        assert len(measured) == 6 and all(seconds > 0 for seconds in measured)
-        asked.append(sequence)
-        return [1.0, 1.0, 1.0, 1.0, 5.0, 1.0]
-
-    monkeypatch.setattr(session, "layer_seconds", planted)
-    turns = dict.fromkeys([("layer", i) for i in range(6)], 1.0) | {("layer", 4): 1.5}
-    monkeypatch.setattr("anydepth.search.knapsack.influences", lambda *_: turns)
-    for seed in range(2):
-        wanted, ours = both(runner, prompts(1, seed), do_sample=False, eos_token_id=None)
-        assert torch.equal(wanted, ours)
-    drafter: Any = runner.drafting.drafters[0]  # type: ignore[attr-defined]
-    assert len(asked) == 1 and drafter.number >= 4
-    assert Plan.of([drafter.method]).closed["layer"] == {
-        4
-    }  # half of the time for an influence of 1.5; four other layers have 4
+# --- bits, generators and failures ------------------------------------------------------------------------------
 
 
 def test_many_rows_still_have_the_bits_of_full_depth() -> None:
@@ -456,8 +361,8 @@ def test_many_rows_still_have_the_bits_of_full_depth() -> None:
         assert torch.equal(wanted, ours)
 
 
-def test_contexts_with_attention_cut_into_larger_chunks() -> None:
-    """Passes do not reach over the places where the parts double: there the bits would be others."""
+def test_passes_do_not_span_a_change_of_attention_chunks() -> None:
+    """Passes end before the lengths at which the chunks double, since the bits change there."""
     ids = torch.randint(3, 100, (1, 100), generator=torch.Generator().manual_seed(0)).repeat(1, 3)[:, :240]
     model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
     engine = drafting("fast", ({**ALONE, "max_draft": 8}, [{"name": "skip_set", "skip_layers": [2]}]), model)
@@ -468,8 +373,8 @@ def test_contexts_with_attention_cut_into_larger_chunks() -> None:
     assert same_bits_until(1, 2) <= same_bits_until(257, 2) and same_bits_until(300, 2) >= 300
 
 
-def test_the_state_of_chance_is_that_of_full_depth() -> None:
-    """Drafts draw noise for steps that nobody takes; a second generation behind the same seed does not see it."""
+def test_the_generator_state_is_that_of_full_depth() -> None:
+    """Drafts draw noise for steps that are never taken, which must not change a second generation from one seed."""
     engine, options = drafting("fast", "first layers"), {"do_sample": True, "max_new_tokens": 11, "pad_token_id": 0}
     texts = []
     for full_depth in (True, False):
@@ -496,7 +401,7 @@ def test_no_token_of_a_reduced_vocabulary_is_allowed() -> None:
         assert torch.equal(wanted, ours)
 
 
-def test_a_prompt_that_fails_says_why() -> None:
+def test_a_failed_prompt_raises() -> None:
     engine = drafting("fast", "everything")
     assert engine.model is not None
 
@@ -508,35 +413,7 @@ def test_a_prompt_that_fails_says_why() -> None:
         engine.generate(**prompts(2), max_new_tokens=4, do_sample=False, pad_token_id=0)
 
 
-def test_the_trained_drafter_is_of_the_fast_engine() -> None:
-    with pytest.raises(UserError, match="use engine fast"):
-        drafting("hf", "trained")
-
-
-def test_padding_is_no_text_to_look_up() -> None:
-    row = request([0, 0, 0, 0, 5, 6, 0, 0], num_padding=4)
-    assert PromptLookupDrafter().propose(None, [row], None) == [None]  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"exit_layers": [6]}, "exit_layers has \\[6\\]"),
-        ({"exit_layers": [0]}, "at least one layer"),
-        ({"max_draft": 0}, "max_draft"),
-        ({"network": {"taps": [7]}}, "taps"),
-        ({"network": {"taps": [2, 4]}}, "the last must be 6"),
-        ({"exit_layers": [3], "exit_vocabulary": 999}, "257 tokens"),
-        ({"network": {"taps": [2, 6]}, "exit_layers": [3]}, "after exit_layers"),
-        ({"draft": 3}, "unknown key"),
-    ],
-)
-def test_bad_options_are_named(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        Draft(anydepth.attach(tiny_llama(), []), options)
-
-
-def test_modes_that_it_has_not_are_refused() -> None:
+def test_unsupported_modes_are_refused() -> None:
     for runner in (drafting("hf", "lookup"), drafting("fast", "lookup")):
         with pytest.raises(UserError, match="greedily or samples"):
             runner.generate(**prompts(1), max_new_tokens=4, num_beams=2)
@@ -598,7 +475,7 @@ def test_batches_that_cross_the_change_of_rotary_embeddings_are_refused(kind: st
 
 @torch.no_grad()
 def test_skipping_across_the_change_of_rotary_embeddings() -> None:
-    """C4, without drafts: a cache of ours is read anew where the model asks for it, too."""
+    """C4, without drafts: our cache is read again where the model requires it, too."""
     ids = families.token_ids(1, 20)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     shallow = of_growing_rotary("longrope")
@@ -608,106 +485,3 @@ def test_skipping_across_the_change_of_rotary_embeddings() -> None:
     shallow.config.num_hidden_layers = 4
     adapted = anydepth.attach(of_growing_rotary("longrope"), {"name": "skip_set", "skip_layers": [3]})
     assert torch.equal(adapted.generate(ids, **options), shallow.generate(ids, **options))
-
-
-# --- logits processors that keep a state ---------------------------------------------------------------------
-
-
-class Counting(LogitsProcessor):
-    """Wants another token each time that it is asked, as a grammar does."""
-
-    def __init__(self) -> None:
-        self.num_calls = 0
-        self.lengths: list[int] = []
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.num_calls += 1
-        self.lengths.append(input_ids.shape[1])
-        scores = scores.clone()
-        scores[:, 3 + 7 * self.num_calls % 90 :: 5] += 4.0
-        return scores
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("path", ["hf", "fast"])
-@pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("drafter", ["lookup", "first layers", "everything"])
-def test_processors_with_a_state_are_asked_once_a_token(drafter: str, sampled: bool, path: str) -> None:
-    """C7: a logits processor is called for each token that is taken, in order, as transformers calls it."""
-    runner = drafting(path, drafter)
-    adapted, found = runner.adapted, []
-    for full_depth in (True, False):
-        processor = Counting()
-        with adapted.disabled() if full_depth else contextlib.nullcontext():
-            torch.manual_seed(3)
-            ids = runner.generate(
-                **prompts(1), max_new_tokens=20, do_sample=sampled, pad_token_id=0, eos_token_id=None,
-                logits_processor=LogitsProcessorList([processor]),
-            )  # fmt: skip
-        found.append((ids.tolist(), processor.num_calls, processor.lengths))
-    assert found[0] == found[1]
-    assert found[1][1] == 20
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("path", ["hf", "fast"])
-def test_a_users_prefix_function_is_asked_once_a_token(path: str) -> None:
-    """C7, a function: `prefix_allowed_tokens_fn` may keep a state as well."""
-    runner = drafting(path, "first layers")
-    adapted, found = runner.adapted, []
-    for full_depth in (True, False):
-        asked = itertools.count()
-
-        def allowed(_: int, __: Tensor, asked: Any = asked) -> list[int]:
-            start = next(asked) * 11 % 200
-            return list(range(start + 3, start + 40))
-
-        with adapted.disabled() if full_depth else contextlib.nullcontext():
-            ids = runner.generate(
-                **prompts(1), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None,
-                prefix_allowed_tokens_fn=allowed,
-            )  # fmt: skip
-        found.append((ids.tolist(), next(asked)))
-    assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("path", ["hf", "fast"])
-def test_processors_with_a_state_and_several_rows_are_refused(path: str) -> None:
-    """C7, a batch: rows that draft are at different tokens, which such a processor cannot follow."""
-    runner = drafting(path, "lookup")
-    with pytest.raises(UserError, match="Counting may keep a state"):
-        runner.generate(
-            **prompts(2), max_new_tokens=5, pad_token_id=0, logits_processor=LogitsProcessorList([Counting()])
-        )
-
-
-@torch.no_grad()
-def test_processors_of_transformers_that_keep_a_state() -> None:
-    """C7, transformers' own: classifier-free guidance has a K/V cache of the unconditional text."""
-    engine = drafting("hf", "first layers")
-    adapted, found = engine.adapted, []
-    for full_depth in (True, False):
-        guidance: Any = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, tiny_llama(seed=3))
-        processors = LogitsProcessorList([guidance])
-        with adapted.disabled() if full_depth else contextlib.nullcontext():
-            found.append(
-                engine.generate(
-                    **prompts(1), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=None,
-                    logits_processor=processors,
-                )
-            )  # fmt: skip
-    assert torch.equal(*found)
-
-
-def test_processors_that_say_they_keep_no_state_are_taken_for_batches() -> None:
-    """C7, the way out: an attribute, and drafts ask them as they ask transformers' own."""
-
-    class Ban(LogitsProcessor):
-        is_stateless = True
-
-        def __call__(self, input_ids: Any, scores: Any) -> Any:
-            return scores.index_fill(1, torch.tensor([7, 9]), -torch.inf)
-
-    engine = drafting("hf", "first layers")
-    ours, theirs = both(engine, prompts(3), do_sample=False, logits_processor=LogitsProcessorList([Ban()]))
-    assert torch.equal(ours, theirs)

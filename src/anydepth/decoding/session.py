@@ -16,7 +16,7 @@ class Session(Protocol):
     """K/V of the sequences that an engine decodes together; each sequence has an id.
 
     Tokens are *committed* once they belong to a sequence. Draft tokens are not committed until `commit`: the next
-    `verify` or `step` overwrites their K/V. After an exception, sequences that took part can only be closed.
+    `verify` or `step` overwrites their K/V. After an exception, the sequences of the call can only be closed.
 
     Attributes:
         num_sequences: sequences that can be open at the same time.

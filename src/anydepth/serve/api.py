@@ -44,7 +44,7 @@ log = logging.getLogger("anydepth.serve")
 DONE = "[DONE]"
 BROKEN = "decoding failed; the server's log says why"  # the error itself may contain parts of a prompt
 REFUSALS = (400, 401, 404, 408, 413, 429, 431)
-STREAMED = {200: {"description": "The answer, whole or as events.", "content": {"text/event-stream": {}}}}
+STREAMED = {200: {"description": "The answer, complete or as events.", "content": {"text/event-stream": {}}}}
 
 
 @dataclass(frozen=True)

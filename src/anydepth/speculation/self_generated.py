@@ -209,7 +209,7 @@ def _write_shard(writer: Writer, path: Path, num_tokens: int) -> None:
     """Write texts of at least `num_tokens` tokens to a file.
 
     Its tensors are `ids` (N,), `states` (N, taps, D), `lengths` of the texts, the positions where prompts (`questions`)
-    and completions (`answers`) begin, and the `seconds` that writing took.
+    and completions (`answers`) begin, and the `seconds` of writing.
     """
     texts, written, started = list[Text](), 0, time.monotonic()
     while written < num_tokens:

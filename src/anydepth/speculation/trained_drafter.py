@@ -47,7 +47,7 @@ class TrainedDrafter(Drafter):
     def __init__(self, model: EngineModel, network: DraftNetwork) -> None:
         self.model, self.vocabulary, self.captures = model, network.vocabulary, network.taps
         reads, joins = network.read.weight.detach(), network.join.weight.detach()
-        # `read` and the first half of `join` are one linear map.
+        # `read` and the first half of `join` are merged into one linear layer.
         both = torch.cat([joins[:, : len(reads)] @ reads, joins[:, len(reads) :]], dim=1)
         network = copy.deepcopy(network).to(model.dtype)
         few_bits = model.why_not_native is None and model.dtype == torch.bfloat16
