@@ -49,7 +49,7 @@ def test_a_depth_budget_that_fails_leaves_the_thresholds(monkeypatch: pytest.Mon
     assert configs_of(found.adapted) == before and not found.plans
 
 
-def test_an_answer_whose_text_fails_ends_alone() -> None:
+def test_an_answer_with_a_failing_text_ends_alone() -> None:
     class Broken(TextStream):
         def push(self, token_id: int) -> str:
             raise ValueError("no such token")

@@ -1,4 +1,4 @@
-"""The engines: transformers and the fast engine, behind one interface."""
+"""The engines: transformers and the fast engine, with one interface."""
 
 from __future__ import annotations
 

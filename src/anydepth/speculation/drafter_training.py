@@ -64,7 +64,7 @@ class DraftTraining(nn.Module):
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
         total, counted, right = torch.zeros((), device=ids.device), 0.0, []
         for number in range(self.num_drafted):
-            num_tokens = ids.shape[1] - 1 - number  # each needs a next token, whose embedding it is joined with
+            num_tokens = ids.shape[1] - 1 - number  # each is joined with the embedding of the next token
             following = embedded[:, 1 + number :]
             feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], following], -1)), number, cache)
             logits = self._capped(F.linear(network.norm(feature), self.head))
