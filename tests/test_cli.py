@@ -498,9 +498,7 @@ def test_values_out_of_range(base: Path, finished: Path) -> None:
     assert "1,x" in refused("bench", finished, "--batch-sizes", "1,x", "--quiet")
     assert "no method attached" in refused("bench", base, "--quiet")
     assert "did you mean 'arc_easy'" in refused("eval", base, "--tasks", "arc_eazy", "--quiet")
-    assert "--permutations is a number of at least 1; got 0" in refused(
-        "analyze", base, "--permutations", 0, "--quiet"
-    )
+    assert "--permutations is a number of at least 1; got 0" in refused("analyze", base, "--permutations", 0, "--quiet")
     assert "cuda:7" in refused("inspect", base, "--device", "cuda:7")
 
 
