@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from anydepth.hf.deferred import DeferredLayer
+from anydepth.hf.deferred_layer import DeferredLayer
 from anydepth.models.backbone import Rotation
 
 EMPTY = -1
