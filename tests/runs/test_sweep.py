@@ -82,12 +82,6 @@ def test_a_killed_sweep_continues(recipe: Path, tmp_path: Path) -> None:
         assert manifest["seed"] == point["seed"]
         assert manifest["config"]["methods"][0]["target_skip"] == point["values"]["methods.0.target_skip"]
         assert {"commit", "hardware", "versions"} <= set(manifest)
-    import optuna
-
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(tmp_path / "sweep" / "optuna.log"))
-    )
-    assert len(optuna.load_study(study_name="sweep", storage=storage).trials) == 6
 
 
 @pytest.mark.slow

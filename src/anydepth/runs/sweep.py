@@ -27,7 +27,7 @@ from anydepth.runs.learning import learn_in_processes, learn_on_ray
 from anydepth.runs.run import LEARNING, Runner
 
 Say = Callable[[str], None]
-POINTS, STUDY = "points", "optuna.log"
+POINTS = "points"
 LEARNED = (*LEARNING, "eval")
 """Stages of a point that run next to other points; later ones are timed alone."""
 
@@ -73,7 +73,6 @@ class Sweep:
         if not rows:
             raise RunError(f"every point failed ({next(iter(failed.values()))})")
         settings = settings_of(rows)
-        _keep_in_study(self.out / STUDY, rows)
         return {
             "points": rows,
             "failed": [{"name": name, "reason": reason} for name, reason in failed.items()],
@@ -179,38 +178,6 @@ def _folder_name(values: Mapping[str, Any], seed: int) -> str:
     """Return a readable folder name without characters that file systems refuse."""
     parts = [f"{key}={value}" for key, value in short_keys(values).items()]
     return re.sub(r"[^\w.=+-]+", "_", "-".join([*parts, f"seed={seed}"]))
-
-
-def _keep_in_study(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add the points to an Optuna study as trials, each once, for its dashboard and plots."""
-    try:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        return
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(path))),
-        study_name="sweep",
-        directions=["minimize", "minimize"],
-        load_if_exists=True,
-    )
-    known = {trial.user_attrs.get("name") for trial in study.trials}
-    for row in rows:
-        if row["name"] in known:
-            continue
-        parameters = {key: str(value) for key, value in {**row["values"], "seed": row["seed"]}.items()}
-        kinds: dict[str, Any] = {
-            key: optuna.distributions.CategoricalDistribution([value]) for key, value in parameters.items()
-        }
-        trial = optuna.trial.create_trial(
-            params=parameters,
-            distributions=kinds,
-            values=[row["perplexity"], row["time_share"]],
-            user_attrs={"name": row["name"], "folder": row["folder"]},
-        )
-        study.add_trial(trial)
 
 
 def sweep_document(sweep: Sweep, config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
