@@ -26,10 +26,10 @@ from anydepth.training.diagnostics import GateDecisions, described, gate_decisio
 NUM_BINS = 8
 STOP_WORDS = (
     (
-        " a about after all also an and any are as at be been before but by can could did do does for from had has have he "
-        "her his how i if in into is it its may more most no not of on one only or other our out over s she so some such "
-        "t than that the their them then there these they this those to under up was we were what when where which "
-        "will with would you your "
+        " a about after all also an and any are as at be been before but by can could did do does for from had has "
+        "have he her his how i if in into is it its may more most no not of on one only or other our out over s she so "
+        "some such t than that the their them then there these they this those to under up was we were what when where "
+        "which will with would you your "
     ),
     " who ",
 )
