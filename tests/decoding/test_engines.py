@@ -127,7 +127,7 @@ def test_models_and_options_without_support_are_refused() -> None:
     long.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(UserError, match=r"rotary embedding .*dynamic"):
         FastEngine(anydepth.attach(long, []))
-    with pytest.raises(UserError, match="plain linear maps and found Quantised"):
+    with pytest.raises(UserError, match="plain linear layers and found Quantised"):
         FastEngine(anydepth.attach(quantised, []))
     with pytest.raises(UserError, match="int8 weights want a bfloat16 model"):
         FastEngine(routed(), "int8")

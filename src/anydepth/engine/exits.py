@@ -1,4 +1,4 @@
-"""Passes with exits whose missing layers are run later (the K/V rule `recompute`).
+"""Passes with exits that run the missing layers later (the K/V rule `recompute`).
 
 Between two exits layers run for all tokens of a row that have arrived, those of earlier passes first. Where no token of
 a row continues, the row's tokens are deferred: their states are stored in the cache of the layer before which they
@@ -59,7 +59,7 @@ class ExitPass:
         return last.flatten(0, 1)
 
     def _stop(self, layer_idx: int, gate: Gate) -> None:
-        """Defer the rows none of whose tokens continues."""
+        """Defer the rows in which no token continues."""
         continues = gate.keep.any(1).tolist()
         kv = self.new.cache.layers[layer_idx]
         for row in self.running:

@@ -39,7 +39,7 @@ class LayerKV:
 
     Attributes:
         counts: tokens with K/V, by sequence.
-        deferred: (sequences, capacity, D) inputs to the layer of the tokens after those, whose K/V are deferred.
+        deferred: (sequences, capacity, D) inputs to the layer of the tokens after those, which have deferred K/V.
         num_deferred: their number by sequence, int64; the kernels change it as well.
         positions: by sequence, those of its K/V in order where some tokens left none; None where there are no gaps.
     """
@@ -90,7 +90,7 @@ class LayerKV:
         self.extend(sequence, len(new), positions)
 
     def extend(self, sequence: int, num_tokens: int, positions: Sequence[int] | None = None) -> None:
-        """Count tokens whose K/V are written already."""
+        """Count tokens with K/V that are written already."""
         if positions is not None:
             before = self.positions[sequence]
             if before is None:
@@ -160,7 +160,7 @@ class EngineCache:
         return sequence
 
     def release(self, sequence: int) -> None:
-        """Forget a sequence, whose number is then free."""
+        """Forget a sequence and free its number."""
         for layer in self.layers:
             layer.clear(sequence)
         self.lengths[sequence] = 0

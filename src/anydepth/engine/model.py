@@ -39,7 +39,7 @@ class EngineModel:
     """A Llama-like decoder over packed weights.
 
     Args:
-        backbone: of a model whose family is in `llama_like.FAMILIES`.
+        backbone: of a model with a family in `llama_like.FAMILIES`.
         weights: one of `engine.weights.WEIGHTS`; None is the model's own precision.
         native: use the compiled kernels where they are available (`why_not_native` says why not).
         compiled: use `torch.compile` in their place.
@@ -78,7 +78,7 @@ class EngineModel:
 
     @property
     def why_not_native(self) -> str | None:
-        """Why the compiled kernels do not run it; None if they do."""
+        """Return why the compiled kernels do not run the model; None if they do."""
         return self.backend.why_not_native
 
     def layer_of(self, parts: LayerParts, weights: str) -> EngineLayer:
@@ -186,7 +186,7 @@ class EngineModel:
             layers: those of the cache, where they are not the model's own.
 
         Returns:
-            By stop, the states after that layer; their K/V are in the cache, whose `lengths` stay.
+            By stop, the states after that layer; their K/V are in the cache, with unchanged `lengths`.
         """
         layers = (self.layers if layers is None else layers)[first : stops[-1]]
         caches, counts = cache.layers[first : stops[-1]], [len(part) for part in states]

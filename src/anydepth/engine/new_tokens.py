@@ -51,19 +51,19 @@ class NewTokens:
 
     @cached_property
     def positions(self) -> Tensor:
-        """(B, T) positions of the tokens in their sequences."""
+        """Return (B, T) positions of the tokens in their sequences."""
         device = self.tables.like.device
         return torch.arange(self.num_tokens, device=device) + torch.tensor(self.seen, device=device)[:, None]
 
     @cached_property
     def record(self) -> PassRecord:
-        """Which tokens ran what, as it is decided."""
+        """Return the record of which tokens ran what, filled as it is decided."""
         mask = torch.ones(self.num_rows, self.num_tokens, dtype=torch.bool, device=self.tables.like.device)
         return PassRecord(mask, self.seen[0], cached=True, num_layers=len(self.cache.layers))
 
     @cached_property
     def context(self) -> PassContext:
-        """What gates are decided with."""
+        """Return the context that gates are decided with."""
         return PassContext(
             self.record.token_mask,
             self.positions,

@@ -26,7 +26,7 @@ class Rotation:
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(N, 1, R) each; the sines carry the sign of the half that they rotate."""
+        """Return cosines and sines, (N, 1, R) each; the sines carry the sign of the half that they rotate."""
         half = self.sin.shape[-1] // 2
         return self.cos[:, None], torch.cat([-self.sin[:, :half], self.sin[:, half:]], dim=-1)[:, None]
 

@@ -19,10 +19,10 @@ class FastSession:
     """K/V of sequences on the fast engine.
 
     Args:
-        captures: layers, counted from 1, whose output states are kept of tokens that are read or verified.
+        captures: layers, counted from 1, of which the session keeps the output states of read or verified tokens.
 
     Attributes:
-        committed: by sequence, its tokens whose K/V stay.
+        committed: by sequence, the number of its tokens with K/V that stay.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""One pass of the fast engine whose gates are decided layer by layer.
+"""One pass of the fast engine, with gates that are decided layer by layer.
 
 Decisions come from the plan, as on the Hugging Face model. Weights of a branch that no token runs are not read.
 """
@@ -63,7 +63,7 @@ class Step:
     def _run_weighted(
         self, layer: EngineLayer, kv: LayerKV, layer_idx: int, gate: Gate, mixer_gate: Gate | None, hidden: Tensor
     ) -> Tensor:
-        """Run a layer whose gate weighs what it adds, h + w·(f(h) − h); with gates of branches, what each adds."""
+        """Run a layer; its gate weighs what it adds, h + w·(f(h) − h); with gates of branches, what each adds."""
         branches = self.branches
         hidden = before = branches.flush(hidden)
         hidden = branches.flush(branches.mix(layer, kv, hidden, mixer_gate))

@@ -85,7 +85,7 @@ def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[
     """Return the FLOPs of everything that ran in a trace, real tokens only, and of full depth on the same tokens.
 
     Args:
-        since: number of the first forward whose layers are counted; decisions and logits are counted for all forwards.
+        since: number of the first forward with counted layers; decisions and logits are counted for all forwards.
         filled: by layer, the number of first tokens with K/V in the cache before those forwards; None means 0.
     """
     layers = full = 0

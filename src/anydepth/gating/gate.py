@@ -99,5 +99,5 @@ class MixerRouting:
 
     @property
     def takes_alternate(self) -> Tensor:
-        """(B, T) bool, the tokens that run the alternate mixer; padding may be among them."""
+        """Return (B, T) bool, the tokens that run the alternate mixer; padding may be among them."""
         return ~self.gate.keep

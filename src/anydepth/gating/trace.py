@@ -266,7 +266,7 @@ class Trace:
 
     @property
     def depths(self) -> Tensor:
-        """(B, T) layers run for each token's output; a layer with one of two branches run counts half."""
+        """Return (B, T) layers run for each token's output; a layer with one of two branches run counts half."""
         return ((self.mixer_keep | self.other_keep).float() + self.ffn_keep.float()).sum(0) / 2
 
     @property

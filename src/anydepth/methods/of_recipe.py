@@ -1,4 +1,4 @@
-"""Recipes whose methods and trainings are checked. Loads torch; `recipe.py` reads YAML without it."""
+"""Recipes with checked methods and trainings. Loads torch; `recipe.py` reads YAML without it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The weights and settings of a Llama-like layer, for engines that run the layer themselves.
 
-Besides `backbone.py` and `families.py` only this module knows Hugging Face attribute names.
+Apart from `backbone.py` and `families.py` only this module knows Hugging Face attribute names.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _weights(module: nn.Module) -> Weights:
     base = base_module(module)
     if type(base) is not nn.Linear:
         raise UserError(
-            f"the fast engine takes plain linear maps and found {type(base).__name__}; load without quantisation, or "
+            f"the fast engine takes plain linear layers and found {type(base).__name__}; load without quantisation, or "
             "use engine hf"
         )
     plain = plain_module(module)

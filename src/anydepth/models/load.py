@@ -311,7 +311,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"the embedded model could not be cached in {folder} ({error.strerror}); "
-            "make room there, or set ANYDEPTH_CACHE"
+            "free space there, or set ANYDEPTH_CACHE"
         ) from error
 
 

@@ -56,7 +56,7 @@ class GateDecisions:
 
     @property
     def fractions(self) -> Tensor:
-        """(G,) fraction of tokens that each gate lets run."""
+        """Return the (G,) fraction of tokens that each gate lets run."""
         return self.keep.double().mean(1)
 
     def metrics(self, mean: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, float]:

@@ -35,7 +35,7 @@ def quantile(scores: Tensor, fraction: float) -> float:
 def thresholds_at(table: Tensor, share: float) -> float | list[float]:
     """Return the thresholds that skip `share`, interpolated between rows; those of the last row where none skips it.
 
-    The result is one number where the table has one threshold, and −inf for a share of 0.
+    The result is one number where the table has one threshold, and −inf for 0.
     """
     if share <= 0:
         return -math.inf

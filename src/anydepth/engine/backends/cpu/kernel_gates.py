@@ -33,7 +33,7 @@ class LayerGate:
 
     @property
     def score(self) -> Score:
-        """What is compared with the threshold."""
+        """Return the score that is compared with the threshold."""
         return self.spec.score
 
     @property
@@ -64,12 +64,12 @@ class KernelGates:
     Attributes:
         layers, ffns: gates by layer, in order; of whole layers or, if the layer is in `mixers`, of the mixer alone.
         exits: layers that some tokens exit before.
-        skippable: layers whose mixer some tokens may skip, by a gate or by an earlier exit.
-        omitting: those of them in which tokens that skip leave no K/V.
+        skippable: layers in which some tokens may skip the mixer, by a gate or by an earlier exit.
+        omitting: those of them where tokens that skip leave no K/V.
         deferring: the others that some tokens run: tokens that skip defer their K/V.
         readers: by layer before which its network is evaluated, a gate of each network.
         columns: by score, the first of its columns among all; by gate with thresholds for each token, that of those.
-        compared: layers whose input later layers compare with.
+        compared: layers that later layers compare their input with.
 
     Raises:
         Unfit: a gate that the kernels do not know, two gates of one layer, or one of a layer that is closed.

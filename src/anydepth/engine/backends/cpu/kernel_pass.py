@@ -39,7 +39,7 @@ from anydepth.gating.trace import LazyRecord, PassRecord
 MAX_PASSES = 64
 """Compiled passes that are kept of a plan and a cache, of different numbers of tokens."""
 READ_ONLY = -1
-"""Column of a gate whose network is only evaluated here, for later layers: every token passes."""
+"""Column of a gate that only evaluates its network here, for later layers: every token passes."""
 
 
 class KernelPass:

@@ -124,7 +124,7 @@ class NativeLinear(Linear):
 
 
 class NativeExit:
-    """A head whose confidence in a state the kernels compute.
+    """A head for which the kernels compute the confidence in a state.
 
     Args:
         norm: applied before the head.
@@ -143,7 +143,7 @@ class NativeExit:
 
 
 class NativeHead(Head):
-    """A head whose norm and product for few tokens are one call.
+    """A head that runs its norm and product for few tokens in one call.
 
     Attributes:
         native: the call.

@@ -124,7 +124,7 @@ class NativeGate:
             there is none.
         logits: (N, G) float32, written for all tokens; those of an exit for active tokens.
         column: which of the G; -1: the network is only evaluated, for later layers, and every token passes.
-        exit: a head, minus whose confidence is the logit.
+        exit: a head; the logit is minus its confidence.
         compared: (N, D) states; minus their cosine with the layer's input is the logit.
         thresholds: (N,) float32, one for each token, in place of `threshold`.
     """
@@ -152,7 +152,7 @@ class NativeScale:
     """A factor inside the kernels, on what a layer adds to the tokens that pass its gate.
 
     Attributes:
-        network: address of the network whose logit gives r = 2·σ(logit).
+        network: address of the network that gives the logit in r = 2·σ(logit).
         logits: (N,) float32, written for all tokens where one passes.
         before: (N, D) workspace for the layer's input.
     """
@@ -174,8 +174,8 @@ class Task:
         parts: the sum of some of `MIXER`, `FFN`, `OMIT`, `EXIT` and `ALONE`. `OMIT`: tokens that do not run the mixer
             leave no K/V; without it all tokens of a row leave K/V as soon as one of the row runs it. `EXIT`: tokens
             that `gate` stops run no later layer either. `ALONE`: tokens that `gate` stops run the FFN.
-        defers: the K/V of rows none of whose tokens run the mixer are deferred, for which the cache must have capacity;
-            those of the other rows are materialised.
+        defers: K/V of rows where no token runs the mixer are deferred, for which the cache must have capacity; those of
+            the other rows are materialised.
         counts: K/V of each row before, in this layer, where they are not those of the `Rows`.
         mixed, fed: int64 indices into (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
         gate: of the layer, in place of `mixed` and `fed`.
@@ -229,7 +229,7 @@ class Tasks:
     def run(self, rows: Rows, hidden: Tensor) -> Tensor:
         """Run (N, D) states through the layers, N up to `MAX_TOKENS`.
 
-        K/V go into the caches, whose counts stay; only the numbers of deferred tokens change.
+        K/V go into the caches. Their counts stay; only the numbers of deferred tokens change.
         """
         first, output = self.tasks[0], torch.empty_like(hidden)
         library().anydepth_run(

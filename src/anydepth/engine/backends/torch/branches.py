@@ -124,7 +124,7 @@ class Branches:
     # --- K/V of tokens that skip -------------------------------------------------------------------------------
 
     def _defer(self, kv: LayerKV, hidden: Tensor, rows: Sequence[int]) -> None:
-        """Defer the K/V of these rows, none of whose tokens runs the mixer now.
+        """Defer the K/V of these rows, in which no token runs the mixer now.
 
         After tokens that left none they leave none either: deferred tokens are the end of a row without gaps.
         """
