@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 import anydepth
 from anydepth import Draft
+from anydepth.decoding.engines import open_engine
 from anydepth.serve.api import Settings, create_app
 from anydepth.serve.service import Service
 from tiny import byte_tokenizer, tiny_llama
@@ -38,7 +39,7 @@ def serving(
         tokenizer.chat_template = TEMPLATE
     adapted = anydepth.attach(tiny_llama() if model is None else model, list(methods)).eval()
     drafting = None if draft is None else Draft(adapted, draft)
-    service = Service(anydepth.FastEngine(adapted, draft=drafting), tokenizer, **limits)
+    service = Service(open_engine(adapted, say=lambda _: None, draft=drafting), tokenizer, **limits)
     with TestClient(create_app(service, tokenizer, Settings("tiny"))) as client:
         yield client  # leaving it closes the service
 

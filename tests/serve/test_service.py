@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import anydepth
+import families
 from anydepth import FastEngine
 from anydepth.calibration.shares import configs_of
 from anydepth.decoding.request import Request
@@ -16,6 +18,7 @@ from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.serve import service as module
 from anydepth.serve.service import Budgets, Job, Piece, Service
 from anydepth.serve.text_stream import TextStream
+from serving_here import complete, serving
 from tiny import byte_tokenizer, tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "initial_bias": 0.0}
@@ -69,3 +72,21 @@ def test_an_answer_with_a_failing_text_ends_alone() -> None:
         reasons.append(pieces[1].get(timeout=60).finish_reason)
     assert reasons[-1] in ("length", "stop")
     service.close()
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_families_without_the_fast_engine_are_served_too(lossless: bool) -> None:
+    """By engine hf, each request as transformers would answer it alone, drafted or not."""
+    config = families.CONFIGS["opt"]()
+    config.vocab_size = 257  # that of the tokenizer
+    torch.manual_seed(0)
+    model, tokenizer = AutoModelForCausalLM.from_config(config).eval(), byte_tokenizer()
+    prompts = [tokenizer(text)["input_ids"] for text in ("the sea", "a", "wide and cold")]
+    wanted = []
+    for ids in prompts:
+        text = model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=0)
+        wanted.append(tokenizer.decode(text[0, len(ids) :], skip_special_tokens=True))
+    with serving(model=model, tokenizer=tokenizer, draft={"exit_layers": [2]}) as client:
+        options = {"max_tokens": 9, "temperature": 0, "anydepth": {"lossless": lossless}}
+        answer = complete(client, ["the sea", "a", "wide and cold"], **options)
+    assert [choice["text"] for choice in answer["choices"]] == wanted

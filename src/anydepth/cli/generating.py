@@ -112,7 +112,7 @@ def chat(
     An empty line or Ctrl-D ends it; Ctrl-C ends an answer.
     """
     arguments = dict(locals())
-    from anydepth.decoding.engines import FastEngine
+    from anydepth.decoding.engines import open_engine
     from anydepth.decoding.sampling_options import check_source, defaults_of, told, use_defaults
     from anydepth.serve.service import Service
     from anydepth.serve.talk import Talk
@@ -128,7 +128,8 @@ def chat(
             raise UserError(f"{target} has no chat template; use generate for models that are not trained for chat")
         use_defaults(adapted.generation_config, generation_config)
         draft = load_draft(target, adapted, lossless=lossless, options=load["overrides"].get("draft"))
-        service = Service(FastEngine(adapted.eval(), weights, draft=draft), tokenizer, max_batch_size=1)
+        engine = open_engine(adapted.eval(), "auto", weights, printer.progress, draft=draft)
+        service = Service(engine, tokenizer, max_batch_size=1)
     if line := told(adapted.generation_config):
         printer.progress(line)
     if temperature is None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.decoding.engines import FastEngine
+from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
 from anydepth.models.load import DType
 from anydepth.serve.service import Budgets, Service
+from anydepth.speculation.draft import why_no_draft
 from anydepth.training.checkpoint import load_draft, load_target
 from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 
 BUDGET_WINDOWS, BUDGET_LENGTH = 16, 128
+log = logging.getLogger("anydepth.serve")
 
 
 def open_service(
@@ -42,14 +45,15 @@ def open_service(
         limits: `max_batch_size`, `max_tokens` and `max_queue` of the service.
 
     Raises:
-        UserError: as `load_target` and `FastEngine` do.
+        UserError: as `load_target` and `open_engine` do.
     """
     check_corpus(data)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}
     adapted, tokenizer = load_target(target, merge=True, **load)
-    draft = load_draft(target, adapted, lossless=True, options=(overrides or {}).get(DRAFT))
+    can_draft = why_no_draft(adapted.backbone, adapted.attached) is None
+    draft = load_draft(target, adapted, lossless=can_draft, options=(overrides or {}).get(DRAFT))
     use_defaults(adapted.generation_config, generation_config)
-    engine = FastEngine(adapted.eval(), weights, draft=draft)
+    engine = open_engine(adapted.eval(), "auto", weights, log.warning, draft=draft)
     budgets = None
     if adapted.attached:
         budgets = Budgets.of(engine, load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS))

@@ -92,15 +92,8 @@ class Draft(nn.Module):
 
 def check_draft(config: DraftConfig, backbone: Backbone, attached: Sequence[Method]) -> None:
     """Raise `UserError` for options that do not fit a model and the methods attached to it."""
-    if "recurrent" in backbone.layer_types():
-        raise UserError(
-            "drafting removes rejected tokens, which a recurrent layer's state cannot undo; leave draft out"
-        )
-    for method in attached:
-        if method.routes_mixers:
-            raise UserError(
-                f"drafting removes rejected tokens, which {method.name}'s recurrent mixers cannot undo; leave draft out"
-            )
+    if (why := why_no_draft(backbone, attached)) is not None:
+        raise UserError(why)
     vocabulary_size = backbone.model.config.vocab_size
     if 0 in config.exit_layers:
         raise UserError("draft.exit_layers has 0; a draft needs at least one layer")
@@ -129,3 +122,11 @@ def _taps(config: DraftConfig, backbone: Backbone) -> list[int]:
     """Return the layers, counted from 1, of which the network reads the output states."""
     taps = [] if config.network is None else config.network.taps
     return sorted(taps) or [backbone.num_layers]
+
+
+def why_no_draft(backbone: Backbone, attached: Sequence[Method]) -> str | None:
+    """Return why a model cannot draft, with the methods attached to it; None: it can."""
+    if "recurrent" in backbone.layer_types():
+        return "drafting removes rejected tokens, which a recurrent layer's state cannot undo; leave draft out"
+    names = [method.name for method in attached if method.routes_mixers]
+    return f"drafting removes rejected tokens, which {names[0]}'s recurrent mixers cannot undo" if names else None
