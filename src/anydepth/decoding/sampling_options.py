@@ -149,3 +149,21 @@ def _listed(options: dict[str, Any]) -> str:
 def _set_in(config: GenerationConfig, neutral: dict[str, Any]) -> dict[str, Any]:
     values = {name: getattr(config, name, None) for name in neutral}
     return {name: value for name, value in values.items() if value is not None and value != neutral[name]}
+
+
+class Penalties(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, which count new tokens alone."""
+
+    is_stateless = True
+
+    def __init__(self, num_prompt: int, presence: float, frequency: float) -> None:
+        self.num_prompt, self.presence, self.frequency = num_prompt, presence, frequency
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        new = input_ids[0, self.num_prompt :]
+        if not len(new):
+            return scores
+        ids, counts = new.unique(return_counts=True)
+        scores = scores.clone()
+        scores[0, ids] -= self.presence + self.frequency * counts.to(scores.dtype)
+        return scores

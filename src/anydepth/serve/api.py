@@ -22,21 +22,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from transformers import (
-    LogitsProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from anydepth import __version__
 from anydepth.decoding import request as decoding
 from anydepth.decoding.sampler import Stops
-from anydepth.decoding.sampling_options import SamplingOptions
+from anydepth.decoding.sampling_options import Penalties, SamplingOptions
 from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
 from anydepth.serve.service import Busy, Job, Piece, Service
-from anydepth.serve.shapes import ChatShape, CompletionShape, Shape
+from anydepth.serve.shapes import ChatShape, CompletionShape, Shape, usage_of
 from anydepth.serve.size_limit import SizeLimit
 from anydepth.serve.text_stream import TextStream, TokenText
 
@@ -64,24 +61,6 @@ class Settings:
     request_seconds: float = 600.0
     max_new_tokens: int = 4096
     seed: int | None = None
-
-
-class Penalties(LogitsProcessor):
-    """OpenAI's presence and frequency penalties, which count new tokens alone."""
-
-    is_stateless = True
-
-    def __init__(self, num_prompt: int, presence: float, frequency: float) -> None:
-        self.num_prompt, self.presence, self.frequency = num_prompt, presence, frequency
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        new = input_ids[0, self.num_prompt :]
-        if not len(new):
-            return scores
-        ids, counts = new.unique(return_counts=True)
-        scores = scores.clone()
-        scores[0, ids] -= self.presence + self.frequency * counts.to(scores.dtype)
-        return scores
 
 
 def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> FastAPI:
@@ -401,28 +380,3 @@ def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
     if piece.finish_reason == "timeout":
         return error("the request exceeded the server's --timeout; ask for fewer tokens", "timeout_error"), 408
     return error(BROKEN, "server_error"), 500
-
-
-def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
-    """Return `usage`: tokens of each prompt, counted once, and of all answers, and anydepth's own numbers.
-
-    `tokens_per_second`, `acceptance_rate` and `tokens_per_round` are of the first answer. `drafting` of a lossless
-    request has the number of drafted answers, and the reason why the first of the others was not drafted.
-    """
-    prompts = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
-    answers = sum(job.num_sent for job in jobs)
-    usage: dict[str, Any] = {
-        "prompt_tokens": prompts,
-        "completion_tokens": answers,
-        "total_tokens": prompts + answers,
-    }
-    own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second}
-    if jobs[0].counts is not None:
-        own["acceptance_rate"] = jobs[0].counts.acceptance_rate
-        own["tokens_per_round"] = jobs[0].counts.mean_acceptance_length
-    if body.anydepth.lossless:
-        reasons = [job.why_not_drafted for job in jobs if job.why_not_drafted is not None]
-        drafted = len(jobs) - len(reasons)
-        own["drafting"] = {"used": drafted > 0, "answers": drafted, "reason": reasons[0] if reasons else None}
-    usage["anydepth"] = own
-    return usage

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from anydepth.serve.protocol import ChatCompletion, Sampling
-from anydepth.serve.service import Piece, Token
+from anydepth.serve.service import Job, Piece, Token
 from anydepth.serve.text_stream import TokenText
 
 
@@ -129,3 +129,28 @@ class ChatShape(Shape):
     def _one(self, token_id: int, logprob: float) -> dict[str, Any]:
         own = list(self.tokens.bytes_of(token_id))
         return {"token": self.tokens.name_of(token_id), "logprob": logprob, "bytes": own}
+
+
+def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
+    """Return `usage`: tokens of each prompt, counted once, and of all answers, and anydepth's own numbers.
+
+    `tokens_per_second`, `acceptance_rate` and `tokens_per_round` are of the first answer. `drafting` of a lossless
+    request has the number of drafted answers, and the reason why the first of the others was not drafted.
+    """
+    prompts = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
+    answers = sum(job.num_sent for job in jobs)
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompts,
+        "completion_tokens": answers,
+        "total_tokens": prompts + answers,
+    }
+    own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second}
+    if jobs[0].counts is not None:
+        own["acceptance_rate"] = jobs[0].counts.acceptance_rate
+        own["tokens_per_round"] = jobs[0].counts.mean_acceptance_length
+    if body.anydepth.lossless:
+        reasons = [job.why_not_drafted for job in jobs if job.why_not_drafted is not None]
+        drafted = len(jobs) - len(reasons)
+        own["drafting"] = {"used": drafted > 0, "answers": drafted, "reason": reasons[0] if reasons else None}
+    usage["anydepth"] = own
+    return usage
