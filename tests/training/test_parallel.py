@@ -172,4 +172,4 @@ def test_other_commands_want_no_launcher(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "train alone runs in several processes" in done.stderr
+    assert done.returncode == 2 and "only train runs in several processes" in done.stderr

@@ -47,30 +47,30 @@ class Step:
             if layer_idx in stops:
                 hidden = branches.flush(hidden)
                 states.append(hidden)
-            reads_state = self.is_gated and self.decisions.reads(layer_idx)
-            if reads_state:
+            needs_states = self.is_gated and self.decisions.reads(layer_idx)
+            if needs_states:
                 hidden = branches.flush(hidden)
-            gate, mixer_gate = self._mixer_gates(layer_idx, hidden)
+            gate, gate_of_mixer = self._mixer_gates(layer_idx, hidden)
             if gate is not None and gate.weight is not None:
-                hidden = self._run_weighted(layer, kv, layer_idx, gate, mixer_gate, hidden)
+                hidden = self._run_weighted(layer, kv, layer_idx, gate, gate_of_mixer, hidden)
                 continue
-            hidden = branches.mix(layer, kv, hidden, mixer_gate)
-            if reads_state and self.plan.gates_branches:  # the FFN's gate reads the mixer's output
+            hidden = branches.mix(layer, kv, hidden, gate_of_mixer)
+            if needs_states and self.plan.gates_branches:  # the FFN's gate reads the mixer's output
                 hidden = branches.flush(hidden)
             hidden = branches.feed(layer, kv, hidden, self._ffn_gate(layer_idx, gate, hidden))
         return [*states, branches.flush(hidden)]
 
     def _run_weighted(
-        self, layer: EngineLayer, kv: LayerKV, layer_idx: int, gate: Gate, mixer_gate: Gate | None, hidden: Tensor
+        self, layer: EngineLayer, kv: LayerKV, layer_idx: int, gate: Gate, gate_of_mixer: Gate | None, hidden: Tensor
     ) -> Tensor:
         """Run a layer; its gate weighs what it adds, h + w·(f(h) − h); with gates of branches, what each adds."""
         branches = self.branches
         hidden = before = branches.flush(hidden)
-        hidden = branches.flush(branches.mix(layer, kv, hidden, mixer_gate))
+        hidden = branches.flush(branches.mix(layer, kv, hidden, gate_of_mixer))
         if self.plan.gates_branches:
-            hidden = before = _weighted(mixer_gate, hidden, before)
-        ffn_gate = self._ffn_gate(layer_idx, gate, hidden)
-        return _weighted(ffn_gate, branches.flush(branches.feed(layer, kv, hidden, ffn_gate)), before)
+            hidden = before = _weighted(gate_of_mixer, hidden, before)
+        gate_of_ffn = self._ffn_gate(layer_idx, gate, hidden)
+        return _weighted(gate_of_ffn, branches.flush(branches.feed(layer, kv, hidden, gate_of_ffn)), before)
 
     def _shaped(self, hidden: Tensor) -> Tensor:
         """Return (B, T, D) states; the last ones are kept, as gates of many layers may read the same states."""
@@ -83,13 +83,13 @@ class Step:
         if not self.is_gated:
             return None, None
         shaped, record = self._shaped(hidden), self.new.record
-        gate = mixer_gate = self.decisions.gate("layer", layer_idx, shaped)
+        gate = gate_of_mixer = self.decisions.gate("layer", layer_idx, shaped)
         if self.plan.gates_branches:
-            mixer_gate = Gate.both(gate, self.decisions.gate("mixer", layer_idx, shaped))
-        if mixer_gate is not None:
-            record.mixer_keep[layer_idx] = mixer_gate.keep
-            record.kv_rules[layer_idx] = mixer_gate.kv_rule
-        return gate, mixer_gate
+            gate_of_mixer = Gate.both(gate, self.decisions.gate("mixer", layer_idx, shaped))
+        if gate_of_mixer is not None:
+            record.mixer_keep[layer_idx] = gate_of_mixer.keep
+            record.kv_rules[layer_idx] = gate_of_mixer.kv_rule
+        return gate, gate_of_mixer
 
     def _ffn_gate(self, layer_idx: int, gate: Gate | None, hidden: Tensor) -> Gate | None:
         if self.plan.gates_branches and (gate is None or gate.any_kept):  # else no token is left to decide about

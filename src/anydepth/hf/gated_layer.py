@@ -95,26 +95,26 @@ class GatedLayer:
             output = self.runner.run_masked(run, gate, self.own_layer, hidden, hidden, arguments)
         return _blend(output, hidden, gate)
 
-    def _gate_branches(self, run: Run, layer_gate: Gate | None, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def _gate_branches(self, run: Run, gate_of_layer: Gate | None, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Decide the gates of the branches; a layer gate applies to both."""
-        mixer_gate = Gate.both(layer_gate, run.decisions.gate("mixer", self.layer_idx, hidden))
+        gate_of_mixer = Gate.both(gate_of_layer, run.decisions.gate("mixer", self.layer_idx, hidden))
         routing = run.decisions.routings.get(self.layer_idx)
         run.routings.pop(self.layer_idx, None)
         if routing is not None:
-            mixer_gate = routing.gate  # next to routing, no other method gates mixers
+            gate_of_mixer = routing.gate  # next to routing, no other method gates mixers
             run.routings[self.layer_idx] = routing
             run.record.other_keep[self.layer_idx] = routing.takes_alternate & run.context.token_mask
-        run.layer_gates[self.layer_idx] = layer_gate
-        for gates, gate in ((run.mixer_gates, mixer_gate), (run.ffn_gates, layer_gate)):
+        run.layer_gates[self.layer_idx] = gate_of_layer
+        for gates, gate in ((run.mixer_gates, gate_of_mixer), (run.ffn_gates, gate_of_layer)):
             gates.pop(self.layer_idx, None)
             if gate is not None:
                 gates[self.layer_idx] = gate
-        if mixer_gate is not None:
-            self._record(run, mixer_gate, mixer=True)
-        if mixer_gate is None or mixer_gate.any_kept or not run.sparse:
+        if gate_of_mixer is not None:
+            self._record(run, gate_of_mixer, mixer=True)
+        if gate_of_mixer is None or gate_of_mixer.any_kept or not run.sparse:
             self.runner.materialise(run)
-        elif not self.runner.sees_every_token(mixer_gate):
-            self.runner.defer(run, mixer_gate, hidden, arguments)
+        elif not self.runner.sees_every_token(gate_of_mixer):
+            self.runner.defer(run, gate_of_mixer, hidden, arguments)
 
     def _with_zero_gradient(self, output: Tensor) -> Tensor:
         """Return the output with a gradient of zeros for trained weights that no token ran.

@@ -121,7 +121,7 @@ class KernelPass:
         if layer_idx not in gates.closed_ffns:
             task.parts |= FFN
             if layer_idx in gates.ffns:
-                task.ffn_gate = self._native(gates.ffns[layer_idx], layer_idx)
+                task.gate_of_ffn = self._native(gates.ffns[layer_idx], layer_idx)
         return task
 
     def _native(self, gate: LayerGate, layer_idx: int) -> NativeGate:

@@ -179,7 +179,7 @@ class Task:
         counts: K/V of each row before, in this layer, where they are not those of the `Rows`.
         mixed, fed: int64 indices into (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
         gate: of the layer, in place of `mixed` and `fed`.
-        ffn_gate: of the FFN.
+        gate_of_ffn: of the FFN.
         captured: (R·T, D), where the layer's input is stored.
         scale: a factor on what the layer adds.
     """
@@ -192,7 +192,7 @@ class Task:
     mixed: Tensor | None = None
     fed: Tensor | None = None
     gate: NativeGate | None = None
-    ffn_gate: NativeGate | None = None
+    gate_of_ffn: NativeGate | None = None
     captured: Tensor | None = None
     scale: NativeScale | None = None
 
@@ -209,7 +209,7 @@ class Task:
             address_of(self.captured),
             *((0, 0, 0) if self.scale is None else self.scale.fields()),
             *(NO_GATE if self.gate is None else self.gate.fields()),
-            *(NO_GATE if self.ffn_gate is None else self.ffn_gate.fields()),
+            *(NO_GATE if self.gate_of_ffn is None else self.gate_of_ffn.fields()),
         )
 
     def _deferred(self) -> tuple[int, int, int]:

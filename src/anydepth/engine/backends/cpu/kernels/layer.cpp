@@ -83,7 +83,7 @@ struct Task {
     const Network* scale;  // r = 2·σ(logit) multiplies what the layer adds to tokens that pass its gate; null: r = 1
     float* scales;         // (R·T,) its logits, stored for the caller
     void* before;          // (R·T, hidden) workspace of a scaled layer
-    Gate gate, ffn_gate;   // of the layer, if `mixed` and `fed` are null; and of the FFN
+    Gate gate, gate_of_ffn;   // of the layer, if `mixed` and `fed` are null; and of the FFN
 };
 
 }  // extern "C"
@@ -468,7 +468,7 @@ template <class A>
 void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
     const int num = b.rows * b.tokens;
     const size_t size = size_t(num) * tasks[0].layer->hidden;
-    const auto is_partial = [](const Task& t) { return t.mixed || t.fed || t.gate.logits || t.ffn_gate.logits; };
+    const auto is_partial = [](const Task& t) { return t.mixed || t.fed || t.gate.logits || t.gate_of_ffn.logits; };
     if (std::any_of(tasks, tasks + n, is_partial)) {
         std::memcpy(to, from, size * sizeof(A));  // for the tokens that a branch does not change
         from = to;
@@ -505,8 +505,8 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
                 now = to;
             }
             if (task->parts & FFN && fed.num) {
-                if (task->ffn_gate.logits)
-                    fed = through(task->ffn_gate, fed, now, num, task->layer->hidden, b.workspace, ffn_kept, &task->layer->gate);
+                if (task->gate_of_ffn.logits)
+                    fed = through(task->gate_of_ffn, fed, now, num, task->layer->hidden, b.workspace, ffn_kept, &task->layer->gate);
                 if (fed.num) ffn<A>(*task->layer, now, to, b.workspace, fed, next);
                 if (fed.num) now = to;
             }
