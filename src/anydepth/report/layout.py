@@ -20,7 +20,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #ececf0; --paper: #17171a; --soft: #232328; --line: #3a3a42; --faint: #a5a5b0; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 52rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 58rem; padding: 1rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1, h2, p { overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 1rem 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }

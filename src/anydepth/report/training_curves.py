@@ -117,7 +117,7 @@ def metrics(document: Document) -> Figure:
         plots.bare(axes)
         axes.set_ylim(0, max([1.0, *values]) * 1.05)
     plots.over_steps(panels[-1, 0])
-    figure.supylabel("value (of the metric in the title)", fontsize=10)
+    figure.supylabel("value", fontsize=10)
     return figure
 
 
