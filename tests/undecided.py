@@ -25,6 +25,19 @@ OTHERS: dict[str, Any] = {
 }
 
 
+def spread_gates(adapted: AdaptedModel, seed: int) -> AdaptedModel:
+    """Draw the weights of gates anew and open their thresholds, so that decisions differ between tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.methods.named_parameters():
+            if "out." in name or "direct." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for name, buffer in adapted.methods.named_buffers():
+            if name.endswith("thresholds"):
+                buffer.zero_()
+    return adapted
+
+
 def undecided(name: str, **options: Any) -> AdaptedModel:
     """Attach methods whose gates differ between tokens; `options` are of one that is alone."""
     spec = {**METHODS, **OTHERS}.get(name, {"name": name})

@@ -18,6 +18,7 @@ from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.hf.adapted import AdaptedModel
+from undecided import spread_gates
 
 SPECS: dict[str, Any] = {
     "none": [],
@@ -44,16 +45,7 @@ NUM_THREADS = 4
 
 def attached(spec: str, family: str = "llama") -> AdaptedModel:
     """Attach methods with gates that differ between tokens."""
-    adapted = anydepth.attach(families.build(family), SPECS[spec])
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in adapted.methods.named_parameters():
-            if "out." in name or "direct." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        for name, buffer in adapted.methods.named_buffers():
-            if name.endswith("thresholds"):
-                buffer.zero_()
-    return adapted
+    return spread_gates(anydepth.attach(families.build(family), SPECS[spec]), 11)
 
 
 def written(generate: Callable[..., Tensor], seed: int) -> list[int]:

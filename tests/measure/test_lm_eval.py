@@ -28,6 +28,7 @@ from anydepth.measure.tasks import Task, task_named, where_to_look
 from anydepth.recipe import TrainConfig
 from anydepth.training.train import prepare
 from tiny import byte_tokenizer, save_base, save_text, tiny_llama
+from undecided import spread_gates
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
 
@@ -160,16 +161,7 @@ METHODS: dict[str, Any] = {
 
 def deciding(spec: Any) -> anydepth.AdaptedModel:
     """A method whose decisions differ between tokens and sequences."""
-    adapted = anydepth.attach(model(), spec)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in adapted.methods.named_parameters():
-            if "out." in name or "direct." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        for name, buffer in adapted.methods.named_buffers():
-            if name.endswith("thresholds"):
-                buffer.zero_()
-    return adapted
+    return spread_gates(anydepth.attach(model(), spec), 5)
 
 
 @pytest.mark.parametrize("kind", METHODS)

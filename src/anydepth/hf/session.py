@@ -44,6 +44,7 @@ class HFSession:
         self.num_exited: dict[int, int] = {}
         self.verified: dict[int, list[int]] = {}
         self.memory: dict[Any, Any] = {}
+        self.exit_plans: dict[tuple[int, bool], Plan] = {}
 
     @property
     def is_full(self) -> bool:
@@ -184,8 +185,11 @@ class HFSession:
         return [seconds["layer", layer_idx] for layer_idx in range(self.adapted.backbone.num_layers)]
 
     def _exit_plan(self, exit_layer: int, *, continues: bool) -> Plan:
-        methods: list[Method] = [ExitAt(self.adapted, exit_layer, continues=continues)]
-        return Plan.of(methods)
+        """Return a plan in which every token exits before a layer, or continues there; made once for a session."""
+        if (exit_layer, continues) not in self.exit_plans:
+            methods: list[Method] = [ExitAt(self.adapted, exit_layer, continues=continues)]
+            self.exit_plans[exit_layer, continues] = Plan.of(methods)
+        return self.exit_plans[exit_layer, continues]
 
     def _forward(self, sequence: int, ids: list[int], plan: Plan, **options: Any) -> Tensor:
         """Run the next tokens of a sequence; return (N, V) logits."""

@@ -24,15 +24,13 @@ from anydepth.statistics import mean_of, rank_correlation
 from anydepth.training.diagnostics import GateDecisions, described, gate_decisions, joined
 
 NUM_BINS = 8
-STOP_WORDS = (
-    (
-        " a about after all also an and any are as at be been before but by can could did do does for from had has "
-        "have he her his how i if in into is it its may more most no not of on one only or other our out over s she so "
-        "some such t than that the their them then there these they this those to under up was we were what when where "
-        "which will with would you your "
-    ),
-    " who ",
+COMMON = (
+    "a about after all also an and any are as at be been before but by can could did do does for from had has have he "
+    "her his how i if in into is it its may more most no not of on one only or other our out over s she so some such t "
+    "than that the their them then there these they this those to under up was we were what when where which will with "
+    "would you your"
 )
+STOP_WORDS = {*COMMON.split(), "who"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def _kind(text: str, before: str) -> str:
         return "numeric"
     if text[0].isalpha() and before[-1:].isalpha():
         return "sub-word"
-    is_stop = any(f" {word.lower()} " in words for words in STOP_WORDS)
+    is_stop = word.lower() in STOP_WORDS
     return "stop word" if is_stop else "word"
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.config import StrictConfig
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import read_document
+from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.of_recipe import method_configs
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
@@ -91,7 +92,7 @@ class Inputs:
                 by_name["skip_set"].setdefault(key, found[key])
         elif "layer_router" in by_name:
             router = by_name["layer_router"]
-            first = router.get("always_keep", 4)
+            first = router.get("always_keep", LayerRouter.Config.model_fields["always_keep"].default)
             skipped = found["skip_layers"] + (found["skip_mixers"] if router.get("branch") == "mixer" else [])
             router.setdefault("initial_skip_layers", [i for i in skipped if i >= first])
         return method_configs(self.recipe.model_copy(update={"methods": methods}))
