@@ -7,7 +7,8 @@
 SmolLM2 in bfloat16 on the fast engine, LoRA folded into the weights. ARC-Challenge and MMLU with 5 examples (the first
 items of each subject, about 500 in all), GSM8K with none. Each score has the standard error of its items, its change
 from full depth that of the differences over the same items. A row is kept in `--rows` task by task, so that a run that
-was interrupted continues.
+was interrupted continues. With `--row`, full depth and the named rows are scored; other rows of the result stay as they
+are, if full depth still scores what it did when they were measured.
 """
 
 from __future__ import annotations
@@ -68,17 +69,37 @@ def run(arguments: argparse.Namespace) -> None:
         if target != ROWS[FULL_DEPTH] and not is_checkpoint(target):
             raise UserError(f"{target} holds no checkpoint; train it first, or give --row LABEL=FOLDER")
     documents = [scored(label, target, arguments) for label, target in rows.items()]
-    told = with_changes(documents)
+    full, *changed = with_changes(documents)
+    told = [full, *unchanged_rows(arguments, documents, rows), *changed]
     command = "python benchmarks/task_scores.py" + "".join(f" --row '{row}'" for row in arguments.row)
     command += f" --limit {arguments.limit}" if arguments.limit else ""
-    config = {"tasks": TASKS, "limit": arguments.limit, "rows": rows}
+    config = {"tasks": TASKS, "limit": arguments.limit, "rows": {row["label"]: row["target"] for row in told}}
     result = document(SCHEMA, seed=arguments.seed, config=config, command=command, rows=told)
     result |= {
-        "commits": sorted({str(row["commit"]) for row in documents}),
-        "dirty": any(row["dirty"] for row in documents),
+        "commits": sorted({str(row["commit"]) for row in told}),
+        "dirty": any(row["dirty"] for row in told),
     }
     write_json(arguments.out, result)
     print(f"{markdown(told)}\n\n{arguments.out}")
+
+
+def unchanged_rows(
+    arguments: argparse.Namespace, documents: list[dict[str, Any]], measured: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Return the rows of the result not measured by this run. Raises `UserError` if full depth scores otherwise."""
+    known = read_document(arguments.out) if arguments.row and arguments.out.exists() else {"rows": []}
+    others = [row for row in known["rows"] if row["label"] not in measured]
+    if not others:
+        return []
+    before = next(row for row in known["rows"] if row["label"] == FULL_DEPTH)
+    for name, task in documents[0]["tasks"].items():
+        then, now = task_scores(before["tasks"][name]), task_scores(task)
+        if then[SHOWN[name]] != now[SHOWN[name]]:
+            raise UserError(
+                f"full depth scores {now[SHOWN[name]]} in {name}, {then[SHOWN[name]]} in {arguments.out}: "
+                "its other rows are of another state; score all rows, or give another --out"
+            )
+    return others
 
 
 def named(rows: list[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import commands
+from anydepth.errors import UserError
 from anydepth.measure.results import document
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -38,3 +39,20 @@ def test_rows_of_another_seed_are_not_kept(seed: int, kept: bool, tmp_path: Path
     else:
         with pytest.raises(Exception, match="no such model"):
             script["scored"]("x", "no such model", arguments)
+
+
+@pytest.mark.parametrize("full_depth", [0.29, 0.30])
+def test_rows_of_the_result_stay_only_while_full_depth_scores_the_same(full_depth: float, tmp_path: Path) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "task_scores.py"))
+    tasks = {"arc_challenge": {"acc_norm": 0.29, "acc_norm_stderr": 0.03}}
+    rows = [{"label": label, "tasks": tasks} for label in ("full depth", "skip set", "HAT")]
+    out = tmp_path / "result.json"
+    out.write_text(json.dumps({"schema": script["SCHEMA"], "rows": rows}))
+    arguments: Any = argparse.Namespace(out=out, row=["HAT=runs/hat"])
+    now = [{"tasks": {"arc_challenge": {"acc_norm": full_depth, "acc_norm_stderr": 0.03}}}]
+    measured = {"full depth": "embedded", "HAT": "runs/hat"}
+    if full_depth == 0.29:
+        assert script["unchanged_rows"](arguments, now, measured) == [rows[1]]
+    else:
+        with pytest.raises(UserError, match="full depth scores"):
+            script["unchanged_rows"](arguments, now, measured)
