@@ -294,6 +294,17 @@ def test_lossless_text_is_that_of_full_depth(base: Path, finished: Path) -> None
     assert "METHOD.OPTION=VALUE" in refused("generate", base, *options, "--set", "thresholds=0.5")
 
 
+@pytest.mark.parametrize(
+    ("engine", "dtype", "differs"), [("hf", "bfloat16", True), ("hf", "float32", False), ("fast", "bfloat16", False)]
+)
+def test_lossless_says_where_rounding_may_decide(base: Path, engine: str, dtype: str, differs: bool) -> None:
+    """C10: transformers' operators round differently for one token and for several."""
+    options = ("--prompt", "the sea is wide", "--max-new-tokens", 2, "--lossless", "--engine", engine, "--dtype", dtype)
+    done = anydepth("generate", base, *options)
+    assert done.returncode == 0, done.stderr
+    assert ("rounding can decide a near tie differently" in done.stderr) == differs
+
+
 def test_bench_of_lossless_decoding(base: Path, text: Path) -> None:
     command = ("bench", base, "--data", text, "--prompt-tokens", 16, "--new-tokens", 12, "--num-runs", 2)
     done = anydepth(*command, "--against", "self_speculation", "--engine", "both", "--json")
