@@ -58,9 +58,9 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "early_exit, entropy, beside FFN gates": [{**LEAVE, "confidence": "entropy", "thresholds": 0.12}, FFNS],
     "early_exit, classifier": [{**LEAVE, "confidence": "classifier", "thresholds": 0.5}],
     "early_exit, cosine": [{**LEAVE, "confidence": "cosine", "thresholds": 0.95}],
-    "early_exit, stricter at first": [{**LEAVE, "thresholds": 0.03, "decay": 2.0, "decay_length": 20}],
+    "early_exit, stricter at first": [{**LEAVE, "thresholds": 0.03, "decay": 51.2}],
     "early_exit, classifier, stricter at first": [
-        {**LEAVE, "confidence": "classifier", "thresholds": 0.45, "decay": 2.0, "decay_length": 20}
+        {**LEAVE, "confidence": "classifier", "thresholds": 0.45, "decay": 51.2}
     ],
     "mixture_of_depths": [{"name": "mixture_of_depths"}],
     "mixture_of_depths, unscaled, beside FFN gates": [

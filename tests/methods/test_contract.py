@@ -632,7 +632,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"name": "mixer_router", "layers": [0, 2]}, "layer 0"),
     ({"name": "mixer_router", "layers": [7]}, "7"),
     ({"name": "mixer_router", "target": 1.5}, "1.5"),
-    ({"name": "mixer_router", "linear": {"num_key_heads": 2, "num_value_heads": 3}}, "multiple of num_key_heads, 2"),
 ]
 
 

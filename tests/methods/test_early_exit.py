@@ -99,7 +99,7 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, content: str, named: str) -> N
 
 @torch.no_grad()
 def test_thresholds_decay_with_the_place() -> None:
-    adapted = early_exit(thresholds=0.2, decay=4.0, decay_length=10)
+    adapted = early_exit(thresholds=0.2, decay=204.8)
     method: Any = adapted.methods["early_exit"]
     adapted(IDS)
     places = torch.arange(12)

@@ -159,9 +159,10 @@ def test_reinforce_sign_in_one_step() -> None:
 
 
 @pytest.mark.slow
-def test_lagrange_multiplier_holds_the_target() -> None:
+def test_lagrange_multiplier_holds_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer is worth 1; the price climbs to 1 and the target share is skipped."""
-    adapted, router = routed(target_rule="lagrange", target_skip=0.4, lagrange_rate=0.1, target_weight=4.0)
+    monkeypatch.setattr("anydepth.methods.layer_router.LAGRANGE_RATE", 0.1)
+    adapted, router = routed(target_rule="lagrange", target_skip=0.4, target_weight=4.0)
     optimiser = torch.optim.Adam(router.parameters(), lr=0.01)
     skipped, ids = [], windows(8)
     for step in range(250):
@@ -245,11 +246,12 @@ def test_predictor_is_reported(tmp_path: Path) -> None:
     assert 0 <= row["figures"]["mixture_of_depths/predicted_capacity"] <= 1
 
 
-def test_ffn_router_reaches_its_capacity(tmp_path: Path) -> None:
+def test_ffn_router_reaches_its_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training, and token by token at inference with the quantiles that it kept."""
+    monkeypatch.setattr("anydepth.methods.ffn_router.MOMENTUM", 0.8)
     model = tiny_llama()
     model.requires_grad_(False)
-    adapted = anydepth.attach(model, {"name": "ffn_router", "capacity": 0.5, "quantile_momentum": 0.8})
+    adapted = anydepth.attach(model, {"name": "ffn_router", "capacity": 0.5})
     config = TrainConfig.model_validate({"max_steps": 40, "warmup_steps": 0, "batch_size": 4, "save_every": 40})
     train(adapted, windows(), config, tmp_path)
     adapted(input_ids=windows(), use_cache=False)

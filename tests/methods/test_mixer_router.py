@@ -178,7 +178,7 @@ def test_matched_mixers_have_no_more_parameters() -> None:
             theirs,
         )  # beside its maps, two small ones for each head
     view = Backbone(families.build("llama")).layers[1]
-    assert matched_shape(view) == DeltaShape(1, 3, 8, 8)
+    assert matched_shape(view) == DeltaShape(1, 3, 8)
 
 
 def test_the_same_seed_gives_the_same_mixers_and_leaves_torch_alone() -> None:
@@ -190,7 +190,7 @@ def test_the_same_seed_gives_the_same_mixers_and_leaves_torch_alone() -> None:
     torch.manual_seed(3)
     assert torch.equal(torch.get_rng_state(), before)
     state = torch.get_rng_state()
-    build_delta_rule(32, DeltaShape(1, 2, 8, 8), torch.Generator())
+    build_delta_rule(32, DeltaShape(1, 2, 8), torch.Generator())
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -35,7 +35,6 @@ AT_INFERENCE: dict[str, dict[str, Any]] = {
         "kv_rule": "project",
         "weigh": False,
         "widths": [8],
-        "predictor_widths": [8],
         "threshold": 0.4,
     },
     "exit_gate": {"layers": [2], "widths": [8], "kv_rule": "recompute", "threshold": 0.4},
@@ -45,14 +44,12 @@ AT_INFERENCE: dict[str, dict[str, Any]] = {
         "reads": "sequential",
         "router": "random",
         "threshold": 0.4,
-        "linear": {"key_head_dim": 4},
     },
     "early_exit": {
         "layers": [2, 4],
         "confidence": "margin",
         "thresholds": 0.04,
         "decay": 4.0,
-        "decay_length": 2,
         "vocabulary": 9,
         "kv_rule": "recompute",
     },
@@ -63,7 +60,6 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("layer_router", "pool_tokens"): {"granularity": "sequence"},
     ("layer_router", "router"): {"rates": 0.5},
     ("layer_router", "rates"): {"router": "random"},
-    ("early_exit", "decay_length"): {"decay": 4.0},
 }
 """What an option needs beside it to be read at all."""
 RESHAPES = {
@@ -73,11 +69,9 @@ RESHAPES = {
     ("ffn_router", "layers"),
     ("ffn_router", "widths"),
     ("mixture_of_depths", "widths"),
-    ("mixture_of_depths", "predictor_widths"),
     ("exit_gate", "widths"),
     ("mixer_router", "layers"),
     ("mixer_router", "reads"),
-    ("mixer_router", "linear"),
 }
 """Options that weights have to be trained for."""
 STARTS: dict[str, dict[str, Any]] = {

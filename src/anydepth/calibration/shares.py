@@ -18,7 +18,7 @@ from torch import Tensor
 from anydepth.errors import RunError
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods import METHODS
-from anydepth.methods._base import score_quantiles as kept
+from anydepth.methods._base import calibration as kept
 from anydepth.methods._base.calibration import Calibrated
 from anydepth.training.data import rows_of
 
@@ -30,7 +30,7 @@ TOLERANCE = 0.1
 """Relative error of a fraction above which there is a warning."""
 
 Scores = dict[str, Tensor]
-"""A table of `methods/_base/score_quantiles.py` for each method."""
+"""A table of `methods/_base/calibration.py` for each method."""
 Thresholds = Mapping[str, float | list[float]]
 """Thresholds by method, above which a score lets a token run; a list has one for each layer."""
 LayerScores = dict[str, dict[int, Tensor]]

@@ -24,12 +24,16 @@ KVRule = Literal[SkipRule, "recompute"]
 """With `recompute`, for exits, K/V are those of full depth, computed when a later token needs them."""
 
 
+DECAY_LENGTH = 512
+"""Positions over which thresholds decay."""
+
+
 @dataclass(frozen=True)
 class PositionThreshold:
     """A threshold on minus a confidence that is stricter at the start of a sequence.
 
-    A token exits if its confidence is at least 0.9·λ + 0.1·exp(−decay·position ÷ length), clipped to [0, 1] (CALM,
-    Schuster et al. 2022, equation 5).
+    A token exits if its confidence is at least 0.9·λ + 0.1·exp(−decay·position ÷ `DECAY_LENGTH`), clipped to [0, 1]
+    (CALM, Schuster et al. 2022, equation 5).
 
     Attributes:
         base: −λ, in the units of the score.
@@ -37,7 +41,6 @@ class PositionThreshold:
 
     base: float
     decay: float
-    length: int
 
     def at(self, positions: Tensor) -> Tensor | float:
         """Return the threshold at (B, T) positions."""
@@ -50,7 +53,7 @@ class PositionThreshold:
         return ((scores + 0.1 * self._decayed(positions)) / 0.9).clamp(min=-1)
 
     def _decayed(self, positions: Tensor) -> Tensor:
-        return torch.exp(-self.decay * positions / self.length)
+        return torch.exp(-self.decay * positions / DECAY_LENGTH)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,8 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -27,14 +26,12 @@ from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.scores import ClassifierConfidence, HeadConfidence, Score, StateDelta
 from anydepth.gating.spec import GateSpec, KVRule, PositionThreshold
 from anydepth.methods._base.calibration import Calibrated, Thresholds, one_per_layer
-from anydepth.methods._base.method import Method, check_layers
-from anydepth.methods._base.training import ExitState, Trained, TrainingState
+from anydepth.methods._base.method import check_exits, check_layers
+from anydepth.methods._base.training import ExitState, Trained
 from anydepth.models.backbone import Backbone
 
 
 class EarlyExitConfig(StrictConfig):
-    """Options of `early_exit`."""
-
     layers: list[int] | None = Field(
         default=None, description="Layers before which tokens may exit; null is half and three quarters of all."
     )
@@ -51,9 +48,8 @@ class EarlyExitConfig(StrictConfig):
     decay: float | None = Field(
         default=None,
         gt=0,
-        description="τ of 0.9·λ + 0.1·exp(−τ·position ÷ decay_length), stricter at the start; null is none.",
+        description="τ of 0.9·λ + 0.1·exp(−τ·position ÷ 512), stricter at the start; null is none.",
     )
-    decay_length: int = Field(default=512, ge=1, description="Positions over which thresholds decay.")
     vocabulary: int | None = Field(
         default=None, ge=2, description="Compute confidence over this many first token ids only; null is all."
     )
@@ -72,7 +68,6 @@ class EarlyExitConfig(StrictConfig):
         description="Exits in the loss of a step: all; every rotation-th, shifting; or ever more, last one first.",
     )
     rotation: int = training_field(default=4, ge=1, description="R of the rotational curriculum.")
-    classifier_weight: float = training_field(default=1.0, ge=0, description="Weight of the classifier's loss.")
     seed: int = training_field(initial=True, default=0, description="Seed of the classifier.")
 
     @field_validator("thresholds", mode="before")
@@ -90,20 +85,17 @@ class EarlyExitConfig(StrictConfig):
         return thresholds
 
 
-def _read_thresholds(path: str) -> tuple[object, object]:
-    """Return the thresholds in a JSON file, and their layers; None where the file names none.
-
-    Raises:
-        ValueError: the file cannot be read, or has other content.
-    """
+def _read_thresholds(path: str) -> tuple[Any, Any]:
+    """Return the thresholds in a JSON file, and their layers; None where the file names none."""
     try:
-        read = json.loads(Path(path).read_text(encoding="utf-8"))
+        read: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"the file cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"the file is not JSON ({error})") from error
-    found, layers = (read.get("thresholds"), read.get("layers")) if isinstance(read, dict) else (read, None)
-    values = found if isinstance(found, list) else [found]
+    named: dict[str, Any] = read if isinstance(read, dict) else {"thresholds": read}
+    found, layers = named.get("thresholds"), named.get("layers")
+    values: list[Any] = found if isinstance(found, list) else [found]
     if not all(value == "Infinity" or type(value) in (int, float) for value in values):
         raise ValueError(
             'the file must hold a number, a list with a number or "Infinity" for each exit, or an object with either '
@@ -112,18 +104,10 @@ def _read_thresholds(path: str) -> tuple[object, object]:
     return found, layers
 
 
-@dataclass
-class EarlyExitState(TrainingState):
-    """State of one training forward: by layer, the inputs of layers with an exit."""
-
-    states: dict[int, Tensor] = field(default_factory=dict)
-
-
-class EarlyExit(Trained, Calibrated, Method):
+class EarlyExit(Trained, Calibrated):
     """A method that exits tokens before chosen layers, by the confidence of the head or of a classifier."""
 
     Config = EarlyExitConfig
-    State = EarlyExitState
     name = "early_exit"
     summary = "tokens exit at chosen layers once the head is confident"
     budget_option = "thresholds"
@@ -134,11 +118,7 @@ class EarlyExit(Trained, Calibrated, Method):
         super().__init__(config, backbone)
         half = {max(round(self.num_layers * share), 1) for share in (0.5, 0.75)}
         self.layers = sorted(half if config.layers is None else config.layers)
-        check_layers(self.layers, self.num_layers, "layers")
-        if not self.layers or self.layers[0] == 0:
-            raise ValueError(
-                f"layers is {self.layers}; an exit needs at least one layer before it, so give layers from 1 on"
-            )
+        check_exits(self.layers, self.num_layers)
         self.thresholds_of(config)
         self.loss_layers = list(range(1, self.num_layers)) if config.loss_layers is None else config.loss_layers
         check_layers(self.loss_layers, self.num_layers, "loss_layers")
@@ -198,7 +178,7 @@ class EarlyExit(Trained, Calibrated, Method):
         """Return the threshold above which minus the confidence lets a token continue."""
         if self.config.decay is None:
             return -limit
-        return PositionThreshold(-limit, self.config.decay, self.config.decay_length)
+        return PositionThreshold(-limit, self.config.decay)
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -209,7 +189,7 @@ class EarlyExit(Trained, Calibrated, Method):
         return self.captured
 
     def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None:
-        self.state(context).states[layer_idx] = hidden
+        self.seen(context)[layer_idx] = hidden
 
     def weights(self) -> dict[int, float]:
         """Return e(l) of the exits in the loss of this step, relative to that of the last layer.
@@ -228,7 +208,7 @@ class EarlyExit(Trained, Calibrated, Method):
         return True
 
     def exit_states(self, context: PassContext) -> list[ExitState]:
-        states, ones = self.state(context).states, context.token_mask.float()
+        states, ones = self.seen(context), context.token_mask.float()
         return [ExitState(states[i], weight * ones) for i, weight in self.weights().items() if weight and i in states]
 
     def outcome_losses(self, context: PassContext, logits: Tensor) -> dict[str, Tensor]:
@@ -236,10 +216,11 @@ class EarlyExit(Trained, Calibrated, Method):
 
         It is a mean over real tokens and exits.
         """
-        states = self.state(context).states
+        states = self.seen(context)
         if not self.networks or not states or context.logits_of is None:
             return {}
-        real, losses = context.token_mask, []
+        real = context.token_mask
+        losses: list[Tensor] = []
         with torch.no_grad():
             final = logits.argmax(-1)
         for layer_idx, network in self.networks.items():
@@ -248,4 +229,4 @@ class EarlyExit(Trained, Calibrated, Method):
                 differs = (context.logits_of(hidden, None).argmax(-1) != final).float()
             logit = context.evaluate(network, hidden)[..., 0]
             losses.append(F.binary_cross_entropy_with_logits(logit[real], differs[real]))
-        return {"classifier": self.config.classifier_weight * torch.stack(losses).mean()}
+        return {"classifier": torch.stack(losses).mean()}

@@ -7,7 +7,6 @@ the expected loss under the soft distribution p(l) = s_l·Π_{j<l}(1 − s_j), w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -22,14 +21,15 @@ from anydepth.gating.scores import Network
 from anydepth.gating.shared_batch import batch_mean
 from anydepth.gating.spec import GateSpec, KVRule
 from anydepth.methods._base.calibration import Calibrated, Threshold
-from anydepth.methods._base.method import Method, check_layers
-from anydepth.methods._base.training import ExitState, Trained, TrainingState
+from anydepth.methods._base.method import check_exits
+from anydepth.methods._base.training import ExitState, Trained
 from anydepth.models.backbone import Backbone
+
+FORWARD_TEMPERATURE = 0.5
+"""Scale of the noise that exits are sampled with."""
 
 
 class ExitGateConfig(StrictConfig):
-    """Options of `exit_gate`."""
-
     layers: list[int] | None = Field(
         default=None, description="Layers with a gate before them; null is five, spread from a fifth of the depth on."
     )
@@ -41,11 +41,7 @@ class ExitGateConfig(StrictConfig):
     )
     threshold: Threshold = Field(default=0.0, description="At inference a token continues if its logit is above this.")
     initial_bias: float = training_field(initial=True, default=2.0, description="First logits: tokens continue.")
-    forward_temperature: float = training_field(
-        default=0.5, ge=0, description="Scale of the noise that exits are sampled with."
-    )
     backward_temperature: float = training_field(default=1.0, gt=0, description="Temperature of the soft distribution.")
-    expected_weight: float = training_field(default=1.0, ge=0, description="Weight of the loss over exits.")
     floor: float = training_field(
         default=0.0,
         ge=0,
@@ -62,18 +58,10 @@ class ExitGateConfig(StrictConfig):
     seed: int = training_field(initial=True, default=0, description="Seed of the gates and of their noise.")
 
 
-@dataclass
-class ExitGateState(TrainingState):
-    """State of one training forward: by layer, the input of each gate and its logits minus the threshold."""
-
-    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-class ExitGate(Trained, Calibrated, Method):
+class ExitGate(Trained, Calibrated):
     """A method with a gate before each of `layers` that decides per token whether to skip all remaining layers."""
 
     Config = ExitGateConfig
-    State = ExitGateState
     name = "exit_gate"
     summary = "gates before chosen layers let tokens exit early"
     budget_option = "threshold"
@@ -81,9 +69,7 @@ class ExitGate(Trained, Calibrated, Method):
     def __init__(self, config: ExitGateConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         layers = _spread(self.num_layers) if config.layers is None else sorted(config.layers)
-        check_layers(layers, self.num_layers, "layers")
-        if not layers or layers[0] == 0:
-            raise ValueError(f"layers is {layers}; a gate needs at least one layer before it, so give layers from 1 on")
+        check_exits(layers, self.num_layers)
         size, start = backbone.hidden_size, torch.tensor([config.initial_bias])
         self.networks = {layer_idx: GateNetwork(size, config.widths, start, self.generator) for layer_idx in layers}
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
@@ -103,14 +89,15 @@ class ExitGate(Trained, Calibrated, Method):
 
     def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
         layer_idx, margin = spec.layers[0], scores[0] - self.config.threshold
-        self.state(context).seen[layer_idx] = (hidden, margin)
+        self.seen(context)[layer_idx] = (hidden, margin)  # the input of the gate, and its logits minus the threshold
         noise = self.logistic_noise(margin, context, layer_idx)
-        return Sample((margin + self.config.forward_temperature * noise > 0)[None])
+        return Sample((margin + FORWARD_TEMPERATURE * noise > 0)[None])
 
     def _distribution(self, context: PassContext) -> tuple[list[Tensor], Tensor]:
         """Return the (B, T) p(l) of each gate, and the remaining probability of the last layer."""
-        remaining, exiting = None, []
-        for _, margin in self.state(context).seen.values():
+        remaining: Tensor | None = None
+        exiting: list[Tensor] = []
+        for _, margin in self.seen(context).values():
             soft = torch.sigmoid(-margin / self.config.backward_temperature)
             remaining = torch.ones_like(soft) if remaining is None else remaining
             exiting.append(remaining * soft)
@@ -119,19 +106,17 @@ class ExitGate(Trained, Calibrated, Method):
         return exiting, remaining
 
     def exit_states(self, context: PassContext) -> list[ExitState]:
-        seen = self.state(context).seen
-        if not seen or not self.config.expected_weight:
+        seen = self.seen(context)
+        if not seen:
             return []
         exiting, remaining = self._distribution(context)
-        weight, floor = self.config.expected_weight, self.config.floor
-        exits = [
-            ExitState(hidden, weight * (part + floor)) for (hidden, _), part in zip(seen.values(), exiting, strict=True)
-        ]
-        return [*exits, ExitState(None, weight * remaining)]
+        pairs = zip(seen.values(), exiting, strict=True)
+        exits = [ExitState(hidden, part + self.config.floor) for (hidden, _), part in pairs]
+        return [*exits, ExitState(None, remaining)]
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """Return `target`: β·(expected depth − target_depth)², the depth a mean over real tokens."""
-        seen = self.state(context).seen
+        seen = self.seen(context)
         if not seen or not self.config.target_weight:
             return {}
         exiting, remaining = self._distribution(context)

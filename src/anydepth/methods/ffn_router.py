@@ -8,7 +8,6 @@ and uses a straight-through gradient; inference compares with the last quantile.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from pydantic import Field
@@ -22,16 +21,18 @@ from anydepth.gating.plan import Sample
 from anydepth.gating.scores import Network
 from anydepth.gating.shared_batch import batch_mean, batch_rows
 from anydepth.gating.spec import GateSpec
-from anydepth.methods._base.calibration import Calibrated, Thresholds, one_per_layer
-from anydepth.methods._base.method import Method, check_layers
-from anydepth.methods._base.score_quantiles import empty_table
-from anydepth.methods._base.training import Trained, TrainingState
+from anydepth.methods._base.calibration import Calibrated, Thresholds, empty_table, one_per_layer
+from anydepth.methods._base.method import check_layers
+from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
+
+Z_LOSS_WEIGHT = 1e-3
+"""Weight of mean(logsumexp([0, s])²), which keeps scores small."""
+MOMENTUM = 0.9
+"""Momentum of the running quantile."""
 
 
 class FFNRouterConfig(StrictConfig):
-    """Options of `ffn_router`."""
-
     layers: list[int] | None = Field(default=None, description="Layers with a routed FFN; null is all but the first.")
     capacity: float = training_field(
         way=SHARE_AT_INFERENCE, default=0.55, gt=0, le=1, description="Fraction of tokens that run the FFN."
@@ -48,32 +49,16 @@ class FFNRouterConfig(StrictConfig):
     backward_temperature: float = training_field(
         default=1.0, gt=0, description="Temperature of the straight-through gradient."
     )
-    z_loss_weight: float = training_field(
-        default=1e-3, ge=0, description="Weight of mean(logsumexp([0, s])²), which keeps scores small."
-    )
     entropy_weight: float = training_field(
         default=1e-3, ge=0, description="Weight of minus the gates' mean entropy, against constant gates."
     )
-    capacity_weight: float = training_field(
-        default=1.0, ge=0, description="Weight of (mean σ(s − threshold) − capacity)², per layer."
-    )
-    quantile_momentum: float = training_field(default=0.9, ge=0, lt=1, description="Momentum of the running quantile.")
     seed: int = training_field(initial=True, default=0, description="Seed of the scoring networks.")
 
 
-@dataclass
-class FFNRouterState(TrainingState):
-    """State of one training forward: by layer, scores and their margins over the threshold, and the thresholds."""
-
-    seen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    thresholds: dict[int, float] = field(default_factory=dict)
-
-
-class FFNRouter(Trained, Calibrated, Method):
+class FFNRouter(Trained, Calibrated):
     """A method that decides per token and layer whether the FFN runs."""
 
     Config = FFNRouterConfig
-    State = FFNRouterState
     name = "ffn_router"
     scheduled = ("capacity",)
     summary = "a score per token and layer decides whether the FFN runs"
@@ -107,49 +92,47 @@ class FFNRouter(Trained, Calibrated, Method):
 
     def gates(self) -> list[GateSpec]:
         limits = one_per_layer(self.config.threshold, list(self.columns), "threshold")
+        quantiles: list[float] = self.thresholds.tolist()
         return [
             GateSpec((i,), "ffn", Network(network, i), limits[i], offset=quantile)
-            for (i, network), quantile in zip(self.networks.items(), self.thresholds.tolist(), strict=True)
+            for (i, network), quantile in zip(self.networks.items(), quantiles, strict=True)
         ]
 
     def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
         layer_idx, score = spec.layers[0], scores[0]
-        threshold = self._quantile(layer_idx, score, context)
+        seen = self.seen(context)
+        if layer_idx in seen:  # a recomputation in backward must get the same quantile
+            _, _, threshold = seen[layer_idx]
+        else:
+            threshold = self._quantile(self.columns[layer_idx], score[context.token_mask].float())
         keep = score > threshold
         margin = (score - threshold) / self.config.backward_temperature
         soft = torch.sigmoid(margin)
         weight = (keep.float() + soft - soft.detach()) * context.token_mask
-        self.state(context).seen[layer_idx] = (score, margin)
+        seen[layer_idx] = (score, margin, threshold)
         return Sample(keep[None], weight[None])
 
     @torch.no_grad()
-    def _quantile(self, layer_idx: int, score: Tensor, context: PassContext) -> float:
-        """Return the running quantile that a fraction `capacity` of real tokens is above.
-
-        It is updated once per forward, because a recomputation in backward must get the same value.
-        """
-        known, column = self.state(context).thresholds, self.columns[layer_idx]
-        if layer_idx not in known:
-            scores = batch_rows(score[context.token_mask].float())
-            now = torch.quantile(scores, 1 - self.capacity).item()
-            before = self.thresholds[column].item()
-            momentum = self.config.quantile_momentum if math.isfinite(before) else 0.0
-            known[layer_idx] = now if not momentum else momentum * before + (1 - momentum) * now
-            self.thresholds[column] = known[layer_idx]
-        return known[layer_idx]
+    def _quantile(self, column: int, scores: Tensor) -> float:
+        """Update and return the running quantile that a fraction `capacity` of (N,) scores is above."""
+        now = torch.quantile(batch_rows(scores), 1 - self.capacity).item()
+        before = self.thresholds[column].item()
+        running = MOMENTUM * before + (1 - MOMENTUM) * now if math.isfinite(before) else now
+        self.thresholds[column] = running
+        return running
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """Return `z_loss`, `entropy` and `capacity`, means over real tokens and layers."""
-        seen, real = self.state(context).seen, context.token_mask
+        seen, real = self.seen(context), context.token_mask
         if not seen:
             return {}
-        score = torch.stack([score[real] for score, _ in seen.values()])  # (layers, N)
-        margin = torch.stack([margin[real] for _, margin in seen.values()])
+        score = torch.stack([score[real] for score, _, _ in seen.values()])  # (layers, N)
+        margin = torch.stack([margin[real] for _, margin, _ in seen.values()])
         soft = torch.sigmoid(margin)
         # From the logits, because a probability that has rounded to 0 or 1 gives no gradient.
         entropy = (F.softplus(margin) - margin * soft).mean()
         return {
-            "z_loss": self.config.z_loss_weight * F.softplus(score).square().mean(),
+            "z_loss": Z_LOSS_WEIGHT * F.softplus(score).square().mean(),
             "entropy": -self.config.entropy_weight * entropy,
-            "capacity": self.config.capacity_weight * (batch_mean(soft.mean(1)) - self.capacity).square().mean(),
+            "capacity": (batch_mean(soft.mean(1)) - self.capacity).square().mean(),
         }

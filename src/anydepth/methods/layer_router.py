@@ -10,7 +10,7 @@ With `branch: mixer` tokens skip mixers only, and FFNs run. Lossy; trained with 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,14 +26,17 @@ from anydepth.gating.shared_batch import batch_mean
 from anydepth.gating.spec import GateSpec, SkipRule
 from anydepth.gating.uniform import uniform_by_position
 from anydepth.methods._base.calibration import Calibrated, Threshold
-from anydepth.methods._base.method import Method, check_layers
-from anydepth.methods._base.training import Trained, TrainingState
+from anydepth.methods._base.method import check_always_keep, check_layers
+from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
+
+LAGRANGE_RATE = 0.05
+"""Step size of the price of `lagrange`, multiplied by (target_skip − skip)."""
+BASELINE_MOMENTUM = 0.9
+"""Momentum of the mean cost that REINFORCE compares with."""
 
 
 class LayerRouterConfig(StrictConfig):
-    """Options of `layer_router`."""
-
     branch: Literal["layer", "mixer"] = Field(
         default="layer", description="Branch that tokens skip: whole layers, or mixers only while the FFNs run."
     )
@@ -103,12 +106,6 @@ class LayerRouterConfig(StrictConfig):
         description="β·(skip − target_skip)²; lagrange adds a price of layers that rises until the target is met.",
     )
     target_weight: float = training_field(default=8.0, ge=0, description="β of β·(skip − target_skip)².")
-    lagrange_rate: float = training_field(
-        default=0.05, gt=0, description="Step size of the price, multiplied by (target_skip − skip)."
-    )
-    baseline_momentum: float = training_field(
-        default=0.9, ge=0, lt=1, description="Momentum of the mean cost that REINFORCE compares with."
-    )
     seed: int = training_field(
         initial=True, unless=CONTROL_ALONE, default=0, description="Seed of the method's own random generator."
     )
@@ -146,18 +143,10 @@ class Sampled:
     keep: Tensor
 
 
-@dataclass
-class RouterState(TrainingState):
-    """State of one training forward: the samples, by the layer that was read."""
-
-    sampled: dict[int, Sampled] = field(default_factory=dict)
-
-
-class LayerRouter(Trained, Calibrated, Method):
+class LayerRouter(Trained, Calibrated):
     """A method that decides after `always_keep` layers, or from the embeddings, which later layers run."""
 
     Config = LayerRouterConfig
-    State = RouterState
     name = "layer_router"
     scheduled = ("backward_temperature",)
     summary = "a trained router decides per token or sequence which layers, or mixers, to run"
@@ -168,10 +157,7 @@ class LayerRouter(Trained, Calibrated, Method):
 
     def __init__(self, config: LayerRouterConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        if config.always_keep >= self.num_layers:
-            raise ValueError(
-                f"always_keep is {config.always_keep}; this model has {self.num_layers} layers, keep fewer"
-            )
+        check_always_keep(config.always_keep, self.num_layers)
         self.routed = list(range(config.always_keep, self.num_layers))
         first = 0 if config.input == "embeddings" else config.always_keep
         self.read_at = {first: self.routed} if config.reads == "parallel" else {i: [i] for i in self.routed}
@@ -212,7 +198,8 @@ class LayerRouter(Trained, Calibrated, Method):
         return self._gates(self.config.pool_tokens)
 
     def _gates(self, pool_tokens: int, *, shares_batch: bool = False) -> list[GateSpec]:
-        config, gates = self.config, []
+        config = self.config
+        gates: list[GateSpec] = []
         for read_at, layers in self.read_at.items():
             score: Score = Known(len(layers), self._random_scores)
             if self.networks and config.granularity == "token":
@@ -253,14 +240,14 @@ class LayerRouter(Trained, Calibrated, Method):
         free = context.positions < pool_tokens
         routed = context.token_mask & ~free
         rates = (soft * routed).sum((1, 2)) / routed.sum().clamp_min(1)
-        self.state(context).sampled[read_at] = Sampled(rates, routed, margin, keep)
+        self.seen(context)[read_at] = Sampled(rates, routed, margin, keep)
         if weights is not None:
             weights = torch.where(free, 1.0, weights) * context.token_mask
         return Sample(keep | free, weights)
 
     def sampled(self, context: PassContext) -> Sampled | None:
         """Return the samples of a training forward, joined over the routed layers in order."""
-        parts: list[Sampled] = list(self.state(context).sampled.values())
+        parts: list[Sampled] = list(self.seen(context).values())
         if len(parts) <= 1:
             return parts[0] if parts else None
         columns = zip(*((part.rates, part.margin, part.keep) for part in parts), strict=True)
@@ -283,14 +270,15 @@ class LayerRouter(Trained, Calibrated, Method):
         sampled = self.sampled(context)
         if sampled is None:
             return {}
-        rates, losses = batch_mean(sampled.rates), {}
+        rates = batch_mean(sampled.rates)
+        losses: dict[str, Tensor] = {}
         if self.config.sparsity_weight and not self.learns_by_policy:
             losses["sparsity"] = self.config.sparsity_weight * (self._prices(rates) * rates).sum()
         skipped = 1 - rates.mean()
         if self.config.target_weight:
             losses["target"] = self.config.target_weight * (skipped - self.config.target_skip) ** 2
         if self.config.target_rule == "lagrange":
-            self.price += self.config.lagrange_rate * (self.config.target_skip - skipped.item())
+            self.price += LAGRANGE_RATE * (self.config.target_skip - skipped.item())
             self.price.clamp_(min=0)
             if not self.learns_by_policy:
                 losses["price"] = self.price.clone() * rates.mean()
@@ -326,6 +314,5 @@ class LayerRouter(Trained, Calibrated, Method):
         baseline = torch.where(self.baseline.isinf(), mean_cost, self.baseline)
         log_probability = torch.where(keep, nn.functional.logsigmoid(margin), nn.functional.logsigmoid(-margin)).sum(0)
         loss = -((baseline - cost).detach() * log_probability)[counted].mean()
-        momentum = self.config.baseline_momentum
-        self.baseline.copy_(momentum * baseline + (1 - momentum) * mean_cost)
+        self.baseline.copy_(BASELINE_MOMENTUM * baseline + (1 - BASELINE_MOMENTUM) * mean_cost)
         return {"policy": loss}

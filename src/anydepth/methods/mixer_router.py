@@ -10,7 +10,6 @@ own tokens only, and the K/V cache has only those. Lossy.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -26,30 +25,16 @@ from anydepth.gating.shared_batch import batch_mean
 from anydepth.gating.spec import GateSpec, KVRule
 from anydepth.gating.uniform import uniform_by_position
 from anydepth.methods._base.calibration import Calibrated, Threshold
-from anydepth.methods._base.method import Method, check_layers
-from anydepth.methods._base.training import Trained, TrainingState
+from anydepth.methods._base.method import check_layers
+from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
-from anydepth.models.delta_rule import DeltaShape, build_delta_rule, matched_shape
+from anydepth.models.delta_rule import build_delta_rule, matched_shape
 
 READ_AT = 1
 """The layer with the input that a parallel router reads."""
 
 
-class LinearMixerConfig(StrictConfig):
-    """Heads of the gated delta rule; unset values give no more parameters than the softmax mixer has."""
-
-    num_key_heads: int | None = Field(default=None, ge=1, description="Heads of queries and keys.")
-    num_value_heads: int | None = Field(default=None, ge=1, description="Heads of values; a multiple of num_key_heads.")
-    key_head_dim: int | None = Field(
-        default=None, ge=1, description="Width of a key; null is that of the softmax mixer."
-    )
-    value_head_dim: int | None = Field(default=None, ge=1, description="Width of a value; null as for keys.")
-    conv_size: int = Field(default=4, ge=1, description="Width of the causal convolution, in tokens.")
-
-
 class MixerRouterConfig(StrictConfig):
-    """Options of `mixer_router`."""
-
     layers: list[int] | None = Field(
         default=None, description="Layers with both mixers; null is every softmax layer but the first and the last."
     )
@@ -94,7 +79,6 @@ class MixerRouterConfig(StrictConfig):
     initial_bias: float = training_field(
         initial=True, default=0.0, description="First value of the logits; a positive one starts near all softmax."
     )
-    linear: LinearMixerConfig = Field(default=LinearMixerConfig(), description="Shape of the linear mixer.")
     seed: int = training_field(
         initial=True,
         unless=CONTROL_ALONE,
@@ -103,18 +87,10 @@ class MixerRouterConfig(StrictConfig):
     )
 
 
-@dataclass
-class MixerRouterState(TrainingState):
-    """State of one training forward: by router, gates with a straight-through gradient, and probabilities."""
-
-    sampled: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-class MixerRouter(Trained, Calibrated, Method):
+class MixerRouter(Trained, Calibrated):
     """A method that decides per token and layer which of two mixers runs."""
 
     Config = MixerRouterConfig
-    State = MixerRouterState
     name = "mixer_router"
     scheduled = ("backward_temperature",)
     summary = "each token runs softmax attention or a gated delta rule"
@@ -134,10 +110,9 @@ class MixerRouter(Trained, Calibrated, Method):
             raise ValueError(
                 "layers has 0; a parallel router reads after layer 0: leave 0 out, or set reads=sequential"
             )
-        shapes = [_shape(config.linear, matched_shape(backbone.layers[layer_idx])) for layer_idx in self.routed]
         size, generator = backbone.hidden_size, self.generator
         self.mixers = nn.ModuleDict(
-            {str(i): build_delta_rule(size, shape, generator) for i, shape in zip(self.routed, shapes, strict=True)}
+            {str(i): build_delta_rule(size, matched_shape(backbone.layers[i]), generator) for i in self.routed}
         )
         self.networks = nn.ModuleList()
         if config.router == "learned":
@@ -188,14 +163,14 @@ class MixerRouter(Trained, Calibrated, Method):
         alternates = 1 - weights
         if self.config.state == "routed":  # a mixer has no output for tokens that it does not see
             weights, alternates = weights * keep, alternates * ~keep
-        self.state(context).sampled[number] = (hard, torch.sigmoid(margin))
+        self.seen(context)[number] = (hard, torch.sigmoid(margin))
         return Sample(keep, weights, alternates)
 
     # --- losses --------------------------------------------------------------------------------------------------
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """Return `target`: (softmax fraction − target)², or `balance`: Σ 2·f·P, over real tokens and layers."""
-        sampled, real = self.state(context).sampled, context.token_mask
+        sampled, real = self.seen(context), context.token_mask
         if not sampled:
             return {}
         chosen = torch.cat([hard[:, real] for hard, _ in sampled.values()])  # (layers, N)
@@ -208,22 +183,8 @@ class MixerRouter(Trained, Calibrated, Method):
 
     def metrics(self, context: PassContext) -> dict[str, float]:
         """Return `softmax_share`, the sampled fraction of softmax over tokens and routed layers."""
-        sampled = self.state(context).sampled
+        sampled = self.seen(context)
         if not sampled:
             return {}
         chosen = torch.cat([hard[:, context.token_mask] for hard, _ in sampled.values()])
         return {"softmax_share": chosen.detach().mean().item()}
-
-
-def _shape(config: LinearMixerConfig, matched: DeltaShape) -> DeltaShape:
-    keys = config.num_key_heads or matched.num_key_heads
-    values = config.num_value_heads or max(matched.num_value_heads // keys, 1) * keys
-    if values % keys:
-        raise ValueError(f"linear.num_value_heads is {values}; it must be a multiple of num_key_heads, {keys}")
-    return DeltaShape(
-        keys,
-        values,
-        config.key_head_dim or matched.key_head_dim,
-        config.value_head_dim or matched.value_head_dim,
-        config.conv_size,
-    )

@@ -8,7 +8,6 @@ Lossy.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from pydantic import Field
@@ -21,16 +20,16 @@ from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Sample
 from anydepth.gating.scores import Network
 from anydepth.gating.spec import GateSpec, SkipRule
-from anydepth.methods._base.calibration import Calibrated, Thresholds, one_per_layer
-from anydepth.methods._base.method import Method, check_layers
-from anydepth.methods._base.score_quantiles import empty_table
-from anydepth.methods._base.training import Trained, TrainingState
+from anydepth.methods._base.calibration import Calibrated, Thresholds, empty_table, one_per_layer
+from anydepth.methods._base.method import check_layers
+from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
+
+PREDICTOR_WIDTHS = (64,)
+"""Widths of the predictor's hidden layers."""
 
 
 class MixtureOfDepthsConfig(StrictConfig):
-    """Options of `mixture_of_depths`."""
-
     layers: list[int] | None = Field(default=None, description="Layers with a router; null is every other, from 1 on.")
     capacity: float = training_field(
         way=SHARE_AT_INFERENCE,
@@ -44,7 +43,6 @@ class MixtureOfDepthsConfig(StrictConfig):
     )
     weigh: bool = Field(default=True, description="Add r·f(h) with r = 2·σ(score); false: r in the gradient only.")
     widths: list[int] = Field(default=[], description="Widths of the router's hidden layers; none is a linear layer.")
-    predictor_widths: list[int] = Field(default=[64], description="Widths of the predictor's hidden layers.")
     threshold: Thresholds = Field(
         default=0.0,
         description="At inference a token runs if the predictor's logit is above it: one number, or one per layer.",
@@ -52,22 +50,13 @@ class MixtureOfDepthsConfig(StrictConfig):
     initial_bias: float = training_field(
         initial=True, default=2.0, description="First predictor logits: every token runs."
     )
-    predictor_weight: float = training_field(default=1.0, ge=0, description="Weight of the predictor's loss.")
     seed: int = training_field(initial=True, default=0, description="Seed of the networks.")
 
 
-@dataclass
-class MixtureOfDepthsState(TrainingState):
-    """State of one training forward: by layer, predicted logits and the chosen tokens."""
-
-    chosen: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-class MixtureOfDepths(Trained, Calibrated, Method):
+class MixtureOfDepths(Trained, Calibrated):
     """A method that runs the tokens with the best scores in each chosen layer, and predicts which these are."""
 
     Config = MixtureOfDepthsConfig
-    State = MixtureOfDepthsState
     name = "mixture_of_depths"
     budget_option = "threshold"
     has_threshold_per_layer = True
@@ -80,7 +69,7 @@ class MixtureOfDepths(Trained, Calibrated, Method):
         size, generator = backbone.hidden_size, self.generator
         open_at_first = torch.tensor([config.initial_bias])
         self.routers = {i: GateNetwork(size, config.widths, torch.zeros(1), generator) for i in layers}
-        self.predictors = {i: GateNetwork(size, config.predictor_widths, open_at_first, generator) for i in layers}
+        self.predictors = {i: GateNetwork(size, PREDICTOR_WIDTHS, open_at_first, generator) for i in layers}
         for router in self.routers.values():
             nn.init.normal_(router.direct.weight, std=0.02, generator=generator)  # so that scores differ
         one_per_layer(config.threshold, layers, "threshold")
@@ -91,15 +80,9 @@ class MixtureOfDepths(Trained, Calibrated, Method):
 
     def gates(self) -> list[GateSpec]:
         limits = one_per_layer(self.config.threshold, list(self.routers), "threshold")
+        scales = self.routers if self.config.weigh else {}
         return [
-            GateSpec(
-                (i,),
-                "layer",
-                Network(predictor, i),
-                limits[i],
-                self.config.kv_rule,
-                scale=self.routers[i] if self.config.weigh else None,
-            )
+            GateSpec((i,), "layer", Network(predictor, i), limits[i], self.config.kv_rule, scale=scales.get(i))
             for i, predictor in self.predictors.items()
         ]
 
@@ -111,7 +94,7 @@ class MixtureOfDepths(Trained, Calibrated, Method):
         layer_idx = spec.layers[0]
         score = context.evaluate(self.routers[layer_idx], hidden.detach())[..., 0]
         keep = self._best(score, context.token_mask)
-        self.state(context).chosen[layer_idx] = (scores[0], keep)
+        self.seen(context)[layer_idx] = (scores[0], keep)
         factor = 2 * torch.sigmoid(score)
         if not self.config.weigh:
             factor = 1 + factor - factor.detach()
@@ -125,16 +108,16 @@ class MixtureOfDepths(Trained, Calibrated, Method):
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """Return `predictor`, a binary cross-entropy, the mean over real tokens and layers."""
-        found, real = self.state(context).chosen, context.token_mask
-        if not found or not self.config.predictor_weight:
+        found, real = self.seen(context), context.token_mask
+        if not found:
             return {}
         logits = torch.stack([predicted[real] for predicted, _ in found.values()])
         chosen = torch.stack([keep[real] for _, keep in found.values()]).float()
-        return {"predictor": self.config.predictor_weight * F.binary_cross_entropy_with_logits(logits, chosen)}
+        return {"predictor": F.binary_cross_entropy_with_logits(logits, chosen)}
 
     def metrics(self, context: PassContext) -> dict[str, float]:
         """Return `predictor_accuracy`, and `predicted_capacity`: the fraction that would run at inference."""
-        found, real = self.state(context).chosen, context.token_mask
+        found, real = self.seen(context), context.token_mask
         if not found:
             return {}
         limits = one_per_layer(self.config.threshold, list(self.routers), "threshold")

@@ -18,8 +18,6 @@ from anydepth.models.backbone import Backbone
 
 
 class SkipSetConfig(StrictConfig):
-    """Options of `skip_set`."""
-
     skip_layers: list[int] = Field(default=[], description="Layers that no token runs, counted from 0.")
     skip_mixers: list[int] = Field(default=[], description="Layers of which only the mixer is left out.")
     skip_ffns: list[int] = Field(default=[], description="Layers of which only the FFN is left out.")

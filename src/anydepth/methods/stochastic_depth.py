@@ -16,14 +16,12 @@ from anydepth.gating.context import PassContext
 from anydepth.gating.scores import Known
 from anydepth.gating.shared_batch import draw_uniform
 from anydepth.gating.spec import GateSpec
-from anydepth.methods._base.method import Method
+from anydepth.methods._base.method import check_always_keep
 from anydepth.methods._base.training import Trained
 from anydepth.models.backbone import Backbone
 
 
 class StochasticDepthConfig(StrictConfig):
-    """Options of `stochastic_depth`."""
-
     max_probability: float = training_field(default=0.2, ge=0, le=1, description="Drop probability of the last layer.")
     schedule: Literal["uniform", "linear", "exponential"] = training_field(
         default="linear",
@@ -40,7 +38,7 @@ class StochasticDepthConfig(StrictConfig):
     seed: int = training_field(default=0, description="Seed of the method's own random generator.")
 
 
-class StochasticDepth(Trained, Method):
+class StochasticDepth(Trained):
     """A method that drops layer l with probability p_l in training, without rescaling or computing dropped rows."""
 
     Config = StochasticDepthConfig
@@ -49,10 +47,7 @@ class StochasticDepth(Trained, Method):
 
     def __init__(self, config: StochasticDepthConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        if config.always_keep >= self.num_layers:
-            raise ValueError(
-                f"always_keep is {config.always_keep}; this model has {self.num_layers} layers, keep fewer"
-            )
+        check_always_keep(config.always_keep, self.num_layers)
         self.progress = 1.0
 
     @classmethod
@@ -67,14 +62,14 @@ class StochasticDepth(Trained, Method):
         first = self.config.always_keep
         last = max(self.num_layers - 1 - first, 1)
         scale = math.exp(self.progress * math.log(2)) - 1 if self.config.curriculum else 1.0
-        shapes = {
-            "uniform": lambda index: 1.0,
-            "linear": lambda index: index / last,
-            "exponential": lambda index: math.exp(index * math.log(2) / last) - 1,
-        }
-        shape = shapes[self.config.schedule]
-        dropped = [self.config.max_probability * scale * shape(index) for index in range(self.num_layers - first)]
-        return [0.0] * first + dropped
+        most = self.config.max_probability * scale
+        return [0.0] * first + [most * self._growth(index, last) for index in range(self.num_layers - first)]
+
+    def _growth(self, index: int, last: int) -> float:
+        """Return the probability of a layer as a fraction of that of the last."""
+        if self.config.schedule == "exponential":
+            return math.exp(index * math.log(2) / last) - 1
+        return index / last if self.config.schedule == "linear" else 1.0
 
     def training_gates(self, context: PassContext) -> list[GateSpec]:
         batch_size, num_tokens = context.token_mask.shape

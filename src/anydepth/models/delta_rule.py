@@ -15,6 +15,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from anydepth.models.backbone import LayerView
 
+CONV_SIZE = 4
+"""Width of the causal convolution, in tokens."""
+
 
 @dataclass(frozen=True)
 class DeltaShape:
@@ -22,9 +25,7 @@ class DeltaShape:
 
     num_key_heads: int
     num_value_heads: int
-    key_head_dim: int
-    value_head_dim: int
-    conv_size: int = 4
+    head_dim: int
 
 
 def matched_shape(view: LayerView) -> DeltaShape:
@@ -41,7 +42,7 @@ def matched_shape(view: LayerView) -> DeltaShape:
         if 2 * keys + 3 * keys * times <= most
     ]
     _, keys, values = max(shapes, default=(0, 1, 1))
-    return DeltaShape(keys, values, head_dim, head_dim)
+    return DeltaShape(keys, values, head_dim)
 
 
 def build_delta_rule(hidden_size: int, shape: DeltaShape, generator: torch.Generator) -> nn.Module:
@@ -51,9 +52,9 @@ def build_delta_rule(hidden_size: int, shape: DeltaShape, generator: torch.Gener
         num_hidden_layers=1,
         linear_num_key_heads=shape.num_key_heads,
         linear_num_value_heads=shape.num_value_heads,
-        linear_key_head_dim=shape.key_head_dim,
-        linear_value_head_dim=shape.value_head_dim,
-        linear_conv_kernel_dim=shape.conv_size,
+        linear_key_head_dim=shape.head_dim,
+        linear_value_head_dim=shape.head_dim,
+        linear_conv_kernel_dim=CONV_SIZE,
         layer_types=["linear_attention"],
     )
     with torch.random.fork_rng(devices=[]):  # the weights that the constructor draws are replaced below
@@ -61,7 +62,7 @@ def build_delta_rule(hidden_size: int, shape: DeltaShape, generator: torch.Gener
     with torch.no_grad():
         for part in (mixer.in_proj_qkvz, mixer.in_proj_ba, mixer.out_proj):
             part.weight.normal_(0, config.initializer_range, generator=generator)
-        bound = shape.conv_size**-0.5
+        bound = CONV_SIZE**-0.5
         mixer.conv1d.weight.uniform_(-bound, bound, generator=generator)
         mixer.A_log.uniform_(0.01, 16, generator=generator).log_()
     return mixer

@@ -1,35 +1,41 @@
-"""The part of a method that calibration sets: a threshold, and thereby the fraction of decisions that skip."""
+"""The part of a method that calibration sets: a threshold, and thereby the fraction of decisions that skip.
+
+A table of score quantiles has one row per step of `STEPS` and 1 + N columns: the measured fraction that skips, and the
+N thresholds that were set. It is saved with a checkpoint, so that any fraction can be set later without text.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import AfterValidator
-from torch import Tensor, nn
+from torch import Tensor
 
 from anydepth.errors import UserError
 from anydepth.gating.context import PassContext
-from anydepth.gating.spec import Branch, GateSpec
-from anydepth.methods._base.score_quantiles import empty_table, is_filled, most, thresholds_at
+from anydepth.methods._base.method import Method
 from anydepth.models.backbone import Backbone
 
 
 def _refuse_nan(value: Any) -> Any:
-    if any(map(math.isnan, value if isinstance(value, list) else [value])):
+    values: list[float] = value if isinstance(value, list) else [value]
+    if any(map(math.isnan, values)):
         raise ValueError("must be a number, or a list of numbers")
-    return value
+    return cast(Any, value)
 
 
 Threshold = Annotated[float, AfterValidator(_refuse_nan)]
 Thresholds = Annotated[list[float] | float, AfterValidator(_refuse_nan)]
 """One threshold, or one per layer."""
+STEPS = (0.0, 1 / 32, *(step / 16 for step in range(1, 16)), 31 / 32, 1.0)
+"""Fractions of the scores below the thresholds of a row; finer at both ends, where quantiles are far apart."""
 
 
-class Calibrated(nn.Module):
+class Calibrated(Method):
     """Mixin of methods with gates that compare scores with an option.
 
     Class attributes:
@@ -42,14 +48,8 @@ class Calibrated(nn.Module):
     budget_option: ClassVar[str]
     has_threshold_per_layer: ClassVar[bool] = False
     calibrates_to_target: ClassVar[bool] = False
-    name: ClassVar[str]
-    config: Any
-    is_watched: bool
-    gated_layers: Sequence[int]
-    branches: set[Branch]
-    gates: Callable[[], list[GateSpec]]
     score_quantiles: Tensor
-    """A table as `score_quantiles.py` describes it; zeros until training or calibration fills it."""
+    """A table of zeros until training or calibration fills it."""
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -80,20 +80,16 @@ class Calibrated(nn.Module):
         return max(1 - ran / decided, 0.0) if decided else 0.0
 
     def set_skip_share(self, share: float) -> None:
-        """Set thresholds that skip `share` of its decisions, from its saved table.
-
-        Raises:
-            UserError: there is no saved table, or no threshold skips that fraction.
-        """
+        """Set thresholds that skip `share` of its decisions, from its saved table; raise `UserError` without one."""
         if not is_filled(self.score_quantiles):
             raise UserError(
                 f"{self.name} was saved without score quantiles, which --skip-share needs; write a folder that has "
                 f"them: anydepth calibrate TARGET --skip-share {share:g} --out FOLDER"
             )
-        if share > most(self.score_quantiles) + 0.01:
+        most = self.score_quantiles[:, 0].max().item()
+        if share > most + 0.01:
             raise UserError(
-                f"{self.name} can skip at most {most(self.score_quantiles):.0%} of its decisions, got "
-                f"{share:.0%}; give a smaller share"
+                f"{self.name} can skip at most {most:.0%} of its decisions, got {share:.0%}; give a smaller share"
             )
         self.threshold = thresholds_at(self.score_quantiles, share)
 
@@ -111,15 +107,15 @@ class Calibrated(nn.Module):
         if not is_filled(self.score_quantiles):
             del destination[f"{prefix}score_quantiles"]  # an empty table is not saved
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key, own = f"{prefix}score_quantiles", getattr(self, "score_quantiles", None)
         # The checkpoint has an empty table, was written before there were tables, or is for other layers.
         if own is not None and (key not in state_dict or state_dict[key].shape != own.shape):
             state_dict[key] = own
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Generator[None]:
         """Let every token run and record the scores of all gates; restore the threshold afterwards."""
         before = self.config
         self.threshold, self.is_watched = -math.inf, True
@@ -144,3 +140,35 @@ def one_per_layer(value: float | list[float], layers: Sequence[int], option: str
     if len(values) != len(layers):
         raise ValueError(f"{option} has {len(values)} values; there are {len(layers)} layers with a decision")
     return dict(zip(layers, values, strict=True))
+
+
+def empty_table(num_thresholds: int) -> Tensor:
+    """Return a table without measurements."""
+    return torch.zeros(len(STEPS), 1 + num_thresholds)
+
+
+def is_filled(table: Tensor) -> bool:
+    """Return whether a table has measurements."""
+    return bool(table[:, 0].any())
+
+
+def quantile(scores: Tensor, fraction: float) -> float:
+    """Return the threshold that a fraction of (N,) sorted scores is not above."""
+    index = min(round(fraction * len(scores)), len(scores)) - 1
+    # An index into sorted scores gives an actual score, and torch.quantile takes at most 16M values.
+    return scores[index].item() if index >= 0 else math.nextafter(scores[0].item(), -math.inf)
+
+
+def thresholds_at(table: Tensor, share: float) -> float | list[float]:
+    """Return the thresholds that skip `share`, interpolated between rows; those of the last row where none skips it.
+
+    The result is one number where the table has one threshold, and −inf for 0.
+    """
+    if share <= 0:
+        return -math.inf
+    shares = table[:, 0].double().cummax(0).values
+    after = min(int(torch.searchsorted(shares, share)), len(shares) - 1)
+    low, high = shares[after - 1].item(), shares[after].item()
+    weight = min((share - low) / (high - low), 1.0) if high > low else 1.0
+    found: list[float] = table[after - 1, 1:].double().lerp(table[after, 1:].double(), weight).tolist()
+    return found if len(found) > 1 else found[0]

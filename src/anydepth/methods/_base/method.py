@@ -131,6 +131,21 @@ def closed_gates(layers: Iterable[int] = (), mixers: Iterable[int] = (), ffns: I
     return [gate for gate in gates if gate.layers]
 
 
+def check_exits(layers: Sequence[int], num_layers: int) -> None:
+    """Raise `ValueError` unless tokens can exit before each of the sorted `layers`."""
+    check_layers(layers, num_layers, "layers")
+    if not layers or layers[0] == 0:
+        raise ValueError(
+            f"layers is {list(layers)}; an exit needs at least one layer before it, so give layers from 1 on"
+        )
+
+
+def check_always_keep(always_keep: int, num_layers: int) -> None:
+    """Raise `ValueError` if no layer is left after the first `always_keep`."""
+    if always_keep >= num_layers:
+        raise ValueError(f"always_keep is {always_keep}; this model has {num_layers} layers, keep fewer")
+
+
 def check_layers(layers: Sequence[int], num_layers: int, option: str) -> None:
     """Raise `ValueError` unless `layers` are distinct indices of a model with `num_layers` layers."""
     outside = [layer for layer in layers if not 0 <= layer < num_layers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anydepth.gating.context import PassContext
 from anydepth.gating.shared_batch import draw_uniform
+from anydepth.methods._base.method import Method
 
 
 @dataclass(frozen=True)
@@ -28,38 +29,32 @@ class ExitState:
 
 @dataclass
 class TrainingState:
-    """Values of one forward that a method keeps for its losses.
+    """Values of one forward that a method keeps for its losses, by the layer or gate that they are from.
 
     Attributes:
-        noise: noise by gate, drawn once: with gradient checkpointing a layer runs again and must decide the same.
+        noise: drawn once: with gradient checkpointing a layer runs again and must decide the same.
+        seen: what the method's own losses and metrics read.
     """
 
-    noise: dict[int, Tensor] = field(default_factory=dict)
+    noise: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    seen: dict[int, Any] = field(default_factory=dict[int, Any])
 
 
-class Trained(nn.Module):
+class Trained(Method):
     """Mixin of methods that learn, or that change training.
 
     Class attributes:
         scheduled: attributes that `set_progress` changes, recorded in the history of training.
         learns_by_policy: whether training uses `policy_losses`.
         draws_once: whether all sequences of a batch get the same noise.
-        State: the class of its state for one forward.
     """
 
     scheduled: ClassVar[tuple[str, ...]] = ()
     learns_by_policy: bool = False
     draws_once: bool = False
-    State: ClassVar[type[TrainingState]] = TrainingState
-    decides_in_training: ClassVar[bool] = True
-    is_frozen: bool
-    name: ClassVar[str]
-    generator: torch.Generator
-    gated_layers: Sequence[int]
 
     @classmethod
     def has_weights(cls, config: Any) -> bool:
-        """Return whether a method of this config has parameters to train."""
         return True
 
     @property
@@ -67,21 +62,19 @@ class Trained(nn.Module):
         """Whether its gates learn to decide by token, so that constant gates are a fault."""
         return self.decides_in_training and bool(self.gated_layers) and any(True for _ in self.gate_parameters())
 
-    def begin(self, context: PassContext) -> Any:
-        """Return an empty `State`."""
-        return self.State()
+    def begin(self, context: PassContext) -> TrainingState:
+        return TrainingState()
 
-    def state(self, context: PassContext) -> Any:
-        """Return the state for one forward."""
-        return context.states[self.name]
+    def seen(self, context: PassContext) -> dict[int, Any]:
+        """Return what the method has recorded in one forward."""
+        return context.states[self.name].seen
 
     def samples(self, context: PassContext) -> bool:
-        """Return whether decisions of this forward are drawn instead of made as at inference."""
         return context.training and not self.is_frozen
 
     def logistic_noise(self, logits: Tensor, context: PassContext, key: int = 0) -> Tensor:
         """Return the difference of two Gumbel variables for each (…, B, T) logit; one draw per forward and `key`."""
-        drawn = self.state(context).noise
+        drawn: dict[int, Tensor] = context.states[self.name].noise
         if key not in drawn:
             uniform = draw_uniform(logits.shape, self.generator, rows=-2, only_first=self.draws_once)
             drawn[key] = torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(logits.device)
