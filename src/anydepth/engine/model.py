@@ -23,15 +23,7 @@ from anydepth.errors import UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import (
-    LayerParts,
-    Norm,
-    Weights,
-    final_norm,
-    head_weights,
-    logits_softcap,
-    read_layers,
-)
+from anydepth.models.llama_like import LayerParts, Norm, Weights, norm_of, read_layers, weights_of
 from anydepth.models.load import dtype_name
 
 
@@ -72,7 +64,7 @@ class EngineModel:
         self.backend = _choose_backend(parts, chosen, self.device, kinds, native=native, compiled=compiled)
         self.rotations = Rotations(backbone, kinds, self._like, self.backend.rotary_tables)
         self.layers = [self.layer_of(part, name) for part in parts]
-        self.head = self.head_of(final_norm(backbone), name)
+        self.head = self.head_of(norm_of(backbone.final_norm), name)
         self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
         self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
 
@@ -91,11 +83,11 @@ class EngineModel:
 
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
         """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""
-        rows = head_weights(self.backbone)
+        rows = weights_of(self.backbone.head)
         if vocabulary is not None:
             rows = Weights(rows.weight[vocabulary], None if rows.bias is None else rows.bias[vocabulary])
         chosen = WEIGHTS[WEIGHTS[weights].head or weights]
-        return self.backend.head(rows, norm, chosen, logits_softcap(self.backbone))
+        return self.backend.head(rows, norm, chosen, self.backbone.logits_softcap)
 
     def exit_head(self, vocabulary: Tensor | None) -> Head:
         """Return the head for states of any depth; that of a vocabulary (V',) is packed once."""
@@ -103,7 +95,7 @@ class EngineModel:
             return self.head
         known = self.exit_heads.get(id(vocabulary))
         if known is None:  # stored with the vocabulary, so that no other tensor gets its id
-            known = vocabulary, self.head_of(final_norm(self.backbone), self.weights, vocabulary)
+            known = vocabulary, self.head_of(norm_of(self.backbone.final_norm), self.weights, vocabulary)
             self.exit_heads[id(vocabulary)] = known
         return known[1]
 

@@ -71,12 +71,7 @@ def layer_cost(view: LayerView) -> LayerCost:
     if view.is_recurrent:
         mixer = recurrent_mixer_flops(view.mixer)
         return LayerCost(mixer, mixer, 0, ffn)
-    attention: Any = view.mixer
-    skipped = mixer
-    if view.projects_separately:
-        skipped = _linear_flops(attention.k_proj) + _linear_flops(attention.v_proj)
-    else:
-        skipped = _linear_flops(view.fused_projection)
+    skipped = sum(map(_linear_flops, view.kv_projections))
     heads, _, width = view.heads
     return LayerCost(mixer, skipped, 4 * heads * width, ffn)
 
@@ -107,8 +102,9 @@ def _layer_flops(view: LayerView, layer_idx: int, trace: Trace, since: int, fill
     cost, real, first = layer_cost(view), trace.token_mask, sum(trace.pass_lengths[:since])
     mixer_keep, ffn_keep = trace.mixer_keep[layer_idx] & real, trace.ffn_keep[layer_idx] & real
     num_tokens, num_mixed, num_fed = (int(which[:, first:].sum()) for which in (real, mixer_keep, ffn_keep))
-    omits, late = trace.kv_rules[layer_idx] == "omit", trace.late[layer_idx].sum(0).tolist()
-    num_mixed, num_fed = num_mixed + sum(late[since:]), num_fed + sum(late[since:])
+    omits, late = trace.kv_rules[layer_idx] == "omit", trace.late[layer_idx].sum(0)
+    num_late = int(late[since:].sum())
+    num_mixed, num_fed = num_mixed + num_late, num_fed + num_late
     if view.is_recurrent and not omits:
         num_mixed = num_tokens  # the recurrent state sees every token
     pairs, all_pairs = _attended_pairs(mixer_keep, real, trace, omits, late, since)
@@ -134,12 +130,10 @@ def _num_projected(keep: Tensor, real: Tensor, trace: Trace, filled: int) -> int
     return int(skipped[:, filled:needed].sum())
 
 
-def _attended_pairs(
-    keep: Tensor, real: Tensor, trace: Trace, omits: bool, late: list[int], since: int
-) -> tuple[int, int]:
+def _attended_pairs(keep: Tensor, real: Tensor, trace: Trace, omits: bool, late: Any, since: int) -> tuple[int, int]:
     """Return the query-key pairs that attention computes as run, and at full depth; masked pairs are computed too."""
     pairs = all_pairs = seen = slots = 0
-    passes = (keep.split(trace.pass_lengths, dim=1), real.split(trace.pass_lengths, dim=1), late)
+    passes = (torch.split(keep, trace.pass_lengths, 1), torch.split(real, trace.pass_lengths, 1), late.tolist())
     for number, (kept, tokens, num_late) in enumerate(zip(*passes, strict=True)):
         per_row = kept.sum(1)
         length = tokens.shape[1]
@@ -155,13 +149,10 @@ def _attended_pairs(
 
 def kv_bytes(backbone: Backbone, trace: Trace, bytes_per_value: int) -> int:
     """Return the bytes of K/V that the tokens of a trace leave in all layers; recurrent states are not counted."""
-    total = 0
-    for layer_idx, view in enumerate(backbone.layers):
-        if view.is_recurrent:
-            continue
-        stays = trace.mixer_keep[layer_idx] if trace.kv_rules[layer_idx] == "omit" else trace.token_mask
-        total += int((stays & trace.token_mask).sum()) * 2 * _kv_width(view) * bytes_per_value
-    return total
+    return sum(
+        int(_with_kv(trace, layer_idx).sum()) * _kv_values(view) * bytes_per_value
+        for layer_idx, view in enumerate(backbone.layers)
+    )
 
 
 def step_bytes(
@@ -169,19 +160,15 @@ def step_bytes(
 ) -> float:
     """Return the mean bytes that a decoding step of a trace reads: the K/V, and the weights of what any row runs.
 
-    Args:
-        branches: weight bytes of each layer's mixer and FFN.
-        head: weight bytes of the language-model head.
+    Those weights are given by the bytes of each layer's mixer and FFN, and of the head.
     """
     prompt, num_steps = trace.pass_lengths[0], len(trace.pass_lengths) - 1
     total = 0.0
     for layer_idx, (view, (mixer, ffn)) in enumerate(zip(backbone.layers, branches, strict=True)):
         mixer_keep, ffn_keep = trace.mixer_keep[layer_idx, :, prompt:], trace.ffn_keep[layer_idx, :, prompt:]
         total += mixer * int(mixer_keep.any(0).sum()) + ffn * int(ffn_keep.any(0).sum())
-        if not view.is_recurrent:
-            stays = trace.mixer_keep[layer_idx] if trace.kv_rules[layer_idx] == "omit" else trace.token_mask
-            seen = (stays & trace.token_mask).cumsum(1)[:, prompt:]
-            total += int((seen * mixer_keep).sum()) * 2 * _kv_width(view) * bytes_per_value
+        seen = _with_kv(trace, layer_idx).cumsum(1)[:, prompt:]
+        total += int((seen * mixer_keep).sum()) * _kv_values(view) * bytes_per_value
     return head + total / num_steps
 
 
@@ -207,25 +194,20 @@ def _linear_flops(module: nn.Module) -> int:
     return total
 
 
-def recurrent_mixer_flops(mixer: nn.Module) -> int:
-    """Return the FLOPs of a recurrent mixer per token, which do not depend on the length."""
-    return _linear_flops(mixer) + _recurrence_flops(mixer)
+def recurrent_mixer_flops(mixer: Any) -> int:
+    """Return the FLOPs of a recurrent mixer per token: its linear layers, the gated delta rule and its convolution.
+
+    The rule reads, writes and queries the (heads, dk, dv) state. Counted is the recurrence itself, whichever algorithm
+    computes it: the chunked one computes more where chunks are not full.
+    """
+    state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+    return _linear_flops(mixer) + 3 * 2 * state + 2 * mixer.conv1d.weight.numel()
 
 
 def break_even(view: LayerView, other: nn.Module) -> int:
     """Return the tokens of context from which a softmax mixer costs more FLOPs per token than a recurrent one."""
     softmax = layer_cost(view)
     return max(-(-(recurrent_mixer_flops(other) - softmax.mixer) // softmax.per_pair), 0)
-
-
-def _recurrence_flops(mixer: Any) -> int:
-    """Return the FLOPs per token of the gated delta rule and its convolution.
-
-    The rule reads, writes and queries the (heads, dk, dv) state. Counted is the recurrence itself, whichever algorithm
-    computes it: the chunked one computes more where chunks are not full.
-    """
-    state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
-    return 3 * 2 * state + 2 * mixer.conv1d.weight.numel()
 
 
 def _ffn_flops(view: LayerView) -> int:
@@ -244,6 +226,15 @@ def _expert_flops(ffn: nn.Module) -> int:
     return 2 * gate.top_k * per_expert + 2 * gate.weight.numel()
 
 
-def _kv_width(view: LayerView) -> int:
+def _with_kv(trace: Trace, layer_idx: int) -> Tensor:
+    """Return the (B, T) mask of the tokens that leave K/V in a layer."""
+    omits = trace.kv_rules[layer_idx] == "omit"
+    return trace.token_mask & trace.mixer_keep[layer_idx] if omits else trace.token_mask
+
+
+def _kv_values(view: LayerView) -> int:
+    """Return the number of keys and values of a token; a recurrent layer has none."""
+    if view.is_recurrent:
+        return 0
     _, kv_heads, width = view.heads
-    return kv_heads * width
+    return 2 * kv_heads * width

@@ -17,7 +17,7 @@ from anydepth.methods._base.training import Trained
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.delta_rule import build_delta_rule, matched_shape
-from anydepth.models.llama_like import head_weights, read_layers
+from anydepth.models.llama_like import read_layers, weights_of
 
 
 def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
 def _fast_engine(backbone: Backbone) -> str:
     try:
         read_layers(backbone)
-        head_weights(backbone)
+        weights_of(backbone.head)
     except UserError as error:
         return f"does not apply: {error}"
     return "applies"

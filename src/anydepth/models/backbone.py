@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
-from anydepth.models.families import FAMILIES, Family
+from anydepth.models.families import Family, family_of
 from anydepth.models.hooks import Hooks
 from anydepth.models.plain import check_adapters, chosen_module
 
@@ -48,18 +48,18 @@ class _Projected(Exception):
 
 
 class _KVCapture:
-    """A cache that captures the K/V that an attention module has projected."""
+    """A cache that captures the K/V that an attention module has projected, and ends its forward if `stop`."""
+
+    kv: tuple[Tensor, Tensor]
 
     def __init__(self, *, stop: bool) -> None:
         self.stop = stop
-        self.key_states: Tensor | None = None
-        self.value_states: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.key_states, self.value_states = key_states, value_states
+        self.kv = key_states, value_states
         if self.stop:
             raise _Projected
-        return key_states, value_states
+        return self.kv
 
 
 class LayerView:
@@ -90,15 +90,12 @@ class LayerView:
         )
 
     @property
-    def projects_separately(self) -> bool:
-        """Whether K/V can be projected without queries; a skipping token needs all of a fused q/k/v projection."""
-        return not self.family.fused_qkv and not self.is_recurrent
-
-    @property
-    def fused_projection(self) -> nn.Module:
-        """The projection of q, k and v, where they are one matrix."""
+    def kv_projections(self) -> list[nn.Module]:
+        """The linear layers that run for a skipping token: those of K and V, or the fused one of queries too."""
         children = dict(self.mixer.named_children())
-        return next(children[name] for name in ("qkv_proj", "c_attn", "query_key_value") if name in children)
+        if not self.family.fused_qkv:
+            return [children["k_proj"], children["v_proj"]]
+        return [children[name] for name in ("qkv_proj", "c_attn", "query_key_value") if name in children]
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -106,11 +103,10 @@ class LayerView:
         attention: Any = self.mixer
         queries = attention.config.num_attention_heads
         width = getattr(attention, "head_dim", None) or self.hidden_size // queries
-        if self.projects_separately:
-            return queries, attention.k_proj.out_features // width, width
-        fused: Any = self.fused_projection
-        outputs = fused.nf if isinstance(fused, Conv1D) else fused.out_features
-        return queries, (outputs // width - queries) // 2, width
+        projection: Any = self.kv_projections[0]
+        outputs = projection.nf if isinstance(projection, Conv1D) else projection.out_features
+        heads = outputs // width
+        return queries, (heads - queries) // 2 if self.family.fused_qkv else heads, width
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """Apply the norm before the K/V projection to the (..., D) residual stream."""
@@ -146,8 +142,7 @@ class LayerView:
             arguments["alibi"] = None
         with suppress(_Projected):
             type(self.mixer).forward(self.mixer, normed, **arguments)
-        assert capture.key_states is not None and capture.value_states is not None
-        return capture.key_states, capture.value_states
+        return capture.kv
 
 
 def first_output(output: Any) -> Tensor:
@@ -169,10 +164,7 @@ class Backbone:
         causal_lm = unwrap(model)
         self.model = causal_lm
         self.family_name = getattr(getattr(causal_lm, "config", None), "model_type", type(model).__name__)
-        if self.family_name not in FAMILIES:
-            known = ", ".join(sorted(FAMILIES))
-            raise UserError(f"model family '{self.family_name}' is not supported; supported are: {known}")
-        self.family = FAMILIES[self.family_name]
+        self.family = family_of(self.family_name)
         self._refuse_variants(causal_lm.config)
         if self.attention_implementation not in ("sdpa", "eager"):
             # Other implementations take no mask of (query, key), so kept tokens would attend to the wrong ones.
@@ -230,11 +222,7 @@ class Backbone:
             yield outputs
 
     def logits_of(self, states: Tensor, vocabulary: Tensor | None = None) -> Tensor:
-        """Return (..., V) logits of (..., D) residual states, by the model's final norm and head.
-
-        Args:
-            vocabulary: (V',) tokens to return the logits of; None means all.
-        """
+        """Return (..., V) logits of (..., D) residual states, or those of a (V',) vocabulary."""
         states = self.final_norm(states)
         project_out = getattr(self.decoder, "project_out", None)  # in some OPT models
         states = states if project_out is None else project_out(states)
@@ -246,17 +234,25 @@ class Backbone:
             logits = F.linear(states, head.weight[vocabulary], bias)
         else:  # only a forward of the adapter gives its effect
             logits = self.head(states)[..., vocabulary]
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if self.logits_softcap is None else torch.tanh(logits / self.logits_softcap) * self.logits_softcap
+
+    @property
+    def logits_softcap(self) -> float | None:
+        """The c of c·tanh(logits / c); None if the family's head has no such cap."""
+        return getattr(self.model.config, "final_logit_softcapping", None)
+
+    @property
+    def rope_parameters(self) -> list[dict[str, Any]]:
+        """The parameters of each kind of rotary embedding."""
+        parameters: Any = getattr(self.model.config, "rope_parameters", None) or {}
+        return [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
 
     @property
     def rotary_switch(self) -> RotarySwitch | None:
         """The switch of a rotary embedding that depends on the length of the sequence; None if it does not."""
         config: Any = self.model.config
-        parameters: Any = getattr(config, "rope_parameters", None) or {}
-        kinds = [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
         found = []
-        for kind in kinds:
+        for kind in self.rope_parameters:
             if kind.get("rope_type") == "longrope":
                 length = kind.get("original_max_position_embeddings") or config.original_max_position_embeddings
                 found.append(RotarySwitch(length, again=False, restarts=self.family.restarts_at_switch))
@@ -274,18 +270,12 @@ class Backbone:
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Check `project_kv` of each kind of layer against the model's own forward on six tokens.
-
-        Raises:
-            UserError: the installed transformers computes K/V of this family differently.
-        """
-        seen: set[tuple[str, bool]] = set()
-        checked = []
+        """Check `project_kv` of each kind of layer against the model's own forward on six tokens."""
+        kinds: dict[Any, LayerView] = {}
         for view in self.layers:
-            kind = (type(view.mixer).__name__, bool(getattr(view.mixer, "use_rope", True)))
-            if not view.is_recurrent and kind not in seen:
-                seen.add(kind)
-                checked.append(view)
+            if not view.is_recurrent:
+                kinds.setdefault((type(view.mixer), bool(getattr(view.mixer, "use_rope", True))), view)
+        checked = list(kinds.values())
         token_ids = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
         with recorded_inputs(checked) as records, _evaluating(self.model):
             self.decoder(input_ids=token_ids, use_cache=False)
@@ -293,13 +283,12 @@ class Backbone:
             self._check_projection(view, *records[view.layer_idx])
 
     def _check_projection(self, view: LayerView, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        keys, values = view.project_kv(view.normalise(hidden), arguments.get("position_embeddings"))
+        projected = view.project_kv(view.normalise(hidden), arguments.get("position_embeddings"))
         capture = _KVCapture(stop=False)
         with _evaluating(self.model):
             view.module.forward(hidden, **{**arguments, view.family.cache_argument: capture})
         tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
-        for ours, own in ((keys, capture.key_states), (values, capture.value_states)):
-            assert own is not None
+        for ours, own in zip(projected, capture.kv, strict=True):
             error = (ours - own).norm() / own.norm().clamp_min(1e-9)
             if ours.shape != own.shape or error > tolerance:
                 raise UserError(
@@ -313,15 +302,12 @@ def recorded_inputs(views: list[LayerView]) -> Iterator[dict[int, tuple[Tensor, 
     """Yield a mapping of layer index to the states and other arguments that the layer gets in the last forward."""
     records: dict[int, tuple[Tensor, dict[str, Any]]] = {}
 
-    def hook_for(view: LayerView) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            records[view.layer_idx] = (args[0], {**dict(zip(view.argument_names, args[1:], strict=False)), **kwargs})
-
-        return hook
+    def keep(view: LayerView, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        records[view.layer_idx] = (args[0], {**dict(zip(view.argument_names, args[1:], strict=False)), **kwargs})
 
     with Hooks() as hooks:
         for view in views:
-            hooks.before(view.module, hook_for(view), with_kwargs=True)
+            hooks.before(view.module, partial(keep, view), with_kwargs=True)
         yield records
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from anydepth.errors import UserError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -95,3 +97,10 @@ FAMILIES: dict[str, Family] = {
         returns_tuple=True,
     ),
 }
+
+
+def family_of(model_type: str) -> Family:
+    """Return a supported family, or raise a `UserError` that lists them."""
+    if model_type not in FAMILIES:
+        raise UserError(f"model family '{model_type}' is not supported; supported are: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]

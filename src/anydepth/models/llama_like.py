@@ -70,16 +70,12 @@ class LayerParts:
 
 
 def read_layers(backbone: Backbone) -> list[LayerParts]:
-    """Return the parts of every layer.
-
-    Raises:
-        UserError: a model that an engine cannot run from its weights alone.
-    """
+    """Return the parts of every layer; raise `UserError` if an engine cannot run the model from its weights alone."""
     if backbone.family_name not in FAMILIES:
         raise UserError(
             f"the fast engine does not run {backbone.family_name}; it runs {', '.join(FAMILIES)}; use engine hf"
         )
-    for kind in _rotation_kinds(backbone.model.config) & {"dynamic", "longrope"}:
+    for kind in {part.get("rope_type") for part in backbone.rope_parameters} & {"dynamic", "longrope"}:
         raise UserError(
             f"the fast engine needs a rotary embedding that does not depend on the length, this model's ({kind}) "
             "does; use engine hf"
@@ -87,21 +83,9 @@ def read_layers(backbone: Backbone) -> list[LayerParts]:
     return [layer_parts(view) for view in backbone.layers]
 
 
-def _rotation_kinds(config: Any) -> set[str]:
-    """Return the `rope_type` of each kind of layer."""
-    parameters: Any = getattr(config, "rope_parameters", None) or {}
-    nested = [part for part in parameters.values() if isinstance(part, dict)]
-    return {str(part.get("rope_type", "default")) for part in nested or [parameters]}
-
-
 @torch.no_grad()
 def layer_parts(view: LayerView) -> LayerParts:
-    """Return the parts of a layer of one of `FAMILIES`.
-
-    Raises:
-        UserError: a projection that is not an `nn.Linear`, with or without an adapter that can be folded in (such as
-            a quantised one).
-    """
+    """Return the parts of a layer of one of `FAMILIES`; raise `UserError` for projections that are quantised."""
     attention: Any = chosen_module(view.mixer)
     outer_mlp = view.module.get_submodule("mlp")
     mlp: Any = chosen_module(outer_mlp)
@@ -115,10 +99,10 @@ def layer_parts(view: LayerView) -> LayerParts:
         queries=queries,
         keys=keys,
         values=values,
-        output=_weights(attention.o_proj),
+        output=weights_of(attention.o_proj),
         gate=gate,
         up=up,
-        down=_weights(mlp.down_proj),
+        down=weights_of(mlp.down_proj),
         mixer_norm=_norm(view.kv_norm),
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
         ffn_norm=None if view.ffn_in is outer_mlp else _norm(view.ffn_in),
@@ -140,8 +124,8 @@ def layer_parts(view: LayerView) -> LayerParts:
 def _projections(module: nn.Module, names: Sequence[str], fused: str, sizes: list[int]) -> list[Weights]:
     """Return the weights of some projections, which may be one fused matrix with these output sizes."""
     if not hasattr(module, fused):
-        return [_weights(getattr(module, name)) for name in names]
-    weights = _weights(getattr(module, fused))
+        return [weights_of(getattr(module, name)) for name in names]
+    weights = weights_of(getattr(module, fused))
     biases = [None] * len(sizes) if weights.bias is None else weights.bias.split(sizes)
     return [Weights(weight, bias) for weight, bias in zip(weights.weight.split(sizes), biases, strict=True)]
 
@@ -169,34 +153,8 @@ def rotations(
     return tables
 
 
-def logits_softcap(backbone: Backbone) -> float | None:
-    """Return c of c·tanh(logits / c), or None if the family's head has no such cap."""
-    return getattr(backbone.model.config, "final_logit_softcapping", None)
-
-
-def final_norm(backbone: Backbone) -> Norm:
-    return norm_of(backbone.final_norm)
-
-
-def head_weights(backbone: Backbone) -> Weights:
-    """Return the head's weight (V, D) and bias, adapters folded in.
-
-    Raises:
-        UserError: as `layer_parts`.
-    """
-    return _weights(backbone.head)
-
-
 def norm_of(module: nn.Module) -> Norm:
     """Return the weight and eps of one of the model's RMSNorms."""
-    norm = _norm(module)
-    assert norm is not None
-    return norm
-
-
-def _norm(module: nn.Module | None) -> Norm | None:
-    if module is None:
-        return None
     plain: Any = plain_module(module)
     weight = plain.weight.detach().float()
     if type(plain).__name__.startswith("Gemma"):  # Gemma stores the weight minus one
@@ -204,8 +162,12 @@ def _norm(module: nn.Module | None) -> Norm | None:
     return Norm(weight, float(plain.eps if hasattr(plain, "eps") else plain.variance_epsilon))
 
 
-def _weights(module: nn.Module) -> Weights:
-    """Return the weights of a linear layer, with its adapters folded into a copy."""
+def _norm(module: nn.Module | None) -> Norm | None:
+    return None if module is None else norm_of(module)
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """Return the weights of a linear layer, its adapters folded into a copy; raise `UserError` as `layer_parts`."""
     base = base_module(module)
     if type(base) is not nn.Linear:
         raise UserError(

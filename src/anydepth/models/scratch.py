@@ -1,8 +1,7 @@
-"""A small decoder with random weights, and a tokenizer trained on the training text.
+"""A small stock decoder with random weights, and a tokenizer trained on the training text.
 
-The decoder is a stock transformers architecture. The tokenizer is like SentencePiece's (Kudo and Richardson 2018):
-pieces start with ▁ where a word does, and text without a piece is spelt in bytes, so that every text without ▁ can be
-decoded.
+The tokenizer is like SentencePiece's (Kudo and Richardson 2018): pieces start with ▁ where a word does, and text
+without a piece is spelt in bytes, so that every text without ▁ can be decoded.
 """
 
 from __future__ import annotations
@@ -14,12 +13,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from anydepth.errors import UserError
 from anydepth.models.load import save_whole
@@ -36,11 +30,7 @@ FFN_SIZES = ("intermediate_size", "n_inner", "ffn_dim")
 def scratch_folder(config: ScratchConfig, read_texts: Callable[[], list[str]], folder: Path, *, seed: int) -> Path:
     """Return `folder` with an untrained decoder for `load_model`, written atomically if it does not exist.
 
-    Args:
-        read_texts: returns the training text of the tokenizer; called only if the folder does not exist.
-
-    Raises:
-        UserError: an architecture that transformers does not know, widths that do not fit, or too little text.
+    Only then is `read_texts` called for the training text of the tokenizer.
     """
     if not (folder / "config.json").exists():
         tokenizer = train_tokenizer(config.tokenizer, read_texts(), max_length=config.max_positions)

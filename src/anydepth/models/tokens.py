@@ -35,9 +35,6 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> fro
     """Return the tokens that end a text: those of the model's generation config, and the tokenizer's EOS.
 
     Chat models often name the end of a turn in one of the two only.
-
-    Args:
-        model: a transformers model, or an adapted one.
     """
     ends = model.generation_config.eos_token_id
     own: Any = None if tokenizer is None else tokenizer.eos_token_id

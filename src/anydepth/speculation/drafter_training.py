@@ -26,7 +26,7 @@ from anydepth.draft_sections import DrafterConfig
 from anydepth.errors import RunError
 from anydepth.losses import divergence
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import head_weights, logits_softcap
+from anydepth.models.llama_like import weights_of
 from anydepth.speculation.draft_network import DraftNetwork
 from anydepth.speculation.self_generated import Text
 
@@ -40,9 +40,9 @@ class DraftTraining(nn.Module):
         super().__init__()
         self.network, self.num_drafted = network, num_drafted
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
-        self.softcap = logits_softcap(backbone)
+        self.softcap = backbone.logits_softcap
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
-        self.head = head_weights(backbone).weight[network.vocabulary].float()
+        self.head = weights_of(backbone.head).weight[network.vocabulary].float()
 
     def forward(
         self, ids: Tensor, states: Tensor, lengths: Tensor, starts: Tensor
