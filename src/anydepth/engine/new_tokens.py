@@ -11,10 +11,9 @@ from torch import Tensor
 
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.rotary import Rotations
-from anydepth.gating.context import PassContext
+from anydepth.gating.context import PassContext, SequenceState
 from anydepth.gating.gate_network import Evaluate
 from anydepth.gating.plan import Plan
-from anydepth.gating.sequence_state import SequenceState
 from anydepth.gating.trace import PassRecord
 
 ExitHead = Callable[[Tensor | None], Callable[[Tensor], Tensor]]

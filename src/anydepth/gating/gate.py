@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,29 +34,23 @@ class Gate:
         """Return the gates of G branches from (G, B, T) decisions, with one host synchronisation for all of them."""
         real = context.token_mask
         if real.numel() == 1 and weights is None:  # A decode step of one token: every operator costs time.
-            decided = keep.flatten().tolist()
-            either: dict[bool, Gate] = {}
-            if True in decided:
-                either[True] = cls(real, kv_rule, any_kept=True, all_kept=True)
-            if False in decided:
-                either[False] = cls.closed(context, kv_rule)
-            return [either[kept] for kept in decided]
+            flat: Any = keep.flatten()
+            decided = flat.tolist()
+            opened = cls(real, kv_rule, any_kept=True, all_kept=True)
+            closed = opened if all(decided) else cls.closed(context, kv_rule)
+            return [opened if kept else closed for kept in decided]
         keep = keep & real
-        flags = torch.stack([keep.flatten(1).any(1), (keep | ~real).flatten(1).all(1)]).tolist()
+        flags: Any = torch.stack([keep.flatten(1).any(1), (keep | ~real).flatten(1).all(1)])
         each = [None] * len(keep) if weights is None else weights.unbind()
         return [
             cls(part, kv_rule, any_kept, all_kept, weight)
-            for part, any_kept, all_kept, weight in zip(keep.unbind(), *flags, each, strict=True)
+            for part, any_kept, all_kept, weight in zip(keep.unbind(), *flags.tolist(), each, strict=True)
         ]
 
     @classmethod
     def closed(cls, context: PassContext, kv_rule: KVRule) -> Gate:
         """Return a gate that no token passes, without synchronising with the device."""
         return cls(torch.zeros_like(context.token_mask), kv_rule, any_kept=False, all_kept=False)
-
-    def without_weight(self) -> Gate:
-        """Return the same decision without a weight."""
-        return replace(self, weight=None)
 
     @staticmethod
     def both(first: Gate | None, second: Gate | None) -> Gate | None:
@@ -96,8 +91,3 @@ class MixerRouting:
     gate: Gate
     alternate: nn.Module
     alternate_weight: Tensor | None = None
-
-    @property
-    def takes_alternate(self) -> Tensor:
-        """Return (B, T) bool, the tokens that run the alternate mixer; padding may be among them."""
-        return ~self.gate.keep

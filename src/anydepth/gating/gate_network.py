@@ -34,7 +34,7 @@ class GateNetwork(nn.Module):
         with torch.no_grad():
             for linear in self.mlp:
                 linear.weight.normal_(0, linear.in_features**-0.5, generator=generator)
-                if linear.bias is not None:
+                if linear is not self.out:
                     linear.bias.zero_()
             if self.out is not None:
                 self.out.weight.mul_(0.1)
@@ -45,8 +45,7 @@ class GateNetwork(nn.Module):
     @property
     def mlp(self) -> list[nn.Linear]:
         """Linear layers of the MLP in order; GELU is between them."""
-        parts = (*self.hidden, self.out)
-        return [linear for linear in parts if isinstance(linear, nn.Linear)]
+        return [linear for linear in (*self.hidden, self.out) if isinstance(linear, nn.Linear)]
 
     def forward(self, states: Tensor) -> Tensor:
         # Autocast would round the logits to bfloat16, which has few values around a threshold.

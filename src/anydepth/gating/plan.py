@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,36 +30,47 @@ class Sample(NamedTuple):
     alternate_weights: Tensor | None = None
 
 
-class Decider(Protocol):
-    """The part of a method that a plan uses (`methods/_base/method.py`)."""
+class Decider:
+    """The part of a method that a plan uses. By default it gates nothing, and decides in training as at inference."""
 
     name: ClassVar[str]
+    is_watched: bool = False
+    """Whether scores are recorded for calibration, also those of gates that skip no token."""
 
-    @property
-    def is_watched(self) -> bool: ...
+    def gates(self) -> list[GateSpec]:
+        """Return all gates at inference; layers that are not listed run for every token."""
+        return []
 
-    def gates(self) -> Sequence[GateSpec]: ...
+    def begin(self, context: PassContext) -> Any:
+        """Return the state for one forward, kept in `context.states` by the method's name.
 
-    def begin(self, context: PassContext) -> Any: ...
+        It is not kept on the method, because other threads run the method at the same time and backward may run a
+        layer again after later forwards.
+        """
 
-    def samples(self, context: PassContext) -> bool: ...
+    def samples(self, context: PassContext) -> bool:
+        """Return whether decisions of this forward are drawn for training instead of made as at inference."""
+        return False
 
-    def training_gates(self, context: PassContext) -> Sequence[GateSpec]: ...
+    def training_gates(self, context: PassContext) -> list[GateSpec]:
+        """Return the gates of one forward in training."""
+        return self.gates()
 
-    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample: ...
+    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
+        """Draw the decisions of one gate in training, from its (G, B, T or 1) scores for (B, T, D) states."""
+        return Sample(scores > spec.threshold_at(context.positions))
 
-    def captured_layers(self) -> Sequence[int]: ...
+    def captured_layers(self) -> Sequence[int]:
+        """Return the layers with inputs that training needs, gated or not."""
+        return ()
 
-    def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None: ...
+    def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None:
+        """Record the (B, T, D) input of one of `captured_layers` in training."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedGate:
-    """A gate and the method that lists it.
-
-    Attributes:
-        is_sampled: whether decisions are drawn for training.
-    """
+    """A gate, the method that lists it, and whether its decisions are drawn for training."""
 
     method: Decider
     spec: GateSpec
@@ -121,7 +132,7 @@ class Plan:
     @classmethod
     def for_forward(cls, methods: Sequence[Decider], context: PassContext) -> Plan:
         """Return the plan of one forward, in which methods in training may sample."""
-        found = []
+        found: list[PlannedGate] = []
         for method in methods:
             is_sampled = method.samples(context)
             specs = method.training_gates(context) if is_sampled else method.gates()
@@ -141,15 +152,10 @@ class Plan:
 
 @dataclass
 class ExitProgress:
-    """Which tokens of a forward have not exited by a method.
-
-    Attributes:
-        gate: the gate of the last exit, which keeps the tokens that continue; None before the first.
-        arrived: by layer, the gate of the last exit before it.
-    """
+    """The gate of a method's last exit, None before the first, and by layer that of the last exit before it."""
 
     gate: Gate | None = None
-    arrived: dict[int, Gate | None] = field(default_factory=dict)
+    arrived: dict[int, Gate | None] = field(default_factory=dict[int, Gate | None])
 
     @property
     def any_active(self) -> bool:
@@ -189,11 +195,7 @@ class Decisions:
 
     @classmethod
     def begin(cls, methods: Sequence[Decider], context: PassContext, plan: Plan | None = None) -> Decisions:
-        """Start a forward: let methods begin their states, and decide the gates that are known before.
-
-        Args:
-            plan: the plan of these methods at inference; None makes one for this forward.
-        """
+        """Start a forward by the methods' plan at inference, or without one by a plan for this forward alone."""
         for method in methods:
             context.states[method.name] = method.begin(context)
         return cls(Plan.for_forward(methods, context) if plan is None else plan, context)

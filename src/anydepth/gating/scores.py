@@ -6,7 +6,7 @@ A score that needs no state is known before the forward, and gates with it cost 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -62,11 +62,7 @@ class Closed(Score):
 
 
 class Known(Score):
-    """Scores that a function computes for each forward.
-
-    Args:
-        make: returns the (num_columns, B, T) scores of a forward.
-    """
+    """(num_columns, B, T) scores that a function computes for each forward."""
 
     def __init__(self, num_columns: int, make: Callable[[PassContext], Tensor]) -> None:
         self.num_columns, self.make = num_columns, make
@@ -143,12 +139,7 @@ class PooledNetwork(Network):
 
 
 class HeadConfidence(Score):
-    """Minus the confidence of the model's head in a state, as if the state were the last.
-
-    Args:
-        vocabulary: (V',) tokens that it is computed over; None means all.
-        flops_per_token: FLOPs of the head.
-    """
+    """Minus the confidence of the model's head in a state, as if it were the last, over a (V',) vocabulary or all."""
 
     least = -1.0
 
@@ -162,7 +153,8 @@ class HeadConfidence(Score):
         scores = hidden.new_zeros(active.shape, dtype=torch.float32)
         logits_of, vocabulary = context.logits_of, self.vocabulary
         # In chunks, because the logits of a long prompt would be larger than the model.
-        parts = [confidence(self.measure, logits_of(part, vocabulary).float()) for part in hidden[active].split(CHUNK)]
+        chunks = torch.split(hidden[active], CHUNK)
+        parts = [confidence(self.measure, logits_of(part, vocabulary).float()) for part in chunks]
         scores[active] = -torch.cat(parts) if parts else scores[active]
         return scores[None]
 
@@ -191,3 +183,16 @@ def confidence(measure: HeadMeasure, logits: Tensor) -> Tensor:
         return (first - total).exp() - (second - total).exp()
     log_probabilities = logits - total[:, None]
     return 1 + (log_probabilities.exp() * log_probabilities).sum(-1) / math.log(logits.shape[-1])
+
+
+def uniform_by_position(positions: Tensor, layers: Sequence[int], seed: int) -> Tensor:
+    """Return (G, B, T) numbers in [0, 1), pseudo-random in (layer, position of the token, seed).
+
+    They are deterministic, so that cached and uncached, padded and single runs agree.
+    """
+    offsets = torch.tensor(layers, device=positions.device)[:, None, None]
+    # The finaliser of MurmurHash3 on 31 bits, in int64.
+    x = (positions[None] * 8191 + offsets * 131 + seed * 65537) & 0x7FFFFFFF
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0x7FFFFFFF
+    return ((x >> 16) ^ x).float() / 0x80000000

@@ -25,35 +25,7 @@ KVRule = Literal[SkipRule, "recompute"]
 
 
 DECAY_LENGTH = 512
-"""Positions over which thresholds decay."""
-
-
-@dataclass(frozen=True)
-class PositionThreshold:
-    """A threshold on minus a confidence that is stricter at the start of a sequence.
-
-    A token exits if its confidence is at least 0.9·λ + 0.1·exp(−decay·position ÷ `DECAY_LENGTH`), clipped to [0, 1]
-    (CALM, Schuster et al. 2022, equation 5).
-
-    Attributes:
-        base: −λ, in the units of the score.
-    """
-
-    base: float
-    decay: float
-
-    def at(self, positions: Tensor) -> Tensor | float:
-        """Return the threshold at (B, T) positions."""
-        if self.base < -1:
-            return self.base  # no token has such a confidence
-        return -(0.9 * -self.base + 0.1 * self._decayed(positions)).clamp(0, 1)
-
-    def base_of(self, scores: Tensor, positions: Tensor) -> Tensor:
-        """Return the base at which tokens of (..., B, T) scores just exit: the inverse of `at`."""
-        return ((scores + 0.1 * self._decayed(positions)) / 0.9).clamp(min=-1)
-
-    def _decayed(self, positions: Tensor) -> Tensor:
-        return torch.exp(-self.decay * positions / DECAY_LENGTH)
+"""Positions over which a threshold decays."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +39,9 @@ class GateSpec:
         threshold: with −inf no token skips.
         on_skip: how a token that skips a mixer leaves K/V; ignored for FFNs.
         offset: subtracted from the score; calibration sees the difference.
+        decay: makes a threshold −λ on minus a confidence stricter at the start of a sequence: a token exits if its
+            confidence is at least 0.9·λ + 0.1·exp(−decay·position ÷ `DECAY_LENGTH`), clipped to [0, 1] (CALM, Schuster
+            et al. 2022, equation 5).
         exits: whether a token that skips a layer skips all later ones too.
         scale: a network; r = 2·σ(logit) multiplies the output of the layer, h + r·(f(h) − h).
         alternates: by layer, the mixer that skipping tokens run in place of the layer's own.
@@ -75,9 +50,10 @@ class GateSpec:
     layers: tuple[int, ...]
     branch: Branch
     score: Score
-    threshold: float | PositionThreshold = 0.0
+    threshold: float = 0.0
     on_skip: KVRule = "project"
     offset: float = 0.0
+    decay: float | None = None
     exits: bool = False
     scale: GateNetwork | None = None
     alternates: Mapping[int, nn.Module] | None = None
@@ -85,16 +61,22 @@ class GateSpec:
     @property
     def never_skips(self) -> bool:
         """Whether every token runs, whatever its score."""
-        threshold = self.threshold.base if isinstance(self.threshold, PositionThreshold) else self.threshold
-        limit = threshold + self.offset
+        limit = self.threshold + self.offset
         return limit == -math.inf or limit < self.score.least
 
     def threshold_at(self, positions: Tensor) -> Tensor | float:
         """Return the threshold of scores at (B, T) positions, the offset included."""
-        limit = self.threshold.at(positions) if isinstance(self.threshold, PositionThreshold) else self.threshold
-        return limit + self.offset
+        if self.decay is None or self.threshold < -1:  # no token has a confidence above 1
+            return self.threshold + self.offset
+        return -(0.9 * -self.threshold + 0.1 * self._decayed(positions)).clamp(0, 1) + self.offset
 
     def calibrated(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Return the thresholds at which tokens with (..., B, T) scores just skip."""
         scores = scores - self.offset
-        return self.threshold.base_of(scores, positions) if isinstance(self.threshold, PositionThreshold) else scores
+        if self.decay is None:
+            return scores
+        return ((scores + 0.1 * self._decayed(positions)) / 0.9).clamp(min=-1)
+
+    def _decayed(self, positions: Tensor) -> Tensor:
+        assert self.decay is not None
+        return torch.exp(-self.decay * positions / DECAY_LENGTH)

@@ -6,7 +6,7 @@ A `PassRecord` is one forward; a `Trace` joins the forwards of one cached sequen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,12 @@ class PassRecord:
     past_length: int
     cached: bool
     num_layers: int
-    mixer_keep: dict[int, Tensor] = field(default_factory=dict)
-    ffn_keep: dict[int, Tensor] = field(default_factory=dict)
-    kv_rules: dict[int, KVRule] = field(default_factory=dict)
-    late: dict[int, Tensor] = field(default_factory=dict)
+    mixer_keep: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    ffn_keep: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    kv_rules: dict[int, KVRule] = field(default_factory=dict[int, "KVRule"])
+    late: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """By layer, (B,) tokens of this or earlier forwards that ran it after their exit (`recompute`)."""
-    other_keep: dict[int, Tensor] = field(default_factory=dict)
+    other_keep: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """By layer, (B, T) tokens that ran its alternate mixer."""
     head_rows: int = 0
     router_flops: int = field(default_factory=int)  # a class attribute would hide `LazyRecord.__getattr__`
@@ -43,7 +43,8 @@ class PassRecord:
         """Wrap an evaluation of networks so that its FLOPs are added to this record; padding is not counted."""
 
         def counted(network: GateNetwork, states: Tensor) -> Tensor:
-            self.count(network, states)
+            each_token = states.shape[:2] == self.token_mask.shape  # else there is one state per row
+            self.router_flops += network.flops(self.num_real if each_token else states.shape[0])
             return evaluate(network, states)
 
         return counted
@@ -58,19 +59,13 @@ class PassRecord:
 
         return counted
 
-    def count(self, network: GateNetwork, states: Tensor) -> None:
-        """Add the FLOPs of one evaluation for (B, T, D) states, or for one state per row."""
-        each_token = states.shape[:2] == self.token_mask.shape
-        self.router_flops += network.flops(self.num_real if each_token else states.shape[0])
-
     @cached_property
     def num_real(self) -> int:
         """Number of tokens without padding."""
         return int(self.token_mask.sum())
 
-    def _stack(self, keeps: dict[int, Tensor]) -> Tensor:
-        every = torch.ones_like(self.token_mask)
-        return torch.stack([keeps.get(layer_idx, every) for layer_idx in range(self.num_layers)])
+    def _stack(self, by_layer: dict[int, Tensor], missing: Tensor) -> Tensor:
+        return torch.stack([by_layer.get(layer_idx, missing) for layer_idx in range(self.num_layers)])
 
     def row(self, row: int) -> PassRecord:
         """Return the record of one row of the batch."""
@@ -95,26 +90,20 @@ class PassRecord:
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """Return `mixer_keep` and `ffn_keep` as (L, B, T) tensors."""
-        return self._stack(self.mixer_keep), self._stack(self.ffn_keep)
+        every = torch.ones_like(self.token_mask)
+        return self._stack(self.mixer_keep, every), self._stack(self.ffn_keep, every)
 
     def stacked_other(self) -> Tensor:
         """Return `other_keep` as an (L, B, T) tensor."""
-        none = torch.zeros_like(self.token_mask)
-        return torch.stack([self.other_keep.get(layer_idx, none) for layer_idx in range(self.num_layers)])
+        return self._stack(self.other_keep, torch.zeros_like(self.token_mask))
 
     def stacked_late(self) -> Tensor:
         """Return `late` as an (L, B) tensor."""
-        none = self.token_mask.new_zeros(len(self.token_mask), dtype=torch.long)
-        return torch.stack([self.late.get(layer_idx, none) for layer_idx in range(self.num_layers)])
+        return self._stack(self.late, self.token_mask.new_zeros(len(self.token_mask), dtype=torch.long))
 
 
 class LazyRecord(PassRecord):
-    """A record with decisions that are filled in when they are read, because that would slow down a decoding step.
-
-    Args:
-        record: the record of the forward, without decisions.
-        fill: writes the decisions into a record.
-    """
+    """A record with decisions that `fill` writes into it when they are read, which would slow down a decoding step."""
 
     LATER = ("mixer_keep", "ffn_keep", "kv_rules", "late", "other_keep", "router_flops", "other_flops")
 
@@ -144,11 +133,7 @@ class LazyRecord(PassRecord):
 
 
 def joined_rows(passes: Sequence[tuple[PassRecord, int] | None], num_tokens: int) -> PassRecord:
-    """Return one record of rows that ran in separate forwards, padded on the left to `num_tokens`.
-
-    Args:
-        passes: for each row, its forward and its row there; None where the row had ended.
-    """
+    """Return one record of rows of separate forwards, padded on the left to `num_tokens`; None: the row had ended."""
     first = next(found[0] for found in passes if found is not None)
     if [found is not None and found[0] is first and found[1] for found in passes] == list(range(len(first.token_mask))):
         return first
@@ -172,7 +157,7 @@ def _join_rows(record: PassRecord, passes: Sequence[tuple[PassRecord, int] | Non
     num_tokens, ran = record.token_mask.shape[1], [row for row in rows if row is not None]
 
     def joined(name: str, layer_idx: int) -> Tensor:
-        found = []
+        found: list[Tensor] = []
         for row in rows:
             every = torch.zeros_like(record.token_mask[:1]) if row is None else row.token_mask
             default = torch.zeros_like(every) if name == "other_keep" else every
@@ -246,18 +231,9 @@ class Trace:
     def at_full_depth(self) -> Trace:
         """Return the trace of the same tokens with nothing skipped."""
         every = torch.ones_like(self.mixer_keep)
-        rules = ["project"] * len(self.kv_rules)
         late, none = torch.zeros_like(self.late), torch.zeros_like(self.other_keep)
-        return replace(
-            self,
-            mixer_keep=every,
-            ffn_keep=every,
-            kv_rules=rules,
-            late=late,
-            other_keep=none,
-            router_flops=0,
-            other_flops=0,
-        )
+        rules: list[KVRule] = ["project"] * len(self.kv_rules)
+        return Trace(every, every, self.token_mask, self.pass_lengths, self.head_rows, rules, self.cached, late, none)
 
     @property
     def num_tokens(self) -> int:
@@ -283,4 +259,5 @@ class Trace:
         return self._shares(self.other_keep)
 
     def _shares(self, keep: Tensor) -> list[float]:
-        return keep[:, self.token_mask].double().mean(1).tolist()
+        shares: Any = keep[:, self.token_mask].double().mean(1)
+        return shares.tolist()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
 from anydepth.errors import UserError
-from anydepth.gating.context import PassContext
+from anydepth.gating.context import PassContext, SequenceState
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Decisions, Plan
-from anydepth.gating.sequence_state import SequenceState
 from anydepth.gating.trace import PassRecord, Trace
 from anydepth.hf.adaptive_cache import AdaptiveCache
 from anydepth.hf.calls import Calls, join_checkpoints, leave_checkpoints
@@ -82,8 +81,6 @@ class AdaptedModel(nn.Module):
         self.calls = Calls()
         self._install()
 
-    # --- in and out of the model ---------------------------------------------------------------------------------
-
     def _install(self) -> None:
         decoder = self.backbone.decoder
         self._decoder_before = decoder.__dict__.get("forward")
@@ -115,13 +112,13 @@ class AdaptedModel(nn.Module):
             with self.calls.setting(run=None):
                 output = self._own_decoder(**kwargs)
             if isinstance(cache := kwargs.get("past_key_values"), AdaptiveCache):
-                cache.advance(_tokens(kwargs, cache.num_seen)[0].shape[1])
+                cache.num_seen += _tokens(kwargs, cache.num_seen)[0].shape[1]
             return output
         run = self._begin(kwargs)
         with self.calls.setting(run=run):
             output = self._own_decoder(**kwargs)
         if run.cache is not None:
-            run.cache.advance(run.shape[1])
+            run.cache.num_seen += run.shape[1]
         return output
 
     @property
@@ -131,18 +128,17 @@ class AdaptedModel(nn.Module):
     def _begin(self, kwargs: dict[str, Any]) -> Run:
         """Start a `Run`, and record it as the last one."""
         cache = self._cache_for(kwargs)
-        token_mask, positions = _tokens(kwargs, 0 if cache is None else cache.num_seen)
+        num_seen = 0 if cache is None else cache.num_seen
+        token_mask, positions = _tokens(kwargs, num_seen)
         plan = self.calls.plan
         methods = self.active_methods if plan is None else plan.methods
-        record = PassRecord(token_mask, 0 if cache is None else cache.num_seen, cache is not None, len(self._gated))
-        memory = SequenceState() if cache is None else SequenceState(cache.method_memory)
-        evaluate = record.counting(GateNetwork.__call__)
+        record = PassRecord(token_mask, num_seen, cache is not None, len(self._gated))
         context = PassContext(
             token_mask,
             positions,
             self.training,
-            evaluate=evaluate,
-            memory=memory,
+            evaluate=record.counting(GateNetwork.__call__),
+            memory=SequenceState(None if cache is None else cache.method_memory),
             logits_of=record.counting_logits(self.backbone.logits_of),
         )
         run = self.calls.last = Run(Decisions.begin(methods, context, plan), record, cache, self.calls.sparse)
@@ -170,8 +166,6 @@ class AdaptedModel(nn.Module):
         # Within a forward exits call the head, and the record counts those rows itself.
         if self.calls.enabled and self.calls.records and self.calls.run is None:
             self.calls.records[-1].head_rows = args[0].numel() // args[0].shape[-1]
-
-    # --- use --------------------------------------------------------------------------------------------------------
 
     forward: Any = _ModelForward()
 
@@ -278,27 +272,19 @@ class AdaptedModel(nn.Module):
 
     def auxiliary_losses(self) -> dict[str, Tensor]:
         """Return the methods' losses of the last forward over real tokens, by `method/term`."""
-        return {
-            f"{method.name}/{term}": value
-            for method in self.trained_methods
-            for term, value in method.auxiliary_losses(self.context).items()
-        }
+        return self._by_term(lambda method: method.auxiliary_losses(self.context))
 
     def outcome_losses(self, logits: Tensor) -> dict[str, Tensor]:
         """Return losses on the (B, T, V) logits of the last forward, by `method/term`."""
-        return {
-            f"{method.name}/{term}": value
-            for method in self.trained_methods
-            for term, value in method.outcome_losses(self.context, logits).items()
-        }
+        return self._by_term(lambda method: method.outcome_losses(self.context, logits))
 
     def policy_losses(self, token_losses: Tensor) -> dict[str, Tensor]:
         """Return losses on the decisions of the last forward, given its (B, T) token losses, by `method/term`."""
-        return {
-            f"{method.name}/{term}": value
-            for method in self.trained_methods
-            for term, value in method.policy_losses(self.context, token_losses).items()
-        }
+        return self._by_term(lambda method: method.policy_losses(self.context, token_losses))
+
+    def _by_term(self, losses_of: Callable[[Trained], dict[str, Tensor]]) -> dict[str, Tensor]:
+        by_method = {method.name: losses_of(method) for method in self.trained_methods}
+        return {f"{name}/{term}": value for name, own in by_method.items() for term, value in own.items()}
 
     def exit_states(self) -> dict[str, list[ExitState]]:
         """Return the states at the exits of the last forward by method, for losses over them."""

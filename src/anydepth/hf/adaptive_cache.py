@@ -8,19 +8,82 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from anydepth.hf.deferred_layer import DeferredLayer
 from anydepth.models.backbone import Rotation
 
 EMPTY = -1
 """Position of an entry without a token of this row: another row of the batch has one there."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments of one layer for (B, T) tokens after `seen` earlier ones.
+
+    Attributes:
+        real: (B, T) bool, False at padding.
+        mask: (B or 1, 1, T, S) of an attention layer or (B, T) of a recurrent one; None: the model passed none.
+        by_token: further tensors (B or 1, T, ...): positions, and cosines and sines of the rotary embedding.
+    """
+
+    real: Tensor
+    seen: int
+    mask: Tensor | None
+    by_token: dict[str, tuple[Tensor, ...]]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.real.shape[1]
+
+    def first(self, num_tokens: int) -> Arguments:
+        """Return the arguments of the first tokens alone."""
+        mask = self.mask
+        if mask is not None:
+            mask = mask[:, :, :num_tokens] if mask.dim() == 4 else mask[:, :num_tokens]
+        by_token = {name: tuple(part[:, :num_tokens] for part in parts) for name, parts in self.by_token.items()}
+        return Arguments(self.real[:, :num_tokens], self.seen, mask, by_token)
+
+    def rows(self, index: Tensor) -> Arguments:
+        def some(part: Tensor) -> Tensor:
+            return part if part.shape[0] == 1 and self.real.shape[0] != 1 else part[index.to(part.device)]
+
+        by_token = {name: tuple(some(part) for part in parts) for name, parts in self.by_token.items()}
+        return replace(
+            self, real=some(self.real), mask=None if self.mask is None else some(self.mask), by_token=by_token
+        )
+
+
+@dataclass
+class DeferredLayer:
+    """Tokens that one layer has not run yet (see `deferred.py`).
+
+    Attributes:
+        states: (B, N, D) each, of the tokens that stopped before this layer, oldest first.
+        arguments: arguments of every forward since the layer last ran, oldest first.
+    """
+
+    states: list[Tensor] = field(default_factory=list)
+    arguments: list[Arguments] = field(default_factory=list)
+
+    def rewind(self, length: int) -> None:
+        """Remove tokens from position `length` on."""
+        kept = [part.first(min(part.num_tokens, length - part.seen)) for part in self.arguments if part.seen < length]
+        left, states = sum(part.num_tokens for part in kept), []
+        for part in self.states:  # tokens that stopped at this layer are the oldest of those that it has not run
+            states.append(part[:, :left])
+            left -= states[-1].shape[1]
+        self.states, self.arguments = [part for part in states if part.shape[1]], kept
+
+    def select_rows(self, index: Tensor) -> None:
+        self.states = [part[index.to(part.device)] for part in self.states]
+        self.arguments = [part.rows(index) for part in self.arguments]
 
 
 class LayerKV(DynamicLayer):
@@ -149,12 +212,10 @@ class AdaptiveCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        num_rows = next((len(part.arguments[0].real) for part in self.deferred.values() if part.arguments), 0)
-        for part in self.deferred.values():
-            part.select_rows(torch.arange(num_rows).repeat_interleave(repeats))
-        self.method_memory = {name: part.repeat_interleave(repeats, 0) for name, part in self.method_memory.items()}
-        for layer in self.alternates.values():
-            layer.reorder_cache(torch.arange(_num_rows(layer)).repeat_interleave(repeats))  # type: ignore[arg-type]
+        rows = [part.arguments[0].real for part in self.deferred.values() if part.arguments]
+        rows += [*self.method_memory.values(), *(layer.conv_states[0] for layer in self.alternates.values())]
+        num_rows = max((len(part) for part in rows if part is not None), default=0)
+        self._select_memory(torch.arange(num_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -179,23 +240,16 @@ class AdaptiveCache(DynamicCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.num_seen + query_length, 0
 
-    def advance(self, num_tokens: int) -> None:
-        """Count the new tokens of a forward, once, after its last layer."""
-        self.num_seen += num_tokens
-
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (negative, as transformers counts)."""
         self.rewind(self.num_seen + min(tokens_to_remove, 0))
 
     def rewind(self, length: int) -> None:
         """Shorten the sequence to `length` tokens; raise `RuntimeError` if a layer has a recurrent state."""
-        for layer in self.layers:
-            if not isinstance(layer, LayerKV):
-                raise RuntimeError("a recurrent layer's state cannot be rewound; start with a new cache")
-        if self.alternates:
-            raise RuntimeError("a recurrent mixer's state cannot be rewound; start with a new cache")
-        for layer in self.layers:
-            assert isinstance(layer, LayerKV)
+        kv = [layer for layer in self.layers if isinstance(layer, LayerKV)]
+        if len(kv) < len(self.layers) or self.alternates:
+            raise RuntimeError("the state of a recurrent mixer cannot be rewound; start with a new cache")
+        for layer in kv:
             layer.rewind(length)
         for part in self.deferred.values():
             part.rewind(length)
@@ -214,40 +268,17 @@ class AdaptiveCache(DynamicCache):
             self.alternates[layer_idx] = LinearAttentionLayer()
         return self.alternates[layer_idx]
 
-    def recurrent_rows(self, layer_idx: int, rows: Tensor) -> Cache:
-        """Copy a recurrent layer's state of some rows, to run them alone; `write_recurrent_rows` writes it back."""
-        layers: list[Any] = [rows_of(self.layers[layer_idx], rows)] * (layer_idx + 1)
-        return Cache(layers=layers)
-
-    def write_recurrent_rows(self, layer_idx: int, rows: Tensor, ran: Cache, batch_size: int) -> None:
-        """Write the state of `rows` back; rows that never ran start from zeros, which is the empty state."""
-        put_rows(self.layers[layer_idx], rows, ran.layers[layer_idx], batch_size)
-
     @property
     def num_bytes(self) -> dict[str, int]:
         """Bytes of `kv` of softmax mixers, and of `states` of recurrent ones."""
-        kv = [layer for layer in self.layers if isinstance(layer, LayerKV)]
-        recurrent: list[Any] = [layer for layer in self.layers if not isinstance(layer, LayerKV)]
-        recurrent += self.alternates.values()
-        states = [
-            part
-            for layer in recurrent
-            for kept in (layer.conv_states, layer.recurrent_states)
-            for part in kept.values()
-        ]
-        return {
-            "kv": _num_bytes([part for layer in kv for part in (layer.keys, layer.values)]),
-            "states": _num_bytes(states),
-        }
-
-
-def _num_rows(layer: LinearAttentionLayer) -> int:
-    states = layer.conv_states[0]
-    return 0 if states is None else len(states)
-
-
-def _num_bytes(tensors: list[Tensor | None]) -> int:
-    return sum(part.numel() * part.element_size() for part in tensors if part is not None)
+        found: dict[str, list[Tensor | None]] = {"kv": [], "states": []}
+        layers: list[Any] = [*self.layers, *self.alternates.values()]
+        for layer in layers:
+            if isinstance(layer, LayerKV):
+                found["kv"] += [layer.keys, layer.values]
+            else:
+                found["states"] += [*layer.conv_states.values(), *layer.recurrent_states.values()]
+        return {name: sum(part.nbytes for part in parts if part is not None) for name, parts in found.items()}
 
 
 def rows_of(source: Any, rows: Tensor) -> LinearAttentionLayer:
@@ -281,12 +312,9 @@ def put_rows(target: Any, rows: Tensor, part: Any, batch_size: int) -> None:
 class KVTap:
     """Replaces the cache in one attention call for some rows and their kept tokens alone.
 
-    It merges the K/V that the module projects for kept tokens with those of skipped tokens, by `order`, and returns
-    past and new K/V. In a call for the whole batch it writes to the cache (`write`); else `new` keeps the new K/V for
-    the caller, which writes all rows at once.
-
-    Args:
-        order: (T,) or (R, T), the index of each token in [kept, skipped].
+    It merges the K/V that the module projects for kept tokens with those of skipped tokens, by `order`: (T,) or (R, T),
+    the index of each token in [kept, skipped]. It returns past and new K/V. In a call for the whole batch it writes to
+    the cache (`write`); else `new` keeps the new K/V for the caller, which writes all rows at once.
     """
 
     def __init__(
@@ -296,10 +324,7 @@ class KVTap:
         order: Tensor | None = None,
         write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.past = past
-        self.skipped = skipped
-        self.order = order
-        self.write = write
+        self.past, self.skipped, self.order, self.write = past, skipped, order, write
         self.new: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
-"""The alternate mixer of a layer, for the tokens that are routed to it (`MixerRouting`).
+"""The alternate, recurrent mixer of a layer, for the tokens that are routed to it (`MixerRouting`).
 
-Each token runs one of two mixers. The layer's own mixer runs as under any gate; this file runs the alternate one, which
-is recurrent: over all tokens if its state sees all, else over its own tokens alone, gathered.
+It runs over all tokens if its state sees all, else over its own tokens alone, gathered.
 """
 
 from __future__ import annotations
@@ -25,12 +24,8 @@ _FLOPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def run_alternate(run: Run, layer_idx: int, routing: MixerRouting, hidden: Tensor) -> Tensor | None:
-    """Return the (B, T, D) output of the alternate mixer, zero for other tokens; None: it has no token to run.
-
-    Args:
-        hidden: (B, T, D) input of the layer's own mixer.
-    """
-    real, routed = run.context.token_mask, routing.takes_alternate & run.context.token_mask
+    """Return the (B, T, D) output of the alternate mixer, zero for other tokens; None: it has no token to run."""
+    real, routed = run.context.token_mask, ~routing.gate.keep & run.context.token_mask
     sees_all = routing.gate.kv_rule == "project"
     learns_from_both = sees_all and routing.alternate_weight is not None and not run.sparse
     if routing.gate.all_kept and not learns_from_both and not (sees_all and run.cache is not None):
@@ -52,11 +47,6 @@ def run_alternate(run: Run, layer_idx: int, routing: MixerRouting, hidden: Tenso
     else:
         output = _packed(mixer, routed, state)
     return output.to(hidden.dtype)
-
-
-def weighted(routing: MixerRouting, output: Tensor) -> Tensor:
-    """Scale the alternate mixer's output by the routing weight, which carries the gate's gradient in training."""
-    return output if routing.alternate_weight is None else output * routing.alternate_weight[..., None].to(output.dtype)
 
 
 class _Mixer:

@@ -62,15 +62,12 @@ class JoinedCheckpoint:
 
     Reentrant checkpointing misses gradients of tensors that are not arguments of the layer, such as gates. So the
     non-reentrant kind runs, with the same gradients otherwise and the same memory.
-
-    Args:
-        own: the function that transformers set, a `functools.partial` of `torch.utils.checkpoint.checkpoint`.
     """
 
     def __init__(self, own: Callable[..., Any], calls: Calls) -> None:
         self.own, self.calls = own, calls
         self.checkpoint = own
-        if isinstance(own, functools.partial):
+        if isinstance(own, functools.partial):  # as transformers sets it
             self.checkpoint = functools.partial(own.func, *own.args, **{**own.keywords, "use_reentrant": False})
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.gating.gate import Gate
-from anydepth.hf.deferred_layer import Arguments, DeferredLayer
-from anydepth.hf.partial import Forward, Run
+from anydepth.hf.adaptive_cache import Arguments, DeferredLayer
+from anydepth.hf.partial import Forward, Run, additive_mask
 from anydepth.models.backbone import LayerView, first_output
 
 
@@ -96,7 +96,7 @@ def _attention_mask(parts: list[Arguments]) -> Tensor:
             positions = torch.arange(part.seen, part.seen + part.num_tokens, device=part.real.device)
             mask = (torch.arange(length, device=positions.device) <= positions[:, None])[None, None]
         if additive is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=additive).masked_fill(~mask, torch.finfo(additive).min)
+            mask = additive_mask(mask, additive)
         hidden = False if additive is None else torch.finfo(additive).min
         rows.append(F.pad(mask, (0, length - mask.shape[-1]), value=hidden))
     return _cat(rows, 2)

@@ -1,19 +1,19 @@
 """Gated layers: a decoder layer, its mixer and its FFN run for the tokens that a `Gate` keeps.
 
-There are two executions. *Masked* runs everything and blends: slow, but the definition. *Sparse* gathers the kept
-tokens, runs the model's own forward on them and scatters the result; a skipped token costs at most its K/V projection.
-The model's code runs unchanged in both: only its tokens, mask and cache differ.
+*Masked* execution runs everything and blends: slow, but the definition. *Sparse* execution gathers the kept tokens,
+runs the model's own forward on them and scatters the result; a skipped token costs at most its K/V projection.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anydepth.gating.gate import Gate, MixerRouting
-from anydepth.hf.alternate import run_alternate, weighted
+from anydepth.hf.alternate import run_alternate
 from anydepth.hf.calls import Calls
 from anydepth.hf.deferred import restore_exited, run_after_exit
 from anydepth.hf.partial import Forward, PartialRunner, Run
@@ -31,11 +31,9 @@ class GatedLayer:
         self.patches: list[tuple[nn.Module, Any]] = []
         self.own_layer = self._patch(view.module, self.layer_forward)
         self.own_mixer = self._patch(view.mixer, self.mixer_forward)
-        self.own_mixer_out = self.own_mixer
         if view.mixer_out is not view.mixer:
             self.own_mixer_out = self._patch(view.mixer_out, self.mixer_out_forward)
         self.own_ffn_in = self._patch(view.ffn_in, self.ffn_in_forward)
-        self.own_ffn_out = self.own_ffn_in
         if view.ffn_out is not view.ffn_in:
             self.own_ffn_out = self._patch(view.ffn_out, self.ffn_out_forward)
 
@@ -53,8 +51,6 @@ class GatedLayer:
             else:
                 module.forward = before
 
-    # --- whole layer -------------------------------------------------------------------------------------------
-
     def layer_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = self.calls.run
         if run is None:
@@ -65,7 +61,8 @@ class GatedLayer:
             self._gate_branches(run, gate, hidden, arguments)
             return self.own_layer(hidden, **arguments)
         if gate is not None:
-            self._record(run, gate, mixer=True, ffn=True)
+            self._record_mixer(run, gate)
+            run.record.ffn_keep[self.layer_idx] = gate.keep
             if gate.kv_rule == "recompute":
                 output = run_after_exit(run, self.view, gate, self.own_layer, hidden, arguments)
                 if run.sparse and not gate.any_kept:
@@ -84,8 +81,9 @@ class GatedLayer:
             self.runner.defer(run, gate, hidden, arguments)
             return self._with_zero_gradient(hidden)
         if self.runner.sees_every_token(gate):
-            if run.sparse:  # the recurrent state must see every token, but the FFN need not
-                run.ffn_gates[self.layer_idx] = gate.without_weight()  # not removed: backward may run the layer again
+            if run.sparse:
+                # The recurrent state must see every token, the FFN need not. Backward may run the layer again.
+                run.ffn_gates[self.layer_idx] = replace(gate, weight=None)
             output = first_output(self.own_layer(hidden, **arguments))
         elif run.sparse:
             output = self.runner.run_on_kept(run, gate, self.own_layer, hidden, hidden, arguments, self.view.normalise)
@@ -103,14 +101,14 @@ class GatedLayer:
         if routing is not None:
             gate_of_mixer = routing.gate  # next to routing, no other method gates mixers
             run.routings[self.layer_idx] = routing
-            run.record.other_keep[self.layer_idx] = routing.takes_alternate & run.context.token_mask
+            run.record.other_keep[self.layer_idx] = ~routing.gate.keep & run.context.token_mask
         run.layer_gates[self.layer_idx] = gate_of_layer
         for gates, gate in ((run.mixer_gates, gate_of_mixer), (run.ffn_gates, gate_of_layer)):
             gates.pop(self.layer_idx, None)
             if gate is not None:
                 gates[self.layer_idx] = gate
         if gate_of_mixer is not None:
-            self._record(run, gate_of_mixer, mixer=True)
+            self._record_mixer(run, gate_of_mixer)
         if gate_of_mixer is None or gate_of_mixer.any_kept or not run.sparse:
             self.runner.materialise(run)
         elif not self.runner.sees_every_token(gate_of_mixer):
@@ -127,14 +125,9 @@ class GatedLayer:
         nothing = [weight.sum().float() * 0 for weight in weights]
         return output + torch.stack(nothing).sum().to(output.dtype) if nothing else output
 
-    def _record(self, run: Run, gate: Gate, *, mixer: bool = False, ffn: bool = False) -> None:
-        if mixer:
-            run.record.mixer_keep[self.layer_idx] = gate.keep
-            run.record.kv_rules[self.layer_idx] = gate.kv_rule
-        if ffn:
-            run.record.ffn_keep[self.layer_idx] = gate.keep
-
-    # --- mixer -------------------------------------------------------------------------------------------------
+    def _record_mixer(self, run: Run, gate: Gate) -> None:
+        run.record.mixer_keep[self.layer_idx] = gate.keep
+        run.record.kv_rules[self.layer_idx] = gate.kv_rule
 
     def mixer_forward(self, *args: Any, **kwargs: Any) -> Any:
         run = self.calls.run
@@ -173,8 +166,6 @@ class GatedLayer:
         routing = run.routings.get(self.layer_idx)
         return _sum_of_mixers(gate, output, routing, None if other is None else self.own_mixer_out(other))
 
-    # --- FFN ---------------------------------------------------------------------------------------------------
-
     def ffn_in_forward(self, residual: Tensor) -> Any:
         """Decide the gate and run the first module of the FFN branch for kept tokens alone."""
         run = self.calls.run
@@ -208,7 +199,7 @@ class GatedLayer:
             gate = Gate.both(gate, run.decisions.gate("ffn", self.layer_idx, residual.view(*run.shape, -1)))
         if gate is not None:
             run.ffn_gates[self.layer_idx] = gate
-            self._record(run, gate, ffn=True)
+            run.record.ffn_keep[self.layer_idx] = gate.keep
 
     def _finish_ffn(self, run: Run, output: Tensor) -> Tensor:
         gate = run.ffn_gates.get(self.layer_idx)
@@ -242,7 +233,10 @@ def _blend(output: Tensor, hidden: Tensor, gate: Gate) -> Tensor:
 def _sum_of_mixers(gate: Gate, output: Tensor, routing: MixerRouting | None, other: Tensor | None) -> Tensor:
     """Add the outputs of two mixers, each for its own tokens, or in training both by their weights."""
     output = _scale(output, gate)
-    return output if routing is None or other is None else output + weighted(routing, other)
+    if routing is None or other is None:
+        return output
+    weight = routing.alternate_weight
+    return output + (other if weight is None else other * weight[..., None].to(other.dtype))
 
 
 def _scale(output: Tensor, gate: Gate) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -20,25 +20,19 @@ def latencies(adapted: AdaptedModel, windows: torch.Tensor) -> dict[tuple[str, i
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     started: dict[tuple[str, int], float] = {}
 
-    def begin(candidate: tuple[str, int]) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            started[candidate] = now(adapted.device)
+    def begin(candidate: tuple[str, int], *_: Any) -> None:
+        started[candidate] = now(adapted.device)
 
-        return hook
-
-    def end(candidate: tuple[str, int]) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            found[candidate].append(now(adapted.device) - started[candidate])
-
-        return hook
+    def end(candidate: tuple[str, int], *_: Any) -> None:
+        found[candidate].append(now(adapted.device) - started[candidate])
 
     ids = windows[:1].to(adapted.device)
     with adapted.disabled(), Hooks() as hooks:
         for view in adapted.backbone.layers:
             ends = (("layer", view.module, view.module), ("mixer", view.mixer, view.mixer_out))
             for kind, first, last in (*ends, ("ffn", view.ffn_in, view.ffn_out)):
-                hooks.before(first, begin((kind, view.layer_idx)))
-                hooks.after(last, end((kind, view.layer_idx)))
+                hooks.before(first, partial(begin, (kind, view.layer_idx)))
+                hooks.after(last, partial(end, (kind, view.layer_idx)))
         # The steps stay within the window, since some rotary embeddings keep the greatest length so far.
         num_first = max(ids.shape[1] - STEPS, 1)
         cache = adapted(input_ids=ids[:, :num_first], use_cache=True).past_key_values

@@ -1,7 +1,6 @@
-"""Run a layer or mixer for some of the tokens, masked or gathered, with the K/V, mask and RoPE that they need.
+"""Run a layer or mixer for some of the tokens, masked or gathered.
 
-The model's own forward runs unchanged, on other arguments: the kept tokens, their rows of the mask, and a `KVTap`
-instead of the cache.
+The model's own forward runs unchanged, on the kept tokens, their rows of the mask, and a `KVTap` instead of the cache.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from anydepth.gating.context import PassContext
 from anydepth.gating.gate import Gate, MixerRouting
 from anydepth.gating.plan import Decisions
 from anydepth.gating.trace import PassRecord
-from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap
+from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap, put_rows, rows_of
 from anydepth.models.backbone import LayerView, first_output
 
 Forward = Callable[..., Any]
@@ -270,14 +270,14 @@ class PartialRunner:
         mask = arguments.get("attention_mask")
         taken: dict[str, Any] = {"attention_mask": None if mask is None else group.take(mask, group.kept)}
         rows = torch.arange(run.shape[0], device=hidden.device) if group.rows is None else group.rows
-        state = None
+        state: Any = None
         for name in ("past_key_values", "cache_params"):
             if arguments.get(name) is not None and run.cache is not None:
-                state = run.cache.recurrent_rows(self.layer_idx, rows)
-                taken[name] = state
+                state = rows_of(run.cache.layers[self.layer_idx], rows)
+                taken[name] = Cache(layers=[state] * (self.layer_idx + 1))
         output = first_output(own(group.take(hidden, group.kept), **{**arguments, **taken}))
         if state is not None and run.cache is not None:
-            run.cache.write_recurrent_rows(self.layer_idx, rows, state, run.shape[0])
+            put_rows(run.cache.layers[self.layer_idx], rows, state, run.shape[0])
         return group.put(base, output)
 
     def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, positions: Tensor | None) -> KVTap:
@@ -336,7 +336,9 @@ class PartialRunner:
             rows = group.take(mask[:, 0], group.kept)
             index = columns.clamp_min(0)[:, None].expand(-1, group.num_kept, -1)
             seen_by_model = rows.gather(2, index)
-            visible = visible & (seen_by_model if mask.dtype == torch.bool else seen_by_model > _hidden_below(mask))
+            if mask.dtype != torch.bool:  # an additive mask hides with the lowest finite number, or near it
+                seen_by_model = seen_by_model > torch.finfo(mask.dtype).min / 2
+            visible = visible & seen_by_model
         return visible[:, None]
 
     def _write(self, run: Run, written: list[tuple[Group, KVTap, Tensor | None]]) -> None:
@@ -351,8 +353,7 @@ class PartialRunner:
         if group.rows is None:  # no token was kept, so that no attention call wrote to the cache
             kv.append(keys, values, positions, seen)
             return
-        num_rows = run.shape[0]
-        num_kv = max(part[1].shape[2] for part in parts)
+        num_rows, num_kv = run.shape[0], max(part[1].shape[2] for part in parts)
         all_keys = keys.new_zeros(num_rows, keys.shape[1], num_kv, keys.shape[3])
         all_values = values.new_zeros(num_rows, values.shape[1], num_kv, values.shape[3])
         all_positions = None if positions is None else positions.new_full((num_rows, num_kv), EMPTY)
@@ -369,9 +370,8 @@ def _in_form_of(mask: Tensor | None, visible: Tensor) -> Tensor:
     """Convert a bool mask to the form of the model's own mask, which is additive under eager attention."""
     if mask is None or mask.dtype == torch.bool:
         return visible
-    return torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, torch.finfo(mask.dtype).min)
+    return additive_mask(visible, mask.dtype)
 
 
-def _hidden_below(mask: Tensor) -> float:
-    """Return the bound below which an additive mask hides: it hides with the lowest finite number, or near it."""
-    return torch.finfo(mask.dtype).min / 2
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""Sequences on the Hugging Face model itself, of any family; see `decoding/session.py`.
+"""Sequences on the Hugging Face model itself, of any family, with the methods of `decoding/session.py`.
 
 Each sequence has its own cache and runs alone: sequences accept different numbers of draft tokens, and one cache holds
 rows of one length.
@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anydepth.config import StrictConfig
-from anydepth.gating.plan import FULL_DEPTH, Plan
+from anydepth.gating.plan import FULL_DEPTH, Decider, Plan
 from anydepth.gating.scores import Known
 from anydepth.gating.spec import GateSpec
 from anydepth.gating.trace import PassRecord
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.hf.adaptive_cache import AdaptiveCache, LayerKV
 from anydepth.hf.latencies import latencies
-from anydepth.methods._base.method import Method
 
 
 class HFSession:
@@ -48,11 +46,9 @@ class HFSession:
 
     @property
     def is_full(self) -> bool:
-        """Whether no further sequence can be opened."""
         return not self.free
 
     def open(self) -> int:
-        """Start an empty sequence; return the lowest free id."""
         sequence = min(self.free)
         self.free.remove(sequence)
         self.caches[sequence] = self.adapted.new_cache()
@@ -60,29 +56,24 @@ class HFSession:
         return sequence
 
     def close(self, sequence: int) -> None:
-        """Remove a sequence; its id is free again."""
         del self.caches[sequence], self.ids[sequence], self.num_exited[sequence]
         self.verified.pop(sequence, None)
         self.free.append(sequence)
 
     def length(self, sequence: int) -> int:
-        """Return the number of committed tokens."""
         return len(self.ids[sequence])
 
     def num_kv(self, sequence: int) -> list[int]:
-        """Return the number of tokens with K/V, by layer."""
         layers = self.caches[sequence].layers
         return [layer.num_kv if isinstance(layer, LayerKV) else self.length(sequence) for layer in layers]
 
     def rewind(self, sequence: int, length: int) -> None:
-        """Remove the tokens from position `length` on."""
         self.caches[sequence].rewind(length)
         del self.ids[sequence][length:]
 
     def read(
         self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
     ) -> tuple[Tensor | None, PassRecord]:
-        """Run the next tokens of a prompt; return (N, V) logits after the last N = `num_logits` tokens, None for 0."""
         # transformers reads logits_to_keep=0 as all.
         logits = self._forward(sequence, list(ids), plan, logits_to_keep=max(num_logits, 1))
         self.ids[sequence] += ids
@@ -93,7 +84,6 @@ class HFSession:
     def step(
         self, sequences: Sequence[int], ids: Sequence[int], plan: Plan
     ) -> tuple[Tensor, list[tuple[PassRecord, int]]]:
-        """Run one more token of each sequence; return (R, V) logits, and for each sequence its forward and row."""
         logits, passes = [], []
         for sequence, token in zip(sequences, ids, strict=True):
             own, record = self.read(sequence, [token], plan)
@@ -101,19 +91,12 @@ class HFSession:
             passes.append((record, 0))
         return torch.cat(logits), passes
 
-    # --- drafting --------------------------------------------------------------------------------------------------
-
     def draft(self, sequences: Sequence[int], ids: Sequence[int], plan: Plan) -> Tensor:
-        """Run one more token of each sequence by a pruned plan, uncommitted; return (R, V) logits."""
         return torch.cat(
             [self._forward(sequence, [token], plan) for sequence, token in zip(sequences, ids, strict=True)]
         )
 
     def draft_exits(self, sequences: Sequence[int], ids: Sequence[int], exit_layer: int) -> list[Tensor]:
-        """Run the first layers for one more token of each sequence; return (1, D) states.
-
-        `verify` does not run these layers again.
-        """
         states, plan = [], self._exit_plan(exit_layer, continues=False)
         for sequence, token in zip(sequences, ids, strict=True):
             with self.adapted.running(plan):
@@ -126,7 +109,6 @@ class HFSession:
         return states
 
     def verify(self, sequences: Sequence[int], ids: Sequence[Sequence[int]], exit_layer: int = 0) -> list[Tensor]:
-        """Run the last token and the K draft tokens of each sequence at full depth; return (K + 1, V) logits each."""
         logits = []
         for sequence, tokens in zip(sequences, ids, strict=True):
             unseen, seen = list(tokens[self.num_exited[sequence] :]), self.ids[sequence]
@@ -146,7 +128,6 @@ class HFSession:
         return logits
 
     def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
-        """Commit the first `num_tokens` verified tokens of each sequence, and remove the rest."""
         for sequence, count in zip(sequences, num_tokens, strict=True):
             self.ids[sequence] += self.verified.pop(sequence)[:count]
             self.num_exited[sequence] = 0
@@ -157,7 +138,6 @@ class HFSession:
         return []
 
     def draft_limit(self, sequence: int) -> int | None:
-        """Return how many draft tokens can be verified with the rotary embedding of plain steps; None: any number."""
         if self.switch is None:
             return None
         left = self.switch.length - len(self.ids[sequence]) - 1
@@ -170,7 +150,6 @@ class HFSession:
         return self.switch is not None and self.switch.restarts and len(self.ids[sequence]) == self.switch.length
 
     def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
-        """Score the last N committed tokens by a pruned plan, and restore their K/V; return (N, V) logits."""
         cache = self.caches[sequence]
         try:
             self.caches[sequence] = copy.deepcopy(cache)
@@ -180,15 +159,13 @@ class HFSession:
             self.caches[sequence] = cache
 
     def layer_seconds(self, sequence: int, ids: Sequence[int]) -> list[float]:
-        """Measure the median seconds of each layer in a decoding step after `ids`."""
         seconds = latencies(self.adapted, torch.tensor([list(ids)]))
         return [seconds["layer", layer_idx] for layer_idx in range(self.adapted.backbone.num_layers)]
 
     def _exit_plan(self, exit_layer: int, *, continues: bool) -> Plan:
         """Return a plan in which every token exits before a layer, or continues there; made once for a session."""
         if (exit_layer, continues) not in self.exit_plans:
-            methods: list[Method] = [ExitAt(self.adapted, exit_layer, continues=continues)]
-            self.exit_plans[exit_layer, continues] = Plan.of(methods)
+            self.exit_plans[exit_layer, continues] = Plan.of([ExitAt(exit_layer, continues=continues)])
         return self.exit_plans[exit_layer, continues]
 
     def _forward(self, sequence: int, ids: list[int], plan: Plan, **options: Any) -> Tensor:
@@ -198,18 +175,14 @@ class HFSession:
             return self.adapted(input_ids=input_ids, past_key_values=self.caches[sequence], **options).logits[0]
 
 
-class ExitAt(Method):
+class ExitAt(Decider):
     """Lets every token exit before one layer, or continue there together with tokens that exited earlier."""
 
-    Config = StrictConfig
     name = "exit_at"
-    summary = "drafts with the first layers"
 
-    def __init__(self, adapted: AdaptedModel, num_layers: int, *, continues: bool) -> None:
-        super().__init__(StrictConfig(), adapted.backbone)
-        self.first_skipped, self.continues = num_layers, continues
+    def __init__(self, exit_layer: int, *, continues: bool) -> None:
+        self.exit_layer, self.continues = exit_layer, continues
 
     def gates(self) -> list[GateSpec]:
-        """Return the exit."""
         score = Known(1, lambda context: torch.full((1, *context.positions.shape), float(self.continues)))
-        return [GateSpec((self.first_skipped,), "layer", score, 0.5, "recompute", exits=True)]
+        return [GateSpec((self.exit_layer,), "layer", score, 0.5, "recompute", exits=True)]

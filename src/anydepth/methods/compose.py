@@ -16,21 +16,20 @@ MethodSpec = StrictConfig | Mapping[str, Any]
 
 
 def build_methods(specs: Sequence[MethodSpec], backbone: Backbone) -> list[Method]:
-    """Build the methods of a model.
-
-    Raises:
-        UserError: an unknown method, an option that does not fit the model, or two methods that contradict each other.
-    """
-    methods = [_build(_config(spec, f"methods[{i}]"), backbone) for i, spec in enumerate(specs)]
+    """Build the methods of a model; raise `UserError` for options that do not fit it, or methods that contradict."""
+    methods = [_build(method_config(spec, f"methods[{i}]"), backbone) for i, spec in enumerate(specs)]
     _refuse_conflicts(methods)
     return methods
 
 
-def _config(spec: MethodSpec, where: str) -> StrictConfig:
+def method_config(spec: MethodSpec, where: str, **defaults: Any) -> StrictConfig:
+    """Return the validated config of a method; `defaults` are for the options that it takes."""
     if isinstance(spec, StrictConfig):
         return spec
     options = dict(spec)
-    return validate(method_class(options.pop("name", None), where).Config, options, where=where)
+    config = method_class(options.pop("name", None), where).Config
+    taken = {name: value for name, value in defaults.items() if name in config.model_fields}
+    return validate(config, taken | options, where=where)
 
 
 def _build(config: StrictConfig, backbone: Backbone) -> Method:

@@ -24,7 +24,7 @@ from anydepth.config import StrictConfig, training_field
 from anydepth.gating.context import PassContext
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.scores import ClassifierConfidence, HeadConfidence, Score, StateDelta
-from anydepth.gating.spec import GateSpec, KVRule, PositionThreshold
+from anydepth.gating.spec import GateSpec, KVRule
 from anydepth.methods._base.calibration import Calibrated, Thresholds, one_per_layer
 from anydepth.methods._base.method import check_exits, check_layers
 from anydepth.methods._base.training import ExitState, Trained
@@ -162,7 +162,7 @@ class EarlyExit(Trained, Calibrated):
     def gates(self) -> list[GateSpec]:
         rule: KVRule = "recompute" if self.config.kv_rule == "recompute" else "project"
         return [
-            GateSpec((i,), "layer", self._score(i), self._threshold(limit), rule, exits=True)
+            GateSpec((i,), "layer", self._score(i), -limit, rule, decay=self.config.decay, exits=True)
             for i, limit in self.thresholds_of(self.config).items()
         ]
 
@@ -173,14 +173,6 @@ class EarlyExit(Trained, Calibrated):
         if kind == "cosine":
             return StateDelta(layer_idx)
         return HeadConfidence(kind, self.vocabulary, layer_idx, self.head_flops)
-
-    def _threshold(self, limit: float) -> float | PositionThreshold:
-        """Return the threshold above which minus the confidence lets a token continue."""
-        if self.config.decay is None:
-            return -limit
-        return PositionThreshold(-limit, self.config.decay)
-
-    # --- training ----------------------------------------------------------------------------------------------
 
     def training_gates(self, context: PassContext) -> list[GateSpec]:
         return []  # no token exits

@@ -8,6 +8,7 @@ and uses a straight-through gradient; inference compares with the last quantile.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -92,10 +93,10 @@ class FFNRouter(Trained, Calibrated):
 
     def gates(self) -> list[GateSpec]:
         limits = one_per_layer(self.config.threshold, list(self.columns), "threshold")
-        quantiles: list[float] = self.thresholds.tolist()
+        quantiles: Any = self.thresholds
         return [
             GateSpec((i,), "ffn", Network(network, i), limits[i], offset=quantile)
-            for (i, network), quantile in zip(self.networks.items(), quantiles, strict=True)
+            for (i, network), quantile in zip(self.networks.items(), quantiles.tolist(), strict=True)
         ]
 
     def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:

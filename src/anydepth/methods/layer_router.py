@@ -21,10 +21,9 @@ from anydepth.config import CONTROL_ALONE, SHARE_AT_INFERENCE, StrictConfig, tra
 from anydepth.gating.context import PassContext
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Sample
-from anydepth.gating.scores import Known, Network, PooledNetwork, Score
+from anydepth.gating.scores import Known, Network, PooledNetwork, Score, uniform_by_position
 from anydepth.gating.shared_batch import batch_mean
 from anydepth.gating.spec import GateSpec, SkipRule
-from anydepth.gating.uniform import uniform_by_position
 from anydepth.methods._base.calibration import Calibrated, Threshold
 from anydepth.methods._base.method import check_always_keep, check_layers
 from anydepth.methods._base.training import Trained
@@ -225,8 +224,6 @@ class LayerRouter(Trained, Calibrated):
         aims = self.config.target_weight or self.config.target_rule == "lagrange"
         return self.config.target_skip if aims else None
 
-    # --- decisions -----------------------------------------------------------------------------------------------
-
     def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
         read_at, pool_tokens = spec.score.reads_at or 0, spec.score.pool_tokens
         margin = scores - self.config.threshold
@@ -259,8 +256,6 @@ class LayerRouter(Trained, Calibrated):
         uniform = uniform_by_position(context.positions, self.routed, self.config.seed)
         rates = torch.tensor(self.rates, device=uniform.device)
         return rates[:, None, None] - uniform
-
-    # --- losses --------------------------------------------------------------------------------------------------
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """Return `sparsity`: λ·Σ w_l·mean(g_l), `target`: β·(skip − target_skip)², and `price`: price·mean(g).

@@ -20,10 +20,9 @@ from anydepth.config import CONTROL_ALONE, SHARE_AT_INFERENCE, StrictConfig, tra
 from anydepth.gating.context import PassContext
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Sample
-from anydepth.gating.scores import Known, Network, Score
+from anydepth.gating.scores import Known, Network, Score, uniform_by_position
 from anydepth.gating.shared_batch import batch_mean
 from anydepth.gating.spec import GateSpec, KVRule
-from anydepth.gating.uniform import uniform_by_position
 from anydepth.methods._base.calibration import Calibrated, Threshold
 from anydepth.methods._base.method import check_layers
 from anydepth.methods._base.training import Trained
@@ -165,8 +164,6 @@ class MixerRouter(Trained, Calibrated):
             weights, alternates = weights * keep, alternates * ~keep
         self.seen(context)[number] = (hard, torch.sigmoid(margin))
         return Sample(keep, weights, alternates)
-
-    # --- losses --------------------------------------------------------------------------------------------------
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """Return `target`: (softmax fraction − target)², or `balance`: Σ 2·f·P, over real tokens and layers."""

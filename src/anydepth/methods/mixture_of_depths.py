@@ -108,21 +108,25 @@ class MixtureOfDepths(Trained, Calibrated):
 
     def auxiliary_losses(self, context: PassContext) -> dict[str, Tensor]:
         """Return `predictor`, a binary cross-entropy, the mean over real tokens and layers."""
-        found, real = self.seen(context), context.token_mask
-        if not found:
+        if not self.seen(context):
             return {}
-        logits = torch.stack([predicted[real] for predicted, _ in found.values()])
-        chosen = torch.stack([keep[real] for _, keep in found.values()]).float()
-        return {"predictor": F.binary_cross_entropy_with_logits(logits, chosen)}
+        logits, chosen = self._predicted(context)
+        return {"predictor": F.binary_cross_entropy_with_logits(logits, chosen.float())}
+
+    def _predicted(self, context: PassContext) -> tuple[Tensor, Tensor]:
+        """Return the (layers, N) logits of the predictors, and the tokens that ran."""
+        logits, chosen = zip(*self.seen(context).values(), strict=True)
+        real = context.token_mask
+        return torch.stack(logits)[:, real], torch.stack(chosen)[:, real]
 
     def metrics(self, context: PassContext) -> dict[str, float]:
         """Return `predictor_accuracy`, and `predicted_capacity`: the fraction that would run at inference."""
-        found, real = self.seen(context), context.token_mask
-        if not found:
+        seen = self.seen(context)
+        if not seen:
             return {}
         limits = one_per_layer(self.config.threshold, list(self.routers), "threshold")
-        predicted = torch.stack([logits[real] > limits[i] for i, (logits, _) in found.items()])
-        chosen = torch.stack([keep[real] for _, keep in found.values()])
+        logits, chosen = self._predicted(context)
+        predicted = logits > torch.tensor([limits[i] for i in seen], device=logits.device)[:, None]
         return {
             "predictor_accuracy": (predicted == chosen).float().mean().item(),
             "predicted_capacity": predicted.float().mean().item(),

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from anydepth.config import StrictConfig, validate
+from anydepth.config import StrictConfig
 from anydepth.errors import UserError
 from anydepth.methods import method_class
+from anydepth.methods.compose import method_config
 from anydepth.recipe import Recipe, read_recipe
 
 NOTHING_TO_TRAIN = "nothing to train: the recipe names no trained method, no train.lora and no train.backbone"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe, apply `section.key=value` overrides (values are YAML), and check its methods.
-
-    Raises:
-        UserError: as `read_recipe`, `method_configs` and `check_training`; one line each.
-    """
+    """Read a YAML recipe, apply `section.key=value` overrides (values are YAML), and check its methods."""
     recipe = read_recipe(path, overrides)
     method_configs(recipe)
     check_training(recipe)
@@ -26,19 +23,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def method_configs(recipe: Recipe) -> list[StrictConfig]:
-    """Return the validated configs of a recipe's methods; the recipe's seed is the default of theirs.
-
-    Raises:
-        UserError: an unknown method, or an option that it does not take.
-    """
-    configs = []
-    for number, spec in enumerate(recipe.methods):
-        options, where = dict(spec), f"methods[{number}]"
-        config_class = method_class(options.pop("name", None), where).Config
-        if "seed" in config_class.model_fields:
-            options.setdefault("seed", recipe.seed)
-        configs.append(validate(config_class, options, where=where))
-    return configs
+    """Return the validated configs of a recipe's methods; the recipe's seed is the default of theirs."""
+    return [method_config(spec, f"methods[{i}]", seed=recipe.seed) for i, spec in enumerate(recipe.methods)]
 
 
 def check_training(recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import AfterValidator
@@ -21,11 +21,10 @@ from anydepth.methods._base.method import Method
 from anydepth.models.backbone import Backbone
 
 
-def _refuse_nan(value: Any) -> Any:
-    values: list[float] = value if isinstance(value, list) else [value]
-    if any(map(math.isnan, values)):
+def _refuse_nan(value: list[float] | float) -> list[float] | float:
+    if any(map(math.isnan, value if isinstance(value, list) else [value])):
         raise ValueError("must be a number, or a list of numbers")
-    return cast(Any, value)
+    return value
 
 
 Threshold = Annotated[float, AfterValidator(_refuse_nan)]
@@ -66,13 +65,7 @@ class Calibrated(Method):
         return None
 
     def skip_share(self, mixers: Sequence[float], ffns: Sequence[float], others: Sequence[float]) -> float:
-        """Return the fraction of its decisions that skip.
-
-        Args:
-            mixers: by layer, the fraction of tokens that ran its mixer.
-            ffns: the same of its FFN.
-            others: the same of its alternate mixer.
-        """
+        """Return the fraction of its decisions that skip, from those of tokens that ran mixers, FFNs and alternates."""
         layers, gates_ffns = self.gated_layers, self.branches == {"ffn"}
         ran = sum(ffns[i] if gates_ffns else mixers[i] for i in layers)
         # No decision about an FFN is made for a token that skips the whole layer by another method.
@@ -170,5 +163,5 @@ def thresholds_at(table: Tensor, share: float) -> float | list[float]:
     after = min(int(torch.searchsorted(shares, share)), len(shares) - 1)
     low, high = shares[after - 1].item(), shares[after].item()
     weight = min((share - low) / (high - low), 1.0) if high > low else 1.0
-    found: list[float] = table[after - 1, 1:].double().lerp(table[after, 1:].double(), weight).tolist()
-    return found if len(found) > 1 else found[0]
+    found: Any = table[after - 1, 1:].double().lerp(table[after, 1:].double(), weight)
+    return found.tolist() if len(found) > 1 else found.item()

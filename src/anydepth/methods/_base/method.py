@@ -10,34 +10,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anydepth.config import StrictConfig
-from anydepth.gating.context import PassContext
-from anydepth.gating.plan import Sample
+from anydepth.gating.plan import Decider
 from anydepth.gating.scores import Closed
 from anydepth.gating.spec import Branch, GateSpec, KVRule
 from anydepth.models.backbone import Backbone
 
 
-class Method(nn.Module):
-    """Base class of methods. Their parameters are in float32.
-
-    Class attributes:
-        Config: the class of its options.
-        name: the key in `METHODS`.
-        summary: one line for `anydepth methods`.
-    """
+class Method(nn.Module, Decider):
+    """Base class of methods. Their parameters are in float32, and their `name` is the key in `METHODS`."""
 
     Config: ClassVar[type[StrictConfig]]
-    name: ClassVar[str]
     summary: ClassVar[str]
+    """One line for `anydepth methods`."""
     decides_in_training: ClassVar[bool] = True
     """Whether its gates skip tokens in training."""
     is_frozen: bool = False
     """Whether it decides as at inference while other methods are trained."""
-    is_watched: bool = False
-    """Whether scores are recorded for calibration, also those of gates that skip no token."""
 
     def __init__(self, config: Any, backbone: Backbone) -> None:
         super().__init__()
@@ -45,10 +36,6 @@ class Method(nn.Module):
         self.num_layers = backbone.num_layers
         self.generator = torch.Generator()
         self.reseed(getattr(config, "seed", 0))
-
-    def gates(self) -> list[GateSpec]:
-        """Return all gates at inference; layers that are not listed run for every token."""
-        return []
 
     @classmethod
     def has_weights(cls, config: Any) -> bool:
@@ -58,13 +45,11 @@ class Method(nn.Module):
     @classmethod
     def is_lossless(cls) -> bool:
         """Return whether every token runs everything at inference."""
-        return cls.gates is Method.gates
+        return cls.gates is Decider.gates
 
     def reseed(self, seed: int) -> None:
         """Seed the random generator; training calls this at every step, so that a resumed run repeats the draws."""
         self.generator.manual_seed(seed)
-
-    # --- derived from the gates ----------------------------------------------------------------------------------
 
     @property
     def kv_rules(self) -> set[KVRule]:
@@ -95,34 +80,6 @@ class Method(nn.Module):
         """Number of first tokens of a sequence, all of which run, that its later decisions depend on."""
         return max((spec.score.pool_tokens for spec in self.gates()), default=0)
 
-    # --- training; `Trained` overrides this ------------------------------------------------------------------------
-
-    def begin(self, context: PassContext) -> Any:
-        """Return the state for one forward, kept in `context.states` by the method's name.
-
-        It is not kept on the method, because other threads run the method at the same time and backward may run a
-        layer again after later forwards.
-        """
-
-    def samples(self, context: PassContext) -> bool:
-        """Return whether decisions of this forward are drawn for training instead of made as at inference."""
-        return False
-
-    def training_gates(self, context: PassContext) -> list[GateSpec]:
-        """Return the gates of one forward in training."""
-        return self.gates()
-
-    def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
-        """Draw the decisions of one gate in training, from its (G, B, T or 1) scores for (B, T, D) states."""
-        return Sample(scores > spec.threshold_at(context.positions))
-
-    def captured_layers(self) -> Sequence[int]:
-        """Return the layers with inputs that training needs, gated or not."""
-        return ()
-
-    def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None:
-        """Record the (B, T, D) input of one of `captured_layers` in training."""
-
 
 def closed_gates(layers: Iterable[int] = (), mixers: Iterable[int] = (), ffns: Iterable[int] = ()) -> list[GateSpec]:
     """Return gates that no token passes; they leave no K/V, because none are read there."""
@@ -135,9 +92,7 @@ def check_exits(layers: Sequence[int], num_layers: int) -> None:
     """Raise `ValueError` unless tokens can exit before each of the sorted `layers`."""
     check_layers(layers, num_layers, "layers")
     if not layers or layers[0] == 0:
-        raise ValueError(
-            f"layers is {list(layers)}; an exit needs at least one layer before it, so give layers from 1 on"
-        )
+        raise ValueError(f"layers is {layers}; an exit needs at least one layer before it, so give layers from 1 on")
 
 
 def check_always_keep(always_keep: int, num_layers: int) -> None:

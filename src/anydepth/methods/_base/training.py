@@ -16,12 +16,7 @@ from anydepth.methods._base.method import Method
 
 @dataclass(frozen=True)
 class ExitState:
-    """An exit that a forward passed.
-
-    Attributes:
-        states: (B, T, D) residual stream; None for the model's own output.
-        weights: (B, T) weights of the tokens there.
-    """
+    """(B, T, D) states at an exit, None for the model's own output, and the (B, T) weights of the tokens there."""
 
     states: Tensor | None
     weights: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.gating.plan import Plan
 from anydepth.gating.scores import HeadConfidence, Network, Score
-from anydepth.gating.spec import GateSpec, PositionThreshold
+from anydepth.gating.spec import GateSpec
 from anydepth.gating.trace import PassRecord
 
 
@@ -45,7 +45,7 @@ class LayerGate:
     @property
     def by_position(self) -> bool:
         """Whether each token has a threshold of its own."""
-        return isinstance(self.spec.threshold, PositionThreshold)
+        return self.spec.decay is not None
 
     def limits(self, positions: Tensor) -> Tensor:
         """Return the thresholds at some positions, in the units that the kernels compare."""
