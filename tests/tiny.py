@@ -113,3 +113,8 @@ def save_text(path: Path, num_words: int = 800) -> Path:
     words = ["the", "sea", "is", "wide", "and", "the", "night", "is", "long", "but", "the", "light", "comes", "back"]
     path.write_text(" ".join(words[number * 7 % len(words)] for number in range(num_words)))
     return path
+
+
+def windows(num: int = 16, length: int = 24) -> torch.Tensor:
+    """Rows of random tokens of `tiny_llama`, without its end token."""
+    return torch.randint(1, 257, (num, length), generator=torch.Generator().manual_seed(3))
