@@ -28,7 +28,7 @@ def batch_mean(own: Tensor) -> Tensor:
     if num_processes() == 1:
         return own
     mean = own.detach().clone()
-    dist.all_reduce(mean)
+    dist.all_reduce(mean)  # pyright: ignore[reportUnknownMemberType]
     return own + (mean / num_processes() - own.detach())
 
 
@@ -38,7 +38,7 @@ def batch_rows(own: Tensor) -> Tensor:
     if num_processes() == 1:
         return own
     parts = [torch.empty_like(own) for _ in range(num_processes())]
-    dist.all_gather(parts, own.contiguous())
+    dist.all_gather(parts, own.contiguous())  # pyright: ignore[reportUnknownMemberType]
     return torch.cat(parts)
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -93,15 +93,15 @@ def _read_thresholds(path: str) -> tuple[Any, Any]:
         raise ValueError(f"the file cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"the file is not JSON ({error})") from error
-    named: dict[str, Any] = read if isinstance(read, dict) else {"thresholds": read}
-    found, layers = named.get("thresholds"), named.get("layers")
-    values: list[Any] = found if isinstance(found, list) else [found]
+    named = cast("dict[str, Any]", read) if isinstance(read, dict) else {"thresholds": read}
+    found = named.get("thresholds")
+    values = cast("list[Any]", found) if isinstance(found, list) else [found]
     if not all(value == "Infinity" or type(value) in (int, float) for value in values):
         raise ValueError(
             'the file must hold a number, a list with a number or "Infinity" for each exit, or an object with either '
             "under `thresholds`"
         )
-    return found, layers
+    return named.get("thresholds"), named.get("layers")
 
 
 class EarlyExit(Trained, Calibrated):
@@ -148,7 +148,7 @@ class EarlyExit(Trained, Calibrated):
     @property
     def threshold(self) -> float | list[float]:
         """Threshold, or one per layer, above which minus the confidence lets a token continue."""
-        value = self.config.thresholds
+        value: float | list[float] = self.config.thresholds
         return [-limit for limit in value] if isinstance(value, list) else -value
 
     @threshold.setter

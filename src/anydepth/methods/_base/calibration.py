@@ -96,7 +96,7 @@ class Calibrated(Method):
         self.config = self.config.model_copy(update={self.budget_option: value})
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # pyright: ignore[reportUnknownMemberType]
         if not is_filled(self.score_quantiles):
             del destination[f"{prefix}score_quantiles"]  # an empty table is not saved
 
@@ -105,7 +105,7 @@ class Calibrated(Method):
         # The checkpoint has an empty table, was written before there were tables, or is for other layers.
         if own is not None and (key not in state_dict or state_dict[key].shape != own.shape):
             state_dict[key] = own
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
     @contextmanager
     def watching(self) -> Generator[None]:
