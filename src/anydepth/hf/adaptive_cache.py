@@ -165,13 +165,9 @@ class LayerKV(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        rows = torch.arange(self._num_rows()).repeat_interleave(repeats)
-        self._select_rows(rows)
-
-    def _num_rows(self) -> int:
-        if self.positions is not None:
-            return self.positions.shape[0]
-        return self.deferred[0][0].shape[0] if self.deferred else 0
+        held = [self.positions, *(states[0] for states in self.deferred)]
+        num_rows = next((len(part) for part in held if part is not None), 0)
+        self._select_rows(torch.arange(num_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -198,13 +194,13 @@ class AdaptiveCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
-        for layer_idx, layer in enumerate(self.layers):
-            if not isinstance(layer, LinearAttentionCacheLayerMixin):
-                self.layers[layer_idx] = LayerKV()
+        self.layers = [
+            layer if isinstance(layer, LinearAttentionCacheLayerMixin) else LayerKV() for layer in self.layers
+        ]
         self.num_seen = 0
         self.method_memory: dict[str, Tensor] = {}
         self.deferred: defaultdict[int, DeferredLayer] = defaultdict(DeferredLayer)
-        self.alternates: dict[int, LinearAttentionLayer] = {}
+        self.alternates: defaultdict[int, LinearAttentionLayer] = defaultdict(LinearAttentionLayer)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -248,7 +244,7 @@ class AdaptiveCache(DynamicCache):
         """Shorten the sequence to `length` tokens; raise `RuntimeError` if a layer has a recurrent state."""
         kv = [layer for layer in self.layers if isinstance(layer, LayerKV)]
         if len(kv) < len(self.layers) or self.alternates:
-            raise RuntimeError("the state of a recurrent mixer cannot be rewound; start with a new cache")
+            raise RuntimeError("a recurrent mixer's state cannot be rewound; start with a new cache")
         for layer in kv:
             layer.rewind(length)
         for part in self.deferred.values():
@@ -261,12 +257,6 @@ class AdaptiveCache(DynamicCache):
         self.method_memory = {}
         self.deferred.clear()
         self.alternates.clear()
-
-    def alternate(self, layer_idx: int) -> LinearAttentionLayer:
-        """Return the state of a layer's alternate mixer."""
-        if layer_idx not in self.alternates:
-            self.alternates[layer_idx] = LinearAttentionLayer()
-        return self.alternates[layer_idx]
 
     @property
     def num_bytes(self) -> dict[str, int]:

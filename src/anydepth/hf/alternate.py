@@ -30,7 +30,7 @@ def run_alternate(run: Run, layer_idx: int, routing: MixerRouting, hidden: Tenso
     learns_from_both = sees_all and routing.alternate_weight is not None and not run.sparse
     if routing.gate.all_kept and not learns_from_both and not (sees_all and run.cache is not None):
         return None
-    state = None if run.cache is None else run.cache.alternate(layer_idx)
+    state = None if run.cache is None else run.cache.alternates[layer_idx]
     mixer = _Mixer(run, routing.alternate, hidden)
     if sees_all:
         output = mixer(mixer.hidden, state, None if bool(real.all()) else real)
@@ -40,10 +40,9 @@ def run_alternate(run: Run, layer_idx: int, routing: MixerRouting, hidden: Tenso
         output = torch.zeros_like(mixer.hidden)
         for group in groups_of(routed):
             if group.num_kept:
-                rows = torch.arange(len(hidden), device=hidden.device) if group.rows is None else group.rows
-                part = rows_of(state, rows)
+                part = rows_of(state, group.row_indices)
                 output = group.put(output, mixer(group.take(mixer.hidden, group.kept), part))
-                put_rows(state, rows, part, len(hidden))
+                put_rows(state, group.row_indices, part, len(hidden))
     else:
         output = _packed(mixer, routed, state)
     return output.to(hidden.dtype)

@@ -90,21 +90,22 @@ class Group:
     def num_kept(self) -> int:
         return self.kept.shape[1]
 
+    @property
+    def row_indices(self) -> Tensor:
+        return torch.arange(len(self.kept), device=self.kept.device) if self.rows is None else self.rows
+
     def take(self, tensor: Tensor, index: Tensor) -> Tensor:
         """Return the (R, N, ...) entries at `index` (R, N) of a (B or 1, T, ...) tensor."""
         if tensor.shape[0] == 1 and index.shape[0] == 1:
             return tensor.index_select(1, index[0])
-        rows = torch.arange(index.shape[0], device=tensor.device) if self.rows is None else self.rows
-        if tensor.shape[0] == 1:
-            rows = torch.zeros_like(rows)
+        rows = torch.zeros_like(self.row_indices) if tensor.shape[0] == 1 else self.row_indices
         return tensor[rows[:, None], index]
 
     def put(self, base: Tensor, values: Tensor) -> Tensor:
         """Return a copy of (B, T, D) `base` with `values` (R, N, D) at the kept tokens."""
         if base.shape[0] == 1:
             return base.index_copy(1, self.kept[0], values.to(base.dtype))
-        rows = torch.arange(base.shape[0], device=base.device) if self.rows is None else self.rows
-        return base.index_put((rows[:, None], self.kept), values.to(base.dtype))
+        return base.index_put((self.row_indices[:, None], self.kept), values.to(base.dtype))
 
     def order(self) -> Tensor:
         """Return the index of each of the T tokens in [kept, skipped]: (T,) for one row, else (R, T)."""
@@ -149,13 +150,12 @@ class PartialRunner:
 
     def is_plain(self, run: Run, gate: Gate) -> bool:
         """Return whether every token runs and the K/V have no gaps, so that the module's own forward runs."""
-        return gate.all_kept and gate.weight is None and not self._has_gaps(run)
-
-    def _has_gaps(self, run: Run) -> bool:
-        if run.cache is None or self.view.is_recurrent:
+        if not gate.all_kept or gate.weight is not None:
             return False
+        if run.cache is None or self.view.is_recurrent:
+            return True
         kv = run.cache.kv(self.layer_idx)
-        return kv.positions is not None or kv.num_kv != run.cache.num_seen
+        return kv.positions is None and kv.num_kv == run.cache.num_seen
 
     def sees_every_token(self, gate: Gate) -> bool:
         """Return whether the mixer runs for every token: a recurrent one under `project`; its state is its K/V."""
@@ -193,8 +193,9 @@ class PartialRunner:
         # A skipped token sees itself: its output is dropped, but a NaN would remain in the gradient.
         visible[..., -num_tokens:] |= torch.eye(num_tokens, dtype=torch.bool, device=hidden.device)
         mask = _in_form_of(arguments.get("attention_mask"), visible)
+        taken = {**arguments, self.view.family.cache_argument: tap, "attention_mask": mask}
         with self._keeping_tap():
-            return first_output(own(hidden, **self._for_attention(arguments, tap, mask)))
+            return first_output(own(hidden, **taken))
 
     def run_on_kept(
         self,
@@ -269,7 +270,7 @@ class PartialRunner:
             return base
         mask = arguments.get("attention_mask")
         taken: dict[str, Any] = {"attention_mask": None if mask is None else group.take(mask, group.kept)}
-        rows = torch.arange(run.shape[0], device=hidden.device) if group.rows is None else group.rows
+        rows = group.row_indices
         state: Any = None
         for name in ("past_key_values", "cache_params"):
             if arguments.get(name) is not None and run.cache is not None:
@@ -301,16 +302,13 @@ class PartialRunner:
             visible = self._project_mask(run, group, mask)
         else:
             visible = _in_form_of(mask, self._omit_mask(run, group, mask, positions))
-        taken = self._for_attention(arguments, tap, visible)
+        taken = {**arguments, self.view.family.cache_argument: tap, "attention_mask": visible}
         if arguments.get("position_ids") is not None:
             taken["position_ids"] = group.take(arguments["position_ids"], group.kept)
         if arguments.get("position_embeddings") is not None:
             rotation = arguments["position_embeddings"]
             taken["position_embeddings"] = tuple(group.take(part, group.kept) for part in rotation)
         return taken
-
-    def _for_attention(self, arguments: dict[str, Any], tap: KVTap, mask: Tensor | None) -> dict[str, Any]:
-        return {**arguments, self.view.family.cache_argument: tap, "attention_mask": mask}
 
     def _project_mask(self, run: Run, group: Group, mask: Tensor | None) -> Tensor | None:
         """Return rows of the model's own mask, or a causal mask where the model passed none."""
