@@ -1,10 +1,8 @@
 """Dynamic layer routing: a small network reads an early state and decides which later layers run.
 
-It decides per token, or per sequence from the first `pool_tokens` tokens. All gates of a token depend on one state, so
-they are known after `always_keep` layers; with `reads: sequential` each layer has a network that reads its own input.
-With `branch: mixer` tokens skip mixers only, and FFNs run. Lossy; trained with the Gumbel straight-through estimator
-(Jang et al. 2017) or with REINFORCE (Williams 1992). See also Skip-Layer attention (Zeng et al. 2023) and Router-Tuning
-(He et al. 2024).
+It decides per token, or per sequence from its first tokens; with `reads: sequential` each layer has a network of its
+own. Lossy; trained with the Gumbel straight-through estimator (Jang et al. 2017) or with REINFORCE (Williams 1992). See
+also Skip-Layer attention (Zeng et al. 2023) and Router-Tuning (He et al. 2024).
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Mixer routing: in some layers a token runs softmax attention or a gated delta rule.
+"""Mixer routing: in some layers a token runs softmax attention or a gated delta rule (`models/delta_rule.py`).
 
-The layer's softmax mixer is unchanged and has a linear alternate (`models/delta_rule.py`); both use the same norms and
-FFN. One linear router on the state after layer 0 decides for all of these layers (`parallel`), or each layer has a
-router (`sequential`). Training uses hard Gumbel decisions with a straight-through gradient, inference a threshold. With
-`state: all` both mixers see every token and the decision selects the output; with `state: routed` each mixer sees its
-own tokens only, and the K/V cache has only those. Lossy.
+One linear router on the state after layer 0 decides for all of these layers, or each layer has one. With `state: all`
+both mixers see every token and the decision selects the output; with `state: routed` each mixer sees its own tokens
+only, and the K/V cache has only those. Lossy; trained by hard Gumbel decisions with a straight-through gradient.
 """
 
 from __future__ import annotations
