@@ -103,7 +103,7 @@ class PassRecord:
 
 
 class LazyRecord(PassRecord):
-    """A record with decisions that `fill` writes into it when they are read, which would slow down a decoding step."""
+    """A record with decisions that `fill` writes once they are read: in each decoding step that would take too long."""
 
     LATER = ("mixer_keep", "ffn_keep", "kv_rules", "late", "other_keep", "router_flops", "other_flops")
 

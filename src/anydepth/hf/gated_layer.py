@@ -82,7 +82,7 @@ class GatedLayer:
             return self._with_zero_gradient(hidden)
         if self.runner.sees_every_token(gate):
             if run.sparse:
-                # The recurrent state must see every token, the FFN need not. Backward may run the layer again.
+                # The recurrent state must see every token, the FFN need not. The gate stays, for recomputation.
                 run.ffn_gates[self.layer_idx] = replace(gate, weight=None)
             output = first_output(self.own_layer(hidden, **arguments))
         elif run.sparse:

@@ -225,13 +225,8 @@ class LayerRouter(Trained, Calibrated):
     def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
         read_at, pool_tokens = spec.score.reads_at or 0, spec.score.pool_tokens
         margin = scores - self.config.threshold
-        noisy = margin + self.logistic_noise(scores, context, read_at)
-        keep = noisy > 0
-        if self.learns_by_policy:
-            soft, weights = torch.sigmoid(margin), None
-        else:
-            soft = torch.sigmoid(noisy / self.backward_temperature)
-            soft = weights = keep.float() + soft - soft.detach()
+        keep, hard = self.straight_through(margin, self.backward_temperature, context, read_at)
+        soft, weights = (torch.sigmoid(margin), None) if self.learns_by_policy else (hard, hard)
         free = context.positions < pool_tokens
         routed = context.token_mask & ~free
         rates = (soft * routed).sum((1, 2)) / routed.sum().clamp_min(1)

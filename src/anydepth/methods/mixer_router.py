@@ -152,10 +152,7 @@ class MixerRouter(Trained, Calibrated):
     def sample(self, spec: GateSpec, scores: Tensor, hidden: Tensor, context: PassContext) -> Sample:
         number = self.routed.index(spec.layers[0])
         margin = scores - self.config.threshold
-        noisy = margin + self.logistic_noise(scores, context, number)
-        keep = noisy > 0
-        soft = torch.sigmoid(noisy / self.backward_temperature)
-        hard = keep.float() + soft - soft.detach()
+        keep, hard = self.straight_through(margin, self.backward_temperature, context, number)
         weights = hard * context.token_mask
         alternates = 1 - weights
         if self.config.state == "routed":  # a mixer has no output for tokens that it does not see

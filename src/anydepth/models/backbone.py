@@ -72,7 +72,7 @@ class LayerView:
         self.family = family
         self.mixer = self._first(family.mixer)
         self.kv_norm = self._first(family.kv_norm) if family.kv_norm else None
-        self.mixer_out = self._first(family.mixer_out)
+        self.mixer_out = self._first(family.mixer_out) if family.mixer_out else self.mixer
         self.ffn_in = self._first(family.ffn_in)
         self.ffn_out = self._first(family.ffn_out)
         self.is_recurrent = hasattr(self.mixer, "conv1d")

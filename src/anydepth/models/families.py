@@ -13,7 +13,8 @@ class Family:
 
     Attributes:
         kv_norm: the norm between the residual stream and the K/V projection.
-        mixer_out, ffn_out: the module with the output that the branch adds to the residual stream.
+        mixer_out, ffn_out: the module with the output that the branch adds to the residual stream; an empty
+            `mixer_out` is the mixer.
         ffn_in: the first module of the FFN, which gets the residual stream.
         restarts_at_switch: whether the model reads the sequence again when its rotary embedding switches to long
             sequences.
@@ -25,7 +26,7 @@ class Family:
     final_norm: str = "norm"
     mixer: tuple[str, ...] = ("self_attn",)
     kv_norm: tuple[str, ...] = ("input_layernorm",)
-    mixer_out: tuple[str, ...] = ("self_attn",)
+    mixer_out: tuple[str, ...] = ()
     ffn_in: tuple[str, ...] = ("post_attention_layernorm",)
     ffn_out: tuple[str, ...] = ("mlp",)
     cache_argument: str = "past_key_values"
@@ -55,7 +56,7 @@ FAMILIES: dict[str, Family] = {
         ffn_in=("mlp",),
         ffn_out=("post_feedforward_layernorm",),
     ),
-    "qwen3_next": Family(mixer=("self_attn", "linear_attn"), mixer_out=("self_attn", "linear_attn")),
+    "qwen3_next": Family(mixer=("self_attn", "linear_attn")),
     "gpt2": Family(
         decoder="transformer",
         layers="h",
@@ -63,7 +64,6 @@ FAMILIES: dict[str, Family] = {
         final_norm="ln_f",
         mixer=("attn",),
         kv_norm=("ln_1",),
-        mixer_out=("attn",),
         ffn_in=("ln_2",),
         fused_qkv=True,
     ),
@@ -72,7 +72,6 @@ FAMILIES: dict[str, Family] = {
         embedding="embed_in",
         final_norm="final_layer_norm",
         mixer=("attention",),
-        mixer_out=("attention",),
         cache_argument="layer_past",
         fused_qkv=True,
     ),
@@ -90,7 +89,6 @@ FAMILIES: dict[str, Family] = {
         final_norm="ln_f",
         mixer=("self_attention",),
         kv_norm=("ln_attn", "input_layernorm"),
-        mixer_out=("self_attention",),
         ffn_in=("post_attention_layernorm", "ln_mlp", "mlp"),
         cache_argument="layer_past",
         fused_qkv=True,

@@ -21,9 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
 
-TOLERANCE = {torch.float32: 1e-4}
-"""Allowed relative error of a folded weight against the adapter's forward; 5e-2 in other float types."""
-
 
 def base_module(module: nn.Module) -> nn.Module:
     """Return the module of the base model inside PEFT's wrappers; without a wrapper, the module itself."""
@@ -102,7 +99,7 @@ def plain_module(module: nn.Module) -> nn.Module:
     plain = plain_module(twin.base_layer)
     if wanted is not None:
         difference = (plain(inputs) - wanted).float().norm() / wanted.float().norm().clamp_min(1e-9)
-        if not difference <= TOLERANCE.get(wanted.dtype, 5e-2):
+        if not difference <= (1e-4 if wanted.dtype == torch.float32 else 5e-2):
             raise UserError(f"{refusal} (relative error {difference:.1e}); {advice}")
     return plain
 

@@ -75,6 +75,14 @@ class Trained(Method):
             drawn[key] = torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(logits.device)
         return drawn[key]
 
+    def straight_through(
+        self, margin: Tensor, temperature: float, context: PassContext, key: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Draw decisions from (G, B, T or 1) logits; return them as bool, and as numbers with a soft gradient."""
+        noisy = margin + self.logistic_noise(margin, context, key)
+        keep, soft = noisy > 0, torch.sigmoid(noisy / temperature)
+        return keep, keep.float() + soft - soft.detach()
+
     def set_progress(self, progress: float, step: int = 0) -> None:
         """Set the schedules of the config for optimiser step `step`, at `progress` in [0, 1] of training."""
 
