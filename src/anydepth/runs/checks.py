@@ -21,7 +21,8 @@ from anydepth.methods._base.calibration import Calibrated
 from anydepth.methods._base.method import Method
 from anydepth.methods.compose import build_methods
 from anydepth.methods.of_recipe import check_training, method_configs
-from anydepth.models.backbone import FAMILIES, Backbone
+from anydepth.models.backbone import Backbone
+from anydepth.models.families import FAMILIES
 from anydepth.models.load import source_of
 from anydepth.models.scratch import build_decoder
 from anydepth.recipe import ModelConfig, Recipe
