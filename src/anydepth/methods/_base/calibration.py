@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar
 
@@ -136,6 +136,11 @@ class Calibrated(nn.Module):
             own = [part[..., real] if part.shape[-2:] == real.shape else part for part in parts]
             found.setdefault(layer_idx if self.has_threshold_per_layer else 0, []).extend(own)
         return {layer_idx: torch.cat([part.flatten() for part in parts]) for layer_idx, parts in found.items()}
+
+
+def comparing(methods: Iterable[nn.Module]) -> list[Calibrated]:
+    """Return the methods that compare scores with a threshold that can be set."""
+    return [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]
 
 
 def one_per_layer(value: float | list[float], layers: Sequence[int], option: str) -> dict[int, float]:
