@@ -222,9 +222,6 @@ def bound_risk(
         risk: one of `RISKS`: the distance from the text at full depth (1 − ROUGE-L), the increase of the distance from
             the reference, or whether a text differs from that at full depth.
         references: token ids, for `quality`.
-
-    Raises:
-        UserError: an unknown test or risk, or risk quality without references.
     """
     check_bounds(max_risk, confidence, test, risk)
     adapted = engine.adapted

@@ -177,8 +177,7 @@ def thresholds_at(scores: Scores, share: float) -> Thresholds:
 def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -> float:
     """Set thresholds that skip a fraction `target_skip` of decisions, and store tables of the first windows.
 
-    Returns:
-        The measured fraction that (M, T) windows then skip, the mean over methods. It may differ on other text.
+    Return the fraction that (M, T) windows then skip, the mean over methods; it may differ on other text.
     """
     return mean(set_skip_shares(adapted, windows, target_skip).values())
 

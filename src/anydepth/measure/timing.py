@@ -163,9 +163,6 @@ def _peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# --- queues of requests ----------------------------------------------------------------------------------------------
-
-
 def throughput(
     engine: Engine,
     prompts: Sequence[Tensor],
@@ -209,9 +206,6 @@ def _seconds(engine: Engine, prompts: list[list[int]], batch_size: int, new_toke
         started = time.perf_counter()
         scheduler.run(requests)
         return time.perf_counter() - started
-
-
-# --- the least time of a step ----------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)

@@ -48,10 +48,6 @@ def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
 
     It takes one forward per window and routed layer. The last quarter of the windows is held out to select the ridge
     and to measure the result. A router that reads sequentially is fitted to states of the static set.
-
-    Raises:
-        RunError: no learned router is attached.
-        UserError: fewer than two windows.
     """
     router = learned_router(adapted.methods.values())
     if router is None:

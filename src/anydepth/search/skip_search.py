@@ -49,11 +49,7 @@ class SkipSearchResult:
 def search(
     model: nn.Module, windows: Tensor, *, strategy: str, budget: float, branches: bool = False, seed: int = 0
 ) -> SkipSearchResult:
-    """Find a skip set with a fraction `budget` of the layers, or of the branches, on (N, T) windows.
-
-    Raises:
-        UserError: an unknown strategy, or a budget that leaves out nothing or everything.
-    """
+    """Find a skip set with a fraction `budget` of the layers, or of the branches, on (N, T) windows."""
     check_strategy(strategy)
     started = time.monotonic()
     adapted = attach(model, SkipSetConfig())
