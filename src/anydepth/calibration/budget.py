@@ -1,5 +1,8 @@
 """Set thresholds that reach a speed-up on this machine, or keep a bound on the loss of quality."""
 
+# The types of torch are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from bisect import bisect_left

@@ -12,6 +12,9 @@ family-wise error:
 Both need settings and an order that do not depend on the tested sequences.
 """
 
+# The types of torch are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math

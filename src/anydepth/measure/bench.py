@@ -210,9 +210,8 @@ def _is_wide(engines: Sequence[Engine], pairs: list[list[Pair]]) -> bool:
 def _over(first: dict[str, Any], row: dict[str, Any], side: str) -> dict[str, float | None]:
     """Return how much faster an engine is than the first one on the same prompts, at full depth or adapted."""
     theirs, ours = first[side], row[side]
-    has_steps = ours["tpot_seconds"] is not None
     return {
-        "decode": theirs["tpot_seconds"] / ours["tpot_seconds"] if has_steps else None,
+        "decode": theirs["tpot_seconds"] / ours["tpot_seconds"] if ours["tpot_seconds"] else None,
         "total": ours["tokens_per_second"] / theirs["tokens_per_second"],
         "prefill": theirs["ttft_seconds"] / ours["ttft_seconds"],
     }

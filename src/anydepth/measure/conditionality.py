@@ -33,12 +33,7 @@ class Conditionality:
 
 
 def conditionality(
-    keep: Tensor,
-    token_ids: Tensor,
-    *,
-    groups: Tensor | None = None,
-    num_permutations: int = 999,
-    seed: int = 0,
+    keep: Tensor, token_ids: Tensor, *, groups: Tensor | None = None, num_permutations: int = 999, seed: int = 0
 ) -> Conditionality:
     """Test whether gates depend on the token by permuting tokens.
 

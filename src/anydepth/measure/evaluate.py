@@ -104,13 +104,7 @@ def engine_of_base(engine: Engine) -> Engine:
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine,
-    windows: Tensor,
-    *,
-    full_depth_only: bool = False,
-    track: Track = iter,
-) -> dict[str, Any]:
+def evaluate(engine: Engine, windows: Tensor, *, full_depth_only: bool = False, track: Track = iter) -> dict[str, Any]:
     """Score (N, T) windows independently: loss, depth and agreement.
 
     Returns the fields of `anydepth.eval/1` for the adapted model, with those of the base model (gates and LoRA off, in
