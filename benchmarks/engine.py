@@ -29,8 +29,7 @@ from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
-from anydepth.measure.roofline import read_bandwidth
-from anydepth.measure.timing import time_generation
+from anydepth.measure.timing import read_bandwidth, time_generation
 from anydepth.training.data import load_windows
 
 RESULT = Path(__file__).resolve().parent / "results" / "engine.json"

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from anydepth.calibration.generated import continuations
-from anydepth.calibration.guarantee import difference, inconsistency, learn_then_test
+from anydepth.calibration.guarantee import continuations, difference, inconsistency, learn_then_test
 from anydepth.calibration.shares import collect_scores, set_thresholds, thresholds_at
 from anydepth.decoding.engines import FastEngine
 from anydepth.hf.adapted import attach, detach

@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,8 @@ def quality(folder: Path) -> dict[str, Any]:
     return {
         **{key: measured[key] for key in keys},
         "full_depth_perplexity": measured["full_depth"]["perplexity"],
-        "exits": conditionality(torch.cat(exits, 1), ids).to_json(),
-        "ffn_gates": conditionality(torch.cat(ffns, 1)[:first_exit], ids).to_json(),
+        "exits": asdict(conditionality(torch.cat(exits, 1), ids)),
+        "ffn_gates": asdict(conditionality(torch.cat(ffns, 1)[:first_exit], ids)),
     }
 
 

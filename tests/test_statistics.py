@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from statistics import mean, median, stdev
 
 import numpy as np
 import pytest
 import torch
 
-from anydepth.statistics import correlation, mean_of, t_quantile
+from anydepth.statistics import correlation, is_noise, mean_of, mean_of_sums, ratio_interval, t_quantile
 
 HALF = 1.959963984540054
 
@@ -87,7 +88,7 @@ def test_intervals_hold_what_they_promise(num_windows: int) -> None:
         levels = torch.randn(num_windows, 1, generator=generator)
         values = levels + 0.1 * torch.randn(num_windows, 20, generator=generator)
         among = torch.arange(20) < torch.randint(14, 21, (num_windows, 1), generator=generator)
-        row = mean_of(values, among)
+        row = mean_of_sums((values * among).double().sum(1), among.sum(1))
         assert row["low"] is not None and row["high"] is not None
         inside += row["low"] <= 0 <= row["high"]
     assert 362 <= inside <= 395
@@ -103,8 +104,8 @@ def test_one_window_has_no_interval() -> None:
     values = torch.randn(3, 5)
     among = torch.zeros(3, 5, dtype=torch.bool)
     among[1] = True
-    assert mean_of(values, among) == {
-        "mean": pytest.approx(float(values[1].double().mean())),
+    assert mean_of(values.abs(), among, most=9) == {
+        "mean": pytest.approx(float(values[1].abs().double().mean())),
         "low": None,
         "high": None,
     }
@@ -119,3 +120,16 @@ def test_quantiles_are_students(degrees: int, wanted: float) -> None:
 def test_quantiles_of_small_tails(degrees: int, wanted: float) -> None:
     """Tail of 0.001, from the tables of Student's t."""
     assert t_quantile(degrees, 0.001) == pytest.approx(wanted, rel=2e-3)
+
+
+def test_one_pair_shows_no_difference() -> None:
+    """C18, C19: nothing is known of its spread; that of two is Student's t with one degree of freedom."""
+    assert ratio_interval([1.5]) is None and is_noise(None)
+    found = ratio_interval([1.04, 1.06])
+    logs = [math.log(1.04), math.log(1.06)]
+    half = 12.7062 * math.sqrt(math.pi / 2) * stdev(logs) / 2**0.5
+    assert found == pytest.approx([math.exp(median(logs) - half), math.exp(median(logs) + half)])
+    assert is_noise(found) and not is_noise([1.01, 1.3]) and not is_noise([0.8, 0.99])
+    drawn = torch.distributions.LogNormal(0.0, 0.1).sample(torch.Size([2000, 7]))
+    covered = [is_noise(ratio_interval(row)) for row in drawn.tolist()]
+    assert 0.93 < mean(covered) < 0.98  # of equal sides it is told 19 times of 20 that they are

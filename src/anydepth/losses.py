@@ -12,32 +12,27 @@ from torch.utils.checkpoint import checkpoint
 from anydepth.methods._base.training import ExitState
 
 IGNORED = -100
+"""Label of a token that is not to be predicted."""
+CHUNK = 512
+"""Rows with float32 probabilities in memory at a time; they are recomputed for the gradient."""
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, chunk: int = 512) -> Tensor:
-    """Return T²·KL(teacher ‖ student) per real token, in float32 (Hinton et al. 2015).
+def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return T²·KL(teacher ‖ student) of (B, T, V) logits per real token, in float32 (Hinton et al. 2015).
 
-    Args:
-        student, teacher: (B, T, V) logits of the same tokens; the gradient flows to the student only.
-        labels: (B, T) ids, −100 where a token is not to be predicted.
-        chunk: rows with float32 probabilities in memory at a time; they are recomputed for the gradient.
+    The gradient flows to the student only.
     """
     wanted = labels[:, 1:].flatten() != IGNORED
     student_rows = student[:, :-1].flatten(0, 1)[wanted]
     teacher_rows = teacher[:, :-1].flatten(0, 1)[wanted].detach()
     total = student_rows.new_zeros((), dtype=torch.float32)
-    for part, target in zip(student_rows.split(chunk), teacher_rows.split(chunk), strict=True):
+    for part, target in zip(student_rows.split(CHUNK), teacher_rows.split(CHUNK), strict=True):
         total = total + checkpoint(_total_divergence, part, target, temperature, use_reentrant=False)
     return total * temperature**2 / max(int(wanted.sum()), 1)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the (B, T) cross-entropy of the next token of each, in float32; 0 where none is to be predicted.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T) ids, −100 where a token is not to be predicted.
-    """
+    """Return the (B, T) cross-entropy of the next token of each, of (B, T, V) logits; 0 where the label is −100."""
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return F.cross_entropy(logits.float().transpose(1, 2), shifted, ignore_index=IGNORED, reduction="none")
 
@@ -47,11 +42,8 @@ def expected_exit_loss(
 ) -> Tensor:
     """Return Σ over exits of weight · cross-entropy, as a mean over predicted tokens.
 
-    The logits of one exit are in memory at a time; they are recomputed for the gradient.
-
-    Args:
-        logits: (B, T, V) of the model's output, used for exits without states.
-        logits_of: applies the final norm and the head.
+    The logits of one exit are in memory at a time; they are recomputed for the gradient. Exits without states use the
+    (B, T, V) logits of the model's output.
     """
 
     def at(states: Tensor, weights: Tensor) -> Tensor:

@@ -18,10 +18,8 @@ MEDIAN_ERROR = math.sqrt(math.pi / 2)
 def ratio_interval(ratios: Sequence[float], tail: float = 0.025) -> list[float] | None:
     """Return `[low, high]` around the median of paired ratios; None for fewer than two.
 
-    The interval is Student's t of their logarithms. Outliers widen it, so that few or noisy pairs show no difference.
-
-    Args:
-        tail: probability that the median is below `low`, and that it is above `high`.
+    The interval is Student's t of their logarithms, with an error of `tail` at each end. Outliers widen it, so that few
+    or noisy pairs show no difference.
     """
     if len(ratios) < 2:
         return None
@@ -35,16 +33,28 @@ def is_noise(interval: Sequence[float] | None) -> bool:
     return interval is None or interval[0] <= 1 <= interval[1]
 
 
-def mean_of(values: Tensor, among: Tensor, most: float | None = None) -> dict[str, float | None]:
-    """Return the `mean` of (W, T) values where `among` is true, as `mean_of_sums` does.
+def speedup_fields(speedups: list[float], ideal: float | None = None) -> dict[str, Any]:
+    """Return the fields of a row from paired ratios full depth ÷ adapted, and the `ideal` that skipped work allows."""
+    speedup, interval = median(speedups) if speedups else None, ratio_interval(speedups)
+    fields: dict[str, Any] = {
+        "speedup": speedup,
+        "speedup_interval": interval,
+        "speedup_range": [min(speedups), max(speedups)] if speedups else None,
+        "speedups": speedups,
+        "is_noise": bool(speedups) and is_noise(interval),
+    }
+    if ideal is not None:
+        fields |= {"ideal_speedup": ideal, "realised": None if speedup is None else speedup / ideal}
+    return fields
 
-    Args:
-        most: upper limit of the values; the bounds are then clipped to [0, most].
-    """
-    return mean_of_sums(torch.where(among, values, 0).double().sum(1), among.double().sum(1), most)
+
+def mean_of(values: Tensor, among: Tensor, most: float) -> dict[str, float | None]:
+    """Return the `mean` of (W, T) values where `among` is true, as `mean_of_sums` does, with bounds in [0, most]."""
+    found = mean_of_sums(torch.where(among, values, 0).double().sum(1), among.double().sum(1))
+    return {name: None if value is None else min(max(value, 0.0), most) for name, value in found.items()}
 
 
-def mean_of_sums(sums: Tensor, counts: Tensor, most: float | None = None) -> dict[str, float | None]:
+def mean_of_sums(sums: Tensor, counts: Tensor) -> dict[str, float | None]:
     """Return the `mean` per token of (W,) sums over windows with (W,) token counts, with its bounds.
 
     `low` and `high` are None where fewer than two windows have a token. The mean is a ratio of two sums over windows;
@@ -56,12 +66,7 @@ def mean_of_sums(sums: Tensor, counts: Tensor, most: float | None = None) -> dic
         return {"mean": mean, "low": None, "high": None}
     spread = float((sums - mean * counts).square().sum()) * num_windows / (num_windows - 1)
     half = t_quantile(num_windows - 1) * spread**0.5 / float(counts.sum())
-    low, high = mean - half, mean + half
-    return {
-        "mean": mean,
-        "low": low if most is None else max(low, 0.0),
-        "high": high if most is None else min(high, most),
-    }
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def t_quantile(degrees: int, tail: float = 0.025) -> float:
@@ -87,10 +92,8 @@ def correlation(x: Tensor, y: Tensor) -> dict[str, Any]:
         `pearson` and `spearman`, each `r` with `low` and `high` (None where a measurement is constant; no
         interval below four samples); and `line`, the least-squares fit, None for a constant.
     """
-    x, y = x.double(), y.double()
-    count = len(x)
-    by_value = pearson(x, y)
-    by_rank = pearson(ranks(x), ranks(y))
+    x, y, count = x.double(), y.double(), len(x)
+    by_value, by_rank = pearson(x, y), rank_correlation(x, y)
     # The variance of z is larger for ranks than for normal values (Bonett and Wright 2000).
     rank_variance = 1 + (by_rank or 0.0) ** 2 / 2
     return {

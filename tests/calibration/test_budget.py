@@ -10,8 +10,9 @@ from contextlib import suppress
 import pytest
 
 from anydepth.calibration import budget
-from anydepth.calibration.budget import Unreachable, find_budget
+from anydepth.calibration.budget import find_budget
 from anydepth.calibration.shares import collect_scores, thresholds_of
+from anydepth.errors import RunError
 from anydepth.hf.adapted import AdaptedModel
 from undecided import METHODS, undecided, windows
 
@@ -35,10 +36,10 @@ def test_a_speed_is_reached(name: str) -> None:
 def test_what_cannot_be_reached_is_refused_with_the_best() -> None:
     adapted = undecided("layer_router")
     scores, before = collect_scores(adapted, windows()), thresholds_of(adapted)
-    with pytest.raises(Unreachable, match=r"speed-up of 9 is out of reach here: the most measured was [1-5]\.\d\d"):
+    with pytest.raises(RunError, match=r"speed-up of 9 is out of reach here: the most measured was [1-5]\.\d\d"):
         find_budget(adapted, scores, target_speedup=9, speedup=lambda: modelled(adapted))
     assert thresholds_of(adapted) == before
-    with pytest.raises(Unreachable, match="costs 50.0% of perplexity, more than the 10.0% allowed"):
+    with pytest.raises(RunError, match="costs 50.0% of perplexity, more than the 10.0% allowed"):
         find_budget(
             adapted,
             scores,
@@ -79,7 +80,7 @@ def test_a_speed_that_was_measured_by_chance_is_not_met(num_lucky: int) -> None:
     adapted = undecided("layer_router")
     scores, before = collect_scores(adapted, windows()), thresholds_of(adapted)
     clock = Noise(*[1.7] * num_lucky, then=1.115)
-    with pytest.raises(Unreachable, match="speed-up of 1.6 is out of reach here: the most measured was 1.1"):
+    with pytest.raises(RunError, match="speed-up of 1.6 is out of reach here: the most measured was 1.1"):
         find_budget(adapted, scores, target_speedup=1.6, speedup=clock)
     assert thresholds_of(adapted) == before
 
@@ -110,7 +111,7 @@ def met_by_chance(
 
     met, wrong = 0, 0
     for _ in range(trials):
-        with suppress(Unreachable):
+        with suppress(RunError):
             found = find_budget(adapted, {}, target_speedup=1.3, speedup=clock)
             assert found.speedup_interval is not None and found.speedup_interval[0] >= 1.3
             met += 1
@@ -134,6 +135,6 @@ def test_quality_that_no_share_keeps_is_refused() -> None:
     """C12: the final perplexity decides where quality alone is asked for, also when nothing skips."""
     adapted = undecided("layer_router")
     scores, before = collect_scores(adapted, windows()), thresholds_of(adapted)
-    with pytest.raises(Unreachable, match="perplexity is 5.0% above full depth, the bound is 2.0%"):
+    with pytest.raises(RunError, match="perplexity is 5.0% above full depth, the bound is 2.0%"):
         find_budget(adapted, scores, max_perplexity_increase=0.02, perplexity_increase=lambda: 0.05)
     assert thresholds_of(adapted) == before

@@ -13,8 +13,7 @@ from torch import Tensor
 import anydepth
 from anydepth import FastEngine, HFEngine
 from anydepth.calibration.exits import ExitScores, collect_exit_scores, exit_settings
-from anydepth.calibration.generated import STEPS, bound_risk
-from anydepth.calibration.guarantee import inconsistency
+from anydepth.calibration.guarantee import STEPS, bound_risk, inconsistency
 from anydepth.calibration.shares import options_of, set_thresholds, thresholds_of
 from anydepth.errors import UserError
 from tiny import NUM_LAYERS, tiny_llama

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 
 import anydepth
 from anydepth import HFEngine
-from anydepth.calibration.generated import bound_risk, shared_settings
 from anydepth.calibration.guarantee import (
     TESTS,
+    bound_risk,
     difference,
     inconsistency,
     learn_then_test,
     least_sequences,
     p_value,
     quality_loss,
+    shared_settings,
 )
 from anydepth.calibration.shares import collect_scores, thresholds_of
 from anydepth.errors import UserError

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -165,3 +167,25 @@ def test_a_skip_rate_that_text_shifts_gives_a_warning() -> None:
     row = found["skip_share"]["ffn_router"]
     assert row["calibration"] == pytest.approx(0.45, abs=0.01)
     assert bool(found["warnings"]) == (abs(row["held_out"] - 0.45) > 0.045)
+
+
+@pytest.mark.parametrize("branch", ["layer", "mixer"])
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.75])
+def test_the_threshold_skips_the_rate_it_was_asked_for(share: float, branch: str) -> None:
+    adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2, "branch": branch})
+    assert set_skip_share(adapted, windows(), share) == pytest.approx(share, abs=0.01)
+    adapted(input_ids=windows(), use_cache=False)
+    assert 1 - adapted.last_trace.mixer_keep[2:].double().mean().item() == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "skip_set"},
+        {"name": "layer_router", "router": "random", "rates": 0.5},
+        {"name": "mixer_router", "router": "random"},
+    ],
+)
+def test_a_model_without_scores_has_no_share_to_set(spec: dict[str, Any]) -> None:
+    with pytest.raises(RunError, match="nothing to calibrate"):
+        set_skip_share(anydepth.attach(tiny_llama(), spec), windows(), 0.3)

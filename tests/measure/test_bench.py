@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import subprocess
-import sys
-import time
-from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any
 
 import pytest
@@ -18,15 +13,11 @@ from torch import Tensor
 import anydepth
 from anydepth import FastEngine, HFEngine
 from anydepth.cli.benching import show_bench
-from anydepth.errors import RunError, UserError
-from anydepth.hf.partial import PartialRunner
+from anydepth.errors import UserError
 from anydepth.measure import timing
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate
-from anydepth.measure.self_check import self_check
-from anydepth.measure.throughput import throughput
 from anydepth.runs.run import summary_of
-from anydepth.statistics import is_noise, ratio_interval
 from tiny import tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "router": "random", "rates": [0.5] * 5}
@@ -150,19 +141,6 @@ def test_pairs_are_added_only_while_they_vary(monkeypatch: pytest.MonkeyPatch) -
     assert 3 < a_row()["num_runs"] <= 9
 
 
-def test_one_pair_shows_no_difference() -> None:
-    """C18, C19: nothing is known of its spread; that of two is Student's t with one degree of freedom."""
-    assert ratio_interval([1.5]) is None and is_noise(None)
-    found = ratio_interval([1.04, 1.06])
-    logs = [math.log(1.04), math.log(1.06)]
-    half = 12.7062 * math.sqrt(math.pi / 2) * stdev(logs) / 2**0.5
-    assert found == pytest.approx([math.exp(median(logs) - half), math.exp(median(logs) + half)])
-    assert is_noise(found) and not is_noise([1.01, 1.3]) and not is_noise([0.8, 0.99])
-    drawn = torch.distributions.LogNormal(0.0, 0.1).sample(torch.Size([2000, 7]))
-    covered = [is_noise(ratio_interval(row)) for row in drawn.tolist()]
-    assert 0.93 < mean(covered) < 0.98  # of equal sides it is told 19 times of 20 that they are
-
-
 def test_engines_agree_with_their_ratios() -> None:
     """C19: across engines as well."""
     adapted = anydepth.attach(tiny_llama(), ROUTER)
@@ -188,7 +166,9 @@ def test_nothing_attached_gets_no_speed_up(capsys: pytest.CaptureFixture[str]) -
         assert [row[key] for key in ("speedup", "speedup_interval", "realised", "prefill", "decode")] == [None] * 5
         assert row["full_depth"]["tokens_per_second"] == row["adapted"]["tokens_per_second"] > 0
     assert rows[1]["over_first"]["adapted"] == rows[1]["over_first"]["full_depth"]
-    queue = throughput(FastEngine(adapted), [windows()[0]], batch_sizes=[1], num_requests=1, new_tokens=2, num_runs=1)
+    queue = timing.throughput(
+        FastEngine(adapted), [windows()[0]], batch_sizes=[1], num_requests=1, new_tokens=2, num_runs=1
+    )
     assert queue[0]["speedup"] is None
     show_bench({"rows": rows, "queues": queue})
     printed = capsys.readouterr().out
@@ -196,25 +176,6 @@ def test_nothing_attached_gets_no_speed_up(capsys: pytest.CaptureFixture[str]) -
     evaluation = {"schema": "anydepth.eval/1", "label": "full depth", **evaluate(HFEngine(adapted), windows(2))}
     summary = summary_of([evaluation, {"schema": "anydepth.bench/1", "rows": rows}])
     assert summary[1]["speedup"] is None and summary[1]["tokens_per_second"] == summary[0]["tokens_per_second"]
-
-
-@pytest.mark.parametrize("spec", [ROUTER, {**ROUTER, "kv_rule": "omit"}, {"name": "skip_set", "skip_mixers": [0, 3]}])
-def test_the_self_check_passes_what_is_right(spec: dict[str, object]) -> None:
-    self_check([HFEngine(anydepth.attach(tiny_llama(), spec))], windows(2))
-
-
-def test_a_wrong_execution_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control: sparse execution that forgets to put the kept tokens back."""
-    monkeypatch.setattr(PartialRunner, "run_on_kept", lambda self, run, gate, own, hidden, base, *rest: base)
-    with pytest.raises(RunError, match="self-check failed"):
-        bench(
-            [HFEngine(anydepth.attach(tiny_llama(), ROUTER))],
-            windows(),
-            batch_sizes=[1],
-            prompt_tokens=[8],
-            new_tokens=2,
-            num_runs=1,
-        )
 
 
 def test_more_rows_than_prompts_are_refused() -> None:
@@ -227,30 +188,3 @@ def test_more_rows_than_prompts_are_refused() -> None:
             new_tokens=2,
             num_runs=1,
         )
-
-
-def test_threads_are_as_many_as_cores_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, told = torch.get_num_threads(), []
-    monkeypatch.setattr(timing, "num_cores", lambda: 4)
-    torch.set_num_threads(4)
-    try:
-        for busy, wanted in ((0.2, 4), (1.0, 3), (2.6, 1), (9.0, 1)):
-            monkeypatch.setattr(timing, "busy_cores", lambda busy=busy: busy)
-            with timing.on_free_cores(told.append):
-                assert torch.get_num_threads() == wanted
-            assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
-    assert len(told) == 3 and "timing with 3 of 4 threads" in told[0]
-
-
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux says who is busy")
-def test_a_busy_process_is_seen() -> None:
-    quiet = timing.busy_cores(0.3)
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        time.sleep(0.3)
-        assert timing.busy_cores(0.5) > min(quiet + 0.2, timing.num_cores() - 0.5)
-    finally:
-        busy.kill()
-        busy.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -18,75 +17,25 @@ import anydepth
 from anydepth import Draft, FastEngine, HFEngine
 from anydepth.cli import app
 from anydepth.errors import UserError
-from anydepth.gating import cost
-from anydepth.gating.plan import Plan
-from anydepth.gating.trace import Trace
 from anydepth.measure.lm_eval import AnydepthLM, _with_defaults, add_changes, check_tasks, check_windows, score_tasks
 from anydepth.measure.results import task_scores
-from anydepth.measure.shared_prefix import SharedPrefixes
-from anydepth.measure.tasks import Task, task_named, where_to_look
+from anydepth.measure.tasks import task_named
 from anydepth.recipe import TrainConfig
 from anydepth.training.train import prepare
+from scoring import METHODS, ROUTER, deciding, model, write_documents
 from tiny import byte_tokenizer, save_base, save_text, tiny_llama
-from undecided import spread_gates
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's own
 
-ROUTER = {"name": "layer_router", "always_keep": 2, "router": "random", "rates": [0.5] * 4}
 REAL_DATA = os.environ.get("ANYDEPTH_DATA", "")
 METRICS = ("acc", "acc_norm", "exact_match", "bits_per_byte", "byte_perplexity", "word_perplexity")
-WORDS = ["sea", "night", "lights", "a long way", "to", "river bank", "fog", "the end"]
 
 
 @pytest.fixture(autouse=True)
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Documents of every benchmark in the form that `ANYDEPTH_DATA` has them."""
-    for name in ("arc_easy", "arc_challenge"):
-        for part in ("train", "dev"):
-            rows = [
-                {
-                    "id": f"{part}{number}",
-                    "question": {
-                        "stem": f"What is {WORDS[number]}?",
-                        "choices": [
-                            {"text": WORDS[(number + i) % 8], "label": "ABCD"[i], "para": "x"} for i in range(4)
-                        ],
-                    },
-                    "answerKey": "ABCD"[number % 4],
-                }
-                for number in range(4)
-            ]
-            write_lines(tmp_path / name / f"{part}.jsonl", rows)
-    for part in ("dev", "val"):
-        for subject, count in (("anatomy", 6), ("virology", 8)):
-            path = tmp_path / "mmlu" / part / f"{subject}_{part}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
-                rows = [
-                    [f"Is it, {word}?", *WORDS[:4], "ABCD"[number % 4]] for number, word in enumerate(WORDS[:count])
-                ]
-                csv.writer(file).writerows(rows)
-    sums = [
-        {"question": f"{number} and 1?", "answer": f"So <<{number}+1>>.\n#### {number + 1}"} for number in range(1330)
-    ]
-    write_lines(tmp_path / "gsm8k" / "train.jsonl", sums)
-    articles = "".join(
-        f" \n = {word} = \n \n The {word} is {word} . \n \n = = Parts = = \n \n It has some .\n" for word in WORDS[:3]
-    )
-    (tmp_path / "wikitext-2").mkdir()
-    for part in ("train", "valid"):
-        (tmp_path / "wikitext-2" / f"{part}.txt").write_text(articles)
+    write_documents(tmp_path)
     monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
     return tmp_path
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def model() -> PreTrainedModel:
-    return tiny_llama(max_position_embeddings=2048)
 
 
 def answers(lm: Any, name: str, limit: int | None = None) -> list[Any]:
@@ -144,26 +93,6 @@ def test_text_and_rolling_windows_are_lm_evals_own(name: str) -> None:
     assert answers(AnydepthLM(HFEngine(adapted), byte_tokenizer()), name, 2) != theirs
 
 
-METHODS: dict[str, Any] = {
-    "full depth": [],
-    "skip set": {"name": "skip_set", "skip_layers": [2], "skip_ffns": [4]},
-    "random": ROUTER,
-    "omit": {**ROUTER, "kv_rule": "omit"},
-    "sequence": {"name": "layer_router", "always_keep": 1, "granularity": "sequence", "pool_tokens": 24},
-    "router": {"name": "layer_router", "always_keep": 2},
-    "exits": {"name": "exit_gate", "layers": [2, 4], "widths": [4]},
-    "recompute": {"name": "exit_gate", "layers": [2, 4], "widths": [4], "kv_rule": "recompute"},
-    "early exit": {"name": "early_exit", "layers": [2, 4], "thresholds": [0.04, 0.06]},
-    "hat": [{"name": "exit_gate", "layers": [3]}, {"name": "ffn_router", "layers": [0, 1, 2]}],
-    "depths": {"name": "mixture_of_depths"},
-}
-
-
-def deciding(spec: Any) -> anydepth.AdaptedModel:
-    """A method whose decisions differ between tokens and sequences."""
-    return spread_gates(anydepth.attach(model(), spec), 5)
-
-
 @pytest.mark.parametrize("kind", METHODS)
 def test_the_engine_scores_as_the_hugging_face_model(kind: str) -> None:
     """Requests that begin alike keep what they share; their scores are those of whole runs, by the other engine."""
@@ -189,29 +118,6 @@ def test_the_engine_writes_what_the_hugging_face_model_writes(kind: str) -> None
     engines = (HFEngine(adapted, draft), FastEngine(adapted, draft=draft))
     found = [answers(AnydepthLM(engine, byte_tokenizer()), "gsm8k", 1) for engine in engines]
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("kind", METHODS)
-def test_work_is_counted_once_for_what_is_shared(kind: str) -> None:
-    """Text by text it adds up to one cached sequence, where every next text goes on from the last one."""
-    adapted, texts = deciding(METHODS[kind]), torch.randint(1, 257, (70,)).tolist()
-    counts: list[cost.FlopCount] = []
-    prefixes = SharedPrefixes(FastEngine(adapted), counts.append)
-    for length in (30, 31, 50, 70):
-        prefixes.score(texts[:length], 1)
-    cache = (engine := FastEngine(adapted)).model.new_cache(1)
-    slot, records = cache.take_slot(), []
-    for begin, end in ((0, 30), (30, 31), (31, 50), (50, 70)):
-        part = torch.tensor([texts[begin:end]])
-        records.append(engine.model.forward(part, [slot], cache, Plan.of(adapted.active_methods))[1])
-        records[-1].head_rows = 1
-    whole = cost.flops(adapted.backbone, Trace.join(records))
-    for part in ("layers", "full_depth_layers", "head", "router"):
-        assert sum(getattr(count, part) for count in counts) == getattr(whole, part)
-    prefixes.score(texts[:60], 1)  # cut in the middle: ten tokens run again, behind forty that stay
-    prefixes.score([*texts[:50], *texts[60:]], 1)
-    tokens = [(counts[place].full_depth_layers) for place in (-2, -1)]
-    assert tokens[0] < tokens[1] < counts[0].full_depth_layers
 
 
 def evaluated(target: Path, *options: str) -> str:
@@ -262,12 +168,6 @@ def test_labels_name_the_weights_and_the_adapter(tmp_path: Path, text: str) -> N
     anydepth.save(anydepth.attach(wrapped, []), tmp_path / "lora", base=str(base))
     document = json.loads(evaluated(tmp_path / "lora", "--data", text, "--tasks", "arc_easy", "--json", "--quiet"))
     assert document["label"] == "full depth + LoRA" and "changes" in document["tasks"]["arc_easy"]
-
-
-def test_a_text_is_not_run_twice() -> None:
-    adapted, counts = anydepth.attach(model(), ROUTER), []
-    prefixes, ids = SharedPrefixes(FastEngine(adapted), counts.append), list(range(1, 40))
-    assert torch.equal(prefixes.score(ids, 2), prefixes.score(ids, 2)) and len(counts) == 1
 
 
 @pytest.mark.parametrize("window", [256, 200])
@@ -331,14 +231,6 @@ def test_broken_documents_are_named(data: Path, line: str, words: str) -> None:
         score_tasks(HFEngine(anydepth.attach(model(), ROUTER)), byte_tokenizer(), ["arc_easy"], limit=1)
 
 
-def test_where_documents_would_be(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (data / "arc_easy" / "dev.jsonl").unlink()
-    assert str(data / "arc_easy" / "dev.jsonl") in where_to_look("arc_easy")
-    monkeypatch.delenv("ANYDEPTH_DATA")
-    assert where_to_look("arc_easy") == "set ANYDEPTH_DATA to a folder with arc_easy/dev.jsonl"
-    assert where_to_look("hellaswag") == "it needs a network"
-
-
 def test_what_the_window_cuts_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,19 +274,6 @@ def test_every_local_task_is_scored_with_what_ran() -> None:
             score_tasks(HFEngine(adapted), byte_tokenizer(), ["arc_easy"], limit=2)["arc_easy"]["layer_token_share"]
             == 1.0
         )
-
-
-def test_documents_are_where_and_as_many_as_they_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert task_named("mmlu").source == f"{data / 'mmlu'}, val"
-    assert [spec["task"] for spec in task_named("mmlu").specs] == ["mmlu_anatomy", "mmlu_virology"]  # type: ignore[index]
-    assert task_named("mmlu").num_fewshot == 5
-    documents = task_named("gsm8k").specs[0]["custom_dataset"]()  # type: ignore[index]
-    assert {split: len(rows) for split, rows in documents.items()} == {"train": 11, "test": 1319}
-    assert len(task_named("wikitext").specs[0]["custom_dataset"]()["validation"]) == 3  # type: ignore[index]
-    assert task_named("mmlu_stem").source == task_named("hellaswag").source == "hub"
-    monkeypatch.delenv("ANYDEPTH_DATA")
-    assert task_named("arc_easy").specs == ["arc_easy"]
-    assert task_named("mmlu") == Task(["mmlu"], 5, "hub")  # as many examples, wherever the documents are
 
 
 def test_an_unknown_task_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import anydepth
-from anydepth.calibration.shares import set_skip_share
-from anydepth.errors import RunError, UserError
-from anydepth.search.knapsack import latencies, least_value
-from anydepth.search.skip_search import STRATEGIES, influences, search
+from anydepth.errors import UserError
+from anydepth.search.skip_search import STRATEGIES, influences, latencies, least_value, search
 from tiny import tiny_llama
 
 
@@ -113,25 +110,3 @@ def test_what_cannot_be_searched(budget: float, strategy: str) -> None:
     with pytest.raises(UserError):
         search(model, windows(), strategy=strategy, budget=budget)
     anydepth.attach(model, [])  # nothing is left attached
-
-
-@pytest.mark.parametrize("branch", ["layer", "mixer"])
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.75])
-def test_the_threshold_skips_the_rate_it_was_asked_for(share: float, branch: str) -> None:
-    adapted = anydepth.attach(tiny_llama(), {"name": "layer_router", "always_keep": 2, "branch": branch})
-    assert set_skip_share(adapted, windows(), share) == pytest.approx(share, abs=0.01)
-    adapted(input_ids=windows(), use_cache=False)
-    assert 1 - adapted.last_trace.mixer_keep[2:].double().mean().item() == pytest.approx(share, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"name": "skip_set"},
-        {"name": "layer_router", "router": "random", "rates": 0.5},
-        {"name": "mixer_router", "router": "random"},
-    ],
-)
-def test_a_model_without_scores_has_no_share_to_set(spec: dict[str, Any]) -> None:
-    with pytest.raises(RunError, match="nothing to calibrate"):
-        set_skip_share(anydepth.attach(tiny_llama(), spec), windows(), 0.3)

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 import anydepth
 import families
 from anydepth import FastEngine
-from anydepth.calibration.shares import configs_of
 from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.serve import service as module
@@ -45,11 +44,11 @@ def test_only_the_latest_depth_budgets_have_plans(monkeypatch: pytest.MonkeyPatc
 
 def test_a_depth_budget_that_fails_leaves_the_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     found = budgets()
-    before = configs_of(found.adapted)
+    before = [method.config for method in found.adapted.attached]
     monkeypatch.setattr(module.Plan, "of", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         found.plan_of(request(0.25))
-    assert configs_of(found.adapted) == before and not found.plans
+    assert [method.config for method in found.adapted.attached] == before and not found.plans
 
 
 def test_an_answer_with_a_failing_text_ends_alone() -> None:

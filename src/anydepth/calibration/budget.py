@@ -1,20 +1,16 @@
 """Set thresholds that reach a speed-up on this machine, or keep a bound on the loss of quality."""
 
+# The types of torch are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
-from anydepth.calibration.shares import (
-    Scores,
-    Thresholds,
-    restored_on_failure,
-    set_thresholds,
-    thresholds_at,
-    thresholds_of,
-)
+from anydepth.calibration.shares import Scores, Thresholds, restored, set_thresholds, thresholds_at, thresholds_of
 from anydepth.errors import RunError
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.statistics import ratio_interval
@@ -35,9 +31,7 @@ class Budget:
 
     Attributes:
         share: fraction of each method's decisions that skip, on the text of the scores.
-        speedup: median of paired ratios on this machine; None without a target.
-        speedup_interval: its 95% interval, which is above the target.
-        speedups: the new pairs with this median.
+        speedup, speedup_interval: of the new pairs `speedups`, their median and its 95% interval, above the target.
         perplexity_increase: relative increase against full depth; None without a bound.
         trajectory: every fraction that was tried, with its measurement.
     """
@@ -48,14 +42,7 @@ class Budget:
     speedup_interval: list[float] | None
     speedups: list[float]
     perplexity_increase: float | None
-    trajectory: list[dict[str, float]] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class Unreachable(RunError):
-    """An error for bounds that cannot be met; the message has the best result."""
+    trajectory: list[dict[str, float]]
 
 
 def find_budget(
@@ -75,16 +62,14 @@ def find_budget(
     decides, and quality must hold there. If nothing meets the bounds, the thresholds do not change.
 
     Args:
-        scores: result of `collect_scores`.
         speedup: measures paired ratios full depth ÷ adapted with the current thresholds.
         perplexity_increase: measures the increase relative to full depth likewise.
 
     Raises:
-        Unreachable: nothing meets the bounds.
+        RunError: nothing meets the bounds; the message has the best result.
     """
-    search = _Search(adapted, scores, on_try)
-    with restored_on_failure(adapted):
-        speedups: list[float] = []
+    search, speedups = _Search(adapted, scores, on_try), list[float]()
+    with restored(adapted):
         if speedup is not None and target_speedup is not None:
             number, speedups = search.reach(target_speedup, speedup)
         else:
@@ -92,10 +77,11 @@ def find_budget(
             number = search.keep(max_perplexity_increase, perplexity_increase)
         increase = perplexity_increase() if perplexity_increase is not None else None
         if increase is not None and max_perplexity_increase is not None and increase > max_perplexity_increase:
-            raise Unreachable(_too_costly(target_speedup, increase, max_perplexity_increase))
+            raise RunError(_too_costly(target_speedup, increase, max_perplexity_increase))
+        thresholds = thresholds_of(adapted)
+    set_thresholds(adapted, thresholds)
     final = median(speedups) if speedups else None
-    interval = ratio_interval(speedups)
-    return Budget(number / SHARES, thresholds_of(adapted), final, interval, speedups, increase, search.tried)
+    return Budget(number / SHARES, thresholds, final, ratio_interval(speedups), speedups, increase, search.tried)
 
 
 def _too_costly(target_speedup: float | None, increase: float, bound: float) -> str:
@@ -121,7 +107,8 @@ class _Search:
 
         Bisection follows single measurements, lucky ones too, so its result is only a start.
         """
-        found = _bisect(lambda number: self._speed(number, speedup, []) >= target)
+        # The smallest step that is fast enough, or SHARES where none is.
+        found = bisect_left(range(SHARES), True, key=lambda number: self._speed(number, speedup, []) >= target)
         measured = self.tried if found == SHARES else []
         for number in dict.fromkeys(min(found + step, SHARES - 1) for step in STEPS if found < SHARES):
             pairs: list[float] = []
@@ -130,7 +117,7 @@ class _Search:
             measured.append(self.tried[-1])
         best = max(measured, key=lambda row: row["speedup"])
         noisy = " (too noisy to confirm)" if best["speedup"] >= target else ""
-        raise Unreachable(
+        raise RunError(
             f"a speed-up of {target:g} is out of reach here: the most measured was {best['speedup']:.2f}{noisy}, with "
             f"{best['share']:.0%} of decisions skipping"
         )
@@ -148,7 +135,9 @@ class _Search:
 
     def keep(self, bound: float, increase: Callable[[], float]) -> int:
         """Set the largest step that keeps a bound on quality, and return it."""
-        too_far = _bisect(lambda number: self._measure(number, "perplexity_increase", increase) > bound)
+        too_far = bisect_left(
+            range(SHARES), True, key=lambda number: self._measure(number, "perplexity_increase", increase) > bound
+        )
         number = max(too_far - 1, 0)
         self._set(number)
         return number
@@ -171,15 +160,3 @@ class _Search:
         self.tried.append(row)
         self.on_try(row)
         return row[name]
-
-
-def _bisect(reaches: Callable[[int], bool]) -> int:
-    """Return the smallest number for which `reaches` is true, or `SHARES` if there is none."""
-    low, high = 0, SHARES
-    while low < high:
-        middle = (low + high) // 2
-        if reaches(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low

@@ -5,6 +5,9 @@ depth per saved layer. These are estimated on text that is not used for tests, a
 et al. 2023), so that the order needs no test sequences and a wrong estimate does not make a test invalid.
 """
 
+# The types of torch are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math
@@ -13,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anydepth.calibration.generated import STEPS
+from anydepth.calibration.guarantee import STEPS
 from anydepth.calibration.shares import Thresholds
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
@@ -22,23 +25,19 @@ from anydepth.methods.early_exit import EarlyExit
 
 @dataclass(frozen=True)
 class ExitScores:
-    """The effect of each of E exits on N tokens that ran at full depth.
-
-    Attributes:
-        saved: (E,) layers that a token saves there.
-        confidence: (E, N) largest threshold at which each token exits.
-        differs: (E, N) bool, whether the exit's top token differs from the last layer's.
-    """
+    """The effect of each of E exits on N tokens that ran at full depth."""
 
     saved: Tensor
+    """(E,) layers that a token saves there."""
     confidence: Tensor
+    """(E, N) largest threshold at which each token exits."""
     differs: Tensor
+    """(E, N) bool, whether the exit's top token differs from the last layer's."""
 
     def estimate(self, thresholds: list[float]) -> tuple[float, float]:
         """Return the fraction of tokens that differ from full depth, and the layers saved per token.
 
-        Args:
-            thresholds: one for each exit; a token exits at the first one that it reaches.
+        A token exits at the first of the exits' thresholds that it reaches.
         """
         exits = self.confidence >= torch.tensor(thresholds)[:, None]
         first = exits.int().argmax(0)
@@ -48,11 +47,7 @@ class ExitScores:
 
 @torch.no_grad()
 def collect_exit_scores(adapted: AdaptedModel, windows: Tensor) -> ExitScores:
-    """Score (M, T) windows at every exit of `early_exit` while no token exits; other methods decide as usual.
-
-    Raises:
-        UserError: no `early_exit` is attached.
-    """
+    """Score (M, T) windows at every exit of `early_exit` while no token exits; other methods decide as usual."""
     method = next((part for part in adapted.active_methods if isinstance(part, EarlyExit)), None)
     if method is None:
         raise UserError(
@@ -75,8 +70,8 @@ def exit_settings(scores: ExitScores) -> list[Thresholds]:
     """Return at most `len(STEPS)` settings of `early_exit`, each more open than the one before."""
     path = _path(scores)
     count = min(len(STEPS), len(path))
-    numbers = [round((number + 1) * len(path) / count) - 1 for number in range(count)]
-    return [{EarlyExit.name: [-limit for limit in path[number]]} for number in numbers]
+    chosen = [path[round((number + 1) * len(path) / count) - 1] for number in range(count)]
+    return [{EarlyExit.name: [-limit for limit in limits]} for limits in chosen]
 
 
 def _path(scores: ExitScores) -> list[list[float]]:

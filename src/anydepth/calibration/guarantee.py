@@ -1,27 +1,50 @@
 """Thresholds with a guarantee: Learn-then-Test (Angelopoulos et al. 2021) on text that the model generates.
 
-Settings are tested from the most careful on. The risk of a setting is the mean of a loss in [0, 1] over sequences like
-those of the calibration. With probability `confidence` no setting with a risk above the bound is selected, because the
-tests control the family-wise error:
+A setting changes all thresholds together (`shared_settings`), or those of single exits (`exits.py`). Its risk is the
+mean of a loss in [0, 1] over sequences like those of the calibration. Settings are tested from the most careful on.
+With probability `confidence` no setting with a risk above the bound is selected, because the tests control the
+family-wise error:
 
 - `fixed-sequence` tests in order, each at 1 − confidence, and stops at the first setting that is not shown to be within
   the bound. It suits settings with a risk that increases in that order.
 - `bonferroni` tests all settings, each at (1 − confidence) ÷ their number, and needs more sequences.
 
-Both need settings and an order that do not depend on the tested sequences. If no setting is shown to be within the
-bound, none is selected.
+Both need settings and an order that do not depend on the tested sequences.
 """
+
+# The types of torch are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from anydepth.calibration.shares import (
+    Scores,
+    Thresholds,
+    options_of,
+    restored,
+    set_thresholds,
+    thresholds_at,
+    thresholds_of,
+)
+from anydepth.decoding.engine import Engine
 from anydepth.errors import UserError
+from anydepth.models.tokens import end_ids
 
 TESTS = ("fixed-sequence", "bonferroni")
+STEPS = [0.5 ** (8 - 0.5 * number) for number in range(17)]
+"""Fractions of scores that skip, from 1/256 to all, finer where most bounds are met.
+
+Their number limits the settings to test, each of which generates from all prompts.
+"""
 
 
 @dataclass(frozen=True)
@@ -44,30 +67,20 @@ class Guarantee:
     def met(self) -> bool:
         return self.chosen is not None
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "met": self.met}
 
-
-def check_bounds(max_risk: float, confidence: float) -> None:
-    """Raise `UserError` for bounds outside (0, 1)."""
+def check_bounds(max_risk: float, confidence: float, test: str = TESTS[0], risk: str = "consistency") -> None:
+    """Raise `UserError` for bounds outside (0, 1), or an unknown test or risk."""
     for name, value in (("max_risk", max_risk), ("confidence", confidence)):
         if not 0 < value < 1:
             raise UserError(f"{name} is {value:g}; it must be between 0 and 1, such as 0.05 and 0.95")
-
-
-def check_test(test: str) -> None:
-    """Raise `UserError` for an unknown test."""
     if test not in TESTS:
         raise UserError(f"test '{test}' is unknown; tests are {', '.join(TESTS)}")
+    if risk not in RISKS:
+        raise UserError(f"risk '{risk}' is unknown; risks are {', '.join(RISKS)}")
 
 
 def least_sequences(max_risk: float, confidence: float, num_tests: int = 1) -> int:
-    """Return the number of sequences that a bound needs even if none of them has a loss.
-
-    Args:
-        num_tests: number of settings that share the error, as in `bonferroni`.
-    """
-    check_bounds(max_risk, confidence)
+    """Return the number of sequences that a bound needs even if none has a loss, for each of `num_tests` settings."""
     return math.ceil(math.log((1 - confidence) / num_tests) / math.log(1 - max_risk))
 
 
@@ -83,22 +96,17 @@ def learn_then_test(
     """Select the least careful setting that is shown to be within `max_risk`.
 
     Args:
-        losses_of: returns the independent losses in [0, 1] of a setting by its number, one for each sequence.
-        num_settings: number of settings, from the most careful, 0, to the least careful.
-        test: one of `TESTS`.
-
-    Raises:
-        UserError: bounds outside (0, 1), or an unknown test.
+        losses_of: returns the independent losses in [0, 1] of a setting, one for each sequence, by its number: 0 is
+            the most careful.
     """
-    check_bounds(max_risk, confidence)
-    check_test(test)
+    check_bounds(max_risk, confidence, test)
     error = (1 - confidence) / (num_settings if test == "bonferroni" else 1)
     trajectory: list[dict[str, Any]] = []
     chosen, num_sequences = None, 0
     for number in range(num_settings):
         losses = losses_of(number)
         num_sequences = len(losses)
-        risk, p = sum(losses) / len(losses), p_value(losses, max_risk)
+        risk, p = sum(losses) / num_sequences, p_value(losses, max_risk)
         trajectory.append({"setting": number, "risk": risk, "p_value": p})
         on_test(trajectory[-1])
         if p <= error:
@@ -125,7 +133,6 @@ def p_value(losses: Sequence[float], max_risk: float) -> float:
 
 
 def _relative_entropy(a: float, b: float) -> float:
-    """Return h₁(a, b), the relative entropy of two coins."""
     first = a * math.log(a / b) if a > 0 else 0.0
     return first + (1 - a) * math.log((1 - a) / (1 - b))
 
@@ -169,3 +176,79 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
             row[column] = above_left + 1 if token == other else max(above, row[column - 1])
             above_left = above
     return row[-1]
+
+
+RISKS: dict[str, Callable[..., float]] = {
+    "consistency": inconsistency,
+    "quality": quality_loss,
+    "difference": difference,
+}
+"""Losses of a text by the text at full depth and, for `quality`, a reference."""
+
+
+def shared_settings(scores: Scores) -> list[Thresholds]:
+    """Return settings that skip the same fraction of each method's decisions, as `collect_scores` measured them."""
+    return [thresholds_at(scores, step) for step in STEPS[:-1]]
+
+
+@torch.no_grad()
+def continuations(engine: Engine, prompts: Sequence[Tensor], new_tokens: int, *, full_depth: bool) -> list[list[int]]:
+    """Continue each (T,) prompt greedily up to an end token, which is left out."""
+    ends, options = end_ids(engine.adapted), {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    with engine.adapted.disabled() if full_depth else nullcontext():
+        both = [engine.generate(input_ids=prompt[None], **options)[0].tolist() for prompt in prompts]
+    return [
+        [token for token in ids[len(prompt) :] if token not in ends] for ids, prompt in zip(both, prompts, strict=True)
+    ]
+
+
+def bound_risk(
+    engine: Engine,
+    settings: Sequence[Thresholds],
+    prompts: Sequence[Tensor],
+    *,
+    new_tokens: int,
+    max_risk: float,
+    confidence: float,
+    test: str = "fixed-sequence",
+    risk: str = "consistency",
+    references: Sequence[Sequence[int]] | None = None,
+    on_test: Callable[[dict[str, float]], None] = lambda row: None,
+) -> Guarantee:
+    """Set thresholds that skip as much as is shown to keep the risk, or that skip nothing if nothing is shown.
+
+    The risk is that of all attached methods, thresholds that no setting changes included.
+
+    Args:
+        settings: settings from the most careful to the least careful, selected without the prompts.
+        prompts: a random sample of the prompts that the bound is for.
+        risk: one of `RISKS`: the distance from the text at full depth (1 − ROUGE-L), the increase of the distance from
+            the reference, or whether a text differs from that at full depth.
+        references: token ids, for `quality`.
+    """
+    check_bounds(max_risk, confidence, test, risk)
+    adapted = engine.adapted
+    if risk == "quality" and references is None:
+        raise UserError("risk quality needs references; give prompts with `reference`, or use risk consistency")
+    nothing = dict.fromkeys(thresholds_of(adapted), -math.inf)
+    if len(prompts) < least_sequences(max_risk, confidence, len(settings) if test == "bonferroni" else 1):
+        set_thresholds(adapted, nothing)
+        return Guarantee(None, float("nan"), 1.0, len(prompts))
+    compared = [continuations(engine, prompts, new_tokens, full_depth=True)]
+    if risk == "quality" and references is not None:
+        compared.append([list(reference) for reference in references])
+    options: list[dict[str, Any]] = []
+
+    def losses(setting: int) -> list[float]:
+        set_thresholds(adapted, settings[setting])
+        options.append(options_of(adapted))
+        texts = continuations(engine, prompts, new_tokens, full_depth=False)
+        return [RISKS[risk](*tokens) for tokens in zip(texts, *compared, strict=True)]
+
+    with restored(adapted):
+        found = learn_then_test(
+            losses, len(settings), max_risk=max_risk, confidence=confidence, test=test, on_test=on_test
+        )
+    set_thresholds(adapted, nothing if found.chosen is None else settings[found.chosen])
+    rows = [{**row, "thresholds": chosen} for row, chosen in zip(found.trajectory, options, strict=True)]
+    return replace(found, trajectory=rows)

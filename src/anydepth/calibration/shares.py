@@ -1,8 +1,7 @@
-"""Thresholds that skip a given fraction: measured on text, saved in a checkpoint, checked on held-out text.
+"""Thresholds that skip a given fraction of each method's decisions: measured, saved, and checked on held-out text."""
 
-Methods compare a score with a threshold (`Calibrated.budget_option`). One number in [0, 1) controls any composition of
-methods: the fraction of each method's decisions that skip, as measured on calibration text.
-"""
+# The types of torch are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from anydepth.errors import RunError
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods import METHODS
 from anydepth.methods._base import calibration as kept
-from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.calibration import Calibrated, comparing
 from anydepth.training.data import rows_of
 
 TABLE_TOKENS = 1024
@@ -54,9 +53,8 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> Scores:
     """
     adapted.eval()
     methods = _with_threshold(adapted)
-    before = configs_of(adapted)
     tables = {method.name: torch.zeros_like(method.score_quantiles, device="cpu") for method in methods}
-    try:
+    with restored(adapted):
         first = _watch_everything(adapted, methods, windows)
         latest = dict(first)
         for row, step in enumerate(kept.STEPS):
@@ -69,8 +67,6 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> Scores:
             for method in methods:
                 tables[method.name][row, 0] = shares[method.name]
                 latest[method.name] = {**latest[method.name], **now[method.name]}  # a layer may decide nothing
-    finally:
-        set_configs(adapted, before)
     return tables
 
 
@@ -120,17 +116,8 @@ def skipped_shares(adapted: AdaptedModel, windows: Tensor) -> dict[str, float]:
     return _pass(adapted, _with_threshold(adapted), windows)[0]
 
 
-def compares_scores(adapted: AdaptedModel) -> bool:
-    """Return whether some attached method compares scores with a threshold that can be set."""
-    return bool(_comparing(adapted))
-
-
-def _comparing(adapted: AdaptedModel) -> list[Calibrated]:
-    return [method for method in adapted.active_methods if isinstance(method, Calibrated) and method.compares_scores]
-
-
 def _with_threshold(adapted: AdaptedModel) -> list[Calibrated]:
-    methods = _comparing(adapted)
+    methods = comparing(adapted.active_methods)
     if not methods:
         raise RunError(nothing_to_calibrate(adapted.label))
     return methods
@@ -162,26 +149,15 @@ def set_thresholds(adapted: AdaptedModel, thresholds: Thresholds) -> None:
             method.threshold = thresholds[method.name]
 
 
-def configs_of(adapted: AdaptedModel) -> dict[str, Any]:
-    """Return the config of each method that has a threshold, for `set_configs`."""
-    return {method.name: method.config for method in _with_threshold(adapted)}
-
-
-def set_configs(adapted: AdaptedModel, configs: Mapping[str, Any]) -> None:
-    """Restore the configs of methods, lists of thresholds included."""
-    for method in _with_threshold(adapted):
-        method.config = configs[method.name]
-
-
 @contextmanager
-def restored_on_failure(adapted: AdaptedModel) -> Iterator[None]:
-    """Restore the thresholds if the body fails."""
-    before = configs_of(adapted)
+def restored(adapted: AdaptedModel) -> Iterator[None]:
+    """Restore the thresholds after the block."""
+    before = {method: method.config for method in _with_threshold(adapted)}
     try:
         yield
-    except BaseException:
-        set_configs(adapted, before)
-        raise
+    finally:
+        for method, config in before.items():
+            method.config = config
 
 
 def keep_scores(adapted: AdaptedModel, scores: Scores) -> None:
@@ -196,24 +172,15 @@ def kept_scores(adapted: AdaptedModel) -> Scores | None:
     return tables if all(map(kept.is_filled, tables.values())) else None
 
 
-def thresholds_at(scores: Scores, share: float | Mapping[str, float]) -> Thresholds:
-    """Return the thresholds that skip a fraction of each method's decisions, on the text of the scores.
-
-    Args:
-        share: the fraction of all methods, or by method; other methods are left out.
-    """
-    wanted = share if isinstance(share, Mapping) else dict.fromkeys(scores, share)
-    return {name: kept.thresholds_at(scores[name], part) for name, part in wanted.items()}
+def thresholds_at(scores: Scores, share: float) -> Thresholds:
+    """Return the thresholds that skip a fraction of each method's decisions, on the text of the scores."""
+    return {name: kept.thresholds_at(table, share) for name, table in scores.items()}
 
 
 def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -> float:
     """Set thresholds that skip a fraction `target_skip` of decisions, and store tables of the first windows.
 
-    Returns:
-        The measured fraction that (M, T) windows then skip, the mean over methods. It may differ on other text.
-
-    Raises:
-        RunError: no attached method has a threshold to set.
+    Return the fraction that (M, T) windows then skip, the mean over methods; it may differ on other text.
     """
     return mean(set_skip_shares(adapted, windows, target_skip).values())
 
@@ -221,24 +188,23 @@ def set_skip_share(adapted: AdaptedModel, windows: Tensor, target_skip: float) -
 def set_skip_shares(
     adapted: AdaptedModel, windows: Tensor, target_skip: float | Mapping[str, float]
 ) -> dict[str, float]:
-    """Set thresholds as `set_skip_share` does, and return the fraction that each method skips.
-
-    Args:
-        target_skip: the fraction of all methods, or by method; other methods keep their thresholds.
-    """
+    """Set thresholds as `set_skip_share` does, of all methods or of those named; return what each then skips."""
     scores = collect_scores(adapted, windows[: max(TABLE_TOKENS // windows.shape[1], 1)])
     keep_scores(adapted, scores)
-    targets = dict(target_skip) if isinstance(target_skip, Mapping) else dict.fromkeys(scores, target_skip)
+    targets = target_skip if isinstance(target_skip, Mapping) else dict.fromkeys(scores, target_skip)
     tries = {name: _Approach(target) for name, target in targets.items()}
+
+    def skipped_at(requested: dict[str, float]) -> dict[str, float]:
+        set_thresholds(adapted, {name: kept.thresholds_at(scores[name], share) for name, share in requested.items()})
+        return skipped_shares(adapted, windows)
+
     for _ in range(NUM_TRIES):
-        set_thresholds(adapted, thresholds_at(scores, {name: own.requested for name, own in tries.items()}))
-        found = skipped_shares(adapted, windows)
+        found = skipped_at({name: own.requested for name, own in tries.items()})
         for name, own in tries.items():
             own.add(found[name])
         if all(own.gap <= 0.1 * TOLERANCE * own.target for own in tries.values()):
             return found
-    set_thresholds(adapted, thresholds_at(scores, {name: own.best for name, own in tries.items()}))
-    return skipped_shares(adapted, windows)
+    return skipped_at({name: own.best for name, own in tries.items()})
 
 
 class _Approach:
@@ -276,7 +242,6 @@ def settle_shares(
     """Store tables of a trained model, set thresholds, and measure the skipped fraction on held-out text.
 
     Args:
-        windows: (M, T) text for tables and thresholds.
         skip_share: fraction to set all thresholds to; None sets those of methods that `calibrates_to_target`.
 
     Returns:

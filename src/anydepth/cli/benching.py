@@ -125,7 +125,7 @@ def _measure(arguments: dict[str, Any], adapted: Any, tokenizer: Any, draft: Any
     from anydepth.decoding.engines import label_of
     from anydepth.measure.bench import bench, bench_prompts, load_prompts
     from anydepth.measure.prompts import read_prompts
-    from anydepth.measure.throughput import throughput
+    from anydepth.measure.timing import throughput
     from anydepth.models.tokens import encode
 
     sizes, lengths = (opt.numbers(key, arguments[key.replace("-", "_")]) for key in ("batch-sizes", "prompt-tokens"))

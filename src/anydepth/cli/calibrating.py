@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,17 +149,14 @@ def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dic
 def _bound_risk(options: dict[str, Any]) -> None:
     """Calibrate to a guaranteed risk: `calibrate --max-risk`."""
     from anydepth.calibration.exits import collect_exit_scores, exit_settings
-    from anydepth.calibration.generated import bound_risk, check_risk, shared_settings
-    from anydepth.calibration.guarantee import TESTS, check_bounds, check_test, least_sequences
+    from anydepth.calibration.guarantee import TESTS, bound_risk, check_bounds, least_sequences, shared_settings
     from anydepth.calibration.shares import collect_scores, keep_scores, set_thresholds, thresholds_of
     from anydepth.decoding.engines import open_engine
     from anydepth.measure.calibrate import check_decides
     from anydepth.training.checkpoint import has_adapter, load_draft, load_target
 
     bounds, test = {name: options[name] for name in ("max_risk", "confidence")}, options["test"] or TESTS[0]
-    check_bounds(**bounds)
-    check_test(test)
-    check_risk(options["risk"])
+    check_bounds(**bounds, test=test, risk=options["risk"])
     printer = Printer(options["as_json"], options["quiet"])
     load = {"dtype": options["dtype"], "device": options["device"]}
     adapted, tokenizer = load_target(options["target"], **load)
@@ -191,7 +189,7 @@ def _bound_risk(options: dict[str, Any]) -> None:
         few = len(prompts) < least
         printer.progress(f"nothing is skipped: {why if few else 'no setting could be shown to keep the bound'}")
     risk = None if math.isnan(found.risk) else found.risk
-    _finish(options, adapted, tokenizer, {**found.to_json(), "risk": risk}, printer)
+    _finish(options, adapted, tokenizer, {**asdict(found), "met": found.met, "risk": risk}, printer)
 
 
 def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any], list[list[int]] | None]:

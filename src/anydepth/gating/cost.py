@@ -91,11 +91,11 @@ def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[
     return FlopCount(layers + trace.other_flops, full, head, trace.router_flops)
 
 
-def full_depth_flops(backbone: Backbone, num_tokens: int) -> int:
-    """Return the FLOPs of one forward of `num_tokens` tokens at full depth, with the logits of all of them."""
+def full_depth_trace(backbone: Backbone, num_tokens: int) -> Trace:
+    """Return the trace of one forward of `num_tokens` tokens at full depth, with the logits of all of them."""
     record = PassRecord(torch.ones(1, num_tokens, dtype=torch.bool), 0, cached=False, num_layers=backbone.num_layers)
     record.head_rows = num_tokens
-    return flops(backbone, Trace.join([record])).full_depth
+    return Trace.join([record])
 
 
 def _layer_flops(view: LayerView, layer_idx: int, trace: Trace, since: int, filled: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ Intervals are 95%, from how windows differ from each other: tokens of one window
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
@@ -38,12 +38,8 @@ class Observed:
     """The branches that ran for the tokens of (W, T) windows.
 
     Attributes:
-        gates: (2L, W, T) bool, mixers of all layers, then FFNs.
-        keep: the same, and true too where a token took an alternate mixer.
-        depths: (W, T), layers.
-        flops: FLOPs of all windows, with the logits of all tokens.
+        gates: (2L, W, T) bool, mixers of all layers, then FFNs. keep: true too where a token took an alternate mixer.
         losses: (W, T), nats, of the next token under the base model; NaN at the last position.
-        decisions: decisions of each method's gates, over all tokens.
     """
 
     token_ids: Tensor
@@ -74,15 +70,6 @@ def observe(adapted: AdaptedModel, windows: Tensor, track: Track = iter) -> Obse
     return Observed(windows.cpu(), *by_layer, torch.stack(depths), flops, torch.stack(losses), joined(decisions))
 
 
-@torch.no_grad()
-def _depths(adapted: AdaptedModel, windows: Tensor) -> Tensor:
-    depths = []
-    for window in windows:
-        adapted(input_ids=window[None].to(adapted.device), use_cache=False)
-        depths.append(adapted.last_trace.depths[0].cpu())
-    return torch.stack(depths)
-
-
 def analyze(
     adapted: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -98,16 +85,15 @@ def analyze(
     """Return the fields of `anydepth.analyze/1` for (W, T) windows.
 
     Args:
-        texts: documents to correlate depth with other properties, each run by itself, at most T tokens of it;
-            an empty list leaves `correlations` out.
-        num_samples: the number of documents, or of their paragraphs.
+        texts: documents, of which `num_samples` are run by themselves, at most T tokens each, for `correlations`.
         others: the same method from other seeds; its gates are compared on the same text.
-        track: shows the progress over the windows, then over the samples.
     """
     seen = observe(adapted, windows, track)
     limits: dict[str, Any] = {"limit": num_samples, "max_tokens": windows.shape[1], "track": track}
     by_sample = correlations(adapted, tokenizer, texts, **limits) if texts and num_samples else None
-    full_depth = cost.full_depth_flops(adapted.backbone, windows.shape[1]) * len(windows)
+    full_depth = cost.flops(adapted.backbone, cost.full_depth_trace(adapted.backbone, windows.shape[1])).total * len(
+        windows
+    )
     everywhere = torch.ones_like(seen.depths, dtype=torch.bool)
     return {
         "num_windows": len(windows),
@@ -127,7 +113,11 @@ def analyze(
 
 
 def _row(seen: Observed, among: Tensor) -> dict[str, Any]:
-    return {"num_tokens": int(among.sum()), "depth": mean_of(seen.depths, among, most=len(seen.keep) // 2)}
+    return _depth_row(seen.depths, among, len(seen.keep) // 2)
+
+
+def _depth_row(depths: Tensor, among: Tensor, num_layers: int) -> dict[str, Any]:
+    return {"num_tokens": int(among.sum()), "depth": mean_of(depths, among, most=num_layers)}
 
 
 def _by_layer(seen: Observed, everywhere: Tensor) -> list[dict[str, Any]]:
@@ -188,8 +178,7 @@ def _kind(text: str, before: str) -> str:
         return "numeric"
     if text[0].isalpha() and before[-1:].isalpha():
         return "sub-word"
-    is_stop = word.lower() in STOP_WORDS
-    return "stop word" if is_stop else "word"
+    return "stop word" if word.lower() in STOP_WORDS else "word"
 
 
 def _by_position(seen: Observed) -> list[dict[str, Any]]:
@@ -210,14 +199,17 @@ def _by_length(adapted: AdaptedModel, seen: Observed) -> list[dict[str, Any]]:
     for length in sorted({full_length // part for part in (1, 4, 16)} - {0, 1}):
         depths = seen.depths if length == full_length else _depths(adapted, seen.token_ids[:, :length])
         everywhere = torch.ones_like(depths, dtype=torch.bool)
-        rows.append(
-            {
-                "length": length,
-                "num_tokens": depths.numel(),
-                "depth": mean_of(depths, everywhere, most=len(seen.keep) // 2),
-            }
-        )
+        rows.append({"length": length, **_depth_row(depths, everywhere, len(seen.keep) // 2)})
     return rows
+
+
+@torch.no_grad()
+def _depths(adapted: AdaptedModel, windows: Tensor) -> Tensor:
+    depths = []
+    for window in windows:
+        adapted(input_ids=window[None].to(adapted.device), use_cache=False)
+        depths.append(adapted.last_trace.depths[0].cpu())
+    return torch.stack(depths)
 
 
 def _by_loss(seen: Observed) -> dict[str, Any]:
@@ -238,9 +230,9 @@ def _conditionality(seen: Observed, num_permutations: int, seed: int) -> dict[st
     gates = seen.gates.flatten(1)
     windows = torch.arange(len(seen.token_ids)).repeat_interleave(seen.token_ids.shape[1])
     distinct = torch.unique(gates, dim=0)  # a layer's gate counts once, not for its mixer and its FFN
-    return conditionality(
-        distinct, seen.token_ids.flatten(), groups=windows, num_permutations=num_permutations, seed=seed
-    ).to_json()
+    return asdict(
+        conditionality(distinct, seen.token_ids.flatten(), groups=windows, num_permutations=num_permutations, seed=seed)
+    )
 
 
 def _seeds(runs: list[Observed]) -> list[dict[str, Any]]:

@@ -1,8 +1,5 @@
 """Paired wall-clock times: the same model at full depth and adapted, on one or several engines, in one process.
 
-A self-check comes first: no speed-up is reported for an execution that departs from masked execution. Each measured
-speed-up has the ideal that the skipped work allows (`cost.py`) and its efficiency (achieved ÷ ideal, `realised`).
-
 Every number of a row comes from one estimator, the median of paired ratios: the times of full depth on the first engine
 are medians, all others are those times the ratios. Pairs are added while the interval of a ratio is wide.
 """
@@ -12,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -26,13 +24,21 @@ from anydepth.errors import RunError, UserError
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
-from anydepth.measure.roofline import read_bandwidth, roofline
 from anydepth.measure.self_check import self_check
-from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation, unpadded
+from anydepth.measure.timing import (
+    Batch,
+    Timing,
+    in_turn,
+    on_free_cores,
+    read_bandwidth,
+    roofline,
+    time_generation,
+    unpadded,
+)
 from anydepth.models.load import dtype_name
 from anydepth.models.tokens import padded
 from anydepth.recipe import TextConfig
-from anydepth.statistics import is_noise, ratio_interval
+from anydepth.statistics import ratio_interval, speedup_fields
 from anydepth.training.data import PACKED, load_windows
 
 Ratios = dict[str, list[float]]
@@ -52,11 +58,7 @@ def load_prompts(
     *,
     text: TextConfig = PACKED,
 ) -> Tensor:
-    """Return (N, longest prompt) token ids of a corpus or file.
-
-    Raises:
-        UserError: a prompt and the new tokens exceed the model's window.
-    """
+    """Return (N, longest prompt) token ids; raise `UserError` if a prompt and the new tokens exceed the window."""
     check_window(adapted, max(prompt_tokens), new_tokens)
     return load_windows(data, tokenizer, max(prompt_tokens), text=text)
 
@@ -75,9 +77,7 @@ def bench(
     """Return rows of `anydepth.bench/1`, one per batch size, prompt length and engine, prompts from (N, T) windows.
 
     Args:
-        engines: engines of one model; each generates in turn, adapted and at full depth.
         num_runs: the least number of pairs; up to three times as many while a ratio's interval is wide.
-        say: is called if other processes keep cores busy and fewer threads are used.
 
     Raises:
         UserError: too little text for the batch, or prompts longer than the model's window.
@@ -120,11 +120,7 @@ def bench_prompts(
 def batches_of(
     adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int, new_tokens: int
 ) -> list[Batch]:
-    """Return batches of prompts, padded on the left.
-
-    Raises:
-        UserError: fewer prompts than one batch, or a prompt that the model cannot take.
-    """
+    """Return batches of prompts, padded on the left; raise `UserError` for less than one batch, or a long prompt."""
     if batch_size > len(prompts):
         raise UserError(
             f"batch size {batch_size} needs as many prompts, but the file has {len(prompts)}; give more prompts"
@@ -133,25 +129,6 @@ def batches_of(
     batches = [padded(tokenizer, part, adapted.device) for part in parts]
     check_window(adapted, max(batch["input_ids"].shape[1] for batch in batches), new_tokens)
     return batches
-
-
-def paired_speedups(engine: Engine, windows: Tensor, new_tokens: int, num_runs: int) -> list[float]:
-    """Return `num_runs` ratios of total time, full depth ÷ adapted, at batch 1; prompts are (N, T) windows in turn."""
-    batches = [unpadded(window[None].to(engine.adapted.device)) for window in windows]
-    _pair(engine, batches[0], new_tokens, 0)  # warm-up
-    pairs = [_pair(engine, batches[run % len(batches)], new_tokens, run) for run in range(num_runs)]
-    return [pair.full.total / pair.ours.total for pair in pairs]
-
-
-def paired_engines(engines: tuple[Engine, Engine], windows: Tensor, new_tokens: int, num_runs: int) -> list[float]:
-    """Return `num_runs` ratios of total time at full depth, first engine ÷ second, at batch 1."""
-    totals: dict[int, list[float]] = {0: [], 1: []}
-    for number in range(-1, num_runs):  # the first is a warm-up
-        batch = unpadded(windows[number % len(windows)][None].to(engines[0].adapted.device))
-        for turn in (0, 1) if number % 2 else (1, 0):
-            timing = time_generation(engines[turn], batch, new_tokens, full_depth=True)
-            totals[turn].append(timing.total)
-    return [first / second for first, second in zip(totals[0][1:], totals[1][1:], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -164,6 +141,14 @@ class Pair:
     flops: cost.FlopCount
     prefill_flops: cost.FlopCount
     drafts: DraftCounts | None
+
+    @classmethod
+    def of(cls, engine: Engine, full: Timing, ours: Timing) -> Pair:
+        """Return a pair with what the engine recorded last; a generation at full depth records nothing."""
+        backbone, records = engine.adapted.backbone, engine.adapted.records
+        trace, prefill = Trace.join(records), Trace.join(records[:1])
+        drafts = engine.draft_counts if engine.drafts else None
+        return cls(full, ours, trace, cost.flops(backbone, trace), cost.flops(backbone, prefill), drafts)
 
 
 def _rows(
@@ -178,13 +163,21 @@ def _rows(
         pairs, bandwidth = _measure(engines, batches, new_tokens)
     rows: list[dict[str, Any]] = []
     for engine, own in zip(engines, pairs, strict=True):
-        first = rows[0] if rows else None
-        over = _ratios([pair.full for pair in pairs[0]], [pair.full for pair in own]) if rows else None
-        row = row_of(engine, batches, own, new_tokens, is_compared=engine.differs, first=first, over=over)
-        if new_tokens > 1 and _reads_what_it_runs(engine):
+        if not rows:
+            row = row_of(engine, batches, own, new_tokens, is_compared=engine.differs)
+        else:
+            over = _ratios([pair.full for pair in pairs[0]], [pair.full for pair in own])
+            full = _times(rows[0]["full_depth"], over, [pair.full for pair in own])
+            row = row_of(engine, batches, own, new_tokens, is_compared=engine.differs, full=full)
+            row["over_first"] = {
+                **{name: rows[0][name] for name in ("engine", "weights")},
+                **{side: _over(rows[0], row, side) for side in ("full_depth", "adapted")},
+                "full_depth_interval": ratio_interval(over["total"]),
+            }
+        # A step reads what its trace says, but for drafts and alternate mixers.
+        routes_mixers = any(method.routes_mixers for method in engine.adapted.active_methods)
+        if new_tokens > 1 and not engine.drafts and not routes_mixers:
             row["roofline"] = roofline(engine, own[-1].trace, bandwidth, row)
-        if over is not None:
-            row["over_first"] = _over(rows[0], row, over)
         rows.append(row)
         on_row(row)
     return rows
@@ -214,28 +207,14 @@ def _is_wide(engines: Sequence[Engine], pairs: list[list[Pair]]) -> bool:
     return any(interval is None or interval[1] > WIDE * interval[0] for interval in map(ratio_interval, reported))
 
 
-def _reads_what_it_runs(engine: Engine) -> bool:
-    """Return whether a step's bytes are those of the layers in its trace: no drafts, no alternate mixers."""
-    return not engine.drafts and not any(method.routes_mixers for method in engine.adapted.active_methods)
-
-
-def _over(first: dict[str, Any], row: dict[str, Any], ratios: Ratios) -> dict[str, Any]:
-    """Return how much faster an engine is than the first one on the same prompts, at full depth and adapted."""
-    full = {part: median(values) for part, values in ratios.items() if part == "total" or part in row}
-    gained = {part: _gain(row, part) / _gain(first, part) for part in full}
+def _over(first: dict[str, Any], row: dict[str, Any], side: str) -> dict[str, float | None]:
+    """Return how much faster an engine is than the first one on the same prompts, at full depth or adapted."""
+    theirs, ours = first[side], row[side]
     return {
-        "engine": first["engine"],
-        "weights": first["weights"],
-        "full_depth": {"decode": None, **full},
-        "full_depth_interval": ratio_interval(ratios["total"]),
-        "adapted": {"decode": None, **{part: full[part] * gained[part] for part in full}},
+        "decode": theirs["tpot_seconds"] / ours["tpot_seconds"] if ours["tpot_seconds"] else None,
+        "total": ours["tokens_per_second"] / theirs["tokens_per_second"],
+        "prefill": theirs["ttft_seconds"] / ours["ttft_seconds"],
     }
-
-
-def _gain(row: dict[str, Any], part: str) -> float:
-    """Return a row's speed-up, in total or in a phase; 1 where nothing is attached."""
-    found = row if part == "total" else row[part]
-    return 1.0 if found is None or found["speedup"] is None else found["speedup"]
 
 
 def row_of(
@@ -245,22 +224,19 @@ def row_of(
     new_tokens: int,
     *,
     is_compared: bool = True,
-    first: dict[str, Any] | None = None,
-    over: Ratios | None = None,
+    full: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a row of `anydepth.bench/1` for pairs measured on an engine.
 
     Args:
         is_compared: whether the two sides of a pair are two generations.
-        first, over: for engines after the first, the first engine's row and the ratios of its times to this one's.
+        full: the times of full depth; None: the medians of these pairs.
     """
     _check_lossless(engine, pairs)
     whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
     batch_size, lengths = batches[0]["input_ids"].shape[0], [batch["input_ids"].shape[1] for batch in batches]
     speedups = _speedups(pairs)
-    full = _medians([pair.full for pair in pairs], batch_size, new_tokens)
-    if first is not None and over is not None:
-        full = _times(first["full_depth"], over, [pair.full for pair in pairs])
+    full = full or _medians([pair.full for pair in pairs], batch_size, new_tokens)
     ideal_decode = (whole.full_depth - prefill.full_depth) / (whole.total - prefill.total) if new_tokens > 1 else None
     return {
         "engine": engine.name,
@@ -286,25 +262,6 @@ def row_of(
     }
 
 
-def speedup_fields(speedups: list[float], ideal: float | None = None) -> dict[str, Any]:
-    """Return the fields of a row from paired ratios full depth ÷ adapted; nulls where nothing that differs is attached.
-
-    Args:
-        ideal: the speed-up that the skipped work allows.
-    """
-    speedup, interval = median(speedups) if speedups else None, ratio_interval(speedups)
-    fields: dict[str, Any] = {
-        "speedup": speedup,
-        "speedup_interval": interval,
-        "speedup_range": [min(speedups), max(speedups)] if speedups else None,
-        "speedups": speedups,
-        "is_noise": bool(speedups) and is_noise(interval),
-    }
-    if ideal is not None:
-        fields |= {"ideal_speedup": ideal, "realised": None if speedup is None else speedup / ideal}
-    return fields
-
-
 def _check_lossless(engine: Engine, pairs: list[Pair]) -> None:
     """Raise `RunError` where drafts changed the text of a bitwise engine; on others rounding can decide a near tie."""
     if not engine.drafts or not engine.is_bitwise:
@@ -319,7 +276,6 @@ def _check_lossless(engine: Engine, pairs: list[Pair]) -> None:
 
 
 def _drafts(pairs: list[Pair]) -> dict[str, Any]:
-    """Return the draft counts of all pairs together; nothing where no pair drafted."""
     found = [pair.drafts for pair in pairs if pair.drafts is not None]
     together = DraftCounts()
     for counts in found:
@@ -328,7 +284,6 @@ def _drafts(pairs: list[Pair]) -> dict[str, Any]:
 
 
 def _phase(is_compared: bool, speedups: list[float], ideal: float) -> dict[str, Any] | None:
-    """Return the speed-up of prefill or of decoding; None where nothing is attached."""
     if not is_compared:
         return None
     fields = speedup_fields(speedups, ideal)
@@ -345,21 +300,15 @@ def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:
 
 
 def _pair(engine: Engine, batch: Batch, new_tokens: int, number: int) -> Pair:
-    """Time full depth and adapted, each first in every second pair; only once where nothing is attached."""
-    adapted, orders = engine.adapted, ((False, True), (True, False)) if engine.differs else ((False,), (False,))
-    timings = {}
-    for full_depth in orders[number % 2]:
-        timings[full_depth] = time_generation(engine, batch, new_tokens, full_depth=full_depth)
-    records = adapted.records  # a generation at full depth records none
-    trace, prefill = Trace.join(records), Trace.join(records[:1])
-    whole, first = cost.flops(adapted.backbone, trace), cost.flops(adapted.backbone, prefill)
-    drafts = engine.draft_counts if engine.drafts else None
-    ours = timings[False]
-    return Pair(timings.get(True, ours), ours, trace, whole, first, drafts)
+    """Time full depth and adapted, in turn; only once where nothing is attached."""
+    run = partial(time_generation, engine, batch, new_tokens)
+    if not engine.differs:
+        both = run(full_depth=False)
+        return Pair.of(engine, both, both)
+    return Pair.of(engine, *in_turn(partial(run, full_depth=True), partial(run, full_depth=False), number))
 
 
 def _speedups(pairs: list[Pair]) -> Ratios:
-    """Return the paired ratios full depth ÷ adapted."""
     return _ratios([pair.full for pair in pairs], [pair.ours for pair in pairs])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from statistics import mean
 from typing import Any
 
@@ -18,11 +19,9 @@ from anydepth.calibration.guarantee import inconsistency
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine
 from anydepth.errors import UserError
-from anydepth.gating import cost
-from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.bench import Pair, row_of
-from anydepth.measure.capacities import CONTROL
+from anydepth.measure.calibrate import CONTROL
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.self_check import self_check
 from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
@@ -45,14 +44,7 @@ class Way:
 
 
 def ways_of(engine: Engine, say: Callable[[str], None] = lambda text: None) -> list[Way]:
-    """Return the ways to run the model of an engine that drafts, full depth first.
-
-    Args:
-        say: is called with the reason if there is no int8 control.
-
-    Raises:
-        UserError: an engine that does not draft.
-    """
+    """Return the ways to run an engine's model, full depth first; raise `UserError` for one that does not draft."""
     if engine.drafting is None:
         raise UserError("a comparison needs an engine that drafts; give it draft=anydepth.Draft(adapted, {...})")
     adapted, plain = engine.adapted, engine.without_draft()
@@ -84,7 +76,6 @@ def compare(
         ways: from `ways_of`; the others are compared with the first.
         batches: prompts; each is one measured run of every way.
         windows: (N, T) text for the perplexity.
-        say: is called if other processes keep cores busy, and with what is scored.
 
     Raises:
         RunError: the self-check failed, or lossless drafting changed a text.
@@ -122,14 +113,9 @@ def _runs(ways: list[Way], batches: list[Batch], new_tokens: int) -> list[list[P
 
 def _run(way: Way, batch: Batch, new_tokens: int) -> Pair:
     """Return one generation as both sides of a pair; the full-depth side is replaced once all ways have run."""
-    adapted = way.engine.adapted
     with way.on():
         timing = time_generation(way.engine, batch, new_tokens, full_depth=False)
-        drafts = way.engine.draft_counts if way.engine.drafts else None
-    records = adapted.records
-    whole, prefill = Trace.join(records), Trace.join(records[:1])
-    backbone = adapted.backbone
-    return Pair(timing, timing, whole, cost.flops(backbone, whole), cost.flops(backbone, prefill), drafts)
+        return Pair.of(way.engine, timing, timing)
 
 
 def _rouge_l(adapted: AdaptedModel, pairs: list[Pair]) -> float:
@@ -137,8 +123,7 @@ def _rouge_l(adapted: AdaptedModel, pairs: list[Pair]) -> float:
     ends = end_ids(adapted)
 
     def texts(timing: Timing) -> list[list[int]]:
-        rows = timing.token_ids.tolist()
-        return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+        return [list(takewhile(lambda token: token not in ends, row)) for row in timing.token_ids.tolist()]
 
     both = [(ours, full) for pair in pairs for ours, full in zip(texts(pair.ours), texts(pair.full), strict=True)]
     return mean(1 - inconsistency(ours, full) for ours, full in both)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from anydepth.training.diagnostics import binary_entropy
+
+MIN_COUNT = 5
+"""Occurrences below which a token id is no class of its own."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,6 @@ class Conditionality:
         mutual_information_bits: plug-in estimate for a gate and the token's id; biased upwards by chance.
         static_bits: the same for gates of the same rates that do not depend on the token: the mean over permutations.
         p_value: fraction of permutations that reach as much, the observed order included.
-        num_gates: number of gates that both open and close.
     """
 
     mutual_information_bits: float
@@ -27,18 +31,9 @@ class Conditionality:
     num_tokens: int
     num_permutations: int
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def conditionality(
-    keep: Tensor,
-    token_ids: Tensor,
-    *,
-    groups: Tensor | None = None,
-    num_permutations: int = 999,
-    min_count: int = 5,
-    seed: int = 0,
+    keep: Tensor, token_ids: Tensor, *, groups: Tensor | None = None, num_permutations: int = 999, seed: int = 0
 ) -> Conditionality:
     """Test whether gates depend on the token by permuting tokens.
 
@@ -46,7 +41,7 @@ def conditionality(
 
     Args:
         keep: (G, N) bool, G gates of N tokens.
-        token_ids: (N,); ids that occur fewer than `min_count` times count as one.
+        token_ids: (N,); ids that occur fewer than `MIN_COUNT` times count as one.
         groups: (N,), the sequence of each token, tokens in order: gates rotate within their sequence, all by the same
             random distance. Gates that differ between sequences, or that change slowly, then count as independent of
             the token. None: every order of the tokens is equally likely.
@@ -54,9 +49,7 @@ def conditionality(
     rates = keep.float().mean(1)
     gates = keep[(rates > 0) & (rates < 1)].float().T.contiguous()  # (N, G)
     _, classes, counts = token_ids.unique(return_inverse=True, return_counts=True)
-    rare = counts < min_count
-    numbers = torch.where(rare, 0, rare.logical_not().cumsum(0))
-    classes = numbers[classes]
+    classes = torch.where(counts < MIN_COUNT, 0, (counts >= MIN_COUNT).cumsum(0))[classes]
     num_tokens, num_gates = gates.shape
     if num_gates == 0:
         return Conditionality(0.0, 0.0, 1.0, 0, num_tokens, num_permutations)
@@ -64,23 +57,18 @@ def conditionality(
     observed = _information(gates, classes)
     orders = (_permuted(num_tokens, groups, generator) for _ in range(num_permutations))
     by_chance = [_information(gates[order], classes) for order in orders]
-    as_much = 1 + sum(value >= observed - 1e-12 for value in by_chance)
-    return Conditionality(
-        observed,
-        sum(by_chance) / num_permutations,
-        as_much / (num_permutations + 1),
-        num_gates,
-        num_tokens,
-        num_permutations,
-    )
+    p_value = (1 + sum(value >= observed - 1e-12 for value in by_chance)) / (num_permutations + 1)
+    static = sum(by_chance) / num_permutations
+    return Conditionality(observed, static, p_value, num_gates, num_tokens, num_permutations)
 
 
 def _information(gates: Tensor, classes: Tensor) -> float:
     """Return the mean mutual information in bits of (N, G) gates and the (N,) classes of their tokens."""
     sizes = torch.bincount(classes).double()
     opened = torch.zeros(len(sizes), gates.shape[1], dtype=torch.double).index_add_(0, classes, gates.double())
-    within = _entropy(opened / sizes.clamp_min(1)[:, None])
-    return float((_entropy(gates.double().mean(0)) - (within * sizes[:, None]).sum(0) / len(gates)).mean())
+    within = binary_entropy(opened / sizes.clamp_min(1)[:, None])
+    nats = (binary_entropy(gates.double().mean(0)) - (within * sizes[:, None]).sum(0) / len(gates)).mean()
+    return float(nats) / math.log(2)
 
 
 def _permuted(num_tokens: int, groups: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -93,8 +81,3 @@ def _permuted(num_tokens: int, groups: Tensor | None, generator: torch.Generator
         distance = int(torch.randint(len(positions), (1,), generator=generator))
         order[positions] = positions.roll(distance)
     return order
-
-
-def _entropy(rate: Tensor) -> Tensor:
-    """Return the entropy in bits of gates that open at these rates."""
-    return (torch.special.entr(rate) + torch.special.entr(1 - rate)) / torch.log(torch.tensor(2.0, dtype=rate.dtype))

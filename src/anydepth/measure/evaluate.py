@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,34 +12,45 @@ from torch.nn import functional as F
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine, HFEngine
 from anydepth.gating import cost
+from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.samples import Track, perplexity_of
-from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.calibration import comparing
+from anydepth.models.backbone import Backbone
 from anydepth.statistics import mean_of_sums
 from anydepth.training.checkpoint import has_adapter
 from anydepth.training.data import rows_of
+from anydepth.training.diagnostics import binary_entropy
+
+LN2 = math.log(2)
 
 
-@dataclass
 class Tally:
-    """Sums over the windows seen so far.
+    """Sums over the windows seen so far."""
 
-    Attributes:
-        losses: summed loss of each window, in nats.
-        counts: number of scored tokens of each window.
-    """
+    def __init__(self, num_layers: int) -> None:
+        self.losses: list[float] = []
+        """Summed loss of each window, in nats."""
+        self.counts: list[int] = []
+        """Scored tokens of each window."""
+        self.kept = torch.zeros(3, num_layers, dtype=torch.double)
+        """Tokens that ran each layer's mixer, FFN and alternate mixer."""
+        self.flops = self.layer_flops = self.full_layer_flops = self.num_agreeing = self.num_placed = 0
+        self.depth = 0.0
 
-    losses: list[float] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    flops: int = 0
-    num_agreeing: int = 0
-    depth: float = 0.0
-    num_placed: int = 0
-    layer_flops: int = 0
-    full_layer_flops: int = 0
-    mixer_kept: list[float] = field(default_factory=list)
-    ffn_kept: list[float] = field(default_factory=list)
-    other_kept: list[float] = field(default_factory=list)
+    def add(self, backbone: Backbone, token_ids: Tensor, logits: Tensor, reference: Tensor, trace: Trace) -> None:
+        """Add a window of (1, T) tokens: every token but the first is predicted from those before it."""
+        targets, count = token_ids[0, 1:], cost.flops(backbone, trace)
+        self.losses.append(F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item())
+        self.counts.append(targets.numel())
+        shares = torch.tensor([*trace.executed_share(), trace.other_share()], dtype=torch.double)
+        self.kept += token_ids.numel() * shares
+        self.flops += count.total
+        self.layer_flops += count.layers
+        self.full_layer_flops += count.full_depth_layers
+        self.num_agreeing += _num_agreeing(logits, reference)
+        self.num_placed += token_ids.numel()
+        self.depth += trace.mean_depth * token_ids.numel()
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of `anydepth.eval/1`; `loss` is in nats per scored token, LM loss only."""
@@ -59,24 +69,19 @@ class Tally:
             "per_layer": dict(zip(("mixer", "ffn"), self.shares(), strict=False)),
         }
 
-    def shares(self) -> tuple[list[float], ...]:
+    def shares(self) -> list[list[float]]:
         """Return the fraction of tokens that ran each layer's mixer, FFN and alternate mixer."""
-        each = (self.mixer_kept, self.ffn_kept, self.other_kept)
-        mixers, ffns, others = ([kept / self.num_placed for kept in part] for part in each)
-        return mixers, ffns, others
+        return (self.kept / self.num_placed).tolist()
 
     def mixers(self) -> list[dict[str, float]]:
         """Return `layer`, `softmax_share` and the routing's `entropy` in bits for each layer with mixer routing."""
-        shares = {layer_idx: 1 - kept / self.num_placed for layer_idx, kept in enumerate(self.other_kept) if kept}
+        others = self.kept[2] / self.num_placed
+        rows = zip(range(len(others)), (1 - others).tolist(), (binary_entropy(others) / LN2).tolist(), strict=True)
         return [
-            {"layer": layer_idx, "softmax_share": share, "entropy": _entropy(share)}
-            for layer_idx, share in shares.items()
+            {"layer": layer_idx, "softmax_share": share, "entropy": entropy}
+            for layer_idx, share, entropy in rows
+            if share < 1
         ]
-
-
-def _entropy(share: float) -> float:
-    """Return the entropy in bits of a binary choice."""
-    return -sum(part * math.log2(part) for part in (share, 1 - share) if part > 0)
 
 
 def why_the_same(engine: Engine) -> str | None:
@@ -99,26 +104,17 @@ def engine_of_base(engine: Engine) -> Engine:
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Engine,
-    windows: Tensor,
-    *,
-    full_depth_only: bool = False,
-    track: Track = iter,
-) -> dict[str, Any]:
+def evaluate(engine: Engine, windows: Tensor, *, full_depth_only: bool = False, track: Track = iter) -> dict[str, Any]:
     """Score (N, T) windows independently: loss, depth and agreement.
 
     Returns the fields of `anydepth.eval/1` for the adapted model, with those of the base model (gates and LoRA off, in
     its own precision whatever the engine's) under `full_depth`. With a LoRA adapter, those of the same model at full
     depth (gates off, LoRA on) are under `full_depth_adapted`, and `agreement_adapted` is the agreement with it. Where
     nothing can differ, text is scored once, and `note` gives the reason.
-
-    Args:
-        engine: computes the logits of the adapted model; the Hugging Face model computes those of full depth.
-        track: shows the progress over the windows.
     """
     adapted, why = engine.adapted.eval(), why_the_same(engine)
-    ours, base, full = Tally(), Tally(), Tally()
+    backbone = adapted.backbone
+    ours, base, full = (Tally(backbone.num_layers) for _ in range(3))
     at_once = full_depth_only or (engine.name == "hf" and why is not None)
     has_lora = has_adapter(adapted) and not at_once
     num_agreeing = 0
@@ -126,60 +122,31 @@ def evaluate(
         token_ids = row.to(adapted.device)
         with adapted.untouched():
             reference = adapted(input_ids=token_ids, use_cache=False).logits
-        _add(base, adapted, token_ids, reference, reference, at_full_depth=True)
+        everything = cost.full_depth_trace(backbone, token_ids.numel())
+        base.add(backbone, token_ids, reference, reference, everything)
         if not at_once:
             logits = engine.logits(token_ids[0])[None]
-            _add(ours, adapted, token_ids, logits, reference, at_full_depth=False)
+            ours.add(backbone, token_ids, logits, reference, adapted.last_trace)
             if has_lora:
                 with adapted.disabled():
                     others = adapted(input_ids=token_ids, use_cache=False).logits
-                _add(full, adapted, token_ids, others, reference, at_full_depth=True)
+                full.add(backbone, token_ids, others, reference, everything)
                 num_agreeing += _num_agreeing(logits, others)
     found: dict[str, Any] = {"full_depth": base.fields()}
     if at_once:
         return {**base.fields(), **({} if full_depth_only else {"note": why}), **found}
     if has_lora:
         found |= {"full_depth_adapted": full.fields(), "agreement_adapted": num_agreeing / sum(full.counts)}
-    if any(ours.other_kept):
-        found["mixers"] = ours.mixers()
-    comparing = [
-        method for method in adapted.active_methods if isinstance(method, Calibrated) and method.compares_scores
-    ]
-    if comparing:
-        found["skip_share"] = {method.name: method.skip_share(*ours.shares()) for method in comparing}
+    if mixers := ours.mixers():
+        found["mixers"] = mixers
+    if methods := comparing(adapted.active_methods):
+        found["skip_share"] = {method.name: method.skip_share(*ours.shares()) for method in methods}
     return {**ours.fields(), **found}
 
 
 def same_model(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of the same model at full depth: with LoRA on where there is an adapter."""
     return fields.get("full_depth_adapted", fields["full_depth"])
-
-
-def _add(
-    tally: Tally, adapted: AdaptedModel, token_ids: Tensor, logits: Tensor, reference: Tensor, *, at_full_depth: bool
-) -> None:
-    """Add one window to a tally: every token but the first is predicted from those before it."""
-    targets = token_ids[0, 1:]
-    tally.losses.append(F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item())
-    tally.counts.append(targets.numel())
-    tally.num_agreeing += _num_agreeing(logits, reference)
-    tally.num_placed += token_ids.numel()
-    num_layers = adapted.backbone.num_layers
-    if at_full_depth:
-        mixer, ffn, other = [1.0] * num_layers, [1.0] * num_layers, [0.0] * num_layers
-        tally.layer_flops, tally.full_layer_flops, tally.depth = 1, 1, float(num_layers * tally.num_placed)
-        tally.flops += cost.full_depth_flops(adapted.backbone, token_ids.numel())
-    else:
-        trace = adapted.last_trace
-        (mixer, ffn), other = trace.executed_share(), trace.other_share()
-        count = cost.flops(adapted.backbone, trace)
-        tally.layer_flops += count.layers
-        tally.full_layer_flops += count.full_depth_layers
-        tally.flops += count.total
-        tally.depth += trace.mean_depth * token_ids.numel()
-    for kept, shares in ((tally.mixer_kept, mixer), (tally.ffn_kept, ffn), (tally.other_kept, other)):
-        kept[:] = kept or [0.0] * num_layers
-        kept[:] = [total + share * token_ids.numel() for total, share in zip(kept, shares, strict=True)]
 
 
 def _num_agreeing(logits: Tensor, others: Tensor) -> int:
@@ -189,10 +156,7 @@ def _num_agreeing(logits: Tensor, others: Tensor) -> int:
 
 @torch.no_grad()
 def exit_losses(adapted: AdaptedModel, windows: Tensor) -> list[dict[str, float]]:
-    """Return loss and agreement with full depth on (N, T) windows as if each layer were the last.
-
-    Each row has `layers` (from 1), `loss` in nats per token, and `agreement`.
-    """
+    """Return `layers`, `loss` and `agreement` with full depth on (N, T) windows as if each layer were the last."""
     adapted.eval()
     num_layers = adapted.backbone.num_layers
     losses, agreeing, num_tokens = [0.0] * num_layers, [0] * num_layers, 0

@@ -53,14 +53,10 @@ def held_out(model: nn.Module, config: SkipSetConfig, windows: Tensor) -> dict[s
         found = evaluate(HFEngine(adapted), windows)
         rows = [_row("full depth", found["full_depth"], _bytes(adapted, SkipSetConfig()))]
         rows.append(_row("skip set", found, _bytes(adapted, config)))
+        with _in_bfloat16(model), adapted.deciding():  # no method decides
+            rows += [row for kind in WEIGHT_ONLY if (row := _packed(adapted, kind, windows)) is not None]
     finally:
         detach(adapted)
-    with _in_bfloat16(model):
-        adapted = attach(model, [])
-        try:
-            rows += [row for kind in WEIGHT_ONLY if (row := _packed(adapted, kind, windows)) is not None]
-        finally:
-            detach(adapted)
     return {"num_tokens": found["num_tokens"], "rows": rows, "warning": _warning(rows)}
 
 
@@ -102,15 +98,14 @@ def _bytes(adapted: AdaptedModel, config: SkipSetConfig) -> int:
 @contextmanager
 def _in_bfloat16(model: nn.Module) -> Iterator[None]:
     """Run the model with weights rounded to bfloat16; restore its own weights afterwards."""
-    own = {} if is_quantised(model) else {name: part.data for name, part in model.named_parameters()}
-    parameters = dict(model.named_parameters())
+    own = {} if is_quantised(model) else {parameter: parameter.data for parameter in model.parameters()}
     try:
-        for name, part in own.items():
-            parameters[name].data = part.to(torch.bfloat16)
+        for parameter, data in own.items():
+            parameter.data = data.to(torch.bfloat16)
         yield
     finally:
-        for name, part in own.items():
-            parameters[name].data = part
+        for parameter, data in own.items():
+            parameter.data = data
 
 
 def _warning(rows: list[dict[str, Any]]) -> str | None:

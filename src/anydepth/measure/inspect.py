@@ -53,17 +53,11 @@ def _fast_engine(backbone: Backbone) -> str:
     return "applies"
 
 
-def break_even_length(view: LayerView, other: nn.Module | None) -> int:
-    """Return the text length above which softmax costs more than a linear mixer, over all tokens of the text.
-
-    A token sees half of the text on average, hence the factor of 2.
-
-    Args:
-        other: the linear mixer; None is one with as many parameters as the softmax mixer.
-    """
-    if other is None:
+def _break_even_length(view: LayerView, other: nn.Module | None) -> int:
+    """Return the text length above which softmax costs more than a linear mixer, over all tokens of the text."""
+    if other is None:  # one with as many parameters
         other = build_delta_rule(view.hidden_size, matched_shape(view), torch.Generator())
-    return 2 * cost.break_even(view, other)
+    return 2 * cost.break_even(view, other)  # A token sees half of the text on average.
 
 
 def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
@@ -78,7 +72,7 @@ def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
         "mixer_flops": per_token.mixer,
         "skipped_mixer_flops": per_token.skipped_mixer,
         "ffn_flops": per_token.ffn,
-        "break_even_length": None if view.is_recurrent else break_even_length(view, other),
+        "break_even_length": None if view.is_recurrent else _break_even_length(view, other),
     }
 
 

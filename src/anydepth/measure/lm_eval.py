@@ -38,9 +38,6 @@ from anydepth.measure.shared_prefix import SharedPrefixes
 from anydepth.measure.tasks import LOCAL, Spec, task_named, where_to_look
 from anydepth.training.checkpoint import load_draft, load_target
 
-NO_FILTER = "none"
-"""The filter in lm-eval's name of a metric that has none."""
-
 
 @dataclass
 class Work:
@@ -59,11 +56,7 @@ Base: Any = huggingface.HFLM  # Its decorator hides its type.
 
 
 class AnydepthLM(Base):
-    """An adapted model for lm-eval, with routing on in scoring and in generation.
-
-    Args:
-        target: a TARGET of the command line, or an engine; `tokenizer` is required with an engine.
-    """
+    """A model for lm-eval with routing on: a TARGET of the command line, or an engine with its tokenizer."""
 
     def __init__(
         self,
@@ -155,20 +148,13 @@ class AnydepthLM(Base):
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        with self._generating_by_engine():
-            ids = super()._model_generate(context, max_length, stop, **options)
-        self._count()
-        return ids
-
-    @contextmanager
-    def _generating_by_engine(self) -> Iterator[None]:
-        """Make lm-eval call the engine's `generate`."""
-        before = self._model
-        self._model = self.engine
+        before, self._model = self._model, self.engine  # lm-eval then calls the engine's `generate`
         try:
-            yield
+            ids = super()._model_generate(context, max_length, stop, **options)
         finally:
             self._model = before
+        self._count()
+        return ids
 
     def _count(self) -> None:
         if self.adapted.is_enabled:
@@ -208,8 +194,7 @@ def check_windows(engine: Engine, tokenizer: PreTrainedTokenizerBase, names: Seq
         lm = AnydepthLM(engine, tokenizer)
     for name in names:
         for spec in task_named(name).specs:
-            path = manager.task_index[spec if isinstance(spec, str) else spec["task"]].yaml_path
-            own = {} if path is None else load_yaml(path, resolve_func=False)
+            own = _own_options(manager, spec if isinstance(spec, str) else spec["task"], resolve_func=False)
             if own.get("output_type") == "generate_until":
                 lm.check_room(own.get("generation_kwargs") or {})
 
@@ -232,11 +217,9 @@ def score_tasks(
     cut at the start to fit the window; the `source` of the documents; and `items`, metrics by item for `add_changes`.
 
     Args:
-        names: lm-eval's task names; those of `measure/tasks.py` use local files.
         num_fewshot: examples in the prompt; None is the number that each benchmark was published with.
         limit: score only the first items (of each part of a benchmark in parts).
-        say: is called with each task and with `who`, the name of the scored model; lm-eval's progress bars follow on
-            standard error. None is silent.
+        say: is called with each task and `who`, the name of the model; None hides lm-eval's progress bars too.
 
     Raises:
         UserError: lm-eval has no such task, its documents are not available, or its continuations exceed the window.
@@ -304,16 +287,22 @@ def _with_defaults(manager: TaskManager, spec: Spec) -> Spec:
     """Return a task with our overrides over lm-eval's own configuration."""
     if isinstance(spec, str):
         return spec
-    path = manager.task_index[spec["task"]].yaml_path
-    assert path is not None, "lm-eval describes these tasks in files"
-    own = load_yaml(path, resolve_func=True)
+    own = _own_options(manager, spec["task"], resolve_func=True)
     return {**{key: value for key, value in own.items() if key not in ("tag", "dataset_path", "dataset_name")}, **spec}
+
+
+def _own_options(manager: TaskManager, task: str, *, resolve_func: bool) -> dict[str, Any]:
+    path = manager.task_index[task].yaml_path
+    return {} if path is None else load_yaml(path, resolve_func=resolve_func)
 
 
 def _joined(results: Any) -> dict[str, Any]:
     """Return the metrics of one benchmark; with several parts means over all items, and those of each under `parts`."""
     counts = {part: row["effective"] for part, row in results["n-samples"].items()}
-    parts = {part: _metrics(results["results"][part]) for part in counts}
+    parts = {
+        part: {_metric_name(key): value for key, value in results["results"][part].items() if isinstance(value, float)}
+        for part in counts
+    }
     items = _items(results)
     shared = {
         "items": items,
@@ -357,13 +346,9 @@ def add_changes(tasks: dict[str, dict[str, Any]], full: dict[str, dict[str, Any]
         task.pop("items", None)
 
 
-def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    return {_metric_name(key): float(value) for key, value in row.items() if isinstance(value, float)}
-
-
 def _metric_name(key: str) -> str:
     """Return lm-eval's name of a metric, without the suffix that means no filter."""
-    return key.removesuffix(f",{NO_FILTER}")
+    return key.removesuffix(",none")
 
 
 if __name__ == "__main__":

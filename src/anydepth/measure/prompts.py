@@ -22,10 +22,7 @@ FORMS = {
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the prompts of a .jsonl file, in the chat template if there is one.
 
-    A line has `prompt`, `turns`, of which the first is used, or `messages`.
-
-    Raises:
-        UserError: no such file, or a line that is not JSON, has none of the three, or has one of another form.
+    A line has `prompt`, `turns`, of which the first is used, or `messages`; any other raises `UserError`.
     """
     if not path.is_file():
         raise UserError(f"no file at {path}; give a .jsonl file of prompts")

@@ -1,8 +1,4 @@
-"""The result document: the measurements and everything needed to repeat them.
-
-Every command's JSON comes from `document` and is written by `json_io`. The fields of each schema are in the CLI
-reference; `report/` reads and compares documents.
-"""
+"""The result document of every command: the measurements and everything needed to repeat them."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,7 @@ CODE_PATHS = ("src", "recipes", "benchmarks/experiments", "pyproject.toml", "con
 
 
 def document(schema: str, *, seed: int, config: Any, **fields: Any) -> dict[str, Any]:
-    """Return a result document: the fields that every document has, then `fields`.
-
-    Args:
-        schema: name and version, as `anydepth.eval/1`.
-        config: the recipe, or the command's options.
-    """
+    """Return a result document: the fields that every document has, then `fields`."""
     versions = package_versions()
     commit, dirty = source_commit()
     return {
@@ -71,9 +63,6 @@ def source_commit(root: Path | None = None) -> tuple[str | None, bool | None]:
     """Return the commit of the source checkout that anydepth runs from, and whether its code differs; None without one.
 
     Cached for the process: results come from the code that was loaded, not from later edits.
-
-    Args:
-        root: the checkout; by default the folder above `src/anydepth`.
     """
     root = root or Path(__file__).resolve().parents[3]
     # An installed package can be inside the checkout of another project, as a virtual environment often is.
@@ -129,12 +118,11 @@ def num_cores() -> int:
 
 @functools.cache
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _memory_bytes() -> int | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.statistics import correlation
-from anydepth.training.data import tokenise
+from anydepth.training.data import bos_of, tokenise
 
 MIN_TOKENS = 16
 """Tokens of the shortest sample: the perplexity of fewer tokens says nothing."""
@@ -36,20 +36,14 @@ Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Samples:
-    """Texts of a corpus, spread evenly over it.
-
-    Attributes:
-        unit: `document` or `paragraph`.
-        token_ids: token ids of each sample, cut to the greatest length.
-        num_cut: number of samples that were cut.
-        counts: number of occurrences of each token in the part of the corpus that was read.
-        bos: the id that the tokenizer puts before a text, if any; it is not counted as a token of a sample.
-    """
+    """Texts of a corpus, spread evenly over it."""
 
     unit: str
     token_ids: list[list[int]]
     num_cut: int
+    """Number of samples that were cut to the greatest length."""
     counts: Counter[int]
+    """Occurrences of each token in the part of the corpus that was read."""
     bos: int | None
 
     def own(self, ids: list[int]) -> list[int]:
@@ -71,19 +65,15 @@ def draw_samples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, li
     if len(documents) < MIN_DOCUMENTS or 2 * longer > len(documents):
         parts = [part for text in texts for part in BETWEEN_PARAGRAPHS.split(text) if part.strip()]
         unit, (found, counts) = "paragraph", _read(parts, tokenizer)
-    step = max(len(found) - 1, 1) / max(limit - 1, 1)
-    places = range(len(found)) if len(found) <= limit else [round(number * step) for number in range(limit)]
-    chosen = [found[place] for place in places]
+    step = max((len(found) - 1) / max(limit - 1, 1), 1)
+    chosen = [found[round(number * step)] for number in range(min(limit, len(found)))]
     num_cut = sum(len(ids) > max_tokens for ids in chosen)
-    bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
-    return Samples(unit, [ids[:max_tokens] for ids in chosen], num_cut, counts, bos)
+    return Samples(unit, [ids[:max_tokens] for ids in chosen], num_cut, counts, bos_of(tokenizer))
 
 
 def _read(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], Counter[int]]:
     """Return the token ids of texts that are long enough, and the counts of tokens over all texts that were read."""
-    counts: Counter[int] = Counter()
-    found: list[tuple[int, list[int]]] = []
-    num_read = 0
+    counts, found, num_read = Counter[int](), list[tuple[int, list[int]]](), 0
     # Every prefix of this order is spread evenly over the corpus.
     order = sorted(range(len(texts)), key=lambda place: place * GOLDEN % 1)
     for place, ids in zip(order, tokenise([texts[place] for place in order], tokenizer), strict=False):
@@ -97,30 +87,19 @@ def _read(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 
 
 @torch.no_grad()
-def measure_samples(adapted: AdaptedModel, samples: Samples, track: Track = iter) -> list[dict[str, float]]:
-    """Run each sample by itself, through the base model and with routing on.
-
-    Returns:
-        For each sample `length` in tokens, `perplexity` under the base model, `rarity`, mean `depth` in layers and
-        `layer_token_share`, the FLOPs of its layers ÷ those at full depth.
-    """
-    adapted.eval()
-    rows = []
-    for ids in track(samples.token_ids):
-        token_ids = torch.tensor([ids], device=adapted.device)
-        loss = full_depth_losses(adapted, token_ids).mean().item()
-        adapted(input_ids=token_ids, use_cache=False)
-        trace, own = adapted.last_trace, samples.own(ids)
-        rows.append(
-            {
-                "length": len(own),
-                "perplexity": perplexity_of(loss),
-                "rarity": samples.rarity(ids),
-                "depth": trace.depths[0, -len(own) :].double().mean().item(),
-                "layer_token_share": cost.flops(adapted.backbone, trace).layer_token_share,
-            }
-        )
-    return rows
+def _measured(adapted: AdaptedModel, samples: Samples, ids: list[int]) -> dict[str, float]:
+    """Run a sample through the base model, for its perplexity, and with routing on."""
+    token_ids = torch.tensor([ids], device=adapted.device)
+    loss = full_depth_losses(adapted, token_ids).mean().item()
+    adapted(input_ids=token_ids, use_cache=False)
+    trace, own = adapted.last_trace, samples.own(ids)
+    return {
+        "length": len(own),
+        "perplexity": perplexity_of(loss),
+        "rarity": samples.rarity(ids),
+        "depth": trace.depths[0, -len(own) :].double().mean().item(),
+        "layer_token_share": cost.flops(adapted.backbone, trace).layer_token_share,
+    }
 
 
 def perplexity_of(loss: float) -> float:
@@ -149,10 +128,10 @@ def correlations(
     samples = draw_samples(texts, tokenizer, limit=limit, max_tokens=max_tokens)
     if not samples.token_ids:
         return None
-    measured = measure_samples(adapted, samples, track)
+    adapted.eval()
+    measured = [_measured(adapted, samples, ids) for ids in track(samples.token_ids)]
     columns = {key: torch.tensor([row[key] for row in measured], dtype=torch.double) for key in measured[0]}
-    # With mixer routing alone, every token runs every layer, and only FLOPs vary. Those of fixed skips vary with the
-    # length of a text alone.
+    # With mixer routing alone, every token runs every layer, and only FLOPs vary.
     chooses = any(method.routes_mixers for method in adapted.active_methods)
     is_constant = bool(columns["depth"].min() == columns["depth"].max())
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from anydepth.errors import RunError
 from anydepth.gating.context import PassContext
 from anydepth.gating.plan import Plan
 from anydepth.gating.scores import Known
-from anydepth.gating.spec import Branch, GateSpec, KVRule
+from anydepth.gating.spec import Branch, GateSpec
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method
 
@@ -85,21 +86,16 @@ class Replay(Method):
         trace, gates = self.trace, []
         for layer_idx, rule in enumerate(trace.kv_rules):
             mixers, ffns = trace.mixer_keep[layer_idx], trace.ffn_keep[layer_idx]
-            if rule == "recompute":
-                gates.append(self._gate(layer_idx, "layer", mixers, rule))
-                continue
-            alternates = self.alternates if layer_idx in self.alternates else None
-            gates.append(self._gate(layer_idx, "mixer", mixers, rule, alternates))
-            gates.append(self._gate(layer_idx, "ffn", ffns, rule))
+            branches: dict[Branch, Tensor] = {"mixer": mixers, "ffn": ffns}
+            for branch, keep in ({"layer": mixers} if rule == "recompute" else branches).items():
+                alternates = self.alternates if branch == "mixer" and layer_idx in self.alternates else None
+                score = Known(1, partial(_repeated, keep))
+                gates.append(GateSpec((layer_idx,), branch, score, 0.5, rule, alternates=alternates))
         return gates
 
-    def _gate(
-        self, layer_idx: int, branch: Branch, keep: Tensor, rule: KVRule, alternates: Mapping[int, Any] | None = None
-    ) -> GateSpec:
-        def score(context: PassContext) -> Tensor:
-            return keep.gather(1, context.positions).float()[None]
 
-        return GateSpec((layer_idx,), branch, Known(1, score), 0.5, rule, alternates=alternates)
+def _repeated(keep: Tensor, context: PassContext) -> Tensor:
+    return keep.gather(1, context.positions).float()[None]
 
 
 def _error(ours: Tensor, other: Tensor) -> float:

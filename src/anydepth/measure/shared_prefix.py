@@ -18,11 +18,7 @@ from anydepth.gating.trace import PassRecord, Trace
 
 
 class SharedPrefixes:
-    """A sequence in an engine's cache that keeps the common prefix from one text to the next.
-
-    Args:
-        count: is called with the FLOPs of each text, of the tokens that ran.
-    """
+    """A sequence in an engine's cache that keeps a common prefix; `count` gets the FLOPs of the tokens that ran."""
 
     def __init__(self, engine: Engine, count: Callable[[cost.FlopCount], None]) -> None:
         self.engine, self.count = engine, count

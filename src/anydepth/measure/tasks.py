@@ -27,17 +27,13 @@ GSM8K_SCORED = 1319
 
 @dataclass(frozen=True)
 class Task:
-    """The lm-eval tasks of one name.
-
-    Attributes:
-        specs: lm-eval's task names, or tasks with overrides; several are the parts of one benchmark.
-        num_fewshot: examples in the prompt; None is lm-eval's default.
-        source: origin of the documents, and which are scored.
-    """
+    """The lm-eval tasks of one name."""
 
     specs: list[Spec]
+    """lm-eval's task names, or tasks with overrides; several are the parts of one benchmark."""
     num_fewshot: int | None
     source: str
+    """Origin of the documents, and which are scored."""
 
 
 def task_named(name: str) -> Task:
@@ -63,15 +59,10 @@ def where_to_look(name: str) -> str:
 
 @dataclass(frozen=True)
 class Local:
-    """A benchmark that can be stored under `ANYDEPTH_DATA`.
-
-    Attributes:
-        marker: path that exists if it is.
-        scored: the documents that are scored.
-        num_fewshot: few-shot examples that it was published with.
-    """
+    """A benchmark that can be stored under `ANYDEPTH_DATA`."""
 
     marker: str
+    """A path that exists if it is."""
     scored: str
     build: Callable[[Path, str], list[Spec]]
     num_fewshot: int

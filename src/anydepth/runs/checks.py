@@ -17,7 +17,7 @@ from anydepth.calibration.shares import nothing_to_calibrate
 from anydepth.decoding.text import check_window
 from anydepth.errors import UserError
 from anydepth.methods import method_class
-from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.calibration import Calibrated, comparing
 from anydepth.methods._base.method import Method
 from anydepth.methods.compose import build_methods
 from anydepth.methods.of_recipe import check_training, method_configs
@@ -57,7 +57,7 @@ def check(recipe: Recipe, stages: Collection[str]) -> None:
     compares = recipe.calibrate is not None or any(_may_compare(str(method["name"])) for method in recipe.methods)
     if model is not None:
         methods = _check_methods(recipe, model)
-        compares = recipe.calibrate is not None or bool(_deciding(methods))
+        compares = recipe.calibrate is not None or bool(comparing(methods))
         if "bench" in stages:
             check_window(model, max(recipe.bench.prompt_tokens), recipe.bench.new_tokens)
         if "generate" in stages and tokenizer is not None:
@@ -168,14 +168,9 @@ def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
         num_left_out(backbone.num_layers, recipe.search.budget, branches=recipe.search.branches)
     if recipe.router_fit is not None and learned_router(methods) is None:
         raise UserError(NO_ROUTER)
-    if recipe.calibrate is not None and not _deciding(methods):
+    if recipe.calibrate is not None and not comparing(methods):
         raise UserError(nothing_to_calibrate(" + ".join(method.name for method in methods) or "full depth"))
     if recipe.train is not None:
         with warnings.catch_warnings(action="ignore"):  # PEFT repeats them when training begins.
             prepare(model, recipe.train)
     return methods
-
-
-def _deciding(methods: list[Method]) -> list[Method]:
-    """Return the methods with a threshold that decides at inference."""
-    return [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]

@@ -10,7 +10,7 @@ import functools
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ class Runner:
         adapted = attach(model, self.inputs.methods())
         found = fit_router(adapted, windows)
         save_file(adapted.methods.state_dict(), self.out / FITTED)
-        return found.to_json()
+        return asdict(found)
 
     def train(self) -> Document:
         """Attach, train and calibrate; afterwards the folder is a checkpoint. Resume interrupted training."""

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from anydepth.calibration.shares import NotTrained, compares_scores, settle_shares
+from anydepth.calibration.shares import NotTrained, settle_shares
 from anydepth.draft_sections import DraftConfig, DrafterConfig
 from anydepth.errors import UserError
 from anydepth.gating.shared_batch import num_processes
 from anydepth.hf.adapted import AdaptedModel, attach, detach
+from anydepth.methods._base.calibration import comparing
 from anydepth.processes import is_parallel, rank, shards_weights
 from anydepth.recipe import Recipe, TrainConfig
 from anydepth.runs.inputs import Inputs
@@ -114,7 +115,7 @@ class Training:
         """Set thresholds if the recipe calibrates, and measure the skipped fractions on held-out text."""
         recipe, settings = self.recipe, self.recipe.calibrate
         windows = self.inputs.windows(recipe.data.train, tokenizer, recipe.data)
-        if settings is None and not compares_scores(adapted):
+        if settings is None and not comparing(adapted.attached):
             return {}
         windows = windows[: TABLE_WINDOWS if settings is None else settings.num_windows]
         length = min(recipe.eval.sequence_length, windows.shape[1])

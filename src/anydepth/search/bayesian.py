@@ -22,13 +22,7 @@ NOISE = 1e-3
 
 
 class Proposals:
-    """Proposals of skip sets, and the values of those that were tried.
-
-    Args:
-        free: numbers of the candidates that may be left out.
-        size: number of candidates in a set.
-        num_candidates: number of all candidates.
-    """
+    """Proposals of sets of `size` of the `free` candidates, and the values of those that were tried."""
 
     def __init__(self, free: list[int], size: int, num_candidates: int, seed: int) -> None:
         self.free, self.size, self.num_candidates = free, size, num_candidates

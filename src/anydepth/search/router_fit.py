@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,7 @@ CLIPPED = 0.01
 
 @dataclass(frozen=True)
 class RouterFit:
-    """Result of a fit on held-out windows; divergences are KL(full depth ‖ adapted) in nats per token.
-
-    Attributes:
-        static_divergence: divergence of the static set that benefits were measured around.
-        routed_divergence: divergence of the fitted router, which skips the fraction `skip_share`.
-        ridge: the ridge with the largest predicted gain on the held-out windows.
-    """
+    """Result of a fit on held-out windows: KL(full depth ‖ adapted) of the static set and of the router, in nats."""
 
     static_divergence: float
     static_skip_share: float
@@ -47,21 +41,13 @@ class RouterFit:
     num_tokens: int
     seconds: float
 
-    def to_json(self) -> dict[str, float]:
-        return asdict(self)
-
 
 @torch.no_grad()
 def fit_router(adapted: AdaptedModel, windows: Tensor) -> RouterFit:
     """Fit the weights of the attached `layer_router` to benefits on (N, T) windows, at its `target_skip`.
 
-    It takes one forward per window and routed layer and is deterministic. The last quarter of the windows is held out
-    to select the ridge and to measure the result. A router that reads sequentially is fitted to states of the static
-    set.
-
-    Raises:
-        RunError: no learned router is attached.
-        UserError: fewer than two windows.
+    It takes one forward per window and routed layer. The last quarter of the windows is held out to select the ridge
+    and to measure the result. A router that reads sequentially is fitted to states of the static set.
     """
     router = learned_router(adapted.methods.values())
     if router is None:
@@ -117,11 +103,7 @@ def learned_router(methods: Iterable[nn.Module]) -> LayerRouter | None:
 def _measure(
     adapted: AdaptedModel, router: LayerRouter, ids: Tensor, static: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Measure one (1, T) window, with results on the host.
-
-    Returns:
-        (T, D) states that each network reads, (T, G) benefits, and the (T,) divergence of the static set.
-    """
+    """Return the (T, D) states that each network reads, (T, G) benefits, and the (T,) divergence of the static set."""
     full = _full_depth(adapted, ids)
     fixed = SkipSet(SkipSetConfig(), adapted.backbone)  # replaces the router
     deciding = [fixed if method is router else method for method in adapted.active_methods]

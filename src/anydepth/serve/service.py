@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase
 
-from anydepth.calibration.shares import (
-    collect_scores,
-    configs_of,
-    kept_scores,
-    set_configs,
-    set_thresholds,
-    thresholds_at,
-)
+from anydepth.calibration.shares import collect_scores, kept_scores, restored, set_thresholds, thresholds_at
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import DraftCounts, Logprob, Request
 from anydepth.decoding.sampler import Sampler
@@ -347,12 +340,9 @@ class Budgets:
             return self.own_plan
         plan = self.plans.pop(budget, None)
         if plan is None:
-            own = configs_of(self.adapted)
-            try:
+            with restored(self.adapted):
                 set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
                 plan = Plan.of(self.adapted.attached)
-            finally:
-                set_configs(self.adapted, own)
         self.plans[budget] = plan  # as the last, so that the first is the one unused for longest
         if len(self.plans) > MAX_PLANS:
             del self.plans[next(iter(self.plans))]

@@ -12,9 +12,8 @@ from anydepth.decoding.session import Session
 from anydepth.draft_sections import OnlineSearchConfig
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
-from anydepth.search import knapsack
 from anydepth.search.bayesian import Proposals, inner
-from anydepth.search.skip_search import STRATEGIES, Candidate, Problem, candidates
+from anydepth.search.skip_search import STRATEGIES, Candidate, Problem, by_knapsack, candidates
 from anydepth.speculation.drafters import PrunedDrafter
 
 
@@ -100,7 +99,7 @@ class TimedSkipSet(FoundSkipSet):
         if self.seconds is None:
             measured = session.layer_seconds(request.kv, request.ids[-self.config.window :])
             self.seconds = {("layer", layer_idx): seconds for layer_idx, seconds in enumerate(measured)}
-        return knapsack.choose(problem, self.seconds)
+        return by_knapsack(problem, self.seconds)
 
 
 SEARCHES: dict[str, type[FoundSkipSet]] = {

@@ -27,7 +27,7 @@ from anydepth.draft_sections import OLD_NAME, split_draft
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
-from anydepth.methods._base.calibration import Calibrated
+from anydepth.methods._base.calibration import comparing
 from anydepth.methods._base.method import Method
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import ADAPTER, AUTO, DType, add_adapters, base_fingerprint, is_quantised, load_model
@@ -146,7 +146,7 @@ def load_target(
 
 def _skip(adapted: AdaptedModel, share: float) -> None:
     """Set the thresholds of all methods that compare scores."""
-    methods = [part for part in adapted.methods.values() if isinstance(part, Calibrated) and part.compares_scores]
+    methods = comparing(adapted.attached)
     if not methods:
         raise UserError(
             f"--skip-share sets thresholds, and nothing attached ({adapted.label}) compares scores with one; give a "

@@ -7,13 +7,13 @@ N thresholds that were set. It is saved with a checkpoint, so that any fraction 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import AfterValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 from anydepth.errors import UserError
 from anydepth.gating.context import PassContext
@@ -125,6 +125,11 @@ class Calibrated(Method):
             own = [part[..., real] if part.shape[-2:] == real.shape else part for part in parts]
             found.setdefault(layer_idx if self.has_threshold_per_layer else 0, []).extend(own)
         return {layer_idx: torch.cat([part.flatten() for part in parts]) for layer_idx, parts in found.items()}
+
+
+def comparing(methods: Iterable[nn.Module]) -> list[Calibrated]:
+    """Return the methods that compare scores with a threshold that can be set."""
+    return [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]
 
 
 def one_per_layer(value: float | list[float], layers: Sequence[int], option: str) -> dict[int, float]:
