@@ -182,8 +182,8 @@ def test_training_on_documents_alone_has_their_own_losses(tmp_path: Path, distil
     config = TrainConfig.model_validate(
         {"max_steps": 1, "batch_size": 2, "lora": {"rank": 2}, "distillation": distillation}
     )
-    model = prepare(tiny_llama(), config)
-    result = train(model, pack(DOCUMENTS[:2], byte_tokenizer(), 100, text=ISOLATED), config, tmp_path)
+    adapted = anydepth.attach(prepare(tiny_llama(), config), [])
+    result = train(adapted, pack(DOCUMENTS[:2], byte_tokenizer(), 100, text=ISOLATED), config, tmp_path)
     losses = torch.cat([stock_losses(tiny_llama(), plain_ids(text)) for text in DOCUMENTS[:2]])
     row = result.loss_history[0]
     assert row["lm_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)

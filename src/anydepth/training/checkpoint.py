@@ -331,8 +331,3 @@ def _digest(path: Path) -> str:
 
 def _digest_of(files: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def trainable_state(adapted: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what training changes: the parameters with `requires_grad`, by name."""
-    return {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
