@@ -30,11 +30,11 @@ from anydepth.decoding.sampler import Stops
 from anydepth.decoding.sampling_options import Penalties, SamplingOptions
 from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
+from anydepth.serve.http import SizeLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
 from anydepth.serve.service import Busy, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape, usage_of
-from anydepth.serve.size_limit import SizeLimit
 from anydepth.serve.text_stream import TextStream, TokenText
 
 log = logging.getLogger("anydepth.serve")
