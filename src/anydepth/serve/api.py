@@ -16,7 +16,6 @@ from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
-import torch
 from fastapi import Depends, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -38,7 +37,6 @@ from anydepth.serve.shapes import ChatShape, CompletionShape, Shape, usage_of
 from anydepth.serve.text_stream import TextStream, TokenText
 
 log = logging.getLogger("anydepth.serve")
-DONE = "[DONE]"
 BROKEN = "decoding failed; the server's log says why"  # the error itself may contain parts of a prompt
 REFUSALS = (400, 401, 404, 408, 413, 429, 431)
 STREAMED = {200: {"description": "The answer, complete or as events.", "content": {"text/event-stream": {}}}}
@@ -242,9 +240,7 @@ class Server:
 
     def _capacity(self, prompt: list[int]) -> int:
         """Return the number of new tokens that fit after a prompt."""
-        window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
-        max_length = self.service.scheduler.session.max_length
-        most = min(length for length in (window, max_length) if length is not None)
+        most = self.service.max_length
         if not prompt:
             raise HTTPException(400, "the prompt is empty; give at least one token")
         if len(prompt) >= most:
@@ -272,14 +268,10 @@ class Server:
         penalties = []
         if body.presence_penalty or body.frequency_penalty:
             penalties.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
-        generator = None
-        if not options.is_greedy:
-            generator = torch.Generator(device=self.service.engine.adapted.device)
-            seed = self.seeds.getrandbits(63) if body.seed is None else (body.seed + number) % 2**63
-            generator.manual_seed(seed)
+        seed = self.seeds.getrandbits(63) if body.seed is None else body.seed + number
         request = decoding.Request(
             prompt,
-            self.service.sampler(options.processors(*penalties), generator),
+            self.service.sampler(options, seed, *penalties),
             Stops.at(len(prompt) + wanted, self.service.end_ids),
             full_depth=body.anydepth.full_depth,
             budget=body.anydepth.depth_budget,
@@ -320,19 +312,16 @@ class Server:
 
     async def _events(self, body: Sampling, jobs: list[Job], queue: Any, shape: Shape) -> AsyncIterator[str]:
         """Yield server-sent events; an error is an event as well, since the status has been sent."""
-        left = len(jobs)
         try:
-            while left:
-                number, piece = await queue.get()
-                left -= piece.finish_reason is not None
-                if piece.finish_reason in ("timeout", "error"):
-                    yield _event(_failed(piece)[0])
+            async for number, piece in _pieces(jobs, queue):
+                if failure := _failure_of(piece):
+                    yield _event(failure[0])
                     return
                 for chunk in shape.chunks(number, piece):
                     yield _event(chunk)
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield _event({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs, body)})
-            yield f"data: {DONE}\n\n"
+            yield "data: [DONE]\n\n"
         except Exception as failed:
             log.error("an answer could not be written", exc_info=failed)
             yield _event(error(BROKEN, "server_error"))
@@ -340,30 +329,36 @@ class Server:
             self._cancel(jobs)
 
     async def _response(self, body: Sampling, request: Request, jobs: list[Job], queue: Any, shape: Shape) -> Response:
-        pieces: list[list[Piece]] = [[] for _ in jobs]
-        disconnected = asyncio.ensure_future(_disconnected(request))
-        try:
-            left = len(jobs)
-            while left:
-                following = asyncio.ensure_future(queue.get())
-                await asyncio.wait({following, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-                if not following.done():
-                    following.cancel()
-                    return Response(status_code=499)
-                number, piece = following.result()
+        async def complete() -> Response:
+            pieces: list[list[Piece]] = [[] for _ in jobs]
+            async for number, piece in _pieces(jobs, queue):
+                if failure := _failure_of(piece):
+                    return JSONResponse(*failure)
                 pieces[number].append(piece)
-                left -= piece.finish_reason is not None
-                if piece.finish_reason in ("timeout", "error"):
-                    return JSONResponse(*_failed(piece))
             choices = [shape.choice(number, parts) for number, parts in enumerate(pieces)]
             return JSONResponse({**shape.head(stream=False), "choices": choices, "usage": usage_of(jobs, body)})
+
+        answer, disconnected = asyncio.ensure_future(complete()), asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else Response(status_code=499)
         finally:
+            answer.cancel()
             disconnected.cancel()
             self._cancel(jobs)
 
     def _cancel(self, jobs: list[Job]) -> None:
         for job in jobs:
             self.service.cancel(job)
+
+
+async def _pieces(jobs: list[Job], queue: Any) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield the pieces of all answers, each with the number of its answer."""
+    left = len(jobs)
+    while left:
+        number, piece = await queue.get()
+        left -= piece.finish_reason is not None
+        yield number, piece
 
 
 async def _disconnected(request: Request) -> None:
@@ -376,7 +371,8 @@ def _event(fields: dict[str, Any]) -> str:
     return f"data: {json.dumps(fields)}\n\n"
 
 
-def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
+def _failure_of(piece: Piece) -> tuple[dict[str, Any], int] | None:
+    """Return the body and the status of a refusal if a piece reports a failure."""
     if piece.finish_reason == "timeout":
         return error("the request exceeded the server's --timeout; ask for fewer tokens", "timeout_error"), 408
-    return error(BROKEN, "server_error"), 500
+    return (error(BROKEN, "server_error"), 500) if piece.finish_reason == "error" else None

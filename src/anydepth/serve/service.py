@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.shares import (
     collect_scores,
@@ -27,6 +28,7 @@ from anydepth.calibration.shares import (
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import DraftCounts, Logprob, Request
 from anydepth.decoding.sampler import Sampler
+from anydepth.decoding.sampling_options import Penalties, SamplingOptions
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.errors import RunError, UserError
 from anydepth.gating.plan import Plan
@@ -119,6 +121,7 @@ class Service:
 
     Attributes:
         end_ids: tokens that end an answer.
+        max_length: largest number of tokens of a prompt and its answer.
         observers: called with a job and its number of new tokens for each piece, on the engine's thread.
     """
 
@@ -138,12 +141,14 @@ class Service:
         self.scheduler = Scheduler(
             engine, max_batch_size, max_tokens, plan_of=None if budgets is None else budgets.plan_of
         )
+        window = getattr(engine.adapted.config, "max_position_embeddings", None)
+        self.max_length = min(length for length in (window, self.scheduler.session.max_length) if length is not None)
         self.jobs: dict[Request, Job] = {}
         self.arrived: list[Job] = []
         self.cancelled: set[Job] = set()
         self.wake = threading.Condition()
         self.is_closing = False
-        self.latest: list[float] = []
+        self.latest: deque[float] = deque(maxlen=LATEST)
         self.logged: set[str] = set()
         self.observers: list[Callable[[Job, int], None]] = []
         self.thread = threading.Thread(target=self._run, name="anydepth-engine", daemon=True)
@@ -167,14 +172,16 @@ class Service:
             self.scheduler.check(job.request)
         with self.wake:
             if self.is_closing or self.num_waiting + self.num_running + len(jobs) > most:
-                raise Busy(self._seconds_to_wait())
+                raise Busy(max(1, round(sum(self.latest) / max(len(self.latest), 1))))
             self.arrived += jobs
             self.wake.notify()
 
-    def sampler(self, processors: LogitsProcessorList, generator: torch.Generator | None) -> Sampler:
-        """Return the sampler of one request; without a generator it is greedy."""
+    def sampler(self, options: SamplingOptions, seed: int, *penalties: Penalties) -> Sampler:
+        """Return the sampler of one request."""
         size, device = self.engine.adapted.config.vocab_size, self.engine.adapted.device
-        return Sampler(processors, 1, size, device, sampling=generator is not None, generator=generator)
+        generator = None if options.is_greedy else torch.Generator(device=device).manual_seed(seed % 2**63)
+        processors = options.processors(*penalties)
+        return Sampler(processors, 1, size, device, sampling=not options.is_greedy, generator=generator)
 
     def cancel(self, job: Job) -> None:
         """Cancel a job; no further piece is sent."""
@@ -198,10 +205,6 @@ class Service:
     def num_running(self) -> int:
         return len(self.scheduler.running) + (self.scheduler.reading is not None)
 
-    def _seconds_to_wait(self) -> int:
-        mean = sum(self.latest) / len(self.latest) if self.latest else 1.0
-        return max(1, round(mean))
-
     # --- on the engine's thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -221,9 +224,11 @@ class Service:
                         except Exception as failed:
                             self._fail(job, failed)
             try:
-                for job in [*cancelled, *self._timed_out()]:
+                now = time.monotonic()
+                for job in [*cancelled, *(job for job in self.jobs.values() if now - job.arrived > job.seconds)]:
                     self._end(job, None if job in cancelled else "timeout")
-                self._step()
+                if not self.scheduler.is_idle:
+                    self._step()
             except Exception as failed:  # a failing batch must not end the server
                 for job in list(self.jobs.values()):
                     self._fail(job, failed)
@@ -243,13 +248,7 @@ class Service:
             self.logged.add(why)
             log.warning("a lossless answer is decoded without drafts: %s", why)
 
-    def _timed_out(self) -> list[Job]:
-        now = time.monotonic()
-        return [job for job in self.jobs.values() if now - job.arrived > job.seconds]
-
     def _step(self) -> None:
-        if self.scheduler.is_idle:
-            return
         for request in self.scheduler.step():
             job = self.jobs.get(request)
             if job is None:
@@ -308,7 +307,7 @@ class Service:
             self._is_not_drafted(job, NO_GAIN)
         job.is_over = True
         if reason is not None:
-            self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
+            self.latest.append(time.monotonic() - job.arrived)
             rest = "" if reason == "error" else job.stream.finish()  # after an error, since the stream may have failed
             job.put(Piece(text + rest, list(tokens), reason))
 
