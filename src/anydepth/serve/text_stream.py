@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -97,6 +96,7 @@ class TokenText:
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self.decoder: Any = None if backend is None else backend.decoder
         state = "" if self.decoder is None else json.dumps(json.loads(self.decoder.__getstate__()))
+        self.byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
         self.has_byte_letters, self.has_byte_tokens = '"ByteLevel"' in state, '"ByteFallback"' in state
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -108,7 +108,7 @@ class TokenText:
             return b""
         if self.has_byte_letters:
             try:
-                return bytes(_byte_of_letter()[letter] for letter in token)
+                return bytes(self.byte_of[letter] for letter in token)
             except KeyError:  # an added token, which is text as it is
                 return str(token).encode()
         if self.has_byte_tokens and (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)):
@@ -127,9 +127,3 @@ class TokenText:
             return own.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
-
-
-@lru_cache(maxsize=1)
-def _byte_of_letter() -> dict[str, int]:
-    """Return the byte of each letter of a byte-level vocabulary."""
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}
