@@ -101,7 +101,6 @@ def _embedded(split: str) -> list[str]:
 
 
 def _wikitext(name: str, split: str) -> list[str]:
-    """Return the lines of a release of WikiText."""
     path = _wikitext_file(name, split)
     if path is not None:
         return read_lines(path)
@@ -209,13 +208,8 @@ def _read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, or raise `UserError` if it cannot be read."""
     # splitlines() would also cut at characters that WikiText has inside its paragraphs.
     return _read_text(path).split("\n")
-
-
-def _read_txt(path: Path) -> list[str]:
-    return [_read_text(path)]
 
 
 def _read_jsonl(path: Path) -> list[str]:
@@ -252,7 +246,7 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 READERS: dict[str, Callable[[Path], list[str]]] = {
-    ".txt": _read_txt,
+    ".txt": lambda path: [_read_text(path)],
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
