@@ -79,15 +79,14 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
     )
     app.add_middleware(SizeLimit, most=settings.max_body_bytes)
     _errors(app)
-    metrics = Metrics(service)
-    server = Server(service, tokenizer, settings, metrics)
+    server = Server(service, tokenizer, settings)
     keyed = [Depends(_key_check(settings.api_key))]
     app.add_api_route("/v1/models", server.models, methods=["GET"], dependencies=keyed)
     app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"], dependencies=keyed)
     posted: dict[str, Any] = {"methods": ["POST"], "dependencies": keyed, "response_model": None, "responses": STREAMED}
     app.add_api_route("/v1/completions", server.complete, **posted)
     app.add_api_route("/v1/chat/completions", server.chat, **posted)
-    app.add_api_route("/metrics", metrics.page, methods=["GET"], dependencies=keyed)
+    app.add_api_route("/metrics", Metrics(service).page, methods=["GET"], dependencies=keyed)
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/", playground(), methods=["GET"], include_in_schema=False)
     _remove_422(app)
@@ -155,18 +154,12 @@ def _errors(app: FastAPI) -> None:
     app.add_exception_handler(StarletteHTTPException, refused)
 
 
-@dataclass
 class Server:
     """The endpoints."""
 
-    service: Service
-    tokenizer: PreTrainedTokenizerBase
-    settings: Settings
-    metrics: Metrics
-
-    def __post_init__(self) -> None:
-        self.seeds = random.Random(self.settings.seed)
-        self.tokens = TokenText(self.tokenizer)
+    def __init__(self, service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.service, self.tokenizer, self.settings = service, tokenizer, settings
+        self.seeds, self.tokens = random.Random(settings.seed), TokenText(tokenizer)
 
     async def models(self) -> dict[str, Any]:
         """List the models, of which there is one."""
@@ -317,10 +310,9 @@ class Server:
                 if failure := _failure_of(piece):
                     yield _event(failure[0])
                     return
-                for chunk in shape.chunks(number, piece):
-                    yield _event(chunk)
+                yield _event(shape.answer([shape.part(number, piece)], stream=True))
             if body.stream_options is not None and body.stream_options.include_usage:
-                yield _event({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs, body)})
+                yield _event(shape.answer([], stream=True, usage=usage_of(jobs, body)))
             yield "data: [DONE]\n\n"
         except Exception as failed:
             log.error("an answer could not be written", exc_info=failed)
@@ -336,7 +328,7 @@ class Server:
                     return JSONResponse(*failure)
                 pieces[number].append(piece)
             choices = [shape.choice(number, parts) for number, parts in enumerate(pieces)]
-            return JSONResponse({**shape.head(stream=False), "choices": choices, "usage": usage_of(jobs, body)})
+            return JSONResponse(shape.answer(choices, stream=False, usage=usage_of(jobs, body)))
 
         answer, disconnected = asyncio.ensure_future(complete()), asyncio.ensure_future(_disconnected(request))
         try:

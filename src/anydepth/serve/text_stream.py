@@ -43,19 +43,17 @@ class TextStream:
         self.ids.append(token_id)
         if token_id in self.special:
             return self._release(self.special[token_id], shown=False)
-        before, now = self._decode(self.begin, self.read), self._decode(self.begin, len(self.ids))
-        if now.endswith(UNFINISHED):
+        text = self._unread()
+        if text.endswith(UNFINISHED):
             return ""
         self.begin, self.read = self.read, len(self.ids)
-        return self._release(now[len(before) :])
+        return self._release(text)
 
     def finish(self) -> str:
         """Return the rest at the end: the held text, and an incomplete character."""
         if self.is_stopped:
             return ""
-        before, now = self._decode(self.begin, self.read), self._decode(self.begin, len(self.ids))
-        self.begin = self.read = len(self.ids)
-        return self._take(len(self.held)) + now[len(before) :]
+        return self._take(len(self.held)) + self._unread()
 
     def _release(self, text: str, *, shown: bool = True) -> str:
         """Add text; return the part that cannot begin a stop string."""
@@ -73,8 +71,12 @@ class TextStream:
         self.held, self.shown = self.held[length:], self.shown[length:]
         return text
 
-    def _decode(self, begin: int, end: int) -> str:
-        return str(self.tokenizer.decode(self.ids[begin:end], skip_special_tokens=True))
+    def _unread(self) -> str:
+        """Return the text of the tokens after the last one with complete characters."""
+        return self._decode(len(self.ids))[len(self._decode(self.read)) :]
+
+    def _decode(self, end: int) -> str:
+        return str(self.tokenizer.decode(self.ids[self.begin : end], skip_special_tokens=True))
 
 
 def _overlap(text: str, stop: str) -> int:
