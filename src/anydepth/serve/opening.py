@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
+from anydepth.errors import RunError, UserError
 from anydepth.models.load import DType
 from anydepth.serve.service import Budgets, Service
 from anydepth.speculation.draft import why_no_draft
@@ -56,5 +58,7 @@ def open_service(
     engine = open_engine(adapted.eval(), "auto", weights, log.warning, draft=draft)
     budgets = None
     if adapted.attached:
-        budgets = Budgets.of(engine, load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS))
+        windows = load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS)
+        with suppress(RunError, UserError):  # no method has a threshold
+            budgets = Budgets(engine, windows)
     return Service(engine, tokenizer, budgets=budgets, **limits), tokenizer

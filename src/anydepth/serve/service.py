@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +29,7 @@ from anydepth.decoding.request import DraftCounts, Logprob, Request
 from anydepth.decoding.sampler import Sampler
 from anydepth.decoding.sampling_options import Penalties, SamplingOptions
 from anydepth.decoding.scheduler import Scheduler
-from anydepth.errors import RunError, UserError
+from anydepth.errors import UserError
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.tokens import end_ids
@@ -323,7 +322,7 @@ class Budgets:
     """Plans for depth budgets, by thresholds from kept scores or those of some text; see `calibration/shares.py`.
 
     Raises:
-        RunError: no attached method has a threshold.
+        RunError, UserError: no threshold to set, as with fixed sets, full depth and untrained gates.
     """
 
     def __init__(self, engine: Engine, windows: Tensor) -> None:
@@ -331,13 +330,6 @@ class Budgets:
         self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
         self.own_plan = Plan.of(self.adapted.attached)
         self.plans: dict[float, Plan] = {}
-
-    @classmethod
-    def of(cls, engine: Engine, windows: Tensor) -> Budgets | None:
-        """Return the budgets, or None without a threshold to set: fixed sets, full depth, untrained gates."""
-        with suppress(RunError, UserError):
-            return cls(engine, windows)
-        return None
 
     def plan_of(self, request: Request) -> Plan:
         """Return the plan for a request's depth budget; without a budget, that of the loaded thresholds."""

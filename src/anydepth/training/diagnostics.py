@@ -6,7 +6,7 @@ random gates and exits by confidence may be constant because of their options.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -58,23 +58,21 @@ class GateDecisions:
         """The (G,) fraction of tokens that each gate lets run."""
         return self.keep.double().mean(1)
 
-    def metrics(self, mean: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the mean fraction of tokens that run, entropies in nats, and deviations between gates and tokens.
 
-        Args:
-            mean: turns a mean over these tokens into that over all processes that share a batch.
+        They are of the tokens of all processes that share a batch.
         """
-        fractions, of_tokens = mean(self.fractions), self.keep.double().mean(0)
-        variance = mean(of_tokens.square().mean()) - mean(of_tokens.mean()).square()
-        values = (
-            fractions.mean(),
-            binary_entropy(fractions).mean(),
-            binary_entropy(fractions.mean()),
-            fractions.std(correction=0),
-            variance.clamp_min(0).sqrt(),
-        )
-        names = ("fraction", "entropy", "entropy_of_mean", "layer_std", "token_std")
-        return dict(zip(names, torch.stack(values).tolist(), strict=True))
+        fractions, of_tokens = batch_mean(self.fractions), self.keep.double().mean(0)
+        variance = batch_mean(of_tokens.square().mean()) - batch_mean(of_tokens.mean()).square()
+        values = {
+            "fraction": fractions.mean(),
+            "entropy": binary_entropy(fractions).mean(),
+            "entropy_of_mean": binary_entropy(fractions.mean()),
+            "layer_std": fractions.std(correction=0),
+            "token_std": variance.clamp_min(0).sqrt(),
+        }
+        return {name: value.item() for name, value in values.items()}
 
     def open_gates(self) -> list[float]:
         """Return the fraction of tokens for which k of the G gates are open, for k from 0 to G."""
@@ -167,9 +165,7 @@ def warnings_of(gates: Sequence[dict[str, Any]]) -> list[str]:
 
 def training_metrics(decisions: Sequence[GateDecisions]) -> dict[str, float]:
     """Return the metrics of each method for the training history, by `method/gate_…`, over the whole batch."""
-    return {
-        f"{own.method}/{PREFIX}{name}": value for own in decisions for name, value in own.metrics(batch_mean).items()
-    }
+    return {f"{own.method}/{PREFIX}{name}": value for own in decisions for name, value in own.metrics().items()}
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------
