@@ -55,10 +55,10 @@ def training_field(
 
 
 def refuse_training_only(name: str, config: StrictConfig, options: Iterable[str], *, fresh: bool = False) -> None:
-    """Raise `UserError` for the first of `options` that changes nothing at inference.
+    """Raise `UserError` for the first of a method's `options` that changes nothing at inference.
 
     Args:
-        name: name of the method. config: its config with the options.
+        config: its config with the options.
         fresh: whether the method has no checkpoint, so that options of the first weights count.
     """
     for option in options:

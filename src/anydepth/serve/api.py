@@ -44,14 +44,7 @@ STREAMED = {200: {"description": "The answer, complete or as events.", "content"
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a server.
-
-    Attributes:
-        name: name of the model. api_key: key that requests must have; None: no key.
-        max_body_bytes: maximum size of a request's body. request_seconds: timeout of a request.
-        max_new_tokens: maximum length of an answer.
-        seed: seed for requests without one; None: a different seed each time.
-    """
+    """Settings of a server: `name` is that of the model, `seed` that of requests without one (None: a new one each)."""
 
     name: str
     api_key: str | None = None

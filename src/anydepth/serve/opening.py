@@ -38,16 +38,12 @@ def open_service(
 ) -> tuple[Service, PreTrainedTokenizerBase]:
     """Return a `Service` for a target of the command line, and its tokenizer.
 
+    Options are as in `load_target` and `open_engine`, which raise `UserError`.
+
     Args:
         data: text on which depth budgets are calibrated.
-        weights: int8 or int4; None is the model's own precision.
         generation_config: auto: requests default to the model's own sampling options; none: they do not.
-        overrides: options by method, which replace those of the target.
-        skip_share: fraction of their decisions that methods skip in requests without a depth budget.
         limits: `max_batch_size`, `max_tokens` and `max_queue` of the service.
-
-    Raises:
-        UserError: as `load_target` and `open_engine` do.
     """
     check_corpus(data)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}

@@ -78,8 +78,6 @@ class Job:
 
     Attributes:
         put: called with each piece, on the engine's thread.
-        lossless: whether the answer is the text of full depth.
-        wants_layers: whether tokens have `layers`.
         seconds: timeout, waiting included.
         num_sent: tokens that `put` has received.
         why_not_drafted: reason why a lossless request was not drafted; None for other requests.
@@ -100,7 +98,6 @@ class Job:
 
     @property
     def counts(self) -> DraftCounts | None:
-        """Draft counts of the request; None: it is not drafted."""
         return self.request.counts if self.request.is_drafted else None
 
     @property
@@ -176,7 +173,6 @@ class Service:
             self.wake.notify()
 
     def sampler(self, options: SamplingOptions, seed: int, *penalties: Penalties) -> Sampler:
-        """Return the sampler of one request."""
         size, device = self.engine.adapted.config.vocab_size, self.engine.adapted.device
         generator = None if options.is_greedy else torch.Generator(device=device).manual_seed(seed % 2**63)
         processors = options.processors(*penalties)

@@ -35,7 +35,6 @@ def load_texts(spec: str, *, lines: bool = False, min_chars: int = 0, max_docume
             `text`).
         lines: make each line a document; lines of WikiText keep their marks, as published.
         min_chars: keep documents of more than this many characters.
-        max_documents: keep at most this many documents.
 
     Raises:
         UserError: no such corpus, split or file, a file of another format, or no document is left.

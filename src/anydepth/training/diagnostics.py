@@ -41,10 +41,8 @@ class GateDecisions:
     """The decisions of one method's gates.
 
     Attributes:
-        method: the method's name.
         branch: the branch that a gate decides: `layer`, `mixer`, `ffn`, or `softmax` (the layer's own mixer, where
             there is an alternate one).
-        layers: the layer of each gate.
         keep: (G, N) bool, which of N real tokens each gate lets run.
     """
 
@@ -204,8 +202,7 @@ def gate_warnings(decisions: GateDecisions, method: Method) -> list[str]:
 def lasting_collapse(history: Sequence[dict[str, Any]], methods: Sequence[Method], max_steps: int) -> list[str]:
     """Return one warning for each method with sampled gates that have collapsed for a fifth of training.
 
-    Args:
-        history: rows of training, with metrics under `figures`. A method with a warning in them gets no other.
+    A method with a warning in the history gets no other.
     """
     num_rows = max(max_steps // PATIENCE, PATIENCE)
     recent = [row.get("figures", {}) for row in history[-num_rows:]]

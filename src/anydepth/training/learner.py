@@ -21,9 +21,7 @@ from anydepth.recipe import TrainConfig
 class Learner(nn.Module):
     """A module that returns the loss of a batch and its terms. Other attributes are those of the model.
 
-    Attributes:
-        step: number of optimiser steps so far.
-        forwards: number of forwards so far, which seeds random draws together with `seed`.
+    Random draws depend on `seed` and on the number of `forwards` so far.
     """
 
     def __init__(self, adapted: AdaptedModel, config: TrainConfig, seed: int) -> None:

@@ -27,12 +27,9 @@ def train_phases(
     seed: int = 0,
     on_step: Callable[[Row], None] = lambda row: None,
 ) -> tuple[AdaptedModel, TrainResult]:
-    """Train the methods of `adapted` phase by phase on (N, T) windows.
+    """Train the methods of `adapted` phase by phase on (N, T) windows; a phase may replace settings of `config`.
 
     A method that a phase neither trains nor freezes is detached in it; a frozen one decides as at inference.
-
-    Args:
-        config: the settings of every phase, which a phase may replace.
 
     Returns:
         The model with all of its methods attached, and the losses of all phases in order, each with its `phase`.

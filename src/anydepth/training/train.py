@@ -93,11 +93,7 @@ def train(
 ) -> TrainResult:
     """Train the parameters with `requires_grad` on (N, T) windows of `pack`; checkpoints go to `out`/steps.
 
-    Training resumes from the last complete checkpoint there, if there is one.
-
-    Args:
-        seed: seed of all random draws in training.
-        on_step: called with each new row of the loss history.
+    Training resumes from the last complete checkpoint there; `on_step` gets each new row of the history.
 
     Raises:
         UserError: nothing to train. RunError: a gate got no gradient, or the loss is not finite.
