@@ -213,16 +213,13 @@ class Server:
         return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body))
 
     def _prompts(self, body: Completion) -> list[list[int]]:
-        if isinstance(body.prompt, str):
-            texts = [body.prompt]
-        elif isinstance(body.prompt[0], int):
-            size = self.service.engine.adapted.config.vocab_size
-            if max(body.prompt) >= size:  # type: ignore[type-var]
-                raise HTTPException(400, f"prompt: token ids must be below {size}")
-            return [list(body.prompt)]  # type: ignore[arg-type]
-        else:
-            texts = [str(text) for text in body.prompt]
-        return encode_batch(self.tokenizer, texts)
+        prompt: Any = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        if isinstance(prompt[0], str):
+            return encode_batch(self.tokenizer, prompt)
+        size = self.service.engine.adapted.config.vocab_size
+        if max(prompt) >= size:
+            raise HTTPException(400, f"prompt: token ids must be below {size}")
+        return [prompt]
 
     def _capacity(self, prompt: list[int]) -> int:
         """Return the number of new tokens that fit after a prompt."""

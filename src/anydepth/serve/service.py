@@ -93,7 +93,6 @@ class Job:
     first_token: float | None = None
     last_token: float | None = None
     num_sent: int = 0
-    is_over: bool = False
     why_not_drafted: str | None = None
 
     @property
@@ -179,11 +178,10 @@ class Service:
         return Sampler(processors, 1, size, device, sampling=not options.is_greedy, generator=generator)
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job; no further piece is sent."""
+        """Cancel a job, unless it has ended; no further piece is sent."""
         with self.wake:
-            if not job.is_over:
-                self.cancelled.add(job)
-                self.wake.notify()
+            self.cancelled.add(job)
+            self.wake.notify()
 
     def close(self) -> None:
         """Wait until all accepted jobs have ended, and stop the thread."""
@@ -300,7 +298,6 @@ class Service:
         self.scheduler.cancel(job.request)
         if job.counts is not None and not sum(job.counts.num_drafted.values()) and reason is not None:
             self._is_not_drafted(job, NO_GAIN)
-        job.is_over = True
         if reason is not None:
             self.latest.append(time.monotonic() - job.arrived)
             rest = "" if reason == "error" else job.stream.finish()  # after an error, since the stream may have failed

@@ -316,10 +316,15 @@ class _StepWatch(TrainerCallback):
 
 
 def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
+    if config.batch_size % num_processes():
+        raise UserError(
+            f"train.batch_size is {config.batch_size}, and {num_processes()} processes share it; give a multiple of "
+            "them, and fewer train.gradient_accumulation_steps"
+        )
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.num_steps,
-        per_device_train_batch_size=_rows_of_each(config.batch_size),
+        per_device_train_batch_size=config.batch_size // num_processes(),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
@@ -343,15 +348,6 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one device per process, no replicas in threads
     return arguments
-
-
-def _rows_of_each(batch_size: int) -> int:
-    if batch_size % num_processes():
-        raise UserError(
-            f"train.batch_size is {batch_size}, and {num_processes()} processes share it; give a multiple of them, and "
-            "fewer train.gradient_accumulation_steps"
-        )
-    return batch_size // num_processes()
 
 
 def last_complete(out: Path) -> Path | None:
