@@ -38,6 +38,7 @@ from anydepth.serve.text_stream import TextStream, TokenText
 
 log = logging.getLogger("anydepth.serve")
 BROKEN = "decoding failed; the server's log says why"  # the error itself may contain parts of a prompt
+MAX_NEW_TOKENS = 4096  # of an answer
 REFUSALS = (400, 401, 404, 408, 413, 429, 431)
 STREAMED = {200: {"description": "The answer, complete or as events.", "content": {"text/event-stream": {}}}}
 
@@ -48,9 +49,7 @@ class Settings:
 
     name: str
     api_key: str | None = None
-    max_body_bytes: int = 1 << 20
     request_seconds: float = 600.0
-    max_new_tokens: int = 4096
     seed: int | None = None
 
 
@@ -70,7 +69,7 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
         redoc_url=None,
         responses={code: {"model": Error} for code in REFUSALS},
     )
-    app.add_middleware(SizeLimit, most=settings.max_body_bytes)
+    app.add_middleware(SizeLimit)
     _errors(app)
     server = Server(service, tokenizer, settings)
     keyed = [Depends(_key_check(settings.api_key))]
@@ -207,7 +206,7 @@ class Server:
         except Exception as failed:  # templates raise errors of any type about the order of roles
             raise HTTPException(400, "the chat template does not support these roles in this order") from failed
         capacity = self._capacity(prompt)
-        wanted = body.max_completion_tokens or body.max_tokens or min(capacity, self.settings.max_new_tokens)
+        wanted = body.max_completion_tokens or body.max_tokens or min(capacity, MAX_NEW_TOKENS)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         jobs = [self._job(body, prompt, wanted, number, num_logprobs) for number in range(body.n or 1)]
         return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body))
@@ -235,7 +234,7 @@ class Server:
         return most - len(prompt)
 
     def _job(self, body: Sampling, prompt: list[int], wanted: int, number: int, num_logprobs: int | None) -> Job:
-        capacity = min(self._capacity(prompt), self.settings.max_new_tokens)
+        capacity = min(self._capacity(prompt), MAX_NEW_TOKENS)
         if wanted > capacity:
             raise HTTPException(
                 400, f"{wanted} new tokens do not fit after a prompt of {len(prompt)}; ask for at most {capacity}"

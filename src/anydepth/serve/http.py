@@ -21,9 +21,11 @@ from anydepth.serve.protocol import INVALID, error
 KEEP_ALIVE_SECONDS = 30
 BACKLOG = 2048
 MAX_HEADER_BYTES = 1 << 16
+MAX_BODY_BYTES = 1 << 20
 HEADERS_TOO_LARGE = error(
     f"the request line and the headers are more than {MAX_HEADER_BYTES} bytes", INVALID, code="headers_too_large"
 )
+BODY_TOO_LARGE = error(f"the body is larger than {MAX_BODY_BYTES} bytes", INVALID, code="body_too_large")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -85,10 +87,8 @@ class JSONRefusals(H11Protocol):
 class SizeLimit:
     """Refuses headers and bodies that are too large, bodies before they are read completely."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-        text = f"the body is larger than {most} bytes"
-        self.body_too_large = JSONResponse(error(text, INVALID, code="body_too_large"), 413)
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,8 +98,8 @@ class SizeLimit:
             await JSONResponse(HEADERS_TOO_LARGE, 431, {"Connection": "close"})(scope, receive, send)
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.most:
-            await self.body_too_large(scope, receive, send)
+        if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+            await JSONResponse(BODY_TOO_LARGE, 413)(scope, receive, send)
             return
         body, more = b"", True
         while more:
@@ -107,8 +107,8 @@ class SizeLimit:
             if message["type"] == "http.disconnect":
                 return
             body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > self.most:
-                await self.body_too_large(scope, receive, send)
+            if len(body) > MAX_BODY_BYTES:
+                await JSONResponse(BODY_TOO_LARGE, 413)(scope, receive, send)
                 return
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
