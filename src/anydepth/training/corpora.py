@@ -140,6 +140,8 @@ _SPACING = [
     (re.compile(r" '(s|t|m|d|re|ve|ll)\b"), r"'\1"),
     (re.compile(r"s ' (?!')"), "s' "),
     (re.compile(r" (–|/|‑) (?=\d)"), r"\1"),
+    # Quotes open and close in turn, and an odd last one is kept.
+    (re.compile(r'"\s*(.*?)\s*"'), r'"\1"'),
 ]
 
 
@@ -173,15 +175,7 @@ def restore_text(line: str) -> str:
         return f"{left.replace(' ', '')} {restore_text(title)} {right.replace(' ', '')}"
     for pattern, replacement in _SPACING:
         line = pattern.sub(replacement, line)
-    return _close_quotes(line)
-
-
-def _close_quotes(line: str) -> str:
-    """Remove the spaces in `" quoted "`; quotes open and close in turn, and an odd last one is kept."""
-    parts = line.split('"')
-    for i in range(1, len(parts) - 1, 2):
-        parts[i] = parts[i].strip()
-    return '"'.join(parts)
+    return line
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
