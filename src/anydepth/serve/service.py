@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -143,7 +142,7 @@ class Service:
         self.cancelled: set[Job] = set()
         self.wake = threading.Condition()
         self.is_closing = False
-        self.latest: deque[float] = deque(maxlen=LATEST)
+        self.latest: list[float] = []  # replaced, never changed: other threads read it
         self.logged: set[str] = set()
         self.observers: list[Callable[[Job, int], None]] = []
         self.thread = threading.Thread(target=self._run, name="anydepth-engine", daemon=True)
@@ -167,7 +166,8 @@ class Service:
             self.scheduler.check(job.request)
         with self.wake:
             if self.is_closing or self.num_waiting + self.num_running + len(jobs) > most:
-                raise Busy(max(1, round(sum(self.latest) / max(len(self.latest), 1))))
+                latest = self.latest
+                raise Busy(max(1, round(sum(latest) / max(len(latest), 1))))
             self.arrived += jobs
             self.wake.notify()
 
@@ -299,7 +299,7 @@ class Service:
         if job.counts is not None and not sum(job.counts.num_drafted.values()) and reason is not None:
             self._is_not_drafted(job, NO_GAIN)
         if reason is not None:
-            self.latest.append(time.monotonic() - job.arrived)
+            self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
             rest = "" if reason == "error" else job.stream.finish()  # after an error, since the stream may have failed
             job.put(Piece(text + rest, list(tokens), reason))
 
