@@ -19,73 +19,52 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AdaptedModel": "anydepth.hf.adapted",
-    "attach": "anydepth.hf.adapted",
-    "detach": "anydepth.hf.adapted",
-    "Trace": "anydepth.gating.trace",
-    "load_model": "anydepth.models.load",
-    "load": "anydepth.training.checkpoint",
-    "save": "anydepth.training.checkpoint",
-    "METHODS": "anydepth.methods",
-    "FastEngine": "anydepth.decoding.engines",
-    "HFEngine": "anydepth.decoding.engines",
-    "Draft": "anydepth.speculation.draft",
-    "DraftConfig": "anydepth.draft_sections",
-    "EarlyExit": "anydepth.methods.early_exit",
-    "ExitGate": "anydepth.methods.exit_gate",
-    "FFNRouter": "anydepth.methods.ffn_router",
-    "LayerRouter": "anydepth.methods.layer_router",
-    "MixerRouter": "anydepth.methods.mixer_router",
-    "MixtureOfDepths": "anydepth.methods.mixture_of_depths",
-    "SkipSet": "anydepth.methods.skip_set",
-    "StochasticDepth": "anydepth.methods.stochastic_depth",
-    "UserError": "anydepth.errors",
-    "RunError": "anydepth.errors",
+_NAMES = {
+    "anydepth.decoding.engines": ["FastEngine", "HFEngine"],
+    "anydepth.draft_sections": ["DraftConfig"],
+    "anydepth.errors": ["RunError", "UserError"],
+    "anydepth.gating.trace": ["Trace"],
+    "anydepth.hf.adapted": ["AdaptedModel", "attach", "detach"],
+    "anydepth.methods": ["METHODS"],
+    "anydepth.methods.early_exit": ["EarlyExit"],
+    "anydepth.methods.exit_gate": ["ExitGate"],
+    "anydepth.methods.ffn_router": ["FFNRouter"],
+    "anydepth.methods.layer_router": ["LayerRouter"],
+    "anydepth.methods.mixer_router": ["MixerRouter"],
+    "anydepth.methods.mixture_of_depths": ["MixtureOfDepths"],
+    "anydepth.methods.skip_set": ["SkipSet"],
+    "anydepth.methods.stochastic_depth": ["StochasticDepth"],
+    "anydepth.models.load": ["load_model"],
+    "anydepth.speculation.draft": ["Draft"],
+    "anydepth.training.checkpoint": ["load", "save"],
 }
-__all__ = [
-    "METHODS",
-    "AdaptedModel",
-    "Draft",
-    "DraftConfig",
-    "EarlyExit",
-    "ExitGate",
-    "FFNRouter",
-    "FastEngine",
-    "HFEngine",
-    "LayerRouter",
-    "MixerRouter",
-    "MixtureOfDepths",
-    "RunError",
-    "SkipSet",
-    "StochasticDepth",
-    "Trace",
-    "UserError",
-    "attach",
-    "detach",
-    "load",
-    "load_model",
-    "save",
-]
+"""Public names by module."""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from anydepth.decoding.engines import FastEngine, HFEngine
-    from anydepth.draft_sections import DraftConfig
-    from anydepth.errors import RunError, UserError
-    from anydepth.gating.trace import Trace
-    from anydepth.hf.adapted import AdaptedModel, attach, detach
-    from anydepth.methods import METHODS
-    from anydepth.methods.early_exit import EarlyExit
-    from anydepth.methods.exit_gate import ExitGate
-    from anydepth.methods.ffn_router import FFNRouter
-    from anydepth.methods.layer_router import LayerRouter
-    from anydepth.methods.mixer_router import MixerRouter
-    from anydepth.methods.mixture_of_depths import MixtureOfDepths
-    from anydepth.methods.skip_set import SkipSet
-    from anydepth.methods.stochastic_depth import StochasticDepth
-    from anydepth.models.load import load_model
-    from anydepth.speculation.draft import Draft
-    from anydepth.training.checkpoint import load, save
+    from anydepth.decoding.engines import FastEngine as FastEngine
+    from anydepth.decoding.engines import HFEngine as HFEngine
+    from anydepth.draft_sections import DraftConfig as DraftConfig
+    from anydepth.errors import RunError as RunError
+    from anydepth.errors import UserError as UserError
+    from anydepth.gating.trace import Trace as Trace
+    from anydepth.hf.adapted import AdaptedModel as AdaptedModel
+    from anydepth.hf.adapted import attach as attach
+    from anydepth.hf.adapted import detach as detach
+    from anydepth.methods import METHODS as METHODS
+    from anydepth.methods.early_exit import EarlyExit as EarlyExit
+    from anydepth.methods.exit_gate import ExitGate as ExitGate
+    from anydepth.methods.ffn_router import FFNRouter as FFNRouter
+    from anydepth.methods.layer_router import LayerRouter as LayerRouter
+    from anydepth.methods.mixer_router import MixerRouter as MixerRouter
+    from anydepth.methods.mixture_of_depths import MixtureOfDepths as MixtureOfDepths
+    from anydepth.methods.skip_set import SkipSet as SkipSet
+    from anydepth.methods.stochastic_depth import StochasticDepth as StochasticDepth
+    from anydepth.models.load import load_model as load_model
+    from anydepth.speculation.draft import Draft as Draft
+    from anydepth.training.checkpoint import load as load
+    from anydepth.training.checkpoint import save as save
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Strict options: an unknown key is an error that names the nearest known one.
+"""Strict options: an unknown key is an error that names the nearest known one; keys set from the command line.
 
 This module imports neither torch nor transformers, so that `anydepth --help` and a misspelt recipe answer at once.
 """
@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from anydepth.errors import UserError
@@ -54,10 +55,10 @@ def training_field(
 
 
 def refuse_training_only(name: str, config: StrictConfig, options: Iterable[str], *, fresh: bool = False) -> None:
-    """Raise `UserError` for the first of `options` that changes nothing at inference.
+    """Raise `UserError` for the first of a method's `options` that changes nothing at inference.
 
     Args:
-        name: name of the method. config: its config with the options.
+        config: its config with the options.
         fresh: whether the method has no checkpoint, so that options of the first weights count.
     """
     for option in options:
@@ -84,8 +85,7 @@ def _explain(config: type[StrictConfig], error: Exception) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        owner, key = _owner(config, first["loc"]), str(first["loc"][-1])
-        allowed = keys_of(owner)
+        allowed, key = list(_owner(config, first["loc"]).model_fields), str(first["loc"][-1])
         near = difflib.get_close_matches(key, allowed, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"keys are {', '.join(allowed)}"
         return f"unknown key '{path}'; {hint}"
@@ -99,7 +99,8 @@ def _owner(config: type[StrictConfig], location: tuple[int | str, ...]) -> type[
     for part in location[:-1]:
         field = owner.model_fields.get(str(part))
         if field is not None:
-            owner = next((c for c in _alternatives(field.annotation) if _is_config(c)), owner)
+            kinds = (kind for kind in _alternatives(field.annotation) if isinstance(kind, type))
+            owner = next((kind for kind in kinds if issubclass(kind, StrictConfig)), owner)
     return owner
 
 
@@ -109,9 +110,51 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _is_config(candidate: Any) -> bool:
-    return isinstance(candidate, type) and issubclass(candidate, StrictConfig)
+# --- YAML and --set --------------------------------------------------------------------------------------------------
 
 
-def keys_of(config: type[BaseModel]) -> list[str]:
-    return list(config.model_fields)
+class UniqueKeys(yaml.SafeLoader):
+    """A YAML loader that refuses duplicate keys; YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[reportUnknownMemberType]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def override_key(content: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` or `methods.0.key=value` in the mapping of a recipe."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes KEY=VALUE, such as train.max_steps=20; got '{override}'")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: '{text}' is not a YAML value") from error
+    parts = key.split(".")
+    section: Any = content
+    for part in parts[:-1]:
+        section = _descend(section, part, key)
+    if isinstance(section, list):
+        section[_index(section, parts[-1], key)] = value
+    else:
+        section[parts[-1]] = value
+
+
+def _descend(section: Any, part: str, key: str) -> Any:
+    if isinstance(section, list):
+        return section[_index(section, part, key)]
+    if section.get(part) is None:
+        section[part] = {}
+    if not isinstance(section[part], dict | list):
+        raise UserError(f"--set {key}: '{part}' holds {section[part]!r}, not a section")
+    return section[part]
+
+
+def _index(entries: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(entries):
+        allowed = f"has entries 0 to {len(entries) - 1}" if entries else "has no entries"
+        raise UserError(f"--set {key}: there is no entry '{part}'; the list {allowed}")
+    return int(part)

@@ -6,19 +6,17 @@ This module imports neither torch nor transformers, so that a misspelt recipe is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from anydepth.config import StrictConfig, keys_of, validate
+from anydepth.config import StrictConfig, UniqueKeys, override_key, validate
 from anydepth.draft_sections import DraftConfig, DrafterConfig, split_draft
 from anydepth.errors import UserError
-from anydepth.overrides import UniqueKeys, override_key
 
-Device = str
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
 
@@ -66,7 +64,7 @@ class ModelConfig(StrictConfig):
         default="auto",
         description="Precision of the backbone's weights; auto is the checkpoint's own type, or float32 if they learn.",
     )
-    device: Device = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:1, …")
+    device: str = Field(default="cpu", description="Device of the model: cpu, cuda, cuda:1, …")
     quantisation: Literal["nf4"] | None = Field(
         default=None, description="nf4: linear layers of the base in 4 bits (bitsandbytes), trained with LoRA."
     )
@@ -147,7 +145,8 @@ class TrainConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _one_length(cls, options: Any) -> Any:
-        return options if not isinstance(options, Mapping) or _has_length(options) else {**options, "max_steps": 100}
+        given = _section(options)
+        return options if given is None or _has_length(given) else {**given, "max_steps": 100}
 
     @property
     def num_steps(self) -> int:
@@ -189,7 +188,12 @@ class PhaseConfig(StrictConfig):
         return self
 
 
-def _has_length(options: Mapping[str, Any]) -> bool:
+def _section(content: Any) -> dict[str, Any] | None:
+    """Return a section of a recipe; None for content that is no mapping, which validation refuses."""
+    return cast(dict[str, Any], content) if isinstance(content, dict) else None
+
+
+def _has_length(options: dict[str, Any]) -> bool:
     """Return whether options give the length of training; raise `ValueError` if two do."""
     given = [name for name in ("max_steps", "num_epochs") if options.get(name) is not None]
     if len(given) > 1:
@@ -292,22 +296,16 @@ class Recipe(StrictConfig):
     generate: GenerateConfig = Field(default=GenerateConfig(), description="A sample of text.")
     seed: int = Field(default=0, description="Seed of all random draws; a method can set another.")
 
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _named(cls, methods: Any) -> Any:
-        """Replace a name by the method with its defaults."""
-        if not isinstance(methods, list):
-            return methods
-        return [{"name": method} if isinstance(method, str) else method for method in methods]
-
     @model_validator(mode="before")
     @classmethod
-    def _from_old(cls, content: Any) -> Any:
-        """Convert an old recipe, in which drafting was a method."""
-        if not isinstance(content, dict) or not isinstance(content.get("methods"), list):
+    def _spelt_out(cls, content: Any) -> Any:
+        """Replace a name by the method with its defaults, and the method that drafting was by its section."""
+        given = _section(content)
+        if given is None or not isinstance(given.get("methods"), list):
             return content
-        methods, draft = split_draft(content["methods"])
-        return content if draft is None else {**content, "methods": methods, "draft": draft}
+        methods, draft = split_draft(given["methods"])
+        named = [{"name": method} if isinstance(method, str) else method for method in methods]
+        return {**given, "methods": named} | ({} if draft is None else {"draft": draft})
 
     @model_validator(mode="after")
     def _backbone_learns(self) -> Recipe:
@@ -355,10 +353,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         content = yaml.load(path.read_text(), UniqueKeys)  # a safe loader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path} holds a {type(content).__name__}; a recipe is a mapping of {', '.join(keys_of(Recipe))}"
-        )
+    sections = _section(content)
+    if sections is None:
+        keys = ", ".join(Recipe.model_fields)
+        raise UserError(f"{path} holds a {type(content).__name__}; a recipe is a mapping of {keys}")
     for override in overrides:
-        override_key(content, override)
-    return validate(Recipe, content, where=str(path))
+        override_key(sections, override)
+    return validate(Recipe, sections, where=str(path))

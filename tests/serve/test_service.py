@@ -17,7 +17,7 @@ from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.serve import service as module
 from anydepth.serve.service import Budgets, Job, Piece, Service
 from anydepth.serve.text_stream import TextStream
-from serving_here import complete, serving
+from serving_here import complete, refusal, serving
 from tiny import byte_tokenizer, tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "initial_bias": 0.0}
@@ -89,3 +89,13 @@ def test_families_without_the_fast_engine_are_served_too(lossless: bool) -> None
         options = {"max_tokens": 9, "temperature": 0, "anydepth": {"lossless": lossless}}
         answer = complete(client, ["the sea", "a", "wide and cold"], **options)
     assert [choice["text"] for choice in answer["choices"]] == wanted
+
+
+def test_calls_larger_than_the_queue_are_refused_at_once() -> None:
+    """S4: more answers than queue and batch hold are a 400 on an idle server; smaller calls are queued completely."""
+    with serving(max_batch_size=2, max_queue=6) as client:
+        told = refusal(client, prompt=["a"] * 3, n=3, max_tokens=2)
+        assert "9 answers" in told["message"] and "at most 8" in told["message"]
+        assert len(complete(client, ["a"] * 4, n=2, max_tokens=2)["choices"]) == 8
+    with serving() as client:  # the case as it was found: 8 run and 64 wait
+        assert len(complete(client, ["a"] * 13, n=5, max_tokens=1)["choices"]) == 65

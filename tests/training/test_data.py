@@ -1,18 +1,34 @@
-"""Packing and corpora, through the interface alone: documents in, windows out, no padding."""
+"""Windows: packed, with a BOS, or of one document, against stock transformers and lm-eval."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import anydepth
+from anydepth import HFEngine
+from anydepth.calibration.shares import skipped_shares
 from anydepth.errors import UserError
-from anydepth.training.corpora import load_texts
-from anydepth.training.data import pack
+from anydepth.measure.evaluate import evaluate, exit_losses
+from anydepth.recipe import Recipe, TextConfig, TrainConfig
+from anydepth.runs.run import Runner
+from anydepth.training.data import WindowDataset, bos_of, collate, load_windows, num_tokens, pack, rows_of
+from anydepth.training.learner import Learner
+from anydepth.training.train import prepare, train
+from tiny import byte_tokenizer, save_base, tiny_llama
+from undecided import undecided
+
+ISOLATED = TextConfig(isolate_documents=True)
+DOCUMENTS = ["the sea is wide and the night is long", "but the light comes back to the sea", "a", "the wide night"]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -32,59 +48,211 @@ def test_too_little_text_names_the_tokens() -> None:
         pack(["a b"], word_tokenizer(), 50)
 
 
-def test_embedded_splits_are_disjoint_and_stable() -> None:
-    train, valid = load_texts("embedded:train"), load_texts("embedded:valid")
-    assert train == load_texts("embedded") and not set(train) & set(valid) and len(train) > len(valid) > 0
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same with a BOS that it puts in front of every text, as those of Gemma and Llama do."""
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    front = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = front
+    return tokenizer
 
 
-def test_files(tmp_path: Path) -> None:
-    (tmp_path / "x.txt").write_text("one\n\ntwo")
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in "ab"))
-    assert "".join(load_texts(str(tmp_path / "x.txt"))).startswith("one")
-    assert load_texts(str(tmp_path / "x.jsonl")) == ["a", "b"]
+def names_a_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """One that has a BOS and never uses it, as those of GPT-2, SmolLM2 and Qwen."""
+    tokenizer.bos_token = tokenizer.eos_token
+    return tokenizer
 
 
-@pytest.mark.parametrize("content", ["", "  \n \n"])
-def test_empty_corpus(tmp_path: Path, content: str) -> None:
-    (tmp_path / "x.txt").write_text(content)
-    with pytest.raises(UserError):
-        load_texts(str(tmp_path / "x.txt"))
+def model_with_bos() -> LlamaForCausalLM:
+    return tiny_llama(vocab_size=258)
 
 
-def test_wrong_record_names_what_was_found(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"prompt": "hi"}\n')
-    with pytest.raises(UserError, match="prompt"):
-        load_texts(str(tmp_path / "x.jsonl"))
+@torch.no_grad()
+def stock_losses(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Cross-entropy of every token but the first."""
+    row = torch.tensor([ids])
+    return torch.nn.functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none")
 
 
-def test_wikitext_marks_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wikitext-2").mkdir()
-    # One article with every mark, one without.
-    text = ' \n = One = \n \n It weighs 1 @,@ 000 @.@ 5 kg ( 2 lb ) , a well @-@ known " <unk> " . \n'
-    text += " Born in 1916 @,@ \n"  # as in six lines of wikitext-2
-    text += " \n = Two = \n \n B . \n"
-    (tmp_path / "wikitext-2" / "valid.txt").write_text(text)
-    monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
-    one, two = load_texts("wikitext-2:valid")
-    assert 'It weighs 1,000.5 kg (2 lb), a well-known "<unk>".\nBorn in 1916,' in one and "B." in two
-    assert "@" not in one
+def plain_ids(text: str) -> list[int]:
+    return byte_tokenizer()(text)["input_ids"]
 
 
-def test_the_lines_of_wikitext_103_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line is one sample: those of more than so many characters, the first so many of them, marks and all."""
-    (tmp_path / "wikitext-103").mkdir()
-    long = [f" Line {number} weighs 1 @,@ 000 kg ." for number in range(5)]
-    text = "\n".join([" ", " = One = ", " ", *long[:2], " short ", *long[2:]])
-    (tmp_path / "wikitext-103" / "train.txt").write_text(text)
-    monkeypatch.setenv("ANYDEPTH_DATA", str(tmp_path))
-    assert load_texts("wikitext-103:train", lines=True, min_chars=20, max_documents=3) == long[:3]
-    (article,) = load_texts("wikitext-103:train")
-    assert "1,000 kg." in article and "short" in article
-    with pytest.raises(UserError, match="more than 900 characters"):
-        load_texts("wikitext-103", lines=True, min_chars=900)
+# --- BOS --------------------------------------------------------------------------------------------------------------
 
 
-def test_lines_and_lengths_of_any_corpus(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one\n\nthree"}) + "\n" + json.dumps({"text": "four4"}))
-    assert load_texts(str(tmp_path / "x.jsonl"), lines=True) == ["one", "three", "four4"]
-    assert load_texts(str(tmp_path / "x.jsonl"), lines=True, min_chars=3, max_documents=1) == ["three"]
+def test_every_window_begins_with_the_bos_of_the_tokenizer() -> None:
+    """C9. A window of T tokens is BOS and T − 1 tokens of text; nothing of the text is left out."""
+    tokenizer = with_bos(byte_tokenizer())
+    windows = pack(DOCUMENTS, tokenizer, 16)
+    assert (windows[:, 0] == tokenizer.bos_token_id).all() and not (windows[:, 1:] == tokenizer.bos_token_id).any()
+    text = [token for document in DOCUMENTS for token in [*plain_ids(document), 0]]
+    assert windows[:, 1:].flatten().tolist() == text[: windows[:, 1:].numel()]
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_stock_transformers_with_a_bos_before_each_window() -> None:
+    """C9. The targets are all tokens of text, BOS is none of them."""
+    model, tokenizer = model_with_bos(), with_bos(byte_tokenizer())
+    found = evaluate(HFEngine(anydepth.attach(model_with_bos(), [])), pack(DOCUMENTS * 3, tokenizer, 24))
+    stream = [token for document in DOCUMENTS * 3 for token in [*plain_ids(document), 0]]
+    pieces = [stream[start : start + 23] for start in range(0, len(stream) - 23, 23)]
+    losses = torch.cat([stock_losses(model, [tokenizer.bos_token_id, *piece]) for piece in pieces])
+    assert found["num_tokens"] == len(losses) == 23 * len(pieces)
+    assert found["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+
+
+def test_a_document_scores_as_in_lm_eval() -> None:
+    """C9. Rolling log-likelihood of a document that fits into one window."""
+    tokenizer, text = with_bos(byte_tokenizer()), DOCUMENTS[0]
+    theirs = HFLM(pretrained=model_with_bos(), tokenizer=tokenizer, add_bos_token=False)  # its prefix is the BOS
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    expected = theirs.loglikelihood_rolling([request], disable_tqdm=True)[0]
+    windows = pack([text], tokenizer, len(plain_ids(text)) + 1)
+    ours = evaluate(HFEngine(anydepth.attach(model_with_bos(), [])), windows)
+    assert ours["loss"] * ours["num_tokens"] == pytest.approx(-expected, abs=1e-3)
+    assert ours["num_tokens"] == len(plain_ids(text))
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), names_a_bos(byte_tokenizer())])
+def test_a_tokenizer_that_adds_no_bos_gets_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    """C9. A BOS that is only named, as GPT-2's, changes nothing."""
+    assert bos_of(tokenizer) is None
+    text = [token for document in DOCUMENTS for token in [*plain_ids(document), 0]]
+    windows = pack(DOCUMENTS, tokenizer, 16)
+    assert windows.flatten().tolist() == text[: windows.numel()]
+
+
+def test_the_bos_of_documents_alone() -> None:
+    tokenizer = with_bos(byte_tokenizer())
+    windows = pack(DOCUMENTS[:2], tokenizer, 16, text=TextConfig(bos="per_document"))
+    bos = tokenizer.bos_token_id
+    text = [bos, *plain_ids(DOCUMENTS[0]), 0, bos, *plain_ids(DOCUMENTS[1])]
+    assert windows.flatten().tolist() == text[: windows.numel()]
+
+
+def test_all_stages_of_a_recipe_read_windows_with_a_bos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C9. Training, search, calibration, eval, analysis and the prompts of bench."""
+    model_with_bos().save_pretrained(tmp_path / "base")
+    tokenizer = with_bos(byte_tokenizer())
+    tokenizer.save_pretrained(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(DOCUMENTS * 20))
+    recipe = Recipe.model_validate(
+        {
+            "model": {"target": str(tmp_path / "base")},
+            "data": {"train": str(text), "sequence_length": 16},
+            "methods": [{"name": "layer_router", "always_keep": 2}],
+            "search": {"sequence_length": 16, "num_windows": 2},
+            "router_fit": {"sequence_length": 16, "num_windows": 2},
+            "train": {"max_steps": 1, "warmup_steps": 0},
+            "calibrate": {"skip_share": 0.3, "num_windows": 2},
+            "eval": {"data": str(text), "sequence_length": 16, "max_windows": 2},
+            "bench": {"prompt_tokens": [16], "new_tokens": 2, "num_runs": 1, "engine": "hf"},
+            "analyze": {"sequence_length": 16, "num_windows": 2, "num_permutations": 3},
+        }
+    )
+    seen: list[Tensor] = []
+    forward = LlamaForCausalLM.forward
+
+    def watch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watch)
+    runner = Runner(recipe, tmp_path / "out", say=lambda line: None)
+    for stage in (runner.search, runner.fit, runner.train, runner.evaluate, runner.bench, runner.analyze):
+        seen.clear()
+        stage()
+        read = [ids for ids in seen if ids.shape[1] > 8]  # neither tokens being decoded nor the self-check's pieces
+        assert read and all((ids[:, 0] == tokenizer.bos_token_id).all() for ids in read), stage
+
+
+# --- documents alone --------------------------------------------------------------------------------------------------
+
+
+def test_windows_of_one_document_each() -> None:
+    """C29. Long documents are cut, short ones padded, and one token without a target is left out."""
+    windows = pack(DOCUMENTS, byte_tokenizer(), 20, text=ISOLATED)
+    first, second, *_, last = map(plain_ids, DOCUMENTS)
+    expected = [first[:20], first[20:], second[:20], second[20:], last]
+    assert [row[0].tolist() for row in rows_of(windows)] == expected
+    assert num_tokens(windows) == sum(map(len, expected))
+
+
+@torch.no_grad()
+def test_the_second_document_scores_as_if_it_were_alone(tmp_path: Path) -> None:
+    """C29. Packed, the second document sees the first."""
+    path, model = tmp_path / "two.jsonl", tiny_llama()
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[:2]))
+    losses = torch.cat([stock_losses(model, plain_ids(text)) for text in DOCUMENTS[:2]])
+    adapted = anydepth.attach(tiny_llama(), [])
+    alone = load_windows(str(path), byte_tokenizer(), 100, text=ISOLATED)
+    found = evaluate(HFEngine(adapted), alone)
+    assert found["loss"] == pytest.approx(losses.mean().item(), abs=1e-5) and found["num_tokens"] == len(losses)
+    assert exit_losses(adapted, alone)[-1]["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    packed = evaluate(HFEngine(adapted), load_windows(str(path), byte_tokenizer(), 70))
+    assert packed["loss"] != pytest.approx(losses.mean().item(), abs=1e-2)
+
+
+@pytest.mark.parametrize("distillation", [None, {"weight": 0.5}])
+def test_training_on_documents_alone_has_their_own_losses(tmp_path: Path, distillation: dict[str, float]) -> None:
+    """C29. The first step's loss is that of stock transformers over the tokens of both documents."""
+    config = TrainConfig.model_validate(
+        {"max_steps": 1, "batch_size": 2, "lora": {"rank": 2}, "distillation": distillation}
+    )
+    adapted = anydepth.attach(prepare(tiny_llama(), config), [])
+    result = train(adapted, pack(DOCUMENTS[:2], byte_tokenizer(), 100, text=ISOLATED), config, tmp_path)
+    losses = torch.cat([stock_losses(tiny_llama(), plain_ids(text)) for text in DOCUMENTS[:2]])
+    row = result.loss_history[0]
+    assert row["lm_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert row.get("distillation", 0) == pytest.approx(0, abs=1e-6)  # its own teacher, before the first step
+
+
+def test_a_batch_is_cut_to_its_longest_document() -> None:
+    windows = pack(DOCUMENTS, byte_tokenizer(), 100, text=ISOLATED)
+    items = WindowDataset(windows, num_items=3, seed=0)
+    batch = collate([*items])
+    assert batch["attention_mask"].sum(1).tolist() == [len(rows_of(windows)[i][0]) for i in items.order]
+    assert batch["input_ids"].shape[1] == max(len(plain_ids(text)) for text in DOCUMENTS)
+    assert torch.equal(batch["labels"] != -100, batch["attention_mask"] == 1)
+
+
+def test_no_gradient_reaches_the_tokens_of_another_document() -> None:
+    """C29. With a router sampling in training: the loss of one document does not depend on the other's embedding."""
+    config = TrainConfig.model_validate({"max_steps": 1, "execution": "sparse", "backbone": True})
+    model = prepare(tiny_llama(), config).train()
+    adapted = anydepth.attach(model, {"name": "layer_router", "always_keep": 2, "target_weight": 0.0})
+    batch = collate([*WindowDataset(pack(["abc", "vwxyz"], byte_tokenizer(), 9, text=ISOLATED), num_items=2, seed=0)])
+    other = int(batch["attention_mask"].sum(1).argmin())
+    batch["labels"][other] = -100
+    Learner(adapted, config, 0)(**batch)[0].backward()
+    table = model.get_input_embeddings().weight.grad
+    assert (table[plain_ids("abc")] == 0).all() and (table[plain_ids("vwxyz")] != 0).any()
+
+
+def test_thresholds_are_set_on_documents_alone() -> None:
+    """C29. The share that padded windows skip is the mean of what each document skips alone."""
+    adapted = undecided("layer_router")
+    windows = pack(DOCUMENTS[:2], byte_tokenizer(), 100, text=ISOLATED)
+    alone = [skipped_shares(adapted, torch.tensor([plain_ids(text)]))["layer_router"] for text in DOCUMENTS[:2]]
+    assert skipped_shares(adapted, windows)["layer_router"] == pytest.approx(sum(alone) / 2)
+    assert 0.1 < sum(alone) / 2 < 0.9
+
+
+def test_the_option_reaches_training_and_eval_of_a_recipe(tmp_path: Path) -> None:
+    """C29. `data.isolate_documents: true`."""
+    save_base(tmp_path / "base")
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[:2]))
+    recipe = Recipe.model_validate(
+        {
+            "model": {"target": str(tmp_path / "base")},
+            "data": {"train": str(path), "sequence_length": 64, "isolate_documents": True},
+            "train": {"max_steps": 1, "batch_size": 2, "lora": {"rank": 2}},
+            "eval": {"data": str(path), "sequence_length": 64},
+        }
+    )
+    runner = Runner(recipe, tmp_path / "out", say=lambda line: None)
+    losses = torch.cat([stock_losses(tiny_llama(), plain_ids(text)) for text in DOCUMENTS[:2]])
+    assert runner.train()["loss_history"][0]["lm_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert runner.evaluate()["full_depth"]["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)

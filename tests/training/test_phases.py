@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,13 +43,14 @@ def state_of(adapted: anydepth.AdaptedModel) -> dict[str, torch.Tensor]:
 
 def test_each_phase_trains_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     after: list[dict[str, torch.Tensor]] = []
-    own = training_phases._save
+    own = training_phases.train
 
-    def save(adapted: anydepth.AdaptedModel, folder: Path, result: TrainResult) -> None:
+    def train(adapted: anydepth.AdaptedModel, *args: Any, **options: Any) -> TrainResult:
+        result = own(adapted, *args, **options)
         after.append(state_of(adapted))
-        own(adapted, folder, result)
+        return result
 
-    monkeypatch.setattr(training_phases, "_save", save)
+    monkeypatch.setattr(training_phases, "train", train)
     adapted, result = trained(tmp_path)
     assert [(row["step"], row["phase"]) for row in result.loss_history] == [(n + 1, int(n >= 4)) for n in range(7)]
     assert list(adapted.methods) == ["exit_gate", "ffn_router"]

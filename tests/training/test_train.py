@@ -52,8 +52,8 @@ def test_only_gates_and_adapters_change(tmp_path: Path, execution: str) -> None:
 
 
 def test_lm_loss_is_reported_without_the_auxiliary_loss(tmp_path: Path) -> None:
-    heavy = trained(tmp_path, settings(max_steps=1), {**ROUTER, "target_weight": 1000.0, "target_skip": 0.9})
-    light = trained(tmp_path, settings(max_steps=1), {**ROUTER, "target_weight": 0.0, "sparsity_weight": 0.1})
+    heavy = trained(tmp_path / "a", settings(max_steps=1), {**ROUTER, "target_weight": 1000.0, "target_skip": 0.9})
+    light = trained(tmp_path / "b", settings(max_steps=1), {**ROUTER, "target_weight": 0.0, "sparsity_weight": 0.1})
     assert heavy.result.loss_history[0]["lm_loss"] == light.result.loss_history[0]["lm_loss"]
     assert heavy.result.loss_history[0]["layer_router/target"] > 10
 
@@ -162,8 +162,16 @@ def test_training_of_epochs_resumes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(adapted, windows(), config, tmp_path / "b", on_step=stop)
     adapted = anydepth.attach(prepare(tiny_llama(), config), ROUTER)
-    resumed = train(adapted, windows(), config, tmp_path / "b", resume=True).loss_history
+    resumed = train(adapted, windows(), config, tmp_path / "b").loss_history
     assert resumed == whole
+
+
+def test_a_complete_training_is_loaded_and_trains_no_more(tmp_path: Path) -> None:
+    whole = trained(tmp_path, settings())
+    again = trained(tmp_path, settings())
+    assert again.result.loss_history == whole.result.loss_history
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("given", [{"max_steps": 3, "num_epochs": 2}, {"num_epochs": 0}])

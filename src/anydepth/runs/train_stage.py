@@ -82,7 +82,7 @@ class Training:
     ) -> tuple[AdaptedModel, dict[str, Any]]:
         """Train what the recipe names, in phases if it has some; resume where training was interrupted."""
         windows = self.inputs.windows(self.recipe.data.train, tokenizer, self.recipe.data)
-        shared: dict[str, Any] = {"seed": self.recipe.seed, "resume": True, "on_step": self.on_step}
+        shared: dict[str, Any] = {"seed": self.recipe.seed, "on_step": self.on_step or (lambda row: None)}
         if self.recipe.phases:
             adapted, result = train_phases(adapted, windows, settings, self.recipe.phases, self.out, **shared)
         else:

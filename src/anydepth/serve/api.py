@@ -16,7 +16,6 @@ from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
-import torch
 from fastapi import Depends, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -30,36 +29,27 @@ from anydepth.decoding.sampler import Stops
 from anydepth.decoding.sampling_options import Penalties, SamplingOptions
 from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
+from anydepth.serve.http import SizeLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
 from anydepth.serve.service import Busy, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape, usage_of
-from anydepth.serve.size_limit import SizeLimit
 from anydepth.serve.text_stream import TextStream, TokenText
 
 log = logging.getLogger("anydepth.serve")
-DONE = "[DONE]"
 BROKEN = "decoding failed; the server's log says why"  # the error itself may contain parts of a prompt
+MAX_NEW_TOKENS = 4096  # of an answer
 REFUSALS = (400, 401, 404, 408, 413, 429, 431)
 STREAMED = {200: {"description": "The answer, complete or as events.", "content": {"text/event-stream": {}}}}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a server.
-
-    Attributes:
-        name: name of the model. api_key: key that requests must have; None: no key.
-        max_body_bytes: maximum size of a request's body. request_seconds: timeout of a request.
-        max_new_tokens: maximum length of an answer.
-        seed: seed for requests without one; None: a different seed each time.
-    """
+    """Settings of a server: `name` is that of the model, `seed` that of requests without one (None: a new one each)."""
 
     name: str
     api_key: str | None = None
-    max_body_bytes: int = 1 << 20
     request_seconds: float = 600.0
-    max_new_tokens: int = 4096
     seed: int | None = None
 
 
@@ -79,17 +69,16 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
         redoc_url=None,
         responses={code: {"model": Error} for code in REFUSALS},
     )
-    app.add_middleware(SizeLimit, most=settings.max_body_bytes)
+    app.add_middleware(SizeLimit)
     _errors(app)
-    metrics = Metrics(service)
-    server = Server(service, tokenizer, settings, metrics)
+    server = Server(service, tokenizer, settings)
     keyed = [Depends(_key_check(settings.api_key))]
     app.add_api_route("/v1/models", server.models, methods=["GET"], dependencies=keyed)
     app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"], dependencies=keyed)
     posted: dict[str, Any] = {"methods": ["POST"], "dependencies": keyed, "response_model": None, "responses": STREAMED}
     app.add_api_route("/v1/completions", server.complete, **posted)
     app.add_api_route("/v1/chat/completions", server.chat, **posted)
-    app.add_api_route("/metrics", metrics.page, methods=["GET"], dependencies=keyed)
+    app.add_api_route("/metrics", Metrics(service).page, methods=["GET"], dependencies=keyed)
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/", playground(), methods=["GET"], include_in_schema=False)
     _remove_422(app)
@@ -157,18 +146,12 @@ def _errors(app: FastAPI) -> None:
     app.add_exception_handler(StarletteHTTPException, refused)
 
 
-@dataclass
 class Server:
     """The endpoints."""
 
-    service: Service
-    tokenizer: PreTrainedTokenizerBase
-    settings: Settings
-    metrics: Metrics
-
-    def __post_init__(self) -> None:
-        self.seeds = random.Random(self.settings.seed)
-        self.tokens = TokenText(self.tokenizer)
+    def __init__(self, service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+        self.service, self.tokenizer, self.settings = service, tokenizer, settings
+        self.seeds, self.tokens = random.Random(settings.seed), TokenText(tokenizer)
 
     async def models(self) -> dict[str, Any]:
         """List the models, of which there is one."""
@@ -223,28 +206,23 @@ class Server:
         except Exception as failed:  # templates raise errors of any type about the order of roles
             raise HTTPException(400, "the chat template does not support these roles in this order") from failed
         capacity = self._capacity(prompt)
-        wanted = body.max_completion_tokens or body.max_tokens or min(capacity, self.settings.max_new_tokens)
+        wanted = body.max_completion_tokens or body.max_tokens or min(capacity, MAX_NEW_TOKENS)
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         jobs = [self._job(body, prompt, wanted, number, num_logprobs) for number in range(body.n or 1)]
         return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body))
 
     def _prompts(self, body: Completion) -> list[list[int]]:
-        if isinstance(body.prompt, str):
-            texts = [body.prompt]
-        elif isinstance(body.prompt[0], int):
-            size = self.service.engine.adapted.config.vocab_size
-            if max(body.prompt) >= size:  # type: ignore[type-var]
-                raise HTTPException(400, f"prompt: token ids must be below {size}")
-            return [list(body.prompt)]  # type: ignore[arg-type]
-        else:
-            texts = [str(text) for text in body.prompt]
-        return encode_batch(self.tokenizer, texts)
+        prompt: Any = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        if isinstance(prompt[0], str):
+            return encode_batch(self.tokenizer, prompt)
+        size = self.service.engine.adapted.config.vocab_size
+        if max(prompt) >= size:
+            raise HTTPException(400, f"prompt: token ids must be below {size}")
+        return [prompt]
 
     def _capacity(self, prompt: list[int]) -> int:
         """Return the number of new tokens that fit after a prompt."""
-        window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
-        max_length = self.service.scheduler.session.max_length
-        most = min(length for length in (window, max_length) if length is not None)
+        most = self.service.max_length
         if not prompt:
             raise HTTPException(400, "the prompt is empty; give at least one token")
         if len(prompt) >= most:
@@ -256,7 +234,7 @@ class Server:
         return most - len(prompt)
 
     def _job(self, body: Sampling, prompt: list[int], wanted: int, number: int, num_logprobs: int | None) -> Job:
-        capacity = min(self._capacity(prompt), self.settings.max_new_tokens)
+        capacity = min(self._capacity(prompt), MAX_NEW_TOKENS)
         if wanted > capacity:
             raise HTTPException(
                 400, f"{wanted} new tokens do not fit after a prompt of {len(prompt)}; ask for at most {capacity}"
@@ -272,14 +250,10 @@ class Server:
         penalties = []
         if body.presence_penalty or body.frequency_penalty:
             penalties.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
-        generator = None
-        if not options.is_greedy:
-            generator = torch.Generator(device=self.service.engine.adapted.device)
-            seed = self.seeds.getrandbits(63) if body.seed is None else (body.seed + number) % 2**63
-            generator.manual_seed(seed)
+        seed = self.seeds.getrandbits(63) if body.seed is None else body.seed + number
         request = decoding.Request(
             prompt,
-            self.service.sampler(options.processors(*penalties), generator),
+            self.service.sampler(options, seed, *penalties),
             Stops.at(len(prompt) + wanted, self.service.end_ids),
             full_depth=body.anydepth.full_depth,
             budget=body.anydepth.depth_budget,
@@ -320,19 +294,15 @@ class Server:
 
     async def _events(self, body: Sampling, jobs: list[Job], queue: Any, shape: Shape) -> AsyncIterator[str]:
         """Yield server-sent events; an error is an event as well, since the status has been sent."""
-        left = len(jobs)
         try:
-            while left:
-                number, piece = await queue.get()
-                left -= piece.finish_reason is not None
-                if piece.finish_reason in ("timeout", "error"):
-                    yield _event(_failed(piece)[0])
+            async for number, piece in _pieces(jobs, queue):
+                if failure := _failure_of(piece):
+                    yield _event(failure[0])
                     return
-                for chunk in shape.chunks(number, piece):
-                    yield _event(chunk)
+                yield _event(shape.answer([shape.part(number, piece)], stream=True))
             if body.stream_options is not None and body.stream_options.include_usage:
-                yield _event({**shape.head(stream=True), "choices": [], "usage": usage_of(jobs, body)})
-            yield f"data: {DONE}\n\n"
+                yield _event(shape.answer([], stream=True, usage=usage_of(jobs, body)))
+            yield "data: [DONE]\n\n"
         except Exception as failed:
             log.error("an answer could not be written", exc_info=failed)
             yield _event(error(BROKEN, "server_error"))
@@ -340,30 +310,36 @@ class Server:
             self._cancel(jobs)
 
     async def _response(self, body: Sampling, request: Request, jobs: list[Job], queue: Any, shape: Shape) -> Response:
-        pieces: list[list[Piece]] = [[] for _ in jobs]
-        disconnected = asyncio.ensure_future(_disconnected(request))
-        try:
-            left = len(jobs)
-            while left:
-                following = asyncio.ensure_future(queue.get())
-                await asyncio.wait({following, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-                if not following.done():
-                    following.cancel()
-                    return Response(status_code=499)
-                number, piece = following.result()
+        async def complete() -> Response:
+            pieces: list[list[Piece]] = [[] for _ in jobs]
+            async for number, piece in _pieces(jobs, queue):
+                if failure := _failure_of(piece):
+                    return JSONResponse(*failure)
                 pieces[number].append(piece)
-                left -= piece.finish_reason is not None
-                if piece.finish_reason in ("timeout", "error"):
-                    return JSONResponse(*_failed(piece))
             choices = [shape.choice(number, parts) for number, parts in enumerate(pieces)]
-            return JSONResponse({**shape.head(stream=False), "choices": choices, "usage": usage_of(jobs, body)})
+            return JSONResponse(shape.answer(choices, stream=False, usage=usage_of(jobs, body)))
+
+        answer, disconnected = asyncio.ensure_future(complete()), asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else Response(status_code=499)
         finally:
+            answer.cancel()
             disconnected.cancel()
             self._cancel(jobs)
 
     def _cancel(self, jobs: list[Job]) -> None:
         for job in jobs:
             self.service.cancel(job)
+
+
+async def _pieces(jobs: list[Job], queue: Any) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield the pieces of all answers, each with the number of its answer."""
+    left = len(jobs)
+    while left:
+        number, piece = await queue.get()
+        left -= piece.finish_reason is not None
+        yield number, piece
 
 
 async def _disconnected(request: Request) -> None:
@@ -376,7 +352,8 @@ def _event(fields: dict[str, Any]) -> str:
     return f"data: {json.dumps(fields)}\n\n"
 
 
-def _failed(piece: Piece) -> tuple[dict[str, Any], int]:
+def _failure_of(piece: Piece) -> tuple[dict[str, Any], int] | None:
+    """Return the body and the status of a refusal if a piece reports a failure."""
     if piece.finish_reason == "timeout":
         return error("the request exceeded the server's --timeout; ask for fewer tokens", "timeout_error"), 408
-    return error(BROKEN, "server_error"), 500
+    return (error(BROKEN, "server_error"), 500) if piece.finish_reason == "error" else None

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from anydepth.errors import RunError, UserError
 from anydepth.gating.plan import Plan
 from anydepth.hf.adapted import AdaptedModel
-from anydepth.methods._base.method import Method
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.models.backbone import Backbone
 from anydepth.models.load import is_quantised
@@ -65,6 +64,8 @@ def export(
     if is_quantised(adapted.model):
         raise UserError("the base model is quantised to 4 bits, which is not a plain checkpoint; load it without nf4")
     backbone = adapted.eval().backbone
+    if exit_layer is not None and not 1 <= exit_layer <= backbone.num_layers:
+        raise UserError(f"--exit-layer is a number from 1 to {backbone.num_layers}; got {exit_layer}")
     kept = {"static": _static, "draft": _draft, "merged": _merged}[kind](adapted, exit_layer)
     model = with_layers(backbone, kept)
     generator = torch.Generator().manual_seed(seed)
@@ -97,18 +98,13 @@ def export(
 
 def _static(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
     others = [name for name in adapted.methods if name != SkipSet.name]
-    skips = dict(adapted.methods.items()).get(SkipSet.name)
     if others:
         raise UserError(f"{others[0]} is not a fixed set of layers, as a plain checkpoint needs; export a skip_set")
-    left_out: set[int] = set()
-    if isinstance(skips, SkipSet):
-        methods: list[Method] = [skips]
-        closed = Plan.of(methods).closed
-        if closed["mixer"] or closed["ffn"]:
-            raise UserError("a plain checkpoint has whole layers; search without --branches for a set of whole layers")
-        left_out = set(closed["layer"])
-    last = _checked(adapted, exit_layer, adapted.backbone.num_layers)
-    kept = [layer_idx for layer_idx in range(last) if layer_idx not in left_out]
+    closed = Plan.of(adapted.attached).closed
+    if closed["mixer"] or closed["ffn"]:
+        raise UserError("a plain checkpoint has whole layers; search without --branches for a set of whole layers")
+    last = exit_layer or adapted.backbone.num_layers
+    kept = [layer_idx for layer_idx in range(last) if layer_idx not in closed["layer"]]
     if len(kept) == adapted.backbone.num_layers:
         raise UserError("no layer is left out; give a folder that search wrote, or --exit-layer")
     if not kept:
@@ -122,14 +118,7 @@ def _draft(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
             "draft writes the first layers as a separate model: give --exit-layer, or a target that drafts with "
             "exit_layers (a trained drafter reads states of the whole model, and cannot run without it)"
         )
-    return list(range(_checked(adapted, exit_layer, 0)))
-
-
-def _checked(adapted: AdaptedModel, exit_layer: int | None, otherwise: int) -> int:
-    last = otherwise if exit_layer is None else exit_layer
-    if not 1 <= last <= adapted.backbone.num_layers:
-        raise UserError(f"--exit-layer is a number from 1 to {adapted.backbone.num_layers}; got {last}")
-    return last
+    return list(range(exit_layer))
 
 
 def _merged(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:

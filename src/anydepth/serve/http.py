@@ -1,4 +1,4 @@
-"""Listen for HTTP: a socket that is bound before a model is loaded, and a server with JSON refusals."""
+"""Listen for HTTP: a socket that is bound before a model is loaded, bounded requests, and refusals in JSON."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from collections.abc import Callable
 import h11
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anydepth.errors import UserError
 from anydepth.serve.protocol import INVALID, error
-from anydepth.serve.size_limit import MAX_HEADER_BYTES, TOO_LONG
 
 KEEP_ALIVE_SECONDS = 30
 BACKLOG = 2048
+MAX_HEADER_BYTES = 1 << 16
+MAX_BODY_BYTES = 1 << 20
+HEADERS_TOO_LARGE = error(
+    f"the request line and the headers are more than {MAX_HEADER_BYTES} bytes", INVALID, code="headers_too_large"
+)
+BODY_TOO_LARGE = error(f"the body is larger than {MAX_BODY_BYTES} bytes", INVALID, code="body_too_large")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -68,15 +75,50 @@ class JSONRefusals(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         too_long = getattr(sys.exception(), "error_status_hint", 400) == 431
-        refusal = (
-            error(TOO_LONG, INVALID, code="headers_too_large")
-            if too_long
-            else error("the request is not valid HTTP", INVALID)
-        )
-        body = json.dumps(refusal).encode()
+        body = json.dumps(HEADERS_TOO_LARGE if too_long else error("the request is not valid HTTP", INVALID)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         status, reason = (431, b"Request Header Fields Too Large") if too_long else (400, b"Bad Request")
         answer = h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")], reason=reason)
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
+
+
+class SizeLimit:
+    """Refuses headers and bodies that are too large, bodies before they are read completely."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if _head_size(scope) > MAX_HEADER_BYTES:
+            await JSONResponse(HEADERS_TOO_LARGE, 431, {"Connection": "close"})(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+            await JSONResponse(BODY_TOO_LARGE, 413)(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > MAX_BODY_BYTES:
+                await JSONResponse(BODY_TOO_LARGE, 413)(scope, receive, send)
+                return
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self.app(scope, again, send)
+
+
+def _head_size(scope: Scope) -> int:
+    """Return the size in bytes of a request's line and headers; h11 limits incomplete ones alone."""
+    line = len(scope["method"]) + len(scope.get("raw_path") or b"") + len(scope["query_string"]) + len("  HTTP/1.1\r\n")
+    return line + sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])

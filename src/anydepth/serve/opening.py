@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
+from anydepth.errors import RunError, UserError
 from anydepth.models.load import DType
 from anydepth.serve.service import Budgets, Service
 from anydepth.speculation.draft import why_no_draft
@@ -36,16 +38,12 @@ def open_service(
 ) -> tuple[Service, PreTrainedTokenizerBase]:
     """Return a `Service` for a target of the command line, and its tokenizer.
 
+    Options are as in `load_target` and `open_engine`, which raise `UserError`.
+
     Args:
         data: text on which depth budgets are calibrated.
-        weights: int8 or int4; None is the model's own precision.
         generation_config: auto: requests default to the model's own sampling options; none: they do not.
-        overrides: options by method, which replace those of the target.
-        skip_share: fraction of their decisions that methods skip in requests without a depth budget.
         limits: `max_batch_size`, `max_tokens` and `max_queue` of the service.
-
-    Raises:
-        UserError: as `load_target` and `open_engine` do.
     """
     check_corpus(data)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}
@@ -56,5 +54,7 @@ def open_service(
     engine = open_engine(adapted.eval(), "auto", weights, log.warning, draft=draft)
     budgets = None
     if adapted.attached:
-        budgets = Budgets.of(engine, load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS))
+        windows = load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS)
+        with suppress(RunError, UserError):  # no method has a threshold
+            budgets = Budgets(engine, windows)
     return Service(engine, tokenizer, budgets=budgets, **limits), tokenizer

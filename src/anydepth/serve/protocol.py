@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -176,18 +176,14 @@ def explained(errors: Sequence[Any]) -> dict[str, Any]:
     if union is None:
         return error(": ".join(filter(None, [_dotted(path), _sentence(first)])), INVALID, param=_dotted(path) or None)
     name = path[union]
-    own = next((_sentence(one) for one in _at(errors, name) if one["type"] == "value_error"), TAKES[name])
+    own = [_sentence(one) for one in errors if name in one["loc"] and one["type"] == "value_error"] or [TAKES[name]]
     param = _dotted(path[: union + 1])
     missing = first["type"] == "missing" and path[-1] == name
-    return error(f"{param}: {'a required field is missing; ' if missing else ''}{own}", INVALID, param=param)
+    return error(f"{param}: {'a required field is missing; ' if missing else ''}{own[0]}", INVALID, param=param)
 
 
 def _dotted(path: Sequence[Any]) -> str:
     return ".".join(map(str, path))
-
-
-def _at(errors: Sequence[Any], name: str) -> Iterator[Any]:
-    return (one for one in errors if name in one["loc"])
 
 
 def _sentence(one: Any) -> str:

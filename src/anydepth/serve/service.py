@@ -9,19 +9,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.shares import collect_scores, kept_scores, restored, set_thresholds, thresholds_at
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import DraftCounts, Logprob, Request
 from anydepth.decoding.sampler import Sampler
+from anydepth.decoding.sampling_options import Penalties, SamplingOptions
 from anydepth.decoding.scheduler import Scheduler
-from anydepth.errors import RunError, UserError
+from anydepth.errors import UserError
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.tokens import end_ids
@@ -70,8 +70,6 @@ class Job:
 
     Attributes:
         put: called with each piece, on the engine's thread.
-        lossless: whether the answer is the text of full depth.
-        wants_layers: whether tokens have `layers`.
         seconds: timeout, waiting included.
         num_sent: tokens that `put` has received.
         why_not_drafted: reason why a lossless request was not drafted; None for other requests.
@@ -87,12 +85,10 @@ class Job:
     first_token: float | None = None
     last_token: float | None = None
     num_sent: int = 0
-    is_over: bool = False
     why_not_drafted: str | None = None
 
     @property
     def counts(self) -> DraftCounts | None:
-        """Draft counts of the request; None: it is not drafted."""
         return self.request.counts if self.request.is_drafted else None
 
     @property
@@ -112,6 +108,7 @@ class Service:
 
     Attributes:
         end_ids: tokens that end an answer.
+        max_length: largest number of tokens of a prompt and its answer.
         observers: called with a job and its number of new tokens for each piece, on the engine's thread.
     """
 
@@ -131,12 +128,14 @@ class Service:
         self.scheduler = Scheduler(
             engine, max_batch_size, max_tokens, plan_of=None if budgets is None else budgets.plan_of
         )
+        window = getattr(engine.adapted.config, "max_position_embeddings", None)
+        self.max_length = min(length for length in (window, self.scheduler.session.max_length) if length is not None)
         self.jobs: dict[Request, Job] = {}
         self.arrived: list[Job] = []
         self.cancelled: set[Job] = set()
         self.wake = threading.Condition()
         self.is_closing = False
-        self.latest: list[float] = []
+        self.latest: list[float] = []  # replaced, never changed: other threads read it
         self.logged: set[str] = set()
         self.observers: list[Callable[[Job, int], None]] = []
         self.thread = threading.Thread(target=self._run, name="anydepth-engine", daemon=True)
@@ -160,21 +159,22 @@ class Service:
             self.scheduler.check(job.request)
         with self.wake:
             if self.is_closing or self.num_waiting + self.num_running + len(jobs) > most:
-                raise Busy(self._seconds_to_wait())
+                latest = self.latest
+                raise Busy(max(1, round(sum(latest) / max(len(latest), 1))))
             self.arrived += jobs
             self.wake.notify()
 
-    def sampler(self, processors: LogitsProcessorList, generator: torch.Generator | None) -> Sampler:
-        """Return the sampler of one request; without a generator it is greedy."""
+    def sampler(self, options: SamplingOptions, seed: int, *penalties: Penalties) -> Sampler:
         size, device = self.engine.adapted.config.vocab_size, self.engine.adapted.device
-        return Sampler(processors, 1, size, device, sampling=generator is not None, generator=generator)
+        generator = None if options.is_greedy else torch.Generator(device=device).manual_seed(seed % 2**63)
+        processors = options.processors(*penalties)
+        return Sampler(processors, 1, size, device, sampling=not options.is_greedy, generator=generator)
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job; no further piece is sent."""
+        """Cancel a job, unless it has ended; no further piece is sent."""
         with self.wake:
-            if not job.is_over:
-                self.cancelled.add(job)
-                self.wake.notify()
+            self.cancelled.add(job)
+            self.wake.notify()
 
     def close(self) -> None:
         """Wait until all accepted jobs have ended, and stop the thread."""
@@ -190,10 +190,6 @@ class Service:
     @property
     def num_running(self) -> int:
         return len(self.scheduler.running) + (self.scheduler.reading is not None)
-
-    def _seconds_to_wait(self) -> int:
-        mean = sum(self.latest) / len(self.latest) if self.latest else 1.0
-        return max(1, round(mean))
 
     # --- on the engine's thread ------------------------------------------------------------------------------------
 
@@ -214,9 +210,11 @@ class Service:
                         except Exception as failed:
                             self._fail(job, failed)
             try:
-                for job in [*cancelled, *self._timed_out()]:
+                now = time.monotonic()
+                for job in [*cancelled, *(job for job in self.jobs.values() if now - job.arrived > job.seconds)]:
                     self._end(job, None if job in cancelled else "timeout")
-                self._step()
+                if not self.scheduler.is_idle:
+                    self._step()
             except Exception as failed:  # a failing batch must not end the server
                 for job in list(self.jobs.values()):
                     self._fail(job, failed)
@@ -236,13 +234,7 @@ class Service:
             self.logged.add(why)
             log.warning("a lossless answer is decoded without drafts: %s", why)
 
-    def _timed_out(self) -> list[Job]:
-        now = time.monotonic()
-        return [job for job in self.jobs.values() if now - job.arrived > job.seconds]
-
     def _step(self) -> None:
-        if self.scheduler.is_idle:
-            return
         for request in self.scheduler.step():
             job = self.jobs.get(request)
             if job is None:
@@ -299,7 +291,6 @@ class Service:
         self.scheduler.cancel(job.request)
         if job.counts is not None and not sum(job.counts.num_drafted.values()) and reason is not None:
             self._is_not_drafted(job, NO_GAIN)
-        job.is_over = True
         if reason is not None:
             self.latest = [*self.latest[-LATEST + 1 :], time.monotonic() - job.arrived]
             rest = "" if reason == "error" else job.stream.finish()  # after an error, since the stream may have failed
@@ -317,7 +308,7 @@ class Budgets:
     """Plans for depth budgets, by thresholds from kept scores or those of some text; see `calibration/shares.py`.
 
     Raises:
-        RunError: no attached method has a threshold.
+        RunError, UserError: no threshold to set, as with fixed sets, full depth and untrained gates.
     """
 
     def __init__(self, engine: Engine, windows: Tensor) -> None:
@@ -325,13 +316,6 @@ class Budgets:
         self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
         self.own_plan = Plan.of(self.adapted.attached)
         self.plans: dict[float, Plan] = {}
-
-    @classmethod
-    def of(cls, engine: Engine, windows: Tensor) -> Budgets | None:
-        """Return the budgets, or None without a threshold to set: fixed sets, full depth, untrained gates."""
-        with suppress(RunError, UserError):
-            return cls(engine, windows)
-        return None
 
     def plan_of(self, request: Request) -> Plan:
         """Return the plan for a request's depth budget; without a budget, that of the loaded thresholds."""

@@ -25,9 +25,11 @@ class Shape(ABC):
         self.wants_logprobs = logprobs is not None and logprobs is not False
         self.wants_layers = body.anydepth.depth
 
-    def head(self, *, stream: bool) -> dict[str, Any]:
+    def answer(self, choices: list[dict[str, Any]], *, stream: bool, **fields: Any) -> dict[str, Any]:
+        """Return an answer, or a chunk of a stream."""
         kind = self.stream_kind if stream else self.kind
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.name}
+        return {**head, "choices": choices, **fields}
 
     def layers(self, tokens: list[Token]) -> dict[str, Any]:
         """Return the depth of each token, and a digit for each layer: the number of branches that ran."""
@@ -38,12 +40,12 @@ class Shape(ABC):
         return {"anydepth": {"depths": [sum(row) for row in rows], "layers": digits}}
 
     @abstractmethod
-    def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        """Return the chunks of a stream for one piece of an answer."""
+    def part(self, number: int, piece: Piece) -> dict[str, Any]:
+        """Return the choice of a chunk: one piece of one answer."""
 
     @abstractmethod
     def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
-        """Return a complete answer."""
+        """Return the choice of a complete answer."""
 
 
 class CompletionShape(Shape):
@@ -55,8 +57,8 @@ class CompletionShape(Shape):
         super().__init__(*arguments)
         self.read: dict[int, tuple[codecs.IncrementalDecoder, int]] = {}  # by answer
 
-    def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        return [{**self.head(stream=True), "choices": [self.choice(number, [piece])]}]
+    def part(self, number: int, piece: Piece) -> dict[str, Any]:
+        return self.choice(number, [piece])
 
     def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
         tokens = [token for piece in pieces for token in piece.tokens]
@@ -101,13 +103,11 @@ class ChatShape(Shape):
         super().__init__(tokens, name, body)
         self.wants_top, self.begun = bool(body.top_logprobs), set[int]()
 
-    def chunks(self, number: int, piece: Piece) -> list[dict[str, Any]]:
-        delta: dict[str, Any] = {"content": piece.text}
-        if number not in self.begun:
-            self.begun.add(number)
-            delta = {"role": "assistant", **delta}
-        choice = {"index": number, "delta": delta, "finish_reason": piece.finish_reason, **self._rest(piece.tokens)}
-        return [{**self.head(stream=True), "choices": [choice]}]
+    def part(self, number: int, piece: Piece) -> dict[str, Any]:
+        role = {} if number in self.begun else {"role": "assistant"}
+        self.begun.add(number)
+        delta = {**role, "content": piece.text}
+        return {"index": number, "delta": delta, "finish_reason": piece.finish_reason, **self._rest(piece.tokens)}
 
     def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
         tokens = [token for piece in pieces for token in piece.tokens]
@@ -139,11 +139,6 @@ def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
     """
     prompts = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
     answers = sum(job.num_sent for job in jobs)
-    usage: dict[str, Any] = {
-        "prompt_tokens": prompts,
-        "completion_tokens": answers,
-        "total_tokens": prompts + answers,
-    }
     own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second}
     if jobs[0].counts is not None:
         own["acceptance_rate"] = jobs[0].counts.acceptance_rate
@@ -152,5 +147,9 @@ def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
         reasons = [job.why_not_drafted for job in jobs if job.why_not_drafted is not None]
         drafted = len(jobs) - len(reasons)
         own["drafting"] = {"used": drafted > 0, "answers": drafted, "reason": reasons[0] if reasons else None}
-    usage["anydepth"] = own
-    return usage
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": answers,
+        "total_tokens": prompts + answers,
+        "anydepth": own,
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.decoding.request import Request
@@ -38,9 +37,8 @@ class Talk:
     ) -> None:
         self.service, self.tokenizer, self.max_new_tokens, self.lossless = service, tokenizer, max_new_tokens, lossless
         self.turns = [] if system is None else [{"role": "system", "content": system}]
-        options = SamplingOptions.of(service.engine.adapted.generation_config, temperature=temperature)
-        self.processors = options.processors()
-        self.is_greedy, self.seed, self.num_answers = options.is_greedy, seed, 0
+        self.options = SamplingOptions.of(service.engine.adapted.generation_config, temperature=temperature)
+        self.seed = seed  # of the next answer: drafts of an earlier one draw noise for tokens that it never takes
 
     def answer(self, line: str) -> Iterator[tuple[str, float]]:
         """Yield pieces of the answer, each with its mean depth in layers; closing the generator cancels the answer.
@@ -50,9 +48,14 @@ class Talk:
         """
         turns = [*self.turns, {"role": "user", "content": line}]
         prompt = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-        capacity = self._capacity(len(prompt))
-        sampler = self.service.sampler(self.processors, self._new_generator())
-        stops = Stops.at(len(prompt) + min(capacity, self.max_new_tokens), self.service.end_ids)
+        most = self.service.max_length
+        if len(prompt) >= most:
+            raise UserError(
+                f"the conversation has {len(prompt)} tokens, of at most {most - 1} that fit; begin a new one"
+            )
+        sampler = self.service.sampler(self.options, self.seed)
+        self.seed += 1
+        stops = Stops.at(min(most, len(prompt) + self.max_new_tokens), self.service.end_ids)
         request = Request(prompt, sampler, stops)  # type: ignore[arg-type]
         pieces: queue.Queue[Piece] = queue.Queue()
         stream = TextStream(self.tokenizer, request.prompt)
@@ -72,24 +75,3 @@ class Talk:
         finally:
             self.service.cancel(job)
             self.turns = [*turns, {"role": "assistant", "content": text}]
-
-    def _new_generator(self) -> torch.Generator | None:
-        """Return the generator of the next answer; None for greedy answers.
-
-        Each answer has its own generator, since drafts of an earlier answer draw noise for tokens that it never takes.
-        """
-        if self.is_greedy:
-            return None
-        generator = torch.Generator(device=self.service.engine.adapted.device)
-        self.num_answers += 1
-        return generator.manual_seed((self.seed + self.num_answers - 1) % 2**63)
-
-    def _capacity(self, num_prompt: int) -> int:
-        """Return the number of new tokens that fit after a prompt."""
-        window = getattr(self.service.engine.adapted.config, "max_position_embeddings", None)
-        most = min(length for length in (window, self.service.scheduler.session.max_length) if length is not None)
-        if num_prompt >= most:
-            raise UserError(
-                f"the conversation has {num_prompt} tokens, of at most {most - 1} that fit; begin a new one"
-            )
-        return most - num_prompt

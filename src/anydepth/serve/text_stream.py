@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -44,19 +43,17 @@ class TextStream:
         self.ids.append(token_id)
         if token_id in self.special:
             return self._release(self.special[token_id], shown=False)
-        before, now = self._decode(self.begin, self.read), self._decode(self.begin, len(self.ids))
-        if now.endswith(UNFINISHED):
+        text = self._unread()
+        if text.endswith(UNFINISHED):
             return ""
         self.begin, self.read = self.read, len(self.ids)
-        return self._release(now[len(before) :])
+        return self._release(text)
 
     def finish(self) -> str:
         """Return the rest at the end: the held text, and an incomplete character."""
         if self.is_stopped:
             return ""
-        before, now = self._decode(self.begin, self.read), self._decode(self.begin, len(self.ids))
-        self.begin = self.read = len(self.ids)
-        return self._take(len(self.held)) + now[len(before) :]
+        return self._take(len(self.held)) + self._unread()
 
     def _release(self, text: str, *, shown: bool = True) -> str:
         """Add text; return the part that cannot begin a stop string."""
@@ -74,8 +71,12 @@ class TextStream:
         self.held, self.shown = self.held[length:], self.shown[length:]
         return text
 
-    def _decode(self, begin: int, end: int) -> str:
-        return str(self.tokenizer.decode(self.ids[begin:end], skip_special_tokens=True))
+    def _unread(self) -> str:
+        """Return the text of the tokens after the last one with complete characters."""
+        return self._decode(len(self.ids))[len(self._decode(self.read)) :]
+
+    def _decode(self, end: int) -> str:
+        return str(self.tokenizer.decode(self.ids[self.begin : end], skip_special_tokens=True))
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -97,6 +98,7 @@ class TokenText:
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self.decoder: Any = None if backend is None else backend.decoder
         state = "" if self.decoder is None else json.dumps(json.loads(self.decoder.__getstate__()))
+        self.byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
         self.has_byte_letters, self.has_byte_tokens = '"ByteLevel"' in state, '"ByteFallback"' in state
 
     def bytes_of(self, token_id: int) -> bytes:
@@ -108,7 +110,7 @@ class TokenText:
             return b""
         if self.has_byte_letters:
             try:
-                return bytes(_byte_of_letter()[letter] for letter in token)
+                return bytes(self.byte_of[letter] for letter in token)
             except KeyError:  # an added token, which is text as it is
                 return str(token).encode()
         if self.has_byte_tokens and (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)):
@@ -127,9 +129,3 @@ class TokenText:
             return own.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
-
-
-@lru_cache(maxsize=1)
-def _byte_of_letter() -> dict[str, int]:
-    """Return the byte of each letter of a byte-level vocabulary."""
-    return {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -28,7 +28,6 @@ from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
 from anydepth.methods._base.calibration import comparing
-from anydepth.methods._base.method import Method
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import ADAPTER, AUTO, DType, add_adapters, base_fingerprint, is_quantised, load_model
 from anydepth.models.plain import fold_adapters
@@ -38,8 +37,7 @@ from anydepth.speculation.shipped import default_draft
 MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"
 METHODS, DRAFT = "methods.safetensors", "draft.safetensors"
-BASE = "base"
-"""Folder of a trained base, next to the methods' weights."""
+BASE = "base"  # folder of a trained base, next to the methods' weights
 
 
 def save(
@@ -60,7 +58,6 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = adapted.model
-    methods = {name: part for name, part in adapted.methods.items() if isinstance(part, Method)}
     staging = folder / f".staging-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -76,12 +73,13 @@ def save(
         unwrap(model).save_pretrained(str(staging / BASE))
         own_base.save_pretrained(str(staging / BASE))
     files = {str(path.relative_to(staging)): _digest(path) for path in sorted(staging.rglob("*")) if path.is_file()}
-    weights = folder / f"weights-{_digest_of(files)}"
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    weights = folder / f"weights-{digest[:12]}"
     shutil.rmtree(weights, ignore_errors=True)
     staging.rename(weights)
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
-        "methods": [{"name": name, **part.config.model_dump(mode="json")} for name, part in methods.items()],
+        "methods": [{"name": method.name, **method.config.model_dump(mode="json")} for method in adapted.attached],
         "draft": None if draft is None else draft.config.model_dump(mode="json"),
         "adapters": adapters,
         "weights": weights.name,
@@ -140,20 +138,15 @@ def load_target(
     if own := {name: options for name, options in (overrides or {}).items() if name != DRAFT_SECTION}:
         adapted = with_options(adapted, own)
     if skip_share is not None:
-        _skip(adapted, skip_share)
+        methods = comparing(adapted.attached)
+        if not methods:
+            raise UserError(
+                f"--skip-share sets thresholds, and nothing attached ({adapted.label}) compares scores with one; give "
+                "a folder with a router or exits that train wrote"
+            )
+        for method in methods:
+            method.set_skip_share(skip_share)
     return adapted, tokenizer
-
-
-def _skip(adapted: AdaptedModel, share: float) -> None:
-    """Set the thresholds of all methods that compare scores."""
-    methods = comparing(adapted.attached)
-    if not methods:
-        raise UserError(
-            f"--skip-share sets thresholds, and nothing attached ({adapted.label}) compares scores with one; give a "
-            "folder with a router or exits that train wrote"
-        )
-    for method in methods:
-        method.set_skip_share(share)
 
 
 def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any]]) -> AdaptedModel:
@@ -165,15 +158,11 @@ def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any
     missing = [name for name in overrides if name not in adapted.methods]
     if missing:
         raise UserError(f"{missing[0]} is not attached; attached is {', '.join(adapted.methods) or 'nothing'}")
-    weights = adapted.methods.state_dict()
-    specs = [
-        {"name": name, **part.config.model_dump(), **overrides.get(name, {})}
-        for name, part in adapted.methods.items()
-        if isinstance(part, Method)
-    ]
-    for name, options in overrides.items():
-        config: Any = adapted.methods[name].config
-        refuse_training_only(name, config.model_copy(update=dict(options)), options)
+    weights, specs = adapted.methods.state_dict(), []
+    for method in adapted.attached:
+        options = overrides.get(method.name, {})
+        refuse_training_only(method.name, method.config.model_copy(update=dict(options)), options)
+        specs.append({"name": method.name, **method.config.model_dump(), **options})
     again = attach(detach(adapted), specs)
     try:
         missing = again.methods.load_state_dict(weights, strict=False).missing_keys
@@ -226,16 +215,23 @@ def _load(
     folder: Path, base: str | None, dtype: DType, device: str, *, merge: bool
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     manifest = read_manifest(folder)
-    own = _own_base(folder, manifest)
-    target = base or (manifest["base"]["target"] if own is None else str(own))
+    own = folder / manifest["weights"] / BASE
+    target = base or (str(own) if own.exists() else manifest["base"]["target"])
     if not target:
         raise UserError(f"{folder} was saved from a model without a name; pass base= with its folder or hub name")
     quantisation = manifest["base"].get("quantisation")
     model, tokenizer = load_model(target, dtype=dtype, device=device, quantisation=quantisation)
-    check_base(model, manifest, folder)
+    _check_base(model, manifest, folder)
     wrapped = add_adapters(model, _adapters(folder, manifest))
     adapted = attach(_merged(wrapped) if merge else wrapped, manifest["methods"])
-    load_method_weights(adapted, folder, manifest)
+    path = folder / manifest["weights"] / METHODS
+    try:
+        stored = load_file(path)
+        adapted.methods.load_state_dict(
+            {name: value for name, value in stored.items() if not name.startswith(f"{OLD_NAME}.")}
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit its methods ({str(error).splitlines()[0]}); restore it") from error
     return adapted.eval(), tokenizer
 
 
@@ -246,11 +242,7 @@ def _merged(model: nn.Module) -> nn.Module:
 
 def own_base(folder: Path) -> Path | None:
     """Return the folder of a checkpoint's trained base, a Hugging Face checkpoint; None if the base was not trained."""
-    return _own_base(folder, read_manifest(folder))
-
-
-def _own_base(folder: Path, manifest: dict[str, Any]) -> Path | None:
-    own = folder / manifest["weights"] / BASE
+    own = folder / read_manifest(folder)["weights"] / BASE
     return own if own.exists() else None
 
 
@@ -288,7 +280,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -> None:
+def _check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -> None:
     """Raise `UserError` unless `model` is the base that the checkpoint was made for."""
     light = is_quantised(model) or manifest["base"]["fingerprint"] is None
     biases = not _trains_biases(folder, manifest)
@@ -298,17 +290,6 @@ def check_base(model: PreTrainedModel, manifest: dict[str, Any], folder: Path) -
             f"{folder} was made for the base model '{manifest['base']['target'] or BASE}', but its weights differ "
             f"from '{model.name_or_path}'; load it with the base it was trained on"
         )
-
-
-def load_method_weights(adapted: AdaptedModel, folder: Path, manifest: dict[str, Any]) -> None:
-    """Copy the methods' weights of a checkpoint into an adapted model, bitwise."""
-    path = folder / manifest["weights"] / METHODS
-    try:
-        stored = load_file(path)
-        own = {name: value for name, value in stored.items() if not name.startswith(f"{OLD_NAME}.")}
-        adapted.methods.load_state_dict(own)
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit its methods ({str(error).splitlines()[0]}); restore it") from error
 
 
 def _adapters(folder: Path, manifest: dict[str, Any]) -> dict[str, Path]:
@@ -327,12 +308,3 @@ def _trains_biases(folder: Path, manifest: dict[str, Any]) -> bool:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(files: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def trainable_state(adapted: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what training changes: the parameters with `requires_grad`, by name."""
-    return {name: parameter.detach() for name, parameter in adapted.named_parameters() if parameter.requires_grad}

@@ -35,7 +35,6 @@ def load_texts(spec: str, *, lines: bool = False, min_chars: int = 0, max_docume
             `text`).
         lines: make each line a document; lines of WikiText keep their marks, as published.
         min_chars: keep documents of more than this many characters.
-        max_documents: keep at most this many documents.
 
     Raises:
         UserError: no such corpus, split or file, a file of another format, or no document is left.
@@ -101,7 +100,6 @@ def _embedded(split: str) -> list[str]:
 
 
 def _wikitext(name: str, split: str) -> list[str]:
-    """Return the lines of a release of WikiText."""
     path = _wikitext_file(name, split)
     if path is not None:
         return read_lines(path)
@@ -142,6 +140,8 @@ _SPACING = [
     (re.compile(r" '(s|t|m|d|re|ve|ll)\b"), r"'\1"),
     (re.compile(r"s ' (?!')"), "s' "),
     (re.compile(r" (–|/|‑) (?=\d)"), r"\1"),
+    # Quotes open and close in turn, and an odd last one is kept.
+    (re.compile(r'"\s*(.*?)\s*"'), r'"\1"'),
 ]
 
 
@@ -175,15 +175,7 @@ def restore_text(line: str) -> str:
         return f"{left.replace(' ', '')} {restore_text(title)} {right.replace(' ', '')}"
     for pattern, replacement in _SPACING:
         line = pattern.sub(replacement, line)
-    return _close_quotes(line)
-
-
-def _close_quotes(line: str) -> str:
-    """Remove the spaces in `" quoted "`; quotes open and close in turn, and an odd last one is kept."""
-    parts = line.split('"')
-    for i in range(1, len(parts) - 1, 2):
-        parts[i] = parts[i].strip()
-    return '"'.join(parts)
+    return line
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -209,13 +201,8 @@ def _read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, or raise `UserError` if it cannot be read."""
     # splitlines() would also cut at characters that WikiText has inside its paragraphs.
     return _read_text(path).split("\n")
-
-
-def _read_txt(path: Path) -> list[str]:
-    return [_read_text(path)]
 
 
 def _read_jsonl(path: Path) -> list[str]:
@@ -252,7 +239,7 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 READERS: dict[str, Callable[[Path], list[str]]] = {
-    ".txt": _read_txt,
+    ".txt": lambda path: [_read_text(path)],
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }

@@ -132,7 +132,6 @@ def rows_of(windows: Tensor) -> list[Tensor]:
 
 
 def num_tokens(windows: Tensor) -> int:
-    """Return the number of real tokens in windows."""
     return int((windows != PADDING).sum())
 
 
@@ -148,11 +147,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         self.has_padding = bool((windows == PADDING).any())
         num_epochs = -(-num_items // len(windows))
         self.order = torch.cat([_permutation(len(windows), seed, epoch) for epoch in range(num_epochs)])[:num_items]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of real tokens of all items."""
-        return int((self.windows != PADDING).sum(1)[self.order].sum())
+        self.num_tokens = int((windows != PADDING).sum(1)[self.order].sum())
 
     def __len__(self) -> int:
         return len(self.order)

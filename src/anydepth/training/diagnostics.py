@@ -6,7 +6,7 @@ random gates and exits by confidence may be constant because of their options.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -31,7 +31,6 @@ UNEVEN = 0.10
 """Variance between gates of the fraction of tokens that run, above which gates are uneven."""
 PREFIX = "gate_"
 """Prefix of the training metrics of this module."""
-ENTROPY = f"{PREFIX}entropy"
 DIAGNOSED_WINDOWS = 8
 PATIENCE = 5
 """A collapse is reported once it has lasted for 1 ÷ PATIENCE of training."""
@@ -42,10 +41,8 @@ class GateDecisions:
     """The decisions of one method's gates.
 
     Attributes:
-        method: the method's name.
         branch: the branch that a gate decides: `layer`, `mixer`, `ffn`, or `softmax` (the layer's own mixer, where
             there is an alternate one).
-        layers: the layer of each gate.
         keep: (G, N) bool, which of N real tokens each gate lets run.
     """
 
@@ -56,26 +53,24 @@ class GateDecisions:
 
     @property
     def fractions(self) -> Tensor:
-        """Return the (G,) fraction of tokens that each gate lets run."""
+        """The (G,) fraction of tokens that each gate lets run."""
         return self.keep.double().mean(1)
 
-    def metrics(self, mean: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return the mean fraction of tokens that run, entropies in nats, and deviations between gates and tokens.
 
-        Args:
-            mean: turns a mean over these tokens into that over all processes that share a batch.
+        They are of the tokens of all processes that share a batch.
         """
-        fractions, of_tokens = mean(self.fractions), self.keep.double().mean(0)
-        variance = mean(of_tokens.square().mean()) - mean(of_tokens.mean()).square()
-        values = (
-            fractions.mean(),
-            binary_entropy(fractions).mean(),
-            binary_entropy(fractions.mean()),
-            fractions.std(correction=0),
-            variance.clamp_min(0).sqrt(),
-        )
-        names = ("fraction", "entropy", "entropy_of_mean", "layer_std", "token_std")
-        return dict(zip(names, torch.stack(values).tolist(), strict=True))
+        fractions, of_tokens = batch_mean(self.fractions), self.keep.double().mean(0)
+        variance = batch_mean(of_tokens.square().mean()) - batch_mean(of_tokens.mean()).square()
+        values = {
+            "fraction": fractions.mean(),
+            "entropy": binary_entropy(fractions).mean(),
+            "entropy_of_mean": binary_entropy(fractions.mean()),
+            "layer_std": fractions.std(correction=0),
+            "token_std": variance.clamp_min(0).sqrt(),
+        }
+        return {name: value.item() for name, value in values.items()}
 
     def open_gates(self) -> list[float]:
         """Return the fraction of tokens for which k of the G gates are open, for k from 0 to G."""
@@ -108,7 +103,6 @@ def gate_decisions(trace: Trace, methods: Sequence[Method]) -> list[GateDecision
 
 
 def _branch(method: Method) -> str:
-    """Return the branch that the gates of a method decide."""
     if method.routes_mixers:
         return "softmax"
     return "mixer" if "mixer" in method.branches else "ffn" if method.branches == {"ffn"} else "layer"
@@ -153,10 +147,8 @@ def described(decisions: Sequence[GateDecisions], methods: Sequence[Method]) -> 
             "num_tokens": own.keep.shape[1],
             **own.metrics(),
             "gates": [
-                {"layer": layer_idx, "fraction": fraction, "entropy": entropy}
-                for layer_idx, fraction, entropy in zip(
-                    own.layers, own.fractions.tolist(), binary_entropy(own.fractions).tolist(), strict=True
-                )
+                {"layer": layer_idx, "fraction": float(fraction), "entropy": float(binary_entropy(fraction))}
+                for layer_idx, fraction in zip(own.layers, own.fractions, strict=True)
             ],
             "open_gates": own.open_gates(),
             "warnings": gate_warnings(own, by_name[own.method]),
@@ -166,14 +158,12 @@ def described(decisions: Sequence[GateDecisions], methods: Sequence[Method]) -> 
 
 
 def warnings_of(gates: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the warnings of all methods."""
     return [text for own in gates for text in own["warnings"]]
 
 
 def training_metrics(decisions: Sequence[GateDecisions]) -> dict[str, float]:
     """Return the metrics of each method for the training history, by `method/gate_…`, over the whole batch."""
-    each = {own.method: own.metrics(batch_mean) for own in decisions}
-    return {f"{method}/{PREFIX}{name}": value for method, own in each.items() for name, value in own.items()}
+    return {f"{own.method}/{PREFIX}{name}": value for own in decisions for name, value in own.metrics().items()}
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------
@@ -201,9 +191,10 @@ def gate_warnings(decisions: GateDecisions, method: Method) -> list[str]:
         if those.any():
             layers = [layer_idx for layer_idx, is_one in zip(decisions.layers, those.tolist(), strict=True) if is_one]
             verb = "run" if decisions.branch == "layer" and len(layers) > 1 else "runs"
+            bounds = dict.fromkeys(f"{float(bound):.3f}" for bound in (fractions[those].min(), fractions[those].max()))
             found.append(
                 f"{method.name}: {_named(decisions.branch, layers)} {word} {verb} (fraction of tokens "
-                f"{_bounds(fractions[those])}): {why}; {_advice(method)}"
+                f"{' to '.join(bounds)}): {why}; {_advice(method)}"
             )
     return found
 
@@ -211,8 +202,7 @@ def gate_warnings(decisions: GateDecisions, method: Method) -> list[str]:
 def lasting_collapse(history: Sequence[dict[str, Any]], methods: Sequence[Method], max_steps: int) -> list[str]:
     """Return one warning for each method with sampled gates that have collapsed for a fifth of training.
 
-    Args:
-        history: rows of training, with metrics under `figures`. A method with a warning in them gets no other.
+    A method with a warning in the history gets no other.
     """
     num_rows = max(max_steps // PATIENCE, PATIENCE)
     recent = [row.get("figures", {}) for row in history[-num_rows:]]
@@ -250,7 +240,6 @@ def _collapse(method: Method, branch: str, fraction: float, entropy: float) -> s
 
 
 def _advice(method: Method) -> str:
-    """Return advice on the options of the next training."""
     options = method.config.model_dump()
     if options.get("initial_bias", 0) > 0:
         return f"lower initial_bias ({options['initial_bias']:g}) or train for more steps"
@@ -260,20 +249,9 @@ def _advice(method: Method) -> str:
 
 
 def _named(branch: str, layers: list[int]) -> str:
-    """Return a phrase for a branch of these layers."""
-    numbers = f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}"
+    """Return a phrase for a branch of these layers in order, such as `the mixer of layers 3, 5–8`."""
+    cuts = [0, *(i for i, (one, other) in enumerate(pairwise(layers), start=1) if other != one + 1), len(layers)]
+    runs = [layers[first:end] for first, end in pairwise(cuts)]
+    numbers = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
     part = {"mixer": "the mixer of ", "ffn": "the FFN of ", "softmax": "the softmax mixer of "}.get(branch, "")
-    return f"{part}{numbers}"
-
-
-def _ranges(layers: list[int]) -> str:
-    """Return `3, 5–8` for layers 3, 5, 6, 7 and 8."""
-    ordered = sorted(layers)
-    cuts = [0, *(i for i, (one, other) in enumerate(pairwise(ordered), start=1) if other != one + 1), len(ordered)]
-    runs = [ordered[first:end] for first, end in pairwise(cuts)]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
-
-
-def _bounds(fractions: Tensor) -> str:
-    low, high = (f"{float(bound):.3f}" for bound in (fractions.min(), fractions.max()))
-    return low if low == high else f"{low} to {high}"
+    return f"{part}layer{'s' if len(layers) > 1 else ''} {numbers}"

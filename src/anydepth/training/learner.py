@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anydepth.hf.adapted import AdaptedModel, without_adapter
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.losses import distillation_loss, expected_exit_loss, token_losses
-from anydepth.methods._base.method import Method
 from anydepth.methods._base.training import Trained
-from anydepth.models.backbone import Backbone
 from anydepth.processes import rank
 from anydepth.recipe import TrainConfig
 
@@ -23,55 +21,44 @@ from anydepth.recipe import TrainConfig
 class Learner(nn.Module):
     """A module that returns the loss of a batch and its terms. Other attributes are those of the model.
 
-    Args:
-        model: an `AdaptedModel` or a `PeftModel`.
-
-    Attributes:
-        step: number of optimiser steps so far.
-        forwards: number of forwards so far, which seeds random draws together with `seed`.
+    Random draws depend on `seed` and on the number of `forwards` so far.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, seed: int) -> None:
+    def __init__(self, adapted: AdaptedModel, config: TrainConfig, seed: int) -> None:
         super().__init__()
-        self.learning = model
+        self.adapted = adapted
         self.settings, self.seed = config, seed
         self.step = self.forwards = 0
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of (B, T) ids with labels, −100 where no token is predicted, and its terms by name.
-
-        Args:
-            attention_mask: (B, T), 0 at padding; None without padding.
-        """
-        model, settings = self.learning, self.settings
-        for number, method in enumerate(methods_of(model)):
+        """Return the loss of (B, T) ids with labels, −100 where no token is predicted, and its terms by name."""
+        adapted, settings = self.adapted, self.settings
+        for number, method in enumerate(adapted.attached):
             if isinstance(method, Trained):
                 method.set_progress(self.step / max(settings.num_steps - 1, 1), self.step)
             method.reseed((self.seed * 1_000_003 + self.forwards) * 31 + number)
         # Dropout depends on the process and on the forward, not on earlier sessions.
         torch.manual_seed(((self.seed * 1_000_003 + self.forwards) * 1009 + rank()) % 2**63)
         self.forwards += 1
-        is_masked = settings.execution == "masked"
-        with model.masked() if isinstance(model, AdaptedModel) and is_masked else contextlib.nullcontext():
-            output = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False)
-        terms = {"lm_loss": output.loss}
-        if isinstance(model, AdaptedModel):
-            terms |= self._method_losses(model, output.logits, labels)
+        with adapted.masked() if settings.execution == "masked" else contextlib.nullcontext():
+            output = adapted(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False)
+        terms = {"lm_loss": output.loss, **self._method_losses(output.logits, labels)}
         weight, distillation = 1.0, settings.distillation
         if distillation is not None and self.step >= distillation.warmup_steps:
-            teacher = _teacher_logits(model, input_ids, attention_mask)
+            with torch.no_grad(), adapted.untouched():
+                teacher = adapted(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
             divergence = distillation_loss(output.logits, teacher, labels, distillation.temperature)
             weight = 1 - distillation.weight
             terms["distillation"] = distillation.weight * divergence
         loss = weight * terms["lm_loss"] + sum(value for name, value in terms.items() if name != "lm_loss")
         # Every gate needs a gradient, also one that decided nothing, see `GatedLayer`.
-        gates = [part for method in methods_of(model) for part in method.parameters() if part.requires_grad]
-        loss = loss + sum(part.sum() * 0 for part in gates)
+        loss = loss + sum(part.sum() * 0 for part in adapted.methods.parameters() if part.requires_grad)
         return loss, {name: value.detach() for name, value in terms.items()}
 
-    def _method_losses(self, adapted: AdaptedModel, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _method_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        adapted = self.adapted
         terms = adapted.auxiliary_losses() | adapted.outcome_losses(logits)
         if any(method.learns_by_policy for method in adapted.active_methods):
             terms |= adapted.policy_losses(token_losses(logits.detach(), labels))
@@ -82,31 +69,12 @@ class Learner(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """Class of a decoder layer, the unit that FSDP gathers."""
-        return [type(Backbone(self.learning).layers[0].module).__name__]
+        return [type(self.adapted.backbone.layers[0].module).__name__]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "learning":  # not set yet: the lookup below would recurse
+            if name == "adapted":  # not set yet: the lookup below would recurse
                 raise
-            return getattr(self.learning, name)
-
-
-def methods_of(model: nn.Module) -> list[Method]:
-    """Return the methods attached to a model."""
-    attached = model.methods.values() if isinstance(model, AdaptedModel) else ()
-    return [method for method in attached if isinstance(method, Method)]
-
-
-def trained_methods_of(model: nn.Module) -> list[Trained]:
-    """Return the attached methods that learn or change training."""
-    return [method for method in methods_of(model) if isinstance(method, Trained)]
-
-
-@torch.no_grad()
-def _teacher_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the logits of the same model with gates and LoRA off."""
-    base = model.untouched() if isinstance(model, AdaptedModel) else without_adapter(model)
-    with base:
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            return getattr(self.adapted, name)

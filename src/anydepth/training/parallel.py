@@ -45,7 +45,6 @@ def part() -> None:
 
 
 def wait_for_all() -> None:
-    """Wait until every process calls this."""
     if num_processes() > 1:
         dist.barrier()
 

@@ -26,16 +26,15 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from anydepth.errors import RunError, UserError
 from anydepth.gating.shared_batch import batch_mean, num_processes
+from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import write_json
 from anydepth.methods.of_recipe import NOTHING_TO_TRAIN
-from anydepth.models.backbone import unwrap
 from anydepth.models.load import is_quantised
 from anydepth.recipe import TrainConfig
-from anydepth.training.checkpoint import trainable_state
 from anydepth.training.data import WindowDataset, collate
 from anydepth.training.diagnostics import gate_decisions, lasting_collapse, training_metrics
-from anydepth.training.learner import Learner, methods_of, trained_methods_of
+from anydepth.training.learner import Learner
 from anydepth.training.parallel import check_kind, copy_into, first_alone, part_of, shards_on_cpu, wait_for_all, whole
 
 STEPS = "steps"
@@ -43,14 +42,12 @@ COMPLETE = "done.json"
 """The file that is written last into a training checkpoint; if it exists, the others are complete."""
 TRAINABLE, OPTIMIZER, SCHEDULER = "trainable.safetensors", "optimizer.safetensors", "scheduler.json"
 
-
 Row = dict[str, Any]
 """The history of one optimiser step: `step`, `learning_rate`, `mean_depth`, `lm_loss` and every auxiliary loss by name.
 
 `figures` has the methods' schedules and metrics, such as those of sampled gates (`gate_…`). A hundred times per
 training, `layers` has the fraction of tokens that ran each `mixer` and `ffn`, and the `softmax` mixer where some layers
-have an
-alternate. `warnings` report gates that have collapsed for a while."""
+have an alternate. `warnings` report gates that have collapsed for a while."""
 
 
 @dataclass(frozen=True)
@@ -86,59 +83,58 @@ def prepare(model: PreTrainedModel, config: TrainConfig, *, seed: int = 0) -> Pr
 
 
 def train(
-    model: nn.Module,
+    adapted: AdaptedModel,
     windows: Tensor,
     config: TrainConfig,
     out: Path,
     *,
     seed: int = 0,
-    resume: bool = False,
-    on_step: Callable[[Row], None] | None = None,
+    on_step: Callable[[Row], None] = lambda row: None,
 ) -> TrainResult:
     """Train the parameters with `requires_grad` on (N, T) windows of `pack`; checkpoints go to `out`/steps.
 
-    Args:
-        model: an `AdaptedModel`, or a `PeftModel` (LoRA at full depth).
-        seed: seed of all random draws in training.
-        resume: resume from the last complete checkpoint of `out`, if there is one.
-        on_step: called with each new row of the loss history.
+    Training resumes from the last complete checkpoint there; `on_step` gets each new row of the history.
 
     Raises:
         UserError: nothing to train. RunError: a gate got no gradient, or the loss is not finite.
     """
-    if not trainable_state(model):
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise UserError(NOTHING_TO_TRAIN)
     with first_alone():
-        if not resume:
-            shutil.rmtree(out / STEPS, ignore_errors=True)
         start = last_complete(out)
     config = config.with_steps(len(windows))
     if config.gradient_checkpointing:
-        unwrap(model.model if isinstance(model, AdaptedModel) else model).gradient_checkpointing_enable()
-    trainer = AdaptedTrainer(model, windows, config, out / STEPS, seed)
-    trainer.on_step = on_step
+        adapted.backbone.model.gradient_checkpointing_enable()
+    trainer = AdaptedTrainer(adapted, windows, config, out / STEPS, seed, on_step)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
-    model.eval()
+    adapted.eval()
     return TrainResult(trainer.history, trainer.seconds, trainer.windows.num_tokens / max(trainer.seconds, 1e-9))
 
 
 class AdaptedTrainer(Trainer):
     """transformers' Trainer with separate loss terms, small checkpoints and a check of the gates' gradients."""
 
-    def __init__(self, model: nn.Module, windows: Tensor, config: TrainConfig, out: Path, seed: int) -> None:
-        self.settings = config
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        windows: Tensor,
+        config: TrainConfig,
+        out: Path,
+        seed: int,
+        on_step: Callable[[Row], None],
+    ) -> None:
+        self.adapted, self.settings, self.on_step = adapted, config, on_step
         self.history: list[Row] = []
-        self.on_step: Callable[[Row], None] | None = None
         self.first_step = 0
         self.started = time.monotonic()
         self.terms: dict[str, float] = defaultdict(float)
         self.method_metrics: dict[str, float] = defaultdict(float)
         batch = config.batch_size * config.gradient_accumulation_steps
         self.windows = WindowDataset(windows, num_items=config.num_steps * batch, seed=seed)
-        if isinstance(model, AdaptedModel) and is_quantised(model.model):
+        if is_quantised(adapted.model):
             # The Trainer requires this for a 4-bit base; the trained weights are separate.
-            vars(model)["_hf_peft_config_loaded"] = True
-        self.learner = Learner(model, config, seed)
+            vars(adapted)["_hf_peft_config_loaded"] = True
+        self.learner = Learner(adapted, config, seed)
         arguments = _arguments(config, out, seed)
         super().__init__(model=self.learner, args=arguments, train_dataset=self.windows, data_collator=collate)
         self.model_accepts_loss_kwargs = False  # the losses are means already
@@ -155,59 +151,52 @@ class AdaptedTrainer(Trainer):
         """Time so far, earlier sessions included."""
         return time.monotonic() - self.started
 
-    @property
-    def learning(self) -> nn.Module:
-        """The model without wrappers of parallel training."""
-        return self.learner.learning
-
     # --- loss --------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         self.learner.step = self.state.global_step
         loss, terms = model(**inputs)
-        self._record(terms)
-        return loss
-
-    def _record(self, terms: dict[str, Tensor]) -> None:
-        weight = 1 / self.settings.gradient_accumulation_steps
+        weight, trace = 1 / self.settings.gradient_accumulation_steps, self.adapted.last_trace
         for name, term in terms.items():
             self.terms[name] += weight * term.item()
-        if isinstance(self.learning, AdaptedModel):
-            trace, methods = self.learning.last_trace, self.learning.active_methods
-            self.terms["mean_depth"] += weight * trace.mean_depth
-            gating = [method for method in methods if method.decides_in_training or method.is_frozen]
-            for name, value in training_metrics(gate_decisions(trace, gating)).items():
-                self.method_metrics[name] += weight * value
-            for method in self.learning.trained_methods:
-                scheduled = {name: float(getattr(method, name)) for name in method.scheduled}
-                for name, value in {**scheduled, **method.metrics(self.learning.context)}.items():
-                    self.method_metrics[f"{method.name}/{name}"] += weight * value
+        self.terms["mean_depth"] += weight * trace.mean_depth
+        for name, value in self._metrics(trace).items():
+            self.method_metrics[name] += weight * value
+        return loss
+
+    def _metrics(self, trace: Trace) -> dict[str, float]:
+        """Return the metrics and schedules of all methods in the last forward."""
+        adapted = self.adapted
+        gating = [method for method in adapted.attached if method.decides_in_training or method.is_frozen]
+        metrics = training_metrics(gate_decisions(trace, gating))
+        for method in adapted.trained_methods:
+            own = {name: float(getattr(method, name)) for name in method.scheduled} | method.metrics(adapted.context)
+            metrics |= {f"{method.name}/{name}": value for name, value in own.items()}
+        return metrics
 
     def finish_step(self) -> None:
         """Add a row to the history, the mean over all processes."""
-        adapted, step = self.learning, self.state.global_step
+        step = self.state.global_step
         terms, metrics = self._mean_over_processes(self.terms), self._mean_over_processes(self.method_metrics)
         self.terms, self.method_metrics = defaultdict(float), defaultdict(float)
         row: Row = {"step": step, **terms, "learning_rate": self._get_learning_rate()}
         if metrics:
             row["figures"] = metrics
-        if isinstance(adapted, AdaptedModel) and step % max(self.settings.num_steps // 100, 1) == 0:
-            row["layers"] = self._fractions_by_layer(adapted)
-            if warnings := lasting_collapse([*self.history, row], methods_of(adapted), self.settings.num_steps):
+        if step % max(self.settings.num_steps // 100, 1) == 0:
+            row["layers"] = self._fractions_by_layer()
+            if warnings := lasting_collapse([*self.history, row], self.adapted.attached, self.settings.num_steps):
                 row["warnings"] = warnings
         self.history.append(row)
-        if self.on_step is not None:
-            self.on_step(row)
+        self.on_step(row)
         if not all(map(math.isfinite, terms.values())):
-            raise RunError(f"step {row['step']}: a loss is not finite ({row}); lower train.learning_rate")
+            raise RunError(f"step {step}: a loss is not finite ({row}); lower train.learning_rate")
 
-    def _fractions_by_layer(self, adapted: AdaptedModel) -> dict[str, list[float]]:
+    def _fractions_by_layer(self) -> dict[str, list[float]]:
         """Return the fraction of tokens of the last forward that ran each mixer and FFN, over all processes."""
-        trace = adapted.last_trace
+        trace = self.adapted.last_trace
         (mixers, ffns), others = trace.executed_share(), trace.other_share()
-        run = [own + other for own, other in zip(mixers, others, strict=True)]
-        parts = {"mixer": run, "ffn": ffns}
-        if any(method.routes_mixers for method in adapted.active_methods):
+        parts = {"mixer": [own + other for own, other in zip(mixers, others, strict=True)], "ffn": ffns}
+        if any(method.routes_mixers for method in self.adapted.attached):
             parts["softmax"] = mixers
         means = batch_mean(torch.tensor(list(parts.values()), device=self.args.device)).tolist()
         return {which: [round(fraction, 4) for fraction in part] for which, part in zip(parts, means, strict=True)}
@@ -219,18 +208,18 @@ class AdaptedTrainer(Trainer):
     # --- optimiser and data ------------------------------------------------------------------------------------
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
-        gates = {part for method in trained_methods_of(self.learning) for part in method.gate_parameters()}
-        learning = [parameter for parameter in self.learning.parameters() if parameter.requires_grad]
-        routers = [parameter for parameter in learning if parameter in gates]
-        others = [parameter for parameter in learning if parameter not in gates]
         settings = self.settings
+        gates = {part for method in self.adapted.trained_methods for part in method.gate_parameters()}
+        learning = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
         groups = [
-            {"params": others, "lr": settings.learning_rate},
-            {"params": routers, "lr": settings.router_learning_rate or settings.learning_rate},
+            {"params": [part for part in learning if part not in gates], "lr": settings.learning_rate},
+            {
+                "params": [part for part in learning if part in gates],
+                "lr": settings.router_learning_rate or settings.learning_rate,
+            },
         ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], weight_decay=settings.weight_decay
-        )
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         return self.optimizer
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
@@ -239,8 +228,7 @@ class AdaptedTrainer(Trainer):
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        learned = {**trainable_state(self.learning), **_method_buffers(self.learning)}
-        state = {name: whole(value).cpu().contiguous() for name, value in learned.items()}
+        state = {name: whole(value.detach()).cpu().contiguous() for name, value in _learned(self.adapted).items()}
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
@@ -248,38 +236,32 @@ class AdaptedTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save full tensors by the parameters' names, so that any number of processes can resume."""
-        optimizer, scheduler, folder = self._own_optimizer(), self._scheduler(), Path(output_dir)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
         state = {
             f"{name}/{key}": whole(value).cpu().contiguous()
-            for name, parameter in self.learning.named_parameters()
+            for name, parameter in self.adapted.named_parameters()
             for key, value in optimizer.state.get(parameter, {}).items()
         }
         if self.args.should_save:
-            save_file(state, folder / OPTIMIZER)
-            write_json(folder / SCHEDULER, scheduler.state_dict())
+            save_file(state, Path(output_dir, OPTIMIZER))
+            write_json(Path(output_dir, SCHEDULER), scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        optimizer, scheduler, folder = self._own_optimizer(), self._scheduler(), Path(checkpoint)
-        parameters = dict(self.learning.named_parameters())
-        for name, value in load_file(folder / OPTIMIZER).items():
-            name, _, key = name.rpartition("/")
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        parameters = dict(self.adapted.named_parameters())
+        for path, value in load_file(Path(checkpoint, OPTIMIZER)).items():
+            name, _, key = path.rpartition("/")
             parameter = parameters[name]
             # A count of steps stays on the host; other state is placed as its parameter.
             value = value if value.dim() == 0 else part_of(value.to(parameter.device), parameter)
             optimizer.state[parameter][key] = value
-        scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text()))
+        scheduler.load_state_dict(json.loads(Path(checkpoint, SCHEDULER).read_text()))
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-
-    def _own_optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimiser without accelerate's wrapper."""
-        optimizer: Any = self.optimizer
-        return getattr(optimizer, "optimizer", optimizer)
-
-    def _scheduler(self) -> Any:
-        return self.lr_scheduler
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -291,18 +273,24 @@ class AdaptedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_trained(self.learning, folder)
+        load_trained(self.adapted, folder)
         done = json.loads((folder / COMPLETE).read_text())
         self.history, self.learner.forwards = done["history"], done["forwards"]
         self.first_step = len(self.history)
         self.started = time.monotonic() - done["seconds"]
 
 
-def load_trained(model: nn.Module, folder: Path) -> None:
+def load_trained(adapted: AdaptedModel, folder: Path) -> None:
     """Copy a training checkpoint into a model, sharded or not."""
-    own = {**dict(model.named_parameters()), **_method_buffers(model)}
+    own = _learned(adapted)
     for name, value in load_file(folder / TRAINABLE).items():
         copy_into(own[name], value)
+
+
+def _learned(adapted: AdaptedModel) -> dict[str, Tensor]:
+    """Return what training changes, by name: weights, and buffers of methods, such as running quantiles."""
+    weights = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+    return weights | {name: buffer for name, buffer in adapted.named_buffers() if name.startswith("methods.")}
 
 
 class _StepWatch(TrainerCallback):
@@ -313,10 +301,8 @@ class _StepWatch(TrainerCallback):
         self.silent: set[str] | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        adapted = self.trainer.learning
-        if not isinstance(adapted, AdaptedModel):
-            return
-        gates = [(name, gate) for name, gate in adapted.methods.named_parameters() if gate.requires_grad]
+        named = self.trainer.adapted.methods.named_parameters()
+        gates = [(name, gate) for name, gate in named if gate.requires_grad]
         silent = {name for name, gate in gates if gate.grad is None or not whole(gate.grad).any()}
         self.silent = silent if self.silent is None else self.silent & silent
         if self.silent and state.global_step + 1 - self.trainer.first_step >= 5:
@@ -330,10 +316,15 @@ class _StepWatch(TrainerCallback):
 
 
 def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
+    if config.batch_size % num_processes():
+        raise UserError(
+            f"train.batch_size is {config.batch_size}, and {num_processes()} processes share it; give a multiple of "
+            "them, and fewer train.gradient_accumulation_steps"
+        )
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.num_steps,
-        per_device_train_batch_size=_rows_of_each(config.batch_size),
+        per_device_train_batch_size=config.batch_size // num_processes(),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
@@ -359,15 +350,6 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
     return arguments
 
 
-def _rows_of_each(batch_size: int) -> int:
-    if batch_size % num_processes():
-        raise UserError(
-            f"train.batch_size is {batch_size}, and {num_processes()} processes share it; give a multiple of them, and "
-            "fewer train.gradient_accumulation_steps"
-        )
-    return batch_size // num_processes()
-
-
 def last_complete(out: Path) -> Path | None:
     """Return the newest complete checkpoint, and remove incomplete ones."""
     complete: list[tuple[int, Path]] = []
@@ -377,8 +359,3 @@ def last_complete(out: Path) -> Path | None:
         else:
             shutil.rmtree(folder)
     return max(complete)[1] if complete else None
-
-
-def _method_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of methods, such as running quantiles."""
-    return {name: value for name, value in model.named_buffers() if name.startswith("methods.")}
