@@ -18,25 +18,27 @@ from anydepth.processes import rank
 class Printer:
     """Prints results and progress as the options of a command ask; in several processes only the first one prints."""
 
-    def __init__(self, as_json: bool, quiet: bool) -> None:
-        self.as_json = as_json
-        self.quiet = quiet or rank() > 0
+    as_json: bool = False
+    quiet: bool = False
 
     def progress(self, text: str) -> None:
-        if not self.quiet:
+        if not self.quiet and rank() == 0:
             print(text, file=sys.stderr, flush=True)
 
     def track(self, steps: Iterable[Any], label: str = "working") -> Iterable[Any]:
         """Yield the steps; show a progress bar if standard error is a terminal."""
         console = Console(stderr=True)
-        return track(steps, label, console=console, transient=True, disable=self.quiet or not console.is_terminal)
+        return track(steps, label, console=console, transient=True, disable=not self._moves(console))
 
     @contextmanager
     def busy(self, label: str) -> Iterator[None]:
         """Show a spinner within the block if standard error is a terminal."""
         console = Console(stderr=True)
-        with console.status(label) if console.is_terminal and not self.quiet else nullcontext():
+        with console.status(label) if self._moves(console) else nullcontext():
             yield
+
+    def _moves(self, console: Console) -> bool:
+        return console.is_terminal and not self.quiet and rank() == 0
 
     def result(self, document: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
         """Print a result document as JSON, or by `show`."""
