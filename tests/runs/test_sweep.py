@@ -16,8 +16,7 @@ import yaml
 
 from anydepth.cli.training import show_sweep
 from anydepth.errors import UserError
-from anydepth.runs.fronts import AXES, front, settings_of
-from anydepth.runs.sweep import plan
+from anydepth.runs.sweep import AXES, front, plan, settings_of
 from tiny import save_base, save_text
 
 pytestmark = pytest.mark.timeout(600)

@@ -176,5 +176,4 @@ def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
 
 
 def _deciding(methods: list[Method]) -> list[Method]:
-    """Return the methods with a threshold that decides at inference."""
     return [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]

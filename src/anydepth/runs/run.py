@@ -125,7 +125,6 @@ class Runner:
         return optional.get(stage, True)
 
     def _is_done(self, stage: str) -> bool:
-        """Return whether every file that a stage leaves is in the folder."""
         files = [f"{stage}.json", *([LEAVES[stage]] if stage in LEAVES else [])]
         return all((self.out / name).exists() for name in files)
 

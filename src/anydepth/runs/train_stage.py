@@ -145,7 +145,6 @@ class Training:
     def _train_drafter(
         self, settings: DrafterConfig, adapted: AdaptedModel, draft: Draft, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Any]:
-        """Train the network of a draft on text that the model generates."""
         network, seed = draft.network, self.recipe.seed
         assert network is not None, "the recipe was checked"
         texts, written = own_texts(
