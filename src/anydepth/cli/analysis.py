@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,9 +80,8 @@ def _load(call: opt.Call, target: str, compare: list[str], overrides: dict[str, 
 
 
 def show_analysis(document: dict[str, Any]) -> None:
-    mean, interval = _interval(document["depth"])
-    within = f", {interval} with 95%" if interval else ""
-    print(f"{mean} of {len(document['per_layer'])} layers a token{within}; {document['num_tokens']} tokens")
+    depth, num_layers = wording.between(document["depth"]), len(document["per_layer"])
+    print(f"{depth} of {num_layers} layers a token, in brackets 95%; {document['num_tokens']} tokens")
     print(f"{wording.flops(document)}\n")
     _show_kinds(document)
     _show_correlations(document["correlations"])
@@ -108,8 +108,9 @@ def _show_kinds(document: dict[str, Any]) -> None:
         ("positions", "positions", lambda row: _from_to(row["first"] + 1, row["last"] + 1)),
         ("texts of", "lengths", lambda row: str(row["length"])),
     ):
-        rows = [[name(row), str(row["num_tokens"]), *_interval(row["depth"])] for row in document[key]]
-        table([title, "tokens", "depth", "95%"], rows)
+        columns = {"name": title, "num_tokens": "tokens", "depth": "depth (95%)"}
+        shown = {"name": name, "depth": lambda row: wording.between(row["depth"])}
+        table(columns, document[key], shown)
         print()
     print(f"rank correlation of depth with the loss of the next token: {correlation:.2f}")
 
@@ -117,32 +118,32 @@ def _show_kinds(document: dict[str, Any]) -> None:
 def _show_correlations(found: dict[str, Any] | None) -> None:
     if found is None or found["of"] is None:
         return
-    rows = [
-        [row["with"], *wording.correlation(row["pearson"]), *wording.correlation(row["spearman"])]
-        for row in found["rows"]
-        if row["of"] == found["of"]
-    ]
-    print()
     what = "depth" if found["of"] == "depth" else "FLOP share"
-    table([f"{what} of {found['num_samples']} {found['unit']}s with", "Pearson", "95%", "Spearman", "95%"], rows)
-
-
-def _interval(depth: dict[str, Any]) -> tuple[str, str]:
-    return f"{depth['mean']:.2f}", "" if depth["low"] is None else f"{depth['low']:.2f} to {depth['high']:.2f}"
+    columns = {
+        "with": f"{what} of {found['num_samples']} {found['unit']}s with",
+        "pearson": "Pearson (95%)",
+        "spearman": "Spearman (95%)",
+    }
+    shown = {kind: partial(wording.correlation, kind) for kind in ("pearson", "spearman")}
+    print()
+    table(columns, [row for row in found["rows"] if row["of"] == found["of"]], shown)
 
 
 def _from_to(first: int, last: int) -> str:
     return str(first) if first == last else f"{first} to {last}"
 
 
+def _percent(branch: str, row: dict[str, Any]) -> str:
+    return f"{row[branch]['mean']:.1%}"
+
+
 def _show_layers(rows: list[dict[str, Any]]) -> None:
     some = [row for row in rows if row["mixer"]["mean"] < 1 or row["ffn"]["mean"] < 1]
     if some:
         print()
-        table(
-            ["layer", "mixer runs for", "FFN runs for"],
-            [[str(row["layer"]), f"{row['mixer']['mean']:.1%}", f"{row['ffn']['mean']:.1%}"] for row in some],
-        )
+        columns = {"layer": "layer", "mixer": "mixer runs for", "ffn": "FFN runs for"}
+        shown = {branch: partial(_percent, branch) for branch in ("mixer", "ffn")}
+        table(columns, some, shown)
         print()
 
 

@@ -259,22 +259,8 @@ def _compare(call: opt.Call, adapted: Any, tokenizer: Any) -> dict[str, Any]:
 
 def show_comparison(document: dict[str, Any]) -> None:
     """Print the table of `bench --compare`."""
-    rows = document["rows"]
-    first = rows[0]
-    table(
-        ["", "perplexity", "ROUGE-L", "depth", "tokens/s", "× full depth"],
-        [
-            [
-                row["label"],
-                f"{row['perplexity']:.4g}",
-                f"{row['rouge_l']:.3f}",
-                f"{row['adapted']['mean_depth']:.1f}",
-                f"{row['adapted']['tokens_per_second']:.1f}",
-                f"{row['speedup']:.2f} ({row['speedup_range'][0]:.2f}–{row['speedup_range'][1]:.2f})",
-            ]
-            for row in rows
-        ],
-    )
+    first = document["rows"][0]
+    table(wording.WAYS, wording.ways(document))
     print(
         f"\n{first['num_runs']} runs of {first['new_tokens']} new tokens, batch {first['batch_size']}, in turn; median "
         "of paired ratios (least–greatest); ROUGE-L against the texts of full depth"

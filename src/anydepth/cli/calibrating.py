@@ -249,24 +249,9 @@ def show_calibration(document: dict[str, Any]) -> None:
 
 
 def _show_capacities(document: dict[str, Any]) -> None:
-    control = document["control"]
-    rows = [
-        [
-            row["label"],
-            "" if "realised_capacity" not in row else f"{row['realised_capacity']:.1%}",
-            wording.speedup(row, "×"),
-            f"{row['perplexity']:.4g}",
-            _percent(row["perplexity_increase"], row["perplexity_increase_range"]),
-        ]
-        for row in (*document["sweep"], *([] if control is None else [control]))
-    ]
-    table(["", "run on held-out text", "speed-up", "perplexity", "increase"], rows)
+    table(wording.CAPACITIES, wording.capacities(document), {"speedup": wording.speedup})
     engine = document["engine"]
     print(
         f"speed-up over full depth on engine {engine['engine']} {engine['weights']}; {wording.SPREAD}\n"
         "increase over the same model at full depth, in brackets 95%"
     )
-
-
-def _percent(middle: float, bounds: list[float] | None) -> str:
-    return f"{middle:+.1%}" + ("" if bounds is None else f" ({bounds[0]:+.1%} to {bounds[1]:+.1%})")

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 from typer import Option
 
 from anydepth.cli import options as opt
-from anydepth.cli.display import around, table
+from anydepth.cli.display import table
 from anydepth.config import validate
 from anydepth.errors import UserError
 from anydepth.recipe import TextConfig
+from anydepth.report import wording
 from anydepth.training.corpora import check_corpus
 
 
@@ -165,18 +166,13 @@ def _add_tasks(
 
 
 def show_eval(document: dict[str, Any]) -> None:
-    keys = ("loss", "agreement", "mean_depth", "layer_token_share", "gflops_per_token")
     full, note = document["full_depth"], document.get("note")
     parts = {"base model": full, "full depth, LoRA on": document.get("full_depth_adapted")}
     if not note:
         parts[document["label"]] = document
-    rows = [
-        [label, around(float(part["perplexity"]), part["perplexity_interval"], 4)]
-        + [f"{float(part[key]):.4g}" for key in keys]
-        for label, part in parts.items()
-        if part is not None
-    ]
-    table(["", "perplexity", "loss", "agreement", "depth", "FLOP share", "GFLOPs a token"], rows)
+    rows = [{**part, "label": label} for label, part in parts.items() if part is not None]
+    columns = wording.columns("label perplexity loss agreement mean_depth layer_token_share gflops_per_token")
+    table(columns, rows)
     spread = "; in brackets 95%, from how windows differ" if full["perplexity_interval"] else ""
     print(f"\n{document['num_tokens']} tokens scored{spread}" + (f"; {document['label']}: {note}" if note else ""))
     for method, share in document.get("skip_share", {}).items():
@@ -185,28 +181,14 @@ def show_eval(document: dict[str, Any]) -> None:
         _show_tasks(document)
     if "exits" in document:
         print()
-        rows = [[str(row["layers"]), f"{row['loss']:.3f}", f"{row['agreement']:.3f}"] for row in document["exits"]]
-        table(["layers", "loss", "agreement"], rows)
+        table(wording.columns("layers loss agreement"), document["exits"])
 
 
 def _show_tasks(document: dict[str, Any]) -> None:
-    from anydepth.measure.results import task_scores
+    from anydepth.measure.results import task_rows
 
-    full = document["full_depth"]["tasks"]
-    columns, rows = ["task", "metric", "items", "base model", document["label"], "change", "FLOP share"], []
-    for name, task in document["tasks"].items():
-        for metric, score in task_scores(task).items():
-            base, change = task_scores(full[name])[metric], task.get("changes", {}).get(metric, (None, None))
-            scores = [_with_error(*base), _with_error(*score), _with_error(*change, form="+.3g")]
-            rows.append([name, metric, str(task["num_items"]), *scores, f"{task['layer_token_share']:.3g}"])
-    if all("changes" not in task for task in document["tasks"].values()):
-        columns, rows = columns[:4], [row[:4] for row in rows]
+    changed = any("changes" in task for task in document["tasks"].values())
+    keys = "task metric num_items full" + (" score change layer_token_share" if changed else "")
     print()
-    table(columns, rows)
+    table(wording.columns(keys, full="base model", score=document["label"]), task_rows(document))
     print("± one standard error; of the change over the same items")
-
-
-def _with_error(score: float | None, error: float | None, form: str = ".4g") -> str:
-    if score is None:
-        return ""
-    return f"{score:{form}}" + ("" if error is None else f" ± {error:.2g}")

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
 from anydepth.cli import options as opt
-from anydepth.cli.display import around, step_line, table
+from anydepth.cli.display import step_line, table
 from anydepth.errors import RunError, UserError
 from anydepth.report import wording
 from anydepth.training.corpora import check_corpus
-
-COLUMNS = wording.columns(
-    "perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup",
-    agreement="agreement",
-    mean_depth="depth",
-    layer_token_share="FLOP share",
-    gflops_per_token="GFLOPs",
-    realised="efficiency",
-)
 
 
 @opt.command()
@@ -153,12 +145,8 @@ def sweep(
 
 
 def show_run(document: dict[str, Any], out: Path) -> None:
-    rows = []
-    for row in document["summary"]:
-        cells = {key: "" if row.get(key) is None else f"{row[key]:.3g}" for key in COLUMNS}
-        rows.append([row["label"], *{**cells, "speedup": wording.speedup(row)}.values()])
-    table(["", *COLUMNS.values()], rows)
-    print(f"\nGFLOPs are those of a token; {wording.SPREAD}\n\n{out / 'report.html'}")
+    table(wording.SUMMARY, document["summary"], {"speedup": wording.speedup})
+    print(f"\n{wording.SPREAD}\n\n{out / 'report.html'}")
 
 
 def show_search(document: dict[str, Any]) -> None:
@@ -168,34 +156,23 @@ def show_search(document: dict[str, Any]) -> None:
     print(f"agreement with full depth: {document['agreement']:.3f}  ({document['seconds']:.0f} s)\n")
     found = document["held_out"]
     if found["rows"]:
-        rows = [
-            [row["label"], f"{row['perplexity']:.4g}", f"{row['loss']:.3f}", f"{row['weight_bytes'] / 1e6:.0f}"]
-            for row in found["rows"]
-        ]
-        table(["", "perplexity", "loss", "MB of weights a token"], rows)
+        table(wording.UNSEEN, found["rows"])
         print(f"on {found['num_tokens']} tokens that the search did not see")
     if found["warning"]:
         print(f"warning: {found['warning']}")
 
 
 def show_sweep(document: dict[str, Any]) -> None:
+    def cost(key: str, axis: str, row: dict[str, Any]) -> str:
+        return wording.cell(key, row) + (" *" if row["label"] in document["front"][axis] else "  ")
 
-    def cost(row: dict[str, Any], key: str, axis: str) -> str:
-        mark = " *" if row["label"] in document["front"][axis] else "  "
-        return around(row[key], row.get(f"{key}_range"), 3) + mark
-
-    rows = [
-        [
-            row["label"],
-            str(row["num_seeds"] or ""),
-            around(row["perplexity"], row.get("perplexity_range"), 4),
-            cost(row, "time_share", "time"),
-            cost(row, "layer_token_share", "flops"),
-            f"{row['gflops_per_token']:.3g}",
-        ]
-        for row in document["settings"]
-    ]
-    table(["", "seeds", "perplexity", "time", "FLOPs", "GFLOPs a token"], rows)
+    shown = {
+        "num_seeds": lambda row: str(row["num_seeds"] or ""),
+        "time_share": partial(cost, "time_share", "time"),
+        "layer_token_share": partial(cost, "layer_token_share", "flops"),
+    }
+    keys = "label num_seeds perplexity time_share layer_token_share gflops_per_token"
+    table(wording.columns(keys, time_share="time", layer_token_share="FLOPs"), document["settings"], shown)
     print(
         "time and FLOPs as fractions of full depth's; in brackets their range over seeds, and 95% of timed pairs\n"
         "* on the Pareto front: cheaper than all better ones with a star, by ranges that do not meet"

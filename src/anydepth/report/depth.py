@@ -30,12 +30,8 @@ OF = {"depth": "layers per token", "layer_token_share": "FLOP fraction of layers
 def analysis(page: Page, document: Document) -> None:
     """Add where depth goes, and whether it depends on the token."""
     page.section("Where depth goes")
-    depth = document["depth"]
-    page.text(
-        f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth['mean']:.2f}"
-        + ("." if depth["low"] is None else f" ({depth['low']:.2f} to {depth['high']:.2f})."),
-        "lead",
-    )
+    depth = wording.between(document["depth"])
+    page.text(f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth}.", "lead")
     if "gflops_per_token" in document:
         page.text(f"{wording.flops(document)}.")
     page.text(sentence(wording.conditionality(document["conditionality"])))
@@ -119,7 +115,7 @@ def _correlations(page: Page, found: Document | None) -> None:
     ]
     columns = {"of": "", "with": "with", "pearson_r": "Pearson (95%)", "spearman_r": "Spearman (95%)"}
     also = [column for column, _, end in ends if end != "r"]
-    shown = {f"{kind}_r": partial(_cell, kind) for kind in KINDS}
+    shown = {f"{kind}_r": partial(wording.correlation, kind) for kind in KINDS}
     page.table(columns, rows, "correlations", shown, also)
     if _drawn(found):
         text = f"Each point is a text: its {OF[found['of']]}; line: least squares, with the 95% band of its mean."
@@ -129,11 +125,6 @@ def _correlations(page: Page, found: Document | None) -> None:
 def _drawn(found: dict[str, Any]) -> list[Document]:
     """Return the correlations that are not with a constant."""
     return [row for row in found["rows"] if row["of"] == found["of"] and row["line"] is not None]
-
-
-def _cell(kind: str, row: Document) -> str:
-    r, interval = wording.correlation(row[kind])
-    return f"{r} ({interval})" if interval else r
 
 
 def scatter(found: dict[str, Any]) -> Figure:
@@ -147,7 +138,7 @@ def scatter(found: dict[str, Any]) -> Figure:
         axes.plot(line["x"], line["y"], color=COLOURS[1])
         x, y = [point[row["with"]] for point in points], [point[found["of"]] for point in points]
         axes.scatter(x, y, color=COLOURS[0], s=12)
-        axes.set_title("   ".join(f"{kind.title()} {_cell(kind, row)}" for kind in KINDS), fontsize=8)
+        axes.set_title("   ".join(f"{kind.title()} {wording.correlation(kind, row)}" for kind in KINDS), fontsize=8)
         axes.set_xlabel(PROPERTIES[row["with"]])
     figure.supylabel(f"{OF[found['of']]} of a text")
     return figure

@@ -87,17 +87,21 @@ class Page:
         shown: Mapping[str, Callable[[Document], str]] = {},
         also: Iterable[str] = (),
     ) -> None:
-        """Add a table, and write the same numbers unrounded as CSV.
+        """Add a table, and write the same numbers unrounded as CSV, with their errors and the ends of their ranges.
 
         Args:
-            shown: by column, the function that formats its cells, safe in HTML; by default `number`.
+            shown: by column, the function that formats its cells; by default `cell`.
             also: columns that only the CSV has.
         """
         with self._path(name, ".csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            keys = [*columns, *also]
-            writer.writerow(keys)
-            writer.writerows([row.get(key, "") for key in keys] for row in rows)
+            errors = [f"{key}_{error}" for key in columns for error in ("stderr", "half_range")]
+            keys = [*columns, *also, *(error for error in errors if any(row.get(error) for row in rows))]
+            ranged = [key for key in columns if any(row.get(f"{key}_range") for row in rows)]
+            writer.writerow([*keys, *(f"{key}_{end}" for key in ranged for end in ("low", "high"))])
+            for row in rows:
+                bounds = [bound for key in ranged for bound in row.get(f"{key}_range") or ("", "")]
+                writer.writerow([*(row.get(key, "") for key in keys), *bounds])
         head = "".join(f'<th role="columnheader" scope="col">{escape(title)}</th>' for title in columns.values())
         body = "".join(_table_row(columns, row, shown) for row in rows)
         self.parts.append(
@@ -127,7 +131,7 @@ def provenance_line(*documents: Document) -> str:
 
 def _table_row(columns: dict[str, str], row: Document, shown: Mapping[str, Callable[[Document], str]]) -> str:
     first, *others = [
-        (escape(title, quote=True), shown[key](row) if key in shown else wording.number(row.get(key)))
+        (escape(title, quote=True), escape(shown[key](row) if key in shown else wording.cell(key, row)))
         for key, title in columns.items()
     ]
     cells = "".join(f'<td role="cell" data-label="{title}">{cell}</td>' for title, cell in others)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from matplotlib.figure import Figure
 
-from anydepth.measure.results import MEANS, task_scores
+from anydepth.measure.results import MEANS, task_rows
 from anydepth.report import plots, wording
 from anydepth.report.layout import Page
 from anydepth.report.plots import COLOURS, GREY, Document
@@ -59,28 +58,12 @@ def _tasks(page: Page, document: Document) -> None:
     page.text("By lm-eval; ± one standard error." if same else text, "lead")
     keys = "task metric num_items num_fewshot full" + ("" if same else " score change layer_token_share")
     columns = wording.columns(keys, num_fewshot="examples", full="full depth", score="adapted")
-    rows = _task_rows(document)
+    rows = task_rows(document)
     bars = [row for row in rows if row["metric"].partition(",")[0] in MEANS]
     if bars:
         text = "Scores of tasks; bars are 95% (1.96 standard errors) of each score by itself."
         page.figure(scores(bars, same=same), text, "scores")
-    errors = {key: f"{key}_stderr" for key in ("full", "score", "change")}
-    shown = {key: partial(wording.plus_minus, key, error) for key, error in errors.items()}
-    page.table(columns, rows, "tasks", shown, errors.values())
-
-
-def _task_rows(document: Document) -> list[Document]:
-    """Return a row for each task and metric: `full`, `score` and `change`, each with its standard error."""
-    rows = []
-    for label, task in document["tasks"].items():
-        full = task_scores(document["full_depth"]["tasks"][label])
-        for metric, score in task_scores(task).items():
-            row = {**task, "task": label, "metric": metric}
-            change = task.get("changes", {}).get(metric, (None, None))
-            for key, pair in (("score", score), ("full", full[metric]), ("change", change)):
-                row[key], row[f"{key}_stderr"] = pair
-            rows.append(row)
-    return rows
+    page.table(columns, rows, "tasks")
 
 
 def layers(document: Document) -> Figure:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
 from matplotlib.figure import Figure
 
@@ -15,10 +14,6 @@ SPREAD = wording.sentence(wording.SPREAD)
 SHOWN = {"speedup": wording.speedup}
 ALSO = ("speedup_interval", "is_noise")
 """How tables show a speed-up, and what only their CSV has of it."""
-SUMMARY = wording.columns(
-    "label perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup",
-    realised="efficiency",
-)
 TIMED = wording.columns(
     "engine weights batch_size prompt_tokens new_tokens full adapted_rate speedup ideal_speedup",
     batch_size="batch",
@@ -27,11 +22,6 @@ TIMED = wording.columns(
     full="full tok/s",
     adapted_rate="adapted tok/s",
     realised="efficiency",
-)
-WAYS = wording.columns(
-    "label perplexity rouge_l mean_depth tokens_per_second speedup",
-    rouge_l="ROUGE-L against full depth",
-    mean_depth="layers a token",
 )
 PANELS = (("batch_size", "batch size (rows)", "prompt_tokens"), ("prompt_tokens", "prompt (tokens)", "batch_size"))
 
@@ -53,7 +43,7 @@ def summary(page: Page, results: list[Document]) -> None:
     )
     page.text(f"{lead} {SPREAD}", "lead")
     page.begin("", measured)
-    page.table(SUMMARY, rows, "summary", SHOWN, ALSO)
+    page.table(wording.SUMMARY, rows, "summary", SHOWN, ALSO)
     placed = [row for row in rows if "tokens_per_second" in row]
     if len(placed) > 1:
         page.figure(tradeoff(placed), "Perplexity against measured generation speed.", "tradeoff")
@@ -87,10 +77,9 @@ def bench(page: Page, document: Document) -> None:
 
 def _comparison(page: Page, document: Document) -> None:
     page.section("Full depth, early exit, lossless")
-    rows = [{**row["adapted"], **row, **wording.ends(row, "speedup")} for row in document["rows"]]
+    rows = wording.ways(document)
     page.text(f"{rows[0]['num_runs']} runs, all rows in turn in one process; medians of paired ratios.", "lead")
-    shown, also = {"speedup": partial(wording.from_to, "speedup")}, ("speedup_low", "speedup_high")
-    page.table(WAYS, rows, "ways", shown, also)
+    page.table(wording.WAYS, rows, "ways")
     page.figure(tradeoff(rows), "Perplexity against measured generation speed.", "ways")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from matplotlib.figure import Figure
 
@@ -12,10 +11,8 @@ from anydepth.report.layout import Page
 from anydepth.report.plots import COLOURS, GREY, Document
 from anydepth.report.speed import ALSO, SHOWN, SPREAD
 from anydepth.report.training_curves import loss_curves
-from anydepth.report.wording import number, sentence
+from anydepth.report.wording import INCREASE, number, sentence
 
-RANGED = ("perplexity", "time_share", "layer_token_share")
-INCREASE = "perplexity_increase"
 CAPACITY_PANELS = (("speedup", 1, "speed-up (bars: 95%)"), (INCREASE, 100, "perplexity, % (bars: 95%)"))
 FRONT_PANELS = (
     ("time", "time_share", "time ÷ full depth's (measured)"),
@@ -47,9 +44,7 @@ def sweep(page: Page, document: Document) -> None:
         full_depth_perplexity="the same model at full depth",
         time_share="time ÷ full depth's",
     )
-    rows = [{**row, "num_seeds": row["num_seeds"] or "", **wording.ends(row, *RANGED)} for row in document["settings"]]
-    also = [f"{key}_{end}" for key in RANGED for end in ("low", "high")]
-    page.table(columns, rows, "", {key: partial(wording.from_to, key) for key in RANGED}, also)
+    page.table(columns, [{**row, "num_seeds": row["num_seeds"] or ""} for row in document["settings"]])
 
 
 def fronts(documents: dict[str, Document]) -> Figure:
@@ -94,23 +89,13 @@ def calibration(page: Page, document: Document) -> None:
 
 
 def _capacities(page: Page, document: Document) -> None:
-    engine, control = document["engine"], document["control"]
+    engine = document["engine"]
     page.text(
         f"One checkpoint at several capacities, on held-out text and on engine {engine['engine']} {engine['weights']}; "
         f"speed and perplexity against the same model at full depth. {SPREAD}",
         "lead",
     )
-    columns = wording.columns(
-        f"label realised_capacity speedup perplexity {INCREASE} untouched_perplexity",
-        realised_capacity="run on held-out text",
-        perplexity_increase="increase",
-        untouched_perplexity="base model",
-    )
-    rows = [
-        {**row, **wording.ends(row, INCREASE)} for row in (*document["sweep"], *([] if control is None else [control]))
-    ]
-    shown = {**SHOWN, INCREASE: partial(wording.from_to, INCREASE)}
-    page.table(columns, rows, "", shown, (*ALSO, f"{INCREASE}_low", f"{INCREASE}_high"))
+    page.table(wording.CAPACITIES, wording.capacities(document), "", SHOWN, ALSO)
     text = "Speed-up and perplexity over the capacity; the band is full depth with int8 weights."
     page.figure(capacities(document), text, "capacities")
 
@@ -150,9 +135,7 @@ def experiment(page: Page, document: Document) -> None:
         variants.setdefault(row["variant"], []).append(row)
     rows = [_over_seeds(own) for own in variants.values()]
     columns = {key: title for key, title in EXPERIMENT_COLUMNS.items() if any(key in row for row in rows)}
-    halves = {key: f"{key}_half_range" for key in columns if any(row.get(f"{key}_half_range") for row in rows)}
-    shown = {key: partial(wording.plus_minus, key, half) for key, half in halves.items()}
-    page.table(columns, rows, "", shown, halves.values())
+    page.table(columns, rows)
     trained: dict[str, Document] = {}
     for run, stages in runs.items():
         if stages.get("train", {}).get("loss_history"):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from anydepth.report import plots
 from anydepth.report.layout import Page
 from anydepth.report.plots import COLOURS, Document
-from anydepth.report.wording import named, sentence
+from anydepth.report.wording import UNSEEN, named, sentence
 
 NO_LOSSES = ("step", "learning_rate", "mean_depth", "phase", "seconds", "figures", "layers", "warnings")
 """Fields of a step that are not terms of the loss."""
@@ -67,8 +67,7 @@ def search(page: Page, document: Document) -> None:
     found = document.get("held_out", {"rows": [], "warning": None})
     if found["rows"]:
         page.text(f"On {found['num_tokens']} tokens that the search did not see, next to quantised weights:")
-        columns = {"label": "", "perplexity": "perplexity", "loss": "nats a token", "weight_bytes": "bytes a token"}
-        page.table(columns, found["rows"], "unseen")
+        page.table(UNSEEN, found["rows"], "unseen")
     if found["warning"]:
         page.text(sentence(f"warning: {found['warning']}"), "mark")
 
