@@ -117,12 +117,10 @@ def _measure(call: opt.Call, adapted: Any, tokenizer: Any, draft: Any) -> dict[s
     from anydepth.measure.throughput import throughput
     from anydepth.models.tokens import encode
 
-    arguments, engines = call.arguments, _engines(call, adapted, draft)
+    arguments, sizes = call.arguments, opt.numbers("batch-sizes", call.arguments["batch_sizes"])
     new_tokens, num_runs, num_requests = (arguments[key] for key in ("new_tokens", "num_runs", "requests"))
-    shared: dict[str, Any] = {
-        "batch_sizes": opt.numbers("batch-sizes", arguments["batch_sizes"]),
-        "new_tokens": new_tokens,
-    }
+    engines = _engines(call, adapted, draft)
+    shared: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens}
     said = {"on_row": lambda row: call.progress(f"  {_title(row)}: {_speed(row)}"), "say": call.progress}
     if arguments["prompts"] is not None:
         texts = read_prompts(arguments["prompts"], tokenizer)

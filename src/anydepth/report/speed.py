@@ -153,8 +153,11 @@ def acceptance(document: Document) -> Figure:
 
 
 def tradeoff(rows: Iterable[Document]) -> Figure:
-    names = {"xlabel": "tokens per second (generation)", "ylabel": "perplexity (lower is better)"}
-    figure, axes = plots.new_figure("Quality against measured speed", **names)
+    figure, axes = plots.new_figure(
+        "Quality against measured speed",
+        xlabel="tokens per second (generation)",
+        ylabel="perplexity (lower is better)",
+    )
     placed = list(rows)
     middle = sum(row["tokens_per_second"] for row in placed) / len(placed)
     for row, colour in zip(placed, COLOURS * 4, strict=False):
