@@ -41,6 +41,7 @@ GREEDY = [14, 7, 17, 4, 26, 16, 3, 18, 25, 5, 15, 8, 20, 12, 21]
 # second layer's, bfloat16 is too inexact for the self-check (0.11 apart by rounding alone; 6e-6 in float32).
 SPREAD = {5: range(3, 30, 6), 10: [*range(3, 30, 3), 28], 15: range(14, 29)}
 ALWAYS_KEEP = 3
+OVER_HF = "decode_over hf bfloat16"
 ROUTED = 27
 
 
@@ -104,16 +105,7 @@ def peers(num_runs: int) -> dict[str, Any]:
                 agreeing[name] += tokens[name] == tokens[name.replace("llama.cpp", "fast")]
         speed = median(bandwidth)
         for name in names:
-            row = {
-                "engine": name,
-                "prompt_tokens": length,
-                "ttft_seconds": median(first for first, _ in times[name]),
-                "tpot_seconds": median(each for _, each in times[name]),
-                "tpot_range": [min(each for _, each in times[name]), max(each for _, each in times[name])],
-            }
-            for other in names:
-                row[f"decode_over {other}"] = paired(times[other], times[name], 1)
-                row[f"prefill_over {other}"] = paired(times[other], times[name], 0)
+            row = {"engine": name, "prompt_tokens": length, **peer_speeds(name, times)}
             if engines.get(name) is not None:
                 read = sum(layer.mixer_bytes + layer.ffn_bytes for layer in engines[name].model.layers)
                 row["bytes_per_step"] = read + engines[name].model.head.num_bytes
@@ -121,17 +113,19 @@ def peers(num_runs: int) -> dict[str, Any]:
             if name in others:
                 row["same_tokens_as_fast"] = f"{agreeing[name]} of {num_runs + 1} prompts"
             rows.append(row)
-            say(
-                row,
-                "engine",
-                "prompt_tokens",
-                "ttft_seconds",
-                "tpot_seconds",
-                "decode_over hf bfloat16",
-                "roofline_share",
-            )
+            say(row, "engine", "prompt_tokens", "ttft_seconds", "tpot_seconds", OVER_HF, "roofline_share")
         rows.append({"read_bytes_per_second": speed, "prompt_tokens": length})
     return {"rows": rows}
+
+
+def peer_speeds(name: str, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Medians of one engine's seconds to the first and for each next token, and every other's over them, in pairs."""
+    first, each = zip(*times[name], strict=True)
+    row = {"ttft_seconds": median(first), "tpot_seconds": median(each), "tpot_range": [min(each), max(each)]}
+    for other in times:
+        row[f"decode_over {other}"] = paired(times[other], times[name], 1)
+        row[f"prefill_over {other}"] = paired(times[other], times[name], 0)
+    return row
 
 
 def paired(theirs: list[tuple[float, ...]], ours: list[tuple[float, ...]], part: int) -> float:

@@ -11,6 +11,17 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
+RECIPE = {
+    "methods": [{"name": "layer_router", "always_keep": 2, "initial_bias": 1.0, "target_skip": 0.3}],
+    "train": {"max_steps": 4, "save_every": 2, "lora": {"rank": 2}},
+    "calibrate": {"skip_share": 0.3, "num_windows": 4},
+    "eval": {"sequence_length": 64, "max_windows": 3},
+    "bench": {"prompt_tokens": [16], "new_tokens": 4, "num_runs": 2},
+    "analyze": {"sequence_length": 32, "num_windows": 2, "num_permutations": 9},
+    "generate": {"prompt": "the sea", "max_new_tokens": 6},
+}
 PRELOADED = ["anydepth.cli", "anydepth.runs.run", "anydepth.serve.export", "anydepth.report.page", "commands"]
 SECONDS = 300
 # As the command line sets them before it imports anything; here that was done already.
@@ -69,3 +80,20 @@ def _in_child(words: list[str], folder: Path, place: Path, run: Callable[[list[s
     os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "70"}
     torch.set_num_threads(1)
     run(words)
+
+
+def refused(*arguments: object, code: int = 2) -> str:
+    """One line on standard error, nothing on standard output, the exit code of a mistake."""
+    done = anydepth(*arguments)
+    lines = [line for line in done.stderr.splitlines() if "…" not in line]
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("anydepth: "), done.stderr
+    assert done.stdout == ""
+    return lines[0]
+
+
+def write_recipe(path: Path, base: Path, text: Path, **changes: object) -> Path:
+    recipe = {"model": {"target": str(base)}, "data": {"train": str(text), "sequence_length": 32}, **RECIPE}
+    recipe["eval"] = {**recipe["eval"], "data": str(text)}
+    path.write_text(yaml.safe_dump(recipe | changes))
+    return path

@@ -124,15 +124,20 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def assignment(text: str, form: str) -> tuple[str, Any]:
+    """Return the key and the YAML value of `KEY=VALUE`. Raise `UserError` with the `form` that `--set` takes."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes {form}; got '{text}'")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: '{value}' is not a YAML value") from error
+
+
 def override_key(content: dict[str, Any], override: str) -> None:
     """Set `a.b=value` or `methods.0.key=value` in the mapping of a recipe."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set takes KEY=VALUE, such as train.max_steps=20; got '{override}'")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {key}: '{text}' is not a YAML value") from error
+    key, value = assignment(override, "KEY=VALUE, such as train.max_steps=20")
     parts = key.split(".")
     section: Any = content
     for part in parts[:-1]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anydepth.cli.inspecting import show_methods
+from anydepth.cli.evaluating import show_methods
 from anydepth.json_io import plain
 from anydepth.measure.inspect import list_methods
 from anydepth.measure.results import document

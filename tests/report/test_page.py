@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from anydepth.errors import UserError
-from anydepth.report import correlations, plots, quality
+from anydepth.report import depth, plots, quality
 from anydepth.report.page import write_report
 from report_documents import (
     CORRELATIONS,
@@ -223,7 +223,7 @@ def test_gates_and_whole_texts_have_their_place(written: list[Path]) -> None:
 
 
 def test_points_of_texts_are_where_the_document_has_them() -> None:
-    figure = correlations.scatter(CORRELATIONS)
+    figure = depth.scatter(CORRELATIONS)
     assert len(figure.axes) == 2  # rarity is constant
     points = figure.axes[0].collections[-1].get_offsets().tolist()
     assert points == [[row["length"], row["depth"]] for row in CORRELATIONS["samples"]]

@@ -14,9 +14,8 @@ import warnings
 import typer
 
 # Imported for the commands that they register, in the order of the help.
-from anydepth.cli import training, calibrating, inspecting, evaluating, benching  # noqa: F401  # isort: skip
-from anydepth.cli import analysis, reporting, generating, serving  # noqa: F401  # isort: skip
-from anydepth.cli.application import app
+from anydepth.cli import training, calibrating, evaluating, benching, analysis, generating  # noqa: F401  # isort: skip
+from anydepth.cli.options import app
 from anydepth.errors import RunError, UserError
 from anydepth.processes import is_parallel, rank
 
@@ -73,7 +72,3 @@ def _fail(line: str, code: int) -> int:
     name = f"anydepth (process {rank()})" if rank() > 0 else "anydepth"
     print(f"{name}: {' '.join(line.split())}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    main()

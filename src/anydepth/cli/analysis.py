@@ -1,59 +1,53 @@
-"""The command that shows where depth goes."""
+"""The commands that show where depth goes, and make a page from results."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from anydepth.cli import options as opt
-from anydepth.cli.application import app
-from anydepth.cli.display import Printer, table
+from anydepth.cli.display import table
 from anydepth.errors import UserError
 from anydepth.report import wording
+from anydepth.training.corpora import check_corpus, load_texts
 
 
-@app.command()
+@opt.command()
 def analyze(
+    call: opt.Call,
     target: opt.Target,
     data: opt.Data = "embedded:valid",
     sequence_length: opt.SequenceLength = 512,
-    limit: Annotated[int, typer.Option(help="Run the first windows only.")] = 16,
+    limit: Annotated[int, Option(help="Run the first windows only.")] = 16,
     compare: Annotated[
-        list[str] | None, typer.Option(help="Compare gates with those of the same method from another seed.")
+        list[str] | None, Option(help="Compare gates with those of the same method from another seed.")
     ] = None,
     permutations: Annotated[
-        int, typer.Option(help="Test with this many permutations whether depth depends on the token.")
+        int, Option(help="Test with this many permutations whether depth depends on the token.")
     ] = 199,
     samples: Annotated[
-        int, typer.Option(help="Correlate the depth of this many texts with length, perplexity and rarity; 0: none.")
+        int, Option(help="Correlate the depth of this many texts with length, perplexity and rarity; 0: none.")
     ] = 64,
     options: opt.MethodOptions = None,
-    seed: opt.Seed = 0,
-    device: opt.Device = "cpu",
-    dtype: opt.DType = "auto",
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
 ) -> None:
     """Measure depth by layer, token class, position and loss.
 
     And test whether it depends on the token.
     """
-    arguments = dict(locals())
     from anydepth.decoding.engines import label_of
     from anydepth.measure.analyze import analyze as measure
-    from anydepth.measure.results import document
-    from anydepth.training.corpora import check_corpus, load_texts
     from anydepth.training.data import load_windows
 
     check_corpus(data)
     opt.at_least(1, permutations=permutations, limit=limit)
     opt.at_least(0, samples=samples)
-    printer = Printer(as_json, quiet)
-    engine, tokenizer, others = _load(target, compare or [], dtype, device, opt.by_method(options))
+    engine, tokenizer, others = _load(call, target, compare or [], opt.by_method(options))
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit)
     texts = f", and up to {samples} texts of at most {sequence_length} tokens" if samples else ""
-    printer.progress(f"running {windows.numel()} tokens of {data}{texts} …")
+    call.progress(f"running {windows.numel()} tokens of {data}{texts} …")
     fields = measure(
         engine.adapted,
         tokenizer,
@@ -62,25 +56,23 @@ def analyze(
         num_samples=samples,
         others=others,
         num_permutations=permutations,
-        seed=seed,
-        track=printer.track,
+        seed=call.seed,
+        track=call.track,
     )
-    config = opt.config_of(arguments, engine.adapted)
-    result = document("anydepth.analyze/1", seed=seed, config=config, label=label_of(engine), **fields)
-    printer.result(result, show_analysis)
+    call.result(call.document("analyze", engine.adapted, label=label_of(engine), **fields), show_analysis)
 
 
-def _load(target: str, compare: list[str], dtype: str, device: str, overrides: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _load(call: opt.Call, target: str, compare: list[str], overrides: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Load the target, its tokenizer and the models to compare with. Raise `UserError` where nothing can differ."""
     from anydepth.decoding.engines import HFEngine
     from anydepth.measure.evaluate import why_the_same
-    from anydepth.training.checkpoint import load_draft, load_target
+    from anydepth.training.checkpoint import load_draft
 
-    adapted, tokenizer = load_target(target, dtype=dtype, device=device, overrides=overrides)
+    adapted, tokenizer = call.load(target, overrides=overrides)
     engine, num_layers = HFEngine(adapted, load_draft(target, adapted)), adapted.backbone.num_layers
     if engine.differs and (why := why_the_same(engine)) is not None:
         raise UserError(f"{target} has no depth to analyze: {why}")
-    others = [load_target(name, dtype=dtype, device=device)[0] for name in compare]
+    others = [call.load(name)[0] for name in compare]
     for other, name in zip(others, compare, strict=True):
         if other.backbone.num_layers != num_layers:
             raise UserError(f"{name} has {other.backbone.num_layers} layers, {target} {num_layers}; compare one method")
@@ -88,9 +80,8 @@ def _load(target: str, compare: list[str], dtype: str, device: str, overrides: d
 
 
 def show_analysis(document: dict[str, Any]) -> None:
-    mean, interval = _interval(document["depth"])
-    within = f", {interval} with 95%" if interval else ""
-    print(f"{mean} of {len(document['per_layer'])} layers a token{within}; {document['num_tokens']} tokens")
+    depth, num_layers = wording.between(document["depth"]), len(document["per_layer"])
+    print(f"{depth} of {num_layers} layers a token, in brackets 95%; {document['num_tokens']} tokens")
     print(f"{wording.flops(document)}\n")
     _show_kinds(document)
     _show_correlations(document["correlations"])
@@ -117,41 +108,86 @@ def _show_kinds(document: dict[str, Any]) -> None:
         ("positions", "positions", lambda row: _from_to(row["first"] + 1, row["last"] + 1)),
         ("texts of", "lengths", lambda row: str(row["length"])),
     ):
-        rows = [[name(row), str(row["num_tokens"]), *_interval(row["depth"])] for row in document[key]]
-        table([title, "tokens", "depth", "95%"], rows)
+        columns = {"name": title, "num_tokens": "tokens", "depth": "depth (95%)"}
+        shown = {"name": name, "depth": lambda row: wording.between(row["depth"])}
+        table(columns, document[key], shown)
         print()
     print(f"rank correlation of depth with the loss of the next token: {correlation:.2f}")
 
 
 def _show_correlations(found: dict[str, Any] | None) -> None:
-    """Print the correlations of whole texts' depth with their properties."""
     if found is None or found["of"] is None:
         return
-    rows = [
-        [row["with"], *wording.correlation(row["pearson"]), *wording.correlation(row["spearman"])]
-        for row in found["rows"]
-        if row["of"] == found["of"]
-    ]
-    print()
     what = "depth" if found["of"] == "depth" else "FLOP share"
-    table([f"{what} of {found['num_samples']} {found['unit']}s with", "Pearson", "95%", "Spearman", "95%"], rows)
-
-
-def _interval(depth: dict[str, Any]) -> tuple[str, str]:
-    return f"{depth['mean']:.2f}", "" if depth["low"] is None else f"{depth['low']:.2f} to {depth['high']:.2f}"
+    columns = {
+        "with": f"{what} of {found['num_samples']} {found['unit']}s with",
+        "pearson": "Pearson (95%)",
+        "spearman": "Spearman (95%)",
+    }
+    shown = {kind: partial(wording.correlation, kind) for kind in ("pearson", "spearman")}
+    print()
+    table(columns, [row for row in found["rows"] if row["of"] == found["of"]], shown)
 
 
 def _from_to(first: int, last: int) -> str:
     return str(first) if first == last else f"{first} to {last}"
 
 
+def _percent(branch: str, row: dict[str, Any]) -> str:
+    return f"{row[branch]['mean']:.1%}"
+
+
 def _show_layers(rows: list[dict[str, Any]]) -> None:
-    """Print the layers that not every token runs."""
     some = [row for row in rows if row["mixer"]["mean"] < 1 or row["ffn"]["mean"] < 1]
     if some:
         print()
-        table(
-            ["layer", "mixer runs for", "FFN runs for"],
-            [[str(row["layer"]), f"{row['mixer']['mean']:.1%}", f"{row['ffn']['mean']:.1%}"] for row in some],
-        )
+        columns = {"layer": "layer", "mixer": "mixer runs for", "ffn": "FFN runs for"}
+        shown = {branch: partial(_percent, branch) for branch in ("mixer", "ffn")}
+        table(columns, some, shown)
         print()
+
+
+@opt.app.command()
+def report(
+    results: Annotated[list[Path], Argument(help="JSON documents, or folders of runs and sweeps.")],
+    out: Annotated[Path, Option("--out", help="Write this page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained page from result documents.
+
+    PNG and CSV files are stored next to it.
+    """
+    from anydepth.json_io import read_document
+    from anydepth.report.page import write_report
+
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name the page in it, such as {out / 'report.html'}")
+    documents = []
+    for path, name in zip(results, _short_names(results), strict=True):
+        found = _documents_in(path) if path.is_dir() else [path]
+        documents += [{**read_document(one), "run" if path.is_dir() else "source": name} for one in found]
+    written = write_report(documents, out)
+    print(f"{out} and {len(written) - 1} files next to it")
+
+
+def _short_names(paths: list[Path]) -> list[str]:
+    """Return the last parts of each path, as many as make all names different."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def _documents_in(folder: Path) -> list[Path]:
+    for name in ("sweep.json", "run.json"):
+        if (folder / name).exists():
+            return [folder / name]
+    if (folder / "points").is_dir():
+        raise UserError(f"{folder} is a sweep that has not ended; run it again, it continues where it was")
+    from anydepth.runs.run import STAGES
+
+    found = [path for stage in ("calibrate", *STAGES) if (path := folder / f"{stage}.json").exists()]
+    if not found:
+        raise UserError(f"{folder} holds no results; give a folder of run, sweep or train, or files that --json wrote")
+    return found

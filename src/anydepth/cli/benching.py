@@ -1,124 +1,113 @@
-"""The command that times a model against full depth."""
+"""The command that times a model against full depth, or ways to run it against each other."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from anydepth.cli import options as opt
-from anydepth.cli.application import app
-from anydepth.cli.display import Printer
+from anydepth.cli.display import table
+from anydepth.config import refuse_training_only, validate
 from anydepth.draft_sections import DRAFT, OLD_NAME
 from anydepth.errors import UserError
 from anydepth.report import wording
+from anydepth.training.corpora import check_corpus
 
 PROMPT_TOKENS, NUM_RUNS = "64", 5
 """Defaults of options that `--prompts` and `--compare` replace."""
+COMPARED_RUNS, SCORED_TOKENS, SCORED_WINDOWS = 10, 512, 8
+"""Timed runs of `--compare`, and the windows that it measures perplexity on."""
 
 
-@app.command()
+@opt.command()
 def bench(
+    call: opt.Call,
     target: opt.Target,
-    batch_sizes: Annotated[str, typer.Option(help="Generate this many rows together: 1,4,8.")] = "1",
+    batch_sizes: Annotated[str, Option(help="Generate this many rows together: 1,4,8.")] = "1",
     prompt_tokens: Annotated[
-        str | None, typer.Option(help=f"Use prompts of these lengths: 64,512. Default: {PROMPT_TOKENS}.")
+        str | None, Option(help=f"Use prompts of these lengths: 64,512. Default: {PROMPT_TOKENS}.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Generate this many tokens per row.")] = 64,
+    new_tokens: Annotated[int, Option(help="Generate this many tokens per row.")] = 64,
     num_runs: Annotated[
         int | None,
-        typer.Option(help=f"Time this many pairs per row, up to thrice as many if they vary. Default: {NUM_RUNS}."),
+        Option(help=f"Time this many pairs per row, up to thrice as many if they vary. Default: {NUM_RUNS}."),
     ] = None,
     requests: Annotated[
-        int | None, typer.Option(help="Queue this many requests too: continuous batching, batch-sizes at a time.")
+        int | None, Option(help="Queue this many requests too: continuous batching, batch-sizes at a time.")
     ] = None,
     engine: Annotated[
-        str, typer.Option("--engine", help="Run on hf, fast, both in turn, or auto: fast where it runs the model.")
+        str, Option("--engine", help="Run on hf, fast, both in turn, or auto: fast where it runs the model.")
     ] = "auto",
     weights: Annotated[
-        str | None, typer.Option("--weights", help="Run the fast engine in these precisions: bfloat16,int8.")
+        str | None, Option("--weights", help="Run the fast engine in these precisions: bfloat16,int8.")
     ] = None,
     compiled: opt.Compiled = False,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Read prompts from JSON lines with prompt, turns (the first) or messages; one pair a batch."),
+        Option(help="Read prompts from JSON lines with prompt, turns (the first) or messages; one pair a batch."),
     ] = None,
     compare: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--compare",
             help="Print one table of full depth, what is attached, lossless drafting and int8: perplexity, ROUGE-L, "
             "depth and speed.",
         ),
     ] = False,
-    against: Annotated[list[str] | None, typer.Option(help="Attach a method to a base model: skip_set.")] = None,
-    options: Annotated[list[str] | None, typer.Option("--set", help="Set its options: skip_layers=[5,9].")] = None,
+    against: Annotated[list[str] | None, Option(help="Attach a method to a base model: skip_set.")] = None,
+    options: Annotated[list[str] | None, Option("--set", help="Set its options: skip_layers=[5,9].")] = None,
     skip_share: opt.SkipShare = None,
     capacity: opt.Capacity = None,
     data: opt.Data = "embedded:valid",
-    seed: opt.Seed = 0,
-    device: opt.Device = "cpu",
-    dtype: opt.DType = "auto",
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
 ) -> None:
     """Time full depth and adapted in turn, as pairs."""
-    arguments = dict(locals())
-    from anydepth.cli.comparison import check_comparison, compare_ways, show_comparison
-    from anydepth.measure.results import document
-    from anydepth.training.corpora import check_corpus
-
     if prompts is not None and (prompt_tokens is not None or (num_runs is not None and requests is None)):
         raise UserError("--prompts sets lengths and pairs: leave out --prompt-tokens and --num-runs")
     opt.at_least(1, num_runs=num_runs, new_tokens=new_tokens, requests=requests)
     if compare:
-        check_comparison(arguments)
+        _check_comparison(call.arguments)
     if prompts is None:
         check_corpus(data)
-    printer = Printer(as_json, quiet)
-    adapted, tokenizer, draft = _load(arguments)
-    config = opt.config_of(arguments, adapted)
+    adapted, tokenizer, draft = _load(call)
     if compare:
-        fields, show = compare_ways(arguments, adapted, tokenizer, printer), show_comparison
-    else:
-        defaults = {"prompt_tokens": prompt_tokens or PROMPT_TOKENS, "num_runs": num_runs or NUM_RUNS}
-        if prompts is None:
-            config |= defaults
-        elif requests is not None:
-            config["num_runs"] = defaults["num_runs"]  # It is that of the queue.
-        fields, show = _measure({**arguments, **defaults}, adapted, tokenizer, draft, printer), show_bench
-    printer.result(document("anydepth.bench/1", seed=seed, config=config, **fields), show)
+        call.result(call.document("bench", adapted, **_compare(call, adapted, tokenizer)), show_comparison)
+        return
+    used = {"prompt_tokens": prompt_tokens or PROMPT_TOKENS, "num_runs": num_runs or NUM_RUNS}
+    if prompts is not None:
+        used = {} if requests is None else {"num_runs": used["num_runs"]}  # It is that of the queue.
+    call.arguments.update(used)
+    call.result(call.document("bench", adapted, **_measure(call, adapted, tokenizer, draft)), show_bench)
 
 
-def _load(arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _load(call: opt.Call) -> tuple[Any, Any, Any]:
     """Load the model to bench, its tokenizer and its draft, with the target's methods or those of `--against`."""
-    from anydepth.config import refuse_training_only, validate
     from anydepth.hf.adapted import attach, detach
     from anydepth.methods import method_class
     from anydepth.speculation.draft import Draft
-    from anydepth.training.checkpoint import load_draft, load_target
+    from anydepth.training.checkpoint import load_draft
 
+    arguments = call.arguments
     target, against, options = arguments["target"], arguments["against"] or [], arguments["options"] or []
     share = opt.wanted_share(arguments["skip_share"], arguments["capacity"])
-    load: dict[str, Any] = {"dtype": arguments["dtype"], "device": arguments["device"], "skip_share": share}
     if options and not against:
         raise UserError("--set is for the method that --against names; --capacity and --skip-share move thresholds")
     if against in ([DRAFT], [OLD_NAME]):  # The target's methods stay and decide in drafts.
         own = {name: value for name, value in opt.method_options(DRAFT, options).items() if name != "name"}
-        adapted, tokenizer = load_target(target, merge=True, **load)
+        adapted, tokenizer = call.load(target, merge=True, skip_share=share)
         return adapted, tokenizer, Draft(adapted, own) if own else load_draft(target, adapted, lossless=True)
     specs = [opt.method_options(name, options) for name in against]
     for name, (_, *chosen), spec in zip(against, specs, specs, strict=True):
         own = {option: spec[option] for option in chosen}
         refuse_training_only(name, validate(method_class(name, "--against").Config, own, where=name), own, fresh=True)
-    adapted, tokenizer = load_target(target, merge=True, **load)
+    adapted, tokenizer = call.load(target, merge=True, skip_share=share)
     if against:
         return attach(detach(adapted), specs), tokenizer, None
     return adapted, tokenizer, load_draft(target, adapted)
 
 
-def _measure(arguments: dict[str, Any], adapted: Any, tokenizer: Any, draft: Any, printer: Printer) -> dict[str, Any]:
+def _measure(call: opt.Call, adapted: Any, tokenizer: Any, draft: Any) -> dict[str, Any]:
     """Return the fields of `anydepth.bench/1`: rows for each size and engine, and the queues of requests."""
     import torch
 
@@ -128,42 +117,42 @@ def _measure(arguments: dict[str, Any], adapted: Any, tokenizer: Any, draft: Any
     from anydepth.measure.timing import throughput
     from anydepth.models.tokens import encode
 
-    sizes, lengths = (opt.numbers(key, arguments[key.replace("-", "_")]) for key in ("batch-sizes", "prompt-tokens"))
-    engines, new_tokens = _engines(arguments, adapted, draft, printer), arguments["new_tokens"]
+    arguments, sizes = call.arguments, opt.numbers("batch-sizes", call.arguments["batch_sizes"])
+    new_tokens, num_runs, num_requests = (arguments[key] for key in ("new_tokens", "num_runs", "requests"))
+    engines = _engines(call, adapted, draft)
     shared: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens}
-    said = {"on_row": lambda row: printer.progress(f"  {_title(row)}: {_speed(row)}"), "say": printer.progress}
+    said = {"on_row": lambda row: call.progress(f"  {_title(row)}: {_speed(row)}"), "say": call.progress}
     if arguments["prompts"] is not None:
         texts = read_prompts(arguments["prompts"], tokenizer)
         rows = bench_prompts(engines, tokenizer, texts, **shared, **said)
         ids = [torch.tensor(encode(tokenizer, text)) for text in texts]
     else:
+        lengths = opt.numbers("prompt-tokens", arguments["prompt_tokens"])
         windows = load_prompts(adapted, tokenizer, arguments["data"], lengths, new_tokens)
-        runs = arguments["num_runs"]
-        rows = bench(engines, windows, prompt_tokens=lengths, num_runs=runs, **shared, **said)
+        rows = bench(engines, windows, prompt_tokens=lengths, num_runs=num_runs, **shared, **said)
         ids = [window[: lengths[0]] for window in windows]
-    queues, num_requests = [], arguments["requests"]
+    queues = []
     if num_requests is not None:
-        queue = {"num_requests": num_requests, "num_runs": arguments["num_runs"], **shared}
+        queue = {"num_requests": num_requests, "num_runs": num_runs, **shared}
         queues = [row for each in engines for row in throughput(each, ids, **queue)]
     return {"label": label_of(*engines), "rows": rows, "queues": queues}
 
 
-def _engines(arguments: dict[str, Any], adapted: Any, draft: Any, printer: Printer) -> list[Any]:
+def _engines(call: opt.Call, adapted: Any, draft: Any) -> list[Any]:
     """Open an engine for each kind of weights, after transformers where both are timed."""
     from anydepth.decoding.engines import ENGINES, HFEngine, open_engine
 
-    engine, weights = arguments["engine"], arguments["weights"]
+    target, engine, weights, compiled = (call.arguments[key] for key in ("target", "engine", "weights", "compiled"))
     if not adapted.methods and draft is None and engine in ("auto", "hf"):
         raise UserError(
-            f"{arguments['target']} has no method attached; give a folder that train or search wrote, --against "
-            "METHOD, or compare engines at full depth with --engine both"
+            f"{target} has no method attached; give a folder that train or search wrote, --against METHOD, or compare "
+            "engines at full depth with --engine both"
         )
     if engine not in (*ENGINES, "both"):
         raise UserError(f"engine '{engine}' is unknown; bench takes {', '.join(ENGINES)} or both")
-    options = {"draft": draft, "compiled": arguments["compiled"]}
     one = "fast" if engine == "both" else engine
     kinds = weights.split(",") if weights else [None]
-    chosen = [open_engine(adapted, one, kind, printer.progress, **options) for kind in kinds]
+    chosen = [open_engine(adapted, one, kind, call.progress, draft=draft, compiled=compiled) for kind in kinds]
     return [HFEngine(adapted, draft), *chosen] if engine == "both" else chosen
 
 
@@ -217,4 +206,60 @@ def _show_roofline(roof: dict[str, Any]) -> None:
         f"  roofline: a step reads {full['bytes_per_step'] / 1e6:.0f} MB at full depth, {full['share']:.0%} of the "
         f"{roof['read_bytes_per_second'] / 1e9:.1f} GB/s that memory allows; adapted "
         f"{adapted['bytes_per_step'] / 1e6:.0f} MB, {adapted['share']:.0%}"
+    )
+
+
+def _check_comparison(arguments: dict[str, Any]) -> None:
+    """Raise `UserError` for options of `bench` that make several rows."""
+    for name in ("batch_sizes", "prompt_tokens", "weights"):
+        if "," in (arguments[name] or ""):
+            raise UserError(f"--compare makes one table; give one value to --{name.replace('_', '-')}, not several")
+    if arguments["engine"] == "both" or arguments["requests"] is not None:
+        raise UserError("--compare makes one table, on one engine; leave out --engine both and --requests")
+
+
+def _compare(call: opt.Call, adapted: Any, tokenizer: Any) -> dict[str, Any]:
+    from anydepth.decoding.engines import open_engine
+    from anydepth.measure.bench import batches_of, load_prompts
+    from anydepth.measure.compare import compare, ways_of
+    from anydepth.measure.prompts import read_prompts
+    from anydepth.measure.timing import unpadded
+    from anydepth.training.checkpoint import load_draft
+    from anydepth.training.data import load_windows
+
+    arguments = call.arguments
+    draft, data, new_tokens = (
+        load_draft(arguments["target"], adapted, lossless=True),
+        arguments["data"],
+        arguments["new_tokens"],
+    )
+    engine = open_engine(
+        adapted,
+        arguments["engine"],
+        arguments["weights"],
+        call.progress,
+        draft=draft,
+        compiled=arguments["compiled"],
+    )
+    (size,) = opt.numbers("batch-sizes", arguments["batch_sizes"])
+    if arguments["prompts"] is not None:
+        batches = batches_of(adapted, tokenizer, read_prompts(arguments["prompts"], tokenizer), size, new_tokens)
+    else:
+        lengths = opt.numbers("prompt-tokens", arguments["prompt_tokens"] or PROMPT_TOKENS)
+        texts = load_prompts(adapted, tokenizer, data, lengths, new_tokens).to(adapted.device)
+        count = arguments["num_runs"] or COMPARED_RUNS
+        batches = [unpadded(texts[[(run * size + row) % len(texts) for row in range(size)]]) for run in range(count)]
+    length = min(SCORED_TOKENS, getattr(adapted.config, "max_position_embeddings", None) or SCORED_TOKENS)
+    windows = load_windows(data, tokenizer, length, max_windows=SCORED_WINDOWS)
+    rows = compare(ways_of(engine, call.progress), batches, windows, new_tokens, say=call.progress)
+    return {"label": adapted.label, "rows": rows, "queues": []}
+
+
+def show_comparison(document: dict[str, Any]) -> None:
+    """Print the table of `bench --compare`."""
+    first = document["rows"][0]
+    table(wording.WAYS, wording.ways(document))
+    print(
+        f"\n{first['num_runs']} runs of {first['new_tokens']} new tokens, batch {first['batch_size']}, in turn; median "
+        "of paired ratios (least–greatest); ROUGE-L against the texts of full depth"
     )

@@ -7,71 +7,65 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from anydepth.cli import options as opt
-from anydepth.cli.application import app
-from anydepth.cli.display import Printer, table
+from anydepth.cli.display import table
 from anydepth.errors import UserError
 from anydepth.report import wording
+from anydepth.training.corpora import check_corpus, validation_of
+
+# Options of `--max-risk`.
+MaxRisk = Annotated[
+    float | None,
+    Option(help="Skip as much as keeps the risk on generated text below this bound, with confidence: 0.05."),
+]
+Risk = Annotated[str, Option(help="Bound the risk of consistency, quality (prompts with references) or difference.")]
+PerExit = Annotated[bool, Option("--per-exit", help="With --max-risk: give each exit of early_exit its own threshold.")]
+Test = Annotated[
+    str | None,
+    Option(help="With --max-risk: test by fixed-sequence (default), to the first failure, or by bonferroni, all."),
+]
 
 
-@app.command()
+@opt.command()
 def calibrate(
+    call: opt.Call,
     target: opt.Target,
     out: opt.Out,
     target_speedup: Annotated[
-        float | None, typer.Option(help="Skip just enough for this speed-up, measured on this machine: 1.3.")
+        float | None, Option(help="Skip just enough for this speed-up, measured on this machine: 1.3.")
     ] = None,
     max_perplexity_increase: Annotated[
         float | None,
-        typer.Option(help="Skip as much as this bound allows, against full depth: 0.03. Bounds --target-speedup too."),
+        Option(help="Skip as much as this bound allows, against full depth: 0.03. Bounds --target-speedup too."),
     ] = None,
     skip_share: opt.SkipShare = None,
     capacity: opt.Capacity = None,
     sweep: Annotated[
         str | None,
-        typer.Option(help="Measure speed and perplexity at these capacities, and leave the thresholds: 0.9,0.7,0.5."),
+        Option(help="Measure speed and perplexity at these capacities, and leave the thresholds: 0.9,0.7,0.5."),
     ] = None,
-    max_risk: Annotated[
-        float | None,
-        typer.Option(help="Skip as much as keeps the risk on generated text below this bound, with confidence: 0.05."),
-    ] = None,
-    confidence: Annotated[float, typer.Option(help="Keep the bound with this confidence: 0.95.")] = 0.95,
-    risk: Annotated[
-        str, typer.Option(help="Bound the risk of consistency, quality (prompts with references) or difference.")
-    ] = ("consistency"),
-    per_exit: Annotated[
-        bool, typer.Option("--per-exit", help="With --max-risk: give each exit of early_exit its own threshold.")
-    ] = False,
-    test: Annotated[
-        str | None,
-        typer.Option(
-            help="With --max-risk: test by fixed-sequence (default), to the first failure, or by bonferroni, all."
-        ),
-    ] = None,
+    max_risk: MaxRisk = None,
+    confidence: Annotated[float, Option(help="Keep the bound with this confidence: 0.95.")] = 0.95,
+    risk: Risk = "consistency",
+    per_exit: PerExit = False,
+    test: Test = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Bound the risk on these prompts, JSON lines; default: prompts cut from --data.")
+        Path | None, Option(help="Bound the risk on these prompts, JSON lines; default: prompts cut from --data.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Bound the risk on this many prompts.")] = 100,
+    num_prompts: Annotated[int, Option(help="Bound the risk on this many prompts.")] = 100,
     data: opt.Data = "embedded:train",
     held_out: Annotated[
         str | None,
-        typer.Option(
-            help="Measure quality on this text; default: the valid split of --data, or its text after the windows."
-        ),
+        Option(help="Measure quality on this text; default: the valid split of --data, or its text after the windows."),
     ] = None,
     num_windows: opt.NumWindows = 8,
     sequence_length: opt.SequenceLength = 256,
-    prompt_tokens: Annotated[int, typer.Option(help="Time generations from prompts of this length.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Time generations of this many tokens.")] = 64,
-    num_runs: Annotated[int, typer.Option(help="Time this many pairs per try.")] = 5,
+    prompt_tokens: Annotated[int, Option(help="Time generations from prompts of this length.")] = 64,
+    new_tokens: Annotated[int, Option(help="Time generations of this many tokens.")] = 64,
+    num_runs: Annotated[int, Option(help="Time this many pairs per try.")] = 5,
     engine: opt.Engine = "auto",
-    seed: opt.Seed = 0,
-    device: opt.Device = "cpu",
-    dtype: opt.DType = "auto",
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
 ) -> None:
     """Set thresholds by a speed, a bound or a skipped fraction.
 
@@ -79,98 +73,88 @@ def calibrate(
     nothing is skipped where no setting can be shown to keep the bound. The folder keeps score quantiles, so that any
     --capacity can be set later; thresholds of early_exit are written to its thresholds.json as well.
     """
-    arguments = dict(locals())
-    from anydepth.training.corpora import check_corpus
-
     opt.check_out(out)
-    counts = ("num_prompts", "num_windows", "prompt_tokens", "new_tokens", "num_runs")
-    opt.at_least(1, **{name: arguments[name] for name in counts})
+    counts = {"num_prompts": num_prompts, "num_windows": num_windows, "num_runs": num_runs}
+    opt.at_least(1, **counts, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     opt.at_least(2, sequence_length=sequence_length)
     check_corpus(data)
-    if max_risk is not None:
-        if any(value is not None for value in (target_speedup, max_perplexity_increase, skip_share, capacity, sweep)):
-            raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other bounds")
-        _bound_risk(arguments)
-    elif per_exit or test is not None:
-        raise UserError("--per-exit and --test belong to --max-risk; add it, or leave them out")
-    else:
-        _meet_bounds(arguments)
+    if max_risk is None:
+        _meet_bounds(call)
+        return
+    if any(value is not None for value in (target_speedup, max_perplexity_increase, skip_share, capacity, sweep)):
+        raise UserError("--max-risk is a bound of its own; give it without --target-speedup and the other bounds")
+    _bound_risk(call)
 
 
-def _meet_bounds(options: dict[str, Any]) -> None:
+def _meet_bounds(call: opt.Call) -> None:
     """Calibrate to a speed, a bound on perplexity or a skipped fraction, or measure several capacities."""
-    share = opt.wanted_share(options["skip_share"], options["capacity"])
-    capacities = None if options["sweep"] is None else opt.capacities_of(options["sweep"])
-    _check_bounds(options["target_speedup"], options["max_perplexity_increase"], share, capacities)
+    arguments = call.arguments
+    if arguments["per_exit"] or arguments["test"] is not None:
+        raise UserError("--per-exit and --test belong to --max-risk; add it, or leave them out")
+    share = opt.wanted_share(arguments["skip_share"], arguments["capacity"])
+    capacities = None if arguments["sweep"] is None else opt.capacities_of(arguments["sweep"])
+    bounds = {name: arguments[name] for name in ("target_speedup", "max_perplexity_increase")}
+    _check_bounds(**bounds, share=share, capacities=capacities)
+    arguments["held_out"] = arguments["held_out"] or validation_of(arguments["data"])
+    if arguments["held_out"] is not None:
+        check_corpus(arguments["held_out"])
     from anydepth.measure.calibrate import Calibration
-    from anydepth.training.corpora import check_corpus, validation_of
 
-    options["held_out"] = options["held_out"] or validation_of(options["data"])
-    if options["held_out"] is not None:
-        check_corpus(options["held_out"])
-    printer = Printer(options["as_json"], options["quiet"])
-    calibration = Calibration.load(options, printer.progress)
+    calibration = Calibration.load(arguments, call.progress)
     if capacities is not None:
         fields = calibration.sweep(capacities)
     elif share is not None:
         fields = calibration.to_share(share)
     else:
-        fields = calibration.to_bounds(options["target_speedup"], options["max_perplexity_increase"])
+        fields = calibration.to_bounds(**bounds)
     for line in fields["warnings"]:
-        printer.progress(f"warning: {line}")
-    _finish(options, calibration.adapted, calibration.tokenizer, fields, printer)
+        call.progress(f"warning: {line}")
+    _finish(call, calibration.adapted, calibration.tokenizer, fields)
 
 
-def _finish(arguments: dict[str, Any], adapted: Any, tokenizer: Any, fields: dict[str, Any], printer: Printer) -> None:
-    """Write the checkpoint with the new thresholds, and the document."""
+def _finish(call: opt.Call, adapted: Any, tokenizer: Any, fields: dict[str, Any]) -> None:
     from anydepth.calibration.shares import options_of
     from anydepth.json_io import write_json
-    from anydepth.measure.results import document
     from anydepth.methods.early_exit import EarlyExit
     from anydepth.training.checkpoint import is_checkpoint, load_draft, own_base, save
 
-    target, out = arguments["target"], arguments["out"]
-    config = opt.config_of(arguments, adapted)
+    target, out = call.arguments["target"], call.arguments["out"]
     has_own_base = is_checkpoint(target) and own_base(Path(target)) is not None
     draft = load_draft(target, adapted)
     save(adapted, out, own_base=tokenizer if has_own_base else None, draft=draft)
-    fields |= {"thresholds": options_of(adapted)}
-    exits_file = out / "thresholds.json"
+    thresholds, exits_file = options_of(adapted), out / "thresholds.json"
     exits_file.unlink(missing_ok=True)  # An earlier calibration can have left one.
-    if EarlyExit.name in fields["thresholds"]:
+    if EarlyExit.name in thresholds:
         exits: Any = adapted.methods[EarlyExit.name]
         limits = exits.thresholds_of(exits.config)
         write_json(exits_file, {"layers": list(limits), "thresholds": list(limits.values())})
-    result = document("anydepth.calibrate/1", seed=arguments["seed"], config=config, label=adapted.label, **fields)
+    result = call.document("calibrate", adapted, label=adapted.label, **fields, thresholds=thresholds)
     write_json(out / "calibrate.json", result)
-    printer.result(result, show_calibration)
+    call.result(result, show_calibration)
 
 
-def _bound_risk(options: dict[str, Any]) -> None:
-    """Calibrate to a guaranteed risk: `calibrate --max-risk`."""
+def _bound_risk(call: opt.Call) -> None:
     from anydepth.calibration.exits import collect_exit_scores, exit_settings
     from anydepth.calibration.guarantee import TESTS, bound_risk, check_bounds, least_sequences, shared_settings
     from anydepth.calibration.shares import collect_scores, keep_scores, set_thresholds, thresholds_of
     from anydepth.decoding.engines import open_engine
     from anydepth.measure.calibrate import check_decides
-    from anydepth.training.checkpoint import has_adapter, load_draft, load_target
+    from anydepth.training.checkpoint import has_adapter, load_draft
 
+    options, target = call.arguments, call.arguments["target"]
     bounds, test = {name: options[name] for name in ("max_risk", "confidence")}, options["test"] or TESTS[0]
     check_bounds(**bounds, test=test, risk=options["risk"])
-    printer = Printer(options["as_json"], options["quiet"])
-    load = {"dtype": options["dtype"], "device": options["device"]}
-    adapted, tokenizer = load_target(options["target"], **load)
-    draft = load_draft(options["target"], adapted)
-    check_decides(draft, options["target"])
+    adapted, tokenizer = call.load(target)
+    check_decides(load_draft(target, adapted), target)
     # Risk is measured with a LoRA adapter merged, as the model is run, but the adapter is saved unmerged.
-    merged = load_target(options["target"], **load, merge=True)[0] if has_adapter(adapted) else adapted
+    merged = call.load(target, merge=True)[0] if has_adapter(adapted) else adapted
     windows, prompts, references = _risk_texts(options, tokenizer)
     scores = collect_scores(merged, windows)
     keep_scores(adapted, scores)
     per_exit = options["per_exit"]
     settings = exit_settings(collect_exit_scores(merged, windows)) if per_exit else shared_settings(scores)
     found = bound_risk(
-        open_engine(merged, options["engine"], None, printer.progress),
+        open_engine(merged, options["engine"], None, call.progress),
         settings,
         prompts,
         new_tokens=options["new_tokens"],
@@ -178,7 +162,7 @@ def _bound_risk(options: dict[str, Any]) -> None:
         test=test,
         risk=options["risk"],
         references=references,
-        on_test=lambda row: printer.progress(
+        on_test=lambda row: call.progress(
             f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}"
         ),
     )
@@ -187,9 +171,9 @@ def _bound_risk(options: dict[str, Any]) -> None:
         least = least_sequences(**bounds, num_tests=len(settings) if test == "bonferroni" else 1)
         why = f"{len(prompts)} sequences are fewer than the {least} that any bound of this kind needs"
         few = len(prompts) < least
-        printer.progress(f"nothing is skipped: {why if few else 'no setting could be shown to keep the bound'}")
+        call.progress(f"nothing is skipped: {why if few else 'no setting could be shown to keep the bound'}")
     risk = None if math.isnan(found.risk) else found.risk
-    _finish(options, adapted, tokenizer, {**asdict(found), "met": found.met, "risk": risk}, printer)
+    _finish(call, adapted, tokenizer, {**asdict(found), "met": found.met, "risk": risk})
 
 
 def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any], list[list[int]] | None]:
@@ -200,23 +184,22 @@ def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any]
     from anydepth.models.tokens import encode
     from anydepth.training.data import load_windows
 
-    generator, count = torch.Generator().manual_seed(options["seed"]), options["num_prompts"]
+    generator = torch.Generator().manual_seed(options["seed"])
+    data, count, num_windows = options["data"], options["num_prompts"], options["num_windows"]
     if options["prompts"] is not None:
         texts = read_prompts(options["prompts"], tokenizer)
         order = torch.randperm(len(texts), generator=generator)[:count].tolist()
         references = read_references(options["prompts"], tokenizer, len(texts))
         prompts = [torch.tensor(encode(tokenizer, texts[i])) for i in order]
-        windows = load_windows(
-            options["data"], tokenizer, options["sequence_length"], max_windows=options["num_windows"]
-        )
+        windows = load_windows(data, tokenizer, options["sequence_length"], max_windows=num_windows)
         return windows, prompts, None if references is None else [references[i] for i in order]
-    pieces = load_windows(options["data"], tokenizer, options["prompt_tokens"])
-    num_scored = max(options["num_windows"] * options["sequence_length"] // options["prompt_tokens"], 1)
+    length = options["prompt_tokens"]
+    pieces = load_windows(data, tokenizer, length)
+    num_scored = max(num_windows * options["sequence_length"] // length, 1)
     pieces = pieces[torch.randperm(len(pieces), generator=generator)]
     if len(pieces) <= num_scored:
         raise UserError(
-            f"{options['data']} has {len(pieces)} pieces of {options['prompt_tokens']} tokens, and "
-            f"{num_scored + 1} are needed; give more text"
+            f"{data} has {len(pieces)} pieces of {length} tokens, and {num_scored + 1} are needed; give more text"
         )
     return pieces[:num_scored], list(pieces[num_scored : num_scored + count]), None
 
@@ -264,24 +247,9 @@ def show_calibration(document: dict[str, Any]) -> None:
 
 
 def _show_capacities(document: dict[str, Any]) -> None:
-    control = document["control"]
-    rows = [
-        [
-            row["label"],
-            "" if "realised_capacity" not in row else f"{row['realised_capacity']:.1%}",
-            wording.speedup(row, "×"),
-            f"{row['perplexity']:.4g}",
-            _percent(row["perplexity_increase"], row["perplexity_increase_range"]),
-        ]
-        for row in (*document["sweep"], *([] if control is None else [control]))
-    ]
-    table(["", "run on held-out text", "speed-up", "perplexity", "increase"], rows)
+    table(wording.CAPACITIES, wording.capacities(document), {"speedup": wording.speedup})
     engine = document["engine"]
     print(
         f"speed-up over full depth on engine {engine['engine']} {engine['weights']}; {wording.SPREAD}\n"
         "increase over the same model at full depth, in brackets 95%"
     )
-
-
-def _percent(middle: float, bounds: list[float] | None) -> str:
-    return f"{middle:+.1%}" + ("" if bounds is None else f" ({bounds[0]:+.1%} to {bounds[1]:+.1%})")

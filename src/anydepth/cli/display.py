@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,30 +13,33 @@ from rich.progress import track
 from rich.table import Table
 
 from anydepth.processes import rank
+from anydepth.report import wording
 
 
 class Printer:
     """Prints results and progress as the options of a command ask; in several processes only the first one prints."""
 
-    def __init__(self, as_json: bool, quiet: bool) -> None:
-        self.as_json = as_json
-        self.quiet = quiet or rank() > 0
+    as_json: bool = False
+    quiet: bool = False
 
     def progress(self, text: str) -> None:
-        if not self.quiet:
+        if not self.quiet and rank() == 0:
             print(text, file=sys.stderr, flush=True)
 
     def track(self, steps: Iterable[Any], label: str = "working") -> Iterable[Any]:
         """Yield the steps; show a progress bar if standard error is a terminal."""
         console = Console(stderr=True)
-        return track(steps, label, console=console, transient=True, disable=self.quiet or not console.is_terminal)
+        return track(steps, label, console=console, transient=True, disable=not self._moves(console))
 
     @contextmanager
     def busy(self, label: str) -> Iterator[None]:
         """Show a spinner within the block if standard error is a terminal."""
         console = Console(stderr=True)
-        with console.status(label) if console.is_terminal and not self.quiet else nullcontext():
+        with console.status(label) if self._moves(console) else nullcontext():
             yield
+
+    def _moves(self, console: Console) -> bool:
+        return console.is_terminal and not self.quiet and rank() == 0
 
     def result(self, document: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
         """Print a result document as JSON, or by `show`."""
@@ -50,24 +53,20 @@ class Printer:
             show(document)
 
 
-def table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table, the first column aligned on the left, the others on the right."""
+def table(
+    columns: Mapping[str, str],
+    rows: Iterable[dict[str, Any]],
+    shown: Mapping[str, Callable[[dict[str, Any]], str]] = {},
+) -> None:
+    """Print a table, the first column aligned on the left, the others on the right; cells as on the report page."""
     table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for number, title in enumerate(columns.values()):
+        table.add_column(title, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(shown[key](row) if key in shown else wording.cell(key, row) for key in columns))
     # A pipe has no width to fold labels for.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table)
-
-
-def around(middle: float, bounds: list[float] | None, digits: int) -> str:
-    """Return a value with its bounds, if they differ."""
-    if bounds is None or bounds[0] == bounds[1]:
-        return f"{middle:.{digits}g}"
-    low, high = (float(bound) for bound in bounds)
-    return f"{middle:.{digits}g} ({low:.{digits}g}–{high:.{digits}g})"
 
 
 NOT_IN_STEP_LINES = ("step", "learning_rate", "figures", "layers", "warnings")

@@ -1,69 +1,115 @@
-"""The command that scores a model: perplexity, and tasks of lm-eval."""
+"""Commands that describe a model and the methods, and the one that scores: perplexity, and tasks of lm-eval."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from anydepth.cli import options as opt
-from anydepth.cli.application import app
-from anydepth.cli.display import Printer, around, table
+from anydepth.cli.display import table
+from anydepth.config import validate
 from anydepth.errors import UserError
+from anydepth.recipe import TextConfig
+from anydepth.report import wording
+from anydepth.training.corpora import check_corpus
 
 
-@app.command(name="eval")
+@opt.command()
+def inspect(call: opt.Call, target: opt.Target, device: opt.Device = "cpu", dtype: opt.DType = "auto") -> None:
+    """Show a model's layers, their cost, and what applies to it."""
+    from anydepth.measure.inspect import inspect_model
+
+    adapted, _ = call.load(target)
+    call.result(call.document("inspect", adapted, **inspect_model(adapted)), show_inspection)
+
+
+@opt.command()
+def methods(call: opt.Call) -> None:
+    """List every method and its options."""
+    from anydepth.measure.inspect import list_methods
+    from anydepth.measure.results import document
+
+    call.result(document("anydepth.methods/1", seed=call.seed, config={}, methods=list_methods()), show_methods)
+
+
+def show_inspection(document: dict[str, Any]) -> None:
+    print(
+        f"{document['family']}: {document['num_layers']} layers × {document['hidden_size']}, "
+        f"{document['num_parameters'] / 1e6:.1f} M parameters, {document['weight_bytes'] / 2**20:.0f} MiB, "
+        f"attention by {document['attention_implementation']}"
+    )
+    kinds = Counter(
+        tuple(layer[key] for key in ("mixer", "mixer_flops", "skipped_mixer_flops", "ffn_flops", "break_even_length"))
+        for layer in document["layers"]
+    )
+    for (mixer, mixer_flops, skipped, ffn_flops, length), count in kinds.items():
+        print(
+            f"  {count} layers: {mixer} {mixer_flops / 1e6:.2f} MFLOP a token ({skipped / 1e6:.2f} where it is skipped "
+            f"and leaves K/V), FFN {ffn_flops / 1e6:.2f} MFLOP"
+            + (f"; a linear mixer costs less for texts longer than {length}" if length is not None else "")
+        )
+    print(f"attached: {', '.join(document['attached']) or 'nothing'}")
+    for title in ("engines", "methods"):
+        print(f"{title}: " + ", ".join(f"{name} ({state})" for name, state in document[title].items()))
+    for note in document["notes"]:
+        print(f"note: {note}")
+
+
+def show_methods(document: dict[str, Any]) -> None:
+    for method in document["methods"]:
+        print(
+            f"{method['name']}: {method['summary']} ({'lossless' if method['lossless'] else 'lossy'}, "
+            f"{'trained' if method['trained'] else 'not trained'})"
+        )
+        for key, option in method["options"].items():
+            default = "required" if option["required"] else option["default"]
+            print(f"    {key} = {default}: {option['help']}")
+
+
+@opt.command("eval")
 def evaluate(
+    call: opt.Call,
     target: opt.Target,
     data: opt.Data = "embedded:valid",
     sequence_length: opt.SequenceLength = 1024,
     tasks: Annotated[
-        str | None, typer.Option(help="Score lm-eval tasks as well: arc_easy,mmlu; local ones need no network.")
+        str | None, Option(help="Score lm-eval tasks as well: arc_easy,mmlu; local ones need no network.")
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Put this many examples into the prompts of tasks; default: each task's own.")
+        int | None, Option(help="Put this many examples into the prompts of tasks; default: each task's own.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first windows, and items of each task.")] = None,
-    full_depth: Annotated[bool, typer.Option("--full-depth", help="Score only the base model.")] = False,
-    exits: Annotated[bool, typer.Option("--exits", help="Score each layer too, as if it were the last.")] = False,
+    limit: Annotated[int | None, Option(help="Score only the first windows, and items of each task.")] = None,
+    full_depth: Annotated[bool, Option("--full-depth", help="Score only the base model.")] = False,
+    exits: Annotated[bool, Option("--exits", help="Score each layer too, as if it were the last.")] = False,
     bos: Annotated[
         str,
-        typer.Option(help="Begin each window or document with a BOS if the model has one: per_window, per_document."),
+        Option(help="Begin each window or document with a BOS if the model has one: per_window, per_document."),
     ] = "per_window",
     isolate_documents: Annotated[
-        bool, typer.Option("--isolate-documents", help="Score each document without those before it.")
+        bool, Option("--isolate-documents", help="Score each document without those before it.")
     ] = False,
     options: opt.MethodOptions = None,
     skip_share: opt.SkipShare = None,
     capacity: opt.Capacity = None,
     engine: opt.Engine = "hf",
     weights: opt.WeightKind = None,
-    seed: opt.Seed = 0,
-    device: opt.Device = "cpu",
-    dtype: opt.DType = "auto",
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
 ) -> None:
     """Score perplexity with routing on, next to the base model."""
-    arguments = dict(locals())
-    from anydepth.config import validate
     from anydepth.decoding.engines import label_of, open_engine
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
-    from anydepth.measure.results import document
-    from anydepth.recipe import TextConfig
-    from anydepth.training.checkpoint import load_draft, load_target
-    from anydepth.training.corpora import check_corpus
+    from anydepth.training.checkpoint import load_draft
     from anydepth.training.data import load_windows, num_tokens
 
     text = validate(TextConfig, {"bos": bos, "isolate_documents": isolate_documents}, where="eval")
     check_corpus(data)
     opt.at_least(1, limit=limit)
     opt.at_least(0, num_fewshot=num_fewshot)
-    printer, names = Printer(as_json, quiet), _task_names(tasks)
-    load = opt.load_options(arguments)
-    adapted, tokenizer = load_target(target, **load)
-    scorer = open_engine(adapted, engine, weights, printer.progress, draft=load_draft(target, adapted))
+    names, load = _task_names(tasks), opt.load_options(call.arguments)
+    adapted, tokenizer = call.load(target, **load)
+    scorer = open_engine(adapted, engine, weights, call.progress, draft=load_draft(target, adapted))
     if scorer.name != "hf" and exits:
         raise UserError("--exits runs the Hugging Face model; leave out --engine and --weights")
     if names:
@@ -72,21 +118,16 @@ def evaluate(
         check_windows(scorer, tokenizer, names)
     label = "full depth" if full_depth else label_of(scorer)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit, text=text)
-    printer.progress(f"scoring {num_tokens(windows)} tokens of {data} …")
-    fields = score(scorer, windows, full_depth_only=full_depth, track=printer.track)
+    call.progress(f"scoring {num_tokens(windows)} tokens of {data} …")
+    fields = score(scorer, windows, full_depth_only=full_depth, track=call.track)
     if exits:
         fields["exits"] = exit_losses(adapted, windows)
     if names:
-        say = None if quiet else printer.progress
-        shared = {"num_fewshot": num_fewshot, "limit": limit, "seed": seed, "say": say}
+        say = None if call.quiet else call.progress
+        shared = {"num_fewshot": num_fewshot, "limit": limit, "seed": call.seed, "say": say}
         _add_tasks(fields, scorer, tokenizer, names, label, full_depth, **shared)
-    recorded = (
-        "target", "data", "sequence_length", "bos", "isolate_documents", "limit", "tasks", "num_fewshot", "full_depth",
-        "options",
-    )  # fmt: skip
-    measured = {"skip_share": load["skip_share"], "engine": scorer.name, "weights": scorer.weights}
-    config = opt.config_of(arguments, adapted, *recorded, **measured)
-    printer.result(document("anydepth.eval/1", seed=seed, config=config, label=label, **fields), show_eval)
+    changes = {"skip_share": load["skip_share"], "engine": scorer.name, "weights": scorer.weights}
+    call.result(call.document("eval", adapted, changes, label=label, **fields), show_eval)
 
 
 def _task_names(tasks: str | None) -> list[str]:
@@ -112,7 +153,6 @@ def _add_tasks(
     full_depth: bool,
     **options: Any,
 ) -> None:
-    """Add scores of tasks, as attached and, under `full_depth`, of the base model."""
     from anydepth.measure.evaluate import engine_of_base, why_the_same
     from anydepth.measure.lm_eval import add_changes, score_tasks
 
@@ -126,18 +166,13 @@ def _add_tasks(
 
 
 def show_eval(document: dict[str, Any]) -> None:
-    keys = ("loss", "agreement", "mean_depth", "layer_token_share", "gflops_per_token")
     full, note = document["full_depth"], document.get("note")
     parts = {"base model": full, "full depth, LoRA on": document.get("full_depth_adapted")}
     if not note:
         parts[document["label"]] = document
-    rows = [
-        [label, around(float(part["perplexity"]), part["perplexity_interval"], 4)]
-        + [f"{float(part[key]):.4g}" for key in keys]
-        for label, part in parts.items()
-        if part is not None
-    ]
-    table(["", "perplexity", "loss", "agreement", "depth", "FLOP share", "GFLOPs a token"], rows)
+    rows = [{**part, "label": label} for label, part in parts.items() if part is not None]
+    columns = wording.columns("label perplexity loss agreement mean_depth layer_token_share gflops_per_token")
+    table(columns, rows)
     spread = "; in brackets 95%, from how windows differ" if full["perplexity_interval"] else ""
     print(f"\n{document['num_tokens']} tokens scored{spread}" + (f"; {document['label']}: {note}" if note else ""))
     for method, share in document.get("skip_share", {}).items():
@@ -146,28 +181,14 @@ def show_eval(document: dict[str, Any]) -> None:
         _show_tasks(document)
     if "exits" in document:
         print()
-        rows = [[str(row["layers"]), f"{row['loss']:.3f}", f"{row['agreement']:.3f}"] for row in document["exits"]]
-        table(["layers", "loss", "agreement"], rows)
+        table(wording.columns("layers loss agreement"), document["exits"])
 
 
 def _show_tasks(document: dict[str, Any]) -> None:
-    from anydepth.measure.results import task_scores
+    from anydepth.measure.results import task_rows
 
-    full = document["full_depth"]["tasks"]
-    columns, rows = ["task", "metric", "items", "base model", document["label"], "change", "FLOP share"], []
-    for name, task in document["tasks"].items():
-        for metric, score in task_scores(task).items():
-            base, change = task_scores(full[name])[metric], task.get("changes", {}).get(metric, (None, None))
-            scores = [_with_error(*base), _with_error(*score), _with_error(*change, form="+.3g")]
-            rows.append([name, metric, str(task["num_items"]), *scores, f"{task['layer_token_share']:.3g}"])
-    if all("changes" not in task for task in document["tasks"].values()):
-        columns, rows = columns[:4], [row[:4] for row in rows]
+    changed = any("changes" in task for task in document["tasks"].values())
+    keys = "task metric num_items full" + (" score change layer_token_share" if changed else "")
     print()
-    table(columns, rows)
+    table(wording.columns(keys, full="base model", score=document["label"]), task_rows(document))
     print("± one standard error; of the change over the same items")
-
-
-def _with_error(score: float | None, error: float | None, form: str = ".4g") -> str:
-    if score is None:
-        return ""
-    return f"{score:{form}}" + ("" if error is None else f" ± {error:.2g}")

@@ -1,18 +1,19 @@
-"""Commands that generate text."""
+"""Commands that run a model: for text, in a chat, as a server, or as a checkpoint for other engines."""
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.text import Text
+from typer import Option
 
 from anydepth.cli import options as opt
-from anydepth.cli.application import app
-from anydepth.cli.display import Printer
+from anydepth.draft_sections import DRAFT
 from anydepth.errors import UserError
 
 CHAT_TEMPERATURE = 0.7
@@ -20,16 +21,17 @@ SHADES = ("#1b7837", "#7fbf7b", "#b8860b", "#d6604d", "#b2182b")
 """Colours of tokens, from shallow to deep."""
 
 
-@app.command()
+@opt.command()
 def generate(
+    call: opt.Call,
     target: opt.Target,
-    prompt: Annotated[str, typer.Option(help="Continue this text; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens.")] = 64,
+    prompt: Annotated[str, Option(help="Continue this text; - reads standard input.")],
+    max_new_tokens: Annotated[int, Option(help="Generate at most this many tokens.")] = 64,
     temperature: opt.Temperature = 0.0,
-    show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour each token by the layers it ran.")] = False,
+    show_depth: Annotated[bool, Option("--show-depth", help="Colour each token by the layers it ran.")] = False,
     lossless: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--lossless", help="Generate the text of full depth, faster: the target's methods draft, all layers verify."
         ),
     ] = False,
@@ -40,103 +42,93 @@ def generate(
     weights: opt.WeightKind = None,
     generation_config: opt.GenerationDefaults = "auto",
     compiled: opt.Compiled = False,
-    seed: opt.Seed = 0,
-    device: opt.Device = "cpu",
-    dtype: opt.DType = "auto",
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
 ) -> None:
     """Generate text, with the depth of every token."""
-    arguments = dict(locals())
-    from anydepth.decoding.engines import label_of, open_engine
-    from anydepth.decoding.sampling_options import check_source, told_of_generate, use_defaults
+    from anydepth.decoding.engines import label_of
+    from anydepth.decoding.sampling_options import told_of_generate
     from anydepth.decoding.text import generate_text
-    from anydepth.measure.results import document
-    from anydepth.training.checkpoint import load_draft, load_target
 
-    opt.check_temperature(temperature)
-    check_source(generation_config)
     text = sys.stdin.read() if prompt == "-" else prompt
-    printer, load = Printer(as_json, quiet), opt.load_options(arguments)
-    with printer.busy(f"loading {target} …"):
-        adapted, tokenizer = load_target(target, merge=True, **load)
-        draft = load_draft(target, adapted, lossless=lossless, options=load["overrides"].get("draft"))
-        use_defaults(adapted.generation_config, generation_config)
-        writer = open_engine(adapted, engine, weights, printer.progress, draft=draft, compiled=compiled)
+    writer, tokenizer = _open(call)
     if writer.drafts and not writer.is_bitwise:
-        printer.progress(
+        call.progress(
             "verified by transformers' operators, where rounding can decide a near tie differently than at full depth; "
             "--dtype float32 or --engine fast always gives the same tokens"
         )
+    adapted = writer.adapted
     if line := told_of_generate(adapted.generation_config, temperature):
-        printer.progress(line)
-    shared: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    with printer.busy("generating …"):
-        fields = generate_text(writer, tokenizer, text, **shared)
-    recorded = ("target", "max_new_tokens", "temperature", "lossless", "generation_config", "options")
-    measured = {"engine": writer.name, "weights": writer.weights, "skip_share": load["skip_share"]}
-    config = opt.config_of(arguments, adapted, *recorded, **measured)
-    result = document("anydepth.generate/1", seed=seed, config=config, label=label_of(writer), **fields)
-    printer.result(result, lambda document: show_text(document, show_depth))
+        call.progress(line)
+    with call.busy("generating …"):
+        fields = generate_text(
+            writer, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=call.seed
+        )
+    share = opt.wanted_share(skip_share, capacity)
+    changes = {"engine": writer.name, "weights": writer.weights, "skip_share": share}
+    result = call.document("generate", adapted, changes, label=label_of(writer), **fields)
+    call.result(result, lambda document: show_text(document, show_depth))
     drafted = result.get("mean_acceptance_length")
     accepted = f", {drafted:.2f} a verification" if drafted else ""
-    printer.progress(f"{len(result['token_ids'])} tokens, {result['tokens_per_second']:.1f} per second{accepted}")
+    call.progress(f"{len(result['token_ids'])} tokens, {result['tokens_per_second']:.1f} per second{accepted}")
 
 
-@app.command()
+def _open(call: opt.Call) -> tuple[Any, Any]:
+    from anydepth.decoding.engines import open_engine
+    from anydepth.decoding.sampling_options import check_source, use_defaults
+    from anydepth.training.checkpoint import load_draft
+
+    arguments = call.arguments
+    target, temperature, source = arguments["target"], arguments["temperature"], arguments["generation_config"]
+    if temperature is not None and temperature < 0:
+        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    check_source(source)
+    load = opt.load_options(arguments)
+    with call.busy(f"loading {target} …"):
+        adapted, tokenizer = call.load(target, merge=True, **load)
+        use_defaults(adapted.generation_config, source)
+        draft = load_draft(target, adapted, lossless=arguments["lossless"], options=load["overrides"].get(DRAFT))
+        kind, compiled = arguments.get("engine", "auto"), arguments.get("compiled", False)
+        options = {"draft": draft, "compiled": compiled}
+        return open_engine(adapted.eval(), kind, arguments["weights"], call.progress, **options), tokenizer
+
+
+@opt.command(without="as_json")
 def chat(
+    call: opt.Call,
     target: opt.Target,
-    system: Annotated[str | None, typer.Option(help="Begin with this system prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Generate at most this many tokens an answer.")] = 512,
+    system: Annotated[str | None, Option(help="Begin with this system prompt.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Generate at most this many tokens an answer.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(
-            help=f"Sample at this temperature; 0 is greedy. Default: the model's own, else {CHAT_TEMPERATURE}."
-        ),
+        Option(help=f"Sample at this temperature; 0 is greedy. Default: the model's own, else {CHAT_TEMPERATURE}."),
     ] = None,
-    lossless: Annotated[
-        bool, typer.Option("--lossless", help="Draft and verify, for the answers of full depth.")
-    ] = False,
+    lossless: Annotated[bool, Option("--lossless", help="Draft and verify, for the answers of full depth.")] = False,
     generation_config: opt.GenerationDefaults = "auto",
     options: opt.MethodOptions = None,
     skip_share: opt.SkipShare = None,
     capacity: opt.Capacity = None,
     weights: opt.WeightKind = None,
-    seed: opt.Seed = 0,
-    device: opt.Device = "cpu",
-    dtype: opt.DType = "auto",
-    quiet: opt.Quiet = False,
 ) -> None:
     """Talk with a model, each word coloured by its depth.
 
     An empty line or Ctrl-D ends it; Ctrl-C ends an answer.
     """
-    arguments = dict(locals())
-    from anydepth.decoding.engines import open_engine
-    from anydepth.decoding.sampling_options import check_source, defaults_of, told, use_defaults
+    from anydepth.decoding.sampling_options import defaults_of, told
     from anydepth.serve.service import Service
     from anydepth.serve.talk import Talk
-    from anydepth.training.checkpoint import load_draft, load_target
 
-    opt.check_temperature(temperature)
-    check_source(generation_config)
     opt.at_least(1, max_new_tokens=max_new_tokens)
-    printer, load = Printer(False, quiet), opt.load_options(arguments)
-    with printer.busy(f"loading {target} …"):
-        adapted, tokenizer = load_target(target, merge=True, **load)
-        if tokenizer.chat_template is None:
-            raise UserError(f"{target} has no chat template; use generate for models that are not trained for chat")
-        use_defaults(adapted.generation_config, generation_config)
-        draft = load_draft(target, adapted, lossless=lossless, options=load["overrides"].get("draft"))
-        engine = open_engine(adapted.eval(), "auto", weights, printer.progress, draft=draft)
-        service = Service(engine, tokenizer, max_batch_size=1)
+    engine, tokenizer = _open(call)
+    adapted = engine.adapted
+    if tokenizer.chat_template is None:
+        raise UserError(f"{target} has no chat template; use generate for models that are not trained for chat")
+    service = Service(engine, tokenizer, max_batch_size=1)
     if line := told(adapted.generation_config):
-        printer.progress(line)
+        call.progress(line)
     if temperature is None:
         temperature = defaults_of(adapted.generation_config).get("temperature", CHAT_TEMPERATURE)
-    talk = Talk(service, tokenizer, system, max_new_tokens, temperature, lossless=lossless, seed=seed)
+    talk = Talk(service, tokenizer, system, max_new_tokens, temperature, lossless=lossless, seed=call.seed)
     console, num_layers = Console(highlight=False), adapted.backbone.num_layers
-    if console.is_terminal and not quiet:
+    if console.is_terminal and not call.quiet:
         console.print(depth_legend(num_layers))
     try:
         while line := _line(console):
@@ -186,3 +178,92 @@ def show_text(document: dict[str, Any], show_depth: bool) -> None:
         console.print(depth_legend(num_layers))
     else:
         print("depths:", " ".join(f"{depth:g}" for depth in document["depths"]))
+
+
+@opt.command(without="as_json")
+def serve(
+    call: opt.Call,
+    target: opt.Target,
+    host: Annotated[str, Option(help="Bind this address; guard any that other machines can reach.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="Bind this port; 0 is any free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        Option("--api-key", envvar="ANYDEPTH_API_KEY", help="Require this key of every request; default: none."),
+    ] = None,
+    name: Annotated[str | None, Option("--name", help="Name the model; default: its folder or target.")] = None,
+    max_batch_size: Annotated[int, Option(help="Decode at most this many requests together.")] = 8,
+    max_queue: Annotated[int, Option(help="Queue at most this many requests; refuse more with a retry time.")] = 64,
+    max_tokens: Annotated[int, Option(help="Keep the K/V of this many tokens, of all requests together.")] = 32768,
+    timeout: Annotated[float, Option(help="End a request after this many seconds.")] = 600.0,
+    data: opt.Data = "embedded:train",
+    options: opt.MethodOptions = None,
+    skip_share: opt.SkipShare = None,
+    capacity: opt.Capacity = None,
+    weights: opt.WeightKind = None,
+    generation_config: opt.GenerationDefaults = "auto",
+    seed: Annotated[
+        int | None, Option("--seed", help="Seed requests that have no seed; default: a new one each time.")
+    ] = None,
+) -> None:
+    """Serve an OpenAI-compatible API, and a page to try it.
+
+    Depth budgets are set on the text of --data.
+    """
+    from anydepth.decoding.sampling_options import check_source, told
+
+    check_source(generation_config)
+    try:
+        from anydepth.serve.api import Settings, create_app
+        from anydepth.serve.http import bind, listen
+        from anydepth.serve.opening import open_service
+    except ImportError as error:
+        raise UserError(f'serve needs: pip install "anydepth[serve]" ({error})') from error
+
+    load = opt.load_options(call.arguments)
+    bound = bind(host, port)
+    passed = (
+        "max_batch_size", "max_tokens", "max_queue", "generation_config", "data", "weights", "dtype", "device"
+    )  # fmt: skip
+    with call.busy(f"loading {target} …"):
+        service, tokenizer = open_service(target, **{name: call.arguments[name] for name in passed}, **load)
+    if defaults := told(service.engine.adapted.generation_config):
+        call.progress(defaults)
+    settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout, seed=seed)
+    logging.getLogger("anydepth.serve").setLevel(logging.INFO)
+    line = f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)"
+    app = create_app(service, tokenizer, settings)
+    listen(app, bound, grace=timeout, ready=lambda: call.progress(line))
+
+
+@opt.command()
+def export(
+    call: opt.Call,
+    target: opt.Target,
+    kind: Annotated[str, Option("--as", help="Export as static, draft or merged.")],
+    out: opt.Out,
+    exit_layer: Annotated[int | None, Option(help="static, draft: keep only the first N layers.")] = None,
+) -> None:
+    """Export a plain Hugging Face checkpoint, for other engines.
+
+    static: the layers that a skip set leaves. draft: the first layers, as a draft model. merged: LoRA merged.
+    """
+    from anydepth.serve.export import check
+    from anydepth.serve.export import export as write
+    from anydepth.training.checkpoint import load_draft
+
+    check(kind, out)
+    with call.busy(f"exporting {target} …"):
+        adapted, tokenizer = call.load(target, merge=True)
+        draft = load_draft(target, adapted)
+        if kind == "draft" and exit_layer is None and draft is not None:
+            exit_layer = max(draft.config.exit_layers, default=None)
+        fields = write(adapted, tokenizer, kind, out, exit_layer=exit_layer, seed=call.seed)
+    changes = {"as": kind, "exit_layer": exit_layer}
+    call.result(call.document("export", adapted, changes, **fields), show_export)
+
+
+def show_export(document: dict[str, Any]) -> None:
+    print(
+        f"{document['folder']}: {len(document['layers'])} of {document['num_layers']} layers, "
+        f"{document['num_parameters'] / 1e6:.1f} M parameters; logits differ by {document['difference']:.1e} (relative)"
+    )

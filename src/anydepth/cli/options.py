@@ -1,114 +1,167 @@
-"""Arguments and options that several commands have, and the functions that read their values."""
+"""The application, arguments and options that several commands have, and the functions that read their values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
+from typer import Argument, Option
 
+from anydepth.cli.display import Printer
+from anydepth.config import assignment
 from anydepth.draft_sections import DRAFT, OLD_NAME
 from anydepth.errors import UserError
 
+app = typer.Typer(
+    name="anydepth",
+    help="Make a pretrained language model spend less compute on easy tokens, and measure what that buys.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
 Target = Annotated[
     str,
-    typer.Argument(
-        help="Model: embedded, a hub name, a folder (a model, a PEFT adapter, or a checkpoint), or a .gguf file."
-    ),
+    Argument(help="Model: embedded, a hub name, a folder (a model, a PEFT adapter, or a checkpoint), or a .gguf file."),
 ]
-RecipePath = Annotated[Path, typer.Argument(help="YAML recipe; recipes/ has one per method.")]
-Out = Annotated[Path, typer.Option("--out", help="Write to this folder.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed everything random.")]
-Device = Annotated[str, typer.Option("--device", help="Run on cpu, cuda, cuda:1, …")]
+RecipePath = Annotated[Path, Argument(help="YAML recipe; recipes/ has one per method.")]
+Out = Annotated[Path, Option("--out", help="Write to this folder.")]
+Device = Annotated[str, Option("--device", help="Run on cpu, cuda, cuda:1, …")]
 DType = Annotated[
-    str, typer.Option("--dtype", help="Run in float32, bfloat16 or float16; auto: the type of the stored weights.")
+    str, Option("--dtype", help="Run in float32, bfloat16 or float16; auto: the type of the stored weights.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key: train.max_steps=20.")]
-Data = Annotated[str, typer.Option("--data", help="Read NAME:SPLIT (embedded:valid, wikitext-2:valid) or a text file.")]
-Engine = Annotated[str, typer.Option("--engine", help="Run on hf, fast, or auto: fast where it runs the model.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON document on standard output, nothing else.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print no progress.")]
+Data = Annotated[str, Option("--data", help="Read NAME:SPLIT (embedded:valid, wikitext-2:valid) or a text file.")]
+Engine = Annotated[str, Option("--engine", help="Run on hf, fast, or auto: fast where it runs the model.")]
 WeightKind = Annotated[
-    str | None, typer.Option("--weights", help="Run the fast engine in int8, int4, or the model's own precision.")
+    str | None, Option("--weights", help="Run the fast engine in int8, int4, or the model's own precision.")
 ]
 Compiled = Annotated[
-    bool, typer.Option("--compile", help="Compile the fast engine with torch; the first start takes a minute.")
+    bool, Option("--compile", help="Compile the fast engine with torch; the first start takes a minute.")
 ]
 MethodOptions = Annotated[
-    list[str] | None, typer.Option("--set", help="Override an option of a method: early_exit.thresholds=0.9.")
+    list[str] | None, Option("--set", help="Override an option of a method: early_exit.thresholds=0.9.")
 ]
 GenerationDefaults = Annotated[
     str,
-    typer.Option(
+    Option(
         "--generation-config",
         help="auto: sample with the defaults in the model's generation_config.json. none: ignore them.",
     ),
 ]
 SkipShare = Annotated[
     float | None,
-    typer.Option("--skip-share", help="Skip this fraction of the decisions of routers and gates, in [0, 1): 0.4."),
+    Option("--skip-share", help="Skip this fraction of the decisions of routers and gates, in [0, 1): 0.4."),
 ]
-Capacity = Annotated[
-    float | None, typer.Option("--capacity", help="Run this fraction of them, in (0, 1]: 1 − --skip-share.")
-]
-SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Cut text into windows of this many tokens.")]
-NumWindows = Annotated[int, typer.Option("--num-windows", help="Read this many windows of text.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="Sample at this temperature; 0 is greedy.")]
-RecipeSeed = Annotated[int | None, typer.Option("--seed", help="Override the recipe's seed.")]
-RecipeDevice = Annotated[str | None, typer.Option("--device", help="Run on cpu, cuda, cuda:1, …")]
-RecipeDType = Annotated[str | None, typer.Option("--dtype", help="Run in auto, float32, bfloat16 or float16.")]
+Capacity = Annotated[float | None, Option("--capacity", help="Run this fraction of them, in (0, 1]: 1 − --skip-share.")]
+SequenceLength = Annotated[int, Option("--sequence-length", help="Cut text into windows of this many tokens.")]
+NumWindows = Annotated[int, Option("--num-windows", help="Read this many windows of text.")]
+Temperature = Annotated[float, Option("--temperature", help="Sample at this temperature; 0 is greedy.")]
 
 
-def recipe_overrides(overrides: list[str] | None, seed: int | None, device: str | None, dtype: str | None) -> list[str]:
-    """Return the options that every command has, as recipe overrides."""
-    flags = (("seed", seed), ("model.device", device), ("model.dtype", dtype))
-    return [*(overrides or []), *(f"{key}={value}" for key, value in flags if value is not None)]
+@dataclass
+class Call(Printer):
+    """The options that every command has, and all arguments of one call."""
+
+    seed: Annotated[int, Option("--seed", help="Seed everything random.")] = 0
+    device: Device = "cpu"
+    dtype: DType = "auto"
+    as_json: Json = False
+    quiet: Quiet = False
+    arguments: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def load(self, target: str, **options: Any) -> tuple[Any, Any]:
+        """Load a target and its tokenizer; `options` are those of `load_target`."""
+        from anydepth.training.checkpoint import load_target
+
+        return load_target(target, dtype=self.dtype, device=self.device, **options)
+
+    def document(self, name: str, model: Any, changes: Mapping[str, Any] = {}, **fields: Any) -> dict[str, Any]:
+        """Return a result document; its `config` holds the arguments, and the precision that the model has.
+
+        Args:
+            changes: values of `config` that differ from the arguments, such as the engine that `auto` selected.
+        """
+        from anydepth.measure.results import document
+        from anydepth.models.load import dtype_name
+
+        given = {name: value for name, value in self.arguments.items() if name not in ("as_json", "quiet")}
+        config = {**given, "dtype": dtype_name(model), **changes}
+        return document(f"anydepth.{name}/1", seed=self.seed, config=config, **fields)
+
+
+@dataclass
+class RecipeCall(Printer):
+    """The options of every command that runs a recipe."""
+
+    overrides: Annotated[list[str] | None, Option("--set", help="Override a recipe key: train.max_steps=20.")] = None
+    seed: Annotated[int | None, Option("--seed", help="Override the recipe's seed.")] = None
+    device: Annotated[str | None, Option("--device", help="Run on cpu, cuda, cuda:1, …")] = None
+    dtype: Annotated[str | None, Option("--dtype", help="Run in auto, float32, bfloat16 or float16.")] = None
+    as_json: Json = False
+    quiet: Quiet = False
+    arguments: dict[str, Any] = field(default_factory=dict, init=False)
+
+    @property
+    def recipe_overrides(self) -> list[str]:
+        flags = (("seed", self.seed), ("model.device", self.device), ("model.dtype", self.dtype))
+        return [*(self.overrides or []), *(f"{key}={value}" for key, value in flags if value is not None)]
+
+
+def command(name: str | None = None, *, without: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command whose first parameter is a `Call` or a `RecipeCall`.
+
+    The options of the call follow those of the command, but for `without` and those that the command has itself.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        call, *own = inspect.signature(function, eval_str=True).parameters.values()
+        shared = inspect.signature(call.annotation, eval_str=True).parameters
+        names = [parameter.name for parameter in own]
+        added = [option for name, option in shared.items() if name not in (*names, without)]
+
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            made = call.annotation(**{name: arguments[name] for name in shared if name in arguments})
+            made.arguments = arguments
+            function(made, **{name: arguments[name] for name in names})
+
+        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        app.command(name)(run)
+        return function
+
+    return register
 
 
 def load_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how to load a target, from the arguments of a command that has `MethodOptions` and `SkipShare`."""
+    """Return the options of `load_target` from the arguments of a command that has `MethodOptions` and `SkipShare`."""
     return {
-        "dtype": arguments["dtype"],
-        "device": arguments["device"],
         "overrides": by_method(arguments["options"]),
         "skip_share": wanted_share(arguments["skip_share"], arguments["capacity"]),
     }
 
 
-def config_of(arguments: Mapping[str, Any], model: Any, *names: str, **changes: Any) -> dict[str, Any]:
-    """Return the `config` of a result document: arguments of the command, and the precision that the model has.
-
-    Args:
-        names: arguments to record; all but those of the output where none are given.
-        changes: values that differ from the arguments, such as the engine that `auto` selected.
-    """
-    from anydepth.models.load import dtype_name
-
-    chosen = names or [name for name in arguments if name not in ("as_json", "quiet")]
-    return {**{name: arguments[name] for name in chosen}, "dtype": dtype_name(model), **changes}
-
-
 def method_options(name: str, options: list[str]) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"name": name}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"--set takes OPTION=VALUE, such as skip_layers=[5,9]; got '{option}'")
-        chosen[key] = yaml.safe_load(value)
-    return chosen
+    return {"name": name, **dict(assignment(option, "OPTION=VALUE, such as skip_layers=[5,9]") for option in options)}
 
 
 def by_method(options: list[str] | None) -> dict[str, dict[str, Any]]:
     """Return `METHOD.OPTION=VALUE` overrides by method, those of drafting under `draft`."""
-    found: dict[str, dict[str, Any]] = {}
+    form, found = "METHOD.OPTION=VALUE, such as early_exit.thresholds=0.9", dict[str, dict[str, Any]]()
     for option in options or []:
-        key, equals, value = option.partition("=")
-        method, dot, name = key.partition(".")
-        if not equals or not dot or not name:
-            raise UserError(f"--set takes METHOD.OPTION=VALUE, such as early_exit.thresholds=0.9; got '{option}'")
-        found.setdefault(DRAFT if method == OLD_NAME else method, {})[name] = yaml.safe_load(value)
+        key, value = assignment(option, form)
+        method, _, name = key.partition(".")
+        if not name:
+            raise UserError(f"--set takes {form}; got '{option}'")
+        found.setdefault(DRAFT if method == OLD_NAME else method, {})[name] = value
     return found
 
 
@@ -148,11 +201,6 @@ def at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is a number of at least {least}; got {value}")
-
-
-def check_temperature(temperature: float | None) -> None:
-    if temperature is not None and temperature < 0:
-        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
 
 
 def check_out(out: Path) -> None:

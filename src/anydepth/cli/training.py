@@ -2,89 +2,55 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from anydepth.cli import options as opt
-from anydepth.cli.application import app
-from anydepth.cli.display import Printer, around, step_line, table
+from anydepth.cli.display import step_line, table
 from anydepth.errors import RunError, UserError
 from anydepth.report import wording
-
-COLUMNS = wording.columns(
-    "perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup",
-    agreement="agreement",
-    mean_depth="depth",
-    layer_token_share="FLOP share",
-    gflops_per_token="GFLOPs",
-    realised="efficiency",
-)
+from anydepth.training.corpora import check_corpus
 
 
-@app.command()
-def run(
-    recipe: opt.RecipePath,
-    out: opt.Out,
-    overrides: opt.Overrides = None,
-    seed: opt.RecipeSeed = None,
-    device: opt.RecipeDevice = None,
-    dtype: opt.RecipeDType = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-) -> None:
+@opt.command()
+def run(call: opt.RecipeCall, recipe: opt.RecipePath, out: opt.Out) -> None:
     """Run a recipe from start to end.
 
     Search, train, calibrate, eval, bench, a sample, report.html. Continues where it was interrupted.
     """
-    _run(recipe, out, opt.recipe_overrides(overrides, seed, device, dtype), Printer(as_json, quiet))
+    call.result(_runner(call, recipe, out).run(), lambda document: show_run(document, out))
 
 
-@app.command()
-def demo(
-    out: opt.Out = Path("demo"),
-    overrides: opt.Overrides = None,
-    seed: opt.RecipeSeed = None,
-    device: opt.RecipeDevice = None,
-    dtype: opt.RecipeDType = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
-) -> None:
+@opt.command()
+def demo(call: opt.RecipeCall, out: opt.Out = Path("demo")) -> None:
     """Run every stage on the embedded model, in minutes.
 
     Ends with a table and report.html.
     """
     from importlib.resources import as_file, files
 
-    with as_file(files("anydepth") / "demo.yaml") as path:
-        _run(path, out, opt.recipe_overrides(overrides, seed, device, dtype), Printer(as_json, quiet))
+    with as_file(files("anydepth") / "demo.yaml") as recipe:
+        run(call, recipe, out)
 
 
-def _run(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> None:
-    printer.result(_runner(recipe, out, overrides, printer).run(), lambda document: show_run(document, out))
-
-
-def _runner(recipe: Path, out: Path, overrides: list[str], printer: Printer) -> Any:
+def _runner(call: opt.RecipeCall, recipe: Path, out: Path) -> Any:
     from anydepth.methods.of_recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides)  # A mistake in the recipe is reported before the slow import.
+    loaded = load_recipe(recipe, call.recipe_overrides)  # A mistake in the recipe is reported before the slow import.
     from anydepth.runs.run import Runner
 
-    return Runner(loaded, out, printer.progress, step_line(printer, loaded))
+    return Runner(loaded, out, call.progress, step_line(call, loaded))
 
 
-@app.command()
+@opt.command()
 def train(
+    call: opt.RecipeCall,
     recipe: opt.RecipePath,
     out: opt.Out,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue where training stopped.")] = False,
-    overrides: opt.Overrides = None,
-    seed: opt.RecipeSeed = None,
-    device: opt.RecipeDevice = None,
-    dtype: opt.RecipeDType = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    resume: Annotated[bool, Option("--resume", help="Continue where training stopped.")] = False,
 ) -> None:
     """Train what a recipe names; write a checkpoint folder.
 
@@ -92,88 +58,71 @@ def train(
     """
     from anydepth.training.parallel import first_alone, together
 
-    printer = Printer(as_json, quiet)
     with together():
-        runner = _runner(recipe, out, opt.recipe_overrides(overrides, seed, device, dtype), printer)
+        runner = _runner(call, recipe, out)
         if not resume:
             with first_alone():
                 runner.forget()
         runner.check(("search", "fit", "train"))
         runner.search()
         runner.fit()
-        printer.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
+        call.result(runner.train(), lambda document: print(f"checkpoint: {document['checkpoint']}"))
 
 
-@app.command()
+@opt.command()
 def search(
+    call: opt.Call,
     target: opt.Target,
     out: opt.Out,
-    strategy: Annotated[
-        str, typer.Option(help="Search by influence, greedy, bayesian, dynamic or knapsack.")
-    ] = "influence",
-    budget: Annotated[float, typer.Option(help="Leave out this fraction of layers, or of branches.")] = 0.25,
-    branches: Annotated[bool, typer.Option("--branches", help="Choose among mixers and FFNs.")] = False,
+    strategy: Annotated[str, Option(help="Search by influence, greedy, bayesian, dynamic or knapsack.")] = "influence",
+    budget: Annotated[float, Option(help="Leave out this fraction of layers, or of branches.")] = 0.25,
+    branches: Annotated[bool, Option("--branches", help="Choose among mixers and FFNs.")] = False,
     data: opt.Data = "embedded:train",
     num_windows: opt.NumWindows = 4,
     sequence_length: opt.SequenceLength = 256,
-    seed: opt.Seed = 0,
-    device: opt.Device = "cpu",
-    dtype: opt.DType = "auto",
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
 ) -> None:
     """Find the layers or branches that change a model's output least.
 
     Writes a checkpoint folder with the skip set.
     """
-    arguments = dict(locals())
     from anydepth.hf.adapted import attach, detach
     from anydepth.json_io import write_json
     from anydepth.measure.held_out import search_fields, split_windows
-    from anydepth.measure.results import document
     from anydepth.models.load import load_model
     from anydepth.search.skip_search import check_strategy
     from anydepth.search.skip_search import search as search_skip_set
     from anydepth.training.checkpoint import save
-    from anydepth.training.corpora import check_corpus
 
     check_strategy(strategy)
     opt.check_out(out)
     opt.at_least(1, num_windows=num_windows)
     opt.at_least(2, sequence_length=sequence_length)
     check_corpus(data)
-    printer = Printer(as_json, quiet)
-    model, tokenizer = load_model(target, dtype=dtype, device=device)
-    recorded = ("target", "strategy", "budget", "branches", "data", "num_windows", "sequence_length")
-    config = opt.config_of(arguments, model, *recorded)
+    model, tokenizer = load_model(target, dtype=call.dtype, device=call.device)
     windows, unseen = split_windows(data, tokenizer, sequence_length, num_windows)
-    printer.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
-    with printer.busy(f"searching by {strategy} …"):
-        found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=seed)
+    call.progress(f"searching by {strategy} on {windows.numel()} tokens of {data} …")
+    with call.busy(f"searching by {strategy} …"):
+        found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=call.seed)
     adapted = attach(model, found.config)
     save(adapted, out)
-    with printer.busy("scoring text that the search did not see …"):
+    with call.busy("scoring text that the search did not see …"):
         fields = search_fields(detach(adapted), found, unseen)
-    result = document("anydepth.search/1", seed=seed, config=config, **fields)
+    result = call.document("search", model, **fields)
     write_json(out / "search.json", result)
-    printer.result(result, show_search)
+    call.result(result, show_search)
 
 
-@app.command()
+@opt.command(without="seed")
 def sweep(
+    call: opt.RecipeCall,
     recipe: opt.RecipePath,
     out: opt.Out,
     over: Annotated[
-        list[str] | None, typer.Option(help="Run over KEY=V1,V2: methods.0.target_skip=0.2,0.4; repeatable.")
+        list[str] | None, Option(help="Run over KEY=V1,V2: methods.0.target_skip=0.2,0.4; repeatable.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Run each setting with every seed: 0,1,2.")] = "0",
-    backend: Annotated[str, typer.Option(help="Learn in local processes, or on ray: an existing cluster.")] = "local",
-    jobs: Annotated[int, typer.Option(help="Learn this many points at a time; they are timed one by one.")] = 1,
-    overrides: opt.Overrides = None,
-    device: opt.RecipeDevice = None,
-    dtype: opt.RecipeDType = None,
-    as_json: opt.Json = False,
-    quiet: opt.Quiet = False,
+    seeds: Annotated[str, Option(help="Run each setting with every seed: 0,1,2.")] = "0",
+    backend: Annotated[str, Option(help="Learn in local processes, or on ray: an existing cluster.")] = "local",
+    jobs: Annotated[int, Option(help="Learn this many points at a time; they are timed one by one.")] = 1,
 ) -> None:
     """Run a recipe over values of its keys.
 
@@ -183,26 +132,21 @@ def sweep(
         raise UserError(f"backend '{backend}' is unknown; it is local or ray")
     opt.at_least(1, jobs=jobs)
     chosen = opt.numbers("seeds", seeds, least=0)
-    flags = opt.recipe_overrides(overrides, None, device, dtype)
+    flags = call.recipe_overrides
     config = {"recipe": str(recipe), "over": over or [], "seeds": chosen, "overrides": flags, "backend": backend}
     from anydepth.runs.sweep import Sweep, plan, sweep_document
 
-    printer = Printer(as_json, quiet)
-    found = Sweep(plan(recipe, over or [], chosen, flags), out, printer.progress)
+    found = Sweep(plan(recipe, over or [], chosen, flags), out, call.progress)
     result = sweep_document(found, config, found.run(backend, jobs))
-    printer.result(result, show_sweep)
+    call.result(result, show_sweep)
     if result["failed"]:
         reasons = "; ".join(f"{point['name']}: {point['reason']}" for point in result["failed"])
         raise RunError(f"{len(result['failed'])} of {len(found.points)} points failed ({reasons})")
 
 
 def show_run(document: dict[str, Any], out: Path) -> None:
-    rows = []
-    for row in document["summary"]:
-        cells = {key: "" if row.get(key) is None else f"{row[key]:.3g}" for key in COLUMNS}
-        rows.append([row["label"], *{**cells, "speedup": wording.speedup(row)}.values()])
-    table(["", *COLUMNS.values()], rows)
-    print(f"\nGFLOPs are those of a token; {wording.SPREAD}\n\n{out / 'report.html'}")
+    table(wording.SUMMARY, document["summary"], {"speedup": wording.speedup})
+    print(f"\n{wording.SPREAD}\n\n{out / 'report.html'}")
 
 
 def show_search(document: dict[str, Any]) -> None:
@@ -212,34 +156,23 @@ def show_search(document: dict[str, Any]) -> None:
     print(f"agreement with full depth: {document['agreement']:.3f}  ({document['seconds']:.0f} s)\n")
     found = document["held_out"]
     if found["rows"]:
-        rows = [
-            [row["label"], f"{row['perplexity']:.4g}", f"{row['loss']:.3f}", f"{row['weight_bytes'] / 1e6:.0f}"]
-            for row in found["rows"]
-        ]
-        table(["", "perplexity", "loss", "MB of weights a token"], rows)
+        table(wording.UNSEEN, found["rows"])
         print(f"on {found['num_tokens']} tokens that the search did not see")
     if found["warning"]:
         print(f"warning: {found['warning']}")
 
 
 def show_sweep(document: dict[str, Any]) -> None:
+    def cost(key: str, axis: str, row: dict[str, Any]) -> str:
+        return wording.cell(key, row) + (" *" if row["label"] in document["front"][axis] else "  ")
 
-    def cost(row: dict[str, Any], key: str, axis: str) -> str:
-        mark = " *" if row["label"] in document["front"][axis] else "  "
-        return around(row[key], row.get(f"{key}_range"), 3) + mark
-
-    rows = [
-        [
-            row["label"],
-            str(row["num_seeds"] or ""),
-            around(row["perplexity"], row.get("perplexity_range"), 4),
-            cost(row, "time_share", "time"),
-            cost(row, "layer_token_share", "flops"),
-            f"{row['gflops_per_token']:.3g}",
-        ]
-        for row in document["settings"]
-    ]
-    table(["", "seeds", "perplexity", "time", "FLOPs", "GFLOPs a token"], rows)
+    shown = {
+        "num_seeds": lambda row: str(row["num_seeds"] or ""),
+        "time_share": partial(cost, "time_share", "time"),
+        "layer_token_share": partial(cost, "layer_token_share", "flops"),
+    }
+    keys = "label num_seeds perplexity time_share layer_token_share gflops_per_token"
+    table(wording.columns(keys, time_share="time", layer_token_share="FLOPs"), document["settings"], shown)
     print(
         "time and FLOPs as fractions of full depth's; in brackets their range over seeds, and 95% of timed pairs\n"
         "* on the Pareto front: cheaper than all better ones with a star, by ranges that do not meet"

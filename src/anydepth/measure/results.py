@@ -52,6 +52,20 @@ def task_scores(task: Mapping[str, Any]) -> dict[str, tuple[float, float | None]
     }
 
 
+def task_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each task and metric of an `anydepth.eval/1`: `full`, `score`, `change`, and standard errors."""
+    rows = []
+    for label, task in document["tasks"].items():
+        full = task_scores(document["full_depth"]["tasks"][label])
+        for metric, score in task_scores(task).items():
+            row = {**task, "task": label, "metric": metric}
+            change = task.get("changes", {}).get(metric, (None, None))
+            for key, pair in (("score", score), ("full", full[metric]), ("change", change)):
+                row[key], row[f"{key}_stderr"] = pair
+            rows.append(row)
+    return rows
+
+
 def error_name(metric: str) -> str:
     """Return lm-eval's name of the standard error of a metric, with the filter at its end."""
     name, comma, rest = metric.partition(",")

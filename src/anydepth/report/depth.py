@@ -1,57 +1,65 @@
-"""Sections and plots about depth: of kinds of tokens, of positions, and of every token of a text."""
+"""Sections and plots about depth: of kinds of tokens, of gates, of whole texts, and of every token of a text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from html import escape
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from anydepth.report import correlations, gates, plots, wording
+from anydepth.report import plots, wording
 from anydepth.report.layout import Page
 from anydepth.report.plots import COLOURS, GREY, Document
+from anydepth.report.training_curves import gate_warnings
 from anydepth.report.wording import sentence
 
 # From light to dark orange with the depth; dark text is legible on all of them.
 SHADES = ("#fff7e6", "#ffe3ad", "#ffc97a", "#f9a65a", "#ee8a4a")
+OF_BRANCH = {"layer": "gated layers", "mixer": "gated mixers", "ffn": "gated FFNs", "softmax": "softmax mixers"}
+KINDS = ("pearson", "spearman")
+PROPERTIES = {
+    "length": "length (tokens)",
+    "perplexity": "perplexity of the base model",
+    "rarity": "rarity (mean −log frequency, nats a token)",
+}
+OF = {"depth": "layers per token", "layer_token_share": "FLOP fraction of layers"}
 
 
-def analysis(page: Page, document: Document, name: str) -> None:
+def analysis(page: Page, document: Document) -> None:
     """Add where depth goes, and whether it depends on the token."""
     page.section("Where depth goes")
-    depth = document["depth"]
-    page.text(
-        f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth['mean']:.2f}"
-        + ("." if depth["low"] is None else f" ({depth['low']:.2f} to {depth['high']:.2f})."),
-        "lead",
-    )
+    depth = wording.between(document["depth"])
+    page.text(f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth}.", "lead")
     if "gflops_per_token" in document:
         page.text(f"{wording.flops(document)}.")
     page.text(sentence(wording.conditionality(document["conditionality"])))
     titles = {"length": "texts cut at, tokens", "mean": "depth", "low": "from", "high": "to, 95%"}
     columns = wording.columns("length num_tokens mean low high", **titles)
-    page.table(f"{name}-lengths", columns, [{**row, **row["depth"]} for row in document["lengths"]])
-    page.figure(name, classes(document), "Layers run for a token, by class of token.", document)
-    page.figure(f"{name}-curves", curves(document), "Depth by position, and by loss at full depth.", document)
-    gates.of_analysis(page, document, name)
-    correlations.section(page, document, name)
+    page.table(columns, [{**row, **row["depth"]} for row in document["lengths"]], "lengths")
+    page.figure(classes(document), "Layers run for a token, by class of token.")
+    page.figure(curves(document), "Depth by position, and by loss at full depth.", "curves")
+    gate_warnings(page, document)
+    for own in document.get("gates", []):
+        page.text(f"{wording.gates(own)}.")
+        text = f"How often each gate opens, and how many {OF_BRANCH[own['branch']]} tokens run."
+        page.figure(gates(own), text, f"gates-{own['method']}")
+    _correlations(page, document.get("correlations"))
     names = [f"run {number + 1}" for number in range(len(document["seeds"]) + 1)]
     for row in document["seeds"]:
         page.text(sentence(wording.agreement(row, names)))
 
 
 def classes(document: Document) -> Figure:
-    """Draw the depth by class of token, with intervals."""
     rows = document["token_classes"]
-    figure, axes = plots.new_figure("Depth by class of token", 0.9 + 0.3 * len(rows))
+    names = {"xlabel": "layers per token (bars: 95%)", "xlim": (0, len(document["per_layer"]))}
+    figure, axes = plots.new_figure("Depth by class of token", 0.9 + 0.3 * len(rows), **names)
     means, bars = plots.intervals([row["depth"] for row in rows])
-    axes.barh(range(len(rows)), means, xerr=bars, color=COLOURS[0], ecolor=GREY, capsize=2, height=0.65)
-    axes.axvline(document["depth"]["mean"], color=COLOURS[1], linewidth=1.4, label="all tokens")
+    axes.barh(range(len(rows)), means, xerr=bars, color=COLOURS[0], ecolor=GREY, height=0.65)
+    axes.axvline(document["depth"]["mean"], color=COLOURS[1], label="all tokens")
     plots.name_rows(axes, [f"{row['class']} ({row['num_tokens']})" for row in rows])
-    axes.set_xlabel("layers per token (bars: 95%)")
-    axes.set_xlim(0, len(document["per_layer"]))
-    plots.legend(axes, above=True)
+    plots.legend_above(axes)
     return figure
 
 
@@ -66,19 +74,81 @@ def curves(document: Document) -> Figure:
         (panels[1], losses, bins, "loss of the next token (nats)"),
     ):
         means, bars = plots.intervals([row["depth"] for row in rows])
-        axes.errorbar(at, means, yerr=bars, color=COLOURS[0], ecolor=GREY, marker="o", markersize=4, capsize=2)
+        axes.errorbar(at, means, yerr=bars, color=COLOURS[0], ecolor=GREY, marker="o")
         axes.set_xlabel(label)
-        plots.bare(axes)
     panels[0].set_xscale("log", base=2)
     panels[0].set_ylabel("layers per token (bars: 95%)")
     return figure
 
 
-def text(page: Page, document: Document, name: str) -> None:
+def gates(own: Document) -> Figure:
+    """Draw the fraction of tokens that each gate lets run, and the histogram of gates that are open for a token."""
+    figure, (by_layer, by_token) = plots.new_panels(2, 1, 4.4)
+    rows, counts = own["gates"], own["open_gates"]
+    by_layer.bar([row["layer"] for row in rows], [row["fraction"] for row in rows], width=0.8, color=COLOURS[0])
+    by_layer.axhline(own["fraction"], color=COLOURS[1], label="mean")
+    by_layer.set(title=f"{own['method']}: how often gates open", xlabel="layer", ylim=(0, 1.05))
+    by_token.bar(range(len(counts)), counts, width=0.8, color=COLOURS[2])
+    by_token.axvline(own["fraction"] * len(rows), color=COLOURS[1], label="mean")
+    label = f"{OF_BRANCH[own['branch']]} that a token runs (of {len(rows)})"
+    by_token.set(xlabel=label, xlim=(-0.6, len(counts) - 0.4))
+    for axes in (by_layer, by_token):
+        axes.set_ylabel("fraction of tokens")
+        plots.legend_above(axes)
+        plots.whole_numbers(axes.xaxis)
+    return figure
+
+
+def _correlations(page: Page, found: Document | None) -> None:
+    if found is None or found["of"] is None:
+        return
+    page.section("Depth of whole texts")
+    cut = f"; {found['num_cut']} of them were cut" if found["num_cut"] else ""
+    page.text(
+        f"{found['num_samples']} {found['unit']}s, each run by itself, at most {found['max_tokens']} tokens{cut}. "
+        f"Frequencies of tokens from {found['num_counted_tokens']} tokens of the same corpus.",
+        "lead",
+    )
+    ends = [(f"{kind}_{end}", kind, end) for kind in KINDS for end in ("r", "low", "high")]
+    rows = [
+        {**row, "of": OF[row["of"]], **{column: row[kind][end] for column, kind, end in ends}} for row in found["rows"]
+    ]
+    columns = {"of": "", "with": "with", "pearson_r": "Pearson (95%)", "spearman_r": "Spearman (95%)"}
+    also = [column for column, _, end in ends if end != "r"]
+    shown = {f"{kind}_r": partial(wording.correlation, kind) for kind in KINDS}
+    page.table(columns, rows, "correlations", shown, also)
+    if _drawn(found):
+        text = f"Each point is a text: its {OF[found['of']]}; line: least squares, with the 95% band of its mean."
+        page.figure(scatter(found), text, "samples")
+
+
+def _drawn(found: dict[str, Any]) -> list[Document]:
+    """Return the correlations that are not with a constant."""
+    return [row for row in found["rows"] if row["of"] == found["of"] and row["line"] is not None]
+
+
+def scatter(found: dict[str, Any]) -> Figure:
+    """Draw the depth (or FLOP share) of each text over its length, perplexity and rarity, with a line and its band."""
+    rows = _drawn(found)
+    figure, panels = plots.new_panels(len(rows), 1, 0.4 + 2.0 * len(rows), sharey=True, squeeze=False)
+    for axes, row in zip(panels[:, 0], rows, strict=True):
+        points, line = found["samples"], row["line"]
+        if line["low"] is not None:
+            axes.fill_between(line["x"], line["low"], line["high"], color=COLOURS[1], alpha=0.2, linewidth=0)
+        axes.plot(line["x"], line["y"], color=COLOURS[1])
+        x, y = [point[row["with"]] for point in points], [point[found["of"]] for point in points]
+        axes.scatter(x, y, color=COLOURS[0], s=12)
+        axes.set_title("   ".join(f"{kind.title()} {wording.correlation(kind, row)}" for kind in KINDS), fontsize=8)
+        axes.set_xlabel(PROPERTIES[row["with"]])
+    figure.supylabel(f"{OF[found['of']]} of a text")
+    return figure
+
+
+def text(page: Page, document: Document) -> None:
     """Add a generated text, each token shaded by its depth."""
     num_layers = document["num_layers"]
     if document.get("mixers"):
-        _mixers(page, document["mixers"], document, name)
+        _mixers(page, document["mixers"])
     page.section("A text, token by token")
     page.text(f"The text after “{document['prompt']}”; each token is shaded by the layers that predicted it.", "lead")
     _shaded(
@@ -94,10 +164,10 @@ def text(page: Page, document: Document, name: str) -> None:
     ]
     page.parts.append(f'<p class="legend">Layers run: {" ".join(steps)}</p>')
     if document["tokens"]:
-        page.figure(name, heat_map(document), "Token × layer: which layers each generated token ran.", document)
+        page.figure(heat_map(document), "Token × layer: which layers each generated token ran.")
 
 
-def _mixers(page: Page, routed: Document, document: Document, name: str) -> None:
+def _mixers(page: Page, routed: Document) -> None:
     """Add the text, each token shaded by the routed layers in which it took softmax."""
     count, layers = len(routed["layers"]), ", ".join(map(str, routed["layers"]))
     page.section("Which mixer, token by token")
@@ -113,7 +183,7 @@ def _mixers(page: Page, routed: Document, document: Document, name: str) -> None
             for token, softmax in zip(routed["tokens"], routed["softmax"], strict=True)
         ),
     )
-    page.figure(f"{name}-mixers", mixers(routed), "Token × routed layer: dark took softmax.", document)
+    page.figure(mixers(routed), "Token × routed layer: dark took softmax.", "mixers")
 
 
 def _shaded(page: Page, tokens: Iterable[tuple[str, int, str]]) -> None:
@@ -142,9 +212,9 @@ def mixers(routed: Document) -> Figure:
 
 
 def _heat_map(fractions: list[list[float]], tokens: list[str], title: str) -> tuple[Figure, Any]:
-    figure, axes = plots.new_panels(1, 1, max(2.4, 0.16 * len(fractions)))
-    axes.imshow(fractions, aspect="auto", cmap="Blues", vmin=0, vmax=1.2, interpolation="nearest")
-    axes.set_title(title, fontsize=11, loc="left")
+    figure, axes = plots.new_figure(title, max(2.4, 0.16 * len(fractions)))
+    axes.imshow(fractions, vmin=0, vmax=1.2)
+    axes.grid(False)
     axes.set_yticks(range(len(tokens)), [_visible(token) for token in tokens], fontsize=6)
     return figure, axes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -51,6 +51,14 @@ class Page:
     written: list[Path] = field(default_factory=list)
     owner: str | None = None
     """Name of the model that the next sections are about, if the page has several."""
+    name: str = ""
+    """Beginning of the names of the next files."""
+    documents: Sequence[Document] = ()
+    """Documents that the next sections show."""
+
+    def begin(self, name: str = "", documents: Sequence[Document] = (), owner: str | None = None) -> None:
+        """Begin the sections of other documents."""
+        self.name, self.documents, self.owner = name, documents, owner
 
     def section(self, title: str) -> None:
         of_owner = "" if self.owner is None else f" <small>{escape(self.owner)}</small>"
@@ -60,11 +68,11 @@ class Page:
         """Add a paragraph; `kind` is its class in the page's style."""
         self.parts.append(f'<p class="{kind}">{escape(text)}</p>')
 
-    def figure(self, name: str, figure: Figure, alt: str, *documents: Document) -> None:
+    def figure(self, figure: Figure, alt: str, name: str = "") -> None:
         """Add a figure with a caption: a description, seeds and commits."""
         light = plots.png(figure)
-        self._write(f"{name}.png", light)
-        caption = f"{escape(alt)} {provenance_line(*documents)}"
+        self._path(name, ".png").write_bytes(light)
+        caption = f"{escape(alt)} {provenance_line(*self.documents)}"
         self.parts.append(
             f'<figure><picture><source srcset="{_inline(plots.dark_png(figure))}" '
             f'media="(prefers-color-scheme: dark)"><img src="{_inline(light)}" alt="{escape(alt, quote=True)}">'
@@ -73,26 +81,27 @@ class Page:
 
     def table(
         self,
-        name: str,
         columns: dict[str, str],
         rows: list[Document],
+        name: str = "",
         shown: Mapping[str, Callable[[Document], str]] = {},
         also: Iterable[str] = (),
     ) -> None:
-        """Add a table, and write the same numbers unrounded as CSV.
+        """Add a table, and write the same numbers unrounded as CSV, with their errors and the ends of their ranges.
 
         Args:
-            shown: by column, the function that formats its cells, safe in HTML; by default `number`.
+            shown: by column, the function that formats its cells; by default `cell`.
             also: columns that only the CSV has.
         """
-        path = self.folder / f"{name}.csv"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with self._path(name, ".csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            keys = [*columns, *also]
-            writer.writerow(keys)
-            writer.writerows([row.get(key, "") for key in keys] for row in rows)
-        self.written.append(path)
+            errors = [f"{key}_{error}" for key in columns for error in ("stderr", "half_range")]
+            keys = [*columns, *also, *(error for error in errors if any(row.get(error) for row in rows))]
+            ranged = [key for key in columns if any(row.get(f"{key}_range") for row in rows)]
+            writer.writerow([*keys, *(f"{key}_{end}" for key in ranged for end in ("low", "high"))])
+            for row in rows:
+                bounds = [bound for key in ranged for bound in row.get(f"{key}_range") or ("", "")]
+                writer.writerow([*(row.get(key, "") for key in keys), *bounds])
         head = "".join(f'<th role="columnheader" scope="col">{escape(title)}</th>' for title in columns.values())
         body = "".join(_table_row(columns, row, shown) for row in rows)
         self.parts.append(
@@ -100,10 +109,10 @@ class Page:
             f"<tbody>{body}</tbody></table></div>"
         )
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _path(self, name: str, suffix: str) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / name).write_bytes(data)
-        self.written.append(self.folder / name)
+        self.written.append(self.folder / ("-".join(part for part in (self.name, name) if part) + suffix))
+        return self.written[-1]
 
 
 def _inline(data: bytes) -> str:
@@ -122,7 +131,7 @@ def provenance_line(*documents: Document) -> str:
 
 def _table_row(columns: dict[str, str], row: Document, shown: Mapping[str, Callable[[Document], str]]) -> str:
     first, *others = [
-        (escape(title, quote=True), shown[key](row) if key in shown else wording.number(row.get(key)))
+        (escape(title, quote=True), escape(shown[key](row) if key in shown else wording.cell(key, row)))
         for key, title in columns.items()
     ]
     cells = "".join(f'<td role="cell" data-label="{title}">{cell}</td>' for title, cell in others)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from matplotlib import rc_context
+
 from anydepth.errors import UserError
 from anydepth.report import depth, quality, speed, tradeoffs, training_curves, wording
 from anydepth.report.layout import Page, html
-from anydepth.report.plots import Document
+from anydepth.report.plots import STYLE, Document
 
-SECTIONS: dict[str, Callable[[Page, Document, str], None]] = {
+SECTIONS: dict[str, Callable[[Page, Document], None]] = {
     "experiment": tradeoffs.experiment,
     "train": training_curves.training,
     "search": training_curves.search,
@@ -25,7 +27,7 @@ SECTIONS: dict[str, Callable[[Page, Document, str], None]] = {
     "sweep": tradeoffs.sweep,
     "generate": depth.text,
 }
-"""The function that adds the section of each kind of document; its last argument begins the names of files."""
+"""The function that adds the section of each kind of document."""
 
 
 def write_report(results: list[Document], out: Path) -> list[Path]:
@@ -44,10 +46,11 @@ def write_report(results: list[Document], out: Path) -> list[Path]:
     page = Page(out.parent / f"{out.stem}_files")
     for old in [*page.folder.glob("*.png"), *page.folder.glob("*.csv")]:  # An earlier report has other file names.
         old.unlink()
-    speed.summary(page, results)
-    tradeoffs.comparison(page, documents)
-    training_curves.comparison(page, documents)
-    _add_sections(page, documents)
+    with rc_context(STYLE):
+        speed.summary(page, results)
+        tradeoffs.comparison(page, documents)
+        training_curves.comparison(page, documents)
+        _add_sections(page, documents)
     _provenance(page, documents)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html(_title(results), page.parts), encoding="utf-8")
@@ -60,27 +63,25 @@ def _add_sections(page: Page, documents: list[Document]) -> None:
     rest = []
     for place, (document, owner) in enumerate(zip(documents, owners, strict=True)):
         kind = str(document["schema"]).split("/")[0].removeprefix("anydepth.")
-        page.owner = owner if len(set(owners)) > 1 else None
+        page.begin(f"{place}-{kind}", [document], owner if len(set(owners)) > 1 else None)
         if kind in SECTIONS:
-            SECTIONS[kind](page, document, f"{place}-{kind}")
+            SECTIONS[kind](page, document)
         else:
             rest.append(document)
-    page.owner = None
+    page.begin()
     if rest:
         page.section("Documents without figures")
         page.text("Their tables are on the results page of the documentation.", "lead")
         columns = wording.columns("source schema command", command="made by")
-        page.table("without-figures", columns, [{"source": "", "command": "", **document} for document in rest])
+        page.table(columns, [{"source": "", "command": "", **document} for document in rest], "without-figures")
 
 
 def _title(results: list[Document]) -> str:
-    """Return the label of the model, or the number of results."""
     labels = list(dict.fromkeys(str(result.get("label") or result.get("source") or "results") for result in results))
     return labels[0] if len(labels) == 1 else f"{len(results)} results"
 
 
 def _owner(document: Document) -> str:
-    """Return the run of a document, or its file and label."""
     if document.get("run"):
         return str(document["run"])
     return ", ".join(str(document[key]) for key in ("source", "label") if document.get(key))
@@ -103,7 +104,7 @@ def _provenance(page: Page, documents: list[Document]) -> None:
         for value in values:
             own = ", ".join(dict.fromkeys(str(row["source"] or row["schema"]) for row in rows if row[key] == value))
             page.text(f"{'All' if len(values) == 1 else own} {word} {value}.")
-    page.table("provenance", columns, rows, also=("machine", "libraries"))
+    page.table(columns, rows, "provenance", also=("machine", "libraries"))
 
 
 def _origins(documents: list[Document]) -> Iterator[Document]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -19,6 +19,28 @@ INK, PAPER, FAINT = "#ececf0", "#17171a", "#a5a5b0"
 Document = dict[str, Any]
 WIDTH = 5.2
 """Inches: narrow, so that 8-point text is legible when the page is as wide as a phone."""
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "errorbar.capsize": 2,
+    "figure.constrained_layout.use": True,
+    "figure.labelsize": 9,
+    "grid.color": "#e5e5e5",
+    "grid.linewidth": 0.6,
+    "image.aspect": "auto",
+    "image.cmap": "Blues",
+    "image.interpolation": "nearest",
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+}
+"""Settings of matplotlib while a page is written."""
 
 
 def png(figure: Figure, paper: str = "white") -> bytes:
@@ -51,25 +73,17 @@ def styles(count: int) -> list[dict[str, str]]:
     ]
 
 
-def new_figure(title: str, height: float = 3.4) -> tuple[Figure, Any]:
-    """Return a figure with one pair of axes."""
+def new_figure(title: str, height: float = 3.4, **properties: Any) -> tuple[Figure, Any]:
+    """Return a figure with one pair of axes; `properties` are those of `Axes.set`."""
     figure, axes = new_panels(1, 1, height)
-    axes.set_title(title, fontsize=11, loc="left")
-    bare(axes)
+    axes.set(title=title, **properties)
     return figure, axes
 
 
 def new_panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
     """Return a figure of so many inches with rows and columns of axes, `options` those of `Figure.subplots`."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height))
     return figure, figure.subplots(rows, columns, **options)
-
-
-def bare(axes: Any) -> None:
-    """Remove the top and right frame, and draw a light grid."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#e5e5e5", linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def whole_numbers(axis: Any, most: int = 9) -> None:
@@ -83,17 +97,15 @@ def over_steps(axes: Any, most: int = 9) -> None:
     axes.set_xlabel("optimiser step")
 
 
-def legend(axes: Any, *, above: bool = False, **options: Any) -> None:
-    """Draw a legend in the axes, or above them on the right."""
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1)} if above else {}
-    axes.legend(fontsize=8, frameon=False, **place, **options)
+def legend_above(axes: Any, **options: Any) -> None:
+    """Draw a legend above the axes, on the right."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), **options)
 
 
 def legend_outside(figure: Figure, axes: Any, place: str = "lower center", columns: int = 2) -> None:
     """Draw the legend of some axes outside all of a figure's."""
-    handles = axes.get_legend_handles_labels()
     options: dict[str, Any] = {"loc": f"outside {place}", "ncols": columns}
-    figure.legend(*handles, **options, fontsize=8, frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), **options)
 
 
 def name_rows(axes: Any, labels: Sequence[str], size: int = 8) -> None:
@@ -107,18 +119,20 @@ def short(label: str) -> str:
     return label.replace("$", r"\$")[:32]
 
 
-def bounds(part: Document) -> Sequence[float]:
+def bounds(part: Document) -> Sequence[float] | None:
     """Return the interval of a speed-up; the range of pairs in documents of before there were intervals."""
-    return part.get("speedup_interval") or part.get("speedup_range") or ()
+    return part.get("speedup_interval") or part.get("speedup_range")
 
 
-def reach(middle: float, ends: Sequence[float]) -> tuple[float, float]:
-    """Return the lengths of an error bar below and above its middle."""
-    return max(middle - ends[0], 0.0), max(ends[1] - middle, 0.0)
+def error_bars(middles: Sequence[float], ranges: Iterable[Sequence[float] | None]) -> list[list[float]]:
+    """Return the lengths of error bars below and above their middles; 0 where there is no range."""
+    pairs = [(middle, ends or (middle, middle)) for middle, ends in zip(middles, ranges, strict=True)]
+    below = [max(middle - float(low), 0.0) for middle, (low, _) in pairs]
+    return [below, [max(float(high) - middle, 0.0) for middle, (_, high) in pairs]]
 
 
-def intervals(means: Sequence[Document]) -> tuple[list[float], list[tuple[float, ...]]]:
-    """Return means with `low` and `high`, and the lengths of their error bars; none where there is no interval."""
+def intervals(means: Sequence[Document]) -> tuple[list[float], list[list[float]]]:
+    """Return means with `low` and `high`, and the lengths of their error bars."""
     middles = [mean["mean"] for mean in means]
-    known = [(m["low"], m["high"]) if m["low"] is not None else (m["mean"], m["mean"]) for m in means]
-    return middles, list(zip(*map(reach, middles, known), strict=True))
+    ranges = [None if mean["low"] is None else (mean["low"], mean["high"]) for mean in means]
+    return middles, error_bars(middles, ranges)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from matplotlib.figure import Figure
 
-from anydepth.measure.results import MEANS, task_scores
+from anydepth.measure.results import MEANS, task_rows
 from anydepth.report import plots, wording
 from anydepth.report.layout import Page
 from anydepth.report.plots import COLOURS, GREY, Document
 from anydepth.report.wording import number
 
 
-def evaluation(page: Page, document: Document, name: str) -> None:
+def evaluation(page: Page, document: Document) -> None:
     """Add the layers that run, perplexity, and tasks; one model where nothing can differ."""
     note = document.get("note")
     page.section("Perplexity" if note else "Which layers run")
@@ -28,18 +27,17 @@ def evaluation(page: Page, document: Document, name: str) -> None:
     if "gflops_per_token" in document:
         page.text(f"{wording.flops(document)}.")
     if not note:
-        text = "Fraction of evaluation tokens that ran each mixer and FFN."
-        page.figure(name, layers(document), text, document)
+        page.figure(layers(document), "Fraction of evaluation tokens that ran each mixer and FFN.")
     if document.get("perplexity_interval"):
         text = "Perplexity; bars are 95%, from how windows of the text differ from each other."
-        page.figure(f"{name}-perplexity", perplexity(document), text, document)
+        page.figure(perplexity(document), text, "perplexity")
     if document.get("mixers"):
         page.text("Layers with mixer routing:")
         titles = {"softmax_share": "fraction of softmax", "entropy": "entropy of the routing, bits"}
         columns = wording.columns("layer softmax_share entropy", **titles)
-        page.table(f"{name}-mixers", columns, document["mixers"])
+        page.table(columns, document["mixers"], "mixers")
     if document.get("tasks"):
-        _tasks(page, document, name)
+        _tasks(page, document)
 
 
 def _perplexities(document: Document) -> str:
@@ -51,7 +49,7 @@ def _perplexities(document: Document) -> str:
     return f"Perplexity {number(ours)}, the same model at full depth {full}{without_lora}."
 
 
-def _tasks(page: Page, document: Document, name: str) -> None:
+def _tasks(page: Page, document: Document) -> None:
     page.section("Tasks")
     same = bool(document.get("note"))
     text = (
@@ -60,42 +58,23 @@ def _tasks(page: Page, document: Document, name: str) -> None:
     page.text("By lm-eval; ± one standard error." if same else text, "lead")
     keys = "task metric num_items num_fewshot full" + ("" if same else " score change layer_token_share")
     columns = wording.columns(keys, num_fewshot="examples", full="full depth", score="adapted")
-    rows = _task_rows(document)
+    rows = task_rows(document)
     bars = [row for row in rows if row["metric"].partition(",")[0] in MEANS]
     if bars:
         text = "Scores of tasks; bars are 95% (1.96 standard errors) of each score by itself."
-        page.figure(f"{name}-scores", scores(bars, same=same), text, document)
-    errors = {key: f"{key}_stderr" for key in ("full", "score", "change")}
-    shown = {key: partial(wording.plus_minus, key, error) for key, error in errors.items()}
-    page.table(f"{name}-tasks", columns, rows, shown, errors.values())
-
-
-def _task_rows(document: Document) -> list[Document]:
-    """Return a row for each task and metric: `full`, `score` and `change`, each with its standard error."""
-    rows = []
-    for label, task in document["tasks"].items():
-        full = task_scores(document["full_depth"]["tasks"][label])
-        for metric, score in task_scores(task).items():
-            row = {**task, "task": label, "metric": metric}
-            change = task.get("changes", {}).get(metric, (None, None))
-            for key, pair in (("score", score), ("full", full[metric]), ("change", change)):
-                row[key], row[f"{key}_stderr"] = pair
-            rows.append(row)
-    return rows
+        page.figure(scores(bars, same=same), text, "scores")
+    page.table(columns, rows, "tasks")
 
 
 def layers(document: Document) -> Figure:
-    """Draw the fraction of tokens that ran each layer's mixer and FFN."""
     fractions = document["per_layer"]
-    figure, axes = plots.new_figure("Layers: fraction of tokens that ran them", 2.8)
+    names = {"xlabel": "layer", "ylabel": "fraction of tokens", "ylim": (0, 1.05)}
+    figure, axes = plots.new_figure("Layers: fraction of tokens that ran them", 2.8, **names)
     for branch, label, shift, colour in (("mixer", "mixer", -0.2, COLOURS[0]), ("ffn", "FFN", 0.2, COLOURS[4])):
         values = fractions[branch]
         axes.bar([i + shift for i in range(len(values))], values, width=0.4, color=colour, label=label)
     plots.whole_numbers(axes.xaxis)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("fraction of tokens")
-    axes.set_ylim(0, 1.05)
-    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.2))
+    plots.legend_above(axes, ncols=2)
     return figure
 
 
@@ -103,32 +82,28 @@ def perplexity(document: Document) -> Figure:
     """Draw perplexity at full depth and adapted, with 95% intervals; one bar where nothing can differ."""
     sides = {"full depth": document["full_depth"], plots.short(str(document["label"])): document}
     sides = dict(list(sides.items())[: 1 if document.get("note") else 2])
-    figure, axes = plots.new_figure("Perplexity (lower is better)", 0.9 + 0.45 * len(sides))
+    height = 0.9 + 0.45 * len(sides)
+    figure, axes = plots.new_figure("Perplexity (lower is better)", height, xlabel="perplexity (bars: 95%)")
     values = [float(side["perplexity"]) for side in sides.values()]
-    ends = [
-        [float(bound) for bound in side.get("perplexity_interval") or (value, value)]
-        for value, side in zip(values, sides.values(), strict=True)
-    ]
-    bars = list(zip(*map(plots.reach, values, ends), strict=True))
+    bars = plots.error_bars(values, [side.get("perplexity_interval") for side in sides.values()])
     colours = [GREY, COLOURS[0]][: len(sides)]
-    axes.barh(range(len(sides)), values, xerr=bars, color=colours, ecolor=COLOURS[1], capsize=3, height=0.6)
+    axes.barh(range(len(sides)), values, xerr=bars, color=colours, ecolor=COLOURS[1], height=0.6)
     plots.name_rows(axes, list(sides))
-    axes.set_xlabel("perplexity (bars: 95%)")
     return figure
 
 
 def scores(rows: Sequence[Document], *, same: bool) -> Figure:
     """Draw scores of tasks at full depth and adapted, with 95% intervals; full depth alone if both are the same."""
-    figure, axes = plots.new_figure("Tasks (higher is better)", 1.1 + (0.3 if same else 0.5) * len(rows))
+    inches = 1.1 + (0.3 if same else 0.5) * len(rows)
+    figure, axes = plots.new_figure("Tasks (higher is better)", inches, xlabel="score (bars: 95%)")
     sides = [("full", "full depth", GREY), ("score", "adapted", COLOURS[0])][: 1 if same else 2]
     height = 0.8 / len(sides)
     for side, (key, label, colour) in enumerate(sides):
         places = [place + (side - (len(sides) - 1) / 2) * height for place in range(len(rows))]
         errors = [1.96 * (row.get(f"{key}_stderr") or 0.0) for row in rows]
-        style = {"height": height, "color": colour, "ecolor": COLOURS[1], "capsize": 2, "label": label}
+        style = {"height": height, "color": colour, "ecolor": COLOURS[1], "label": label}
         axes.barh(places, [row[key] for row in rows], xerr=errors, **style)
     plots.name_rows(axes, [f"{plots.short(row['task'])}: {row['metric']}" for row in rows], 7)
     axes.set_xlim(left=0)
-    axes.set_xlabel("score (bars: 95%)")
     plots.legend_outside(figure, axes)
     return figure

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
 from matplotlib.figure import Figure
 
 from anydepth.report import plots, wording
 from anydepth.report.layout import Page
-from anydepth.report.plots import COLOURS, GREY, Document, bounds, reach, short
+from anydepth.report.plots import COLOURS, GREY, Document, bounds, error_bars, short
 
 SPREAD = wording.sentence(wording.SPREAD)
 SHOWN = {"speedup": wording.speedup}
 ALSO = ("speedup_interval", "is_noise")
 """How tables show a speed-up, and what only their CSV has of it."""
-SUMMARY = wording.columns(
-    "label perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup",
-    realised="efficiency",
-)
 TIMED = wording.columns(
     "engine weights batch_size prompt_tokens new_tokens full adapted_rate speedup ideal_speedup",
     batch_size="batch",
@@ -27,11 +22,6 @@ TIMED = wording.columns(
     full="full tok/s",
     adapted_rate="adapted tok/s",
     realised="efficiency",
-)
-WAYS = wording.columns(
-    "label perplexity rouge_l mean_depth tokens_per_second speedup",
-    rouge_l="ROUGE-L against full depth",
-    mean_depth="layers a token",
 )
 PANELS = (("batch_size", "batch size (rows)", "prompt_tokens"), ("prompt_tokens", "prompt (tokens)", "batch_size"))
 
@@ -52,46 +42,45 @@ def summary(page: Page, results: list[Document]) -> None:
         "against the same model at full depth; efficiency is speed-up ÷ ideal."
     )
     page.text(f"{lead} {SPREAD}", "lead")
-    page.table("summary", SUMMARY, rows, SHOWN, ALSO)
+    page.begin("", measured)
+    page.table(wording.SUMMARY, rows, "summary", SHOWN, ALSO)
     placed = [row for row in rows if "tokens_per_second" in row]
     if len(placed) > 1:
-        page.figure("tradeoff", tradeoff(placed), "Perplexity against measured generation speed.", *measured)
+        page.figure(tradeoff(placed), "Perplexity against measured generation speed.", "tradeoff")
 
 
-def bench(page: Page, document: Document, name: str) -> None:
+def bench(page: Page, document: Document) -> None:
     """Add measured and ideal speed-ups; the table of ways for `bench --compare`."""
     if "rouge_l" in document["rows"][0]:
-        _comparison(page, document, name)
+        _comparison(page, document)
         return
     page.section("Speed")
     compared = [row for row in document["rows"] if row["speedup"] is not None]
     if compared:
         page.text(f"Full depth and adapted in turn in one process; medians of paired ratios. {SPREAD}", "lead")
-        caption = "Measured speed-up next to the ideal that the skipped FLOPs allow; tokens of prompt + new."
-        page.figure(name, speedups(document), caption, document)
+        text = "Measured speed-up next to the ideal that the skipped FLOPs allow; tokens of prompt + new."
+        page.figure(speedups(document), text)
     else:
         page.text("Nothing is attached: tokens per second, and no speed-up.", "lead")
     if len({(row["batch_size"], row["prompt_tokens"]) for row in compared}) > 2:
         text = "Speed-up over batch size and prompt length; the dotted lines are what the skipped FLOPs allow."
-        page.figure(f"{name}-lines", lines(document), text, document)
+        page.figure(lines(document), text, "lines")
     if any(row["adapted"].get("acceptance_by_place") for row in document["rows"]):
         text = "Drafted tokens that full depth accepted, by position; of drafts with all earlier tokens accepted."
-        page.figure(f"{name}-acceptance", acceptance(document), text, document)
+        page.figure(acceptance(document), text, "acceptance")
     rows = [
         {**row, "full": row["full_depth"]["tokens_per_second"], "adapted_rate": row["adapted"]["tokens_per_second"]}
         for row in document["rows"]
     ]
-    page.table(name, TIMED, rows, SHOWN, ALSO)
+    page.table(TIMED, rows, "", SHOWN, ALSO)
 
 
-def _comparison(page: Page, document: Document, name: str) -> None:
-    """Add the table of `bench --compare`: quality and speed of each way to run the model."""
+def _comparison(page: Page, document: Document) -> None:
     page.section("Full depth, early exit, lossless")
-    rows = [{**row["adapted"], **row, **wording.ends(row, "speedup")} for row in document["rows"]]
+    rows = wording.ways(document)
     page.text(f"{rows[0]['num_runs']} runs, all rows in turn in one process; medians of paired ratios.", "lead")
-    shown, also = {"speedup": partial(wording.from_to, "speedup")}, ("speedup_low", "speedup_high")
-    page.table(f"{name}-ways", WAYS, rows, shown, also)
-    page.figure(f"{name}-ways", tradeoff(rows), "Perplexity against measured generation speed.", document)
+    page.table(wording.WAYS, rows, "ways")
+    page.figure(tradeoff(rows), "Perplexity against measured generation speed.", "ways")
 
 
 def speedups(document: Document) -> Figure:
@@ -103,20 +92,19 @@ def speedups(document: Document) -> Figure:
             if part and part["speedup"] is not None:
                 labels.append(f"{name}: {phase}" if phase == "all" else phase)
                 parts.append(part)
-    figure, axes = plots.new_figure("Speed: measured next to ideal", 1.3 + 0.27 * len(labels))
+    height = 1.3 + 0.27 * len(labels)
+    figure, axes = plots.new_figure("Speed: measured next to ideal", height, xlabel="speed-up (× full depth)")
     places, measured = range(len(labels)), [part["speedup"] for part in parts]
     axes.barh(places, measured, height=0.6, color=COLOURS[0], label="measured (median of pairs)")
     ranged = [(place, part["speedup"], bounds(part)) for place, part in enumerate(parts) if bounds(part)]
     if ranged:
         at, middles, ends = zip(*ranged, strict=True)
-        bars = list(zip(*map(reach, middles, ends), strict=True))
-        axes.errorbar(middles, at, xerr=bars, fmt="none", ecolor=GREY, capsize=2, label="95%")
+        axes.errorbar(middles, at, xerr=error_bars(middles, ends), fmt="none", ecolor=GREY, label="95%")
     low, high = [place - 0.38 for place in places], [place + 0.38 for place in places]
     label = "ideal: FLOPs that are left"
     axes.vlines([part["ideal_speedup"] for part in parts], low, high, color=COLOURS[1], linewidth=2.2, label=label)
     axes.axvline(1.0, color=GREY, linewidth=1, linestyle="--", label="full depth")
     plots.name_rows(axes, labels, 7)
-    axes.set_xlabel("speed-up (× full depth)")
     plots.legend_outside(figure, axes)
     return figure
 
@@ -136,8 +124,8 @@ def lines(document: Document) -> Figure:
             line = sorted(own, key=lambda row: row[along])
             places, middles = [row[along] for row in line], [row["speedup"] for row in line]
             label = f"{engine} {'prompt' if other == 'prompt_tokens' else 'batch'} {value}".strip()
-            bars = list(zip(*map(reach, middles, map(bounds, line)), strict=True))
-            axes.errorbar(places, middles, yerr=bars, color=colour, marker="o", markersize=4, capsize=2, label=label)
+            bars = error_bars(middles, map(bounds, line))
+            axes.errorbar(places, middles, yerr=bars, color=colour, marker="o", label=label)
             axes.plot(places, [row["ideal_speedup"] for row in line], color=colour, linestyle=":", linewidth=1.2)
         axes.axhline(1.0, color=GREY, linewidth=1, linestyle="--")
         axes.set_xscale("log", base=2)
@@ -145,31 +133,31 @@ def lines(document: Document) -> Figure:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel(name)
-        plots.bare(axes)
-        plots.legend(axes)
-    panels[0].set_ylabel("speed-up (bars: 95%; dotted: ideal)", fontsize=9)
+        axes.legend()
+    panels[0].set_ylabel("speed-up (bars: 95%; dotted: ideal)")
     return figure
 
 
 def acceptance(document: Document) -> Figure:
     """Draw the fraction of drafted tokens that were accepted, by their position in the draft."""
-    figure, axes = plots.new_figure("Drafts: acceptance by position", 2.8)
+    names = {"xlabel": "position in the draft (tokens; all before it accepted)", "ylabel": "fraction accepted"}
+    figure, axes = plots.new_figure("Drafts: acceptance by position", 2.8, ylim=(0, 1.05), **names)
     rows = [row for row in document["rows"] if row["adapted"].get("acceptance_by_place")]
     for row, colour in zip(rows, COLOURS * 3, strict=False):
         fractions = row["adapted"]["acceptance_by_place"]
         label = f"{_engine(row)} batch {row['batch_size']}, prompt {row['prompt_tokens']}".strip()
-        axes.plot(range(1, len(fractions) + 1), fractions, color=colour, marker="o", markersize=4, label=label)
-    axes.set_xlabel("position in the draft (tokens; all before it accepted)")
-    axes.set_ylabel("fraction accepted")
-    axes.set_ylim(0, 1.05)
+        axes.plot(range(1, len(fractions) + 1), fractions, color=colour, marker="o", label=label)
     plots.whole_numbers(axes.xaxis)
-    plots.legend(axes)
+    axes.legend()
     return figure
 
 
 def tradeoff(rows: Iterable[Document]) -> Figure:
-    """Draw perplexity against measured tokens per second; lower right is better."""
-    figure, axes = plots.new_figure("Quality against measured speed")
+    figure, axes = plots.new_figure(
+        "Quality against measured speed",
+        xlabel="tokens per second (generation)",
+        ylabel="perplexity (lower is better)",
+    )
     placed = list(rows)
     middle = sum(row["tokens_per_second"] for row in placed) / len(placed)
     for row, colour in zip(placed, COLOURS * 4, strict=False):
@@ -178,6 +166,4 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
         axes.scatter(*point, color=colour, s=46, zorder=3)
         axes.annotate(short(row["label"]), point, fontsize=8, xytext=(0, 7), textcoords="offset points", ha=side)
     axes.margins(x=0.15, y=0.25)  # Space for the labels.
-    axes.set_xlabel("tokens per second (generation)")
-    axes.set_ylabel("perplexity (lower is better)")
     return figure

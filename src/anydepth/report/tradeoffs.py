@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from matplotlib.figure import Figure
 
@@ -12,10 +11,8 @@ from anydepth.report.layout import Page
 from anydepth.report.plots import COLOURS, GREY, Document
 from anydepth.report.speed import ALSO, SHOWN, SPREAD
 from anydepth.report.training_curves import loss_curves
-from anydepth.report.wording import number, sentence
+from anydepth.report.wording import INCREASE, number, sentence
 
-RANGED = ("perplexity", "time_share", "layer_token_share")
-INCREASE = "perplexity_increase"
 CAPACITY_PANELS = (("speedup", 1, "speed-up (bars: 95%)"), (INCREASE, 100, "perplexity, % (bars: 95%)"))
 FRONT_PANELS = (
     ("time", "time_share", "time ÷ full depth's (measured)"),
@@ -25,7 +22,6 @@ EXPERIMENT_COLUMNS = wording.columns("variant num_seeds perplexity agreement mea
 
 
 def comparison(page: Page, documents: list[Document]) -> None:
-    """Add the Pareto fronts of all sweeps."""
     sweeps = [document for document in documents if document["schema"] == "anydepth.sweep/1"]
     if sweeps:
         page.section("Quality against cost")
@@ -33,11 +29,11 @@ def comparison(page: Page, documents: list[Document]) -> None:
             "Each point is a setting, the mean of its seeds. Lines join the Pareto front: each setting is cheaper than "
             "all better ones on it, with ranges of cost (of seeds, and of time 95% intervals) that do not meet."
         )
-        page.figure("fronts", fronts(wording.named(sweeps)), text, *sweeps)
+        page.begin("", sweeps)
+        page.figure(fronts(wording.named(sweeps)), text, "fronts")
 
 
-def sweep(page: Page, document: Document, name: str) -> None:
-    """Add the settings of a sweep."""
+def sweep(page: Page, document: Document) -> None:
     page.section(f"Sweep: {document['label']}")
     over = "; ".join(document["config"]["over"]) or "seeds alone"
     count = len(document["points"])
@@ -48,9 +44,7 @@ def sweep(page: Page, document: Document, name: str) -> None:
         full_depth_perplexity="the same model at full depth",
         time_share="time ÷ full depth's",
     )
-    rows = [{**row, "num_seeds": row["num_seeds"] or "", **wording.ends(row, *RANGED)} for row in document["settings"]]
-    also = [f"{key}_{end}" for key in RANGED for end in ("low", "high")]
-    page.table(name, columns, rows, {key: partial(wording.from_to, key) for key in RANGED}, also)
+    page.table(columns, [{**row, "num_seeds": row["num_seeds"] or ""} for row in document["settings"]])
 
 
 def fronts(documents: dict[str, Document]) -> Figure:
@@ -61,28 +55,21 @@ def fronts(documents: dict[str, Document]) -> Figure:
             rows = [row for row in document["settings"] if row["num_seeds"]]
             x, y = [row[key] for row in rows], [row["perplexity"] for row in rows]
             axes.scatter(x, y, color=colour, s=28, label=plots.short(name), zorder=3)
-            for row in rows:
-                across = _bar(row[key], row.get("time_share_range") if front == "time" else None)
-                along = _bar(row["perplexity"], row.get("perplexity_range"))
-                style = {"ecolor": colour, "elinewidth": 1, "fmt": "none"}
-                axes.errorbar(row[key], row["perplexity"], xerr=across, yerr=along, **style)
+            across = plots.error_bars(x, [row.get("time_share_range") if front == "time" else None for row in rows])
+            along = plots.error_bars(y, [row.get("perplexity_range") for row in rows])
+            axes.errorbar(x, y, xerr=across, yerr=along, ecolor=colour, elinewidth=1, capsize=0, fmt="none")
             best = [row for label in document["front"][front] for row in document["settings"] if row["label"] == label]
             axes.plot([row[key] for row in best], [row["perplexity"] for row in best], color=colour, linewidth=1.2)
         full = [row for document in documents.values() for row in document["settings"] if not row["num_seeds"]]
         if full:
             axes.scatter([1.0], [full[0]["perplexity"]], marker="*", s=90, color=GREY, label="full depth", zorder=4)
         axes.set_xlabel(cost)
-        plots.bare(axes)
     panels[0].set_ylabel("perplexity (lower is better)")
     plots.legend_outside(figure, panels[0], "upper left")
     return figure
 
 
-def _bar(middle: float, ends: Sequence[float] | None) -> list[list[float]] | None:
-    return None if ends is None else [[part] for part in plots.reach(middle, ends)]
-
-
-def calibration(page: Page, document: Document, name: str) -> None:
+def calibration(page: Page, document: Document) -> None:
     """Add the thresholds that were set, and what was measured with them."""
     page.section("Calibration")
     thresholds = "; ".join(f"{method} {value}" for method, value in document["thresholds"].items())
@@ -98,30 +85,19 @@ def calibration(page: Page, document: Document, name: str) -> None:
     for text in wording.skipped(document):
         page.text(f"{text}.")
     if document.get("sweep"):
-        _capacities(page, document, name)
+        _capacities(page, document)
 
 
-def _capacities(page: Page, document: Document, name: str) -> None:
-    """Add one trained checkpoint at several capacities, next to the control."""
-    engine, control = document["engine"], document["control"]
+def _capacities(page: Page, document: Document) -> None:
+    engine = document["engine"]
     page.text(
         f"One checkpoint at several capacities, on held-out text and on engine {engine['engine']} {engine['weights']}; "
         f"speed and perplexity against the same model at full depth. {SPREAD}",
         "lead",
     )
-    columns = wording.columns(
-        f"label realised_capacity speedup perplexity {INCREASE} untouched_perplexity",
-        realised_capacity="run on held-out text",
-        perplexity_increase="increase",
-        untouched_perplexity="base model",
-    )
-    rows = [
-        {**row, **wording.ends(row, INCREASE)} for row in (*document["sweep"], *([] if control is None else [control]))
-    ]
-    shown = {**SHOWN, INCREASE: partial(wording.from_to, INCREASE)}
-    page.table(name, columns, rows, shown, (*ALSO, f"{INCREASE}_low", f"{INCREASE}_high"))
+    page.table(wording.CAPACITIES, wording.capacities(document), "", SHOWN, ALSO)
     text = "Speed-up and perplexity over the capacity; the band is full depth with int8 weights."
-    page.figure(f"{name}-capacities", capacities(document), text, document)
+    page.figure(capacities(document), text, "capacities")
 
 
 def capacities(document: Document) -> Figure:
@@ -129,17 +105,16 @@ def capacities(document: Document) -> Figure:
     rows, control = document["sweep"], document["control"]
     figure, panels = plots.new_panels(2, 1, 5.0, sharex=True)
     for axes, (key, scale, label) in zip(panels, CAPACITY_PANELS, strict=True):
-        plots.bare(axes)
         placed = [row for row in rows if row[key] is not None]
         middles = [scale * row[key] for row in placed]
-        bars = list(zip(*map(plots.reach, middles, (_bounds(row, key, scale) for row in placed)), strict=True)) or None
-        style = {"color": COLOURS[0], "ecolor": GREY, "marker": "o", "markersize": 4, "capsize": 2}
-        axes.errorbar([row["capacity"] for row in placed], middles, yerr=bars, label="capacity", **style)
+        bars = plots.error_bars(middles, [_bounds(row, key, scale) for row in placed])
+        places = [row["capacity"] for row in placed]
+        axes.errorbar(places, middles, yerr=bars, label="capacity", color=COLOURS[0], ecolor=GREY, marker="o")
         axes.axhline(1 if key == "speedup" else 0, color=GREY, linewidth=1, linestyle="--", label="full depth")
         if control is not None:
             axes.axhspan(*_bounds(control, key, scale), color=COLOURS[1], alpha=0.15)
             axes.axhline(scale * control[key], color=COLOURS[1], linewidth=1.4, label=plots.short(control["label"]))
-        axes.set_ylabel(label, fontsize=9)
+        axes.set_ylabel(label)
     panels[1].set_xlabel("capacity (fraction of decisions to run, as set)")
     plots.legend_outside(figure, panels[0], columns=3)
     return figure
@@ -150,7 +125,7 @@ def _bounds(row: Document, key: str, scale: float) -> Sequence[float]:
     return [scale * end for end in ends or (row[key], row[key])]
 
 
-def experiment(page: Page, document: Document, name: str) -> None:
+def experiment(page: Page, document: Document) -> None:
     """Add the variants of an experiment: their metrics, and the loss curve of one seed of each."""
     page.section("Experiment")
     runs = document["stages"]
@@ -160,20 +135,16 @@ def experiment(page: Page, document: Document, name: str) -> None:
         variants.setdefault(row["variant"], []).append(row)
     rows = [_over_seeds(own) for own in variants.values()]
     columns = {key: title for key, title in EXPERIMENT_COLUMNS.items() if any(key in row for row in rows)}
-    halves = {key: f"{key}_half_range" for key in columns if any(row.get(f"{key}_half_range") for row in rows)}
-    shown = {key: partial(wording.plus_minus, key, half) for key, half in halves.items()}
-    page.table(name, columns, rows, shown, halves.values())
+    page.table(columns, rows)
     trained: dict[str, Document] = {}
     for run, stages in runs.items():
         if stages.get("train", {}).get("loss_history"):
             trained.setdefault(run.rpartition("-")[0], stages["train"])
     if len(trained) > 1:
-        text = "Language loss alone, means of ten steps, one seed of each."
-        page.figure(f"{name}-losses", loss_curves(trained), text, document)
+        page.figure(loss_curves(trained), "Language loss alone, means of ten steps, one seed of each.", "losses")
 
 
 def _over_seeds(rows: list[Document]) -> Document:
-    """Return one row with the means and half ranges of several seeds."""
     together: Document = {"variant": rows[0]["variant"], "num_seeds": len({row.get("seed") for row in rows})}
     for key in set(EXPERIMENT_COLUMNS) - {"variant", "num_seeds"}:
         values = [float(row[key]) for row in rows if row.get(key) is not None]  # "NaN" too, which makes the mean NaN.

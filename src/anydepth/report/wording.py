@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 Document = dict[str, Any]
@@ -27,6 +26,7 @@ TITLES = {
     "schema": "document",
 }
 """Titles of columns that differ from their keys."""
+INCREASE = "perplexity_increase"
 
 
 def columns(keys: str, **titles: str) -> dict[str, str]:
@@ -39,9 +39,38 @@ def sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
+# Columns of tables that the page and the command line both show.
+SUMMARY = columns(
+    "label perplexity agreement mean_depth layer_token_share gflops_per_token tokens_per_second speedup ideal_speedup",
+    realised="efficiency",
+)
+WAYS = columns(
+    "label perplexity rouge_l mean_depth tokens_per_second speedup",
+    rouge_l="ROUGE-L against full depth",
+    mean_depth="layers a token",
+)
+UNSEEN = columns("label perplexity", loss="nats a token", weight_bytes="bytes a token")
+CAPACITIES = columns(
+    f"label realised_capacity speedup perplexity {INCREASE} untouched_perplexity",
+    realised_capacity="run on held-out text",
+    perplexity_increase="increase",
+    untouched_perplexity="base model",
+)
+
+
+def ways(document: Document) -> list[Document]:
+    """Return the rows of `bench --compare` with quality and speed next to each other."""
+    return [{**row["adapted"], **row} for row in document["rows"]]
+
+
+def capacities(document: Document) -> list[Document]:
+    """Return the rows of `calibrate --sweep`, the control last."""
+    return [*document["sweep"], *([document["control"]] if document["control"] else [])]
+
+
 def number(value: Any) -> str:
-    """Return a value as tables and sentences of the page show it, safe in HTML; nothing for None."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    """Return a value as tables and sentences show it; nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def speedup(row: Document, times: str = "") -> str:
@@ -108,11 +137,14 @@ def agreement(row: Document, names: Sequence[str]) -> str:
     )
 
 
-def correlation(found: Document) -> tuple[str, str]:
-    """Return a correlation and its interval."""
-    if found["r"] is None:
-        return "constant", ""
-    return f"{found['r']:.2f}", "" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
+def between(part: Document, key: str = "mean") -> str:
+    """Return a value with its 95% interval, if there is one."""
+    return f"{part[key]:.2f}" + ("" if part["low"] is None else f" ({part['low']:.2f} to {part['high']:.2f})")
+
+
+def correlation(kind: str, row: Document) -> str:
+    """Return a correlation of a kind with its interval."""
+    return "constant" if row[kind]["r"] is None else between(row[kind], "r")
 
 
 def named(documents: Sequence[Document]) -> dict[str, Document]:
@@ -122,22 +154,10 @@ def named(documents: Sequence[Document]) -> dict[str, Document]:
     return dict(zip(names, documents, strict=True))
 
 
-def ends(row: Document, *keys: str) -> Document:
-    """Return the ranges of a row's keys as columns `<key>_low` and `<key>_high`; none for a range of one value."""
-    ranges = {key: row.get(f"{key}_range") for key in keys}
-    known = {key: bounds for key, bounds in ranges.items() if bounds is not None and bounds[0] != bounds[1]}
-    return {
-        f"{key}_{end}": bound
-        for key, bounds in known.items()
-        for end, bound in zip(("low", "high"), bounds, strict=True)
-    }
-
-
-def from_to(key: str, row: Document) -> str:
-    """Return a value with the range that `ends` made of it."""
-    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    return number(row[key]) + ("" if low is None else f" ({number(low)} to {number(high)})")
-
-
-def plus_minus(key: str, error: str, row: Document) -> str:
-    return "" if row.get(key) is None else number(row[key]) + (f" ± {row[error]:.2g}" if row.get(error) else "")
+def cell(key: str, row: Document) -> str:
+    """Return a value with its standard error or half range, or with its range or interval, unless that is one value."""
+    value = row.get(key)
+    if error := row.get(f"{key}_stderr") or row.get(f"{key}_half_range"):
+        return f"{number(value)} ± {error:.2g}"
+    low, high = row.get(f"{key}_range") or row.get(f"{key}_interval") or (value, value)
+    return number(value) + ("" if low == high else f" ({number(low)} to {number(high)})")

@@ -33,8 +33,6 @@ from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare
 
-NO_NETWORK = "drafter trains the network of draft, which has none; give draft a network, or leave drafter out"
-
 
 @dataclass(frozen=True)
 class Need:
@@ -51,19 +49,22 @@ def check(recipe: Recipe, stages: Collection[str]) -> None:
     """Raise `UserError` for what would end one of `stages` (of `runs/run.py`), as far as it can be known."""
     check_training(recipe)
     if recipe.drafter is not None and (recipe.draft is None or recipe.draft.network is None):
-        raise UserError(NO_NETWORK)
+        raise UserError(
+            "drafter trains the network of draft, which has none; give draft a network, or leave drafter out"
+        )
     _check_search(recipe)
     model, tokenizer = _base(recipe.model)
-    compares = recipe.calibrate is not None or any(_may_compare(str(method["name"])) for method in recipe.methods)
+    # Without the model it is not known under which options a method compares scores.
+    compares = any(issubclass(method_class(str(method["name"]), "methods"), Calibrated) for method in recipe.methods)
     if model is not None:
         methods = _check_methods(recipe, model)
-        compares = recipe.calibrate is not None or bool(comparing(methods))
+        compares = bool(comparing(methods))
         if "bench" in stages:
             check_window(model, max(recipe.bench.prompt_tokens), recipe.bench.new_tokens)
         if "generate" in stages and tokenizer is not None:
             num_prompt = len(tokenizer(recipe.generate.prompt)["input_ids"])  # type: ignore[arg-type]
             check_window(model, num_prompt, recipe.generate.max_new_tokens)
-    for need in _texts(recipe, stages, compares):
+    for need in _texts(recipe, stages, compares or recipe.calibrate is not None):
         _check_text(need, recipe, model, tokenizer)
 
 
@@ -149,17 +150,8 @@ def _base(model: ModelConfig) -> tuple[PreTrainedModel | None, PreTrainedTokeniz
         return AutoModelForCausalLM.from_config(config), tokenizer
 
 
-def _may_compare(name: str) -> bool:
-    """Return whether a method compares scores with a threshold under any options; its own need the model."""
-    return issubclass(method_class(name, "methods"), Calibrated)
-
-
 def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
-    """Return the methods.
-
-    Raises:
-        UserError: options that do not fit the model, or a stage without a method for it.
-    """
+    """Return the methods. Raise `UserError` for options that do not fit the model, or a stage without its method."""
     backbone = Backbone(model)
     methods = build_methods(method_configs(recipe), backbone)
     if recipe.draft is not None:

@@ -82,7 +82,6 @@ class _Processes:
 
 
 def _reason(code: int, log: Path) -> str | None:
-    """Return why a process failed; None where it did not."""
     if code == 0:
         return None
     if code < 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ from anydepth.training.parallel import first_alone
 from anydepth.training.phases import PHASES
 from anydepth.training.train import STEPS
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks.
+    fcntl = None  # type: ignore[assignment]
+
 Say = Callable[[str], None]
 Document = dict[str, Any]
 RECIPE, LOCK = "recipe.yaml", ".lock"
@@ -62,7 +67,7 @@ def _stage(name: str) -> Callable[[Callable[[Runner], Document]], Callable[[Runn
         def stage(self: Runner) -> Document | None:
             if not self.has(name):
                 return None
-            with first_alone(), self.locked():
+            with first_alone(), locked(self.out):
                 return self.unless_done(name, lambda: work(self))
 
         return stage
@@ -125,7 +130,6 @@ class Runner:
         return optional.get(stage, True)
 
     def _is_done(self, stage: str) -> bool:
-        """Return whether every file that a stage leaves is in the folder."""
         files = [f"{stage}.json", *([LEAVES[stage]] if stage in LEAVES else [])]
         return all((self.out / name).exists() for name in files)
 
@@ -169,10 +173,10 @@ class Runner:
 
     def train(self) -> Document:
         """Attach, train and calibrate; afterwards the folder is a checkpoint. Resume interrupted training."""
-        training = Training(self.recipe, self.out, self.say, self.on_step)
+        training = Training(self.inputs, self.say, self.on_step)
         with ExitStack() as stack:
             with first_alone():
-                stack.enter_context(self.locked())
+                stack.enter_context(locked(self.out))
             return self.unless_done("train", training.run)
 
     @_stage("eval")
@@ -218,10 +222,6 @@ class Runner:
 
     # --- documents -----------------------------------------------------------------------------------------------
 
-    def locked(self) -> Any:
-        """Return a context in which the first of several processes has locked the folder."""
-        return only_here(self.out) if rank() == 0 else nullcontext()
-
     def unless_done(self, name: str, work: Callable[[], Document]) -> Document:
         """Return the document of a stage, made by `work` unless the stage has ended before."""
         path = self.out / f"{name}.json"
@@ -249,11 +249,9 @@ class Runner:
 
 
 @contextmanager
-def only_here(folder: Path) -> Iterator[None]:
-    """Lock a folder within the block. Raise `UserError` if another process has locked it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks.
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder within the block, in the first of several processes. Raise `UserError` if it is locked already."""
+    if fcntl is None or rank() > 0:
         yield
         return
     with (folder / LOCK).open("w") as file:

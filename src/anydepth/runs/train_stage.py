@@ -40,15 +40,17 @@ TABLE_WINDOWS, HELD_OUT_WINDOWS = 2, 4
 class Training:
     """The train stage of one recipe."""
 
-    recipe: Recipe
-    out: Path
+    inputs: Inputs
     say: Callable[[str], None]
     on_step: Callable[[dict[str, Any]], None] | None
 
     @property
-    def inputs(self) -> Inputs:
-        """The model, texts and methods of the recipe."""
-        return Inputs(self.recipe, self.out)
+    def recipe(self) -> Recipe:
+        return self.inputs.recipe
+
+    @property
+    def out(self) -> Path:
+        return self.inputs.out
 
     def run(self) -> dict[str, Any]:
         """Attach, train, calibrate and save; return the fields of `anydepth.train/1`.
@@ -146,7 +148,6 @@ class Training:
     def _train_drafter(
         self, settings: DrafterConfig, adapted: AdaptedModel, draft: Draft, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Any]:
-        """Train the network of a draft on text that the model generates."""
         network, seed = draft.network, self.recipe.seed
         assert network is not None, "the recipe was checked"
         texts, written = own_texts(

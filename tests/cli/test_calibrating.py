@@ -22,16 +22,11 @@ from anydepth.training.corpora import validation_of
 from anydepth.training.data import load_windows
 from anydepth.training.train import prepare
 from commands import anydepth as run
-from test_cli import refused
-from tiny import save_base, save_text
+from commands import refused, write_recipe
+from tiny import NUM_LAYERS, save_base
 
 SMALL = ("--num-windows", 2, "--sequence-length", 32, "--num-runs", 2, "--prompt-tokens", 8, "--new-tokens", 4)
 LENGTH = 32
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -340,3 +335,98 @@ def test_a_summary_has_the_same_model_at_full_depth() -> None:
     with_lora = {**quality, "full_depth_adapted": {**part, "perplexity": 8.0}}
     base, same, adapted = summary_of([with_lora])
     assert (base["perplexity"], same["perplexity"], adapted["perplexity"]) == (9.0, 8.0, 9.0)
+
+
+def test_calibrate_writes_a_checkpoint_that_keeps_its_bound(tmp_path: Path, finished: Path, text: Path) -> None:
+    command = ["calibrate", finished, "--data", text, "--sequence-length", 32, "--num-windows", 2, "--num-runs", 1]
+    done = run(*command, "--max-perplexity-increase", 0.5, "--out", tmp_path / "set", "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["schema"] == "anydepth.calibrate/1" and document["met"]
+    assert document["perplexity_increase"] <= 0.5
+    manifest = json.loads((tmp_path / "set" / "anydepth.json").read_text())
+    assert manifest["methods"][0]["threshold"] == document["thresholds"]["layer_router"]
+    again = run("eval", tmp_path / "set", "--data", text, "--sequence-length", 32, "--limit", 2, "--json", "--quiet")
+    scores = json.loads(again.stdout)
+    same = scores.get("full_depth_adapted", scores["full_depth"])  # LoRA is on in both
+    assert scores["perplexity"] / same["perplexity"] - 1 == pytest.approx(document["perplexity_increase"], abs=1e-4)
+
+
+def test_calibrate_refuses_what_is_out_of_reach(tmp_path: Path, finished: Path, base: Path, text: Path) -> None:
+    command = ["calibrate", finished, "--out", tmp_path / "set", "--data", text, "--quiet", "--sequence-length", 32]
+    small = ["--num-windows", 2, "--num-runs", 1, "--prompt-tokens", 8, "--new-tokens", 4]
+    line = refused(*command, *small, "--target-speedup", 50, code=1)
+    assert "speed-up of 50 is out of reach here: the most measured was" in line
+    assert not (tmp_path / "set").exists()
+    assert "--target-speedup 1.3" in refused(*command)
+    assert "got 0.5" in refused(*command, "--target-speedup", 0.5)
+    command[1] = base
+    assert "nothing to calibrate" in refused(*command, "--target-speedup", 1.2, code=1)
+
+
+def test_calibrating_to_a_risk(tmp_path: Path, base: Path, text: Path) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        base,
+        text,
+        methods=[{"name": "early_exit", "layers": [3, 5]}],
+        calibrate=None,
+        train=None,
+    )
+    assert run("train", recipe, "--out", tmp_path / "exits", "--quiet").returncode == 0
+    shared = ("--data", text, "--num-windows", 2, "--sequence-length", 32, "--prompt-tokens", 8, "--new-tokens", 4)
+    command = ("calibrate", tmp_path / "exits", *shared, "--out", tmp_path / "safe")
+    done = run(*command, "--max-risk", 0.9, "--confidence", 0.8, "--num-prompts", 20, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["met"] and document["risk"] < 0.9 and document["num_sequences"] == 20
+    assert 0 < document["thresholds"]["early_exit"] < 1
+    done = run(*command, "--max-risk", 0.01, "--num-prompts", 20)
+    assert done.returncode == 0 and "299" in done.stderr and "nothing is skipped" in done.stdout
+    document = json.loads((tmp_path / "safe" / "calibrate.json").read_text())
+    assert not document["met"] and document["risk"] is None and document["thresholds"]["early_exit"] == "Infinity"
+    shown = run("generate", tmp_path / "safe", "--prompt", "the sea", "--max-new-tokens", 4, "--json")
+    assert set(json.loads(shown.stdout)["depths"]) == {NUM_LAYERS}
+    assert "a bound of its own" in refused(*command, "--max-risk", 0.1, "--target-speedup", 1.2)
+
+
+def test_calibrating_each_exit_to_a_risk(tmp_path: Path, base: Path, text: Path) -> None:
+    """The list in the folder and in the file are the same, "Infinity" included, and give the same tokens."""
+    exits = [{"name": "early_exit", "layers": [1, 3, 5]}]
+    recipe = write_recipe(tmp_path / "recipe.yaml", base, text, methods=exits, calibrate=None, train=None)
+    assert run("train", recipe, "--out", tmp_path / "exits", "--quiet").returncode == 0
+    shared = ("--data", text, "--num-windows", 2, "--sequence-length", 32, "--prompt-tokens", 8, "--new-tokens", 4)
+    command = ("calibrate", tmp_path / "exits", *shared, "--num-prompts", 20, "--out", tmp_path / "safe")
+    done = run(*command, "--max-risk", 0.25, "--confidence", 0.8, "--per-exit", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    limits = document["thresholds"]["early_exit"]
+    assert document["met"] and document["risk"] < 0.25
+    assert len(limits) == 3 and limits[0] == "Infinity" and limits[2] < 1
+    assert document["trajectory"][document["chosen"]]["thresholds"]["early_exit"] == limits
+    manifest = json.loads((tmp_path / "safe" / "anydepth.json").read_text())
+    assert manifest["methods"][0]["thresholds"] == limits
+    path = tmp_path / "safe" / "thresholds.json"
+    assert json.loads(path.read_text()) == {"layers": [1, 3, 5], "thresholds": limits}
+    for engine in ("hf", "fast"):
+        options = ("--prompt", "the sea is", "--max-new-tokens", 12, "--engine", engine, "--json")
+        written = json.loads(run("generate", tmp_path / "safe", *options).stdout)
+        done = run("generate", tmp_path / "exits", *options, "--set", f"early_exit.thresholds={path}")
+        assert done.returncode == 0, done.stderr
+        again = json.loads(done.stdout)
+        assert again["token_ids"] == written["token_ids"] and again["depths"] == written["depths"]
+        assert min(written["depths"]) < NUM_LAYERS
+    path.write_text("[0.5]")
+    shown = ("generate", tmp_path / "exits", "--prompt", "the sea", "--quiet", "--set")
+    assert "1 values; there are 3" in refused(*shown, f"early_exit.thresholds={path}")
+    assert "none.json" in refused(*shown, f"early_exit.thresholds={tmp_path / 'none.json'}")
+
+
+def test_options_of_a_risk_are_checked_at_once(tmp_path: Path) -> None:
+    """Nothing is loaded first: the target does not even exist."""
+    command = ("calibrate", tmp_path / "none", "--out", tmp_path / "out")
+    risk = (*command, "--max-risk", 0.1)
+    assert "tests are fixed-sequence, bonferroni" in refused(*risk, "--test", "holm")
+    assert "risks are consistency, quality, difference" in refused(*risk, "--risk", "beauty")
+    assert "belong to --max-risk" in refused(*command, "--target-speedup", 1.1, "--per-exit")
+    assert "belong to --max-risk" in refused(*command, "--max-perplexity-increase", 0.1, "--test", "bonferroni")

@@ -1,0 +1,62 @@
+"""Mistakes in options and targets: one line each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from commands import anydepth, refused
+from tiny import save_base
+
+
+def test_unknown_option_and_command(base: Path) -> None:
+    assert "--frobnicate" in refused("inspect", base, "--frobnicate")
+    assert "evaluate" in refused("evaluate", base)
+
+
+def test_a_truncated_checkpoint_and_another_base(tmp_path: Path, base: Path, text: Path) -> None:
+    (tmp_path / "base").mkdir()
+    mine = save_base(tmp_path / "base")
+    anydepth(
+        "search",
+        mine,
+        "--budget",
+        0.2,
+        "--data",
+        text,
+        "--num-windows",
+        1,
+        "--sequence-length",
+        32,
+        "--out",
+        tmp_path / "set",
+    )
+    save_base(mine, seed=1)
+    assert "weights differ" in refused("generate", tmp_path / "set", "--prompt", "the")
+    save_base(mine)
+    weights = next((tmp_path / "set").glob("weights-*/methods.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:4])
+    assert "damaged" in refused("generate", tmp_path / "set", "--prompt", "the")
+
+
+def test_a_truncated_base(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    assert "damaged" in refused("inspect", base)
+
+
+def test_values_out_of_range(base: Path, finished: Path) -> None:
+    assert "strategy 'bayes'" in refused("search", base, "--strategy", "bayes", "--out", "x", "--quiet")
+    assert "'fp8'" in refused("inspect", base, "--dtype", "fp8")
+    assert "-1" in refused("generate", finished, "--prompt", "a", "--temperature", -1)
+    assert "1,x" in refused("bench", finished, "--batch-sizes", "1,x", "--quiet")
+    assert "no method attached" in refused("bench", base, "--quiet")
+    assert "did you mean 'arc_easy'" in refused("eval", base, "--tasks", "arc_eazy", "--quiet")
+    assert "--permutations is a number of at least 1; got 0" in refused("analyze", base, "--permutations", 0, "--quiet")
+    assert "cuda:7" in refused("inspect", base, "--device", "cuda:7")
+
+
+def test_a_value_that_is_no_yaml(base: Path) -> None:
+    for command in (("eval", base), ("bench", base, "--against", "skip_set")):
+        option = "skip_set.skip_layers=[" if command[0] == "eval" else "skip_layers=["
+        assert "is not a YAML value" in refused(*command, "--set", option)
