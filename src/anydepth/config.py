@@ -9,18 +9,38 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from anydepth.errors import UserError
 
 
 class StrictConfig(BaseModel):
-    """Base class of configs: unknown keys are errors, and values are frozen."""
+    """Base class of configs: unknown keys are errors, and values are frozen.
+
+    Class attributes:
+        constants: former options that are constants now, by name; files that give them this value still load.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+    constants: ClassVar[Mapping[str, Any]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_constants(cls, options: Any) -> Any:
+        if not isinstance(options, Mapping):
+            return options
+        return {key: value for key, value in options.items() if key not in cls.constants or value != cls.constants[key]}
 
     @field_validator("*", mode="before")
     @classmethod

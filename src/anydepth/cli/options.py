@@ -117,7 +117,7 @@ class RecipeCall(Printer):
 
 
 def command(name: str | None = None, *, without: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command whose first parameter is a `Call` or a `RecipeCall`.
+    """Register a function as a command; its first parameter is a `Call` or a `RecipeCall`.
 
     The options of the call follow those of the command, but for `without` and those that the command has itself.
     """

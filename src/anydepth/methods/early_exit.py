@@ -32,6 +32,8 @@ from anydepth.models.backbone import Backbone
 
 
 class EarlyExitConfig(StrictConfig):
+    constants = {"decay_length": 512, "classifier_weight": 1.0}
+
     layers: list[int] | None = Field(
         default=None, description="Layers before which tokens may exit; null is half and three quarters of all."
     )

@@ -30,6 +30,8 @@ FORWARD_TEMPERATURE = 0.5
 
 
 class ExitGateConfig(StrictConfig):
+    constants = {"forward_temperature": 0.5, "expected_weight": 1.0}
+
     layers: list[int] | None = Field(
         default=None, description="Layers with a gate before them; null is five, spread from a fifth of the depth on."
     )

@@ -34,6 +34,8 @@ MOMENTUM = 0.9
 
 
 class FFNRouterConfig(StrictConfig):
+    constants = {"z_loss_weight": 1e-3, "capacity_weight": 1.0, "quantile_momentum": 0.9}
+
     layers: list[int] | None = Field(default=None, description="Layers with a routed FFN; null is all but the first.")
     capacity: float = training_field(
         way=SHARE_AT_INFERENCE, default=0.55, gt=0, le=1, description="Fraction of tokens that run the FFN."

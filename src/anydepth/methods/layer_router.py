@@ -34,6 +34,8 @@ BASELINE_MOMENTUM = 0.9
 
 
 class LayerRouterConfig(StrictConfig):
+    constants = {"lagrange_rate": 0.05, "baseline_momentum": 0.9}
+
     branch: Literal["layer", "mixer"] = Field(
         default="layer", description="Branch that tokens skip: whole layers, or mixers only while the FFNs run."
     )

@@ -32,6 +32,16 @@ READ_AT = 1
 
 
 class MixerRouterConfig(StrictConfig):
+    constants = {
+        "linear": {
+            "num_key_heads": None,
+            "num_value_heads": None,
+            "key_head_dim": None,
+            "value_head_dim": None,
+            "conv_size": 4,
+        }
+    }
+
     layers: list[int] | None = Field(
         default=None, description="Layers with both mixers; null is every softmax layer but the first and the last."
     )

@@ -30,6 +30,8 @@ PREDICTOR_WIDTHS = (64,)
 
 
 class MixtureOfDepthsConfig(StrictConfig):
+    constants = {"predictor_widths": [64], "predictor_weight": 1.0}
+
     layers: list[int] | None = Field(default=None, description="Layers with a router; null is every other, from 1 on.")
     capacity: float = training_field(
         way=SHARE_AT_INFERENCE,
