@@ -20,11 +20,15 @@ from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method, check_layers
 from anydepth.models.backbone import Backbone
-from anydepth.speculation.draft_network import DraftNetwork
-from anydepth.speculation.drafters import Drafter, EarlyExitDrafter, PromptLookupDrafter, PrunedDrafter
+from anydepth.speculation.drafters import (
+    Drafter,
+    EarlyExitDrafter,
+    PromptLookupDrafter,
+    PrunedDrafter,
+    searched_drafter,
+)
 from anydepth.speculation.drafting import Drafting
-from anydepth.speculation.searched_drafters import searched_drafter
-from anydepth.speculation.trained_drafter import TrainedDrafter
+from anydepth.speculation.trained_drafter import DraftNetwork, TrainedDrafter
 
 
 class Draft(nn.Module):

@@ -12,10 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Protocol, TypeVar
 
-NUM_BINS = 10
-"""Confidence bins of draft tokens."""
+from anydepth.speculation.drafters import NUM_BINS, Drafter
+
 FIRST = NUM_BINS
 """The bin before a draft's first token."""
 DECAY = 0.5 ** (1 / 150)
@@ -32,21 +31,6 @@ TRY_AGAIN = 24
 """Rounds after which a drafter that does not pay is tried again."""
 LONGEST = 16
 """Greatest draft length in comparisons of drafters."""
-
-
-Drafter = TypeVar("Drafter", bound="PolicyDrafter")
-
-
-class PolicyDrafter(Protocol):
-    """The attributes of a drafter that the policy reads.
-
-    Attributes:
-        name: key of its statistics.
-        is_free: whether a draft token costs no pass of a model; such a drafter needs no trials.
-    """
-
-    name: str
-    is_free: bool
 
 
 @dataclass
@@ -196,7 +180,7 @@ class DraftPolicy:
         self.by_drafter: dict[str, DrafterStatistics] = {}
         self.by_rows: dict[int, StepTimes] = {}
 
-    def statistics(self, drafter: PolicyDrafter) -> DrafterStatistics:
+    def statistics(self, drafter: Drafter) -> DrafterStatistics:
         """Return the statistics of a drafter."""
         return self.by_drafter.setdefault(drafter.name, DrafterStatistics())
 
@@ -204,7 +188,7 @@ class DraftPolicy:
         """Return the step times of `num_rows` sequences together."""
         return self.by_rows.setdefault(num_rows, StepTimes(num_rows))
 
-    def is_known(self, drafter: PolicyDrafter) -> bool:
+    def is_known(self, drafter: Drafter) -> bool:
         """Return whether a drafter needs no more trials."""
         return drafter.is_free or self.statistics(drafter).is_known
 
@@ -218,7 +202,7 @@ class DraftPolicy:
                 return drafter
         return None
 
-    def rate(self, drafter: PolicyDrafter, num_rows: int, next_bin: int | None = None) -> float:
+    def rate(self, drafter: Drafter, num_rows: int, next_bin: int | None = None) -> float:
         """Return the expected tokens per second with a drafter; infinity until it is known.
 
         Args:
@@ -232,7 +216,7 @@ class DraftPolicy:
             first, later = statistics.by_bin.of(next_bin), statistics.by_bin.of(min(next_bin + 1, NUM_BINS - 1))
         return self.times(num_rows).rate(drafter.name, first, later)
 
-    def next_right(self, drafter: PolicyDrafter, bins: Sequence[int], next_bin: int | None = None) -> float:
+    def next_right(self, drafter: Drafter, bins: Sequence[int], next_bin: int | None = None) -> float:
         """Return the probability that the next token is right after right tokens of these bins.
 
         Args:
@@ -243,13 +227,13 @@ class DraftPolicy:
             return statistics.by_bin.of(next_bin)
         return statistics.after(bins[-1]) if bins else statistics.first
 
-    def observe(self, drafter: PolicyDrafter, bins: Sequence[int], num_right: int, num_taken: int) -> None:
+    def observe(self, drafter: Drafter, bins: Sequence[int], num_right: int, num_taken: int) -> None:
         """Count the tokens of a verified draft, up to the first wrong one or the end of the sequence."""
         statistics, before = self.statistics(drafter), FIRST
         for position, number in enumerate(bins[: min(num_right + 1, num_taken)]):
             statistics.observe(before, number, right=position < num_right)
             before = number
 
-    def observe_none(self, drafter: PolicyDrafter, bins: Sequence[int]) -> None:
+    def observe_none(self, drafter: Drafter, bins: Sequence[int]) -> None:
         """Count that a drafter had no token worth verifying after these bins."""
         self.statistics(drafter).by_bin_before.observe(bins[-1] if bins else FIRST, right=False)

@@ -27,18 +27,22 @@ from anydepth.errors import RunError
 from anydepth.losses import divergence
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import head_weights, logits_softcap
-from anydepth.speculation.draft_network import DraftNetwork
 from anydepth.speculation.self_generated import Text
+from anydepth.speculation.trained_drafter import DraftNetwork
 
 STATE, HISTORY = "drafter.safetensors", "history"
+NUM_DRAFTED = 2
+"""Draft tokens in a row that it is trained for."""
+MAX_GRADIENT_NORM = 1.0
+"""Norm that gradients are clipped to."""
 
 
 class DraftTraining(nn.Module):
     """The loss of a drafter over a batch of texts, padded on the right."""
 
-    def __init__(self, network: DraftNetwork, backbone: Backbone, num_drafted: int) -> None:
+    def __init__(self, network: DraftNetwork, backbone: Backbone) -> None:
         super().__init__()
-        self.network, self.num_drafted = network, num_drafted
+        self.network = network
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
         self.softcap = logits_softcap(backbone)
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
@@ -63,7 +67,7 @@ class DraftTraining(nn.Module):
         cache: Any = DynamicCache()
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
         total, counted, right = torch.zeros((), device=ids.device), 0.0, []
-        for number in range(self.num_drafted):
+        for number in range(NUM_DRAFTED):
             num_tokens = ids.shape[1] - 1 - number  # each is joined with the embedding of the next token
             following = embedded[:, 1 + number :]
             feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], following], -1)), number, cache)
@@ -167,7 +171,7 @@ def train_drafter(
     history: list[dict[str, Any]] = []
     if resume and (out / STATE).exists():
         history = _restore(network, optimizer, out / STATE)  # restores the vocabulary too
-    training = DraftTraining(network, backbone, config.num_guesses)
+    training = DraftTraining(network, backbone)
     number, epoch = 0, 0
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     while number < config.max_steps:
@@ -185,7 +189,7 @@ def train_drafter(
                 loss, right = training(*inputs)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), config.max_gradient_norm)
+            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             row = {"step": float(number), "loss": loss.item(), "learning_rate": rate}
             row["figures"] = {f"right_{number}": hits / max(seen, 1) for number, (hits, seen) in enumerate(right, 1)}

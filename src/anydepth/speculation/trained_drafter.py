@@ -1,27 +1,81 @@
-"""A drafter that runs a trained network (`draft_network.py`) on the fast engine."""
+"""A small trained network that drafts the token after the next, and the drafter that runs it on the fast engine.
+
+The network reads the states of a verified token after some of the model's layers, and the embedding of the token that
+follows it (EAGLE, Li et al. 2024; states of several layers, EAGLE-3, Li et al. 2025). For its own draft tokens, its
+output replaces those states.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.model import EngineModel
 from anydepth.engine.weights import Int4
+from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
-from anydepth.speculation.draft_network import DraftNetwork
+from anydepth.models.plain import chosen_module, plain_module, plain_state
 from anydepth.speculation.drafters import Choose, Drafter, Proposal, proposals
 
 CATCH_UP = 8
 """Unread tokens that are run together with the next draft token, at most; longer backlogs are run at once."""
 LOOK_BACK = 128
 """Last tokens of a prompt that the drafter reads, about the length of the texts it is trained on."""
+
+
+class DraftNetwork(nn.Module):
+    """One decoder layer next to the model, and rows of its head; `drafter_training.py` trains it.
+
+    The layer is a stock layer of the model's family; the head has the rows of the model's own head for the tokens that
+    the model writes most often.
+
+    Args:
+        taps: layers, counted from 1, of which the output states are read.
+        vocabulary_size: number of tokens that it can draft.
+
+    Attributes:
+        read: (D, taps · D), from the states of a verified token to one state.
+        join: (D, 2 · D), from that state and an embedding to the layer's input.
+        layer: a decoder layer like the model's last, with its own K/V.
+        norm: the norm before the head.
+        vocabulary: (V',) ids of the tokens that it can draft.
+    """
+
+    vocabulary: Tensor
+
+    def __init__(
+        self, backbone: Backbone, taps: list[int], vocabulary_size: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        size, last = backbone.hidden_size, backbone.layers[-1].module
+        config: Any = backbone.model.config
+        self.taps = taps
+        self.read = nn.Linear(len(taps) * size, size, bias=False)
+        self.join = nn.Linear(2 * size, size, bias=False)
+        self.layer: nn.Module = type(chosen_module(last))(config, layer_idx=0).float()
+        self.norm = copy.deepcopy(plain_module(backbone.final_norm)).float()
+        self.register_buffer("vocabulary", torch.arange(vocabulary_size))
+        self._initialise_from(backbone, generator)
+
+    @torch.no_grad()
+    def _initialise_from(self, backbone: Backbone, generator: torch.Generator | None) -> None:
+        """Copy the model's last layer; its input is the last of the states and a little of the embedding."""
+        last = backbone.layers[-1].module
+        self.layer.load_state_dict({name: value.float() for name, value in plain_state(last).items()})
+        size = backbone.hidden_size
+        self.read.weight.zero_()
+        self.read.weight[:, -size:] = torch.eye(size)
+        nn.init.normal_(self.join.weight, std=0.02, generator=generator)
+        self.join.weight[:, :size] += torch.eye(size)
+        self.requires_grad_(True)
 
 
 @dataclass
@@ -52,7 +106,7 @@ class TrainedDrafter(Drafter):
         network = copy.deepcopy(network).to(model.dtype)
         few_bits = model.why_not_native is None and model.dtype == torch.bfloat16
         kind = "int8" if few_bits else model.weights
-        parts = layer_parts(network.view(model.backbone))
+        parts = layer_parts(LayerView(network.layer, 0, model.backbone.family, model.backbone.hidden_size))
         widths = [part.shape[1] for part in network.layer.parameters() if part.dim() == 2]
         # int4 reads half the bytes of int8, and drafts as well.
         layer_kind = "int4" if few_bits and not any(width % Int4.group for width in widths) else kind
@@ -63,7 +117,6 @@ class TrainedDrafter(Drafter):
         self.head = model.head_of(norm_of(network.norm), kind, network.vocabulary)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Propose the token after `request.last` for each request."""
         unread = [request for request in requests if request.draft or self._state(request).unread]
         self._run(session, unread)
         features = [self._state(request).feature for request in requests]
