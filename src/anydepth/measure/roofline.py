@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anydepth.decoding.engine import Engine
 from anydepth.engine.backends.cpu import native
-from anydepth.engine.huge_pages import huge
+from anydepth.engine.kv_cache import huge
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
 

@@ -19,7 +19,7 @@ from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.model import EngineModel
-from anydepth.engine.weights import Int4
+from anydepth.engine.weights import WEIGHTS, Int4
 from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
 from anydepth.models.plain import chosen_module, plain_module, plain_state
@@ -34,19 +34,13 @@ LOOK_BACK = 128
 class DraftNetwork(nn.Module):
     """One decoder layer next to the model, and rows of its head; `drafter_training.py` trains it.
 
-    The layer is a stock layer of the model's family; the head has the rows of the model's own head for the tokens that
-    the model writes most often.
-
-    Args:
-        taps: layers, counted from 1, of which the output states are read.
-        vocabulary_size: number of tokens that it can draft.
+    The layer is a stock layer of the model's family, with its own K/V.
 
     Attributes:
+        taps: layers, counted from 1, of which the output states are read.
         read: (D, taps · D), from the states of a verified token to one state.
         join: (D, 2 · D), from that state and an embedding to the layer's input.
-        layer: a decoder layer like the model's last, with its own K/V.
-        norm: the norm before the head.
-        vocabulary: (V',) ids of the tokens that it can draft.
+        vocabulary: (V',) ids of the tokens that it can draft: those that the model writes most often.
     """
 
     vocabulary: Tensor
@@ -80,17 +74,11 @@ class DraftNetwork(nn.Module):
 
 @dataclass
 class _State:
-    """State of a request.
+    """State of a request."""
 
-    Attributes:
-        feature: (1, D) output of the drafter's layer for the last token.
-        unread: (N, taps · D) states of verified tokens that the layer has not run yet.
-        num_read: tokens with K/V in the drafter's cache, draft tokens excluded.
-    """
-
-    feature: Tensor | None = None
-    unread: list[Tensor] = field(default_factory=list)
-    num_read: int = 0
+    feature: Tensor | None = None  # (1, D) output of the drafter's layer for the last token
+    unread: list[Tensor] = field(default_factory=list[Tensor])  # (N, taps · D) states that the layer has not run yet
+    num_read: int = 0  # tokens with K/V in the drafter's cache, draft tokens excluded
 
 
 class TrainedDrafter(Drafter):
@@ -110,10 +98,9 @@ class TrainedDrafter(Drafter):
         widths = [part.shape[1] for part in network.layer.parameters() if part.dim() == 2]
         # int4 reads half the bytes of int8, and drafts as well.
         layer_kind = "int4" if few_bits and not any(width % Int4.group for width in widths) else kind
-        self.layer = model.layer_of(parts, layer_kind)
-        self.read, self.join = (
-            model.linear_of(Weights(part.detach().to(model.dtype), None), kind) for part in (both, joins)
-        )
+        self.layer = model.backend.layer(parts, WEIGHTS[layer_kind])
+        weights = [Weights(part.detach().to(model.dtype), None) for part in (both, joins)]
+        self.read, self.join = (model.backend.linear([part], WEIGHTS[kind]) for part in weights)
         self.head = model.head_of(norm_of(network.norm), kind, network.vocabulary)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
@@ -124,7 +111,6 @@ class TrainedDrafter(Drafter):
         return proposals(*choose(requests, self.head(last), self.vocabulary))
 
     def observe(self, session: Session, requests: Sequence[Request]) -> None:
-        """Store the states of the tokens that requests have read or got; run long backlogs at once."""
         for request in requests:
             states = torch.cat([part[-LOOK_BACK:] for part in session.captured(request.kv)], dim=1)
             self._state(request).unread.append(states)
