@@ -49,8 +49,8 @@ def generate(
     """Generate text, with the depth of every token."""
     arguments = dict(locals())
     from anydepth.decoding.engines import label_of, open_engine
+    from anydepth.decoding.generate import generate_text
     from anydepth.decoding.sampling_options import check_source, told_of_generate, use_defaults
-    from anydepth.decoding.text import generate_text
     from anydepth.measure.results import document
     from anydepth.training.checkpoint import load_draft, load_target
 
