@@ -140,13 +140,13 @@ def built() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise BuildError("there is no C++ compiler; install g++")
-    command = [compiler, *FLAGS, str(SOURCES / "layer.cpp")]
+    command = [compiler, *FLAGS]
     sources = "".join(path.read_text() for path in sorted(SOURCES.iterdir()))
     made_of = sources + " ".join(command) + platform.platform() + _cpu()
     path = cache_folder() / "native" / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     try:
         if not path.exists():
-            _build(command, path)
+            _build([*command, str(SOURCES / "layer.cpp")], path)
     except OSError as error:
         raise BuildError(f"{path} cannot be written ({error.strerror or error})") from error
     return path
