@@ -1,9 +1,8 @@
 """Training of a drafter (`DraftNetwork`) on self-generated text, with the model's distributions as targets.
 
 After every token it learns the model's prediction of the token after the next: KL against the model's distribution over
-the drafter's vocabulary, computed from the states of the next token. Training unrolls the drafter as decoding does:
-from the second draft token on, its own output replaces the model's states, while earlier tokens keep theirs (EAGLE-3,
-Li et al. 2025, training-time test).
+the drafter's vocabulary. Training unrolls the drafter as decoding does: from the second draft token on, its own output
+replaces the model's states, while earlier tokens keep theirs (EAGLE-3, Li et al. 2025, training-time test).
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class DraftTraining(nn.Module):
             embedded = self.embedding(ids).float()  # type: ignore[operator]
         cache: Any = DynamicCache()
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
-        total, counted, right = torch.zeros((), device=ids.device), 0.0, []
+        total, counted, right = torch.zeros((), device=ids.device), 0.0, list[tuple[int, int]]()
         for number in range(NUM_DRAFTED):
             num_tokens = ids.shape[1] - 1 - number  # each is joined with the embedding of the next token
             following = embedded[:, 1 + number :]
@@ -129,7 +128,7 @@ def vocabulary_of(texts: Sequence[Text], size: int, vocabulary_size: int) -> Ten
 def batches_of(texts: Sequence[Text], tokens: int, generator: torch.Generator) -> list[list[int]]:
     """Group texts of similar length into batches of up to `tokens` tokens, padding included, in random order."""
     order = sorted(range(len(texts)), key=lambda number: len(texts[number].ids))
-    batches, batch = [], []
+    batches, batch = list[list[int]](), list[int]()
     for number in order:
         if batch and (len(batch) + 1) * len(texts[number].ids) > tokens:
             batches.append(batch)
@@ -213,7 +212,6 @@ def _rate(step: int, config: DrafterConfig) -> float:
 
 
 def _save(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]], path: Path) -> None:
-    """Write weights, optimiser and history to one file, atomically."""
     tensors = {f"weights.{name}": value for name, value in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
 from anydepth.draft_sections import OnlineSearchConfig
-from anydepth.gating.plan import Plan
+from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
@@ -59,7 +60,7 @@ class Drafter(ABC):
     name: str
     is_free: bool = False
     exit_layer: int = 0
-    plan: Plan | None = None
+    plan: Plan = FULL_DEPTH
     pool_tokens: int = 0
     captures: Sequence[int] = ()
 
@@ -89,21 +90,20 @@ def proposals(tokens: list[int], probabilities: list[float]) -> list[Proposal | 
 class EarlyExitDrafter(Drafter):
     """Drafts with the first layers of the model, then its norm and head (Elhoushi et al. 2024)."""
 
-    def __init__(self, num_layers: int, head: Callable[[Tensor], Tensor], vocabulary: Tensor | None = None) -> None:
-        self.exit_layer, self.head, self.vocabulary = num_layers, head, vocabulary
+    def __init__(self, num_layers: int, engine: Engine, vocabulary: Tensor | None) -> None:
+        self.exit_layer, self.engine, self.vocabulary = num_layers, engine, vocabulary
         self.name = f"first {num_layers} layers"
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
         sequences, last = [request.kv for request in requests], [request.last for request in requests]
-        logits = self.head(torch.cat(session.draft_exits(sequences, last, self.exit_layer)))
-        return proposals(*choose(requests, logits, self.vocabulary))
+        states = torch.cat(session.draft_exits(sequences, last, self.exit_layer))
+        return proposals(*choose(requests, self.engine.exit_logits(states, self.vocabulary), self.vocabulary))
 
 
 class PrunedDrafter(Drafter):
     """Drafts with the model as methods prune it, by a skip set, a router or exits."""
 
     name = "pruned model"
-    plan: Plan
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = list(methods)
@@ -120,17 +120,11 @@ class PrunedDrafter(Drafter):
 
 @dataclass
 class _Index:
-    """An index of the n-grams of a request's tokens, and the position of the next draft token.
+    """The n-grams of a request's first `num_tokens` tokens, with the position after their last occurrence."""
 
-    Attributes:
-        ends: by n-gram, the position after its last occurrence.
-        num_tokens: tokens that are in the index.
-        next: position of the next draft token, and its bin; None: no n-gram was found.
-    """
-
-    ends: dict[tuple[int, ...], int] = field(default_factory=dict)
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
     num_tokens: int = 0
-    next: tuple[int, int] | None = None
+    next: tuple[int, int] | None = None  # position of the next draft token, and its bin; None: no n-gram was found
 
 
 class PromptLookupDrafter(Drafter):
@@ -139,8 +133,7 @@ class PromptLookupDrafter(Drafter):
     name = "lookup"
     is_free = True
 
-    def next_bin(self, request: Request) -> int:
-        """Return the bin of the next token, which starts at the size of the n-gram found; −1: there is none."""
+    def next_bin(self, request: Request) -> int:  # starts at the size of the n-gram found
         index = request.memory.setdefault(self, _Index(num_tokens=request.num_padding))
         if not request.draft:
             self._find(request, index)
@@ -202,7 +195,6 @@ class SearchedDrafter(PrunedDrafter):
                 self.search(session, request)
 
     def skip(self, layers: Iterable[int]) -> None:
-        """Draft without these layers from now on."""
         self.method.choose(layers)
         self.refresh()
 
@@ -221,7 +213,6 @@ class ProposedSkipSet(SearchedDrafter):
         self.skip(self.proposals.next())
 
     def search(self, session: Session, request: Request) -> None:
-        """Score one proposal on the last tokens; draft with the best so far."""
         window, proposal = self.config.window, self.proposals.next()
         self.skip(proposal)
         ids = request.ids[-1 - window : -1]
@@ -246,7 +237,6 @@ class FoundSkipSet(SearchedDrafter):
         self.skip(inner(list(range(method.num_layers)), self.num_out)[-self.num_out :])
 
     def search(self, session: Session, request: Request) -> None:
-        """Run the strategy on the last tokens."""
         windows = torch.tensor([request.ids[-1 - self.config.window : -1]])
         layers = candidates(self.method.num_layers, branches=False)
         problem = Problem(self.adapted, windows, layers, self.num_out)
@@ -264,6 +254,5 @@ class FoundSkipSet(SearchedDrafter):
 
 
 def searched_drafter(config: OnlineSearchConfig, adapted: AdaptedModel) -> SearchedDrafter:
-    """Return the drafter of a strategy."""
     method = SkipSet(SkipSetConfig(), adapted.backbone)
     return ProposedSkipSet(method, config) if config.strategy == "bayesian" else FoundSkipSet(method, config, adapted)

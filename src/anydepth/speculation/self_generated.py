@@ -1,9 +1,8 @@
 """Self-generated text with the states of its tokens: the training data of a drafter.
 
-A chat model first samples a prompt, after its template's start of a user's turn (Magpie, Xu et al. 2024) and often a
-prompt seed of a few words, for variety; then it writes the completion greedily, as at inference. Any other model
-samples the beginning of a text and continues greedily. The fast engine writes many texts at a time. All text comes from
-the model itself, so that a drafter trained on it has the model's own licence.
+A chat model samples a prompt, after its template's start of a user's turn (Magpie, Xu et al. 2024) and often a prompt
+seed for variety; then it writes the completion greedily, as at inference. Any other model samples the beginning of a
+text and continues greedily. A drafter trained on the model's own text has the model's own licence.
 """
 
 from __future__ import annotations
@@ -103,9 +102,6 @@ class Writer:
     Args:
         taps: layers, counted from 1, of which output states are captured; those of the last layer are before the norm.
         prompt_seeds: token ids that a fraction `OPENED` of the prompts begins with.
-
-    Attributes:
-        prompts: by request of a prompt, and completions: by request of a completion, where the prompt begins.
     """
 
     def __init__(
@@ -122,14 +118,14 @@ class Writer:
         self.processors = LogitsProcessorList([TemperatureLogitsWarper(config.temperature)])
         self.scheduler = Scheduler(engine, NUM_TEXTS, is_interactive=False)
         self.reader = engine.new_session(1, captures=taps)
-        self.prompts: dict[Request, int] = {}
+        self.prompts: dict[Request, int] = {}  # by request, where the prompt begins
         self.completions: dict[Request, int] = {}
 
     def step(self) -> list[Text]:
         """Write one more token of each text; return the texts that have ended."""
         while len(self.prompts) + len(self.completions) < NUM_TEXTS:
             self._start_prompt()
-        ended = []
+        ended: list[Text] = []
         for request in self.scheduler.step():
             if request.failure is not None:
                 raise request.failure
@@ -158,7 +154,8 @@ class Writer:
         self.completions[self._add(ids, Sampler(), MAX_COMPLETION)] = min(begin, len(ids))
 
     def _add(self, ids: list[int], sampler: Sampler, num_new: int) -> Request:
-        request = Request(ids, sampler, Stops.at(len(ids) + num_new, self.template.ends), full_depth=True)
+        stops = Stops.at(len(ids) + num_new, self.template.ends)
+        request = Request(ids, sampler, stops, full_depth=True, is_traced=False)
         self.scheduler.add(request)
         return request
 
@@ -195,7 +192,7 @@ def own_texts(
     template = Template.of(tokenizer)
     template = replace(template, ends=template.ends | end_ids(adapted, tokenizer))
     seeds = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in PROMPT_SEEDS]  # type: ignore[arg-type]
-    texts, seconds, engine = [], 0.0, None
+    texts, seconds, engine = list[Text](), 0.0, None
     for number in range(-(-config.num_tokens // size)):
         path = folder / f"{number:03d}.safetensors"
         if not path.exists():

@@ -126,11 +126,7 @@ class KernelGates:
         return self.scores(gate.score, flat)[:, gate.column] > limit
 
     def decisions(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return indices (L, N) of the scores of gated layers, among the numbers of all, and thresholds (L, 1).
-
-        Raises:
-            Unfit: a gate with thresholds for each token.
-        """
+        """Return indices (L, N) of the scores of gated layers, among all numbers, and the thresholds (L, 1)."""
         gates, tokens = [self.layers[layer_idx] for layer_idx in layers], torch.arange(self.num_tokens)
         if any(gate.by_position for gate in gates):
             raise Unfit

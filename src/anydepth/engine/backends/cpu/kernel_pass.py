@@ -70,6 +70,7 @@ class KernelPass:
     ) -> None:
         num_tokens, caches = new.num_rows * new.num_tokens, new.cache.layers[first : first + len(layers)]
         self.gates = gates = KernelGates(new.plan, len(layers), num_tokens)
+        self.decides = not new.plan.is_empty
         self.networks, self.exit_head = networks, new.exit_head
         self.structs: dict[GateNetwork, NetworkStruct] = {}
         self.flat = torch.zeros(gates.num_columns * num_tokens)
@@ -200,7 +201,7 @@ class KernelPass:
             for kv in self.deferring:
                 kv.counts[sequence] = length - kv.num_deferred[sequence]
         states = [*self.captured.clone(), hidden] if len(self.captured) else [hidden]
-        if new.plan.is_empty:
+        if not self.decides:
             return states, new.record
         return states, LazyRecord(new.record, partial(self.gates.record, self.flat.clone()))
 
