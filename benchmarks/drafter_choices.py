@@ -28,11 +28,10 @@ from anydepth.draft_sections import DrafterConfig, OwnTextConfig
 from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
-from anydepth.speculation.draft import Draft
-from anydepth.speculation.draft_network import DraftNetwork
+from anydepth.speculation.draft import Draft, default_draft
 from anydepth.speculation.drafter_training import train_drafter
 from anydepth.speculation.self_generated import own_texts
-from anydepth.speculation.shipped import default_draft
+from anydepth.speculation.trained_drafter import DraftNetwork
 from speculation import SHIPPED, prompts_of, timed
 
 RESULT = Path(__file__).resolve().parent / "results" / "drafter_choices.json"

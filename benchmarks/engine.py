@@ -23,6 +23,7 @@ import anydepth
 from anydepth.decoding.engines import FastEngine
 from anydepth.decoding.request import Request
 from anydepth.decoding.scheduler import Scheduler
+from anydepth.engine.kv_cache import EngineCache
 from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
@@ -180,7 +181,7 @@ def verify(num_runs: int) -> dict[str, Any]:
         for _ in range(20 * num_runs):
             for count in counts:
                 started = time.perf_counter()
-                engine.logits(engine.forward(ids[:, 128 : 128 + count], [slot], cache)[0])
+                engine.head(engine.forward(ids[:, 128 : 128 + count], [slot], cache)[0])
                 times[count].append(time.perf_counter() - started)
                 cache.rewind(slot, 128)
         for count in counts:
@@ -248,6 +249,11 @@ def batches(num_runs: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def filled_bytes(cache: EngineCache) -> int:
+    """Return the bytes of K/V that are filled."""
+    return sum(sum(kv.counts) * kv.states[0, :, 0].numel() * kv.states.element_size() for kv in cache.layers)
+
+
 def context(num_runs: int) -> dict[str, Any]:
     """Seconds per token over the length of the past, beside the bytes that are read for it."""
     model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
@@ -263,16 +269,16 @@ def context(num_runs: int) -> dict[str, Any]:
         for length, cache in caches.items():
             started = time.perf_counter()
             for place in range(length, length + 4):
-                engine.logits(engine.forward(ids[:, place : place + 1], [0], cache)[0])
+                engine.head(engine.forward(ids[:, place : place + 1], [0], cache)[0])
             times[length].append((time.perf_counter() - started) / 4)
             cache.rewind(0, length)
     weights = sum(layer.mixer_bytes + layer.ffn_bytes for layer in engine.layers) + engine.head.num_bytes
     rows = []
     for length in lengths:
-        kv = caches[length].num_bytes
+        kv = filled_bytes(caches[length])
         seconds = median(times[length])
         over = median(long / short for long, short in zip(times[length], times[lengths[0]], strict=True))
-        extra = kv - caches[lengths[0]].num_bytes
+        extra = kv - filled_bytes(caches[lengths[0]])
         rows.append(
             {
                 "past_tokens": length,
@@ -280,7 +286,7 @@ def context(num_runs: int) -> dict[str, Any]:
                 "kv_bytes": kv,
                 "weight_bytes": weights,
                 "time_over_64": over,
-                "bytes_over_64": (weights + kv) / (weights + caches[lengths[0]].num_bytes),
+                "bytes_over_64": (weights + kv) / (weights + filled_bytes(caches[lengths[0]])),
                 "extra_bytes_per_extra_second": extra / (seconds - median(times[lengths[0]])) if extra else None,
             }
         )

@@ -7,11 +7,43 @@ python benchmarks/ship_drafter.py runs/drafter smollm2-135m
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from anydepth.json_io import read_document
-from anydepth.speculation.shipped import folder, ship
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anydepth.engine.weights import Int8
+from anydepth.hf.adapted import AdaptedModel
+from anydepth.json_io import read_document, write_json
+from anydepth.models.backbone import unwrap
+from anydepth.models.load import base_fingerprint
+from anydepth.speculation.draft import MANIFEST, SCALE, WEIGHTS, Draft, folder
 from anydepth.training.checkpoint import load_draft, load_target
+
+
+def ship(adapted: AdaptedModel, draft: Draft, out: Path, about: Mapping[str, Any]) -> None:
+    """Write the trained drafter of a model as package data."""
+    assert draft.network is not None
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(pack(draft.network.state_dict()), out / WEIGHTS)
+    options = draft.config.model_dump(mode="json", exclude_defaults=True)
+    write_json(
+        out / MANIFEST, {"base": base_fingerprint(unwrap(adapted.model), light=True), "options": options, **about}
+    )
+
+
+def pack(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with matrices in 8 bits, other floats in bfloat16, and ids in int32."""
+    packed = {}
+    for name, value in weights.items():
+        if value.dim() == 2 and value.is_floating_point():
+            packed[name], packed[name + SCALE] = Int8.quantise(value)
+        else:
+            packed[name] = value.to(torch.bfloat16) if value.is_floating_point() else value.to(torch.int32)
+    return packed
 
 
 def main() -> None:

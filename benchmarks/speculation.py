@@ -30,8 +30,7 @@ from anydepth.json_io import write_json
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
 from anydepth.models.tokens import padded
-from anydepth.speculation.draft import Draft
-from anydepth.speculation.shipped import default_draft
+from anydepth.speculation.draft import Draft, default_draft
 
 RESULT = Path(__file__).resolve().parent / "results" / "speculation.json"
 SCHEMA = "anydepth.speculation/1"

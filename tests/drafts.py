@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ import anydepth
 from anydepth import Draft, FastEngine, HFEngine
 from anydepth.decoding.engine import Engine
 from anydepth.draft_sections import OwnTextConfig
+from anydepth.speculation import self_generated
 from anydepth.speculation.self_generated import Text, own_texts
 from tiny import byte_tokenizer, tiny_llama
 
@@ -83,7 +85,7 @@ def both(engine: Engine, batch: dict[str, Tensor], **options: Any) -> tuple[Tens
     return wanted, engine.generate(**batch, **options)
 
 
-SELF_GENERATED = OwnTextConfig(num_tokens=1200, max_question=6, max_answer=12, num_slots=5)
+SHORT = {"MAX_PROMPT": 6, "MAX_COMPLETION": 12, "NUM_TEXTS": 5}
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
 
 
@@ -103,6 +105,7 @@ def texts_of(folder: Path, *, chat: bool = True) -> list[Text]:
     if chat:
         tokenizer.chat_template = CHAT
     adapted = anydepth.attach(tiny_llama(), []).eval()
-    texts, seconds = own_texts(adapted, tokenizer, [2, 6], SELF_GENERATED, folder)
+    with patch.multiple(self_generated, **SHORT):
+        texts, seconds = own_texts(adapted, tokenizer, [2, 6], OwnTextConfig(num_tokens=1200), folder)
     assert seconds > 0
     return texts

@@ -121,8 +121,7 @@ def shrunk(recipe: dict[str, Any]) -> dict[str, Any]:
     for phase in recipe.get("phases", []):
         phase["max_steps"] = 2
     if "drafter" in recipe:
-        own_text = {"num_tokens": 1000, "max_question": 8, "max_answer": 16, "num_slots": 4}
-        recipe["drafter"] |= {**small, "batch_tokens": 64, "own_text": own_text}
+        recipe["drafter"] |= {**small, "batch_tokens": 64, "own_text": {"num_tokens": 1000}}
     for method in recipe.get("methods", []):
         method.pop("initial_skip_layers", None)  # of bases that are deeper
     for section in ("router_fit", "calibrate", "search"):

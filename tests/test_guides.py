@@ -86,7 +86,7 @@ def test_the_drafter_of_the_guide_drafts_in_the_package(copy: Path) -> None:
     insert(
         drafters,
         "from anydepth.speculation.bigram import BigramDrafter\n",
-        before="from anydepth.speculation.draft_network",
+        before="from anydepth.speculation.drafters import (",
     )
     rows = [line.split() for line in run(DRAFT, copy).splitlines()]
     assert [row[:2] for row in rows] == [["fast", "['bigram']"]] * 2 + [["hf", "['bigram']"]] * 2

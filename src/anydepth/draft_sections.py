@@ -57,7 +57,6 @@ class OnlineSearchConfig(StrictConfig):
     budget: float = Field(default=0.3, gt=0, lt=1, description="Fraction of layers, or of time, that drafts skip.")
     every: int = Field(default=16, ge=1, description="Tokens between two searches.")
     window: int = Field(default=32, ge=4, description="Last tokens to search on.")
-    num_searches: int = Field(default=60, ge=1, description="Searches after which the set is fixed.")
     seed: int = Field(default=0, description="Seed of the proposals.")
 
 
@@ -93,12 +92,6 @@ class OwnTextConfig(StrictConfig):
 
     num_tokens: int = Field(default=1_200_000, ge=1000, description="Tokens, those of prompts included.")
     temperature: float = Field(default=0.8, gt=0, description="Temperature of prompts, which the model writes.")
-    opened: float = Field(default=0.85, ge=0, le=1, description="Fraction of prompts that begin with given words.")
-    max_question: int = Field(default=96, ge=4, description="Most tokens of a prompt.")
-    max_answer: int = Field(
-        default=96, ge=8, description="Most tokens of a completion; completions are greedy, so that long ones repeat."
-    )
-    num_slots: int = Field(default=48, ge=1, le=64, description="Texts generated at a time.")
 
 
 class DrafterConfig(StrictConfig):
@@ -110,8 +103,6 @@ class DrafterConfig(StrictConfig):
     learning_rate: float = Field(default=6e-4, gt=0, description="Peak rate (warm-up, then cosine).")
     warmup_steps: int = Field(default=30, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW weight decay.")
-    max_gradient_norm: float = Field(default=1.0, gt=0, description="Gradients are clipped to this norm.")
-    num_guesses: int = Field(default=2, ge=1, le=6, description="Draft tokens in a row to train for.")
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="bfloat16 turns autocast on.")
     save_every: int = Field(default=50, ge=1, description="Steps between states to resume from.")
 

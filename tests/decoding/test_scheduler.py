@@ -83,7 +83,9 @@ def test_long_prompts_are_read_between_the_tokens_of_other_requests(kv_rule: str
             record.stacked()[0][:, 0, -1], one.trace.mixer_keep[:, 0, len(one.prompt) - 1]
         )
     long_one = request(long[1], 4)
-    for one in (kept := request(long[0], 20), long_one):
+    kept = request(long[0], 20)
+    kept.is_traced = False
+    for one in (kept, long_one):
         scheduler.add(one)
     for _ in range(3):
         scheduler.step()
@@ -92,6 +94,7 @@ def test_long_prompts_are_read_between_the_tokens_of_other_requests(kv_rule: str
     assert scheduler.reading is None and len(scheduler.session.cache.free) == 3
     scheduler.run([])
     assert kept.is_finished and scheduler.is_idle
+    assert len(kept.output) == 20 and not kept.passes
 
 
 def test_a_prompt_is_read_at_once_only_where_no_request_waits_for_tokens() -> None:

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 import anydepth
 from anydepth import FastEngine
-from anydepth.engine.backends.cpu import build, native
+from anydepth.engine.backends.cpu import native
 from anydepth.engine.backends.cpu.backend import KernelBackend
 from anydepth.engine.backends.cpu.native import MAX_TOKENS, rotation_structs
 from anydepth.engine.backends.cpu.packing import ROWS_AT_ONCE, Memory, NativeLinear, pack_panels
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, Rows, Task, Tasks
 from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.kv_cache import LayerKV
-from anydepth.engine.rotary import Rotation
+from anydepth.engine.new_tokens import Rotation
 from anydepth.engine.weights import WEIGHTS, Float32
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 from tiny import tiny_llama
@@ -192,7 +192,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
 def test_older_processors(fresh: Path, monkeypatch: pytest.MonkeyPatch, processor: str) -> None:
     """Without the instructions of this machine the same results: forms that are compiled elsewhere."""
-    monkeypatch.setattr(build, "FLAGS", tuple(flag.replace("native", processor) for flag in build.FLAGS))
+    monkeypatch.setattr(native, "FLAGS", tuple(flag.replace("native", processor) for flag in native.FLAGS))
     for kind in ("float32", "bfloat16", "int8", "int4"):
         test_maps(kind, 96, 3)
     test_branches_are_those_of_torch("llama", 4, 70)

@@ -84,7 +84,7 @@ def test_threads_share_an_engine(spec: str, path: str) -> None:
 @pytest.mark.parametrize("strategy", ["influence", "dynamic", "knapsack", "bayesian"])
 def test_threads_search_what_they_draft_with(strategy: str) -> None:
     """C2, hooks: a search listens to forwards of its own thread alone."""
-    search = {"strategy": strategy, "window": 8, "every": 4, "num_searches": 100}
+    search = {"strategy": strategy, "window": 8, "every": 4}
     adapted = anydepth.attach(families.build("llama"), [])
     engine = HFEngine(adapted, Draft(adapted, {"search": search}))
     seeds = range(8)

@@ -435,10 +435,10 @@ def assert_engine_is_the_model(engine: FastEngine, adapted: AdaptedModel) -> Non
     slot = cache.take_slot()
     parts = ids[:1].split([25, 1, 7, 6, 1], dim=1)
     hidden = [engine.model.forward(part, [slot], cache, plan)[0] for part in parts]
-    assert relative_rms(engine.model.logits(torch.cat(hidden, 1)), wanted) <= TOLERANCE
+    assert relative_rms(engine.model.head(torch.cat(hidden, 1)), wanted) <= TOLERANCE
     cache.rewind(slot, 17)
     hidden = [engine.model.forward(ids[:1, 17:], [slot], cache, plan)[0]]
-    assert relative_rms(engine.model.logits(torch.cat(hidden, 1)), wanted[:, 17:]) <= TOLERANCE
+    assert relative_rms(engine.model.head(torch.cat(hidden, 1)), wanted[:, 17:]) <= TOLERANCE
     mask = torch.ones_like(ids)
     mask[1, :9] = mask[2, :23] = 0
     options = {

@@ -19,7 +19,7 @@ from anydepth.gating import cost
 from anydepth.models.backbone import Backbone
 from anydepth.models.load import base_fingerprint
 from anydepth.models.plain import fold_adapters, plain_state
-from anydepth.speculation.draft_network import DraftNetwork
+from anydepth.speculation.trained_drafter import DraftNetwork
 from tiny import byte_tokenizer, save_base
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of tied models

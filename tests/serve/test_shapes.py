@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import anydepth
 from anydepth import Draft, FastEngine, HFEngine
-from anydepth.decoding.text import generate_text
+from anydepth.decoding.generate import generate_text
 from anydepth.measure.prompts import read_prompts
 from anydepth.models.tokens import encode, padded
 from anydepth.serve.service import Service

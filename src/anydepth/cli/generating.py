@@ -45,8 +45,8 @@ def generate(
 ) -> None:
     """Generate text, with the depth of every token."""
     from anydepth.decoding.engines import label_of
+    from anydepth.decoding.generate import generate_text
     from anydepth.decoding.sampling_options import told_of_generate
-    from anydepth.decoding.text import generate_text
 
     text = sys.stdin.read() if prompt == "-" else prompt
     writer, tokenizer = _open(call)

@@ -31,7 +31,6 @@ class Drafting(Protocol):
 
     def open(self, session: Session) -> StepPolicy:
         """Return the step policy for the drafted requests of a session."""
-        ...
 
 
 class Draft(Protocol):
@@ -39,7 +38,6 @@ class Draft(Protocol):
 
     def on(self, engine: Engine) -> Drafting:
         """Open the drafters on an engine."""
-        ...
 
 
 class Engine(ABC):
@@ -53,7 +51,7 @@ class Engine(ABC):
             decide in drafts alone. None: the attached methods decide.
 
     Attributes:
-        name: `hf` or `fast`. weights: the precision of its weights, such as bfloat16 or int8.
+        weights: the precision of its weights, such as bfloat16 or int8.
         model: the packed model of the fast engine.
         shares_prefixes: whether texts with a common prefix are best scored one after the other, in one sequence.
     """
@@ -97,7 +95,8 @@ class Engine(ABC):
         The kernels compute the same bits for one token and for several. Other operators do not: in float32 that can
         change exact ties alone, in half precision near ties as well.
         """
-        return self.adapted.dtype == torch.float32
+        has_kernels = self.model is not None and self.model.why_not_native is None
+        return has_kernels or self.adapted.dtype == torch.float32
 
     @property
     def is_quantised(self) -> bool:

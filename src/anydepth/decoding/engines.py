@@ -31,7 +31,6 @@ class HFEngine(Engine):
         super().__init__(adapted, draft)
 
     def new_session(self, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()) -> HFSession:
-        """Return a session for `num_sequences` sequences of up to `max_length` tokens."""
         return HFSession(self.adapted, num_sequences, max_length)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -43,7 +42,6 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def logits(self, token_ids: Tensor) -> Tensor:
-        """Return the (T, V) logits of one sequence of (T,) tokens, in one forward without a cache."""
         with self.adapted.running(FULL_DEPTH) if self.drafts else nullcontext():
             return self.adapted(input_ids=token_ids[None], use_cache=False).logits[0]
 
@@ -64,11 +62,9 @@ class HFEngine(Engine):
             )
 
     def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """Return (..., V) logits of (..., D) states of any depth, or (..., V') of a vocabulary (V',)."""
         return self.adapted.backbone.logits_of(states, vocabulary)
 
     def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
-        """Return the bytes of weights that a token reads: (mixer, FFN) by layer, and of the head."""
         backbone = self.adapted.backbone
         return [cost.branch_weight_bytes(view) for view in backbone.layers], cost.weight_bytes(backbone.head)
 
@@ -108,15 +104,9 @@ class FastEngine(Engine):
         self.weights = self.model.weights
         super().__init__(adapted, draft)
 
-    @property
-    def is_bitwise(self) -> bool:
-        """Whether drafting leaves every token as it is; the kernels do in any precision."""
-        return super().is_bitwise or self.model.why_not_native is None
-
     def new_session(
         self, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()
     ) -> FastSession:
-        """Return a session for `num_sequences` sequences of up to `max_length` tokens."""
         return FastSession(self.model, num_sequences, max_length, captures)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -124,11 +114,9 @@ class FastEngine(Engine):
         return generate_batch(self, *args, **kwargs)
 
     def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """Return (..., V) logits of (..., D) states of any depth, or (..., V') of a vocabulary (V',)."""
-        return self.model.exit_logits(states, vocabulary)
+        return self.model.exit_head(vocabulary)(states)
 
     def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
-        """Return the bytes of weights that a token reads: (mixer, FFN) by layer, and of the head."""
         return [(layer.mixer_bytes, layer.ffn_bytes) for layer in self.model.layers], self.model.head.num_bytes
 
 

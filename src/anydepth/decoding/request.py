@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,19 +15,13 @@ from anydepth.gating.trace import PassRecord, Trace
 
 @dataclass(frozen=True)
 class Logprob:
-    """The log-probabilities of a chosen token and of the most likely ones, before any logits processor.
-
-    Attributes:
-        own: of the chosen token.
-        top: (token, log-probability) in falling order; the chosen token is appended if it is not among them.
-    """
+    """The log-probabilities of a chosen token and of the most likely ones, before any logits processor."""
 
     own: float
-    top: list[tuple[int, float]]
+    top: list[tuple[int, float]]  # (token, log-probability) in falling order, then the chosen token if it is not there
 
     @classmethod
     def of(cls, logits: Tensor, token: int, num_top: int) -> Logprob:
-        """Compute them for a token chosen from (V,) logits."""
         logprobs = logits.float().log_softmax(-1)
         values, ids = logprobs.topk(num_top)
         own, top = float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True))
@@ -35,29 +30,21 @@ class Logprob:
 
 @dataclass
 class DraftCounts:
-    """Counts of draft tokens and of their verification, for one request or several.
+    """Counts of draft tokens and of their verification, for one request or several."""
 
-    Attributes:
-        num_verified: verifications of a request, plain steps included.
-        num_taken: tokens that those verifications gave.
-        num_drafted, num_accepted: tokens by drafter.
-        by_position: by position in the draft, [verified, accepted] tokens; a token counts as verified only if all
-            draft tokens before it were accepted.
-    """
-
-    num_verified: int = 0
-    num_taken: int = 0
-    num_drafted: dict[str, int] = field(default_factory=dict)
-    num_accepted: dict[str, int] = field(default_factory=dict)
-    by_position: list[list[int]] = field(default_factory=list)
+    num_verified: int = 0  # verifications of a request, plain steps included
+    num_taken: int = 0  # tokens that those verifications gave
+    num_drafted: Counter[str] = field(default_factory=Counter[str])  # by drafter
+    num_accepted: Counter[str] = field(default_factory=Counter[str])
+    # By position in the draft, [verified, accepted] tokens; verified are those after accepted ones.
+    by_position: list[list[int]] = field(default_factory=list[list[int]])
 
     def observe(self, drafter: str | None, num_drafted: int, num_accepted: int, num_taken: int) -> None:
-        """Count one verification of a request."""
         self.num_verified += 1
         self.num_taken += num_taken
         if drafter is not None:
-            self.num_drafted[drafter] = self.num_drafted.get(drafter, 0) + num_drafted
-            self.num_accepted[drafter] = self.num_accepted.get(drafter, 0) + num_accepted
+            self.num_drafted[drafter] += num_drafted
+            self.num_accepted[drafter] += num_accepted
         self.by_position += [[0, 0] for _ in range(num_drafted - len(self.by_position))]
         for position in range(min(num_accepted + 1, num_drafted)):
             self.by_position[position][0] += 1
@@ -65,7 +52,6 @@ class DraftCounts:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted tokens ÷ drafted tokens."""
         return sum(self.num_accepted.values()) / max(sum(self.num_drafted.values()), 1)
 
     @property
@@ -74,12 +60,10 @@ class DraftCounts:
         return self.num_taken / max(self.num_verified, 1)
 
     def add(self, other: DraftCounts) -> None:
-        """Add the counts of another request."""
         self.num_verified += other.num_verified
         self.num_taken += other.num_taken
-        for ours, theirs in ((self.num_drafted, other.num_drafted), (self.num_accepted, other.num_accepted)):
-            for name, count in theirs.items():
-                ours[name] = ours.get(name, 0) + count
+        self.num_drafted.update(other.num_drafted)
+        self.num_accepted.update(other.num_accepted)
         self.by_position += [[0, 0] for _ in range(len(other.by_position) - len(self.by_position))]
         for position, (seen, accepted) in enumerate(other.by_position):
             self.by_position[position][0] += seen
@@ -103,18 +87,17 @@ class Request:
     Attributes:
         prompt: token ids, left padding included.
         sampler: chooses the tokens; requests of a batch may share one.
-        stops: decides when the request ends.
         num_padding: first tokens of the prompt that are padding: logits processors see them, the model does not.
         row: the request's row in the sampler's batch.
         full_depth: whether the request runs at full depth, without the attached methods.
         is_drafted: whether tokens are drafted and verified at full depth, which gives the text of full depth.
         budget: depth budget for the scheduler's `plan_of`; None: the thresholds that the model was loaded with.
         num_logprobs: most likely tokens to record at each step; None records none.
+        is_traced: whether the forwards are recorded in `passes`, each with the request's row there.
         ids: prompt and output; once the prompt is read, the session has K/V of all but the last of them.
         output: new token ids, an end token included.
-        passes: the forwards that the request took part in, each with the request's row there.
         draft: draft tokens after `ids`.
-        is_finished: whether the request has ended. failure: the error that ended it.
+        failure: the error that ended it.
         sequence: its sequence id in the session; None before it is opened and after it is closed.
         memory: state that drafters keep of the request, by drafter.
     """
@@ -128,29 +111,26 @@ class Request:
     is_drafted: bool = False
     budget: float | None = None
     num_logprobs: int | None = None
+    is_traced: bool = True
+    num_prompt: int = field(init=False)
     ids: list[int] = field(init=False)
-    output: list[int] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
-    passes: list[tuple[PassRecord, int]] = field(default_factory=list)
+    output: list[int] = field(default_factory=list[int])
+    logprobs: list[Logprob] = field(default_factory=list[Logprob])
+    passes: list[tuple[PassRecord, int]] = field(default_factory=list[tuple[PassRecord, int]])
     counts: DraftCounts = field(default_factory=DraftCounts)
-    draft: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list[int])
     is_finished: bool = False
     failure: Exception | None = None
     sequence: int | None = None
-    memory: dict[Any, Any] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     def __post_init__(self) -> None:
-        self.ids = list(self.prompt)
+        self.num_prompt, self.ids = len(self.prompt), list(self.prompt)
 
     @classmethod
     def greedy(cls, prompt: Sequence[int], num_new: int, end_ids: Iterable[int] = (), **options: Any) -> Request:
         """Return a greedy request for up to `num_new` tokens."""
         return cls(list(prompt), Sampler(), Stops.at(len(prompt) + num_new, end_ids), **options)
-
-    @property
-    def num_prompt(self) -> int:
-        """Length of the prompt, padding included."""
-        return len(self.prompt)
 
     @property
     def tokens(self) -> list[int]:
@@ -169,7 +149,6 @@ class Request:
 
     @property
     def kv(self) -> int:
-        """The sequence id of a request that is being read or decoded."""
         assert self.sequence is not None, "a request has K/V only while it is read and decoded"
         return self.sequence
 
@@ -181,12 +160,10 @@ class Request:
             self.logprobs.append(Logprob.of(logits, token, self.num_logprobs))
 
     def fail(self, failure: Exception) -> None:
-        """End the request with an error."""
         self.failure, self.is_finished = failure, True
 
     @property
     def trace(self) -> Trace:
-        """The trace of all forwards of the request."""
         return Trace.join([_row_of(record, row) for record, row in self.passes])
 
     def record_of(self, position: int) -> PassRecord | None:
@@ -197,7 +174,6 @@ class Request:
 
 
 def _row_of(record: PassRecord, row: int) -> PassRecord:
-    """Return the record of one row of a forward."""
     return record if len(record.token_mask) == 1 else record.row(row)
 
 

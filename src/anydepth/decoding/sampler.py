@@ -28,16 +28,12 @@ KEPT_NOISE = 48
 
 
 class Row(Protocol):
-    """The part of a request that samplers read: tokens, padding and prompt included, and its row in the batch."""
+    """The part of a request that samplers read; padding counts, and `row` is its row in the batch."""
 
     ids: list[int]
     draft: list[int]
     row: int
-
-    @property
-    def num_prompt(self) -> int:
-        """Length of the prompt, padding included."""
-        ...
+    num_prompt: int
 
 
 class Noise:
@@ -46,15 +42,12 @@ class Noise:
     Cached so that drafting and verification sample with the same noise. Drafts also draw noise for steps that are
     never taken: `rewind` then resets the generator to its state without them.
 
-    Args:
-        generator: draws the noise; None is torch's default generator of the device.
-
     Attributes:
         before: states of the generator before each step. kept: cached noise by step.
     """
 
     def __init__(self, num_rows: int, device: torch.device, generator: torch.Generator | None = None) -> None:
-        self.num_rows, self.device, self.generator = num_rows, device, generator
+        self.num_rows, self.device, self.generator = num_rows, device, generator or default_generator(device)
         self.before: list[Tensor] = []
         self.kept: dict[int, Tensor] = {}
 
@@ -62,40 +55,29 @@ class Noise:
         """Return (B, size) noise of a step; each step is first drawn after the one before it."""
         if step in self.kept:
             return self.kept[step]
-        now = self._state
+        now = self.generator.get_state()
         if step < len(self.before):
-            self._state = self.before[step]
+            self.generator.set_state(self.before[step])
         else:
             self.before.append(now)
         noise = torch.empty(self.num_rows, size, device=self.device)
         self.kept[step] = noise.exponential_(1, generator=self.generator)
         if step < len(self.before) - 1:
-            self._state = now
+            self.generator.set_state(now)
         while len(self.kept) > KEPT_NOISE:
             self.kept.pop(next(iter(self.kept)))
         return self.kept[step]
 
     def rewind(self, num_steps: int) -> None:
-        """Set the generator to its state after `num_steps` steps."""
         if num_steps < len(self.before):
-            self._state = self.before[num_steps]
+            self.generator.set_state(self.before[num_steps])
 
-    @property
-    def _state(self) -> Tensor:
-        if self.generator is not None:
-            return self.generator.get_state()
-        if self.device.type == "cuda":
-            return torch.cuda.get_rng_state(self.device)
-        return torch.get_rng_state()
 
-    @_state.setter
-    def _state(self, state: Tensor) -> None:
-        if self.generator is not None:
-            self.generator.set_state(state)
-        elif self.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.device)
-        else:
-            torch.set_rng_state(state)
+def default_generator(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    torch.cuda.init()
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
@@ -240,7 +222,7 @@ class Stops:
     """Decides when a request ends, by transformers' criteria.
 
     Attributes:
-        max_length: maximum length, padding included; None: no maximum. end_ids: end tokens.
+        max_length: maximum length, padding included; None: no maximum.
         others: criteria that must be called at every token, one request at a time.
     """
 

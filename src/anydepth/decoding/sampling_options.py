@@ -72,8 +72,7 @@ class SamplingOptions:
     def processors(self, *penalties: LogitsProcessor) -> LogitsProcessorList:
         """Return transformers' processors for these options; greedy decoding applies penalties alone.
 
-        Args:
-            penalties: further processors, which are applied after the repetition penalty, as in vLLM.
+        `penalties` are applied after the repetition penalty, as in vLLM.
         """
         found = LogitsProcessorList(penalties)
         if self.repetition_penalty != 1:
@@ -92,12 +91,10 @@ class SamplingOptions:
 
 
 def defaults_of(config: GenerationConfig) -> dict[str, float]:
-    """Return the options of a generation config that have an effect."""
     return _set_in(config, NEUTRAL)
 
 
 def check_source(source: str) -> None:
-    """Raise `UserError` for an unknown value of --generation-config."""
     if source not in SOURCES:
         raise UserError(
             f"--generation-config is {' or '.join(SOURCES)}: the model's own sampling defaults, or none of them; "
@@ -142,7 +139,6 @@ def _line(*parts: str) -> str | None:
 
 
 def _listed(options: dict[str, Any]) -> str:
-    """Join options, with the values that are numbers, into a list in prose."""
     return ", ".join(f"{name} {value:g}" if isinstance(value, int | float) else name for name, value in options.items())
 
 

@@ -63,7 +63,6 @@ class Scheduler:
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        """Queue a request; raise as `check` does."""
         self.check(request)
         self.waiting.append(request)
 
@@ -87,7 +86,6 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request runs or waits."""
         return not self.waiting and self.reading is None and not self.running
 
     @torch.no_grad()
@@ -132,7 +130,8 @@ class Scheduler:
                 [request.kv for request in group], [request.ids[-1] for request in group], plan
             )
             for request, found in zip(group, passes, strict=True):
-                request.passes.append(found)
+                if request.is_traced:
+                    request.passes.append(found)
             take_tokens(group, logits)
 
     def _plan(self, request: Request) -> Plan:
@@ -174,17 +173,15 @@ class Scheduler:
     def _read(self, request: Request, *, at_once: bool) -> torch.Tensor | None:
         """Read the rest of a prompt or a chunk of it; return (V,) logits after its last token, else None."""
         left = request.tokens[self.session.length(request.kv) :]
-        chunk = left if at_once else left[: self._next_chunk(len(left))]
+        at_once = at_once or len(left) <= PROMPT_CHUNK + (self.session.max_tokens or 0)
+        chunk = left if at_once else left[:PROMPT_CHUNK]
         num_logits = int(len(chunk) == len(left))
         logits, record = self.session.read(
             request.kv, chunk, self._plan(request), num_logits=num_logits, capture=request.is_drafted
         )
-        request.passes.append((record, 0))
+        if request.is_traced:
+            request.passes.append((record, 0))
         return None if logits is None else logits[-1]
-
-    def _next_chunk(self, num_left: int) -> int:
-        """Return how many of the `num_left` unread tokens of a prompt to read next."""
-        return num_left if num_left <= PROMPT_CHUNK + (self.session.max_tokens or 0) else PROMPT_CHUNK
 
     def _leave(self, request: Request) -> None:
         if request.sequence is not None:  # None: no sequence could be opened for it

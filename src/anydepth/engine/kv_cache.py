@@ -1,20 +1,19 @@
 """Preallocated K/V of up to a number of sequences; every layer counts its tokens by itself.
 
-Under the KV rule `project` a layer has every token of a sequence, in order. The K/V of the latest tokens, where all of
-them skipped the layer, are deferred: their states are stored until a token of the sequence runs the layer. Under `omit`
-a layer has the tokens that ran it, each with its position.
+Under the KV rule `project` a layer has every token of a sequence, in order; those of the latest tokens, where all of
+them skipped the layer, are deferred. Under `omit` a layer has the tokens that ran it, each with its position.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-
-from anydepth.engine.huge_pages import huge
 
 GROWTH = 256
 """Tokens that the capacity of a cache grows by at least."""
@@ -32,13 +31,9 @@ class Layout:
 class LayerKV:
     """Keys and values of one layer, `counts` tokens of each sequence filled.
 
-    Args:
-        states: (sequences, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
-        hidden_size: D of the residual stream.
-        layout: counts the moves of the memory of its cache.
-
     Attributes:
-        counts: tokens with K/V, by sequence.
+        states: (sequences, 2 · heads, capacity, head_dim), all heads' keys before all heads' values.
+        layout: counts the moves of the memory of its cache.
         deferred: (sequences, capacity, D) inputs to the layer of the tokens after those, which have deferred K/V.
         num_deferred: their number by sequence, int64; the kernels change it as well.
         positions: by sequence, those of its K/V in order where some tokens left none; None where there are no gaps.
@@ -99,11 +94,7 @@ class LayerKV:
         self.counts[sequence] += num_tokens
 
     def append_rows(self, sequences: Sequence[int], index: Tensor, new: Tensor, positions: Tensor) -> None:
-        """Add (B, T, 2 · heads, head_dim) at the next positions (B, T) of several sequences without gaps.
-
-        Args:
-            index: (B,) the sequences, on the device.
-        """
+        """Add (B, T, 2 · heads, head_dim) at the next positions (B, T) of sequences, also in `index`, without gaps."""
         self.states[index[:, None], :, positions] = new
         for sequence in sequences:
             self.counts[sequence] += new.shape[1]
@@ -120,17 +111,11 @@ class LayerKV:
             self.positions[sequence] = None if is_contiguous else positions[:count]
 
     def clear(self, sequence: int) -> None:
-        """Forget a sequence."""
         self.counts[sequence], self.num_deferred[sequence], self.positions[sequence] = 0, 0, None
 
 
 class EngineCache:
-    """K/V of all layers for up to `num_sequences` sequences; grows with the longest, up to `max_length` tokens each.
-
-    Attributes:
-        lengths: tokens by sequence.
-        free: sequences that are not in use.
-    """
+    """K/V of all layers for up to `num_sequences` sequences; grows with the longest, up to `max_length` tokens each."""
 
     def __init__(
         self,
@@ -160,7 +145,6 @@ class EngineCache:
         return sequence
 
     def release(self, sequence: int) -> None:
-        """Forget a sequence and free its number."""
         for layer in self.layers:
             layer.clear(sequence)
         self.lengths[sequence] = 0
@@ -180,21 +164,20 @@ class EngineCache:
                 layer.states = states
 
     def rewind(self, sequence: int, length: int) -> None:
-        """Forget the tokens of a sequence from position `length` on."""
         for layer in self.layers:
             layer.rewind(sequence, length)
         self.lengths[sequence] = min(self.lengths[sequence], length)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of K/V that are filled."""
-        return sum(
-            sum(layer.counts) * layer.states.shape[1] * layer.states.shape[3] * layer.states.element_size()
-            for layer in self.layers
-        )
 
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     return huge(math.prod(shape) * like.element_size()).view(like.dtype).view(shape)
+
+
+def huge(num_bytes: int) -> Tensor:
+    """Return (num_bytes,) zeros on huge pages, if there are any: small ones cost a fifth of the reading speed."""
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

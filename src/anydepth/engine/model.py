@@ -12,12 +12,9 @@ from anydepth.engine.backends.cpu.backend import KernelBackend
 from anydepth.engine.backends.cpu.native import why_not
 from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.backends.torch.layer import EngineLayer, Head
-from anydepth.engine.backends.torch.linear import Linear
-from anydepth.engine.exits import ExitPass
 from anydepth.engine.kv_cache import EngineCache
-from anydepth.engine.new_tokens import NewTokens
-from anydepth.engine.rotary import Rotations
-from anydepth.engine.step import Step
+from anydepth.engine.new_tokens import NewTokens, Rotations
+from anydepth.engine.step import ExitPass, Step
 from anydepth.engine.weights import WEIGHTS, WeightFormat
 from anydepth.errors import UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
@@ -33,11 +30,12 @@ class EngineModel:
     Args:
         backbone: of a model with a family in `llama_like.FAMILIES`.
         weights: one of `engine.weights.WEIGHTS`; None is the model's own precision.
-        native: use the compiled kernels where they are available (`why_not_native` says why not).
+        native: use the compiled kernels where they are available.
         compiled: use `torch.compile` in their place.
 
     Attributes:
-        backend: what it computes with.
+        why_not_native: why the compiled kernels do not run it; None: they do.
+        like: an empty tensor of the activations' type and device.
 
     Raises:
         UserError: a family or a layer that the engine does not run.
@@ -62,24 +60,13 @@ class EngineModel:
         self.backbone, self.dtype, self.device = backbone, backbone.model.dtype, backbone.device
         kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
         self.backend = _choose_backend(parts, chosen, self.device, kinds, native=native, compiled=compiled)
-        self.rotations = Rotations(backbone, kinds, self._like, self.backend.rotary_tables)
-        self.layers = [self.layer_of(part, name) for part in parts]
+        self.why_not_native = self.backend.why_not_native
+        self.like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.rotations = Rotations(backbone, kinds, self.like, self.backend.rotary_tables)
+        self.layers = [self.backend.layer(part, chosen) for part in parts]
         self.head = self.head_of(norm_of(backbone.final_norm), name)
         self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
         self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
-
-    @property
-    def why_not_native(self) -> str | None:
-        """Return why the compiled kernels do not run the model; None if they do."""
-        return self.backend.why_not_native
-
-    def layer_of(self, parts: LayerParts, weights: str) -> EngineLayer:
-        """Return a layer on this model's backend, with rotary embeddings of its kinds."""
-        return self.backend.layer(parts, WEIGHTS[weights])
-
-    def linear_of(self, part: Weights, weights: str) -> Linear:
-        """Return a linear layer on this model's backend."""
-        return self.backend.linear([part], WEIGHTS[weights])
 
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
         """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""
@@ -99,23 +86,10 @@ class EngineModel:
             self.exit_heads[id(vocabulary)] = known
         return known[1]
 
-    def exit_logits(self, states: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """Return (..., V) logits of states of any depth."""
-        return self.exit_head(vocabulary)(states)
-
-    @property
-    def _like(self) -> Tensor:
-        """An empty tensor of the activations' type and device."""
-        return torch.empty(0, dtype=self.dtype, device=self.device)
-
     def new_cache(
         self, num_sequences: int, max_length: int | None = None, *, num_layers: int | None = None
     ) -> EngineCache:
-        """Return an empty cache for sequences of up to `max_length` tokens; None: as long as memory allows.
-
-        Args:
-            num_layers: of layers like the model's; None is all of them.
-        """
+        """Return an empty cache for sequences of up to `max_length` tokens; None: as long as memory allows."""
         layer, hidden_size = self.layers[0], self.backbone.hidden_size
         return EngineCache(
             num_layers or len(self.layers),
@@ -123,13 +97,9 @@ class EngineModel:
             layer.num_kv_heads,
             layer.head_dim,
             hidden_size,
-            self._like,
+            self.like,
             max_length,
         )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the (..., V) logits of (..., D) states after the last layer."""
-        return self.head(hidden)
 
     @torch.no_grad()
     def forward(
@@ -221,7 +191,6 @@ class EngineModel:
         first: int = 0,
         stops: Sequence[int] = (),
     ) -> tuple[list[Tensor], PassRecord]:
-        """Run layers in one call of the backend, or else one by one; see `TorchBackend.fused`."""
         fused = self.backend.fused(layers, hidden, new, first, stops)
         return (Step(new, self.backend).run(layers, hidden, first, stops), new.record) if fused is None else fused
 
@@ -235,7 +204,6 @@ def _choose_backend(
     native: bool,
     compiled: bool,
 ) -> TorchBackend:
-    """Return the compiled kernels where they run the model, else PyTorch's operators."""
     reason = "switched off"
     if native and not compiled:
         reason = why_not(weights.dtype, device, max(part.head_dim for part in parts))

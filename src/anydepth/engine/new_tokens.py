@@ -1,68 +1,111 @@
-"""The new tokens of one pass, and what is common to every way to run them."""
+"""The new tokens of one pass, and their rotary embeddings (RoPE): one table for each kind that the model has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from anydepth.engine.kv_cache import EngineCache
-from anydepth.engine.rotary import Rotations
+from anydepth.engine.kv_cache import GROWTH, EngineCache
 from anydepth.gating.context import PassContext, SequenceState
 from anydepth.gating.gate_network import Evaluate
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord
+from anydepth.models.backbone import Backbone
+from anydepth.models.llama_like import rotations
 
-ExitHead = Callable[[Tensor | None], Callable[[Tensor], Tensor]]
-"""Gives the model's head, of a vocabulary (V',) or of all tokens."""
+
+class Rotation:
+    """Cosines and sines (N, R) of N tokens."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, sin
+
+    def take(self, index: Tensor) -> Rotation:
+        return Rotation(self.cos[index], self.sin[index])
+
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, (N, 1, R) each; the sines carry the sign of the half that they rotate."""
+        half = self.sin.shape[-1] // 2
+        return self.cos[:, None], torch.cat([-self.sin[:, :half], self.sin[:, half:]], dim=-1)[:, None]
+
+    def rotate(self, heads: Tensor) -> None:
+        """Rotate (N, H, head_dim) in place; only the first R of each head where the model rotates a part."""
+        (cos, sin), size = self.factors, self.cos.shape[-1]
+        rotated = heads if size == heads.shape[-1] else heads[..., :size]
+        swapped = rotated.roll(size // 2, dims=-1)
+        rotated.mul_(cos).addcmul_(swapped, sin)
+
+
+class Rotations:
+    """Tables of cosines and sines by kind, computed by the model itself, that grow with the longest sequence.
+
+    Args:
+        kinds: the kinds of the model; kernels name them by their index.
+        like: a tensor of the activations' type and device.
+        compile_tables: what a backend makes of the tables (positions, R): `compiled`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        kinds: Sequence[str],
+        like: Tensor,
+        compile_tables: Callable[[Sequence[tuple[Tensor, Tensor]]], Any],
+    ) -> None:
+        self.backbone, self.kinds, self.like, self.compile_tables = backbone, list(kinds), like, compile_tables
+        self.num_positions = 0
+        self.tables: dict[str, tuple[Tensor, Tensor]] = {}
+        self.compiled: Any = None
+
+    def extend(self, length: int) -> None:
+        """Compute the tables of all positions below `length`, and some more."""
+        self.num_positions = length + GROWTH
+        tables = rotations(self.backbone, self.num_positions, self.kinds, self.like)
+        self.tables = {kind: (cos.contiguous(), sin.contiguous()) for kind, (cos, sin) in tables.items()}
+        self.compiled = self.compile_tables([self.tables[kind] for kind in self.kinds])
+
+    def at(self, kind: str, positions: Tensor | slice) -> Rotation:
+        """Return the rotation of a kind for tokens at these positions."""
+        cos, sin = self.tables[kind]
+        return Rotation(cos[positions], sin[positions])
 
 
 @dataclass(eq=False)
 class NewTokens:
-    """T new tokens of each of B sequences, over their cache.
-
-    Attributes:
-        num_tokens: T.
-        sequences: their numbers in the cache, one per row.
-        seen: tokens of each before the new ones.
-        plan: the gates of the pass.
-        tables: rotary embeddings that reach to the last token.
-        evaluate: gives the logits of gate networks.
-        exit_head: for states of any depth.
-    """
+    """T = `num_tokens` new tokens of each of B sequences, over their cache."""
 
     num_tokens: int
-    sequences: Sequence[int]
-    seen: Sequence[int]
+    sequences: Sequence[int]  # their numbers in the cache, one per row
+    seen: Sequence[int]  # tokens of each before the new ones
     cache: EngineCache
     plan: Plan
-    tables: Rotations
-    evaluate: Evaluate
-    exit_head: ExitHead
+    tables: Rotations  # reach to the last token
+    evaluate: Evaluate  # gives the logits of gate networks
+    # gives the head for states of any depth, of a vocabulary (V',) or of all tokens
+    exit_head: Callable[[Tensor | None], Callable[[Tensor], Tensor]]
 
     @cached_property
     def num_rows(self) -> int:
-        """B."""
         return len(self.sequences)
 
     @cached_property
-    def positions(self) -> Tensor:
-        """Return (B, T) positions of the tokens in their sequences."""
+    def positions(self) -> Tensor:  # (B, T), in their sequences
         device = self.tables.like.device
         return torch.arange(self.num_tokens, device=device) + torch.tensor(self.seen, device=device)[:, None]
 
     @cached_property
-    def record(self) -> PassRecord:
-        """Return the record of which tokens ran what, filled as it is decided."""
+    def record(self) -> PassRecord:  # filled as it is decided
         mask = torch.ones(self.num_rows, self.num_tokens, dtype=torch.bool, device=self.tables.like.device)
         return PassRecord(mask, self.seen[0], cached=True, num_layers=len(self.cache.layers))
 
     @cached_property
     def context(self) -> PassContext:
-        """Return the context that gates are decided with."""
         return PassContext(
             self.record.token_mask,
             self.positions,

@@ -1,4 +1,4 @@
-"""Sequences on the fast engine (`decoding/session.py`): all in one K/V cache, of any length each."""
+"""Sequences on the fast engine, all in one K/V cache, of any length each; `decoding/session.py` is the interface."""
 
 from __future__ import annotations
 
@@ -40,37 +40,30 @@ class FastSession:
 
     @property
     def is_full(self) -> bool:
-        """Whether no further sequence can be opened."""
         return not self.cache.free
 
     def open(self) -> int:
-        """Start a sequence without tokens; the lowest number that is free."""
         sequence = self.cache.take_slot()
         self.committed[sequence], self.exited[sequence], self.states[sequence] = 0, [], []
         return sequence
 
     def close(self, sequence: int) -> None:
-        """Forget a sequence."""
         self.cache.release(sequence)
         del self.committed[sequence], self.exited[sequence], self.states[sequence]
 
     def length(self, sequence: int) -> int:
-        """Return how many tokens are committed."""
         return self.committed[sequence]
 
     def num_kv(self, sequence: int) -> list[int]:
-        """Return how many tokens have K/V, by layer."""
         return [layer.counts[sequence] for layer in self.cache.layers]
 
     def rewind(self, sequence: int, length: int) -> None:
-        """Forget the tokens from position `length` on."""
         self.cache.rewind(sequence, length)
         self.committed[sequence] = min(self.committed[sequence], length)
 
     def read(
         self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
     ) -> tuple[Tensor | None, PassRecord]:
-        """Run the next tokens of a prompt; (N, V) logits after the last `num_logits` of them, None for 0."""
         if capture:
             before = self.states[sequence]
             (states,) = self._through([sequence], [self._embed(ids)], 0)
@@ -84,29 +77,26 @@ class FastSession:
             states = hidden[0]
         self.committed[sequence] += len(ids)
         record.head_rows = num_logits
-        return (self.model.logits(states[-num_logits:]) if num_logits else None), record
+        return (self.model.head(states[-num_logits:]) if num_logits else None), record
 
     def step(
         self, sequences: Sequence[int], ids: Sequence[int], plan: Plan
     ) -> tuple[Tensor, list[tuple[PassRecord, int]]]:
-        """Run one more token of each sequence: (R, V) logits after it, and for each its forward and its row there."""
         token_ids = torch.tensor(ids, device=self.model.device)[:, None]
         hidden, record = self.model.forward(token_ids, sequences, self.cache, plan)
         for sequence in sequences:
             self.committed[sequence] += 1
         record.head_rows = len(sequences)
-        return self.model.logits(hidden[:, 0]), [(record, row) for row in range(len(sequences))]
+        return self.model.head(hidden[:, 0]), [(record, row) for row in range(len(sequences))]
 
     # --- drafting --------------------------------------------------------------------------------------------------
 
     def draft(self, sequences: Sequence[int], ids: Sequence[int], plan: Plan) -> Tensor:
-        """Return (R, V) logits after one more token of each, by a pruned plan; nothing is committed."""
         token_ids = torch.tensor(ids, device=self.model.device)[:, None]
         hidden, _ = self.model.forward(token_ids, sequences, self.cache, plan)
-        return self.model.logits(hidden[:, 0])
+        return self.model.head(hidden[:, 0])
 
     def draft_exits(self, sequences: Sequence[int], ids: Sequence[int], exit_layer: int) -> list[Tensor]:
-        """Return (1, D) states of one more token of each after the first layers; `verify` does not run those again."""
         self._run_first(sequences, [self._embed([token]) for token in ids], exit_layer)
         return [self.exited[sequence][-1] for sequence in sequences]
 
@@ -117,7 +107,6 @@ class FastSession:
                 self.exited[sequence] += part.split(1)
 
     def verify(self, sequences: Sequence[int], ids: Sequence[Sequence[int]], exit_layer: int = 0) -> list[Tensor]:
-        """Return (K + 1, V) logits of each sequence after its last token and each of its K drafted ones."""
         unseen = [own[len(self.exited[sequence]) :] for sequence, own in zip(sequences, ids, strict=True)]
         states = [self._embed(own) for own in unseen]
         # Pruned drafts left K/V that verified tokens must not see; those of the first layers stay.
@@ -126,10 +115,9 @@ class FastSession:
             self._run_first(sequences, states, exit_layer)
             states = [torch.cat(self.exited[sequence]) for sequence in sequences]
         states = self._through(sequences, states, exit_layer)
-        return list(self.model.logits(torch.cat(states)).split([len(part) for part in states]))
+        return list(self.model.head(torch.cat(states)).split([len(part) for part in states]))
 
     def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
-        """Keep the first tokens that were verified, and forget the rest."""
         for sequence, count in zip(sequences, num_tokens, strict=True):
             self.states[sequence] = [part[:count] for part in self.states[sequence]]
             self.exited[sequence] = []
@@ -137,17 +125,14 @@ class FastSession:
         self._forget_drafts(sequences)
 
     def captured(self, sequence: int) -> list[Tensor]:
-        """Return (N, D) states by captured layer, of the tokens that were read or committed last."""
         return self.states[sequence]
 
     def draft_limit(self, sequence: int) -> int | None:
-        """Return how many tokens may be drafted for the bits of a plain step; None: any number."""
         length = self.committed[sequence] + 1
         until = self.model.backend.same_bits_until(length, self.model.layers[0].num_kv_heads)
         return None if until is None else until - length
 
     def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
-        """Return (N, V) logits after the last N committed tokens by a pruned plan; their K/V stay."""
         end = self.committed[sequence]
         start = end - len(ids)
         kept = self.cache.states[:, sequence, :, start:end].clone()
@@ -158,10 +143,9 @@ class FastSession:
         for kv in self.cache.layers:
             kv.extend(sequence, len(ids))
         self.cache.lengths[sequence] = end
-        return self.model.logits(hidden[0])
+        return self.model.head(hidden[0])
 
     def layer_seconds(self, sequence: int, ids: Sequence[int]) -> list[float]:
-        """Return the median seconds of each layer in a decoding step after the committed tokens."""
         times: list[list[float]] = [[] for _ in self.model.layers]
         for _ in range(STEPS):
             states = [self._embed(ids[-1:])]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.engine.backends.torch.linear import Int8Linear, Linear, PrepackedLinear, joined
+from anydepth.engine.backends.torch.layer import Int8Linear, Linear, PrepackedLinear, joined
 from anydepth.errors import UserError
 from anydepth.models.llama_like import Weights
 
@@ -22,25 +22,15 @@ PANEL = 16
 
 
 class WeightFormat:
-    """Dense weights in the model's own precision; the base of all formats.
-
-    Attributes:
-        name: what users call it.
-        dtype: of the activations.
-        num_together: inputs of an output that are neighbours in a panel.
-        kernel_id: number of its product in `product.h`; None: PyTorch's operators run it.
-        is_quantised: whether the weights are a copy with fewer bits than the model's.
-        needs_kernels: whether only the kernels run it.
-        head: name of the head's format; None: the same.
-    """
+    """Dense weights in the model's own precision; the base of all formats."""
 
     name: ClassVar[str]
-    dtype: ClassVar[torch.dtype]
-    num_together: ClassVar[int] = 1
-    kernel_id: ClassVar[int | None] = None
-    is_quantised: ClassVar[bool] = False
-    needs_kernels: ClassVar[bool] = False
-    head: ClassVar[str | None] = None
+    dtype: ClassVar[torch.dtype]  # of the activations
+    num_together: ClassVar[int] = 1  # inputs of an output that are neighbours in a panel
+    kernel_id: ClassVar[int | None] = None  # number of its product in `product.h`; None: PyTorch's operators run it
+    is_quantised: ClassVar[bool] = False  # whether the weights are a copy with fewer bits than the model's
+    needs_kernels: ClassVar[bool] = False  # whether only the kernels run it
+    head: ClassVar[str | None] = None  # name of the head's format; None: the same
 
     @classmethod
     def dense(cls, weight: Tensor) -> Tensor:
@@ -140,12 +130,9 @@ class Int4(WeightFormat):
 
     @classmethod
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (out, groups, 32) uint8 below 16, and bfloat16 steps and offsets (out, groups).
+        """Return s, (out, groups, 32) uint8 below 16, and bfloat16 steps and offsets.
 
-        The weight is (s − 8) · step + offset.
-
-        Raises:
-            UserError: inputs that are not whole groups.
+        The weight is (s − 8) · step + offset. Raises `UserError` where inputs are not whole groups.
         """
         if weight.shape[1] % cls.group:
             raise UserError(f"int4 weights want inputs in groups of {cls.group}, not {weight.shape[1]}; use int8")

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.decoding.engine import Engine
+from anydepth.decoding.generate import check_window
 from anydepth.decoding.request import DraftCounts
-from anydepth.decoding.text import check_window
 from anydepth.errors import RunError, UserError
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace

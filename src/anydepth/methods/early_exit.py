@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -32,7 +32,7 @@ from anydepth.models.backbone import Backbone
 
 
 class EarlyExitConfig(StrictConfig):
-    constants = {"decay_length": 512, "classifier_weight": 1.0}
+    constants: ClassVar[dict[str, Any]] = {"decay_length": 512, "classifier_weight": 1.0}
 
     layers: list[int] | None = Field(
         default=None, description="Layers before which tokens may exit; null is half and three quarters of all."

@@ -8,7 +8,7 @@ and uses a straight-through gradient; inference compares with the last quantile.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -34,7 +34,7 @@ MOMENTUM = 0.9
 
 
 class FFNRouterConfig(StrictConfig):
-    constants = {"z_loss_weight": 1e-3, "capacity_weight": 1.0, "quantile_momentum": 0.9}
+    constants: ClassVar[dict[str, Any]] = {"z_loss_weight": 1e-3, "capacity_weight": 1.0, "quantile_momentum": 0.9}
 
     layers: list[int] | None = Field(default=None, description="Layers with a routed FFN; null is all but the first.")
     capacity: float = training_field(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -34,7 +34,7 @@ BASELINE_MOMENTUM = 0.9
 
 
 class LayerRouterConfig(StrictConfig):
-    constants = {"lagrange_rate": 0.05, "baseline_momentum": 0.9}
+    constants: ClassVar[dict[str, Any]] = {"lagrange_rate": 0.05, "baseline_momentum": 0.9}
 
     branch: Literal["layer", "mixer"] = Field(
         default="layer", description="Branch that tokens skip: whole layers, or mixers only while the FFNs run."

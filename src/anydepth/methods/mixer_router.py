@@ -8,7 +8,7 @@ only, and the K/V cache has only those. Lossy; trained by hard Gumbel decisions 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,7 +32,7 @@ READ_AT = 1
 
 
 class MixerRouterConfig(StrictConfig):
-    constants = {
+    constants: ClassVar[dict[str, Any]] = {
         "linear": {
             "num_key_heads": None,
             "num_value_heads": None,

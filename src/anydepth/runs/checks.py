@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from anydepth.calibration.shares import nothing_to_calibrate
-from anydepth.decoding.text import check_window
+from anydepth.decoding.generate import check_window
 from anydepth.errors import UserError
 from anydepth.methods import method_class
 from anydepth.methods._base.calibration import Calibrated, comparing

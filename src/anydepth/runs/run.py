@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 
 from anydepth.decoding.engines import HFEngine, open_engine
-from anydepth.decoding.text import generate_text
+from anydepth.decoding.generate import generate_text
 from anydepth.errors import UserError
 from anydepth.hf.adapted import attach
 from anydepth.json_io import read_document, write_json, write_text

@@ -258,6 +258,7 @@ class Server:
             full_depth=body.anydepth.full_depth,
             budget=body.anydepth.depth_budget,
             num_logprobs=num_logprobs,
+            is_traced=body.anydepth.depth,
         )
         stream = TextStream(self.tokenizer, prompt, body.stops)
         return Job(

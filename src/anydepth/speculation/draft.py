@@ -1,16 +1,19 @@
-"""Drafting for a model: its settings, and the weights of a trained network.
+"""Drafting for a model: its settings, the weights of a trained network, and drafters that come with the package.
 
-Lossless: with any drafter, generated tokens are those of full depth, sampled ones too. Attached methods decide in
-drafts alone. LayerSkip (Elhoushi et al. 2024), SWIFT (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Saxena
-2023).
+With any drafter, generated tokens are those of full depth, sampled ones too. LayerSkip (Elhoushi et al. 2024), SWIFT
+(Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Saxena 2023).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from anydepth.config import validate
@@ -19,12 +22,20 @@ from anydepth.draft_sections import DraftConfig
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method, check_layers
-from anydepth.models.backbone import Backbone
-from anydepth.speculation.draft_network import DraftNetwork
-from anydepth.speculation.drafters import Drafter, EarlyExitDrafter, PromptLookupDrafter, PrunedDrafter
+from anydepth.models.backbone import Backbone, unwrap
+from anydepth.models.load import base_fingerprint
+from anydepth.speculation.drafters import (
+    Drafter,
+    EarlyExitDrafter,
+    PromptLookupDrafter,
+    PrunedDrafter,
+    searched_drafter,
+)
 from anydepth.speculation.drafting import Drafting
-from anydepth.speculation.searched_drafters import searched_drafter
-from anydepth.speculation.trained_drafter import TrainedDrafter
+from anydepth.speculation.trained_drafter import DraftNetwork, TrainedDrafter
+
+WEIGHTS, MANIFEST, SCALE = "drafter.safetensors", "drafter.json", ".scale"
+"""Files of a shipped drafter, and the suffix of its scales."""
 
 
 class Draft(nn.Module):
@@ -75,14 +86,10 @@ class Draft(nn.Module):
         config, adapted, vocabulary = self.config, engine.adapted, None
         if config.exit_vocabulary is not None:
             vocabulary = torch.arange(config.exit_vocabulary, device=adapted.device)
-
-        def head(states: Tensor) -> Tensor:
-            return engine.exit_logits(states, vocabulary)
-
         drafters: list[Drafter] = [PromptLookupDrafter()] if config.lookup else []
         if self.network is not None and engine.model is not None:
             drafters.append(TrainedDrafter(engine.model, self.network))
-        drafters += [EarlyExitDrafter(layer, head, vocabulary) for layer in config.exit_layers]
+        drafters += [EarlyExitDrafter(layer, engine, vocabulary) for layer in config.exit_layers]
         if pruning := [method for method in adapted.attached if not method.is_lossless()]:
             drafters.append(PrunedDrafter(pruning))
         if config.search is not None:
@@ -118,8 +125,7 @@ def check_draft(config: DraftConfig, backbone: Backbone, attached: Sequence[Meth
             raise UserError(f"draft.network.taps start with {taps[0]}; they must come after exit_layers")
 
 
-def _taps(config: DraftConfig, backbone: Backbone) -> list[int]:
-    """Return the layers, counted from 1, of which the network reads the output states."""
+def _taps(config: DraftConfig, backbone: Backbone) -> list[int]:  # counted from 1
     taps = [] if config.network is None else config.network.taps
     return sorted(taps) or [backbone.num_layers]
 
@@ -130,3 +136,37 @@ def why_no_draft(backbone: Backbone, attached: Sequence[Method]) -> str | None:
         return "drafting removes rejected tokens, which a recurrent layer's state cannot undo; leave draft out"
     names = [method.name for method in attached if method.routes_mixers]
     return f"drafting removes rejected tokens, which {names[0]}'s recurrent mixers cannot undo" if names else None
+
+
+# --- drafters that come with the package -----------------------------------------------------------------------------
+# They are stored in 8 bits with a scale per row, as the fast engine reads them: a few MB.
+
+
+def folder() -> Path:
+    return Path(str(files("anydepth") / "shipped"))
+
+
+def default_draft(adapted: AdaptedModel) -> Draft:
+    """Return the shipped draft of a base model, else one with prompt lookup and the attached methods."""
+    known = {path: json.loads(path.read_text()) for path in folder().glob(f"*/{MANIFEST}")}
+    fingerprint = base_fingerprint(unwrap(adapted.model), light=True) if known else None
+    for path, manifest in known.items():
+        if manifest["base"] == fingerprint:
+            draft = Draft(adapted, manifest["options"])
+            assert draft.network is not None
+            draft.network.load_state_dict(unpack(load_file(path.with_name(WEIGHTS))))
+            return draft
+    return Draft(adapted, {})
+
+
+def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the float32 weights, and int64 ids, of packed ones."""
+    weights: dict[str, Tensor] = {}
+    for name, value in packed.items():
+        if name.endswith(SCALE):
+            continue
+        if name + SCALE in packed:
+            weights[name] = value.float() * packed[name + SCALE].float()[:, None]
+        else:
+            weights[name] = value.float() if value.is_floating_point() else value.long()
+    return weights

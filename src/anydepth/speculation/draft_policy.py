@@ -1,9 +1,9 @@
 """The draft policy: an estimator of tokens per second that chooses the drafter and the draft length.
 
-Two things are measured while text is generated. *Acceptance by bin*: how often draft tokens of each confidence bin are
-right, as exponentially weighted frequencies. *Step times*: seconds of a draft token, of a verification, and of each
-further token in a verification, as medians of the latest ones. A draft continues while the next token is expected to
-save more time than it costs. The policy reads the clock: it affects speed alone, never a token.
+While text is generated, it measures *acceptance by bin* (how often draft tokens of each confidence bin are right, as
+exponentially weighted frequencies) and *step times* (seconds of a draft token, of a verification, and of each further
+token in a verification, as medians). A draft continues while the next token is expected to save more time than it
+costs. The policy reads the clock: it affects speed alone, never a token.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Protocol, TypeVar
 
-NUM_BINS = 10
-"""Confidence bins of draft tokens."""
+from anydepth.speculation.drafters import NUM_BINS, Drafter
+
 FIRST = NUM_BINS
 """The bin before a draft's first token."""
 DECAY = 0.5 ** (1 / 150)
@@ -34,21 +33,6 @@ LONGEST = 16
 """Greatest draft length in comparisons of drafters."""
 
 
-Drafter = TypeVar("Drafter", bound="PolicyDrafter")
-
-
-class PolicyDrafter(Protocol):
-    """The attributes of a drafter that the policy reads.
-
-    Attributes:
-        name: key of its statistics.
-        is_free: whether a draft token costs no pass of a model; such a drafter needs no trials.
-    """
-
-    name: str
-    is_free: bool
-
-
 @dataclass
 class Acceptance:
     """Frequencies of right draft tokens by bin; older observations weigh less."""
@@ -62,41 +46,31 @@ class Acceptance:
         return cls([PRIOR * probability for probability in probabilities], [PRIOR] * len(probabilities))
 
     def of(self, number: int) -> float:
-        """Return the probability that a token of a bin is right."""
         return self.right[number] / self.seen[number]
 
     def observe(self, number: int, *, right: bool) -> None:
-        """Count one token of a bin."""
         self.right[number] = DECAY * self.right[number] + right
         self.seen[number] = DECAY * self.seen[number] + 1
 
 
 @dataclass
 class DrafterStatistics:
-    """How often a drafter's tokens are right.
+    """How often a drafter's tokens are right, by a bin, and the rounds since it was last used."""
 
-    Attributes:
-        by_bin: acceptance by the token's own confidence bin.
-        by_bin_before: acceptance by the bin of the token before, for a token that is not drafted yet.
-        idle: rounds since the drafter was last used.
-    """
-
-    by_bin: Acceptance = field(
+    by_bin: Acceptance = field(  # the token's own bin
         default_factory=lambda: Acceptance.prior([(i + 0.5) / NUM_BINS for i in range(NUM_BINS)])
     )
-    by_bin_before: Acceptance = field(
+    by_bin_before: Acceptance = field(  # the bin of the token before, for a token that is not drafted yet
         default_factory=lambda: Acceptance.prior([*((i + 2.5) / (NUM_BINS + 4) for i in range(NUM_BINS)), FIRST_RIGHT])
     )
     idle: int = 0
 
     @property
     def is_known(self) -> bool:
-        """Whether enough first tokens were observed."""
         return self.by_bin_before.seen[FIRST] >= PRIOR + 0.9 * TRIES  # 0.9, since older observations weigh less
 
     @property
     def first(self) -> float:
-        """Probability that the first token of a draft is right."""
         return self.by_bin_before.of(FIRST)
 
     def after(self, number: int) -> float:
@@ -118,20 +92,15 @@ class DrafterStatistics:
 
 @dataclass
 class StepTimes:
-    """Step times of `num_rows` sequences that are decoded together, as medians: a shared machine stalls at times.
-
-    Attributes:
-        verified: (tokens beyond one per sequence, seconds) of the latest verifications.
-        drafted: by drafter, seconds of the latest draft tokens, one for each sequence that drafts.
-        plain: seconds of a verification of one token per sequence; None: not measured yet.
-        per_token: seconds that each further token adds.
-    """
+    """Step times of `num_rows` sequences that are decoded together, as medians: a shared machine stalls at times."""
 
     num_rows: int
-    verified: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=LATEST))
-    drafted: dict[str, deque[float]] = field(default_factory=dict)
-    plain: float | None = None
-    per_token: float = 0.0
+    # (tokens beyond one per sequence, seconds) of the latest verifications
+    verified: deque[tuple[int, float]] = field(default_factory=lambda: deque[tuple[int, float]](maxlen=LATEST))
+    # by drafter, seconds of the latest draft tokens, one for each sequence that drafts
+    drafted: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
+    plain: float | None = None  # seconds of a verification of one token per sequence; None: not measured yet
+    per_token: float = 0.0  # seconds that each further token adds
 
     def observe_verification(self, num_tokens: int, seconds: float) -> None:
         """Fit plain + per_token · further tokens to the latest verifications: each term is a median of residuals."""
@@ -143,7 +112,6 @@ class StepTimes:
         self.per_token = max(median(slopes), 0.0) if slopes else 0.0
 
     def observe_draft(self, drafter: str, seconds: float) -> None:
-        """Count the seconds of one draft token for each sequence that drafts."""
         self.drafted.setdefault(drafter, deque(maxlen=LATEST)).append(seconds)
 
     def draft(self, drafter: str) -> float | None:
@@ -173,11 +141,7 @@ class StepTimes:
         return max(rate, self.num_rows / self.plain)
 
     def rate(self, drafter: str, first: float, later: float) -> float:
-        """Return the tokens per second of a sequence at the best draft length.
-
-        Args:
-            first, later: probability that the first token, and each later one after right tokens, is right.
-        """
+        """Return a sequence's tokens per second at the best draft length; `later` is for tokens after right ones."""
         seconds = self.draft(drafter)
         if self.plain is None or seconds is None:
             return float("inf")  # so that it is tried
@@ -196,16 +160,13 @@ class DraftPolicy:
         self.by_drafter: dict[str, DrafterStatistics] = {}
         self.by_rows: dict[int, StepTimes] = {}
 
-    def statistics(self, drafter: PolicyDrafter) -> DrafterStatistics:
-        """Return the statistics of a drafter."""
+    def statistics(self, drafter: Drafter) -> DrafterStatistics:
         return self.by_drafter.setdefault(drafter.name, DrafterStatistics())
 
     def times(self, num_rows: int) -> StepTimes:
-        """Return the step times of `num_rows` sequences together."""
         return self.by_rows.setdefault(num_rows, StepTimes(num_rows))
 
-    def is_known(self, drafter: PolicyDrafter) -> bool:
-        """Return whether a drafter needs no more trials."""
+    def is_known(self, drafter: Drafter) -> bool:
         return drafter.is_free or self.statistics(drafter).is_known
 
     def due_trial(self, drafters: Sequence[Drafter]) -> Drafter | None:
@@ -218,12 +179,8 @@ class DraftPolicy:
                 return drafter
         return None
 
-    def rate(self, drafter: PolicyDrafter, num_rows: int, next_bin: int | None = None) -> float:
-        """Return the expected tokens per second with a drafter; infinity until it is known.
-
-        Args:
-            next_bin: bin of its next token, if the drafter knows it before drafting.
-        """
+    def rate(self, drafter: Drafter, num_rows: int, next_bin: int | None = None) -> float:
+        """Return the expected tokens per second, by the next token's bin if it is known; infinity until measured."""
         statistics = self.statistics(drafter)
         if not self.is_known(drafter):
             return float("inf")
@@ -232,24 +189,20 @@ class DraftPolicy:
             first, later = statistics.by_bin.of(next_bin), statistics.by_bin.of(min(next_bin + 1, NUM_BINS - 1))
         return self.times(num_rows).rate(drafter.name, first, later)
 
-    def next_right(self, drafter: PolicyDrafter, bins: Sequence[int], next_bin: int | None = None) -> float:
-        """Return the probability that the next token is right after right tokens of these bins.
-
-        Args:
-            next_bin: as in `rate`.
-        """
+    def next_right(self, drafter: Drafter, bins: Sequence[int], next_bin: int | None = None) -> float:
+        """Return the probability that the token after right ones of these bins is right, by its bin if it is known."""
         statistics = self.statistics(drafter)
         if next_bin is not None:
             return statistics.by_bin.of(next_bin)
         return statistics.after(bins[-1]) if bins else statistics.first
 
-    def observe(self, drafter: PolicyDrafter, bins: Sequence[int], num_right: int, num_taken: int) -> None:
+    def observe(self, drafter: Drafter, bins: Sequence[int], num_right: int, num_taken: int) -> None:
         """Count the tokens of a verified draft, up to the first wrong one or the end of the sequence."""
         statistics, before = self.statistics(drafter), FIRST
         for position, number in enumerate(bins[: min(num_right + 1, num_taken)]):
             statistics.observe(before, number, right=position < num_right)
             before = number
 
-    def observe_none(self, drafter: PolicyDrafter, bins: Sequence[int]) -> None:
+    def observe_none(self, drafter: Drafter, bins: Sequence[int]) -> None:
         """Count that a drafter had no token worth verifying after these bins."""
         self.statistics(drafter).by_bin_before.observe(bins[-1] if bins else FIRST, right=False)

@@ -1,9 +1,8 @@
 """Training of a drafter (`DraftNetwork`) on self-generated text, with the model's distributions as targets.
 
 After every token it learns the model's prediction of the token after the next: KL against the model's distribution over
-the drafter's vocabulary, computed from the states of the next token. Training unrolls the drafter as decoding does:
-from the second draft token on, its own output replaces the model's states, while earlier tokens keep theirs (EAGLE-3,
-Li et al. 2025, training-time test).
+the drafter's vocabulary. Training unrolls the drafter as decoding does: from the second draft token on, its own output
+replaces the model's states, while earlier tokens keep theirs (EAGLE-3, Li et al. 2025, training-time test).
 """
 
 from __future__ import annotations
@@ -27,18 +26,22 @@ from anydepth.errors import RunError
 from anydepth.losses import divergence
 from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import weights_of
-from anydepth.speculation.draft_network import DraftNetwork
 from anydepth.speculation.self_generated import Text
+from anydepth.speculation.trained_drafter import DraftNetwork
 
 STATE, HISTORY = "drafter.safetensors", "history"
+NUM_DRAFTED = 2
+"""Draft tokens in a row that it is trained for."""
+MAX_GRADIENT_NORM = 1.0
+"""Norm that gradients are clipped to."""
 
 
 class DraftTraining(nn.Module):
     """The loss of a drafter over a batch of texts, padded on the right."""
 
-    def __init__(self, network: DraftNetwork, backbone: Backbone, num_drafted: int) -> None:
+    def __init__(self, network: DraftNetwork, backbone: Backbone) -> None:
         super().__init__()
-        self.network, self.num_drafted = network, num_drafted
+        self.network = network
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
         self.softcap = backbone.logits_softcap
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
@@ -62,8 +65,8 @@ class DraftTraining(nn.Module):
             embedded = self.embedding(ids).float()  # type: ignore[operator]
         cache: Any = DynamicCache()
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
-        total, counted, right = torch.zeros((), device=ids.device), 0.0, []
-        for number in range(self.num_drafted):
+        total, counted, right = torch.zeros((), device=ids.device), 0.0, list[tuple[int, int]]()
+        for number in range(NUM_DRAFTED):
             num_tokens = ids.shape[1] - 1 - number  # each is joined with the embedding of the next token
             following = embedded[:, 1 + number :]
             feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], following], -1)), number, cache)
@@ -125,7 +128,7 @@ def vocabulary_of(texts: Sequence[Text], size: int, vocabulary_size: int) -> Ten
 def batches_of(texts: Sequence[Text], tokens: int, generator: torch.Generator) -> list[list[int]]:
     """Group texts of similar length into batches of up to `tokens` tokens, padding included, in random order."""
     order = sorted(range(len(texts)), key=lambda number: len(texts[number].ids))
-    batches, batch = [], []
+    batches, batch = list[list[int]](), list[int]()
     for number in order:
         if batch and (len(batch) + 1) * len(texts[number].ids) > tokens:
             batches.append(batch)
@@ -167,7 +170,7 @@ def train_drafter(
     history: list[dict[str, Any]] = []
     if resume and (out / STATE).exists():
         history = _restore(network, optimizer, out / STATE)  # restores the vocabulary too
-    training = DraftTraining(network, backbone, config.num_guesses)
+    training = DraftTraining(network, backbone)
     number, epoch = 0, 0
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     while number < config.max_steps:
@@ -185,7 +188,7 @@ def train_drafter(
                 loss, right = training(*inputs)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), config.max_gradient_norm)
+            nn.utils.clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
             optimizer.step()
             row = {"step": float(number), "loss": loss.item(), "learning_rate": rate}
             row["figures"] = {f"right_{number}": hits / max(seen, 1) for number, (hits, seen) in enumerate(right, 1)}
@@ -209,7 +212,6 @@ def _rate(step: int, config: DrafterConfig) -> float:
 
 
 def _save(network: DraftNetwork, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]], path: Path) -> None:
-    """Write weights, optimiser and history to one file, atomically."""
     tensors = {f"weights.{name}": value for name, value in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": value for name, value in state.items()}

@@ -7,17 +7,29 @@ comes with a confidence bin; `draft_policy.py` measures how often tokens of a bi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
-from anydepth.gating.plan import Plan
+from anydepth.draft_sections import OnlineSearchConfig
+from anydepth.gating.plan import FULL_DEPTH, Plan
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method
-from anydepth.speculation.draft_policy import NUM_BINS
+from anydepth.methods.skip_set import SkipSet, SkipSetConfig
+from anydepth.search.bayesian import Proposals, inner
+from anydepth.search.skip_search import STRATEGIES, Candidate, Problem, by_knapsack, candidates
+
+NUM_BINS = 10
+"""Confidence bins of draft tokens."""
+LOOKUP_SIZES = (4, 3, 2)
+"""Sizes of n-grams that prompt lookup searches for, in order."""
+NUM_SEARCHES = 60
+"""Searches after which a searched skip set is fixed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Drafter(ABC):
     name: str
     is_free: bool = False
     exit_layer: int = 0
-    plan: Plan | None = None
+    plan: Plan = FULL_DEPTH
     pool_tokens: int = 0
     captures: Sequence[int] = ()
 
@@ -77,22 +89,20 @@ def proposals(tokens: list[int], probabilities: list[float]) -> list[Proposal | 
 class EarlyExitDrafter(Drafter):
     """Drafts with the first layers of the model, then its norm and head (Elhoushi et al. 2024)."""
 
-    def __init__(self, num_layers: int, head: Callable[[Tensor], Tensor], vocabulary: Tensor | None = None) -> None:
-        self.exit_layer, self.head, self.vocabulary = num_layers, head, vocabulary
+    def __init__(self, num_layers: int, engine: Engine, vocabulary: Tensor | None) -> None:
+        self.exit_layer, self.engine, self.vocabulary = num_layers, engine, vocabulary
         self.name = f"first {num_layers} layers"
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Propose the token after `request.last` for each request."""
         sequences, last = [request.kv for request in requests], [request.last for request in requests]
-        logits = self.head(torch.cat(session.draft_exits(sequences, last, self.exit_layer)))
-        return proposals(*choose(requests, logits, self.vocabulary))
+        states = torch.cat(session.draft_exits(sequences, last, self.exit_layer))
+        return proposals(*choose(requests, self.engine.exit_logits(states, self.vocabulary), self.vocabulary))
 
 
 class PrunedDrafter(Drafter):
     """Drafts with the model as methods prune it, by a skip set, a router or exits."""
 
     name = "pruned model"
-    plan: Plan
 
     def __init__(self, methods: Sequence[Method]) -> None:
         self.methods = list(methods)
@@ -100,28 +110,20 @@ class PrunedDrafter(Drafter):
         self.refresh()
 
     def refresh(self) -> None:
-        """Update the plan to the methods' current decisions."""
         self.plan = Plan.of(self.methods)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Propose the token after `request.last` for each request."""
         sequences, last = [request.kv for request in requests], [request.last for request in requests]
         return proposals(*choose(requests, session.draft(sequences, last, self.plan), None))
 
 
 @dataclass
 class _Index:
-    """An index of the n-grams of a request's tokens, and the position of the next draft token.
+    """The n-grams of a request's first `num_tokens` tokens, with the position after their last occurrence."""
 
-    Attributes:
-        ends: by n-gram, the position after its last occurrence.
-        num_tokens: tokens that are in the index.
-        next: position of the next draft token, and its bin; None: no n-gram was found.
-    """
-
-    ends: dict[tuple[int, ...], int] = field(default_factory=dict)
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
     num_tokens: int = 0
-    next: tuple[int, int] | None = None
+    next: tuple[int, int] | None = None  # position of the next draft token, and its bin; None: no n-gram was found
 
 
 class PromptLookupDrafter(Drafter):
@@ -130,25 +132,21 @@ class PromptLookupDrafter(Drafter):
     name = "lookup"
     is_free = True
 
-    def __init__(self, longest: int = 4, shortest: int = 2) -> None:
-        self.sizes = range(longest, shortest - 1, -1)
-
-    def next_bin(self, request: Request) -> int:
-        """Return the bin of the next token, which starts at the size of the n-gram found; −1: there is none."""
+    def next_bin(self, request: Request) -> int:  # starts at the size of the n-gram found
         index = request.memory.setdefault(self, _Index(num_tokens=request.num_padding))
         if not request.draft:
             self._find(request, index)
         return -1 if index.next is None or index.next[0] >= len(request.ids) else index.next[1]
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Propose the token after `request.last` for each request; None: its last tokens did not occur before."""
         return [self._propose(request) for request in requests]
 
     def _propose(self, request: Request) -> Proposal | None:
         number = self.next_bin(request)
         if number < 0:
             return None
-        index = request.memory[self]
+        index: _Index = request.memory[self]
+        assert index.next is not None
         position, _ = index.next
         index.next = position + 1, min(number + 1, NUM_BINS - 1)
         return Proposal(request.ids[position], number)
@@ -156,13 +154,104 @@ class PromptLookupDrafter(Drafter):
     def _find(self, request: Request, index: _Index) -> None:
         ids = request.ids
         for end in range(index.num_tokens + 1, len(ids)):  # n-grams that end before the last token
-            for size in self.sizes:
+            for size in LOOKUP_SIZES:
                 if end - size >= request.num_padding:
                     index.ends[tuple(ids[end - size : end])] = end
         index.num_tokens = max(len(ids) - 1, index.num_tokens)
         index.next = None
-        for size in self.sizes:
+        for size in LOOKUP_SIZES:
             end = index.ends.get(tuple(ids[-size:])) if len(ids) - size >= request.num_padding else None
             if end is not None:
                 index.next = end, size
                 return
+
+
+# --- searched skip sets ----------------------------------------------------------------------------------------------
+
+
+class SearchedDrafter(PrunedDrafter):
+    """Base of drafters that search their skip set on the text being generated, every few tokens on the latest ones.
+
+    All requests share the skip set, which is kept between generations.
+    """
+
+    name = "searched skip set"
+
+    def __init__(self, method: SkipSet, config: OnlineSearchConfig) -> None:
+        super().__init__([method])
+        self.method, self.config, self.number = method, config, 0
+        self.num_out = min(max(round(config.budget * method.num_layers), 1), method.num_layers - 1)
+
+    def observe(self, session: Session, requests: Sequence[Request]) -> None:
+        """Search on the last tokens of each request that got `every` tokens since its last search."""
+        for request in requests:
+            searched_at = request.memory.setdefault(self, request.num_seen)
+            if request.num_seen < self.config.window or request.num_seen - searched_at < self.config.every:
+                continue
+            if self.number < NUM_SEARCHES:
+                request.memory[self] = request.num_seen
+                self.number += 1
+                self.search(session, request)
+
+    def skip(self, layers: Iterable[int]) -> None:
+        self.method.choose(layers)
+        self.refresh()
+
+    @abstractmethod
+    def search(self, session: Session, request: Request) -> None:
+        """Choose the skip set by the last `config.window` tokens of a request that have K/V."""
+
+
+class ProposedSkipSet(SearchedDrafter):
+    """Tries one more proposal at each search, and compares its choices with the target tokens (SWIFT)."""
+
+    def __init__(self, method: SkipSet, config: OnlineSearchConfig) -> None:
+        super().__init__(method, config)
+        layers = list(range(method.num_layers))
+        self.proposals = Proposals(inner(layers, self.num_out), self.num_out, len(layers), config.seed)
+        self.skip(self.proposals.next())
+
+    def search(self, session: Session, request: Request) -> None:
+        window, proposal = self.config.window, self.proposals.next()
+        self.skip(proposal)
+        ids = request.ids[-1 - window : -1]
+        chosen = session.score(request.kv, ids, self.plan).argmax(-1).tolist()
+        targets = request.ids[-window:]  # the token after each of `ids`
+        self.proposals.seen[proposal] = sum(a == b for a, b in zip(chosen, targets, strict=True)) / window
+        self.skip(self.proposals.best or proposal)
+
+
+class FoundSkipSet(SearchedDrafter):
+    """Runs a strategy of `search/skip_search.py` at each search (CLaSp, Chen et al. 2025, is `dynamic`).
+
+    Attributes:
+        seconds: for `knapsack`, the time of each layer, measured once on the engine.
+    """
+
+    seconds: dict[Candidate, float] | None = None
+
+    def __init__(self, method: SkipSet, config: OnlineSearchConfig, adapted: AdaptedModel) -> None:
+        super().__init__(method, config)
+        self.adapted = adapted
+        self.skip(inner(list(range(method.num_layers)), self.num_out)[-self.num_out :])
+
+    def search(self, session: Session, request: Request) -> None:
+        windows = torch.tensor([request.ids[-1 - self.config.window : -1]])
+        layers = candidates(self.method.num_layers, branches=False)
+        problem = Problem(self.adapted, windows, layers, self.num_out)
+        if self.config.strategy == "knapsack":
+            found = by_knapsack(problem, self._seconds(session, request))
+        else:
+            found = STRATEGIES[self.config.strategy](problem)
+        self.skip(layer_idx for _, layer_idx in found)
+
+    def _seconds(self, session: Session, request: Request) -> dict[Candidate, float]:
+        if self.seconds is None:
+            measured = session.layer_seconds(request.kv, request.ids[-self.config.window :])
+            self.seconds = {("layer", layer_idx): seconds for layer_idx, seconds in enumerate(measured)}
+        return self.seconds
+
+
+def searched_drafter(config: OnlineSearchConfig, adapted: AdaptedModel) -> SearchedDrafter:
+    method = SkipSet(SkipSetConfig(), adapted.backbone)
+    return ProposedSkipSet(method, config) if config.strategy == "bayesian" else FoundSkipSet(method, config, adapted)

@@ -11,53 +11,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
-import torch
 from torch import Tensor
 
 from anydepth.decoding.request import Request, draft_tokens
 from anydepth.decoding.sampler import largest
 from anydepth.decoding.session import Session
+from anydepth.models.clock import now
 from anydepth.speculation.draft_policy import DraftPolicy
 from anydepth.speculation.drafters import Drafter
 
 
 @dataclass(frozen=True)
 class Drafting:
-    """The drafters of an engine and their policy, kept from one generation to the next.
-
-    Attributes:
-        max_draft: greatest draft length.
-        adaptive: draft for as long as it pays; False: always draft `max_draft` tokens.
-        captures: layers, counted from 1, of which drafters read the output states.
-    """
+    """The drafters of an engine and their policy, kept from one generation to the next."""
 
     drafters: Sequence[Drafter]
     max_draft: int
-    adaptive: bool
-    captures: Sequence[int]
+    adaptive: bool  # draft for as long as it pays; else always `max_draft` tokens
+    captures: Sequence[int]  # layers, counted from 1, of which drafters read the output states
     policy: DraftPolicy = field(default_factory=DraftPolicy)
 
     def open(self, session: Session) -> DraftedSteps:
-        """Return the step policy for the drafted requests of a session."""
         return DraftedSteps(session, self)
 
 
 @dataclass(eq=False)
 class Draft:
-    """The draft of a request in one round.
-
-    Attributes:
-        drafter: None: the request does not draft. limit: greatest draft length.
-        is_trial: whether the drafter is tried for its statistics.
-        bins: confidence bins of the draft tokens so far. reached: probability that all of them are right.
-    """
+    """The draft of a request in one round."""
 
     request: Request
-    drafter: Drafter | None
+    drafter: Drafter | None  # None: the request does not draft
     limit: int
-    is_trial: bool
-    bins: list[int] = field(default_factory=list)
-    reached: float = 1.0
+    is_trial: bool  # whether the drafter is tried for its statistics
+    bins: list[int] = field(default_factory=list[int])  # of the draft tokens so far
+    reached: float = 1.0  # probability that all of them are right
 
 
 class DraftedSteps:
@@ -77,17 +64,15 @@ class DraftedSteps:
     def prepare(self, request: Request) -> None:
         """Run pruned models over the first tokens of a prompt, which their later decisions depend on."""
         for drafter in self.drafters:
-            if drafter.pool_tokens and drafter.plan is not None:
+            if drafter.pool_tokens:
                 first = request.tokens[: drafter.pool_tokens]
                 self.session.read(request.kv, first, drafter.plan, num_logits=0)
                 self.session.rewind(request.kv, 0)
 
     def begin(self, request: Request, logits: Tensor) -> None:
-        """Append the first token of a request, from (V,) logits after its prompt."""
         self._take([request], [logits[None]])
 
     def step(self, requests: Sequence[Request]) -> None:
-        """Draft and verify; append to each request the right draft tokens and one more."""
         self.times, self.num_requests = self.policy.times(len(requests)), len(requests)
         for drafter in self.drafters:
             drafter.observe(self.session, requests)
@@ -95,8 +80,8 @@ class DraftedSteps:
         sequences = [request.kv for request in requests]
         started = time.perf_counter()
         logits = self.session.verify(sequences, [[request.ids[-1], *request.draft] for request in requests], exit_layer)
-        _synchronise(logits[0])
-        self.times.observe_verification(sum(len(part) for part in logits), time.perf_counter() - started)
+        seconds = now(logits[0].device) - started
+        self.times.observe_verification(sum(len(part) for part in logits), seconds)
         num_taken = self._take(requests, logits)
         for draft, count in zip(drafts, num_taken, strict=True):
             self._observe(draft, draft.request.ids[-count:] if count else [])
@@ -151,12 +136,10 @@ class DraftedSteps:
         return min([longest, *(limit for limit in limits if limit is not None)])
 
     def _limit(self, request: Request, longest: int) -> int:
-        """Return the draft length of a request, within its maximum length; the model itself adds one token."""
-        left = request.stops.num_left(request)
+        left = request.stops.num_left(request)  # the model itself adds one token
         return longest if left is None else min(longest, left - 1)
 
     def _pays(self, drafter: Drafter, drafts: list[Draft]) -> bool:
-        """Return whether one more token for each of these drafts is worth its time."""
         probabilities = [draft.reached * self._next_right(drafter, draft) for draft in drafts]
         return self.times.pays(drafter.name, probabilities, self.rate)
 
@@ -174,7 +157,7 @@ class DraftedSteps:
         started = time.perf_counter()
         proposals = drafter.propose(self.session, [draft.request for draft in drafts], draft_tokens)
         self.times.observe_draft(drafter.name, time.perf_counter() - started)
-        acceptance, continuing = self.policy.statistics(drafter).by_bin, []
+        acceptance, continuing = self.policy.statistics(drafter).by_bin, list[Draft]()
         for draft, proposal in zip(drafts, proposals, strict=True):
             reached = 0.0 if proposal is None else draft.reached * acceptance.of(proposal.bin)
             if proposal is None or not (keeps_all or self.times.repays(reached, self.rate)):
@@ -201,7 +184,7 @@ class DraftedSteps:
 
     def _take(self, requests: Sequence[Request], logits: Sequence[Tensor]) -> list[int]:
         """Append target tokens to each request, up to the first that was not drafted; return how many."""
-        num_taken = []
+        num_taken: list[int] = []
         for request, part in zip(requests, logits, strict=True):
             try:
                 num_taken.append(self._take_one(request, part))
@@ -227,7 +210,6 @@ class DraftedSteps:
         return len(logits)
 
     def _observe(self, draft: Draft, targets: list[int]) -> None:
-        """Count the draft tokens of a request by its target tokens."""
         tokens, num_right = draft.request.draft, 0
         for token, target in zip(tokens, targets, strict=False):
             if token != target:
@@ -239,8 +221,3 @@ class DraftedSteps:
         draft.request.counts.observe(name, num_verified, num_right, len(targets))
         if draft.drafter is not None:
             self.policy.observe(draft.drafter, draft.bins, num_right, len(targets))
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:  # else the clock measures the launch alone
-        torch.cuda.synchronize(tensor.device)

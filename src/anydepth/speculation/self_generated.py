@@ -1,9 +1,8 @@
 """Self-generated text with the states of its tokens: the training data of a drafter.
 
-A chat model first samples a prompt, after its template's start of a user's turn (Magpie, Xu et al. 2024) and often a
-prompt seed of a few words, for variety; then it writes the completion greedily, as at inference. Any other model
-samples the beginning of a text and continues greedily. The fast engine writes many texts at a time. All text comes from
-the model itself, so that a drafter trained on it has the model's own licence.
+A chat model samples a prompt, after its template's start of a user's turn (Magpie, Xu et al. 2024) and often a prompt
+seed for variety; then it writes the completion greedily, as at inference. Any other model samples the beginning of a
+text and continues greedily. A drafter trained on the model's own text has the model's own licence.
 """
 
 from __future__ import annotations
@@ -29,6 +28,12 @@ from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.tokens import end_ids
 
 MARK = "\x00"
+OPENED = 0.85
+"""Fraction of prompts that begin with a prompt seed."""
+MAX_PROMPT = MAX_COMPLETION = 96
+"""Most tokens of a prompt, and of a completion; completions are greedy, so that long ones repeat."""
+NUM_TEXTS = 48
+"""Texts generated at a time."""
 # fmt: off
 PROMPT_SEEDS = (
     "Write a", "Write an", "Compose a", "Draft a", "Create a", "Design a", "Develop a", "Suggest", "Recommend",
@@ -96,10 +101,7 @@ class Writer:
 
     Args:
         taps: layers, counted from 1, of which output states are captured; those of the last layer are before the norm.
-        prompt_seeds: token ids that a fraction `config.opened` of the prompts begins with.
-
-    Attributes:
-        prompts: by request of a prompt, and completions: by request of a completion, where the prompt begins.
+        prompt_seeds: token ids that a fraction `OPENED` of the prompts begins with.
     """
 
     def __init__(
@@ -114,16 +116,16 @@ class Writer:
         self.template, self.config, self.prompt_seeds = template, config, prompt_seeds
         self.generator = torch.Generator().manual_seed(seed)
         self.processors = LogitsProcessorList([TemperatureLogitsWarper(config.temperature)])
-        self.scheduler = Scheduler(engine, config.num_slots, is_interactive=False)
+        self.scheduler = Scheduler(engine, NUM_TEXTS, is_interactive=False)
         self.reader = engine.new_session(1, captures=taps)
-        self.prompts: dict[Request, int] = {}
+        self.prompts: dict[Request, int] = {}  # by request, where the prompt begins
         self.completions: dict[Request, int] = {}
 
     def step(self) -> list[Text]:
         """Write one more token of each text; return the texts that have ended."""
-        while len(self.prompts) + len(self.completions) < self.config.num_slots:
+        while len(self.prompts) + len(self.completions) < NUM_TEXTS:
             self._start_prompt()
-        ended = []
+        ended: list[Text] = []
         for request in self.scheduler.step():
             if request.failure is not None:
                 raise request.failure
@@ -137,10 +139,10 @@ class Writer:
 
     def _start_prompt(self) -> None:
         ids, seeds = list(self.template.start), self.prompt_seeds
-        if self.template.between and seeds and torch.rand((), generator=self.generator) < self.config.opened:
+        if self.template.between and seeds and torch.rand((), generator=self.generator) < OPENED:
             ids += seeds[int(torch.randint(len(seeds), (1,), generator=self.generator))]
         sampler = Sampler(self.processors, sampling=True, generator=self.generator)
-        request = self._add(ids, sampler, self.config.max_question)
+        request = self._add(ids, sampler, MAX_PROMPT)
         self.prompts[request] = len(self.template.start)
 
     def _start_completion(self, prompt: Request, begin: int) -> None:
@@ -149,10 +151,11 @@ class Writer:
         if has_ended and not self.template.between:
             return  # all of the text was sampled
         ids = [*(ids[:-1] if has_ended else ids), *self.template.between]
-        self.completions[self._add(ids, Sampler(), self.config.max_answer)] = min(begin, len(ids))
+        self.completions[self._add(ids, Sampler(), MAX_COMPLETION)] = min(begin, len(ids))
 
     def _add(self, ids: list[int], sampler: Sampler, num_new: int) -> Request:
-        request = Request(ids, sampler, Stops.at(len(ids) + num_new, self.template.ends), full_depth=True)
+        stops = Stops.at(len(ids) + num_new, self.template.ends)
+        request = Request(ids, sampler, stops, full_depth=True, is_traced=False)
         self.scheduler.add(request)
         return request
 
@@ -189,7 +192,7 @@ def own_texts(
     template = Template.of(tokenizer)
     template = replace(template, ends=template.ends | end_ids(adapted, tokenizer))
     seeds = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in PROMPT_SEEDS]  # type: ignore[arg-type]
-    texts, seconds, engine = [], 0.0, None
+    texts, seconds, engine = list[Text](), 0.0, None
     for number in range(-(-config.num_tokens // size)):
         path = folder / f"{number:03d}.safetensors"
         if not path.exists():

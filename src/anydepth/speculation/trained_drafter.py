@@ -1,21 +1,28 @@
-"""A drafter that runs a trained network (`draft_network.py`) on the fast engine."""
+"""A small trained network that drafts the token after the next, and the drafter that runs it on the fast engine.
+
+The network reads the states of a verified token after some of the model's layers, and the embedding of the token that
+follows it (EAGLE, Li et al. 2024; states of several layers, EAGLE-3, Li et al. 2025). For its own draft tokens, its
+output replaces those states.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.model import EngineModel
-from anydepth.engine.weights import Int4
+from anydepth.engine.weights import WEIGHTS, Int4
+from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
-from anydepth.speculation.draft_network import DraftNetwork
+from anydepth.models.plain import chosen_module, plain_module, plain_state
 from anydepth.speculation.drafters import Choose, Drafter, Proposal, proposals
 
 CATCH_UP = 8
@@ -24,19 +31,54 @@ LOOK_BACK = 128
 """Last tokens of a prompt that the drafter reads, about the length of the texts it is trained on."""
 
 
-@dataclass
-class _State:
-    """State of a request.
+class DraftNetwork(nn.Module):
+    """One decoder layer next to the model, and rows of its head; `drafter_training.py` trains it.
+
+    The layer is a stock layer of the model's family, with its own K/V.
 
     Attributes:
-        feature: (1, D) output of the drafter's layer for the last token.
-        unread: (N, taps · D) states of verified tokens that the layer has not run yet.
-        num_read: tokens with K/V in the drafter's cache, draft tokens excluded.
+        taps: layers, counted from 1, of which the output states are read.
+        read: (D, taps · D), from the states of a verified token to one state.
+        join: (D, 2 · D), from that state and an embedding to the layer's input.
+        vocabulary: (V',) ids of the tokens that it can draft: those that the model writes most often.
     """
 
-    feature: Tensor | None = None
-    unread: list[Tensor] = field(default_factory=list)
-    num_read: int = 0
+    vocabulary: Tensor
+
+    def __init__(
+        self, backbone: Backbone, taps: list[int], vocabulary_size: int, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        size, last = backbone.hidden_size, backbone.layers[-1].module
+        config: Any = backbone.model.config
+        self.taps = taps
+        self.read = nn.Linear(len(taps) * size, size, bias=False)
+        self.join = nn.Linear(2 * size, size, bias=False)
+        self.layer: nn.Module = type(chosen_module(last))(config, layer_idx=0).float()
+        self.norm = copy.deepcopy(plain_module(backbone.final_norm)).float()
+        self.register_buffer("vocabulary", torch.arange(vocabulary_size))
+        self._initialise_from(backbone, generator)
+
+    @torch.no_grad()
+    def _initialise_from(self, backbone: Backbone, generator: torch.Generator | None) -> None:
+        """Copy the model's last layer; its input is the last of the states and a little of the embedding."""
+        last = backbone.layers[-1].module
+        self.layer.load_state_dict({name: value.float() for name, value in plain_state(last).items()})
+        size = backbone.hidden_size
+        self.read.weight.zero_()
+        self.read.weight[:, -size:] = torch.eye(size)
+        nn.init.normal_(self.join.weight, std=0.02, generator=generator)
+        self.join.weight[:, :size] += torch.eye(size)
+        self.requires_grad_(True)
+
+
+@dataclass
+class _State:
+    """State of a request."""
+
+    feature: Tensor | None = None  # (1, D) output of the drafter's layer for the last token
+    unread: list[Tensor] = field(default_factory=list[Tensor])  # (N, taps · D) states that the layer has not run yet
+    num_read: int = 0  # tokens with K/V in the drafter's cache, draft tokens excluded
 
 
 class TrainedDrafter(Drafter):
@@ -52,18 +94,16 @@ class TrainedDrafter(Drafter):
         network = copy.deepcopy(network).to(model.dtype)
         few_bits = model.why_not_native is None and model.dtype == torch.bfloat16
         kind = "int8" if few_bits else model.weights
-        parts = layer_parts(network.view(model.backbone))
+        parts = layer_parts(LayerView(network.layer, 0, model.backbone.family, model.backbone.hidden_size))
         widths = [part.shape[1] for part in network.layer.parameters() if part.dim() == 2]
         # int4 reads half the bytes of int8, and drafts as well.
         layer_kind = "int4" if few_bits and not any(width % Int4.group for width in widths) else kind
-        self.layer = model.layer_of(parts, layer_kind)
-        self.read, self.join = (
-            model.linear_of(Weights(part.detach().to(model.dtype), None), kind) for part in (both, joins)
-        )
+        self.layer = model.backend.layer(parts, WEIGHTS[layer_kind])
+        weights = [Weights(part.detach().to(model.dtype), None) for part in (both, joins)]
+        self.read, self.join = (model.backend.linear([part], WEIGHTS[kind]) for part in weights)
         self.head = model.head_of(norm_of(network.norm), kind, network.vocabulary)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
-        """Propose the token after `request.last` for each request."""
         unread = [request for request in requests if request.draft or self._state(request).unread]
         self._run(session, unread)
         features = [self._state(request).feature for request in requests]
@@ -71,7 +111,6 @@ class TrainedDrafter(Drafter):
         return proposals(*choose(requests, self.head(last), self.vocabulary))
 
     def observe(self, session: Session, requests: Sequence[Request]) -> None:
-        """Store the states of the tokens that requests have read or got; run long backlogs at once."""
         for request in requests:
             states = torch.cat([part[-LOOK_BACK:] for part in session.captured(request.kv)], dim=1)
             self._state(request).unread.append(states)

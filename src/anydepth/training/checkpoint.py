@@ -31,8 +31,7 @@ from anydepth.methods._base.calibration import comparing
 from anydepth.models.backbone import unwrap
 from anydepth.models.load import ADAPTER, AUTO, DType, add_adapters, base_fingerprint, is_quantised, load_model
 from anydepth.models.plain import fold_adapters
-from anydepth.speculation.draft import Draft
-from anydepth.speculation.shipped import default_draft
+from anydepth.speculation.draft import Draft, default_draft
 
 MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"

@@ -1,32 +1,29 @@
-"""The backend of the compiled kernels: passes of few tokens in one call, PyTorch's operators for many."""
+"""The backend of the compiled kernels: passes of few tokens in one call, PyTorch's operators for many tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anydepth.engine.backends.cpu.branches import KernelBranches, KernelLayer, PendingBranches
 from anydepth.engine.backends.cpu.kernel_pass import KernelPass, passes_of
 from anydepth.engine.backends.cpu.native import MAX_TOKENS, ROLES, rotation_structs, same_bits_until
-from anydepth.engine.backends.cpu.networks import NativeNetworks
-from anydepth.engine.backends.cpu.packing import Memory, NativeHead, NativeLinear, pack_panels
-from anydepth.engine.backends.cpu.tasks import NativeLayer
-from anydepth.engine.backends.torch.backend import Format, TorchBackend
-from anydepth.engine.backends.torch.linear import Linear
+from anydepth.engine.backends.cpu.packing import Memory, NativeHead, NativeLinear, NativeNetworks, pack_panels
+from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, KernelLayer, NativeLayer, Rows, Task, Tasks
+from anydepth.engine.backends.torch.backend import Branches, Format, TorchBackend, kept_tokens
+from anydepth.engine.backends.torch.layer import Linear
+from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
+from anydepth.gating.gate import Gate
 from anydepth.gating.trace import PassRecord
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 
 
 class KernelBackend(TorchBackend):
-    """Runs passes of up to `MAX_TOKENS` tokens by the kernels.
-
-    Args:
-        rotation_kinds: the model's kinds of rotary embeddings, which the kernels name by their index.
-    """
+    """Runs passes of up to `MAX_TOKENS` tokens by the kernels, which name `rotation_kinds` by their index."""
 
     max_tokens = MAX_TOKENS
 
@@ -49,7 +46,9 @@ class KernelBackend(TorchBackend):
 
         kind = parts.rotation_kind
         rotation = None if kind is None else self.rotation_kinds.index(kind)
-        return KernelLayer(parts, self.dtype, linear, NativeLayer(parts, packed, rotation, self.dtype, self.memory))
+        layer = KernelLayer(parts, self.dtype, linear)
+        layer.native = NativeLayer(parts, packed, rotation, self.dtype, self.memory)
+        return layer
 
     def head(self, rows: Weights, norm: Norm, weights: Format, softcap: float | None) -> NativeHead:
         packed = pack_panels(rows, weights, self.memory)
@@ -78,3 +77,107 @@ class KernelBackend(TorchBackend):
 
     def same_bits_until(self, length: int, num_kv_heads: int) -> int:
         return same_bits_until(length, num_kv_heads)
+
+
+class KernelBranches(Branches):
+    """Branches of many tokens: products by PyTorch's operators or over packed weights, attention by the kernels."""
+
+    def _fill(
+        self, layer: KernelLayer, kv: LayerKV, sequence: int, states: Tensor, positions: Tensor | None = None
+    ) -> None:
+        count = len(states)
+        if positions is not None or count > MAX_TOKENS:
+            super()._fill(layer, kv, sequence, states, positions)
+        else:
+            layer.native.fill(states, Rows([sequence], count, [kv.counts[sequence]], self.tables.compiled), kv)
+            kv.extend(sequence, count)
+
+    def _attend(self, layer: KernelLayer, kv: LayerKV, sequence: int, queries: Tensor, positions: Tensor) -> Tensor:
+        held = kv.positions[sequence]
+        if held is None:
+            return layer.native.attend(queries, kv, sequence, positions + 1)
+        if layer.window is not None:  # a window counts positions, the kernels K/V
+            return super()._attend(layer, kv, sequence, queries, positions)
+        seen = torch.searchsorted(torch.tensor(held, device=positions.device), positions, right=True)
+        return layer.native.attend(queries, kv, sequence, seen)
+
+
+class PendingBranches(KernelBranches):
+    """Branches of few tokens: they are `pending`, and run in one fused call when states are needed.
+
+    Attributes:
+        new_kv: K/V that they leave: their layer, sequence, number, and positions where there are gaps.
+    """
+
+    def __init__(self, new: NewTokens) -> None:
+        super().__init__(new)
+        self.pending: list[Task] = []
+        self.new_kv: list[tuple[LayerKV, int, int, list[int] | None]] = []
+
+    def mix(self, layer: KernelLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+        task = self._mixer_task(layer, kv, gate)
+        if task is None:
+            return super().mix(layer, kv, self.flush(hidden), gate)
+        if task.parts or task.defers:
+            self.pending.append(task)
+        return hidden
+
+    def feed(self, layer: KernelLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+        if gate is not None and not gate.any_kept:
+            return hidden
+        if not self.pending or self.pending[-1].layer is not layer.native:
+            self.pending.append(Task(layer.native, kv, 0))
+        task = self.pending[-1]
+        task.parts |= FFN
+        task.fed = None if gate is None or gate.all_kept else kept_tokens(gate)
+        return hidden
+
+    def flush(self, hidden: Tensor) -> Tensor:
+        if not self.pending:
+            return hidden
+        hidden = Tasks(self.pending).run(self._rows, hidden)
+        for kv, sequence, num_tokens, positions in self.new_kv:
+            kv.extend(sequence, num_tokens, positions)
+        self.pending.clear()
+        self.new_kv.clear()
+        return hidden
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return Rows(self.new.sequences, self.num_tokens, self.new.seen, self.tables.compiled)
+
+    def _mixer_task(self, layer: KernelLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
+        new, every_row = self.new, range(self.num_rows)
+        omit = gate is not None and gate.kv_rule == "omit"
+        if not omit and not all(kv.holds_all(one, seen) for one, seen in zip(new.sequences, new.seen, strict=True)):
+            return None  # another rule left gaps
+        task, counts = Task(layer.native, kv, 0), [self.num_tokens] * self.num_rows
+        if gate is not None and not gate.all_kept:
+            counts = [0] * self.num_rows
+            if gate.any_kept:
+                counts = gate.keep.sum(1).tolist()
+                task.mixed = kept_tokens(gate)
+        rows = [row for row in every_row if counts[row]]
+        if omit:
+            self._materialise(layer, kv, rows)
+            has_gaps = self._has_gaps(kv, rows)
+            if layer.window is not None and (has_gaps or any(counts[row] < self.num_tokens for row in rows)):
+                return None  # a window counts positions, the kernels K/V
+            if has_gaps:
+                task.counts = torch.tensor([kv.counts[sequence] for sequence in new.sequences])
+        else:
+            for row in every_row:
+                if not counts[row]:
+                    kv.reserve_deferred(new.sequences[row], self.num_tokens)
+            task.defers = len(rows) < self.num_rows or any(kv.num_deferred[sequence] for sequence in new.sequences)
+        if rows:
+            task.parts = MIXER | OMIT if omit else MIXER
+        for row in rows:
+            sequence = new.sequences[row]
+            if not omit:  # the kernels materialise deferred K/V as well
+                self.new_kv.append((kv, sequence, new.seen[row] + self.num_tokens - kv.counts[sequence], None))
+            else:
+                has_gaps = counts[row] < self.num_tokens or task.counts is not None
+                positions = self._kept_positions(row, gate).tolist() if has_gaps else None
+                self.new_kv.append((kv, sequence, counts[row], positions))
+        return task

@@ -22,18 +22,13 @@ class Unfit(Exception):
 
 @dataclass(eq=False)
 class LayerGate:
-    """One layer's part of a gate.
-
-    Attributes:
-        column: the layer's column of the score.
-    """
+    """One layer's part of a gate, and the layer's column of the score."""
 
     spec: GateSpec
     column: int
 
     @property
     def score(self) -> Score:
-        """Return the score that is compared with the threshold."""
         return self.spec.score
 
     @property
@@ -44,7 +39,6 @@ class LayerGate:
 
     @property
     def by_position(self) -> bool:
-        """Whether each token has a threshold of its own."""
         return self.spec.decay is not None
 
     def limits(self, positions: Tensor) -> Tensor:
@@ -65,8 +59,7 @@ class KernelGates:
         layers, ffns: gates by layer, in order; of whole layers or, if the layer is in `mixers`, of the mixer alone.
         exits: layers that some tokens exit before.
         skippable: layers in which some tokens may skip the mixer, by a gate or by an earlier exit.
-        omitting: those of them where tokens that skip leave no K/V.
-        deferring: the others that some tokens run: tokens that skip defer their K/V.
+        omitting, deferring: those of them where tokens that skip leave no K/V, and where they defer their K/V.
         readers: by layer before which its network is evaluated, a gate of each network.
         columns: by score, the first of its columns among all; by gate with thresholds for each token, that of those.
         compared: layers that later layers compare their input with.
@@ -117,11 +110,6 @@ class KernelGates:
                 self.columns[gate] = self.num_columns
                 self.num_columns += 1
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether every token runs everything."""
-        return not (self.layers or self.ffns or self.closed_mixers or self.closed_ffns)
-
     def scores(self, score: Score, flat: Tensor) -> Tensor:
         """Return (N, G) the numbers of a score, in the (columns · N,) numbers of all."""
         start, size = self.columns[score] * self.num_tokens, score.num_columns * self.num_tokens
@@ -138,11 +126,7 @@ class KernelGates:
         return self.scores(gate.score, flat)[:, gate.column] > limit
 
     def decisions(self, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return indices (L, N) of the scores of some gated layers, among the numbers of all, and thresholds (L, 1).
-
-        Raises:
-            Unfit: a gate with thresholds for each token.
-        """
+        """Return indices (L, N) of the scores of gated layers, among all numbers, and the thresholds (L, 1)."""
         gates, tokens = [self.layers[layer_idx] for layer_idx in layers], torch.arange(self.num_tokens)
         if any(gate.by_position for gate in gates):
             raise Unfit
@@ -191,7 +175,6 @@ class KernelGates:
 
 
 def _check_fits(spec: GateSpec) -> None:
-    """Raise `Unfit` for a gate that the kernels do not decide."""
     if spec.on_skip == "recompute" or spec.alternates is not None:
         raise Unfit
     if spec.scale is not None and (spec.branch != "layer" or spec.exits):

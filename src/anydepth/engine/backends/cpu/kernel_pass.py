@@ -13,18 +13,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from anydepth.engine.backends.cpu.branches import KernelLayer
 from anydepth.engine.backends.cpu.kernel_gates import KernelGates, LayerGate, Unfit
-from anydepth.engine.backends.cpu.networks import NativeNetworks, NetworkStruct, weight_address
-from anydepth.engine.backends.cpu.packing import NativeExit, NativeHead
+from anydepth.engine.backends.cpu.native import ExitStruct, NetworkStruct
+from anydepth.engine.backends.cpu.packing import NativeHead, NativeNetworks, weight_address
 from anydepth.engine.backends.cpu.tasks import (
     ALONE,
     EXIT,
     FFN,
     MIXER,
     OMIT,
+    KernelLayer,
     NativeGate,
-    NativeScale,
     Rows,
     Task,
     Tasks,
@@ -47,8 +46,6 @@ class KernelPass:
 
     Args:
         layers: all of the model, or consecutive ones from number `first` on where the plan is empty.
-        new: tokens of this number, over this cache.
-        networks: evaluates gate networks.
         stops: numbers of layers before which states are wanted as well; of an empty plan.
 
     Attributes:
@@ -73,7 +70,7 @@ class KernelPass:
     ) -> None:
         num_tokens, caches = new.num_rows * new.num_tokens, new.cache.layers[first : first + len(layers)]
         self.gates = gates = KernelGates(new.plan, len(layers), num_tokens)
-        self.decides = not gates.is_empty
+        self.decides = not new.plan.is_empty
         self.networks, self.exit_head = networks, new.exit_head
         self.structs: dict[GateNetwork, NetworkStruct] = {}
         self.flat = torch.zeros(gates.num_columns * num_tokens)
@@ -108,7 +105,8 @@ class KernelPass:
             task.gate = self._native(gate, layer_idx)
             task.parts |= (EXIT if gate.spec.exits else 0) | (ALONE if layer_idx in gates.mixers else 0)
             if gate.spec.scale is not None:
-                task.scale = NativeScale(self._address(gate.spec.scale), torch.zeros(gates.num_tokens), self.before)
+                task.scale, task.before = self._address(gate.spec.scale), self.before
+                task.scales = torch.zeros(gates.num_tokens)
             if layer_idx in gates.omitting:
                 if layer.window is not None:
                     raise Unfit  # a window counts positions, the kernels K/V
@@ -138,15 +136,13 @@ class KernelPass:
         limit = 0.0 if gate.by_position else gate.limit
         return NativeGate(evaluates, logits, gate.column, limit, head, before, thresholds)
 
-    def _exit(self, score: HeadConfidence) -> NativeExit:
-        """Return the head that a score takes its confidence from."""
+    def _exit(self, score: HeadConfidence) -> ExitStruct:
         head = self.exit_head(score.vocabulary)
         if not isinstance(head, NativeHead):
             raise Unfit
         return head.exit(score.measure)
 
     def _address(self, network: GateNetwork) -> int:
-        """Return where a network is for the kernels."""
         struct = self.networks.struct(network)
         if struct is None:
             raise Unfit
@@ -154,8 +150,7 @@ class KernelPass:
         return addressof(struct)
 
     @property
-    def is_current(self) -> bool:
-        """Whether the weights of networks are where they were."""
+    def is_current(self) -> bool:  # whether the weights of networks are where they were
         return all(weight_address(network) == struct.weight_at for network, struct in self.structs.items())
 
     def fits(self, new: NewTokens) -> bool:
@@ -192,11 +187,7 @@ class KernelPass:
         return True
 
     def run(self, new: NewTokens, hidden: Tensor) -> tuple[list[Tensor], PassRecord]:
-        """Run (N, D) states through the layers and count their K/V.
-
-        Returns:
-            The states at the stops and after the last layer, and what ran.
-        """
+        """Run (N, D) states through the layers and count their K/V; return states as `TorchBackend.fused` does."""
         if self.omitting:
             counts = [[kv.counts[sequence] for sequence in new.sequences] for kv in self.omitting]
             self.held[:, : new.num_rows] = torch.tensor(counts)
@@ -265,7 +256,6 @@ class CompiledPasses:
         return found
 
     def _valid(self, layout: Layout) -> dict[tuple[object, ...], KernelPass | None]:
-        """Return the passes by shape, none if memory has moved."""
         if layout.version != self.version:
             self.version = layout.version
             self.by_shape.clear()

@@ -1,22 +1,30 @@
-"""The library of compiled kernels: its structs, its bounds, and whether it runs here.
+"""The library of compiled kernels: its compilation, its structs and bounds, and whether it runs here.
 
-Needs a C++ compiler with OpenMP (g++ or clang++) and runs on the CPU. Without one the engine runs on PyTorch's own
-operators, slower.
+Needs a C++ compiler with OpenMP (g++ or clang++) and runs on the CPU.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anydepth.engine.backends.cpu.build import BuildError, built
 from anydepth.models.llama_like import Norm
+from anydepth.models.load import cache_folder
 
+SOURCES = Path(__file__).with_name("kernels")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 MAX_TOKENS = 64
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
 MAX_HEAD_DIM = 256
@@ -46,7 +54,6 @@ class NormStruct(Structure):
 
     @classmethod
     def of(cls, norm: Norm) -> NormStruct:
-        """Return the struct of a norm, which must outlive it."""
         return cls(norm.weight.data_ptr(), norm.eps, norm.weight.numel())
 
 
@@ -78,7 +85,30 @@ class BatchStruct(Structure):
 
 
 class ExitStruct(Structure):
+    points_to: Any  # must outlive it
+
     _fields_ = [("head", MatrixStruct), ("norm", NormStruct), ("softcap", c_float), ("confidence", c_int32)]
+
+
+class DenseStruct(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("cols", c_int64)]
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> DenseStruct:
+        bias = None if linear.bias is None else linear.bias.data_ptr()
+        return cls(linear.weight.data_ptr(), bias, linear.out_features, linear.in_features)
+
+
+class NetworkStruct(Structure):
+    weight_at: int  # `weight_address` of its network
+    points_to: Any  # must outlive it
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("norm_weight", "norm_bias", "mlp")),
+        ("mlp_size", c_int64),
+        ("direct", DenseStruct),
+        ("eps", c_float),
+    ]
 
 
 class TaskStruct(Structure):
@@ -93,6 +123,57 @@ class TaskStruct(Structure):
 
 
 TASK_FIELDS = len(TaskStruct._fields_)
+STRUCTS = (MatrixStruct, NormStruct, LayerStruct, RotationStruct, BatchStruct, TaskStruct, DenseStruct, NetworkStruct)
+"""In the order of `anydepth_sizes`."""
+
+
+class BuildError(Exception):
+    """The kernels are not available here; the message says why."""
+
+
+def built() -> Path:
+    """Return the library of the sources, for this compiler and processor; compiled if it does not exist yet.
+
+    Raises:
+        BuildError: no compiler, or one that fails.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        raise BuildError("there is no C++ compiler; install g++")
+    command = [compiler, *FLAGS]
+    sources = "".join(path.read_text() for path in sorted(SOURCES.iterdir()))
+    made_of = sources + " ".join(command) + platform.platform() + _cpu()
+    path = cache_folder() / "native" / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    try:
+        if not path.exists():
+            _build([*command, str(SOURCES / "layer.cpp")], path)
+    except OSError as error:
+        raise BuildError(f"{path} cannot be written ({error.strerror or error})") from error
+    return path
+
+
+def _build(command: list[str], path: Path) -> None:
+    """Compile into a temporary folder, then rename: complete also when two processes compile at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / "kernels.so"
+        try:
+            subprocess.run([*command, "-o", str(built)], capture_output=True, text=True, check=True)
+        except OSError as error:
+            raise BuildError(f"the compiler {command[0]} could not be started ({error.strerror})") from error
+        except subprocess.CalledProcessError as error:
+            why = (error.stderr.strip().splitlines() or ["no message"])[-1]
+            raise BuildError(f"{command[0]} could not compile the kernels ({why})") from error
+        os.replace(built, path)
+
+
+def _cpu() -> str:
+    """Return a text that differs between processors with different instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 @cache
@@ -109,7 +190,7 @@ def library() -> Any:
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded ({error.strerror or error})") from error
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
-    for number, kind in enumerate((MatrixStruct, NormStruct, LayerStruct, RotationStruct, BatchStruct, TaskStruct)):
+    for number, kind in enumerate(STRUCTS):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(kind), kind
     bounds = [MAX_TOKENS, MAX_HEAD_DIM, MAX_WIDTH, CHUNK, MAX_SPLITS, ctypes.sizeof(ExitStruct)]
     assert [kernels.anydepth_sizes(number) for number in range(8, 14)] == bounds
@@ -161,5 +242,4 @@ def read(buffer: Tensor) -> int:
 
 
 def address_of(tensor: Tensor | None) -> int:
-    """Return the address of a tensor, 0 for none."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,19 +1,31 @@
-"""Packed weights, and linear layers and the head over them by the kernels."""
+"""Weights as the kernels read them, and linear layers, the head and gate networks over them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import byref, c_void_p
+from ctypes import addressof, byref, c_void_p
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from anydepth.engine.backends.cpu.native import MAX_TOKENS, ExitStruct, MatrixStruct, NormStruct, address_of, library
-from anydepth.engine.backends.torch.layer import Head, RMSNorm
-from anydepth.engine.backends.torch.linear import Linear
-from anydepth.engine.huge_pages import huge
+from anydepth.engine.backends.cpu.native import (
+    MAX_TOKENS,
+    MAX_WIDTH,
+    DenseStruct,
+    ExitStruct,
+    MatrixStruct,
+    NetworkStruct,
+    NormStruct,
+    address_of,
+    library,
+)
+from anydepth.engine.backends.torch.layer import Head, Linear, RMSNorm
+from anydepth.engine.kv_cache import huge
 from anydepth.engine.weights import WeightFormat
+from anydepth.gating.gate_network import GateNetwork
 from anydepth.models.llama_like import Norm, Weights
 
 ROWS_AT_ONCE = 128
@@ -24,11 +36,7 @@ CHUNK_BYTES = 2**26
 
 
 class Memory:
-    """What the kernels of a model use: packed weights, on huge pages, and scratch.
-
-    Attributes:
-        scratch: float32, shared by all calls.
-    """
+    """What the kernels of a model use: packed weights, on huge pages, and float32 scratch that all calls share."""
 
     def __init__(self) -> None:
         self.scratch = torch.empty(0)
@@ -63,12 +71,10 @@ class PackedWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that one product reads."""
         scales = 0 if self.scales is None else self.scales.numel() * self.scales.element_size()
         return self.weight.numel() * self.weight.element_size() + scales
 
     def struct(self) -> MatrixStruct:
-        """Return the struct of these weights, which must outlive it."""
         return MatrixStruct(
             weight=self.weight.data_ptr(),
             scales=address_of(self.scales),
@@ -80,7 +86,6 @@ class PackedWeights:
 
 
 def pack_panels(part: Weights, weight_format: type[WeightFormat], memory: Memory) -> PackedWeights:
-    """Pack a linear layer into the kernels' memory."""
     assert weight_format.kernel_id is not None
     weight, scales = weight_format.pack(part.weight)
     kept = memory.keep(weight), None if scales is None else memory.keep(scales)
@@ -123,31 +128,8 @@ class NativeLinear(Linear):
         return output
 
 
-class NativeExit:
-    """A head for which the kernels compute the confidence in a state.
-
-    Args:
-        norm: applied before the head.
-        confidence: one of `CONFIDENCES`.
-    """
-
-    def __init__(self, head: PackedWeights, norm: Norm, softcap: float | None, confidence: str, memory: Memory) -> None:
-        self.points_to = head, norm  # must outlive the struct
-        self.struct = ExitStruct(
-            head=head.struct(),
-            norm=NormStruct.of(norm),
-            softcap=softcap or 0.0,
-            confidence=CONFIDENCES.index(confidence),
-        )
-        memory.reserve(MAX_TOKENS * head.num_outputs)
-
-
 class NativeHead(Head):
-    """A head that runs its norm and product for few tokens in one call.
-
-    Attributes:
-        native: the call.
-    """
+    """A head that runs its norm and product for few tokens in one call (`native`)."""
 
     def __init__(self, linear: Linear, native: NativeLinear, norm: Norm, softcap: float | None) -> None:
         super().__init__(RMSNorm(norm, torch.bfloat16 if native.in_bf16 else torch.float32), linear, softcap)
@@ -156,8 +138,66 @@ class NativeHead(Head):
     def _product(self, flat: Tensor) -> Tensor:
         return self.native(flat) if len(flat) <= MAX_TOKENS else super()._product(flat)
 
-    def exit(self, confidence: str) -> NativeExit:
-        """Return the head for the kernels to compute its confidence with."""
-        (packed,), norm = self.native.packed, self.native.norm
+    def exit(self, confidence: str) -> ExitStruct:
+        """Return the head for the kernels to compute its confidence with, one of `CONFIDENCES`."""
+        (packed,), norm, memory = self.native.packed, self.native.norm, self.native.memory
         assert norm is not None
-        return NativeExit(packed, norm, self.softcap, confidence, self.native.memory)
+        memory.reserve(MAX_TOKENS * packed.num_outputs)
+        number = CONFIDENCES.index(confidence)
+        struct = ExitStruct(packed.struct(), NormStruct.of(norm), self.softcap or 0.0, number)
+        struct.points_to = packed, norm
+        return struct
+
+
+class NativeNetworks:
+    """Evaluates gate networks in one call, on the weights that they have now: later changes are seen."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.structs: WeakKeyDictionary[GateNetwork, NetworkStruct] = WeakKeyDictionary()
+        memory.reserve(2 * MAX_TOKENS * MAX_WIDTH)
+
+    def evaluate(self, network: GateNetwork, states: Tensor) -> Tensor:
+        num_tokens = states.numel() // states.shape[-1]
+        struct = self.struct(network)
+        if num_tokens > MAX_TOKENS or struct is None or not states.is_contiguous():
+            return network(states)
+        logits = torch.empty(*states.shape[:-1], network.direct.out_features)
+        library().anydepth_evaluate(
+            byref(struct),
+            c_void_p(states.data_ptr()),
+            c_void_p(logits.data_ptr()),
+            c_void_p(self.memory.scratch.data_ptr()),
+            num_tokens,
+            states.dtype == torch.bfloat16,
+        )
+        return logits
+
+    def struct(self, network: GateNetwork) -> NetworkStruct | None:
+        """Return the struct of a network; None if the kernels do not evaluate it."""
+        address, known = weight_address(network), self.structs.get(network)
+        if known is not None and known.weight_at == address:
+            return known
+        parameters = list(network.parameters())
+        if any(part.dtype != torch.float32 or part.device.type != "cpu" for part in parameters):
+            return None
+        if any(linear.out_features > MAX_WIDTH for linear in network.mlp):
+            return None
+        mlp = (DenseStruct * len(network.mlp))(*(DenseStruct.of(linear) for linear in network.mlp))
+        norm = network.norm
+        struct = self.structs[network] = NetworkStruct(
+            norm_weight=norm.weight.data_ptr(),
+            norm_bias=norm.bias.data_ptr(),
+            mlp=addressof(mlp),
+            mlp_size=len(mlp),
+            direct=DenseStruct.of(network.direct),
+            eps=norm.eps,
+        )
+        struct.weight_at, struct.points_to = address, (mlp, parameters)
+        return struct
+
+
+def weight_address(network: GateNetwork) -> int:
+    """Return where the weights of a network are, without `nn.Module.__getattr__`: it is called in every step."""
+    direct: Any = network._modules["direct"]
+    return direct._parameters["weight"].data_ptr()

@@ -17,12 +17,14 @@ from anydepth.engine.backends.cpu.native import (
     NORMS,
     TASK_FIELDS,
     BatchStruct,
+    ExitStruct,
     LayerStruct,
     NormStruct,
     address_of,
     library,
 )
-from anydepth.engine.backends.cpu.packing import Memory, NativeExit, PackedWeights
+from anydepth.engine.backends.cpu.packing import Memory, PackedWeights
+from anydepth.engine.backends.torch.layer import EngineLayer
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.models.llama_like import LayerParts
 
@@ -32,11 +34,7 @@ NO_GATE = (0,) * len(GATE_FIELDS)
 
 
 class Rows:
-    """R rows of T new tokens each, after `counts` tokens each, as the kernels take them.
-
-    Args:
-        rotations: `rotation_structs` that include the last token's position.
-    """
+    """R rows of T new tokens each, after `counts` tokens each, as the kernels take them, with `rotation_structs`."""
 
     def __init__(self, sequences: Sequence[int], num_tokens: int, counts: Sequence[int], rotations: Any) -> None:
         numbers = c_int64 * len(sequences)
@@ -58,12 +56,7 @@ class Rows:
 
 
 class NativeLayer:
-    """The weights and settings of one layer.
-
-    Args:
-        packed: weights by role (`ROLES`).
-        rotation: number of the rotary embedding of queries and keys, None for none.
-    """
+    """The weights, by role, and settings of one layer; `rotation` is the number of its rotary embedding."""
 
     def __init__(
         self,
@@ -115,32 +108,27 @@ class NativeLayer:
         return output
 
 
+class KernelLayer(EngineLayer):
+    """A layer for both: PyTorch's operators, and the kernels (`native`)."""
+
+    native: NativeLayer
+
+
 @dataclass(slots=True)
 class NativeGate:
-    """A gate inside the kernels: a token passes if its logit is above the threshold.
+    """A gate inside the kernels: a token passes if its logit is above the threshold."""
 
-    Attributes:
-        network: address of the network that gives the logits (`networks.py`); 0: an earlier gate has evaluated it, or
-            there is none.
-        logits: (N, G) float32, written for all tokens; those of an exit for active tokens.
-        column: which of the G; -1: the network is only evaluated, for later layers, and every token passes.
-        exit: a head; the logit is minus its confidence.
-        compared: (N, D) states; minus their cosine with the layer's input is the logit.
-        thresholds: (N,) float32, one for each token, in place of `threshold`.
-    """
-
-    network: int
-    logits: Tensor
-    column: int
+    network: int  # address of the network that gives the logits; 0: an earlier gate has evaluated it, or there is none
+    logits: Tensor  # (N, G) float32, written for all tokens; those of an exit for active tokens
+    column: int  # of the G; -1: the network is only evaluated, for later layers, and every token passes
     threshold: float
-    exit: NativeExit | None = None
-    compared: Tensor | None = None
-    thresholds: Tensor | None = None
+    exit: ExitStruct | None = None  # a head; the logit is minus its confidence
+    compared: Tensor | None = None  # (N, D) states; minus their cosine with the layer's input is the logit
+    thresholds: Tensor | None = None  # (N,) float32, one for each token, in place of `threshold`
 
     def fields(self) -> tuple[int, ...]:
-        """Return the values of `GATE_FIELDS`."""
         threshold = int.from_bytes(bytes(c_float(self.threshold)), sys.byteorder)
-        exit_at = 0 if self.exit is None else addressof(self.exit.struct)
+        exit_at = 0 if self.exit is None else addressof(self.exit)
         return (
             *(self.network, exit_at, address_of(self.compared), self.logits.data_ptr()),
             *(self.column, self.logits.shape[1], address_of(self.thresholds), threshold),
@@ -148,75 +136,47 @@ class NativeGate:
 
 
 @dataclass(slots=True)
-class NativeScale:
-    """A factor inside the kernels, on what a layer adds to the tokens that pass its gate.
-
-    Attributes:
-        network: address of the network that gives the logit in r = 2·σ(logit).
-        logits: (N,) float32, written for all tokens where one passes.
-        before: (N, D) workspace for the layer's input.
-    """
-
-    network: int
-    logits: Tensor
-    before: Tensor
-
-    def fields(self) -> tuple[int, ...]:
-        """Return the values of `scale`, `scales` and `before`."""
-        return self.network, self.logits.data_ptr(), self.before.data_ptr()
-
-
-@dataclass(slots=True)
 class Task:
     """What to run of one layer, and over which cache.
 
-    Attributes:
-        parts: the sum of some of `MIXER`, `FFN`, `OMIT`, `EXIT` and `ALONE`. `OMIT`: tokens that do not run the mixer
-            leave no K/V; without it all tokens of a row leave K/V as soon as one of the row runs it. `EXIT`: tokens
-            that `gate` stops run no later layer either. `ALONE`: tokens that `gate` stops run the FFN.
-        defers: K/V of rows where no token runs the mixer are deferred, for which the cache must have capacity; those of
-            the other rows are materialised.
-        counts: K/V of each row before, in this layer, where they are not those of the `Rows`.
-        mixed, fed: int64 indices into (R·T,) of the tokens that run the mixer and the FFN, in order; None is all.
-        gate: of the layer, in place of `mixed` and `fed`.
-        gate_of_ffn: of the FFN.
-        captured: (R·T, D), where the layer's input is stored.
-        scale: a factor on what the layer adds.
+    `parts` is the sum of some of `MIXER`, `FFN`, `OMIT`, `EXIT` and `ALONE`. `OMIT`: tokens that do not run the mixer
+    leave no K/V; without it all tokens of a row leave K/V as soon as one of the row runs it. `EXIT`: tokens that `gate`
+    stops run no later layer either. `ALONE`: tokens that `gate` stops run the FFN.
     """
 
     layer: NativeLayer
     kv: LayerKV
     parts: int
+    # K/V of rows where no token runs the mixer are deferred, for which the cache must have capacity; those of the other
+    # rows are materialised.
     defers: bool = False
-    counts: Tensor | None = None
-    mixed: Tensor | None = None
-    fed: Tensor | None = None
-    gate: NativeGate | None = None
+    counts: Tensor | None = None  # K/V of each row before, in this layer, where they are not those of the `Rows`
+    mixed: Tensor | None = None  # int64 indices into (R·T,) of the tokens that run the mixer, in order; None is all
+    fed: Tensor | None = None  # the same for the FFN
+    gate: NativeGate | None = None  # of the layer, in place of `mixed` and `fed`
     gate_of_ffn: NativeGate | None = None
-    captured: Tensor | None = None
-    scale: NativeScale | None = None
+    captured: Tensor | None = None  # (R·T, D), where the layer's input is stored
+    scale: int = 0  # network that gives the logit in r = 2·σ(logit), a factor on what the layer adds; 0 for none
+    scales: Tensor | None = None  # (N,) float32, its logits for all tokens where one passes the gate
+    before: Tensor | None = None  # (N, D) workspace for the input of a scaled layer
 
     def fields(self) -> tuple[int, ...]:
-        """Return the values of `TaskStruct`."""
+        kv, deferred = self.kv, (0, 0, 0)
+        if self.defers:
+            deferred = kv.deferred.data_ptr(), kv.num_deferred.buffer_info()[0], kv.deferred_capacity
         return (
             self.layer.address,
-            self.kv.states.data_ptr(),
+            kv.states.data_ptr(),
             self.parts,
             address_of(self.counts),
-            *self._deferred(),
+            *deferred,
             *_list(self.mixed),
             *_list(self.fed),
             address_of(self.captured),
-            *((0, 0, 0) if self.scale is None else self.scale.fields()),
+            *(self.scale, address_of(self.scales), address_of(self.before)),
             *(NO_GATE if self.gate is None else self.gate.fields()),
             *(NO_GATE if self.gate_of_ffn is None else self.gate_of_ffn.fields()),
         )
-
-    def _deferred(self) -> tuple[int, int, int]:
-        kv = self.kv
-        if not self.defers:
-            return 0, 0, 0
-        return kv.deferred.data_ptr(), kv.num_deferred.buffer_info()[0], kv.deferred_capacity
 
 
 class Tasks:
@@ -243,5 +203,4 @@ class Tasks:
 
 
 def _list(part: Tensor | None) -> tuple[int, int]:
-    """Return the address and the length of a list."""
     return (0, 0) if part is None else (part.data_ptr(), len(part))

@@ -1,23 +1,100 @@
-"""A decoder layer of a Llama-like family over a flat list of tokens, (N, D) in and out, and the head.
+"""Linear layers, a decoder layer of a Llama-like family and the head by PyTorch's operators, over a list of N tokens.
 
-Biases, norms of queries and keys, norms before or after a branch, partial rotary embeddings, soft caps and sliding
-windows are those of `models/llama_like.py`.
+They run many tokens, and everything where the compiled kernels are not available.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.engine.backends.torch.linear import Linear
-from anydepth.engine.rotary import Rotation
-from anydepth.models.llama_like import LayerParts, Norm
+from anydepth.engine.new_tokens import Rotation
+from anydepth.models.llama_like import LayerParts, Norm, Weights
 from anydepth.models.load import cache_folder
+
+MANY_ROWS = 16
+"""From so many rows on int8 layers unpack their weights: the packed product is made for few rows."""
+
+
+class Linear:
+    """Dense layers of the same input, their outputs concatenated: (N, in) to (N, out).
+
+    The weights stay where the model has them. `silu`, `times` and `plus` fuse what follows the product, as far as the
+    library can.
+    """
+
+    def __init__(self, parts: Sequence[Weights]) -> None:
+        self.parts = parts
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.weight.numel() * part.weight.element_size() for part in self.parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outputs = [F.linear(x, part.weight, part.bias) for part in self.parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(self(x))
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        return self(x).mul_(factor)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self(x).add_(residual)
+
+
+class PrepackedLinear(Linear):
+    """Linear layers in oneDNN's own layout: CPU, bfloat16. Fuses activation, factor and residual."""
+
+    def __init__(self, parts: Sequence[Weights]) -> None:
+        super().__init__(parts)
+        whole = joined(parts)
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(whole.weight, 1), whole.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def silu(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+
+class Int8Linear(Linear):
+    """int8 weights (out, in) with scales (out,), bfloat16 activations, by PyTorch's product `_weight_int8pack_mm`."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.scales, self.bias = weight, scales, bias
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.numel() + self.scales.numel() * self.scales.element_size()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) >= MANY_ROWS:
+            output = F.linear(x, self.weight.to(x.dtype)).mul_(self.scales)
+        else:
+            output = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+def joined(parts: Sequence[Weights]) -> Weights:
+    """Return the layers as one, their outputs concatenated, in a copy."""
+    bias = None
+    if any(part.bias is not None for part in parts):
+        biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+        bias = torch.cat(biases)
+    return Weights(torch.cat([part.weight for part in parts]), bias)
 
 
 class RMSNorm:
@@ -32,7 +109,7 @@ class RMSNorm:
 
 
 class EngineLayer:
-    """Mixer and FFN of one layer by PyTorch's operators.
+    """Mixer and FFN of one layer by PyTorch's operators; the variants are those of `models/llama_like.py`.
 
     Args:
         linear: makes one linear layer of the weights of some roles, which share their input.
@@ -62,12 +139,10 @@ class EngineLayer:
 
     @property
     def mixer_bytes(self) -> int:
-        """Bytes of weights that the mixer reads."""
         return self.qkv.num_bytes + self.out.num_bytes
 
     @property
     def ffn_bytes(self) -> int:
-        """Bytes of weights that the FFN reads."""
         return self.gate.num_bytes + self.up.num_bytes + self.down.num_bytes
 
     # --- mixer -------------------------------------------------------------------------------------------------
@@ -170,22 +245,16 @@ class EngineLayer:
 
 
 class Head:
-    """Logits (..., V) of states (..., D).
-
-    Args:
-        softcap: c of c·tanh(logits / c), or None.
-    """
+    """Logits (..., V) of states (..., D); `softcap` is c of c·tanh(logits / c), or None."""
 
     def __init__(self, norm: RMSNorm, linear: Linear, softcap: float | None) -> None:
         self.norm, self.linear, self.softcap = norm, linear, softcap
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of weights that it reads."""
         return self.linear.num_bytes
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the logits."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = self._product(flat).view(*hidden.shape[:-1], -1)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

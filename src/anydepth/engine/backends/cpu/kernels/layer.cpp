@@ -1,8 +1,8 @@
 // Decoding kernels: layers of a Llama-like decoder for a few tokens.
 //
 // Weights are read once for all tokens (`product.h`); sums are in float32, and results are rounded to the activations'
-// type where the Hugging Face model rounds them. `build.py` compiles this file for the machine that it runs on, and Python
-// calls it through a C interface; the structs here and in `native.py` must match.
+// type where the Hugging Face model rounds them. `native.py` compiles this file for the machine that it runs on, and calls
+// it through a C interface; the structs in both must match.
 
 #include "attention.h"
 #include "confidence.h"

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from anydepth.engine.backends.cpu.native import MAX_TOKENS, why_not
-from anydepth.engine.backends.cpu.networks import NativeNetworks
-from anydepth.engine.backends.cpu.packing import Memory
+from anydepth.engine.backends.cpu.packing import Memory, NativeNetworks
 from anydepth.gating.gate_network import GateNetwork
 
 pytestmark = pytest.mark.skipif(

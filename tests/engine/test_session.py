@@ -49,7 +49,7 @@ def check(model: PreTrainedModel, weights: str, methods: list[dict[str, Any]]) -
             cache.rewind(slot, length)
 
     def logits(ids: torch.Tensor, slots: list[int]) -> torch.Tensor:
-        return engine.logits(engine.forward(ids, slots, cache, plan)[0])
+        return engine.head(engine.forward(ids, slots, cache, plan)[0])
 
     everyone = list(range(NUM_ROWS))
     alone = [
