@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
-from anydepth.config import validate
+from anydepth.config import StrictConfig, validate
+from anydepth.draft_sections import DrafterConfig, OnlineSearchConfig, OwnTextConfig
 from anydepth.errors import UserError
 from anydepth.methods import METHODS
 from anydepth.recipe import Recipe
@@ -24,15 +24,13 @@ def test_import_is_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def former_options() -> list[Any]:
-    return [(name, option) for name, method in METHODS.items() for option in method.Config.constants]
+FORMER = [*(method.Config for method in METHODS.values()), OnlineSearchConfig, OwnTextConfig, DrafterConfig]
 
 
-@pytest.mark.parametrize(("name", "option"), former_options())
-def test_a_former_option_loads_at_its_constant_alone(name: str, option: str) -> None:
+@pytest.mark.parametrize(("config", "option"), [(config, option) for config in FORMER for option in config.constants])
+def test_a_former_option_loads_at_its_constant_alone(config: type[StrictConfig], option: str) -> None:
     """Checkpoints store every option of a method, also those that have become constants since."""
-    config = METHODS[name].Config
     assert option not in config.model_fields
-    assert validate(config, {option: config.constants[option]}, where=name) == validate(config, {}, where=name)
-    with pytest.raises(UserError, match=f"{name}: .*{option}"):
-        validate(config, {option: 17}, where=name)
+    assert validate(config, {option: config.constants[option]}, where="here") == validate(config, {}, where="here")
+    with pytest.raises(UserError, match=f"here: .*{option}"):
+        validate(config, {option: 17}, where="here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -50,6 +50,8 @@ class DraftNetworkConfig(StrictConfig):
 class OnlineSearchConfig(StrictConfig):
     """A skip set for drafting, searched on the text being generated."""
 
+    constants: ClassVar[dict[str, Any]] = {"num_searches": 60}
+
     strategy: Literal["bayesian", "dynamic", "influence", "knapsack"] = Field(
         default="bayesian",
         description="As in `anydepth search`; bayesian tries one more set each time, knapsack times layers once.",
@@ -90,12 +92,16 @@ class DraftConfig(StrictConfig):
 class OwnTextConfig(StrictConfig):
     """Self-generated text for the training of a drafter."""
 
+    constants: ClassVar[dict[str, Any]] = {"opened": 0.85, "max_question": 96, "max_answer": 96, "num_slots": 48}
+
     num_tokens: int = Field(default=1_200_000, ge=1000, description="Tokens, those of prompts included.")
     temperature: float = Field(default=0.8, gt=0, description="Temperature of prompts, which the model writes.")
 
 
 class DrafterConfig(StrictConfig):
     """Training of a drafter's network; the model does not change."""
+
+    constants: ClassVar[dict[str, Any]] = {"max_gradient_norm": 1.0, "num_guesses": 2}
 
     own_text: OwnTextConfig = Field(default=OwnTextConfig(), description="Training text.")
     max_steps: int = Field(default=800, ge=1, description="Optimiser steps.")

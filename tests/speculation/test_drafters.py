@@ -75,7 +75,7 @@ def test_a_search_by_time_measures_once_and_skips_least_influence_per_time(
 
     monkeypatch.setattr(session, "layer_seconds", planted)
     turns = dict.fromkeys([("layer", i) for i in range(6)], 1.0) | {("layer", 4): 1.5}
-    monkeypatch.setattr("anydepth.search.knapsack.influences", lambda *_: turns)
+    monkeypatch.setattr("anydepth.search.skip_search.influences", lambda *_: turns)
     for seed in range(2):
         wanted, ours = both(runner, prompts(1, seed), do_sample=False, eos_token_id=None)
         assert torch.equal(wanted, ours)

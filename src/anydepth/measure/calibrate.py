@@ -88,7 +88,7 @@ class Calibration:
 
     @cached_property
     def prompts(self) -> Tensor:
-        """(N, T) prompts of timed generations."""
+        """Return (N, T) prompts of timed generations."""
         data, length, new_tokens = (self.options[name] for name in ("data", "prompt_tokens", "new_tokens"))
         prompts = load_prompts(self.engine.adapted, self.tokenizer, data, [length], new_tokens)
         return prompts[: self.options["num_runs"]]

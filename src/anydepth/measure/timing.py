@@ -21,7 +21,7 @@ from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import Request
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.engine.backends.cpu import native
-from anydepth.engine.huge_pages import huge
+from anydepth.engine.kv_cache import huge
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
 from anydepth.measure.results import num_cores
