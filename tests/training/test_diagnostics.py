@@ -170,7 +170,7 @@ def test_training_warns_once_of_gates_that_stay_open(tmp_path: Any, capsys: pyte
     assert len(said) == 1 and said[0][0] == 6  # a fifth of 30
     assert len(said[0][1]) == 1 and "almost every token runs the gated layers" in said[0][1][0]
     recipe = type("Recipe", (), {"train": settings(), "drafter": None, "phases": None})
-    line = step_line(Printer(as_json=False, quiet=False), recipe)
+    line = step_line(Printer(), recipe)
     for row in history:
         line(row)
     told = [text for text in capsys.readouterr().err.splitlines() if "warning" in text]
@@ -184,7 +184,7 @@ def test_steps_of_phases_are_counted_over_all_phases(
     """Steps go on from phase to phase: 7 + 5, never the 30 of `train`; epochs take as many as there is text."""
     phases = [{"name": "a", "train": ["ffn_router"], "max_steps": 7}, {"name": "b", "train": ["ffn_router"], **second}]
     recipe = {"methods": ["ffn_router"], "train": {"max_steps": 30}, "phases": phases}
-    step_line(Printer(as_json=False, quiet=False), validate(Recipe, recipe, where="recipe"))({"step": 1})
+    step_line(Printer(), validate(Recipe, recipe, where="recipe"))({"step": 1})
     assert shown in capsys.readouterr().err
 
 

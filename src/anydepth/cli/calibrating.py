@@ -128,7 +128,8 @@ def _finish(call: opt.Call, adapted: Any, tokenizer: Any, fields: dict[str, Any]
         exits: Any = adapted.methods[EarlyExit.name]
         limits = exits.thresholds_of(exits.config)
         write_json(exits_file, {"layers": list(limits), "thresholds": list(limits.values())})
-    result = call.document("calibrate", adapted, label=adapted.label, **fields, thresholds=thresholds)
+    fields |= {"thresholds": thresholds, "label": adapted.label}
+    result = call.document("calibrate", adapted, **fields)
     write_json(out / "calibrate.json", result)
     call.result(result, show_calibration)
 
