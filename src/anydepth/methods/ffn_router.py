@@ -107,7 +107,7 @@ class FFNRouter(Trained, Calibrated):
         if layer_idx in seen:  # a recomputation in backward must get the same quantile
             _, _, threshold = seen[layer_idx]
         else:
-            threshold = self._quantile(self.columns[layer_idx], score[context.token_mask].float())
+            threshold = self._quantile(self.columns[layer_idx], score.detach()[context.token_mask].float())
         keep = score > threshold
         margin = (score - threshold) / self.config.backward_temperature
         soft = torch.sigmoid(margin)
