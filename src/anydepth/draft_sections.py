@@ -50,7 +50,7 @@ class DraftNetworkConfig(StrictConfig):
 class OnlineSearchConfig(StrictConfig):
     """A skip set for drafting, searched on the text being generated."""
 
-    constants: ClassVar[dict[str, Any]] = {"num_searches": 60}
+    constants: ClassVar[Mapping[str, Any]] = {"num_searches": 60}
 
     strategy: Literal["bayesian", "dynamic", "influence", "knapsack"] = Field(
         default="bayesian",
@@ -92,7 +92,7 @@ class DraftConfig(StrictConfig):
 class OwnTextConfig(StrictConfig):
     """Self-generated text for the training of a drafter."""
 
-    constants: ClassVar[dict[str, Any]] = {"opened": 0.85, "max_question": 96, "max_answer": 96, "num_slots": 48}
+    constants: ClassVar[Mapping[str, Any]] = {"opened": 0.85, "max_question": 96, "max_answer": 96, "num_slots": 48}
 
     num_tokens: int = Field(default=1_200_000, ge=1000, description="Tokens, those of prompts included.")
     temperature: float = Field(default=0.8, gt=0, description="Temperature of prompts, which the model writes.")
@@ -101,7 +101,7 @@ class OwnTextConfig(StrictConfig):
 class DrafterConfig(StrictConfig):
     """Training of a drafter's network; the model does not change."""
 
-    constants: ClassVar[dict[str, Any]] = {"max_gradient_norm": 1.0, "num_guesses": 2}
+    constants: ClassVar[Mapping[str, Any]] = {"max_gradient_norm": 1.0, "num_guesses": 2}
 
     own_text: OwnTextConfig = Field(default=OwnTextConfig(), description="Training text.")
     max_steps: int = Field(default=800, ge=1, description="Optimiser steps.")

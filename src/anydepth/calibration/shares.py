@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import mean
 from typing import Any
@@ -150,7 +150,7 @@ def set_thresholds(adapted: AdaptedModel, thresholds: Thresholds) -> None:
 
 
 @contextmanager
-def restored(adapted: AdaptedModel) -> Iterator[None]:
+def restored(adapted: AdaptedModel) -> Generator[None]:
     """Restore the thresholds after the block."""
     before = {method: method.config for method in _with_threshold(adapted)}
     try:

@@ -31,6 +31,7 @@ class Drafting(Protocol):
 
     def open(self, session: Session) -> StepPolicy:
         """Return the step policy for the drafted requests of a session."""
+        ...
 
 
 class Draft(Protocol):
@@ -38,6 +39,7 @@ class Draft(Protocol):
 
     def on(self, engine: Engine) -> Drafting:
         """Open the drafters on an engine."""
+        ...
 
 
 class Engine(ABC):

@@ -27,15 +27,18 @@ class Session(Protocol):
     @property
     def is_full(self) -> bool:
         """Whether no further sequence can be opened."""
+        ...
 
     def open(self) -> int:
         """Start an empty sequence; return its id."""
+        ...
 
     def close(self, sequence: int) -> None:
         """Remove a sequence; its id is free again."""
 
     def length(self, sequence: int) -> int:
         """Return the number of committed tokens."""
+        ...
 
     def read(
         self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
@@ -45,14 +48,17 @@ class Session(Protocol):
         Args:
             capture: keep the states that `captured` returns; runs at full depth.
         """
+        ...
 
     def step(
         self, sequences: Sequence[int], ids: Sequence[int], plan: Plan
     ) -> tuple[Tensor, list[tuple[PassRecord, int]]]:
         """Run one more token of each sequence; return (R, V) logits, and for each sequence its forward and row."""
+        ...
 
     def num_kv(self, sequence: int) -> list[int]:
         """Return the number of tokens with K/V, by layer."""
+        ...
 
     def rewind(self, sequence: int, length: int) -> None:
         """Remove the tokens from position `length` on."""
@@ -61,12 +67,14 @@ class Session(Protocol):
 
     def draft(self, sequences: Sequence[int], ids: Sequence[int], plan: Plan) -> Tensor:
         """Run one more token of each sequence by a pruned plan, uncommitted; return (R, V) logits."""
+        ...
 
     def draft_exits(self, sequences: Sequence[int], ids: Sequence[int], exit_layer: int) -> list[Tensor]:
         """Run the first layers for one more token of each sequence; return (1, D) states.
 
         `verify` does not run these layers again.
         """
+        ...
 
     def verify(self, sequences: Sequence[int], ids: Sequence[Sequence[int]], exit_layer: int = 0) -> list[Tensor]:
         """Run the last token and the K draft tokens of each sequence at full depth; return (K + 1, V) logits each.
@@ -74,21 +82,26 @@ class Session(Protocol):
         Args:
             exit_layer: number of first layers that `draft_exits` ran in this round; 0: none.
         """
+        ...
 
     def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
         """Commit the first `num_tokens` verified tokens of each sequence, and remove the rest."""
 
     def captured(self, sequence: int) -> list[Tensor]:
         """Return (N, D) states by captured layer, of the latest tokens read or committed."""
+        ...
 
     def draft_limit(self, sequence: int) -> int | None:
         """Return how many draft tokens can be verified with the bits of plain steps; None: any number."""
+        ...
 
     def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
         """Score the last N committed tokens by a pruned plan, and restore their K/V; return (N, V) logits."""
+        ...
 
     def layer_seconds(self, sequence: int, ids: Sequence[int]) -> list[float]:
         """Measure the median seconds of each layer in a decoding step, after `ids` or all committed tokens."""
+        ...
 
 
 class StepPolicy(Protocol):

@@ -87,7 +87,9 @@ class Replay(Method):
         for layer_idx, rule in enumerate(trace.kv_rules):
             mixers, ffns = trace.mixer_keep[layer_idx], trace.ffn_keep[layer_idx]
             branches: dict[Branch, Tensor] = {"mixer": mixers, "ffn": ffns}
-            for branch, keep in ({"layer": mixers} if rule == "recompute" else branches).items():
+            if rule == "recompute":
+                branches = {"layer": mixers}
+            for branch, keep in branches.items():
                 alternates = self.alternates if branch == "mixer" and layer_idx in self.alternates else None
                 score = Known(1, partial(_repeated, keep))
                 gates.append(GateSpec((layer_idx,), branch, score, 0.5, rule, alternates=alternates))

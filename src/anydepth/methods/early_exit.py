@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -32,7 +32,7 @@ from anydepth.models.backbone import Backbone
 
 
 class EarlyExitConfig(StrictConfig):
-    constants: ClassVar[dict[str, Any]] = {"decay_length": 512, "classifier_weight": 1.0}
+    constants: ClassVar[Mapping[str, Any]] = {"decay_length": 512, "classifier_weight": 1.0}
 
     layers: list[int] | None = Field(
         default=None, description="Layers before which tokens may exit; null is half and three quarters of all."

@@ -7,6 +7,7 @@ the expected loss under the soft distribution p(l) = s_l·Π_{j<l}(1 − s_j), w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,7 +31,7 @@ FORWARD_TEMPERATURE = 0.5
 
 
 class ExitGateConfig(StrictConfig):
-    constants: ClassVar[dict[str, Any]] = {"forward_temperature": 0.5, "expected_weight": 1.0}
+    constants: ClassVar[Mapping[str, Any]] = {"forward_temperature": 0.5, "expected_weight": 1.0}
 
     layers: list[int] | None = Field(
         default=None, description="Layers with a gate before them; null is five, spread from a fifth of the depth on."

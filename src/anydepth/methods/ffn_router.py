@@ -8,6 +8,7 @@ and uses a straight-through gradient; inference compares with the last quantile.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,7 @@ MOMENTUM = 0.9
 
 
 class FFNRouterConfig(StrictConfig):
-    constants: ClassVar[dict[str, Any]] = {"z_loss_weight": 1e-3, "capacity_weight": 1.0, "quantile_momentum": 0.9}
+    constants: ClassVar[Mapping[str, Any]] = {"z_loss_weight": 1e-3, "capacity_weight": 1.0, "quantile_momentum": 0.9}
 
     layers: list[int] | None = Field(default=None, description="Layers with a routed FFN; null is all but the first.")
     capacity: float = training_field(

@@ -8,6 +8,7 @@ also Skip-Layer attention (Zeng et al. 2023) and Router-Tuning (He et al. 2024).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -34,7 +35,7 @@ BASELINE_MOMENTUM = 0.9
 
 
 class LayerRouterConfig(StrictConfig):
-    constants: ClassVar[dict[str, Any]] = {"lagrange_rate": 0.05, "baseline_momentum": 0.9}
+    constants: ClassVar[Mapping[str, Any]] = {"lagrange_rate": 0.05, "baseline_momentum": 0.9}
 
     branch: Literal["layer", "mixer"] = Field(
         default="layer", description="Branch that tokens skip: whole layers, or mixers only while the FFNs run."

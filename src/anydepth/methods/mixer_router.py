@@ -7,7 +7,7 @@ only, and the K/V cache has only those. Lossy; trained by hard Gumbel decisions 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,7 +32,7 @@ READ_AT = 1
 
 
 class MixerRouterConfig(StrictConfig):
-    constants: ClassVar[dict[str, Any]] = {
+    constants: ClassVar[Mapping[str, Any]] = {
         "linear": {
             "num_key_heads": None,
             "num_value_heads": None,

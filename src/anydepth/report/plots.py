@@ -19,7 +19,7 @@ INK, PAPER, FAINT = "#ececf0", "#17171a", "#a5a5b0"
 Document = dict[str, Any]
 WIDTH = 5.2
 """Inches: narrow, so that 8-point text is legible when the page is as wide as a phone."""
-STYLE = {
+STYLE: Any = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 9,

@@ -4,6 +4,9 @@ With any drafter, generated tokens are those of full depth, sampled ones too. La
 (Xia et al. 2024), EAGLE (Li et al. 2024), prompt lookup (Saxena 2023).
 """
 
+# The types of torch and safetensors are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import json

@@ -5,6 +5,9 @@ the drafter's vocabulary. Training unrolls the drafter as decoding does: from th
 replaces the model's states, while earlier tokens keep theirs (EAGLE-3, Li et al. 2025, training-time test).
 """
 
+# The types of torch and safetensors are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import json

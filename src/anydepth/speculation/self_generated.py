@@ -5,6 +5,9 @@ seed for variety; then it writes the completion greedily, as at inference. Any o
 text and continues greedily. A drafter trained on the model's own text has the model's own licence.
 """
 
+# The types of torch and safetensors are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import time

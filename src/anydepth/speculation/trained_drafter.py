@@ -5,6 +5,9 @@ follows it (EAGLE, Li et al. 2024; states of several layers, EAGLE-3, Li et al. 
 output replaces those states.
 """
 
+# The types of torch and safetensors are not complete; a file alone can relax rules of `strict`.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import copy
