@@ -49,7 +49,7 @@ WAYS = columns(
     rouge_l="ROUGE-L against full depth",
     mean_depth="layers a token",
 )
-UNSEEN = columns("label perplexity", loss="nats a token", weight_bytes="bytes a token")
+UNSEEN = columns("label perplexity", loss="nats a token", weight_bytes="weights read a token")
 CAPACITIES = columns(
     f"label realised_capacity speedup perplexity {INCREASE} untouched_perplexity",
     realised_capacity="run on held-out text",
@@ -68,9 +68,15 @@ def capacities(document: Document) -> list[Document]:
     return [*document["sweep"], *([document["control"]] if document["control"] else [])]
 
 
-def number(value: Any) -> str:
-    """Return a value as tables and sentences show it; nothing for None."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def number(value: Any, key: str = "") -> str:
+    """Return the value of a key as tables and sentences show it; nothing for None."""
+    if value is None:
+        return ""
+    if key.endswith("_increase"):
+        return f"{value:+.1%}"
+    if key.endswith("_bytes"):
+        return f"{value / 1e6:.1f} MB"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def speedup(row: Document, times: str = "") -> str:
@@ -157,7 +163,8 @@ def named(documents: Sequence[Document]) -> dict[str, Document]:
 def cell(key: str, row: Document) -> str:
     """Return a value with its standard error or half range, or with its range or interval, unless that is one value."""
     value = row.get(key)
+    shown = number(value, key)
     if error := row.get(f"{key}_stderr") or row.get(f"{key}_half_range"):
-        return f"{number(value)} ± {error:.2g}"
+        return f"{shown} ± {error:.2g}"
     low, high = row.get(f"{key}_range") or row.get(f"{key}_interval") or (value, value)
-    return number(value) + ("" if low == high else f" ({number(low)} to {number(high)})")
+    return shown + ("" if low == high else f" ({number(low, key)} to {number(high, key)})")
