@@ -73,6 +73,10 @@ class DraftConfig(StrictConfig):
     exit_vocabulary: int | None = Field(
         default=None, ge=16, description="First token ids that drafts of exit_layers are limited to; null is all."
     )
+    quantised: Literal["int8", "int4"] | None = Field(
+        default=None,
+        description="Draft with a copy of the model in so many bits, over the model's own K/V; null is none.",
+    )
     search: OnlineSearchConfig | None = Field(
         default=None, description="Draft with a skip set that is searched meanwhile; null is none."
     )

@@ -15,11 +15,12 @@ from anydepth.engine.backends.torch.layer import EngineLayer, Head
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.new_tokens import NewTokens, Rotations
 from anydepth.engine.step import ExitPass, Step
-from anydepth.engine.weights import WEIGHTS, WeightFormat
+from anydepth.engine.weights import WEIGHTS, Native, WeightFormat
 from anydepth.errors import UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.backbone import Backbone
+from anydepth.models.blocks import block_modules
 from anydepth.models.llama_like import LayerParts, Norm, Weights, norm_of, read_layers, weights_of
 from anydepth.models.load import dtype_name
 
@@ -46,10 +47,15 @@ class EngineModel:
     ) -> None:
         parts = read_layers(backbone)
         own = dtype_name(backbone.model)
-        self.weights = name = weights or own
+        is_native = next(block_modules(backbone.model), None) is not None
+        self.weights = name = weights or (Native.name if is_native else own)
         if name not in WEIGHTS:
             raise UserError(f"weights '{name}' are unknown; weights are {', '.join(WEIGHTS)}")
         chosen = WEIGHTS[name]
+        if is_native and chosen is not Native:
+            raise UserError(f"the model has the blocks of its GGUF file; load it without `native` to run {name} weights")
+        if chosen is Native and not is_native:
+            raise UserError("native weights are the blocks of a .gguf file, and this model has none; leave weights out")
         if chosen.dtype != backbone.model.dtype:
             wanted = str(chosen.dtype).removeprefix("torch.")
             if chosen.is_quantised:
@@ -66,7 +72,7 @@ class EngineModel:
         self.layers = [self.backend.layer(part, chosen) for part in parts]
         self.head = self.head_of(norm_of(backbone.final_norm), name)
         self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
-        self.embedding = backbone.decoder.get_submodule(backbone.family.embedding)
+        self.embedding = self.backend.embedding(backbone.decoder.get_submodule(backbone.family.embedding))
 
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
         """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""

@@ -2,7 +2,7 @@
 
 For the kernels weights are packed in the order in which they are read: panels of 16 outputs. A panel has the same few
 inputs of its 16 outputs in 64 bytes: 1 float32, 2 bfloat16, 4 int8 or 8 int4 of each. `kernels/product.h` reads them;
-the two files must agree.
+the two files must agree. Weights in the blocks of a GGUF file are repacked by the kernels themselves (`native`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from anydepth.errors import UserError
 from anydepth.models.llama_like import Weights
 
 PANEL = 16
+GROUP = 32
+"""Inputs that are together in a panel of integers, and have the same step in int4."""
 
 
 class WeightFormat:
@@ -80,6 +82,13 @@ class BFloat16(WeightFormat):
 
 
 @register
+class Native(BFloat16):
+    """The blocks of a GGUF file as they are stored; what the file has in no blocks is in bfloat16."""
+
+    name, is_quantised, needs_kernels = "native", True, True
+
+
+@register
 class Float16(WeightFormat):
     name, dtype = "float16", torch.float16
 
@@ -106,7 +115,8 @@ class Int8(WeightFormat):
     def pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         steps, scales = cls.quantise(weight)
         # 128 is zero; padded inputs are multiplied with zeros, and padded outputs are not read.
-        packed = _panels((steps.to(torch.int16) + 128).to(torch.uint8), cls.num_together)
+        bytes_ = F.pad((steps.to(torch.int16) + 128).to(torch.uint8), (0, -steps.shape[1] % GROUP))
+        packed = _panels(bytes_, cls.num_together)
         return packed, F.pad(scales, (0, packed.shape[0] * PANEL - len(scales)))
 
     @classmethod
@@ -119,40 +129,40 @@ class Int8(WeightFormat):
 
 @register
 class Int4(WeightFormat):
-    """4 bits with a step and an offset per group of inputs; packed as bytes of two, scales (panels, in / 32, 2, 16).
+    """4 bits with a step and an offset per group of inputs; packed as bytes of two, scales (panels, groups, 2, 16).
 
     The head stays in int8, as it is the part of a model that 4 bits cost most: 5.9% perplexity of the embedded model,
     all of int4's loss.
     """
 
     name, dtype, num_together, kernel_id, is_quantised = "int4", torch.bfloat16, 4, 3, True
-    needs_kernels, head, group = True, "int8", 32
+    needs_kernels, head = True, "int8"
 
     @classmethod
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return s, (out, groups, 32) uint8 below 16, and bfloat16 steps and offsets.
+        """Return s, (out, groups, 32) uint8 below 16, and float16 steps and offsets.
 
-        The weight is (s − 8) · step + offset. Raises `UserError` where inputs are not whole groups.
+        The weight is s · step + offset. Raises `UserError` where inputs are not whole groups.
         """
-        if weight.shape[1] % cls.group:
-            raise UserError(f"int4 weights want inputs in groups of {cls.group}, not {weight.shape[1]}; use int8")
-        groups = weight.float().view(len(weight), -1, cls.group)
+        if weight.shape[1] % GROUP:
+            raise UserError(f"int4 weights want inputs in groups of {GROUP}, not {weight.shape[1]}; use int8")
+        groups = weight.float().view(len(weight), -1, GROUP)
         low, high = groups.amin(2), groups.amax(2)
-        steps = ((high - low) / 15).clamp_min(1e-9).to(torch.bfloat16)
-        offsets = (low + 8 * steps.float()).to(torch.bfloat16)
-        quantised = ((groups - offsets.float()[..., None]) / steps.float()[..., None] + 8).round().clamp(0, 15)
+        steps = ((high - low) / 15).clamp_min(1e-7).to(torch.float16)
+        offsets = low.to(torch.float16)
+        quantised = ((groups - offsets.float()[..., None]) / steps.float()[..., None]).round().clamp(0, 15)
         return quantised.to(torch.uint8), steps, offsets
 
     @classmethod
     def dense(cls, weight: Tensor) -> Tensor:
         steps, step, offset = cls.quantise(weight)
-        return ((steps.float() - 8) * step.float()[..., None] + offset.float()[..., None]).flatten(1)
+        return (steps.float() * step.float()[..., None] + offset.float()[..., None]).flatten(1)
 
     @classmethod
     def pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         steps, step, offset = cls.quantise(weight)
         halves = _panels(steps.flatten(1), cls.num_together)  # (panels, in / 4, 16, 4)
-        halves = halves.view(len(halves), -1, cls.group // 8, 2, PANEL, 4)
+        halves = halves.view(len(halves), -1, GROUP // 8, 2, PANEL, 4)
         packed = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
         return packed, torch.stack([_panels(part, 1)[..., 0] for part in (step, offset)], dim=2)
 

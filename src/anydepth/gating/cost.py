@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from anydepth.gating.trace import PassRecord, Trace
 from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.blocks import BlockLinear, block_modules
 from anydepth.models.plain import running_modules
 
 
@@ -180,14 +181,15 @@ def branch_weight_bytes(view: LayerView) -> tuple[int, int]:
 
 def weight_bytes(module: nn.Module) -> int:
     """Return the stored bytes of a module's parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    stored = chain(module.parameters(), (part.data for part in block_modules(module)))
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
 
 def _linear_flops(module: nn.Module) -> int:
     """Return the FLOPs per token of all linear layers of a module; by features, because 4-bit weights are packed."""
     total = 0
     for child in running_modules(module):
-        if isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear | BlockLinear):
             total += 2 * child.in_features * child.out_features
         elif isinstance(child, Conv1D):
             total += 2 * child.weight.numel()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
+from anydepth.models.blocks import BlockLinear
 from anydepth.models.families import Family, family_of
 from anydepth.models.hooks import Hooks
 from anydepth.models.plain import check_adapters, chosen_module
@@ -194,7 +196,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return next(self.decoder.get_submodule(self.family.embedding).parameters()).device
+        embedding = self.decoder.get_submodule(self.family.embedding)
+        return next(chain(embedding.parameters(), embedding.buffers())).device
 
     @property
     def head(self) -> nn.Module:
@@ -229,6 +232,9 @@ class Backbone:
         head = chosen_module(self.head)
         if vocabulary is None:
             logits = self.head(states)
+        elif isinstance(head, BlockLinear):
+            bias = None if head.bias is None else head.bias[vocabulary]
+            logits = F.linear(states, head.blocks[vocabulary].dense().to(states.dtype), bias)
         elif type(head) is nn.Linear:
             bias = None if head.bias is None else head.bias[vocabulary]
             logits = F.linear(states, head.weight[vocabulary], bias)

@@ -1,20 +1,41 @@
-"""Read a model and its tokenizer from a GGUF file, dequantised."""
+"""Read a model and its tokenizer from a GGUF file: dequantised, or with its weights in blocks as they are stored."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, get_tensor_name_map
+from gguf.quants import dequantize
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
 from anydepth.errors import UserError
+from anydepth.models.blocks import BlockEmbedding, BlockLinear, Blocks
 from anydepth.models.reading import check_whole, reading
 
 QUANTISED_DTYPE = torch.bfloat16
 """The type of a model that is stored with quantised weights."""
+BLOCK_KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""Types of blocks that the fast engine reads as they are; tensors of others are dequantised."""
+TENSORS = "tensors.json"
+"""In the cached metadata of a file: type, shape and position of every tensor."""
 
 
 def from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -52,3 +73,113 @@ def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> No
     if field is not None and field.contents() == "smollm":
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)  # type: ignore[attr-defined]
+
+
+def native_from_gguf(path: Path, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a model whose linear layers and embedding keep their blocks, mapped from the file.
+
+    Args:
+        cache: folder for the metadata of files, which take seconds to convert; stored at the first call.
+
+    Raises:
+        UserError: no such file, a damaged one, or a family without GGUF names.
+    """
+    if not path.is_file():
+        raise UserError(f"no file at {path}; give the path of a .gguf file")
+    with reading(f"GGUF file {path}"):
+        folder = _metadata(path, cache)
+        table = json.loads((folder / TENSORS).read_text())
+        config = AutoConfig.from_pretrained(str(folder))
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=QUANTISED_DTYPE)
+        _fill(model, path, table)
+        return model, AutoTokenizer.from_pretrained(str(folder))
+
+
+def _metadata(path: Path, cache: Path) -> Path:
+    """Return the folder of a file's config, tokenizer and table of tensors, converted if it does not exist."""
+    state = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache / "gguf" / f"{path.stem}-{key}"
+    if (folder / TENSORS).exists():
+        return folder
+    staging = folder.with_name(f".{folder.name}-{os.getpid()}")
+    options: dict[str, Any] = {"gguf_file": path.name}
+    reader = GGUFReader(path)
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+    _repair_digits(tokenizer, reader)
+    architecture = reader.fields["general.architecture"].contents()
+    tensors = [
+        {
+            "name": tensor.name,
+            "kind": tensor.tensor_type.name,
+            "shape": [int(size) for size in reversed(tensor.shape)],
+            "stored": [int(size) for size in tensor.data.shape],
+            "offset": int(tensor.data_offset),
+            "bytes": int(tensor.n_bytes),
+        }
+        for tensor in reader.tensors
+    ]
+    try:
+        AutoConfig.from_pretrained(str(path.parent), **options).save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
+        (staging / TENSORS).write_text(json.dumps({"architecture": architecture, "tensors": tensors}))
+        staging.rename(folder)
+    except OSError:
+        if not (folder / TENSORS).exists():  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _fill(model: PreTrainedModel, path: Path, table: dict[str, Any]) -> None:
+    """Give a model the tensors of a file: blocks where the fast engine reads them, dense parameters elsewhere."""
+    file = np.memmap(path, mode="c")  # copy on write, since PyTorch asks for memory that could be written
+    named = {value: key for key, value in MODEL_ARCH_NAMES.items()}[table["architecture"]]
+    names = get_tensor_name_map(named, model.config.num_hidden_layers)
+    processor = TENSOR_PROCESSORS.get(table["architecture"], TensorProcessor)(config=model.config.to_dict())
+    by_name = {tensor["name"]: tensor for tensor in table["tensors"]}
+    missing: list[str] = []
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for name, module in list(model.named_modules()):
+        for suffix in sorted(suffix for suffix, _ in module.named_parameters(recurse=False)):  # biases first
+            tensor = by_name.get(f"{names.get_name(name)}.{suffix}")
+            if tensor is None:
+                missing += [] if module is head and model.config.tie_word_embeddings else [f"{name}.{suffix}"]
+                continue
+            stored = file[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
+            kind = GGMLQuantizationType[tensor["kind"]]
+            in_blocks = kind.name in BLOCK_KINDS and isinstance(module, nn.Linear | nn.Embedding)
+            values = stored.reshape(tensor["stored"]) if in_blocks else _dense(stored, kind, tensor["shape"])
+            values = processor.process(weights=values, name=tensor["name"], parsed_parameters={}).weights
+            if in_blocks:
+                _replace(model, name, _block_module(module, Blocks(torch.from_numpy(values), kind)))
+            else:
+                setattr(module, suffix, nn.Parameter(torch.from_numpy(values).to(QUANTISED_DTYPE), requires_grad=False))
+    if missing:
+        raise UserError(f"GGUF file {path} lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+    embedding = model.get_input_embeddings()
+    if model.config.tie_word_embeddings and isinstance(embedding, BlockEmbedding):
+        model.set_output_embeddings(BlockLinear(embedding.blocks, None, QUANTISED_DTYPE))
+
+
+def _dense(stored: np.ndarray, kind: GGMLQuantizationType, shape: list[int]) -> np.ndarray:
+    """Return a tensor of a file in float32."""
+    dense = {"F32": np.float32, "F16": np.float16}.get(kind.name)
+    values = dequantize(stored, kind) if dense is None else stored.view(dense)
+    return np.array(values, dtype=np.float32).reshape(shape)
+
+
+def _block_module(module: nn.Module, blocks: Blocks) -> nn.Module:
+    """Return a module over blocks in place of a dense one."""
+    if isinstance(module, nn.Embedding):
+        scale: Any = getattr(module, "scalar_embed_scale", None)
+        return BlockEmbedding(blocks, QUANTISED_DTYPE, scale)
+    bias: Any = module.bias
+    return BlockLinear(blocks, bias, QUANTISED_DTYPE)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anydepth.errors import UserError
 from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.blocks import BlockLinear, Blocks
 from anydepth.models.plain import base_module, chosen_module, plain_module
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3")
@@ -31,7 +32,7 @@ class Norm:
 class Weights:
     """A linear layer: weight (out, in), bias (out,) or None."""
 
-    weight: Tensor
+    weight: Tensor | Blocks
     bias: Tensor | None
 
 
@@ -169,6 +170,8 @@ def _norm(module: nn.Module | None) -> Norm | None:
 def weights_of(module: nn.Module) -> Weights:
     """Return the weights of a linear layer, its adapters folded into a copy; raise `UserError` as `layer_parts`."""
     base = base_module(module)
+    if isinstance(base, BlockLinear) and base is module:
+        return Weights(base.blocks, None if base.bias is None else base.bias.detach())
     if type(base) is not nn.Linear:
         raise UserError(
             f"the fast engine takes plain linear layers and found {type(base).__name__}; load without quantisation, or "

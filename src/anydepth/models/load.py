@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import shutil
 import warnings
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
 from anydepth.models.backbone import unwrap
+from anydepth.models.blocks import BlockLinear, BlockModule, Blocks
 from anydepth.models.families import family_of
 from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf
 from anydepth.models.plain import base_modules
@@ -311,7 +313,7 @@ def base_fingerprint(model: nn.Module, *, light: bool = False, biases: bool = Tr
     """
     causal_lm, seen = unwrap(model), set[int]()
     digest = hashlib.sha256(causal_lm.config.model_type.encode())
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Tensor | Blocks] = {}
     for module_name, module in base_modules(causal_lm):
         is_linear = isinstance(module, nn.Linear | Conv1D)
         for name, parameter in module.named_parameters(module_name, recurse=False):
@@ -319,8 +321,14 @@ def base_fingerprint(model: nn.Module, *, light: bool = False, biases: bool = Tr
             if id(parameter) not in seen and counts:
                 found[name] = parameter
             seen.add(id(parameter))
-    for name, parameter in sorted(found.items()):
-        stride = max(parameter.numel() // 16, 1)
-        sample = parameter.detach().flatten()[::stride][:16].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        if isinstance(module, BlockModule) and id(module.data) not in seen:
+            seen.add(id(module.data))
+            if not (light and isinstance(module, BlockLinear)):
+                found[f"{module_name}.weight"] = module.blocks
+    for name, weight in sorted(found.items()):
+        size = math.prod(weight.shape)
+        positions = torch.arange(0, size, max(size // 16, 1))[:16]
+        sample = weight.sample(positions) if isinstance(weight, Blocks) else weight.detach().flatten()[positions]
+        values = sample.to(torch.bfloat16).float().cpu().numpy()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + values.tobytes())
     return digest.hexdigest()

@@ -35,6 +35,7 @@ from anydepth.speculation.drafters import (
     searched_drafter,
 )
 from anydepth.speculation.drafting import Drafting
+from anydepth.speculation.quantised_drafter import QuantisedDrafter
 from anydepth.speculation.trained_drafter import DraftNetwork, TrainedDrafter
 
 WEIGHTS, MANIFEST, SCALE = "drafter.safetensors", "drafter.json", ".scale"
@@ -79,8 +80,8 @@ class Draft(nn.Module):
         drafters = self._drafters(engine)
         if not drafters:
             raise UserError(
-                "there is no drafter for this engine: a trained one runs on the fast engine; use engine fast, turn "
-                "lookup on, or set exit_layers"
+                "there is no drafter for this engine: a trained one and a quantised copy run on the fast engine; use "
+                "engine fast, turn lookup on, or set exit_layers"
             )
         captures = sorted({layer for drafter in drafters for layer in drafter.captures})
         return Drafting(drafters, self.config.max_draft, self.config.adaptive, captures)
@@ -93,8 +94,11 @@ class Draft(nn.Module):
         if self.network is not None and engine.model is not None:
             drafters.append(TrainedDrafter(engine.model, self.network))
         drafters += [EarlyExitDrafter(layer, engine, vocabulary) for layer in config.exit_layers]
-        if pruning := [method for method in adapted.attached if not method.is_lossless()]:
+        pruning = [method for method in adapted.attached if not method.is_lossless()]
+        if pruning:
             drafters.append(PrunedDrafter(pruning))
+        if config.quantised is not None and engine.model is not None:
+            drafters.append(QuantisedDrafter(engine.model, config.quantised, pruning))
         if config.search is not None:
             drafters.append(searched_drafter(config.search, adapted))
         return drafters

@@ -22,7 +22,7 @@ from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.model import EngineModel
-from anydepth.engine.weights import WEIGHTS, Int4
+from anydepth.engine.weights import WEIGHTS
 from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
 from anydepth.models.plain import chosen_module, plain_module, plain_state
@@ -100,7 +100,7 @@ class TrainedDrafter(Drafter):
         parts = layer_parts(LayerView(network.layer, 0, model.backbone.family, model.backbone.hidden_size))
         widths = [part.shape[1] for part in network.layer.parameters() if part.dim() == 2]
         # int4 reads half the bytes of int8, and drafts as well.
-        layer_kind = "int4" if few_bits and not any(width % Int4.group for width in widths) else kind
+        layer_kind = "int4" if few_bits and not any(width % GROUP for width in widths) else kind
         self.layer = model.backend.layer(parts, WEIGHTS[layer_kind])
         weights = [Weights(part.detach().to(model.dtype), None) for part in (both, joins)]
         self.read, self.join = (model.backend.linear([part], WEIGHTS[kind]) for part in weights)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anydepth.engine.backends.cpu.kernel_pass import KernelPass, passes_of
 from anydepth.engine.backends.cpu.native import MAX_TOKENS, ROLES, rotation_structs, same_bits_until
-from anydepth.engine.backends.cpu.packing import Memory, NativeHead, NativeLinear, NativeNetworks, pack_panels
+from anydepth.engine.backends.cpu.packing import (
+    Memory,
+    NativeEmbedding,
+    NativeHead,
+    NativeLinear,
+    NativeNetworks,
+    pack_panels,
+)
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, KernelLayer, NativeLayer, Rows, Task, Tasks
 from anydepth.engine.backends.torch.backend import Branches, Format, TorchBackend, kept_tokens
 from anydepth.engine.backends.torch.layer import Linear
@@ -19,6 +26,7 @@ from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate import Gate
 from anydepth.gating.trace import PassRecord
+from anydepth.models.blocks import BlockEmbedding
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 
 
@@ -55,6 +63,9 @@ class KernelBackend(TorchBackend):
         native = NativeLinear([packed], self.dtype, self.memory, norm)
         many = NativeLinear([packed], self.dtype, self.memory) if weights.is_quantised else Linear([rows])
         return NativeHead(many, native, norm, softcap)
+
+    def embedding(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        return NativeEmbedding(module) if isinstance(module, BlockEmbedding) else module
 
     def rotary_tables(self, tables: Sequence[tuple[Tensor, Tensor]]) -> Any:
         return rotation_structs(tables)

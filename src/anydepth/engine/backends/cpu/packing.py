@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_void_p
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from anydepth.engine.backends.cpu.native import (
 )
 from anydepth.engine.backends.torch.layer import Head, Linear, RMSNorm
 from anydepth.engine.kv_cache import huge
-from anydepth.engine.weights import WeightFormat
+from anydepth.engine.weights import GROUP, PANEL, WeightFormat
 from anydepth.gating.gate_network import GateNetwork
+from anydepth.models.blocks import BlockEmbedding, Blocks
 from anydepth.models.llama_like import Norm, Weights
 
 ROWS_AT_ONCE = 128
@@ -33,6 +35,17 @@ ROWS_AT_ONCE = 128
 CONFIDENCES = ("max_probability", "margin", "entropy")
 """Numbers of confidence.h."""
 CHUNK_BYTES = 2**26
+BLOCK_PANELS = {
+    "Q4_0": (5, 4, 1),
+    "Q4_1": (3, 4, 2),
+    "Q4_K": (3, 4, 2),
+    "Q5_0": (7, 5, 1),
+    "Q5_1": (6, 5, 2),
+    "Q5_K": (6, 5, 2),
+    "Q6_K": (8, 6, 2),
+    "Q8_0": (4, 8, 1),
+}
+"""By the type of blocks: number of its product in product.h, bits, and scales of a group of inputs."""
 
 
 class Memory:
@@ -45,12 +58,16 @@ class Memory:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Copy a tensor to here, contiguous, on a cache line of its own."""
-        num_bytes = tensor.numel() * tensor.element_size()
+        return self.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a new tensor in here, contiguous, on a cache line of its own."""
+        num_bytes = math.prod(shape) * dtype.itemsize
         if self.used + num_bytes > len(self.chunk):
             self.chunk, self.used = huge(max(CHUNK_BYTES, num_bytes)), 0
-        kept = self.chunk[self.used : self.used + num_bytes].view(tensor.dtype).view(tensor.shape)
+        kept = self.chunk[self.used : self.used + num_bytes].view(dtype).view(*shape)
         self.used += -(-num_bytes // 64) * 64
-        return kept.copy_(tensor)
+        return kept
 
     def reserve(self, num_floats: int) -> None:
         """Make the scratch large enough for a call that needs so much."""
@@ -86,10 +103,51 @@ class PackedWeights:
 
 
 def pack_panels(part: Weights, weight_format: type[WeightFormat], memory: Memory) -> PackedWeights:
+    if isinstance(part.weight, Blocks):
+        return _repacked(part.weight, part.bias, memory)
     assert weight_format.kernel_id is not None
     weight, scales = weight_format.pack(part.weight)
     kept = memory.keep(weight), None if scales is None else memory.keep(scales)
     return PackedWeights(*kept, part.bias, weight_format.kernel_id, *part.weight.shape)
+
+
+def _repacked(blocks: Blocks, bias: Tensor | None, memory: Memory) -> PackedWeights:
+    """Pack blocks, bit by bit."""
+    kernel_id, bits, scales_of_group = BLOCK_PANELS[blocks.kind.name]
+    num_outputs, num_inputs = blocks.shape
+    num_groups = -(-num_outputs // PANEL) * (num_inputs // GROUP)
+    weight = memory.empty((num_groups, bits * 64), torch.uint8)
+    scales = memory.empty((num_groups, scales_of_group, PANEL), torch.float16)
+    data = blocks.data.contiguous()
+    library().anydepth_repack(
+        int(blocks.kind),
+        c_void_p(data.data_ptr()),
+        num_outputs,
+        num_inputs,
+        c_void_p(weight.data_ptr()),
+        c_void_p(scales.data_ptr()),
+    )
+    return PackedWeights(weight, scales, bias, kernel_id, num_outputs, num_inputs)
+
+
+class NativeEmbedding:
+    """An embedding over blocks, by the kernels."""
+
+    def __init__(self, module: BlockEmbedding) -> None:
+        self.module, self.blocks = module, module.blocks
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        rows, blocks = token_ids.flatten(), self.blocks
+        dense = torch.empty(len(rows), blocks.shape[1])
+        library().anydepth_dequantise(
+            int(blocks.kind),
+            c_void_p(blocks.data.data_ptr()),
+            c_void_p(rows.data_ptr()),
+            len(rows),
+            blocks.shape[1],
+            c_void_p(dense.data_ptr()),
+        )
+        return self.module.scaled(dense).view(*token_ids.shape, -1)
 
 
 class NativeLinear(Linear):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anydepth.engine.backends.torch.layer import EngineLayer, Head, Linear, RMSNorm
 from anydepth.engine.kv_cache import LayerKV
@@ -53,6 +53,10 @@ class TorchBackend:
     def head(self, rows: Weights, norm: Norm, weights: Format, softcap: float | None) -> Head:
         """Return a head after a norm; `rows` are the weights (V, D) of its tokens, and their bias."""
         return Head(RMSNorm(norm, self.dtype), self.linear([rows], weights), softcap)
+
+    def embedding(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Return the states of token ids, of any shape."""
+        return module
 
     def rotary_tables(self, tables: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """Return what passes need of the cosines and sines (positions, R) of each kind."""

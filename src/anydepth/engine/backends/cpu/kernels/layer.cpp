@@ -5,6 +5,7 @@
 // it through a C interface; the structs in both must match.
 
 #include "attention.h"
+#include "blocks.h"
 #include "confidence.h"
 #include "network.h"
 #include "product.h"
@@ -247,8 +248,10 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
             splits = std::max(splits, Parts(mixing.seen[first], mixing.seen[end - 1], l.window, l.kv_heads).num);
     const Packed* x = &prepared<A>(l.queries, l.mixer_norm, from, kept);
     product<A>(l.queries, *x, num, queries, &l.keys);
-    if (!mixing.alone) x = &prepared<A>(l.keys, l.mixer_norm, writers, [&](int n) { return mixing.writers[n]; });
+    const auto writer = [&](int n) { return mixing.writers[n]; };
+    if (!mixing.alone || !pack_alike(l.queries.kind, l.keys.kind)) x = &prepared<A>(l.keys, l.mixer_norm, writers, writer);
     product<A>(l.keys, *x, writers, keys, &l.values);
+    if (!pack_alike(l.keys.kind, l.values.kind)) x = &prepared<A>(l.values, l.mixer_norm, writers, writer);
     product<A>(l.values, *x, writers, values, &l.output);
 #pragma omp barrier
 #pragma omp for
@@ -299,9 +302,10 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
     const int num = b.rows * b.tokens, kv_width = l.kv_heads * l.head_dim;
     float* keys = b.workspace;
     float* values = keys + int64_t(num) * kv_width;
-    const Packed& x = prepared<A>(l.keys, l.mixer_norm, from, Tokens{nullptr, num});
-    product<A>(l.keys, x, num, keys, &l.values);
-    product<A>(l.values, x, num, values);
+    const Packed* x = &prepared<A>(l.keys, l.mixer_norm, from, Tokens{nullptr, num});
+    product<A>(l.keys, *x, num, keys, &l.values);
+    if (!pack_alike(l.keys.kind, l.values.kind)) x = &prepared<A>(l.values, l.mixer_norm, from, Tokens{nullptr, num});
+    product<A>(l.values, *x, num, values);
 #pragma omp barrier
 #pragma omp for
     for (int n = 0; n < num; ++n)
@@ -391,9 +395,10 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
     float* inner = workspace;
     float* ups = inner + int64_t(num) * rows;
     float* scratch = ups + int64_t(num) * rows;
-    const Packed& x = prepared<A>(l.gate, l.ffn_norm, from, kept);
-    product<A>(l.gate, x, num, inner, &l.up);
-    const Range own = product<A>(l.up, x, num, ups, &l.down);  // the same rows as before: no barrier needed
+    const Packed* x = &prepared<A>(l.gate, l.ffn_norm, from, kept);
+    product<A>(l.gate, *x, num, inner, &l.up);
+    if (!pack_alike(l.gate.kind, l.up.kind)) x = &prepared<A>(l.up, l.ffn_norm, from, kept);
+    const Range own = product<A>(l.up, *x, num, ups, &l.down);  // the same rows as before: no barrier needed
     for (int64_t start = own.begin; start < int64_t(num) * rows; start += rows)
         combine<A>(l.activation, inner + start, ups + start, own.end - own.begin);
 #pragma omp barrier

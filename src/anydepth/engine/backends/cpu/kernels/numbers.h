@@ -1,4 +1,4 @@
-// Vectors of floats, bfloat16, and rounding between them.
+// Vectors of floats, bfloat16 and float16, and rounding between them.
 #pragma once
 
 #include <cmath>
@@ -14,6 +14,7 @@ namespace {
 struct bf16 {
     uint16_t bits;
 };
+typedef _Float16 f16;
 
 template <class V>
 inline V load(const void* from) {
@@ -45,6 +46,16 @@ inline floats wide(const bf16* from) {
 #endif
 }
 
+inline floats wide(const f16* from) {
+#if defined(__AVX512F__)
+    return floats(_mm512_cvtph_ps(load<__m256i>(from)));
+#else
+    floats values;
+    for (int i = 0; i < WIDTH; ++i) values[i] = float(from[i]);
+    return values;
+#endif
+}
+
 inline void store(float value, float* to) { *to = value; }
 inline void store(float value, bf16* to) {
     uint32_t bits = load<uint32_t>(&value);
@@ -65,6 +76,36 @@ inline float sum(const floats& values) {
     float total = 0;
     for (int i = 0; i < WIDTH; ++i) total += values[i];
     return total;
+#endif
+}
+
+inline float largest(const floats& values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(__m512(values));
+#else
+    float most = values[0];
+    for (int i = 1; i < WIDTH; ++i) most = values[i] > most ? values[i] : most;
+    return most;
+#endif
+}
+
+// a · b + c, rounded once. Where a token's bits must not depend on how many others there are, products and sums are these: a
+// compiler is free to fuse the same expression in one loop and not in another.
+inline floats multiply_add(const floats& a, const floats& b, const floats& c) {
+#if defined(__AVX512F__)
+    return floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__)
+    floats sums;
+    for (int half = 0; half < 2; ++half) {
+        const auto part = [half](const floats& x) { return load<__m256>(reinterpret_cast<const char*>(&x) + 32 * half); };
+        const __m256 sum = _mm256_fmadd_ps(part(a), part(b), part(c));
+        std::memcpy(reinterpret_cast<char*>(&sums) + 32 * half, &sum, 32);
+    }
+    return sums;
+#else
+    floats sums;
+    for (int i = 0; i < WIDTH; ++i) sums[i] = std::fma(a[i], b[i], c[i]);
+    return sums;
 #endif
 }
 

@@ -1,9 +1,9 @@
 // x Wᵀ for a few tokens: the weights are read once, in order, for all of them, at the speed of the memory.
 //
 // Weights are in panels of 16 rows (`weights.py`): a vector has the same few inputs of 16 rows, so that its lanes sum up
-// 16 results and the inputs are broadcast. bfloat16 weights are multiplied with bfloat16 activations, int8 and int4 with
-// activations in 16-bit fixed point, a scale for each token, as two bytes: the error is below that of rounding the result
-// to bfloat16.
+// 16 results and the inputs are broadcast. bfloat16 weights are multiplied with bfloat16 activations, integer weights with
+// activations in 8 bits, a step for every 16 of a token: 0.1% of perplexity. Integer weights are unpacked once for up to 8
+// tokens.
 #pragma once
 
 #include <algorithm>
@@ -15,11 +15,12 @@
 
 extern "C" {
 
-enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };  // `kernel_id` of weights.py
+// `kernel_id` of weights.py. Of integers: the bits, and where they have one, what the steps are for.
+enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4, INT8_GROUPS, INT4_CENTRED, INT5, INT5_CENTRED, INT6 };
 
 struct Matrix {  // (rows, cols), with a bias (rows,) or none
     const void* weight;  // panels
-    const void* scales;  // INT8: bf16 (rows,); INT4: bf16 (panels, cols / 32, 2, 16), steps and offsets
+    const void* scales;  // INT8: bf16 (rows,); other integers: f16 (panels, groups, 1 or 2, 16), see `Format`
     const void* bias;    // in the activations' type
     int32_t rows, cols, kind, unused;
 };
@@ -29,7 +30,30 @@ struct Matrix {  // (rows, cols), with a bias (rows,) or none
 namespace {
 
 constexpr int ROWS = WIDTH;  // of a panel
-constexpr int GROUP = 32;    // inputs of INT4 with the same step and offset
+constexpr int GROUP = 32;    // inputs whose weights are together in a panel
+constexpr int HALF = 16;     // inputs with the same step of the activations
+
+// A row's integers b have a step each, or one for a group, or one for each half of it. The weight is (b − ZERO) · step, or
+// b · step + offset where a group has an offset.
+enum Steps { OF_ROW, OF_GROUP, OF_HALF };
+template <int BITS_, Steps STEPS_, bool OFFSETS_>
+struct Integers {
+    static constexpr int BITS = BITS_, ZERO = OFFSETS_ ? 0 : 1 << (BITS_ - 1);
+    static constexpr Steps STEPS = STEPS_;
+    static constexpr bool OFFSETS = OFFSETS_;
+    static constexpr int SCALES = OFFSETS_ || STEPS_ == OF_HALF ? 2 : STEPS_ == OF_GROUP ? 1 : 0;  // of a group
+};
+template <int KIND> struct Format;
+template <> struct Format<INT8> : Integers<8, OF_ROW, false> {};
+template <> struct Format<INT8_GROUPS> : Integers<8, OF_GROUP, false> {};
+template <> struct Format<INT6> : Integers<6, OF_HALF, false> {};
+template <> struct Format<INT5> : Integers<5, OF_GROUP, true> {};
+template <> struct Format<INT5_CENTRED> : Integers<5, OF_GROUP, false> {};
+template <> struct Format<INT4> : Integers<4, OF_GROUP, true> {};
+template <> struct Format<INT4_CENTRED> : Integers<4, OF_GROUP, false> {};
+
+inline bool is_integer(int kind) { return kind >= INT8; }
+inline int groups_of(int cols) { return (cols + GROUP - 1) / GROUP; }
 
 // How many bytes before their use weights are prefetched: the processor's own prefetching stops at page bounds, with which
 // two cores read at two thirds of the memory's speed. Measured: 2 KiB is too little, 4 to 9 KiB are equally fast.
@@ -82,69 +106,55 @@ inline floats add_pair(floats sums, ints weights, int32_t x) {
 // (tokens, stride) each; zeros after the last input of a token.
 struct Packed {
     int stride = 0;
-    std::vector<float> floats;       // FLOAT32
-    std::vector<bf16> bf16s;         // BFLOAT16
-    std::vector<int8_t> high, low;   // INT8, INT4: 256 · high + low, times the token's scale
-    std::vector<float> scales;
-    std::vector<int32_t> sums_high, sums_low;  // INT8: of all inputs, (tokens,)
-    std::vector<float> group_sums;             // INT4: (tokens, groups)
+    std::vector<float> floats;   // FLOAT32
+    std::vector<bf16> bf16s;     // BFLOAT16
+    std::vector<int8_t> bytes;   // integers, times their step
+    std::vector<float> steps;    // (tokens, halves)
+    std::vector<float> sums;     // (tokens, halves) of bytes · step
+    std::vector<float> of_groups, totals;  // the same by group, (tokens, groups), and of a token, (tokens,)
 };
 
 // Returns the vector of inputs from `i` on, zeros after the last.
 inline floats inputs_at(const float* x, int i, int cols) {
     if (i + WIDTH <= cols) return wide(x + i);
     floats some = {};
-    std::memcpy(&some, x + i, (cols - i) * sizeof(float));
+    if (i < cols) std::memcpy(&some, x + i, (cols - i) * sizeof(float));
     return some;
 }
 
-inline void pack_bytes(Packed& packed, const float* x, int token, int cols, int kind) {
+inline void pack_bytes(Packed& packed, const float* x, int token, int cols) {
     typedef int8_t bytes __attribute__((vector_size(WIDTH)));
-    floats peaks = {};
-    for (int i = 0; i < cols; i += WIDTH) {
-        const floats values = inputs_at(x, i, cols), sizes = values < 0.0f ? -values : values;
-        peaks = sizes > peaks ? sizes : peaks;
-    }
-    float largest = 1e-30f;
-    for (int i = 0; i < WIDTH; ++i) largest = std::max(largest, peaks[i]);
-    const float limit = 32512.0f, factor = limit / largest;  // 127 · 256: the high byte fits
-    packed.scales[token] = largest / limit;
-    int8_t* high = packed.high.data() + int64_t(token) * packed.stride;
-    int8_t* low = packed.low.data() + int64_t(token) * packed.stride;
-    ints sums_high = {}, sums_low = {};
-    for (int i = 0; i < cols; i += WIDTH) {
+    const int groups = packed.stride / GROUP;
+    int8_t* to = packed.bytes.data() + int64_t(token) * packed.stride;
+    float *steps = &packed.steps[int64_t(token) * 2 * groups], *sums = &packed.sums[int64_t(token) * 2 * groups];
+    float *of_groups = &packed.of_groups[int64_t(token) * groups], total = 0;
+    for (int half = 0; half < 2 * groups; ++half) {
+        const floats values = inputs_at(x, half * HALF, cols);
+        const float peak = largest(values < 0.0f ? -values : values), factor = peak > 1e-30f ? 127.0f / peak : 0.0f;
         // Added to a number this large, a float's last bit is 1: the sum's low bits are the rounded integer.
-        const ints fixed = ints(inputs_at(x, i, cols) * factor + 12582912.0f) - 0x4b400000;
-        const ints lows = fixed << 24 >> 24, highs = (fixed - lows) >> 8;
-        sums_high += highs, sums_low += lows;
-        const bytes high_bytes = __builtin_convertvector(highs, bytes), low_bytes = __builtin_convertvector(lows, bytes);
-        std::memcpy(high + i, &high_bytes, WIDTH), std::memcpy(low + i, &low_bytes, WIDTH);
-        if (kind == INT4 && i % GROUP) {
-            const ints whole = 256 * sums_high + sums_low;
-            int32_t sum = 0;
-            for (int k = 0; k < WIDTH; ++k) sum += whole[k];
-            packed.group_sums[int64_t(token) * (cols / GROUP) + i / GROUP] = float(sum) * packed.scales[token];
-            sums_high = sums_low = ints{};
-        }
+        const ints fixed = ints(values * factor + 12582912.0f) - 0x4b400000;
+        const bytes narrow = __builtin_convertvector(fixed, bytes);
+        std::memcpy(to + half * HALF, &narrow, HALF);
+        steps[half] = peak / 127.0f;
+        sums[half] = sum(__builtin_convertvector(fixed, floats)) * steps[half];
+        of_groups[half / 2] = half % 2 ? of_groups[half / 2] + sums[half] : sums[half];
+        total += sums[half];
     }
-    int32_t high_sum = 0, low_sum = 0;
-    for (int k = 0; k < WIDTH; ++k) high_sum += sums_high[k], low_sum += sums_low[k];
-    packed.sums_high[token] = high_sum, packed.sums_low[token] = low_sum;
+    packed.totals[token] = total;
 }
 
 // Packs (tokens, cols) for weights of this kind. The result is the calling thread's, valid until it packs again.
 inline const Packed& pack(int kind, const float* x, int num_tokens, int cols) {
     static thread_local Packed packed;
-    packed.stride = (cols + WIDTH - 1) / WIDTH * WIDTH;
+    packed.stride = groups_of(cols) * GROUP;
     const size_t size = size_t(num_tokens) * packed.stride;
     if (kind == FLOAT32) {
         packed.floats.resize(size);
     } else if (kind == BFLOAT16) {
         packed.bf16s.assign(size, {});
     } else {
-        packed.high.assign(size, 0), packed.low.assign(size, 0);
-        packed.scales.resize(num_tokens), packed.sums_high.resize(num_tokens), packed.sums_low.resize(num_tokens);
-        packed.group_sums.resize(size_t(num_tokens) * (cols / GROUP));
+        packed.bytes.resize(size), packed.steps.resize(size / HALF), packed.sums.resize(size / HALF);
+        packed.of_groups.resize(size / GROUP), packed.totals.resize(num_tokens);
     }
     for (int token = 0; token < num_tokens; ++token, x += cols) {
         const int64_t start = int64_t(token) * packed.stride;
@@ -153,11 +163,14 @@ inline const Packed& pack(int kind, const float* x, int num_tokens, int cols) {
         } else if (kind == BFLOAT16) {
             for (int i = 0; i < cols; ++i) store(x[i], packed.bf16s.data() + start + i);
         } else {
-            pack_bytes(packed, x, token, cols, kind);
+            pack_bytes(packed, x, token, cols);
         }
     }
     return packed;
 }
+
+// Returns whether activations that are packed for one kind serve another.
+inline bool pack_alike(int kind, int other) { return kind == other || (is_integer(kind) && is_integer(other)); }
 
 // --- panels ------------------------------------------------------------------------------------------------------
 // Panels are read one by one, as a single stream from the first byte to the last: two streams at a time are much slower
@@ -221,65 +234,64 @@ inline Results<M> bfloat16_panel(const Matrix& w, const Packed& x, int panel, in
     return results;
 }
 
-// A byte b is the weight (b − 128) · scale.
-template <int M>
-inline Results<M> int8_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
-    constexpr int CHAINS = M <= 4 ? 2 : 1;  // many tokens are enough chains
-    ints high[CHAINS][M] = {}, low[CHAINS][M] = {};
-    const int steps = (w.cols + 3) / 4;
-    const char* from = static_cast<const char*>(w.weight) + int64_t(panel) * steps * 64;
-    const bf16* scales = static_cast<const bf16*>(w.scales) + int64_t(panel) * ROWS;
-    __builtin_prefetch(scales + 2 * ROWS);
-    const int64_t start = int64_t(token) * x.stride;
-    in_chains<CHAINS>(steps, [&](int k, int chain) __attribute__((always_inline)) {
-        const char* step = from + int64_t(k) * 64;
-        ahead.prefetch_from(step);
-        const ints weights = load<ints>(step);
-        for (int m = 0; m < M; ++m) {
-            const int64_t input = start + int64_t(m) * x.stride + 4 * k;
-            high[chain][m] = add_bytes(high[chain][m], weights, load<int32_t>(x.high.data() + input));
-            low[chain][m] = add_bytes(low[chain][m], weights, load<int32_t>(x.low.data() + input));
-        }
-    });
-    Results<M> results;
-    for (int m = 0; m < M; ++m) {
-        for (int chain = 1; chain < CHAINS; ++chain) high[0][m] += high[chain][m], low[0][m] += low[chain][m];
-        const floats highs = __builtin_convertvector(high[0][m] - 128 * x.sums_high[token + m], floats);
-        const floats lows = __builtin_convertvector(low[0][m] - 128 * x.sums_low[token + m], floats);
-        results.values[m] = (highs * 256.0f + lows) * wide(scales) * x.scales[token + m];
-    }
-    return results;
+// Returns four inputs 4k … 4k + 3 of a group, a byte each, of 16 rows. `from`: eight vectors of bytes; or four with the low
+// halves of two such vectors each, then the higher bits: of all eight in a vector, or of four in each of two.
+template <int BITS>
+inline ints four_inputs(const char* from, int k) {
+    if constexpr (BITS == 8) return load<ints>(from + 64 * k);
+    const ints both = load<ints>(from + k / 2 * 64), low = (k % 2 ? both >> 4 : both) & 0x0f0f0f0f;
+    if constexpr (BITS == 4) return low;
+    const ints high = load<ints>(from + 64 * (BITS == 5 ? 4 : 4 + k / 4));
+    const int shift = 4 - (BITS == 5 ? k : 2 * (k % 4));
+    return low | ((shift > 0 ? high << shift : high >> -shift) & (BITS == 5 ? 0x10101010 : 0x30303030));
 }
 
-// A byte of step c has input 8c + i % 4 of a group in its low half and 8c + 4 + i % 4 in its high one; a half s is the
-// weight (s − 8) · step + offset.
-template <int M>
-inline Results<M> int4_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
+template <int KIND, int M>
+inline Results<M> integer_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
+    using F = Format<KIND>;
     Results<M> results = {};
-    constexpr int STEPS = GROUP / 8, BYTES = STEPS * 64;
-    const int groups = w.cols / GROUP;
-    for (int g = 0; g < groups; ++g) {
-        const int64_t group = int64_t(panel) * groups + g;
-        const char* from = static_cast<const char*>(w.weight) + group * BYTES;
-        const bf16* scales = static_cast<const bf16*>(w.scales) + group * 2 * ROWS;
-        __builtin_prefetch(reinterpret_cast<const char*>(scales) + AHEAD / 4);
-        ints high[M] = {}, low[M] = {};
-        for (int c = 0; c < STEPS; ++c) {
-            ahead.prefetch_from(from + c * 64);
-            const ints both = load<ints>(from + c * 64);
-            const ints halves[] = {both & 0x0f0f0f0f, (both >> 4) & 0x0f0f0f0f};
-            for (int m = 0; m < M; ++m)
-                for (int h = 0; h < 2; ++h) {
-                    const int64_t input = int64_t(token + m) * x.stride + g * GROUP + 8 * c + 4 * h;
-                    high[m] = add_bytes(high[m], halves[h], load<int32_t>(x.high.data() + input));
-                    low[m] = add_bytes(low[m], halves[h], load<int32_t>(x.low.data() + input));
+    const int groups = groups_of(w.cols);
+    const char* from = static_cast<const char*>(w.weight) + int64_t(panel) * groups * F::BITS * 64;
+    const f16* scales = static_cast<const f16*>(w.scales) + int64_t(panel) * groups * F::SCALES * ROWS;
+    const int8_t* inputs = x.bytes.data() + int64_t(token) * x.stride;
+    const float* steps = x.steps.data() + int64_t(token) * 2 * groups;
+    const float* in_halves = x.sums.data() + int64_t(token) * 2 * groups;
+    for (int g = 0; g < groups; ++g, from += F::BITS * 64, scales += F::SCALES * ROWS) {
+        for (int i = 0; i < F::BITS; ++i) ahead.prefetch_from(from + 64 * i);
+        if (F::SCALES) __builtin_prefetch(reinterpret_cast<const char*>(scales) + AHEAD * F::SCALES / (2 * F::BITS));
+        floats products[M];
+        for (int half = 0; half < 2; ++half) {
+            ints sums[M] = {};
+            for (int k = 4 * half; k < 4 * half + 4; ++k) {
+                const ints weights = four_inputs<F::BITS>(from, k);
+                for (int m = 0; m < M; ++m)
+                    sums[m] = add_bytes(sums[m], weights, load<int32_t>(inputs + int64_t(m) * x.stride + g * GROUP + 4 * k));
+            }
+            for (int m = 0; m < M; ++m) {
+                const int64_t place = int64_t(m) * 2 * groups + 2 * g + half;
+                const floats whole = __builtin_convertvector(sums[m], floats), step = floats{} + steps[place];
+                if constexpr (F::STEPS == OF_ROW) {
+                    results.values[m] = multiply_add(whole, step, results.values[m]);
+                } else if constexpr (F::STEPS == OF_HALF) {
+                    const floats product = multiply_add(floats{} - float(F::ZERO), floats{} + in_halves[place], whole * step);
+                    results.values[m] = multiply_add(product, wide(scales + half * ROWS), results.values[m]);
+                } else {
+                    products[m] = half ? multiply_add(whole, step, products[m]) : whole * step;
                 }
+            }
         }
-        const floats step = wide(scales), offset = wide(scales + ROWS) - 8.0f * step;
-        for (int m = 0; m < M; ++m) {
-            const floats sums = __builtin_convertvector(high[m] * 256 + low[m], floats) * x.scales[token + m];
-            results.values[m] += sums * step + offset * x.group_sums[int64_t(token + m) * groups + g];
+        if constexpr (F::STEPS == OF_GROUP) {
+            const floats step = wide(scales), offset = F::OFFSETS ? wide(scales + ROWS) : step * -float(F::ZERO);
+            for (int m = 0; m < M; ++m) {
+                const floats sum = floats{} + x.of_groups[int64_t(token + m) * groups + g];
+                results.values[m] = multiply_add(offset, sum, multiply_add(products[m], step, results.values[m]));
+            }
         }
+    }
+    if constexpr (F::STEPS == OF_ROW) {
+        const floats step = wide(static_cast<const bf16*>(w.scales) + int64_t(panel) * ROWS), zero = floats{} - float(F::ZERO);
+        for (int m = 0; m < M; ++m)
+            results.values[m] = multiply_add(zero, floats{} + x.totals[token + m], results.values[m]) * step;
     }
     return results;
 }
@@ -291,8 +303,7 @@ void panels_of(const Matrix& w, const Packed& x, int begin, int end, int token, 
         Results<M> results;
         if constexpr (KIND == FLOAT32) results = float32_panel<M>(w, x, panel, token, ahead);
         if constexpr (KIND == BFLOAT16) results = bfloat16_panel<M>(w, x, panel, token, ahead);
-        if constexpr (KIND == INT8) results = int8_panel<M>(w, x, panel, token, ahead);
-        if constexpr (KIND == INT4) results = int4_panel<M>(w, x, panel, token, ahead);
+        if constexpr (KIND >= INT8) results = integer_panel<KIND, M>(w, x, panel, token, ahead);
         const int row = panel * ROWS, rows = std::min(ROWS, w.rows - row);
         for (int m = 0; m < M; ++m)
             std::memcpy(out + int64_t(token + m) * w.rows + row, &results.values[m], rows * sizeof(float));
@@ -323,8 +334,9 @@ inline Range panels_of_thread(const Matrix& w) {
 }
 
 inline const char* panel_at(const Matrix& w, int panel) {
-    const int inputs = w.kind == FLOAT32 ? 1 : w.kind == BFLOAT16 ? 2 : w.kind == INT8 ? 4 : 8;  // in 64 bytes
-    return static_cast<const char*>(w.weight) + int64_t(panel) * ((w.cols + inputs - 1) / inputs) * 64;
+    static constexpr int vectors[] = {32, 16, 8, 4, 8, 4, 5, 5, 6};  // of a group, by kind
+    const int64_t size = is_integer(w.kind) ? groups_of(w.cols) * vectors[w.kind] : w.kind == FLOAT32 ? w.cols : (w.cols + 1) / 2;
+    return static_cast<const char*>(w.weight) + panel * size * 64;
 }
 
 // Computes (tokens, rows) of x Wᵀ + b. Every thread of the team computes some rows, which it returns; no barrier.
@@ -334,12 +346,11 @@ Range product(const Matrix& w, const Packed& x, int num_tokens, float* out, cons
     const Range own = panels_of_thread(w);
     const char* end = panel_at(w, own.end);
     const Ahead ahead{end, next ? panel_at(*next, panels_of_thread(*next).begin) - end : 0};
-    switch (w.kind) {
-        case FLOAT32: multiply<FLOAT32>(w, x, num_tokens, out, own, ahead); break;
-        case BFLOAT16: multiply<BFLOAT16>(w, x, num_tokens, out, own, ahead); break;
-        case INT8: multiply<INT8>(w, x, num_tokens, out, own, ahead); break;
-        default: multiply<INT4>(w, x, num_tokens, out, own, ahead);
-    }
+    using Multiply = void (*)(const Matrix&, const Packed&, int, float*, Range, const Ahead&);
+    static constexpr Multiply by_kind[] = {multiply<FLOAT32>, multiply<BFLOAT16>, multiply<INT8>, multiply<INT4>,
+                                           multiply<INT8_GROUPS>, multiply<INT4_CENTRED>, multiply<INT5>,
+                                           multiply<INT5_CENTRED>, multiply<INT6>};
+    by_kind[w.kind](w, x, num_tokens, out, own, ahead);
     const Range rows{own.begin * ROWS, std::min(own.end * ROWS, w.rows)};
     const A* bias = static_cast<const A*>(w.bias);
     for (int token = 0; token < num_tokens; ++token) {
