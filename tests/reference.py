@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.functional import silu, softplus
 
 from anydepth import Trace
@@ -220,3 +221,10 @@ def _row_by_row(original: Callable[..., Tensor], keep: Tensor) -> Callable[..., 
 def relative_rms(ours: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference ÷ that of what is wanted."""
     return ((ours - wanted).float().norm() / wanted.float().norm().clamp_min(1e-12)).item()
+
+
+def in_8_bits(x: Tensor) -> Tensor:
+    """Return (N, in) activations as the kernels multiply them with integers: 8 bits, a step for every 16."""
+    parts = F.pad(x.float(), (0, -x.shape[1] % 16)).view(len(x), -1, 16)
+    steps = parts.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((parts / steps).round() * steps).flatten(1)[:, : x.shape[1]]

@@ -12,6 +12,7 @@ from anydepth.engine.weights import Native
 from anydepth.models.blocks import BlockEmbedding, Blocks
 from anydepth.models.gguf import BLOCK_KINDS
 from anydepth.models.llama_like import Weights
+from reference import in_8_bits
 
 FLOAT16S = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 """Where the float16 numbers of a block are; the others have one at its start."""
@@ -29,12 +30,6 @@ def random_blocks(kind: str, num_outputs: int, num_inputs: int, seed: int = 0) -
     return Blocks(torch.from_numpy(blocks.reshape(num_outputs, -1)), type_)
 
 
-def activations_in_8_bits(x: torch.Tensor) -> torch.Tensor:
-    halves = x.float().view(len(x), -1, 16)
-    steps = halves.abs().amax(-1, keepdim=True) / 127
-    return (torch.round(halves / steps) * steps).view(len(x), -1)
-
-
 def test_every_kind_of_blocks_that_is_read_has_panels() -> None:
     assert set(BLOCK_KINDS) == set(BLOCK_PANELS)
 
@@ -45,7 +40,7 @@ def test_products_are_those_of_the_dequantised_weights(kind: str, num_tokens: in
     memory, blocks = Memory(), random_blocks(kind, 40, 512)  # not whole panels
     linear = NativeLinear([pack_panels(Weights(blocks, None), Native, memory)], torch.float32, memory)
     x = torch.randn(num_tokens, 512, generator=torch.Generator().manual_seed(1))
-    wanted = activations_in_8_bits(x).double() @ blocks.dense().double().T
+    wanted = in_8_bits(x).double() @ blocks.dense().double().T
     error = (linear(x) - wanted).norm() / wanted.norm()
     assert error < 3e-4  # float16 steps
 

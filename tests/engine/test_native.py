@@ -24,6 +24,7 @@ from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import Rotation
 from anydepth.engine.weights import WEIGHTS, Float32
 from anydepth.models.llama_like import LayerParts, Norm, Weights
+from reference import in_8_bits
 from tiny import tiny_llama
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 72, 100, 6, 2, 20  # no multiple of a vector's width
@@ -43,8 +44,6 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def test_maps(kind: str, num_inputs: int, num_rows: int) -> None:
     """Two maps at once, whose outputs fill no panel; inputs that fill no vector, one far larger than the others."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    if kind == "int4":
-        num_inputs = num_inputs // 32 * 32
     maps = [Weights(randn(size, num_inputs, seed=size).to(dtype), randn(size, seed=1).to(dtype)) for size in (45, 16)]
     x, norm = randn(num_rows, num_inputs, seed=2).to(dtype), Norm(1 + 0.3 * randn(num_inputs, seed=3), 1e-5)
     x[:, 5] *= 100
@@ -53,6 +52,8 @@ def test_maps(kind: str, num_inputs: int, num_rows: int) -> None:
     # Rounded where the Hugging Face model rounds.
     normed = (x.float() * (x.float().square().mean(-1, keepdim=True) + norm.eps).rsqrt()).to(dtype).float()
     normed = (normed * norm.weight).to(dtype).float()
+    if WEIGHTS[kind].is_quantised:
+        normed = in_8_bits(normed)
     wanted = torch.cat(
         [F.linear(normed, WEIGHTS[kind].dense(part.weight).float(), part.bias.float()) for part in maps], dim=1
     )  # type: ignore[union-attr]

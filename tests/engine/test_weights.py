@@ -35,8 +35,12 @@ def test_int4_is_within_half_a_step() -> None:
     assert steps.shape == (48, 2, 32) and steps.max() < 16
     bound = step.float().repeat_interleave(32, dim=1)
     assert ((Int4.dense(weight) - weight.float()).abs() <= 0.6 * bound + 0.02).all()
-    with pytest.raises(UserError, match="groups of 32, not 40; use int8"):
-        Int4.quantise(torch.zeros(48, 40))
+
+
+def test_int4_pads_inputs_to_whole_groups() -> None:
+    weight = weights(48, 40).weight
+    assert Int4.dense(weight).shape == (48, 40)
+    assert torch.equal(Int4.dense(weight)[:, :32], Int4.dense(weight[:, :32]))
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 40])
@@ -92,7 +96,7 @@ def test_a_new_format_is_one_class(native: bool, monkeypatch: pytest.MonkeyPatch
     assert not torch.allclose(engine.logits(ids), FastEngine(own, native=native).logits(ids), rtol=1e-2, atol=1e-2)
     options = {"input_ids": ids[None, :9], "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(engine.generate(**options), wanted.generate(**options))
-    with pytest.raises(UserError, match="weights are float32, bfloat16, float16, int8, int4, toy8"):
+    with pytest.raises(UserError, match="weights are float32, bfloat16, float16, int8, int4, native, toy8"):
         FastEngine(own, "toy9")
     with pytest.raises(UserError, match="toy8 weights want a bfloat16 model"):
         FastEngine(attach(tiny_llama(), []), "toy8")

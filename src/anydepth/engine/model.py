@@ -53,7 +53,7 @@ class EngineModel:
             raise UserError(f"weights '{name}' are unknown; weights are {', '.join(WEIGHTS)}")
         chosen = WEIGHTS[name]
         if is_native and chosen is not Native:
-            raise UserError(f"the model has the blocks of its GGUF file; load it without `native` to run {name} weights")
+            raise UserError(f"the model has the blocks of its GGUF file; load it dense to run {name} weights")
         if chosen is Native and not is_native:
             raise UserError("native weights are the blocks of a .gguf file, and this model has none; leave weights out")
         if chosen.dtype != backbone.model.dtype:
@@ -61,7 +61,7 @@ class EngineModel:
             if chosen.is_quantised:
                 raise UserError(f"{name} weights want a {wanted} model, this one is {own}; load it with dtype {wanted}")
             raise UserError(f"the model is {own}; load it with dtype {wanted} to run {name} weights")
-        if compiled and chosen.is_quantised:
+        if compiled and (chosen.is_quantised or chosen is Native):
             raise UserError(f"torch.compile is for dense weights, not {name}; leave one of the two out")
         self.backbone, self.dtype, self.device = backbone, backbone.model.dtype, backbone.device
         kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})

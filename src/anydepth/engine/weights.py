@@ -82,13 +82,6 @@ class BFloat16(WeightFormat):
 
 
 @register
-class Native(BFloat16):
-    """The blocks of a GGUF file as they are stored; what the file has in no blocks is in bfloat16."""
-
-    name, is_quantised, needs_kernels = "native", True, True
-
-
-@register
 class Float16(WeightFormat):
     name, dtype = "float16", torch.float16
 
@@ -142,11 +135,9 @@ class Int4(WeightFormat):
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return s, (out, groups, 32) uint8 below 16, and float16 steps and offsets.
 
-        The weight is s · step + offset. Raises `UserError` where inputs are not whole groups.
+        The weight is s · step + offset; the last group is padded with zeros.
         """
-        if weight.shape[1] % GROUP:
-            raise UserError(f"int4 weights want inputs in groups of {GROUP}, not {weight.shape[1]}; use int8")
-        groups = weight.float().view(len(weight), -1, GROUP)
+        groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
         low, high = groups.amin(2), groups.amax(2)
         steps = ((high - low) / 15).clamp_min(1e-7).to(torch.float16)
         offsets = low.to(torch.float16)
@@ -156,7 +147,8 @@ class Int4(WeightFormat):
     @classmethod
     def dense(cls, weight: Tensor) -> Tensor:
         steps, step, offset = cls.quantise(weight)
-        return (steps.float() * step.float()[..., None] + offset.float()[..., None]).flatten(1)
+        whole = steps.float() * step.float()[..., None] + offset.float()[..., None]
+        return whole.flatten(1)[:, : weight.shape[1]]
 
     @classmethod
     def pack(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +157,13 @@ class Int4(WeightFormat):
         halves = halves.view(len(halves), -1, GROUP // 8, 2, PANEL, 4)
         packed = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
         return packed, torch.stack([_panels(part, 1)[..., 0] for part in (step, offset)], dim=2)
+
+
+@register
+class Native(BFloat16):
+    """The blocks of a GGUF file as they are stored; what the file has in no blocks is in bfloat16."""
+
+    name, needs_kernels = "native", True
 
 
 def _panels(matrix: Tensor, num_together: int) -> Tensor:

@@ -98,10 +98,8 @@ class TrainedDrafter(Drafter):
         few_bits = model.why_not_native is None and model.dtype == torch.bfloat16
         kind = "int8" if few_bits else model.weights
         parts = layer_parts(LayerView(network.layer, 0, model.backbone.family, model.backbone.hidden_size))
-        widths = [part.shape[1] for part in network.layer.parameters() if part.dim() == 2]
         # int4 reads half the bytes of int8, and drafts as well.
-        layer_kind = "int4" if few_bits and not any(width % GROUP for width in widths) else kind
-        self.layer = model.backend.layer(parts, WEIGHTS[layer_kind])
+        self.layer = model.backend.layer(parts, WEIGHTS["int4" if few_bits else kind])
         weights = [Weights(part.detach().to(model.dtype), None) for part in (both, joins)]
         self.read, self.join = (model.backend.linear([part], WEIGHTS[kind]) for part in weights)
         self.head = model.head_of(norm_of(network.norm), kind, network.vocabulary)

@@ -17,6 +17,7 @@ from anydepth.engine.backends.cpu.packing import (
     NativeHead,
     NativeLinear,
     NativeNetworks,
+    PackedWeights,
     pack_panels,
 )
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, KernelLayer, NativeLayer, Rows, Task, Tasks
@@ -26,7 +27,7 @@ from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate import Gate
 from anydepth.gating.trace import PassRecord
-from anydepth.models.blocks import BlockEmbedding
+from anydepth.models.blocks import BlockEmbedding, Blocks
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 
 
@@ -47,10 +48,8 @@ class KernelBackend(TorchBackend):
     def layer(self, parts: LayerParts, weights: Format) -> KernelLayer:
         packed = {role: pack_panels(getattr(parts, role), weights, self.memory) for role in ROLES}
 
-        def linear(*roles: str) -> Linear:  # for many tokens
-            if weights.is_quantised:
-                return NativeLinear([packed[role] for role in roles], self.dtype, self.memory)
-            return Linear([getattr(parts, role) for role in roles])
+        def linear(*roles: str) -> Linear:
+            return self._for_many([getattr(parts, role) for role in roles], [packed[role] for role in roles], weights)
 
         kind = parts.rotation_kind
         rotation = None if kind is None else self.rotation_kinds.index(kind)
@@ -61,8 +60,13 @@ class KernelBackend(TorchBackend):
     def head(self, rows: Weights, norm: Norm, weights: Format, softcap: float | None) -> NativeHead:
         packed = pack_panels(rows, weights, self.memory)
         native = NativeLinear([packed], self.dtype, self.memory, norm)
-        many = NativeLinear([packed], self.dtype, self.memory) if weights.is_quantised else Linear([rows])
-        return NativeHead(many, native, norm, softcap)
+        return NativeHead(self._for_many([rows], [packed], weights), native, norm, softcap)
+
+    def _for_many(self, parts: Sequence[Weights], packed: Sequence[PackedWeights], weights: Format) -> Linear:
+        """Return linear layers for many tokens: by oneDNN, where it can read the model's own weights."""
+        if weights.is_quantised or any(isinstance(part.weight, Blocks) for part in parts):
+            return NativeLinear(packed, self.dtype, self.memory)
+        return Linear(parts)
 
     def embedding(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         return NativeEmbedding(module) if isinstance(module, BlockEmbedding) else module
