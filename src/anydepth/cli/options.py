@@ -42,7 +42,11 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="Print no progress.")]
 Data = Annotated[str, Option("--data", help="Read NAME:SPLIT (embedded:valid, wikitext-2:valid) or a text file.")]
 Engine = Annotated[str, Option("--engine", help="Run on hf, fast, or auto: fast where it runs the model.")]
 WeightKind = Annotated[
-    str | None, Option("--weights", help="Run the fast engine in int8, int4, or the model's own precision.")
+    str | None,
+    Option(
+        "--weights", help="Run the fast engine in int8, int4, native (blocks of a .gguf file) or the model's precision."
+    ),
+    Option("--weights", help="Run the fast engine in int8, int4, the model's precision, or native: a .gguf file's."),
 ]
 Compiled = Annotated[
     bool, Option("--compile", help="Compile the fast engine with torch; the first start takes a minute.")
@@ -80,9 +84,11 @@ class Call(Printer):
 
     def load(self, target: str, **options: Any) -> tuple[Any, Any]:
         """Load a target and its tokenizer; `options` are those of `load_target`."""
+        from anydepth.models.load import NATIVE
         from anydepth.training.checkpoint import load_target
 
-        return load_target(target, dtype=self.dtype, device=self.device, **options)
+        native = self.arguments.get("weights") == NATIVE
+        return load_target(target, dtype=self.dtype, device=self.device, native=native, **options)
 
     def document(self, name: str, model: Any, changes: Mapping[str, Any] = {}, **fields: Any) -> dict[str, Any]:
         """Return a result document; its `config` holds the arguments, and the precision that the model has.

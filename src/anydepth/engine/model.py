@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.engine.backends.cpu.backend import KernelBackend
-from anydepth.engine.backends.cpu.native import why_not
+from anydepth.engine.backends.cpu.native import ROLES, why_not
 from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.backends.torch.layer import EngineLayer, Head
 from anydepth.engine.kv_cache import EngineCache
@@ -52,8 +53,6 @@ class EngineModel:
         if name not in WEIGHTS:
             raise UserError(f"weights '{name}' are unknown; weights are {', '.join(WEIGHTS)}")
         chosen = WEIGHTS[name]
-        if is_native and chosen is not Native:
-            raise UserError(f"the model has the blocks of its GGUF file; load it dense to run {name} weights")
         if chosen is Native and not is_native:
             raise UserError("native weights are the blocks of a .gguf file, and this model has none; leave weights out")
         if chosen.dtype != backbone.model.dtype:
@@ -64,6 +63,8 @@ class EngineModel:
         if compiled and (chosen.is_quantised or chosen is Native):
             raise UserError(f"torch.compile is for dense weights, not {name}; leave one of the two out")
         self.backbone, self.dtype, self.device = backbone, backbone.model.dtype, backbone.device
+        if is_native and chosen is not Native:
+            parts = [replace(part, **{role: getattr(part, role).dense(self.dtype) for role in ROLES}) for part in parts]
         kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
         self.backend = _choose_backend(parts, chosen, self.device, kinds, native=native, compiled=compiled)
         self.why_not_native = self.backend.why_not_native
@@ -77,6 +78,8 @@ class EngineModel:
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
         """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""
         rows = weights_of(self.backbone.head)
+        if WEIGHTS[weights] is not Native:
+            rows = rows.dense(self.dtype)
         if vocabulary is not None:
             rows = Weights(rows.weight[vocabulary], None if rows.bias is None else rows.bias[vocabulary])
         chosen = WEIGHTS[WEIGHTS[weights].head or weights]

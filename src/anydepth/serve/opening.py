@@ -13,7 +13,7 @@ from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
 from anydepth.errors import RunError, UserError
-from anydepth.models.load import DType
+from anydepth.models.load import NATIVE, DType
 from anydepth.serve.service import Budgets, Service
 from anydepth.speculation.draft import why_no_draft
 from anydepth.training.checkpoint import load_draft, load_target
@@ -47,7 +47,7 @@ def open_service(
     """
     check_corpus(data)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}
-    adapted, tokenizer = load_target(target, merge=True, **load)
+    adapted, tokenizer = load_target(target, merge=True, native=weights == NATIVE, **load)
     can_draft = why_no_draft(adapted.backbone, adapted.attached) is None
     draft = load_draft(target, adapted, lossless=can_draft, options=(overrides or {}).get(DRAFT))
     use_defaults(adapted.generation_config, generation_config)

@@ -118,6 +118,7 @@ def load_target(
     merge: bool = False,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     skip_share: float | None = None,
+    native: bool = False,
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     """Load a `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
 
@@ -125,14 +126,17 @@ def load_target(
         merge: fold adapters into the weights, which is faster; the base is then no longer available.
         overrides: options by method that replace those of the target; those of `draft` are for `load_draft`.
         skip_share: fraction of decisions to skip, set by the score quantiles of the target.
+        native: as in `load_model`; refused for a checkpoint.
 
     Raises:
         UserError: no such target, an override of a method that is not attached, or no score quantiles.
     """
     if is_checkpoint(target):
+        if native:
+            raise UserError(f"native weights are those of a .gguf file, and {target} is a checkpoint; use int4 or int8")
         adapted, tokenizer = _load(Path(target), None, dtype, device, merge=merge)
     else:
-        model, tokenizer = load_model(target, dtype=dtype, device=device)
+        model, tokenizer = load_model(target, dtype=dtype, device=device, native=native)
         adapted = attach(_merged(model) if merge else model, [])
     if own := {name: options for name, options in (overrides or {}).items() if name != DRAFT_SECTION}:
         adapted = with_options(adapted, own)
