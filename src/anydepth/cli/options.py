@@ -44,9 +44,8 @@ Engine = Annotated[str, Option("--engine", help="Run on hf, fast, or auto: fast 
 WeightKind = Annotated[
     str | None,
     Option(
-        "--weights", help="Run the fast engine in int8, int4, native (blocks of a .gguf file) or the model's precision."
+        "--weights", help="Run the fast engine in int8, int4, native (a .gguf file's own) or the model's precision."
     ),
-    Option("--weights", help="Run the fast engine in int8, int4, the model's precision, or native: a .gguf file's."),
 ]
 Compiled = Annotated[
     bool, Option("--compile", help="Compile the fast engine with torch; the first start takes a minute.")
