@@ -86,7 +86,7 @@ class Call(Printer):
         from anydepth.models.load import NATIVE
         from anydepth.training.checkpoint import load_target
 
-        native = self.arguments.get("weights") == NATIVE
+        native = NATIVE in (self.arguments.get("weights") or "").split(",")
         return load_target(target, dtype=self.dtype, device=self.device, native=native, **options)
 
     def document(self, name: str, model: Any, changes: Mapping[str, Any] = {}, **fields: Any) -> dict[str, Any]:

@@ -125,9 +125,12 @@ def _metadata(path: Path, cache: Path) -> Path:
         tokenizer.save_pretrained(str(staging))
         (staging / TENSORS).write_text(json.dumps({"architecture": architecture, "tensors": tensors}))
         staging.rename(folder)
-    except OSError:
+    except OSError as error:
         if not (folder / TENSORS).exists():  # otherwise another process was first
-            raise
+            raise UserError(
+                f"the config and tokenizer of {path} could not be cached in {folder} ({error.strerror}); "
+                "free space there, or set ANYDEPTH_CACHE"
+            ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
@@ -141,12 +144,12 @@ def _fill(model: PreTrainedModel, path: Path, table: dict[str, Any]) -> None:
     processor = TENSOR_PROCESSORS.get(table["architecture"], TensorProcessor)(config=model.config.to_dict())
     by_name = {tensor["name"]: tensor for tensor in table["tensors"]}
     missing: list[str] = []
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head, is_tied = model.get_output_embeddings(), model.config.tie_word_embeddings
     for name, module in list(model.named_modules()):
         for suffix in sorted(suffix for suffix, _ in module.named_parameters(recurse=False)):  # biases first
             tensor = by_name.get(f"{names.get_name(name)}.{suffix}")
             if tensor is None:
-                missing += [] if module is head and model.config.tie_word_embeddings else [f"{name}.{suffix}"]
+                missing += [] if module is head and is_tied else [f"{name}.{suffix}"]
                 continue
             stored = file[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
             kind = GGMLQuantizationType[tensor["kind"]]
@@ -160,8 +163,10 @@ def _fill(model: PreTrainedModel, path: Path, table: dict[str, Any]) -> None:
     if missing:
         raise UserError(f"GGUF file {path} lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
     embedding = model.get_input_embeddings()
-    if model.config.tie_word_embeddings and isinstance(embedding, BlockEmbedding):
+    if is_tied and isinstance(embedding, BlockEmbedding):
         model.set_output_embeddings(BlockLinear(embedding.blocks, None, QUANTISED_DTYPE))
+    elif is_tied:
+        model.tie_weights()
 
 
 def _dense(stored: np.ndarray, kind: GGMLQuantizationType, shape: list[int]) -> np.ndarray:
