@@ -112,5 +112,5 @@ class BlockEmbedding(BlockModule):
 
 
 def block_modules(module: nn.Module) -> Iterator[BlockModule]:
-    """Yield the modules whose weights are blocks."""
+    """Yield the modules with weights in blocks."""
     return (part for part in module.modules() if isinstance(part, BlockModule))

@@ -76,7 +76,7 @@ def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> No
 
 
 def native_from_gguf(path: Path, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a model whose linear layers and embedding keep their blocks, mapped from the file.
+    """Read a model with its linear layers and embedding in blocks, mapped from the file.
 
     Args:
         cache: folder for the metadata of files, which take seconds to convert; stored at the first call.
