@@ -168,11 +168,10 @@ def skipping(num_runs: int) -> dict[str, Any]:
 
 def verify(num_runs: int) -> dict[str, Any]:
     """One pass over several tokens behind a past, against a pass over one."""
-    model, _ = anydepth.load_model("embedded", dtype="bfloat16")
-    adapted, rows = attach(model, []), []
-    counts = (1, 2, 4, 5, 8, 16)
-    for kind in ("bfloat16", "int8"):
-        engine = FastEngine(adapted, kind).model
+    rows, counts = [], (1, 2, 4, 5, 8, 16)
+    for kind in ("bfloat16", "int8", "int4", "native"):
+        model, _ = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
+        engine = FastEngine(attach(model, []), kind).model
         cache = engine.new_cache(1)
         slot = cache.take_slot()
         ids = torch.arange(1, 145)[None]
@@ -322,11 +321,11 @@ def identical(num_runs: int) -> dict[str, Any]:
 
 def quality(num_runs: int) -> dict[str, Any]:
     """Perplexity on WikiText-2 valid by the kinds of weights."""
-    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
-    adapted, rows = attach(model, []), []
-    windows = prompts_of(tokenizer, 1024, 40)
-    for kind in ("bfloat16", "int8", "int4"):
-        scores = evaluate(FastEngine(adapted, kind), windows)
+    rows: list[dict[str, Any]] = []
+    for kind in ("bfloat16", "int8", "int4", "native"):
+        model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
+        windows = prompts_of(tokenizer, 1024, 40)
+        scores = evaluate(FastEngine(attach(model, []), kind), windows)
         rows.append(
             {"weights": kind, **{key: scores[key] for key in ("perplexity", "loss", "agreement", "num_tokens")}}
         )
