@@ -41,7 +41,10 @@ def main() -> None:
         return
     rows = {name: measured(arguments, name) for name in KINDS}
     settings = {key: value for key, value in vars(arguments).items() if key != "table"}
-    command = f"python benchmarks/exit_table.py --max-risk {arguments.max_risk} --num-runs {arguments.num_runs}"
+    options = ("max_risk", "num_prompts", "num_runs", "new_tokens")
+    command = " ".join(
+        ["python benchmarks/exit_table.py", *(f"--{key.replace('_', '-')} {settings[key]}" for key in options)]
+    )
     result = document("anydepth.exit_table/1", seed=0, config=settings, command=command, rows=rows)
     write_json(arguments.out, result)
     print(markdown(rows))
