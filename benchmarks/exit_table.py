@@ -40,8 +40,9 @@ def main() -> None:
         print(markdown(read_document(arguments.out)["rows"]))
         return
     rows = {name: measured(arguments, name) for name in KINDS}
-    settings = {key: value for key, value in vars(arguments).items() if key != "table"}
-    command = f"python benchmarks/exit_table.py --max-risk {arguments.max_risk} --num-runs {arguments.num_runs}"
+    settings = {key: getattr(arguments, key) for key in ("max_risk", "num_prompts", "num_runs", "new_tokens")}
+    given = [f"--{key.replace('_', '-')} {value}" for key, value in settings.items()]
+    command = " ".join(["python benchmarks/exit_table.py", *given])
     result = document("anydepth.exit_table/1", seed=0, config=settings, command=command, rows=rows)
     write_json(arguments.out, result)
     print(markdown(rows))
