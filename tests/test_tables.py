@@ -25,6 +25,7 @@ TABLES = {
     "fronts": ["benchmarks/fronts.py", "--table"],
     "capacities": ["benchmarks/capacities.py", "--table"],
     "task_scores": ["benchmarks/task_scores.py", "--table"],
+    "exit_table": ["benchmarks/exit_table.py", "--table"],
     "drafter_choices": ["benchmarks/drafter_choices.py", "--table"],
 }
 PAGE = "docs/results.md"
