@@ -650,18 +650,6 @@ def test_configs_say_whether_there_are_weights_to_train(spec: Spec) -> None:
         assert method.has_weights(method.config) == any(part.requires_grad for part in method.parameters())
 
 
-def test_layers_that_are_never_dropped() -> None:
-    """The rule of dynamic layer routing's stochastic baselines: p·(l − 4) ÷ (L − 1 − 4), or p alike from layer 4 on."""
-    model = families.build("llama")
-    linear = {"name": "stochastic_depth", "max_probability": 0.5, "always_keep": 2}
-    method: Any = anydepth.attach(model, linear).methods["stochastic_depth"]
-    assert method.probabilities() == [0, 0, 0, 0.25, 0.5]
-    model = families.build("llama")
-    adapted = anydepth.attach(model, {**linear, "schedule": "uniform", "max_probability": 1.0, "per": "batch"}).train()
-    adapted(families.token_ids())
-    assert adapted.last_trace.mixer_keep.flatten(1).any(1).tolist() == [True, True, False, False, False]
-
-
 # --- faults of earlier code that no check above names -----------------------------------------------------
 
 
@@ -705,33 +693,11 @@ def test_gated_layers_are_those_that_have_gates(case: str) -> None:
     assert named == gated
 
 
-def test_attaching_twice_is_refused() -> None:
-    model = families.build("llama")
-    anydepth.attach(model, CASES["skip_layers"])
-    with pytest.raises(UserError, match="already has methods attached"):
-        anydepth.attach(model, CASES["router_project"])
-    with pytest.raises(UserError, match="twice"):
-        anydepth.attach(families.build("llama"), [CASES["skip_layers"], CASES["skip_layers"]])
-
-
 def test_an_unknown_family_is_refused_with_the_list() -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     with pytest.raises(UserError, match=r"bloom.*falcon.*qwen3_next"):
         anydepth.attach(BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)), [])
-
-
-def test_composition_keeps_what_both_keep() -> None:
-    """A layer gate beside branch gates."""
-    adapted = attach(families.build("llama"), [CASES["router_project"], CASES["skip_branches"]])  # type: ignore[arg-type]
-    ids = families.token_ids()
-    with torch.no_grad():
-        sparse = logits_of(adapted, ids)
-        trace = adapted.last_trace
-        with adapted.masked():
-            assert relative_rms(sparse, logits_of(adapted, ids)) <= TOLERANCE
-    assert not trace.mixer_keep[[0, 2, 3]].any() and not trace.ffn_keep[[1, 2, 3]].any()
-    assert trace.ffn_keep[0].all() and trace.mixer_keep[4].float().mean() < 1
 
 
 @torch.no_grad()
