@@ -11,7 +11,7 @@ from anydepth.engine.backends.cpu.packing import BLOCK_PANELS, Memory, NativeEmb
 from anydepth.engine.weights import Native
 from anydepth.models.blocks import BlockEmbedding, Blocks
 from anydepth.models.gguf import BLOCK_KINDS
-from anydepth.models.llama_like import Weights
+from anydepth.models.llama_like import BlockWeights
 from reference import in_8_bits
 
 FLOAT16S = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
@@ -30,6 +30,11 @@ def random_blocks(kind: str, num_outputs: int, num_inputs: int, seed: int = 0) -
     return Blocks(torch.from_numpy(blocks.reshape(num_outputs, -1)), type_)
 
 
+def linear_of(blocks: Blocks, memory: Memory) -> NativeLinear:
+    packed = pack_panels(BlockWeights(blocks, None, torch.float32), Native, memory)
+    return NativeLinear([packed], torch.float32, memory)
+
+
 def test_every_kind_of_blocks_that_is_read_has_panels() -> None:
     assert set(BLOCK_KINDS) == set(BLOCK_PANELS)
 
@@ -38,7 +43,9 @@ def test_every_kind_of_blocks_that_is_read_has_panels() -> None:
 @pytest.mark.parametrize("kind", BLOCK_KINDS)
 def test_products_are_those_of_the_dequantised_weights(kind: str, num_tokens: int) -> None:
     memory, blocks = Memory(), random_blocks(kind, 40, 512)  # not whole panels
-    linear = NativeLinear([pack_panels(Weights(blocks, None), Native, memory)], torch.float32, memory)
+    linear = NativeLinear(
+        [pack_panels(BlockWeights(blocks, None, torch.float32), Native, memory)], torch.float32, memory
+    )
     x = torch.randn(num_tokens, 512, generator=torch.Generator().manual_seed(1))
     wanted = in_8_bits(x).double() @ blocks.dense().double().T
     error = (linear(x) - wanted).norm() / wanted.norm()
@@ -48,7 +55,9 @@ def test_products_are_those_of_the_dequantised_weights(kind: str, num_tokens: in
 @pytest.mark.parametrize("kind", BLOCK_KINDS)
 def test_a_token_has_the_same_bits_alone_and_among_others(kind: str) -> None:
     memory, blocks = Memory(), random_blocks(kind, 48, 768)
-    linear = NativeLinear([pack_panels(Weights(blocks, None), Native, memory)], torch.float32, memory)
+    linear = NativeLinear(
+        [pack_panels(BlockWeights(blocks, None, torch.float32), Native, memory)], torch.float32, memory
+    )
     x = torch.randn(13, 768, generator=torch.Generator().manual_seed(1))
     assert torch.equal(linear(x), torch.cat([linear(row) for row in x.split(1)]))
 

@@ -22,7 +22,7 @@ from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.backbone import Backbone
 from anydepth.models.blocks import block_modules
-from anydepth.models.llama_like import LayerParts, Norm, Weights, norm_of, read_layers, weights_of
+from anydepth.models.llama_like import LayerParts, Norm, norm_of, read_layers, weights_of
 from anydepth.models.load import dtype_name
 
 
@@ -64,7 +64,7 @@ class EngineModel:
             raise UserError(f"torch.compile is for dense weights, not {name}; leave one of the two out")
         self.backbone, self.dtype, self.device = backbone, backbone.model.dtype, backbone.device
         if is_native and chosen is not Native:
-            parts = [replace(part, **{role: getattr(part, role).dense(self.dtype) for role in ROLES}) for part in parts]
+            parts = [replace(part, **{role: getattr(part, role).dense() for role in ROLES}) for part in parts]
         kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
         self.backend = _choose_backend(parts, chosen, self.device, kinds, native=native, compiled=compiled)
         self.why_not_native = self.backend.why_not_native
@@ -79,9 +79,9 @@ class EngineModel:
         """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""
         rows = weights_of(self.backbone.head)
         if WEIGHTS[weights] is not Native:
-            rows = rows.dense(self.dtype)
+            rows = rows.dense()
         if vocabulary is not None:
-            rows = Weights(rows.weight[vocabulary], None if rows.bias is None else rows.bias[vocabulary])
+            rows = rows.rows(vocabulary)
         chosen = WEIGHTS[WEIGHTS[weights].head or weights]
         return self.backend.head(rows, norm, chosen, self.backbone.logits_softcap)
 

@@ -32,12 +32,47 @@ class Norm:
 class Weights:
     """A linear layer: weight (out, in), bias (out,) or None."""
 
-    weight: Tensor | Blocks
+    weight: Tensor
     bias: Tensor | None
 
-    def dense(self, dtype: torch.dtype) -> Weights:
-        """Return the layer with its blocks, if it has any, dequantised."""
-        return Weights(self.weight.dense().to(dtype), self.bias) if isinstance(self.weight, Blocks) else self
+    def rows(self, index: Tensor) -> Weights:
+        """Return the layer of some outputs."""
+        return Weights(self.weight[index], None if self.bias is None else self.bias[index])
+
+    def split(self, sizes: list[int]) -> list[Weights]:
+        """Return layers of consecutive outputs, so many each."""
+        biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
+        return [Weights(weight, bias) for weight, bias in zip(self.weight.split(sizes), biases, strict=True)]
+
+    def dense(self) -> Weights:
+        """Return the layer with a weight that is in memory."""
+        return self
+
+
+class BlockWeights(Weights):
+    """A linear layer over blocks; `weight` is dequantised at each access."""
+
+    def __init__(self, blocks: Blocks, bias: Tensor | None, dtype: torch.dtype) -> None:
+        for name, value in (("blocks", blocks), ("bias", bias), ("dtype", dtype)):
+            object.__setattr__(self, name, value)
+
+    blocks: Blocks
+    dtype: torch.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        return self.blocks.dense().to(self.dtype)
+
+    def rows(self, index: Tensor) -> Weights:
+        return BlockWeights(self.blocks[index], None if self.bias is None else self.bias[index], self.dtype)
+
+    def split(self, sizes: list[int]) -> list[Weights]:
+        biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
+        parts = zip(self.blocks.split(sizes), biases, strict=True)
+        return [BlockWeights(blocks, bias, self.dtype) for blocks, bias in parts]
+
+    def dense(self) -> Weights:
+        return Weights(self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -130,9 +165,7 @@ def _projections(module: nn.Module, names: Sequence[str], fused: str, sizes: lis
     """Return the weights of some projections, which may be one fused matrix with these output sizes."""
     if not hasattr(module, fused):
         return [weights_of(getattr(module, name)) for name in names]
-    weights = weights_of(getattr(module, fused))
-    biases = [None] * len(sizes) if weights.bias is None else weights.bias.split(sizes)
-    return [Weights(weight, bias) for weight, bias in zip(weights.weight.split(sizes), biases, strict=True)]
+    return weights_of(getattr(module, fused)).split(sizes)
 
 
 def _activation(mlp: Any) -> str:
@@ -175,7 +208,7 @@ def weights_of(module: nn.Module) -> Weights:
     """Return the weights of a linear layer, its adapters folded into a copy; raise `UserError` as `layer_parts`."""
     base = base_module(module)
     if isinstance(base, BlockLinear) and base is module:
-        return Weights(base.blocks, None if base.bias is None else base.bias.detach())
+        return BlockWeights(base.blocks, None if base.bias is None else base.bias.detach(), base.dtype)
     if type(base) is not nn.Linear:
         raise UserError(
             f"the fast engine takes plain linear layers and found {type(base).__name__}; load without quantisation, or "

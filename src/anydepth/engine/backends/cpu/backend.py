@@ -27,8 +27,8 @@ from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate import Gate
 from anydepth.gating.trace import PassRecord
-from anydepth.models.blocks import BlockEmbedding, Blocks
-from anydepth.models.llama_like import LayerParts, Norm, Weights
+from anydepth.models.blocks import BlockEmbedding
+from anydepth.models.llama_like import BlockWeights, LayerParts, Norm, Weights
 
 
 class KernelBackend(TorchBackend):
@@ -64,7 +64,7 @@ class KernelBackend(TorchBackend):
 
     def _for_many(self, parts: Sequence[Weights], packed: Sequence[PackedWeights], weights: Format) -> Linear:
         """Return linear layers for many tokens: by oneDNN, where it can read the model's own weights."""
-        if weights.is_quantised or any(isinstance(part.weight, Blocks) for part in parts):
+        if weights.is_quantised or any(isinstance(part, BlockWeights) for part in parts):
             return NativeLinear(packed, self.dtype, self.memory)
         return Linear(parts)
 

@@ -25,10 +25,10 @@ from anydepth.engine.backends.cpu.native import (
 )
 from anydepth.engine.backends.torch.layer import Head, Linear, RMSNorm
 from anydepth.engine.kv_cache import huge
-from anydepth.engine.weights import GROUP, PANEL, WeightFormat
+from anydepth.engine.weights import GROUP, PANEL, Native, WeightFormat
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.models.blocks import BlockEmbedding, Blocks
-from anydepth.models.llama_like import Norm, Weights
+from anydepth.models.llama_like import BlockWeights, Norm, Weights
 
 ROWS_AT_ONCE = 128
 """Inputs of quantised layers that still fit into the second cache; oneDNN has no kernels for these."""
@@ -103,8 +103,8 @@ class PackedWeights:
 
 
 def pack_panels(part: Weights, weight_format: type[WeightFormat], memory: Memory) -> PackedWeights:
-    if isinstance(part.weight, Blocks):
-        return _repacked(part.weight, part.bias, memory)
+    if isinstance(part, BlockWeights) and weight_format is Native:
+        return _repacked(part.blocks, part.bias, memory)
     assert weight_format.kernel_id is not None
     weight, scales = weight_format.pack(part.weight)
     kept = memory.keep(weight), None if scales is None else memory.keep(scales)
