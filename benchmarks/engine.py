@@ -43,6 +43,7 @@ GREEDY = [14, 7, 17, 4, 26, 16, 3, 18, 25, 5, 15, 8, 20, 12, 21]
 SPREAD = {5: range(3, 30, 6), 10: [*range(3, 30, 3), 28], 15: range(14, 29)}
 ALWAYS_KEEP = 3
 OVER_HF = "decode_over hf bfloat16"
+KINDS = ("bfloat16", "int8", "int4", "native")
 ROUTED = 27
 
 
@@ -119,6 +120,41 @@ def peers(num_runs: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def weights(num_runs: int) -> dict[str, Any]:
+    """Full depth, batch 1, by kinds of weights in turn, the same prompts."""
+    engines: dict[str, FastEngine] = {}
+    for kind in KINDS:
+        model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
+        engines[kind] = FastEngine(attach(model, []), kind)
+    rows = []
+    for length in (64, 512):
+        times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+        bandwidth = []
+        for number, window in enumerate(prompts_of(tokenizer, length, num_runs + 1)):
+            for place in range(len(KINDS)):
+                kind = KINDS[(place + number) % len(KINDS)]
+                bandwidth.append(read_bandwidth(engines[kind].adapted.device))
+                timing = time_generation(engines[kind], batch_of(window[None]), NEW_TOKENS, full_depth=True)
+                if number:  # the first window warms up
+                    times[kind].append((timing.ttft, (timing.total - timing.ttft) / (NEW_TOKENS - 1)))
+        for kind, engine in engines.items():
+            row = {"weights": kind, "prompt_tokens": length, **peer_speeds(kind, times)}
+            branches, head = engine.weight_bytes()
+            row["bytes_per_step"] = head + sum(map(sum, branches))
+            row["roofline_share"] = row["bytes_per_step"] / median(bandwidth) / row["tpot_seconds"]
+            rows.append(row)
+            say(
+                row,
+                "weights",
+                "prompt_tokens",
+                "ttft_seconds",
+                "tpot_seconds",
+                "decode_over bfloat16",
+                "roofline_share",
+            )
+    return {"rows": rows}
+
+
 def peer_speeds(name: str, times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     """Medians of one engine's seconds to the first and for each next token, and every other's over them, in pairs."""
     first, each = zip(*times[name], strict=True)
@@ -169,7 +205,7 @@ def skipping(num_runs: int) -> dict[str, Any]:
 def verify(num_runs: int) -> dict[str, Any]:
     """One pass over several tokens behind a past, against a pass over one."""
     rows, counts = [], (1, 2, 4, 5, 8, 16)
-    for kind in ("bfloat16", "int8", "int4", "native"):
+    for kind in KINDS:
         model, _ = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
         engine = FastEngine(attach(model, []), kind).model
         cache = engine.new_cache(1)
@@ -322,7 +358,7 @@ def identical(num_runs: int) -> dict[str, Any]:
 def quality(num_runs: int) -> dict[str, Any]:
     """Perplexity on WikiText-2 valid by the kinds of weights."""
     rows: list[dict[str, Any]] = []
-    for kind in ("bfloat16", "int8", "int4", "native"):
+    for kind in KINDS:
         model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
         windows = prompts_of(tokenizer, 1024, 40)
         scores = evaluate(FastEngine(attach(model, []), kind), windows)
@@ -335,7 +371,7 @@ def quality(num_runs: int) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
-    section.__name__: section for section in (peers, skipping, verify, batches, context, identical, quality)
+    section.__name__: section for section in (peers, weights, skipping, verify, batches, context, identical, quality)
 }
 
 
