@@ -75,7 +75,7 @@ class DraftConfig(StrictConfig):
     )
     quantised: Literal["int8", "int4"] | None = Field(
         default=None,
-        description="Draft with a copy of the model in so many bits, over the model's own K/V; null is none.",
+        description="Draft with a copy of the model in int8 or int4, over the model's own K/V; null is none.",
     )
     search: OnlineSearchConfig | None = Field(
         default=None, description="Draft with a skip set that is searched meanwhile; null is none."

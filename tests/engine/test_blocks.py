@@ -63,6 +63,14 @@ def test_a_token_has_the_same_bits_alone_and_among_others(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCK_KINDS)
+def test_an_input_that_is_no_number_gives_none(kind: str) -> None:
+    memory, x = Memory(), torch.ones(2, 256)
+    x[1, 40] = torch.nan
+    found = linear_of(random_blocks(kind, 16, 256), memory)(x)
+    assert found[0].isfinite().all() and found[1].isnan().all()
+
+
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
 def test_rows_of_an_embedding_are_dequantised_exactly(kind: str) -> None:
     blocks = random_blocks(kind, 50, 256)
     module = BlockEmbedding(blocks, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,13 +63,34 @@ def test_the_engine_runs_blocks(file: Path, kind: str) -> None:
 
 
 @needs_kernels
-def test_lossless_text_on_blocks(file: Path) -> None:
+@pytest.mark.parametrize(
+    "drafter",
+    [
+        {"exit_layers": [2]},
+        {"network": {"taps": [2, 6], "vocabulary_size": 100}, "lookup": False},
+        {"quantised": "int8"},
+    ],
+    ids=["first layers", "trained", "copy"],
+)
+def test_lossless_text_on_blocks(file: Path, drafter: dict[str, Any]) -> None:
+    """A trained network starts from a copy of the last layer, dequantised."""
     save_gguf(file, "Q4_1")
     adapted = anydepth.attach(load_model(str(file), native=True)[0], []).eval()
     options = {"input_ids": token_ids()[:1], "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
     wanted = anydepth.FastEngine(adapted).generate(**options)
-    draft = anydepth.Draft(adapted, {"exit_layers": [2], "adaptive": False, "max_draft": 4})
-    assert torch.equal(anydepth.FastEngine(adapted, draft=draft).generate(**options), wanted)
+    draft = anydepth.Draft(adapted, {"adaptive": False, "max_draft": 4, **drafter})
+    engine = anydepth.FastEngine(adapted, draft=draft)
+    assert torch.equal(engine.generate(**options), wanted)
+    assert engine.draft_counts is not None and engine.draft_counts.num_drafted
+
+
+@needs_kernels
+def test_token_ids_outside_of_the_embedding_are_refused(file: Path) -> None:
+    save_gguf(file, "Q8_0")
+    engine = anydepth.FastEngine(anydepth.attach(load_model(str(file), native=True)[0], []))
+    for ids in ([3, -100], [258]):
+        with pytest.raises(IndexError, match="from 0 to 257"):
+            engine.logits(torch.tensor(ids))
 
 
 def test_what_has_no_blocks_is_refused_in_one_line(file: Path) -> None:
@@ -77,6 +99,8 @@ def test_what_has_no_blocks_is_refused_in_one_line(file: Path) -> None:
         load_model("./model", native=True)
     with pytest.raises(UserError, match="bfloat16 activations, not float32"):
         load_model(str(file), dtype="float32", native=True)
+    with pytest.raises(UserError, match="leave out device, quantisation, attention"):
+        load_model(str(file), attention="eager", native=True)
     dense = anydepth.attach(load_model(str(file), dtype="bfloat16")[0], [])
     with pytest.raises(UserError, match="this model has none"):
         anydepth.FastEngine(dense, "native")

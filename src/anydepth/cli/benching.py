@@ -141,6 +141,7 @@ def _measure(call: opt.Call, adapted: Any, tokenizer: Any, draft: Any) -> dict[s
 def _engines(call: opt.Call, adapted: Any, draft: Any) -> list[Any]:
     """Open an engine for each kind of weights, after transformers where both are timed."""
     from anydepth.decoding.engines import ENGINES, HFEngine, open_engine
+    from anydepth.models.load import NATIVE
 
     target, engine, weights, compiled = (call.arguments[key] for key in ("target", "engine", "weights", "compiled"))
     if not adapted.methods and draft is None and engine in ("auto", "hf"):
@@ -152,6 +153,8 @@ def _engines(call: opt.Call, adapted: Any, draft: Any) -> list[Any]:
         raise UserError(f"engine '{engine}' is unknown; bench takes {', '.join(ENGINES)} or both")
     one = "fast" if engine == "both" else engine
     kinds = weights.split(",") if weights else [None]
+    if NATIVE in kinds and engine == "both":
+        raise UserError("engine hf would dequantise native weights in every forward; leave --engine both out")
     chosen = [open_engine(adapted, one, kind, call.progress, draft=draft, compiled=compiled) for kind in kinds]
     return [HFEngine(adapted, draft), *chosen] if engine == "both" else chosen
 

@@ -75,7 +75,7 @@ class FastEngine(Engine):
     Holds a second, packed copy of the weights; later changes (training, a LoRA adapter) do not reach it.
 
     Args:
-        weights: float32, bfloat16, float16, int8 or int4; None is the model's own precision.
+        weights: float32, bfloat16, float16, int8, int4 or native; None is the model's own precision.
         draft: see `Engine`.
         native: decode with the compiled kernels where they are available, else with PyTorch's own operators.
         compiled: run the branches through `torch.compile` instead, for GPUs; the first start takes a minute.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from anydepth.engine.backends.cpu.backend import KernelBackend
-from anydepth.engine.backends.cpu.native import ROLES, why_not
+from anydepth.engine.backends.cpu.native import why_not
 from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.backends.torch.layer import EngineLayer, Head
 from anydepth.engine.kv_cache import EngineCache
@@ -63,14 +62,12 @@ class EngineModel:
         if compiled and (chosen.is_quantised or chosen is Native):
             raise UserError(f"torch.compile is for dense weights, not {name}; leave one of the two out")
         self.backbone, self.dtype, self.device = backbone, backbone.model.dtype, backbone.device
-        if is_native and chosen is not Native:
-            parts = [replace(part, **{role: getattr(part, role).dense() for role in ROLES}) for part in parts]
         kinds = sorted({part.rotation_kind for part in parts if part.rotation_kind is not None})
         self.backend = _choose_backend(parts, chosen, self.device, kinds, native=native, compiled=compiled)
         self.why_not_native = self.backend.why_not_native
         self.like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.rotations = Rotations(backbone, kinds, self.like, self.backend.rotary_tables)
-        self.layers = [self.backend.layer(part, chosen) for part in parts]
+        self.layers = [self.backend.layer(part if chosen is Native else part.dense(), chosen) for part in parts]
         self.head = self.head_of(norm_of(backbone.final_norm), name)
         self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
         self.embedding = self.backend.embedding(backbone.decoder.get_submodule(backbone.family.embedding))

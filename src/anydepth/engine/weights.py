@@ -136,9 +136,10 @@ class Int4(WeightFormat):
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return s, (out, groups, 32) uint8 below 16, and float16 steps and offsets.
 
-        The weight is s · step + offset; the last group is padded with zeros.
+        The weight is s · step + offset; the last group is padded with its last weight.
         """
-        groups = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
+        last = weight[:, -1:].expand(-1, -weight.shape[1] % GROUP)  # inputs there are 0, so that any weight will do
+        groups = torch.cat([weight, last], dim=1).float().view(len(weight), -1, GROUP)
         low, high = groups.amin(2), groups.amax(2)
         steps = ((high - low) / 15).clamp_min(1e-7).to(torch.float16)
         offsets = low.to(torch.float16)
@@ -162,7 +163,7 @@ class Int4(WeightFormat):
 
 @register
 class Native(BFloat16):
-    """The blocks of a GGUF file as they are stored; what the file has in no blocks is in bfloat16."""
+    """The blocks of a GGUF file as they are stored; tensors that are not in blocks are in bfloat16."""
 
     name, needs_kernels = NATIVE, True
 

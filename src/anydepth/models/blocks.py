@@ -45,7 +45,7 @@ class Blocks:
         return Blocks(self.data[rows], self.kind)
 
     def split(self, sizes: list[int]) -> list[Blocks]:
-        """Return consecutive rows, so many each."""
+        """Return consecutive rows, of these sizes."""
         return [Blocks(part, self.kind) for part in self.data.split(sizes)]
 
     def dense(self) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,11 @@ def native_from_gguf(path: Path, cache: Path) -> tuple[PreTrainedModel, PreTrain
 def _metadata(path: Path, cache: Path) -> Path:
     """Return the folder of a file's config, tokenizer and table of tensors, converted if it does not exist."""
     state = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
+    made_of = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {version('anydepth')} {version('transformers')}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     folder = cache / "gguf" / f"{path.stem}-{key}"
     if (folder / TENSORS).exists():
         return folder
-    staging = folder.with_name(f".{folder.name}-{os.getpid()}")
     options: dict[str, Any] = {"gguf_file": path.name}
     reader = GGUFReader(path)
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
@@ -120,10 +121,15 @@ def _metadata(path: Path, cache: Path) -> Path:
         }
         for tensor in reader.tensors
     ]
+    staging: Path | None = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent))
         AutoConfig.from_pretrained(str(path.parent), **options).save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         (staging / TENSORS).write_text(json.dumps({"architecture": architecture, "tensors": tensors}))
+        if not (folder / TENSORS).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # left by a version that stored less
         staging.rename(folder)
     except OSError as error:
         if not (folder / TENSORS).exists():  # otherwise another process was first
@@ -132,7 +138,8 @@ def _metadata(path: Path, cache: Path) -> Path:
                 "free space there, or set ANYDEPTH_CACHE"
             ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
@@ -151,6 +158,8 @@ def _fill(model: PreTrainedModel, path: Path, table: dict[str, Any]) -> None:
             if tensor is None:
                 missing += [] if module is head and is_tied else [f"{name}.{suffix}"]
                 continue
+            if tensor["shape"] != list(module.get_parameter(suffix).shape):
+                raise UserError(f"{tensor['name']} of {path} is {tensor['shape']}, and its config says otherwise")
             stored = file[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
             kind = GGMLQuantizationType[tensor["kind"]]
             in_blocks = kind.name in BLOCK_KINDS and isinstance(module, nn.Linear | nn.Embedding)

@@ -6,7 +6,7 @@ Apart from `backbone.py` and `families.py` only this module knows Hugging Face a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Weights:
         return Weights(self.weight[index], None if self.bias is None else self.bias[index])
 
     def split(self, sizes: list[int]) -> list[Weights]:
-        """Return layers of consecutive outputs, so many each."""
+        """Return layers of consecutive outputs, of these sizes."""
         biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
         return [Weights(weight, bias) for weight, bias in zip(self.weight.split(sizes), biases, strict=True)]
 
@@ -107,6 +107,11 @@ class LayerParts:
     window: int | None
     rotation_kind: str | None
     activation: str
+
+    def dense(self) -> LayerParts:
+        """Return the layer with weights that are in memory."""
+        linear = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: part.dense() for name, part in linear.items() if isinstance(part, Weights)})
 
 
 def read_layers(backbone: Backbone) -> list[LayerParts]:

@@ -83,7 +83,10 @@ def load_model(
     adapter = Path(target) if (Path(target) / ADAPTER).is_file() else None
     base = target if adapter is None else adapter_base(adapter)
     with quiet():
-        model, tokenizer = _load_blocks(target, name) if native else _load(base, DTYPES.get(name), options)
+        if native:
+            model, tokenizer = _load_blocks(target, name, torch_device, options)
+        else:
+            model, tokenizer = _load(base, DTYPES.get(name), options)
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         with reading(f"the tokenizer in {adapter}"):
             tokenizer = AutoTokenizer.from_pretrained(str(adapter))
@@ -100,12 +103,16 @@ def load_model(
     return adapted.eval(), tokenizer
 
 
-def _load_blocks(target: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_blocks(
+    target: str, dtype: str, device: torch.device, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model of a .gguf file with its blocks."""
     if target != EMBEDDED and not target.endswith(".gguf"):
         raise UserError(f"native weights are those of a .gguf file, not of {target}; leave weights out")
     if dtype not in (AUTO, str(QUANTISED_DTYPE).removeprefix("torch.")):
         raise UserError(f"native weights run with bfloat16 activations, not {dtype}; leave dtype out")
+    if device.type != "cpu" or options:
+        raise UserError("native weights are for the fast engine on the CPU; leave out device, quantisation, attention")
     return native_from_gguf(embedded_gguf() if target == EMBEDDED else Path(target), cache_folder())
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
+from anydepth.models.blocks import BlockModule
 
 
 def base_module(module: nn.Module) -> nn.Module:
@@ -108,6 +109,8 @@ def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Return the state dict of `module` without PEFT, with its adapters folded in."""
     plain, state = plain_module(module), {}
     plain._save_to_state_dict(state, prefix, False)
+    if isinstance(plain, BlockModule):
+        state[f"{prefix}weight"] = plain.weight
     for name, child in plain.named_children():
         state |= plain_state(child, f"{prefix}{name}.")
     return state

@@ -23,7 +23,7 @@ class QuantisedDrafter(PrunedDrafter):
     def __init__(self, model: EngineModel, weights: str, pruning: Sequence[Method] = ()) -> None:
         super().__init__(pruning)
         self.name = f"{weights} copy"
-        self.copy = EngineModel(model.backbone, weights)
+        self.copy = EngineModel(model.backbone, weights, native=model.why_not_native is None)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
         """Propose the token after `request.last` for each request."""

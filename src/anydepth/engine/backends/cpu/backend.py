@@ -85,7 +85,7 @@ class KernelBackend(TorchBackend):
             return None
         ready = passes_of(new.plan, new.cache).ready(
             new,
-            (num_tokens, first, len(layers), *stops),
+            (id(self), num_tokens, first, len(layers), *stops),
             lambda: KernelPass(layers, new, self.networks, first=first, stops=stops),
         )
         return None if ready is None else ready.run(new, hidden)

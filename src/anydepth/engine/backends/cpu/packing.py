@@ -137,7 +137,9 @@ class NativeEmbedding:
         self.module, self.blocks = module, module.blocks
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        rows, blocks = token_ids.flatten(), self.blocks
+        rows, blocks = token_ids.flatten().long().contiguous(), self.blocks
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(blocks):
+            raise IndexError(f"token ids must be from 0 to {len(blocks) - 1}")
         dense = torch.empty(len(rows), blocks.shape[1])
         library().anydepth_dequantise(
             int(blocks.kind),

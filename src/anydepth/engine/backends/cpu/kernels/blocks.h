@@ -34,7 +34,7 @@ struct Group {
     float steps[2], offset;
 };
 
-inline float f16_at(const uint8_t* from) { return float(load<f16>(from)); }
+inline float f16_at(const uint8_t* from) { return one(load<f16>(from)); }
 
 // Returns the step and the minimum of group `j` of a K block, in multiples of those of the block: 6 bits each.
 inline void scales_of(const uint8_t* s, int j, float& step, float& minimum) {
@@ -119,8 +119,8 @@ void repack(int type, const uint8_t* blocks, int rows, int cols, uint8_t* weight
                 const Group group = group_at(type, blocks + row * row_bytes, g);
                 pack_group(group, F::BITS, row % ROWS, to + int64_t(g) * F::BITS * 64);
                 f16* step = own + int64_t(g) * F::SCALES * ROWS + row % ROWS;
-                step[0] = f16(group.steps[0]);
-                if (F::SCALES == 2) step[ROWS] = f16(F::OFFSETS ? group.offset : group.steps[1]);
+                store(group.steps[0], step);
+                if (F::SCALES == 2) store(F::OFFSETS ? group.offset : group.steps[1], step + ROWS);
             }
     }
 }

@@ -108,7 +108,7 @@ void normalise(const Norm& norm, float* x, int num) {
 }
 
 // Packs the normalised states `state_of` (0..num) as inputs of a linear layer. Every thread packs its own copy: that is
-// cheaper than deferred for one thread.
+// cheaper than waiting for one thread.
 template <class A, class StateOf>
 const Packed& prepared(const Matrix& w, const Norm& norm, int num, const StateOf& state_of) {
     static thread_local std::vector<float> x;

@@ -14,7 +14,9 @@ namespace {
 struct bf16 {
     uint16_t bits;
 };
-typedef _Float16 f16;
+struct f16 {
+    uint16_t bits;
+};
 
 template <class V>
 inline V load(const void* from) {
@@ -31,6 +33,13 @@ typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 inline float one(float value) { return value; }
 inline float one(bf16 value) {
     const uint32_t bits = uint32_t(value.bits) << 16;
+    return load<float>(&bits);
+}
+
+inline float one(f16 value) {
+    const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
+    if (!exponent) return (sign ? -1.0f : 1.0f) * std::ldexp(float(fraction), -24);  // zero, or below the normal numbers
+    const uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
     return load<float>(&bits);
 }
 
@@ -51,7 +60,7 @@ inline floats wide(const f16* from) {
     return floats(_mm512_cvtph_ps(load<__m256i>(from)));
 #else
     floats values;
-    for (int i = 0; i < WIDTH; ++i) values[i] = float(from[i]);
+    for (int i = 0; i < WIDTH; ++i) values[i] = one(from[i]);
     return values;
 #endif
 }
@@ -61,6 +70,19 @@ inline void store(float value, bf16* to) {
     uint32_t bits = load<uint32_t>(&value);
     bits += 0x7fff + ((bits >> 16) & 1);  // to the nearest, ties to even
     to->bits = uint16_t(bits >> 16);
+}
+inline void store(float value, f16* to) {
+    const float size = std::fabs(value);
+    const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+    if (!(size < 65520.0f)) {  // infinity, or no number
+        to->bits = sign | (size != size ? 0x7e00 : 0x7c00);
+    } else if (size < 6.103515625e-05f) {  // below the normal numbers: in steps of 2^-24, ties to even
+        to->bits = sign | uint16_t(std::nearbyint(std::ldexp(size, 24)));
+    } else {
+        uint32_t bits = load<uint32_t>(&size);
+        bits += 0xfff + ((bits >> 13) & 1);  // to the nearest, ties to even
+        to->bits = sign | uint16_t((bits >> 13) - (112 << 10));
+    }
 }
 template <class A>
 inline float rounded(float value) {

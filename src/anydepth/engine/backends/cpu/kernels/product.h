@@ -135,7 +135,7 @@ inline void pack_bytes(Packed& packed, const float* x, int token, int cols) {
         const ints fixed = ints(values * factor + 12582912.0f) - 0x4b400000;
         const bytes narrow = __builtin_convertvector(fixed, bytes);
         std::memcpy(to + half * HALF, &narrow, HALF);
-        steps[half] = peak / 127.0f;
+        steps[half] = peak / 127.0f + 0.0f * sum(values);  // no number if one of the inputs is none
         sums[half] = sum(__builtin_convertvector(fixed, floats)) * steps[half];
         of_groups[half / 2] = half % 2 ? of_groups[half / 2] + sums[half] : sums[half];
         total += sums[half];
