@@ -60,7 +60,7 @@ def of_weights(sections: dict[str, Any]) -> list[str]:
             f"{short['roofline_share']:.0%}",
             f"{long['prefill_over bfloat16']:.2f}",
             f"{passes[kind, 4]:.2f} / {passes[kind, 8]:.2f}",
-            f"{perplexity[kind]:.2f}",
+            f"{perplexity[kind]:.2f}" if kind in perplexity else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
