@@ -44,13 +44,12 @@ def of_weights(sections: dict[str, Any]) -> list[str]:
     lines = [
         (
             "| weights | ms a token after 64 / 512 | × bfloat16 | roofline | prefill 512, × bfloat16 "
-            "| pass over 4 / 8 tokens ÷ over 1 | perplexity |"
+            "| pass over 4 / 8 tokens ÷ over 1 |"
         ),
-        "| --- |" + " --- |" * 6,
+        "| --- |" + " --- |" * 5,
     ]
     rows = {(row["weights"], row["prompt_tokens"]): row for row in sections["weights"]["rows"]}
     passes = {(row["weights"], row["tokens"]): row["over_one"] for row in sections["verify"]["rows"]}
-    perplexity = {row["weights"]: row["perplexity"] for row in sections["quality"]["rows"]}
     for kind in dict.fromkeys(kind for kind, _ in rows):
         short, long = rows[kind, 64], rows[kind, 512]
         cells = [
@@ -60,7 +59,6 @@ def of_weights(sections: dict[str, Any]) -> list[str]:
             f"{short['roofline_share']:.0%}",
             f"{long['prefill_over bfloat16']:.2f}",
             f"{passes[kind, 4]:.2f} / {passes[kind, 8]:.2f}",
-            f"{perplexity[kind]:.2f}" if kind in perplexity else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
