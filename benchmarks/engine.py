@@ -27,7 +27,6 @@ from anydepth.engine.kv_cache import EngineCache
 from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
-from anydepth.measure.evaluate import evaluate
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
 from anydepth.measure.timing import read_bandwidth, time_generation
@@ -356,15 +355,19 @@ def identical(num_runs: int) -> dict[str, Any]:
 
 
 def quality(num_runs: int) -> dict[str, Any]:
-    """Perplexity on WikiText-2 valid by the kinds of weights."""
+    """Perplexity on WikiText-2 valid by the kinds of weights, and next tokens that equal those of bfloat16."""
     rows: list[dict[str, Any]] = []
+    chosen: dict[int, Tensor] = {}
     for kind in KINDS:
         model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
-        windows = prompts_of(tokenizer, 1024, 40)
-        scores = evaluate(FastEngine(attach(model, []), kind), windows)
-        rows.append(
-            {"weights": kind, **{key: scores[key] for key in ("perplexity", "loss", "agreement", "num_tokens")}}
-        )
+        engine, losses, agreeing = FastEngine(attach(model, []), kind), [], []
+        for number, window in enumerate(prompts_of(tokenizer, 1024, 40)):
+            logits = engine.logits(window)[:-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
+            agreeing.append(logits.argmax(-1) == chosen.setdefault(number, logits.argmax(-1)))
+        loss, agreement = torch.cat(losses).double().mean(), torch.cat(agreeing).double().mean().item()
+        row = {"weights": kind, "perplexity": loss.exp().item(), "loss": loss.item(), "agreement": agreement}
+        rows.append({**row, "num_tokens": sum(map(len, losses))})
         rows[-1]["over_bfloat16"] = rows[-1]["perplexity"] / rows[0]["perplexity"]
         say(rows[-1], *rows[-1])
     return {"rows": rows}

@@ -31,7 +31,7 @@ FORWARD_TEMPERATURE = 0.5
 
 
 class ExitGateConfig(StrictConfig):
-    constants: ClassVar[Mapping[str, Any]] = {"forward_temperature": 0.5, "expected_weight": 1.0}
+    constants: ClassVar[Mapping[str, Any]] = {"forward_temperature": FORWARD_TEMPERATURE, "expected_weight": 1.0}
 
     layers: list[int] | None = Field(
         default=None, description="Layers with a gate before them; null is five, spread from a fifth of the depth on."

@@ -35,7 +35,11 @@ MOMENTUM = 0.9
 
 
 class FFNRouterConfig(StrictConfig):
-    constants: ClassVar[Mapping[str, Any]] = {"z_loss_weight": 1e-3, "capacity_weight": 1.0, "quantile_momentum": 0.9}
+    constants: ClassVar[Mapping[str, Any]] = {
+        "z_loss_weight": Z_LOSS_WEIGHT,
+        "capacity_weight": 1.0,
+        "quantile_momentum": MOMENTUM,
+    }
 
     layers: list[int] | None = Field(default=None, description="Layers with a routed FFN; null is all but the first.")
     capacity: float = training_field(

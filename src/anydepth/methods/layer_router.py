@@ -35,7 +35,7 @@ BASELINE_MOMENTUM = 0.9
 
 
 class LayerRouterConfig(StrictConfig):
-    constants: ClassVar[Mapping[str, Any]] = {"lagrange_rate": 0.05, "baseline_momentum": 0.9}
+    constants: ClassVar[Mapping[str, Any]] = {"lagrange_rate": LAGRANGE_RATE, "baseline_momentum": BASELINE_MOMENTUM}
 
     branch: Literal["layer", "mixer"] = Field(
         default="layer", description="Branch that tokens skip: whole layers, or mixers only while the FFNs run."

@@ -32,7 +32,7 @@ PREDICTOR_WIDTHS = (64,)
 
 
 class MixtureOfDepthsConfig(StrictConfig):
-    constants: ClassVar[Mapping[str, Any]] = {"predictor_widths": [64], "predictor_weight": 1.0}
+    constants: ClassVar[Mapping[str, Any]] = {"predictor_widths": list(PREDICTOR_WIDTHS), "predictor_weight": 1.0}
 
     layers: list[int] | None = Field(default=None, description="Layers with a router; null is every other, from 1 on.")
     capacity: float = training_field(

@@ -75,7 +75,7 @@ inline Group group_at(int type, const uint8_t* row, int number) {
             group.integers[i] = j % 2 ? bytes[i] >> 4 : bytes[i] & 15;
             if (type == Q5_K) group.integers[i] |= (block[16 + i] >> j & 1) << 4;
         }
-    } else {  // Q6_K: two halves of 128 inputs, whose four groups share bytes
+    } else {  // Q6_K: two halves of 128 inputs; the four groups of a half share bytes
         const uint8_t *low = block + j / 4 * 64 + j % 2 * 32, *high = block + 128 + j / 4 * 32;
         for (int i = 0; i < GROUP; ++i)
             group.integers[i] = (j % 4 < 2 ? low[i] & 15 : low[i] >> 4) | (high[i] >> 2 * (j % 4) & 3) << 4;

@@ -30,7 +30,7 @@ struct Matrix {  // (rows, cols), with a bias (rows,) or none
 namespace {
 
 constexpr int ROWS = WIDTH;  // of a panel
-constexpr int GROUP = 32;    // inputs whose weights are together in a panel
+constexpr int GROUP = 32;    // inputs with weights that are together in a panel
 constexpr int HALF = 16;     // inputs with the same step of the activations
 
 // A row's integers b have a step each, or one for a group, or one for each half of it. The weight is (b − ZERO) · step, or
