@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_maps(kind: str, num_inputs: int, num_rows: int) -> None:
     )  # type: ignore[union-attr]
     bound = 1e-5 if kind == "float32" else 1e-2
     torch.testing.assert_close(ours.float(), wanted, rtol=bound, atol=5 * bound)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_activation_factor_and_residual_follow_a_rounded_product(kind: str) -> None:
+    dtype, memory = torch.float32 if kind == "float32" else torch.bfloat16, Memory()
+    parts = [Weights(randn(size, 96, seed=size).to(dtype), None) for size in (45, 16)]
+    x, other = randn(ROWS_AT_ONCE + 3, 96).to(dtype), randn(ROWS_AT_ONCE + 3, 61, seed=1).to(dtype)
+    linear = NativeLinear([pack_panels(part, WEIGHTS[kind], memory) for part in parts], dtype, memory)
+    plain = linear(x)
+    assert torch.equal(linear.times(x, other), plain * other)
+    assert torch.equal(linear.plus(x, other), plain + other)
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6} if kind == "float32" else {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(linear.activate(x, "silu"), F.silu(plain), **close)
+    torch.testing.assert_close(linear.activate(x, "gelu_tanh"), F.gelu(plain, approximate="tanh"), **close)
 
 
 def layer_parts(**changes: object) -> LayerParts:

@@ -70,15 +70,16 @@ def bench(
         _check_comparison(call.arguments)
     if prompts is None:
         check_corpus(data)
-    adapted, tokenizer, draft = _load(call)
     if compare:
+        adapted, tokenizer, _ = _load(call)
         call.result(call.document("bench", adapted, **_compare(call, adapted, tokenizer)), show_comparison)
         return
+    adapted, tokenizer, engines = _open(call)
     used = {"prompt_tokens": prompt_tokens or PROMPT_TOKENS, "num_runs": num_runs or NUM_RUNS}
     if prompts is not None:
         used = {} if requests is None else {"num_runs": used["num_runs"]}  # It is that of the queue.
     call.arguments.update(used)
-    call.result(call.document("bench", adapted, **_measure(call, adapted, tokenizer, draft)), show_bench)
+    call.result(call.document("bench", adapted, **_measure(call, adapted, tokenizer, engines)), show_bench)
 
 
 def _load(call: opt.Call) -> tuple[Any, Any, Any]:
@@ -107,7 +108,7 @@ def _load(call: opt.Call) -> tuple[Any, Any, Any]:
     return adapted, tokenizer, load_draft(target, adapted)
 
 
-def _measure(call: opt.Call, adapted: Any, tokenizer: Any, draft: Any) -> dict[str, Any]:
+def _measure(call: opt.Call, adapted: Any, tokenizer: Any, engines: list[Any]) -> dict[str, Any]:
     """Return the fields of `anydepth.bench/1`: rows for each size and engine, and the queues of requests."""
     import torch
 
@@ -119,7 +120,6 @@ def _measure(call: opt.Call, adapted: Any, tokenizer: Any, draft: Any) -> dict[s
 
     arguments, sizes = call.arguments, opt.numbers("batch-sizes", call.arguments["batch_sizes"])
     new_tokens, num_runs, num_requests = (arguments[key] for key in ("new_tokens", "num_runs", "requests"))
-    engines = _engines(call, adapted, draft)
     shared: dict[str, Any] = {"batch_sizes": sizes, "new_tokens": new_tokens}
     said = {"on_row": lambda row: call.progress(f"  {_title(row)}: {_speed(row)}"), "say": call.progress}
     if arguments["prompts"] is not None:
@@ -136,6 +136,21 @@ def _measure(call: opt.Call, adapted: Any, tokenizer: Any, draft: Any) -> dict[s
         queue = {"num_requests": num_requests, "num_runs": num_runs, **shared}
         queues = [row for each in engines for row in throughput(each, ids, **queue)]
     return {"label": label_of(*engines), "rows": rows, "queues": queues}
+
+
+def _open(call: opt.Call) -> tuple[Any, Any, list[Any]]:
+    """Load the model to bench and its tokenizer, and open its engines."""
+    from anydepth.serve.opening import native_first
+
+    target, engine, weights, compiled = (call.arguments[key] for key in ("target", "engine", "weights", "compiled"))
+
+    def open_as(weights: str | None) -> tuple[Any, Any, list[Any]]:
+        call.arguments["weights"] = weights
+        adapted, tokenizer, draft = _load(call)
+        return adapted, tokenizer, _engines(call, adapted, draft)
+
+    how: dict[str, Any] = {"engine": engine, "dtype": call.dtype, "device": call.device, "compiled": compiled}
+    return native_first(open_as, target, weights, **how)
 
 
 def _engines(call: opt.Call, adapted: Any, draft: Any) -> list[Any]:

@@ -13,7 +13,6 @@ from rich.text import Text
 from typer import Option
 
 from anydepth.cli import options as opt
-from anydepth.draft_sections import DRAFT
 from anydepth.errors import UserError
 
 CHAT_TEMPERATURE = 0.7
@@ -72,23 +71,18 @@ def generate(
 
 
 def _open(call: opt.Call) -> tuple[Any, Any]:
-    from anydepth.decoding.engines import open_engine
-    from anydepth.decoding.sampling_options import check_source, use_defaults
-    from anydepth.training.checkpoint import load_draft
+    from anydepth.decoding.sampling_options import check_source
+    from anydepth.serve.opening import open_target
 
     arguments = call.arguments
     target, temperature, source = arguments["target"], arguments["temperature"], arguments["generation_config"]
     if temperature is not None and temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
     check_source(source)
-    load = opt.load_options(arguments)
+    names = ("engine", "weights", "compiled", "lossless", "generation_config", "dtype", "device")
+    given = {name: arguments[name] for name in names if name in arguments} | opt.load_options(arguments)
     with call.busy(f"loading {target} …"):
-        adapted, tokenizer = call.load(target, merge=True, **load)
-        use_defaults(adapted.generation_config, source)
-        draft = load_draft(target, adapted, lossless=arguments["lossless"], options=load["overrides"].get(DRAFT))
-        kind, compiled = arguments.get("engine", "auto"), arguments.get("compiled", False)
-        options = {"draft": draft, "compiled": compiled}
-        return open_engine(adapted.eval(), kind, arguments["weights"], call.progress, **options), tokenizer
+        return open_target(target, say=call.progress, **given)
 
 
 @opt.command(without="as_json")

@@ -116,6 +116,16 @@ def _load_blocks(
     return native_from_gguf(embedded_gguf() if target == EMBEDDED else Path(target), cache_folder())
 
 
+def has_blocks(target: str, dtype: DType = AUTO, device: str = "cpu") -> bool:
+    """Return whether a target can be loaded with `native=True`, but for its family and the types of its blocks."""
+    name = str(dtype).removeprefix("torch.")
+    return (
+        (target == EMBEDDED or target.endswith(".gguf"))
+        and name in (AUTO, str(QUANTISED_DTYPE).removeprefix("torch."))
+        and device.split(":")[0] == "cpu"
+    )
+
+
 def _options(quantisation: str | None, attention: str | None, device: torch.device) -> dict[str, Any]:
     """Return the options of `from_pretrained`."""
     if attention not in (None, *ATTENTIONS):

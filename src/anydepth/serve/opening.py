@@ -1,19 +1,20 @@
-"""Load a target and start its service."""
+"""Load a target, open its engine and start its service."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
 from anydepth.errors import RunError, UserError
-from anydepth.models.load import NATIVE, DType
+from anydepth.models.load import NATIVE, DType, has_blocks
 from anydepth.serve.service import Budgets, Service
 from anydepth.speculation.draft import why_no_draft
 from anydepth.training.checkpoint import load_draft, load_target
@@ -22,6 +23,58 @@ from anydepth.training.data import load_windows
 
 BUDGET_WINDOWS, BUDGET_LENGTH = 16, 128
 log = logging.getLogger("anydepth.serve")
+
+
+Opened = TypeVar("Opened")
+
+
+def native_first(
+    open_as: Callable[[str | None], Opened],
+    target: str,
+    weights: str | None,
+    *,
+    engine: str = "auto",
+    dtype: DType = "auto",
+    device: str = "cpu",
+    compiled: bool = False,
+) -> Opened:
+    """Return `open_as(weights)`; a .gguf file runs in its own blocks if it can, and nothing else is asked for."""
+    if weights is None and engine in ("auto", "fast") and not compiled and has_blocks(target, dtype, device):
+        with suppress(UserError):  # no kernels here, or another family: said by the next line, if not mended by it
+            return open_as(NATIVE)
+    return open_as(weights)
+
+
+def open_target(
+    target: str,
+    *,
+    engine: str = "auto",
+    weights: str | None = None,
+    compiled: bool = False,
+    lossless: bool | None = False,
+    generation_config: str = "auto",
+    say: Callable[[str], None] = log.warning,
+    **load: Any,
+) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """Return the engine of a target of the command line, and its tokenizer.
+
+    Args:
+        engine, weights, compiled, say: see `open_engine`; by default a .gguf file runs in its own blocks if it can.
+        lossless: draft in any case; None: if the target can.
+        generation_config: auto: requests default to the model's own sampling options; none: they do not.
+        load: options of `load_target`.
+    """
+    options = (load.get("overrides") or {}).get(DRAFT)
+
+    def open_as(kind: str | None) -> tuple[Engine, PreTrainedTokenizerBase]:
+        adapted, tokenizer = load_target(target, merge=True, native=kind == NATIVE, **load)
+        drafts = why_no_draft(adapted.backbone, adapted.attached) is None if lossless is None else lossless
+        use_defaults(adapted.generation_config, generation_config)
+        draft = load_draft(target, adapted, lossless=drafts, options=options)
+        return open_engine(adapted.eval(), engine, kind, say, draft=draft, compiled=compiled), tokenizer
+
+    of_load = {name: load[name] for name in ("dtype", "device") if name in load}
+    return native_first(open_as, target, weights, engine=engine, compiled=compiled, **of_load)
 
 
 def open_service(
@@ -47,11 +100,8 @@ def open_service(
     """
     check_corpus(data)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}
-    adapted, tokenizer = load_target(target, merge=True, native=weights == NATIVE, **load)
-    can_draft = why_no_draft(adapted.backbone, adapted.attached) is None
-    draft = load_draft(target, adapted, lossless=can_draft, options=(overrides or {}).get(DRAFT))
-    use_defaults(adapted.generation_config, generation_config)
-    engine = open_engine(adapted.eval(), "auto", weights, log.warning, draft=draft)
+    engine, tokenizer = open_target(target, weights=weights, lossless=None, generation_config=generation_config, **load)
+    adapted = engine.adapted
     budgets = None
     if adapted.attached:
         windows = load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,6 @@ from anydepth.engine.backends.cpu.packing import (
     NativeHead,
     NativeLinear,
     NativeNetworks,
-    PackedWeights,
     pack_panels,
 )
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, KernelLayer, NativeLayer, Rows, Task, Tasks
@@ -47,26 +47,26 @@ class KernelBackend(TorchBackend):
 
     def layer(self, parts: LayerParts, weights: Format) -> KernelLayer:
         packed = {role: pack_panels(getattr(parts, role), weights, self.memory) for role in ROLES}
+        by_kernels = _for_kernels([getattr(parts, role) for role in ROLES], weights)
+        norms = {"queries": parts.mixer_norm, "keys": parts.mixer_norm, "gate": parts.ffn_norm, "up": parts.ffn_norm}
 
         def linear(*roles: str) -> Linear:
-            return self._for_many([getattr(parts, role) for role in roles], [packed[role] for role in roles], weights)
+            if not by_kernels:
+                return Linear([getattr(parts, role) for role in roles])
+            return NativeLinear([packed[role] for role in roles], self.dtype, self.memory, norms.get(roles[0]))
 
         kind = parts.rotation_kind
         rotation = None if kind is None else self.rotation_kinds.index(kind)
-        layer = KernelLayer(parts, self.dtype, linear)
+        # The kernels normalise the inputs that they pack.
+        many = replace(parts, mixer_norm=None, ffn_norm=None) if by_kernels else parts
+        layer = KernelLayer(many, self.dtype, linear)
         layer.native = NativeLayer(parts, packed, rotation, self.dtype, self.memory)
         return layer
 
     def head(self, rows: Weights, norm: Norm, weights: Format, softcap: float | None) -> NativeHead:
         packed = pack_panels(rows, weights, self.memory)
         native = NativeLinear([packed], self.dtype, self.memory, norm)
-        return NativeHead(self._for_many([rows], [packed], weights), native, norm, softcap)
-
-    def _for_many(self, parts: Sequence[Weights], packed: Sequence[PackedWeights], weights: Format) -> Linear:
-        """Return linear layers for many tokens: by oneDNN, where it can read the model's own weights."""
-        if weights.is_quantised or any(isinstance(part, BlockWeights) for part in parts):
-            return NativeLinear(packed, self.dtype, self.memory)
-        return Linear(parts)
+        return NativeHead(None if _for_kernels([rows], weights) else Linear([rows]), native, norm, softcap)
 
     def embedding(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         return NativeEmbedding(module) if isinstance(module, BlockEmbedding) else module
@@ -92,6 +92,11 @@ class KernelBackend(TorchBackend):
 
     def same_bits_until(self, length: int, num_kv_heads: int) -> int:
         return same_bits_until(length, num_kv_heads)
+
+
+def _for_kernels(parts: Sequence[Weights], weights: Format) -> bool:
+    """Return whether the kernels multiply these with many tokens too: oneDNN reads only the model's own weights."""
+    return weights.is_quantised or any(isinstance(part, BlockWeights) for part in parts)
 
 
 class KernelBranches(Branches):

@@ -35,6 +35,9 @@ MAX_WIDTH = 8192
 ROLES = ("queries", "keys", "values", "output", "gate", "up", "down")
 """The linear layers of a decoder layer."""
 NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm")
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+NOTHING, TIMES, PLUS = -1, 2, 3
+"""With the activations, what product.h can do to results at once (`Then`)."""
 GATE_FIELDS = ("network", "exit", "compared", "logits", "column", "stride", "thresholds", "threshold")
 """The last is a float followed by four unused bytes."""
 

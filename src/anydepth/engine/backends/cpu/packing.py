@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from anydepth.engine.backends.cpu.native import (
+    ACTIVATIONS,
     MAX_TOKENS,
     MAX_WIDTH,
+    NOTHING,
+    PLUS,
+    TIMES,
     DenseStruct,
     ExitStruct,
     MatrixStruct,
@@ -159,44 +163,56 @@ class NativeLinear(Linear):
         self, parts: Sequence[PackedWeights], dtype: torch.dtype, memory: Memory, norm: Norm | None = None
     ) -> None:
         self.packed, self.norm = parts, norm  # the structs only point to them
-        self.structs = [part.struct() for part in parts]
+        self.structs = (MatrixStruct * len(parts))(*(part.struct() for part in parts))
         self.norm_struct = NormStruct() if norm is None else NormStruct.of(norm)
-        self.in_bf16 = dtype == torch.bfloat16
-        self.memory = memory
-        memory.reserve(ROWS_AT_ONCE * max(part.num_outputs for part in parts))
+        self.num_outputs = sum(part.num_outputs for part in parts)
+        self.in_bf16, self.memory = dtype == torch.bfloat16, memory
 
     @property
     def num_bytes(self) -> int:
         return sum(part.num_bytes for part in self.packed)
 
     def __call__(self, x: Tensor) -> Tensor:
-        outputs = [self._product(x.contiguous(), struct) for struct in self.structs]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return self._run(x, NOTHING)
 
-    def _product(self, x: Tensor, struct: MatrixStruct) -> Tensor:
-        output = x.new_empty(len(x), struct.rows)
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        return self._run(x, ACTIVATIONS[activation])
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        return self._run(x, TIMES, factor)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._run(x, PLUS, residual)
+
+    def _run(self, x: Tensor, then: int, other: Tensor | None = None) -> Tensor:
+        x, other = x.contiguous(), None if other is None else other.contiguous()
+        output = x.new_empty(len(x), self.num_outputs)
         for start in range(0, len(x), ROWS_AT_ONCE):
             library().anydepth_linear(
-                byref(struct),
+                self.structs,
+                len(self.structs),
                 byref(self.norm_struct),
                 c_void_p(x[start].data_ptr()),
                 c_void_p(output[start].data_ptr()),
-                c_void_p(self.memory.scratch.data_ptr()),
                 min(ROWS_AT_ONCE, len(x) - start),
                 self.in_bf16,
+                then,
+                None if other is None else c_void_p(other[start].data_ptr()),
             )
         return output
 
 
 class NativeHead(Head):
-    """A head that runs its norm and product for few tokens in one call (`native`)."""
+    """A head that runs its norm and product by the kernels (`native`); for many tokens by `linear`, if there is one."""
 
-    def __init__(self, linear: Linear, native: NativeLinear, norm: Norm, softcap: float | None) -> None:
-        super().__init__(RMSNorm(norm, torch.bfloat16 if native.in_bf16 else torch.float32), linear, softcap)
+    def __init__(self, linear: Linear | None, native: NativeLinear, norm: Norm, softcap: float | None) -> None:
+        super().__init__(RMSNorm(norm, torch.bfloat16 if native.in_bf16 else torch.float32), linear or native, softcap)
         self.native = native
 
     def _product(self, flat: Tensor) -> Tensor:
-        return self.native(flat) if len(flat) <= MAX_TOKENS else super()._product(flat)
+        if len(flat) <= MAX_TOKENS or self.linear is self.native:
+            return self.native(flat)
+        return super()._product(flat)
 
     def exit(self, confidence: str) -> ExitStruct:
         """Return the head for the kernels to compute its confidence with, one of `CONFIDENCES`."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anydepth.engine.backends.cpu.native import (
+    ACTIVATIONS,
     GATE_FIELDS,
     NORMS,
     TASK_FIELDS,
@@ -29,7 +30,6 @@ from anydepth.engine.kv_cache import LayerKV
 from anydepth.models.llama_like import LayerParts
 
 MIXER, FFN, OMIT, EXIT, ALONE = 1, 2, 4, 8, 16
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 NO_GATE = (0,) * len(GATE_FIELDS)
 
 

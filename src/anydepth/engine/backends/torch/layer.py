@@ -24,8 +24,8 @@ MANY_ROWS = 16
 class Linear:
     """Dense layers of the same input, their outputs concatenated: (N, in) to (N, out).
 
-    The weights stay where the model has them. `silu`, `times` and `plus` fuse what follows the product, as far as the
-    library can.
+    The weights stay where the model has them. `activate`, `times` and `plus` fuse what follows the product, as far as
+    the library can.
     """
 
     def __init__(self, parts: Sequence[Weights]) -> None:
@@ -39,8 +39,8 @@ class Linear:
         outputs = [F.linear(x, part.weight, part.bias) for part in self.parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(self(x))
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        return F.silu(self(x)) if activation == "silu" else F.gelu(self(x), approximate="tanh")
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         return self(x).mul_(factor)
@@ -60,8 +60,9 @@ class PrepackedLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
-    def silu(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        name, variant = ("swish", "") if activation == "silu" else ("gelu", "tanh")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], variant)
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
@@ -236,9 +237,7 @@ class EngineLayer:
     def add_ffn(self, residual: Tensor) -> Tensor:
         """Return the residual stream after the FFN, (N, D) to (N, D)."""
         normed = residual if self.ffn_norm is None else self.ffn_norm(residual)
-        gated = self.activation == "silu"
-        gate = self.gate.silu(normed) if gated else F.gelu(self.gate(normed), approximate="tanh")
-        inner = self.up.times(normed, gate)
+        inner = self.up.times(normed, self.gate.activate(normed, self.activation))
         if self.ffn_out_norm is None:
             return self.down.plus(inner, residual)
         return residual + self.ffn_out_norm(self.down(inner))

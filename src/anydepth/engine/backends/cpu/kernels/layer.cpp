@@ -372,11 +372,6 @@ void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* 
     }
 }
 
-inline floats activated(int kind, floats x) {
-    if (kind == 0) return x * sigmoid(x);                                       // SiLU
-    return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));      // GELU (tanh)
-}
-
 // Replaces gates by activation(gates) · ups.
 template <class A>
 void combine(int kind, float* gates, const float* ups, int size) {
@@ -522,15 +517,29 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
     }
 }
 
+// Computes products of the same inputs for many tokens, their outputs side by side.
 template <class A>
-void linear(const Matrix& w, const Norm& norm, const A* from, A* to, float* sums, int num) {
+void linear(const Matrix* parts, int num_parts, const Norm& norm, const A* from, A* to, int num, Then then, const A* other) {
+    static thread_local Packed own;
+    Packed& x = own;  // the whole team's
+    int64_t stride = 0, column = 0;
+    for (int part = 0; part < num_parts; ++part) stride += parts[part].rows;
+    for (int part = 0; part < num_parts; column += parts[part++].rows) {
+        const Matrix& w = parts[part];
+        const bool is_new = !part || !pack_alike(parts[part - 1].kind, w.kind);
+        if (is_new) make_room(x, w.kind, num, w.cols);
 #pragma omp parallel
-    {
-        const Packed& x = prepared<A>(w, norm, from, Tokens{nullptr, num});
-        const Range own = product<A>(w, x, num, sums);
-        for (int token = 0; token < num; ++token)
-            for (int64_t i = int64_t(token) * w.rows + own.begin; i < int64_t(token) * w.rows + own.end; ++i)
-                store(sums[i], to + i);
+        {
+            static thread_local std::vector<float> state;
+            state.resize(w.cols);
+#pragma omp for
+            for (int n = 0; n < (is_new ? num : 0); ++n) {
+                for (int i = 0; i < w.cols; ++i) state[i] = one(from[int64_t(n) * w.cols + i]);
+                if (norm.weight) normalise<A>(norm, state.data(), 1);
+                pack(x, w.kind, state.data(), n, w.cols);
+            }
+            multiply(w, x, num, Output<A, A>{to + column, stride, then, other ? other + column : nullptr});
+        }
     }
 }
 
@@ -573,12 +582,14 @@ void anydepth_attend(const Layer* l, const void* slot, int64_t capacity, const i
                           static_cast<float*>(out));
 }
 
-void anydepth_linear(const Matrix* w, const Norm* norm, const void* from, void* to, float* workspace, int32_t num_tokens,
-                     int32_t in_bf16) {
+void anydepth_linear(const Matrix* parts, int32_t num_parts, const Norm* norm, const void* from, void* to, int32_t num_tokens,
+                     int32_t in_bf16, int32_t then, const void* other) {
     if (in_bf16)
-        linear<bf16>(*w, *norm, static_cast<const bf16*>(from), static_cast<bf16*>(to), workspace, num_tokens);
+        linear(parts, num_parts, *norm, static_cast<const bf16*>(from), static_cast<bf16*>(to), num_tokens, Then(then),
+               static_cast<const bf16*>(other));
     else
-        linear<float>(*w, *norm, static_cast<const float*>(from), static_cast<float*>(to), workspace, num_tokens);
+        linear(parts, num_parts, *norm, static_cast<const float*>(from), static_cast<float*>(to), num_tokens, Then(then),
+               static_cast<const float*>(other));
 }
 
 // Computes (tokens, G) logits of (tokens, D) states.

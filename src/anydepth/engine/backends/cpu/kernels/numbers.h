@@ -29,6 +29,15 @@ inline V load(const void* from) {
 constexpr int WIDTH = 16;
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t uints __attribute__((vector_size(4 * WIDTH)));
+
+inline floats all(float value) {
+#if defined(__AVX512F__)
+    return floats(_mm512_set1_ps(value));
+#else
+    return floats{} + value;
+#endif
+}
 
 inline float one(float value) { return value; }
 inline float one(bf16 value) {
@@ -89,6 +98,42 @@ inline float rounded(float value) {
     A kept;
     store(value, &kept);
     return one(kept);
+}
+
+// The same of WIDTH values, and up to WIDTH values from memory and back.
+template <class A>
+inline floats rounded(const floats& values);
+template <>
+inline floats rounded<float>(const floats& values) {
+    return values;
+}
+template <>
+inline floats rounded<bf16>(const floats& values) {
+    const uints bits = uints(values);
+    return floats((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+}
+
+template <class A>
+inline floats some(const A* from, int num) {
+    if (num >= WIDTH) return wide(from);
+    A padded[WIDTH] = {};
+    std::memcpy(padded, from, num * sizeof(A));
+    return wide(padded);
+}
+
+inline void store_some(const floats& values, int num, float* to) {
+    if (num == WIDTH)
+        std::memcpy(to, &values, sizeof values);
+    else
+        std::memcpy(to, &values, num * sizeof(float));
+}
+inline void store_some(const floats& values, int num, bf16* to) {
+    typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+    const halves narrow = __builtin_convertvector(uints(rounded<bf16>(values)) >> 16, halves);
+    if (num == WIDTH)
+        std::memcpy(to, &narrow, sizeof narrow);
+    else
+        std::memcpy(to, &narrow, num * sizeof(bf16));
 }
 
 inline float sum(const floats& values) {
@@ -159,6 +204,12 @@ inline floats exponential(floats x) {
 inline floats sigmoid(floats x) {
     const floats e = exponential(x < 0.0f ? x : -x);
     return (x < 0.0f ? e : floats{} + 1.0f) / (1.0f + e);
+}
+
+enum Activation : int32_t { SILU, GELU };  // the latter by tanh
+
+inline floats activated(int kind, floats x) {
+    return x * sigmoid(kind == SILU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x));
 }
 
 }  // namespace

@@ -103,69 +103,84 @@ inline floats add_pair(floats sums, ints weights, int32_t x) {
 
 // --- activations, packed for a kind of weights -------------------------------------------------------------------
 
-// (tokens, stride) each; zeros after the last input of a token.
+constexpr int BLOCK = 8;  // tokens that a panel is multiplied with at a time: as many sums as there are registers for
+
+// Inputs of a block of M tokens, M = 8 or what is left, in units of 4 bytes: 1 float32, 2 bfloat16 or 4 bytes. Units of the
+// same inputs are together, (units, M), and so are the steps and sums of integers; a block's start is that of its first token.
 struct Packed {
-    int stride = 0;
-    std::vector<float> floats;   // FLOAT32
-    std::vector<bf16> bf16s;     // BFLOAT16
-    std::vector<int8_t> bytes;   // integers, times their step
-    std::vector<float> steps;    // (tokens, halves)
-    std::vector<float> sums;     // (tokens, halves) of bytes · step
-    std::vector<float> of_groups, totals;  // the same by group, (tokens, groups), and of a token, (tokens,)
+    int num_tokens = 0, stride = 0;  // units of a token, with zeros after its last input
+    std::vector<int32_t> units;
+    std::vector<float> steps, sums;        // of halves: the step of the bytes, and the sum of bytes · step
+    std::vector<float> of_groups, totals;  // the same sums by group, and of all
+
+    struct Place {
+        int block, within, size;  // first token and size of a token's block
+    };
+    Place place(int token) const {
+        const int block = token / BLOCK * BLOCK;
+        return {block, token - block, std::min(BLOCK, num_tokens - block)};
+    }
 };
 
-// Returns the vector of inputs from `i` on, zeros after the last.
-inline floats inputs_at(const float* x, int i, int cols) {
-    if (i + WIDTH <= cols) return wide(x + i);
-    floats some = {};
-    if (i < cols) std::memcpy(&some, x + i, (cols - i) * sizeof(float));
-    return some;
+constexpr int inputs_of_unit(int kind) { return kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : 4; }
+
+// Makes room for the inputs of some tokens, for weights of a kind.
+inline void make_room(Packed& packed, int kind, int num_tokens, int cols) {
+    const int groups = groups_of(cols);
+    packed.num_tokens = num_tokens, packed.stride = groups * GROUP / inputs_of_unit(kind);
+    packed.units.resize(size_t(num_tokens) * packed.stride);
+    if (!is_integer(kind)) return;
+    packed.steps.resize(size_t(num_tokens) * 2 * groups), packed.sums.resize(size_t(num_tokens) * 2 * groups);
+    packed.of_groups.resize(size_t(num_tokens) * groups), packed.totals.resize(num_tokens);
 }
 
-inline void pack_bytes(Packed& packed, const float* x, int token, int cols) {
+inline void pack_integers(Packed& packed, const float* x, int token, int cols) {
     typedef int8_t bytes __attribute__((vector_size(WIDTH)));
-    const int groups = packed.stride / GROUP;
-    int8_t* to = packed.bytes.data() + int64_t(token) * packed.stride;
-    float *steps = &packed.steps[int64_t(token) * 2 * groups], *sums = &packed.sums[int64_t(token) * 2 * groups];
-    float *of_groups = &packed.of_groups[int64_t(token) * groups], total = 0;
+    const int groups = groups_of(cols);
+    const Packed::Place place = packed.place(token);
+    int32_t* units = packed.units.data() + int64_t(place.block) * packed.stride + place.within;
+    const int64_t first = int64_t(place.block) * 2 * groups + place.within;
+    float *of_groups = &packed.of_groups[int64_t(place.block) * groups + place.within], total = 0;
     for (int half = 0; half < 2 * groups; ++half) {
-        const floats values = inputs_at(x, half * HALF, cols);
+        const floats values = some(x + half * HALF, std::max(cols - half * HALF, 0));
         const float peak = largest(values < 0.0f ? -values : values), factor = peak > 1e-30f ? 127.0f / peak : 0.0f;
         // Added to a number this large, a float's last bit is 1: the sum's low bits are the rounded integer.
         const ints fixed = ints(values * factor + 12582912.0f) - 0x4b400000;
         const bytes narrow = __builtin_convertvector(fixed, bytes);
-        std::memcpy(to + half * HALF, &narrow, HALF);
-        steps[half] = peak / 127.0f + 0.0f * sum(values);  // no number if one of the inputs is none
-        sums[half] = sum(__builtin_convertvector(fixed, floats)) * steps[half];
-        of_groups[half / 2] = half % 2 ? of_groups[half / 2] + sums[half] : sums[half];
-        total += sums[half];
+        int32_t four[HALF / 4];
+        std::memcpy(four, &narrow, HALF);
+        for (int i = 0; i < HALF / 4; ++i) units[(half * HALF / 4 + i) * place.size] = four[i];
+        const float step = peak / 127.0f + 0.0f * sum(values);  // no number if one of the inputs is none
+        const float in_half = sum(__builtin_convertvector(fixed, floats)) * step;
+        packed.steps[first + half * place.size] = step, packed.sums[first + half * place.size] = in_half;
+        float& of_group = of_groups[half / 2 * place.size];
+        of_group = half % 2 ? of_group + in_half : in_half;
+        total += in_half;
     }
     packed.totals[token] = total;
 }
 
-// Packs (tokens, cols) for weights of this kind. The result is the calling thread's, valid until it packs again.
+// Packs the (cols,) inputs of a token for weights of a kind.
+inline void pack(Packed& packed, int kind, const float* x, int token, int cols) {
+    if (is_integer(kind)) return pack_integers(packed, x, token, cols);
+    const Packed::Place place = packed.place(token);
+    int32_t* units = packed.units.data() + int64_t(place.block) * packed.stride + place.within;
+    const int together = inputs_of_unit(kind);
+    for (int unit = 0; unit < packed.stride; units += place.size)
+        for (int i = unit++ * together, k = 0; k < together; ++k, ++i) {
+            const float value = i < cols ? x[i] : 0;
+            if (kind == FLOAT32)
+                std::memcpy(units, &value, 4);
+            else
+                store(value, reinterpret_cast<bf16*>(units) + k);
+        }
+}
+
+// Packs (tokens, cols). The result is the calling thread's, valid until it packs again.
 inline const Packed& pack(int kind, const float* x, int num_tokens, int cols) {
     static thread_local Packed packed;
-    packed.stride = groups_of(cols) * GROUP;
-    const size_t size = size_t(num_tokens) * packed.stride;
-    if (kind == FLOAT32) {
-        packed.floats.resize(size);
-    } else if (kind == BFLOAT16) {
-        packed.bf16s.assign(size, {});
-    } else {
-        packed.bytes.resize(size), packed.steps.resize(size / HALF), packed.sums.resize(size / HALF);
-        packed.of_groups.resize(size / GROUP), packed.totals.resize(num_tokens);
-    }
-    for (int token = 0; token < num_tokens; ++token, x += cols) {
-        const int64_t start = int64_t(token) * packed.stride;
-        if (kind == FLOAT32) {
-            std::memcpy(packed.floats.data() + start, x, cols * sizeof(float));
-        } else if (kind == BFLOAT16) {
-            for (int i = 0; i < cols; ++i) store(x[i], packed.bf16s.data() + start + i);
-        } else {
-            pack_bytes(packed, x, token, cols);
-        }
-    }
+    make_room(packed, kind, num_tokens, cols);
+    for (int token = 0; token < num_tokens; ++token) pack(packed, kind, x + int64_t(token) * cols, token, cols);
     return packed;
 }
 
@@ -195,39 +210,31 @@ inline __attribute__((always_inline)) void in_chains(int steps, Step step) {
     for (; k < steps; ++k) step(k, 0);
 }
 
+// Compiled once for all that results are used for.
+#define SEPARATE __attribute__((noinline))
+
 // The results of a panel for M tokens from `token` on, without bias.
 template <int M>
 struct Results {
     floats values[M];
 };
 
-template <int M>
-inline Results<M> float32_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
+template <int KIND, int M>
+SEPARATE Results<M> float_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
     floats sums[2][M] = {};
-    const float* from = static_cast<const float*>(w.weight) + int64_t(panel) * w.cols * ROWS;
-    const float* inputs = x.floats.data() + int64_t(token) * x.stride;
-    in_chains<2>(w.cols, [&](int k, int chain) __attribute__((always_inline)) {
-        const float* step = from + int64_t(k) * ROWS;
-        ahead.prefetch_from(reinterpret_cast<const char*>(step));
-        for (int m = 0; m < M; ++m) sums[chain][m] += wide(step) * inputs[int64_t(m) * x.stride + k];
-    });
-    Results<M> results;
-    for (int m = 0; m < M; ++m) results.values[m] = sums[0][m] + sums[1][m];
-    return results;
-}
-
-template <int M>
-inline Results<M> bfloat16_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
-    floats sums[2][M] = {};
-    const int steps = (w.cols + 1) / 2;
+    const int steps = (w.cols + inputs_of_unit(KIND) - 1) / inputs_of_unit(KIND);
     const char* from = static_cast<const char*>(w.weight) + int64_t(panel) * steps * 64;
-    const bf16* inputs = x.bf16s.data() + int64_t(token) * x.stride;
+    const int32_t* units = x.units.data() + int64_t(token) * x.stride;
     in_chains<2>(steps, [&](int k, int chain) __attribute__((always_inline)) {
         const char* step = from + int64_t(k) * 64;
         ahead.prefetch_from(step);
-        const ints weights = load<ints>(step);
-        for (int m = 0; m < M; ++m)
-            sums[chain][m] = add_pair(sums[chain][m], weights, load<int32_t>(inputs + int64_t(m) * x.stride + 2 * k));
+        for (int m = 0; m < M; ++m) {
+            const int32_t unit = units[int64_t(k) * M + m];
+            if constexpr (KIND == FLOAT32)
+                sums[chain][m] = multiply_add(load<floats>(step), all(load<float>(&unit)), sums[chain][m]);
+            else
+                sums[chain][m] = add_pair(sums[chain][m], load<ints>(step), unit);
+        }
     });
     Results<M> results;
     for (int m = 0; m < M; ++m) results.values[m] = sums[0][m] + sums[1][m];
@@ -247,33 +254,36 @@ inline ints four_inputs(const char* from, int k) {
 }
 
 template <int KIND, int M>
-inline Results<M> integer_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
+SEPARATE Results<M> integer_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
     using F = Format<KIND>;
     Results<M> results = {};
     const int groups = groups_of(w.cols);
     const char* from = static_cast<const char*>(w.weight) + int64_t(panel) * groups * F::BITS * 64;
     const f16* scales = static_cast<const f16*>(w.scales) + int64_t(panel) * groups * F::SCALES * ROWS;
-    const int8_t* inputs = x.bytes.data() + int64_t(token) * x.stride;
+    const int32_t* units = x.units.data() + int64_t(token) * x.stride;
     const float* steps = x.steps.data() + int64_t(token) * 2 * groups;
     const float* in_halves = x.sums.data() + int64_t(token) * 2 * groups;
-    for (int g = 0; g < groups; ++g, from += F::BITS * 64, scales += F::SCALES * ROWS) {
+    const float* of_groups = x.of_groups.data() + int64_t(token) * groups;
+    for (int g = 0; g < groups; ++g) {
         for (int i = 0; i < F::BITS; ++i) ahead.prefetch_from(from + 64 * i);
         if (F::SCALES) __builtin_prefetch(reinterpret_cast<const char*>(scales) + AHEAD * F::SCALES / (2 * F::BITS));
         floats products[M];
-        for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half, steps += M, in_halves += M) {
             ints sums[M] = {};
-            for (int k = 4 * half; k < 4 * half + 4; ++k) {
-                const ints weights = four_inputs<F::BITS>(from, k);
-                for (int m = 0; m < M; ++m)
-                    sums[m] = add_bytes(sums[m], weights, load<int32_t>(inputs + int64_t(m) * x.stride + g * GROUP + 4 * k));
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k, units += M) {
+                const ints weights = four_inputs<F::BITS>(from, 4 * half + k);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) sums[m] = add_bytes(sums[m], weights, units[m]);
             }
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
-                const int64_t place = int64_t(m) * 2 * groups + 2 * g + half;
-                const floats whole = __builtin_convertvector(sums[m], floats), step = floats{} + steps[place];
+                const floats whole = __builtin_convertvector(sums[m], floats), step = all(steps[m]);
                 if constexpr (F::STEPS == OF_ROW) {
                     results.values[m] = multiply_add(whole, step, results.values[m]);
                 } else if constexpr (F::STEPS == OF_HALF) {
-                    const floats product = multiply_add(floats{} - float(F::ZERO), floats{} + in_halves[place], whole * step);
+                    const floats product = multiply_add(all(-float(F::ZERO)), all(in_halves[m]), whole * step);
                     results.values[m] = multiply_add(product, wide(scales + half * ROWS), results.values[m]);
                 } else {
                     products[m] = half ? multiply_add(whole, step, products[m]) : whole * step;
@@ -282,31 +292,55 @@ inline Results<M> integer_panel(const Matrix& w, const Packed& x, int panel, int
         }
         if constexpr (F::STEPS == OF_GROUP) {
             const floats step = wide(scales), offset = F::OFFSETS ? wide(scales + ROWS) : step * -float(F::ZERO);
-            for (int m = 0; m < M; ++m) {
-                const floats sum = floats{} + x.of_groups[int64_t(token + m) * groups + g];
-                results.values[m] = multiply_add(offset, sum, multiply_add(products[m], step, results.values[m]));
-            }
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m)
+                results.values[m] =
+                    multiply_add(offset, all(of_groups[m]), multiply_add(products[m], step, results.values[m]));
         }
+        from += F::BITS * 64, scales += F::SCALES * ROWS, of_groups += M;
     }
     if constexpr (F::STEPS == OF_ROW) {
-        const floats step = wide(static_cast<const bf16*>(w.scales) + int64_t(panel) * ROWS), zero = floats{} - float(F::ZERO);
+        const floats step = wide(static_cast<const bf16*>(w.scales) + int64_t(panel) * ROWS), zero = all(-float(F::ZERO));
         for (int m = 0; m < M; ++m)
-            results.values[m] = multiply_add(zero, floats{} + x.totals[token + m], results.values[m]) * step;
+            results.values[m] = multiply_add(zero, all(x.totals[token + m]), results.values[m]) * step;
     }
     return results;
 }
 
-// Multiplies panels with M tokens at a time: as many sums as there are registers for.
-template <int KIND, int M>
-void panels_of(const Matrix& w, const Packed& x, int begin, int end, int token, float* out, const Ahead& ahead) {
+// What is done to results at once: an activation, or a product or sum with others of the same shape.
+enum Then : int32_t { NOTHING = -1, THEN_SILU = SILU, THEN_GELU = GELU, TIMES, PLUS };
+
+// Where results go, rounded to the activations' type A: `to` has `stride` values of type T a token.
+template <class A, class T>
+struct Output {
+    T* to;
+    int64_t stride;
+    Then then = NOTHING;
+    const A* other = nullptr;
+
+    void put(floats values, const Matrix& w, int token, int row) const {
+        const int num = std::min(ROWS, w.rows - row);
+        const int64_t at = token * stride + row;
+        if (w.bias) values += some(static_cast<const A*>(w.bias) + row, num);
+        values = rounded<A>(values);
+        if (then == TIMES) values *= some(other + at, num);
+        if (then == PLUS) values += some(other + at, num);
+        if (then == THEN_SILU || then == THEN_GELU) values = activated(then, values);
+        if (then != NOTHING) values = rounded<A>(values);
+        store_some(values, num, to + at);
+    }
+};
+
+// Multiplies panels with a block of M tokens.
+template <int KIND, int M, class Out>
+void panels_of(const Matrix& w, const Packed& x, int begin, int end, int token, const Out& out, const Ahead& ahead) {
     for (int panel = begin; panel < end; ++panel) {
         Results<M> results;
-        if constexpr (KIND == FLOAT32) results = float32_panel<M>(w, x, panel, token, ahead);
-        if constexpr (KIND == BFLOAT16) results = bfloat16_panel<M>(w, x, panel, token, ahead);
-        if constexpr (KIND >= INT8) results = integer_panel<KIND, M>(w, x, panel, token, ahead);
-        const int row = panel * ROWS, rows = std::min(ROWS, w.rows - row);
-        for (int m = 0; m < M; ++m)
-            std::memcpy(out + int64_t(token + m) * w.rows + row, &results.values[m], rows * sizeof(float));
+        if constexpr (KIND >= INT8)
+            results = integer_panel<KIND, M>(w, x, panel, token, ahead);
+        else
+            results = float_panel<KIND, M>(w, x, panel, token, ahead);
+        for (int m = 0; m < M; ++m) out.put(results.values[m], w, token + m, panel * ROWS);
     }
 }
 
@@ -315,15 +349,16 @@ struct Range {
 };
 
 // Multiplies some panels with all tokens; a panel stays in the nearest cache while further tokens need it.
-template <int KIND>
-void multiply(const Matrix& w, const Packed& x, int num_tokens, float* out, Range own, const Ahead& ahead) {
-    using Panels = void (*)(const Matrix&, const Packed&, int, int, int, float*, const Ahead&);
-    static constexpr Panels panels[] = {panels_of<KIND, 1>, panels_of<KIND, 2>, panels_of<KIND, 3>, panels_of<KIND, 4>,
-                                        panels_of<KIND, 5>, panels_of<KIND, 6>, panels_of<KIND, 7>, panels_of<KIND, 8>};
-    const int some = num_tokens <= 8 ? std::max(own.end - own.begin, 1) : 1;
-    for (int panel = own.begin; panel < own.end; panel += some)
-        for (int token = 0; token < num_tokens; token += 8)
-            panels[std::min(num_tokens - token, 8) - 1](w, x, panel, std::min(panel + some, own.end), token, out, ahead);
+template <int KIND, class Out>
+void multiply(const Matrix& w, const Packed& x, int num_tokens, const Out& out, Range own, const Ahead& ahead) {
+    using Panels = void (*)(const Matrix&, const Packed&, int, int, int, const Out&, const Ahead&);
+    static constexpr Panels panels[] = {panels_of<KIND, 1, Out>, panels_of<KIND, 2, Out>, panels_of<KIND, 3, Out>,
+                                        panels_of<KIND, 4, Out>, panels_of<KIND, 5, Out>, panels_of<KIND, 6, Out>,
+                                        panels_of<KIND, 7, Out>, panels_of<KIND, 8, Out>};
+    const int many = num_tokens <= BLOCK ? std::max(own.end - own.begin, 1) : 1;
+    for (int panel = own.begin; panel < own.end; panel += many)
+        for (int token = 0; token < num_tokens; token += BLOCK)
+            panels[std::min(num_tokens - token, BLOCK) - 1](w, x, panel, std::min(panel + many, own.end), token, out, ahead);
 }
 
 // Returns the panels of this thread.
@@ -339,25 +374,25 @@ inline const char* panel_at(const Matrix& w, int panel) {
     return static_cast<const char*>(w.weight) + panel * size * 64;
 }
 
-// Computes (tokens, rows) of x Wᵀ + b. Every thread of the team computes some rows, which it returns; no barrier.
+// Computes x Wᵀ + b. Every thread of the team computes some rows, which it returns; no barrier.
 // `next`: the linear layer that is read next, if that is known.
-template <class A>
-Range product(const Matrix& w, const Packed& x, int num_tokens, float* out, const Matrix* next = nullptr) {
+template <class Out>
+Range multiply(const Matrix& w, const Packed& x, int num_tokens, const Out& out, const Matrix* next = nullptr) {
     const Range own = panels_of_thread(w);
     const char* end = panel_at(w, own.end);
     const Ahead ahead{end, next ? panel_at(*next, panels_of_thread(*next).begin) - end : 0};
-    using Multiply = void (*)(const Matrix&, const Packed&, int, float*, Range, const Ahead&);
-    static constexpr Multiply by_kind[] = {multiply<FLOAT32>, multiply<BFLOAT16>, multiply<INT8>, multiply<INT4>,
-                                           multiply<INT8_GROUPS>, multiply<INT4_CENTRED>, multiply<INT5>,
-                                           multiply<INT5_CENTRED>, multiply<INT6>};
+    using Multiply = void (*)(const Matrix&, const Packed&, int, const Out&, Range, const Ahead&);
+    static constexpr Multiply by_kind[] = {multiply<FLOAT32, Out>, multiply<BFLOAT16, Out>, multiply<INT8, Out>,
+                                           multiply<INT4, Out>, multiply<INT8_GROUPS, Out>, multiply<INT4_CENTRED, Out>,
+                                           multiply<INT5, Out>, multiply<INT5_CENTRED, Out>, multiply<INT6, Out>};
     by_kind[w.kind](w, x, num_tokens, out, own, ahead);
-    const Range rows{own.begin * ROWS, std::min(own.end * ROWS, w.rows)};
-    const A* bias = static_cast<const A*>(w.bias);
-    for (int token = 0; token < num_tokens; ++token) {
-        float* to = out + int64_t(token) * w.rows;
-        for (int row = rows.begin; row < rows.end; ++row) to[row] = rounded<A>(bias ? to[row] + one(bias[row]) : to[row]);
-    }
-    return rows;
+    return {own.begin * ROWS, std::min(own.end * ROWS, w.rows)};
+}
+
+// The same as (tokens, rows) floats, rounded to A.
+template <class A>
+Range product(const Matrix& w, const Packed& x, int num_tokens, float* out, const Matrix* next = nullptr) {
+    return multiply(w, x, num_tokens, Output<A, float>{out, w.rows}, next);
 }
 
 }  // namespace
