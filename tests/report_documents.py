@@ -1,8 +1,12 @@
-"""Result documents with invented numbers, for the tests of the report page."""
+"""Result documents with invented numbers, for the tests of the report page, and readers of what a page has."""
 
 from __future__ import annotations
 
+import csv
+from html.parser import HTMLParser
 from typing import Any
+
+from anydepth.report.layout import Page
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" $x$"
 ORIGIN: dict[str, Any] = {
@@ -283,3 +287,45 @@ def capacities() -> dict[str, Any]:
         "control": {**shared, "label": "full depth, int8"},
         "engine": {"engine": "fast", "weights": "bfloat16"},
     }
+
+
+class Outline(HTMLParser):
+    """Tags opened and closed in turn, headings, and what pictures point at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag != "script"
+        if tag == "img":
+            self.images.append(dict(attributes))
+        elif tag not in ("meta", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data.strip())
+
+
+def outline_of(html: str | Page) -> Outline:
+    """Return the outline of a page, or of the sections of one that is not written yet."""
+    outline = Outline()
+    outline.feed("".join(html.parts) if isinstance(html, Page) else html)
+    return outline
+
+
+def table_of(page: Page, name: str) -> list[dict[str, str]]:
+    """Return the rows of a CSV of the page."""
+    with (page.folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def document_of(kind: str) -> dict[str, Any]:
+    """Return the document of a kind among those of the run."""
+    return next(document for document in DOCUMENTS if document["schema"] == f"anydepth.{kind}/1")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -31,18 +33,11 @@ def tiny_router(folder: Path) -> Path:
 
 
 def start(target: Path, *options: object) -> tuple[subprocess.Popen[str], str]:
-    command = [
-        sys.executable,
-        "-m",
-        "anydepth.cli",
-        "serve",
-        str(target / "router"),
-        "--dtype",
-        "float32",
-    ]
-    if "--port" not in options:
-        command += ["--port", "0"]
-    command += ["--data", str(target / "text.txt"), "--name", "tiny", *map(str, options)]
+    """A server of the router in a folder, and its address."""
+    port = () if "--port" in options else ("--port", 0)
+    shared = ("--dtype", "float32", *port, "--data", target / "text.txt", "--name", "tiny")
+    serve = (target / "router", *shared, *options)
+    command = [sys.executable, "-m", "anydepth.cli", "serve", *map(str, serve)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
@@ -67,3 +62,13 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait()
     assert process.stderr is not None
     process.stderr.close()
+
+
+@contextmanager
+def running(target: Path, *options: object) -> Iterator[str]:
+    """The address of a server that ends with the block."""
+    process, address = start(target, *options)
+    try:
+        yield address
+    finally:
+        end(process)

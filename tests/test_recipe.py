@@ -51,17 +51,6 @@ def test_the_seed_reaches_every_method_that_has_none_of_its_own(tmp_path: Path) 
     assert (router.model_dump()["seed"], dropped.model_dump()["seed"]) == (5, 2)
 
 
-@pytest.mark.parametrize("spec", ["self_speculation", "{name: self_speculation, exit_layers: 3}"])
-def test_recipes_from_when_drafting_was_a_method(tmp_path: Path, spec: str, caplog: pytest.LogCaptureFixture) -> None:
-    """They load, and one line says what to write now."""
-    recipe = load_recipe(written(tmp_path, f"methods: [skip_set, {spec}]"))
-    assert [method["name"] for method in recipe.methods] == ["skip_set"] and recipe.draft is not None
-    assert recipe.draft.exit_layers == ([3] if "exit" in spec else []) and recipe.draft.lookup
-    assert {record.message.split("; ")[-1] for record in caplog.records} == {
-        "write draft: {'exit_layers': 3}" if "exit" in spec else "write draft: {}"
-    }
-
-
 @pytest.mark.parametrize(
     ("text", "overrides", "words"),
     [

@@ -13,7 +13,8 @@ from torch import Tensor
 import anydepth
 from anydepth import FastEngine, HFEngine
 from anydepth.cli.benching import show_bench
-from anydepth.errors import UserError
+from anydepth.errors import RunError, UserError
+from anydepth.hf.partial import PartialRunner
 from anydepth.measure import timing
 from anydepth.measure.bench import bench
 from anydepth.measure.evaluate import evaluate
@@ -54,14 +55,7 @@ def test_a_row_says_everything() -> None:
 
 
 def test_full_depth_is_identical_and_ideal_one() -> None:
-    row = bench(
-        [HFEngine(anydepth.attach(tiny_llama(), {"name": "skip_set"}))],
-        windows(),
-        batch_sizes=[1],
-        prompt_tokens=[8],
-        new_tokens=4,
-        num_runs=1,
-    )[0]
+    row = a_row({"name": "skip_set"}, new_tokens=4, num_runs=1)
     assert row["identical_tokens"] is True
     assert row["ideal_speedup"] == 1.0
 
@@ -106,9 +100,9 @@ class Clock:
         return dataclasses.replace(found, ttft=total / 4, total=total)
 
 
-def a_row(spec: Any = ROUTER, num_runs: int = 3) -> dict[str, Any]:
+def a_row(spec: Any = ROUTER, **options: Any) -> dict[str, Any]:
     engine = HFEngine(anydepth.attach(tiny_llama(), spec))
-    options: dict[str, Any] = {"batch_sizes": [1], "prompt_tokens": [8], "new_tokens": 2, "num_runs": num_runs}
+    options = {"batch_sizes": [1], "prompt_tokens": [8], "new_tokens": 2, "num_runs": 3, **options}
     return bench([engine], windows(), **options)[-1]
 
 
@@ -180,11 +174,11 @@ def test_nothing_attached_gets_no_speed_up(capsys: pytest.CaptureFixture[str]) -
 
 def test_more_rows_than_prompts_are_refused() -> None:
     with pytest.raises(UserError, match="batch size 9"):
-        bench(
-            [HFEngine(anydepth.attach(tiny_llama(), ROUTER))],
-            windows(),
-            batch_sizes=[9],
-            prompt_tokens=[8],
-            new_tokens=2,
-            num_runs=1,
-        )
+        a_row(batch_sizes=[9], num_runs=1)
+
+
+def test_a_wrong_execution_gets_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control of the self-check: sparse execution that forgets to put the kept tokens back."""
+    monkeypatch.setattr(PartialRunner, "run_on_kept", lambda self, run, gate, own, hidden, base, *rest: base)
+    with pytest.raises(RunError, match="self-check failed"):
+        a_row(num_runs=1)

@@ -12,7 +12,7 @@ from anydepth.config import validate
 from anydepth.errors import UserError
 from anydepth.methods.of_recipe import load_recipe
 from anydepth.recipe import Recipe
-from anydepth.runs import inputs, train_stage
+from anydepth.runs import inputs
 from anydepth.runs.run import STAGES, Runner
 from commands import anydepth
 from tiny import save_base, save_text
@@ -154,22 +154,6 @@ def test_training_needs_the_text_that_shares_are_measured_on(
     short = {"data": str(folder / "short.txt"), "sequence_length": 64}
     with pytest.raises(UserError, match="less than the 32"):
         checked(folder, tmp_path / "b", ("train",), eval=short, **learned)
-
-
-def test_training_is_kept_where_measuring_shares_fails(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The folder is a checkpoint with the trained weights, and the stage counts as not done."""
-    recipe = validate(Recipe, described(folder, methods=["ffn_router"], search=None), where="recipe")
-    runner = Runner(recipe, tmp_path / "out", say=lambda line: None)
-
-    def fail(*arguments: object) -> None:
-        raise UserError("the disk with the text is gone")
-
-    monkeypatch.setattr(train_stage, "settle_shares", fail)
-    with pytest.raises(UserError, match="is gone"):
-        runner.train()
-    assert inputs.is_checkpoint(tmp_path / "out") and "train" in runner.missing
 
 
 def test_a_decoder_from_scratch_is_checked_before_its_tokenizer_is_trained(tmp_path: Path) -> None:

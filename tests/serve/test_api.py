@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -26,7 +25,8 @@ from anydepth.decoding.scheduler import Scheduler
 from anydepth.serve.api import Settings, create_app
 from anydepth.serve.service import Service
 from anydepth.serve.shapes import ChatShape
-from serving import end, start, tiny_router
+from commands import refused
+from serving import end, running, start, tiny_router
 from tiny import WINDOW, byte_tokenizer
 
 KEY = "a-secret-key"
@@ -34,15 +34,9 @@ PROMPT = "the sea is wide and the"
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_router(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
 def server(target: Path) -> Iterator[str]:
-    process, address = start(target, "--api-key", KEY)
-    yield address
-    end(process)
+    with running(target, "--api-key", KEY) as address:
+        yield address
 
 
 @pytest.fixture
@@ -285,9 +279,8 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, st
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer.save_pretrained(folder / "base")
-    process, address = start(folder)
-    yield folder, address
-    end(process)
+    with running(folder) as address:
+        yield folder, address
 
 
 @pytest.mark.parametrize("logprobs", [False, True])
@@ -330,55 +323,37 @@ def test_errors_within_an_answer_are_reported(talking: tuple[Path, str], monkeyp
         service.close()
 
 
-def test_sigterm_lets_streams_end(target: Path) -> None:
-    process, address = start(target)
-    try:
-        body = {"model": "tiny", "prompt": "abc", "max_tokens": 100, "temperature": 0, "stream": True}
-        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
-            events = [next(line for line in lines if line)]
-            process.send_signal(signal.SIGTERM)
-            events += [line for line in lines if line]
-        assert events.pop() == "data: [DONE]"
-        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
-        assert "".join(choice["text"] for choice in choices) == alone(target, "abc", 100)
-        assert choices[-1]["finish_reason"] == "length"
-        assert process.wait(timeout=30) in (0, -signal.SIGTERM)
-    finally:
-        end(process)
-
-
-def test_sigterm_lets_answers_end(target: Path) -> None:
+def test_sigterm_lets_answers_end_and_frees_the_port(target: Path) -> None:
+    """One that is streamed and one that is not; another server can listen at once."""
     process, address = start(target)
     try:
         body = {"model": "tiny", "prompt": "abc", "max_tokens": 100, "temperature": 0}
         answers: list[httpx.Response] = []
-        thread = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{address}/v1/completions", json=body, timeout=60))
-        )
-        thread.start()
-        while "anydepth_prompt_tokens_total 3.0" not in httpx.get(f"{address}/metrics").text:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        thread.join()
+        with httpx.Client(base_url=address, timeout=60) as client:
+            thread = threading.Thread(target=lambda: answers.append(client.post("/v1/completions", json=body)))
+            thread.start()
+            with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
+                lines = stream.iter_lines()
+                events = [next(line for line in lines if line)]
+                while "anydepth_prompt_tokens_total 6.0" not in client.get("/metrics").text:  # both are being decoded
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGTERM)
+                events += [line for line in lines if line]
+            thread.join()
+        assert events.pop() == "data: [DONE]"
+        choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+        assert "".join(choice["text"] for choice in choices) == alone(target, "abc", 100)
+        assert choices[-1]["finish_reason"] == "length"
         assert answers[0].json()["choices"][0]["text"] == alone(target, "abc", 100)
         assert process.wait(timeout=30) in (0, -signal.SIGTERM)
     finally:
         end(process)
+    with running(target, "--port", urlsplit(address).port or 0) as again:
+        assert again == address
 
 
-def test_a_port_in_use_is_reported_at_once(server: str, target: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "anydepth.cli",
-        "serve",
-        str(target / "router"),
-        "--port",
-        server.rpartition(":")[2],
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "cannot bind" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_a_port_in_use_is_reported(server: str, target: Path) -> None:
+    assert "cannot bind" in refused("serve", target / "router", "--port", server.rpartition(":")[2])
 
 
 def test_a_failed_request_ends_no_other(target: Path) -> None:

@@ -1,15 +1,95 @@
-"""How a target is opened: in the blocks of a .gguf file first, and what follows if that fails."""
+"""Opening a target in its own blocks first, and its service: budgets of depth, drafts and defaults."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import anydepth
+from anydepth.decoding.request import Request
+from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.errors import UserError
 from anydepth.models.load import NATIVE
-from anydepth.serve.opening import native_first, open_target
+from anydepth.serve import opening
+from anydepth.serve.opening import native_first, open_service, open_target
+from anydepth.serve.service import Service
 from tiny import save_gguf
+
+
+@contextmanager
+def opened(target: Path, **options: Any) -> Iterator[Service]:
+    """Yield the service of the router or the base in the folder `target`."""
+    data = str(target.parent / "text.txt")
+    service, tokenizer = open_service(str(target), data=data, dtype="float32", **options)
+    assert service.tokenizer is tokenizer
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+def saved(target: Path, out: Path, spec: dict[str, Any]) -> Path:
+    """A checkpoint of an untrained method on the base that `target` has."""
+    model, _ = anydepth.load_model(str(target / "base"))
+    (out / "text.txt").write_text((target / "text.txt").read_text())
+    return anydepth.save(anydepth.attach(model, spec), out / "saved", base=str(target / "base"))
+
+
+def test_a_method_with_a_threshold_has_depth_budgets(target: Path) -> None:
+    """Measured on the text that is given; other options are limits of the service."""
+    with opened(target / "router", max_batch_size=3, max_queue=5) as service:
+        assert (service.max_batch_size, service.max_queue) == (3, 5)
+        assert service.budgets is not None
+        shallow, deep = (
+            service.budgets.plan_of(Request([5], Sampler(), Stops.at(12), budget=budget)) for budget in (0.1, 0.9)
+        )
+        assert shallow is not deep
+        assert service.engine.drafting is not None  # by the router itself
+
+
+def test_a_base_has_no_budgets_and_drafts_by_lookup(target: Path) -> None:
+    with opened(target / "base") as service:
+        assert service.budgets is None and service.engine.drafting is not None
+
+
+def test_random_gates_have_no_budgets(target: Path, tmp_path: Path) -> None:
+    """They compare nothing with a threshold."""
+    spec = {"name": "layer_router", "always_keep": 2, "router": "random", "rates": 0.5}
+    with opened(saved(target, tmp_path, spec)) as service:
+        assert service.budgets is None
+
+
+def test_recurrent_mixers_draft_nothing(target: Path, tmp_path: Path) -> None:
+    """Drafting would have to undo their state."""
+    with opened(saved(target, tmp_path, {"name": "mixer_router", "layers": [2]})) as service:
+        assert service.engine.drafting is None
+
+
+@pytest.mark.parametrize(("source", "wanted"), [("auto", (0.7, 20)), ("none", (None, None))])
+def test_requests_default_to_the_models_own_options_unless_they_are_dropped(
+    tmp_path: Path, target: Path, source: str, wanted: tuple[Any, Any]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in (target / "base").iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    config = {"do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": 0, "pad_token_id": 0}
+    (base / "generation_config.json").write_text(json.dumps(config))
+    (tmp_path / "text.txt").write_text("")  # nothing is attached, so that it is not read
+    with opened(base, generation_config=source) as service:
+        config = service.engine.adapted.generation_config
+        assert (config.temperature, config.top_k) == wanted and service.end_ids == {0}
+
+
+def test_a_misspelt_corpus_is_found_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "load_target", None)
+    with pytest.raises(UserError, match="did you mean 'embedded'"):
+        open_service("embedded", data="embeded:train")
 
 
 def kinds_tried(target: str, weights: str | None = None, *, fails: bool = False, **options: object) -> list[str | None]:

@@ -22,7 +22,6 @@ from anydepth.measure.evaluate import evaluate, exit_losses
 from anydepth.recipe import Recipe, TextConfig, TrainConfig
 from anydepth.runs.run import Runner
 from anydepth.training.data import WindowDataset, bos_of, collate, load_windows, num_tokens, pack, rows_of
-from anydepth.training.learner import Learner
 from anydepth.training.train import prepare, train
 from tiny import byte_tokenizer, save_base, tiny_llama
 from undecided import undecided
@@ -215,19 +214,6 @@ def test_a_batch_is_cut_to_its_longest_document() -> None:
     assert batch["attention_mask"].sum(1).tolist() == [len(rows_of(windows)[i][0]) for i in items.order]
     assert batch["input_ids"].shape[1] == max(len(plain_ids(text)) for text in DOCUMENTS)
     assert torch.equal(batch["labels"] != -100, batch["attention_mask"] == 1)
-
-
-def test_no_gradient_reaches_the_tokens_of_another_document() -> None:
-    """C29. With a router sampling in training: the loss of one document does not depend on the other's embedding."""
-    config = TrainConfig.model_validate({"max_steps": 1, "execution": "sparse", "backbone": True})
-    model = prepare(tiny_llama(), config).train()
-    adapted = anydepth.attach(model, {"name": "layer_router", "always_keep": 2, "target_weight": 0.0})
-    batch = collate([*WindowDataset(pack(["abc", "vwxyz"], byte_tokenizer(), 9, text=ISOLATED), num_items=2, seed=0)])
-    other = int(batch["attention_mask"].sum(1).argmin())
-    batch["labels"][other] = -100
-    Learner(adapted, config, 0)(**batch)[0].backward()
-    table = model.get_input_embeddings().weight.grad
-    assert (table[plain_ids("abc")] == 0).all() and (table[plain_ids("vwxyz")] != 0).any()
 
 
 def test_thresholds_are_set_on_documents_alone() -> None:

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 import anydepth
-from anydepth.cli.display import Printer, step_line
-from anydepth.config import validate
-from anydepth.recipe import Recipe, TrainConfig
+from anydepth.recipe import TrainConfig
 from anydepth.training.diagnostics import GateDecisions, described, diagnose, gate_decisions, lasting_collapse
 from anydepth.training.train import prepare, train
 from tiny import NUM_LAYERS, tiny_llama
@@ -163,29 +161,12 @@ def trained(tmp_path: Any, spec: dict[str, Any], **changes: Any) -> list[dict[st
     return train(adapted, windows(12, 24), config, tmp_path).loss_history
 
 
-def test_training_warns_once_of_gates_that_stay_open(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_warns_once_of_gates_that_stay_open(tmp_path: Any) -> None:
     stuck = {"name": "layer_router", "always_keep": 2, "initial_bias": 9.0, "target_weight": 0.0}
     history = trained(tmp_path, stuck)
     said = [(row["step"], row["warnings"]) for row in history if "warnings" in row]
     assert len(said) == 1 and said[0][0] == 6  # a fifth of 30
     assert len(said[0][1]) == 1 and "almost every token runs the gated layers" in said[0][1][0]
-    recipe = type("Recipe", (), {"train": settings(), "drafter": None, "phases": None})
-    line = step_line(Printer(), recipe)
-    for row in history:
-        line(row)
-    told = [text for text in capsys.readouterr().err.splitlines() if "warning" in text]
-    assert len(told) == 1 and "step 6: warning: layer_router: almost every" in told[0]
-
-
-@pytest.mark.parametrize(("second", "shown"), [({"max_steps": 5}, "step 1/12 "), ({"num_epochs": 2}, "step 1 ")])
-def test_steps_of_phases_are_counted_over_all_phases(
-    capsys: pytest.CaptureFixture[str], second: dict[str, Any], shown: str
-) -> None:
-    """Steps go on from phase to phase: 7 + 5, never the 30 of `train`; epochs take as many as there is text."""
-    phases = [{"name": "a", "train": ["ffn_router"], "max_steps": 7}, {"name": "b", "train": ["ffn_router"], **second}]
-    recipe = {"methods": ["ffn_router"], "train": {"max_steps": 30}, "phases": phases}
-    step_line(Printer(), validate(Recipe, recipe, where="recipe"))({"step": 1})
-    assert shown in capsys.readouterr().err
 
 
 def test_training_keeps_metrics_of_gates_and_no_warning_of_live_ones(tmp_path: Any) -> None:

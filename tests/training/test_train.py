@@ -51,13 +51,6 @@ def test_only_gates_and_adapters_change(tmp_path: Path, execution: str) -> None:
     assert len(adapted.result.loss_history) == 6
 
 
-def test_lm_loss_is_reported_without_the_auxiliary_loss(tmp_path: Path) -> None:
-    heavy = trained(tmp_path / "a", settings(max_steps=1), {**ROUTER, "target_weight": 1000.0, "target_skip": 0.9})
-    light = trained(tmp_path / "b", settings(max_steps=1), {**ROUTER, "target_weight": 0.0, "sparsity_weight": 0.1})
-    assert heavy.result.loss_history[0]["lm_loss"] == light.result.loss_history[0]["lm_loss"]
-    assert heavy.result.loss_history[0]["layer_router/target"] > 10
-
-
 def test_the_target_rate_is_approached(tmp_path: Path) -> None:
     """The router learns: from nearly full depth towards half of the routed layers."""
     config = settings(max_steps=60, router_learning_rate=0.02, save_every=60)

@@ -56,8 +56,9 @@ def _tasks(page: Page, document: Document) -> None:
         "By lm-eval, with routing on and at full depth, on the same items; ± one standard error, of the change paired."
     )
     page.text("By lm-eval; ± one standard error." if same else text, "lead")
-    keys = "task metric num_items num_fewshot full" + ("" if same else " score change layer_token_share")
-    columns = wording.columns(keys, num_fewshot="examples", full="full depth", score="adapted")
+    columns = wording.columns("task metric num_items", num_fewshot="examples", full="full depth")
+    if not same:
+        columns |= wording.columns("score change layer_token_share", score="adapted")
     rows = task_rows(document)
     bars = [row for row in rows if row["metric"].partition(",")[0] in MEANS]
     if bars:

@@ -63,7 +63,7 @@ def influences(adapted: AdaptedModel, windows: Tensor) -> dict[Candidate, float]
     added: dict[Candidate, Tensor] = {}
 
     def record_branch(candidate: Candidate, _: nn.Module, __: Any, output: Any) -> None:
-        added[candidate] = first_output(output)
+        added[candidate] = first_output(output).clone()  # Falcon adds the mixer's output to the FFN's in place.
 
     def record_layer(layer_idx: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         before, after = args[0], first_output(output)

@@ -60,7 +60,7 @@ class Learner(nn.Module):
     def _method_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         adapted = self.adapted
         terms = adapted.auxiliary_losses() | adapted.outcome_losses(logits)
-        if any(method.learns_by_policy for method in adapted.active_methods):
+        if any(method.learns_by_policy for method in adapted.trained_methods):
             terms |= adapted.policy_losses(token_losses(logits.detach(), labels))
         for name, exits in adapted.exit_states().items():
             terms[f"{name}/expected"] = expected_exit_loss(exits, logits, labels, adapted.backbone.logits_of)

@@ -1,0 +1,55 @@
+"""The table of families: every line has a tiny model, and names the modules of the modelling file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+
+import anydepth
+import families
+from anydepth.errors import UserError
+from anydepth.models.backbone import Backbone
+from anydepth.models.families import FAMILIES
+
+
+def test_every_supported_family_has_a_tiny_model() -> None:
+    """Without one the contract would not be checked on it."""
+    assert {config().model_type for config in families.CONFIGS.values()} == set(FAMILIES)
+
+
+def test_an_unknown_family_is_refused_with_the_list() -> None:
+    with pytest.raises(UserError, match=r"bloom.*falcon.*qwen3_next"):
+        anydepth.attach(BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)), [])
+
+
+def test_branches_are_the_modules_of_the_modelling_file(family: str, model: PreTrainedModel) -> None:
+    names = families.names_of(family)
+    layers = list(model.get_submodule(names.layers))
+    views = Backbone(model).layers
+    assert [view.module for view in views] == layers
+    for view, layer in zip(views, layers, strict=True):
+        assert any(view.mixer is getattr(layer, name, None) for name in names.mixers)
+        assert any(view.mixer_out is getattr(layer, name, None) for name in names.mixer_ends)
+        assert view.ffn_out is getattr(layer, names.ffn_end)
+
+
+@torch.no_grad()
+def test_a_layer_adds_the_outputs_of_its_branches(model: PreTrainedModel) -> None:
+    """In families whose branches run in turn or in parallel."""
+    added: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        added[module] = (output[0] if isinstance(output, tuple) else output).clone()  # Falcon adds to it in place
+
+    views = Backbone(model).layers
+    for view in views:
+        for module in (view.module, view.mixer_out, view.ffn_out):
+            module.register_forward_hook(keep)
+    before = model(families.token_ids(2, 9), output_hidden_states=True).hidden_states
+    for view, hidden in zip(views, before, strict=False):
+        outputs = [added[module].view_as(hidden) for module in (view.mixer_out, view.ffn_out)]
+        torch.testing.assert_close(hidden + sum(outputs), added[view.module])
