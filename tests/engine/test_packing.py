@@ -1,4 +1,4 @@
-"""Gate networks through the kernels: the same logits, and weights that training changes are seen."""
+"""Packed weights and gate networks in the kernels: products of every kind, and weights that training changes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from anydepth.engine.backends.cpu.native import MAX_TOKENS, why_not
-from anydepth.engine.backends.cpu.packing import Memory, NativeNetworks
+from anydepth.engine.backends.cpu.packing import ROWS_AT_ONCE, Memory, NativeNetworks
 from anydepth.gating.gate_network import GateNetwork
+from kernel_checks import check_products
 
 pytestmark = pytest.mark.skipif(
     why_not(torch.float32, torch.device("cpu")) is not None, reason="no compiler: the engine runs on PyTorch alone"
@@ -30,3 +31,10 @@ def test_logits_are_those_of_the_network(widths: tuple[int, ...], dtype: torch.d
         torch.testing.assert_close(networks.evaluate(network, states), network(states), rtol=1e-5, atol=1e-5)
         network.direct.weight = torch.nn.Parameter(network.direct.weight * 2)
         torch.testing.assert_close(networks.evaluate(network, states), network(states), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 9, MAX_TOKENS, ROWS_AT_ONCE + 3])
+@pytest.mark.parametrize("num_inputs", [96, 36])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_products_are_those_of_dense_weights(kind: str, num_inputs: int, num_rows: int) -> None:
+    check_products(kind, num_inputs, num_rows)
