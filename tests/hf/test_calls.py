@@ -14,9 +14,6 @@ from torch import Tensor, nn
 import anydepth
 import families
 from anydepth import Draft, FastEngine, HFEngine
-from anydepth.decoding.request import Request
-from anydepth.decoding.sampler import Sampler, Stops
-from anydepth.decoding.scheduler import Scheduler
 from anydepth.hf.adapted import AdaptedModel
 from undecided import spread_gates
 
@@ -91,23 +88,6 @@ def test_threads_search_what_they_draft_with(strategy: str) -> None:
     alone = [written(adapted.generate, seed) for seed in seeds]
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         assert list(pool.map(lambda seed: written(engine.generate, seed), seeds)) == alone
-
-
-def test_a_batch_and_a_generation_share_an_engine() -> None:
-    """C2, a batcher: it takes its turn as `generate` does."""
-    engine = FastEngine(attached("layer_router"))
-    alone = [written(engine.generate, seed) for seed in range(4)]
-
-    def batched(seed: int) -> list[int]:
-        request = Request(families.token_ids(1, 12, seed=seed)[0].tolist(), Sampler(), Stops.at(24))
-        Scheduler(engine, 2, 2000).run([request])
-        return request.prompt + request.output
-
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for _ in range(4):
-            ours = pool.map(lambda seed: written(engine.generate, seed), range(4))
-            theirs = pool.map(batched, range(4))
-            assert list(ours) == list(theirs) == alone
 
 
 def test_settings_of_one_thread_do_not_affect_others() -> None:
