@@ -1,66 +1,106 @@
-"""A token's logits are the same bits alone, beside other rows, and among several tokens of its own row."""
+"""Sequences on the fast engine: captured states, and drafts that are verified with the bits of plain steps."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
-import families
-from anydepth import FastEngine, attach
-from anydepth.engine.backends.cpu import native
-from anydepth.gating.plan import Plan
-from tiny import tiny_llama
+import anydepth
+from anydepth import FastEngine
+from anydepth.engine.session import FastSession
+from anydepth.gating.plan import FULL_DEPTH, Plan
+from tiny import tiny_llama, windows
 
-pytestmark = pytest.mark.skipif(
-    native.why_not(torch.float32, torch.device("cpu")) is not None, reason="no C++ compiler on this machine"
-)
-
-NUM_ROWS, NUM_NEW = 5, 4
-ROUTER: dict[str, Any] = {"name": "layer_router", "always_keep": 2, "router": "random", "rates": [0.5, 0.3, 0.8, 0.6]}
+TEXT = windows(1, 20)[0].tolist()
 
 
-@pytest.mark.parametrize("methods", [[], [ROUTER], [{**ROUTER, "kv_rule": "omit"}]], ids=["full", "router", "omit"])
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
-def test_bits_do_not_depend_on_company(weights: str, methods: list[dict[str, Any]]) -> None:
-    check(tiny_llama(intermediate_size=64), weights, methods)
+def session_of(captures: tuple[int, ...] = (), *, native: bool = True) -> FastSession:
+    adapted = anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": [3]})
+    return FastEngine(adapted, native=native).new_session(2, captures=captures)
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_bits_after_a_window(family: str, weights: str) -> None:
-    check(families.build(family), weights, [{**ROUTER, "rates": [0.5, 0.3, 0.8]}])
+@torch.no_grad()
+def states_of(ids: list[int], layer: int) -> Tensor:
+    """Return the (T, D) states of transformers' own model after so many layers."""
+    model: Any = tiny_llama()
+    states = []
+    model.model.layers[layer - 1].register_forward_hook(lambda *args: states.append(args[2]))
+    model(torch.tensor([ids]), use_cache=False)
+    return states[0][0]
 
 
-def check(model: PreTrainedModel, weights: str, methods: list[dict[str, Any]]) -> None:
-    adapted = attach(model if weights == "float32" else model.to(torch.bfloat16), methods)
-    engine, plan = FastEngine(adapted, weights).model, Plan.of(adapted.active_methods)
-    cache, generator = engine.new_cache(NUM_ROWS), torch.Generator().manual_seed(0)
-    for row in range(NUM_ROWS):  # pasts of different lengths, some of more than one part
-        past = torch.randint(3, 100, (1, 20 + 60 * row), generator=generator)
-        engine.forward(past, [cache.take_slot()], cache, plan)
-    before = list(cache.lengths)
-    new = torch.randint(3, 100, (NUM_ROWS, NUM_NEW), generator=generator)
+def assert_captured(session: FastSession, one: int, captures: tuple[int, ...], ids: list[int], num: int) -> None:
+    """Check that the latest `num` tokens of a text are those with captured states."""
+    found = session.captured(one)
+    assert [len(part) for part in found] == [num] * len(captures)
+    for part, layer in zip(found, captures, strict=True):
+        torch.testing.assert_close(part, states_of(ids, layer)[-num:], rtol=1e-4, atol=1e-4)
 
-    def forget() -> None:
-        for slot, length in enumerate(before):
-            cache.rewind(slot, length)
 
-    def logits(ids: torch.Tensor, slots: list[int]) -> torch.Tensor:
-        return engine.head(engine.forward(ids, slots, cache, plan)[0])
+@torch.no_grad()
+@pytest.mark.parametrize("captures", [(2, 4), (2, 6)])
+def test_states_are_captured_of_what_was_read_or_committed_last(captures: tuple[int, ...]) -> None:
+    session = session_of(captures)
+    one = session.open()
+    for part in (TEXT[:5], TEXT[5:9]):  # a prompt in chunks
+        session.read(one, part, FULL_DEPTH, capture=True)
+    assert_captured(session, one, captures, TEXT[:9], 9)
+    session.verify([one], [TEXT[9:13]])
+    session.commit([one], [3])
+    assert_captured(session, one, captures, TEXT[:12], 3)
+    for token in TEXT[12:14]:
+        session.draft_exits([one], [token], 2)  # captured at the exit itself, and after it
+    session.verify([one], [TEXT[12:15]], exit_layer=2)
+    session.commit([one], [2])
+    assert_captured(session, one, captures, TEXT[:14], 2)
 
-    everyone = list(range(NUM_ROWS))
-    alone = [
-        torch.cat([logits(new[row : row + 1, i : i + 1], [row]) for i in range(NUM_NEW)], dim=1) for row in everyone
-    ]
-    forget()
-    verified = [logits(new[row : row + 1], [row]) for row in everyone]
-    forget()
-    together = logits(new, everyone)
-    forget()
-    in_step = torch.cat([logits(new[:, i : i + 1], everyone) for i in range(NUM_NEW)], dim=1)
-    for row in everyone:
-        for other in (verified[row][0], together[row], in_step[row]):
-            assert torch.equal(alone[row][0], other)
+
+@torch.no_grad()
+def test_nothing_is_captured_unless_it_is_wanted() -> None:
+    session = session_of()
+    one = session.open()
+    session.read(one, TEXT[:5], FULL_DEPTH)
+    session.verify([one], [TEXT[5:8]])
+    session.commit([one], [3])
+    assert session.captured(one) == []
+
+
+@torch.no_grad()
+def test_drafts_that_are_never_verified_are_forgotten_at_the_next_verification() -> None:
+    """A pruned draft leaves K/V that no verified token may see, those of exits are continued."""
+    session = session_of()
+    one, plan = (
+        session.open(),
+        Plan.of(anydepth.attach(tiny_llama(), {"name": "skip_set", "skip_layers": [3]}).attached),
+    )
+    session.read(one, TEXT[:5], FULL_DEPTH)
+    for token in TEXT[5:8]:
+        session.draft([one], [token], plan)
+    assert session.cache.lengths[one] == 8 and session.length(one) == 5
+    session.verify([one], [[1, 2]])
+    session.commit([one], [1])
+    assert session.cache.lengths[one] == 6 and session.num_kv(one) == [6] * 6
+
+
+def test_operators_of_torch_limit_no_drafts() -> None:
+    session = session_of(native=False)
+    assert session.max_tokens is None and session.draft_limit(session.open()) is None
+
+
+@torch.no_grad()
+def test_drafts_end_where_kernels_cut_attention_into_other_parts() -> None:
+    """The limit falls by one with each token, until a longer part begins."""
+    session = session_of()
+    if session.max_tokens is None:
+        pytest.skip("no C++ compiler on this machine")
+    one, limits = session.open(), []
+    for _ in range(200):
+        session.committed[one] += 10
+        limits.append(session.draft_limit(one))
+    assert min(limits) >= 0  # type: ignore[type-var]
+    jumps = [after - before for before, after in pairwise(limits)]  # type: ignore[operator]
+    assert {jump for jump in jumps if jump < 0} == {-10} and any(jump > 0 for jump in jumps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anydepth.gating.context import PassContext, SequenceState
+from anydepth.gating.context import PassContext
 from anydepth.gating.gate import Gate
 from anydepth.gating.spec import KVRule
 
@@ -54,16 +54,3 @@ def test_weights_multiply() -> None:
     both, plain = Gate.both(first, second), Gate.both(first, gate([[1, 0]]))
     assert both is not None and both.weight is not None and both.weight.tolist() == [[1.5, 8.0]]
     assert plain is not None and plain.weight is not None and plain.weight.tolist() == [[0.5, 0.0]]
-
-
-def test_state_of_sequences_stays_with_their_rows() -> None:
-    kept: dict[str, torch.Tensor] = {}
-    memory = SequenceState(kept, rows=[2, 0], num_rows=4)
-    like = torch.zeros(2, 3)
-    assert not memory.recall("pool", like).any()
-    memory.remember("pool", torch.tensor([[1.0] * 3, [2.0] * 3]))
-    assert kept["pool"][:, 0].tolist() == [2, 0, 1, 0]
-    assert SequenceState(kept, rows=[0], num_rows=4).recall("pool", like[:1]).tolist() == [[2.0] * 3]
-    whole = SequenceState(kept)
-    whole.remember("pool", torch.ones(4, 3))
-    assert torch.equal(whole.recall("pool", torch.zeros(4, 3)), torch.ones(4, 3))

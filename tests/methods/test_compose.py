@@ -39,3 +39,18 @@ def test_attaching_twice_is_refused() -> None:
         anydepth.attach(model, ROUTER)
     with pytest.raises(UserError, match="twice"):
         anydepth.attach(families.build("llama"), [BRANCHES, BRANCHES])
+
+
+def test_methods_of_two_rules_are_refused() -> None:
+    exits: dict[str, Any] = {"name": "exit_gate", "layers": [3]}
+    with pytest.raises(UserError, match="exit_gate lets skip leave K/V .* layer_router none .* same kv_rule"):
+        anydepth.attach(families.build("llama"), [exits, {"name": "layer_router", "kv_rule": "omit"}])
+    anydepth.attach(
+        families.build("llama"), [exits, {"name": "skip_set", "skip_layers": [4]}]
+    )  # a layer that no token runs
+
+
+def test_other_methods_next_to_recompute_are_refused() -> None:
+    exits: dict[str, Any] = {"name": "exit_gate", "layers": [2, 4], "kv_rule": "recompute"}
+    with pytest.raises(UserError, match="exit_gate with kv_rule recompute .* ffn_router .* use kv_rule propagate"):
+        anydepth.attach(families.build("llama"), [exits, {"name": "ffn_router"}])

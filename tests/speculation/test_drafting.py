@@ -8,11 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    MaxLengthCriteria,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
 import anydepth
 import families
@@ -165,42 +160,6 @@ def test_stop_strings_and_end_tokens_inside_a_draft() -> None:
     assert at < 40
 
 
-def test_rows_that_ended_continue_without_an_end_token() -> None:
-    """As in transformers: without an end token rows are not padded, and the batch ends with its last row."""
-    batch = prompts(3)
-
-    class Ends(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            lengths = torch.tensor([6, 14, 9])[: len(input_ids)] + 21
-            if len(input_ids) == 1:  # called row by row, identified by the prompt
-                row = next(i for i, ids in enumerate(batch["input_ids"]) if torch.equal(ids, input_ids[0, :21]))
-                lengths = torch.tensor([[6, 14, 9][row] + 21])
-            return torch.full((len(input_ids),), input_ids.shape[1]) >= lengths
-
-    for path in ("fast", "hf"):
-        options: Any = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None}
-        engine = drafting(path, (ALONE, [{"name": "skip_set", "skip_layers": [2]}]))
-        wanted, ours = both(engine, batch, stopping_criteria=[Ends()], **options)
-        assert torch.equal(wanted, ours) and ours.shape[1] == 21 + 14
-
-
-def test_a_maximum_length_below_the_prompt_ends_at_once() -> None:
-    for path in ("fast", "hf"):
-        limit = StoppingCriteriaList([MaxLengthCriteria(10)])
-        wanted, ours = both(drafting(path, "first layers"), prompts(2), do_sample=False, stopping_criteria=limit)
-        assert torch.equal(wanted, ours) and ours.shape[1] == 22
-
-
-def test_unsupported_options_are_refused() -> None:
-    batch = prompts(2)
-    right = {**batch, "attention_mask": torch.tensor([[1] * 20 + [0], [1] * 21])}
-    for runner in (drafting("fast", "first layers"), drafting("hf", "first layers")):
-        with pytest.raises(UserError, match="pad on the left"):
-            runner.generate(**right, max_new_tokens=3)
-        with pytest.raises(UserError, match="assistant_model is not supported"):
-            runner.generate(**batch, assistant_model=runner.adapted.model, max_new_tokens=3)
-
-
 def test_rows_near_a_change_of_bits_limit_all_drafts() -> None:
     """A batch has one row shortly before the length at which attention is chunked otherwise, and one far from it."""
     model = tiny_llama(max_position_embeddings=400).to(torch.bfloat16)
@@ -212,34 +171,6 @@ def test_rows_near_a_change_of_bits_limit_all_drafts() -> None:
     batch = {"input_ids": ids, "attention_mask": mask}
     wanted, ours = both(engine, batch, do_sample=False, max_new_tokens=60, eos_token_id=None)
     assert torch.equal(wanted, ours)
-
-
-class Puts:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.values: list[Tensor] = []
-        self.ended = 0
-
-    def put(self, value: Tensor) -> None:
-        self.values.append(value)
-
-    def end(self) -> None:
-        self.ended += 1
-
-
-def test_a_streamer_gets_every_step_in_order() -> None:
-    engine, batch, streams = drafting("fast", "everything"), prompts(3), []
-    for full_depth in (True, False):
-        streams.append(Puts())
-        options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "streamer": streams[-1]}
-        if full_depth:
-            with engine.adapted.disabled():
-                engine.generate(**batch, **options)
-        else:
-            engine.generate(**batch, **options)
-    assert [value.tolist() for value in streams[0].values] == [value.tolist() for value in streams[1].values]
-    assert streams[0].ended == streams[1].ended == 1
 
 
 @pytest.mark.parametrize("path", ["hf", "fast"])
@@ -262,22 +193,6 @@ def test_a_failed_draft_leaves_the_model_as_it_was(path: str, monkeypatch: pytes
     assert torch.equal(again, wanted) and torch.equal(ours, wanted)
     with runner.adapted.disabled():
         assert torch.isfinite(runner.adapted(prompts(1)["input_ids"]).logits).all()
-
-
-def test_attached_methods_decide_outside_of_drafting() -> None:
-    """`adapted.generate` and forwards are those of the attached methods; a drafted text is that of full depth."""
-    engine, batch = drafting("fast", "skip set"), prompts(2)
-    engine.adapted(batch["input_ids"])
-    assert engine.adapted.last_trace.mean_depth == 3.5
-    both(engine, batch, do_sample=False)
-    assert engine.adapted.last_trace.mean_depth == 6
-    plain = engine.without_draft()
-    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(plain.generate(**batch, **options), engine.adapted.generate(**batch, **options))
-    assert engine.adapted.last_trace.mean_depth < 6
-
-
-# --- distribution -----------------------------------------------------------------------------------------------
 
 
 def joint(engine: Engine, num_batches: int, **options: Any) -> Tensor:
@@ -411,15 +326,6 @@ def test_a_failed_prompt_raises() -> None:
     engine.model.run_to_stops = fails  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         engine.generate(**prompts(2), max_new_tokens=4, do_sample=False, pad_token_id=0)
-
-
-def test_unsupported_modes_are_refused() -> None:
-    for runner in (drafting("hf", "lookup"), drafting("fast", "lookup")):
-        with pytest.raises(UserError, match="greedily or samples"):
-            runner.generate(**prompts(1), max_new_tokens=4, num_beams=2)
-
-
-# --- rotary embeddings that depend on the length of the sequence ---------------------------------------------
 
 
 def of_growing_rotary(kind: str) -> Any:

@@ -134,7 +134,6 @@ class Engine(ABC):
         with self.turn:
             logits, record = session.read(session.open(), token_ids.tolist(), plan, num_logits=len(token_ids))
         assert logits is not None
-        record.head_rows = len(token_ids)
         if self.adapted.is_enabled:
             self.adapted.records = [record]
         return logits

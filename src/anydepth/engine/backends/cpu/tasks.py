@@ -93,7 +93,11 @@ class NativeLayer:
         )
 
     def attend(self, queries: Tensor, kv: LayerKV, sequence: int, seen: Tensor) -> Tensor:
-        """Attend with (N, H, head_dim) queries, each over the first `seen` (N,) K/V of a sequence: (N, H·head_dim)."""
+        """Attend with (N, H, head_dim) queries, each over the first `seen` K/V of a sequence: (N, H·head_dim).
+
+        Args:
+            seen: (N,) in ascending order, as the tokens of a pass see more and more.
+        """
         queries, seen = queries.contiguous(), seen.contiguous()
         output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
         library().anydepth_attend(
