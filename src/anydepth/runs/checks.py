@@ -19,8 +19,7 @@ from anydepth.errors import UserError
 from anydepth.methods import method_class
 from anydepth.methods._base.calibration import Calibrated, comparing
 from anydepth.methods._base.method import Method
-from anydepth.methods.compose import build_methods
-from anydepth.methods.of_recipe import check_training, method_configs
+from anydepth.methods.compose import build_methods, check_training, method_configs
 from anydepth.models.backbone import Backbone
 from anydepth.models.families import FAMILIES
 from anydepth.models.load import source_of

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.config import StrictConfig
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import read_document
+from anydepth.methods.compose import method_configs
 from anydepth.methods.layer_router import LayerRouter
-from anydepth.methods.of_recipe import method_configs
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.recipe import AnalyzeConfig, DataConfig, DType, EvalConfig, Recipe, RouterFitConfig, TextConfig

@@ -15,7 +15,7 @@ from typing import Any
 
 from anydepth.errors import RunError, UserError
 from anydepth.measure.results import num_cores
-from anydepth.methods.of_recipe import load_recipe
+from anydepth.methods.compose import load_recipe
 from anydepth.runs.run import RECIPE, Runner
 
 Say = Callable[[str], None]

@@ -28,7 +28,7 @@ from anydepth.measure.evaluate import evaluate
 from anydepth.measure.held_out import search_fields, split_windows
 from anydepth.measure.results import document, source_commit
 from anydepth.methods import method_class
-from anydepth.methods.of_recipe import load_recipe
+from anydepth.methods.compose import load_recipe
 from anydepth.processes import rank
 from anydepth.recipe import Recipe
 from anydepth.runs.checks import check

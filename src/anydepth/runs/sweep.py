@@ -21,7 +21,7 @@ import yaml
 from anydepth.errors import RunError, UserError
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
-from anydepth.methods.of_recipe import load_recipe
+from anydepth.methods.compose import load_recipe
 from anydepth.recipe import Recipe
 from anydepth.runs.learning import learn_in_processes, learn_on_ray
 from anydepth.runs.run import LEARNING, Runner

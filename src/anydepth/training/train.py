@@ -29,7 +29,7 @@ from anydepth.gating.shared_batch import batch_mean, num_processes
 from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import write_json
-from anydepth.methods.of_recipe import NOTHING_TO_TRAIN
+from anydepth.methods.compose import NOTHING_TO_TRAIN
 from anydepth.models.load import is_quantised
 from anydepth.recipe import TrainConfig
 from anydepth.training.data import WindowDataset, collate
