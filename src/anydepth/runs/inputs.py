@@ -61,14 +61,8 @@ class Inputs:
 
     def windows(self, corpus: str, tokenizer: PreTrainedTokenizerBase, size: DataConfig | EvalConfig) -> Tensor:
         """Return the windows that the recipe trains on, or is scored on."""
-        return load_windows(
-            corpus,
-            tokenizer,
-            size.sequence_length,
-            max_windows=size.max_windows,
-            max_documents=size.max_documents,
-            text=self.recipe.data,
-        )
+        limits = {"max_windows": size.max_windows, "max_documents": size.max_documents}
+        return load_windows(corpus, tokenizer, size.sequence_length, **limits, text=self.recipe.data)
 
     def packed(self, corpus: str, tokenizer: PreTrainedTokenizerBase, size: RouterFitConfig | AnalyzeConfig) -> Tensor:
         """Return windows of one length, for stages that compare windows with each other."""
