@@ -8,7 +8,7 @@ import pytest
 
 from anydepth.config import StrictConfig
 from anydepth.errors import UserError
-from anydepth.methods.of_recipe import load_recipe
+from anydepth.methods.compose import load_recipe
 from anydepth.recipe import Recipe
 
 

@@ -28,8 +28,7 @@ from anydepth.errors import UserError
 class StrictConfig(BaseModel):
     """Base class of configs: unknown keys are errors, and values are frozen.
 
-    Class attributes:
-        constants: former options that are constants now, by name; files that give them this value still load.
+    `constants` has former options that are constants now, by name; files that give them this value still load.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
@@ -68,7 +67,6 @@ def training_field(
         way: advice what to do instead.
         initial: whether it shapes the first weights, so that a method without a checkpoint reads it.
         unless: another field and its value with which this field is read at inference too.
-        own: arguments of pydantic's `Field`.
     """
     mark: Any = {"way": way, "initial": initial, "unless": unless}
     return Field(json_schema_extra={"training_only": mark}, **own)
@@ -77,9 +75,7 @@ def training_field(
 def refuse_training_only(name: str, config: StrictConfig, options: Iterable[str], *, fresh: bool = False) -> None:
     """Raise `UserError` for the first of a method's `options` that changes nothing at inference.
 
-    Args:
-        config: its config with the options.
-        fresh: whether the method has no checkpoint, so that options of the first weights count.
+    The config has these options. A `fresh` method has no checkpoint, so that options of the first weights count.
     """
     for option in options:
         field = type(config).model_fields.get(option)
@@ -128,9 +124,6 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)
-
-
-# --- YAML and --set --------------------------------------------------------------------------------------------------
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -12,7 +12,6 @@ from pydantic import Field, field_validator
 from anydepth.config import StrictConfig, training_field
 
 DRAFT = "draft"
-"""Name of the section in options."""
 OLD_NAME = "self_speculation"
 """Name of drafting while it was a method."""
 NO_METHOD = (

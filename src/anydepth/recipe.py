@@ -343,8 +343,7 @@ class Recipe(StrictConfig):
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `section.key=value` overrides (values are YAML); its methods are not checked.
 
-    Raises:
-        UserError: no such file, not YAML, not a mapping, an unknown key or a wrong value; in one line.
+    Raise `UserError` for no such file, not YAML, not a mapping, an unknown key or a wrong value; in one line.
     """
     path = Path(path)
     if not path.is_file():

@@ -86,11 +86,9 @@ def t_quantile(degrees: int, tail: float = 0.025) -> float:
 
 
 def correlation(x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return the correlation of two (N,) measurements of N samples.
+    """Return `pearson` and `spearman` of two (N,) measurements, and `line`, the least-squares fit, None for a constant.
 
-    Returns:
-        `pearson` and `spearman`, each `r` with `low` and `high` (None where a measurement is constant; no
-        interval below four samples); and `line`, the least-squares fit, None for a constant.
+    Both have `r`, `low` and `high`: None where a measurement is constant; no interval below four samples.
     """
     x, y, count = x.double(), y.double(), len(x)
     by_value, by_rank = pearson(x, y), rank_correlation(x, y)

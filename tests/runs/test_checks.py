@@ -10,7 +10,7 @@ import yaml
 
 from anydepth.config import validate
 from anydepth.errors import UserError
-from anydepth.methods.of_recipe import load_recipe
+from anydepth.methods.compose import load_recipe
 from anydepth.recipe import Recipe
 from anydepth.runs import inputs
 from anydepth.runs.run import STAGES, Runner

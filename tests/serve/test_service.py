@@ -39,7 +39,7 @@ def test_only_the_latest_depth_budgets_have_plans(monkeypatch: pytest.MonkeyPatc
     for number in range(9):
         found.plan_of(request(number / 10 + 0.05))
         assert found.plan_of(request(0.5)) is first  # used again and again, so it stays
-    assert len(found.plans) == 3 and found.plan_of(request()) is found.own_plan
+    assert found.plan_at.cache_info().currsize == 3 and found.plan_of(request()) is found.own_plan
 
 
 def test_a_depth_budget_that_fails_leaves_the_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_a_depth_budget_that_fails_leaves_the_thresholds(monkeypatch: pytest.Mon
     monkeypatch.setattr(module.Plan, "of", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         found.plan_of(request(0.25))
-    assert [method.config for method in found.adapted.attached] == before and not found.plans
+    assert [method.config for method in found.adapted.attached] == before and not found.plan_at.cache_info().currsize
 
 
 def test_an_answer_with_a_failing_text_ends_alone() -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anydepth
-from anydepth.methods.of_recipe import load_recipe
+from anydepth.methods.compose import load_recipe
 from anydepth.runs.run import Runner
 from tiny import SHAPES, byte_tokenizer, save_text
 

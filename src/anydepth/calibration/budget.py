@@ -1,6 +1,5 @@
 """Set thresholds that reach a speed-up on this machine, or keep a bound on the loss of quality."""
 
-# The types of torch are not complete; a file alone can relax rules of `strict`.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -57,16 +56,11 @@ def find_budget(
 ) -> Budget:
     """Set thresholds that skip the smallest fraction to reach a speed-up, or the largest to keep a bound on quality.
 
-    Both are monotone in the fraction up to noise, so the fraction is bisected. A speed-up is then confirmed on new
-    pairs, at this fraction and larger ones: the result reaches it with probability 97.5%. With both bounds the speed-up
-    decides, and quality must hold there. If nothing meets the bounds, the thresholds do not change.
-
-    Args:
-        speedup: measures paired ratios full depth ÷ adapted with the current thresholds.
-        perplexity_increase: measures the increase relative to full depth likewise.
-
-    Raises:
-        RunError: nothing meets the bounds; the message has the best result.
+    Both are monotone in the fraction up to noise, so the fraction is bisected; `speedup` measures paired ratios full
+    depth ÷ adapted with the current thresholds, `perplexity_increase` the increase relative to full depth. A speed-up
+    is then confirmed on new pairs, at this fraction and larger ones: the result reaches it with probability 97.5%. With
+    both bounds the speed-up decides, and quality must hold there. If nothing meets the bounds, the thresholds do not
+    change, and a `RunError` has the best result.
     """
     search, speedups = _Search(adapted, scores, on_try), list[float]()
     with restored(adapted):

@@ -5,7 +5,6 @@ depth per saved layer. These are estimated on text that is not used for tests, a
 et al. 2023), so that the order needs no test sequences and a wrong estimate does not make a test invalid.
 """
 
-# The types of torch are not complete; a file alone can relax rules of `strict`.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

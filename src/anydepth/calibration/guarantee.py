@@ -12,7 +12,6 @@ family-wise error:
 Both need settings and an order that do not depend on the tested sequences.
 """
 
-# The types of torch are not complete; a file alone can relax rules of `strict`.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -54,7 +53,6 @@ class Guarantee:
     Attributes:
         chosen: number of the least careful setting within the bound; None if there is none.
         risk, p_value: those of the selected setting, or of the first one.
-        trajectory: one row for each tested setting.
     """
 
     chosen: int | None
@@ -95,9 +93,8 @@ def learn_then_test(
 ) -> Guarantee:
     """Select the least careful setting that is shown to be within `max_risk`.
 
-    Args:
-        losses_of: returns the independent losses in [0, 1] of a setting, one for each sequence, by its number: 0 is
-            the most careful.
+    `losses_of` returns the independent losses in [0, 1] of a setting, one for each sequence, by the number of the
+    setting: 0 is the most careful.
     """
     check_bounds(max_risk, confidence, test)
     error = (1 - confidence) / (num_settings if test == "bonferroni" else 1)
@@ -162,7 +159,6 @@ def quality_loss(ours: Sequence[int], full_depth: Sequence[int], reference: Sequ
 
 
 def difference(ours: Sequence[int], full_depth: Sequence[int]) -> float:
-    """Return 1 if two token sequences differ, else 0."""
     return float(list(ours) != list(full_depth))
 
 

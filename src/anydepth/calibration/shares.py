@@ -47,9 +47,7 @@ def collect_scores(adapted: AdaptedModel, windows: Tensor) -> Scores:
     Skipping changes the scores of later layers. So each row of a table is measured with its thresholds; those of
     methods with one per layer are quantiles of the scores under the thresholds of the row before.
 
-    Raises:
-        RunError: no attached method has a threshold to set.
-        NotTrained: an attached method is not trained.
+    Raise `RunError` if no attached method has a threshold to set, `NotTrained` if one is not trained.
     """
     adapted.eval()
     methods = _with_threshold(adapted)
@@ -124,7 +122,6 @@ def _with_threshold(adapted: AdaptedModel) -> list[Calibrated]:
 
 
 def nothing_to_calibrate(label: str) -> str:
-    """Return the message for a model without thresholds."""
     *names, last = [name for name, method in METHODS.items() if issubclass(method, Calibrated)]
     return (
         f"nothing to calibrate: no method of this model ({label}) compares a score with a threshold; "
@@ -143,7 +140,6 @@ def options_of(adapted: AdaptedModel) -> dict[str, Any]:
 
 
 def set_thresholds(adapted: AdaptedModel, thresholds: Thresholds) -> None:
-    """Set the thresholds of methods."""
     for method in _with_threshold(adapted):
         if method.name in thresholds:
             method.threshold = thresholds[method.name]
@@ -226,13 +222,24 @@ class _Approach:
         self.requested = following if self.low < following < self.high else (self.low + self.high) / 2
 
 
-def off_target(shares: Mapping[str, float], targets: Mapping[str, float]) -> list[str]:
-    """Return a line for each method that misses its target by more than a tenth."""
+def compared(
+    targets: Mapping[str, float | None], found: Mapping[str, float], shares: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return `skip_share`, by method its `target`, `calibration` (found) and `held_out` (shares), and `warnings`."""
+    rows = {
+        name: {"target": target, "calibration": found[name], "held_out": shares[name]}
+        for name, target in targets.items()
+    }
+    return {"skip_share": rows, "warnings": off_target(shares, targets)}
+
+
+def off_target(shares: Mapping[str, float], targets: Mapping[str, float | None]) -> list[str]:
+    """Return a line for each method that misses its target, if it has one, by more than a tenth."""
     return [
         f"{name} skips {shares[name]:.1%} of its decisions on held-out text where {target:.1%} was wanted; "
         "set thresholds on other text with `anydepth calibrate --skip-share`"
         for name, target in targets.items()
-        if abs(shares[name] - target) > TOLERANCE * target
+        if target is not None and abs(shares[name] - target) > TOLERANCE * target
     ]
 
 
@@ -241,21 +248,10 @@ def settle_shares(
 ) -> dict[str, Any]:
     """Store tables of a trained model, set thresholds, and measure the skipped fraction on held-out text.
 
-    Args:
-        skip_share: fraction to set all thresholds to; None sets those of methods that `calibrates_to_target`.
-
-    Returns:
-        `skip_share`: by method `target` (None without one), `calibration` and `held_out`; and `warnings`, a line for
-        each method that misses its target.
+    All thresholds are set to skip `skip_share`; if it is None, those of methods that `calibrates_to_target`.
     """
     methods = _with_threshold(adapted)
     targets = {m.name: m.target_share if skip_share is None else skip_share for m in methods}
-    wanted = {name: target for name, target in targets.items() if target is not None}
-    to_set = {m.name for m in methods if skip_share is not None or m.calibrates_to_target}
-    found = set_skip_shares(adapted, windows, {name: share for name, share in wanted.items() if name in to_set})
-    shares = skipped_shares(adapted, held_out)
-    rows = {
-        name: {"target": target, "calibration": found[name], "held_out": shares[name]}
-        for name, target in targets.items()
-    }
-    return {"skip_share": rows, "warnings": off_target(shares, wanted)}
+    to_set = {m.name: targets[m.name] for m in methods if skip_share is not None or m.calibrates_to_target}
+    found = set_skip_shares(adapted, windows, {name: share for name, share in to_set.items() if share is not None})
+    return compared(targets, found, skipped_shares(adapted, held_out))

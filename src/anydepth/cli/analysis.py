@@ -133,17 +133,15 @@ def _from_to(first: int, last: int) -> str:
     return str(first) if first == last else f"{first} to {last}"
 
 
-def _percent(branch: str, row: dict[str, Any]) -> str:
-    return f"{row[branch]['mean']:.1%}"
-
-
 def _show_layers(rows: list[dict[str, Any]]) -> None:
-    some = [row for row in rows if row["mixer"]["mean"] < 1 or row["ffn"]["mean"] < 1]
+    some = [
+        {"layer": row["layer"], "mixer": f"{row['mixer']['mean']:.1%}", "ffn": f"{row['ffn']['mean']:.1%}"}
+        for row in rows
+        if row["mixer"]["mean"] < 1 or row["ffn"]["mean"] < 1
+    ]
     if some:
         print()
-        columns = {"layer": "layer", "mixer": "mixer runs for", "ffn": "FFN runs for"}
-        shown = {branch: partial(_percent, branch) for branch in ("mixer", "ffn")}
-        table(columns, some, shown)
+        table({"layer": "layer", "mixer": "mixer runs for", "ffn": "FFN runs for"}, some)
         print()
 
 

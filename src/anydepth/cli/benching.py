@@ -113,7 +113,7 @@ def _measure(call: opt.Call, adapted: Any, tokenizer: Any, engines: list[Any]) -
     import torch
 
     from anydepth.decoding.engines import label_of
-    from anydepth.measure.bench import bench, bench_prompts, load_prompts
+    from anydepth.measure.bench import batches_of, bench, load_prompts, rows_of
     from anydepth.measure.prompts import read_prompts
     from anydepth.measure.timing import throughput
     from anydepth.models.tokens import encode
@@ -124,7 +124,8 @@ def _measure(call: opt.Call, adapted: Any, tokenizer: Any, engines: list[Any]) -
     said = {"on_row": lambda row: call.progress(f"  {_title(row)}: {_speed(row)}"), "say": call.progress}
     if arguments["prompts"] is not None:
         texts = read_prompts(arguments["prompts"], tokenizer)
-        rows = bench_prompts(engines, tokenizer, texts, **shared, **said)
+        groups = [batches_of(adapted, tokenizer, texts, size, new_tokens) for size in sizes]
+        rows = [row for batches in groups for row in rows_of(engines, batches, new_tokens, **said)]
         ids = [torch.tensor(encode(tokenizer, text)) for text in texts]
     else:
         lengths = opt.numbers("prompt-tokens", arguments["prompt_tokens"])
@@ -204,14 +205,12 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _speed(row: dict[str, Any]) -> str:
-    """Return the speed-up and its ideal, or tokens per second where nothing is attached."""
     if row["speedup"] is None:
         return _rates(row)
     return f"speed-up {wording.speedup(row, '×')} of {row['ideal_speedup']:.2f}"
 
 
 def _rates(row: dict[str, Any]) -> str:
-    """Return tokens per second of both sides, or of full depth where nothing is attached."""
     full = f"{row['full_depth']['tokens_per_second']:.1f}"
     if row["speedup"] is None:
         return f"{full} tokens/s, nothing attached"
@@ -246,19 +245,9 @@ def _compare(call: opt.Call, adapted: Any, tokenizer: Any) -> dict[str, Any]:
     from anydepth.training.data import load_windows
 
     arguments = call.arguments
-    draft, data, new_tokens = (
-        load_draft(arguments["target"], adapted, lossless=True),
-        arguments["data"],
-        arguments["new_tokens"],
-    )
-    engine = open_engine(
-        adapted,
-        arguments["engine"],
-        arguments["weights"],
-        call.progress,
-        draft=draft,
-        compiled=arguments["compiled"],
-    )
+    data, new_tokens, compiled = (arguments[name] for name in ("data", "new_tokens", "compiled"))
+    options = {"draft": load_draft(arguments["target"], adapted, lossless=True), "compiled": compiled}
+    engine = open_engine(adapted, arguments["engine"], arguments["weights"], call.progress, **options)
     (size,) = opt.numbers("batch-sizes", arguments["batch_sizes"])
     if arguments["prompts"] is not None:
         batches = batches_of(adapted, tokenizer, read_prompts(arguments["prompts"], tokenizer), size, new_tokens)
@@ -274,7 +263,6 @@ def _compare(call: opt.Call, adapted: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def show_comparison(document: dict[str, Any]) -> None:
-    """Print the table of `bench --compare`."""
     first = document["rows"][0]
     table(wording.WAYS, wording.ways(document))
     print(

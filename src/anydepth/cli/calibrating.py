@@ -94,7 +94,7 @@ def _meet_bounds(call: opt.Call) -> None:
     share = opt.wanted_share(arguments["skip_share"], arguments["capacity"])
     capacities = None if arguments["sweep"] is None else opt.capacities_of(arguments["sweep"])
     bounds = {name: arguments[name] for name in ("target_speedup", "max_perplexity_increase")}
-    _check_bounds(**bounds, share=share, capacities=capacities)
+    _check_bounds(**bounds, num_others=(share is not None) + (capacities is not None))
     arguments["held_out"] = arguments["held_out"] or validation_of(arguments["data"])
     if arguments["held_out"] is not None:
         check_corpus(arguments["held_out"])
@@ -143,8 +143,9 @@ def _bound_risk(call: opt.Call) -> None:
     from anydepth.training.checkpoint import has_adapter, load_draft
 
     options, target = call.arguments, call.arguments["target"]
-    bounds, test = {name: options[name] for name in ("max_risk", "confidence")}, options["test"] or TESTS[0]
-    check_bounds(**bounds, test=test, risk=options["risk"])
+    bounds: dict[str, Any] = {name: options[name] for name in ("max_risk", "confidence", "risk")}
+    bounds["test"] = options["test"] or TESTS[0]
+    check_bounds(**bounds)
     adapted, tokenizer = call.load(target)
     check_decides(load_draft(target, adapted), target)
     # Risk is measured with a LoRA adapter merged, as the model is run, but the adapter is saved unmerged.
@@ -160,8 +161,6 @@ def _bound_risk(call: opt.Call) -> None:
         prompts,
         new_tokens=options["new_tokens"],
         **bounds,
-        test=test,
-        risk=options["risk"],
         references=references,
         on_test=lambda row: call.progress(
             f"  setting {row['setting']:.0f}: risk {row['risk']:.3f}, p {row['p_value']:.3g}"
@@ -169,7 +168,8 @@ def _bound_risk(call: opt.Call) -> None:
     )
     set_thresholds(adapted, thresholds_of(merged))
     if not found.met:
-        least = least_sequences(**bounds, num_tests=len(settings) if test == "bonferroni" else 1)
+        num_tests = len(settings) if bounds["test"] == "bonferroni" else 1
+        least = least_sequences(options["max_risk"], options["confidence"], num_tests)
         why = f"{len(prompts)} sequences are fewer than the {least} that any bound of this kind needs"
         few = len(prompts) < least
         call.progress(f"nothing is skipped: {why if few else 'no setting could be shown to keep the bound'}")
@@ -205,14 +205,9 @@ def _risk_texts(options: dict[str, Any], tokenizer: Any) -> tuple[Any, list[Any]
     return pieces[:num_scored], list(pieces[num_scored : num_scored + count]), None
 
 
-def _check_bounds(
-    target_speedup: float | None,
-    max_perplexity_increase: float | None,
-    share: float | None,
-    capacities: list[float] | None,
-) -> None:
-    bounds = target_speedup is not None or max_perplexity_increase is not None
-    if bounds + (share is not None) + (capacities is not None) != 1:
+def _check_bounds(target_speedup: float | None, max_perplexity_increase: float | None, num_others: int) -> None:
+    is_bounded = target_speedup is not None or max_perplexity_increase is not None
+    if is_bounded + num_others != 1:
         raise UserError(
             "calibrate takes --target-speedup 1.3, --max-perplexity-increase 0.03 or both; or one of --skip-share 0.4, "
             "--sweep 0.9,0.7,0.5 and --max-risk 0.05"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -31,12 +31,10 @@ class Printer:
         console = Console(stderr=True)
         return track(steps, label, console=console, transient=True, disable=not self._moves(console))
 
-    @contextmanager
-    def busy(self, label: str) -> Iterator[None]:
+    def busy(self, label: str) -> AbstractContextManager[Any]:
         """Show a spinner within the block if standard error is a terminal."""
         console = Console(stderr=True)
-        with console.status(label) if self._moves(console) else nullcontext():
-            yield
+        return console.status(label) if self._moves(console) else nullcontext()
 
     def _moves(self, console: Console) -> bool:
         return console.is_terminal and not self.quiet and rank() == 0

@@ -124,8 +124,8 @@ def evaluate(
         fields["exits"] = exit_losses(adapted, windows)
     if names:
         say = None if call.quiet else call.progress
-        shared = {"num_fewshot": num_fewshot, "limit": limit, "seed": call.seed, "say": say}
-        _add_tasks(fields, scorer, tokenizer, names, label, full_depth, **shared)
+        shared = {"tokenizer": tokenizer, "names": names, "num_fewshot": num_fewshot, "limit": limit, "say": say}
+        _add_tasks(fields, scorer, label, full_depth, {**shared, "seed": call.seed})
     changes = {"skip_share": load["skip_share"], "engine": scorer.name, "weights": scorer.weights}
     call.result(call.document("eval", adapted, changes, label=label, **fields), show_eval)
 
@@ -144,24 +144,16 @@ def _task_names(tasks: str | None) -> list[str]:
     return names
 
 
-def _add_tasks(
-    fields: dict[str, Any],
-    engine: Any,
-    tokenizer: Any,
-    names: list[str],
-    label: str,
-    full_depth: bool,
-    **options: Any,
-) -> None:
+def _add_tasks(fields: dict[str, Any], engine: Any, label: str, full_depth: bool, options: dict[str, Any]) -> None:
     from anydepth.measure.evaluate import engine_of_base, why_the_same
     from anydepth.measure.lm_eval import add_changes, score_tasks
 
     full = fields["full_depth"]
     with engine.adapted.untouched():
-        full["tasks"] = score_tasks(engine_of_base(engine), tokenizer, names, **options, who="base model")
+        full["tasks"] = score_tasks(engine_of_base(engine), **options, who="base model")
     fields["tasks"] = full["tasks"]
     if not full_depth and why_the_same(engine) is None:
-        fields["tasks"] = score_tasks(engine, tokenizer, names, **options, who=label)
+        fields["tasks"] = score_tasks(engine, **options, who=label)
     add_changes(fields["tasks"], full["tasks"])
 
 

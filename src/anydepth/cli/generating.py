@@ -17,7 +17,6 @@ from anydepth.errors import UserError
 
 CHAT_TEMPERATURE = 0.7
 SHADES = ("#1b7837", "#7fbf7b", "#b8860b", "#d6604d", "#b2182b")
-"""Colours of tokens, from shallow to deep."""
 
 
 @opt.command()
@@ -145,12 +144,10 @@ def _line(console: Console) -> str:
 
 
 def shade_of(depth: float, num_layers: int) -> str:
-    """Return the colour of a token by its number of layers."""
     return SHADES[max(math.ceil(depth / num_layers * len(SHADES)), 1) - 1]
 
 
 def depth_legend(num_layers: int) -> Text:
-    """Return the colours with their depths."""
     legend = Text("layers run: ")
     for number, shade in enumerate(SHADES):
         legend.append(f"≤{round((number + 1) * num_layers / len(SHADES))} ", style=shade)
@@ -158,7 +155,6 @@ def depth_legend(num_layers: int) -> Text:
 
 
 def show_text(document: dict[str, Any], show_depth: bool) -> None:
-    """Print the text of `generate`, coloured or followed by its depths if `show_depth`."""
     if not show_depth:
         print(document["text"])
         return
@@ -215,9 +211,7 @@ def serve(
 
     load = opt.load_options(call.arguments)
     bound = bind(host, port)
-    passed = (
-        "max_batch_size", "max_tokens", "max_queue", "generation_config", "data", "weights", "dtype", "device"
-    )  # fmt: skip
+    passed = ("max_batch_size", "max_tokens", "max_queue", "generation_config", "data", "weights", "dtype", "device")
     with call.busy(f"loading {target} …"):
         service, tokenizer = open_service(target, **{name: call.arguments[name] for name in passed}, **load)
     if defaults := told(service.engine.adapted.generation_config):

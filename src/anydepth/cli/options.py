@@ -90,11 +90,7 @@ class Call(Printer):
         return load_target(target, dtype=self.dtype, device=self.device, native=native, **options)
 
     def document(self, name: str, model: Any, changes: Mapping[str, Any] = {}, **fields: Any) -> dict[str, Any]:
-        """Return a result document; its `config` holds the arguments, and the precision that the model has.
-
-        Args:
-            changes: values of `config` that differ from the arguments, such as the engine that `auto` selected.
-        """
+        """Return a result document; its `config` holds the arguments, the model's precision, and then `changes`."""
         from anydepth.measure.results import document
         from anydepth.models.load import dtype_name
 
@@ -171,11 +167,7 @@ def by_method(options: list[str] | None) -> dict[str, dict[str, Any]]:
 
 
 def wanted_share(skip_share: float | None, capacity: float | None) -> float | None:
-    """Return the fraction to skip that `--skip-share` or `--capacity` sets; None: neither was given.
-
-    Raises:
-        UserError: both were given, or one is outside its range.
-    """
+    """Return the fraction that `--skip-share` or `--capacity` skips, None without one; raise `UserError` for both."""
     if skip_share is not None and capacity is not None:
         raise UserError("--capacity is 1 − --skip-share; give one of them")
     if skip_share is not None and not 0 <= skip_share < 1:
@@ -184,7 +176,6 @@ def wanted_share(skip_share: float | None, capacity: float | None) -> float | No
 
 
 def skipped_by(option: str, capacity: float) -> float:
-    """Return the fraction that a capacity skips."""
     if not 0 < capacity <= 1:
         raise UserError(f"--{option} takes fractions above 0 up to 1, such as 0.6; got {capacity:g}")
     return round(1 - capacity, 9)

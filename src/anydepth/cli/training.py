@@ -37,7 +37,7 @@ def demo(call: opt.RecipeCall, out: opt.Out = Path("demo")) -> None:
 
 
 def _runner(call: opt.RecipeCall, recipe: Path, out: Path) -> Any:
-    from anydepth.methods.of_recipe import load_recipe
+    from anydepth.methods.compose import load_recipe
 
     loaded = load_recipe(recipe, call.recipe_overrides)  # A mistake in the recipe is reported before the slow import.
     from anydepth.runs.run import Runner

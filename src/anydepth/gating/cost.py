@@ -8,7 +8,7 @@ attention, which torch does not count, is added. Only this file has such formula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import accumulate, chain
 from typing import Any
 
@@ -31,10 +31,13 @@ class FlopCount:
         head: the logits. router: the methods' decisions.
     """
 
-    layers: int
-    full_depth_layers: int
-    head: int
-    router: int
+    layers: int = 0
+    full_depth_layers: int = 0
+    head: int = 0
+    router: int = 0
+
+    def __add__(self, other: FlopCount) -> FlopCount:
+        return FlopCount(*(own + its for own, its in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def total(self) -> int:
@@ -67,14 +70,13 @@ class LayerCost:
 
 def layer_cost(view: LayerView) -> LayerCost:
     """Return the FLOPs per token of one layer, from the shapes of its modules (LoRA and 4-bit included)."""
-    mixer = _linear_flops(view.mixer)
     ffn = _ffn_flops(view)
     if view.is_recurrent:
         mixer = recurrent_mixer_flops(view.mixer)
         return LayerCost(mixer, mixer, 0, ffn)
     skipped = sum(map(_linear_flops, view.kv_projections))
     heads, _, width = view.heads
-    return LayerCost(mixer, skipped, 4 * heads * width, ffn)
+    return LayerCost(_linear_flops(view.mixer), skipped, 4 * heads * width, ffn)
 
 
 def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[int] | None = None) -> FlopCount:

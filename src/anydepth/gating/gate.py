@@ -68,8 +68,7 @@ class Gate:
         weight = None
         if first.weight is not None or second.weight is not None:
             weight = _weight_of(first) * _weight_of(second)
-        closed = not (first.any_kept and second.any_kept)
-        any_kept = False if closed else bool(keep.any())
+        any_kept = first.any_kept and second.any_kept and bool(keep.any())
         return Gate(keep, first.kv_rule, any_kept, first.all_kept and second.all_kept, weight)
 
 

@@ -36,6 +36,8 @@ class Decider:
     name: ClassVar[str]
     is_watched: bool = False
     """Whether scores are recorded for calibration, also those of gates that skip no token."""
+    captured_layers: Sequence[int] = ()
+    """Layers with inputs that training needs, gated or not."""
 
     def gates(self) -> list[GateSpec]:
         """Return all gates at inference; layers that are not listed run for every token."""
@@ -60,10 +62,6 @@ class Decider:
         """Draw the decisions of one gate in training, from its (G, B, T or 1) scores for (B, T, D) states."""
         return Sample(scores > spec.threshold_at(context.positions))
 
-    def captured_layers(self) -> Sequence[int]:
-        """Return the layers with inputs that training needs, gated or not."""
-        return ()
-
     def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None:
         """Record the (B, T, D) input of one of `captured_layers` in training."""
 
@@ -81,7 +79,6 @@ class Plan:
     """Gates by the state that they read. Gates that never skip are left out.
 
     Attributes:
-        methods: the methods that list the gates.
         gates: all gates but the closed ones.
         closed: by branch, the layers that no token runs.
         at_input, at_ffn: by layer, the gates that read its input, and the input of its FFN.
@@ -186,7 +183,7 @@ class Decisions:
         self.weights: dict[int, Tensor] = {}
         self.closed = Gate.closed(context, "omit") if any(plan.closed.values()) else None
         self.is_known: set[PlannedGate] = set()
-        self.capturing = [one for one in plan.methods if one.samples(context) and one.captured_layers()]
+        self.capturing = [one for one in plan.methods if one.samples(context) and one.captured_layers]
         for gate in plan.known:
             scores = gate.spec.score.known(context)
             if scores is not None:
@@ -230,7 +227,7 @@ class Decisions:
     def _read_input(self, layer_idx: int, hidden: Tensor) -> Gate | None:
         """Decide the gates that read a layer's input, and return the gate of the exits so far."""
         for method in self.capturing:
-            if layer_idx in method.captured_layers():
+            if layer_idx in method.captured_layers:
                 method.capture(layer_idx, hidden, self.context)
         if layer_idx in self.plan.compared:
             self.compared[layer_idx] = hidden

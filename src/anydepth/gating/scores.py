@@ -101,11 +101,8 @@ class ClassifierConfidence(Network):
 class PooledNetwork(Network):
     """Logits from the mean state of a sequence's first `pool_tokens` tokens: one decision for all later tokens.
 
-    Pooled states and logits are kept with the sequence, so that prompts may be processed in chunks.
-
-    Args:
-        key: name under which they are kept.
-        shares_batch: use one mean for the whole batch.
+    Pooled states and logits are kept with the sequence under `key`, so that prompts may be processed in chunks. With
+    `shares_batch` the whole batch has one mean.
     """
 
     def __init__(

@@ -45,9 +45,7 @@ def batch_rows(own: Tensor) -> Tensor:
 def draw_uniform(shape: Sequence[int], generator: torch.Generator, *, rows: int, only_first: bool = False) -> Tensor:
     """Draw uniform numbers in [0, 1) for the rows of all processes, and return the (`shape`) ones of this process.
 
-    Args:
-        rows: the dimension of the rows.
-        only_first: give every row the numbers of the batch's first row.
+    `rows` is the dimension of the rows. With `only_first` every row has the numbers of the batch's first row.
     """
     whole = list(shape)
     whole[rows] *= num_processes()

@@ -22,8 +22,6 @@ SkipRule = Literal["project", "omit"]
 """How a token that skips a mixer leaves K/V: its state is projected, or there are none."""
 KVRule = Literal[SkipRule, "recompute"]
 """With `recompute`, for exits, K/V are those of full depth, computed when a later token needs them."""
-
-
 DECAY_LENGTH = 512
 """Positions over which a threshold decays."""
 
@@ -34,8 +32,6 @@ class GateSpec:
 
     Attributes:
         layers: the gated layers, in the order of the score's columns.
-        branch: the branch that a token skips.
-        score: the score that is compared with the threshold.
         threshold: with −inf no token skips.
         on_skip: how a token that skips a mixer leaves K/V; ignored for FFNs.
         offset: subtracted from the score; calibration sees the difference.

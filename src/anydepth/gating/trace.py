@@ -61,7 +61,6 @@ class PassRecord:
 
     @cached_property
     def num_real(self) -> int:
-        """Number of tokens without padding."""
         return int(self.token_mask.sum())
 
     def _stack(self, by_layer: dict[int, Tensor], missing: Tensor) -> Tensor:
@@ -237,7 +236,6 @@ class Trace:
 
     @property
     def num_tokens(self) -> int:
-        """Number of real tokens."""
         return int(self.token_mask.sum())
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -108,17 +108,11 @@ class AdaptedModel(nn.Module):
         kwargs = {**dict(zip(self._decoder_arguments, args, strict=False)), **kwargs}
         if any(layer.training for layer in self._modules_of_layers):  # transformers too decides this layer by layer
             join_checkpoints(self._modules_of_layers, self.calls)
-        if not self.calls.enabled:
-            with self.calls.setting(run=None):
-                output = self._own_decoder(**kwargs)
-            if isinstance(cache := kwargs.get("past_key_values"), AdaptiveCache):
-                cache.num_seen += _tokens(kwargs, cache.num_seen)[0].shape[1]
-            return output
-        run = self._begin(kwargs)
+        run = self._begin(kwargs) if self.calls.enabled else None
         with self.calls.setting(run=run):
             output = self._own_decoder(**kwargs)
-        if run.cache is not None:
-            run.cache.num_seen += run.shape[1]
+        if isinstance(cache := kwargs.get("past_key_values"), AdaptiveCache):
+            cache.num_seen += _new_tokens(kwargs).shape[1]
         return output
 
     @property
@@ -138,7 +132,7 @@ class AdaptedModel(nn.Module):
             positions,
             self.training,
             evaluate=record.counting(GateNetwork.__call__),
-            memory=SequenceState(None if cache is None else cache.method_memory),
+            memory=SequenceState({} if cache is None else cache.method_memory),
             logits_of=record.counting_logits(self.backbone.logits_of),
         )
         run = self.calls.last = Run(Decisions.begin(methods, context, plan), record, cache, self.calls.sparse)
@@ -150,11 +144,9 @@ class AdaptedModel(nn.Module):
     def _cache_for(self, kwargs: dict[str, Any]) -> AdaptiveCache | None:
         cache = kwargs.get("past_key_values")
         if cache is None:
-            use_cache = kwargs.get("use_cache")
-            if use_cache is None:
-                use_cache = self.config.use_cache and not (self.training or self.backbone.decoder.training)
-            kwargs["use_cache"] = use_cache
-            kwargs["past_key_values"] = cache = self.new_cache() if use_cache else None
+            if kwargs.get("use_cache") is None:
+                kwargs["use_cache"] = self.config.use_cache and not (self.training or self.backbone.decoder.training)
+            kwargs["past_key_values"] = cache = self.new_cache() if kwargs["use_cache"] else None
         if cache is not None and not isinstance(cache, AdaptiveCache):
             raise UserError(
                 f"past_key_values is a {type(cache).__name__}; layers that skip tokens need anydepth's own cache: call "
@@ -193,11 +185,9 @@ class AdaptedModel(nn.Module):
         """Return an empty cache, for `past_key_values=` of direct forwards."""
         return AdaptiveCache(self.config)
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> AbstractContextManager[None]:
         """Run at full depth, bitwise as the model without anydepth; other threads are not affected."""
-        with self.calls.setting(enabled=False, run=None):
-            yield
+        return self.calls.setting(enabled=False, run=None)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -205,11 +195,9 @@ class AdaptedModel(nn.Module):
         with self.disabled(), without_adapter(self.model):
             yield
 
-    @contextmanager
-    def masked(self) -> Iterator[None]:
+    def masked(self) -> AbstractContextManager[None]:
         """Run every layer and blend the results: slow, but the definition of sparse execution."""
-        with self.calls.setting(sparse=False):
-            yield
+        return self.calls.setting(sparse=False)
 
     @property
     def is_enabled(self) -> bool:
@@ -218,7 +206,6 @@ class AdaptedModel(nn.Module):
 
     @property
     def attached(self) -> list[Method]:
-        """The attached methods, in order."""
         return [method for method in self.methods.values() if isinstance(method, Method)]
 
     @property
@@ -228,17 +215,13 @@ class AdaptedModel(nn.Module):
             return []
         return self.attached if self.calls.stand_ins is None else list(self.calls.stand_ins)
 
-    @contextmanager
-    def deciding(self, *stand_ins: Method) -> Iterator[None]:
+    def deciding(self, *stand_ins: Method) -> AbstractContextManager[None]:
         """Let other methods decide in place of the attached ones, such as a replay of an earlier forward."""
-        with self.calls.setting(stand_ins=stand_ins):
-            yield
+        return self.calls.setting(stand_ins=stand_ins)
 
-    @contextmanager
-    def running(self, plan: Plan) -> Iterator[None]:
+    def running(self, plan: Plan) -> AbstractContextManager[None]:
         """Run an existing plan instead of a new one for each forward."""
-        with self.calls.setting(plan=plan, enabled=True):
-            yield
+        return self.calls.setting(plan=plan, enabled=True)
 
     @property
     def records(self) -> list[PassRecord]:
@@ -256,7 +239,6 @@ class AdaptedModel(nn.Module):
 
     @property
     def last_run(self) -> Run:
-        """The last forward of this thread."""
         assert self.calls.last is not None, "no forward has run yet"
         return self.calls.last
 
@@ -351,11 +333,14 @@ def _refuse_second_attachment(backbone: Backbone) -> None:
         )
 
 
+def _new_tokens(kwargs: dict[str, Any]) -> Tensor:
+    """Return the (B, T) ids of a forward, or one number of each token's embedding."""
+    return kwargs["inputs_embeds"][..., 0] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+
+
 def _tokens(kwargs: dict[str, Any], num_seen: int) -> tuple[Tensor, Tensor]:
     """Return the (B, T) mask of real tokens, and their positions among the real tokens of their row."""
-    tokens = kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs["inputs_embeds"][..., 0]
+    tokens = _new_tokens(kwargs)
     batch_size, num_tokens = tokens.shape
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Mapping):  # generate may pass one mask per layer type, none of which has a padding column

@@ -43,7 +43,6 @@ class Arguments:
         return self.real.shape[1]
 
     def first(self, num_tokens: int) -> Arguments:
-        """Return the arguments of the first tokens alone."""
         mask = self.mask
         if mask is not None:
             mask = mask[:, :, :num_tokens] if mask.dim() == 4 else mask[:, :num_tokens]
@@ -161,22 +160,9 @@ class LayerKV(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
             super().reorder_cache(beam_idx)
-        self._select_rows(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        held = [self.positions, *(states[0] for states in self.deferred)]
-        num_rows = next((len(part) for part in held if part is not None), 0)
-        self._select_rows(torch.arange(num_rows).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._select_rows(indices)
-
-    def _select_rows(self, rows: Tensor) -> None:
         if self.positions is not None:
-            self.positions = self.positions[rows.to(self.positions.device)]
-        self.deferred = [tuple(part[rows.to(part.device)] for part in states) for states in self.deferred]
+            self.positions = self.positions[beam_idx.to(self.positions.device)]
+        self.deferred = [tuple(part[beam_idx.to(part.device)] for part in states) for states in self.deferred]
 
 
 class AdaptiveCache(DynamicCache):
@@ -186,8 +172,6 @@ class AdaptiveCache(DynamicCache):
     the last *entries* differ as soon as a token has no K/V.
 
     Attributes:
-        num_seen: length of the sequence.
-        method_memory: per-sequence state of methods.
         deferred: by layer, the tokens that exited before it under the K/V rule `recompute`.
         alternates: by layer, the recurrent state of an alternate mixer.
     """
@@ -204,28 +188,13 @@ class AdaptiveCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._select_memory(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        rows = [part.arguments[0].real for part in self.deferred.values() if part.arguments]
-        rows += [*self.method_memory.values(), *(layer.conv_states[0] for layer in self.alternates.values())]
-        num_rows = max((len(part) for part in rows if part is not None), default=0)
-        self._select_memory(torch.arange(num_rows).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._select_memory(indices)
-
-    def _select_memory(self, rows: Tensor) -> None:
         for part in self.deferred.values():
-            part.select_rows(rows)
-        self.method_memory = {name: part[rows.to(part.device)] for name, part in self.method_memory.items()}
+            part.select_rows(beam_idx)
+        self.method_memory = {name: part[beam_idx.to(part.device)] for name, part in self.method_memory.items()}
         for layer in self.alternates.values():
-            layer.reorder_cache(rows)  # type: ignore[arg-type]
+            layer.reorder_cache(beam_idx)
 
     def kv(self, layer_idx: int) -> LayerKV:
-        """Return the K/V of an attention layer."""
         layer = self.layers[layer_idx]
         assert isinstance(layer, LayerKV), f"layer {layer_idx} has a recurrent state, not K/V"
         return layer
@@ -273,14 +242,9 @@ class AdaptiveCache(DynamicCache):
 
 def rows_of(source: Any, rows: Tensor) -> LinearAttentionLayer:
     """Copy the state of some rows of a recurrent layer, to run them alone."""
-    part: Any = LinearAttentionLayer(number_of_states=source.number_of_states)
-    for state in range(source.number_of_states):
-        if source.has_previous_state[state]:
-            part.lazy_initialization(conv_states=source.conv_states[state][rows], state_idx=state)
-            part.lazy_initialization(recurrent_states=source.recurrent_states[state][rows], state_idx=state)
-            part.conv_states[state].copy_(source.conv_states[state][rows])
-            part.recurrent_states[state].copy_(source.recurrent_states[state][rows])
-            part.has_previous_state[state] = True
+    part = LinearAttentionLayer(number_of_states=source.number_of_states)
+    vars(part).update({name: dict(own) if isinstance(own, dict) else own for name, own in vars(source).items()})
+    part.reorder_cache(rows)  # type: ignore[arg-type]
     return part
 
 
@@ -299,6 +263,7 @@ def put_rows(target: Any, rows: Tensor, part: Any, batch_size: int) -> None:
         target.recurrent_states[state][rows] = recurrent
 
 
+@dataclass(eq=False)
 class KVTap:
     """Replaces the cache in one attention call for some rows and their kept tokens alone.
 
@@ -307,15 +272,11 @@ class KVTap:
     the cache (`write`); else `new` keeps the new K/V for the caller, which writes all rows at once.
     """
 
-    def __init__(
-        self,
-        past: tuple[Tensor, Tensor] | None = None,
-        skipped: tuple[Tensor, Tensor] | None = None,
-        order: Tensor | None = None,
-        write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    ) -> None:
-        self.past, self.skipped, self.order, self.write = past, skipped, order, write
-        self.new: tuple[Tensor, Tensor] | None = None
+    past: tuple[Tensor, Tensor] | None = None
+    skipped: tuple[Tensor, Tensor] | None = None
+    order: Tensor | None = None
+    write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    new: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if self.skipped is not None:

@@ -28,7 +28,6 @@ class Calls(threading.local):
 
     Attributes:
         run: the forward in progress; None outside of a forward, and at full depth.
-        last: the latest forward.
         records: records of the forwards of the last sequence.
         enabled, sparse, stand_ins, plan: settings of `disabled`, `masked`, `deciding` and `running`.
     """

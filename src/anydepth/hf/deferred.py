@@ -69,7 +69,6 @@ def _arguments_of(run: Run, arguments: dict[str, Any]) -> Arguments:
 
 
 def _joined(parts: list[Arguments], *, is_recurrent: bool) -> dict[str, Any]:
-    """Concatenate the arguments of consecutive tokens."""
     joined: dict[str, Any] = {"attention_mask": (_recurrent_mask if is_recurrent else _attention_mask)(parts)}
     for name, values in parts[-1].by_token.items():
         tensors = tuple(_cat([part.by_token[name][i] for part in parts], 1) for i in range(len(values)))

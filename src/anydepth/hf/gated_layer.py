@@ -97,16 +97,11 @@ class GatedLayer:
         """Decide the gates of the branches; a layer gate applies to both."""
         gate_of_mixer = Gate.both(gate_of_layer, run.decisions.gate("mixer", self.layer_idx, hidden))
         routing = run.decisions.routings.get(self.layer_idx)
-        run.routings.pop(self.layer_idx, None)
         if routing is not None:
             gate_of_mixer = routing.gate  # next to routing, no other method gates mixers
-            run.routings[self.layer_idx] = routing
             run.record.other_keep[self.layer_idx] = ~routing.gate.keep & run.context.token_mask
         run.layer_gates[self.layer_idx] = gate_of_layer
-        for gates, gate in ((run.mixer_gates, gate_of_mixer), (run.ffn_gates, gate_of_layer)):
-            gates.pop(self.layer_idx, None)
-            if gate is not None:
-                gates[self.layer_idx] = gate
+        run.mixer_gates[self.layer_idx], run.ffn_gates[self.layer_idx] = gate_of_mixer, gate_of_layer
         if gate_of_mixer is not None:
             self._record_mixer(run, gate_of_mixer)
         if gate_of_mixer is None or gate_of_mixer.any_kept or not run.sparse:
@@ -135,7 +130,7 @@ class GatedLayer:
         if run is None or gate is None:
             return self.own_mixer(*args, **kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        routing = run.routings.get(self.layer_idx)
+        routing = run.decisions.routings.get(self.layer_idx)
         other = None if routing is None else run_alternate(run, self.layer_idx, routing, hidden)
         if self.runner.is_plain(run, gate):
             return self.own_mixer(hidden, **kwargs)  # the alternate mixer updated its state; no token uses its output
@@ -163,7 +158,7 @@ class GatedLayer:
         if run is None or gate is None:
             return output
         other = run.alternates.pop(self.layer_idx, None)
-        routing = run.routings.get(self.layer_idx)
+        routing = run.decisions.routings.get(self.layer_idx)
         return _sum_of_mixers(gate, output, routing, None if other is None else self.own_mixer_out(other))
 
     def ffn_in_forward(self, residual: Tensor) -> Any:
@@ -185,11 +180,11 @@ class GatedLayer:
     def ffn_out_forward(self, branch: Tensor) -> Tensor:
         """Run the last module of the FFN branch, and scatter the kept tokens' output among zeros."""
         run = self.calls.run
-        gate = None if run is None else run.ffn_gates.get(self.layer_idx)
-        if run is not None and gate is not None and run.sparse and not gate.any_kept:
-            return self._finish_ffn(run, branch)
-        output = self.own_ffn_out(branch)
-        return output if run is None else self._finish_ffn(run, output)
+        if run is None:
+            return self.own_ffn_out(branch)
+        gate = run.ffn_gates.get(self.layer_idx)
+        is_empty = gate is not None and run.sparse and not gate.any_kept
+        return self._finish_ffn(run, branch if is_empty else self.own_ffn_out(branch))
 
     def _gate_ffn(self, run: Run, residual: Tensor) -> None:
         # `ffn_gates` may have this gate already: gradient checkpointing runs the FFN again.

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from anydepth.gating.context import PassContext
-from anydepth.gating.gate import Gate, MixerRouting
+from anydepth.gating.gate import Gate
 from anydepth.gating.plan import Decisions
 from anydepth.gating.trace import PassRecord
 from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap, put_rows, rows_of
@@ -30,8 +30,7 @@ class Run:
     """One forward in progress: its decisions, cache, record, and the gates of branches decided so far.
 
     Attributes:
-        layer_gates, mixer_gates, ffn_gates: gates by layer, if branches are gated.
-        routings: mixer routings by layer; their gates are among `mixer_gates`.
+        layer_gates, mixer_gates, ffn_gates: gates by layer, if branches are gated; those of mixer routings included.
         alternates: by layer, the output of the alternate mixer until the norm after it.
         exit_gate: gate of the last exit under the K/V rule `recompute`, see `deferred.py`.
         exited: by exit layer, (B, T) tokens that exited, and (B, T, D) states there.
@@ -44,10 +43,9 @@ class Run:
     cache: AdaptiveCache | None
     sparse: bool
     layer_gates: dict[int, Gate | None] = field(default_factory=dict)
-    mixer_gates: dict[int, Gate] = field(default_factory=dict)
-    routings: dict[int, MixerRouting] = field(default_factory=dict)
+    mixer_gates: dict[int, Gate | None] = field(default_factory=dict)
     alternates: dict[int, Tensor] = field(default_factory=dict)
-    ffn_gates: dict[int, Gate] = field(default_factory=dict)
+    ffn_gates: dict[int, Gate | None] = field(default_factory=dict)
     exit_gate: Gate | None = None
     exited: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     deferred: Tensor | None = None
@@ -282,16 +280,15 @@ class PartialRunner:
         return group.put(base, output)
 
     def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, positions: Tensor | None) -> KVTap:
-        order = None if skipped is None else group.order()
+        tap = KVTap(skipped=skipped, order=None if skipped is None else group.order())
         if run.cache is None:
-            return KVTap(None, skipped, order)
-        kv = run.cache.kv(self.layer_idx)
+            return tap
+        kv, seen = run.cache.kv(self.layer_idx), run.num_seen
         if group.rows is None:
-            seen = run.num_seen
-            return KVTap(None, skipped, order, lambda keys, values: kv.append(keys, values, positions, seen))
-        if kv.keys is None or kv.values is None:
-            return KVTap(None, skipped, order)
-        return KVTap((kv.keys[group.rows], kv.values[group.rows]), skipped, order)
+            tap.write = lambda keys, values: kv.append(keys, values, positions, seen)
+        elif kv.keys is not None and kv.values is not None:
+            tap.past = kv.keys[group.rows], kv.values[group.rows]
+        return tap
 
     def _for_group(
         self, run: Run, group: Group, arguments: dict[str, Any], tap: KVTap, positions: Tensor | None

@@ -7,7 +7,7 @@ Intervals are 95%, from how windows differ from each other: tokens of one window
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -84,22 +84,20 @@ def analyze(
 ) -> dict[str, Any]:
     """Return the fields of `anydepth.analyze/1` for (W, T) windows.
 
-    Args:
-        texts: documents, of which `num_samples` are run by themselves, at most T tokens each, for `correlations`.
-        others: the same method from other seeds; its gates are compared on the same text.
+    For `correlations`, `num_samples` of the texts are run by themselves, at most T tokens each. `others` are the same
+    method from other seeds; its gates are compared on the same text.
     """
     seen = observe(adapted, windows, track)
     limits: dict[str, Any] = {"limit": num_samples, "max_tokens": windows.shape[1], "track": track}
     by_sample = correlations(adapted, tokenizer, texts, **limits) if texts and num_samples else None
-    full_depth = cost.flops(adapted.backbone, cost.full_depth_trace(adapted.backbone, windows.shape[1])).total * len(
-        windows
-    )
+    num_tokens = windows.shape[1]
+    full_depth = cost.flops(adapted.backbone, cost.full_depth_trace(adapted.backbone, num_tokens)).total
     everywhere = torch.ones_like(seen.depths, dtype=torch.bool)
     return {
         "num_windows": len(windows),
         **_row(seen, everywhere),
         "gflops_per_token": seen.flops / windows.numel() / 1e9,
-        "full_depth": {"gflops_per_token": full_depth / windows.numel() / 1e9},
+        "full_depth": {"gflops_per_token": full_depth / num_tokens / 1e9},
         "per_layer": _by_layer(seen, everywhere),
         "token_classes": _by_class(seen, tokenizer),
         "positions": _by_position(seen),
@@ -113,11 +111,7 @@ def analyze(
 
 
 def _row(seen: Observed, among: Tensor) -> dict[str, Any]:
-    return _depth_row(seen.depths, among, len(seen.keep) // 2)
-
-
-def _depth_row(depths: Tensor, among: Tensor, num_layers: int) -> dict[str, Any]:
-    return {"num_tokens": int(among.sum()), "depth": mean_of(depths, among, most=num_layers)}
+    return {"num_tokens": int(among.sum()), "depth": mean_of(seen.depths, among, most=len(seen.keep) // 2)}
 
 
 def _by_layer(seen: Observed, everywhere: Tensor) -> list[dict[str, Any]]:
@@ -168,7 +162,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, before: int | None, token_id: int)
 
 
 def _kind(text: str, before: str) -> str:
-    """Return the class of a token from its text and that of the token before it."""
     word = text.strip()
     if not word:
         return "whitespace"
@@ -199,7 +192,7 @@ def _by_length(adapted: AdaptedModel, seen: Observed) -> list[dict[str, Any]]:
     for length in sorted({full_length // part for part in (1, 4, 16)} - {0, 1}):
         depths = seen.depths if length == full_length else _depths(adapted, seen.token_ids[:, :length])
         everywhere = torch.ones_like(depths, dtype=torch.bool)
-        rows.append({"length": length, **_depth_row(depths, everywhere, len(seen.keep) // 2)})
+        rows.append({"length": length, **_row(replace(seen, depths=depths), everywhere)})
     return rows
 
 

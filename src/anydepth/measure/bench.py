@@ -76,44 +76,18 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Return rows of `anydepth.bench/1`, one per batch size, prompt length and engine, prompts from (N, T) windows.
 
-    Args:
-        num_runs: the least number of pairs; up to three times as many while a ratio's interval is wide.
-
-    Raises:
-        UserError: too little text for the batch, or prompts longer than the model's window.
-        RunError: the self-check failed.
+    At least `num_runs` pairs are timed, and up to three times as many while a ratio's interval is wide. Raise
+    `UserError` if there is too little text for the batch, `RunError` if the self-check fails.
     """
-    adapted = engines[0].adapted.eval()
     if max(batch_sizes) > len(windows):
         raise UserError(
             f"batch size {max(batch_sizes)} needs as many prompts of {windows.shape[1]} tokens, but the text has "
             f"{len(windows)}; give more text or a smaller batch size"
         )
-    self_check(engines, windows[:2, : min(48, windows.shape[1])].to(adapted.device))
     rows = []
     for batch_size, length in itertools.product(batch_sizes, prompt_tokens):
-        batch = unpadded(windows[:batch_size, :length].to(adapted.device))
-        rows += _rows(engines, [batch] * num_runs, new_tokens, on_row, say)
-    return rows
-
-
-def bench_prompts(
-    engines: Sequence[Engine],
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    *,
-    batch_sizes: list[int],
-    new_tokens: int,
-    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-    say: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, Any]]:
-    """Return rows of `anydepth.bench/1` over prompts: each batch of them (padded on the left) is one measured pair."""
-    adapted = engines[0].adapted.eval()
-    rows = []
-    for batch_size in batch_sizes:
-        batches = batches_of(adapted, tokenizer, prompts, batch_size, new_tokens)
-        self_check(engines, batches[0]["input_ids"][:1, -48:])
-        rows += _rows(engines, batches, new_tokens, on_row, say)
+        batch = unpadded(windows[:batch_size, :length].to(engines[0].adapted.device))
+        rows += rows_of(engines, [batch] * num_runs, new_tokens, on_row, say)
     return rows
 
 
@@ -151,24 +125,24 @@ class Pair:
         return cls(full, ours, trace, cost.flops(backbone, trace), cost.flops(backbone, prefill), drafts)
 
 
-def _rows(
+def rows_of(
     engines: Sequence[Engine],
     batches: list[Batch],
     new_tokens: int,
     on_row: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Return one row per engine; all engines generate a batch before the next one."""
+    """Return a row per engine after the self-check; each batch is a measured pair of all engines before the next."""
+    engines[0].adapted.eval()
+    self_check(engines, batches[0]["input_ids"][:1, -48:])
     with on_free_cores(say):
         pairs, bandwidth = _measure(engines, batches, new_tokens)
     rows: list[dict[str, Any]] = []
     for engine, own in zip(engines, pairs, strict=True):
-        if not rows:
-            row = row_of(engine, batches, own, new_tokens, is_compared=engine.differs)
-        else:
-            over = _ratios([pair.full for pair in pairs[0]], [pair.full for pair in own])
-            full = _times(rows[0]["full_depth"], over, [pair.full for pair in own])
-            row = row_of(engine, batches, own, new_tokens, is_compared=engine.differs, full=full)
+        over = _ratios([pair.full for pair in pairs[0]], [pair.full for pair in own])
+        full = _times(rows[0]["full_depth"], over, [pair.full for pair in own]) if rows else None
+        row = row_of(engine, batches, own, new_tokens, is_compared=engine.differs, full=full)
+        if rows:
             row["over_first"] = {
                 **{name: rows[0][name] for name in ("engine", "weights")},
                 **{side: _over(rows[0], row, side) for side in ("full_depth", "adapted")},
@@ -226,14 +200,13 @@ def row_of(
     is_compared: bool = True,
     full: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return a row of `anydepth.bench/1` for pairs measured on an engine.
+    """Return a row of `anydepth.bench/1` for pairs measured on an engine, of two generations if `is_compared`.
 
-    Args:
-        is_compared: whether the two sides of a pair are two generations.
-        full: the times of full depth; None: the medians of these pairs.
+    `full` has the times of full depth; None means the medians of these pairs.
     """
     _check_lossless(engine, pairs)
-    whole, prefill = _sums([pair.flops for pair in pairs]), _sums([pair.prefill_flops for pair in pairs])
+    whole = sum((pair.flops for pair in pairs), cost.FlopCount())
+    prefill = sum((pair.prefill_flops for pair in pairs), cost.FlopCount())
     batch_size, lengths = batches[0]["input_ids"].shape[0], [batch["input_ids"].shape[1] for batch in batches]
     speedups = _speedups(pairs)
     full = full or _medians([pair.full for pair in pairs], batch_size, new_tokens)
@@ -288,15 +261,6 @@ def _phase(is_compared: bool, speedups: list[float], ideal: float) -> dict[str, 
         return None
     fields = speedup_fields(speedups, ideal)
     return {key: fields[key] for key in ("speedup", "speedup_interval", "ideal_speedup", "realised")}
-
-
-def _sums(counts: list[cost.FlopCount]) -> cost.FlopCount:
-    return cost.FlopCount(
-        layers=sum(count.layers for count in counts),
-        full_depth_layers=sum(count.full_depth_layers for count in counts),
-        head=sum(count.head for count in counts),
-        router=sum(count.router for count in counts),
-    )
 
 
 def _pair(engine: Engine, batch: Batch, new_tokens: int, number: int) -> Pair:

@@ -21,6 +21,7 @@ from anydepth.calibration.budget import find_budget
 from anydepth.calibration.shares import (
     Scores,
     collect_scores,
+    compared,
     keep_scores,
     off_target,
     restored,
@@ -35,7 +36,7 @@ from anydepth.decoding.engines import FastEngine, HFEngine, open_engine
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.bench import load_prompts
-from anydepth.measure.evaluate import evaluate, same_model
+from anydepth.measure.evaluate import evaluate
 from anydepth.measure.timing import Side, paired_ratios
 from anydepth.speculation.draft import Draft
 from anydepth.statistics import mean_of_sums, speedup_fields
@@ -180,12 +181,7 @@ class Calibration:
         """Return what held-out text shows, next to the fractions found on the calibration text."""
         held_out = quality(self.adapted, self.held_out)
         shares = held_out.pop("skip_share") or skipped_shares(self.adapted, self.held_out)
-        rows = {name: {"target": share, "calibration": found[name], "held_out": shares[name]} for name in found}
-        return {
-            "skip_share": rows,
-            "held_out": held_out,
-            "warnings": off_target(shares, dict.fromkeys(found, share)),
-        }
+        return {**compared(dict.fromkeys(found, share), found, shares), "held_out": held_out}
 
     def _say_try(self, row: dict[str, float]) -> None:
         name, value = next((name, value) for name, value in row.items() if name != "share")
@@ -208,7 +204,8 @@ def quality(adapted: AdaptedModel, windows: Tensor) -> Row:
     each = [evaluate(HFEngine(adapted), window[None]) for window in windows]
     shares = {name: mean(fields["skip_share"][name] for fields in each) for name in each[0].get("skip_share", {})}
     base = mean(fields["full_depth"]["loss"] for fields in each)
-    ours, full = [fields["loss"] for fields in each], [same_model(fields)["loss"] for fields in each]
+    ours = [fields["loss"] for fields in each]
+    full = [fields.get("full_depth_adapted", fields["full_depth"])["loss"] for fields in each]
     return {"skip_share": shares, **_increase(ours, full), "untouched_perplexity": math.exp(base)}
 
 

@@ -6,8 +6,8 @@ of their texts, and by perplexity on held-out text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from statistics import mean
@@ -36,11 +36,8 @@ class Way:
     engine: Engine
     is_full_depth: bool = False
 
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """Run the model this way within the block."""
-        with self.engine.adapted.deciding() if self.is_full_depth else nullcontext():
-            yield
+    def on(self) -> AbstractContextManager[None]:
+        return self.engine.adapted.deciding() if self.is_full_depth else nullcontext()
 
 
 def ways_of(engine: Engine, say: Callable[[str], None] = lambda text: None) -> list[Way]:
@@ -72,13 +69,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Return a row of `anydepth.bench/1` for each way, with `label`, `perplexity` and `rouge_l`.
 
-    Args:
-        ways: from `ways_of`; the others are compared with the first.
-        batches: prompts; each is one measured run of every way.
-        windows: (N, T) text for the perplexity.
-
-    Raises:
-        RunError: the self-check failed, or lossless drafting changed a text.
+    The ways of `ways_of` are compared with the first one. Each batch of prompts is one measured run of every way; the
+    perplexity is that of (N, T) windows. Raise `RunError` if the self-check fails or lossless drafting changes a text.
     """
     ways[0].engine.adapted.eval()
     for way in ways:

@@ -22,8 +22,6 @@ from anydepth.training.checkpoint import has_adapter
 from anydepth.training.data import rows_of
 from anydepth.training.diagnostics import binary_entropy
 
-LN2 = math.log(2)
-
 
 class Tally:
     """Sums over the windows seen so far."""
@@ -35,19 +33,18 @@ class Tally:
         """Scored tokens of each window."""
         self.kept = torch.zeros(3, num_layers, dtype=torch.double)
         """Tokens that ran each layer's mixer, FFN and alternate mixer."""
-        self.flops = self.layer_flops = self.full_layer_flops = self.num_agreeing = self.num_placed = 0
+        self.flops = cost.FlopCount()
+        self.num_agreeing = self.num_placed = 0
         self.depth = 0.0
 
     def add(self, backbone: Backbone, token_ids: Tensor, logits: Tensor, reference: Tensor, trace: Trace) -> None:
         """Add a window of (1, T) tokens: every token but the first is predicted from those before it."""
-        targets, count = token_ids[0, 1:], cost.flops(backbone, trace)
+        targets = token_ids[0, 1:]
         self.losses.append(F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item())
         self.counts.append(targets.numel())
         shares = torch.tensor([*trace.executed_share(), trace.other_share()], dtype=torch.double)
         self.kept += token_ids.numel() * shares
-        self.flops += count.total
-        self.layer_flops += count.layers
-        self.full_layer_flops += count.full_depth_layers
+        self.flops += cost.flops(backbone, trace)
         self.num_agreeing += _num_agreeing(logits, reference)
         self.num_placed += token_ids.numel()
         self.depth += trace.mean_depth * token_ids.numel()
@@ -63,24 +60,23 @@ class Tally:
             "loss": loss,
             "num_tokens": num_tokens,
             "mean_depth": self.depth / self.num_placed,
-            "layer_token_share": self.layer_flops / self.full_layer_flops,
-            "gflops_per_token": self.flops / self.num_placed / 1e9,
+            "layer_token_share": self.flops.layer_token_share,
+            "gflops_per_token": self.flops.total / self.num_placed / 1e9,
             "agreement": self.num_agreeing / num_tokens,
             "per_layer": dict(zip(("mixer", "ffn"), self.shares(), strict=False)),
         }
 
     def shares(self) -> list[list[float]]:
-        """Return the fraction of tokens that ran each layer's mixer, FFN and alternate mixer."""
         return (self.kept / self.num_placed).tolist()
 
     def mixers(self) -> list[dict[str, float]]:
         """Return `layer`, `softmax_share` and the routing's `entropy` in bits for each layer with mixer routing."""
         others = self.kept[2] / self.num_placed
-        rows = zip(range(len(others)), (1 - others).tolist(), (binary_entropy(others) / LN2).tolist(), strict=True)
+        bits = (binary_entropy(others) / math.log(2)).tolist()
         return [
-            {"layer": layer_idx, "softmax_share": share, "entropy": entropy}
-            for layer_idx, share, entropy in rows
-            if share < 1
+            {"layer": layer_idx, "softmax_share": 1 - other, "entropy": entropy}
+            for layer_idx, (other, entropy) in enumerate(zip(others.tolist(), bits, strict=True))
+            if other > 0
         ]
 
 
@@ -142,11 +138,6 @@ def evaluate(engine: Engine, windows: Tensor, *, full_depth_only: bool = False, 
     if methods := comparing(adapted.active_methods):
         found["skip_share"] = {method.name: method.skip_share(*ours.shares()) for method in methods}
     return {**ours.fields(), **found}
-
-
-def same_model(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the same model at full depth: with LoRA on where there is an adapter."""
-    return fields.get("full_depth_adapted", fields["full_depth"])
 
 
 def _num_agreeing(logits: Tensor, others: Tensor) -> int:

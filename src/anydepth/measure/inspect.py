@@ -53,14 +53,9 @@ def _fast_engine(backbone: Backbone) -> str:
     return "applies"
 
 
-def _break_even_length(view: LayerView, other: nn.Module | None) -> int:
-    """Return the text length above which softmax costs more than a linear mixer, over all tokens of the text."""
-    if other is None:  # one with as many parameters
-        other = build_delta_rule(view.hidden_size, matched_shape(view), torch.Generator())
-    return 2 * cost.break_even(view, other)  # A token sees half of the text on average.
-
-
 def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
+    if other is None and not view.is_recurrent:  # one with as many parameters
+        other = build_delta_rule(view.hidden_size, matched_shape(view), torch.Generator())
     per_token = cost.layer_cost(view)
     mixer = sum(parameter.numel() for parameter in view.mixer.parameters())
     whole = sum(parameter.numel() for parameter in view.module.parameters())
@@ -72,7 +67,8 @@ def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
         "mixer_flops": per_token.mixer,
         "skipped_mixer_flops": per_token.skipped_mixer,
         "ffn_flops": per_token.ffn,
-        "break_even_length": None if view.is_recurrent else _break_even_length(view, other),
+        # Over all tokens of a text, of which a token sees half on average.
+        "break_even_length": None if view.is_recurrent or other is None else 2 * cost.break_even(view, other),
     }
 
 

@@ -215,14 +215,12 @@ def score_tasks(
     Each has lm-eval's metrics and their standard errors, `num_items`, `num_fewshot` and `version`, and the `parts` of a
     benchmark that has parts; `layer_token_share`, the fraction of the layers' work that ran; `num_truncated`, requests
     cut at the start to fit the window; the `source` of the documents; and `items`, metrics by item for `add_changes`.
+    Raise `UserError` for an unknown task, documents that are not available, or continuations that exceed the window.
 
     Args:
         num_fewshot: examples in the prompt; None is the number that each benchmark was published with.
         limit: score only the first items (of each part of a benchmark in parts).
         say: is called with each task and `who`, the name of the model; None hides lm-eval's progress bars too.
-
-    Raises:
-        UserError: lm-eval has no such task, its documents are not available, or its continuations exceed the window.
     """
     manager = check_tasks(names)
     engine.adapted.eval()
@@ -270,10 +268,7 @@ def _results(lm: Any, manager: TaskManager, name: str, specs: Sequence[Spec], *,
             task_manager=manager,
             log_samples=True,
             bootstrap_iters=0,  # Errors are computed from the items; lm-eval's bootstrap prints and starts processes.
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed),
             **options,
         )
     except (ConnectionError, FileNotFoundError) as error:

@@ -65,7 +65,6 @@ def _prompt_of(row: Any, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _is_form(key: str, value: Any) -> bool:
-    """Return whether a value of a prompt line has its form in `FORMS`."""
     if key == "prompt":
         return isinstance(value, str)
     if not isinstance(value, list):

@@ -113,7 +113,6 @@ def package_versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the machine's processor, cores this process may use, threads torch uses, memory, and GPUs."""
     return {
         "cpu": _cpu_model(),
         "num_cores": num_cores(),
@@ -124,7 +123,6 @@ def hardware() -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """Return the number of cores that this process may use."""
     # macOS and Windows do not report which cores a process may use.
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1

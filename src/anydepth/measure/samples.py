@@ -50,12 +50,6 @@ class Samples:
         """Return the tokens of a sample without the BOS before them."""
         return ids[1:] if ids[0] == self.bos else ids
 
-    def rarity(self, ids: list[int]) -> float:
-        """Return the mean over a sample's tokens of −log of their frequency in the corpus, in nats."""
-        total = self.counts.total()
-        own = self.own(ids)
-        return sum(-math.log(self.counts[token_id] / total) for token_id in own) / len(own)
-
 
 def draw_samples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, limit: int, max_tokens: int) -> Samples:
     """Draw up to `limit` samples of at most `max_tokens` tokens from the documents of a corpus."""
@@ -92,11 +86,12 @@ def _measured(adapted: AdaptedModel, samples: Samples, ids: list[int]) -> dict[s
     token_ids = torch.tensor([ids], device=adapted.device)
     loss = full_depth_losses(adapted, token_ids).mean().item()
     adapted(input_ids=token_ids, use_cache=False)
-    trace, own = adapted.last_trace, samples.own(ids)
+    trace, own, total = adapted.last_trace, samples.own(ids), samples.counts.total()
     return {
         "length": len(own),
         "perplexity": perplexity_of(loss),
-        "rarity": samples.rarity(ids),
+        # The mean over the tokens of −log of their frequency in the corpus, in nats.
+        "rarity": sum(-math.log(samples.counts[token_id] / total) for token_id in own) / len(own),
         "depth": trace.depths[0, -len(own) :].double().mean().item(),
         "layer_token_share": cost.flops(adapted.backbone, trace).layer_token_share,
     }

@@ -49,13 +49,11 @@ class SharedPrefixes:
 
 
 def _num_shared(before: Sequence[int], now: Sequence[int]) -> int:
-    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(before, now, strict=False))
     return next((i for i, (old, new) in pairs if old != new), min(len(before), len(now)))
 
 
 def _first(records: Sequence[PassRecord], num_tokens: int) -> list[PassRecord]:
-    """Return the records of a text's first tokens."""
     kept = []
     for record in records:
         length = min(record.token_mask.shape[1], num_tokens)

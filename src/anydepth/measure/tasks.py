@@ -10,6 +10,7 @@ import csv
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,19 @@ def _local(name: str, documents: Callable[[], Documents], **overrides: Any) -> d
     return {"task": name, "custom_dataset": load, **overrides}
 
 
+def _whole(documents: Callable[[Path], Documents], **overrides: Any) -> Callable[[Path, str], list[Spec]]:
+    """Return the builder of a benchmark that has one part."""
+    return lambda folder, name: [_local(name, partial(documents, folder), **overrides)]
+
+
 # --- documents with the fields that lm-eval's prompts name; `folder` is the benchmark's own --------------------------
 
 
-def _arc(folder: Path, name: str) -> list[Spec]:
-    def documents() -> Documents:
-        return {
-            split: [_arc_row(row) for row in _rows(folder / f"{part}.jsonl", "id", "question", "answerKey")]
-            for split, part in (("train", "train"), ("validation", "dev"))
-        }
-
-    return [_local(name, documents, test_split=None)]
+def _arc(folder: Path) -> Documents:
+    return {
+        split: [_arc_row(row) for row in _rows(folder / f"{part}.jsonl", "id", "question", "answerKey")]
+        for split, part in (("train", "train"), ("validation", "dev"))
+    }
 
 
 def _arc_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -100,15 +103,16 @@ def _arc_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _mmlu(folder: Path, name: str) -> list[Spec]:
     subjects = sorted(path.name.removesuffix("_dev.csv") for path in (folder / "dev").glob("*_dev.csv"))
-    return [_mmlu_part(folder, subject) for subject in subjects if name in ("mmlu", f"mmlu_{subject}")]
+    return [
+        _local(f"mmlu_{subject}", partial(_mmlu_part, folder, subject), test_split="validation")
+        for subject in subjects
+        if name in ("mmlu", f"mmlu_{subject}")
+    ]
 
 
-def _mmlu_part(folder: Path, subject: str) -> dict[str, Any]:
-    def documents() -> Documents:
-        splits = {"dev": "dev", "validation": "val"}
-        return {split: _mmlu_rows(folder / part / f"{subject}_{part}.csv") for split, part in splits.items()}
-
-    return _local(f"mmlu_{subject}", documents, test_split="validation")
+def _mmlu_part(folder: Path, subject: str) -> Documents:
+    splits = {"dev": "dev", "validation": "val"}
+    return {split: _mmlu_rows(folder / part / f"{subject}_{part}.csv") for split, part in splits.items()}
 
 
 def _mmlu_rows(path: Path) -> list[dict[str, Any]]:
@@ -117,19 +121,13 @@ def _mmlu_rows(path: Path) -> list[dict[str, Any]]:
     return [{"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])} for row in rows]
 
 
-def _gsm8k(folder: Path, name: str) -> list[Spec]:
-    def documents() -> Documents:
-        rows = _rows(folder / "train.jsonl", "question", "answer")
-        return {"train": rows[:-GSM8K_SCORED], "test": rows[-GSM8K_SCORED:]}
-
-    return [_local(name, documents)]
+def _gsm8k(folder: Path) -> Documents:
+    rows = _rows(folder / "train.jsonl", "question", "answer")
+    return {"train": rows[:-GSM8K_SCORED], "test": rows[-GSM8K_SCORED:]}
 
 
-def _wikitext(folder: Path, name: str) -> list[Spec]:
-    def documents() -> Documents:
-        return {"train": _pages(folder / "train.txt"), "validation": _pages(folder / "valid.txt")}
-
-    return [_local(name, documents, test_split=None)]
+def _wikitext(folder: Path) -> Documents:
+    return {"train": _pages(folder / "train.txt"), "validation": _pages(folder / "valid.txt")}
 
 
 def _pages(path: Path) -> list[dict[str, Any]]:
@@ -151,9 +149,9 @@ def _rows(path: Path, *keys: str) -> list[dict[str, Any]]:
 
 
 LOCAL = {
-    "arc_easy": Local("arc_easy/dev.jsonl", "dev", _arc, 0),
-    "arc_challenge": Local("arc_challenge/dev.jsonl", "dev", _arc, 0),
+    "arc_easy": Local("arc_easy/dev.jsonl", "dev", _whole(_arc, test_split=None), 0),
+    "arc_challenge": Local("arc_challenge/dev.jsonl", "dev", _whole(_arc, test_split=None), 0),
     "mmlu": Local("mmlu/dev", "val", _mmlu, 5),
-    "gsm8k": Local("gsm8k/train.jsonl", f"last {GSM8K_SCORED} of train", _gsm8k, 5),
-    "wikitext": Local("wikitext-2/valid.txt", "valid", _wikitext, 0),
+    "gsm8k": Local("gsm8k/train.jsonl", f"last {GSM8K_SCORED} of train", _whole(_gsm8k), 5),
+    "wikitext": Local("wikitext-2/valid.txt", "valid", _whole(_wikitext, test_split=None), 0),
 }

@@ -37,7 +37,6 @@ Result = TypeVar("Result")
 
 
 def unpadded(token_ids: Tensor) -> Batch:
-    """Return a batch of (B, T) token ids without padding."""
     return {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
 
 

@@ -17,14 +17,8 @@ from anydepth.methods.skip_set import SkipSet
 from anydepth.methods.stochastic_depth import StochasticDepth
 
 METHODS: dict[str, type[Method]] = {
-    "skip_set": SkipSet,
-    "stochastic_depth": StochasticDepth,
-    "layer_router": LayerRouter,
-    "mixture_of_depths": MixtureOfDepths,
-    "exit_gate": ExitGate,
-    "ffn_router": FFNRouter,
-    "early_exit": EarlyExit,
-    "mixer_router": MixerRouter,
+    method.name: method
+    for method in (SkipSet, StochasticDepth, LayerRouter, MixtureOfDepths, ExitGate, FFNRouter, EarlyExit, MixerRouter)
 }
 
 

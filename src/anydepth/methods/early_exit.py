@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -133,7 +133,7 @@ class EarlyExit(Trained, Calibrated):
             start = torch.zeros(1)
             self.networks = {i: GateNetwork(backbone.hidden_size, [], start, self.generator) for i in self.layers}
         self.by_layer = nn.ModuleDict({str(layer_idx): part for layer_idx, part in self.networks.items()})
-        self.captured = sorted({*self.loss_layers, *self.layers})
+        self.captured_layers = sorted({*self.loss_layers, *self.layers})
         self.progress = 0.0
         self.step = 0
 
@@ -178,9 +178,6 @@ class EarlyExit(Trained, Calibrated):
 
     def training_gates(self, context: PassContext) -> list[GateSpec]:
         return []  # no token exits
-
-    def captured_layers(self) -> Sequence[int]:
-        return self.captured
 
     def capture(self, layer_idx: int, hidden: Tensor, context: PassContext) -> None:
         self.seen(context)[layer_idx] = hidden

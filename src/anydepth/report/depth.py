@@ -28,7 +28,6 @@ OF = {"depth": "layers per token", "layer_token_share": "FLOP fraction of layers
 
 
 def analysis(page: Page, document: Document) -> None:
-    """Add where depth goes, and whether it depends on the token."""
     page.section("Where depth goes")
     depth = wording.between(document["depth"])
     page.text(f"{document['num_tokens']} tokens in {document['num_windows']} windows; depth {depth}.", "lead")
@@ -64,7 +63,6 @@ def classes(document: Document) -> Figure:
 
 
 def curves(document: Document) -> Figure:
-    """Draw the depth over position, and over the loss of the next token at full depth."""
     figure, panels = plots.new_panels(1, 2, 3.0, sharey=True)
     positions, bins = document["positions"], document["losses"]["bins"]
     places = [(row["first"] + row["last"]) / 2 + 1 for row in positions]
@@ -82,7 +80,6 @@ def curves(document: Document) -> Figure:
 
 
 def gates(own: Document) -> Figure:
-    """Draw the fraction of tokens that each gate lets run, and the histogram of gates that are open for a token."""
     figure, (by_layer, by_token) = plots.new_panels(2, 1, 4.4)
     rows, counts = own["gates"], own["open_gates"]
     by_layer.bar([row["layer"] for row in rows], [row["fraction"] for row in rows], width=0.8, color=COLOURS[0])
@@ -128,7 +125,6 @@ def _drawn(found: dict[str, Any]) -> list[Document]:
 
 
 def scatter(found: dict[str, Any]) -> Figure:
-    """Draw the depth (or FLOP share) of each text over its length, perplexity and rarity, with a line and its band."""
     rows = _drawn(found)
     figure, panels = plots.new_panels(len(rows), 1, 0.4 + 2.0 * len(rows), sharey=True, squeeze=False)
     for axes, row in zip(panels[:, 0], rows, strict=True):
@@ -145,19 +141,16 @@ def scatter(found: dict[str, Any]) -> Figure:
 
 
 def text(page: Page, document: Document) -> None:
-    """Add a generated text, each token shaded by its depth."""
     num_layers = document["num_layers"]
     if document.get("mixers"):
         _mixers(page, document["mixers"])
     page.section("A text, token by token")
     page.text(f"The text after “{document['prompt']}”; each token is shaded by the layers that predicted it.", "lead")
-    _shaded(
-        page,
-        (
-            (token, min(int(depth / num_layers * len(SHADES)), len(SHADES) - 1), f"{depth:g} of {num_layers} layers")
-            for token, depth in zip(document["tokens"], document["depths"], strict=True)
-        ),
+    shaded = (
+        (token, min(int(depth / num_layers * len(SHADES)), len(SHADES) - 1), f"{depth:g} of {num_layers} layers")
+        for token, depth in zip(document["tokens"], document["depths"], strict=True)
     )
+    _shaded(page, shaded)
     steps = [
         f'<span style="background:{shade};color:#111">&nbsp;≤ {(place + 1) * num_layers // len(SHADES)}&nbsp;</span>'
         for place, shade in enumerate(SHADES)
@@ -168,7 +161,6 @@ def text(page: Page, document: Document) -> None:
 
 
 def _mixers(page: Page, routed: Document) -> None:
-    """Add the text, each token shaded by the routed layers in which it took softmax."""
     count, layers = len(routed["layers"]), ", ".join(map(str, routed["layers"]))
     page.section("Which mixer, token by token")
     page.text(
@@ -176,13 +168,11 @@ def _mixers(page: Page, routed: Document) -> None:
         "took the linear mixer.",
         "lead",
     )
-    _shaded(
-        page,
-        (
-            (token, sum(softmax) * (len(SHADES) - 1) // count, f"softmax in {sum(softmax)} of {count} layers")
-            for token, softmax in zip(routed["tokens"], routed["softmax"], strict=True)
-        ),
+    shaded = (
+        (token, sum(softmax) * (len(SHADES) - 1) // count, f"softmax in {sum(softmax)} of {count} layers")
+        for token, softmax in zip(routed["tokens"], routed["softmax"], strict=True)
     )
+    _shaded(page, shaded)
     page.figure(mixers(routed), "Token × routed layer: dark took softmax.", "mixers")
 
 
@@ -196,7 +186,6 @@ def _shaded(page: Page, tokens: Iterable[tuple[str, int, str]]) -> None:
 
 
 def heat_map(document: Document) -> Figure:
-    """Draw token × layer: the layers that each generated token ran."""
     figure, axes = _heat_map(document["layers"], document["tokens"], "Depth of every generated token (dark: ran)")
     plots.whole_numbers(axes.xaxis)
     axes.set_xlabel("layer")
@@ -204,7 +193,6 @@ def heat_map(document: Document) -> Figure:
 
 
 def mixers(routed: Document) -> Figure:
-    """Draw token × routed layer: the mixer that each token took."""
     figure, axes = _heat_map(routed["softmax"], routed["tokens"], "Mixer of every token (dark: softmax, light: linear)")
     axes.set_xlabel("routed layer")
     axes.set_xticks(range(len(routed["layers"])), routed["layers"])

@@ -27,18 +27,16 @@ SECTIONS: dict[str, Callable[[Page, Document], None]] = {
     "sweep": tradeoffs.sweep,
     "generate": depth.text,
 }
-"""The function that adds the section of each kind of document."""
 
 
 def write_report(results: list[Document], out: Path) -> list[Path]:
     """Write the page and the files next to it (`<stem>_files/`); return every path, the page first.
 
+    Raise `UserError` if there is nothing to report on.
+
     Args:
         results: documents with a `schema`; an `anydepth.run/1` is shown as its stages, an `anydepth.experiment/1` as
             the table of its variants. `run` may name the run of a document, and `source` its file.
-
-    Raises:
-        UserError: nothing to report on.
     """
     documents = [document for result in results for document in _stages_of(result)]
     if not documents:

@@ -40,7 +40,6 @@ STYLE: Any = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
 }
-"""Settings of matplotlib while a page is written."""
 
 
 def png(figure: Figure, paper: str = "white") -> bytes:
@@ -87,18 +86,15 @@ def new_panels(rows: int, columns: int, height: float, **options: Any) -> tuple[
 
 
 def whole_numbers(axis: Any, most: int = 9) -> None:
-    """Put the ticks of an axis at whole numbers."""
     axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
 def over_steps(axes: Any, most: int = 9) -> None:
-    """Name the x axis of a figure about training."""
     whole_numbers(axes.xaxis, most)
     axes.set_xlabel("optimiser step")
 
 
 def legend_above(axes: Any, **options: Any) -> None:
-    """Draw a legend above the axes, on the right."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), **options)
 
 

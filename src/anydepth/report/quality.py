@@ -14,7 +14,6 @@ from anydepth.report.wording import number
 
 
 def evaluation(page: Page, document: Document) -> None:
-    """Add the layers that run, perplexity, and tasks; one model where nothing can differ."""
     note = document.get("note")
     page.section("Perplexity" if note else "Which layers run")
     page.text(f"Fractions of {document['num_tokens']} real tokens; mean depth {document['mean_depth']:.2f}.", "lead")
@@ -80,7 +79,6 @@ def layers(document: Document) -> Figure:
 
 
 def perplexity(document: Document) -> Figure:
-    """Draw perplexity at full depth and adapted, with 95% intervals; one bar where nothing can differ."""
     sides = {"full depth": document["full_depth"], plots.short(str(document["label"])): document}
     sides = dict(list(sides.items())[: 1 if document.get("note") else 2])
     height = 0.9 + 0.45 * len(sides)
@@ -94,7 +92,6 @@ def perplexity(document: Document) -> Figure:
 
 
 def scores(rows: Sequence[Document], *, same: bool) -> Figure:
-    """Draw scores of tasks at full depth and adapted, with 95% intervals; full depth alone if both are the same."""
     inches = 1.1 + (0.3 if same else 0.5) * len(rows)
     figure, axes = plots.new_figure("Tasks (higher is better)", inches, xlabel="score (bars: 95%)")
     sides = [("full", "full depth", GREY), ("score", "adapted", COLOURS[0])][: 1 if same else 2]

@@ -27,15 +27,14 @@ PANELS = (("batch_size", "batch size (rows)", "prompt_tokens"), ("prompt_tokens"
 
 
 def summary(page: Page, results: list[Document]) -> None:
-    """Add the summaries of runs as one table, and perplexity against speed."""
     measured = [result for result in results if result.get("summary")]
-    rows = [dict(row) for result in measured for row in result["summary"]]
+    rows: list[Document] = []
+    for result in measured:
+        # Several runs of one method would have equal labels.
+        owner = f"{result.get('run') or result['label']}: " if len(measured) > 1 else ""
+        rows += [{**row, "label": f"{owner}{row['label']}"} for row in result["summary"]]
     if not rows:
         return
-    if len(measured) > 1:  # Several runs of one method would have equal labels.
-        owners = [result for result in measured for _ in result["summary"]]
-        for row, owner in zip(rows, owners, strict=True):
-            row["label"] = f"{owner.get('run') or owner['label']}: {row['label']}"
     page.section("Quality and speed")
     lead = (
         "The base model and the adapted one, on the same text and the same machine, timed in turn. Speed is "
@@ -50,7 +49,6 @@ def summary(page: Page, results: list[Document]) -> None:
 
 
 def bench(page: Page, document: Document) -> None:
-    """Add measured and ideal speed-ups; the table of ways for `bench --compare`."""
     if "rouge_l" in document["rows"][0]:
         _comparison(page, document)
         return
@@ -84,7 +82,6 @@ def _comparison(page: Page, document: Document) -> None:
 
 
 def speedups(document: Document) -> Figure:
-    """Draw measured speed-ups next to what the skipped work allows, for prefill, decoding and both."""
     labels, parts = [], []
     for row in document["rows"]:
         name = f"{_engine(row)} batch {row['batch_size']}, {row['prompt_tokens']} + {row['new_tokens']} tokens".strip()
@@ -114,7 +111,6 @@ def _engine(row: Document) -> str:
 
 
 def lines(document: Document) -> Figure:
-    """Draw speed-up over batch size, and over prompt length, each next to its ideal."""
     rows = [row for row in document["rows"] if row["speedup"] is not None]
     figure, panels = plots.new_panels(1, 2, 3.4, sharey=True)
     for axes, (along, name, other) in zip(panels, PANELS, strict=True):
@@ -139,7 +135,6 @@ def lines(document: Document) -> Figure:
 
 
 def acceptance(document: Document) -> Figure:
-    """Draw the fraction of drafted tokens that were accepted, by their position in the draft."""
     names = {"xlabel": "position in the draft (tokens; all before it accepted)", "ylabel": "fraction accepted"}
     figure, axes = plots.new_figure("Drafts: acceptance by position", 2.8, ylim=(0, 1.05), **names)
     rows = [row for row in document["rows"] if row["adapted"].get("acceptance_by_place")]

@@ -48,7 +48,6 @@ def sweep(page: Page, document: Document) -> None:
 
 
 def fronts(documents: dict[str, Document]) -> Figure:
-    """Draw perplexity against measured time and against FLOPs, with the Pareto fronts as lines."""
     figure, panels = plots.new_panels(1, 2, 3.8, sharey=True)
     for axes, (front, key, cost) in zip(panels, FRONT_PANELS, strict=True):
         for (name, document), colour in zip(documents.items(), COLOURS * 3, strict=False):
@@ -70,7 +69,6 @@ def fronts(documents: dict[str, Document]) -> Figure:
 
 
 def calibration(page: Page, document: Document) -> None:
-    """Add the thresholds that were set, and what was measured with them."""
     page.section("Calibration")
     thresholds = "; ".join(f"{method} {value}" for method, value in document["thresholds"].items())
     page.text(f"Thresholds: {thresholds}.")
@@ -101,7 +99,6 @@ def _capacities(page: Page, document: Document) -> None:
 
 
 def capacities(document: Document) -> Figure:
-    """Draw speed-up and perplexity over the capacity that was set, with the control as a band."""
     rows, control = document["sweep"], document["control"]
     figure, panels = plots.new_panels(2, 1, 5.0, sharex=True)
     for axes, (key, scale, label) in zip(panels, CAPACITY_PANELS, strict=True):
@@ -126,7 +123,6 @@ def _bounds(row: Document, key: str, scale: float) -> Sequence[float]:
 
 
 def experiment(page: Page, document: Document) -> None:
-    """Add the variants of an experiment: their metrics, and the loss curve of one seed of each."""
     page.section("Experiment")
     runs = document["stages"]
     page.text(f"{len(runs)} runs: {document.get('command', '')}. Means over seeds, ± half the range.", "lead")

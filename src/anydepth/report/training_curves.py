@@ -30,7 +30,6 @@ def comparison(page: Page, documents: list[Document]) -> None:
 
 
 def training(page: Page, document: Document) -> None:
-    """Add the losses, depth, metrics and layers of a training over its steps."""
     history = document["loss_history"]
     if not history:
         return
@@ -54,7 +53,6 @@ def training(page: Page, document: Document) -> None:
 
 
 def search(page: Page, document: Document) -> None:
-    """Add a searched skip set, and its loss on text that the search did not see."""
     page.section("Skip set")
     for key in ("skip_layers", "skip_mixers", "skip_ffns"):
         if document[key]:
@@ -73,7 +71,6 @@ def search(page: Page, document: Document) -> None:
 
 
 def fit(page: Page, document: Document) -> None:
-    """Add what a fitted router skips, next to a static skip set."""
     page.section("The router before training")
     page.text(
         f"Fitted in {document['seconds']:.0f} s to the value of each layer for each of {document['num_tokens']} "
@@ -89,7 +86,6 @@ def fit(page: Page, document: Document) -> None:
 
 
 def gate_warnings(page: Page, document: Document) -> None:
-    """Add the warnings about the gates of a training or an analysis."""
     for own in document.get("gates", []):
         for text in own["warnings"]:
             page.text(f"Warning: {text}.", "mark")
@@ -129,7 +125,6 @@ def depth(document: Document) -> Figure:
 
 
 def metrics(document: Document) -> Figure:
-    """Draw the metrics of methods over the steps: fractions as sampled, schedules of temperature and capacity."""
     names = own_metrics(document)
     figure, panels = plots.new_panels(len(names), 1, 0.6 + 1.3 * len(names), sharex=True, squeeze=False)
     for axes, name, colour in zip(panels[:, 0], names, COLOURS * 4, strict=False):
@@ -144,7 +139,6 @@ def metrics(document: Document) -> Figure:
 
 
 def gates(document: Document) -> Figure:
-    """Draw the entropy of the gates, and their spread between layers and between tokens, over the steps."""
     methods = list(dict.fromkeys(name.partition("/")[0] for name in own_metrics(document, of_gates=True)))
     figure, panels = plots.new_panels(len(GATE_PANELS), 1, 4.2, sharex=True)
     for axes, (label, lines) in zip(panels, GATE_PANELS.items(), strict=True):
@@ -165,7 +159,6 @@ def gates(document: Document) -> Figure:
 
 
 def layers(document: Document) -> Figure:
-    """Draw layer × step: the fraction of tokens that ran each mixer and FFN, with decisions sampled as in training."""
     rows = [row for row in document["loss_history"] if row.get("layers")]
     branches = [branch for branch in BRANCHES if branch in rows[0]["layers"]]
     figure, panels = plots.new_panels(1, len(branches), 3.4, sharey=True)
@@ -184,7 +177,6 @@ def layers(document: Document) -> Figure:
 
 
 def loss_curves(documents: dict[str, Document]) -> Figure:
-    """Draw the language loss of several trainings by name, as means of 10 steps."""
     figure, axes = plots.new_figure("Training: language loss", ylabel="language loss (nats a token)")
     for (name, document), style in zip(documents.items(), plots.styles(len(documents)), strict=True):
         history = document["loss_history"]

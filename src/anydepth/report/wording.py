@@ -35,7 +35,6 @@ def columns(keys: str, **titles: str) -> dict[str, str]:
 
 
 def sentence(text: str) -> str:
-    """Return a text as a sentence of the page."""
     return f"{text[:1].upper()}{text[1:]}."
 
 
@@ -89,13 +88,11 @@ def speedup(row: Document, times: str = "") -> str:
 
 
 def flops(document: Document) -> str:
-    """Return the FLOPs of a token, adapted and at full depth."""
     ours, full = document["gflops_per_token"], document["full_depth"]["gflops_per_token"]
     return f"{ours:.4g} GFLOPs a token, {full:.4g} at full depth"
 
 
 def risk(document: Document) -> str:
-    """Return the bound of `calibrate --max-risk`, or that none was shown."""
     if not document["met"]:
         return "no setting could be shown to keep the bound: nothing is skipped"
     bound, confidence = document["config"]["max_risk"], document["config"]["confidence"]
@@ -106,7 +103,6 @@ def risk(document: Document) -> str:
 
 
 def skipped(document: Document) -> list[str]:
-    """Return for each calibrated method the fractions that it skips, and the one that was set."""
     return [
         f"{method} skips {row['held_out']:.1%} of its decisions on held-out text, {row['calibration']:.1%} on the "
         f"text of calibration; {row['target']:.1%} was set"
@@ -115,7 +111,6 @@ def skipped(document: Document) -> list[str]:
 
 
 def gates(own: Document) -> str:
-    """Return how often the gates of a method open, and how their decisions spread."""
     return (
         f"{own['method']}: {len(own['gates'])} gates let {own['fraction']:.1%} of tokens run (σ "
         f"{own['layer_std']:.3f} between layers, {own['token_std']:.3f} between tokens); entropy of a gate "
@@ -124,7 +119,6 @@ def gates(own: Document) -> str:
 
 
 def conditionality(found: Document) -> str:
-    """Return whether gates depend on the token, with the p value of the permutation test."""
     if not found["num_gates"]:
         return "no gate both opens and closes: depth does not depend on the token"
     is_least = found["p_value"] <= 1 / (found["num_permutations"] + 1) + 1e-12
@@ -136,7 +130,6 @@ def conditionality(found: Document) -> str:
 
 
 def agreement(row: Document, names: Sequence[str]) -> str:
-    """Return how often the gates of two runs agree."""
     return (
         f"{names[row['first']]} and {names[row['second']]} agree in {row['agreement']:.1%} of gates, "
         f"{row['by_chance']:.1%} by chance (kappa {row['kappa']:.2f})"
@@ -149,7 +142,6 @@ def between(part: Document, key: str = "mean") -> str:
 
 
 def correlation(kind: str, row: Document) -> str:
-    """Return a correlation of a kind with its interval."""
     return "constant" if row[kind]["r"] is None else between(row[kind], "r")
 
 

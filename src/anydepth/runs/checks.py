@@ -19,8 +19,7 @@ from anydepth.errors import UserError
 from anydepth.methods import method_class
 from anydepth.methods._base.calibration import Calibrated, comparing
 from anydepth.methods._base.method import Method
-from anydepth.methods.compose import build_methods
-from anydepth.methods.of_recipe import check_training, method_configs
+from anydepth.methods.compose import build_methods, check_training, method_configs
 from anydepth.models.backbone import Backbone
 from anydepth.models.families import FAMILIES
 from anydepth.models.load import source_of
@@ -69,11 +68,7 @@ def check(recipe: Recipe, stages: Collection[str]) -> None:
 
 
 def _texts(recipe: Recipe, stages: Collection[str], compares: bool) -> Iterator[Need]:
-    """Yield the text that `stages` need.
-
-    Args:
-        compares: whether a threshold decides, so that training measures skipped fractions on the text of eval.
-    """
+    """Yield the text that `stages` need; if a threshold decides (`compares`), training measures on that of eval."""
     data, evaluation, bench = recipe.data, recipe.eval, recipe.bench
     if "search" in stages and recipe.search is not None:
         yield Need("search.sequence_length", data.train, recipe.search.sequence_length)
@@ -120,10 +115,7 @@ def _most_positions(model: PreTrainedModel) -> float:
 
 def _check_search(recipe: Recipe) -> None:
     takers = {"skip_set": ("skip_layers", "skip_mixers", "skip_ffns"), "layer_router": ("initial_skip_layers",)}
-    takes = any(
-        set(takers.get(str(method["name"]), ())) - method.keys() and method["name"] in takers
-        for method in recipe.methods
-    )
+    takes = any(set(takers.get(str(method["name"]), ())) - method.keys() for method in recipe.methods)
     if recipe.search is not None and not takes:
         raise UserError(
             "search finds a skip set and no method takes it: name skip_set without its lists, or layer_router without "

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from anydepth.config import StrictConfig
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import read_document
+from anydepth.methods.compose import method_configs
 from anydepth.methods.layer_router import LayerRouter
-from anydepth.methods.of_recipe import method_configs
 from anydepth.models.load import AUTO, load_model
 from anydepth.models.scratch import scratch_folder
 from anydepth.recipe import AnalyzeConfig, DataConfig, DType, EvalConfig, Recipe, RouterFitConfig, TextConfig
@@ -61,14 +61,8 @@ class Inputs:
 
     def windows(self, corpus: str, tokenizer: PreTrainedTokenizerBase, size: DataConfig | EvalConfig) -> Tensor:
         """Return the windows that the recipe trains on, or is scored on."""
-        return load_windows(
-            corpus,
-            tokenizer,
-            size.sequence_length,
-            max_windows=size.max_windows,
-            max_documents=size.max_documents,
-            text=self.recipe.data,
-        )
+        limits = {"max_windows": size.max_windows, "max_documents": size.max_documents}
+        return load_windows(corpus, tokenizer, size.sequence_length, **limits, text=self.recipe.data)
 
     def packed(self, corpus: str, tokenizer: PreTrainedTokenizerBase, size: RouterFitConfig | AnalyzeConfig) -> Tensor:
         """Return windows of one length, for stages that compare windows with each other."""

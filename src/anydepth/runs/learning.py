@@ -8,27 +8,23 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from anydepth.errors import RunError, UserError
 from anydepth.measure.results import num_cores
-from anydepth.methods.of_recipe import load_recipe
-from anydepth.runs.run import RECIPE, Runner
-
-Say = Callable[[str], None]
+from anydepth.methods.compose import load_recipe
+from anydepth.runs.run import RECIPE, Runner, Say
 
 
-def learn(folder: Path, home: Path | None = None) -> None:
+def learn(folder: Path, home: Path) -> None:
     """Run the stages of a point that are not timed: search, fit, train and eval of the recipe in its folder.
 
-    Args:
-        home: base of the recipe's relative paths; None is the current folder.
+    The recipe's relative paths begin at `home`.
     """
-    if home is not None:
-        os.chdir(home)
+    os.chdir(home)
     runner = Runner(load_recipe(folder / RECIPE), folder, lambda text: print(text, file=sys.stderr, flush=True))
     for stage in (runner.search, runner.fit, runner.train, runner.evaluate):
         stage()
@@ -132,6 +128,6 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        learn(Path(sys.argv[1]))
+        learn(Path(sys.argv[1]), Path.cwd())
     except (UserError, RunError) as error:
         sys.exit(str(error))

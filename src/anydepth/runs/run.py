@@ -28,7 +28,7 @@ from anydepth.measure.evaluate import evaluate
 from anydepth.measure.held_out import search_fields, split_windows
 from anydepth.measure.results import document, source_commit
 from anydepth.methods import method_class
-from anydepth.methods.of_recipe import load_recipe
+from anydepth.methods.compose import load_recipe
 from anydepth.processes import rank
 from anydepth.recipe import Recipe
 from anydepth.runs.checks import check
@@ -82,20 +82,17 @@ class Runner:
     recipe: Recipe
     out: Path
     say: Say
-    on_step: Callable[[Document], None] | None = None
+    on_step: Callable[[Document], None] = lambda row: None
 
     def __post_init__(self) -> None:
         source_commit()  # Cached now, because the source can change before a stage ends.
-        self.inputs = Inputs(self.recipe, self.out)
+        self.inputs, path = Inputs(self.recipe, self.out), self.out / RECIPE
         with first_alone():
-            self._claim(self.out / RECIPE)
-
-    def _claim(self, path: Path) -> None:
-        # Recipes are compared after loading, so that an option added since then has its default.
-        if path.exists() and load_recipe(path) != self.recipe:
-            raise UserError(f"{self.out} holds a run of another recipe; give another --out, or remove it first")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(path, yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
+            # Recipes are compared after loading, so that an option added since then has its default.
+            if path.exists() and load_recipe(path) != self.recipe:
+                raise UserError(f"{self.out} holds a run of another recipe; give another --out, or remove it first")
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_text(path, yaml.safe_dump(self.recipe.model_dump(), sort_keys=False))
 
     def check(self, stages: Collection[str] = STAGES) -> None:
         """Raise `UserError` for what would end one of `stages` that is not done yet, before the first one runs."""
@@ -143,11 +140,8 @@ class Runner:
         for stage in stages:
             (self.out / f"{stage}.json").unlink(missing_ok=True)
 
-    # --- stages --------------------------------------------------------------------------------------------------
-
     @_stage("search")
     def search(self) -> Document:
-        """Search a skip set."""
         settings = self.recipe.search
         assert settings is not None
         model, tokenizer = self.inputs.base()
@@ -161,7 +155,6 @@ class Runner:
 
     @_stage("fit")
     def fit(self) -> Document:
-        """Fit a router before training."""
         settings = self.recipe.router_fit
         assert settings is not None
         model, tokenizer = self.inputs.base()
@@ -173,7 +166,7 @@ class Runner:
 
     def train(self) -> Document:
         """Attach, train and calibrate; afterwards the folder is a checkpoint. Resume interrupted training."""
-        training = Training(self.inputs, self.say, self.on_step)
+        training = Training(self.recipe, self.out, self.say, self.on_step)
         with ExitStack() as stack:
             with first_alone():
                 stack.enter_context(locked(self.out))
@@ -187,7 +180,6 @@ class Runner:
 
     @_stage("bench")
     def bench(self) -> Document:
-        """Time generation, adapted and at full depth."""
         settings, rows = self.recipe.bench, []
         sizes = {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
         for dtype in settings.dtypes or [self.recipe.model.dtype]:
@@ -219,8 +211,6 @@ class Runner:
         adapted, tokenizer, draft = self.inputs.adapted(merge=True)
         settings, engine = self.recipe.generate, open_engine(adapted, say=self.say, draft=draft)
         return generate_text(engine, tokenizer, settings.prompt, max_new_tokens=settings.max_new_tokens)
-
-    # --- documents -----------------------------------------------------------------------------------------------
 
     def unless_done(self, name: str, work: Callable[[], Document]) -> Document:
         """Return the document of a stage, made by `work` unless the stage has ended before."""

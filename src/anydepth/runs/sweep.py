@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -21,14 +21,12 @@ import yaml
 from anydepth.errors import RunError, UserError
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
-from anydepth.methods.of_recipe import load_recipe
+from anydepth.methods.compose import load_recipe
 from anydepth.recipe import Recipe
 from anydepth.runs.learning import learn_in_processes, learn_on_ray
-from anydepth.runs.run import LEARNING, Runner
+from anydepth.runs.run import LEARNING, Runner, Say
 
-Say = Callable[[str], None]
 POINTS = "points"
-FULL_DEPTH = "full depth"
 MEASURED = (
     "perplexity", "agreement", "mean_depth", "layer_token_share", "gflops_per_token", "speedup", "ideal_speedup",
     "realised", "tokens_per_second",
@@ -63,14 +61,11 @@ class Sweep:
         return Runner(point.recipe, self.out / POINTS / point.name, lambda text: None)
 
     def run(self, backend: str = "local", jobs: int = 1) -> dict[str, Any]:
-        """Run every point; return the fields of `anydepth.sweep/1`, with points that failed under `failed`.
+        """Run every point; return the fields of `anydepth.sweep/1`. Raise `RunError` if every point fails.
 
         Args:
             backend: `local`, or `ray`: an existing Ray cluster, where all machines share `out`.
             jobs: points that learn at a time.
-
-        Raises:
-            RunError: every point failed.
         """
         failed, rows = self._learn(backend, jobs), []
         for point in self.points:
@@ -132,13 +127,9 @@ class Sweep:
 
 
 def plan(recipe: Path, over: Sequence[str], seeds: Sequence[int], overrides: Sequence[str] = ()) -> list[Point]:
-    """Return a point for every combination of the values with every seed.
+    """Return a point for every combination of the values of `over`, each `KEY=V1,V2,…` in YAML, with every seed.
 
-    Args:
-        over: `KEY=V1,V2,…` each; values are YAML.
-
-    Raises:
-        UserError: a key without values, a key given twice, or a combination that is no recipe.
+    Raise `UserError` for a key without values, a key given twice, or a combination that is no recipe.
     """
     axes = [_axis(text) for text in over]
     keys = [key for key, _ in axes]
@@ -209,8 +200,7 @@ def settings_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Full depth is left out where points have different base models, as those trained from scratch have.
     """
-    numbers = [*MEASURED, "time_share"]
-    numbers += ["full_depth_perplexity"] if all("full_depth_perplexity" in row for row in rows) else []
+    numbers = [*MEASURED, "time_share", "full_depth_perplexity"]
     found = [
         {
             "values": group[0]["values"],
@@ -227,7 +217,7 @@ def settings_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     if any(not math.isclose(row["full_depth"]["perplexity"], base["perplexity"], rel_tol=1e-4) for row in rows):
         return found
     relative = {"time_share": 1.0, "layer_token_share": 1.0, "speedup": 1.0, "agreement": 1.0}
-    return [{"values": {}, "label": FULL_DEPTH, "num_seeds": 0, **relative, **base}, *found]
+    return [{"values": {}, "label": "full depth", "num_seeds": 0, **relative, **base}, *found]
 
 
 def _extremes(values: Sequence[float]) -> list[float]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from safetensors.torch import load_file
@@ -18,14 +17,14 @@ from anydepth.gating.shared_batch import num_processes
 from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.methods._base.calibration import comparing
 from anydepth.processes import is_parallel, rank, shards_weights
-from anydepth.recipe import Recipe, TrainConfig
+from anydepth.recipe import TrainConfig
 from anydepth.runs.inputs import Inputs
 from anydepth.speculation.draft import Draft
 from anydepth.speculation.drafter_training import train_drafter
 from anydepth.speculation.self_generated import OWN_TEXT, own_texts
 from anydepth.training.checkpoint import save
 from anydepth.training.data import load_windows, rows_of
-from anydepth.training.diagnostics import diagnose, warnings_of
+from anydepth.training.diagnostics import diagnose
 from anydepth.training.parallel import first_alone, is_sharded, part
 from anydepth.training.phases import train_phases
 from anydepth.training.train import STEPS, last_complete, load_trained, prepare, train
@@ -37,20 +36,11 @@ TABLE_WINDOWS, HELD_OUT_WINDOWS = 2, 4
 
 
 @dataclass(frozen=True)
-class Training:
-    """The train stage of one recipe."""
+class Training(Inputs):
+    """The train stage of one recipe, on its inputs."""
 
-    inputs: Inputs
     say: Callable[[str], None]
-    on_step: Callable[[dict[str, Any]], None] | None
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.inputs.recipe
-
-    @property
-    def out(self) -> Path:
-        return self.inputs.out
+    on_step: Callable[[dict[str, Any]], None]
 
     def run(self) -> dict[str, Any]:
         """Attach, train, calibrate and save; return the fields of `anydepth.train/1`.
@@ -63,9 +53,9 @@ class Training:
                 "drafter trains in one process, and phases train without sharded weights; start fewer, or use DDP"
             )
         with first_alone():
-            model, tokenizer = self.inputs.base()
+            model, tokenizer = self.base()
         wrapped: nn.Module = model if recipe.train is None else prepare(model, recipe.train, seed=recipe.seed)
-        adapted = attach(wrapped, self.inputs.methods())
+        adapted = attach(wrapped, self.methods())
         if recipe.router_fit is not None:
             adapted.methods.load_state_dict(load_file(self.out / FITTED))
         fields: dict[str, Any] = {"loss_history": [], "seconds": 0.0, "tokens_per_second": 0.0}
@@ -83,17 +73,13 @@ class Training:
         self, adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase, settings: TrainConfig
     ) -> tuple[AdaptedModel, dict[str, Any]]:
         """Train what the recipe names, in phases if it has some; resume where training was interrupted."""
-        windows = self.inputs.windows(self.recipe.data.train, tokenizer, self.recipe.data)
-        shared: dict[str, Any] = {"seed": self.recipe.seed, "on_step": self.on_step or (lambda row: None)}
+        windows = self.windows(self.recipe.data.train, tokenizer, self.recipe.data)
+        shared: dict[str, Any] = {"seed": self.recipe.seed, "on_step": self.on_step}
         if self.recipe.phases:
             adapted, result = train_phases(adapted, windows, settings, self.recipe.phases, self.out, **shared)
         else:
             result = train(adapted, windows, settings, self.out, **shared)
-        return adapted, {
-            "loss_history": result.loss_history,
-            "seconds": result.seconds,
-            "tokens_per_second": result.tokens_per_second,
-        }
+        return adapted, asdict(result)
 
     def _finish(self, adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Train the drafter's network, set thresholds, diagnose the gates, and save the checkpoint."""
@@ -104,9 +90,9 @@ class Training:
         try:
             fields |= self._set_thresholds(adapted, tokenizer)
             if any(method.has_learned_gates for method in adapted.trained_methods):
-                windows = self.inputs.windows(recipe.data.train, tokenizer, recipe.data)
+                windows = self.windows(recipe.data.train, tokenizer, recipe.data)
                 fields["gates"] = diagnose(adapted, rows_of(windows))
-                self._warn(warnings_of(fields["gates"]))
+                self._warn([text for own in fields["gates"] for text in own["warnings"]])
         finally:  # The trained weights are kept even where measuring them fails.
             has_own_base = recipe.train is not None and recipe.train.backbone
             save(adapted, self.out, own_base=tokenizer if has_own_base else None, draft=draft)
@@ -116,7 +102,7 @@ class Training:
     def _set_thresholds(self, adapted: AdaptedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Set thresholds if the recipe calibrates, and measure the skipped fractions on held-out text."""
         recipe, settings = self.recipe, self.recipe.calibrate
-        windows = self.inputs.windows(recipe.data.train, tokenizer, recipe.data)
+        windows = self.windows(recipe.data.train, tokenizer, recipe.data)
         if settings is None and not comparing(adapted.attached):
             return {}
         windows = windows[: TABLE_WINDOWS if settings is None else settings.num_windows]
@@ -138,8 +124,8 @@ class Training:
     def _gathered(self) -> AdaptedModel:
         """Return the unsharded model, loaded from the last checkpoint of sharded training."""
         assert self.recipe.train is not None
-        model, _ = self.inputs.base()
-        adapted = attach(prepare(model, self.recipe.train, seed=self.recipe.seed), self.inputs.methods())
+        model, _ = self.base()
+        adapted = attach(prepare(model, self.recipe.train, seed=self.recipe.seed), self.methods())
         folder = last_complete(self.out)
         assert folder is not None, "training ends with a checkpoint"
         load_trained(adapted, folder)
@@ -156,14 +142,7 @@ class Training:
         num_tokens = sum(len(text.ids) for text in texts)
         self.say(f"{num_tokens} tokens in {len(texts)} texts; training the drafter …")
         history = train_drafter(
-            network,
-            adapted.backbone,
-            texts,
-            settings,
-            self.out / STEPS,
-            resume=True,
-            on_step=self.on_step or (lambda row: None),
-            seed=seed,
+            network, adapted.backbone, texts, settings, self.out / STEPS, resume=True, on_step=self.on_step, seed=seed
         )
         return {
             "loss_history": history,

@@ -35,7 +35,6 @@ class Proposals:
         return max(self.seen, key=lambda one: self.seen[one]) if self.seen else None
 
     def next(self) -> tuple[int, ...]:
-        """Return the next set to try."""
         best = self.best
         if self.seen and self.number % EVERY == 0:
             pool = [_propose(self.free, self.size, best if i % 2 else None, self.generator) for i in range(POOL)]
@@ -47,7 +46,6 @@ class Proposals:
 
 
 def choose(problem: Problem, num_proposals: int = PROPOSALS) -> list[Candidate]:
-    """Return the best of the proposed sets."""
     free = inner([layer_idx for _, layer_idx in problem.candidates], problem.num_out)
     proposals = Proposals(free, problem.num_out, len(problem.candidates), problem.seed)
     for _ in range(num_proposals):

@@ -96,7 +96,6 @@ def _full_depth(adapted: AdaptedModel, ids: Tensor) -> Tensor:
 
 
 def learned_router(methods: Iterable[nn.Module]) -> LayerRouter | None:
-    """Return the router that can be fitted, or None."""
     return next((one for one in methods if isinstance(one, LayerRouter) and one.networks), None)
 
 

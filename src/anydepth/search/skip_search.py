@@ -89,7 +89,6 @@ def num_left_out(num_layers: int, budget: float, *, branches: bool) -> int:
 
 
 def candidates(num_layers: int, *, branches: bool) -> list[Candidate]:
-    """Return what can be left out: layers, or mixers and FFNs."""
     kinds = ("mixer", "ffn") if branches else ("layer",)
     return [(kind, layer_idx) for layer_idx in range(num_layers) for kind in kinds]
 

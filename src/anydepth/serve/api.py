@@ -182,8 +182,6 @@ class Server:
         if name != self.settings.name:
             raise HTTPException(404, f"this server has no such model; use {self.settings.name}, see GET /v1/models")
 
-    # --- completions -------------------------------------------------------------------------------------------------
-
     async def complete(self, body: Completion, request: Request) -> Response:
         """Answer `POST /v1/completions`."""
         self._check_model(body.model)
@@ -266,11 +264,8 @@ class Server:
             stream,
             put=lambda piece: None,
             lossless=body.anydepth.lossless,
-            wants_layers=body.anydepth.depth,
             seconds=self.settings.request_seconds,
         )
-
-    # --- answers ---------------------------------------------------------------------------------------------------
 
     async def _answer(self, body: Sampling, request: Request, jobs: list[Job], shape: Shape) -> Response:
         queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -344,7 +339,6 @@ async def _pieces(jobs: list[Job], queue: Any) -> AsyncIterator[tuple[int, Piece
 
 
 async def _disconnected(request: Request) -> None:
-    """Wait until the client disconnects."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
 

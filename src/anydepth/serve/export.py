@@ -52,13 +52,11 @@ def export(
 ) -> dict[str, Any]:
     """Write the checkpoint into a new folder; return the fields of `anydepth.export/1`.
 
+    Raise `UserError` if there is nothing of that kind to export, `RunError` if the checkpoint's logits differ.
+
     Args:
         adapted: its adapters are folded into the weights.
         exit_layer: number of first layers to keep; `static` also leaves out those of the skip set.
-
-    Raises:
-        UserError: the model has nothing of that kind to export, or the folder is not empty.
-        RunError: the logits of the checkpoint differ from the model's.
     """
     check(kind, out)
     if is_quantised(adapted.model):
@@ -136,8 +134,7 @@ def _merged(adapted: AdaptedModel, exit_layer: int | None) -> list[int]:
 def with_layers(backbone: Backbone, kept: Sequence[int]) -> PreTrainedModel:
     """Return a model of the same family with the kept layers, in order; weights are copied, adapters folded in.
 
-    Raises:
-        UserError: a family of which layers depend on their index, or an adapter that cannot be folded in.
+    Raise `UserError` for a family with layers that depend on their index, or an adapter that cannot be folded in.
     """
     source, before = backbone.model, f"{backbone.family.decoder}.{backbone.family.layers}."
     config = shortened(source.config, kept)
@@ -168,8 +165,7 @@ PER_LAYER = ("layer_types", "no_rope_layers")
 def shortened(config: Any, kept: Sequence[int]) -> Any:
     """Return a model's configuration for the kept layers, lists per layer included.
 
-    Raises:
-        UserError: the model depends on the index of a layer in a way that no configuration describes.
+    Raise `UserError` if the model depends on a layer's index in a way that no configuration describes.
     """
     config, num_layers = copy.deepcopy(config), config.num_hidden_layers
     if len(kept) == num_layers:

@@ -29,11 +29,7 @@ BODY_TOO_LARGE = error(f"the body is larger than {MAX_BODY_BYTES} bytes", INVALI
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Bind a socket to an address of this machine; port 0 is any free port.
-
-    Raises:
-        UserError: the port does not exist or is in use.
-    """
+    """Bind a socket to an address of this machine, port 0 to any free port; raise `UserError` if that fails."""
     if not 0 <= port < 65536:
         raise UserError(f"--port is a number from 0 to 65535; got {port}")
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -49,11 +45,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(app: FastAPI, bound: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
-    """Serve until a signal; requests that are running then have `grace` seconds to end.
-
-    Args:
-        ready: called as soon as clients can connect.
-    """
+    """Call `ready`, and serve until a signal; requests that are running then have `grace` seconds to end."""
     config = uvicorn.Config(
         app,
         http=JSONRefusals,

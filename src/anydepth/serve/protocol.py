@@ -121,7 +121,6 @@ class Message(Strict):
     name: Text | None = None
 
     def as_turn(self) -> dict[str, str]:
-        """Return the turn for chat templates."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -159,7 +158,6 @@ class Error(BaseModel):
 
 
 def error(message: str, kind: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """Return the body of a refusal."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

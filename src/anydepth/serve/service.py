@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -79,7 +80,6 @@ class Job:
     stream: TextStream
     put: Callable[[Piece], None]
     lossless: bool = False
-    wants_layers: bool = False
     seconds: float = 600.0
     arrived: float = field(default_factory=time.monotonic)
     first_token: float | None = None
@@ -107,7 +107,6 @@ class Service:
         max_queue: jobs that can wait; further ones are refused with `Busy`.
 
     Attributes:
-        end_ids: tokens that end an answer.
         max_length: largest number of tokens of a prompt and its answer.
         observers: called with a job and its number of new tokens for each piece, on the engine's thread.
     """
@@ -144,11 +143,7 @@ class Service:
     # --- from other threads ----------------------------------------------------------------------------------------
 
     def submit(self, *jobs: Job) -> None:
-        """Queue all of these jobs, or none.
-
-        Raises:
-            Busy: they do not fit now. UserError: they can never fit.
-        """
+        """Queue all of these jobs, or none: raise `Busy` if they do not fit now, `UserError` if they never fit."""
         most = self.max_batch_size + self.max_queue
         if len(jobs) > most:
             raise UserError(
@@ -247,7 +242,6 @@ class Service:
                 self._fail(job, failed)
 
     def _send(self, job: Job) -> None:
-        """Send the new part of a job's answer."""
         request, tokens, text = job.request, [], ""
         for position in range(job.num_sent, len(request.output)):
             text += job.stream.push(request.output[position])
@@ -274,7 +268,7 @@ class Service:
     def _token(self, job: Job, position: int) -> Token:
         request = job.request
         logprob = request.logprobs[position] if request.num_logprobs is not None else None
-        if not job.wants_layers:
+        if not request.is_traced:
             return Token(request.output[position], logprob, None)
         num_layers = self.engine.adapted.backbone.num_layers
         record = None if request.is_drafted else request.record_of(position)
@@ -307,27 +301,20 @@ def layers_of(record: PassRecord) -> list[float]:
 class Budgets:
     """Plans for depth budgets, by thresholds from kept scores or those of some text; see `calibration/shares.py`.
 
-    Raises:
-        RunError, UserError: no threshold to set, as with fixed sets, full depth and untrained gates.
+    Raise `RunError` or `UserError` if there is no threshold to set, as with fixed sets and untrained gates.
     """
 
     def __init__(self, engine: Engine, windows: Tensor) -> None:
         self.adapted = engine.adapted
         self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
         self.own_plan = Plan.of(self.adapted.attached)
-        self.plans: dict[float, Plan] = {}
+        self.plan_at = lru_cache(MAX_PLANS)(self._plan_at)
 
     def plan_of(self, request: Request) -> Plan:
         """Return the plan for a request's depth budget; without a budget, that of the loaded thresholds."""
-        budget = request.budget
-        if budget is None:
-            return self.own_plan
-        plan = self.plans.pop(budget, None)
-        if plan is None:
-            with restored(self.adapted):
-                set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
-                plan = Plan.of(self.adapted.attached)
-        self.plans[budget] = plan  # as the last, so that the first is the one unused for longest
-        if len(self.plans) > MAX_PLANS:
-            del self.plans[next(iter(self.plans))]
-        return plan
+        return self.own_plan if request.budget is None else self.plan_at(request.budget)
+
+    def _plan_at(self, budget: float) -> Plan:
+        with restored(self.adapted):
+            set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
+            return Plan.of(self.adapted.attached)

@@ -18,10 +18,7 @@ from anydepth.serve.text_stream import TextStream
 class Talk:
     """A conversation: the turns so far, and the next answer.
 
-    Args:
-        system: system message; None: no such message.
-        temperature: 0 is greedy; other sampling options are the model's own defaults.
-        lossless: answer with the text of full depth.
+    Sampling options but the `temperature` are the model's own defaults.
     """
 
     def __init__(
@@ -43,8 +40,7 @@ class Talk:
     def answer(self, line: str) -> Iterator[tuple[str, float]]:
         """Yield pieces of the answer, each with its mean depth in layers; closing the generator cancels the answer.
 
-        Raises:
-            UserError: the conversation is longer than the model's window. RunError: decoding failed.
+        Raise `UserError` if the conversation is longer than the model's window, `RunError` if decoding fails.
         """
         turns = [*self.turns, {"role": "user", "content": line}]
         prompt = list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
@@ -59,7 +55,7 @@ class Talk:
         request = Request(prompt, sampler, stops)  # type: ignore[arg-type]
         pieces: queue.Queue[Piece] = queue.Queue()
         stream = TextStream(self.tokenizer, request.prompt)
-        job = Job(request, stream, pieces.put, lossless=self.lossless, wants_layers=True)
+        job = Job(request, stream, pieces.put, lossless=self.lossless)
         self.service.submit(job)
         text = ""
         try:

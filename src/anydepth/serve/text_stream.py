@@ -20,7 +20,6 @@ class TextStream:
     """The text of one answer.
 
     Args:
-        prompt: token ids before the answer.
         stop: texts that end the answer and are not part of it. They are searched for in the text with special tokens,
             which are not part of the answer either.
 

@@ -122,14 +122,13 @@ def load_target(
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     """Load a `TARGET` of the command line, a checkpoint folder or a base model, and its tokenizer.
 
+    Raise `UserError` for no such target, an override of a method that is not attached, or no score quantiles.
+
     Args:
         merge: fold adapters into the weights, which is faster; the base is then no longer available.
         overrides: options by method that replace those of the target; those of `draft` are for `load_draft`.
         skip_share: fraction of decisions to skip, set by the score quantiles of the target.
         native: as in `load_model`; refused for a checkpoint.
-
-    Raises:
-        UserError: no such target, an override of a method that is not attached, or no score quantiles.
     """
     if is_checkpoint(target):
         if native:
@@ -153,11 +152,7 @@ def load_target(
 
 
 def with_options(adapted: AdaptedModel, overrides: Mapping[str, Mapping[str, Any]]) -> AdaptedModel:
-    """Return the same model, methods and weights with some options changed.
-
-    Raises:
-        UserError: a method that is not attached, or an option that it does not have.
-    """
+    """Return the same model, methods and weights with some options changed; raise `UserError` for unknown ones."""
     missing = [name for name in overrides if name not in adapted.methods]
     if missing:
         raise UserError(f"{missing[0]} is not attached; attached is {', '.join(adapted.methods) or 'nothing'}")
@@ -182,7 +177,6 @@ def load_draft(
     """Return the drafting of a `TARGET`; None if it does not draft.
 
     Args:
-        adapted: the model that was loaded from it.
         lossless: draft in any case, with the drafter of the package if there is one.
         options: options of drafting that replace those of the target.
     """

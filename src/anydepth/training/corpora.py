@@ -27,7 +27,7 @@ HUB = {"wikitext-2": "wikitext-2-v1", "wikitext-103": "wikitext-103-raw-v1"}
 
 
 def load_texts(spec: str, *, lines: bool = False, min_chars: int = 0, max_documents: int | None = None) -> list[str]:
-    """Return the documents of a corpus in a fixed order, without blank ones.
+    """Return the documents of a corpus in a fixed order, without blank ones; raise `UserError` if there are none.
 
     Args:
         spec: `embedded:train` or `:valid`; `wikitext-2:` or `wikitext-103:` with `train`, `valid` or `test`; a `.txt`
@@ -35,9 +35,6 @@ def load_texts(spec: str, *, lines: bool = False, min_chars: int = 0, max_docume
             `text`).
         lines: make each line a document; lines of WikiText keep their marks, as published.
         min_chars: keep documents of more than this many characters.
-
-    Raises:
-        UserError: no such corpus, split or file, a file of another format, or no document is left.
     """
     documents = (text for text in _read(spec, lines) if text.strip() and len(text) > min_chars)
     kept = list(islice(documents, max_documents))
@@ -85,9 +82,6 @@ def _read(spec: str, lines: bool) -> Iterable[str]:
     return (line for text in documents for line in text.split("\n")) if lines else documents
 
 
-# --- named corpora ---------------------------------------------------------------------------------------------------
-
-
 def _embedded(split: str) -> list[str]:
     """Return the language reference that `help()` shows; every tenth topic is for validation."""
     try:
@@ -127,8 +121,6 @@ def _fetch_wikitext(name: str, split: str) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} could not be downloaded from the hub ({reason[:160]}); {otherwise}") from error
 
-
-# --- WikiText's marks ------------------------------------------------------------------------------------------------
 
 _ARTICLE = re.compile(r" = [^=].*[^=] = \n?")
 _HEADING = re.compile(r"((?:= )+)(.*?)((?: =)+)")
@@ -176,9 +168,6 @@ def restore_text(line: str) -> str:
     for pattern, replacement in _SPACING:
         line = pattern.sub(replacement, line)
     return line
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def _check_file(spec: str) -> None:

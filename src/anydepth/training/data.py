@@ -40,14 +40,11 @@ def pack(
 
     With `bos: per_window`, and a tokenizer that adds a BOS to a text, a window of T tokens is BOS and T − 1 tokens of
     text, all of which are predicted. Otherwise the first token of a window is not predicted.
+    Raise `UserError` for too little text for one window, or no EOS to put between packed documents.
 
     Args:
-        max_windows: largest number of windows.
         text: options, of which `bos` and `isolate_documents` are used. Packed, a remainder shorter than a window is
             dropped. Isolated, a document is cut into separate windows, and the last one ends in `PADDING`.
-
-    Raises:
-        UserError: too little text for one window, or no EOS to put between packed documents.
     """
     if max_windows is not None and max_windows < 1:
         raise UserError(f"max_windows is {max_windows}; it must be at least 1")

@@ -157,16 +157,9 @@ def described(decisions: Sequence[GateDecisions], methods: Sequence[Method]) -> 
     ]
 
 
-def warnings_of(gates: Sequence[dict[str, Any]]) -> list[str]:
-    return [text for own in gates for text in own["warnings"]]
-
-
 def training_metrics(decisions: Sequence[GateDecisions]) -> dict[str, float]:
     """Return the metrics of each method for the training history, by `method/gate_…`, over the whole batch."""
     return {f"{own.method}/{PREFIX}{name}": value for own in decisions for name, value in own.metrics().items()}
-
-
-# --- warnings --------------------------------------------------------------------------------------------------------
 
 
 def gate_warnings(decisions: GateDecisions, method: Method) -> list[str]:

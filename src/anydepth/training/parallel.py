@@ -53,8 +53,7 @@ def wait_for_all() -> None:
 def first_alone() -> Iterator[None]:
     """Run the body in the first process, then in the others, which see its results.
 
-    Raises:
-        RunError: in the other processes if the first one failed, which reports the reason.
+    If it fails in the first process, which reports the reason, the others raise `RunError`.
     """
     if num_processes() == 1:
         yield

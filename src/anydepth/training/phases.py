@@ -29,10 +29,8 @@ def train_phases(
 ) -> tuple[AdaptedModel, TrainResult]:
     """Train the methods of `adapted` phase by phase on (N, T) windows; a phase may replace settings of `config`.
 
-    A method that a phase neither trains nor freezes is detached in it; a frozen one decides as at inference.
-
-    Returns:
-        The model with all of its methods attached, and the losses of all phases in order, each with its `phase`.
+    A method that a phase neither trains nor freezes is detached in it; a frozen one decides as at inference. Return the
+    model with all of its methods attached, and the losses of all phases in order, each with its `phase`.
     """
     configs = {method.name: method.config for method in adapted.attached}
     states = {name: part.state_dict() for name, part in adapted.methods.items()}

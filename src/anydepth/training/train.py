@@ -29,7 +29,7 @@ from anydepth.gating.shared_batch import batch_mean, num_processes
 from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import write_json
-from anydepth.methods.of_recipe import NOTHING_TO_TRAIN
+from anydepth.methods.compose import NOTHING_TO_TRAIN
 from anydepth.models.load import is_quantised
 from anydepth.recipe import TrainConfig
 from anydepth.training.data import WindowDataset, collate
@@ -93,10 +93,8 @@ def train(
 ) -> TrainResult:
     """Train the parameters with `requires_grad` on (N, T) windows of `pack`; checkpoints go to `out`/steps.
 
-    Training resumes from the last complete checkpoint there; `on_step` gets each new row of the history.
-
-    Raises:
-        UserError: nothing to train. RunError: a gate got no gradient, or the loss is not finite.
+    Training resumes from the last complete checkpoint there; `on_step` gets each new row of the history. Raise
+    `UserError` if there is nothing to train, `RunError` if a gate gets no gradient or the loss is not finite.
     """
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise UserError(NOTHING_TO_TRAIN)
@@ -151,8 +149,6 @@ class AdaptedTrainer(Trainer):
         """Time so far, earlier sessions included."""
         return time.monotonic() - self.started
 
-    # --- loss --------------------------------------------------------------------------------------------------
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         self.learner.step = self.state.global_step
         loss, terms = model(**inputs)
@@ -205,18 +201,13 @@ class AdaptedTrainer(Trainer):
         means = batch_mean(torch.tensor(list(values.values()), dtype=torch.float64, device=self.args.device))
         return dict(zip(values, means.tolist(), strict=True))
 
-    # --- optimiser and data ------------------------------------------------------------------------------------
-
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         settings = self.settings
         gates = {part for method in self.adapted.trained_methods for part in method.gate_parameters()}
         learning = [parameter for parameter in self.adapted.parameters() if parameter.requires_grad]
+        rates = ((False, settings.learning_rate), (True, settings.router_learning_rate or settings.learning_rate))
         groups = [
-            {"params": [part for part in learning if part not in gates], "lr": settings.learning_rate},
-            {
-                "params": [part for part in learning if part in gates],
-                "lr": settings.router_learning_rate or settings.learning_rate,
-            },
+            {"params": [part for part in learning if (part in gates) == is_gate], "lr": rate} for is_gate, rate in rates
         ]
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
@@ -224,8 +215,6 @@ class AdaptedTrainer(Trainer):
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         return SequentialSampler(self.windows)  # the dataset is already in order, see WindowDataset
-
-    # --- checkpoints -------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         state = {name: whole(value.detach()).cpu().contiguous() for name, value in _learned(self.adapted).items()}
@@ -335,12 +324,9 @@ def _arguments(config: TrainConfig, out: Path, seed: int) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # every parameter has a gradient, see `Learner`
         ddp_backend="gloo" if num_processes() > 1 and not torch.cuda.is_available() else None,
         seed=seed,
-        data_seed=seed,
-        save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=2,
         logging_strategy="no",
-        report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -55,11 +55,6 @@ class Calibrated(Method):
         self.register_buffer("score_quantiles", empty_table(1))
 
     @property
-    def compares_scores(self) -> bool:
-        """Whether its gates depend on states, so that a threshold can be set."""
-        return any(spec.score.reads_at is not None for spec in self.gates())
-
-    @property
     def target_share(self) -> float | None:
         """Fraction of its decisions that training aims to skip; None without a target."""
         return None
@@ -128,8 +123,9 @@ class Calibrated(Method):
 
 
 def comparing(methods: Iterable[nn.Module]) -> list[Calibrated]:
-    """Return the methods that compare scores with a threshold that can be set."""
-    return [method for method in methods if isinstance(method, Calibrated) and method.compares_scores]
+    """Return the methods with gates that depend on states, so that their threshold can be set."""
+    calibrated = (method for method in methods if isinstance(method, Calibrated))
+    return [one for one in calibrated if any(spec.score.reads_at is not None for spec in one.gates())]
 
 
 def one_per_layer(value: float | list[float], layers: Sequence[int], option: str) -> dict[int, float]:
@@ -141,12 +137,10 @@ def one_per_layer(value: float | list[float], layers: Sequence[int], option: str
 
 
 def empty_table(num_thresholds: int) -> Tensor:
-    """Return a table without measurements."""
     return torch.zeros(len(STEPS), 1 + num_thresholds)
 
 
 def is_filled(table: Tensor) -> bool:
-    """Return whether a table has measurements."""
     return bool(table[:, 0].any())
 
 

@@ -67,7 +67,6 @@ class Method(nn.Module, Decider):
 
     @property
     def branches(self) -> set[Branch]:
-        """Branches that its gates skip."""
         return {spec.branch for spec in self.gates()}
 
     @property

@@ -26,9 +26,8 @@ class ExitState:
 class TrainingState:
     """Values of one forward that a method keeps for its losses, by the layer or gate that they are from.
 
-    Attributes:
-        noise: drawn once: with gradient checkpointing a layer runs again and must decide the same.
-        seen: what the method's own losses and metrics read.
+    Noise is drawn once: with gradient checkpointing a layer runs again and must decide the same. The method's own
+    losses and metrics read `seen`.
     """
 
     noise: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
