@@ -34,7 +34,7 @@ from anydepth.gating.gate_network import GateNetwork
 from anydepth.models.blocks import BlockEmbedding, Blocks
 from anydepth.models.llama_like import BlockWeights, Norm, Weights
 
-ROWS_AT_ONCE = 128
+ROWS_AT_ONCE = 256
 """Inputs of quantised layers that still fit into the second cache; oneDNN has no kernels for these."""
 CONFIDENCES = ("max_probability", "margin", "entropy")
 """Numbers of confidence.h."""

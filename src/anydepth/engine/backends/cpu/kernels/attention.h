@@ -103,30 +103,65 @@ inline __attribute__((always_inline)) floats products_of(const bf16* query, cons
     return products;
 }
 
-// Computes scores of one query for `count` keys, at most CHUNK; those outside of `from`..`to` are NEVER. Returns the largest.
-constexpr float NEVER = -1e30f;
+// Computes products of one query with `count` keys, at most CHUNK.
 template <int SIZE, class A>
-inline float score(const Heads& h, const A* query, const A* keys, int count, int from, int to, float* scores) {
+inline void multiply_keys(const Heads& h, const A* query, const A* keys, int count, float* to) {
     const int size = SIZE ? SIZE : h.size;
-    floats largest = floats{} + NEVER;
-    ints lanes;
-    for (int k = 0; k < WIDTH; ++k) lanes[k] = k;
-    for (int start = 0; start < count; start += WIDTH, lanes += WIDTH) {
+    for (int start = 0; start < count; start += WIDTH) {
         floats products[WIDTH];
         for (int k = 0; k < WIDTH; ++k) {
             const A* key = keys + int64_t(std::min(start + k, count - 1)) * size;
             products[k] = products_of(query, key, size);
         }
-        floats some = sums(products) * h.scale;
+        const floats some = sums(products);
+        std::memcpy(to + start, &some, sizeof some);
+    }
+}
+
+#if defined(__AVX512BF16__)
+// Many queries read keys in panels, in which lanes are keys and no sum crosses them: (keys / 16, size / 2, 16) pairs.
+inline void pack_keys(const bf16* keys, int count, int size, int32_t* panel) {
+    for (int k = 0; k < WIDTH; ++k)
+        for (int i = 0; i < size / 2; ++i)
+            panel[i * WIDTH + k] = k < count ? load<int32_t>(keys + int64_t(k) * size + 2 * i) : 0;
+}
+
+// Computes products of Q queries with CHUNK keys in panels, CHUNK apart.
+template <int SIZE, int Q>
+inline void multiply_panels(const Heads& h, const bf16* queries, const int32_t* panels, float* to) {
+    const int size = SIZE ? SIZE : h.size;
+    constexpr int PANELS = CHUNK / WIDTH;
+    __m512 acc[Q][PANELS] = {};
+    for (int i = 0; i < size / 2; ++i) {
+        __m512bh keys[PANELS];
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; ++p) keys[p] = load<__m512bh>(panels + (int64_t(p) * size / 2 + i) * WIDTH);
+#pragma GCC unroll 3
+        for (int q = 0; q < Q; ++q) {
+            const __m512bh pair = __m512bh(_mm512_set1_epi32(load<int32_t>(queries + q * size + 2 * i)));
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; ++p) acc[q][p] = _mm512_dpbf16_ps(acc[q][p], keys[p], pair);
+        }
+    }
+    std::memcpy(to, acc, sizeof acc);
+}
+#endif
+
+// Turns products with `count` keys into scores in place; those outside of `from`..`to` are NEVER. Returns the largest.
+constexpr float NEVER = -1e30f;
+inline float score(const Heads& h, int count, int from, int to, float* products) {
+    floats most = floats{} + NEVER;
+    ints lanes;
+    for (int k = 0; k < WIDTH; ++k) lanes[k] = k;
+    for (int start = 0; start < count; start += WIDTH, lanes += WIDTH) {
+        floats some = wide(products + start) * h.scale;
         if (h.softcap)
             for (int k = 0; k < WIDTH; ++k) some[k] = std::tanh(some[k] / h.softcap) * h.softcap;
         some = (lanes >= from) & (lanes < to) ? some : floats{} + NEVER;
-        largest = some > largest ? some : largest;
-        std::memcpy(scores + start, &some, sizeof some);
+        most = some > most ? some : most;
+        std::memcpy(products + start, &some, sizeof some);
     }
-    float result = largest[0];
-    for (int k = 1; k < WIDTH; ++k) result = std::max(result, largest[k]);
-    return result;
+    return largest(most);
 }
 
 // Turns scores into weights in place, relative to the largest score so far; returns the factor for the sums so far.
@@ -175,7 +210,7 @@ inline void gather(const Heads&, const bf16* values, int count, const float* wei
                    int64_t stride) {
     bf16 rounded[Q][CHUNK];
     for (int q = 0; q < Q; ++q)
-        for (int k = 0; k < CHUNK; ++k) store(weights[q * CHUNK + k], &rounded[q][k]);
+        for (int k = 0; k < CHUNK; k += WIDTH) store_some(wide(weights + q * CHUNK + k), WIDTH, &rounded[q][k]);
     for (int start = 0; start < SIZE; start += 64) {
         __m512 low[Q][2] = {}, high[Q][2] = {};  // values 0-3 and 4-7 of every 8
         for (int k = 0; k < count; k += 2) {
@@ -206,39 +241,53 @@ inline void gather(const Heads&, const bf16* values, int count, const float* wei
 
 // Attends with the queries of one row that use the same key head, over keys begin..end of `all`: a partial result each,
 // `stride` apart. `queries` (tokens, heads, size); `seen` (tokens,) keys that each token sees, not counting a window.
+// `panels`: the keys in panels as well, for which `begin` is at the start of one; or null.
 template <int SIZE, class A, class Q>
 void attend_to(const Heads& h, const A* keys, const A* values, const Q* queries, int tokens, const int64_t* seen, int64_t begin,
-               int64_t end, int64_t all, Partial* partials, int64_t stride) {
-    const int num = tokens * h.group, size = h.size;
+               int64_t end, int64_t all, Partial* partials, int64_t stride, const int32_t* panels) {
+    const int num = tokens * h.group, size = SIZE ? SIZE : h.size;
     static thread_local std::vector<A> own;          // (num, size) queries of one key head
     static thread_local std::vector<float> weights;  // (num, CHUNK)
     static thread_local std::vector<float> shrinks;  // (num,)
     own.resize(size_t(num) * size), weights.resize(size_t(num) * CHUNK), shrinks.resize(num);
     for (int q = 0; q < num; ++q) {
-        partials[q * stride] = {NEVER, 0.0f, {}};
+        partials[q * stride].largest = NEVER, partials[q * stride].total = 0;
+        std::memset(partials[q * stride].values, 0, size * sizeof(float));
         const Q* query = queries + (int64_t(q / h.group) * h.heads + q % h.group) * size;
-        for (int i = 0; i < size; ++i) store(one(query[i]), &own[q * size + i]);
+        if constexpr (std::is_same_v<A, Q>)
+            std::memcpy(&own[q * size], query, size * sizeof(A));
+        else
+            for (int i = 0; i < size; ++i) store(one(query[i]), &own[q * size + i]);
     }
+    const auto by_threes = [num](auto run) {
+        int q = 0;
+        for (; q + 3 <= num; q += 3) run(std::integral_constant<int, 3>{}, q);
+        for (; q < num; ++q) run(std::integral_constant<int, 1>{}, q);
+    };
     for (int64_t start = begin; start < end; start += CHUNK) {
         const int count = int(std::min<int64_t>(CHUNK, end - start));
         const int next = int(std::min<int64_t>(CHUNK, all - start - count));  // perhaps in this thread's next part
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<A, bf16>)
+            if (panels)
+                by_threes([&](auto some, int q) {
+                    multiply_panels<SIZE, decltype(some)::value>(h, &own[q * size], panels + start * size / 2, &weights[q * CHUNK]);
+                });
+#endif
         for (int q = 0; q < num; ++q) {
             prefetch(values + (start + count * q / num) * size, (count * (q + 1) / num - count * q / num) * size);
             const int64_t last = seen[q / h.group], first = h.window ? last - h.window : 0;
             float* scores = &weights[q * CHUNK];
-            const float largest = score<SIZE>(h, &own[q * size], keys + start * size, count, int(std::max<int64_t>(first - start, 0)),
-                                        int(std::min<int64_t>(last - start, count)), scores);
-            shrinks[q] = weigh(scores, count, largest, partials[q * stride]);
+            if (!panels) multiply_keys<SIZE>(h, &own[q * size], keys + start * size, count, scores);
+            const float most = score(h, count, int(std::max<int64_t>(first - start, 0)),
+                                     int(std::min<int64_t>(last - start, count)), scores);
+            shrinks[q] = weigh(scores, count, most, partials[q * stride]);
         }
-        const auto some = [&](auto count_of, int q) {
-            const int n = decltype(count_of)::value;
+        by_threes([&](auto some, int q) {
+            constexpr int n = decltype(some)::value;
             prefetch(keys + (start + CHUNK + next * q / num) * size, (next * (q + n) / num - next * q / num) * size);
-            gather<SIZE, decltype(count_of)::value>(h, values + start * size, count, &weights[q * CHUNK], &shrinks[q],
-                                                    partials + q * stride, stride);
-        };
-        int q = 0;
-        for (; q + 3 <= num; q += 3) some(std::integral_constant<int, 3>{}, q);
-        for (; q < num; ++q) some(std::integral_constant<int, 1>{}, q);
+            gather<SIZE, n>(h, values + start * size, count, &weights[q * CHUNK], &shrinks[q], partials + q * stride, stride);
+        });
     }
 }
 

@@ -103,7 +103,11 @@ template <class A>
 void normalise(const Norm& norm, float* x, int num) {
     for (int n = 0; n < num; ++n, x += norm.size) {
         const float factor = 1.0f / std::sqrt(dot(x, x, norm.size) / norm.size + norm.eps);
-        for (int i = 0; i < norm.size; ++i) x[i] = rounded<A>(rounded<A>(x[i] * factor) * norm.weight[i]);
+        for (int i = 0; i < norm.size; i += WIDTH) {
+            const int count = std::min(WIDTH, norm.size - i);
+            const floats scaled = rounded<A>(some(x + i, count) * factor);
+            store_some(rounded<A>(scaled * some(norm.weight + i, count)), count, x + i);
+        }
     }
 }
 
@@ -278,7 +282,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
         const int64_t query = own * l.heads + h * tokens * group;
         attend<A>(heads, slot + h * head_stride, slot + (l.kv_heads + h) * head_stride,
                   queries + (own * l.heads + h * group) * size, int(tokens), seen, begin, end, all, parts + query * splits + split,
-                  splits);  // the partial sums of a query are neighbours
+                  splits, nullptr);  // the partial sums of a query are neighbours
     }
 #pragma omp for
     for (int item = 0; item < num * l.heads; ++item) {
@@ -353,17 +357,35 @@ void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* 
     constexpr int TOKENS = 16;
     const int size = l.head_dim, group = l.heads / l.kv_heads, blocks = (num + TOKENS - 1) / TOKENS;
     const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
-    const int64_t head = capacity * size;
+    const int64_t head = capacity * size, all = seen[num - 1];
+    const auto first_of = [&](int token) { return l.window ? std::max<int64_t>(0, seen[token] - l.window) / CHUNK * CHUNK : 0; };
+    const int64_t start = first_of(0), chunks = (all - start + CHUNK - 1) / CHUNK;
+    static thread_local std::vector<int32_t> packed;
+    int32_t* panels = nullptr;  // the whole team's: (kv_heads, keys from `start` on, size / 2)
+#if defined(__AVX512BF16__)
+    if (std::is_same_v<A, bf16> && size % 2 == 0) packed.resize(l.kv_heads * chunks * CHUNK * size / 2), panels = packed.data();
+#endif
 #pragma omp parallel
     {
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<A, bf16>)
+            if (panels)
+#pragma omp for
+                for (int64_t item = 0; item < l.kv_heads * chunks * (CHUNK / WIDTH); ++item) {
+                    const int64_t h = item / (chunks * (CHUNK / WIDTH)), key = start + item % (chunks * (CHUNK / WIDTH)) * WIDTH;
+                    const int count = int(std::clamp<int64_t>(all - key, 0, WIDTH));
+                    pack_keys(slot + h * head + key * size, count, size, panels + item * WIDTH * size / 2);
+                }
+#endif
         std::vector<Partial> partials(TOKENS * group);
 #pragma omp for schedule(dynamic)
         for (int item = blocks * l.kv_heads - 1; item >= 0; --item) {  // the longest first
             const int h = item % l.kv_heads, first = item / l.kv_heads * TOKENS, tokens = std::min(TOKENS, num - first);
-            const int64_t begin = l.window ? std::max<int64_t>(0, seen[first] - l.window) : 0, end = seen[first + tokens - 1];
+            const int64_t begin = first_of(first), end = seen[first + tokens - 1];
             const int64_t place = int64_t(first) * l.heads + h * group;
+            const int32_t* own = panels ? panels + (h * chunks * CHUNK - start) * size / 2 : nullptr;
             attend<A>(heads, slot + h * head, slot + (l.kv_heads + h) * head, queries + place * size, tokens, seen + first, begin,
-                      end, end, partials.data(), 1);
+                      end, end, partials.data(), 1, own);
             for (int q = 0; q < tokens * group; ++q)
                 join(&partials[q], 1, size, [&](int i, float value) {
                     store(value, out + (place + int64_t(q / group) * l.heads + q % group) * size + i);
@@ -522,23 +544,29 @@ template <class A>
 void linear(const Matrix* parts, int num_parts, const Norm& norm, const A* from, A* to, int num, Then then, const A* other) {
     static thread_local Packed own;
     Packed& x = own;  // the whole team's
-    int64_t stride = 0, column = 0;
+    int64_t stride = 0;
     for (int part = 0; part < num_parts; ++part) stride += parts[part].rows;
-    for (int part = 0; part < num_parts; column += parts[part++].rows) {
-        const Matrix& w = parts[part];
-        const bool is_new = !part || !pack_alike(parts[part - 1].kind, w.kind);
-        if (is_new) make_room(x, w.kind, num, w.cols);
 #pragma omp parallel
-        {
-            static thread_local std::vector<float> state;
-            state.resize(w.cols);
+    {
+        static thread_local std::vector<float> state;
+        int64_t column = 0;
+        for (const Matrix* w = parts; w < parts + num_parts; column += w++->rows) {
+            if (w == parts || !pack_alike(w[-1].kind, w->kind)) {
+#pragma omp barrier
+#pragma omp single
+                make_room(x, w->kind, num, w->cols);
+                state.resize(w->cols);
 #pragma omp for
-            for (int n = 0; n < (is_new ? num : 0); ++n) {
-                for (int i = 0; i < w.cols; ++i) state[i] = one(from[int64_t(n) * w.cols + i]);
-                if (norm.weight) normalise<A>(norm, state.data(), 1);
-                pack(x, w.kind, state.data(), n, w.cols);
+                for (int n = 0; n < num; ++n) {
+                    for (int i = 0; i < w->cols; i += WIDTH) {
+                        const int count = std::min(WIDTH, w->cols - i);
+                        store_some(some(from + int64_t(n) * w->cols + i, count), count, state.data() + i);
+                    }
+                    if (norm.weight) normalise<A>(norm, state.data(), 1);
+                    pack(x, w->kind, state.data(), n, w->cols);
+                }
             }
-            multiply(w, x, num, Output<A, A>{to + column, stride, then, other ? other + column : nullptr});
+            multiply(*w, x, num, Output<A, A>{to + column, stride, then, other ? other + column : nullptr});
         }
     }
 }

@@ -165,15 +165,16 @@ inline void pack(Packed& packed, int kind, const float* x, int token, int cols) 
     if (is_integer(kind)) return pack_integers(packed, x, token, cols);
     const Packed::Place place = packed.place(token);
     int32_t* units = packed.units.data() + int64_t(place.block) * packed.stride + place.within;
-    const int together = inputs_of_unit(kind);
-    for (int unit = 0; unit < packed.stride; units += place.size)
-        for (int i = unit++ * together, k = 0; k < together; ++k, ++i) {
-            const float value = i < cols ? x[i] : 0;
-            if (kind == FLOAT32)
-                std::memcpy(units, &value, 4);
-            else
-                store(value, reinterpret_cast<bf16*>(units) + k);
-        }
+    const int num = WIDTH / inputs_of_unit(kind);  // units of WIDTH inputs
+    for (int i = 0; i < packed.stride / num; ++i, units += num * place.size) {
+        const floats values = some(x + i * WIDTH, std::max(cols - i * WIDTH, 0));
+        int32_t narrow[WIDTH];
+        if (kind == FLOAT32)
+            std::memcpy(narrow, &values, sizeof values);
+        else
+            store_some(values, WIDTH, reinterpret_cast<bf16*>(narrow));
+        for (int unit = 0; unit < num; ++unit) units[unit * place.size] = narrow[unit];
+    }
 }
 
 // Packs (tokens, cols). The result is the calling thread's, valid until it packs again.
