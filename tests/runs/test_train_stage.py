@@ -40,7 +40,7 @@ def recipe_of(folder: Path, *methods: Any, **sections: Any) -> Recipe:
 
 
 def fields_of(recipe: Recipe, out: Path, said: list[str]) -> dict[str, Any]:
-    return Training(Inputs(recipe, out), said.append, None).run()
+    return Training(recipe, out, said.append, lambda row: None).run()
 
 
 class Settled:

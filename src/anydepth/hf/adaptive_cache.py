@@ -160,9 +160,22 @@ class LayerKV(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.is_initialized:
             super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        held = [self.positions, *(states[0] for states in self.deferred)]
+        num_rows = next((len(part) for part in held if part is not None), 0)
+        self._select_rows(torch.arange(num_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_rows(indices)
+
+    def _select_rows(self, rows: Tensor) -> None:
         if self.positions is not None:
-            self.positions = self.positions[beam_idx.to(self.positions.device)]
-        self.deferred = [tuple(part[beam_idx.to(part.device)] for part in states) for states in self.deferred]
+            self.positions = self.positions[rows.to(self.positions.device)]
+        self.deferred = [tuple(part[rows.to(part.device)] for part in states) for states in self.deferred]
 
 
 class AdaptiveCache(DynamicCache):
@@ -188,11 +201,25 @@ class AdaptiveCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
+        self._select_memory(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        rows = [part.arguments[0].real for part in self.deferred.values() if part.arguments]
+        rows += [*self.method_memory.values(), *(layer.conv_states[0] for layer in self.alternates.values())]
+        num_rows = max((len(part) for part in rows if part is not None), default=0)
+        self._select_memory(torch.arange(num_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select_memory(indices)
+
+    def _select_memory(self, rows: Tensor) -> None:
         for part in self.deferred.values():
-            part.select_rows(beam_idx)
-        self.method_memory = {name: part[beam_idx.to(part.device)] for name, part in self.method_memory.items()}
+            part.select_rows(rows)
+        self.method_memory = {name: part[rows.to(part.device)] for name, part in self.method_memory.items()}
         for layer in self.alternates.values():
-            layer.reorder_cache(beam_idx)
+            layer.reorder_cache(rows)  # type: ignore[arg-type]
 
     def kv(self, layer_idx: int) -> LayerKV:
         layer = self.layers[layer_idx]
