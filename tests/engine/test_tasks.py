@@ -12,8 +12,18 @@ from anydepth.engine.backends.cpu.tasks import FFN, MIXER, Rows, Task, Tasks
 from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import Rotation
-from anydepth.engine.weights import Float32
-from kernel_checks import HEAD_DIM, HIDDEN, KV_HEADS, VARIANTS, check_branches, layer_parts, randn, rotation_table
+from anydepth.engine.weights import BFloat16, Float32
+from kernel_checks import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    VARIANTS,
+    check_branches,
+    layer_parts,
+    randn,
+    rotation_table,
+)
 
 pytestmark = pytest.mark.skipif(
     native.why_not(torch.float32, torch.device("cpu")) is not None, reason="no C++ compiler on this machine"
@@ -68,13 +78,22 @@ def test_some_tokens_run_the_mixer_and_others_the_ffn() -> None:
     torch.testing.assert_close(kv.states[0, :, :2], new.transpose(0, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_queries_attend_to_as_many_kv_as_each_has_seen() -> None:
-    parts = layer_parts()
-    ours = KernelBackend(torch.float32, ["all"]).layer(parts, Float32)
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize(
+    ("dtype", "num", "many"), [(torch.float32, 3, False), (torch.bfloat16, 3, True), (torch.bfloat16, 45, True)]
+)
+def test_queries_attend_to_as_many_kv_as_each_has_seen(
+    dtype: torch.dtype, num: int, many: bool, window: int | None
+) -> None:
+    """Also where many queries read the keys in panels, from a key on that begins none."""
+    parts, length = layer_parts(window=window), 203
+    ours = KernelBackend(dtype, ["all"]).layer(parts, BFloat16 if dtype == torch.bfloat16 else Float32)
+    kv = LayerKV(randn(2, 2 * KV_HEADS, length, HEAD_DIM).to(dtype), HIDDEN)
+    queries, seen = randn(num, HEADS, HEAD_DIM, seed=1).to(dtype), length - 2 * torch.arange(num).flip(0)
+    found = ours.native.attend(queries, kv, 1, seen, many=many)
+    columns = torch.arange(length)
+    mask = (columns < seen[:, None]) & (columns >= seen[:, None] - (window or length))
     plain = TorchBackend(torch.float32).layer(parts, Float32)
-    kv, queries = LayerKV(randn(2, 2 * KV_HEADS, 9, HEAD_DIM), HIDDEN), randn(3, 6, HEAD_DIM, seed=1)
-    seen = torch.tensor([1, 4, 9])
-    found = ours.native.attend(queries, kv, 1, seen)
-    for one, query, count in zip(found, queries, seen.tolist(), strict=True):
-        wanted = plain.attend(query[None], kv.states[1:2, :, :count], None)
-        torch.testing.assert_close(one[None], wanted, rtol=1e-4, atol=1e-5)
+    wanted = plain.attend(queries.float(), kv.states[1:2].float(), mask[None])
+    bound = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.float(), wanted, rtol=bound, atol=bound)

@@ -13,7 +13,7 @@ import pytest
 import anydepth
 from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
-from anydepth.errors import UserError
+from anydepth.errors import Unsupported, UserError
 from anydepth.models.load import NATIVE
 from anydepth.serve import opening
 from anydepth.serve.opening import native_first, open_service, open_target
@@ -92,31 +92,45 @@ def test_a_misspelt_corpus_is_found_before_the_model_is_loaded(monkeypatch: pyte
         open_service("embedded", data="embeded:train")
 
 
-def kinds_tried(target: str, weights: str | None = None, *, fails: bool = False, **options: object) -> list[str | None]:
-    """Return the kinds of weights that a target is opened with, in order."""
+def kinds_tried(
+    target: str,
+    weights: str | None = None,
+    *,
+    error: UserError | None = None,
+    said: list[str] | None = None,
+    **how: Any,
+) -> list[str | None]:
+    """Return the kinds of weights that a target is opened with, in order; native ones fail with an error."""
     tried: list[str | None] = []
 
     def open_as(kind: str | None) -> None:
         tried.append(kind)
-        if fails and kind == NATIVE:
-            raise UserError("no compiler")
+        if error is not None and kind == NATIVE:
+            raise error
 
-    native_first(open_as, target, weights, **options)  # type: ignore[arg-type]
+    native_first(open_as, target, weights, ([] if said is None else said).append, **how)
     return tried
 
 
-def test_a_gguf_file_runs_in_its_own_blocks_unless_something_else_is_asked_for() -> None:
-    assert kinds_tried("embedded") == kinds_tried("model.gguf", dtype="bfloat16", engine="fast") == [NATIVE]
+def test_a_gguf_file_runs_in_its_own_blocks_unless_something_else_is_asked_for(tmp_path: Path) -> None:
+    files = {kind: str(tmp_path / f"{kind}.gguf") for kind in ("Q8_0", "F16")}
+    for kind, path in files.items():
+        save_gguf(Path(path), kind)
+    assert kinds_tried("embedded") == kinds_tried(files["Q8_0"], dtype="bfloat16", engine="fast") == [NATIVE]
     assert kinds_tried("embedded", "int8") == ["int8"]
-    asked: list[dict[str, object]] = [{"engine": "hf"}, {"dtype": "float32"}, {"device": "cuda"}, {"compiled": True}]
-    assert [kinds_tried("embedded", **options) for options in asked] == [[None]] * 4
-    assert kinds_tried("runs/checkpoint") == [None]
+    asked: list[dict[str, Any]] = [{"engine": "hf"}, {"dtype": "float32"}, {"device": "cuda"}, {"compiled": True}]
+    assert [kinds_tried("embedded", **how) for how in asked] == [[None]] * 4
+    assert [kinds_tried(target) for target in (files["F16"], "missing.gguf", "runs/checkpoint")] == [[None]] * 3
 
 
-def test_a_file_that_cannot_run_in_blocks_is_dequantised() -> None:
-    assert kinds_tried("embedded", fails=True) == [NATIVE, None]
+def test_a_file_that_cannot_run_in_blocks_is_dequantised_and_the_reason_is_said() -> None:
+    said: list[str] = []
+    assert kinds_tried("embedded", error=Unsupported("no compiler"), said=said) == [NATIVE, None]
+    assert said == ["embedded is dequantised: no compiler"]
     with pytest.raises(UserError, match="no compiler"):
-        kinds_tried("embedded", NATIVE, fails=True)
+        kinds_tried("embedded", NATIVE, error=Unsupported("no compiler"))
+    with pytest.raises(UserError, match="misspelt"):  # a mistake that another load would not mend
+        kinds_tried("embedded", error=UserError("misspelt"))
 
 
 def test_open_target_says_what_it_runs(tmp_path: Path) -> None:

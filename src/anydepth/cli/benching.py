@@ -151,7 +151,7 @@ def _open(call: opt.Call) -> tuple[Any, Any, list[Any]]:
         return adapted, tokenizer, _engines(call, adapted, draft)
 
     how: dict[str, Any] = {"engine": engine, "dtype": call.dtype, "device": call.device, "compiled": compiled}
-    return native_first(open_as, target, weights, **how)
+    return native_first(open_as, target, weights, call.progress, **how)
 
 
 def _engines(call: opt.Call, adapted: Any, draft: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from anydepth.decoding.engine import Draft, Engine
 from anydepth.decoding.generate import generate_batch
 from anydepth.engine.model import EngineModel
 from anydepth.engine.session import FastSession
-from anydepth.errors import UserError
+from anydepth.errors import Unsupported, UserError
 from anydepth.gating import cost
 from anydepth.gating.plan import FULL_DEPTH
 from anydepth.hf.adapted import AdaptedModel
@@ -99,7 +99,7 @@ class FastEngine(Engine):
     ) -> None:
         for method in adapted.attached:
             if method.routes_mixers:
-                raise UserError(f"{method.name} has alternate mixers, which the fast engine lacks; use engine hf")
+                raise Unsupported(f"{method.name} has alternate mixers, which the fast engine lacks; use engine hf")
         self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
         self.weights = self.model.weights
         super().__init__(adapted, draft)

@@ -16,7 +16,7 @@ from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.new_tokens import NewTokens, Rotations
 from anydepth.engine.step import ExitPass, Step
 from anydepth.engine.weights import WEIGHTS, Native, WeightFormat
-from anydepth.errors import UserError
+from anydepth.errors import Unsupported, UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.backbone import Backbone
@@ -218,5 +218,5 @@ def _choose_backend(
         if reason is None:
             return KernelBackend(weights.dtype, rotation_kinds)
     if weights.needs_kernels:
-        raise UserError(f"{weights.name} weights need the compiled kernels, and {reason}; or use int8")
+        raise Unsupported(f"{weights.name} weights need the compiled kernels, and {reason}; or use int8")
     return TorchBackend(weights.dtype, reason, compiled=compiled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from anydepth.errors import UserError
 from anydepth.models.blocks import BlockEmbedding, BlockLinear, Blocks
+from anydepth.models.llama_like import FAMILIES
 from anydepth.models.reading import check_whole, reading
 
 QUANTISED_DTYPE = torch.bfloat16
@@ -74,6 +76,17 @@ def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> No
     if field is not None and field.contents() == "smollm":
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)  # type: ignore[attr-defined]
+
+
+def is_in_blocks(path: Path, cache: Path) -> bool:
+    """Return whether the largest tensor of a file is in blocks that the fast engine reads, of a family that it runs."""
+    if not path.is_file():
+        return False
+    with reading(f"GGUF file {path}"):
+        folder = _metadata(path, cache)
+        tensors = json.loads((folder / TENSORS).read_text())["tensors"]
+        largest = max(tensors, key=lambda tensor: math.prod(tensor["shape"]))
+        return largest["kind"] in BLOCK_KINDS and AutoConfig.from_pretrained(str(folder)).model_type in FAMILIES
 
 
 def native_from_gguf(path: Path, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anydepth.errors import UserError
+from anydepth.errors import Unsupported
 from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.blocks import BlockLinear, Blocks
 from anydepth.models.plain import base_module, chosen_module, plain_module
@@ -117,11 +117,11 @@ class LayerParts:
 def read_layers(backbone: Backbone) -> list[LayerParts]:
     """Return the parts of every layer; raise `UserError` if an engine cannot run the model from its weights alone."""
     if backbone.family_name not in FAMILIES:
-        raise UserError(
+        raise Unsupported(
             f"the fast engine does not run {backbone.family_name}; it runs {', '.join(FAMILIES)}; use engine hf"
         )
     for kind in {part.get("rope_type") for part in backbone.rope_parameters} & {"dynamic", "longrope"}:
-        raise UserError(
+        raise Unsupported(
             f"the fast engine needs a rotary embedding that does not depend on the length, this model's ({kind}) "
             "does; use engine hf"
         )
@@ -179,7 +179,7 @@ def _activation(mlp: Any) -> str:
         return "silu"
     if name in ("GELUTanh", "PytorchGELUTanh"):
         return "gelu_tanh"
-    raise UserError(f"the fast engine supports the activations SiLU and tanh-GELU, got {name}; use engine hf")
+    raise Unsupported(f"the fast engine supports the activations SiLU and tanh-GELU, got {name}; use engine hf")
 
 
 def rotations(
@@ -215,7 +215,7 @@ def weights_of(module: nn.Module) -> Weights:
     if isinstance(base, BlockLinear) and base is module:
         return BlockWeights(base.blocks, None if base.bias is None else base.bias.detach(), base.dtype)
     if type(base) is not nn.Linear:
-        raise UserError(
+        raise Unsupported(
             f"the fast engine takes plain linear layers and found {type(base).__name__}; load without quantisation, or "
             "use engine hf"
         )

@@ -16,6 +16,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from anydepth.errors import UserError
 from anydepth.models.backbone import unwrap
 from anydepth.models.blocks import BlockLinear, BlockModule, Blocks
 from anydepth.models.families import family_of
-from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf, native_from_gguf
+from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf, is_in_blocks, native_from_gguf
 from anydepth.models.plain import base_modules
 from anydepth.models.reading import check_whole, quiet, reading
 from anydepth.models.tokens import end_ids
@@ -113,17 +114,23 @@ def _load_blocks(
         raise UserError(f"native weights run with bfloat16 activations, not {dtype}; leave dtype out")
     if device.type != "cpu" or options:
         raise UserError("native weights are for the fast engine on the CPU; leave out device, quantisation, attention")
-    return native_from_gguf(embedded_gguf() if target == EMBEDDED else Path(target), cache_folder())
+    return native_from_gguf(_file_of(target), cache_folder())
 
 
 def has_blocks(target: str, dtype: DType = AUTO, device: str = "cpu") -> bool:
-    """Return whether a target can be loaded with `native=True`, but for its family and the types of its blocks."""
+    """Return whether a target is a .gguf file of the fast engine, in blocks, to be run as they are."""
     name = str(dtype).removeprefix("torch.")
-    return (
-        (target == EMBEDDED or target.endswith(".gguf"))
-        and name in (AUTO, str(QUANTISED_DTYPE).removeprefix("torch."))
-        and device.split(":")[0] == "cpu"
-    )
+    if name not in (AUTO, str(QUANTISED_DTYPE).removeprefix("torch.")) or device.split(":")[0] != "cpu":
+        return False
+    if target != EMBEDDED and not target.endswith(".gguf"):
+        return False
+    with suppress(UserError):  # a damaged file, or a full disk: the load says so
+        return is_in_blocks(_file_of(target), cache_folder())
+    return False
+
+
+def _file_of(target: str) -> Path:
+    return embedded_gguf() if target == EMBEDDED else Path(target)
 
 
 def _options(quantisation: str | None, attention: str | None, device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
-from anydepth.errors import RunError, UserError
+from anydepth.errors import RunError, Unsupported, UserError
 from anydepth.models.load import NATIVE, DType, has_blocks
 from anydepth.serve.service import Budgets, Service
 from anydepth.speculation.draft import why_no_draft
@@ -32,6 +32,7 @@ def native_first(
     open_as: Callable[[str | None], Opened],
     target: str,
     weights: str | None,
+    say: Callable[[str], None],
     *,
     engine: str = "auto",
     dtype: DType = "auto",
@@ -40,8 +41,10 @@ def native_first(
 ) -> Opened:
     """Return `open_as(weights)`; a .gguf file runs in its own blocks if it can, and nothing else is asked for."""
     if weights is None and engine in ("auto", "fast") and not compiled and has_blocks(target, dtype, device):
-        with suppress(UserError):  # no kernels here, or another family: said by the next line, if not mended by it
+        try:
             return open_as(NATIVE)
+        except Unsupported as error:
+            say(f"{target} is dequantised: {error}")
     return open_as(weights)
 
 
@@ -74,7 +77,7 @@ def open_target(
         return open_engine(adapted.eval(), engine, kind, say, draft=draft, compiled=compiled), tokenizer
 
     of_load = {name: load[name] for name in ("dtype", "device") if name in load}
-    return native_first(open_as, target, weights, engine=engine, compiled=compiled, **of_load)
+    return native_first(open_as, target, weights, say, engine=engine, compiled=compiled, **of_load)
 
 
 def open_service(

@@ -1,4 +1,4 @@
-"""The backend of the compiled kernels: passes of few tokens in one call, PyTorch's operators for many tokens."""
+"""The backend of the compiled kernels: passes of few tokens in one call; of many, products and attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from anydepth.engine.backends.cpu.packing import (
 )
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, KernelLayer, NativeLayer, Rows, Task, Tasks
 from anydepth.engine.backends.torch.backend import Branches, Format, TorchBackend, kept_tokens
-from anydepth.engine.backends.torch.layer import Linear
+from anydepth.engine.backends.torch.layer import Linear, NormedLinear, RMSNorm
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate import Gate
@@ -51,13 +51,14 @@ class KernelBackend(TorchBackend):
         norms = {"queries": parts.mixer_norm, "keys": parts.mixer_norm, "gate": parts.ffn_norm, "up": parts.ffn_norm}
 
         def linear(*roles: str) -> Linear:
-            if not by_kernels:
-                return Linear([getattr(parts, role) for role in roles])
-            return NativeLinear([packed[role] for role in roles], self.dtype, self.memory, norms.get(roles[0]))
+            own, norm = [getattr(parts, role) for role in roles], norms.get(roles[0])
+            if _for_kernels(own, weights):
+                return NativeLinear([packed[role] for role in roles], self.dtype, self.memory, norm)
+            return NormedLinear(own, RMSNorm(norm, self.dtype)) if by_kernels and norm is not None else Linear(own)
 
         kind = parts.rotation_kind
         rotation = None if kind is None else self.rotation_kinds.index(kind)
-        # The kernels normalise the inputs that they pack.
+        # The kernels normalise the inputs that they pack, so that every product of the layer has its own norm.
         many = replace(parts, mixer_norm=None, ffn_norm=None) if by_kernels else parts
         layer = KernelLayer(many, self.dtype, linear)
         layer.native = NativeLayer(parts, packed, rotation, self.dtype, self.memory)
@@ -113,13 +114,13 @@ class KernelBranches(Branches):
             kv.extend(sequence, count)
 
     def _attend(self, layer: KernelLayer, kv: LayerKV, sequence: int, queries: Tensor, positions: Tensor) -> Tensor:
-        held = kv.positions[sequence]
+        held, many = kv.positions[sequence], self.num_rows * self.num_tokens > MAX_TOKENS
         if held is None:
-            return layer.native.attend(queries, kv, sequence, positions + 1)
+            return layer.native.attend(queries, kv, sequence, positions + 1, many=many)
         if layer.window is not None:  # a window counts positions, the kernels K/V
             return super()._attend(layer, kv, sequence, queries, positions)
         seen = torch.searchsorted(torch.tensor(held, device=positions.device), positions, right=True)
-        return layer.native.attend(queries, kv, sequence, seen)
+        return layer.native.attend(queries, kv, sequence, seen, many=many)
 
 
 class PendingBranches(KernelBranches):

@@ -92,11 +92,12 @@ class NativeLayer:
             self.pointer, c_void_p(kv.states.data_ptr()), rows.over(kv, self.memory), c_void_p(hidden.data_ptr())
         )
 
-    def attend(self, queries: Tensor, kv: LayerKV, sequence: int, seen: Tensor) -> Tensor:
+    def attend(self, queries: Tensor, kv: LayerKV, sequence: int, seen: Tensor, *, many: bool) -> Tensor:
         """Attend with (N, H, head_dim) queries, each over the first `seen` K/V of a sequence: (N, H·head_dim).
 
         Args:
             seen: (N,) in ascending order, as the tokens of a pass see more and more.
+            many: whether the pass has so many tokens that the bits of one may depend on the others.
         """
         queries, seen = queries.contiguous(), seen.contiguous()
         output = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
@@ -108,6 +109,7 @@ class NativeLayer:
             len(queries),
             c_void_p(queries.data_ptr()),
             c_void_p(output.data_ptr()),
+            many,
         )
         return output
 

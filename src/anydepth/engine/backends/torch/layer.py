@@ -109,6 +109,17 @@ class RMSNorm:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class NormedLinear(Linear):
+    """Linear layers after a norm."""
+
+    def __init__(self, parts: Sequence[Weights], norm: RMSNorm) -> None:
+        super().__init__(parts)
+        self.norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(self.norm(x))
+
+
 class EngineLayer:
     """Mixer and FFN of one layer by PyTorch's operators; the variants are those of `models/llama_like.py`.
 

@@ -285,7 +285,8 @@ void attend_to(const Heads& h, const A* keys, const A* values, const Q* queries,
         }
         by_threes([&](auto some, int q) {
             constexpr int n = decltype(some)::value;
-            prefetch(keys + (start + CHUNK + next * q / num) * size, (next * (q + n) / num - next * q / num) * size);
+            if (!panels)
+                prefetch(keys + (start + CHUNK + next * q / num) * size, (next * (q + n) / num - next * q / num) * size);
             gather<SIZE, n>(h, values + start * size, count, &weights[q * CHUNK], &shrinks[q], partials + q * stride, stride);
         });
     }

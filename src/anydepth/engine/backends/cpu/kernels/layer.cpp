@@ -353,7 +353,8 @@ void defer_or_materialise(const Task& task, const Batch& b, const A* now, const 
 
 // Attends with many queries of one row over the K/V of its sequence: (N, heads, head_dim) in, (N, heads · head_dim) out.
 template <class A>
-void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* seen, int num, const A* queries, A* out) {
+void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* seen, int num, const A* queries, A* out, bool many) {
+    if (!num) return;
     constexpr int TOKENS = 16;
     const int size = l.head_dim, group = l.heads / l.kv_heads, blocks = (num + TOKENS - 1) / TOKENS;
     const Heads heads{size, l.heads, group, l.window, l.scale, l.softcap};
@@ -363,7 +364,10 @@ void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* 
     static thread_local std::vector<int32_t> packed;
     int32_t* panels = nullptr;  // the whole team's: (kv_heads, keys from `start` on, size / 2)
 #if defined(__AVX512BF16__)
-    if (std::is_same_v<A, bf16> && size % 2 == 0) packed.resize(l.kv_heads * chunks * CHUNK * size / 2), panels = packed.data();
+    if (std::is_same_v<A, bf16> && size % 2 == 0 && many && num >= TOKENS) {  // else packing costs more than it saves
+        if (const size_t needed = l.kv_heads * chunks * CHUNK * size / 2; packed.size() < needed) packed.resize(needed);
+        panels = packed.data();
+    }
 #endif
 #pragma omp parallel
     {
@@ -600,14 +604,15 @@ void anydepth_fill(const Layer* l, void* cache, const Batch* b, const void* from
         fill<float>(*l, *b, cache, static_cast<const float*>(from));
 }
 
+// `many`: of a pass of many tokens, in which a token's bits may depend on the others.
 void anydepth_attend(const Layer* l, const void* slot, int64_t capacity, const int64_t* seen, int32_t num, const void* queries,
-                     void* out) {
+                     void* out, int32_t many) {
     if (l->in_bf16)
         attend_all<bf16>(*l, static_cast<const bf16*>(slot), capacity, seen, num, static_cast<const bf16*>(queries),
-                         static_cast<bf16*>(out));
+                         static_cast<bf16*>(out), many);
     else
         attend_all<float>(*l, static_cast<const float*>(slot), capacity, seen, num, static_cast<const float*>(queries),
-                          static_cast<float*>(out));
+                          static_cast<float*>(out), many);
 }
 
 void anydepth_linear(const Matrix* parts, int32_t num_parts, const Norm* norm, const void* from, void* to, int32_t num_tokens,

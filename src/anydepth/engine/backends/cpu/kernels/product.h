@@ -97,7 +97,8 @@ inline floats add_pair(floats sums, ints weights, int32_t x) {
     return floats(_mm512_dpbf16_ps(__m512(sums), __m512bh(weights), __m512bh(_mm512_set1_epi32(x))));
 #else
     const int32_t first = x << 16, second = x & int32_t(0xffff0000);
-    return sums + floats(weights << 16) * load<float>(&first) + floats(weights & int32_t(0xffff0000)) * load<float>(&second);
+    sums = multiply_add(floats(weights << 16), all(load<float>(&first)), sums);
+    return multiply_add(floats(weights & int32_t(0xffff0000)), all(load<float>(&second)), sums);
 #endif
 }
 
@@ -124,14 +125,17 @@ struct Packed {
 
 constexpr int inputs_of_unit(int kind) { return kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : 4; }
 
-// Makes room for the inputs of some tokens, for weights of a kind.
+// Makes room for the inputs of some tokens, for weights of a kind; it only grows.
 inline void make_room(Packed& packed, int kind, int num_tokens, int cols) {
+    const auto grow = [](auto& values, size_t size) {
+        if (values.size() < size) values.resize(size);
+    };
     const int groups = groups_of(cols);
     packed.num_tokens = num_tokens, packed.stride = groups * GROUP / inputs_of_unit(kind);
-    packed.units.resize(size_t(num_tokens) * packed.stride);
+    grow(packed.units, size_t(num_tokens) * packed.stride);
     if (!is_integer(kind)) return;
-    packed.steps.resize(size_t(num_tokens) * 2 * groups), packed.sums.resize(size_t(num_tokens) * 2 * groups);
-    packed.of_groups.resize(size_t(num_tokens) * groups), packed.totals.resize(num_tokens);
+    grow(packed.steps, size_t(num_tokens) * 2 * groups), grow(packed.sums, size_t(num_tokens) * 2 * groups);
+    grow(packed.of_groups, size_t(num_tokens) * groups), grow(packed.totals, num_tokens);
 }
 
 inline void pack_integers(Packed& packed, const float* x, int token, int cols) {
@@ -145,7 +149,7 @@ inline void pack_integers(Packed& packed, const float* x, int token, int cols) {
         const floats values = some(x + half * HALF, std::max(cols - half * HALF, 0));
         const float peak = largest(values < 0.0f ? -values : values), factor = peak > 1e-30f ? 127.0f / peak : 0.0f;
         // Added to a number this large, a float's last bit is 1: the sum's low bits are the rounded integer.
-        const ints fixed = ints(values * factor + 12582912.0f) - 0x4b400000;
+        const ints fixed = ints(multiply_add(values, all(factor), all(12582912.0f))) - 0x4b400000;
         const bytes narrow = __builtin_convertvector(fixed, bytes);
         int32_t four[HALF / 4];
         std::memcpy(four, &narrow, HALF);
