@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import anydepth
-from anydepth import HFEngine
+from anydepth import FastEngine, HFEngine
 from anydepth.errors import RunError
 from anydepth.hf.partial import PartialRunner
 from anydepth.measure.self_check import self_check
@@ -21,6 +22,16 @@ def checked(spec: dict[str, object]) -> None:
 @pytest.mark.parametrize("spec", [ROUTER, {**ROUTER, "kv_rule": "omit"}, {"name": "skip_set", "skip_mixers": [0, 3]}])
 def test_the_self_check_passes_what_is_right(spec: dict[str, object]) -> None:
     checked(spec)
+
+
+def test_exits_that_recompute_pass_on_both_engines() -> None:
+    """Their gates are of layers, and only the exits are repeated: gates of branches would not go with them."""
+    adapted = anydepth.attach(tiny_llama(), {"name": "exit_gate", "layers": [2, 4], "kv_rule": "recompute"}).eval()
+    for name, weight in adapted.methods.named_parameters():
+        (torch.nn.init.normal_ if "direct.weight" in name else torch.nn.init.zeros_)(weight)
+    self_check([HFEngine(adapted), FastEngine(adapted)], windows(2, 48))
+    adapted(windows(2, 48), use_cache=False)
+    assert adapted.last_trace.kv_rules[2:] == ["recompute"] * 4 and not adapted.last_trace.mixer_keep[2].all()
 
 
 def test_a_wrong_execution_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from anydepth.decoding.engine import Engine
 from anydepth.errors import RunError
 from anydepth.gating.context import PassContext
 from anydepth.gating.plan import Plan
-from anydepth.gating.scores import Known
+from anydepth.gating.scores import Known, Score
 from anydepth.gating.spec import Branch, GateSpec
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method
@@ -83,17 +83,33 @@ class Replay(Method):
         self.alternates = {i: mixer for spec in routing for i, mixer in (spec.alternates or {}).items()}
 
     def gates(self) -> list[GateSpec]:
-        trace, gates = self.trace, []
+        trace, gates, before = self.trace, list[GateSpec](), None
         for layer_idx, rule in enumerate(trace.kv_rules):
             mixers, ffns = trace.mixer_keep[layer_idx], trace.ffn_keep[layer_idx]
-            branches: dict[Branch, Tensor] = {"mixer": mixers, "ffn": ffns}
             if rule == "recompute":
-                branches = {"layer": mixers}
+                if before is None or not torch.equal(mixers, before):  # an exit
+                    exit_score = RepeatedExit(mixers, layer_idx)
+                    gates.append(GateSpec((layer_idx,), "layer", exit_score, 0.5, rule, exits=True))
+                before = mixers
+                continue
+            branches: dict[Branch, Tensor] = {"mixer": mixers, "ffn": ffns}
             for branch, keep in branches.items():
                 alternates = self.alternates if branch == "mixer" and layer_idx in self.alternates else None
+                if alternates is None and bool(keep.all()):
+                    continue  # exits that recompute K/V do not go with gates of branches
                 score = Known(1, partial(_repeated, keep))
                 gates.append(GateSpec((layer_idx,), branch, score, 0.5, rule, alternates=alternates))
         return gates
+
+
+class RepeatedExit(Score):
+    """Which tokens stay at an exit; decided where the exit is, as by scores of states."""
+
+    def __init__(self, keep: Tensor, reads_at: int) -> None:
+        self.keep, self.reads_at = keep, reads_at
+
+    def evaluate(self, hidden: Tensor, context: PassContext, active: Tensor, captured: Mapping[int, Tensor]) -> Tensor:
+        return _repeated(self.keep, context)
 
 
 def _repeated(keep: Tensor, context: PassContext) -> Tensor:
