@@ -25,7 +25,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def check_products(kind: str, num_inputs: int, num_rows: int) -> None:
-    """Check two linear layers whose outputs fill no panel, of inputs that fill no vector, one of them far larger."""
+    """Check two linear layers with outputs that fill no panel; inputs fill no vector, and one is far larger."""
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     maps = [Weights(randn(size, num_inputs, seed=size).to(dtype), randn(size, seed=1).to(dtype)) for size in (45, 16)]
     x, norm = randn(num_rows, num_inputs, seed=2).to(dtype), Norm(1 + 0.3 * randn(num_inputs, seed=3), 1e-5)

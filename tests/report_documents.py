@@ -240,6 +240,21 @@ def run_document() -> dict[str, Any]:
     return {**ORIGIN, "schema": "anydepth.run/1", "stages": DOCUMENTS, "summary": SUMMARY}
 
 
+def calibration(*, met: bool = True) -> dict[str, Any]:
+    """Thresholds within a bound on the risk, or the most careful ones where none was shown."""
+    return {
+        **ORIGIN,
+        "schema": "anydepth.calibrate/1",
+        "thresholds": {"early_exit": [0.9, 0.95]},
+        "risk": 0.02,
+        "p_value": 0.01,
+        "num_sequences": 200,
+        "met": met,
+        "config": {"max_risk": 0.05, "confidence": 0.95},
+        "speedup": 1.1,
+    }
+
+
 def every_kind() -> list[dict[str, Any]]:
     """Documents that make every figure of the page."""
     text = {
@@ -247,18 +262,7 @@ def every_kind() -> list[dict[str, Any]]:
         "mixers": {"layers": [1, 3], "tokens": ["a", HOSTILE], "softmax": [[True, False], [True, True]]},
     }
     second = {**run_document(), "run": "another", "summary": []}
-    calibrate = {
-        **ORIGIN,
-        "schema": "anydepth.calibrate/1",
-        "thresholds": {"early_exit": [0.9, 0.95]},
-        "risk": 0.02,
-        "p_value": 0.01,
-        "num_sequences": 200,
-        "met": True,
-        "config": {"max_risk": 0.05, "confidence": 0.95},
-        "speedup": 1.1,
-    }
-    return [run_document(), second, bench_over_sizes(), comparison(), text, calibrate, capacities(), *sweeps()]
+    return [run_document(), second, bench_over_sizes(), comparison(), text, calibration(), capacities(), *sweeps()]
 
 
 def capacities() -> dict[str, Any]:

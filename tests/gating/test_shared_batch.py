@@ -15,7 +15,7 @@ from anydepth.gating.shared_batch import batch_mean, batch_rows, draw_uniform
 
 @contextmanager
 def process(rank: int, every: list[Tensor]) -> Iterator[None]:
-    """Run as one of several processes, whose own tensors are `every`."""
+    """Run as one of several processes, which have the tensors of `every`."""
 
     def all_reduce(own: Tensor) -> None:
         own.copy_(torch.stack(every).sum(0))

@@ -175,7 +175,7 @@ def test_arguments_of_one_row_are_for_every_row() -> None:
 
 
 def recurrent(*rows: float) -> LinearAttentionLayer:
-    """Return the state of a recurrent layer whose rows have these numbers."""
+    """Return the state of a recurrent layer with these numbers in its rows."""
     layer = LinearAttentionLayer()
     numbers = torch.tensor(rows)
     layer.update_conv_state(numbers[:, None, None].expand(-1, 2, 3).clone())

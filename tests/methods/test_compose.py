@@ -101,7 +101,7 @@ TWO, PHASE = "methods: [skip_set, ffn_router]", "phases: [{name: a, train: [skip
 )
 def test_a_training_without_weights_is_refused(tmp_path: Path, lines: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        load_recipe(written(tmp_path, "\n".join(lines)))
+        assert load_recipe(written(tmp_path, "\n".join(lines))).methods[0]["name"] == "skip_set"
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_a_training_without_weights_is_refused(tmp_path: Path, lines: list[str],
     ],
 )
 def test_a_training_of_a_method_an_adapter_or_the_model_is_allowed(tmp_path: Path, lines: list[str]) -> None:
-    load_recipe(written(tmp_path, "\n".join(lines)))
+    assert load_recipe(written(tmp_path, "\n".join(lines))).methods[0]["name"] == "skip_set"

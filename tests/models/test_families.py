@@ -39,7 +39,7 @@ def test_branches_are_the_modules_of_the_modelling_file(family: str, model: PreT
 
 @torch.no_grad()
 def test_a_layer_adds_the_outputs_of_its_branches(model: PreTrainedModel) -> None:
-    """In families whose branches run in turn or in parallel."""
+    """In families with branches that run in turn or in parallel."""
     added: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, _: Any, output: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from anydepth.report import tradeoffs
 from anydepth.report.layout import Page
-from report_documents import HOSTILE, ORIGIN, capacities, outline_of, setting, sweeps, table_of
+from report_documents import HOSTILE, ORIGIN, calibration, capacities, outline_of, setting, sweeps, table_of
 
 
 def test_sweeps_are_side_by_side(page: Page) -> None:
@@ -64,7 +64,7 @@ def test_capacities_have_a_row_each_and_the_control_last(page: Page) -> None:
 
 
 def test_points_of_capacities_are_those_that_were_measured() -> None:
-    """Nothing is skipped at capacity 1, whose speed-up is not measured; the increase is in per cent."""
+    """Nothing is skipped at capacity 1, so that its speed-up is not measured; the increase is in per cent."""
     by_speed, by_perplexity = tradeoffs.capacities(capacities()).axes
     assert list(by_speed.lines[0].get_xdata()) == [0.9, 0.5] and list(by_speed.lines[0].get_ydata()) == [1.2, 1.2]
     assert list(by_perplexity.lines[0].get_xdata()) == [1, 0.9, 0.5]
@@ -77,18 +77,8 @@ def test_points_of_capacities_are_those_that_were_measured() -> None:
 
 
 @pytest.mark.parametrize("met", [False, True])
-def test_a_bound_that_was_not_shown_is_said(page: Page, met: bool) -> None:
-    document: dict[str, Any] = {
-        "thresholds": {"early_exit": [0.9, 0.95]},
-        "risk": 0.02,
-        "p_value": 0.01,
-        "num_sequences": 200,
-        "met": met,
-        "config": {"max_risk": 0.05, "confidence": 0.95},
-        "speedup": 1.1,
-        "perplexity_increase": None,
-    }
-    tradeoffs.calibration(page, document)
+def test_a_bound_that_was_not_shown_is_reported(page: Page, met: bool) -> None:
+    tradeoffs.calibration(page, {**calibration(met=met), "perplexity_increase": None})
     written = "".join(page.parts)
     assert "Thresholds: early_exit [0.9, 0.95]." in written and "Measured speed-up: 1.1." in written
     assert ("Risk 0.020 on 200 texts" in written, "nothing is skipped." in written) == (met, not met)

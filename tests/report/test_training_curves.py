@@ -12,7 +12,7 @@ from report_documents import HOSTILE, ORIGIN, document_of, outline_of, table_of
 
 
 def training(num_steps: int, **fields: Any) -> dict[str, Any]:
-    """A training whose loss at step n is n."""
+    """A training with a loss of n at step n."""
     history = [{"step": step, "lm_loss": float(step), **fields} for step in range(1, num_steps + 1)]
     return {**ORIGIN, "schema": "anydepth.train/1", "seconds": 9.0, "tokens_per_second": 100.0, "loss_history": history}
 

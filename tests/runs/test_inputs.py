@@ -28,7 +28,7 @@ def inputs_of(out: Path, **sections: Any) -> Inputs:
 
 
 def after_search(out: Path, *methods: Any, search: Any = ()) -> list[dict[str, Any]]:
-    """Options of the methods of a recipe whose search stage found `FOUND`."""
+    """Options of the methods of a recipe after its search stage found `FOUND`."""
     write_json(out / "search.json", FOUND)
     found = inputs_of(out, methods=list(methods), search=None if search is None else {}).methods()
     return [config.model_dump() for config in found]

@@ -26,7 +26,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Points whose process is a script, which a stand-in for Python runs."""
+    """Points with a script as their process, which a stand-in for Python runs."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n. "$3/point.sh"\n')  # the arguments are -m, the module and the folder
     python.chmod(0o755)
@@ -81,7 +81,7 @@ def test_an_interrupt_ends_every_process_and_starts_no_more(folders: dict[str, P
 
 
 def test_a_point_learns_without_the_stages_that_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the recipe in its folder, whose relative paths are those of `home`."""
+    """From the recipe in its folder; its relative paths begin at `home`."""
     seen: list[Any] = []
 
     class Recorded:

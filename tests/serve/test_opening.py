@@ -112,7 +112,7 @@ def kinds_tried(
     return tried
 
 
-def test_a_gguf_file_runs_in_its_own_blocks_unless_something_else_is_asked_for(tmp_path: Path) -> None:
+def test_a_gguf_file_runs_in_its_own_blocks_unless_other_weights_are_named(tmp_path: Path) -> None:
     files = {kind: str(tmp_path / f"{kind}.gguf") for kind in ("Q8_0", "F16")}
     for kind, path in files.items():
         save_gguf(Path(path), kind)
@@ -123,7 +123,7 @@ def test_a_gguf_file_runs_in_its_own_blocks_unless_something_else_is_asked_for(t
     assert [kinds_tried(target) for target in (files["F16"], "missing.gguf", "runs/checkpoint")] == [[None]] * 3
 
 
-def test_a_file_that_cannot_run_in_blocks_is_dequantised_and_the_reason_is_said() -> None:
+def test_a_file_that_cannot_run_in_blocks_is_dequantised_and_the_reason_is_printed() -> None:
     said: list[str] = []
     assert kinds_tried("embedded", error=Unsupported("no compiler"), said=said) == [NATIVE, None]
     assert said == ["embedded is dequantised: no compiler"]
@@ -133,7 +133,7 @@ def test_a_file_that_cannot_run_in_blocks_is_dequantised_and_the_reason_is_said(
         kinds_tried("embedded", error=UserError("misspelt"))
 
 
-def test_open_target_says_what_it_runs(tmp_path: Path) -> None:
+def test_open_target_opens_the_weights_that_are_named(tmp_path: Path) -> None:
     path = str(tmp_path / "model.gguf")
     save_gguf(Path(path), "Q8_0")
     assert open_target(path)[0].weights == NATIVE

@@ -211,9 +211,9 @@ def serve(
 
     load = opt.load_options(call.arguments)
     bound = bind(host, port)
-    passed = ("max_batch_size", "max_tokens", "max_queue", "generation_config", "data", "weights", "dtype", "device")
+    names = ("max_batch_size", "max_tokens", "max_queue", "generation_config", "data", "weights", "dtype", "device")
     with call.busy(f"loading {target} …"):
-        service, tokenizer = open_service(target, **{name: call.arguments[name] for name in passed}, **load)
+        service, tokenizer = open_service(target, **{name: call.arguments[name] for name in names}, **load)
     if defaults := told(service.engine.adapted.generation_config):
         call.progress(defaults)
     settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout, seed=seed)

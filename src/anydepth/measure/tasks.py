@@ -76,7 +76,7 @@ def _local(name: str, documents: Callable[[], Documents], **overrides: Any) -> d
     return {"task": name, "custom_dataset": load, **overrides}
 
 
-def _whole(documents: Callable[[Path], Documents], **overrides: Any) -> Callable[[Path, str], list[Spec]]:
+def _of_one_part(documents: Callable[[Path], Documents], **overrides: Any) -> Callable[[Path, str], list[Spec]]:
     """Return the builder of a benchmark that has one part."""
     return lambda folder, name: [_local(name, partial(documents, folder), **overrides)]
 
@@ -149,9 +149,9 @@ def _rows(path: Path, *keys: str) -> list[dict[str, Any]]:
 
 
 LOCAL = {
-    "arc_easy": Local("arc_easy/dev.jsonl", "dev", _whole(_arc, test_split=None), 0),
-    "arc_challenge": Local("arc_challenge/dev.jsonl", "dev", _whole(_arc, test_split=None), 0),
+    "arc_easy": Local("arc_easy/dev.jsonl", "dev", _of_one_part(_arc, test_split=None), 0),
+    "arc_challenge": Local("arc_challenge/dev.jsonl", "dev", _of_one_part(_arc, test_split=None), 0),
     "mmlu": Local("mmlu/dev", "val", _mmlu, 5),
-    "gsm8k": Local("gsm8k/train.jsonl", f"last {GSM8K_SCORED} of train", _whole(_gsm8k), 5),
-    "wikitext": Local("wikitext-2/valid.txt", "valid", _whole(_wikitext, test_split=None), 0),
+    "gsm8k": Local("gsm8k/train.jsonl", f"last {GSM8K_SCORED} of train", _of_one_part(_gsm8k), 5),
+    "wikitext": Local("wikitext-2/valid.txt", "valid", _of_one_part(_wikitext, test_split=None), 0),
 }

@@ -283,7 +283,7 @@ class Backbone:
                 kinds.setdefault((type(view.mixer), bool(getattr(view.mixer, "use_rope", True))), view)
         checked = list(kinds.values())
         token_ids = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
-        with recorded_inputs(checked) as records, evaluating(self.model):
+        with recorded_inputs(checked) as records, _evaluating(self.model):
             self.decoder(input_ids=token_ids, use_cache=False)
         for view in checked:
             self._check_projection(view, *records[view.layer_idx])
@@ -291,7 +291,7 @@ class Backbone:
     def _check_projection(self, view: LayerView, hidden: Tensor, arguments: dict[str, Any]) -> None:
         projected = view.project_kv(view.normalise(hidden), arguments.get("position_embeddings"))
         capture = _KVCapture(stop=False)
-        with evaluating(self.model):
+        with _evaluating(self.model):
             view.module.forward(hidden, **{**arguments, view.family.cache_argument: capture})
         tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
         for ours, own in zip(projected, capture.kv, strict=True):
@@ -318,7 +318,7 @@ def recorded_inputs(views: list[LayerView]) -> Iterator[dict[int, tuple[Tensor, 
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode, and restore the mode of each submodule afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -39,7 +39,7 @@ def native_first(
     device: str = "cpu",
     compiled: bool = False,
 ) -> Opened:
-    """Return `open_as(weights)`; a .gguf file runs in its own blocks if it can, and nothing else is asked for."""
+    """Return `open_as(weights)`; run a .gguf file in its own blocks if no other weights are named."""
     if weights is None and engine in ("auto", "fast") and not compiled and has_blocks(target, dtype, device):
         try:
             return open_as(NATIVE)

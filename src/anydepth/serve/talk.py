@@ -18,7 +18,7 @@ from anydepth.serve.text_stream import TextStream
 class Talk:
     """A conversation: the turns so far, and the next answer.
 
-    Sampling options but the `temperature` are the model's own defaults.
+    All sampling options except `temperature` are the model's defaults.
     """
 
     def __init__(

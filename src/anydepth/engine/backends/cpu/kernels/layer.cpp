@@ -111,18 +111,23 @@ void normalise(const Norm& norm, float* x, int num) {
     }
 }
 
+// Reads a state as floats, normalised if there is a norm.
+template <class A>
+void read_state(const Norm& norm, const A* from, int size, float* to) {
+    for (int i = 0; i < size; i += WIDTH) {
+        const int count = std::min(WIDTH, size - i);
+        store_some(some(from + i, count), count, to + i);
+    }
+    if (norm.weight) normalise<A>(norm, to, 1);
+}
+
 // Packs the normalised states `state_of` (0..num) as inputs of a linear layer. Every thread packs its own copy: that is
 // cheaper than waiting for one thread.
 template <class A, class StateOf>
 const Packed& prepared(const Matrix& w, const Norm& norm, int num, const StateOf& state_of) {
     static thread_local std::vector<float> x;
     x.resize(size_t(num) * w.cols);
-    for (int n = 0; n < num; ++n) {
-        const A* state = state_of(n);
-        float* own = x.data() + size_t(n) * w.cols;
-        for (int i = 0; i < w.cols; ++i) own[i] = one(state[i]);
-    }
-    if (norm.weight) normalise<A>(norm, x.data(), num);
+    for (int n = 0; n < num; ++n) read_state<A>(norm, state_of(n), w.cols, x.data() + size_t(n) * w.cols);
     return pack(w.kind, x.data(), num, w.cols);
 }
 
@@ -362,7 +367,7 @@ void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* 
     const auto first_of = [&](int token) { return l.window ? std::max<int64_t>(0, seen[token] - l.window) / CHUNK * CHUNK : 0; };
     const int64_t start = first_of(0), chunks = (all - start + CHUNK - 1) / CHUNK;
     static thread_local std::vector<int32_t> packed;
-    int32_t* panels = nullptr;  // the whole team's: (kv_heads, keys from `start` on, size / 2)
+    int32_t* panels = nullptr;  // of all threads of the team: (kv_heads, keys from `start` on, size / 2)
 #if defined(__AVX512BF16__)
     if (std::is_same_v<A, bf16> && size % 2 == 0 && many && num >= TOKENS) {  // else packing costs more than it saves
         if (const size_t needed = l.kv_heads * chunks * CHUNK * size / 2; packed.size() < needed) packed.resize(needed);
@@ -547,7 +552,7 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
 template <class A>
 void linear(const Matrix* parts, int num_parts, const Norm& norm, const A* from, A* to, int num, Then then, const A* other) {
     static thread_local Packed own;
-    Packed& x = own;  // the whole team's
+    Packed& x = own;  // of all threads of the team
     int64_t stride = 0;
     for (int part = 0; part < num_parts; ++part) stride += parts[part].rows;
 #pragma omp parallel
@@ -562,11 +567,7 @@ void linear(const Matrix* parts, int num_parts, const Norm& norm, const A* from,
                 state.resize(w->cols);
 #pragma omp for
                 for (int n = 0; n < num; ++n) {
-                    for (int i = 0; i < w->cols; i += WIDTH) {
-                        const int count = std::min(WIDTH, w->cols - i);
-                        store_some(some(from + int64_t(n) * w->cols + i, count), count, state.data() + i);
-                    }
-                    if (norm.weight) normalise<A>(norm, state.data(), 1);
+                    read_state<A>(norm, from + int64_t(n) * w->cols, w->cols, state.data());
                     pack(x, w->kind, state.data(), n, w->cols);
                 }
             }

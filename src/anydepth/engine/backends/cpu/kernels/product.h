@@ -2,7 +2,7 @@
 //
 // Weights are in panels of 16 rows (`weights.py`): a vector has the same few inputs of 16 rows, so that its lanes sum up
 // 16 results and the inputs are broadcast. bfloat16 weights are multiplied with bfloat16 activations, integer weights with
-// activations in 8 bits, a step for every 16 of a token: 0.1% of perplexity. Integer weights are unpacked once for up to 8
+// activations in 8 bits, a step for every 16 of a token: 0.16% of perplexity. Integer weights are unpacked once for up to 8
 // tokens.
 #pragma once
 
@@ -106,7 +106,7 @@ inline floats add_pair(floats sums, ints weights, int32_t x) {
 
 constexpr int BLOCK = 8;  // tokens that a panel is multiplied with at a time: as many sums as there are registers for
 
-// Inputs of a block of M tokens, M = 8 or what is left, in units of 4 bytes: 1 float32, 2 bfloat16 or 4 bytes. Units of the
+// Inputs of a block of M tokens, M = 8 or the rest, in units of 4 bytes: 1 float32, 2 bfloat16 or 4 bytes. Units of the
 // same inputs are together, (units, M), and so are the steps and sums of integers; a block's start is that of its first token.
 struct Packed {
     int num_tokens = 0, stride = 0;  // units of a token, with zeros after its last input
