@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "anydepth.decoding.engines": ["FastEngine", "HFEngine"],
+    "anydepth.decoding.engines": ["FastEngine", "HFEngine", "open_engine"],
     "anydepth.draft_sections": ["DraftConfig"],
     "anydepth.errors": ["RunError", "UserError"],
     "anydepth.gating.trace": ["Trace"],
@@ -45,6 +45,7 @@ __all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 if TYPE_CHECKING:
     from anydepth.decoding.engines import FastEngine as FastEngine
     from anydepth.decoding.engines import HFEngine as HFEngine
+    from anydepth.decoding.engines import open_engine as open_engine
     from anydepth.draft_sections import DraftConfig as DraftConfig
     from anydepth.errors import RunError as RunError
     from anydepth.errors import UserError as UserError

@@ -91,12 +91,14 @@ def test_a_new_format_is_one_class(native: bool, monkeypatch: pytest.MonkeyPatch
             weight.copy_(Toy8.dense(weight))
     own, wanted = attach(model, []), FastEngine(attach(rounded, []), native=native)
     engine, ids = FastEngine(own, "toy8", native=native), torch.arange(1, 100)
-    assert engine.weights == "toy8" and list(formats.WEIGHT_ONLY) == ["int8", "int4", "toy8"]
+    assert engine.weights == "toy8" and list(formats.WEIGHT_ONLY) == ["int8", "int4", "int4-nearest", "toy8"]
     torch.testing.assert_close(engine.logits(ids), wanted.logits(ids))
     assert not torch.allclose(engine.logits(ids), FastEngine(own, native=native).logits(ids), rtol=1e-2, atol=1e-2)
     options = {"input_ids": ids[None, :9], "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(engine.generate(**options), wanted.generate(**options))
-    with pytest.raises(UserError, match="weights are float32, bfloat16, float16, int8, int4, native, toy8"):
+    with pytest.raises(
+        UserError, match="weights are float32, bfloat16, float16, int8, int4, int4-nearest, native, toy8"
+    ):
         FastEngine(own, "toy9")
     with pytest.raises(UserError, match="toy8 weights want a bfloat16 model"):
         FastEngine(attach(tiny_llama(), []), "toy8")

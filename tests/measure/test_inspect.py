@@ -1,4 +1,4 @@
-"""What `anydepth methods` lists."""
+"""What `anydepth inspect` and `anydepth methods` say."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import families
+from anydepth import FastEngine, attach
 from anydepth.cli.evaluating import show_methods
 from anydepth.json_io import plain
-from anydepth.measure.inspect import list_methods
+from anydepth.measure.inspect import inspect_model, list_methods
 from anydepth.measure.results import document
 from anydepth.methods import METHODS
+from tiny import tiny_llama
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "add-a-method.md"
 
@@ -38,3 +42,17 @@ def test_an_option_without_a_default_is_listed_as_required(
     assert listed["options"]["kv_rule"]["default"] == "project"
     show_methods(result)
     assert "layer = required: The layer that even tokens skip." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_bytes_of_a_copy_are_those_that_the_engine_reads(weights: str) -> None:
+    model = tiny_llama(intermediate_size=64, vocab_size=160).to(torch.bfloat16)
+    adapted = attach(model, [])
+    branches, head = FastEngine(adapted, weights).weight_bytes()
+    counted = inspect_model(adapted)["copy_bytes"][weights]
+    assert counted == pytest.approx(sum(map(sum, branches)) + head, rel=0.1)  # int8 has a scale for each output as well
+
+
+def test_a_family_that_the_fast_engine_does_not_run_has_no_copy() -> None:
+    inspected = inspect_model(attach(families.build("gpt2"), []))
+    assert inspected["engines"]["fast"].startswith("does not apply") and inspected["copy_bytes"] == {}

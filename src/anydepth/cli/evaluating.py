@@ -53,6 +53,9 @@ def show_inspection(document: dict[str, Any]) -> None:
     print(f"attached: {', '.join(document['attached']) or 'nothing'}")
     for title in ("engines", "methods"):
         print(f"{title}: " + ", ".join(f"{name} ({state})" for name, state in document[title].items()))
+    copies = [f"{kind} {size / 2**20:.0f} MiB" for kind, size in document["copy_bytes"].items()]
+    if copies:
+        print(f"in fewer bits, to run or to draft: {', '.join(copies)}")
     for note in document["notes"]:
         print(f"note: {note}")
 

@@ -44,7 +44,8 @@ Engine = Annotated[str, Option("--engine", help="Run on hf, fast, or auto: fast 
 WeightKind = Annotated[
     str | None,
     Option(
-        "--weights", help="Run the fast engine in int8, int4, native (a .gguf file's own) or the model's precision."
+        "--weights",
+        help="Run the fast engine in int8, int4, int4-nearest, native (a .gguf file's) or the model's own.",
     ),
 ]
 Compiled = Annotated[

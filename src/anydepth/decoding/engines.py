@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from anydepth.decoding.engine import Draft, Engine
 from anydepth.decoding.generate import generate_batch
+from anydepth.decoding.int4 import int4_blocks
 from anydepth.engine.model import EngineModel
 from anydepth.engine.session import FastSession
+from anydepth.engine.weights import Int4
 from anydepth.errors import Unsupported, UserError
 from anydepth.gating import cost
 from anydepth.gating.plan import FULL_DEPTH
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.hf.session import HFSession
+from anydepth.models.blocks import Blocks
 from anydepth.models.load import dtype_name
 
 
@@ -75,10 +79,12 @@ class FastEngine(Engine):
     Holds a second, packed copy of the weights; later changes (training, a LoRA adapter) do not reach it.
 
     Args:
-        weights: float32, bfloat16, float16, int8, int4 or native; None is the model's own precision.
+        weights: float32, bfloat16, float16, int8, int4, int4-nearest or native; None is the model's own precision.
         draft: see `Engine`.
         native: decode with the compiled kernels where they are available, else with PyTorch's own operators.
         compiled: run the branches through `torch.compile` instead, for GPUs; the first start takes a minute.
+        blocks: for int4, linear layers that are rounded already, by module name (`int4_blocks`); the others are
+            rounded to the nearest.
 
     Raises:
         UserError: a family or weights that the engine does not support.
@@ -96,11 +102,12 @@ class FastEngine(Engine):
         draft: Draft | None = None,
         native: bool = True,
         compiled: bool = False,
+        blocks: Mapping[str, Blocks] | None = None,
     ) -> None:
         for method in adapted.attached:
             if method.routes_mixers:
                 raise Unsupported(f"{method.name} has alternate mixers, which the fast engine lacks; use engine hf")
-        self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled)
+        self.model = EngineModel(adapted.backbone, weights, native=native, compiled=compiled, blocks=blocks)
         self.weights = self.model.weights
         super().__init__(adapted, draft)
 
@@ -162,7 +169,8 @@ def open_engine(
             raise UserError("compile is an option of the fast engine; use engine fast, or leave compile out")
         return HFEngine(adapted, draft)
     try:
-        fast = FastEngine(adapted, weights, draft=draft, compiled=compiled)
+        blocks = int4_blocks(adapted, partial(FastEngine, adapted), say) if weights == Int4.name else None
+        fast = FastEngine(adapted, weights, draft=draft, compiled=compiled, blocks=blocks)
     except UserError as error:
         if engine == "fast" or weights is not None or compiled:
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from anydepth.errors import Unsupported, UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.backbone import Backbone
-from anydepth.models.blocks import block_modules
+from anydepth.models.blocks import Blocks, block_modules
 from anydepth.models.llama_like import LayerParts, Norm, norm_of, read_layers, weights_of
 from anydepth.models.load import dtype_name
 
@@ -33,6 +33,7 @@ class EngineModel:
         weights: one of `engine.weights.WEIGHTS`; None is the model's own precision.
         native: use the compiled kernels where they are available.
         compiled: use `torch.compile` in their place.
+        blocks: by module name, blocks to run in place of the weights of linear layers (`models/gptq.py`).
 
     Attributes:
         why_not_native: why the compiled kernels do not run it; None: they do.
@@ -43,9 +44,15 @@ class EngineModel:
     """
 
     def __init__(
-        self, backbone: Backbone, weights: str | None = None, *, native: bool = True, compiled: bool = False
+        self,
+        backbone: Backbone,
+        weights: str | None = None,
+        *,
+        native: bool = True,
+        compiled: bool = False,
+        blocks: Mapping[str, Blocks] | None = None,
     ) -> None:
-        parts = read_layers(backbone)
+        parts = read_layers(backbone, {backbone.model.get_submodule(name): own for name, own in (blocks or {}).items()})
         own = dtype_name(backbone.model)
         is_native = next(block_modules(backbone.model), None) is not None
         self.weights = name = weights or (Native.name if is_native else own)
@@ -67,19 +74,17 @@ class EngineModel:
         self.why_not_native = self.backend.why_not_native
         self.like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.rotations = Rotations(backbone, kinds, self.like, self.backend.rotary_tables)
-        self.layers = [self.backend.layer(part if chosen is Native else part.dense(), chosen) for part in parts]
+        self.layers = [self.backend.layer(part.dense(chosen.block_kinds), chosen) for part in parts]
         self.head = self.head_of(norm_of(backbone.final_norm), name)
         self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
         self.embedding = self.backend.embedding(backbone.decoder.get_submodule(backbone.family.embedding))
 
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
         """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""
-        rows = weights_of(self.backbone.head)
-        if WEIGHTS[weights] is not Native:
-            rows = rows.dense()
+        chosen = WEIGHTS[WEIGHTS[weights].head or weights]
+        rows = weights_of(self.backbone.head).dense(chosen.block_kinds)
         if vocabulary is not None:
             rows = rows.rows(vocabulary)
-        chosen = WEIGHTS[WEIGHTS[weights].head or weights]
         return self.backend.head(rows, norm, chosen, self.backbone.logits_softcap)
 
     def exit_head(self, vocabulary: Tensor | None) -> Head:

@@ -7,19 +7,23 @@ the two files must agree. Weights in the blocks of a GGUF file are repacked by t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anydepth.engine.backends.torch.layer import Int8Linear, Linear, PrepackedLinear, joined
 from anydepth.errors import UserError
+from anydepth.models.backbone import Backbone
+from anydepth.models.gguf import BLOCK_KINDS
 from anydepth.models.llama_like import Weights
 from anydepth.models.load import NATIVE
 
 PANEL = 16
+LEAST_LOST = 0.02
+"""Error of int4 weights, relative to the weights, that bfloat16's own rounding explains."""
 GROUP = 32
 """Inputs that are together in a panel of integers, and have the same step in int4."""
 
@@ -32,8 +36,10 @@ class WeightFormat:
     num_together: ClassVar[int] = 1  # inputs of an output that are neighbours in a panel
     kernel_id: ClassVar[int | None] = None  # number of its product in `product.h`; None: PyTorch's operators run it
     is_quantised: ClassVar[bool] = False  # whether the weights are a copy with fewer bits than the model's
+    bits: ClassVar[float] = 16  # of a weight, its scales included
     needs_kernels: ClassVar[bool] = False  # whether only the kernels run it
     head: ClassVar[str | None] = None  # name of the head's format; None: the same
+    block_kinds: ClassVar[Collection[str]] = ()  # types of the blocks that the kernels run as they are
 
     @classmethod
     def dense(cls, weight: Tensor) -> Tensor:
@@ -56,6 +62,8 @@ WEIGHTS: dict[str, type[WeightFormat]] = {}
 """All formats by name."""
 WEIGHT_ONLY: dict[str, type[WeightFormat]] = {}
 """Those with fewer bits than the model."""
+CONTROLS = ("int8", "int4")
+"""Those that adaptive depth is compared with."""
 
 
 def register(weight_format: type[Registered]) -> type[Registered]:
@@ -92,6 +100,7 @@ class Int8(WeightFormat):
     """Symmetric int8 with a scale per output; packed as bytes b for (b − 128) · scale."""
 
     name, dtype, num_together, kernel_id, is_quantised = "int8", torch.bfloat16, 4, 2, True
+    bits = 8
 
     @staticmethod
     def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,12 +134,13 @@ class Int8(WeightFormat):
 class Int4(WeightFormat):
     """4 bits with a step and an offset per group of inputs; packed as bytes of two, scales (panels, groups, 2, 16).
 
+    Weights in Q4_1 blocks, rounded with error feedback (`models/gptq.py`), are taken as they are.
     The head stays in int8, as it is the part of a model that 4 bits cost most: 5.9% perplexity of the embedded model,
     all of int4's loss.
     """
 
     name, dtype, num_together, kernel_id, is_quantised = "int4", torch.bfloat16, 4, 3, True
-    needs_kernels, head = True, "int8"
+    needs_kernels, head, bits, block_kinds = True, "int8", 5, ("Q4_1",)
 
     @classmethod
     def quantise(cls, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,10 +172,28 @@ class Int4(WeightFormat):
 
 
 @register
+class Int4Nearest(Int4):
+    """4 bits, each weight rounded to the nearest."""
+
+    name, block_kinds = "int4-nearest", ()
+
+
+@register
 class Native(BFloat16):
     """The blocks of a GGUF file as they are stored; tensors that are not in blocks are in bfloat16."""
 
-    name, needs_kernels = NATIVE, True
+    name, needs_kernels, block_kinds = NATIVE, True, BLOCK_KINDS
+
+
+def is_in_4_bits(backbone: Backbone) -> bool:
+    """Return whether int4 gives back the weights of the middle layer, since they were in 4 bits before."""
+    lost = total = 0.0
+    for part in backbone.layers[backbone.num_layers // 2].module.modules():
+        if isinstance(part, nn.Linear):
+            weight = part.weight.detach().float()
+            lost += float((Int4.dense(weight) - weight).square().sum())
+            total += float(weight.square().sum())
+    return lost < LEAST_LOST**2 * total
 
 
 def _panels(matrix: Tensor, num_together: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.decoding.engines import FastEngine, HFEngine
-from anydepth.engine.weights import WEIGHT_ONLY
+from anydepth.engine.weights import CONTROLS
 from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel, attach, detach
@@ -40,8 +40,9 @@ def held_out(model: nn.Module, config: SkipSetConfig, windows: Tensor) -> dict[s
     """Return the `held_out` field of `anydepth.search/1`: losses on (N, T) windows of the skip set and of alternatives.
 
     Each of `rows` has `label`, `loss` in nats per token, `perplexity`, and the `weight_bytes` that a decoded token
-    reads. The rows are full depth, the skip set, and full depth with int8 and int4 weights where the fast engine runs
-    them (on the model in bfloat16). `warning` reports an alternative that reads less and has no more loss.
+    reads. The rows are full depth, the skip set, and full depth with int8 and int4 weights, rounded to the nearest,
+    where the fast engine runs them (on the model in bfloat16). `warning` reports an alternative that reads less and
+    has no more loss.
     """
     if not len(windows):
         warning = (
@@ -54,7 +55,7 @@ def held_out(model: nn.Module, config: SkipSetConfig, windows: Tensor) -> dict[s
         rows = [_row("full depth", found["full_depth"], _bytes(adapted, SkipSetConfig()))]
         rows.append(_row("skip set", found, _bytes(adapted, config)))
         with _in_bfloat16(model), adapted.deciding():  # no method decides
-            rows += [row for kind in WEIGHT_ONLY if (row := _packed(adapted, kind, windows)) is not None]
+            rows += [row for kind in CONTROLS if (row := _packed(adapted, kind, windows)) is not None]
     finally:
         detach(adapted)
     return {"num_tokens": found["num_tokens"], "rows": rows, "warning": _warning(rows)}

@@ -9,6 +9,7 @@ from torch import nn
 
 from anydepth.config import StrictConfig
 from anydepth.draft_sections import DRAFT, DraftConfig
+from anydepth.engine.weights import CONTROLS, WEIGHTS, WeightFormat
 from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel
@@ -16,13 +17,17 @@ from anydepth.methods import METHODS
 from anydepth.methods._base.training import Trained
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.blocks import BlockLinear
 from anydepth.models.delta_rule import build_delta_rule, matched_shape
 from anydepth.models.llama_like import read_layers, weights_of
+
+APPLIES = "applies"
 
 
 def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
     """Return the fields of `anydepth.inspect/1`: family, branches, their cost, engines and methods."""
     backbone = adapted.backbone
+    fast = _fast_engine(backbone)
     others = {
         name: mixer
         for router in adapted.methods.values()
@@ -38,8 +43,9 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
         "attention_implementation": backbone.attention_implementation,
         "layers": [_layer(view, others.get(str(view.layer_idx))) for view in backbone.layers],
         "attached": list(adapted.methods),
-        "engines": {"hf": "applies", "fast": _fast_engine(backbone)},
-        "methods": dict.fromkeys(METHODS, "applies"),
+        "engines": {"hf": APPLIES, "fast": fast},
+        "copy_bytes": {name: _copy_bytes(backbone, WEIGHTS[name]) for name in CONTROLS if fast == APPLIES},
+        "methods": dict.fromkeys(METHODS, APPLIES),
         "notes": _remarks(backbone.layers),
     }
 
@@ -50,7 +56,15 @@ def _fast_engine(backbone: Backbone) -> str:
         weights_of(backbone.head)
     except UserError as error:
         return f"does not apply: {error}"
-    return "applies"
+    return APPLIES
+
+
+def _copy_bytes(backbone: Backbone, kind: type[WeightFormat]) -> int:
+    """Return the bytes of a copy in fewer bits, as the fast engine runs it or drafts with it."""
+    parts = [part for view in backbone.layers for part in view.module.modules()]
+    weights = sum(part.in_features * part.out_features for part in parts if isinstance(part, nn.Linear | BlockLinear))
+    head = backbone.model.config.vocab_size * backbone.hidden_size
+    return round((kind.bits * weights + WEIGHTS[kind.head or kind.name].bits * head) / 8)
 
 
 def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:

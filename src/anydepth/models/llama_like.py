@@ -5,7 +5,7 @@ Apart from `backbone.py` and `families.py` only this module knows Hugging Face a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +17,9 @@ from anydepth.models.backbone import Backbone, LayerView
 from anydepth.models.blocks import BlockLinear, Blocks
 from anydepth.models.plain import base_module, chosen_module, plain_module
 
+BlocksOf = Mapping[nn.Module, Blocks]
+"""Blocks to run in place of the weights of linear layers."""
+NO_BLOCKS: BlocksOf = {}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3")
 
 
@@ -44,8 +47,8 @@ class Weights:
         biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
         return [Weights(weight, bias) for weight, bias in zip(self.weight.split(sizes), biases, strict=True)]
 
-    def dense(self) -> Weights:
-        """Return the layer with a weight that is in memory."""
+    def dense(self, kept: Collection[str] = ()) -> Weights:
+        """Return the layer with a weight that is in memory, or in blocks of a type in `kept`."""
         return self
 
 
@@ -71,8 +74,8 @@ class BlockWeights(Weights):
         parts = zip(self.blocks.split(sizes), biases, strict=True)
         return [BlockWeights(blocks, bias, self.dtype) for blocks, bias in parts]
 
-    def dense(self) -> Weights:
-        return Weights(self.weight, self.bias)
+    def dense(self, kept: Collection[str] = ()) -> Weights:
+        return self if self.blocks.kind.name in kept else Weights(self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,18 @@ class LayerParts:
     rotation_kind: str | None
     activation: str
 
-    def dense(self) -> LayerParts:
-        """Return the layer with weights that are in memory."""
+    def dense(self, kept: Collection[str] = ()) -> LayerParts:
+        """Return the layer with weights that are in memory, or in blocks of a type in `kept`."""
         linear = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: part.dense() for name, part in linear.items() if isinstance(part, Weights)})
+        return replace(self, **{name: part.dense(kept) for name, part in linear.items() if isinstance(part, Weights)})
 
 
-def read_layers(backbone: Backbone) -> list[LayerParts]:
-    """Return the parts of every layer; raise `UserError` if an engine cannot run the model from its weights alone."""
+def read_layers(backbone: Backbone, blocks: BlocksOf = NO_BLOCKS) -> list[LayerParts]:
+    """Return the parts of every layer, some linear layers by blocks in place of their own weights.
+
+    Raises:
+        UserError: an engine cannot run the model from its weights alone.
+    """
     if backbone.family_name not in FAMILIES:
         raise Unsupported(
             f"the fast engine does not run {backbone.family_name}; it runs {', '.join(FAMILIES)}; use engine hf"
@@ -125,11 +132,11 @@ def read_layers(backbone: Backbone) -> list[LayerParts]:
             f"the fast engine needs a rotary embedding that does not depend on the length, this model's ({kind}) "
             "does; use engine hf"
         )
-    return [layer_parts(view) for view in backbone.layers]
+    return [layer_parts(view, blocks) for view in backbone.layers]
 
 
 @torch.no_grad()
-def layer_parts(view: LayerView) -> LayerParts:
+def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
     """Return the parts of a layer of one of `FAMILIES`; raise `UserError` for projections that are quantised."""
     attention: Any = chosen_module(view.mixer)
     outer_mlp = view.module.get_submodule("mlp")
@@ -137,17 +144,17 @@ def layer_parts(view: LayerView) -> LayerParts:
     config = attention.config
     num_heads, num_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    queries, keys, values = _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes)
-    gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [config.intermediate_size] * 2)
+    queries, keys, values = _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, blocks)
+    gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [config.intermediate_size] * 2, blocks)
     rotates = bool(getattr(attention, "use_rope", True))
     return LayerParts(
         queries=queries,
         keys=keys,
         values=values,
-        output=weights_of(attention.o_proj),
+        output=weights_of(attention.o_proj, blocks),
         gate=gate,
         up=up,
-        down=weights_of(mlp.down_proj),
+        down=weights_of(mlp.down_proj, blocks),
         mixer_norm=_norm(view.kv_norm),
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
         ffn_norm=None if view.ffn_in is outer_mlp else _norm(view.ffn_in),
@@ -166,11 +173,13 @@ def layer_parts(view: LayerView) -> LayerParts:
     )
 
 
-def _projections(module: nn.Module, names: Sequence[str], fused: str, sizes: list[int]) -> list[Weights]:
+def _projections(
+    module: nn.Module, names: Sequence[str], fused: str, sizes: list[int], blocks: BlocksOf
+) -> list[Weights]:
     """Return the weights of some projections, which may be one fused matrix with these output sizes."""
     if not hasattr(module, fused):
-        return [weights_of(getattr(module, name)) for name in names]
-    return weights_of(getattr(module, fused)).split(sizes)
+        return [weights_of(getattr(module, name), blocks) for name in names]
+    return weights_of(getattr(module, fused), blocks).split(sizes)
 
 
 def _activation(mlp: Any) -> str:
@@ -209,9 +218,12 @@ def _norm(module: nn.Module | None) -> Norm | None:
     return None if module is None else norm_of(module)
 
 
-def weights_of(module: nn.Module) -> Weights:
+def weights_of(module: nn.Module, blocks: BlocksOf = NO_BLOCKS) -> Weights:
     """Return the weights of a linear layer, its adapters folded into a copy; raise `UserError` as `layer_parts`."""
     base = base_module(module)
+    if module in blocks and isinstance(base, nn.Linear):
+        bias = None if base.bias is None else base.bias.detach()
+        return BlockWeights(blocks[module], bias, base.weight.dtype)
     if isinstance(base, BlockLinear) and base is module:
         return BlockWeights(base.blocks, None if base.bias is None else base.bias.detach(), base.dtype)
     if type(base) is not nn.Linear:

@@ -29,7 +29,7 @@ from anydepth.engine.backends.cpu.native import (
 )
 from anydepth.engine.backends.torch.layer import Head, Linear, RMSNorm
 from anydepth.engine.kv_cache import huge
-from anydepth.engine.weights import GROUP, PANEL, Native, WeightFormat
+from anydepth.engine.weights import GROUP, PANEL, WeightFormat
 from anydepth.gating.gate_network import GateNetwork
 from anydepth.models.blocks import BlockEmbedding, Blocks
 from anydepth.models.llama_like import BlockWeights, Norm, Weights
@@ -107,7 +107,7 @@ class PackedWeights:
 
 
 def pack_panels(part: Weights, weight_format: type[WeightFormat], memory: Memory) -> PackedWeights:
-    if isinstance(part, BlockWeights) and weight_format is Native:
+    if isinstance(part, BlockWeights) and part.blocks.kind.name in weight_format.block_kinds:
         return _repacked(part.blocks, part.bias, memory)
     assert weight_format.kernel_id is not None
     weight, scales = weight_format.pack(part.weight)
