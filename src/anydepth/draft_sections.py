@@ -72,9 +72,10 @@ class DraftConfig(StrictConfig):
     exit_vocabulary: int | None = Field(
         default=None, ge=16, description="First token ids that drafts of exit_layers are limited to; null is all."
     )
-    quantised: Literal["int8", "int4"] | None = Field(
+    quantised: Literal["auto", "int8", "int4"] | None = Field(
         default=None,
-        description="Draft with a copy of the model in int8 or int4, over the model's own K/V; null is none.",
+        description="Draft with a copy in int8 or int4, which lookup, network and exit_layers draft for; auto: int4 "
+        "where it loses nothing, else int8, and none of a quantised model; null is none.",
     )
     search: OnlineSearchConfig | None = Field(
         default=None, description="Draft with a skip set that is searched meanwhile; null is none."

@@ -115,7 +115,7 @@ def test_dropped_draft_tokens_leave_nothing(name: str, monkeypatch: pytest.Monke
     """Every second draft token is dropped after the first layers have run for it."""
     asked = itertools.count()
     monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.repays", lambda *_: next(asked) % 2)
-    monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.pays", lambda *_: True)
+    monkeypatch.setattr("anydepth.speculation.draft_policy.StepTimes.pays", lambda *_, **__: True)
     engines = [drafting(path, name) for path in (("fast", "hf") if name == "several exits" else ("fast",))]
     for engine, num_rows in itertools.product(engines, (1, 4)):
         wanted, ours = both(engine, prompts(num_rows), do_sample=False, eos_token_id=None)

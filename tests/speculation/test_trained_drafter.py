@@ -111,3 +111,37 @@ def test_the_drafter_reads_the_end_of_a_long_prompt(monkeypatch: pytest.MonkeyPa
         drafter.observe(session, [request])
         drafter.propose(session, [request], choose)
     assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_tokens_of_a_wrong_draft_are_forgotten() -> None:
+    """What was read ahead of the model leaves nothing, be it run already or not."""
+    engine = FastEngine(anydepth.attach(tiny_llama(), []).eval())
+    drafter, found = TrainedDrafter(engine.model, network_of(untrained_draft())), []
+    generator, size = torch.Generator().manual_seed(0), engine.adapted.backbone.hidden_size
+    ids = torch.randint(3, 200, (21,), generator=generator).tolist()
+    states = torch.randn(20, 2, size, generator=generator)
+
+    def choose(requests: Any, logits: torch.Tensor, vocabulary: Any) -> Any:
+        found.append(logits)
+        return [0], [0.5]
+
+    def read(session: FastSession, request: Request, start: int, end: int, states: torch.Tensor) -> None:
+        request.ids, session.committed[request.kv] = ids[: end + 1], end
+        session.states[request.kv] = list(states[start:end].unbind(1))
+        drafter.observe(session, [request])
+
+    last = []
+    for wrong, runs in ((0, False), (4, False), (4, True)):
+        session, request = planted(engine, states[:12], ids[:13])
+        session.committed[request.kv] = 12
+        read(session, request, 0, 12, states)
+        drafter.propose(session, [request], choose)
+        if wrong:
+            read(session, request, 12, 12 + wrong, torch.randn(20, 2, size, generator=generator))
+        if runs:
+            drafter.propose(session, [request], choose)
+        read(session, request, 12, 20, states)
+        drafter.propose(session, [request], choose)
+        last.append(found[-1])
+    assert torch.equal(last[0], last[1]) and torch.equal(last[0], last[2])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.model import EngineModel
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord
@@ -20,17 +21,23 @@ class FastSession:
 
     Args:
         captures: layers, counted from 1, of which the session keeps the output states of read or verified tokens.
+        cache: K/V of another session, which this one runs ahead of: see `follow`. None: its own.
 
     Attributes:
         committed: by sequence, the number of its tokens with K/V that stay.
     """
 
     def __init__(
-        self, model: EngineModel, num_sequences: int, max_length: int | None = None, captures: Sequence[int] = ()
+        self,
+        model: EngineModel,
+        num_sequences: int,
+        max_length: int | None = None,
+        captures: Sequence[int] = (),
+        cache: EngineCache | None = None,
     ) -> None:
         self.model, self.num_sequences, self.max_length = model, num_sequences, max_length
         self.max_tokens = model.backend.max_tokens
-        self.cache = model.new_cache(num_sequences, max_length)
+        self.cache = model.new_cache(num_sequences, max_length) if cache is None else cache
         self.captures = list(captures)
         self.stops = sorted({*captures, len(model.layers)})
         self.committed: dict[int, int] = {}
@@ -50,6 +57,11 @@ class FastSession:
     def close(self, sequence: int) -> None:
         self.cache.release(sequence)
         del self.committed[sequence], self.exited[sequence], self.states[sequence]
+
+    def follow(self, other: FastSession, sequence: int) -> None:
+        """Commit what another session on the same cache has committed, and forget what came after it."""
+        self.committed[sequence], self.exited[sequence] = other.committed[sequence], []
+        self.states[sequence] = other.states[sequence]
 
     def length(self, sequence: int) -> int:
         return self.committed[sequence]

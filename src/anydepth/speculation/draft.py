@@ -10,6 +10,7 @@ With any drafter, generated tokens are those of full depth, sampled ones too. La
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 
 from anydepth.config import validate
 from anydepth.decoding.engine import Engine
+from anydepth.decoding.int4 import int4_blocks
 from anydepth.draft_sections import DraftConfig
+from anydepth.engine.model import EngineModel
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods._base.method import Method, check_layers
@@ -30,14 +33,18 @@ from anydepth.models.load import base_fingerprint
 from anydepth.speculation.drafters import (
     Drafter,
     EarlyExitDrafter,
+    Head,
     PromptLookupDrafter,
     PrunedDrafter,
     searched_drafter,
 )
 from anydepth.speculation.drafting import Drafting
-from anydepth.speculation.quantised_drafter import QuantisedDrafter
+from anydepth.speculation.quantised_drafter import PrunedCopyDrafter, QuantisedDrafter, copy_weights
 from anydepth.speculation.trained_drafter import DraftNetwork, TrainedDrafter
 
+log = logging.getLogger("anydepth")
+COPY = {"quantised": "auto"}
+"""Options of drafting for any model."""
 WEIGHTS, MANIFEST, SCALE = "drafter.safetensors", "drafter.json", ".scale"
 """Files of a shipped drafter, and the suffix of its scales."""
 
@@ -83,25 +90,45 @@ class Draft(nn.Module):
                 "there is no drafter for this engine: a trained one and a quantised copy run on the fast engine; use "
                 "engine fast, turn lookup on, or set exit_layers"
             )
+        return self._drafting(drafters)
+
+    def _drafting(self, drafters: Sequence[Drafter]) -> Drafting:
         captures = sorted({layer for drafter in drafters for layer in drafter.captures})
         return Drafting(drafters, self.config.max_draft, self.config.adaptive, captures)
 
     def _drafters(self, engine: Engine) -> list[Drafter]:
-        config, adapted, vocabulary = self.config, engine.adapted, None
-        if config.exit_vocabulary is not None:
-            vocabulary = torch.arange(config.exit_vocabulary, device=adapted.device)
-        drafters: list[Drafter] = [PromptLookupDrafter()] if config.lookup else []
+        config, adapted = self.config, engine.adapted
+        small: list[Drafter] = [PromptLookupDrafter()] if config.lookup else []
         if self.network is not None and engine.model is not None:
-            drafters.append(TrainedDrafter(engine.model, self.network))
-        drafters += [EarlyExitDrafter(layer, engine, vocabulary) for layer in config.exit_layers]
+            small.append(TrainedDrafter(engine.model, self.network))
+        drafters = [*small, *self._exits(engine.exit_logits, adapted.device)]
         pruning = [method for method in adapted.attached if not method.is_lossless()]
         if pruning:
             drafters.append(PrunedDrafter(pruning))
-        if config.quantised is not None and engine.model is not None:
-            drafters.append(QuantisedDrafter(engine.model, config.quantised, pruning))
+        copy = self._copy(engine)
+        if copy is not None and pruning:
+            drafters.append(PrunedCopyDrafter(copy, pruning))
+        elif copy is not None:
+            exits = self._exits(lambda states, vocabulary: copy.exit_head(vocabulary)(states), copy.device)
+            drafters.append(QuantisedDrafter(copy, self._drafting([*small, *exits])))
         if config.search is not None:
             drafters.append(searched_drafter(config.search, adapted))
         return drafters
+
+    def _exits(self, head: Head, device: torch.device) -> list[Drafter]:
+        size = self.config.exit_vocabulary
+        vocabulary = None if size is None else torch.arange(size, device=device)
+        return [EarlyExitDrafter(layer, head, vocabulary) for layer in self.config.exit_layers]
+
+    def _copy(self, engine: Engine) -> EngineModel | None:
+        """Return the copy that drafts for an engine's model, or None."""
+        model, weights = engine.model, self.config.quantised
+        if model is not None and weights == "auto":
+            weights = copy_weights(model)
+        if model is None or weights is None:
+            return None
+        blocks = int4_blocks(engine.adapted, engine.without_draft, log.warning) if weights == "int4" else None
+        return EngineModel(model.backbone, weights, native=model.why_not_native is None, blocks=blocks)
 
 
 def check_draft(config: DraftConfig, backbone: Backbone, attached: Sequence[Method]) -> None:
@@ -154,16 +181,16 @@ def folder() -> Path:
 
 
 def default_draft(adapted: AdaptedModel) -> Draft:
-    """Return the shipped draft of a base model, else one with prompt lookup and the attached methods."""
+    """Return the shipped draft of a base model, else one with prompt lookup, a copy, and the attached methods."""
     known = {path: json.loads(path.read_text()) for path in folder().glob(f"*/{MANIFEST}")}
     fingerprint = base_fingerprint(unwrap(adapted.model), light=True) if known else None
     for path, manifest in known.items():
         if manifest["base"] == fingerprint:
-            draft = Draft(adapted, manifest["options"])
+            draft = Draft(adapted, {**COPY, **manifest["options"]})
             assert draft.network is not None
             draft.network.load_state_dict(unpack(load_file(path.with_name(WEIGHTS))))
             return draft
-    return Draft(adapted, {})
+    return Draft(adapted, COPY)
 
 
 def unpack(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:

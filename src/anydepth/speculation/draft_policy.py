@@ -118,7 +118,7 @@ class StepTimes:
         """Return the seconds of a draft token; None: not measured yet."""
         return median(self.drafted[drafter]) if drafter in self.drafted else None
 
-    def pays(self, drafter: str, probabilities: Sequence[float], rate: float = 0.0) -> bool:
+    def pays(self, drafter: str, probabilities: Sequence[float], rate: float = 0.0, *, is_ready: bool = False) -> bool:
         """Return whether one more draft token per sequence, right with these probabilities, saves time.
 
         In the time of a further token, all sequences would otherwise get tokens at the rate that drafting already has
@@ -126,8 +126,9 @@ class StepTimes:
 
         Args:
             rate: expected tokens per second of this round, all sequences together.
+            is_ready: whether the tokens have been computed already.
         """
-        seconds = self.draft(drafter)
+        seconds = 0.0 if is_ready else self.draft(drafter)
         if self.plain is None or seconds is None:
             return True
         return sum(probabilities) > self._rate_or_plain(rate) * (seconds + len(probabilities) * self.per_token)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import Request
 from anydepth.decoding.session import Session
 from anydepth.draft_sections import OnlineSearchConfig
@@ -45,6 +44,8 @@ class Proposal:
 
 Choose = Callable[[Sequence[Request], Tensor, Tensor | None], tuple[list[int], list[float]]]
 """Chooses a draft token for each request, with its probability, from (R, V) logits or (R, V') of a vocabulary (V',)."""
+Head = Callable[[Tensor, Tensor | None], Tensor]
+"""Returns (R, V) logits of (R, D) states, or (R, V') of a vocabulary (V',)."""
 
 
 class Drafter(ABC):
@@ -74,6 +75,10 @@ class Drafter(ABC):
         """Return the bin of the next token, or −1 if there is none; None: the bin is not known before drafting."""
         return None
 
+    def is_ready(self, request: Request) -> bool:
+        """Return whether the next token has been computed already, so that it costs nothing."""
+        return False
+
     def observe(self, session: Session, requests: Sequence[Request]) -> None:  # noqa: B027 (most have nothing to do)
         """Process the tokens that requests have read or got since the last round."""
 
@@ -92,14 +97,14 @@ def proposals(tokens: list[int], probabilities: list[float]) -> list[Proposal | 
 class EarlyExitDrafter(Drafter):
     """Drafts with the first layers of the model, then its norm and head (Elhoushi et al. 2024)."""
 
-    def __init__(self, num_layers: int, engine: Engine, vocabulary: Tensor | None) -> None:
-        self.exit_layer, self.engine, self.vocabulary = num_layers, engine, vocabulary
+    def __init__(self, num_layers: int, head: Head, vocabulary: Tensor | None) -> None:
+        self.exit_layer, self.head, self.vocabulary = num_layers, head, vocabulary
         self.name = f"first {num_layers} layers"
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
         sequences, last = [request.kv for request in requests], [request.last for request in requests]
         states = torch.cat(session.draft_exits(sequences, last, self.exit_layer))
-        return proposals(*choose(requests, self.engine.exit_logits(states, self.vocabulary), self.vocabulary))
+        return proposals(*choose(requests, self.head(states, self.vocabulary), self.vocabulary))
 
 
 class PrunedDrafter(Drafter):
@@ -160,11 +165,11 @@ class PromptLookupDrafter(Drafter):
             for size in LOOKUP_SIZES:
                 if end - size >= request.num_padding:
                     index.ends[tuple(ids[end - size : end])] = end
-        index.num_tokens = max(len(ids) - 1, index.num_tokens)
+        index.num_tokens = max(len(ids) - 1, request.num_padding)
         index.next = None
         for size in LOOKUP_SIZES:
             end = index.ends.get(tuple(ids[-size:])) if len(ids) - size >= request.num_padding else None
-            if end is not None:
+            if end is not None and ids[end - size : end] == ids[-size:]:  # else it was in tokens that were removed
                 index.next = end, size
                 return
 

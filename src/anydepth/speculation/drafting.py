@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from statistics import mean
 
 from torch import Tensor
 
@@ -73,9 +74,17 @@ class DraftedSteps:
         self._take([request], [logits[None]])
 
     def step(self, requests: Sequence[Request]) -> None:
-        self.times, self.num_requests = self.policy.times(len(requests)), len(requests)
+        self.observe(requests)
+        self.round(requests)
+
+    def observe(self, requests: Sequence[Request]) -> None:
+        """Let drafters process the tokens that requests got since the last round."""
         for drafter in self.drafters:
             drafter.observe(self.session, requests)
+
+    def round(self, requests: Sequence[Request]) -> None:
+        """Draft, verify, and append the right tokens and one more."""
+        self.times, self.num_requests = self.policy.times(len(requests)), len(requests)
         drafts, exit_layer = self._draft(requests)
         sequences = [request.kv for request in requests]
         started = time.perf_counter()
@@ -101,6 +110,7 @@ class DraftedSteps:
             drafts.append(Draft(request, drafter, self._limit(request, longest), trial is not None))
             self.rate += rate
         drafting = [draft for draft in drafts if draft.drafter is not None and draft.limit > 0]
+        seconds: dict[str, list[float]] = {}  # by drafter, of each draft token
         while drafting:
             continuing: list[Draft] = []
             for drafter in candidates:
@@ -108,8 +118,12 @@ class DraftedSteps:
                 if own:
                     keeps_all = not self.drafting.adaptive or self._tries(drafter, own)
                     if keeps_all or self._pays(drafter, own):
+                        started = time.perf_counter()
                         continuing += self._propose(drafter, own, keeps_all=keeps_all)
+                        seconds.setdefault(drafter.name, []).append(time.perf_counter() - started)
             drafting = [draft for draft in continuing if len(draft.request.draft) < draft.limit]
+        for name, own in seconds.items():  # drafters may compute several tokens at a time
+            self.times.observe_draft(name, mean(own))
         return drafts, max((draft.drafter.exit_layer for draft in drafts if draft.drafter is not None), default=0)
 
     def _candidates(self) -> tuple[list[Drafter], Drafter | None]:
@@ -141,7 +155,8 @@ class DraftedSteps:
 
     def _pays(self, drafter: Drafter, drafts: list[Draft]) -> bool:
         probabilities = [draft.reached * self._next_right(drafter, draft) for draft in drafts]
-        return self.times.pays(drafter.name, probabilities, self.rate)
+        is_ready = all(drafter.is_ready(draft.request) for draft in drafts)
+        return self.times.pays(drafter.name, probabilities, self.rate, is_ready=is_ready)
 
     def _tries(self, drafter: Drafter, drafts: list[Draft]) -> bool:
         """Return whether some of these drafts begin a trial, which runs at any cost."""
@@ -154,9 +169,7 @@ class DraftedSteps:
 
     def _propose(self, drafter: Drafter, drafts: list[Draft], *, keeps_all: bool) -> list[Draft]:
         """Draft one more token for each draft; return the drafts that got one that is worth verifying, or all."""
-        started = time.perf_counter()
         proposals = drafter.propose(self.session, [draft.request for draft in drafts], draft_tokens)
-        self.times.observe_draft(drafter.name, time.perf_counter() - started)
         acceptance, continuing = self.policy.statistics(drafter).by_bin, list[Draft]()
         for draft, proposal in zip(drafts, proposals, strict=True):
             reached = 0.0 if proposal is None else draft.reached * acceptance.of(proposal.bin)

@@ -82,6 +82,17 @@ class _State:
     feature: Tensor | None = None  # (1, D) output of the drafter's layer for the last token
     unread: list[Tensor] = field(default_factory=list[Tensor])  # (N, taps · D) states that the layer has not run yet
     num_read: int = 0  # tokens with K/V in the drafter's cache, draft tokens excluded
+    start: int | None = None  # position of the first of them
+
+    def add(self, states: Tensor, position: int) -> None:
+        """Add the unread states of tokens from a position on; those of tokens there before were of a wrong draft."""
+        if self.start is None:
+            self.start = position
+        num_known = position - self.start
+        if num_known < self.num_read + sum(map(len, self.unread)):
+            self.unread = [torch.cat(self.unread)[: max(num_known - self.num_read, 0)]] if self.unread else []
+            self.num_read = min(self.num_read, num_known)
+        self.unread.append(states)
 
 
 class TrainedDrafter(Drafter):
@@ -114,7 +125,7 @@ class TrainedDrafter(Drafter):
     def observe(self, session: Session, requests: Sequence[Request]) -> None:
         for request in requests:
             states = torch.cat([part[-LOOK_BACK:] for part in session.captured(request.kv)], dim=1)
-            self._state(request).unread.append(states)
+            self._state(request).add(states, session.length(request.kv) - len(states))
         # The time of a draft token must not include prompts, or tokens that another drafter drafted for long.
         self._run(session, [one for one in requests if sum(map(len, self._state(one).unread)) > CATCH_UP])
 
