@@ -1,8 +1,9 @@
 """Compare the fast engine with the Hugging Face model and llama.cpp on the embedded model: `results/engine.json`.
 
-    python benchmarks/engine.py [SECTION ...] [--num-runs 7]
+    python benchmarks/engine.py [SECTION ...] [--model NAME] [--num-runs 7]
 
-Sections are run in turn and kept one by one; without names, all. `peers` needs the benchmark extra.
+Sections are run in turn and kept one by one; without names, all. `peers` needs the benchmark extra. Other models than
+`embedded` are those of models.py, with results of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +22,7 @@ from engine_table import markdown
 from torch import Tensor
 
 import anydepth
-from anydepth.decoding.engines import FastEngine
+from anydepth.decoding.engines import FastEngine, open_engine
 from anydepth.decoding.request import Request
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.engine.kv_cache import EngineCache
@@ -31,6 +33,7 @@ from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
 from anydepth.measure.timing import read_bandwidth, time_generation
 from anydepth.training.data import load_windows
+from models import NAMES, OFF_GRID, model_file
 
 RESULT = Path(__file__).resolve().parent / "results" / "engine.json"
 ROUTERS = RESULT.with_name("routers.json")
@@ -43,6 +46,7 @@ SPREAD = {5: range(3, 30, 6), 10: [*range(3, 30, 3), 28], 15: range(14, 29)}
 ALWAYS_KEEP = 3
 OVER_HF = "decode_over hf bfloat16"
 KINDS = ("bfloat16", "int8", "int4", "native")
+OFF_GRID_KINDS = ("bfloat16", "int8", "int4", "int4-nearest")
 ROUTED = 27
 
 
@@ -62,6 +66,33 @@ def learned_router(share: float) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Chosen:
+    """The model that the sections run on."""
+
+    name: str = "embedded"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return OFF_GRID_KINDS if self.name == OFF_GRID else KINDS
+
+    def load(self, dtype: str = "bfloat16", *, native: bool = False) -> tuple[Any, Any]:
+        target = self.name if self.name == "embedded" else str(model_file(self.name))
+        return anydepth.load_model(target, dtype=dtype, native=native)
+
+    def engines(self) -> tuple[dict[str, FastEngine], Any]:
+        """Return an engine for each kind of weights, and the tokenizer."""
+        (dense, tokenizer), engines = self.load(), {}
+        adapted = attach(dense, [])
+        for kind in self.kinds:
+            own = attach(self.load(native=True)[0], []) if kind == "native" else adapted
+            engines[kind] = open_engine(own, "fast", kind)
+        return engines, tokenizer
+
+
+MODEL = Chosen()
+
+
 def prompts_of(tokenizer: Any, length: int, number: int) -> Tensor:
     return load_windows("wikitext-2:valid", tokenizer, length, max_windows=number)
 
@@ -77,7 +108,7 @@ def peers(num_runs: int) -> dict[str, Any]:
     """Full depth, batch 1: transformers, this engine and llama.cpp in turn, the same prompts."""
     from llama_cpp_peer import LlamaCpp, gguf_of  # wants the extra
 
-    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    model, tokenizer = MODEL.load()
     adapted = attach(model, [])
     engines: dict[str, Any] = {"hf bfloat16": None}
     engines |= {f"fast {kind}": FastEngine(adapted, kind) for kind in ("bfloat16", "int8", "int4")}
@@ -121,17 +152,14 @@ def peers(num_runs: int) -> dict[str, Any]:
 
 def weights(num_runs: int) -> dict[str, Any]:
     """Full depth, batch 1, by kinds of weights in turn, the same prompts."""
-    engines: dict[str, FastEngine] = {}
-    for kind in KINDS:
-        model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
-        engines[kind] = FastEngine(attach(model, []), kind)
-    rows = []
+    engines, tokenizer = MODEL.engines()
+    kinds, rows = list(engines), []
     for length in (64, 512):
-        times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+        times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         bandwidth = []
         for number, window in enumerate(prompts_of(tokenizer, length, num_runs + 1)):
-            for place in range(len(KINDS)):
-                kind = KINDS[(place + number) % len(KINDS)]
+            for place in range(len(kinds)):
+                kind = kinds[(place + number) % len(kinds)]
                 bandwidth.append(read_bandwidth(engines[kind].adapted.device))
                 timing = time_generation(engines[kind], batch_of(window[None]), NEW_TOKENS, full_depth=True)
                 if number:  # the first window warms up
@@ -178,7 +206,7 @@ def skipping(num_runs: int) -> dict[str, Any]:
     for share in (0.2, 0.35, 0.5):
         methods[f"router, fixed plan {share}"] = learned_router(share)
         methods[f"router, random {share}"] = random_router(share)
-    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    model, tokenizer = MODEL.load()
     windows, rows = prompts_of(tokenizer, 512, num_runs), []
     for name, method in methods.items():
         adapted = attach(model, method)
@@ -204,9 +232,8 @@ def skipping(num_runs: int) -> dict[str, Any]:
 def verify(num_runs: int) -> dict[str, Any]:
     """One pass over several tokens behind a past, against a pass over one."""
     rows, counts = [], (1, 2, 4, 5, 8, 16)
-    for kind in KINDS:
-        model, _ = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
-        engine = FastEngine(attach(model, []), kind).model
+    for kind, opened in MODEL.engines()[0].items():
+        engine = opened.model
         cache = engine.new_cache(1)
         slot = cache.take_slot()
         ids = torch.arange(1, 145)[None]
@@ -227,7 +254,7 @@ def verify(num_runs: int) -> dict[str, Any]:
 
 def batches(num_runs: int) -> dict[str, Any]:
     """Throughput over batch size, at full depth and with rows of mixed depths; and with requests that wait."""
-    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    model, tokenizer = MODEL.load()
     rows, windows = [], prompts_of(tokenizer, NEW_TOKENS, 64)
     for name, method in (("full depth", []), ("router, random 0.35", random_router(0.35))):
         adapted = attach(model, method)
@@ -290,7 +317,7 @@ def filled_bytes(cache: EngineCache) -> int:
 
 def context(num_runs: int) -> dict[str, Any]:
     """Seconds per token over the length of the past, beside the bytes that are read for it."""
-    model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
+    model, tokenizer = MODEL.load()
     adapted = attach(model, [])
     engine = FastEngine(adapted).model
     ids = prompts_of(tokenizer, 4096, 1)
@@ -330,7 +357,7 @@ def context(num_runs: int) -> dict[str, Any]:
 
 def identical(num_runs: int) -> dict[str, Any]:
     """float32: token for token the Hugging Face engine's, 50 prompts, every method."""
-    model, tokenizer = anydepth.load_model("embedded", dtype="float32")
+    model, tokenizer = MODEL.load("float32")
     prompts = read_prompts(Path(os.environ["ANYDEPTH_DATA"]) / "spec_bench" / "question.jsonl", tokenizer)[::4][:50]
     methods: dict[str, Any] = {
         "full depth": [],
@@ -358,9 +385,9 @@ def quality(num_runs: int) -> dict[str, Any]:
     """Perplexity on WikiText-2 valid by the kinds of weights, and next tokens that equal those of bfloat16."""
     rows: list[dict[str, Any]] = []
     chosen: dict[int, Tensor] = {}
-    for kind in KINDS:
-        model, tokenizer = anydepth.load_model("embedded", dtype="bfloat16", native=kind == "native")
-        engine, losses, agreeing = FastEngine(attach(model, []), kind), [], []
+    engines, tokenizer = MODEL.engines()
+    for kind, engine in engines.items():
+        losses, agreeing = [], []
         for number, window in enumerate(prompts_of(tokenizer, 1024, 40)):
             logits = engine.logits(window)[:-1].float()
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
@@ -394,22 +421,26 @@ def say(row: dict[str, Any], *keys: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default all")
+    parser.add_argument("--model", default="embedded", help=f"embedded or of {', '.join(NAMES)}")
     parser.add_argument("--num-runs", type=int, default=7)
     parser.add_argument("--table", action="store_true", help="print the committed result as tables, run nothing")
     arguments = parser.parse_args()
     if arguments.table:
         print(markdown(read_document(RESULT)["sections"], read_document(ROUTERS)["rows"]))
         return
+    MODEL.name, model_option, path = arguments.model, "", RESULT
+    if MODEL.name != "embedded":
+        model_option, path = f" --model {MODEL.name}", RESULT.with_stem(f"engine_{MODEL.name}")
     for name in arguments.sections or SECTIONS:
         print(f"--- {name}", flush=True)
-        command = f"python benchmarks/engine.py {name} --num-runs {arguments.num_runs}"
+        command = f"python benchmarks/engine.py {name}{model_option} --num-runs {arguments.num_runs}"
         result = SECTIONS[name](arguments.num_runs)
-        known = read_document(RESULT)["sections"] if RESULT.exists() else {}
+        known = read_document(path)["sections"] if path.exists() else {}
         own = document(
             f"anydepth.engine_{name}/1", seed=0, config={"num_runs": arguments.num_runs}, command=command, **result
         )
         whole = document("anydepth.engine/1", seed=0, config={}, sections={**known, name: own})
-        write_json(RESULT, whole)
+        write_json(path, whole)
 
 
 if __name__ == "__main__":

