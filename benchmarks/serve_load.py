@@ -140,8 +140,9 @@ async def watch(address: str, pid: int, until: float) -> dict[str, list[float]]:
     return found
 
 
-def start(threads: int) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "anydepth.cli", "serve", "embedded", "--port", "0", "--max-queue", str(MAX_QUEUE)]
+def start(threads: int, *options: str) -> tuple[subprocess.Popen[str], str]:
+    command = [sys.executable, "-m", "anydepth.cli", "serve", *(options or ("embedded",)), "--port", "0"]
+    command += ["--max-queue", str(MAX_QUEUE)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from transformers import LogitsProcessor
 
 import families
+from anydepth.decoding import int4
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine
 from anydepth.engine.weights import Int4
@@ -132,10 +135,16 @@ def test_right_drafts_save_passes_of_the_copy(monkeypatch: pytest.MonkeyPatch) -
 # --- which copy --------------------------------------------------------------------------------------------------
 
 
-def test_the_copy_is_in_int4_only_where_that_loses_nothing() -> None:
+def test_the_copy_is_in_int4_where_that_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYDEPTH_CACHE", str(tmp_path))
+    monkeypatch.setattr(int4, "NUM_TEXTS", 2)
+    monkeypatch.setattr(int4, "LENGTH", 24)
     model = tiny_llama().to(torch.bfloat16)
     engine = FastEngine(attach(model, []))
     assert copy_weights(engine.model) == "int8"
+    int4.int4_blocks(engine.adapted, engine.without_draft)
+    assert copy_weights(engine.model) == "int4"
+    shutil.rmtree(tmp_path)
     for view in engine.adapted.backbone.layers:
         for part in view.module.modules():
             if isinstance(part, torch.nn.Linear):

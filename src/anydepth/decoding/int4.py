@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from anydepth.decoding.engine import Engine
 from anydepth.engine.weights import is_in_4_bits
 from anydepth.hf.adapted import AdaptedModel
+from anydepth.models.backbone import Backbone
 from anydepth.models.blocks import Blocks
 from anydepth.models.gptq import linear_layers, round_layers
 from anydepth.models.load import base_fingerprint, cache_folder
@@ -38,10 +40,9 @@ def int4_blocks(
         before, or where the layers are not plain linear layers of a bfloat16 model.
     """
     backbone = adapted.backbone
-    is_plain = all(type(module) is nn.Linear for module in linear_layers(backbone))
-    if backbone.model.dtype != torch.bfloat16 or not is_plain or is_in_4_bits(backbone):
+    if not _is_plain(backbone) or is_in_4_bits(backbone):
         return None
-    path = cache_folder() / "int4" / f"{base_fingerprint(backbone.model)}.safetensors"
+    path = _file_of(backbone)
     if not path.exists():
         say(f"int4: rounding by {NUM_TEXTS * LENGTH} tokens of the model's own text, once; kept in {path}")
         with adapted.disabled():
@@ -51,6 +52,20 @@ def int4_blocks(
         save_file({name: blocks.data for name, blocks in found.items()}, part)
         part.replace(path)
     return {name: Blocks(data, GGMLQuantizationType.Q4_1) for name, data in load_file(path).items()}
+
+
+def is_at_hand(backbone: Backbone) -> bool:
+    """Return whether int4 weights take no time: rounding to the nearest loses nothing, or the blocks are kept."""
+    return is_in_4_bits(backbone) or (_is_plain(backbone) and _file_of(backbone).exists())
+
+
+def _is_plain(backbone: Backbone) -> bool:
+    is_plain = all(type(module) is nn.Linear for module in linear_layers(backbone))
+    return is_plain and backbone.model.dtype == torch.bfloat16
+
+
+def _file_of(backbone: Backbone) -> Path:
+    return cache_folder() / "int4" / f"{base_fingerprint(backbone.model)}.safetensors"
 
 
 def _own_text(engine: Engine) -> Tensor:
