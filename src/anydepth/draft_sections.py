@@ -75,7 +75,7 @@ class DraftConfig(StrictConfig):
     quantised: Literal["auto", "int8", "int4"] | None = Field(
         default=None,
         description="Draft with a copy in int8 or int4, which lookup, network and exit_layers draft for; auto: int4 "
-        "where its rounding takes no time, else int8, and none of a quantised model; null is none.",
+        "where it mostly says what the model says, else int8, and none of a quantised model; null is none.",
     )
     search: OnlineSearchConfig | None = Field(
         default=None, description="Draft with a skip set that is searched meanwhile; null is none."

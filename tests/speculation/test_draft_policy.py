@@ -147,5 +147,8 @@ def test_free_drafters_need_no_trial() -> None:
     policy = DraftPolicy()
     lookup, model = Simulated({5: 0.5}, 0.0, "lookup", is_free=True), Simulated({5: 0.5}, 1.0, "model")
     assert policy.is_known(lookup) and not policy.is_known(model)
-    due = [policy.due_trial([lookup, model]) for _ in range(60)]
-    assert lookup not in due and due.count(model) == 2
+    due = [policy.due_trial([lookup, model]) for _ in range(200)]
+    assert lookup not in due
+    assert [number for number, one in enumerate(due) if one is model] == [24, 73, 170], "rarer, while it does not pay"
+    policy.observe(model, [5], 1, 2)
+    assert [policy.due_trial([model]) for _ in range(25)][-1] is model, "as often as at first, once it has paid"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ import families
 from anydepth.decoding import int4
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine
+from anydepth.engine.model import EngineModel
 from anydepth.engine.weights import Int4
 from anydepth.errors import UserError
 from anydepth.hf.adapted import attach
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
+from anydepth.speculation import quantised_drafter
 from anydepth.speculation.draft import Draft
 from anydepth.speculation.drafting import DraftedSteps
-from anydepth.speculation.quantised_drafter import CopySteps, QuantisedDrafter, copy_weights
+from anydepth.speculation.quantised_drafter import CopySteps, QuantisedDrafter, agreement, copy_of
 from drafts import ALONE, NETWORK, both, drafting, prompts
 from tiny import byte_tokenizer, tiny_llama
 
@@ -135,21 +136,36 @@ def test_right_drafts_save_passes_of_the_copy(monkeypatch: pytest.MonkeyPatch) -
 # --- which copy --------------------------------------------------------------------------------------------------
 
 
-def test_the_copy_is_in_int4_where_that_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANYDEPTH_CACHE", str(tmp_path))
-    monkeypatch.setattr(int4, "NUM_TEXTS", 2)
-    monkeypatch.setattr(int4, "LENGTH", 24)
-    model = tiny_llama().to(torch.bfloat16)
-    engine = FastEngine(attach(model, []))
-    assert copy_weights(engine.model) == "int8"
-    int4.int4_blocks(engine.adapted, engine.without_draft)
-    assert copy_weights(engine.model) == "int4"
-    shutil.rmtree(tmp_path)
+def weights_of_copy(engine: FastEngine) -> str | None:
+    copy = copy_of(engine.model)
+    return None if copy is None else copy.weights
+
+
+def test_the_copy_is_in_int4_if_that_says_what_the_model_says() -> None:
+    engine = FastEngine(attach(tiny_llama().to(torch.bfloat16), []))
+    assert weights_of_copy(engine) == "int8"
     for view in engine.adapted.backbone.layers:
         for part in view.module.modules():
             if isinstance(part, torch.nn.Linear):
                 part.weight.data.copy_(Int4.dense(part.weight.data))
-    assert copy_weights(FastEngine(engine.adapted).model) == "int4"
+    on_grid = FastEngine(engine.adapted)
+    assert weights_of_copy(on_grid) == "int4"
+    assert agreement(on_grid.model, EngineModel(on_grid.adapted.backbone, "int4")) > 0.9
+    assert agreement(engine.model, EngineModel(attach(tiny_llama(1).to(torch.bfloat16), []).backbone, "int8")) < 0.2
+
+
+def test_the_copy_has_the_blocks_that_were_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYDEPTH_CACHE", str(tmp_path))
+    monkeypatch.setattr(int4, "NUM_TEXTS", 2)
+    monkeypatch.setattr(int4, "LENGTH", 24)
+    monkeypatch.setattr(quantised_drafter, "ENOUGH", 0.0)
+    engine = FastEngine(attach(tiny_llama().to(torch.bfloat16), []))
+    nearest = copy_of(engine.model)
+    blocks = int4.int4_blocks(engine.adapted, engine.without_draft)
+    kept, wanted = copy_of(engine.model), EngineModel(engine.adapted.backbone, "int4", blocks=blocks)
+    ids = torch.arange(3, 11)[None]
+    first, second, third = (one.forward(ids, [0], one.new_cache(1))[0] for one in (nearest, kept, wanted) if one)
+    assert torch.equal(second, third) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("dtype", "weights"), [("float32", None), ("bfloat16", "int8")])
@@ -157,5 +173,5 @@ def test_no_copy_drafts_for_other_weights(dtype: str, weights: str | None) -> No
     model = tiny_llama().to(getattr(torch, dtype))
     adapted = attach(model, []).eval()
     engine = FastEngine(adapted, weights, draft=Draft(adapted, {"quantised": "auto"}))
-    assert copy_weights(engine.model) is None
+    assert weights_of_copy(engine) is None
     assert not any(isinstance(one, QuantisedDrafter) for one in engine.drafting.drafters)  # type: ignore[union-attr]

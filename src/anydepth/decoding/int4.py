@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anydepth.decoding.engine import Engine
-from anydepth.engine.weights import is_in_4_bits
+from anydepth.engine.weights import lost_in_int4
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.backbone import Backbone
 from anydepth.models.blocks import Blocks
 from anydepth.models.gptq import linear_layers, round_layers
 from anydepth.models.load import base_fingerprint, cache_folder
 
+NOTHING_LOST = 0.02
+"""Relative error of weights rounded to the nearest, below which nothing is left to make up for."""
 NUM_TEXTS, LENGTH = 32, 256
 """Texts of the model, in tokens, by which weights are rounded."""
 
@@ -40,7 +42,7 @@ def int4_blocks(
         before, or where the layers are not plain linear layers of a bfloat16 model.
     """
     backbone = adapted.backbone
-    if not _is_plain(backbone) or is_in_4_bits(backbone):
+    if not _is_plain(backbone) or lost_in_int4(backbone) < NOTHING_LOST:
         return None
     path = _file_of(backbone)
     if not path.exists():
@@ -51,12 +53,15 @@ def int4_blocks(
         part = path.with_suffix(f".{os.getpid()}.part")
         save_file({name: blocks.data for name, blocks in found.items()}, part)
         part.replace(path)
+    return kept_blocks(backbone)
+
+
+def kept_blocks(backbone: Backbone) -> dict[str, Blocks] | None:
+    """Return the blocks of a model that were made before; None: there are none."""
+    path = _file_of(backbone)
+    if not _is_plain(backbone) or not path.exists():
+        return None
     return {name: Blocks(data, GGMLQuantizationType.Q4_1) for name, data in load_file(path).items()}
-
-
-def is_at_hand(backbone: Backbone) -> bool:
-    """Return whether int4 weights take no time: rounding to the nearest loses nothing, or the blocks are kept."""
-    return is_in_4_bits(backbone) or (_is_plain(backbone) and _file_of(backbone).exists())
 
 
 def _is_plain(backbone: Backbone) -> bool:

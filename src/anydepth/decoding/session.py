@@ -22,6 +22,7 @@ class Session(Protocol):
     num_sequences: int  # that can be open at the same time
     max_length: int | None  # tokens that a sequence can have; None: as many as memory allows
     max_tokens: int | None  # that a pass may have to give each sequence the bits of a plain step; None: any
+    capturing: bool  # whether `verify` keeps the states that drafters read
     memory: dict[Any, Any]  # state that drafters keep of the session, by drafter
 
     @property
@@ -88,7 +89,7 @@ class Session(Protocol):
         """Commit the first `num_tokens` verified tokens of each sequence, and remove the rest."""
 
     def captured(self, sequence: int) -> list[Tensor]:
-        """Return (N, D) states by captured layer, of the latest tokens read or committed."""
+        """Return (N, D) states by captured layer, of the latest tokens read or committed; none if not capturing."""
         ...
 
     def draft_limit(self, sequence: int) -> int | None:

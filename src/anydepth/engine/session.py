@@ -24,6 +24,7 @@ class FastSession:
         cache: K/V of another session, which this one runs ahead of: see `follow`. None: its own.
 
     Attributes:
+        capturing: whether verifications keep the states that are captured.
         committed: by sequence, the number of its tokens with K/V that stay.
     """
 
@@ -38,7 +39,7 @@ class FastSession:
         self.model, self.num_sequences, self.max_length = model, num_sequences, max_length
         self.max_tokens = model.backend.max_tokens
         self.cache = model.new_cache(num_sequences, max_length) if cache is None else cache
-        self.captures = list(captures)
+        self.captures, self.capturing = list(captures), True
         self.stops = sorted({*captures, len(model.layers)})
         self.committed: dict[int, int] = {}
         self.exited: dict[int, list[Tensor]] = {}  # (1, D) states of draft tokens after the first layers
@@ -78,7 +79,7 @@ class FastSession:
     ) -> tuple[Tensor | None, PassRecord]:
         if capture:
             before = self.states[sequence]
-            (states,) = self._through([sequence], [self._embed(ids)], 0)
+            (states,) = self._through([sequence], [self._embed(ids)], 0, self.captures)
             if before:
                 self.states[sequence] = [torch.cat(parts) for parts in zip(before, self.states[sequence], strict=True)]
             mask = torch.ones(1, len(ids), dtype=torch.bool, device=self.model.device)
@@ -119,6 +120,9 @@ class FastSession:
                 self.exited[sequence] += part.split(1)
 
     def verify(self, sequences: Sequence[int], ids: Sequence[Sequence[int]], exit_layer: int = 0) -> list[Tensor]:
+        captures = self.captures if self.capturing else []
+        if max(map(len, ids)) == 1 and not exit_layer and not captures:
+            return self._verify_one(sequences, [own[0] for own in ids])
         unseen = [own[len(self.exited[sequence]) :] for sequence, own in zip(sequences, ids, strict=True)]
         states = [self._embed(own) for own in unseen]
         # Pruned drafts left K/V that verified tokens must not see; those of the first layers stay.
@@ -126,8 +130,16 @@ class FastSession:
         if exit_layer:
             self._run_first(sequences, states, exit_layer)
             states = [torch.cat(self.exited[sequence]) for sequence in sequences]
-        states = self._through(sequences, states, exit_layer)
+        states = self._through(sequences, states, exit_layer, captures)
         return list(self.model.head(torch.cat(states)).split([len(part) for part in states]))
+
+    def _verify_one(self, sequences: Sequence[int], ids: Sequence[int]) -> list[Tensor]:
+        """Run the last token of each sequence, as a step does."""
+        self._forget_drafts(sequences)
+        hidden, _ = self.model.forward(torch.tensor(ids, device=self.model.device)[:, None], sequences, self.cache)
+        for sequence in sequences:
+            self.states[sequence] = []
+        return list(self.model.head(hidden[:, 0]).split(1))
 
     def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
         for sequence, count in zip(sequences, num_tokens, strict=True):
@@ -176,12 +188,14 @@ class FastSession:
     def _embed(self, ids: Sequence[int]) -> Tensor:
         return self.model.embedding(torch.tensor(ids, dtype=torch.long, device=self.model.device))
 
-    def _through(self, sequences: Sequence[int], states: list[Tensor], first: int) -> list[Tensor]:
+    def _through(
+        self, sequences: Sequence[int], states: list[Tensor], first: int, captures: Sequence[int]
+    ) -> list[Tensor]:
         """Run layers from `first` on over the states of next tokens; keep what is captured."""
-        stops = [stop for stop in self.stops if stop > first]
+        stops = [stop for stop in self.stops if stop > first] if captures else self.stops[-1:]
         found = self.model.run_to_stops(states, sequences, self.cache, first, stops)
-        captured = found if self.stops[-1] in self.captures else found[:-1]
-        if first in self.captures:
+        captured = found if self.stops[-1] in captures else found[:-1]
+        if first in captures:
             captured = [states, *captured]
         for number, sequence in enumerate(sequences):
             self.states[sequence] = [parts[number] for parts in captured]

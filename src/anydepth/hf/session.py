@@ -42,6 +42,7 @@ class HFSession:
         self.num_exited: dict[int, int] = {}
         self.verified: dict[int, list[int]] = {}
         self.memory: dict[Any, Any] = {}
+        self.capturing = False
         self.exit_plans: dict[tuple[int, bool], Plan] = {}
 
     @property

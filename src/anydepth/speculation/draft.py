@@ -39,7 +39,7 @@ from anydepth.speculation.drafters import (
     searched_drafter,
 )
 from anydepth.speculation.drafting import Drafting
-from anydepth.speculation.quantised_drafter import PrunedCopyDrafter, QuantisedDrafter, copy_weights
+from anydepth.speculation.quantised_drafter import PrunedCopyDrafter, QuantisedDrafter, copy_of
 from anydepth.speculation.trained_drafter import DraftNetwork, TrainedDrafter
 
 log = logging.getLogger("anydepth")
@@ -123,10 +123,10 @@ class Draft(nn.Module):
     def _copy(self, engine: Engine) -> EngineModel | None:
         """Return the copy that drafts for an engine's model, or None."""
         model, weights = engine.model, self.config.quantised
-        if model is not None and weights == "auto":
-            weights = copy_weights(model)
         if model is None or weights is None:
             return None
+        if weights == "auto":
+            return copy_of(model)
         blocks = int4_blocks(engine.adapted, engine.without_draft, log.warning) if weights == "int4" else None
         return EngineModel(model.backbone, weights, native=model.why_not_native is None, blocks=blocks)
 

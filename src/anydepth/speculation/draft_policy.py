@@ -27,8 +27,10 @@ PRIOR = 4.0
 """Number of observations that the prior of a bin counts as."""
 TRIES = 12
 """First draft tokens of a drafter after which its acceptance is known."""
-TRY_AGAIN = 24
-"""Rounds after which a drafter that does not pay is tried again."""
+TRY_AGAIN, RARELY = 24, 384
+"""Rounds after which a drafter that does not pay is tried again; twice as many after each trial, up to `RARELY`."""
+WAKES = 16
+"""Rounds after which an idle drafter sleeps, and for which it reads states again before a trial."""
 LONGEST = 16
 """Greatest draft length in comparisons of drafters."""
 
@@ -64,6 +66,7 @@ class DrafterStatistics:
         default_factory=lambda: Acceptance.prior([*((i + 2.5) / (NUM_BINS + 4) for i in range(NUM_BINS)), FIRST_RIGHT])
     )
     idle: int = 0
+    patience: int = TRY_AGAIN  # rounds until the next trial
 
     @property
     def is_known(self) -> bool:
@@ -162,21 +165,32 @@ class DraftPolicy:
         self.by_rows: dict[int, StepTimes] = {}
 
     def statistics(self, drafter: Drafter) -> DrafterStatistics:
-        return self.by_drafter.setdefault(drafter.name, DrafterStatistics())
+        known = self.by_drafter.get(drafter.name)
+        if known is None:
+            known = self.by_drafter[drafter.name] = DrafterStatistics()
+        return known
 
     def times(self, num_rows: int) -> StepTimes:
-        return self.by_rows.setdefault(num_rows, StepTimes(num_rows))
+        known = self.by_rows.get(num_rows)
+        if known is None:
+            known = self.by_rows[num_rows] = StepTimes(num_rows)
+        return known
 
     def is_known(self, drafter: Drafter) -> bool:
         return drafter.is_free or self.statistics(drafter).is_known
 
+    def sleeps(self, drafter: Drafter) -> bool:
+        """Return whether a drafter that does not pay is left alone, its states too, until shortly before its trial."""
+        statistics = self.statistics(drafter)
+        return WAKES < statistics.idle < statistics.patience - WAKES
+
     def due_trial(self, drafters: Sequence[Drafter]) -> Drafter | None:
-        """Start a round; return a drafter to try because it was idle for `TRY_AGAIN` rounds, or None."""
+        """Start a round; return a drafter to try because it was idle for long, or None."""
         for drafter in drafters:
             statistics = self.statistics(drafter)
             statistics.idle += 1
-            if statistics.idle > TRY_AGAIN and not drafter.is_free:
-                statistics.idle = 0
+            if statistics.idle > statistics.patience and not drafter.is_free:
+                statistics.idle, statistics.patience = 0, min(2 * statistics.patience, RARELY)
                 return drafter
         return None
 
@@ -197,9 +211,13 @@ class DraftPolicy:
             return statistics.by_bin.of(next_bin)
         return statistics.after(bins[-1]) if bins else statistics.first
 
-    def observe(self, drafter: Drafter, bins: Sequence[int], num_right: int, num_taken: int) -> None:
+    def observe(
+        self, drafter: Drafter, bins: Sequence[int], num_right: int, num_taken: int, *, is_trial: bool = False
+    ) -> None:
         """Count the tokens of a verified draft, up to the first wrong one or the end of the sequence."""
         statistics, before = self.statistics(drafter), FIRST
+        if not is_trial:
+            statistics.patience = TRY_AGAIN
         for position, number in enumerate(bins[: min(num_right + 1, num_taken)]):
             statistics.observe(before, number, right=position < num_right)
             before = number

@@ -75,12 +75,19 @@ class Drafter(ABC):
         """Return the bin of the next token, or −1 if there is none; None: the bin is not known before drafting."""
         return None
 
+    def reads_states(self) -> bool:
+        """Return whether it reads captured states in the next rounds."""
+        return bool(self.captures)
+
     def is_ready(self, request: Request) -> bool:
         """Return whether the next token has been computed already, so that it costs nothing."""
         return False
 
     def observe(self, session: Session, requests: Sequence[Request]) -> None:  # noqa: B027 (most have nothing to do)
         """Process the tokens that requests have read or got since the last round."""
+
+    def catch_up(self, session: Session, requests: Sequence[Request]) -> None:  # noqa: B027
+        """Prepare for draft tokens of this round, after rounds without any; not timed as a draft token."""
 
     def refresh(self) -> None:  # noqa: B027
         """Update to the current decisions of the attached methods."""

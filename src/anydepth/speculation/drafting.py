@@ -81,6 +81,7 @@ class DraftedSteps:
         """Let drafters process the tokens that requests got since the last round."""
         for drafter in self.drafters:
             drafter.observe(self.session, requests)
+        self.session.capturing = any(one.reads_states() and not self.policy.sleeps(one) for one in self.drafters)
 
     def round(self, requests: Sequence[Request]) -> None:
         """Draft, verify, and append the right tokens and one more."""
@@ -110,6 +111,9 @@ class DraftedSteps:
             drafts.append(Draft(request, drafter, self._limit(request, longest), trial is not None))
             self.rate += rate
         drafting = [draft for draft in drafts if draft.drafter is not None and draft.limit > 0]
+        for drafter in candidates:
+            if own := [draft.request for draft in drafting if draft.drafter is drafter]:
+                drafter.catch_up(self.session, own)
         seconds: dict[str, list[float]] = {}  # by drafter, of each draft token
         while drafting:
             continuing: list[Draft] = []
@@ -133,9 +137,10 @@ class DraftedSteps:
         due = self.policy.due_trial(self.drafters) if self.drafting.adaptive else None
         if due is not None:
             return [due], due
-        exits = [drafter for drafter in self.drafters if drafter.exit_layer]
+        awake = [drafter for drafter in self.drafters if drafter.is_free or not self.policy.sleeps(drafter)]
+        exits = [drafter for drafter in awake if drafter.exit_layer]
         best = max(exits, key=lambda drafter: self.policy.rate(drafter, self.num_requests), default=None)
-        return [one for one in self.drafters if one is best or not one.exit_layer], None
+        return [one for one in awake if one is best or not one.exit_layer], None
 
     def _longest(self, requests: Sequence[Request]) -> int:
         """Return the draft length up to which a verification of all requests has the bits of plain steps.
@@ -233,4 +238,4 @@ class DraftedSteps:
         name = None if draft.drafter is None else draft.drafter.name
         draft.request.counts.observe(name, num_verified, num_right, len(targets))
         if draft.drafter is not None:
-            self.policy.observe(draft.drafter, draft.bins, num_right, len(targets))
+            self.policy.observe(draft.drafter, draft.bins, num_right, len(targets), is_trial=draft.is_trial)

@@ -8,18 +8,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from anydepth.decoding.int4 import is_at_hand
+from anydepth.decoding.int4 import kept_blocks
 from anydepth.decoding.request import Request, draft_tokens
 from anydepth.decoding.session import Session
 from anydepth.engine.model import EngineModel
 from anydepth.engine.session import FastSession
 from anydepth.engine.weights import BFloat16, Int4, Int8
+from anydepth.gating.plan import FULL_DEPTH
 from anydepth.methods._base.method import Method
 from anydepth.speculation.drafters import Choose, Drafter, Proposal, PrunedDrafter, proposals
 from anydepth.speculation.drafting import DraftedSteps, Drafting
+
+NUM_TOKENS, TEMPERATURE, ENOUGH = 128, 0.5, 0.88
+"""Sampled tokens that a copy in int4 is compared with the model on, and the agreement at which it is better than int8.
+
+At 0.97 of int8, and with draft tokens in half and 0.6 of the time of the model's, the two give the same speed at 0.9.
+"""
 
 
 @dataclass(eq=False)
@@ -54,6 +63,10 @@ class QuantisedDrafter(Drafter):
         if steps is None:
             steps = session.memory[self] = CopySteps(_session(session, self.copy, self.captures), self.drafting)
         steps.follow(session, [(request, self._ahead(request)) for request in requests])
+
+    def reads_states(self) -> bool:
+        policy = self.drafting.policy
+        return any(one.reads_states() and not policy.sleeps(one) for one in self.drafting.drafters)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
         ahead = [self._ahead(request) for request in requests]
@@ -124,15 +137,32 @@ class PrunedCopyDrafter(PrunedDrafter):
         return super().propose(own, requests, choose)
 
 
-def copy_weights(model: EngineModel) -> str | None:
-    """Return the weights of the copy that drafts best for an engine's model; None: no copy is faster.
+def copy_of(model: EngineModel) -> EngineModel | None:
+    """Return the copy that drafts best for an engine's model without preparation; None: no copy is faster.
 
-    int4 is read in half the time of int8 and is right nearly as often, if its rounding had error feedback; but that
-    takes a minute or more, so that it is the choice only where it is at hand.
+    int4 is read in half the time of int8, and is chosen if it agrees with the model nearly as often.
     """
     if model.why_not_native is not None or model.weights != BFloat16.name:
         return None
-    return Int4.name if is_at_hand(model.backbone) else Int8.name
+    copy = EngineModel(model.backbone, Int4.name, blocks=kept_blocks(model.backbone))
+    return copy if agreement(model, copy) >= ENOUGH else EngineModel(model.backbone, Int8.name)
+
+
+@torch.no_grad()
+def agreement(model: EngineModel, copy: EngineModel) -> float:
+    """Return the fraction of `NUM_TOKENS` sampled tokens after which the copy has the same most likely next token."""
+    config: Any = model.backbone.model.config
+    ids = [config.bos_token_id if isinstance(config.bos_token_id, int) else 0]
+    session, own, generator = FastSession(copy, 1), list[Tensor](), torch.Generator().manual_seed(0)
+    sequence = session.open()
+    for _ in range(min(NUM_TOKENS, config.max_position_embeddings - 1)):
+        logits, _ = session.step([sequence], ids[-1:], FULL_DEPTH)
+        own.append(logits[0].argmax())
+        ids.append(int(torch.multinomial((logits[0].float() / TEMPERATURE).softmax(-1).cpu(), 1, generator=generator)))
+    other = FastSession(model, 1)
+    logits, _ = other.read(other.open(), ids[:-1], FULL_DEPTH, num_logits=len(own))
+    assert logits is not None
+    return (logits.argmax(-1) == torch.stack(own)).float().mean().item()
 
 
 def _name(copy: EngineModel) -> str:

@@ -29,9 +29,9 @@ from anydepth.models.plain import chosen_module, plain_module, plain_state
 from anydepth.speculation.drafters import Choose, Drafter, Proposal, proposals
 
 CATCH_UP = 8
-"""Unread tokens that are run together with the next draft token, at most; longer backlogs are run at once."""
+"""Unread tokens that are run together with the next draft token, at most; more are run before it."""
 LOOK_BACK = 128
-"""Last tokens of a prompt that the drafter reads, about the length of the texts it is trained on."""
+"""Last tokens that the drafter reads after a prompt or a long pause, about the length of the texts it is trained on."""
 
 
 class DraftNetwork(nn.Module):
@@ -85,14 +85,21 @@ class _State:
     start: int | None = None  # position of the first of them
 
     def add(self, states: Tensor, position: int) -> None:
-        """Add the unread states of tokens from a position on; those of tokens there before were of a wrong draft."""
-        if self.start is None:
-            self.start = position
-        num_known = position - self.start
-        if num_known < self.num_read + sum(map(len, self.unread)):
+        """Add the unread states of tokens from a position on.
+
+        States of tokens there before were of a wrong draft. After a gap the drafter starts anew.
+        """
+        end = -1 if self.start is None else self.start + self.num_read + sum(map(len, self.unread))
+        if self.start is None or position > end:
+            self.start, self.num_read, self.unread = position, 0, []
+        elif position < end:
+            num_known = position - self.start
             self.unread = [torch.cat(self.unread)[: max(num_known - self.num_read, 0)]] if self.unread else []
             self.num_read = min(self.num_read, num_known)
         self.unread.append(states)
+        if sum(map(len, self.unread)) > 2 * LOOK_BACK:
+            self.unread, self.num_read = [torch.cat(self.unread)[-LOOK_BACK:]], 0
+            self.start = position + len(states) - LOOK_BACK
 
 
 class TrainedDrafter(Drafter):
@@ -124,9 +131,12 @@ class TrainedDrafter(Drafter):
 
     def observe(self, session: Session, requests: Sequence[Request]) -> None:
         for request in requests:
-            states = torch.cat([part[-LOOK_BACK:] for part in session.captured(request.kv)], dim=1)
-            self._state(request).add(states, session.length(request.kv) - len(states))
-        # The time of a draft token must not include prompts, or tokens that another drafter drafted for long.
+            if captured := session.captured(request.kv):
+                states = torch.cat([part[-LOOK_BACK:] for part in captured], dim=1)
+                self._state(request).add(states, session.length(request.kv) - len(states))
+
+    def catch_up(self, session: Session, requests: Sequence[Request]) -> None:
+        """Run a prompt, or tokens that another drafter drafted for long; few are run with the next draft token."""
         self._run(session, [one for one in requests if sum(map(len, self._state(one).unread)) > CATCH_UP])
 
     def _state(self, request: Request) -> _State:
