@@ -306,18 +306,22 @@ def markdown(sections: dict[str, Any]) -> str:
     speeds, lines = sections["speed"]["rows"], []
     shipped, looked = speeds[SHIPPED], speeds.get("lookup")
     lines += [
-        "| prompts | tokens per verification | × full depth | by lookup alone | tokens/s |",
-        "| --- | --- | --- | --- | --- |",
+        "| prompts | tokens per verification | × full depth | decoding alone | by lookup alone | tokens/s |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for category, row in shipped["categories"].items():
         alone = "" if looked is None else f"{looked['categories'][category]['speedup']:.2f}"
         lines.append(
             f"| {category.replace('_', ' ')} ({row['num_prompts']}) | {row['mean_acceptance_length']:.2f} | "
-            f"{row['speedup']:.2f} | {alone} | {row['tokens_per_second']:.0f} |"
+            f"{row['speedup']:.2f} | {row['decoding_speedup']:.2f} | {alone} | {row['tokens_per_second']:.0f} |"
         )
     count = sum(row["num_prompts"] for row in shipped["categories"].values())
     alone = "" if looked is None else f"{looked['speedup']:.2f}"
-    lines.append(f"| all ({count}) | {shipped['mean_acceptance_length']:.2f} | {shipped['speedup']:.2f} | {alone} | |")
+    lines.append(
+        f"| all ({count}) | {shipped['mean_acceptance_length']:.2f} | {shipped['speedup']:.2f} | "
+        f"{shipped['decoding_speedup']:.2f} | {alone} | |"
+    )
+    lines += ["", *other_ways(speeds)]
     if "peers" in sections:
         peers = sections["peers"]["rows"]
         count = next(iter(peers.values()))["num_prompts"]
@@ -334,6 +338,25 @@ def markdown(sections: dict[str, Any]) -> str:
             for way, row in peers.items()
         ]
     return "\n".join(lines)
+
+
+def other_ways(speeds: dict[str, Any]) -> list[str]:
+    """A table of other drafters, weights and models: overall figures."""
+    by_model = {"SmolLM2": speeds}
+    for path in sorted(RESULT.parent.glob(f"{RESULT.stem}_*.json")):
+        rows = json.loads(path.read_text())["sections"].get("speed", {"rows": {}})["rows"]
+        by_model[path.stem.removeprefix(f"{RESULT.stem}_")] = rows
+    lines = ["| model | drafts by, weights | × full depth | decoding alone | worst kind | prompts, of the same text |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for model, rows in by_model.items():
+        for name, row in rows.items():
+            kinds = list(row["categories"].values())
+            count = sum(kind["num_prompts"] for kind in kinds)
+            same = "all" if all(kind["identical_tokens"] for kind in kinds) else "not all"
+            decoding = "" if "batch" in name else f"{row['decoding_speedup']:.2f}"
+            worst = min(kind["speedup"] for kind in kinds)
+            lines.append(f"| {model} | {name} | {row['speedup']:.2f} | {decoding} | {worst:.2f} | {count}, {same} |")
+    return lines
 
 
 def main() -> None:

@@ -152,3 +152,22 @@ def test_free_drafters_need_no_trial() -> None:
     assert [number for number, one in enumerate(due) if one is model] == [24, 73, 170], "rarer, while it does not pay"
     policy.observe(model, [5], 1, 2)
     assert [policy.due_trial([model]) for _ in range(25)][-1] is model, "as often as at first, once it has paid"
+
+
+def test_a_drafter_sleeps_between_trials_that_did_not_pay() -> None:
+    policy, model = DraftPolicy(), Simulated({5: 0.5}, 1.0, "model")
+    asleep = []
+    for _ in range(170):
+        policy.due_trial([model])
+        asleep.append(policy.sleeps(model))
+    rounds = [number for number, one in enumerate(asleep) if one]
+    # Idle for 24 rounds, 48, 96: asleep after 16 idle rounds, awake for the 16 before the next trial.
+    assert rounds == [*range(41, 56), *range(90, 153)]
+
+
+def test_a_drafter_with_passes_must_be_clearly_faster_than_plain_steps() -> None:
+    policy = DraftPolicy()
+    free, costly = Simulated({5: 0.5}, 0.0, "lookup", is_free=True), Simulated({5: 0.5}, 1.0, "model")
+    assert policy.gains(costly, 1, 0.1), "nothing is measured yet"
+    policy.times(1).plain = 10.0
+    assert policy.gains(costly, 1, 0.12) and not policy.gains(costly, 1, 0.105) and policy.gains(free, 1, 0.105)

@@ -145,3 +145,21 @@ def test_tokens_of_a_wrong_draft_are_forgotten() -> None:
         drafter.propose(session, [request], choose)
         last.append(found[-1])
     assert torch.equal(last[0], last[1]) and torch.equal(last[0], last[2])
+
+
+@torch.no_grad()
+def test_a_request_without_states_gets_no_draft() -> None:
+    """A prompt that was read while the drafter slept, next to one that it knows."""
+    engine = FastEngine(anydepth.attach(tiny_llama(), []).eval())
+    drafter, asked = TrainedDrafter(engine.model, network_of(untrained_draft())), list[int]()
+    states = torch.randn(9, 2, engine.adapted.backbone.hidden_size, generator=torch.Generator().manual_seed(0))
+    session, known = planted(engine, states, list(range(3, 13)))
+    unknown = Request(list(range(3, 13)), Sampler(), Stops.at(19), sequence=known.kv)
+
+    def choose(requests: Any, logits: torch.Tensor, vocabulary: Any) -> Any:
+        asked.append(len(logits))
+        return [5] * len(requests), [0.5] * len(requests)
+
+    drafter.observe(session, [known])
+    first, second = drafter.propose(session, [unknown, known], choose)
+    assert first is None and second is not None and second.token == 5 and asked == [1]

@@ -77,7 +77,9 @@ class FastSession:
     def read(
         self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
     ) -> tuple[Tensor | None, PassRecord]:
-        if capture:
+        if capture and not self.capturing:
+            self.states[sequence] = []
+        if capture and self.capturing:
             before = self.states[sequence]
             (states,) = self._through([sequence], [self._embed(ids)], 0, self.captures)
             if before:

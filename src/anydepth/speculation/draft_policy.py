@@ -31,6 +31,8 @@ TRY_AGAIN, RARELY = 24, 384
 """Rounds after which a drafter that does not pay is tried again; twice as many after each trial, up to `RARELY`."""
 WAKES = 16
 """Rounds after which an idle drafter sleeps, and for which it reads states again before a trial."""
+MARGIN = 1.1
+"""How many times the rate of plain steps a drafter with passes of its own must reach: rounds have other costs too."""
 LONGEST = 16
 """Greatest draft length in comparisons of drafters."""
 
@@ -204,6 +206,11 @@ class DraftPolicy:
             first, later = statistics.by_bin.of(next_bin), statistics.by_bin.of(min(next_bin + 1, NUM_BINS - 1))
         return self.times(num_rows).rate(drafter.name, first, later)
 
+    def gains(self, drafter: Drafter, num_rows: int, rate: float) -> bool:
+        """Return whether drafting at this rate is faster than plain steps, with all else that a round costs."""
+        plain = self.times(num_rows).plain
+        return drafter.is_free or plain is None or rate > MARGIN / plain
+
     def next_right(self, drafter: Drafter, bins: Sequence[int], next_bin: int | None = None) -> float:
         """Return the probability that the token after right ones of these bins is right, by its bin if it is known."""
         statistics = self.statistics(drafter)
@@ -216,7 +223,7 @@ class DraftPolicy:
     ) -> None:
         """Count the tokens of a verified draft, up to the first wrong one or the end of the sequence."""
         statistics, before = self.statistics(drafter), FIRST
-        if not is_trial:
+        if bins and not is_trial:
             statistics.patience = TRY_AGAIN
         for position, number in enumerate(bins[: min(num_right + 1, num_taken)]):
             statistics.observe(before, number, right=position < num_right)

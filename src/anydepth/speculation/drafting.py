@@ -194,7 +194,8 @@ class DraftedSteps:
         for drafter in candidates:
             next_bin = drafter.next_bin(request)
             rate = 0.0 if next_bin == -1 else self.policy.rate(drafter, self.num_requests, next_bin)
-            if rate > best_rate:
+            gains = not self.drafting.adaptive or self.policy.gains(drafter, self.num_requests, rate)
+            if rate > best_rate and gains:
                 best, best_rate = drafter, rate
         return best, best_rate if isfinite(best_rate) else 0.0
 

@@ -126,8 +126,14 @@ class TrainedDrafter(Drafter):
         unread = [request for request in requests if request.draft or self._state(request).unread]
         self._run(session, unread)
         features = [self._state(request).feature for request in requests]
-        last = torch.cat([part for part in features if part is not None])
-        return proposals(*choose(requests, self.head(last), self.vocabulary))
+        known = [number for number, part in enumerate(features) if part is not None]  # others had no states yet
+        found: list[Proposal | None] = [None] * len(requests)
+        if known:
+            last = torch.cat([part for part in features if part is not None])
+            own = proposals(*choose([requests[number] for number in known], self.head(last), self.vocabulary))
+            for number, proposal in zip(known, own, strict=True):
+                found[number] = proposal
+        return found
 
     def observe(self, session: Session, requests: Sequence[Request]) -> None:
         for request in requests:
