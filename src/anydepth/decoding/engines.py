@@ -13,6 +13,7 @@ from torch import Tensor
 from anydepth.decoding.engine import Draft, Engine
 from anydepth.decoding.generate import generate_batch
 from anydepth.decoding.int4 import int4_blocks
+from anydepth.engine.backends.cpu.native import why_not
 from anydepth.engine.model import EngineModel
 from anydepth.engine.session import FastSession
 from anydepth.engine.weights import Int4
@@ -169,7 +170,9 @@ def open_engine(
             raise UserError("compile is an option of the fast engine; use engine fast, or leave compile out")
         return HFEngine(adapted, draft)
     try:
-        blocks = int4_blocks(adapted, partial(FastEngine, adapted), say) if weights == Int4.name else None
+        has_kernels = why_not(torch.bfloat16, adapted.device) is None
+        plain = partial(FastEngine, adapted)
+        blocks = int4_blocks(adapted, plain, say) if weights == Int4.name and has_kernels else None
         fast = FastEngine(adapted, weights, draft=draft, compiled=compiled, blocks=blocks)
     except UserError as error:
         if engine == "fast" or weights is not None or compiled:

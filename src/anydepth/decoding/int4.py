@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -44,24 +45,28 @@ def int4_blocks(
     backbone = adapted.backbone
     if not _is_plain(backbone) or lost_in_int4(backbone) < NOTHING_LOST:
         return None
+    if (kept := kept_blocks(backbone)) is not None:
+        return kept
     path = _file_of(backbone)
-    if not path.exists():
-        say(f"int4: rounding by {NUM_TEXTS * LENGTH} tokens of the model's own text, once; kept in {path}")
-        with adapted.disabled():
-            found = round_layers(backbone, _own_text(open_engine()), partial(_say_layer, say))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({name: blocks.data for name, blocks in found.items()}, part)
-        part.replace(path)
-    return kept_blocks(backbone)
+    say(f"int4: rounding by {NUM_TEXTS * LENGTH} tokens of the model's own text, once; kept in {path}")
+    with adapted.disabled():
+        found = round_layers(backbone, _own_text(open_engine()), partial(_say_layer, say))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file({name: blocks.data for name, blocks in found.items()}, part)
+    part.replace(path)
+    return found
 
 
 def kept_blocks(backbone: Backbone) -> dict[str, Blocks] | None:
-    """Return the blocks of a model that were made before; None: there are none."""
-    path = _file_of(backbone)
-    if not _is_plain(backbone) or not path.exists():
+    """Return the blocks of a model that were made before; None: there are none, or their file is damaged."""
+    if not _is_plain(backbone):
         return None
-    return {name: Blocks(data, GGMLQuantizationType.Q4_1) for name, data in load_file(path).items()}
+    try:
+        kept = load_file(_file_of(backbone))
+    except (OSError, SafetensorError):
+        return None
+    return {name: Blocks(data, GGMLQuantizationType.Q4_1) for name, data in kept.items()}
 
 
 def _is_plain(backbone: Backbone) -> bool:
