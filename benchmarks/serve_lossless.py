@@ -46,10 +46,10 @@ def prompts_of(number: int, seed: int) -> list[str]:
     return random.Random(seed).sample(texts, number)
 
 
-async def together(client: httpx.AsyncClient, prompts: list[str], how: dict[str, Any]) -> dict[str, Any]:
+async def together(client: httpx.AsyncClient, model: str, prompts: list[str], how: dict[str, Any]) -> dict[str, Any]:
     """Send all prompts at the same time."""
     seen = [Seen() for _ in prompts]
-    body = {"model": "any", "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True, "anydepth": how}
+    body = {"model": model, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True, "anydepth": how}
     started = time.monotonic()
     texts = await asyncio.gather(
         *(ask(client, {**body, "prompt": prompt}, own) for prompt, own in zip(prompts, seen, strict=True))
@@ -61,11 +61,12 @@ async def together(client: httpx.AsyncClient, prompts: list[str], how: dict[str,
 async def measure(address: str, prompts: list[str], num_clients: int) -> dict[str, Any]:
     pairs = []
     async with httpx.AsyncClient(base_url=address, timeout=600) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
         ways = {"full_depth": {"full_depth": True}, "lossless": {"lossless": True}}
         for number, start_at in enumerate(range(0, len(prompts), num_clients)):
             own, pair = prompts[start_at : start_at + num_clients], {}
             for name in sorted(ways, reverse=bool(number % 2)):
-                pair[name] = await together(client, own, ways[name])
+                pair[name] = await together(client, model, own, ways[name])
             pairs.append(pair)
     pairs = pairs[1:]  # the first is a warm-up
     ratios = [pair["full_depth"]["seconds"] / pair["lossless"]["seconds"] for pair in pairs]
