@@ -539,16 +539,18 @@ def uncounted_recurrence(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     The returned function gives the recurrence's own FLOPs since it was asked last: for each token a (dk, dv) state per
     head read, written and queried, and all channels convolved with 4 taps.
     """
-    flops = 0
+    flops = channels = 0
 
     def hide(name: str, *, counts: bool) -> None:
         own = getattr(modeling_qwen3_next, name)
 
         def hidden(*args: Any, **kwargs: Any) -> Any:
-            nonlocal flops
-            if counts:
-                (rows, length, keys, dk), (values, dv) = args[1].shape, args[2].shape[2:]
-                flops += rows * length * (3 * 2 * values * dk * dv + 2 * 4 * (2 * keys * dk + values * dv))
+            nonlocal flops, channels
+            if counts:  # some versions have repeated the keys for all heads here, after the convolution
+                (rows, length, _, dk), (values, dv) = args[1].shape, args[2].shape[2:]
+                flops += rows * length * (3 * 2 * values * dk * dv + 2 * 4 * channels)
+            else:
+                channels = args[0].shape[1]
             with _disable_current_modes():
                 return own(*args, **kwargs)
 
