@@ -75,7 +75,7 @@ class Drafter(ABC):
         """Return the bin of the next token, or −1 if there is none; None: the bin is not known before drafting."""
         return None
 
-    def reads_states(self) -> bool:
+    def needs_states(self) -> bool:
         """Return whether it reads captured states in the next rounds."""
         return bool(self.captures)
 

@@ -81,7 +81,7 @@ class DraftedSteps:
         """Let drafters process the tokens that requests got since the last round."""
         for drafter in self.drafters:
             drafter.observe(self.session, requests)
-        self.session.capturing = any(one.reads_states() and not self.policy.sleeps(one) for one in self.drafters)
+        self.session.capturing = any(one.needs_states() and not self.policy.sleeps(one) for one in self.drafters)
 
     def round(self, requests: Sequence[Request]) -> None:
         """Draft, verify, and append the right tokens and one more."""
