@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import anydepth
-from anydepth.models.blocks import BlockLinear, block_modules
+from anydepth.models.blocks import BlockLinear
 from anydepth.training.data import load_windows
 
 SEED = 0
@@ -39,9 +39,8 @@ def noisy() -> Any:
     blocks, _ = anydepth.load_model("embedded", native=True)
     model, _ = anydepth.load_model("embedded", dtype="float32")
     generator = torch.Generator().manual_seed(SEED)
-    in_blocks = {id(module) for module in block_modules(blocks)}
     for name, module in blocks.named_modules():
-        if id(module) in in_blocks and isinstance(module, BlockLinear) and name != "lm_head":
+        if isinstance(module, BlockLinear) and name != "lm_head":
             steps = steps_of(module)
             model.get_submodule(name).weight += (torch.rand(steps.shape, generator=generator) - 0.5) * steps
     return model

@@ -341,7 +341,7 @@ def markdown(sections: dict[str, Any]) -> str:
 
 
 def other_ways(speeds: dict[str, Any]) -> list[str]:
-    """A table of other drafters, weights and models: overall figures."""
+    """A table of other drafters, weights and models: overall speed-ups."""
     by_model = {"SmolLM2": speeds}
     for path in sorted(RESULT.parent.glob(f"{RESULT.stem}_*.json")):
         rows = json.loads(path.read_text())["sections"].get("speed", {"rows": {}})["rows"]

@@ -1,4 +1,4 @@
-"""What `anydepth inspect` and `anydepth methods` say."""
+"""The documents of `anydepth inspect` and `anydepth methods`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ TWO_LEVELS: dict[str, dict[str, Any]] = {
     "first layers": {**ALONE, "quantised": "int8", "exit_layers": [2], "exit_vocabulary": 60},
     "everything": {"quantised": "int4", "network": NETWORK, "exit_layers": [2], "max_draft": 15},
 }
-"""What drafts for the copy."""
+"""Options by the drafters that draft for the copy."""
 
 
 def two_levels(name: str, **options: Any) -> Engine:

@@ -115,7 +115,7 @@ def test_the_drafter_reads_the_end_of_a_long_prompt(monkeypatch: pytest.MonkeyPa
 
 @torch.no_grad()
 def test_tokens_of_a_wrong_draft_are_forgotten() -> None:
-    """What was read ahead of the model leaves nothing, be it run already or not."""
+    """Tokens that were read ahead of the model leave nothing, whether the layer has run them or not."""
     engine = FastEngine(anydepth.attach(tiny_llama(), []).eval())
     drafter, found = TrainedDrafter(engine.model, network_of(untrained_draft())), []
     generator, size = torch.Generator().manual_seed(0), engine.adapted.backbone.hidden_size

@@ -170,9 +170,9 @@ def open_engine(
             raise UserError("compile is an option of the fast engine; use engine fast, or leave compile out")
         return HFEngine(adapted, draft)
     try:
-        has_kernels = why_not(torch.bfloat16, adapted.device) is None
-        plain = partial(FastEngine, adapted)
-        blocks = int4_blocks(adapted, plain, say) if weights == Int4.name and has_kernels else None
+        blocks = None
+        if weights == Int4.name and why_not(torch.bfloat16, adapted.device) is None:
+            blocks = int4_blocks(adapted, partial(FastEngine, adapted), say)
         fast = FastEngine(adapted, weights, draft=draft, compiled=compiled, blocks=blocks)
     except UserError as error:
         if engine == "fast" or weights is not None or compiled:

@@ -43,10 +43,10 @@ def int4_blocks(
         before, or where the layers are not plain linear layers of a bfloat16 model.
     """
     backbone = adapted.backbone
-    if not _is_plain(backbone) or lost_in_int4(backbone) < NOTHING_LOST:
-        return None
     if (kept := kept_blocks(backbone)) is not None:
         return kept
+    if not _is_plain(backbone) or lost_in_int4(backbone) < NOTHING_LOST:
+        return None
     path = _file_of(backbone)
     say(f"int4: rounding by {NUM_TEXTS * LENGTH} tokens of the model's own text, once; kept in {path}")
     with adapted.disabled():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.model import EngineModel
-from anydepth.gating.plan import Plan
+from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.clock import STEPS, now
 
@@ -77,8 +77,6 @@ class FastSession:
     def read(
         self, sequence: int, ids: Sequence[int], plan: Plan, *, num_logits: int = 1, capture: bool = False
     ) -> tuple[Tensor | None, PassRecord]:
-        if capture and not self.capturing:
-            self.states[sequence] = []
         if capture and self.capturing:
             before = self.states[sequence]
             (states,) = self._through([sequence], [self._embed(ids)], 0, self.captures)
@@ -89,7 +87,7 @@ class FastSession:
         else:
             token_ids = torch.tensor([ids], device=self.model.device)
             hidden, record = self.model.forward(token_ids, [sequence], self.cache, plan)
-            states = hidden[0]
+            states, self.states[sequence] = hidden[0], []
         self.committed[sequence] += len(ids)
         record.head_rows = num_logits
         return (self.model.head(states[-num_logits:]) if num_logits else None), record
@@ -138,10 +136,9 @@ class FastSession:
     def _verify_one(self, sequences: Sequence[int], ids: Sequence[int]) -> list[Tensor]:
         """Run the last token of each sequence, as a step does."""
         self._forget_drafts(sequences)
-        hidden, _ = self.model.forward(torch.tensor(ids, device=self.model.device)[:, None], sequences, self.cache)
         for sequence in sequences:
             self.states[sequence] = []
-        return list(self.model.head(hidden[:, 0]).split(1))
+        return list(self.draft(sequences, ids, FULL_DEPTH).split(1))
 
     def commit(self, sequences: Sequence[int], num_tokens: Sequence[int]) -> None:
         for sequence, count in zip(sequences, num_tokens, strict=True):

@@ -103,7 +103,7 @@ class Replay(Method):
 
 
 class RepeatedExit(Score):
-    """Which tokens stay at an exit; decided where the exit is, as by scores of states."""
+    """Repeats which tokens stay at an exit; decided where the exit is, as by scores of states."""
 
     def __init__(self, keep: Tensor, reads_at: int) -> None:
         self.keep, self.reads_at = keep, reads_at

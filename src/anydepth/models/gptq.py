@@ -24,7 +24,7 @@ LEVELS = 15
 DAMPING = 0.01
 """Added to the diagonal of H, relative to its mean."""
 SHRINKS = tuple(1 - 0.05 * number for number in range(11))
-"""Fractions of a group's range that its levels are tried to span."""
+"""Fractions of a group's range that its levels are tried to cover."""
 
 
 def rounded(weight: Tensor, moments: Tensor) -> Blocks:
@@ -58,27 +58,23 @@ def _levels(block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Return the (out,) steps and offsets, as float16 has them, with the least weighted error of (out, 32) weights."""
     low, high = block.amin(1), block.amax(1)
     middle, half = (low + high) / 2, (high - low).clamp_min(1e-6) / 2
+    tried = [_fitted(block, importance, middle - half * shrink, 2 * half * shrink / LEVELS) for shrink in SHRINKS]
+    errors, steps, offsets = (torch.stack(part) for part in zip(*tried, strict=True))
+    best = errors.argmin(0, keepdim=True)
+    return steps.gather(0, best)[0], offsets.gather(0, best)[0]
+
+
+def _fitted(block: Tensor, importance: Tensor, offset: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return errors, steps and offsets of the least-squares line through the codes of a first line and the weights."""
+    codes = ((block - offset[:, None]) / step[:, None]).round().clamp(0, LEVELS)
     total = importance.sum()
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for shrink in SHRINKS:
-        step, offset = 2 * half * shrink / LEVELS, middle - half * shrink
-        codes = ((block - offset[:, None]) / step[:, None]).round().clamp(0, LEVELS)
-        # The least-squares line through (code, weight).
-        mean_code, mean_weight = (codes @ importance) / total, (block @ importance) / total
-        around = codes - mean_code[:, None]
-        variance = (around.square() @ importance).clamp_min(1e-12)
-        step = ((around * (block - mean_weight[:, None])) @ importance / variance).clamp_min(1e-7)
-        step = step.to(torch.float16).float().clamp_min(6e-8)
-        offset = (mean_weight - step * mean_code).to(torch.float16).float()
-        codes = ((block - offset[:, None]) / step[:, None]).round().clamp(0, LEVELS)
-        error = (block - codes * step[:, None] - offset[:, None]).square() @ importance
-        if best is None:
-            best = error, step, offset
-        else:
-            better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, step, offset), best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    return best[1], best[2]
+    mean_code, mean_weight = (codes @ importance) / total, (block @ importance) / total
+    around = codes - mean_code[:, None]
+    variance = (around.square() @ importance).clamp_min(1e-12)
+    step = ((around * (block - mean_weight[:, None])) @ importance / variance).clamp_min(1e-7).to(torch.float16).float()
+    offset = (mean_weight - step * mean_code).to(torch.float16).float()
+    codes = ((block - offset[:, None]) / step[:, None]).round().clamp(0, LEVELS)
+    return (block - codes * step[:, None] - offset[:, None]).square() @ importance, step, offset
 
 
 def linear_layers(backbone: Backbone) -> list[nn.Module]:

@@ -32,7 +32,7 @@ TRY_AGAIN, RARELY = 24, 384
 WAKES = 16
 """Rounds after which an idle drafter sleeps, and for which it reads states again before a trial."""
 MARGIN = 1.1
-"""How many times the rate of plain steps a drafter with passes of its own must reach: rounds have other costs too."""
+"""Factor on the rate of plain steps that a drafter with passes of its own must reach: rounds have other costs too."""
 LONGEST = 16
 """Greatest draft length in comparisons of drafters."""
 
