@@ -11,18 +11,17 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from engine_inputs import GREEDY, MODEL, learned_router, prompts_of, random_router, say
 from engine_table import markdown
 from torch import Tensor
 
-import anydepth
-from anydepth.decoding.engines import FastEngine, open_engine
+from anydepth.decoding.engines import FastEngine
 from anydepth.decoding.request import Request
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.engine.kv_cache import EngineCache
@@ -31,74 +30,16 @@ from anydepth.json_io import read_document, write_json
 from anydepth.measure.bench import bench
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
-from anydepth.measure.timing import read_bandwidth, time_generation
-from anydepth.training.data import load_windows
-from models import NAMES, OFF_GRID, model_file
+from anydepth.measure.timing import read_bandwidth, time_generation, unpadded
+from models import NAMES
 
 RESULT = Path(__file__).resolve().parent / "results" / "engine.json"
 ROUTERS = RESULT.with_name("routers.json")
 NEW_TOKENS = 64
-# In the order in which `anydepth search embedded --strategy greedy --budget 0.5` leaves them out.
-GREEDY = [14, 7, 17, 4, 26, 16, 3, 18, 25, 5, 15, 8, 20, 12, 21]
 # Branches alone, spread over the later layers: without the fifteen FFNs that greedy search names, or without the
 # second layer's, bfloat16 is too inexact for the self-check (0.11 apart by rounding alone; 6e-6 in float32).
 SPREAD = {5: range(3, 30, 6), 10: [*range(3, 30, 3), 28], 15: range(14, 29)}
-ALWAYS_KEEP = 3
 OVER_HF = "decode_over hf bfloat16"
-KINDS = ("bfloat16", "int8", "int4", "native")
-OFF_GRID_KINDS = ("bfloat16", "int8", "int4", "int4-nearest")
-ROUTED = 27
-
-
-def random_router(share: float) -> dict[str, Any]:
-    """Gates of one rate that leave `share` of all 30 layers out: what a router costs that knows nothing."""
-    rate = 1 - share * 30 / ROUTED
-    return {"name": "layer_router", "router": "random", "always_keep": ALWAYS_KEEP, "rates": [rate] * ROUTED}
-
-
-def learned_router(share: float) -> dict[str, Any]:
-    """A trained router's network and cost; its biases decide, so that every run leaves out the same layers."""
-    skipped = GREEDY[: round(share * 30)]
-    return {
-        "name": "layer_router",
-        "always_keep": ALWAYS_KEEP,
-        "initial_skip_layers": [layer_idx for layer_idx in skipped if layer_idx >= ALWAYS_KEEP],
-    }
-
-
-@dataclass
-class Chosen:
-    """The model that the sections run on."""
-
-    name: str = "embedded"
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return OFF_GRID_KINDS if self.name == OFF_GRID else KINDS
-
-    def load(self, dtype: str = "bfloat16", *, native: bool = False) -> tuple[Any, Any]:
-        target = self.name if self.name == "embedded" else str(model_file(self.name))
-        return anydepth.load_model(target, dtype=dtype, native=native)
-
-    def engines(self) -> tuple[dict[str, FastEngine], Any]:
-        """Return an engine for each kind of weights, and the tokenizer."""
-        (dense, tokenizer), engines = self.load(), {}
-        adapted = attach(dense, [])
-        for kind in self.kinds:
-            own = attach(self.load(native=True)[0], []) if kind == "native" else adapted
-            engines[kind] = open_engine(own, "fast", kind)
-        return engines, tokenizer
-
-
-MODEL = Chosen()
-
-
-def prompts_of(tokenizer: Any, length: int, number: int) -> Tensor:
-    return load_windows("wikitext-2:valid", tokenizer, length, max_windows=number)
-
-
-def batch_of(ids: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -122,7 +63,7 @@ def peers(num_runs: int) -> dict[str, Any]:
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         bandwidth, agreeing = [], dict.fromkeys(others, 0)
         for number, window in enumerate(windows):
-            batch, tokens = batch_of(window[None]), {}
+            batch, tokens = unpadded(window[None]), {}
             for place in range(len(names)):
                 name = names[(place + number) % len(names)]
                 bandwidth.append(read_bandwidth(adapted.device))
@@ -161,7 +102,7 @@ def weights(num_runs: int) -> dict[str, Any]:
             for place in range(len(kinds)):
                 kind = kinds[(place + number) % len(kinds)]
                 bandwidth.append(read_bandwidth(engines[kind].adapted.device))
-                timing = time_generation(engines[kind], batch_of(window[None]), NEW_TOKENS, full_depth=True)
+                timing = time_generation(engines[kind], unpadded(window[None]), NEW_TOKENS, full_depth=True)
                 if number:  # the first window warms up
                     times[kind].append((timing.ttft, (timing.total - timing.ttft) / (NEW_TOKENS - 1)))
         for kind, engine in engines.items():
@@ -403,18 +344,6 @@ def quality(num_runs: int) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     section.__name__: section for section in (peers, weights, skipping, verify, batches, context, identical, quality)
 }
-
-
-def say(row: dict[str, Any], *keys: str) -> None:
-    cells: Iterable[Any] = (row.get(key) for key in keys)
-    print(
-        *(
-            f"{key} {cell:.4g}" if isinstance(cell, float) else f"{key} {cell}"
-            for key, cell in zip(keys, cells, strict=True)
-        ),
-        sep=", ",
-        flush=True,
-    )
 
 
 @torch.no_grad()

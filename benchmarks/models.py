@@ -15,11 +15,12 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from off_grid import build
 
 from anydepth.errors import UserError
-from anydepth.models.load import cache_folder
+from anydepth.models.load import cache_folder, load_model
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ NAMES = (*MODELS, OFF_GRID)
 def model_file(name: str) -> Path:
     """Return the path of a model's file or folder, whether or not it is there."""
     return cache_folder() / "models" / (name if name == OFF_GRID else f"{name}.gguf")
+
+
+def load(name: str, dtype: str = "bfloat16", *, native: bool = False) -> tuple[Any, Any]:
+    """Load `embedded` or one of `NAMES`, and its tokenizer."""
+    target = name if name == "embedded" else str(model_file(name))
+    return load_model(target, dtype=dtype, native=native)
 
 
 def fetch(name: str) -> Path:

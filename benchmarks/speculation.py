@@ -24,18 +24,17 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
-import anydepth
 from anydepth.decoding.engines import FastEngine
 from anydepth.decoding.request import DraftCounts
 from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import write_json
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
+from anydepth.measure.timing import TokenTimes
 from anydepth.models.tokens import padded
 from anydepth.speculation.draft import Draft, default_draft
-from models import NAMES, model_file
+from models import NAMES, load
 
 RESULT = Path(__file__).resolve().parent / "results" / "speculation.json"
 SCHEMA = "anydepth.speculation/1"
@@ -74,27 +73,9 @@ def prompts_of(tokenizer: Any, limit: int | None) -> dict[str, list[str]]:
     return by_category
 
 
-def load(model: str = "embedded", dtype: str = "bfloat16", *, native: bool = False) -> tuple[Any, Any]:
-    target = model if model == "embedded" else str(model_file(model))
-    return anydepth.load_model(target, dtype=dtype, native=native)
-
-
-class FirstToken(BaseStreamer):
-    """Records when the prompt, and then each token, is there."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def generate(runner: Any, batch: dict[str, Any], **options: Any) -> tuple[torch.Tensor, float, float]:
     """New tokens, up to the end of the text, seconds, and those after the first token (of one row)."""
-    first = FirstToken() if len(batch["input_ids"]) == 1 else None
+    first = TokenTimes() if len(batch["input_ids"]) == 1 else None
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 2, "streamer": first, **options}
     torch.manual_seed(0)
     started = time.perf_counter()
@@ -189,7 +170,7 @@ def timed(
 
 def peers(arguments: argparse.Namespace) -> Iterator[Row]:
     """transformers' own ways on the same prompts."""
-    model, tokenizer = load()
+    model, tokenizer = load("embedded")
     by_category = prompts_of(tokenizer, arguments.limit or 2)
     ways: dict[str, dict[str, Any]] = {
         "plain": {},

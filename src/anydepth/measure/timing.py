@@ -55,7 +55,7 @@ class Timing:
         return self.total - self.ttft
 
 
-class _Puts(BaseStreamer):
+class TokenTimes(BaseStreamer):
     """A streamer that records when the prompt, and then each new token, reaches the host."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class _Puts(BaseStreamer):
 @torch.no_grad()
 def time_generation(engine: Engine, batch: Batch, new_tokens: int, *, full_depth: bool) -> Timing:
     """Time one greedy generation of exactly `new_tokens` tokens per row."""
-    adapted, puts = engine.adapted, _Puts()
+    adapted, puts = engine.adapted, TokenTimes()
     _reset_peak_memory()
     with adapted.disabled() if full_depth else nullcontext():
         started = time.perf_counter()
