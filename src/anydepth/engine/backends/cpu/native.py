@@ -42,7 +42,7 @@ GATE_FIELDS = ("network", "exit", "compared", "logits", "column", "stride", "thr
 """The last is a float followed by four unused bytes."""
 
 
-# The structs of product.h and layer.cpp, field by field.
+# The structs of packed.h, network.h and tasks.h, field by field.
 
 
 class MatrixStruct(Structure):
