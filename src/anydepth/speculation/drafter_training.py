@@ -42,9 +42,9 @@ MAX_GRADIENT_NORM = 1.0
 class DraftTraining(nn.Module):
     """The loss of a drafter over a batch of texts, padded on the right."""
 
-    def __init__(self, network: DraftNetwork, backbone: Backbone) -> None:
+    def __init__(self, network: DraftNetwork, backbone: Backbone, num_drafted: int = NUM_DRAFTED) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.num_drafted = network, num_drafted
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
         self.softcap = backbone.logits_softcap
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
@@ -69,7 +69,7 @@ class DraftTraining(nn.Module):
         cache: Any = DynamicCache()
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
         total, counted, right = torch.zeros((), device=ids.device), 0.0, list[tuple[int, int]]()
-        for number in range(NUM_DRAFTED):
+        for number in range(self.num_drafted):
             num_tokens = ids.shape[1] - 1 - number  # each is joined with the embedding of the next token
             following = embedded[:, 1 + number :]
             feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], following], -1)), number, cache)
@@ -183,7 +183,7 @@ def train_drafter(
                 break
             if number <= len(history):
                 continue
-            rate = _rate(number, config)
+            rate = rate_at(number, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             inputs = [part.to(device) for part in collate([texts[i] for i in batch])]
@@ -206,7 +206,7 @@ def train_drafter(
     return history
 
 
-def _rate(step: int, config: DrafterConfig) -> float:
+def rate_at(step: int, config: DrafterConfig) -> float:
     """Return the learning rate of a step: a linear warm-up, then a cosine to a twentieth of the peak."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
