@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from anydepth.speculation.draft_policy import NUM_BINS, Acceptance, DraftPolicy, StepTimes
+from anydepth.speculation.draft_policy import FEW, NUM_BINS, RARELY, Acceptance, DraftPolicy, StepTimes
 
 
 @dataclass
@@ -46,7 +46,7 @@ def simulate(policy: DraftPolicy, drafter: Simulated, num_tokens: int, fixed: in
         due = policy.due_trial([drafter]) is not None
         known = policy.is_known(drafter)
         rate = policy.rate(drafter, 1) if known and times.plain is not None else 0.0
-        wants = times.plain is not None and (due or not known or rate > 1 / times.plain)
+        wants = times.plain is not None and not times.needs_plain_step and (due or not known or rate > 1 / times.plain)
         while len(bins) < 16 if fixed is None else len(bins) < fixed:
             first = not bins and (due or not known)
             pays = times.pays(drafter.name, [reached * policy.next_right(drafter, bins)], rate)
@@ -121,6 +121,44 @@ def test_step_times_are_a_line_through_medians() -> None:
     assert times.plain == pytest.approx(10, rel=0.1) and times.per_token == pytest.approx(0.5, abs=0.3)
 
 
+def test_drafts_of_one_length_do_not_blur_what_a_plain_step_costs() -> None:
+    """Four sequences that all draft 3 tokens: 7 ms, and 0.6 ms for each of 12; known also when drafts have stopped."""
+    times = StepTimes(num_rows=4)
+    times.observe_verification(4, 7.0)
+    for number in range(300):
+        times.observe_verification(4 if times.needs_plain_step else 16, 7.0 + (0.0 if times.needs_plain_step else 7.2))
+        assert times.plain == pytest.approx(7.0) and times.per_token == pytest.approx(0.6), number
+    for _ in range(300):
+        times.observe_verification(4, 7.0)
+    assert times.per_token == pytest.approx(0.6)
+
+
+def test_rounds_in_which_no_draft_can_pay_are_plain_steps() -> None:
+    """Four sequences: a plain step gives a token in 1 ms; a further token that costs 1.1 ms never pays, 0.9 ms may."""
+    for per_token, rests in ((1.1, True), (0.9, False)):
+        times = StepTimes(num_rows=4)
+        times.observe_verification(4, 4.0)
+        assert not times.rests(), "not measured yet"
+        for _ in range(FEW):
+            times.observe_verification(8, 4.0 + 4 * per_token)
+        found = [times.rests() for _ in range(3 * RARELY)]
+        assert found.count(False) == (3 if rests else len(found)), "measured again at times"
+
+
+def test_a_drafter_is_not_tried_where_it_did_not_pay_with_fewer_sequences() -> None:
+    policy, drafter = DraftPolicy(), Simulated({5: 0.5}, 1.0)
+    policy.times(1).observe_verification(1, 4.0)
+    policy.times(1).observe_draft(drafter.name, 3.0)
+    for _ in range(40):
+        policy.observe(drafter, [5], 0, 1)
+    policy.times(4).observe_verification(4, 5.0)
+    assert policy.rate(drafter, 4) == pytest.approx(1 / 5.0), "a plain step"
+    policy.times(4).observe_draft(drafter.name, 0.1)
+    for _ in range(60):
+        policy.observe(drafter, [5, 5], 2, 3)
+    assert policy.rate(drafter, 4) > 1 / 5.0
+
+
 def test_a_draft_continues_while_it_saves_more_than_it_costs() -> None:
     """By hand: a step of 10, draft tokens of 2, further tokens of 1: pays from a probability of 0.3 on."""
     times = StepTimes(num_rows=1, plain=10.0, per_token=1.0)
@@ -132,8 +170,8 @@ def test_a_draft_continues_while_it_saves_more_than_it_costs() -> None:
     assert times.repays(0.21, 1 / 5) and not times.repays(0.19, 1 / 5)
     # Two tokens at 0.9 and 0.8: 1 + 0.9 + 0.72 in 10 + 2·3; of all lengths the best.
     lengths = [(1 + sum(0.9 * 0.8**i for i in range(n))) / (10 + 3 * n) for n in range(1, 17)]
-    assert times.rate("one", 0.9, 0.8) == pytest.approx(max(lengths))
-    assert times.rate("one", 0.0, 0.0) == pytest.approx(0.1), "a plain step"
+    assert times.rate(2.0, 0.9, 0.8) == pytest.approx(max(lengths))
+    assert times.rate(2.0, 0.0, 0.0) == pytest.approx(0.1), "a plain step"
 
 
 def test_sequences_together_share_the_cost_of_a_step() -> None:

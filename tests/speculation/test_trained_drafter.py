@@ -28,9 +28,8 @@ def planted(engine: FastEngine, states: torch.Tensor, ids: list[int]) -> tuple[F
 
 
 @torch.no_grad()
-def test_training_computes_the_logits_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_computes_the_logits_of_the_engine(tmp_path: Path) -> None:
     """The guesses of a whole text at once are those that the drafter makes behind each of its tokens."""
-    monkeypatch.setattr("anydepth.speculation.drafter_training.NUM_DRAFTED", 3)
     draft, adapted = untrained_draft(), anydepth.attach(tiny_llama(), []).eval()
     engine = FastEngine(adapted)
     text = max(texts_of(tmp_path), key=lambda one: len(one.ids))
@@ -38,7 +37,7 @@ def test_training_computes_the_logits_of_the_engine(tmp_path: Path, monkeypatch:
     torch.nn.init.normal_(network.join.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     network.vocabulary.copy_(torch.arange(40, 100))
     seen: list[torch.Tensor] = []
-    training = DraftTraining(network, adapted.backbone)
+    training = DraftTraining(network, adapted.backbone, num_drafted=3)
     own = torch.nn.functional.linear
 
     def noted(inputs: Any, weight: Any, *rest: Any) -> Any:

@@ -19,8 +19,10 @@ FIRST = NUM_BINS
 """The bin before a draft's first token."""
 DECAY = 0.5 ** (1 / 150)
 """Factor on the weight of earlier observations of a bin, for each new one: texts change."""
-LATEST = 24
-"""Measurements of which a step time is the median."""
+LATEST, FEW = 24, 8
+"""Measurements of which a step time is the median, and of plain steps, which can be rare and far apart."""
+PLAIN_AGAIN = 64
+"""Rounds of drafts after which a plain step is measured again."""
 FIRST_RIGHT = 0.4
 """Prior probability that the first token of a draft is right."""
 PRIOR = 4.0
@@ -100,21 +102,38 @@ class StepTimes:
     """Step times of `num_rows` sequences that are decoded together, as medians: a shared machine stalls at times."""
 
     num_rows: int
-    # (tokens beyond one per sequence, seconds) of the latest verifications
+    plain_steps: deque[float] = field(default_factory=lambda: deque[float](maxlen=FEW))  # seconds of the latest
+    # (tokens beyond one per sequence, seconds) of the latest verifications of drafts
     verified: deque[tuple[int, float]] = field(default_factory=lambda: deque[tuple[int, float]](maxlen=LATEST))
     # by drafter, seconds of the latest draft tokens, one for each sequence that drafts
     drafted: dict[str, deque[float]] = field(default_factory=dict[str, deque[float]])
     plain: float | None = None  # seconds of a verification of one token per sequence; None: not measured yet
     per_token: float = 0.0  # seconds that each further token adds
+    since_plain: int = 0  # rounds
+    rested: int = 0  # rounds
+
+    @property
+    def needs_plain_step(self) -> bool:
+        """Whether a plain step is to be measured: long drafts alone do not say what one costs."""
+        return self.plain is None or self.since_plain >= PLAIN_AGAIN
 
     def observe_verification(self, num_tokens: int, seconds: float) -> None:
-        """Fit plain + per_token · further tokens to the latest verifications: each term is a median of residuals."""
-        self.verified.append((num_tokens - self.num_rows, seconds))
-        if self.plain is None and num_tokens > self.num_rows:
-            return
-        plain = self.plain = median(seconds - self.per_token * further for further, seconds in self.verified)
-        slopes = [(seconds - plain) / further for further, seconds in self.verified if further]
-        self.per_token = max(median(slopes), 0.0) if slopes else 0.0
+        further = num_tokens - self.num_rows
+        if further:
+            self.verified.append((further, seconds))
+            self.since_plain += 1
+        else:
+            self.plain_steps.append(seconds)
+            self.plain, self.since_plain = median(self.plain_steps), 0
+        if self.plain is not None and self.verified:
+            self.per_token = max(median((own - self.plain) / further for further, own in self.verified), 0.0)
+
+    def rests(self) -> bool:
+        """Start a round; return whether no draft can pay in it: even right tokens cost more than plain steps."""
+        if len(self.verified) < FEW or self.repays(1.0):
+            return False
+        self.rested = (self.rested + 1) % RARELY
+        return self.rested > 0
 
     def observe_draft(self, drafter: str, seconds: float) -> None:
         self.drafted.setdefault(drafter, deque(maxlen=LATEST)).append(seconds)
@@ -146,9 +165,12 @@ class StepTimes:
         assert self.plain is not None
         return max(rate, self.num_rows / self.plain)
 
-    def rate(self, drafter: str, first: float, later: float) -> float:
-        """Return a sequence's tokens per second at the best draft length; `later` is for tokens after right ones."""
-        seconds = self.draft(drafter)
+    def rate(self, seconds: float | None, first: float, later: float) -> float:
+        """Return a sequence's tokens per second at the best draft length; infinity if times are not known.
+
+        Args:
+            seconds: of a draft token. first: probability that it is right. later: that one after right ones is.
+        """
         if self.plain is None or seconds is None:
             return float("inf")  # so that it is tried
         best, taken, reached = 1 / self.plain, 1.0, first
@@ -204,7 +226,12 @@ class DraftPolicy:
         first, later = statistics.first, statistics.after(NUM_BINS // 2)
         if next_bin is not None:
             first, later = statistics.by_bin.of(next_bin), statistics.by_bin.of(min(next_bin + 1, NUM_BINS - 1))
-        return self.times(num_rows).rate(drafter.name, first, later)
+        return self.times(num_rows).rate(self._draft_seconds(drafter, num_rows), first, later)
+
+    def _draft_seconds(self, drafter: Drafter, num_rows: int) -> float | None:
+        """Return the seconds of a draft token for each row, or at least those of fewer rows if they are not known."""
+        known = [(rows, times.draft(drafter.name)) for rows, times in self.by_rows.items() if rows <= num_rows]
+        return max(((rows, own) for rows, own in known if own is not None), default=(0, None))[1]
 
     def gains(self, drafter: Drafter, num_rows: int, rate: float) -> bool:
         """Return whether drafting at this rate is faster than plain steps, with all else that a round costs."""

@@ -74,8 +74,20 @@ class DraftedSteps:
         self._take([request], [logits[None]])
 
     def step(self, requests: Sequence[Request]) -> None:
-        self.observe(requests)
-        self.round(requests)
+        if self.drafting.adaptive and self.policy.times(len(requests)).rests():
+            self.session.capturing = False
+            self._plain_step(requests)
+        else:
+            self.observe(requests)
+            self.round(requests)
+
+    def _plain_step(self, requests: Sequence[Request]) -> None:
+        """Decode a token of each request without any work of drafters."""
+        sequences = [request.kv for request in requests]
+        num_taken = self._take(requests, self.session.verify(sequences, [request.ids[-1:] for request in requests]))
+        for request, count in zip(requests, num_taken, strict=True):
+            request.counts.observe(None, 0, 0, count)
+        self.session.commit(sequences, num_taken)
 
     def observe(self, requests: Sequence[Request]) -> None:
         """Let drafters process the tokens that requests got since the last round."""
@@ -132,8 +144,8 @@ class DraftedSteps:
 
     def _candidates(self) -> tuple[list[Drafter], Drafter | None]:
         """Return the drafters of this round, at most one of them an early exit, and a drafter that is due a trial."""
-        if self.drafting.adaptive and self.times.plain is None:
-            return [], None  # a plain step is measured first
+        if self.drafting.adaptive and self.times.needs_plain_step:
+            return [], None
         due = self.policy.due_trial(self.drafters) if self.drafting.adaptive else None
         if due is not None:
             return [due], due
