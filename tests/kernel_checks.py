@@ -94,37 +94,40 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def check_branches(variant: str, num_tokens: int, past: int) -> None:
-    """Check two rows with pasts of different lengths; 1500 is cut into parts that several threads take."""
+    """Check two rows of different lengths and pasts; a past of 1500 is cut into parts that several threads take."""
     parts = layer_parts(**VARIANTS[variant])
     ours = KernelBackend(torch.float32, ["all"]).layer(parts, Float32)
     plain = TorchBackend(torch.float32).layer(parts, Float32)
     kv = LayerKV(torch.zeros(3, 2 * KV_HEADS, past + 20, HEAD_DIM), HIDDEN)
     kv.states[:, :, : past + 5] = randn(3, 2 * KV_HEADS, past + 5, HEAD_DIM)
-    slots, counts = [2, 0], [past, past + 5]
-    hidden = randn(2 * num_tokens, HIDDEN, seed=20)
-    places = torch.tensor([count + new for count in counts for new in range(num_tokens)])
+    slots, counts, lengths = [2, 0], [past, past + 5], [num_tokens, max(num_tokens - 2, 1)]
+    hidden = randn(sum(lengths), HIDDEN, seed=20)
+    rows = list(zip(slots, counts, lengths, strict=True))
+    places = torch.tensor([count + new for _, count, length in rows for new in range(length)])
     table = rotation_table(past + 20)
     rotation = None if parts.rotation_kind is None else Rotation(table[0][places], table[1][places])
     queries, new = plain.project(hidden, rotation)
-    for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-        kv.states[slot, :, count : count + num_tokens] = new[row * num_tokens : (row + 1) * num_tokens].transpose(0, 1)
     mixed = []
-    for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-        own = places[row * num_tokens : (row + 1) * num_tokens, None]
-        columns = torch.arange(count + num_tokens)
-        mask = (columns <= own) & (columns > own - (parts.window or 10**6))
-        states = kv.states[slot : slot + 1, :, : count + num_tokens]
-        mixed.append(plain.attend(queries[row * num_tokens : (row + 1) * num_tokens], states, mask[None]))
+    for (slot, count, length), own, query, kept in zip(
+        rows, places.split(lengths), queries.split(lengths), new.split(lengths), strict=True
+    ):
+        kv.states[slot, :, count : count + length] = kept.transpose(0, 1)
+        columns = torch.arange(count + length)
+        mask = (columns <= own[:, None]) & (columns > own[:, None] - (parts.window or 10**6))
+        mixed.append(plain.attend(query, kv.states[slot : slot + 1, :, : count + length], mask[None]))
     wanted, wanted_states = plain.add_mixer(torch.cat(mixed), hidden), kv.states.clone()
-    for slot, count in zip(slots, counts, strict=True):
-        kv.states[slot, :, count : count + num_tokens] = float("nan")  # the kernel writes them itself
-    rows = Rows(slots, num_tokens, counts, rotation_structs([table]))
-    after_mixer = Tasks([Task(ours.native, kv, MIXER)]).run(rows, hidden)
+
+    def forget() -> None:  # the kernels write K/V themselves
+        for slot, count, length in rows:
+            kv.states[slot, :, count : count + length] = float("nan")
+
+    forget()
+    batch = Rows(slots, lengths, counts, rotation_structs([table]))
+    after_mixer = Tasks([Task(ours.native, kv, MIXER)]).run(batch, hidden)
     torch.testing.assert_close(after_mixer, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    after_layer = Tasks([Task(ours.native, kv, MIXER | FFN)]).run(rows, hidden)
+    after_layer = Tasks([Task(ours.native, kv, MIXER | FFN)]).run(batch, hidden)
     torch.testing.assert_close(after_layer, plain.add_ffn(wanted), rtol=1e-4, atol=1e-5)
-    for slot, count in zip(slots, counts, strict=True):
-        kv.states[slot, :, count : count + num_tokens] = float("nan")
-    ours.native.fill(hidden, rows, kv)  # the same K/V, by tokens that do not attend
+    forget()
+    ours.native.fill(hidden, batch, kv)  # the same K/V, by tokens that do not attend
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)

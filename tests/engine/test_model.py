@@ -15,6 +15,7 @@ from anydepth import FastEngine
 from anydepth.engine.backends.cpu.backend import KernelBackend
 from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.model import EngineModel
+from anydepth.engine.step import Step
 from anydepth.errors import UserError
 from anydepth.gating.plan import Decisions, Plan
 from anydepth.models.backbone import Backbone
@@ -110,7 +111,7 @@ def test_the_head_of_a_vocabulary_is_packed_once(native: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("native", [True, False])
 def test_rows_of_different_lengths_run_together(native: bool) -> None:
-    """Layers 2 to 5 over the states before them: after a row's tokens comes padding, of which nothing stays."""
+    """Layers 2 to 5 over the states before them; where a row's tokens are padded, nothing of that stays."""
     model, tokens = tiny_llama(), ids(2, 12)
     engine = EngineModel(Backbone(model), native=native)
     found = model(tokens, output_hidden_states=True).hidden_states
@@ -129,18 +130,37 @@ def test_rows_of_different_lengths_run_together(native: bool) -> None:
     assert cache.lengths == [0, 0]
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_kernels_run_rows_of_different_lengths_without_padding(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of a row have the bits of the same row alone, and 1 + 4 + 2 tokens are a pass of 7."""
+    engine = EngineModel(Backbone(tiny_llama().bfloat16()), weights)
+    together, alone, generator = engine.new_cache(3), engine.new_cache(3), torch.Generator().manual_seed(3)
+    sizes, fused = list[int](), engine.backend.fused
+    monkeypatch.setattr(engine.backend, "fused", lambda *args: (sizes.append(len(args[1])), fused(*args))[1])
+    for counts in ((5, 3, 8), (1, 4, 2), (6, 1, 1)):
+        states = [torch.randn(count, 32, generator=generator).bfloat16() for count in counts]
+        (found,) = engine.run_to_stops(states, [0, 1, 2], together, 0, [6])
+        assert sizes.pop() == sum(counts)
+        for row, part in enumerate(states):
+            ((own,),) = engine.run_to_stops([part], [row], alone, 0, [6])
+            assert torch.equal(found[row], own)
+        assert [kv.counts for kv in together.layers] == [kv.counts for kv in alone.layers]
+        sizes.clear()
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_a_pass_that_stops_half_way_leaves_no_kv(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = EngineModel(Backbone(tiny_llama()), native=native)
     cache, states = engine.new_cache(1), torch.randn(3, 32)
     engine.run_to_stops([states], [0], cache, 0, [6])
-    run = engine._run
+    owner, name = (engine.backend, "fused") if native else (Step, "run")
+    run = getattr(owner, name)
 
     def fails(*args: Any) -> Any:
         run(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_run", fails)
+    monkeypatch.setattr(owner, name, fails)
     with pytest.raises(KeyboardInterrupt):
         engine.run_to_stops([states], [0], cache, 0, [6])
     assert [kv.counts[0] for kv in cache.layers] == [3] * 6

@@ -47,7 +47,7 @@ def test_states_are_deferred_until_a_token_of_their_row_runs(num_deferred: int) 
     kv, table = LayerKV(torch.zeros(2, 2 * KV_HEADS, length, HEAD_DIM), HIDDEN), rotation_table(length)
     hidden = randn(2, num_deferred + 1, HIDDEN)
     for step in range(num_deferred + 1):
-        rows = Rows([0, 1], 1, [past + step] * 2, rotation_structs([table]))
+        rows = Rows([0, 1], [1, 1], [past + step] * 2, rotation_structs([table]))
         for slot in (0, 1):
             kv.reserve_deferred(slot, 1)
         runs = step == num_deferred
@@ -68,7 +68,7 @@ def test_some_tokens_run_the_mixer_and_others_the_ffn() -> None:
     plain = TorchBackend(torch.float32).layer(parts, Float32)
     kv, hidden = LayerKV(torch.zeros(2, 2 * KV_HEADS, 8, HEAD_DIM), HIDDEN), randn(4, HIDDEN)
     task = Task(ours.native, kv, MIXER | FFN, mixed=torch.tensor([1]), fed=torch.tensor([3]))
-    output = Tasks([task]).run(Rows([0, 1], 2, [0, 0], rotation_structs([table])), hidden)
+    output = Tasks([task]).run(Rows([0, 1], [2, 2], [0, 0], rotation_structs([table])), hidden)
     queries, new = plain.project(hidden[:2], Rotation(table[0][:2], table[1][:2]))
     wanted = hidden.clone()
     wanted[1:2] = plain.add_mixer(plain.attend(queries[1:], new.transpose(0, 1)[None], None), hidden[1:2])

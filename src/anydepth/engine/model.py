@@ -125,7 +125,8 @@ class EngineModel:
                 step = Step(new, self.backend)
                 hidden, record = ExitPass(step, hidden, len(self.layers), self.run_layers).run(), new.record
             else:
-                (hidden,), record = self._run(self.layers, hidden, new)
+                fused = self.backend.fused(self.layers, hidden, new)
+                (hidden,), record = fused or (Step(new, self.backend).run(self.layers, hidden), new.record)
         except BaseException:
             for sequence in sequences:  # layers that have run are not ahead of the others
                 cache.rewind(sequence, cache.lengths[sequence])
@@ -164,10 +165,6 @@ class EngineModel:
         layers = (self.layers if layers is None else layers)[first : stops[-1]]
         caches, counts = cache.layers[first : stops[-1]], [len(part) for part in states]
         seen, longest = [caches[0].counts[sequence] for sequence in sequences], max(counts)
-        new = self._new_tokens(longest, sequences, seen, cache, FULL_DEPTH)
-        # After a row's tokens comes padding, which no token sees and later tokens overwrite.
-        padded = [part if len(part) == longest else F.pad(part, (0, 0, 0, longest - len(part))) for part in states]
-        hidden = padded[0] if len(padded) == 1 else torch.cat(padded)
 
         def forget_beyond(counts: Sequence[int]) -> None:
             for kv in caches:
@@ -175,35 +172,40 @@ class EngineModel:
                     kv.rewind(sequence, before + count)
 
         try:
-            found = [part.split(longest) for part in self._run(layers, hidden, new, first, stops[:-1])[0]]
+            new = self._new_tokens(longest, sequences, seen, cache, FULL_DEPTH, counts)
+            fused = self.backend.fused(layers, _joined(states), new, first, stops[:-1])
+            if fused is not None:
+                return [list(part.split(counts)) for part in fused[0]]
+            # After a row's tokens comes padding, which no token sees and later tokens overwrite.
+            new = self._new_tokens(longest, sequences, seen, cache, FULL_DEPTH)
+            hidden = _joined([F.pad(part, (0, 0, 0, longest - len(part))) for part in states])
+            found = [part.split(longest) for part in Step(new, self.backend).run(layers, hidden, first, stops[:-1])]
         except BaseException:
             forget_beyond([0] * len(sequences))
             raise
-        if min(counts) == longest:
-            return [list(parts) for parts in found]
         forget_beyond(counts)
         return [[part[:count] for part, count in zip(parts, counts, strict=True)] for parts in found]
 
     def _new_tokens(
-        self, num_tokens: int, sequences: Sequence[int], seen: Sequence[int], cache: EngineCache, plan: Plan
+        self,
+        num_tokens: int,
+        sequences: Sequence[int],
+        seen: Sequence[int],
+        cache: EngineCache,
+        plan: Plan,
+        lengths: Sequence[int] = (),
     ) -> NewTokens:
         """Return the next tokens of each sequence, for which cache and tables are large enough."""
         length, tables = max(seen) + num_tokens, self.rotations
         cache.reserve(length)
         if length > tables.num_positions:
             tables.extend(length)
-        return NewTokens(num_tokens, sequences, seen, cache, plan, tables, self.backend.evaluate, self.exit_head)
+        evaluate, exit_head = self.backend.evaluate, self.exit_head
+        return NewTokens(num_tokens, sequences, seen, cache, plan, tables, evaluate, exit_head, lengths)
 
-    def _run(
-        self,
-        layers: Sequence[EngineLayer],
-        hidden: Tensor,
-        new: NewTokens,
-        first: int = 0,
-        stops: Sequence[int] = (),
-    ) -> tuple[list[Tensor], PassRecord]:
-        fused = self.backend.fused(layers, hidden, new, first, stops)
-        return (Step(new, self.backend).run(layers, hidden, first, stops), new.record) if fused is None else fused
+
+def _joined(states: Sequence[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(list(states))
 
 
 def _choose_backend(

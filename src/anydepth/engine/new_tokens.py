@@ -78,9 +78,9 @@ class Rotations:
 
 @dataclass(eq=False)
 class NewTokens:
-    """T = `num_tokens` new tokens of each of B sequences, over their cache."""
+    """T = `num_tokens` new tokens of each of B sequences, over their cache; `lengths` of each where they differ."""
 
-    num_tokens: int
+    num_tokens: int  # the most of a sequence
     sequences: Sequence[int]  # their numbers in the cache, one per row
     seen: Sequence[int]  # tokens of each before the new ones
     cache: EngineCache
@@ -89,6 +89,10 @@ class NewTokens:
     evaluate: Evaluate  # gives the logits of gate networks
     # gives the head for states of any depth, of a vocabulary (V',) or of all tokens
     exit_head: Callable[[Tensor | None], Callable[[Tensor], Tensor]]
+    lengths: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self.lengths = self.lengths or [self.num_tokens] * len(self.sequences)
 
     @cached_property
     def num_rows(self) -> int:

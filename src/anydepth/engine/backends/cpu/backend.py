@@ -81,7 +81,7 @@ class KernelBackend(TorchBackend):
     def fused(
         self, layers: Sequence[KernelLayer], hidden: Tensor, new: NewTokens, first: int = 0, stops: Sequence[int] = ()
     ) -> tuple[list[Tensor], PassRecord] | None:
-        num_tokens = new.num_rows * new.num_tokens
+        num_tokens = sum(new.lengths)
         if num_tokens > MAX_TOKENS:
             return None
         ready = passes_of(new.plan, new.cache).ready(
@@ -110,7 +110,7 @@ class KernelBranches(Branches):
         if positions is not None or count > MAX_TOKENS:
             super()._fill(layer, kv, sequence, states, positions)
         else:
-            layer.native.fill(states, Rows([sequence], count, [kv.counts[sequence]], self.tables.compiled), kv)
+            layer.native.fill(states, Rows([sequence], [count], [kv.counts[sequence]], self.tables.compiled), kv)
             kv.extend(sequence, count)
 
     def _attend(self, layer: KernelLayer, kv: LayerKV, sequence: int, queries: Tensor, positions: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class PendingBranches(KernelBranches):
 
     @cached_property
     def _rows(self) -> Rows:
-        return Rows(self.new.sequences, self.num_tokens, self.new.seen, self.tables.compiled)
+        return Rows(self.new.sequences, self.new.lengths, self.new.seen, self.tables.compiled)
 
     def _mixer_task(self, layer: KernelLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
         new, every_row = self.new, range(self.num_rows)

@@ -68,7 +68,7 @@ class KernelPass:
         first: int = 0,
         stops: Sequence[int] = (),
     ) -> None:
-        num_tokens, caches = new.num_rows * new.num_tokens, new.cache.layers[first : first + len(layers)]
+        num_tokens, caches = sum(new.lengths), new.cache.layers[first : first + len(layers)]
         self.gates = gates = KernelGates(new.plan, len(layers), num_tokens)
         self.decides = not new.plan.is_empty
         self.networks, self.exit_head = networks, new.exit_head
@@ -191,11 +191,11 @@ class KernelPass:
         if self.omitting:
             counts = [[kv.counts[sequence] for sequence in new.sequences] for kv in self.omitting]
             self.held[:, : new.num_rows] = torch.tensor(counts)
-        hidden = self.tasks.run(Rows(new.sequences, new.num_tokens, new.seen, new.tables.compiled), hidden)
+        hidden = self.tasks.run(Rows(new.sequences, new.lengths, new.seen, new.tables.compiled), hidden)
         if self.omitting:
             self._count_kept(new)
-        for sequence, length in zip(new.sequences, new.seen, strict=True):
-            length += new.num_tokens
+        for sequence, seen, own in zip(new.sequences, new.seen, new.lengths, strict=True):
+            length = seen + own
             for kv in self.whole:
                 kv.counts[sequence] = length
             for kv in self.deferring:

@@ -80,8 +80,8 @@ class RotationStruct(Structure):
 class BatchStruct(Structure):
     _fields_ = [
         ("rows", c_int32),
-        ("tokens", c_int32),
-        *((name, c_void_p) for name in ("sequences", "counts", "rotations")),
+        ("unused", c_int32),
+        *((name, c_void_p) for name in ("starts", "sequences", "counts", "rotations")),
         ("capacity", c_int64),
         ("workspace", c_void_p),
     ]

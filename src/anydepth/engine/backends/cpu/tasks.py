@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_float, c_int64, c_void_p
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -34,15 +34,16 @@ NO_GATE = (0,) * len(GATE_FIELDS)
 
 
 class Rows:
-    """R rows of T new tokens each, after `counts` tokens each, as the kernels take them, with `rotation_structs`."""
+    """R rows of new tokens, `lengths` of each, after `counts` tokens each, as the kernels take them."""
 
-    def __init__(self, sequences: Sequence[int], num_tokens: int, counts: Sequence[int], rotations: Any) -> None:
+    def __init__(self, sequences: Sequence[int], lengths: Sequence[int], counts: Sequence[int], rotations: Any) -> None:
         numbers = c_int64 * len(sequences)
         self.sequences, self.counts = numbers(*sequences), numbers(*counts)
+        self.starts = (c_int64 * (len(lengths) + 1))(0, *accumulate(lengths))
         self.rotations = rotations  # the struct only points to them
         self.struct = BatchStruct(
             rows=len(sequences),
-            tokens=num_tokens,
+            starts=addressof(self.starts),
             sequences=addressof(self.sequences),
             counts=addressof(self.counts),
             rotations=addressof(rotations),
@@ -157,11 +158,11 @@ class Task:
     # rows are materialised.
     defers: bool = False
     counts: Tensor | None = None  # K/V of each row before, in this layer, where they are not those of the `Rows`
-    mixed: Tensor | None = None  # int64 indices into (R·T,) of the tokens that run the mixer, in order; None is all
+    mixed: Tensor | None = None  # int64 indices into (N,) of the tokens that run the mixer, in order; None is all
     fed: Tensor | None = None  # the same for the FFN
     gate: NativeGate | None = None  # of the layer, in place of `mixed` and `fed`
     gate_of_ffn: NativeGate | None = None
-    captured: Tensor | None = None  # (R·T, D), where the layer's input is stored
+    captured: Tensor | None = None  # (N, D), where the layer's input is stored
     scale: int = 0  # network that gives the logit in r = 2·σ(logit), a factor on what the layer adds; 0 for none
     scales: Tensor | None = None  # (N,) float32, its logits for all tokens where one passes the gate
     before: Tensor | None = None  # (N, D) workspace for the input of a scaled layer

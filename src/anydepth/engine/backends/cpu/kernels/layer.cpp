@@ -86,10 +86,10 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
 #pragma omp barrier
 }
 
-// Runs tasks one after the other on (R·T, hidden) states.
+// Runs tasks one after the other on (N, hidden) states.
 template <class A>
 void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
-    const int num = b.rows * b.tokens;
+    const int num = int(b.starts[b.rows]);
     const size_t size = size_t(num) * tasks[0].layer->hidden;
     const auto is_partial = [](const Task& t) { return t.mixed || t.fed || t.gate.logits || t.gate_of_ffn.logits; };
     if (std::any_of(tasks, tasks + n, is_partial)) {

@@ -42,7 +42,16 @@ void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, floa
         }
 }
 
-inline int64_t position_of(const Batch& b, int64_t token) { return b.counts[token / b.tokens] + token % b.tokens; }
+inline int row_of(const Batch& b, int64_t token) {
+    int row = 0;
+    while (token >= b.starts[row + 1]) ++row;
+    return row;
+}
+
+inline int64_t position_of(const Batch& b, int64_t token) {
+    const int row = row_of(b, token);
+    return b.counts[row] + token - b.starts[row];
+}
 
 // Which tokens run a mixer, row by row, which leave K/V there, and how many K/V each sees.
 template <class A>
@@ -60,7 +69,7 @@ struct Mixing {
         int i = 0;
         for (int row = 0; row < b.rows; ++row) {
             first.push_back(i);
-            const int64_t start = int64_t(row) * b.tokens, end = start + b.tokens, slot = b.sequences[row];
+            const int64_t start = b.starts[row], end = b.starts[row + 1], slot = b.sequences[row];
             for (; i < kept.num && kept[i] < end; ++i)
                 seen.push_back(counts[row] + 1 + (omit ? i - first[row] : kept[i] - start));
             if (i == first[row]) continue;
@@ -70,7 +79,7 @@ struct Mixing {
                 writers.push_back(state);
                 entries.push_back({slot, counts[row] + k, b.counts[row] + k});
             }
-            for (int64_t k = 0; k < (omit ? i - first[row] : b.tokens); ++k) {
+            for (int64_t k = 0; k < (omit ? i - first[row] : end - start); ++k) {
                 const int64_t token = omit ? kept[int(first[row] + k)] : start + k;
                 writers.push_back(from + token * hidden);
                 entries.push_back({slot, counts[row] + k, position_of(b, token)});
@@ -137,7 +146,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
 #pragma omp for
     for (int item = 0; item < num * l.heads; ++item) {
         const int i = item / l.heads, head = item % l.heads;
-        const int64_t row = kept[i] / b.tokens, own = mixing.first[row], tokens = mixing.first[row + 1] - own;
+        const int64_t row = row_of(b, kept[i]), own = mixing.first[row], tokens = mixing.first[row + 1] - own;
         const int64_t query = own * l.heads + head / group * tokens * group + (i - own) * group + head % group;
         join(parts + query * splits, splits, size,
              [&](int k, float value) { mixed[int64_t(i) * width + head * size + k] = rounded<A>(value); });
@@ -153,7 +162,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
 // Stores the K/V of tokens that do not run the mixer.
 template <class A>
 void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
-    const int num = b.rows * b.tokens, kv_width = l.kv_heads * l.head_dim;
+    const int num = int(b.starts[b.rows]), kv_width = l.kv_heads * l.head_dim;
     float* keys = b.workspace;
     float* values = keys + int64_t(num) * kv_width;
     const Packed* x = &prepared<A>(l.keys, l.mixer_norm, from, Tokens{nullptr, num});
@@ -163,7 +172,7 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
 #pragma omp barrier
 #pragma omp for
     for (int n = 0; n < num; ++n)
-        leave<A>(l, b, cache, {b.sequences[n / b.tokens], position_of(b, n), position_of(b, n)}, keys + int64_t(n) * kv_width,
+        leave<A>(l, b, cache, {b.sequences[row_of(b, n)], position_of(b, n), position_of(b, n)}, keys + int64_t(n) * kv_width,
                  values + int64_t(n) * kv_width);
 }
 
@@ -171,16 +180,17 @@ void fill(const Layer& l, const Batch& b, void* cache, const A* from) {
 // of the other rows together with the new ones; where those are too many for one call, they are materialised here.
 template <class A>
 void defer_or_materialise(const Task& task, const Batch& b, const A* now, const Tokens& kept) {
-    const int64_t hidden = task.layer->hidden, size = b.tokens * hidden;
-    int64_t room = MAX_TOKENS - int64_t(b.rows) * b.tokens;
+    const int64_t hidden = task.layer->hidden;
+    int64_t room = MAX_TOKENS - b.starts[b.rows];
     for (int row = 0, i = 0; row < b.rows; ++row) {
         const int first = i;
-        while (i < kept.num && kept[i] < int64_t(row + 1) * b.tokens) ++i;
+        const int64_t start = b.starts[row], tokens = b.starts[row + 1] - start;
+        while (i < kept.num && kept[i] < start + tokens) ++i;
         A* states = static_cast<A*>(task.deferred) + b.sequences[row] * task.deferred_capacity * hidden;
         int64_t& count = task.num_deferred[b.sequences[row]];
         if (i == first) {
 #pragma omp master
-            std::memcpy(states + count * hidden, now + row * size, size * sizeof(A)), count += b.tokens;
+            std::memcpy(states + count * hidden, now + start * hidden, tokens * hidden * sizeof(A)), count += tokens;
             continue;
         }
         const int64_t num = count;
@@ -190,7 +200,8 @@ void defer_or_materialise(const Task& task, const Batch& b, const A* now, const 
         for (int64_t done = 0; done < num; done += MAX_TOKENS) {
             const int64_t seen = b.counts[row] - num + done;
             Batch before = b;
-            before.rows = 1, before.tokens = int32_t(std::min<int64_t>(MAX_TOKENS, num - done));
+            const int64_t starts[] = {0, std::min<int64_t>(MAX_TOKENS, num - done)};
+            before.rows = 1, before.starts = starts;
             before.sequences = b.sequences + row, before.counts = &seen;
             fill<A>(*task.layer, before, task.cache, states + done * hidden);
         }

@@ -27,8 +27,9 @@ struct Rotation {  // (positions, size) each, in the activations' type
     int64_t size;
 };
 
-struct Batch {  // R rows of T tokens each
-    int32_t rows, tokens;
+struct Batch {  // new tokens of R rows, one row after the other
+    int32_t rows, unused;
+    const int64_t* starts;     // (R + 1,) the first token of each row, and the number N of all
     const int64_t* sequences;  // (R,) their numbers in the caches
     const int64_t* counts;     // (R,) tokens before the new ones
     const Rotation* rotations;
@@ -55,11 +56,11 @@ struct Exit {
 struct Gate {
     const Network* network;  // gives the logits here; null: an earlier gate has evaluated it, or there is none
     const Exit* exit;        // or this: minus its confidence is the logit of each active token
-    const void* compared;    // or this: minus the cosine of the state and of that in (R·T, hidden) is the logit
-    float* logits;           // (R·T, stride), stored for the caller
+    const void* compared;    // or this: minus the cosine of the state and of that in (N, hidden) is the logit
+    float* logits;           // (N, stride), stored for the caller
     int64_t column;          // -1: the network is evaluated for later layers, and every token passes
     int64_t stride;
-    const float* thresholds;  // (R·T,) one for each token; null: `threshold` is for all
+    const float* thresholds;  // (N,) one for each token; null: `threshold` is for all
     float threshold, unused;
 };
 
@@ -75,10 +76,10 @@ struct Task {
     int64_t num_mixed;
     const int64_t* fed;  // the same for the FFN
     int64_t num_fed;
-    void* captured;        // (R·T, hidden), where the layer's input is stored for the caller; null: nowhere
+    void* captured;        // (N, hidden), where the layer's input is stored for the caller; null: nowhere
     const Network* scale;  // r = 2·σ(logit) multiplies what the layer adds to tokens that pass its gate; null: r = 1
-    float* scales;         // (R·T,) its logits, stored for the caller
-    void* before;          // (R·T, hidden) workspace of a scaled layer
+    float* scales;         // (N,) its logits, stored for the caller
+    void* before;          // (N, hidden) workspace of a scaled layer
     Gate gate, gate_of_ffn;   // of the layer, if `mixed` and `fed` are null; and of the FFN
 };
 
