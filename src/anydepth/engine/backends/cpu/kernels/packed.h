@@ -45,17 +45,19 @@ template <> struct Format<INT5_CENTRED> : Integers<5, OF_GROUP, false> {};
 template <> struct Format<INT4> : Integers<4, OF_GROUP, true> {};
 template <> struct Format<INT4_CENTRED> : Integers<4, OF_GROUP, false> {};
 
-inline bool is_integer(int kind) { return kind >= INT8; }
+constexpr bool is_integer(int kind) { return kind >= INT8; }
 inline int groups_of(int cols) { return (cols + GROUP - 1) / GROUP; }
 
 // --- activations, packed for a kind of weights -------------------------------------------------------------------
 
-constexpr int BLOCK = 8;  // tokens that a panel is multiplied with at a time: as many sums as there are registers for
+// Tokens that a panel is multiplied with at a time: as many sums as there are registers for.
+constexpr int block_of(int kind) { return is_integer(kind) ? 8 : 16; }
 
-// Inputs of a block of M tokens, M = 8 or the rest, in units of 4 bytes: 1 float32, 2 bfloat16 or 4 bytes. Units of the
+// Inputs of a block of M tokens, as many as fit or the rest, in units of 4 bytes: 1 float32, 2 bfloat16 or 4 bytes. Units of the
 // same inputs are together, (units, M), and so are the steps and sums of integers; a block's start is that of its first token.
 struct Packed {
-    int num_tokens = 0, stride = 0;  // units of a token, with zeros after its last input
+    int num_tokens = 0, largest_block = 0;
+    int stride = 0;  // units of a token, with zeros after its last input
     std::vector<int32_t> units;
     std::vector<float> steps, sums;        // of halves: the step of the bytes, and the sum of bytes · step
     std::vector<float> of_groups, totals;  // the same sums by group, and of all
@@ -64,8 +66,8 @@ struct Packed {
         int block, within, size;  // first token and size of a token's block
     };
     Place place(int token) const {
-        const int block = token / BLOCK * BLOCK;
-        return {block, token - block, std::min(BLOCK, num_tokens - block)};
+        const int block = token / largest_block * largest_block;
+        return {block, token - block, std::min(largest_block, num_tokens - block)};
     }
 };
 
@@ -77,11 +79,36 @@ inline void make_room(Packed& packed, int kind, int num_tokens, int cols) {
         if (values.size() < size) values.resize(size);
     };
     const int groups = groups_of(cols);
-    packed.num_tokens = num_tokens, packed.stride = groups * GROUP / inputs_of_unit(kind);
+    packed.num_tokens = num_tokens, packed.largest_block = block_of(kind), packed.stride = groups * GROUP / inputs_of_unit(kind);
     grow(packed.units, size_t(num_tokens) * packed.stride);
     if (!is_integer(kind)) return;
     grow(packed.steps, size_t(num_tokens) * 2 * groups), grow(packed.sums, size_t(num_tokens) * 2 * groups);
     grow(packed.of_groups, size_t(num_tokens) * groups), grow(packed.totals, num_tokens);
+}
+
+// Returns the largest magnitude, no number if one of the values is none.
+inline float peak_of(const floats& values) {
+    const ints magnitudes = ints(values) & 0x7fffffff;  // in the order of the floats, with nan above all
+#if defined(__AVX512F__)
+    const int32_t most = _mm512_reduce_max_epi32(__m512i(magnitudes));
+#else
+    int32_t most = magnitudes[0];
+    for (int i = 1; i < WIDTH; ++i) most = std::max(most, magnitudes[i]);
+#endif
+    return load<float>(&most);
+}
+
+inline int32_t sum_of_bytes(const int32_t* four) {
+#if defined(__AVX2__)
+    const __m128i raised = _mm_xor_si128(load<__m128i>(four), _mm_set1_epi8(-128));  // unsigned, 128 more each
+    const __m128i sums = _mm_sad_epu8(raised, _mm_setzero_si128());
+    return _mm_cvtsi128_si32(sums) + _mm_cvtsi128_si32(_mm_srli_si128(sums, 8)) - HALF * 128;
+#else
+    const int8_t* bytes = reinterpret_cast<const int8_t*>(four);
+    int32_t total = 0;
+    for (int i = 0; i < HALF; ++i) total += bytes[i];
+    return total;
+#endif
 }
 
 inline void pack_integers(Packed& packed, const float* x, int token, int cols) {
@@ -93,15 +120,14 @@ inline void pack_integers(Packed& packed, const float* x, int token, int cols) {
     float *of_groups = &packed.of_groups[int64_t(place.block) * groups + place.within], total = 0;
     for (int half = 0; half < 2 * groups; ++half) {
         const floats values = some(x + half * HALF, std::max(cols - half * HALF, 0));
-        const float peak = largest(values < 0.0f ? -values : values), factor = peak > 1e-30f ? 127.0f / peak : 0.0f;
+        const float peak = peak_of(values), factor = peak > 1e-30f ? 127.0f / peak : 0.0f;
         // Added to a number this large, a float's last bit is 1: the sum's low bits are the rounded integer.
         const ints fixed = ints(multiply_add(values, all(factor), all(12582912.0f))) - 0x4b400000;
         const bytes narrow = __builtin_convertvector(fixed, bytes);
         int32_t four[HALF / 4];
         std::memcpy(four, &narrow, HALF);
         for (int i = 0; i < HALF / 4; ++i) units[(half * HALF / 4 + i) * place.size] = four[i];
-        const float step = peak / 127.0f + 0.0f * sum(values);  // no number if one of the inputs is none
-        const float in_half = sum(__builtin_convertvector(fixed, floats)) * step;
+        const float step = peak / 127.0f, in_half = float(sum_of_bytes(four)) * step;
         packed.steps[first + half * place.size] = step, packed.sums[first + half * place.size] = in_half;
         float& of_group = of_groups[half / 2 * place.size];
         of_group = half % 2 ? of_group + in_half : in_half;

@@ -6,6 +6,8 @@
 // tokens.
 #pragma once
 
+#include <utility>
+
 #include <omp.h>
 
 #include "packed.h"
@@ -61,7 +63,7 @@ inline floats add_pair(floats sums, ints weights, int32_t x) {
 
 // --- panels ------------------------------------------------------------------------------------------------------
 // Panels are read one by one, as a single stream from the first byte to the last: two streams at a time are much slower
-// where panels are short. Neighbouring steps have sums of their own, or each would wait for the one before it.
+// where panels are short.
 
 // Prefetches weights while others are read: later ones of the thread's own panels and, after their end, those that it reads
 // next, or memory would be idle while threads wait for each other.
@@ -74,14 +76,6 @@ struct Ahead {
     }
 };
 
-template <int CHAINS, class Step>
-inline __attribute__((always_inline)) void in_chains(int steps, Step step) {
-    int k = 0;
-    for (; k + CHAINS <= steps; k += CHAINS)
-        for (int chain = 0; chain < CHAINS; ++chain) step(k + chain, chain);  // unrolled, or sums would be in memory
-    for (; k < steps; ++k) step(k, 0);
-}
-
 // Compiled once for all that results are used for.
 #define SEPARATE __attribute__((noinline))
 
@@ -93,24 +87,21 @@ struct Results {
 
 template <int KIND, int M>
 SEPARATE Results<M> float_panel(const Matrix& w, const Packed& x, int panel, int token, const Ahead& ahead) {
-    floats sums[2][M] = {};
+    Results<M> sums = {};
     const int steps = (w.cols + inputs_of_unit(KIND) - 1) / inputs_of_unit(KIND);
     const char* from = static_cast<const char*>(w.weight) + int64_t(panel) * steps * 64;
     const int32_t* units = x.units.data() + int64_t(token) * x.stride;
-    in_chains<2>(steps, [&](int k, int chain) __attribute__((always_inline)) {
-        const char* step = from + int64_t(k) * 64;
-        ahead.prefetch_from(step);
+    for (int k = 0; k < steps; ++k, from += 64, units += M) {
+        ahead.prefetch_from(from);
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-            const int32_t unit = units[int64_t(k) * M + m];
             if constexpr (KIND == FLOAT32)
-                sums[chain][m] = multiply_add(load<floats>(step), all(load<float>(&unit)), sums[chain][m]);
+                sums.values[m] = multiply_add(load<floats>(from), all(load<float>(units + m)), sums.values[m]);
             else
-                sums[chain][m] = add_pair(sums[chain][m], load<ints>(step), unit);
+                sums.values[m] = add_pair(sums.values[m], load<ints>(from), units[m]);
         }
-    });
-    Results<M> results;
-    for (int m = 0; m < M; ++m) results.values[m] = sums[0][m] + sums[1][m];
-    return results;
+    }
+    return sums;
 }
 
 // Returns four inputs 4k … 4k + 3 of a group, a byte each, of 16 rows. `from`: eight vectors of bytes; or four with the low
@@ -216,6 +207,14 @@ void panels_of(const Matrix& w, const Packed& x, int begin, int end, int token, 
     }
 }
 
+// Returns `panels_of` for a number of tokens.
+template <int KIND, class Out, int... LESS>
+auto panels_of_block(int num, std::integer_sequence<int, LESS...>) {
+    using Panels = void (*)(const Matrix&, const Packed&, int, int, int, const Out&, const Ahead&);
+    static constexpr Panels by_number[] = {panels_of<KIND, LESS + 1, Out>...};
+    return by_number[num - 1];
+}
+
 struct Range {
     int begin, end;
 };
@@ -223,14 +222,12 @@ struct Range {
 // Multiplies some panels with all tokens; a panel stays in the nearest cache while further tokens need it.
 template <int KIND, class Out>
 void multiply(const Matrix& w, const Packed& x, int num_tokens, const Out& out, Range own, const Ahead& ahead) {
-    using Panels = void (*)(const Matrix&, const Packed&, int, int, int, const Out&, const Ahead&);
-    static constexpr Panels panels[] = {panels_of<KIND, 1, Out>, panels_of<KIND, 2, Out>, panels_of<KIND, 3, Out>,
-                                        panels_of<KIND, 4, Out>, panels_of<KIND, 5, Out>, panels_of<KIND, 6, Out>,
-                                        panels_of<KIND, 7, Out>, panels_of<KIND, 8, Out>};
-    const int many = num_tokens <= BLOCK ? std::max(own.end - own.begin, 1) : 1;
+    constexpr int most = block_of(KIND);
+    const int many = num_tokens <= most ? std::max(own.end - own.begin, 1) : 1;
     for (int panel = own.begin; panel < own.end; panel += many)
-        for (int token = 0; token < num_tokens; token += BLOCK)
-            panels[std::min(num_tokens - token, BLOCK) - 1](w, x, panel, std::min(panel + many, own.end), token, out, ahead);
+        for (int token = 0; token < num_tokens; token += most)
+            panels_of_block<KIND, Out>(std::min(num_tokens - token, most), std::make_integer_sequence<int, most>())(
+                w, x, panel, std::min(panel + many, own.end), token, out, ahead);
 }
 
 // Returns the panels of this thread.
