@@ -31,6 +31,8 @@ TRIES = 12
 """First draft tokens of a drafter after which its acceptance is known."""
 TRY_AGAIN, RARELY = 24, 384
 """Rounds after which a drafter that does not pay is tried again; twice as many after each trial, up to `RARELY`."""
+TRIAL_SHARE = 0.01
+"""Fraction of the time that trials may take, by which they are rarer still."""
 WAKES = 16
 """Rounds after which an idle drafter sleeps, and for which it reads states again before a trial."""
 MARGIN = 1.1
@@ -217,6 +219,13 @@ class DraftPolicy:
                 statistics.idle, statistics.patience = 0, min(2 * statistics.patience, RARELY)
                 return drafter
         return None
+
+    def observe_trial(self, drafter: Drafter, num_rows: int, seconds: float) -> None:
+        """Set after how many rounds the next trial is, by the seconds of a round with one."""
+        plain, statistics = self.times(num_rows).plain, self.statistics(drafter)
+        if plain is not None:
+            wanted = (seconds - plain) / (TRIAL_SHARE * plain)
+            statistics.patience = int(min(max(statistics.patience, wanted), RARELY))
 
     def rate(self, drafter: Drafter, num_rows: int, next_bin: int | None = None) -> float:
         """Return the expected tokens per second, by the next token's bin if it is known; infinity until measured."""

@@ -98,12 +98,16 @@ class DraftedSteps:
     def round(self, requests: Sequence[Request]) -> None:
         """Draft, verify, and append the right tokens and one more."""
         self.times, self.num_requests = self.policy.times(len(requests)), len(requests)
+        began = time.perf_counter()
         drafts, exit_layer = self._draft(requests)
         sequences = [request.kv for request in requests]
         started = time.perf_counter()
         logits = self.session.verify(sequences, [[request.ids[-1], *request.draft] for request in requests], exit_layer)
         seconds = now(logits[0].device) - started
         self.times.observe_verification(sum(len(part) for part in logits), seconds)
+        trial = next((draft.drafter for draft in drafts if draft.is_trial), None)
+        if trial is not None:
+            self.policy.observe_trial(trial, self.num_requests, started + seconds - began)
         num_taken = self._take(requests, logits)
         for draft, count in zip(drafts, num_taken, strict=True):
             self._observe(draft, draft.request.ids[-count:] if count else [])
