@@ -1,9 +1,10 @@
 """Time a server with four clients at a time, at full depth and lossless in turn: `results/serve_lossless.json`.
 
-    python benchmarks/serve_lossless.py [--num-rounds 16] [--clients 4]
+    python benchmarks/serve_lossless.py [--num-rounds 7] [--clients 4] [--each 5]
 
-A real `anydepth serve` process. In each round the same prompts of Spec-Bench are sent at the same time, once with
-`full_depth` and once with `lossless`; texts must be the same. Tokens per second are those of all clients together.
+A real `anydepth serve` process. In each round the clients send the same prompts of Spec-Bench, each its next one as
+soon as it has the answer to the last, once with `full_depth` and once with `lossless`; texts must be the same. Tokens
+per second are those of all clients together. The first round is a warm-up.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from anydepth.models.tokens import encode
 from models import OFF_GRID, model_file
 
 RESULT = Path(__file__).resolve().parent / "results" / "serve_lossless.json"
-NEW_TOKENS = 64
+NEW_TOKENS, OPTIONS = 64, ("num_rounds", "clients", "each")
 SERVERS = {
     "embedded, native": ("embedded",),
     "embedded, bfloat16": ("embedded", "--weights", "bfloat16"),
@@ -46,32 +47,38 @@ def prompts_of(number: int, seed: int) -> list[str]:
     return random.Random(seed).sample(texts, number)
 
 
-async def together(client: httpx.AsyncClient, model: str, prompts: list[str], how: dict[str, Any]) -> dict[str, Any]:
-    """Send all prompts at the same time."""
-    seen = [Seen() for _ in prompts]
+async def answered(
+    client: httpx.AsyncClient, model: str, prompts: list[str], num_clients: int, how: dict[str, Any]
+) -> dict[str, Any]:
+    """Send all prompts, from so many clients at a time."""
+    seen, texts, waiting = [Seen() for _ in prompts], dict[int, str](), iter(range(len(prompts)))
     body = {"model": model, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True, "anydepth": how}
+
+    async def one_client() -> None:
+        for number in waiting:
+            texts[number] = await ask(client, {**body, "prompt": prompts[number]}, seen[number])
+
     started = time.monotonic()
-    texts = await asyncio.gather(
-        *(ask(client, {**body, "prompt": prompt}, own) for prompt, own in zip(prompts, seen, strict=True))
-    )
+    await asyncio.gather(*(one_client() for _ in range(num_clients)))
     seconds = time.monotonic() - started
     return {"texts": texts, "seconds": seconds, "first": median(own.first[0] for own in seen)}
 
 
-async def measure(address: str, prompts: list[str], num_clients: int) -> dict[str, Any]:
-    pairs = []
+async def measure(address: str, prompts: list[str], num_clients: int, num_rounds: int) -> dict[str, Any]:
+    pairs, size = [], len(prompts) // (num_rounds + 1)
     async with httpx.AsyncClient(base_url=address, timeout=600) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         ways = {"full_depth": {"full_depth": True}, "lossless": {"lossless": True}}
-        for number, start_at in enumerate(range(0, len(prompts), num_clients)):
-            own, pair = prompts[start_at : start_at + num_clients], {}
+        for number in range(num_rounds + 1):
+            own, pair = prompts[number * size : (number + 1) * size], {}
             for name in sorted(ways, reverse=bool(number % 2)):
-                pair[name] = await together(client, model, own, ways[name])
+                pair[name] = await answered(client, model, own, num_clients, ways[name])
             pairs.append(pair)
-    pairs = pairs[1:]  # the first is a warm-up
+    pairs = pairs[1:]
     ratios = [pair["full_depth"]["seconds"] / pair["lossless"]["seconds"] for pair in pairs]
     return {
         "num_rounds": len(pairs),
+        "prompts_per_round": size,
         "speedup": median(ratios),
         "speedup_range": [min(ratios), max(ratios)],
         "of_total_time": sum(pair["full_depth"]["seconds"] for pair in pairs)
@@ -79,29 +86,31 @@ async def measure(address: str, prompts: list[str], num_clients: int) -> dict[st
         "first_token_over_full_depth": median(
             pair["lossless"]["first"] / pair["full_depth"]["first"] for pair in pairs
         ),
-        "same_texts": sum(pair["full_depth"]["texts"] == pair["lossless"]["texts"] for pair in pairs),
+        "same_texts": sum(
+            pair["full_depth"]["texts"][i] == text for pair in pairs for i, text in pair["lossless"]["texts"].items()
+        ),
         **{f"{name}_seconds": median(pair[name]["seconds"] for pair in pairs) for name in ("full_depth", "lossless")},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-rounds", type=int, default=16)
+    parser.add_argument("--num-rounds", type=int, default=7)
     parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--each", type=int, default=5, help="prompts of each client and round")
     parser.add_argument("--only", nargs="*", default=list(SERVERS), help=f"of {', '.join(SERVERS)}")
     arguments = parser.parse_args()
-    prompts, known = prompts_of((arguments.num_rounds + 1) * arguments.clients, seed=0), {}
+    prompts, known = prompts_of((arguments.num_rounds + 1) * arguments.clients * arguments.each, seed=0), {}
     for name in arguments.only:
         process, address = start(torch.get_num_threads(), *SERVERS[name])
         try:
-            row = asyncio.run(measure(address, prompts, arguments.clients))
+            row = asyncio.run(measure(address, prompts, arguments.clients, arguments.num_rounds))
         finally:
             process.send_signal(signal.SIGINT)
             process.wait()
         print(name, json.dumps(row), flush=True)
-        command = (
-            f"python benchmarks/serve_lossless.py --num-rounds {arguments.num_rounds} --clients {arguments.clients}"
-        )
+        options = " ".join(f"--{key.replace('_', '-')} {getattr(arguments, key)}" for key in OPTIONS)
+        command = f"python benchmarks/serve_lossless.py {options}"
         config = {"clients": arguments.clients, "new_tokens": NEW_TOKENS}
         part = document("anydepth.serve_lossless/1", seed=0, config=config, command=command, rows=[])
         known = json.loads(RESULT.read_text())["servers"] if RESULT.exists() else {}
