@@ -43,7 +43,7 @@ def simulate(policy: DraftPolicy, drafter: Simulated, num_tokens: int, fixed: in
         bins: list[int] = []
         rights: list[bool] = []
         reached = 1.0
-        due = policy.due_trial([drafter]) is not None
+        due = policy.due_trial([drafter], 1) is not None
         known = policy.is_known(drafter)
         rate = policy.rate(drafter, 1) if known and times.plain is not None else 0.0
         wants = times.plain is not None and not times.needs_plain_step and (due or not known or rate > 1 / times.plain)
@@ -66,7 +66,7 @@ def simulate(policy: DraftPolicy, drafter: Simulated, num_tokens: int, fixed: in
         cost = (PLAIN + PER_TOKEN * len(bins)) * noise.uniform(0.95, 1.05)
         seconds += cost
         times.observe_verification(1 + len(bins), cost)
-        policy.observe(drafter, bins, num_right, num_right + 1)
+        policy.observe(drafter, bins, num_right, num_right + 1, 1)
         taken += num_right + 1
     return seconds / taken
 
@@ -150,12 +150,12 @@ def test_a_drafter_is_not_tried_where_it_did_not_pay_with_fewer_sequences() -> N
     policy.times(1).observe_verification(1, 4.0)
     policy.times(1).observe_draft(drafter.name, 3.0)
     for _ in range(40):
-        policy.observe(drafter, [5], 0, 1)
+        policy.observe(drafter, [5], 0, 1, 1)
     policy.times(4).observe_verification(4, 5.0)
     assert policy.rate(drafter, 4) == pytest.approx(1 / 5.0), "a plain step"
     policy.times(4).observe_draft(drafter.name, 0.1)
     for _ in range(60):
-        policy.observe(drafter, [5, 5], 2, 3)
+        policy.observe(drafter, [5, 5], 2, 3, 1)
     assert policy.rate(drafter, 4) > 1 / 5.0
 
 
@@ -185,19 +185,19 @@ def test_free_drafters_need_no_trial() -> None:
     policy = DraftPolicy()
     lookup, model = Simulated({5: 0.5}, 0.0, "lookup", is_free=True), Simulated({5: 0.5}, 1.0, "model")
     assert policy.is_known(lookup) and not policy.is_known(model)
-    due = [policy.due_trial([lookup, model]) for _ in range(200)]
+    due = [policy.due_trial([lookup, model], 1) for _ in range(200)]
     assert lookup not in due
     assert [number for number, one in enumerate(due) if one is model] == [24, 73, 170], "rarer, while it does not pay"
-    policy.observe(model, [5], 1, 2)
-    assert [policy.due_trial([model]) for _ in range(25)][-1] is model, "as often as at first, once it has paid"
+    policy.observe(model, [5], 1, 2, 1)
+    assert [policy.due_trial([model], 1) for _ in range(25)][-1] is model, "as often as at first, once it has paid"
 
 
 def test_a_drafter_sleeps_between_trials_that_did_not_pay() -> None:
     policy, model = DraftPolicy(), Simulated({5: 0.5}, 1.0, "model")
     asleep = []
     for _ in range(170):
-        policy.due_trial([model])
-        asleep.append(policy.sleeps(model))
+        policy.due_trial([model], 1)
+        asleep.append(policy.sleeps(model, 1))
     rounds = [number for number, one in enumerate(asleep) if one]
     # Idle for 24 rounds, 48, 96: asleep after 16 idle rounds, awake for the 16 before the next trial.
     assert rounds == [*range(41, 56), *range(90, 153)]
@@ -209,3 +209,23 @@ def test_a_drafter_with_passes_must_be_clearly_faster_than_plain_steps() -> None
     assert policy.gains(costly, 1, 0.1), "nothing is measured yet"
     policy.times(1).plain = 10.0
     assert policy.gains(costly, 1, 0.12) and not policy.gains(costly, 1, 0.105) and policy.gains(free, 1, 0.105)
+
+
+def test_waits_are_for_a_number_of_sequences() -> None:
+    """A drafter that sleeps with four sequences drafts for one."""
+    policy, model = DraftPolicy(), Simulated({5: 0.5}, 1.0, "model")
+    for _ in range(20):
+        policy.due_trial([model], 4)
+    assert policy.sleeps(model, 4) is False, "its first trial is near"
+    for _ in range(30):
+        policy.due_trial([model], 4)
+    assert policy.sleeps(model, 4) and not policy.sleeps(model, 1)
+
+
+def test_trials_take_a_hundredth_of_the_time() -> None:
+    policy, model = DraftPolicy(), Simulated({5: 0.5}, 1.0, "model")
+    policy.times(4).observe_verification(4, 5.0)
+    policy.observe_trial(model, 4, 12.5)
+    assert policy.wait(model, 4).patience == 150, "7.5 ms more than a plain step of 5 ms"
+    policy.observe_trial(model, 4, 5.1)
+    assert policy.wait(model, 4).patience == 150, "never more often than before"

@@ -63,7 +63,7 @@ class Acceptance:
 
 @dataclass
 class DrafterStatistics:
-    """How often a drafter's tokens are right, by a bin, and the rounds since it was last used."""
+    """How often a drafter's tokens are right, by a bin."""
 
     by_bin: Acceptance = field(  # the token's own bin
         default_factory=lambda: Acceptance.prior([(i + 0.5) / NUM_BINS for i in range(NUM_BINS)])
@@ -71,8 +71,6 @@ class DrafterStatistics:
     by_bin_before: Acceptance = field(  # the bin of the token before, for a token that is not drafted yet
         default_factory=lambda: Acceptance.prior([*((i + 2.5) / (NUM_BINS + 4) for i in range(NUM_BINS)), FIRST_RIGHT])
     )
-    idle: int = 0
-    patience: int = TRY_AGAIN  # rounds until the next trial
 
     @property
     def is_known(self) -> bool:
@@ -96,7 +94,14 @@ class DrafterStatistics:
         """Count a draft token after right ones; `before` is the bin of the token before it."""
         self.by_bin.observe(number, right=right)
         self.by_bin_before.observe(before, right=right)
-        self.idle = 0
+
+
+@dataclass
+class Wait:
+    """A drafter's rounds with one number of sequences since it was last used, and those until its next trial."""
+
+    idle: int = 0
+    patience: int = TRY_AGAIN
 
 
 @dataclass
@@ -189,6 +194,7 @@ class DraftPolicy:
     def __init__(self) -> None:
         self.by_drafter: dict[str, DrafterStatistics] = {}
         self.by_rows: dict[int, StepTimes] = {}
+        self.waits: dict[tuple[str, int], Wait] = {}
 
     def statistics(self, drafter: Drafter) -> DrafterStatistics:
         known = self.by_drafter.get(drafter.name)
@@ -205,27 +211,29 @@ class DraftPolicy:
     def is_known(self, drafter: Drafter) -> bool:
         return drafter.is_free or self.statistics(drafter).is_known
 
-    def sleeps(self, drafter: Drafter) -> bool:
-        """Return whether a drafter that does not pay is left alone, its states too, until shortly before its trial."""
-        statistics = self.statistics(drafter)
-        return WAKES < statistics.idle < statistics.patience - WAKES
+    def wait(self, drafter: Drafter, num_rows: int) -> Wait:
+        return self.waits.setdefault((drafter.name, num_rows), Wait())
 
-    def due_trial(self, drafters: Sequence[Drafter]) -> Drafter | None:
+    def sleeps(self, drafter: Drafter, num_rows: int) -> bool:
+        """Return whether a drafter that does not pay is left alone, its states too, until shortly before its trial."""
+        wait = self.wait(drafter, num_rows)
+        return WAKES < wait.idle < wait.patience - WAKES
+
+    def due_trial(self, drafters: Sequence[Drafter], num_rows: int) -> Drafter | None:
         """Start a round; return a drafter to try because it was idle for long, or None."""
         for drafter in drafters:
-            statistics = self.statistics(drafter)
-            statistics.idle += 1
-            if statistics.idle > statistics.patience and not drafter.is_free:
-                statistics.idle, statistics.patience = 0, min(2 * statistics.patience, RARELY)
+            wait = self.wait(drafter, num_rows)
+            wait.idle += 1
+            if wait.idle > wait.patience and not drafter.is_free:
+                wait.idle, wait.patience = 0, min(2 * wait.patience, RARELY)
                 return drafter
         return None
 
     def observe_trial(self, drafter: Drafter, num_rows: int, seconds: float) -> None:
         """Set after how many rounds the next trial is, by the seconds of a round with one."""
-        plain, statistics = self.times(num_rows).plain, self.statistics(drafter)
+        plain, wait = self.times(num_rows).plain, self.wait(drafter, num_rows)
         if plain is not None:
-            wanted = (seconds - plain) / (TRIAL_SHARE * plain)
-            statistics.patience = int(min(max(statistics.patience, wanted), RARELY))
+            wait.patience = int(min(max(wait.patience, (seconds - plain) / (TRIAL_SHARE * plain)), RARELY))
 
     def rate(self, drafter: Drafter, num_rows: int, next_bin: int | None = None) -> float:
         """Return the expected tokens per second, by the next token's bin if it is known; infinity until measured."""
@@ -255,12 +263,20 @@ class DraftPolicy:
         return statistics.after(bins[-1]) if bins else statistics.first
 
     def observe(
-        self, drafter: Drafter, bins: Sequence[int], num_right: int, num_taken: int, *, is_trial: bool = False
+        self,
+        drafter: Drafter,
+        bins: Sequence[int],
+        num_right: int,
+        num_taken: int,
+        num_rows: int,
+        *,
+        is_trial: bool = False,
     ) -> None:
         """Count the tokens of a verified draft, up to the first wrong one or the end of the sequence."""
         statistics, before = self.statistics(drafter), FIRST
-        if bins and not is_trial:
-            statistics.patience = TRY_AGAIN
+        if bins:
+            wait = self.wait(drafter, num_rows)
+            wait.idle, wait.patience = 0, wait.patience if is_trial else TRY_AGAIN
         for position, number in enumerate(bins[: min(num_right + 1, num_taken)]):
             statistics.observe(before, number, right=position < num_right)
             before = number

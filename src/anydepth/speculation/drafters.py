@@ -75,8 +75,8 @@ class Drafter(ABC):
         """Return the bin of the next token, or −1 if there is none; None: the bin is not known before drafting."""
         return None
 
-    def needs_states(self) -> bool:
-        """Return whether it reads captured states in the next rounds."""
+    def needs_states(self, num_rows: int) -> bool:
+        """Return whether it reads captured states in the next rounds of so many sequences."""
         return bool(self.captures)
 
     def is_ready(self, request: Request) -> bool:

@@ -93,7 +93,8 @@ class DraftedSteps:
         """Let drafters process the tokens that requests got since the last round."""
         for drafter in self.drafters:
             drafter.observe(self.session, requests)
-        self.session.capturing = any(one.needs_states() and not self.policy.sleeps(one) for one in self.drafters)
+        awake = [one for one in self.drafters if not self.policy.sleeps(one, len(requests))]
+        self.session.capturing = any(one.needs_states(len(requests)) for one in awake)
 
     def round(self, requests: Sequence[Request]) -> None:
         """Draft, verify, and append the right tokens and one more."""
@@ -150,12 +151,13 @@ class DraftedSteps:
         """Return the drafters of this round, at most one of them an early exit, and a drafter that is due a trial."""
         if self.drafting.adaptive and self.times.needs_plain_step:
             return [], None
-        due = self.policy.due_trial(self.drafters) if self.drafting.adaptive else None
+        due = self.policy.due_trial(self.drafters, self.num_requests) if self.drafting.adaptive else None
         if due is not None:
             return [due], due
-        awake = [drafter for drafter in self.drafters if drafter.is_free or not self.policy.sleeps(drafter)]
+        num_rows = self.num_requests
+        awake = [one for one in self.drafters if one.is_free or not self.policy.sleeps(one, num_rows)]
         exits = [drafter for drafter in awake if drafter.exit_layer]
-        best = max(exits, key=lambda drafter: self.policy.rate(drafter, self.num_requests), default=None)
+        best = max(exits, key=lambda drafter: self.policy.rate(drafter, num_rows), default=None)
         return [one for one in awake if one is best or not one.exit_layer], None
 
     def _longest(self, requests: Sequence[Request]) -> int:
@@ -255,4 +257,5 @@ class DraftedSteps:
         name = None if draft.drafter is None else draft.drafter.name
         draft.request.counts.observe(name, num_verified, num_right, len(targets))
         if draft.drafter is not None:
-            self.policy.observe(draft.drafter, draft.bins, num_right, len(targets), is_trial=draft.is_trial)
+            rows, taken = self.num_requests, len(targets)
+            self.policy.observe(draft.drafter, draft.bins, num_right, taken, rows, is_trial=draft.is_trial)

@@ -64,9 +64,9 @@ class QuantisedDrafter(Drafter):
             steps = session.memory[self] = CopySteps(_session(session, self.copy, self.captures), self.drafting)
         steps.follow(session, [(request, self._ahead(request)) for request in requests])
 
-    def needs_states(self) -> bool:
+    def needs_states(self, num_rows: int) -> bool:
         policy = self.drafting.policy
-        return any(one.needs_states() and not policy.sleeps(one) for one in self.drafting.drafters)
+        return any(one.needs_states(num_rows) and not policy.sleeps(one, num_rows) for one in self.drafting.drafters)
 
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
         ahead = [self._ahead(request) for request in requests]
