@@ -7,7 +7,7 @@
 The same texts, loss and network as `anydepth train recipes/drafter.yaml`, in the batches that a GPU needs: thousands of
 texts written at a time by transformers' own `generate`, and the model's states computed anew in each step instead of
 stored. `write` runs as several processes with a seed each. `train` takes as many steps as fit into
-the minutes, and measures the drafter on texts that are left out of its training, beside the one in the package.
+the minutes, and measures the drafter on texts that are left out of its training, next to the one in the package.
 """
 
 from __future__ import annotations

@@ -70,8 +70,10 @@ def test_long_prompts_are_read_between_the_tokens_of_other_requests(kv_rule: str
     scheduler.add(first)
     for one in others:
         scheduler.add(one)
+    served = [first in scheduler.step()]
     while not first.is_finished:
-        assert first in scheduler.step()  # a token in every step, whatever else is read
+        served.append(first in scheduler.step())
+    assert served == [True, True, *[False, True] * 7], "a token after each chunk, whatever is read"
     assert [len(one.output) for one in others] == [4, 3, 0] and scheduler.reading is others[2]
     while not scheduler.is_idle:
         scheduler.step()

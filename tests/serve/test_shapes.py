@@ -216,7 +216,7 @@ def test_a_prompt_counts_once_whatever_n() -> None:
     """S9: as OpenAI counts: each prompt once, each answer's tokens."""
     with serving() as client:
         for prompt, read in (("abcd", 4), (["abcd", "ab"], 6)):
-            usage = complete(client, prompt, n=3, max_tokens=2)["usage"]
+            usage = complete(client, prompt, n=3, max_tokens=2, temperature=0)["usage"]
             said = 6 * (1 if isinstance(prompt, str) else len(prompt))
             assert (usage["prompt_tokens"], usage["completion_tokens"]) == (read, said)
             assert usage["total_tokens"] == read + said

@@ -1,7 +1,7 @@
 """The decode loop: continuous batching of requests that join and leave between tokens.
 
-A step decodes one token of every running request (or one verified draft), then reads from the prompt of the next
-request: all of it, or one chunk while others are being decoded.
+A step decodes one token of every running request (or one verified draft), or reads from the prompt of the next request:
+all of it, or one chunk while others are being decoded. The two take turns, and a prompt that has come is read first.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Scheduler:
         self.drafted_steps = None if engine.drafting is None else engine.drafting.open(self.session)
         self.plan_of = self._attached if plan_of is None else plan_of
         self.attached: Plan | None = None
+        self.has_read = False  # in the last step
         self.waiting: deque[Request] = deque()
         self.reading: Request | None = None
         self.running: list[Request] = []
@@ -90,13 +91,11 @@ class Scheduler:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Decode the running requests and read from a prompt; return the requests that got tokens or failed."""
+        """Read from a prompt or decode the running requests; return the requests that got tokens or failed."""
         with self.engine.turn:
-            served = list(self.running)
-            self._decode([request for request in served if not request.is_drafted])
-            if drafted := [request for request in served if request.is_drafted]:
-                self._drafted.step(drafted)
-            served += self._read_prompts()
+            has_prompt = self.reading is not None or (self.waiting and not self.session.is_full)
+            self.has_read = bool(has_prompt and not (self.has_read and self.running))
+            served = self._read_prompts() if self.has_read else self._decode_all()
             for request in served:
                 if request.is_finished:
                     self._leave(request)
@@ -119,6 +118,13 @@ class Scheduler:
         return self.drafted_steps
 
     # --- decoding --------------------------------------------------------------------------------------------------
+
+    def _decode_all(self) -> list[Request]:
+        served = list(self.running)
+        self._decode([request for request in served if not request.is_drafted])
+        if drafted := [request for request in served if request.is_drafted]:
+            self._drafted.step(drafted)
+        return served
 
     def _decode(self, requests: list[Request]) -> None:
         """Decode one token of each request; requests with the same plan run together."""
