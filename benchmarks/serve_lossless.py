@@ -106,6 +106,9 @@ def main() -> None:
         try:
             row = asyncio.run(measure(address, prompts, arguments.clients, arguments.num_rounds))
         finally:
+            if process.poll() is not None:
+                assert process.stderr is not None
+                print(f"the server ended with {process.returncode}: {process.stderr.read()[-4000:]}", flush=True)
             process.send_signal(signal.SIGINT)
             process.wait()
         print(name, json.dumps(row), flush=True)
