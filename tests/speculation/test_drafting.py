@@ -12,7 +12,10 @@ from torch import Tensor
 import anydepth
 import families
 from anydepth.decoding.engine import Engine
+from anydepth.decoding.engines import FastEngine
+from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler
+from anydepth.decoding.scheduler import Scheduler
 from anydepth.engine.backends.cpu.native import same_bits_until
 from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel
@@ -286,6 +289,21 @@ def test_passes_do_not_span_a_change_of_attention_chunks() -> None:
         wanted, ours = both(engine, batch, do_sample=False, max_new_tokens=90, eos_token_id=None)
         assert torch.equal(wanted, ours)
     assert same_bits_until(1, 2) <= same_bits_until(257, 2) and same_bits_until(300, 2) >= 300
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_drafts_leave_room_for_the_longest_sequence(native: bool) -> None:
+    """Two sequences of at most 40 tokens, one of them near its end: the other's long drafts must not need more."""
+    adapted = anydepth.attach(tiny_llama(), []).eval()
+    draft = anydepth.Draft(adapted, {**ALONE, "exit_layers": [3], "max_draft": 8})
+    engine = FastEngine(adapted, native=native, draft=draft)
+    prompts_of_both = [[5, 6, 7] * 12, [5, 6, 7] * 3]
+    wanted = [Request.greedy(ids, 40 - len(ids), full_depth=True) for ids in prompts_of_both]
+    drafted = [Request.greedy(ids, 40 - len(ids), full_depth=True, is_drafted=True) for ids in prompts_of_both]
+    for requests in (wanted, drafted):
+        Scheduler(engine, max_requests=2, max_tokens=80).run(requests)
+    assert [one.output for one in drafted] == [one.output for one in wanted]
+    assert sum(sum(one.counts.num_drafted.values()) for one in drafted) > 0
 
 
 def test_the_generator_state_is_that_of_full_depth() -> None:

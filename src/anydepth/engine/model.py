@@ -196,7 +196,8 @@ class EngineModel:
         lengths: Sequence[int] = (),
     ) -> NewTokens:
         """Return the next tokens of each sequence, for which cache and tables are large enough."""
-        length, tables = max(seen) + num_tokens, self.rotations
+        ends = (before + new for before, new in zip(seen, lengths or [num_tokens] * len(seen), strict=True))
+        length, tables = max(ends), self.rotations
         cache.reserve(length)
         if length > tables.num_positions:
             tables.extend(length)

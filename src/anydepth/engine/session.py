@@ -153,7 +153,8 @@ class FastSession:
     def draft_limit(self, sequence: int) -> int | None:
         length = self.committed[sequence] + 1
         until = self.model.backend.same_bits_until(length, self.model.layers[0].num_kv_heads)
-        return None if until is None else until - length
+        limits = [end - length for end in (until, self.max_length) if end is not None]
+        return min(limits, default=None)
 
     def score(self, sequence: int, ids: Sequence[int], plan: Plan) -> Tensor:
         end = self.committed[sequence]
