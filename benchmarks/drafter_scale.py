@@ -1,4 +1,4 @@
-"""Train a drafter on many more of a model's own tokens, on a GPU: `results/drafter_scale.json`.
+"""Train a drafter on many more of a model's own tokens, on a GPU: `network.safetensors` and `train.json` in `--out`.
 
     python benchmarks/drafter_scale.py write --device cuda --seed 1 --out runs/scale/texts-1.safetensors
     python benchmarks/drafter_scale.py train --device cuda --texts runs/scale --out runs/scale/four
@@ -105,9 +105,9 @@ def continued(
     return found
 
 
-def read(folder: Path) -> list[Text]:
+def read(texts_folder: Path) -> list[Text]:
     texts = list[Text]()
-    for path in sorted(folder.glob("texts-*.safetensors")):
+    for path in sorted(texts_folder.glob("texts-*.safetensors")):
         shard = load_file(path)
         parts = shard["ids"].long().split(shard["lengths"].tolist())
         begins = zip(parts, shard["prompts"].tolist(), shard["completions"].tolist(), strict=True)
@@ -157,6 +157,8 @@ def train(arguments: argparse.Namespace) -> None:
     texts = read(arguments.texts)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
     left_out, kept = order[: arguments.left_out], order[arguments.left_out :]
+    if not kept:
+        raise SystemExit(f"{arguments.texts} has {len(texts)} texts; leave out fewer than that, or write more")
     held_out = Batches(adapted, [texts[i] for i in left_out], arguments.batch_tokens)
     batches = Batches(adapted, [texts[i] for i in kept], arguments.batch_tokens)
     num_own = sum(len(text.ids) for text in batches.texts)
@@ -180,7 +182,7 @@ def train(arguments: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(max(round(passed * PARTS), 1), config)
         inputs = batches.of(chosen)
-        with torch.autocast(arguments.device, torch.bfloat16):
+        with torch.autocast(adapted.device.type, torch.bfloat16):
             loss, _ = training(*inputs)
         optimizer.zero_grad()
         loss.backward()
@@ -226,7 +228,7 @@ def rights(training: DraftTraining, batches: Batches) -> list[float]:
 
 def ship_run(arguments: argparse.Namespace) -> None:
     record = read_document(arguments.checkpoint / RECORD)
-    model, _ = anydepth.load_model("embedded", dtype="bfloat16")
+    model, _ = anydepth.load_model(record["config"]["target"], dtype="bfloat16")
     adapted = attach(model, []).eval()
     draft = Draft(adapted, record["options"])
     assert draft.network is not None

@@ -162,3 +162,23 @@ def test_a_request_without_states_gets_no_draft() -> None:
     drafter.observe(session, [known])
     first, second = drafter.propose(session, [unknown, known], choose)
     assert first is None and second is not None and second.token == 5 and asked == [1]
+
+
+def test_it_does_not_draft_from_old_states(tmp_path: Path) -> None:
+    """Tokens that were decoded without its states leave a gap, after which it waits for the next ones."""
+    draft, adapted = untrained_draft(), anydepth.attach(tiny_llama(), []).eval()
+    engine = FastEngine(adapted)
+    text = max(texts_of(tmp_path), key=lambda one: len(one.ids))
+    drafter = TrainedDrafter(engine.model, network_of(draft))
+    session, row = planted(engine, text.states[:6], text.ids[:7].tolist())
+    session.committed[row.kv] = 6
+    drafter.observe(session, [row])
+    assert drafter.next_bin(row) is None, "it may draft"
+    session.committed[row.kv], session.states[row.kv] = 9, []
+    row.ids = text.ids[:10].tolist()
+    drafter.observe(session, [row])
+    assert drafter.next_bin(row) == -1
+    session.committed[row.kv], session.states[row.kv] = 10, list(text.states[9:10].unbind(1))
+    row.ids = text.ids[:11].tolist()
+    drafter.observe(session, [row])
+    assert drafter.next_bin(row) is None

@@ -1,7 +1,7 @@
 """The decode loop: continuous batching of requests that join and leave between tokens.
 
 A step decodes one token of every running request (or one verified draft), or reads from the prompt of the next request:
-all of it, or one chunk while others are being decoded. The two take turns, and a prompt that has come is read first.
+all of it, or one chunk while others are being decoded. The two take turns, a new prompt first.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ class NewTokens:
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or [self.num_tokens] * len(self.sequences)
+        assert self.plan.is_empty or min(self.lengths) == self.num_tokens, "gates decide for (B, T) tokens"
 
     @cached_property
     def num_rows(self) -> int:

@@ -21,8 +21,8 @@ DECAY = 0.5 ** (1 / 150)
 """Factor on the weight of earlier observations of a bin, for each new one: texts change."""
 LATEST, FEW = 24, 8
 """Measurements of which a step time is the median, and of plain steps, which can be rare and far apart."""
-PLAIN_AGAIN = 64
-"""Rounds of drafts after which a plain step is measured again."""
+FIRST_PLAIN, PLAIN_AGAIN = 3, 64
+"""Plain steps that are measured first, and rounds of drafts after which one is measured again."""
 FIRST_RIGHT = 0.4
 """Prior probability that the first token of a draft is right."""
 PRIOR = 4.0
@@ -31,7 +31,7 @@ TRIES = 12
 """First draft tokens of a drafter after which its acceptance is known."""
 TRY_AGAIN, RARELY = 24, 384
 """Rounds after which a drafter that does not pay is tried again; twice as many after each trial, up to `RARELY`."""
-TRIAL_SHARE = 0.01
+TRIAL_FRACTION = 0.01
 """Fraction of the time that trials may take, by which they are rarer still."""
 WAKES = 16
 """Rounds after which an idle drafter sleeps, and for which it reads states again before a trial."""
@@ -117,30 +117,32 @@ class StepTimes:
     plain: float | None = None  # seconds of a verification of one token per sequence; None: not measured yet
     per_token: float = 0.0  # seconds that each further token adds
     since_plain: int = 0  # rounds
-    rested: int = 0  # rounds
+    since_draft: int = 0  # rounds
 
     @property
     def needs_plain_step(self) -> bool:
-        """Whether a plain step is to be measured: long drafts alone do not say what one costs."""
-        return self.plain is None or self.since_plain >= PLAIN_AGAIN
+        """Return whether a plain step is to be measured: long drafts alone do not say what one costs."""
+        return len(self.plain_steps) < FIRST_PLAIN or self.since_plain >= PLAIN_AGAIN
 
     def observe_verification(self, num_tokens: int, seconds: float) -> None:
         further = num_tokens - self.num_rows
         if further:
             self.verified.append((further, seconds))
-            self.since_plain += 1
+            self.since_plain, self.since_draft = self.since_plain + 1, 0
         else:
             self.plain_steps.append(seconds)
             self.plain, self.since_plain = median(self.plain_steps), 0
-        if self.plain is not None and self.verified:
-            self.per_token = max(median((own - self.plain) / further for further, own in self.verified), 0.0)
+            self.since_draft += 1
+            if self.since_draft >= RARELY:  # old times must not rule out drafts for ever
+                self.verified.clear()
+        if self.plain is not None:
+            slopes = [(own - self.plain) / further for further, own in self.verified]
+            self.per_token = max(median(slopes), 0.0) if slopes else 0.0
 
+    @property
     def rests(self) -> bool:
-        """Start a round; return whether no draft can pay in it: even right tokens cost more than plain steps."""
-        if len(self.verified) < FEW or self.repays(1.0):
-            return False
-        self.rested = (self.rested + 1) % RARELY
-        return self.rested > 0
+        """Return whether no draft can pay: even right tokens cost more than plain steps."""
+        return len(self.verified) >= FEW and not self.repays(1.0)
 
     def observe_draft(self, drafter: str, seconds: float) -> None:
         self.drafted.setdefault(drafter, deque(maxlen=LATEST)).append(seconds)
@@ -233,7 +235,7 @@ class DraftPolicy:
         """Set after how many rounds the next trial is, by the seconds of a round with one."""
         plain, wait = self.times(num_rows).plain, self.wait(drafter, num_rows)
         if plain is not None:
-            wait.patience = int(min(max(wait.patience, (seconds - plain) / (TRIAL_SHARE * plain)), RARELY))
+            wait.patience = int(min(max(wait.patience, (seconds - plain) / (TRIAL_FRACTION * plain)), RARELY))
 
     def rate(self, drafter: Drafter, num_rows: int, next_bin: int | None = None) -> float:
         """Return the expected tokens per second, by the next token's bin if it is known; infinity until measured."""

@@ -74,20 +74,13 @@ class DraftedSteps:
         self._take([request], [logits[None]])
 
     def step(self, requests: Sequence[Request]) -> None:
-        if self.drafting.adaptive and self.policy.times(len(requests)).rests():
+        if self.drafting.adaptive and self.policy.times(len(requests)).rests:  # without any work of drafters
+            self._start(requests)
             self.session.capturing = False
-            self._plain_step(requests)
+            self._verify([Draft(request, None, 0, False) for request in requests], 0)
         else:
             self.observe(requests)
             self.round(requests)
-
-    def _plain_step(self, requests: Sequence[Request]) -> None:
-        """Decode a token of each request without any work of drafters."""
-        sequences = [request.kv for request in requests]
-        num_taken = self._take(requests, self.session.verify(sequences, [request.ids[-1:] for request in requests]))
-        for request, count in zip(requests, num_taken, strict=True):
-            request.counts.observe(None, 0, 0, count)
-        self.session.commit(sequences, num_taken)
 
     def observe(self, requests: Sequence[Request]) -> None:
         """Let drafters process the tokens that requests got since the last round."""
@@ -98,22 +91,32 @@ class DraftedSteps:
 
     def round(self, requests: Sequence[Request]) -> None:
         """Draft, verify, and append the right tokens and one more."""
-        self.times, self.num_requests = self.policy.times(len(requests)), len(requests)
+        self._start(requests)
         began = time.perf_counter()
         drafts, exit_layer = self._draft(requests)
+        drafted = time.perf_counter() - began
+        verified = self._verify(drafts, exit_layer)
+        trial = next((draft.drafter for draft in drafts if draft.is_trial), None)
+        if trial is not None:
+            self.policy.observe_trial(trial, self.num_requests, drafted + verified)
+
+    def _start(self, requests: Sequence[Request]) -> None:
+        self.times, self.num_requests = self.policy.times(len(requests)), len(requests)
+
+    def _verify(self, drafts: Sequence[Draft], exit_layer: int) -> float:
+        """Verify drafts and take the right tokens and one more of each; return the seconds of the pass."""
+        requests = [draft.request for draft in drafts]
         sequences = [request.kv for request in requests]
         started = time.perf_counter()
         logits = self.session.verify(sequences, [[request.ids[-1], *request.draft] for request in requests], exit_layer)
         seconds = now(logits[0].device) - started
         self.times.observe_verification(sum(len(part) for part in logits), seconds)
-        trial = next((draft.drafter for draft in drafts if draft.is_trial), None)
-        if trial is not None:
-            self.policy.observe_trial(trial, self.num_requests, started + seconds - began)
         num_taken = self._take(requests, logits)
         for draft, count in zip(drafts, num_taken, strict=True):
             self._observe(draft, draft.request.ids[-count:] if count else [])
             draft.request.draft = []
         self.session.commit(sequences, num_taken)
+        return seconds
 
     # --- drafting --------------------------------------------------------------------------------------------------
 
@@ -124,8 +127,12 @@ class DraftedSteps:
         drafts: list[Draft] = []
         self.rate = 0.0
         for request in requests:
-            drafter, rate = (trial, 0.0) if trial is not None else self._drafter_for(request, candidates)
-            drafts.append(Draft(request, drafter, self._limit(request, longest), trial is not None))
+            drafter, rate = self._drafter_for(request, candidates)
+            if trial is not None:
+                drafter, rate = None if trial.next_bin(request) == -1 else trial, 0.0
+            drafts.append(
+                Draft(request, drafter, self._limit(request, longest), trial is not None and drafter is trial)
+            )
             self.rate += rate
         drafting = [draft for draft in drafts if draft.drafter is not None and draft.limit > 0]
         for drafter in candidates:
@@ -163,8 +170,8 @@ class DraftedSteps:
     def _longest(self, requests: Sequence[Request]) -> int:
         """Return the draft length up to which a verification of all requests has the bits of plain steps.
 
-        A pass treats all sequences as long as its longest: no draft may reach a length where the bits of another
-        request would change.
+        A pass with padding treats all sequences as long as its longest: no draft may reach a length where the bits of
+        another request would change, or that it has no room for.
         """
         max_tokens, limits = self.session.max_tokens, [self.session.draft_limit(request.kv) for request in requests]
         longest = self.drafting.max_draft

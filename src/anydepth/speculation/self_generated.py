@@ -125,7 +125,7 @@ class Writer:
         self.completions: dict[Request, int] = {}
 
     def step(self) -> list[Text]:
-        """Write one more token of each text; return the texts that have ended."""
+        """Read prompts, or write one more token of each text; return the texts that have ended."""
         while len(self.prompts) + len(self.completions) < NUM_TEXTS:
             self._start_prompt()
         ended: list[Text] = []

@@ -83,15 +83,20 @@ class _State:
     unread: list[Tensor] = field(default_factory=list[Tensor])  # (N, taps · D) states that the layer has not run yet
     num_read: int = 0  # tokens with K/V in the drafter's cache, draft tokens excluded
     start: int | None = None  # position of the first of them
+    is_current: bool = False  # whether it has the states of all tokens with K/V, from there on
+
+    @property
+    def end(self) -> int:
+        return -1 if self.start is None else self.start + self.num_read + sum(map(len, self.unread))
 
     def add(self, states: Tensor, position: int) -> None:
         """Add the unread states of tokens from a position on.
 
         States of tokens there before were of a wrong draft. After a gap the drafter starts anew.
         """
-        end = -1 if self.start is None else self.start + self.num_read + sum(map(len, self.unread))
+        end = self.end
         if self.start is None or position > end:
-            self.start, self.num_read, self.unread = position, 0, []
+            self.start, self.num_read, self.unread, self.feature = position, 0, [], None
         elif position < end:
             num_known = position - self.start
             self.unread = [torch.cat(self.unread)[: max(num_known - self.num_read, 0)]] if self.unread else []
@@ -122,6 +127,9 @@ class TrainedDrafter(Drafter):
         self.read, self.join = (model.backend.linear([part], WEIGHTS[kind]) for part in weights)
         self.head = model.head_of(norm_of(network.norm), kind, network.vocabulary)
 
+    def next_bin(self, request: Request) -> int | None:
+        return None if self._state(request).is_current else -1
+
     def propose(self, session: Session, requests: Sequence[Request], choose: Choose) -> list[Proposal | None]:
         unread = [request for request in requests if request.draft or self._state(request).unread]
         self._run(session, unread)
@@ -137,9 +145,11 @@ class TrainedDrafter(Drafter):
 
     def observe(self, session: Session, requests: Sequence[Request]) -> None:
         for request in requests:
+            state, length = self._state(request), session.length(request.kv)
             if captured := session.captured(request.kv):
                 states = torch.cat([part[-LOOK_BACK:] for part in captured], dim=1)
-                self._state(request).add(states, session.length(request.kv) - len(states))
+                state.add(states, length - len(states))
+            state.is_current = state.end == length
 
     def catch_up(self, session: Session, requests: Sequence[Request]) -> None:
         """Run a prompt, or tokens that another drafter drafted for long; few are run with the next draft token."""

@@ -35,7 +35,7 @@ from anydepth.gating.plan import Plan
 from anydepth.gating.scores import HeadConfidence
 from anydepth.gating.trace import LazyRecord, PassRecord
 
-MAX_PASSES = 64
+MAX_PASSES = 128
 """Compiled passes that are kept of a plan and a cache, of different numbers of tokens."""
 READ_ONLY = -1
 """Column of a gate that only evaluates its network here, for later layers: every token passes."""

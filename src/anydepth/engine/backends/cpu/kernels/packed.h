@@ -50,7 +50,7 @@ inline int groups_of(int cols) { return (cols + GROUP - 1) / GROUP; }
 
 // --- activations, packed for a kind of weights -------------------------------------------------------------------
 
-// Tokens that a panel is multiplied with at a time: as many sums as there are registers for.
+// Tokens that a panel is multiplied with at a time: as many sums as AVX-512 has registers for.
 constexpr int block_of(int kind) { return is_integer(kind) ? 8 : 16; }
 
 // Inputs of a block of M tokens, as many as fit or the rest, in units of 4 bytes: 1 float32, 2 bfloat16 or 4 bytes. Units of the
