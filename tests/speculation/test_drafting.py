@@ -292,7 +292,7 @@ def test_passes_do_not_span_a_change_of_attention_chunks() -> None:
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_drafts_leave_room_for_the_longest_sequence(native: bool) -> None:
+def test_drafts_leave_space_for_the_longest_sequence(native: bool) -> None:
     """Two sequences of at most 40 tokens, one of them near its end: the other's long drafts must not need more."""
     adapted = anydepth.attach(tiny_llama(), []).eval()
     draft = anydepth.Draft(adapted, {**ALONE, "exit_layers": [3], "max_draft": 8})

@@ -171,7 +171,7 @@ class DraftedSteps:
         """Return the draft length up to which a verification of all requests has the bits of plain steps.
 
         A pass with padding treats all sequences as long as its longest: no draft may reach a length where the bits of
-        another request would change, or that it has no room for.
+        another request would change, or beyond its cache.
         """
         max_tokens, limits = self.session.max_tokens, [self.session.draft_limit(request.kv) for request in requests]
         longest = self.drafting.max_draft
