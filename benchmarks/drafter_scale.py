@@ -6,8 +6,8 @@
 
 The same texts, loss and network as `anydepth train recipes/drafter.yaml`, in the batches that a GPU needs: thousands of
 texts written at a time by transformers' own `generate`, and the model's states computed anew in each step instead of
-stored. `write` runs as several processes with a seed each. `train` takes as many steps as fit into
-the minutes, and measures the drafter on texts that are left out of its training, next to the one in the package.
+stored. `write` runs as several processes with a seed each. `train` takes as many steps as fit into the minutes, and
+measures the drafter on texts that are left out of its training, next to the one in the package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from anydepth.hf.adapted import attach, detach
 from anydepth.json_io import read_document, write_json
 from anydepth.measure.results import document
 from anydepth.models.tokens import end_ids
-from anydepth.speculation.draft import Draft, default_draft, folder
+from anydepth.speculation.draft import Draft, default_draft, folder, unpack
 from anydepth.speculation.drafter_training import MAX_GRADIENT_NORM, DraftTraining, batches_of, rate_at, vocabulary_of
 from anydepth.speculation.self_generated import MAX_COMPLETION, MAX_PROMPT, OPENED, PROMPT_SEEDS, Template, Text
 
@@ -173,7 +173,7 @@ def train(arguments: argparse.Namespace) -> None:
     before = (
         rights(DraftTraining(shipped, adapted.backbone, arguments.drafted), held_out) if shipped is not None else None
     )
-    print(f"{num_own} own tokens; the package's drafter: {before}", flush=True)
+    print(f"{num_own} self-generated tokens; the package's drafter: {before}", flush=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.rate, weight_decay=0.01)
     arguments.out.mkdir(parents=True, exist_ok=True)
     config = DrafterConfig(learning_rate=arguments.rate, max_steps=PARTS, warmup_steps=PARTS // 50)
@@ -232,10 +232,7 @@ def ship_run(arguments: argparse.Namespace) -> None:
     adapted = attach(model, []).eval()
     draft = Draft(adapted, record["options"])
     assert draft.network is not None
-    weights = load_file(arguments.checkpoint / NETWORK)
-    draft.network.load_state_dict(
-        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-    )
+    draft.network.load_state_dict(unpack(load_file(arguments.checkpoint / NETWORK)))
     about = {key: record[key] for key in ("commit", "dirty", "seed", "num_own_tokens", "seconds")}
     ship(adapted, draft, folder() / arguments.name, about)
 

@@ -127,12 +127,12 @@ class DraftedSteps:
         drafts: list[Draft] = []
         self.rate = 0.0
         for request in requests:
-            drafter, rate = self._drafter_for(request, candidates)
-            if trial is not None:
+            if trial is None:
+                drafter, rate = self._drafter_for(request, candidates)
+            else:
                 drafter, rate = None if trial.next_bin(request) == -1 else trial, 0.0
-            drafts.append(
-                Draft(request, drafter, self._limit(request, longest), trial is not None and drafter is trial)
-            )
+            is_trial = trial is not None and drafter is trial
+            drafts.append(Draft(request, drafter, self._limit(request, longest), is_trial))
             self.rate += rate
         drafting = [draft for draft in drafts if draft.drafter is not None and draft.limit > 0]
         for drafter in candidates:
