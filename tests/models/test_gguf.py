@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GgufConfig
 
 import anydepth
 from anydepth.engine.backends.cpu.native import why_not
@@ -31,6 +32,20 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def token_ids() -> torch.Tensor:
     return torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", *KINDS])
+def test_a_dense_model_is_that_of_transformers(file: Path, kind: str) -> None:
+    save_gguf(file, kind)
+    ours, _ = load_model(str(file), dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    wanted = theirs.state_dict()
+    assert ours.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in ours.state_dict().items())
+    stored = {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+    assert load_model(str(file))[0].dtype == stored
 
 
 @torch.no_grad()

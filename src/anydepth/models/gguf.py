@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,33 +42,58 @@ TENSORS = "tensors.json"
 """In the cached metadata of a file: type, shape and position of every tensor."""
 
 
-def from_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def from_gguf(
+    path: Path, cache: Path, dtype: torch.dtype | None, *, in_blocks: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a model and its tokenizer from a GGUF file.
+
+    Args:
+        cache: folder for the metadata of files, which take seconds to convert; stored at the first call.
+        dtype: type of the dequantised weights; None: that of the file's largest tensor, or bfloat16 if it is quantised.
+        in_blocks: keep the blocks of linear layers and the embedding, mapped from the file.
+
+    Raises:
+        UserError: no such file, a damaged one, or a family without GGUF names.
+    """
     if not path.is_file():
         raise UserError(f"no file at {path}; give the path of a .gguf file")
-    options: dict[str, Any] = {"gguf_file": path.name}
     with reading(f"GGUF file {path}"):
-        reader = GGUFReader(path)
+        folder = _metadata(path, cache)
+        table = json.loads((folder / TENSORS).read_text())
+        config, dtype = AutoConfig.from_pretrained(str(folder)), dtype or _own_dtype(table["tensors"])
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        missing = _fill(model, path, table, dtype, in_blocks=in_blocks)
+        if missing and in_blocks:
+            raise UserError(f"GGUF file {path} lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+        if missing:
+            model = _by_transformers(path, dtype)
+        return model, AutoTokenizer.from_pretrained(str(folder))
+
+
+def _by_transformers(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Read a model with tensors that a file joins or splits, which takes minutes for a large one."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
         # Without `dequantize` the dense model is flagged as quantised and can be neither saved nor trained.
-        dequantised = GgufConfig(dequantize=True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            **options,
-            quantization_config=dequantised,
-            dtype=dtype or _own_dtype(reader),
-            output_loading_info=True,
-        )
-        model, report = loaded
-        check_whole(str(path), report)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-        _repair_digits(tokenizer, reader)
-        return model, tokenizer
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    model, report = loaded
+    check_whole(str(path), report)
+    return model
 
 
-def _own_dtype(reader: GGUFReader) -> torch.dtype:
-    """Return the type of a GGUF's largest tensor, or bfloat16 if that is quantised."""
-    largest = max(reader.tensors, key=lambda tensor: int(tensor.n_elements))
+def _own_dtype(tensors: list[dict[str, Any]]) -> torch.dtype:
+    """Return the type of a file's largest tensor, or bfloat16 if that is quantised."""
     dense = {"F32": torch.float32, "F16": torch.float16}
-    return dense.get(largest.tensor_type.name, QUANTISED_DTYPE)
+    return dense.get(_largest(tensors)["kind"], QUANTISED_DTYPE)
+
+
+def _largest(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(tensors, key=lambda tensor: math.prod(tensor["shape"]))
 
 
 def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> None:
@@ -84,30 +110,8 @@ def is_in_blocks(path: Path, cache: Path) -> bool:
         return False
     with reading(f"GGUF file {path}"):
         folder = _metadata(path, cache)
-        tensors = json.loads((folder / TENSORS).read_text())["tensors"]
-        largest = max(tensors, key=lambda tensor: math.prod(tensor["shape"]))
+        largest = _largest(json.loads((folder / TENSORS).read_text())["tensors"])
         return largest["kind"] in BLOCK_KINDS and AutoConfig.from_pretrained(str(folder)).model_type in FAMILIES
-
-
-def native_from_gguf(path: Path, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a model with its linear layers and embedding in blocks, mapped from the file.
-
-    Args:
-        cache: folder for the metadata of files, which take seconds to convert; stored at the first call.
-
-    Raises:
-        UserError: no such file, a damaged one, or a family without GGUF names.
-    """
-    if not path.is_file():
-        raise UserError(f"no file at {path}; give the path of a .gguf file")
-    with reading(f"GGUF file {path}"):
-        folder = _metadata(path, cache)
-        table = json.loads((folder / TENSORS).read_text())
-        config = AutoConfig.from_pretrained(str(folder))
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=QUANTISED_DTYPE)
-        _fill(model, path, table)
-        return model, AutoTokenizer.from_pretrained(str(folder))
 
 
 def _metadata(path: Path, cache: Path) -> Path:
@@ -156,39 +160,53 @@ def _metadata(path: Path, cache: Path) -> Path:
     return folder
 
 
-def _fill(model: PreTrainedModel, path: Path, table: dict[str, Any]) -> None:
-    """Give a model the tensors of a file: blocks where the fast engine reads them, dense parameters elsewhere."""
+def _fill(
+    model: PreTrainedModel, path: Path, table: dict[str, Any], dtype: torch.dtype, *, in_blocks: bool
+) -> list[str]:
+    """Give a model the tensors of a file: blocks where they are wanted and the fast engine reads them, else dense.
+
+    Returns:
+        The names of parameters that the file lacks.
+    """
     file = np.memmap(path, mode="c")  # copy on write, since PyTorch asks for memory that could be written
     named = {value: key for key, value in MODEL_ARCH_NAMES.items()}[table["architecture"]]
     names = get_tensor_name_map(named, model.config.num_hidden_layers)
     processor = TENSOR_PROCESSORS.get(table["architecture"], TensorProcessor)(config=model.config.to_dict())
     by_name = {tensor["name"]: tensor for tensor in table["tensors"]}
-    missing: list[str] = []
     head, is_tied = model.get_output_embeddings(), model.config.tie_word_embeddings
-    for name, module in list(model.named_modules()):
+    missing: list[str] = []
+    found: list[tuple[str, nn.Module, str, dict[str, Any]]] = []
+    for name, module in model.named_modules():
         for suffix in sorted(suffix for suffix, _ in module.named_parameters(recurse=False)):  # biases first
             tensor = by_name.get(f"{names.get_name(name)}.{suffix}")
             if tensor is None:
                 missing += [] if module is head and is_tied else [f"{name}.{suffix}"]
-                continue
-            if tensor["shape"] != list(module.get_parameter(suffix).shape):
+            elif tensor["shape"] != list(module.get_parameter(suffix).shape):
                 raise UserError(f"{tensor['name']} of {path} is {tensor['shape']}, and its config says otherwise")
-            stored = file[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
-            kind = GGMLQuantizationType[tensor["kind"]]
-            in_blocks = kind.name in BLOCK_KINDS and isinstance(module, nn.Linear | nn.Embedding)
-            values = stored.reshape(tensor["stored"]) if in_blocks else _dense(stored, kind, tensor["shape"])
-            values = processor.process(weights=values, name=tensor["name"], parsed_parameters={}).weights
-            if in_blocks:
-                _replace(model, name, _block_module(module, Blocks(torch.from_numpy(values), kind)))
             else:
-                setattr(module, suffix, nn.Parameter(torch.from_numpy(values).to(QUANTISED_DTYPE), requires_grad=False))
-    if missing:
-        raise UserError(f"GGUF file {path} lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+                found.append((name, module, suffix, tensor))
+
+    def read(module: nn.Module, tensor: dict[str, Any]) -> Tensor | Blocks:
+        stored = file[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
+        kind = GGMLQuantizationType[tensor["kind"]]
+        keeps = in_blocks and kind.name in BLOCK_KINDS and isinstance(module, nn.Linear | nn.Embedding)
+        values = stored.reshape(tensor["stored"]) if keeps else _dense(stored, kind, tensor["shape"])
+        values = torch.from_numpy(processor.process(weights=values, name=tensor["name"], parsed_parameters={}).weights)
+        return Blocks(values, kind) if keeps else values.to(dtype)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy dequantises on one core
+        values = pool.map(read, [module for _, module, _, _ in found], [tensor for *_, tensor in found])
+        for (name, module, suffix, _), value in zip(found, values, strict=True):
+            if isinstance(value, Blocks):
+                _replace(model, name, _block_module(module, value))
+            else:
+                module.get_parameter(suffix).data = value
     embedding = model.get_input_embeddings()
     if is_tied and isinstance(embedding, BlockEmbedding):
         model.set_output_embeddings(BlockLinear(embedding.blocks, None, QUANTISED_DTYPE))
     elif is_tied:
         model.tie_weights()
+    return missing
 
 
 def _dense(stored: np.ndarray, kind: GGMLQuantizationType, shape: list[int]) -> np.ndarray:

@@ -37,7 +37,7 @@ from anydepth.errors import UserError
 from anydepth.models.backbone import unwrap
 from anydepth.models.blocks import BlockLinear, BlockModule, Blocks
 from anydepth.models.families import family_of
-from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf, is_in_blocks, native_from_gguf
+from anydepth.models.gguf import QUANTISED_DTYPE, from_gguf, is_in_blocks
 from anydepth.models.plain import base_modules
 from anydepth.models.reading import check_whole, quiet, reading
 from anydepth.models.tokens import end_ids
@@ -114,7 +114,7 @@ def _load_blocks(
         raise UserError(f"native weights run with bfloat16 activations, not {dtype}; leave dtype out")
     if device.type != "cpu" or options:
         raise UserError("native weights are for the fast engine on the CPU; leave out device, quantisation, attention")
-    return native_from_gguf(_file_of(target), cache_folder())
+    return from_gguf(_file_of(target), cache_folder(), None, in_blocks=True)
 
 
 def has_blocks(target: str, dtype: DType = AUTO, device: str = "cpu") -> bool:
@@ -235,7 +235,7 @@ def _load(
     if target.endswith(".gguf"):
         if "quantization_config" in options:
             raise UserError(f"{target} is a GGUF, which is read as dense weights; quantise a folder or a hub model")
-        return from_gguf(path, dtype)
+        return from_gguf(path, cache_folder(), dtype)
     if path.is_dir() and not (path / "config.json").exists():
         raise UserError(f"folder {target} holds no config.json; give a folder that save_pretrained wrote")
     if not path.exists() and is_local(target):
@@ -308,7 +308,7 @@ def _embedded_folder() -> Path:
     folder = cache_folder() / f"embedded-{importlib.metadata.version(PACKAGE)}"
     if not (folder / "config.json").exists():
         try:
-            save_whole(*from_gguf(source, torch.float32), folder)
+            save_whole(*from_gguf(source, cache_folder(), torch.float32), folder)
         except OSError as error:
             raise UserError(
                 f"the embedded model could not be cached in {folder} ({error.strerror}); free space there, or set "
