@@ -29,12 +29,12 @@ SHRINKS = tuple(1 - 0.05 * number for number in range(11))
 
 def rounded(weight: Tensor, moments: Tensor) -> Blocks:
     """Round a weight (out, in) to Q4_1 blocks, with error feedback by its inputs' second moments (in, in)."""
-    weight, moments = weight.float().clone(), moments.double().clone()
+    weight, moments = weight.float().clone(), moments.float().clone()
     dead = moments.diagonal() == 0
     moments.diagonal()[dead] = 1.0
-    importance = moments.diagonal().float().clone()
+    importance = moments.diagonal().clone()
     moments.diagonal().add_(DAMPING * moments.diagonal().mean())
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
+    inverse = _inverse_factor(moments)
     data = torch.empty(len(weight), weight.shape[1] // GROUP, 20, dtype=torch.uint8)
     for number, start in enumerate(range(0, weight.shape[1], GROUP)):
         own = slice(start, start + GROUP)
@@ -52,6 +52,12 @@ def rounded(weight: Tensor, moments: Tensor) -> Blocks:
         bytes_ = codes.to(torch.uint8)
         data[:, number, 4:] = bytes_[:, :16] | bytes_[:, 16:] << 4
     return Blocks(data.flatten(1), GGMLQuantizationType.Q4_1)
+
+
+def _inverse_factor(moments: Tensor) -> Tensor:
+    """Return the upper triangular U with H⁻¹ = Uᵀ·U: with the order of inputs reversed, H = L·Lᵀ and U = L⁻¹."""
+    lower = torch.linalg.cholesky(moments.flip(0, 1))
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False).flip(0, 1)
 
 
 def _levels(block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
