@@ -1,9 +1,9 @@
-"""Compare the fast engine with the Hugging Face model and llama.cpp on the embedded model: `results/engine.json`.
+"""Compare the fast engine with transformers, llama.cpp and OpenVINO at full depth: `results/engine.json`.
 
     python benchmarks/engine.py [SECTION ...] [--model NAME] [--num-runs 7]
 
-Sections are run in turn and kept one by one; without names, all. `peers` needs the benchmark extra. Other models than
-`embedded` are those of models.py, with results of their own.
+Sections are run in turn and kept one by one; without names, all. `peers` needs the benchmark extra and the exports of
+openvino_peer.py. Other models than `embedded` are those of models.py, with results of their own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from engine_inputs import GREEDY, MODEL, learned_router, prompts_of, random_router, say
+from engine_loading import loaded
 from engine_table import markdown
 from torch import Tensor
 
-from anydepth.decoding.engines import FastEngine
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.engines import FastEngine, open_engine
 from anydepth.decoding.request import Request
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.engine.kv_cache import EngineCache
@@ -46,49 +48,49 @@ OVER_HF = "decode_over hf bfloat16"
 
 
 def peers(num_runs: int) -> dict[str, Any]:
-    """Full depth, batch 1: transformers, this engine and llama.cpp in turn, the same prompts."""
-    from llama_cpp_peer import LlamaCpp, gguf_of  # wants the extra
-
-    model, tokenizer = MODEL.load()
-    adapted = attach(model, [])
-    engines: dict[str, Any] = {"hf bfloat16": None}
-    engines |= {f"fast {kind}": FastEngine(adapted, kind) for kind in ("bfloat16", "int8", "int4")}
-    others = {
-        f"llama.cpp {kind}": LlamaCpp(gguf_of(kind), torch.get_num_threads(), 1024) for kind in ("bfloat16", "int8")
-    }
-    names = [*engines, *others]
+    """Full depth, batch 1: transformers, this engine, llama.cpp and OpenVINO in turn, the same prompts."""
+    engines, tokenizer = MODEL.engines()
+    device = engines["bfloat16"].adapted.device
+    ours: dict[str, Engine] = {"hf bfloat16": open_engine(engines["bfloat16"].adapted, "hf")}
+    ours |= {f"fast {kind}": engine for kind, engine in engines.items()}
+    others = MODEL.peers(torch.get_num_threads())
+    names = [*ours, *others]
     rows = []
     for length in (64, 512):
-        windows = prompts_of(tokenizer, length, num_runs + 1)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
         bandwidth, agreeing = [], dict.fromkeys(others, 0)
-        for number, window in enumerate(windows):
-            batch, tokens = unpadded(window[None]), {}
+        for number, window in enumerate(prompts_of(tokenizer, length, num_runs + 1)):
+            tokens = {}
             for place in range(len(names)):
                 name = names[(place + number) % len(names)]
-                bandwidth.append(read_bandwidth(adapted.device))
+                bandwidth.append(read_bandwidth(device))
                 if name in others:
                     first, total, tokens[name] = others[name].generate(window.tolist(), NEW_TOKENS)
                 else:
-                    timing = time_generation(engines[name], batch, NEW_TOKENS, full_depth=True)
+                    timing = time_generation(ours[name], unpadded(window[None]), NEW_TOKENS, full_depth=True)
                     first, total, tokens[name] = timing.ttft, timing.total, timing.token_ids[0].tolist()
                 if number:  # the first window warms up
                     times[name].append((first, (total - first) / (NEW_TOKENS - 1)))
             for name in others:
-                agreeing[name] += tokens[name] == tokens[name.replace("llama.cpp", "fast")]
+                agreeing[name] += tokens[name] == tokens[f"fast {name.split()[1]}"]
         speed = median(bandwidth)
         for name in names:
             row = {"engine": name, "prompt_tokens": length, **peer_speeds(name, times)}
-            if engines.get(name) is not None:
-                read = sum(layer.mixer_bytes + layer.ffn_bytes for layer in engines[name].model.layers)
-                row["bytes_per_step"] = read + engines[name].model.head.num_bytes
-                row["roofline_share"] = row["bytes_per_step"] / speed / row["tpot_seconds"]
+            if name.startswith("fast"):
+                row |= roofline(engines[name.removeprefix("fast ")], speed, row["tpot_seconds"])
             if name in others:
                 row["same_tokens_as_fast"] = f"{agreeing[name]} of {num_runs + 1} prompts"
             rows.append(row)
             say(row, "engine", "prompt_tokens", "ttft_seconds", "tpot_seconds", OVER_HF, "roofline_share")
         rows.append({"read_bytes_per_second": speed, "prompt_tokens": length})
     return {"rows": rows}
+
+
+def roofline(engine: FastEngine, bytes_per_second: float, seconds: float) -> dict[str, float]:
+    """Bytes of weights that a step reads, and the share of its seconds that reading them must take."""
+    branches, head = engine.weight_bytes()
+    read = head + sum(map(sum, branches))
+    return {"bytes_per_step": read, "roofline_share": read / bytes_per_second / seconds}
 
 
 def weights(num_runs: int) -> dict[str, Any]:
@@ -107,9 +109,7 @@ def weights(num_runs: int) -> dict[str, Any]:
                     times[kind].append((timing.ttft, (timing.total - timing.ttft) / (NEW_TOKENS - 1)))
         for kind, engine in engines.items():
             row = {"weights": kind, "prompt_tokens": length, **peer_speeds(kind, times)}
-            branches, head = engine.weight_bytes()
-            row["bytes_per_step"] = head + sum(map(sum, branches))
-            row["roofline_share"] = row["bytes_per_step"] / median(bandwidth) / row["tpot_seconds"]
+            row |= roofline(engine, median(bandwidth), row["tpot_seconds"])
             rows.append(row)
             say(
                 row,
@@ -341,8 +341,14 @@ def quality(num_runs: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def loading(num_runs: int) -> dict[str, Any]:
+    """Seconds and memory from a file to its first tokens, in its own blocks, each in a new process."""
+    return {"rows": [loaded(MODEL.name, num_runs)]}
+
+
 SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
-    section.__name__: section for section in (peers, weights, skipping, verify, batches, context, identical, quality)
+    section.__name__: section
+    for section in (peers, weights, loading, skipping, verify, batches, context, identical, quality)
 }
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from anydepth.decoding.engines import FastEngine, open_engine
 from anydepth.hf.adapted import attach
+from anydepth.models.load import embedded_gguf
 from anydepth.training.data import load_windows
-from models import OFF_GRID, load
+from models import OFF_GRID, load, model_file
 
 KINDS = ("bfloat16", "int8", "int4", "native")
 OFF_GRID_KINDS = ("bfloat16", "int8", "int4", "int4-nearest")
@@ -32,6 +34,20 @@ class Chosen:
 
     def load(self, dtype: str = "bfloat16", *, native: bool = False) -> tuple[Any, Any]:
         return load(self.name, dtype, native=native)
+
+    def file(self) -> Path:
+        """Return the model's GGUF file."""
+        return embedded_gguf() if self.name == "embedded" else model_file(self.name)
+
+    def peers(self, num_threads: int) -> dict[str, Any]:
+        """Return other engines, by their name and the kind of their weights. Wants the benchmark extra."""
+        from llama_cpp_peer import LlamaCpp, gguf_of
+        from openvino_peer import OpenVino, export_of
+
+        files = {kind: gguf_of(kind) for kind in ("bfloat16", "int8") if self.name == "embedded"}
+        files |= {"native": self.file()} if "native" in self.kinds else {}
+        peers: dict[str, Any] = {f"llama.cpp {kind}": LlamaCpp(file, num_threads, 1024) for kind, file in files.items()}
+        return {**peers, "OpenVINO int4": OpenVino(export_of(self.name), num_threads)}
 
     def engines(self) -> tuple[dict[str, FastEngine], Any]:
         """Return an engine for each kind of weights, and the tokenizer."""
