@@ -18,7 +18,7 @@ TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "capacities.py"
 @pytest.mark.parametrize(("num_windows", "quantile"), [(2, 12.706), (3, 4.303), (8, 2.365)])
 def test_the_interval_is_students(num_windows: int, quantile: float) -> None:
     changes = torch.randn(num_windows, generator=torch.Generator().manual_seed(2), dtype=torch.double) * 0.1
-    found = calibrate._increase([2 + change for change in changes.tolist()], [2.0] * num_windows)
+    found = calibrate.increase_of([2 + change for change in changes.tolist()], [2.0] * num_windows)
     reach = quantile * changes.std() / num_windows**0.5
     bounds = [math.expm1(changes.mean() - reach), math.expm1(changes.mean() + reach)]
     assert found["perplexity_increase"] == pytest.approx(math.expm1(changes.mean()))
@@ -26,7 +26,7 @@ def test_the_interval_is_students(num_windows: int, quantile: float) -> None:
 
 
 def test_one_window_has_no_interval() -> None:
-    assert calibrate._increase([2.1], [2.0])["perplexity_increase_range"] is None
+    assert calibrate.increase_of([2.1], [2.0])["perplexity_increase_range"] is None
 
 
 def test_the_table_of_the_benchmark() -> None:

@@ -175,7 +175,7 @@ def test_checkpoints_from_when_drafting_was_a_method(
         weights / "methods.safetensors",
     )
     files = {name: hashlib.sha256((weights / name).read_bytes()).hexdigest() for name in ("methods.safetensors",)}
-    manifest["methods"].insert(0, {"name": "self_speculation", **manifest.pop("draft")})
+    manifest["methods"].insert(0, {"name": "self_speculation", **manifest.pop("run")["draft"]})
     (folder / "anydepth.json").write_text(json.dumps({**manifest, "files": files}))
     again, _ = load_target(str(folder))
     found = load_draft(str(folder), again)

@@ -141,9 +141,11 @@ def _measure(call: opt.Call, adapted: Any, tokenizer: Any, engines: list[Any]) -
 
 def _open(call: opt.Call) -> tuple[Any, Any, list[Any]]:
     """Load the model to bench and its tokenizer, and open its engines."""
-    from anydepth.serve.opening import native_first
+    from anydepth.serve.opening import as_recorded, native_first
 
     target, engine, weights, compiled = (call.arguments[key] for key in ("target", "engine", "weights", "compiled"))
+    engine, weights = as_recorded(target, engine, weights, call.dtype)
+    call.arguments["engine"] = engine
 
     def open_as(weights: str | None) -> tuple[Any, Any, list[Any]]:
         call.arguments["weights"] = weights

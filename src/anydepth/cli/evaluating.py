@@ -96,13 +96,16 @@ def evaluate(
     options: opt.MethodOptions = None,
     skip_share: opt.SkipShare = None,
     capacity: opt.Capacity = None,
-    engine: opt.Engine = "hf",
+    engine: Annotated[
+        str | None, Option("--engine", help="Score on hf, fast, or auto. Default: as the folder records, else hf.")
+    ] = None,
     weights: opt.WeightKind = None,
 ) -> None:
     """Score perplexity with routing on, next to the base model."""
     from anydepth.decoding.engines import label_of, open_engine
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
+    from anydepth.serve.opening import as_recorded
     from anydepth.training.checkpoint import load_draft
     from anydepth.training.data import load_windows, num_tokens
 
@@ -111,6 +114,9 @@ def evaluate(
     opt.at_least(1, limit=limit)
     opt.at_least(0, num_fewshot=num_fewshot)
     names, load = _task_names(tasks), opt.load_options(call.arguments)
+    engine, weights = as_recorded(target, engine or ("hf" if exits else "auto"), weights, call.dtype)
+    engine = "hf" if engine == "auto" and weights is None else engine
+    call.arguments["weights"] = weights
     adapted, tokenizer = call.load(target, **load)
     scorer = open_engine(adapted, engine, weights, call.progress, draft=load_draft(target, adapted))
     if scorer.name != "hf" and exits:

@@ -117,9 +117,13 @@ class Engine(ABC):
 
     def without_draft(self) -> Self:
         """Return an engine on the same weights that does not draft: the attached methods decide."""
+        return self.with_draft(None)
+
+    def with_draft(self, draft: Draft | None) -> Self:
+        """Return an engine on the same weights with another draft; None: the attached methods decide."""
         other = copy.copy(self)
-        other.draft = other.drafting = None
         other.last = threading.local()
+        other.draft, other.drafting = draft, None if draft is None else draft.on(other)
         return other
 
     @property

@@ -174,7 +174,7 @@ class Calibration:
             return None
         with self.engine.adapted.disabled():
             ours, full = ([_loss(each, window) for window in self.held_out] for each in (light, self.engine))
-        fields = {**_increase(ours, full), **speedup_fields(self._ratios((light, True)))}
+        fields = {**increase_of(ours, full), **speedup_fields(self._ratios((light, True)))}
         return {"label": f"full depth, {CONTROL}", "weights": CONTROL, **fields}
 
     def _held_out_fields(self, found: dict[str, float], share: float) -> Row:
@@ -206,10 +206,10 @@ def quality(adapted: AdaptedModel, windows: Tensor) -> Row:
     base = mean(fields["full_depth"]["loss"] for fields in each)
     ours = [fields["loss"] for fields in each]
     full = [fields.get("full_depth_adapted", fields["full_depth"])["loss"] for fields in each]
-    return {"skip_share": shares, **_increase(ours, full), "untouched_perplexity": math.exp(base)}
+    return {"skip_share": shares, **increase_of(ours, full), "untouched_perplexity": math.exp(base)}
 
 
-def _increase(ours: Sequence[float], full: Sequence[float]) -> Row:
+def increase_of(ours: Sequence[float], full: Sequence[float]) -> Row:
     """Return perplexities and their relative increase, from losses of the same windows."""
     changes = [own - other for own, other in zip(ours, full, strict=True)]
     found = mean_of_sums(torch.tensor(changes, dtype=torch.double), torch.ones(len(changes)))

@@ -17,6 +17,7 @@ from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.samples import Track, perplexity_of
 from anydepth.methods._base.calibration import comparing
 from anydepth.models.backbone import Backbone
+from anydepth.models.load import NATIVE
 from anydepth.statistics import mean_of_sums
 from anydepth.training.checkpoint import has_adapter
 from anydepth.training.data import rows_of
@@ -117,7 +118,10 @@ def evaluate(engine: Engine, windows: Tensor, *, full_depth_only: bool = False, 
     for row in track(rows_of(windows)):
         token_ids = row.to(adapted.device)
         with adapted.untouched():
-            reference = adapted(input_ids=token_ids, use_cache=False).logits
+            if engine.weights == NATIVE:  # transformers would dequantise the blocks in every forward
+                reference = engine.logits(token_ids[0])[None]
+            else:
+                reference = adapted(input_ids=token_ids, use_cache=False).logits
         everything = cost.full_depth_trace(backbone, token_ids.numel())
         base.add(backbone, token_ids, reference, reference, everything)
         if not at_once:

@@ -14,10 +14,10 @@ from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
 from anydepth.errors import RunError, Unsupported, UserError
-from anydepth.models.load import NATIVE, DType, has_blocks
+from anydepth.models.load import AUTO, NATIVE, DType, has_blocks
 from anydepth.serve.service import Budgets, Service
 from anydepth.speculation.draft import why_no_draft
-from anydepth.training.checkpoint import load_draft, load_target
+from anydepth.training.checkpoint import load_draft, load_target, run_options
 from anydepth.training.corpora import check_corpus
 from anydepth.training.data import load_windows
 
@@ -26,6 +26,14 @@ log = logging.getLogger("anydepth.serve")
 
 
 Opened = TypeVar("Opened")
+
+
+def as_recorded(target: str, engine: str, weights: str | None, dtype: DType = AUTO) -> tuple[str, str | None]:
+    """Return the engine and the weights to run a target with: those given, else those that its folder records."""
+    run = run_options(target)
+    if weights is None and engine in ("auto", run.get("engine")) and dtype in (AUTO, run.get("dtype")):
+        return (run.get("engine", engine) if engine == "auto" else engine), run.get("weights")
+    return engine, weights
 
 
 def native_first(
@@ -62,12 +70,14 @@ def open_target(
     """Return the engine of a target of the command line, and its tokenizer.
 
     Args:
-        engine, weights, compiled, say: see `open_engine`; by default a .gguf file runs in its own blocks if it can.
+        engine, weights, compiled, say: see `open_engine`; by default a folder runs as it records, and a .gguf file in
+            its own blocks if it can.
         lossless: draft in any case; None: if the target can.
         generation_config: auto: requests default to the model's own sampling options; none: they do not.
         load: options of `load_target`.
     """
     options = (load.get("overrides") or {}).get(DRAFT)
+    engine, weights = as_recorded(target, engine, weights, load.get("dtype", AUTO))
 
     def open_as(kind: str | None) -> tuple[Engine, PreTrainedTokenizerBase]:
         adapted, tokenizer = load_target(target, merge=True, native=kind == NATIVE, **load)

@@ -102,7 +102,7 @@ class Draft(nn.Module):
         if self.network is not None and engine.model is not None:
             small.append(TrainedDrafter(engine.model, self.network))
         drafters = [*small, *self._exits(engine.exit_logits, adapted.device)]
-        pruning = [method for method in adapted.attached if not method.is_lossless()]
+        pruning = [method for method in adapted.active_methods if not method.is_lossless()]
         if pruning:
             drafters.append(PrunedDrafter(pruning))
         copy = self._copy(engine)

@@ -1,7 +1,8 @@
 """Checkpoints: the methods' weights and configs, the LoRA adapter if there is one, and the name of the base.
 
 The base is in the checkpoint only if training changed it. A folder has `weights-<hash>/` and `anydepth.json`, the
-manifest, which is replaced atomically and last, so that a crash while saving keeps the former checkpoint.
+manifest, which is replaced atomically and last, so that a crash while saving keeps the former checkpoint. Its section
+`run` says how the model is to be run: type, engine, weights, drafting.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def save(
     base: str | None = None,
     own_base: PreTrainedTokenizerBase | None = None,
     draft: Draft | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what anydepth added to the model into `folder`.
 
@@ -53,6 +55,7 @@ def save(
         base: target to load the base model from; its `name_or_path` by default.
         own_base: the tokenizer of a trained base; both are written too, as a Hugging Face checkpoint.
         draft: the drafting of the model, its trained network included.
+        run: how commands run the folder by default: `dtype`, `engine`, `weights`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,7 @@ def save(
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "methods": [{"name": method.name, **method.config.model_dump(mode="json")} for method in adapted.attached],
-        "draft": None if draft is None else draft.config.model_dump(mode="json"),
+        "run": {**(run or {}), "draft": None if draft is None else draft.config.model_dump(mode="json")},
         "adapters": adapters,
         "weights": weights.name,
         "files": files,
@@ -128,12 +131,10 @@ def load_target(
         merge: fold adapters into the weights, which is faster; the base is then no longer available.
         overrides: options by method that replace those of the target; those of `draft` are for `load_draft`.
         skip_share: fraction of decisions to skip, set by the score quantiles of the target.
-        native: as in `load_model`; refused for a checkpoint.
+        native: as in `load_model`; a checkpoint needs a .gguf file as its base, and no adapter.
     """
     if is_checkpoint(target):
-        if native:
-            raise UserError(f"native weights are those of a .gguf file, and {target} is a checkpoint; use int4 or int8")
-        adapted, tokenizer = _load(Path(target), None, dtype, device, merge=merge)
+        adapted, tokenizer = _load(Path(target), None, dtype, device, merge=merge, native=native)
     else:
         model, tokenizer = load_model(target, dtype=dtype, device=device, native=native)
         adapted = attach(_merged(model) if merge else model, [])
@@ -180,10 +181,9 @@ def load_draft(
         lossless: draft in any case, with the drafter of the package if there is one.
         options: options of drafting that replace those of the target.
     """
-    manifest = read_manifest(Path(target)) if is_checkpoint(target) else {}
-    saved, weights = manifest.get("draft"), dict[str, torch.Tensor]()
+    saved, weights = run_options(target).get("draft"), dict[str, torch.Tensor]()
     if saved is not None:
-        weights = _draft_weights(Path(target) / manifest["weights"])
+        weights = _draft_weights(Path(target) / read_manifest(Path(target))["weights"])
     elif lossless:
         default = default_draft(adapted)
         if options is None:
@@ -209,17 +209,20 @@ def _draft_weights(weights: Path) -> dict[str, torch.Tensor]:
 
 
 def _load(
-    folder: Path, base: str | None, dtype: DType, device: str, *, merge: bool
+    folder: Path, base: str | None, dtype: DType, device: str, *, merge: bool, native: bool = False
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     manifest = read_manifest(folder)
     own = folder / manifest["weights"] / BASE
     target = base or (str(own) if own.exists() else manifest["base"]["target"])
     if not target:
         raise UserError(f"{folder} was saved from a model without a name; pass base= with its folder or hub name")
-    quantisation = manifest["base"].get("quantisation")
-    model, tokenizer = load_model(target, dtype=dtype, device=device, quantisation=quantisation)
+    quantisation, adapters = manifest["base"].get("quantisation"), _adapters(folder, manifest)
+    dtype = manifest["run"].get("dtype", AUTO) if dtype == AUTO else dtype
+    if native and adapters:
+        raise UserError(f"{folder} has a LoRA adapter, which native weights cannot take; use weights int4 or int8")
+    model, tokenizer = load_model(target, dtype=dtype, device=device, quantisation=quantisation, native=native)
     _check_base(model, manifest, folder)
-    wrapped = add_adapters(model, _adapters(folder, manifest))
+    wrapped = add_adapters(model, adapters)
     adapted = attach(_merged(wrapped) if merge else wrapped, manifest["methods"])
     path = folder / manifest["weights"] / METHODS
     try:
@@ -235,6 +238,11 @@ def _load(
 def _merged(model: nn.Module) -> nn.Module:
     """Fold adapters into the weights, except into 4-bit weights, which would round them."""
     return fold_adapters(model) if isinstance(model, PeftModel) and not is_quantised(model) else model
+
+
+def run_options(target: str) -> dict[str, Any]:
+    """Return the section `run` of a folder: how it is to be run; of other targets, nothing."""
+    return read_manifest(Path(target))["run"] if is_checkpoint(target) else {}
 
 
 def own_base(folder: Path) -> Path | None:
@@ -263,7 +271,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         manifest["methods"], draft = split_draft(manifest["methods"])
-        manifest["draft"] = manifest.get("draft") if draft is None else draft
+        # Up to version 0.1 drafting was outside of `run`, or a method.
+        manifest["run"] = {"draft": manifest.get("draft") if draft is None else draft, **manifest.get("run", {})}
         weights = folder / manifest["weights"]
         files, _ = dict(manifest["files"]), [dict(method) for method in manifest["methods"]]
         _, _ = manifest["base"]["fingerprint"], [str(name) for name in manifest.get("adapters", [])]

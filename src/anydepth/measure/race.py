@@ -1,0 +1,183 @@
+"""Successive halving of ways to run a model, by times that are paired with full depth (Jamieson & Talwalkar 2016)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any
+
+from anydepth.calibration.guarantee import inconsistency
+from anydepth.decoding.engine import Engine
+from anydepth.measure.timing import Batch, Timing, time_generation
+from anydepth.search.problem import Candidate, as_lists
+from anydepth.statistics import ratio_interval
+
+CLOSE = 0.97
+"""Fraction of the best speed-up above which none is dropped, however many are faster."""
+FEW = 2
+"""Entrants of which none is dropped for its speed."""
+ROUNDS = 4
+"""Rounds of a race; each has one batch of a shape more than the one before."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run a model.
+
+    Attributes:
+        weights: precision of the engine's weights.
+        draft: name of the drafting; with it the text is that of full depth. None: none.
+        skips: branches that a skip set leaves out.
+        skip_share: fraction of decisions that the attached methods skip; None: they do not decide.
+    """
+
+    engine: str
+    weights: str
+    draft: str | None = None
+    skips: tuple[Candidate, ...] = ()
+    skip_share: float | None = None
+
+    @property
+    def label(self) -> str:
+        skipped = f"without {', '.join(f'{kind} {idx}' for kind, idx in self.skips)}" if self.skips else None
+        share = None if self.skip_share is None else f"skips {self.skip_share:.0%}"
+        name = "transformers" if self.engine == "hf" else "engine"
+        draft = None if self.draft is None else f"drafts by {self.draft}"
+        return ", ".join(part for part in (f"{name} {self.weights}", skipped, share, draft) if part)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {"engine": self.engine, "weights": self.weights, "draft": self.draft, "skip_share": self.skip_share}
+        return {**own, **(as_lists(self.skips) if self.skips else {})}
+
+
+@dataclass(eq=False)
+class Entrant:
+    """A setting in a race, and what was measured of it.
+
+    Attributes:
+        on: sets the methods to what it runs, within a block.
+        ratios: by shape of the prompts, times of full depth ÷ its own, one for each batch.
+        distances: 1 − ROUGE-L of each text and that of full depth; 0 where all tokens are the same.
+        quality: fields on a text: perplexity, its increase, agreement.
+        left: why it left the race; None: it did not.
+    """
+
+    setting: Setting
+    engine: Engine
+    on: Callable[[], AbstractContextManager[Any]]
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    distances: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    num_tokens: int = 0
+    quality: dict[str, Any] = field(default_factory=dict)
+    left: str | None = None
+
+    @property
+    def speedup(self) -> float:
+        """The geometric mean over the shapes of the median ratio."""
+        medians = [median(own) for own in self.ratios.values()]
+        return math.exp(sum(map(math.log, medians)) / len(medians)) if medians else 1.0
+
+    @property
+    def num_runs(self) -> int:
+        return sum(map(len, self.ratios.values()))
+
+    def run(self, batch: Batch, new_tokens: int) -> Timing:
+        with self.on():
+            return time_generation(self.engine, batch, new_tokens, full_depth=False)
+
+    def again(self) -> Entrant:
+        """Return the same setting without its times."""
+        return Entrant(self.setting, self.engine, self.on, quality=self.quality)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a document."""
+        everything = [ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own]
+        return {
+            "label": self.setting.label,
+            "setting": self.setting.to_json(),
+            "speedup": self.speedup if everything else None,
+            "speedup_interval": ratio_interval(everything),
+            "speedup_range": [min(everything), max(everything)] if everything else None,
+            "by_prompt": {shape: median(own) for shape, own in self.ratios.items()},
+            "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
+            "identical_tokens": not any(self.distances) if self.distances else None,
+            "num_runs": self.num_runs,
+            **self.quality,
+            "left": self.left,
+        }
+
+
+@dataclass
+class Race:
+    """Runs entrants on the same prompts in turn, full depth among them.
+
+    Args:
+        prompts: yields a shape's name and a batch of prompts; each is run once by all.
+        num_shapes: batches that have one of each shape, in a row.
+        most_distance: mean distance of its texts from full depth with which an entrant leaves; None: none does.
+    """
+
+    reference: Entrant
+    prompts: Iterator[tuple[str, Batch]]
+    num_shapes: int
+    new_tokens: int
+    most_distance: float | None = None
+    say: Callable[[str], None] = lambda text: None
+
+    def warm_up(self, entrants: Sequence[Entrant]) -> None:
+        """Run each entrant once on a batch of each shape, not counted: drafters learn what pays."""
+        for _ in range(self.num_shapes):
+            _, batch = next(self.prompts)
+            for entrant in (self.reference, *entrants):
+                entrant.run(batch, self.new_tokens)
+
+    def run(self, entrants: Sequence[Entrant], deadline: float) -> list[Entrant]:
+        """Halve the entrants until few are left or the time is over; return those left, the fastest first."""
+        left = list(entrants)
+        for num_batches in range(1, ROUNDS + 1):
+            started, num_runs = time.monotonic(), num_batches * (len(left) + 1)
+            self.round(left, num_batches)
+            per_run = (time.monotonic() - started) / num_runs
+            left = self._halve([one for one in left if one.left is None])
+            if time.monotonic() + per_run * (num_batches + 1) * (len(left) + 1) > deadline:
+                break
+        return left
+
+    def round(self, entrants: Sequence[Entrant], num_batches: int) -> None:
+        """Run `num_batches` of each shape."""
+        everyone = [self.reference, *entrants]
+        for number in range(num_batches * self.num_shapes):
+            shape, batch = next(self.prompts)
+            timings: dict[Entrant, Timing] = {}
+            for place in range(len(everyone)):
+                entrant = everyone[(place + number) % len(everyone)]
+                if entrant.left is None:
+                    timings[entrant] = entrant.run(batch, self.new_tokens)
+            self._note(shape, timings)
+
+    def _note(self, shape: str, timings: dict[Entrant, Timing]) -> None:
+        full = timings[self.reference]
+        for entrant, own in timings.items():
+            entrant.ratios.setdefault(shape, []).append(full.total / own.total)
+            entrant.seconds += own.total
+            entrant.num_tokens += own.token_ids.numel()
+            entrant.distances += map(inconsistency, own.token_ids.tolist(), full.token_ids.tolist())
+            distance = mean(entrant.distances)
+            if self.most_distance is not None and distance > self.most_distance:
+                entrant.left = f"texts {distance:.2f} from full depth (1 − ROUGE-L)"
+
+    def _halve(self, entrants: list[Entrant]) -> list[Entrant]:
+        ranked = sorted(entrants, key=lambda one: -one.speedup)
+        best = ranked[0].speedup if ranked else 1.0
+        for place, entrant in enumerate(ranked):
+            if place >= max(math.ceil(len(ranked) / 2), FEW) and entrant.speedup < CLOSE * best:
+                entrant.left = f"{entrant.speedup:.2f}× after {entrant.num_runs} prompts, {best:.2f}× the best"
+        left = [one for one in ranked if one.left is None]
+        if left:
+            self.say(f"  {len(left)} of {len(entrants)} stay, the fastest {best:.2f}×: {left[0].setting.label}")
+        return left

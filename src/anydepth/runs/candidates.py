@@ -1,0 +1,195 @@
+"""What `tune` chooses from: the bound, settings of the methods, and their quality on text."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anydepth.calibration.guarantee import least_sequences
+from anydepth.calibration.shares import restored
+from anydepth.decoding.engine import Engine
+from anydepth.hf.adapted import AdaptedModel, attach, detach
+from anydepth.measure.calibrate import increase_of
+from anydepth.measure.race import Entrant, Setting
+from anydepth.methods._base.calibration import comparing, is_filled
+from anydepth.methods.skip_set import SkipSet, SkipSetConfig
+from anydepth.search.problem import Candidate, as_lists
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Fractions of their decisions that attached methods are set to skip."""
+POOL = 5
+"""Branches that the search of a skip set tries for each next place."""
+WIDE = 0.3
+"""Increase of perplexity that a skip set may have where risk is bounded instead."""
+ALONE, TOGETHER = 2, 4
+"""Halves of windows that score single branches, and sets of them."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a setting may lose: nothing by default."""
+
+    max_perplexity_increase: float | None = None
+    max_risk: float | None = None
+
+    @property
+    def is_lossless(self) -> bool:
+        return self.max_perplexity_increase is None and self.max_risk is None
+
+    @property
+    def most_distance(self) -> float | None:
+        """The mean distance of texts from full depth that is allowed, in [0, 1]; None: any."""
+        return 0.0 if self.is_lossless else self.max_risk
+
+    @property
+    def most_increase(self) -> float:
+        """The increase of perplexity at which a search of skip sets ends."""
+        return WIDE if self.max_perplexity_increase is None else self.max_perplexity_increase
+
+    @property
+    def num_texts(self) -> int:
+        """Texts that show a bound on risk where half of it is lost; 0 without one."""
+        return 0 if self.max_risk is None else 2 * least_sequences(self.max_risk, 0.95)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "lossless": self.is_lossless,
+            "max_perplexity_increase": self.max_perplexity_increase,
+            "max_risk": self.max_risk,
+        }
+
+    def __str__(self) -> str:
+        if self.max_risk is not None:
+            return f"risk of at most {self.max_risk:g}"
+        if self.max_perplexity_increase is not None:
+            return f"perplexity of at most {self.max_perplexity_increase:+.1%}"
+        return "the text of full depth"
+
+
+class Skipping:
+    """The methods of a model as settings want them: what is attached, or a skip set where nothing is.
+
+    Attributes:
+        adapted: the model; with an empty skip set if settings may be lossy and nothing was attached.
+    """
+
+    def __init__(self, adapted: AdaptedModel, bound: Bound) -> None:
+        self.has_own = bool(adapted.attached)
+        searches = not (self.has_own or bound.is_lossless)
+        self.adapted = attach(detach(adapted), SkipSetConfig()).eval() if searches else adapted
+
+    def in_drafts(self) -> AbstractContextManager[Any]:
+        """Return a block to open drafters in: methods that were attached draft too, the skip set of a search not."""
+        return nullcontext() if self.has_own else self.adapted.deciding()
+
+    @contextmanager
+    def running(self, setting: Setting) -> Iterator[None]:
+        """Set the methods to what a setting runs, within the block."""
+        if setting.draft is not None:
+            yield  # the methods decide in drafts, as they are
+        elif setting.skips:
+            method = self.adapted.methods[SkipSet.name]
+            assert isinstance(method, SkipSet)
+            method.choose(*as_lists(setting.skips).values())
+            try:
+                yield
+            finally:
+                method.choose(())
+        elif setting.skip_share is not None:
+            with restored(self.adapted):
+                for method in comparing(self.adapted.attached):
+                    method.set_skip_share(setting.skip_share)
+                yield
+        else:
+            with self.adapted.deciding():
+                yield
+
+    def settings(
+        self, engine: Engine, windows: Tensor, most: float, until: float, say: Callable[[str], None]
+    ) -> Iterator[Setting]:
+        """Yield settings of an engine that skip more and more.
+
+        Args:
+            windows: (N, T) tokens of text that chooses.
+            most: increase of perplexity at which it ends.
+            until: time at which it ends, as by `time.monotonic`.
+        """
+        plain = Setting(engine.name, engine.weights)
+        if self.has_own:
+            own = comparing(self.adapted.attached)
+            if own and all(is_filled(method.score_quantiles) for method in own):
+                yield from (replace(plain, skip_share=share) for share in SHARES)
+            elif own:
+                say("attached methods keep their thresholds: the folder has no score quantiles (`calibrate` adds them)")
+            return
+        halves = windows.view(-1, windows.shape[1] // 2)
+        few, more = halves[:ALONE], halves[:TOGETHER]
+        read: dict[Candidate, int] = {
+            (kind, layer_idx): size
+            for layer_idx, sizes in enumerate(engine.weight_bytes()[0])
+            for kind, size in zip(("mixer", "ffn"), sizes, strict=True)
+        }
+
+        def loss(chosen: Sequence[Candidate], texts: Tensor) -> float:
+            with self.running(replace(plain, skips=tuple(chosen))):
+                return mean(scored(engine, texts)[0])
+
+        before, cost = loss([], few), dict[Candidate, float]()
+        for candidate in read:
+            cost[candidate] = (loss([candidate], few) - before) / read[candidate]
+            if time.monotonic() > until:
+                break
+        order, chosen = sorted(cost, key=lambda one: cost[one]), list[Candidate]()
+        base = now = loss([], more)
+        while order and time.monotonic() < until:
+            tried = {one: loss([*chosen, one], more) for one in order[:POOL]}
+            best = min(tried, key=lambda one: (tried[one] - now) / read[one])
+            increase = math.expm1(tried[best] - base)
+            if increase > most:
+                return
+            now = tried[best]
+            chosen.append(best)
+            order.remove(best)
+            say(f"  without {len(chosen)} of {len(read)} branches: perplexity {increase:+.1%}")
+            yield replace(plain, skips=tuple(chosen))
+
+
+@torch.no_grad()
+def scored(engine: Engine, windows: Tensor) -> tuple[list[float], Tensor]:
+    """Return the loss of each of (N, T) windows in nats per token, and the most likely next tokens (N, T − 1)."""
+    losses, tokens = list[float](), list[Tensor]()
+    for window in windows.to(engine.adapted.device):
+        logits = engine.logits(window)[:-1].float()
+        losses.append(F.cross_entropy(logits, window[1:]).item())
+        tokens.append(logits.argmax(-1))
+    return losses, torch.stack(tokens)
+
+
+@dataclass
+class Quality:
+    """Quality of settings on (N, T) windows of text, next to full depth in the model's own precision."""
+
+    windows: Tensor
+    known: dict[Setting, tuple[list[float], Tensor]] = field(default_factory=dict)
+
+    def of(self, entrant: Entrant, reference: Entrant) -> dict[str, Any]:
+        """Return perplexity, its increase over the reference, and the agreement with it."""
+        (losses, tokens), (full_losses, full_tokens) = self._scored(entrant), self._scored(reference)
+        agreement = (tokens == full_tokens).double().mean().item()
+        return {**increase_of(losses, full_losses), "agreement": agreement, "num_tokens": tokens.numel()}
+
+    def _scored(self, entrant: Entrant) -> tuple[list[float], Tensor]:
+        setting = replace(entrant.setting, draft=None)  # drafts change nothing
+        if setting not in self.known:
+            with entrant.on():
+                self.known[setting] = scored(entrant.engine, self.windows)
+        return self.known[setting]

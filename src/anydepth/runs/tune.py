@@ -1,0 +1,322 @@
+"""Find the fastest way to run a model on this machine within a bound, and keep it as a folder.
+
+Weights, drafting, skip sets and thresholds of what is attached are raced against full depth in the model's own
+precision (`measure/race.py`). Some texts choose; others, which chose nothing, score those that are left and confirm the
+fastest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from anydepth.calibration.guarantee import p_value
+from anydepth.decoding.engine import Engine
+from anydepth.decoding.engines import FastEngine, HFEngine, open_engine
+from anydepth.decoding.generate import check_window
+from anydepth.decoding.int4 import kept_blocks
+from anydepth.engine.weights import BFloat16
+from anydepth.errors import RunError, UserError
+from anydepth.hf.adapted import attach, detach
+from anydepth.json_io import write_json
+from anydepth.measure.bench import batches_of
+from anydepth.measure.prompts import read_prompts
+from anydepth.measure.race import Entrant, Race, Setting
+from anydepth.measure.timing import Batch, on_free_cores, unpadded
+from anydepth.methods._base.calibration import comparing
+from anydepth.methods.skip_set import SkipSetConfig
+from anydepth.models.load import NATIVE, dtype_name, has_blocks
+from anydepth.runs.candidates import Bound, Quality, Skipping
+from anydepth.runs.sweep import front
+from anydepth.search.problem import as_lists
+from anydepth.speculation.draft import Draft, default_draft, why_no_draft
+from anydepth.training.checkpoint import is_checkpoint, load_target, own_base, save
+from anydepth.training.corpora import validation_of
+from anydepth.training.data import load_windows
+
+Document = dict[str, Any]
+Prompts = list[tuple[str, Batch]]
+LENGTH, NUM_CHOOSING, NUM_UNSEEN = 512, 6, 24
+"""Tokens of a window of text; windows that choose, and those that score what is left."""
+CONFIRMING, BASELINE = 4, 2
+"""Batches of prompts, of each shape, that confirm the winner; and that transformers is timed on."""
+FOR_SKIPS, FOR_THE_END = 0.2, 0.25
+"""Fractions of the time for the search of skip sets, and for confirming."""
+ROUNDED_PER_SECOND = 1.5e6
+"""Weights that error feedback rounds in a second on two cores."""
+ERROR = 0.05
+"""Probability that a setting that is said to keep a bound on risk does not."""
+
+
+@dataclass
+class Tuner:
+    """One search.
+
+    Args:
+        minutes: in all, loading and confirming included.
+        prompts: a .jsonl file of prompts, in place of windows of `data`.
+    """
+
+    target: str
+    bound: Bound
+    prompt_tokens: list[int]
+    new_tokens: int
+    batch_sizes: list[int]
+    minutes: float
+    data: str
+    prompts: Path | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    say: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self.deadline = self.started + 60 * self.minutes
+        self.is_native = has_blocks(self.target, self.dtype, self.device)
+        adapted, self.tokenizer = self._load(native=self.is_native)
+        self.skipping = Skipping(adapted, self.bound)
+        self.adapted = self.skipping.adapted
+        self.own = self._open("auto", NATIVE if self.is_native else None)
+        self.engines = {self.own.weights: self.own}
+        self.drafts: dict[str, Draft] = {}
+        self.refused: list[Entrant] = []
+        self.reference = self._entrant(Setting(self.own.name, self.own.weights))
+
+    def _load(self, *, native: bool = False) -> tuple[Any, Any]:
+        return load_target(self.target, dtype=self.dtype, device=self.device, merge=True, native=native)
+
+    def _open(self, engine: str, weights: str | None) -> Engine:
+        return open_engine(self.adapted.eval(), engine, weights, self.say)
+
+    # --- texts -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def batches(self) -> tuple[Prompts, Prompts]:
+        """Batches of prompts with the names of their shapes, to choose and to confirm with."""
+        new_tokens, sizes = self.new_tokens, self.batch_sizes
+        shaped: list[Prompts]
+        if self.prompts is not None:
+            texts = read_prompts(self.prompts, self.tokenizer)
+            groups = {size: batches_of(self.adapted, self.tokenizer, texts, size, new_tokens) for size in sizes}
+            shaped = [[(f"batch {size}", batch) for batch in batches] for size, batches in groups.items()]
+        else:
+            check_window(self.adapted, max(self.prompt_tokens), new_tokens)
+            windows = load_windows(self.data, self.tokenizer, max(self.prompt_tokens)).to(self.adapted.device)
+            shaped = [
+                [
+                    (f"{length} tokens, batch {size}", unpadded(windows[start : start + size, :length]))
+                    for start in range(0, len(windows) - size + 1, size)
+                ]
+                for size in sizes
+                for length in self.prompt_tokens
+            ]
+        rows = list(zip(*shaped, strict=False))
+        if len(rows) < 3:
+            raise UserError(
+                f"{self.prompts or self.data} has {len(rows)} batches of prompts, and tune needs at least 3, to choose "
+                "and to confirm with; give more text, or smaller batches"
+            )
+        cut = len(rows) - max(len(rows) // 3, 1)
+        return [batch for row in rows[:cut] for batch in row], [batch for row in rows[cut:] for batch in row]
+
+    @property
+    def num_shapes(self) -> int:
+        return len(self.batch_sizes) * (1 if self.prompts is not None else len(self.prompt_tokens))
+
+    @cached_property
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """Return (N, T) windows of text that choose, and others."""
+        length = min(LENGTH, getattr(self.adapted.config, "max_position_embeddings", None) or LENGTH)
+        other = validation_of(self.data)
+        count = NUM_CHOOSING if other else NUM_CHOOSING + NUM_UNSEEN
+        windows = load_windows(self.data, self.tokenizer, length, max_windows=count)
+        unseen = windows[NUM_CHOOSING:]
+        if other:
+            unseen = load_windows(other, self.tokenizer, length, max_windows=NUM_UNSEEN)
+        if not len(unseen):
+            raise UserError(
+                f"{self.data} has {len(windows)} windows of {length} tokens; {NUM_CHOOSING} choose, and others have to "
+                "score: give more text"
+            )
+        return windows[:NUM_CHOOSING], unseen
+
+    @cached_property
+    def choosing(self) -> Quality:
+        return Quality(self.windows[0])
+
+    @cached_property
+    def unseen(self) -> Quality:
+        return Quality(self.windows[1])
+
+    # --- what is raced -----------------------------------------------------------------------------------------------
+
+    def entrants(self) -> list[Entrant]:
+        """Return the settings within the bound on the text that chooses; others are in `refused`, with the reason."""
+        self._open_drafts()
+        found = [Setting(self.own.name, self.own.weights, draft=name) for name in self.drafts]
+        if not self.bound.is_lossless:
+            for kind in self._lossy_kinds():
+                self.say(f"packing {kind} weights …")
+                self.engines[kind] = self._open("fast", kind)
+                names = [name for name in self.drafts if "copy" not in name]
+                found += [Setting("fast", kind, draft=name) for name in (None, *names)]
+            self.say("searching what can be skipped …")
+            most, until = self.bound.most_increase, time.monotonic() + FOR_SKIPS * 60 * self.minutes
+            skips = list(self.skipping.settings(self.own, self.windows[0], most, until, self.say))
+            found += [replace(one, weights=kind) for one in skips for kind in self.engines]
+        self._is_allowed(self.reference, self.choosing, "")
+        entrants = list(map(self._entrant, found))
+        allowed = [one for one in entrants if self._is_allowed(one, self.choosing, "the text that chooses")]
+        self.refused = [one for one in entrants if one.left is not None]
+        return allowed
+
+    def _entrant(self, setting: Setting) -> Entrant:
+        engine = self.engines[setting.weights]
+        if setting.draft is not None:
+            with self.skipping.in_drafts():
+                engine = engine.with_draft(self.drafts[setting.draft])
+        return Entrant(setting, engine, partial(self.skipping.running, setting))
+
+    def _open_drafts(self) -> None:
+        why = why_no_draft(self.adapted.backbone, self.adapted.attached)
+        if why is not None:
+            self.say(f"no drafting: {why}")
+            return
+        self.drafts["prompt lookup"] = Draft(self.adapted, {})
+        if self.own.model is None or self.own.model.why_not_native is not None:
+            return
+        shipped = default_draft(self.adapted)
+        if shipped.network is not None:
+            self.drafts["lookup and a trained network"] = shipped
+        if self.own.weights == BFloat16.name:
+            for kind in ("auto", "int8"):
+                self.drafts[f"lookup and a copy in {kind.replace('auto', 'int4 or int8')}"] = Draft(
+                    self.adapted, {"quantised": kind}
+                )
+
+    def _lossy_kinds(self) -> list[str]:
+        """Return kinds of weights to try; int4 with error feedback where there is time to prepare it."""
+        if self.own.name != FastEngine.name or self.own.weights not in (BFloat16.name, NATIVE):
+            return []
+        backbone = self.adapted.backbone
+        seconds = sum(parameter.numel() for parameter in backbone.model.parameters()) / ROUNDED_PER_SECOND
+        in_time = seconds < 60 * self.minutes / 3 or kept_blocks(backbone) is not None
+        return ["int8", "int4" if in_time and not self.is_native else "int4-nearest"]
+
+    def _is_allowed(self, entrant: Entrant, quality: Quality, where: str) -> bool:
+        """Note an entrant's quality on a text; it leaves if that is out of the bound."""
+        entrant.quality = quality.of(entrant, self.reference)
+        limit, found = self.bound.max_perplexity_increase, entrant.quality["perplexity_increase"]
+        if limit is not None and found > limit:
+            entrant.left = f"perplexity {found:+.1%} on {where}"
+        return entrant.left is None
+
+    # --- the search --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Document:
+        """Return the fields of `anydepth.tune/1`. Raise `RunError` if nothing keeps the bound."""
+        choosing, confirming = self.batches
+        with on_free_cores(self.say):
+            entrants = self.entrants()
+            self.say(f"racing {len(entrants)} settings against full depth …")
+            race = self._race(cycle(choosing))
+            race.warm_up(entrants)
+            left = race.run(entrants, self.deadline - FOR_THE_END * 60 * self.minutes)
+            chosen, confirmed, others = self._confirmed([*left, self.reference], confirming)
+        self.chosen = chosen
+        everything = [one.fields() for one in (self.reference, *entrants, *self.refused)]
+        return {
+            "bound": self.bound.to_json(),
+            "baselines": others,
+            "candidates": everything,
+            "front": on_front(everything),
+            "chosen": chosen.fields(),
+            "confirmed": confirmed.fields(),
+            "met": True,
+            "seconds": time.monotonic() - self.started,
+        }
+
+    def _race(self, prompts: Iterator[tuple[str, Batch]]) -> Race:
+        return Race(self.reference, prompts, self.num_shapes, self.new_tokens, self.bound.most_distance, self.say)
+
+    def _confirmed(self, ranked: Sequence[Entrant], prompts: Prompts) -> tuple[Entrant, Entrant, Document]:
+        """Measure the fastest again, until one keeps the bound and its speed on prompts that chose nothing.
+
+        Returns:
+            The entrant that was chosen, the same with its new times, and the baselines.
+        """
+        for entrant in ranked:
+            if not self._is_allowed(entrant, self.unseen, "text that chose nothing"):
+                continue
+            self.say(f"confirming {entrant.setting.label} on other prompts …")
+            again, race = entrant.again(), self._race(cycle(prompts))
+            race.round([again], CONFIRMING)
+            if entrant is not self.reference and (again.left or again.speedup <= 1 or not self._is_safe(again, race)):
+                entrant.left = again.left or f"{again.speedup:.2f}× on prompts that chose nothing"
+                continue
+            return entrant, again, self._baselines(prompts)
+        raise RunError(f"nothing keeps {self.bound}; give a higher bound")
+
+    def _is_safe(self, entrant: Entrant, race: Race) -> bool:
+        """Test a bound on risk with as many texts as it needs; true for other bounds."""
+        if self.bound.max_risk is None:
+            return True
+        while len(entrant.distances) < self.bound.num_texts and time.monotonic() < self.deadline:
+            race.round([entrant], 1)
+        p = p_value(entrant.distances, self.bound.max_risk)
+        entrant.quality["p_value"] = p
+        if p > ERROR:
+            entrant.left = f"risk not shown to be at most {self.bound.max_risk:g} (p {p:.2g})"
+        return p <= ERROR
+
+    def _baselines(self, prompts: Prompts) -> Document:
+        """Time transformers next to the engine at full depth."""
+        self.say("timing transformers …")
+        dense = self.adapted if not self.is_native else self._load()[0]
+        plain = HFEngine(dense)
+        one = Entrant(Setting(plain.name, plain.weights), plain, dense.disabled)
+        if self.own.name == plain.name:
+            return {"transformers": self.reference.fields(), "engine": None}
+        race = Race(self.reference.again(), cycle(prompts), self.num_shapes, self.new_tokens)
+        race.warm_up([one])
+        race.round([one], BASELINE)
+        return {"transformers": one.fields(), "engine": race.reference.fields()}
+
+    # --- the folder --------------------------------------------------------------------------------------------------
+
+    def write(self, out: Path, document: Document) -> None:
+        """Write the chosen setting as a folder that `generate`, `chat`, `serve`, `bench` and `eval` run as it is."""
+        setting, tokenizer = self.chosen.setting, self.tokenizer
+        draft = None if setting.draft is None else self.drafts[setting.draft]
+        run = {"dtype": dtype_name(self.adapted), "engine": setting.engine}
+        run |= {"weights": setting.weights} if setting.engine == FastEngine.name else {}
+        if not is_checkpoint(self.target):
+            found = attach(detach(self.adapted), SkipSetConfig(**as_lists(setting.skips)) if setting.skips else [])
+            save(found, out, base=self.target, draft=draft, run=run)
+        else:
+            found, _ = load_target(self.target, dtype=self.dtype, device=self.device)  # with its adapter
+            if setting.skip_share is not None:
+                for method in comparing(found.attached):
+                    method.set_skip_share(setting.skip_share)
+            elif draft is None:
+                found = attach(detach(found), [])
+            has_base = own_base(Path(self.target)) is not None
+            save(found, out, own_base=tokenizer if has_base else None, draft=draft, run=run)
+        write_json(out / "tune.json", document)
+
+
+def on_front(candidates: Sequence[Document]) -> list[str]:
+    """Return the labels of the timed candidates that no other beats in both time and perplexity, the fastest first."""
+    rows: list[Document] = []
+    for one in candidates:
+        if one["speedup"] is not None:
+            low, high = one["speedup_interval"] or (one["speedup"], one["speedup"])
+            rows.append({**one, "time_share": 1 / one["speedup"], "time_share_range": [1 / high, 1 / low]})
+    return front(rows, "time")

@@ -1,0 +1,155 @@
+"""`tune`: what it tries, what it keeps, and the folder that runs as it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import anydepth
+from anydepth.calibration.shares import collect_scores, keep_scores
+from anydepth.decoding.engines import FastEngine
+from anydepth.errors import RunError, UserError
+from anydepth.measure.evaluate import evaluate
+from anydepth.runs import tune
+from anydepth.runs.candidates import SHARES, Bound
+from anydepth.runs.tune import Tuner, on_front
+from anydepth.serve.opening import open_target
+from anydepth.training.checkpoint import load_target
+from anydepth.training.data import load_windows
+from tiny import save_base, save_gguf, save_text, windows
+
+pytestmark = pytest.mark.timeout(300)
+LOSSLESS = Bound()
+SHAPES: dict[str, Any] = {"prompt_tokens": [8, 16], "new_tokens": 8, "batch_sizes": [1], "minutes": 0.3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    save_base(folder / "base")
+    save_text(folder / "text.txt", 2500)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"LENGTH": 64, "NUM_CHOOSING": 4, "NUM_UNSEEN": 4, "CONFIRMING": 2, "BASELINE": 1}.items():
+        monkeypatch.setattr(tune, name, value)
+    monkeypatch.setenv("ANYDEPTH_CACHE", str(tmp_path / "cache"))
+
+
+def tuned(
+    folder: Path, out: Path, bound: Bound = LOSSLESS, target: str | None = None, **options: Any
+) -> dict[str, Any]:
+    tuner = Tuner(target or str(folder / "base"), bound, data=str(folder / "text.txt"), **{**SHAPES, **options})
+    fields = tuner.run()
+    tuner.write(out, fields)
+    return json.loads((out / "tune.json").read_text())
+
+
+def generated(engine: Any) -> torch.Tensor:
+    ids = torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(0))
+    return engine.generate(input_ids=ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
+
+
+def test_lossless_settings_have_the_text_of_full_depth(folder: Path, tmp_path: Path) -> None:
+    found = tuned(folder, tmp_path / "out")
+    assert found["met"] and found["bound"]["lossless"]
+    assert {one["setting"]["weights"] for one in found["candidates"]} == {"float32"}
+    assert [one["setting"]["draft"] for one in found["candidates"]] == [None, "prompt lookup"]
+    assert all(one["identical_tokens"] and one["perplexity_increase"] == 0 for one in found["candidates"])
+    assert found["baselines"]["transformers"]["setting"]["engine"] == "hf"
+    assert found["confirmed"]["identical_tokens"] and found["confirmed"]["num_runs"] == 4
+    engine, _ = open_target(str(tmp_path / "out"))
+    assert engine.weights == "float32" and (engine.draft is not None) == (
+        found["chosen"]["setting"]["draft"] is not None
+    )
+    plain = FastEngine(load_target(str(folder / "base"))[0])
+    assert torch.equal(generated(engine), generated(plain))
+
+
+def test_lossy_settings_keep_the_bound_and_say_why_others_do_not(folder: Path, tmp_path: Path) -> None:
+    found = tuned(folder, tmp_path / "out", Bound(max_perplexity_increase=0.02), dtype="bfloat16")
+    kinds = {one["setting"]["weights"] for one in found["candidates"]}
+    assert kinds == {"bfloat16", "int8", "int4"}
+    assert found["chosen"]["perplexity_increase"] <= 0.02
+    for one in found["candidates"]:
+        assert one["perplexity_increase"] <= 0.02 or "perplexity" in one["left"]
+    assert set(found["front"]) <= {one["label"] for one in found["candidates"] if one["num_runs"]}
+
+
+def test_a_wide_bound_finds_what_can_be_left_out(folder: Path, tmp_path: Path) -> None:
+    found = tuned(folder, tmp_path / "out", Bound(max_perplexity_increase=0.5))
+    skipping = [one for one in found["candidates"] if "skip_mixers" in one["setting"]]
+    sizes = [len(one["setting"]["skip_mixers"]) + len(one["setting"]["skip_ffns"]) for one in skipping]
+    assert sizes == list(range(1, len(sizes) + 1)) and len(sizes) >= 2
+    assert all(one["perplexity_increase"] <= 0.5 or one["left"] for one in skipping)
+
+
+@pytest.mark.parametrize("weights", ["int8", "native"])
+def test_the_folder_runs_as_recorded(weights: str, folder: Path, tmp_path: Path) -> None:
+    """generate, serve, bench and eval take weights, engine and type from it; options override them."""
+    target = str(tmp_path / "model.gguf")
+    save_gguf(Path(target), "Q8_0")
+    tuner = Tuner(target, LOSSLESS, data=str(folder / "text.txt"), **SHAPES)
+    assert tuner.own.weights == "native"
+    skips = (("mixer", 2), ("ffn", 4))
+    tuner.chosen = tune.Entrant(tune.Setting("fast", weights, skips=skips), tuner.own, tuner.adapted.deciding)
+    tuner.write(tmp_path / "out", {})
+    engine, tokenizer = open_target(str(tmp_path / "out"))
+    assert engine.weights == weights and [method.name for method in engine.adapted.attached] == ["skip_set"]
+    assert engine.adapted.methods["skip_set"].config.skip_mixers == [2]
+    assert open_target(str(tmp_path / "out"), weights="bfloat16")[0].weights == "bfloat16"
+    assert open_target(str(tmp_path / "out"), engine="hf")[0].name == "hf"
+    assert open_target(str(tmp_path / "out"), dtype="float32")[0].weights == "float32"
+    scores = evaluate(engine, load_windows(str(folder / "text.txt"), tokenizer, 32, max_windows=2))
+    assert scores["mean_depth"] == 5 and scores["full_depth"]["mean_depth"] == 6
+
+
+def test_a_router_is_tuned_by_its_thresholds(folder: Path, tmp_path: Path) -> None:
+    model, _ = anydepth.load_model(str(folder / "base"))
+    router = anydepth.attach(model, {"name": "layer_router", "always_keep": 2, "initial_bias": 1.0}).eval()
+    keep_scores(router, collect_scores(router, windows(4, 32)))
+    target = anydepth.save(router, tmp_path / "router", base=str(folder / "base"))
+    found = tuned(folder, tmp_path / "out", Bound(max_perplexity_increase=5.0), str(target))
+    shares = [one["setting"]["skip_share"] for one in found["candidates"] if one["setting"]["skip_share"] is not None]
+    assert shares == list(SHARES)
+    assert not any("without" in one["label"] for one in found["candidates"])  # no skip set is searched next to it
+    chosen, again = found["chosen"]["setting"], load_target(str(tmp_path / "out"))[0]
+    if chosen["skip_share"] is not None:
+        router.methods["layer_router"].set_skip_share(chosen["skip_share"])
+        assert again.methods["layer_router"].threshold == router.methods["layer_router"].threshold
+    else:
+        assert bool(again.attached) == (chosen["draft"] is not None)
+
+
+def test_risk_is_tested_on_enough_texts(folder: Path, tmp_path: Path) -> None:
+    found = tuned(folder, tmp_path / "out", Bound(max_risk=0.3), dtype="bfloat16")
+    confirmed = found["confirmed"]
+    assert confirmed["setting"] == found["candidates"][0]["setting"] or confirmed["p_value"] <= 0.05
+
+
+def test_too_little_text_is_said_before_anything_is_timed(folder: Path, tmp_path: Path) -> None:
+    save_text(tmp_path / "short.txt", 8)
+    with pytest.raises(UserError, match="give more text"):
+        Tuner(str(folder / "base"), LOSSLESS, data=str(tmp_path / "short.txt"), **SHAPES).run()
+
+
+def test_nothing_that_keeps_the_bound_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = Tuner(str(folder / "base"), Bound(max_perplexity_increase=0.1), data=str(folder / "text.txt"), **SHAPES)
+    with pytest.raises(RunError, match=r"nothing keeps perplexity of at most \+10.0%"):
+        tuner._confirmed([], [])
+
+
+def test_the_pareto_front_needs_a_clear_difference() -> None:
+    def row(label: str, speedup: float, spread: float, perplexity: float) -> dict[str, Any]:
+        interval = [speedup - spread, speedup + spread]
+        return {"label": label, "speedup": speedup, "speedup_interval": interval, "perplexity": perplexity}
+
+    rows = [row("full", 1.0, 0.0, 10.0), row("a", 2.0, 0.1, 11.0), row("b", 1.95, 0.2, 10.5), row("c", 1.5, 0.1, 12.0)]
+    assert on_front(rows) == ["b", "full"]
+    assert on_front([*rows, {"label": "not timed", "speedup": None}]) == ["b", "full"]
