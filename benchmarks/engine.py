@@ -329,7 +329,7 @@ def quality(num_runs: int) -> dict[str, Any]:
     engines, tokenizer = MODEL.engines()
     for kind, engine in engines.items():
         losses, agreeing = [], []
-        for number, window in enumerate(prompts_of(tokenizer, 1024, 40)):
+        for number, window in enumerate(prompts_of(tokenizer, 1024, MODEL.num_windows)):
             logits = engine.logits(window)[:-1].float()
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
             agreeing.append(logits.argmax(-1) == chosen.setdefault(number, logits.argmax(-1)))

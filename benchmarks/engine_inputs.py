@@ -13,10 +13,12 @@ from anydepth.decoding.engines import FastEngine, open_engine
 from anydepth.hf.adapted import attach
 from anydepth.models.load import embedded_gguf
 from anydepth.training.data import load_windows
-from models import OFF_GRID, load, model_file
+from models import MODELS, OFF_GRID, load, model_file
 
 KINDS = ("bfloat16", "int8", "int4", "native")
 OFF_GRID_KINDS = ("bfloat16", "int8", "int4", "int4-nearest")
+LARGE_KINDS = ("bfloat16", "int8", "int4-nearest", "native")
+"""Without int4 by error feedback, which takes minutes and is for weights that were not in 4 bits before."""
 # In the order in which `anydepth search embedded --strategy greedy --budget 0.5` leaves them out.
 GREEDY = [14, 7, 17, 4, 26, 16, 3, 18, 25, 5, 15, 8, 20, 12, 21]
 ALWAYS_KEEP, ROUTED = 3, 27
@@ -30,7 +32,14 @@ class Chosen:
 
     @property
     def kinds(self) -> tuple[str, ...]:
+        if self.name in MODELS:
+            return LARGE_KINDS
         return OFF_GRID_KINDS if self.name == OFF_GRID else KINDS
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of 1,024 tokens that quality is measured on."""
+        return 12 if self.name in MODELS else 40
 
     def load(self, dtype: str = "bfloat16", *, native: bool = False) -> tuple[Any, Any]:
         return load(self.name, dtype, native=native)
