@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anydepth.engine.backends.cpu.build_flags import COMMON, HERE, best_of
 from anydepth.models.llama_like import Norm
 from anydepth.models.load import cache_folder
 
 SOURCES = Path(__file__).with_name("kernels")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
+SHIPPED = Path(__file__).with_name("built")
+"""Libraries that a wheel brings, by generation of the processor."""
 MAX_TOKENS = 64
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
 MAX_HEAD_DIM = 256
@@ -137,15 +139,21 @@ class BuildError(Exception):
 def built() -> Path:
     """Return the library of the sources, for this compiler and processor; compiled if it does not exist yet.
 
+    A wheel brings libraries for x86-64, which need no compiler.
+
     Raises:
         BuildError: no compiler, or one that fails.
     """
+    cpu = _cpu()
+    for name in best_of(frozenset(cpu.split())):
+        if (shipped := SHIPPED / f"{name}.so").exists():
+            return shipped
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise BuildError("there is no C++ compiler; install g++")
-    command = [compiler, *FLAGS]
+    command = [compiler, *COMMON, *HERE]
     sources = "".join(path.read_text() for path in sorted(SOURCES.iterdir()))
-    made_of = sources + " ".join(command) + platform.platform() + _cpu()
+    made_of = sources + " ".join(command) + platform.platform() + cpu
     path = cache_folder() / "native" / f"kernels-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     try:
         if not path.exists():
