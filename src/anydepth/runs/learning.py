@@ -89,8 +89,8 @@ def _reason(code: int, log: Path) -> str | None:
 def learn_on_ray(folders: Mapping[str, Path], jobs: int, say: Say) -> dict[str, str]:
     """Learn points on a Ray cluster, which ends the tasks of a driver that has ended. Return why points failed."""
     try:
-        import ray
-        from ray.exceptions import RayError
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError('--backend ray needs Ray: pip install "anydepth[sweep]"') from error
     own = {name: value for name, value in os.environ.items() if name.startswith(("ANYDEPTH_", "HF_"))}
