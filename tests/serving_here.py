@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,9 @@ def serving(
     draft: dict[str, Any] | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    strict: bool = False,
+    hosts: Iterable[str] = (),
+    origins: Iterable[str] = (),
     **limits: int,
 ) -> Iterator[TestClient]:
     """Yield a client of a server of a tiny model with these methods attached, which drafts with these options."""
@@ -40,7 +43,8 @@ def serving(
     adapted = anydepth.attach(tiny_llama() if model is None else model, list(methods)).eval()
     drafting = None if draft is None else Draft(adapted, draft)
     service = Service(open_engine(adapted, say=lambda _: None, draft=drafting), tokenizer, **limits)
-    with TestClient(create_app(service, tokenizer, Settings("tiny"))) as client:
+    settings = Settings("tiny", is_strict=strict, hosts=frozenset(hosts), origins=tuple(origins))
+    with TestClient(create_app(service, tokenizer, settings)) as client:
         yield client  # leaving it closes the service
 
 

@@ -159,7 +159,6 @@ BAD: dict[str, tuple[Any, int]] = {
     "wrong type": ({"model": "tiny", "prompt": "a", "max_tokens": "many"}, 400),
     "negative temperature": ({"model": "tiny", "prompt": "a", "temperature": -1}, 400),
     "no number": (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400),
-    "too many tokens": ({"model": "tiny", "prompt": "a", "max_tokens": 10**9}, 400),
     "too long": ({"model": "tiny", "prompt": "a" * (WINDOW + 1)}, 400),
     "unknown field": ({"model": "tiny", "prompt": "a", "tools": []}, 400),
     "unknown token": ({"model": "tiny", "prompt": [5, 999]}, 400),

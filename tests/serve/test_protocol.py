@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from serving_here import complete, refusal, serving
+import pytest
+
+from anydepth.serve.http import hosts_of
+from serving_here import chat, complete, refusal, serving
+from tiny import byte_tokenizer, tiny_llama
 
 TYPES: dict[str, dict[str, Any]] = {
     "mixed prompt": {"prompt": [True, "1", 1.0]},
@@ -41,7 +45,7 @@ def test_refusals_are_sentences() -> None:
         {"stop": ""},
         {"stop": ["a"] * 5},
         {"stop": ["", "a"]},
-        {"prompt": ["a"] * 17},
+        {"prompt": ["a"] * 257},
         {"prompt": {}},
         {"prompt": []},
         {"prompt": [-1]},
@@ -79,7 +83,7 @@ def test_refusals_are_sentences() -> None:
             "Value error",
         ):
             assert internal not in json.dumps(told), told
-    assert "1 to 200 characters" in messages[0]["message"] and "1 to 16 texts" in messages[3]["message"]
+    assert "1 to 200 characters" in messages[0]["message"] and "1 to 256 texts" in messages[3]["message"]
 
 
 def test_an_unknown_field_is_named_and_nothing_else() -> None:
@@ -93,3 +97,194 @@ def test_an_unknown_field_is_named_and_nothing_else() -> None:
         assert answer.status_code == 400
     docs = (Path(__file__).parents[2] / "docs" / "reference" / "http.md").read_text()
     assert "the name of an unknown field" in docs
+
+
+NEUTRAL: dict[str, Any] = {
+    "store": False,
+    "metadata": {},
+    "service_tier": "auto",
+    "user": "somebody",
+    "reasoning_effort": "low",
+    "parallel_tool_calls": True,
+    "logit_bias": {},
+    "n": 1,
+    "stop": None,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+FOR_CHATS: dict[str, Any] = {
+    "tools": None,
+    "tool_choice": "none",
+    "functions": [],
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "top_logprobs": None,
+    "audio": None,
+}
+FOR_COMPLETIONS: dict[str, Any] = {"suffix": None, "best_of": 1, "echo": False}
+
+
+def test_fields_that_change_nothing_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """S2: null, empty and default values of what clients send; the log has each ignored name once."""
+    caplog.set_level("INFO", logger="anydepth.serve")
+    with serving() as client:
+        plain, talk = complete(client, temperature=0), chat(client, temperature=0)
+        for field, value in {**NEUTRAL, **FOR_COMPLETIONS}.items():
+            assert complete(client, temperature=0, **{field: value})["choices"] == plain["choices"], field
+        for field, value in {**NEUTRAL, **FOR_CHATS}.items():
+            assert chat(client, temperature=0, **{field: value})["choices"] == talk["choices"], field
+    assert caplog.text.count("service_tier, which changes nothing here") == 1 and "store" not in caplog.text
+
+
+@pytest.mark.parametrize("field", [*FOR_CHATS, *FOR_COMPLETIONS])
+def test_fields_that_would_change_the_answer_are_refused_by_name(field: str) -> None:
+    if field in ("top_logprobs", "response_format"):
+        return  # done, or with a sentence of its own
+    value: Any = {"tools": [{"type": "function"}], "echo": True, "best_of": 3, "modalities": ["audio"]}.get(
+        field, "other"
+    )
+    path = "completions" if field in FOR_COMPLETIONS else "chat/completions"
+    body: dict[str, Any] = {"model": "tiny", field: value, "max_tokens": 2}
+    body |= {"prompt": "a"} if field in FOR_COMPLETIONS else {"messages": [{"role": "user", "content": "a"}]}
+    with serving() as client:
+        answer = client.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+    assert "not supported here" in answer.json()["error"]["message"]
+
+
+def test_an_answer_is_sent_back_as_it_came() -> None:
+    """S1: OpenAI's client writes every field of a message, and so does this server."""
+    with serving() as client:
+        message = chat(client, temperature=0)["choices"][0]["message"]
+        user = {"role": "user", "content": "the sea"}
+        sent = [user, message, {"role": "user", "content": "more"}]
+        extra = {**message, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+        texts = []
+        for messages in (
+            sent,
+            [user, extra, sent[2]],
+            [user, {**message, "content": [{"type": "text", "text": message["content"]}]}, sent[2]],
+        ):
+            body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
+            answer = client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            texts.append(answer.json()["choices"][0]["message"]["content"])
+        assert texts[0] == texts[1] == texts[2]
+        for messages in (
+            [{**message, "content": None}, user],
+            [user, {"role": "tool", "content": "4", "tool_call_id": "c"}],
+        ):
+            assert (
+                client.post(
+                    "/v1/chat/completions", json={"model": "tiny", "messages": messages, "max_tokens": 2}
+                ).status_code
+                == 200
+            )
+
+
+def test_the_last_message_is_continued() -> None:
+    """As vLLM: the template ends within it; the text continues what the template wrote."""
+    with serving() as client:
+        messages = [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "is wi"}]
+        body = {
+            "model": "tiny",
+            "messages": messages,
+            "max_tokens": 8,
+            "temperature": 0,
+            "continue_final_message": True,
+        }
+        text = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        assert (
+            text
+            == complete(client, "user: the sea\nassistant: is wi", temperature=0, max_tokens=8)["choices"][0]["text"]
+        )
+
+
+def test_sampling_fields_are_vllms() -> None:
+    """S21: a bias decides, top_k 1 and min_p 1 are greedy, end tokens end, and not before min_tokens."""
+    with serving() as client:
+        greedy = complete(client, temperature=0, max_tokens=8)["choices"][0]["text"]
+        letter = ord("q") + byte_tokenizer().convert_tokens_to_ids("a") - ord("a")
+        biased = complete(client, max_tokens=5, logit_bias={str(letter): 100})["choices"][0]["text"]
+        assert biased == "qqqqq"
+        for option in ({"top_k": 1}, {"min_p": 1.0}):
+            assert complete(client, temperature=1.5, max_tokens=8, seed=3, **option)["choices"][0]["text"] == greedy
+        ended = complete(client, max_tokens=8, logit_bias={str(letter): 100}, stop_token_ids=[letter])
+        assert ended["choices"][0]["finish_reason"] == "stop" and ended["usage"]["completion_tokens"] == 1
+        late = complete(client, max_tokens=8, logit_bias={str(letter): 100}, stop_token_ids=[letter], min_tokens=3)
+        assert late["usage"]["completion_tokens"] == 4
+        on = complete(client, max_tokens=8, logit_bias={str(letter): 100}, stop_token_ids=[letter], ignore_eos=True)
+        assert on["usage"]["completion_tokens"] == 8
+        assert "token ids" in refusal(client, logit_bias={"a": 1})["message"]
+        assert "below" in refusal(client, logit_bias={"99999": 1})["message"]
+        assert refusal(client, top_k=-2)["param"] == "top_k"
+
+
+def test_lists_of_token_ids_are_prompts() -> None:
+    """S19: each list is a prompt, as lm-eval sends them."""
+    with serving() as client:
+        ids = [byte_tokenizer()(text)["input_ids"] for text in ("the sea", "the night")]
+        texts = [choice["text"] for choice in complete(client, ids, temperature=0)["choices"]]
+        assert texts == [
+            complete(client, text, temperature=0)["choices"][0]["text"] for text in ("the sea", "the night")
+        ]
+
+
+def test_more_tokens_than_fit_are_cut_or_refused_by_a_strict_server() -> None:
+    with serving() as client:
+        answer = complete(client, "the sea", temperature=0, max_tokens=10**6)
+        most = tiny_llama().config.max_position_embeddings - len("the sea")
+        assert answer["usage"]["anydepth"]["max_tokens"] <= most
+        assert answer["usage"]["completion_tokens"] == answer["usage"]["anydepth"]["max_tokens"]
+    with serving(strict=True) as client:
+        assert "ask for at most" in refusal(client, max_tokens=10**6)["message"]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example", 403)]
+)
+def test_only_names_of_this_machine_are_answered(host: str, status: int) -> None:
+    """S3: a page whose name resolves to 127.0.0.1 sends its own name."""
+    with serving(hosts=hosts_of("127.0.0.1", [])) as client:
+        answer = client.get("/v1/models", headers={"Host": host})
+        assert answer.status_code == status
+        if status == 403:
+            assert "--allowed-host" in answer.json()["error"]["message"]
+
+
+def test_hosts_that_are_allowed() -> None:
+    assert hosts_of("127.0.0.1", ["my.name"]) == {"localhost", "127.0.0.1", "::1", "my.name"}
+    assert hosts_of("0.0.0.0", []) == frozenset()  # any: it is meant to be reached by others
+    assert hosts_of("0.0.0.0", ["my.name"]) == {"localhost", "127.0.0.1", "::1", "0.0.0.0", "my.name"}
+
+
+def test_pages_of_other_origins_read_nothing_unless_allowed() -> None:
+    """S17."""
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    with serving() as client:
+        assert client.options("/v1/completions", headers=asked).status_code == 405
+        assert "access-control-allow-origin" not in client.get("/v1/models", headers=asked).headers
+    with serving(origins=["https://page.example"]) as client:
+        allowed = client.options("/v1/completions", headers=asked)
+        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == asked["Origin"]
+        other = client.options("/v1/completions", headers={**asked, "Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_the_reason_of_the_end_is_on_a_chunk_of_its_own(path: str) -> None:
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 6, "temperature": 0, "stream": True, "logprobs": 1}
+    body |= (
+        {"prompt": "the sea"}
+        if path == "completions"
+        else {"messages": [{"role": "user", "content": "a"}], "logprobs": True}
+    )
+    with serving() as client:
+        lines = client.post(f"/v1/{path}", json=body).text.splitlines()
+    choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    *others, last = choices
+    assert last["finish_reason"] == "length" and not any(choice["finish_reason"] for choice in others)
+    assert not last.get("text") and not last.get("delta", {}).get("content")
+    texts = [choice["text"] if path == "completions" else choice["delta"]["content"] for choice in others]
+    assert "".join(texts) and all(choice["logprobs"] for choice in others)

@@ -58,7 +58,7 @@ def test_chat_returns_exact_bytes_and_all_log_probabilities(kind: str, stream: b
             body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True, **options}
             events = client.post("/v1/chat/completions", json=body).text.removesuffix("data: [DONE]\n\n").split("\n\n")
             choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events if event]
-            text = "".join(choice["delta"]["content"] for choice in choices)
+            text = "".join(choice["delta"].get("content", "") for choice in choices)
             tokens = [token for choice in choices for token in choice["logprobs"]["content"]]
         else:
             choice = chat(client, "hi", **options)["choices"][0]

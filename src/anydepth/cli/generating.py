@@ -185,6 +185,13 @@ def serve(
     max_queue: Annotated[int, Option(help="Queue at most this many requests; refuse more with a retry time.")] = 64,
     max_tokens: Annotated[int, Option(help="Keep the K/V of this many tokens, of all requests together.")] = 32768,
     timeout: Annotated[float, Option(help="End a request after this many seconds.")] = 600.0,
+    allowed_host: Annotated[
+        list[str] | None, Option(help="Answer to this host name too; on loopback the default is its own names.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, Option(help="Let web pages of this origin use it: https://my.page; repeatable.")
+    ] = None,
+    strict: Annotated[bool, Option("--strict", help="Refuse a max_tokens that does not fit; default: cut it.")] = False,
     data: opt.Data = "embedded:train",
     options: opt.MethodOptions = None,
     skip_share: opt.SkipShare = None,
@@ -204,7 +211,7 @@ def serve(
     check_source(generation_config)
     try:
         from anydepth.serve.api import Settings, create_app
-        from anydepth.serve.http import bind, listen
+        from anydepth.serve.http import bind, hosts_of, listen
         from anydepth.serve.opening import open_service
     except ImportError as error:
         raise UserError(f'serve needs: pip install "anydepth[serve]" ({error})') from error
@@ -216,7 +223,15 @@ def serve(
         service, tokenizer = open_service(target, **{name: call.arguments[name] for name in names}, **load)
     if defaults := told(service.engine.adapted.generation_config):
         call.progress(defaults)
-    settings = Settings(name or Path(target).name, api_key=api_key, request_seconds=timeout, seed=seed)
+    settings = Settings(
+        name or Path(target).name,
+        api_key=api_key,
+        request_seconds=timeout,
+        seed=seed,
+        is_strict=strict,
+        hosts=hosts_of(host, allowed_host or []),
+        origins=tuple(cors_origin or []),
+    )
     logging.getLogger("anydepth.serve").setLevel(logging.INFO)
     line = f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)"
     app = create_app(service, tokenizer, settings)

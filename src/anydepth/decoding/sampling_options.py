@@ -5,9 +5,11 @@ The logits processors are transformers' own, in transformers' order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -145,6 +147,20 @@ def _listed(options: dict[str, Any]) -> str:
 def _set_in(config: GenerationConfig, neutral: dict[str, Any]) -> dict[str, Any]:
     values = {name: getattr(config, name, None) for name in neutral}
     return {name: value for name, value in values.items() if value is not None and value != neutral[name]}
+
+
+class LogitBias(LogitsProcessor):
+    """OpenAI's logit bias, added to the logits of single tokens."""
+
+    is_stateless = True
+
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self.ids, self.values = torch.tensor(list(bias)), torch.tensor(list(bias.values()))
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores = scores.clone()
+        scores[:, self.ids.to(scores.device)] += self.values.to(scores)
+        return scores
 
 
 class Penalties(LogitsProcessor):

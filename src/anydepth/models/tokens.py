@@ -14,13 +14,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return encode_batch(tokenizer, [text])[0]
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
     """Return the ids of each text with the tokenizer's special tokens, and one BOS where the text begins with BOS.
 
     Chat templates write the BOS into the text. Tokenizers then add another one, which no model was trained on.
     """
     # No warnings about texts that are longer than the window, because callers check or cut them.
-    rows: Any = tokenizer(list(texts), verbose=False, return_attention_mask=False)["input_ids"]
+    options: Any = {"verbose": False, "return_attention_mask": False, "add_special_tokens": special}
+    rows: Any = tokenizer(list(texts), **options)["input_ids"]
     bos: Any = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]  # type: ignore[index]
     return [list(ids[1:] if adds_bos and ids[:2] == [bos, bos] else ids) for ids in rows]

@@ -11,25 +11,26 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, MinNewTokensLengthLogitsProcessor, PreTrainedTokenizerBase
 
 from anydepth import __version__
 from anydepth.decoding import request as decoding
 from anydepth.decoding.sampler import Stops
-from anydepth.decoding.sampling_options import Penalties, SamplingOptions
+from anydepth.decoding.sampling_options import LogitBias, Penalties, SamplingOptions
 from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
-from anydepth.serve.http import SizeLimit
+from anydepth.serve.http import HostCheck, SizeLimit
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
 from anydepth.serve.service import Busy, Job, Piece, Service
@@ -45,12 +46,22 @@ STREAMED = {200: {"description": "The answer, complete or as events.", "content"
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a server: `name` is that of the model, `seed` that of requests without one (None: a new one each)."""
+    """Settings of a server.
+
+    Attributes:
+        name: that of the model. seed: of requests without one; None: a new one each.
+        is_strict: refuse a `max_tokens` that does not fit, which is cut to what fits otherwise.
+        hosts: names that it answers to; empty: any.
+        origins: web pages that may read it.
+    """
 
     name: str
     api_key: str | None = None
     request_seconds: float = 600.0
     seed: int | None = None
+    is_strict: bool = False
+    hosts: frozenset[str] = frozenset()
+    origins: tuple[str, ...] = ()
 
 
 def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> FastAPI:
@@ -69,7 +80,11 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
         redoc_url=None,
         responses={code: {"model": Error} for code in REFUSALS},
     )
-    app.add_middleware(SizeLimit)
+    if settings.origins:
+        allowed: Any = {"allow_origins": settings.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **allowed)
+    app.add_middleware(HostCheck, hosts=settings.hosts)
+    app.add_middleware(SizeLimit)  # the outermost
     _errors(app)
     server = Server(service, tokenizer, settings)
     keyed = [Depends(_key_check(settings.api_key))]
@@ -152,6 +167,7 @@ class Server:
     def __init__(self, service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.service, self.tokenizer, self.settings = service, tokenizer, settings
         self.seeds, self.tokens = random.Random(settings.seed), TokenText(tokenizer)
+        self.logged = set[str]()
 
     async def models(self) -> dict[str, Any]:
         """List the models, of which there is one."""
@@ -198,25 +214,35 @@ class Server:
         self._check_model(body.model)
         if self.tokenizer.chat_template is None:
             raise HTTPException(400, "this model has no chat template; use /v1/completions")
-        turns = [message.as_turn() for message in body.messages]
-        try:
-            prompt: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        except Exception as failed:  # templates raise errors of any type about the order of roles
-            raise HTTPException(400, "the chat template does not support these roles in this order") from failed
-        capacity = self._capacity(prompt)
-        wanted = body.max_completion_tokens or body.max_tokens or min(capacity, MAX_NEW_TOKENS)
+        prompt = self._chat_prompt(body)
+        wanted = body.max_completion_tokens or body.max_tokens or MAX_NEW_TOKENS
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         jobs = [self._job(body, prompt, wanted, number, num_logprobs) for number in range(body.n or 1)]
         return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body))
 
+    def _chat_prompt(self, body: ChatCompletion) -> list[int]:
+        """Return the token ids of a conversation, by the model's template."""
+        turns = [message.as_turn() for message in body.messages]
+        options: dict[str, Any] = {
+            **(body.chat_template_kwargs or {}),
+            "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
+            "continue_final_message": bool(body.continue_final_message),
+        }
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
+        except Exception as failed:  # templates raise errors of any type about the order of roles
+            raise HTTPException(400, "the chat template does not support these roles in this order") from failed
+        (prompt,) = encode_batch(self.tokenizer, [text], special=bool(body.add_special_tokens))
+        return prompt
+
     def _prompts(self, body: Completion) -> list[list[int]]:
-        prompt: Any = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        prompt: Any = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
         if isinstance(prompt[0], str):
-            return encode_batch(self.tokenizer, prompt)
+            return encode_batch(self.tokenizer, prompt, special=body.add_special_tokens is not False)
         size = self.service.engine.adapted.config.vocab_size
-        if max(prompt) >= size:
+        if max(map(max, prompt)) >= size:
             raise HTTPException(400, f"prompt: token ids must be below {size}")
-        return [prompt]
+        return prompt
 
     def _capacity(self, prompt: list[int]) -> int:
         """Return the number of new tokens that fit after a prompt."""
@@ -233,10 +259,12 @@ class Server:
 
     def _job(self, body: Sampling, prompt: list[int], wanted: int, number: int, num_logprobs: int | None) -> Job:
         capacity = min(self._capacity(prompt), MAX_NEW_TOKENS)
-        if wanted > capacity:
+        is_asked = bool(getattr(body, "max_completion_tokens", None) or body.max_tokens)  # type: ignore[attr-defined]
+        if wanted > capacity and is_asked and self.settings.is_strict:
             raise HTTPException(
                 400, f"{wanted} new tokens do not fit after a prompt of {len(prompt)}; ask for at most {capacity}"
             )
+        wanted = min(wanted, capacity)
         if body.anydepth.depth_budget is not None and self.service.budgets is None:
             raise HTTPException(
                 400,
@@ -244,21 +272,30 @@ class Server:
                 "leave it out",
             )
         config = self.service.engine.adapted.generation_config
-        options = SamplingOptions.of(config, temperature=body.temperature, top_p=body.top_p)
-        penalties = []
+        chosen = {name: getattr(body, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        options = SamplingOptions.of(config, **chosen, top_k=None if body.top_k is None else max(body.top_k, 0))
+        end_ids = [] if body.ignore_eos else [*self.service.end_ids, *(body.stop_token_ids or [])]
+        penalties: list[LogitsProcessor] = []
+        if body.bias:
+            size = self.service.engine.adapted.config.vocab_size
+            if max(body.bias) >= size:
+                raise HTTPException(400, f"logit_bias: token ids must be below {size}")
+            penalties.append(LogitBias(body.bias))
         if body.presence_penalty or body.frequency_penalty:
             penalties.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
+        if body.min_tokens and end_ids:
+            penalties.append(MinNewTokensLengthLogitsProcessor(len(prompt), body.min_tokens, end_ids))
         seed = self.seeds.getrandbits(63) if body.seed is None else body.seed + number
         request = decoding.Request(
             prompt,
             self.service.sampler(options, seed, *penalties),
-            Stops.at(len(prompt) + wanted, self.service.end_ids),
+            Stops.at(len(prompt) + wanted, end_ids),
             full_depth=body.anydepth.full_depth,
             budget=body.anydepth.depth_budget,
             num_logprobs=num_logprobs,
             is_traced=body.anydepth.depth,
         )
-        stream = TextStream(self.tokenizer, prompt, body.stops)
+        stream = TextStream(self.tokenizer, prompt, body.stops, shows_special=body.skip_special_tokens is False)
         return Job(
             request,
             stream,
@@ -267,7 +304,15 @@ class Server:
             seconds=self.settings.request_seconds,
         )
 
+    def _log_ignored(self, body: Sampling) -> None:
+        """Log the name of each field that changes nothing here, once."""
+        for name in body.ignored:
+            if name not in self.logged:
+                self.logged.add(name)
+                log.info("requests have %s, which changes nothing here", name)
+
     async def _answer(self, body: Sampling, request: Request, jobs: list[Job], shape: Shape) -> Response:
+        self._log_ignored(body)
         queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -295,7 +340,8 @@ class Server:
                 if failure := _failure_of(piece):
                     yield _event(failure[0])
                     return
-                yield _event(shape.answer([shape.part(number, piece)], stream=True))
+                for part in _chunks(piece):
+                    yield _event(shape.answer([shape.part(number, part)], stream=True))
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield _event(shape.answer([], stream=True, usage=usage_of(jobs, body)))
             yield "data: [DONE]\n\n"
@@ -336,6 +382,13 @@ async def _pieces(jobs: list[Job], queue: Any) -> AsyncIterator[tuple[int, Piece
         number, piece = await queue.get()
         left -= piece.finish_reason is not None
         yield number, piece
+
+
+def _chunks(piece: Piece) -> list[Piece]:
+    """Return a piece of a stream; the reason why an answer ends is on a chunk of its own, as with OpenAI."""
+    if piece.finish_reason is None or not (piece.text or piece.tokens):
+        return [piece]
+    return [replace(piece, finish_reason=None), Piece("", [], piece.finish_reason)]
 
 
 async def _disconnected(request: Request) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import h11
 import uvicorn
@@ -25,7 +25,24 @@ MAX_BODY_BYTES = 1 << 20
 HEADERS_TOO_LARGE = error(
     f"the request line and the headers are more than {MAX_HEADER_BYTES} bytes", INVALID, code="headers_too_large"
 )
+OTHER_HOST = error(
+    "this server does not answer to that host name; start it with --allowed-host NAME", INVALID, code="host"
+)
 BODY_TOO_LARGE = error(f"the body is larger than {MAX_BODY_BYTES} bytes", INVALID, code="body_too_large")
+
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def hosts_of(host: str, allowed: Iterable[str]) -> frozenset[str]:
+    """Return the names that a server answers to, by the address it is bound to and those that are allowed.
+
+    On loopback only those of this machine: a web page could else read it under a name that it lets resolve to
+    127.0.0.1. None is any name: of a server that others are to reach.
+    """
+    if host not in LOOPBACK and not list(allowed):
+        return frozenset()
+    return LOOPBACK | {host, *allowed}
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -74,6 +91,22 @@ class JSONRefusals(H11Protocol):
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
+
+
+class HostCheck:
+    """Refuses requests to names that the server does not answer to."""
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self.hosts:
+            asked = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            name = asked[1:].partition("]")[0] if asked.startswith("[") else asked.partition(":")[0]
+            if name not in self.hosts:
+                await JSONResponse(OTHER_HOST, 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class SizeLimit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 def _encodable(text: str) -> str:
@@ -15,19 +15,25 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _unsupported(wanted: bool | None) -> bool | None:
-    if wanted:
-        raise ValueError("is not supported here; leave it out")
-    return wanted
+def _only(*allowed: Any) -> Any:
+    """Return a type that takes a field's values that change nothing, and refuses others by name."""
+
+    def check(value: Any) -> Any:
+        if not any(value == one and type(value) is type(one) for one in (None, *allowed)):
+            raise ValueError("is not supported here; leave it out")
+        return value
+
+    return Annotated[Any, AfterValidator(check)]
 
 
 INVALID = "invalid_request_error"
 Text = Annotated[str, AfterValidator(_encodable)]
+MOST_PROMPTS = 256
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
 TAKES = {
-    "prompt": "give a text, a list of 1 to 16 texts, or a list of token ids, which are integers of at least 0",
+    "prompt": "give a text, token ids, which are integers of at least 0, or a list of 1 to 256 texts or lists of ids",
     "stop": "give a text of 1 to 200 characters, or a list of at most 4 such texts",
-    "content": 'give a text, or a list of parts {"type": "text", "text": "…"}',
+    "content": 'give a text, or a list of parts {"type": "text", "text": "…"}; an assistant may have null',
     "response_format": 'give {"type": "text"}, or leave it out',
 }
 """Allowed values of fields with a union type, for which pydantic has one error per type."""
@@ -63,20 +69,51 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class Sampling(Strict):
-    """Fields that completions and chat completions share."""
+class Ignored(Strict):
+    """OpenAI's fields about its own storage, billing and cache, which are taken and change no answer here."""
+
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+    prompt_cache_retention: Text | None = None
+    reasoning_effort: Text | None = None
+    verbosity: Text | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
+    user: Text | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """The names of the fields that were sent with a value."""
+        return [name for name in Ignored.model_fields if getattr(self, name) not in (None, {}, "", False)]
+
+
+class Sampling(Ignored):
+    """Fields that completions and chat completions share; some are vLLM's."""
 
     model: Text
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default: the model's own, else 1.")
     top_p: float | None = Field(default=None, gt=0, le=1, description="Default: the model's own, else 1.")
-    n: int | None = Field(default=1, ge=1, le=8)
+    n: int | None = Field(default=1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: Stop | list[Stop] | None = Field(default=None, description=TAKES["stop"])
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    user: Text | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, description="Added to the logits of tokens, by their ids."
+    )
+    top_k: int | None = Field(default=None, ge=-1, description="Sample from so many; 0 and -1: from all.")
+    min_p: float | None = Field(default=None, ge=0, le=1, description="Least fraction of the best's probability.")
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10, description="1 has no effect.")
+    min_tokens: int | None = Field(default=0, ge=0, description="No end before so many tokens.")
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, description="Further end tokens.")
+    ignore_eos: bool | None = Field(default=False, description="No end token ends the answer.")
+    skip_special_tokens: bool | None = Field(default=True, description="false: the text has them.")
+    add_special_tokens: bool | None = Field(default=None, description="Default: true, in a chat false.")
     anydepth: Extra = Extra()
 
     @model_validator(mode="after")
@@ -85,7 +122,13 @@ class Sampling(Strict):
             raise ValueError(f"stop: {TAKES['stop']}")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if not all(key.isdigit() for key in self.logit_bias or {}):
+            raise ValueError('logit_bias: give token ids as keys, such as {"42": -100}')
         return self
+
+    @property
+    def bias(self) -> dict[int, float]:
+        return {int(key): value for key, value in (self.logit_bias or {}).items() if value}
 
     @property
     def stops(self) -> list[str]:
@@ -98,12 +141,17 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class Completion(Sampling):
     """The body of `POST /v1/completions`."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)] | TokenIds = Field(
-        description=TAKES["prompt"]
-    )
+    prompt: (
+        Text
+        | TokenIds
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+    ) = Field(description=TAKES["prompt"])
     max_tokens: int | None = Field(default=16, ge=1)
-    logprobs: int | None = Field(default=None, ge=0, le=5)
-    echo: Annotated[bool, AfterValidator(_unsupported)] | None = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: _only(1) = None  # type: ignore[valid-type]
+    echo: _only(False) = None  # type: ignore[valid-type]
+    suffix: _only("") = None  # type: ignore[valid-type]
 
 
 class Part(Strict):
@@ -113,16 +161,30 @@ class Part(Strict):
     text: Text
 
 
-class Message(Strict):
-    """One turn of a chat."""
+class Message(BaseModel):
+    """One turn of a chat; also an answer of this server or of OpenAI's as it came, of which the text is read."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    model_config = ConfigDict(extra="ignore", strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[Part] | None = Field(default=None, validate_default=True)
     name: Text | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: Text | None = None
 
-    def as_turn(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @field_validator("content")
+    @classmethod
+    def _is_there(cls, content: Any, others: ValidationInfo) -> Any:
+        if content is None and others.data.get("role") != "assistant":
+            raise ValueError(TAKES["content"])
+        return content
+
+    def as_turn(self) -> dict[str, Any]:
+        """Return the turn as chat templates take it."""
+        parts = self.content or []
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        role = "system" if self.role == "developer" else self.role
+        own = {"name": self.name, "tool_calls": self.tool_calls or None, "tool_call_id": self.tool_call_id}
+        return {"role": role, "content": text, **{key: value for key, value in own.items() if value is not None}}
 
 
 class ChatCompletion(Sampling):
@@ -134,11 +196,27 @@ class ChatCompletion(Sampling):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Further inputs of the template.")
+    add_generation_prompt: bool | None = Field(default=True, description="Begin the answer after the template.")
+    continue_final_message: bool | None = Field(default=False, description="Continue the last message's text.")
+    modalities: _only(["text"]) = None  # type: ignore[valid-type]
+    tools: _only([]) = None  # type: ignore[valid-type]
+    tool_choice: _only("none", "auto") = None  # type: ignore[valid-type]
+    functions: _only([]) = None  # type: ignore[valid-type]
+    function_call: _only("none", "auto") = None  # type: ignore[valid-type]
+    audio: _only() = None  # type: ignore[valid-type]
+    web_search_options: _only() = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _top_of_logprobs(self) -> ChatCompletion:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in self.model_fields_set
+        ):
+            raise ValueError("continue_final_message continues a message; leave add_generation_prompt out")
         return self
 
 

@@ -14,13 +14,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from anydepth.calibration.shares import collect_scores, kept_scores, restored, set_thresholds, thresholds_at
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import DraftCounts, Logprob, Request
 from anydepth.decoding.sampler import Sampler
-from anydepth.decoding.sampling_options import Penalties, SamplingOptions
+from anydepth.decoding.sampling_options import SamplingOptions
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.errors import UserError
 from anydepth.gating.plan import Plan
@@ -92,6 +92,12 @@ class Job:
         return self.request.counts if self.request.is_drafted else None
 
     @property
+    def most_tokens(self) -> int | None:
+        """The tokens that the answer may have."""
+        most = self.request.stops.max_length
+        return None if most is None else most - self.request.num_prompt
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second after the first token; None: no token came after it."""
         if self.first_token is None or self.last_token is None or self.last_token <= self.first_token:
@@ -159,7 +165,7 @@ class Service:
             self.arrived += jobs
             self.wake.notify()
 
-    def sampler(self, options: SamplingOptions, seed: int, *penalties: Penalties) -> Sampler:
+    def sampler(self, options: SamplingOptions, seed: int, *penalties: LogitsProcessor) -> Sampler:
         size, device = self.engine.adapted.config.vocab_size, self.engine.adapted.device
         generator = None if options.is_greedy else torch.Generator(device=device).manual_seed(seed % 2**63)
         processors = options.processors(*penalties)

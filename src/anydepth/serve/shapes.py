@@ -106,7 +106,7 @@ class ChatShape(Shape):
     def part(self, number: int, piece: Piece) -> dict[str, Any]:
         role = {} if number in self.begun else {"role": "assistant"}
         self.begun.add(number)
-        delta = {**role, "content": piece.text}
+        delta = role if piece.finish_reason is not None and not piece.text else {**role, "content": piece.text}
         return {"index": number, "delta": delta, "finish_reason": piece.finish_reason, **self._rest(piece.tokens)}
 
     def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
@@ -134,12 +134,13 @@ class ChatShape(Shape):
 def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
     """Return `usage`: tokens of each prompt, counted once, and of all answers, and anydepth's own numbers.
 
-    `tokens_per_second`, `acceptance_rate` and `tokens_per_round` are of the first answer. `drafting` of a lossless
+    `tokens_per_second`, `max_tokens` (what was asked for, or what fits), `acceptance_rate` and `tokens_per_round` are
+    of the first answer. `drafting` of a lossless
     request has the number of drafted answers, and the reason why the first of the others was not drafted.
     """
     prompts = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
     answers = sum(job.num_sent for job in jobs)
-    own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second}
+    own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second, "max_tokens": jobs[0].most_tokens}
     if jobs[0].counts is not None:
         own["acceptance_rate"] = jobs[0].counts.acceptance_rate
         own["tokens_per_round"] = jobs[0].counts.mean_acceptance_length

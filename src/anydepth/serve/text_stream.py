@@ -20,19 +20,26 @@ class TextStream:
     """The text of one answer.
 
     Args:
-        stop: texts that end the answer and are not part of it. They are searched for in the text with special tokens,
-            which are not part of the answer either.
+        stop: texts that end the answer and are not part of it. They are searched for in the text with special tokens.
+        shows_special: whether special tokens are part of the answer.
 
     Attributes:
         held: text that may begin a stop string. shown: which of its characters are part of the answer.
         is_stopped: whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        shows_special: bool = False,
+    ) -> None:
+        self.tokenizer, self.stop, self.shows_special = tokenizer, [text for text in stop if text], shows_special
         self.ids = list(prompt[-CONTEXT:])
         self.begin, self.read = 0, len(self.ids)
-        special = special_tokens(tokenizer) if self.stop else {}
+        special = special_tokens(tokenizer) if self.stop and not shows_special else {}
         self.special = {one: name for one, name in special.items() if any(name in text for text in self.stop)}
         self.held, self.shown = "", list[bool]()
         self.is_stopped = False
@@ -75,7 +82,7 @@ class TextStream:
         return self._decode(len(self.ids))[len(self._decode(self.read)) :]
 
     def _decode(self, end: int) -> str:
-        return str(self.tokenizer.decode(self.ids[self.begin : end], skip_special_tokens=True))
+        return str(self.tokenizer.decode(self.ids[self.begin : end], skip_special_tokens=not self.shows_special))
 
 
 def _overlap(text: str, stop: str) -> int:
