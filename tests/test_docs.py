@@ -47,6 +47,7 @@ SMALL: dict[str, list[str]] = {
     "eval": ["--data", "text.txt", "--sequence-length", "64"],
     "generate": ["--max-new-tokens", "8"],
     "search": ["--data", "text.txt", "--num-windows", "1", "--sequence-length", "32"],
+    "tune": ["--data", "text.txt", "--prompt-tokens", "8", "--new-tokens", "4", "--minutes", "0.1"],
 }
 PAGES_THAT_RUN = [name for name, text in PAGES.items() if BLOCK.search(text)]
 SLOW = [
@@ -87,7 +88,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.save_pretrained(tmp_path / "base")
     save_text(tmp_path / "text.txt")
     (tmp_path / "rich.txt").write_text("\n\n".join(load_texts("embedded:valid")[:20]))
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the sea is"}\n{"prompt": "the night"}\n')
+    lines = ["the sea is", "the night", "the light comes", "and the sea"]
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{line}"}}\n' for line in lines))
     for path in ROOT.glob("recipes/**/*.yaml"):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ def run_command(line: str, workplace: Path) -> None:
     small = SMALL.get(command, [])
     for flag, value in zip(small[::2], small[1::2], strict=True):
         brought = "--prompts" in given and flag in ("--prompt-tokens", "--num-runs")  # by the prompts
-        if not brought and (flag not in given or flag in ("--prompt-tokens", "--new-tokens", "--data")):
+        if not brought and (flag not in given or flag in ("--prompt-tokens", "--new-tokens", "--data", "--minutes")):
             words += [flag, value.split(",")[0] if "--compare" in given else value]
     done = CliRunner().invoke(app, words)
     if command == "calibrate" and done.exit_code:
@@ -218,11 +220,13 @@ REAL = ["README.md", *(name for name in PAGES if name.startswith("docs/tutorials
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", REAL)
-def test_tutorials_run_start_to_end(name: str, tmp_path: Path) -> None:
+def test_tutorials_run_start_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As written, in processes of their own, on the embedded model; only training is cut to a few steps."""
     for folder in ("recipes", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The sea"}\n{"prompt": "Once upon a time"}\n')
+    lines = ["The sea", "Once upon a time", "The night was", "In the morning"]
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{line}"}}\n' for line in lines))
+    monkeypatch.chdir(tmp_path)
     for kind, body in blocks(PAGES[name]):
         if kind == "python":
             if ":8000" in body:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import commands
+from anydepth.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
@@ -16,6 +18,7 @@ TABLES = {
     "router_at_equal_time": ["benchmarks/run.py", "benchmarks/experiments/router_at_equal_time.yaml", "--table"],
     "variants_from_scratch": ["benchmarks/run.py", "benchmarks/experiments/variants_from_scratch.yaml", "--table"],
     "engine": ["benchmarks/engine.py", "--table"],
+    "tune": ["benchmarks/tuning.py", "--table"],
     "hat": ["benchmarks/hat.py", "--table"],
     "speculation": ["benchmarks/speculation.py", "--table"],
     "layerskip": ["benchmarks/layerskip.py", "--table"],
@@ -44,9 +47,16 @@ def test_a_page_has_the_table(name: str) -> None:
 
 def test_the_readme_repeats_rows_of_the_page() -> None:
     page = (ROOT / PAGE).read_text(encoding="utf-8").splitlines()
-    rows = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    assert len(rows) > 4
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- tune:start -->\n(.*?)<!-- tune:end -->", readme, re.DOTALL)
+    rows = [line for line in (table[1] if table else "").splitlines() if line.startswith("|")]
+    assert len(rows) > 3
     assert [row for row in rows if row not in page] == []
+
+
+def test_the_readme_lists_every_method() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in METHODS if f"[`{name}`](docs/methods/{name}.md)" not in readme] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)

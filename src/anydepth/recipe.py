@@ -263,6 +263,38 @@ class AnalyzeConfig(StrictConfig):
     )
 
 
+class TuneConfig(StrictConfig):
+    """Search of the fastest way to run the base model within a bound; without a bound its text stays the same."""
+
+    max_perplexity_increase: float | None = Field(
+        default=None, gt=0, description="Relative increase of perplexity that is allowed; null is no such bound."
+    )
+    max_risk: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Distance of texts from full depth (1 − ROUGE-L) that is allowed, shown at 95%; null is no bound.",
+    )
+    prompt_tokens: list[Count] = Field(default=[64, 512], min_length=1, description="Lengths of prompts to be fast on.")
+    new_tokens: int = Field(default=64, ge=1, description="Tokens generated per prompt.")
+    batch_sizes: list[Count] = Field(default=[1], min_length=1, description="Sizes of batches to be fast on.")
+    minutes: float = Field(default=10.0, gt=0, description="Time for all of it, loading and confirming included.")
+    data: str = Field(default="embedded:train", description="Text that chooses; its valid split, or its rest, scores.")
+    prompts: str | None = Field(
+        default=None, description="JSON lines with prompts to be fast on; null is windows of data."
+    )
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> TuneConfig:
+        if self.max_perplexity_increase is not None and self.max_risk is not None:
+            raise ValueError("max_perplexity_increase and max_risk are different bounds; give one of them")
+        return self
+
+    @property
+    def is_lossless(self) -> bool:
+        return self.max_perplexity_increase is None and self.max_risk is None
+
+
 class GenerateConfig(StrictConfig):
     """A sample text of the run."""
 
@@ -276,6 +308,7 @@ class Recipe(StrictConfig):
     model: ModelConfig = Field(default=ModelConfig(), description="The base model.")
     methods: list[dict[str, Any]] = Field(default=[], description="Methods with their options; none is full depth.")
     data: DataConfig = Field(default=DataConfig(), description="Training text.")
+    tune: TuneConfig | None = Field(default=None, description="Tune the base model first, to tuned/; null does not.")
     search: SearchConfig | None = Field(default=None, description="Search a skip set first; null is none.")
     router_fit: RouterFitConfig | None = Field(
         default=None, description="Fit the router first; null starts from initial_bias and initial_skip_layers."

@@ -1,4 +1,4 @@
-"""Commands that describe a model and the methods, and the one that scores: perplexity, and tasks of lm-eval."""
+"""Commands that describe a model, the methods and the cache, and the one that scores: perplexity, and tasks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from anydepth.training.corpora import check_corpus
 def inspect(call: opt.Call, target: opt.Target, device: opt.Device = "cpu", dtype: opt.DType = "auto") -> None:
     """Show a model's layers, their cost, and what applies to it."""
     from anydepth.measure.inspect import inspect_model
+    from anydepth.training.checkpoint import run_options
 
     adapted, _ = call.load(target)
-    call.result(call.document("inspect", adapted, **inspect_model(adapted)), show_inspection)
+    fields = {**inspect_model(adapted), "run": run_options(target)}
+    call.result(call.document("inspect", adapted, **fields), show_inspection)
 
 
 @opt.command()
@@ -32,6 +34,37 @@ def methods(call: opt.Call) -> None:
     from anydepth.measure.results import document
 
     call.result(document("anydepth.methods/1", seed=call.seed, config={}, methods=list_methods()), show_methods)
+
+
+@opt.command()
+def cache(
+    call: opt.Call,
+    clear: Annotated[bool, Option("--clear", help="Remove all of it; it is made again when needed.")] = False,
+) -> None:
+    """List the models and kernels that are kept on this machine."""
+    from dataclasses import asdict
+
+    from anydepth.measure.results import document
+    from anydepth.models.cache import entries, remove
+    from anydepth.models.load import cache_folder
+
+    found = entries()
+    if clear:
+        remove(found)
+    rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
+    fields = {"folder": str(cache_folder()), "entries": rows, "cleared": clear}
+    call.result(document("anydepth.cache/1", seed=call.seed, config={"clear": clear}, **fields), show_cache)
+
+
+def show_cache(document: dict[str, Any]) -> None:
+    by_kind = Counter[str]()
+    for entry in document["entries"]:
+        by_kind[entry["kind"]] += entry["num_bytes"]
+    for kind, size in by_kind.most_common():
+        count = sum(entry["kind"] == kind for entry in document["entries"])
+        print(f"  {kind}: {count}, {size / 2**20:.0f} MiB")
+    state = "removed from" if document["cleared"] else "in"
+    print(f"{sum(by_kind.values()) / 2**20:.0f} MiB {state} {document['folder']}")
 
 
 def show_inspection(document: dict[str, Any]) -> None:
@@ -51,6 +84,10 @@ def show_inspection(document: dict[str, Any]) -> None:
             + (f"; a linear mixer costs less for texts longer than {length}" if length is not None else "")
         )
     print(f"attached: {', '.join(document['attached']) or 'nothing'}")
+    if run := {key: value for key, value in document["run"].items() if value is not None}:
+        print(
+            "runs with: " + ", ".join("drafting" if key == "draft" else f"{key} {value}" for key, value in run.items())
+        )
     for title in ("engines", "methods"):
         print(f"{title}: " + ", ".join(f"{name} ({state})" for name, state in document[title].items()))
     copies = [f"{kind} {size / 2**20:.0f} MiB" for kind, size in document["copy_bytes"].items()]

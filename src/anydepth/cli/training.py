@@ -10,6 +10,7 @@ from typer import Option
 
 from anydepth.cli import options as opt
 from anydepth.cli.display import step_line, table
+from anydepth.cli.tuning import TUNED, show_tuning
 from anydepth.errors import RunError, UserError
 from anydepth.report import wording
 from anydepth.training.corpora import check_corpus
@@ -26,14 +27,15 @@ def run(call: opt.RecipeCall, recipe: opt.RecipePath, out: opt.Out) -> None:
 
 @opt.command()
 def demo(call: opt.RecipeCall, out: opt.Out = Path("demo")) -> None:
-    """Run every stage on the embedded model, in minutes.
+    """Tune the embedded model, and train a router for it, in minutes.
 
-    Ends with a table and report.html.
+    Ends with tables and report.html.
     """
     from importlib.resources import as_file, files
 
     with as_file(files("anydepth") / "demo.yaml") as recipe:
         run(call, recipe, out)
+    call.progress("your own model: anydepth tune MODEL --out fast (a folder, a hub name or a .gguf file)")
 
 
 def _runner(call: opt.RecipeCall, recipe: Path, out: Path) -> Any:
@@ -85,10 +87,13 @@ def search(
 
     Writes a checkpoint folder with the skip set.
     """
+    import torch
+
+    from anydepth.engine.backends.cpu.native import why_not
     from anydepth.hf.adapted import attach, detach
     from anydepth.json_io import write_json
     from anydepth.measure.held_out import search_fields, split_windows
-    from anydepth.models.load import load_model
+    from anydepth.models.load import NATIVE, has_blocks, load_model
     from anydepth.search.skip_search import check_strategy
     from anydepth.search.skip_search import search as search_skip_set
     from anydepth.training.checkpoint import save
@@ -104,7 +109,8 @@ def search(
     with call.busy(f"searching by {strategy} …"):
         found = search_skip_set(model, windows, strategy=strategy, budget=budget, branches=branches, seed=call.seed)
     adapted = attach(model, found.config)
-    save(adapted, out)
+    in_blocks = has_blocks(target, call.dtype, call.device) and why_not(torch.bfloat16, torch.device("cpu")) is None
+    save(adapted, out, run={"engine": "fast", "weights": NATIVE} if in_blocks else None)
     with call.busy("scoring text that the search did not see …"):
         fields = search_fields(detach(adapted), found, unseen)
     result = call.document("search", model, **fields)
@@ -146,7 +152,12 @@ def sweep(
 
 def show_run(document: dict[str, Any], out: Path) -> None:
     table(wording.SUMMARY, document["summary"], {"speedup": wording.speedup})
-    print(f"\n{wording.SPREAD}\n\n{out / 'report.html'}")
+    print(f"\n{wording.SPREAD}")
+    for stage in document["stages"]:
+        if stage["schema"] == "anydepth.tune/1":
+            print("\nWays to run the base model:")
+            show_tuning(stage, out / TUNED)
+    print(f"\n{out / 'report.html'}")
 
 
 def show_search(document: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from anydepth.report.plots import STYLE, Document
 
 SECTIONS: dict[str, Callable[[Page, Document], None]] = {
     "experiment": tradeoffs.experiment,
+    "tune": tradeoffs.tuning,
     "train": training_curves.training,
     "search": training_curves.search,
     "fit": training_curves.fit,

@@ -68,6 +68,45 @@ def fronts(documents: dict[str, Document]) -> Figure:
     return figure
 
 
+def tuning(page: Page, document: Document) -> None:
+    page.section("Ways to run the base model")
+    page.text(" ".join(sentence(line) for line in wording.tuning(document)), "lead")
+    page.figure(ways(document), "Perplexity against speed of what was timed, in turn on the same prompts.", "tuning")
+    page.table(wording.TUNED, wording.tuned(document), "tuning", SHOWN, ALSO)
+
+
+def ways(document: Document) -> Figure:
+    """Draw tokens per second and perplexity of the ways to run a model that were timed."""
+    figure, axes = plots.new_panels(1, 1, 4.2)
+    rows = [row for row in document["candidates"] if row["tokens_per_second"]]
+    kinds = {
+        "full depth": [row for row in rows if _is_whole(row) and not row["setting"]["draft"]],
+        "full depth, drafted": [row for row in rows if row["setting"]["draft"]],
+        "skips": [row for row in rows if not _is_whole(row)],
+    }
+    for (name, own), colour, marker in zip(kinds.items(), COLOURS, "oD.", strict=False):
+        x, y = [row["tokens_per_second"] for row in own], [row["perplexity"] for row in own]
+        axes.scatter(x, y, color=colour, marker=marker, s=36, label=name, zorder=3)
+    for row in kinds["full depth"]:
+        at = (row["tokens_per_second"], row["perplexity"])
+        axes.annotate(
+            row["setting"]["weights"], at, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8
+        )
+    plain = document["baselines"]["transformers"]["tokens_per_second"]
+    axes.axvline(plain, color=GREY, linestyle=":", linewidth=1.2, label="transformers")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.15)
+    axes.set_xlabel("tokens per second")
+    axes.set_ylabel("perplexity (lower is better)")
+    plots.legend_outside(figure, axes, "upper left", 4)
+    return figure
+
+
+def _is_whole(row: Document) -> bool:
+    setting = row["setting"]
+    return setting["skip_share"] is None and "skip_layers" not in setting
+
+
 def calibration(page: Page, document: Document) -> None:
     page.section("Calibration")
     thresholds = "; ".join(f"{method} {value}" for method, value in document["thresholds"].items())

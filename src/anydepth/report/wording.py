@@ -56,6 +56,36 @@ CAPACITIES = columns(
     untouched_perplexity="base model",
 )
 
+TUNED = columns(
+    f"label tokens_per_second speedup {INCREASE} identical_tokens left",
+    identical_tokens="same text",
+    perplexity_increase="perplexity",
+    left="why not",
+)
+
+
+def tuned(document: Document) -> list[Document]:
+    """Return the rows of `tune`: transformers, and all candidates, full depth first."""
+    others = document["baselines"]
+    rows = [{**others["transformers"], "left": None}] if others["engine"] is not None else []
+    words = {True: "yes", False: "no", None: ""}
+    return [{**row, "identical_tokens": words[row["identical_tokens"]]} for row in [*rows, *document["candidates"]]]
+
+
+def tuning(document: Document) -> list[str]:
+    """Return what `tune` found, and what was confirmed on other prompts."""
+    chosen, again, others = (document[key] for key in ("chosen", "confirmed", "baselines"))
+    speeds = [speedup(row, "×") or "1×" for row in (chosen, again)]
+    lines = [
+        f"fastest: {chosen['label']}, {speeds[0]} full depth where it was chosen",
+        f"on other prompts: {speeds[1]}, {again['tokens_per_second']:.0f} tokens/s",
+    ]
+    if others["engine"] is not None:
+        plain = others["transformers"]
+        times = (again["speedup"] or 1.0) / plain["speedup"]
+        lines.append(f"{times:.1f}× transformers, which has {plain['tokens_per_second']:.0f} tokens/s")
+    return lines
+
 
 def ways(document: Document) -> list[Document]:
     """Return the rows of `bench --compare` with quality and speed next to each other."""

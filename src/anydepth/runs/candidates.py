@@ -1,4 +1,4 @@
-"""What `tune` chooses from: the bound, settings of the methods, and their quality on text."""
+"""What `tune` chooses from: settings of the methods, and their quality on text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anydepth.calibration.guarantee import least_sequences
 from anydepth.calibration.shares import restored
 from anydepth.decoding.engine import Engine
 from anydepth.hf.adapted import AdaptedModel, attach, detach
@@ -28,51 +27,8 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Fractions of their decisions that attached methods are set to skip."""
 POOL = 5
 """Branches that the search of a skip set tries for each next place."""
-WIDE = 0.3
-"""Increase of perplexity that a skip set may have where risk is bounded instead."""
 ALONE, TOGETHER = 2, 4
 """Halves of windows that score single branches, and sets of them."""
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What a setting may lose: nothing by default."""
-
-    max_perplexity_increase: float | None = None
-    max_risk: float | None = None
-
-    @property
-    def is_lossless(self) -> bool:
-        return self.max_perplexity_increase is None and self.max_risk is None
-
-    @property
-    def most_distance(self) -> float | None:
-        """The mean distance of texts from full depth that is allowed, in [0, 1]; None: any."""
-        return 0.0 if self.is_lossless else self.max_risk
-
-    @property
-    def most_increase(self) -> float:
-        """The increase of perplexity at which a search of skip sets ends."""
-        return WIDE if self.max_perplexity_increase is None else self.max_perplexity_increase
-
-    @property
-    def num_texts(self) -> int:
-        """Texts that show a bound on risk where half of it is lost; 0 without one."""
-        return 0 if self.max_risk is None else 2 * least_sequences(self.max_risk, 0.95)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "lossless": self.is_lossless,
-            "max_perplexity_increase": self.max_perplexity_increase,
-            "max_risk": self.max_risk,
-        }
-
-    def __str__(self) -> str:
-        if self.max_risk is not None:
-            return f"risk of at most {self.max_risk:g}"
-        if self.max_perplexity_increase is not None:
-            return f"perplexity of at most {self.max_perplexity_increase:+.1%}"
-        return "the text of full depth"
 
 
 class Skipping:
@@ -82,9 +38,9 @@ class Skipping:
         adapted: the model; with an empty skip set if settings may be lossy and nothing was attached.
     """
 
-    def __init__(self, adapted: AdaptedModel, bound: Bound) -> None:
+    def __init__(self, adapted: AdaptedModel, *, is_lossless: bool) -> None:
         self.has_own = bool(adapted.attached)
-        searches = not (self.has_own or bound.is_lossless)
+        searches = not (self.has_own or is_lossless)
         self.adapted = attach(detach(adapted), SkipSetConfig()).eval() if searches else adapted
 
     def in_drafts(self) -> AbstractContextManager[Any]:

@@ -1,4 +1,4 @@
-"""A recipe from start to end: search → fit → train → calibrate → eval → bench → analyze → generate → report.
+"""A recipe from start to end: tune → search → fit → train → calibrate → eval → bench → analyze → generate → report.
 
 Each stage leaves its document in the run's folder and is skipped when the document exists, so that an interrupted run
 continues where it was. A folder belongs to one recipe.
@@ -34,6 +34,7 @@ from anydepth.recipe import Recipe
 from anydepth.runs.checks import check
 from anydepth.runs.inputs import Inputs
 from anydepth.runs.train_stage import FITTED, Training
+from anydepth.runs.tune import Tuner
 from anydepth.search.router_fit import fit_router
 from anydepth.search.skip_search import search
 from anydepth.speculation.self_generated import OWN_TEXT
@@ -51,11 +52,11 @@ except ImportError:  # Windows has no such locks.
 Say = Callable[[str], None]
 Document = dict[str, Any]
 RECIPE, LOCK = "recipe.yaml", ".lock"
-STAGES = ("search", "fit", "train", "eval", "bench", "analyze", "generate")
+STAGES = ("tune", "search", "fit", "train", "eval", "bench", "analyze", "generate")
 LEARNING = ("search", "fit", "train")
 """Stages that decide the model that the later ones measure."""
-REPORT = "report.html"
-LEAVES = {"fit": FITTED, "train": MANIFEST, "run": REPORT}
+REPORT, TUNED = "report.html", "tuned"
+LEAVES = {"tune": f"{TUNED}/{MANIFEST}", "fit": FITTED, "train": MANIFEST, "run": REPORT}
 """The file that a stage leaves next to its document, where it leaves one."""
 
 
@@ -103,7 +104,7 @@ class Runner:
     def run(self) -> Document:
         """Run every stage; return the `anydepth.run/1` document."""
         self.check()
-        work = (self.search, self.fit, self.train, self.evaluate, self.bench, self.analyze, self.generate)
+        work = (self.tune, self.search, self.fit, self.train, self.evaluate, self.bench, self.analyze, self.generate)
         stages = [document for stage in work if (document := stage()) is not None]
         result = self._document("run", stages=stages, summary=summary_of(stages))
         from anydepth.report.page import write_report  # Imports matplotlib, which takes a second.
@@ -123,8 +124,8 @@ class Runner:
         recipe = self.recipe
         lossless = [method_class(str(spec["name"]), "methods").is_lossless() for spec in recipe.methods]
         decides = not all(lossless) and recipe.draft is None
-        optional = {"search": recipe.search is not None, "fit": recipe.router_fit is not None, "analyze": decides}
-        return optional.get(stage, True)
+        sections = {"tune": recipe.tune, "search": recipe.search, "fit": recipe.router_fit}
+        return decides if stage == "analyze" else sections.get(stage, True) is not None
 
     def _is_done(self, stage: str) -> bool:
         files = [f"{stage}.json", *([LEAVES[stage]] if stage in LEAVES else [])]
@@ -139,6 +140,15 @@ class Runner:
     def _forget(self, *stages: str) -> None:
         for stage in stages:
             (self.out / f"{stage}.json").unlink(missing_ok=True)
+
+    @_stage("tune")
+    def tune(self) -> Document:
+        model, config = self.recipe.model, self.recipe.tune
+        assert config is not None
+        tuner = Tuner(model.target, config, device=model.device, say=self.say)
+        fields = tuner.run()
+        tuner.write(self.out / TUNED)
+        return fields
 
     @_stage("search")
     def search(self) -> Document:

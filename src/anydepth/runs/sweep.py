@@ -20,6 +20,7 @@ import yaml
 
 from anydepth.errors import RunError, UserError
 from anydepth.json_io import read_document, write_json
+from anydepth.measure.front import AXES, front
 from anydepth.measure.results import document
 from anydepth.methods.compose import load_recipe
 from anydepth.recipe import Recipe
@@ -33,8 +34,6 @@ MEASURED = (
 )  # fmt: skip
 ABSOLUTE = ("perplexity", "gflops_per_token", "tokens_per_second")
 """Metrics of full depth; the others are relative to it."""
-AXES = {"time": "time_share", "flops": "layer_token_share"}
-"""Costs of quality, as fractions of full depth's: paired wall-clock, and FLOPs of layers."""
 LEARNED = (*LEARNING, "eval")
 """Stages of a point that run next to other points; later ones are timed alone."""
 
@@ -239,20 +238,3 @@ def short_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values by the last part of their keys, or by the whole key where last parts are equal."""
     ends = [key.rpartition(".")[2] for key in values]
     return {end if ends.count(end) == 1 else key: value for end, (key, value) in zip(ends, values.items(), strict=True)}
-
-
-def front(settings: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
-    """Return the labels on the Pareto front of perplexity and a cost of `AXES`, cheapest first.
-
-    In the order of perplexity, a setting is on it if its range of costs is below those of all better ones on it.
-    Ranges are of seeds, and of time 95% intervals too; that of full depth is 1.
-    """
-    cost, best = AXES[axis], list[Mapping[str, Any]]()
-    for row in sorted(settings, key=lambda row: (row["perplexity"], row[cost])):
-        if all(_range(row, cost)[1] < _range(other, cost)[0] for other in best):
-            best.append(row)
-    return [str(row["label"]) for row in reversed(best)]
-
-
-def _range(row: Mapping[str, Any], cost: str) -> Sequence[float]:
-    return row.get(f"{cost}_range", (row[cost], row[cost]))
