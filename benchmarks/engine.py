@@ -33,7 +33,7 @@ from anydepth.measure.bench import bench
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.results import document
 from anydepth.measure.timing import read_bandwidth, time_generation, unpadded
-from models import NAMES
+from models import MODELS, NAMES
 
 RESULT = Path(__file__).resolve().parent / "results" / "engine.json"
 ROUTERS = RESULT.with_name("routers.json")
@@ -72,7 +72,7 @@ def peers(num_runs: int) -> dict[str, Any]:
                 if number:  # the first window warms up
                     times[name].append((first, (total - first) / (NEW_TOKENS - 1)))
             for name in others:
-                agreeing[name] += tokens[name] == tokens[f"fast {name.split()[1]}"]
+                agreeing[name] += tokens[name] == tokens.get(f"fast {name.split()[1]}")
         speed = median(bandwidth)
         for name in names:
             row = {"engine": name, "prompt_tokens": length, **peer_speeds(name, times)}
@@ -361,7 +361,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the committed result as tables, run nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        print(markdown(read_document(RESULT)["sections"], read_document(ROUTERS)["rows"]))
+        files = {name: RESULT.with_stem(f"{RESULT.stem}_{name}") for name in MODELS}
+        others = {name: read_document(path)["sections"] for name, path in files.items() if path.exists()}
+        print(markdown(read_document(RESULT)["sections"], read_document(ROUTERS)["rows"], others))
         return
     MODEL.name, model_option, path = arguments.model, "", RESULT
     if MODEL.name != "embedded":

@@ -5,31 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
-def markdown(sections: dict[str, Any], routers: list[dict[str, Any]]) -> str:
-    """The committed results as tables."""
-    lines = [
-        (
-            "| | ms a token after 64 / 512 | × transformers | × llama.cpp | roofline | prefill 512, × transformers "
-            "| perplexity |"
-        ),
-        "| --- |" + " --- |" * 6,
-    ]
-    perplexity = {f"fast {row['weights']}": row["perplexity"] for row in sections["quality"]["rows"]}
-    rows = {(row["engine"], row["prompt_tokens"]): row for row in sections["peers"]["rows"] if "engine" in row}
-    for name in dict.fromkeys(name for name, _ in rows):
-        short, long = rows[name, 64], rows[name, 512]
-        peer = f"decode_over llama.cpp {name.split()[1]}"
-        against = f"{short[peer]:.2f} / {long[peer]:.2f}" if name.startswith("fast") and peer in short else ""
-        cells = [
-            name.replace("hf", "transformers"),
-            f"{1000 * short['tpot_seconds']:.1f} / {1000 * long['tpot_seconds']:.1f}",
-            f"{short['decode_over hf bfloat16']:.2f} / {long['decode_over hf bfloat16']:.2f}",
-            against,
-            f"{short['roofline_share']:.0%}" if "roofline_share" in short else "",
-            f"{long['prefill_over hf bfloat16']:.2f}",
-            f"{perplexity[name]:.2f}" if name in perplexity else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+def markdown(sections: dict[str, Any], routers: list[dict[str, Any]], others: dict[str, dict[str, Any]]) -> str:
+    """The committed results as tables; `others` has the sections of other models by name."""
+    lines = of_peers(sections)
+    for name, own in others.items():
+        lines += ["", f"{name}:", "", *of_peers(own)]
+    lines += ["", *of_loading({"SmolLM2-135M, Q4_1": sections, **others})]
     lines += ["", *of_weights(sections)] if "weights" in sections else []
     lines += ["", "| left out | decode: measured of ideal (efficiency) | prefill of 512 |", "| --- |" + " --- |" * 2]
     rows = {(row["method"], row["prompt_tokens"]): row for row in [*sections["skipping"]["rows"], *routers]}
@@ -37,6 +18,52 @@ def markdown(sections: dict[str, Any], routers: list[dict[str, Any]]) -> str:
         cells = [name, phase(rows[name, 64]["decode"]), phase(rows[name, 512]["prefill"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def of_peers(sections: dict[str, Any]) -> list[str]:
+    """Every engine on the same prompts, and the perplexity of its weights."""
+    columns = (
+        "ms a token after 64 / 512 | × transformers | × llama.cpp | × OpenVINO | roofline | prefill 512 | perplexity"
+    )
+    lines = [f"| | {columns} |", "| --- |" + " --- |" * 7]
+    scores = {f"fast {row['weights']}": row["perplexity"] for row in sections.get("quality", {"rows": []})["rows"]}
+    rows = {(row["engine"], row["prompt_tokens"]): row for row in sections["peers"]["rows"] if "engine" in row}
+    for name in dict.fromkeys(name for name, _ in rows):
+        short, long = rows[name, 64], rows[name, 512]
+
+        def over(other: str, short: dict[str, Any] = short, long: dict[str, Any] = long) -> str:
+            key = f"decode_over {other}"
+            return f"{short[key]:.2f} / {long[key]:.2f}" if key in short else ""
+
+        is_ours = name.startswith("fast")
+        cells = [
+            name.replace("hf", "transformers"),
+            f"{1000 * short['tpot_seconds']:.1f} / {1000 * long['tpot_seconds']:.1f}",
+            over("hf bfloat16"),
+            over(f"llama.cpp {name.split()[1]}") if is_ours else "",
+            over("OpenVINO int4") if name in ("fast int4", "fast int4-nearest", "fast native") else "",
+            f"{short['roofline_share']:.0%}" if is_ours else "",
+            f"{1000 * long['ttft_seconds']:.0f} ms, {long['prefill_over hf bfloat16']:.2f}×",
+            f"{scores[name]:.2f}" if name in scores else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def of_loading(models: dict[str, dict[str, Any]]) -> list[str]:
+    """Seconds and memory of loading files in their own blocks."""
+    lines = [
+        "| file | MB | seconds to load | memory of the process ÷ file | with the file's pages |",
+        "| --- |" + " --- |" * 4,
+    ]
+    for name, sections in models.items():
+        for row in sections.get("loading", {"rows": []})["rows"]:
+            size = row["file_bytes"]
+            both = (row["own_bytes"] + size) / size
+            lines.append(
+                f"| {name} | {size / 1e6:.0f} | {row['seconds']:.1f} | {row['own_bytes'] / size:.2f} | {both:.2f} |"
+            )
+    return lines
 
 
 def of_weights(sections: dict[str, Any]) -> list[str]:
