@@ -52,7 +52,6 @@ def test_refusals_are_sentences() -> None:
         {"prompt": None},
         {"prompt": "\ud800"},
         {"stop": "\ud800"},
-        {"echo": True},
         {"anydepth": 5},
         {"stream_options": []},
         {"temperature": 10**400},
@@ -105,7 +104,6 @@ NEUTRAL: dict[str, Any] = {
     "service_tier": "auto",
     "user": "somebody",
     "reasoning_effort": "low",
-    "parallel_tool_calls": True,
     "logit_bias": {},
     "n": 1,
     "stop": None,
@@ -116,13 +114,14 @@ NEUTRAL: dict[str, Any] = {
 FOR_CHATS: dict[str, Any] = {
     "tools": None,
     "tool_choice": "none",
+    "parallel_tool_calls": True,
     "functions": [],
     "modalities": ["text"],
     "response_format": {"type": "text"},
     "top_logprobs": None,
     "audio": None,
 }
-FOR_COMPLETIONS: dict[str, Any] = {"suffix": None, "best_of": 1, "echo": False}
+FOR_COMPLETIONS: dict[str, Any] = {"suffix": None, "best_of": 1}
 
 
 def test_fields_that_change_nothing_are_taken(caplog: pytest.LogCaptureFixture) -> None:
@@ -139,11 +138,9 @@ def test_fields_that_change_nothing_are_taken(caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize("field", [*FOR_CHATS, *FOR_COMPLETIONS])
 def test_fields_that_would_change_the_answer_are_refused_by_name(field: str) -> None:
-    if field in ("top_logprobs", "response_format"):
+    if field in ("top_logprobs", "response_format", "tools", "parallel_tool_calls"):
         return  # done, or with a sentence of its own
-    value: Any = {"tools": [{"type": "function"}], "echo": True, "best_of": 3, "modalities": ["audio"]}.get(
-        field, "other"
-    )
+    value: Any = {"tools": [{"type": "grep"}], "best_of": 3, "modalities": ["audio"]}.get(field, "other")
     path = "completions" if field in FOR_COMPLETIONS else "chat/completions"
     body: dict[str, Any] = {"model": "tiny", field: value, "max_tokens": 2}
     body |= {"prompt": "a"} if field in FOR_COMPLETIONS else {"messages": [{"role": "user", "content": "a"}]}
@@ -201,6 +198,16 @@ def test_the_last_message_is_continued() -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools"])
+def test_templates_are_not_the_clients(name: str) -> None:
+    """One of a client's could run for ever."""
+    with serving() as client:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {name: "x"}}
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and name in answer.json()["error"]["message"]
+        assert chat(client, chat_template_kwargs={"enable_thinking": False}, max_tokens=2)
+
+
 def test_sampling_fields_are_vllms() -> None:
     """S21: a bias decides, top_k 1 and min_p 1 are greedy, end tokens end, and not before min_tokens."""
     with serving() as client:
@@ -214,10 +221,17 @@ def test_sampling_fields_are_vllms() -> None:
         assert ended["choices"][0]["finish_reason"] == "stop" and ended["usage"]["completion_tokens"] == 1
         late = complete(client, max_tokens=8, logit_bias={str(letter): 100}, stop_token_ids=[letter], min_tokens=3)
         assert late["usage"]["completion_tokens"] == 4
-        on = complete(client, max_tokens=8, logit_bias={str(letter): 100}, stop_token_ids=[letter], ignore_eos=True)
-        assert on["usage"]["completion_tokens"] == 8
+        own = complete(client, max_tokens=8, logit_bias={str(letter): 100}, stop_token_ids=[letter], ignore_eos=True)
+        assert own["usage"]["completion_tokens"] == 1
+        end = byte_tokenizer().eos_token_id
+        assert complete(client, max_tokens=8, logit_bias={str(end): 100})["usage"]["completion_tokens"] == 1
+        assert (
+            complete(client, max_tokens=8, logit_bias={str(end): 100}, ignore_eos=True)["usage"]["completion_tokens"]
+            == 8
+        )
         assert "token ids" in refusal(client, logit_bias={"a": 1})["message"]
         assert "below" in refusal(client, logit_bias={"99999": 1})["message"]
+        assert refusal(client, logit_bias={"²": 1}) and refusal(client, logit_bias={"1" * 5000: 1})
         assert refusal(client, top_k=-2)["param"] == "top_k"
 
 

@@ -93,6 +93,7 @@ class Request:
         is_drafted: whether tokens are drafted and verified at full depth, which gives the text of full depth.
         budget: depth budget for the scheduler's `plan_of`; None: the thresholds that the model was loaded with.
         num_logprobs: most likely tokens to record at each step; None records none.
+        scores_prompt: whether log-probabilities of the prompt's tokens but the first are recorded in `prompt_logprobs`.
         is_traced: whether the forwards are recorded in `passes`, each with the request's row there.
         ids: prompt and output; once the prompt is read, the session has K/V of all but the last of them.
         output: new token ids, an end token included.
@@ -111,11 +112,13 @@ class Request:
     is_drafted: bool = False
     budget: float | None = None
     num_logprobs: int | None = None
+    scores_prompt: bool = False
     is_traced: bool = True
     num_prompt: int = field(init=False)
     ids: list[int] = field(init=False)
     output: list[int] = field(default_factory=list[int])
     logprobs: list[Logprob] = field(default_factory=list[Logprob])
+    prompt_logprobs: list[Logprob] = field(default_factory=list[Logprob])
     passes: list[tuple[PassRecord, int]] = field(default_factory=list[tuple[PassRecord, int]])
     counts: DraftCounts = field(default_factory=DraftCounts)
     draft: list[int] = field(default_factory=list[int])
@@ -158,6 +161,11 @@ class Request:
         self.output.append(token)
         if self.num_logprobs is not None:
             self.logprobs.append(Logprob.of(logits, token, self.num_logprobs))
+
+    def score(self, start: int, logits: Tensor) -> None:
+        """Record the prompt's tokens after those from `start` on, which have these (N, V) logits."""
+        for token, own in zip(self.tokens[start + 1 :], logits, strict=False):
+            self.prompt_logprobs.append(Logprob.of(own, token, self.num_logprobs or 0))
 
     def fail(self, failure: Exception) -> None:
         self.failure, self.is_finished = failure, True

@@ -178,16 +178,22 @@ class Scheduler:
 
     def _read(self, request: Request, *, at_once: bool) -> torch.Tensor | None:
         """Read the rest of a prompt or a chunk of it; return (V,) logits after its last token, else None."""
-        left = request.tokens[self.session.length(request.kv) :]
+        start = self.session.length(request.kv)
+        left = request.tokens[start:]
+        # Logits of a long prompt are larger than the model.
+        at_once = at_once and not request.scores_prompt
         at_once = at_once or len(left) <= PROMPT_CHUNK + (self.session.max_tokens or 0)
         chunk = left if at_once else left[:PROMPT_CHUNK]
-        num_logits = int(len(chunk) == len(left))
+        is_last = len(chunk) == len(left)
+        num_logits = len(chunk) if request.scores_prompt else int(is_last)
         logits, record = self.session.read(
             request.kv, chunk, self._plan(request), num_logits=num_logits, capture=request.is_drafted
         )
         if request.is_traced:
             request.passes.append((record, 0))
-        return None if logits is None else logits[-1]
+        if request.scores_prompt and logits is not None:
+            request.score(start, logits)
+        return logits[-1] if is_last and logits is not None else None
 
     def _leave(self, request: Request) -> None:
         if request.sequence is not None:  # None: no sequence could be opened for it

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import inspect
 import json
 import logging
 import random
@@ -32,13 +33,15 @@ from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
 from anydepth.serve.http import HostCheck, SizeLimit
 from anydepth.serve.metrics import Metrics
-from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
+from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained, is_text
 from anydepth.serve.service import Busy, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape, usage_of
 from anydepth.serve.text_stream import TextStream, TokenText
+from anydepth.serve.tools import format_of
 
 log = logging.getLogger("anydepth.serve")
 BROKEN = "decoding failed; the server's log says why"  # the error itself may contain parts of a prompt
+TEMPLATE_OPTIONS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 MAX_NEW_TOKENS = 4096  # of an answer
 REFUSALS = (400, 401, 404, 408, 413, 429, 431)
 STREAMED = {200: {"description": "The answer, complete or as events.", "content": {"text/event-stream": {}}}}
@@ -80,11 +83,11 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
         redoc_url=None,
         responses={code: {"model": Error} for code in REFUSALS},
     )
-    if settings.origins:
+    app.add_middleware(HostCheck, hosts=settings.hosts)
+    app.add_middleware(SizeLimit)
+    if settings.origins:  # the outermost, so that pages can read refusals too
         allowed: Any = {"allow_origins": settings.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, **allowed)
-    app.add_middleware(HostCheck, hosts=settings.hosts)
-    app.add_middleware(SizeLimit)  # the outermost
     _errors(app)
     server = Server(service, tokenizer, settings)
     keyed = [Depends(_key_check(settings.api_key))]
@@ -202,36 +205,59 @@ class Server:
         """Answer `POST /v1/completions`."""
         self._check_model(body.model)
         prompts = self._prompts(body)
-        jobs = [
-            self._job(body, prompt, body.max_tokens or 16, number, body.logprobs)
-            for prompt in prompts
-            for number in range(body.n or 1)
-        ]
-        return await self._answer(body, request, jobs, CompletionShape(self.tokens, self.settings.name, body))
+        wanted = (
+            16 if body.max_tokens is None else max(body.max_tokens, 1)
+        )  # 0: the prompt alone, and one that is left out
+        jobs, texts = list[Job](), list[str]()
+        for place, prompt in enumerate(prompts):
+            for number in range(body.n or 1):
+                jobs.append(self._job(body, prompt, wanted, number, body.logprobs))
+                jobs[-1].request.scores_prompt = bool(body.echo) and body.logprobs is not None
+                texts.append(self._text_of(body, place, prompt) if body.echo else "")
+        shape = CompletionShape(self.tokens, self.settings.name, body, list(zip(texts, jobs, strict=True)))
+        return await self._answer(body, request, jobs, shape)
+
+    def _text_of(self, body: Completion, place: int, prompt: list[int]) -> str:
+        """Return the text of a prompt as it was sent, or that of its token ids."""
+        sent: Any = body.prompt if isinstance(body.prompt, str) else body.prompt[place]
+        if isinstance(sent, str):
+            return sent
+        return str(self.tokenizer.decode(prompt, skip_special_tokens=body.skip_special_tokens is not False))
 
     async def chat(self, body: ChatCompletion, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`."""
         self._check_model(body.model)
         if self.tokenizer.chat_template is None:
             raise HTTPException(400, "this model has no chat template; use /v1/completions")
+        tools = format_of(self.tokenizer.chat_template) if body.offered else None
+        if body.offered and tools is None:
+            raise HTTPException(
+                400, "tools: the chat template of this model has none, or a format that is not known here"
+            )
         prompt = self._chat_prompt(body)
         wanted = body.max_completion_tokens or body.max_tokens or MAX_NEW_TOKENS
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         jobs = [self._job(body, prompt, wanted, number, num_logprobs) for number in range(body.n or 1)]
-        return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body))
+        return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body, tools))
 
     def _chat_prompt(self, body: ChatCompletion) -> list[int]:
         """Return the token ids of a conversation, by the model's template."""
         turns = [message.as_turn() for message in body.messages]
+        own = body.chat_template_kwargs or {}
+        if taken := sorted(own.keys() & TEMPLATE_OPTIONS):  # a template of the client's could run for ever
+            raise HTTPException(400, f"chat_template_kwargs: {taken[0]} is not an input of a template; leave it out")
         options: dict[str, Any] = {
-            **(body.chat_template_kwargs or {}),
+            **own,
             "add_generation_prompt": body.add_generation_prompt is not False and not body.continue_final_message,
             "continue_final_message": bool(body.continue_final_message),
+            **({"tools": body.offered} if body.offered else {}),
         }
         try:
             text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
         except Exception as failed:  # templates raise errors of any type about the order of roles
             raise HTTPException(400, "the chat template does not support these roles in this order") from failed
+        if not is_text(text):  # JSON within JSON, such as arguments of a call, can spell one
+            raise HTTPException(400, "messages: half of a surrogate pair is not a character; send the whole character")
         (prompt,) = encode_batch(self.tokenizer, [text], special=bool(body.add_special_tokens))
         return prompt
 
@@ -274,7 +300,7 @@ class Server:
         config = self.service.engine.adapted.generation_config
         chosen = {name: getattr(body, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
         options = SamplingOptions.of(config, **chosen, top_k=None if body.top_k is None else max(body.top_k, 0))
-        end_ids = [] if body.ignore_eos else [*self.service.end_ids, *(body.stop_token_ids or [])]
+        end_ids = [*([] if body.ignore_eos else self.service.end_ids), *(body.stop_token_ids or [])]
         penalties: list[LogitsProcessor] = []
         if body.bias:
             size = self.service.engine.adapted.config.vocab_size
@@ -284,7 +310,8 @@ class Server:
         if body.presence_penalty or body.frequency_penalty:
             penalties.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
         if body.min_tokens and end_ids:
-            penalties.append(MinNewTokensLengthLogitsProcessor(len(prompt), body.min_tokens, end_ids))
+            device: Any = self.service.engine.adapted.device
+            penalties.append(MinNewTokensLengthLogitsProcessor(len(prompt), body.min_tokens, end_ids, device=device))
         seed = self.seeds.getrandbits(63) if body.seed is None else body.seed + number
         request = decoding.Request(
             prompt,
@@ -295,12 +322,14 @@ class Server:
             num_logprobs=num_logprobs,
             is_traced=body.anydepth.depth,
         )
-        stream = TextStream(self.tokenizer, prompt, body.stops, shows_special=body.skip_special_tokens is False)
+        # The marks of calls are special tokens in some tokenizers.
+        shows_special = body.skip_special_tokens is False or bool(getattr(body, "offered", None))
+        stream = TextStream(self.tokenizer, prompt, body.stops, shows_special=shows_special)
         return Job(
             request,
             stream,
             put=lambda piece: None,
-            lossless=body.anydepth.lossless,
+            lossless=self._is_lossless(body),
             seconds=self.settings.request_seconds,
         )
 
@@ -310,6 +339,12 @@ class Server:
             if name not in self.logged:
                 self.logged.add(name)
                 log.info("requests have %s, which changes nothing here", name)
+
+    def _is_lossless(self, body: Sampling) -> bool:
+        own = body.anydepth
+        if own.lossless is None:
+            return self.service.is_lossless and own.depth_budget is None and not own.full_depth
+        return own.lossless
 
     async def _answer(self, body: Sampling, request: Request, jobs: list[Job], shape: Shape) -> Response:
         self._log_ignored(body)

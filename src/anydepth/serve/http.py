@@ -38,11 +38,11 @@ def hosts_of(host: str, allowed: Iterable[str]) -> frozenset[str]:
     """Return the names that a server answers to, by the address it is bound to and those that are allowed.
 
     On loopback only those of this machine: a web page could else read it under a name that it lets resolve to
-    127.0.0.1. None is any name: of a server that others are to reach.
+    127.0.0.1. An empty set is any name: of a server that others are to reach.
     """
-    if host not in LOOPBACK and not list(allowed):
-        return frozenset()
-    return LOOPBACK | {host, *allowed}
+    given = {name.lower() for name in allowed}
+    is_loopback = host in LOOPBACK or host.startswith("127.")
+    return LOOPBACK | {host.lower()} | given if is_loopback or given else frozenset()
 
 
 def bind(host: str, port: int) -> socket.socket:

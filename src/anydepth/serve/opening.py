@@ -28,9 +28,14 @@ log = logging.getLogger("anydepth.serve")
 Opened = TypeVar("Opened")
 
 
-def as_recorded(target: str, engine: str, weights: str | None, dtype: DType = AUTO) -> tuple[str, str | None]:
-    """Return the engine and the weights to run a target with: those given, else those that its folder records."""
-    run = run_options(target)
+def as_recorded(
+    target: str, engine: str, weights: str | None, dtype: DType = AUTO, device: str = "cpu"
+) -> tuple[str, str | None]:
+    """Return the engine and the weights to run a target with: those given, else those that its folder records.
+
+    They are recorded for the CPU, and do not hold for another device.
+    """
+    run = run_options(target) if device.split(":")[0] == "cpu" else {}
     if weights is None and engine in ("auto", run.get("engine")) and dtype in (AUTO, run.get("dtype")):
         return (run.get("engine", engine) if engine == "auto" else engine), run.get("weights")
     return engine, weights
@@ -77,7 +82,7 @@ def open_target(
         load: options of `load_target`.
     """
     options = (load.get("overrides") or {}).get(DRAFT)
-    engine, weights = as_recorded(target, engine, weights, load.get("dtype", AUTO))
+    engine, weights = as_recorded(target, engine, weights, load.get("dtype", AUTO), load.get("device", "cpu"))
 
     def open_as(kind: str | None) -> tuple[Engine, PreTrainedTokenizerBase]:
         adapted, tokenizer = load_target(target, merge=True, native=kind == NATIVE, **load)
@@ -120,4 +125,5 @@ def open_service(
         windows = load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS)
         with suppress(RunError, UserError):  # no method has a threshold
             budgets = Budgets(engine, windows)
-    return Service(engine, tokenizer, budgets=budgets, **limits), tokenizer
+    drafts = run_options(target).get("draft") is not None and engine.drafting is not None
+    return Service(engine, tokenizer, budgets=budgets, is_lossless=drafts, **limits), tokenizer

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
+def is_text(text: str) -> bool:
+    """Return whether a text has no half of a surrogate pair, which JSON can spell but no encoded text contains."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _encodable(text: str) -> str:
-    """Raise `ValueError` for half of a surrogate pair, which JSON can spell but no encoded text contains."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not is_text(text):
         raise ValueError("has half of a surrogate pair, which is not a character; send the whole character")
     return text
 
@@ -49,7 +54,10 @@ class Extra(Strict):
     """anydepth's own fields."""
 
     depth_budget: float | None = Field(default=None, ge=0, le=1, description="Fraction of the decisions that run.")
-    lossless: bool = Field(default=False, description="Return the text of full depth, drafted and verified.")
+    lossless: bool | None = Field(
+        default=None,
+        description="Return the text of full depth, drafted and verified. Default: if the folder records drafting.",
+    )
     full_depth: bool = Field(default=False, description="Run every layer and draft no token, as a reference for speed.")
     depth: bool = Field(default=False, description="Return for each token the layers that ran.")
 
@@ -80,7 +88,6 @@ class Ignored(Strict):
     prompt_cache_retention: Text | None = None
     reasoning_effort: Text | None = None
     verbosity: Text | None = None
-    parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
     user: Text | None = None
 
@@ -109,7 +116,7 @@ class Sampling(Ignored):
     top_k: int | None = Field(default=None, ge=-1, description="Sample from so many; 0 and -1: from all.")
     min_p: float | None = Field(default=None, ge=0, le=1, description="Least fraction of the best's probability.")
     repetition_penalty: float | None = Field(default=None, gt=0, le=10, description="1 has no effect.")
-    min_tokens: int | None = Field(default=0, ge=0, description="No end before so many tokens.")
+    min_tokens: int | None = Field(default=0, ge=0, description="No end token before so many tokens.")
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, description="Further end tokens.")
     ignore_eos: bool | None = Field(default=False, description="No end token ends the answer.")
     skip_special_tokens: bool | None = Field(default=True, description="false: the text has them.")
@@ -122,7 +129,7 @@ class Sampling(Ignored):
             raise ValueError(f"stop: {TAKES['stop']}")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
-        if not all(key.isdigit() for key in self.logit_bias or {}):
+        if not all(key.isascii() and key.isdecimal() and len(key) < 10 for key in self.logit_bias or {}):
             raise ValueError('logit_bias: give token ids as keys, such as {"42": -100}')
         return self
 
@@ -147,11 +154,19 @@ class Completion(Sampling):
         | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
     ) = Field(description=TAKES["prompt"])
-    max_tokens: int | None = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool | None = Field(
+        default=False, description="Return the prompt before the answer, scored if logprobs is set."
+    )
     best_of: _only(1) = None  # type: ignore[valid-type]
-    echo: _only(False) = None  # type: ignore[valid-type]
     suffix: _only("") = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _something(self) -> Completion:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: give at least 1, or echo: true for the prompt alone")
+        return self
 
 
 class Part(Strict):
@@ -183,8 +198,35 @@ class Message(BaseModel):
         parts = self.content or []
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         role = "system" if self.role == "developer" else self.role
-        own = {"name": self.name, "tool_calls": self.tool_calls or None, "tool_call_id": self.tool_call_id}
+        calls = [_with_arguments(call) for call in self.tool_calls or []]
+        own = {"name": self.name, "tool_calls": calls or None, "tool_call_id": self.tool_call_id}
         return {"role": role, "content": text, **{key: value for key, value in own.items() if value is not None}}
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call with the object that its arguments spell, which templates write as JSON themselves."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except ValueError:
+        return call
+
+
+class Function(BaseModel):
+    """A function that the model may call; further fields go to the template as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: Annotated[Text, Field(min_length=1, max_length=64)]
+
+
+class Tool(BaseModel):
+    """A tool, which is a function."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: Literal["function"]
+    function: Function
 
 
 class ChatCompletion(Sampling):
@@ -200,12 +242,18 @@ class ChatCompletion(Sampling):
     add_generation_prompt: bool | None = Field(default=True, description="Begin the answer after the template.")
     continue_final_message: bool | None = Field(default=False, description="Continue the last message's text.")
     modalities: _only(["text"]) = None  # type: ignore[valid-type]
-    tools: _only([]) = None  # type: ignore[valid-type]
+    tools: list[Tool] | None = Field(default=None, description="Functions that the model may call.")
     tool_choice: _only("none", "auto") = None  # type: ignore[valid-type]
+    parallel_tool_calls: bool | None = Field(default=True, description="false: one call at most.")
     functions: _only([]) = None  # type: ignore[valid-type]
     function_call: _only("none", "auto") = None  # type: ignore[valid-type]
     audio: _only() = None  # type: ignore[valid-type]
     web_search_options: _only() = None  # type: ignore[valid-type]
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that the model is offered."""
+        return [] if self.tool_choice == "none" else [tool.model_dump() for tool in self.tools or []]
 
     @model_validator(mode="after")
     def _top_of_logprobs(self) -> ChatCompletion:

@@ -111,6 +111,7 @@ class Service:
     Args:
         max_batch_size: jobs that are decoded together. max_tokens: tokens with K/V of all sequences together.
         max_queue: jobs that can wait; further ones are refused with `Busy`.
+        is_lossless: whether requests that do not say so are lossless.
 
     Attributes:
         max_length: largest number of tokens of a prompt and its answer.
@@ -126,8 +127,9 @@ class Service:
         max_tokens: int = 32768,
         max_queue: int = 64,
         budgets: Budgets | None = None,
+        is_lossless: bool = False,
     ) -> None:
-        self.engine, self.tokenizer, self.budgets = engine, tokenizer, budgets
+        self.engine, self.tokenizer, self.budgets, self.is_lossless = engine, tokenizer, budgets, is_lossless
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
         self.end_ids = end_ids(engine.adapted, tokenizer)
         self.scheduler = Scheduler(
@@ -250,7 +252,8 @@ class Service:
     def _send(self, job: Job) -> None:
         request, tokens, text = job.request, [], ""
         for position in range(job.num_sent, len(request.output)):
-            text += job.stream.push(request.output[position])
+            if request.output[position] not in request.stops.end_ids:  # which are no text
+                text += job.stream.push(request.output[position])
             tokens.append(self._token(job, position))
             if job.stream.is_stopped:
                 break

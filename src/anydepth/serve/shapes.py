@@ -8,9 +8,10 @@ import uuid
 from abc import ABC, abstractmethod
 from typing import Any
 
-from anydepth.serve.protocol import ChatCompletion, Sampling
+from anydepth.serve.protocol import ChatCompletion, Completion, Sampling
 from anydepth.serve.service import Job, Piece, Token
 from anydepth.serve.text_stream import TokenText
+from anydepth.serve.tools import ToolFormat, ToolParser
 
 
 class Shape(ABC):
@@ -53,29 +54,43 @@ class CompletionShape(Shape):
 
     prefix, kind, stream_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, tokens: TokenText, name: str, body: Completion, prompts: list[tuple[str, Job]]) -> None:
+        super().__init__(tokens, name, body)
         self.read: dict[int, tuple[codecs.IncrementalDecoder, int]] = {}  # by answer
+        self.prompts = dict(enumerate(prompts)) if body.echo else {}  # that are still to be returned
+        self.has_answer = body.max_tokens != 0
 
     def part(self, number: int, piece: Piece) -> dict[str, Any]:
         return self.choice(number, [piece])
 
     def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
-        tokens = [token for piece in pieces for token in piece.tokens]
+        text, prompt = self._echo(number)
+        own = [token for piece in pieces for token in piece.tokens] if self.has_answer else []
+        text += "".join(piece.text for piece in pieces) if self.has_answer else ""
+        reason, tokens = pieces[-1].finish_reason, [*prompt, *own]
         return {
             "index": number,
-            "text": "".join(piece.text for piece in pieces),
-            "finish_reason": pieces[-1].finish_reason,
+            "text": text,
+            "finish_reason": reason if self.has_answer or reason != "stop" else "length",
             "logprobs": self._logprobs(number, tokens) if self.wants_logprobs else None,
-            **self.layers(tokens),
+            **self.layers(own),
         }
 
+    def _echo(self, number: int) -> tuple[str, list[Token]]:
+        """Return the text and the tokens of an answer's prompt, once; nothing if it is not asked for."""
+        if number not in self.prompts:
+            return "", []
+        text, job = self.prompts.pop(number)
+        scores = [None, *job.request.prompt_logprobs]  # nothing comes before the first token
+        ids = job.request.tokens[: len(scores)]
+        return text, [Token(token_id, score, None) for token_id, score in zip(ids, scores, strict=True)]
+
     def _logprobs(self, number: int, tokens: list[Token]) -> dict[str, Any]:
-        known = [token.logprob for token in tokens if token.logprob is not None]
+        known = [token.logprob for token in tokens]
         return {
             "tokens": [self.tokens.name_of(token.token_id) for token in tokens],
-            "token_logprobs": [one.own for one in known],
-            "top_logprobs": [self._by_name(one.top) for one in known],
+            "token_logprobs": [None if one is None else one.own for one in known],
+            "top_logprobs": [None if one is None else self._by_name(one.top) for one in known],
             "text_offset": [self._offset(number, token) for token in tokens],
         }
 
@@ -99,21 +114,40 @@ class ChatShape(Shape):
 
     prefix, kind, stream_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokens: TokenText, name: str, body: ChatCompletion) -> None:
+    def __init__(self, tokens: TokenText, name: str, body: ChatCompletion, tools: ToolFormat | None = None) -> None:
         super().__init__(tokens, name, body)
-        self.wants_top, self.begun = bool(body.top_logprobs), set[int]()
+        self.wants_top, self.begun, self.tools = bool(body.top_logprobs), set[int](), tools
+        self.most_calls = 1 if body.parallel_tool_calls is False else None
+        self.parsers: dict[int, ToolParser] = {}  # by answer
 
     def part(self, number: int, piece: Piece) -> dict[str, Any]:
-        role = {} if number in self.begun else {"role": "assistant"}
+        delta: dict[str, Any] = {} if number in self.begun else {"role": "assistant"}
         self.begun.add(number)
-        delta = role if piece.finish_reason is not None and not piece.text else {**role, "content": piece.text}
-        return {"index": number, "delta": delta, "finish_reason": piece.finish_reason, **self._rest(piece.tokens)}
+        text, calls, reason = self._separated(number, piece.text, piece.finish_reason)
+        if calls:
+            delta["tool_calls"] = calls
+        if text or not (calls or reason):
+            delta["content"] = text
+        return {"index": number, "delta": delta, "finish_reason": reason, **self._rest(piece.tokens)}
 
     def choice(self, number: int, pieces: list[Piece]) -> dict[str, Any]:
         tokens = [token for piece in pieces for token in piece.tokens]
-        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
-        reason = pieces[-1].finish_reason
+        whole = "".join(piece.text for piece in pieces)
+        text, calls, reason = self._separated(number, whole, pieces[-1].finish_reason)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            own = [{key: value for key, value in call.items() if key != "index"} for call in calls]
+            message |= {"content": text or None, "tool_calls": own}
         return {"index": number, "message": message, "finish_reason": reason, **self._rest(tokens)}
+
+    def _separated(self, number: int, text: str, reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
+        """Return the text that is no call, the calls that are complete, and the reason of the end."""
+        if self.tools is None:
+            return text, [], reason
+        parser = self.parsers.setdefault(number, ToolParser(self.tools))
+        shown, calls = parser.push(text, is_last=reason is not None)
+        calls = [call for call in calls if self.most_calls is None or call["index"] < self.most_calls]
+        return shown, calls, "tool_calls" if reason == "stop" and parser.num_calls else reason
 
     def _rest(self, tokens: list[Token]) -> dict[str, Any]:
         if not self.wants_logprobs:
@@ -139,12 +173,12 @@ def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
     request has the number of drafted answers, and the reason why the first of the others was not drafted.
     """
     prompts = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
-    answers = sum(job.num_sent for job in jobs)
+    answers = 0 if getattr(body, "max_tokens", None) == 0 else sum(job.num_sent for job in jobs)
     own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second, "max_tokens": jobs[0].most_tokens}
     if jobs[0].counts is not None:
         own["acceptance_rate"] = jobs[0].counts.acceptance_rate
         own["tokens_per_round"] = jobs[0].counts.mean_acceptance_length
-    if body.anydepth.lossless:
+    if jobs[0].lossless:
         reasons = [job.why_not_drafted for job in jobs if job.why_not_drafted is not None]
         drafted = len(jobs) - len(reasons)
         own["drafting"] = {"used": drafted > 0, "answers": drafted, "reason": reasons[0] if reasons else None}

@@ -69,7 +69,7 @@ class TextStream:
         if ends:
             self.is_stopped = True
             return self._take(min(ends))
-        return self._take(len(self.held) - max((_overlap(self.held, stop) for stop in self.stop), default=0))
+        return self._take(len(self.held) - max((overlap(self.held, stop) for stop in self.stop), default=0))
 
     def _take(self, length: int) -> str:
         """Remove the first held characters; return those that are part of the answer."""
@@ -85,7 +85,7 @@ class TextStream:
         return str(self.tokenizer.decode(self.ids[self.begin : end], skip_special_tokens=not self.shows_special))
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` with which `stop` begins."""
     return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)
 

@@ -1,0 +1,101 @@
+"""Tool calls in the text of an answer, as the chat templates of models have their models write them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from anydepth.serve.text_stream import overlap
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """The marks around the JSON of calls: an object for each, or a list of them up to the end of the text."""
+
+    begin: str
+    end: str
+
+
+FORMATS = (ToolFormat("<tool_call>", "</tool_call>"), ToolFormat("[TOOL_CALLS]", ""))
+"""Of Qwen, Hermes and those that follow them; of Mistral."""
+
+
+def format_of(template: Any) -> ToolFormat | None:
+    """Return the format that a chat template asks for; None: it has no tools, or another format."""
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+
+    def fits(one: ToolFormat, text: str) -> bool:
+        others = "<function=" in text or "[ARGS]" in text  # the same marks around another form
+        return one.begin in text and "tools" in text and "arguments" in text and not others
+
+    return next((one for one in FORMATS if any(fits(one, text) for text in texts)), None)
+
+
+@dataclass
+class ToolParser:
+    """Separates an answer into text and calls, while it arrives.
+
+    Attributes:
+        held: text that is, or may be the beginning of, a call. between: white space after a call.
+        num_calls: calls that were found.
+    """
+
+    format: ToolFormat
+    held: str = ""
+    between: str = ""
+    num_calls: int = 0
+
+    def push(self, text: str, *, is_last: bool = False) -> tuple[str, list[dict[str, Any]]]:
+        """Add text; return the part that belongs to no call, and the calls that are now complete.
+
+        What is between the marks and is no call stays text, as it came.
+        """
+        self.held += text
+        shown, found = "", list[dict[str, Any]]()
+        while True:
+            start = self.held.find(self.format.begin)
+            if start < 0:
+                kept = 0 if is_last else overlap(self.held, self.format.begin)
+                cut = len(self.held) - kept
+                shown, self.held = shown + self.held[:cut], self.held[cut:]
+                break
+            shown, self.held = shown + self.held[:start], self.held[start:]
+            end = self.held.find(self.format.end, len(self.format.begin)) if self.format.end else -1
+            if end < 0 and not is_last:
+                break
+            stop = len(self.held) if end < 0 else end
+            calls = self._calls(self.held[len(self.format.begin) : stop])
+            taken = stop + (len(self.format.end) if end >= 0 else 0)
+            if not calls:
+                shown += self.held[:taken]
+            found += calls
+            self.held = self.held[taken:]
+        # A line break between calls is no text; it is one if text follows.
+        shown, self.between = self.between + shown, ""
+        if self.num_calls and not shown.strip():
+            shown, self.between = "", shown
+        return shown, found
+
+    def _calls(self, text: str) -> list[dict[str, Any]]:
+        """Return the calls of a JSON object or a list of them; none where it is something else."""
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            return []
+        rows = parsed if isinstance(parsed, list) else [parsed]
+        if not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
+            return []
+        return [self._call(row) for row in rows]
+
+    def _call(self, row: dict[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(row.get("arguments", row.get("parameters", {})), ensure_ascii=False)
+        call = {
+            "index": self.num_calls,
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": row["name"], "arguments": arguments},
+        }
+        self.num_calls += 1
+        return call

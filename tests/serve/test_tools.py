@@ -1,0 +1,170 @@
+"""Tool calls: in the format of the model's template, whole and streamed, and sent back with their results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from transformers import LogitsProcessor
+
+from anydepth.serve import api
+from anydepth.serve.service import Service
+from anydepth.serve.tools import FORMATS, ToolParser, format_of
+from serving_here import serving
+from tiny import byte_tokenizer, tiny_llama
+
+TAGGED, LISTED = FORMATS
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Århus", "days": 2}}\n</tool_call>'
+
+
+def names(calls: list[dict[str, Any]]) -> list[tuple[int, str, Any]]:
+    return [(call["index"], call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
+
+
+def pushed(parser: ToolParser, text: str, size: int) -> tuple[str, list[dict[str, Any]]]:
+    """Return all text and calls of an answer that arrives in pieces."""
+    shown, calls = "", list[dict[str, Any]]()
+    parts = [text[start : start + size] for start in range(0, len(text), size)]
+    for number, part in enumerate(parts):
+        own, found = parser.push(part, is_last=number == len(parts) - 1)
+        shown, calls = shown + own, calls + found
+    return shown, calls
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_calls_at_every_split(size: int) -> None:
+    shown, calls = pushed(ToolParser(TAGGED), f"Let me look. {CALL}\n{CALL}", size)
+    assert shown.strip() == "Let me look."
+    city = {"city": "Århus", "days": 2}
+    assert names(calls) == [(0, "weather", city), (1, "weather", city)]
+    assert len({call["id"] for call in calls}) == 2 and all(call["type"] == "function" for call in calls)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_list_of_calls(size: int) -> None:
+    text = '[TOOL_CALLS] [{"name": "a", "arguments": {}}, {"name": "b", "arguments": {"x": [1]}}]'
+    assert names(pushed(ToolParser(LISTED), text, size)[1]) == [(0, "a", {}), (1, "b", {"x": [1]})]
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain text, with < and <tool",
+        "<tool_call>\nno JSON\n</tool_call> after",
+        "<tool_call>{}</tool_call>",
+        '<tool_call>\n{"name": "a"',
+    ],
+)
+def test_what_is_no_call_stays_as_it_came(text: str, size: int) -> None:
+    assert pushed(ToolParser(TAGGED), text, size) == (text, [])
+
+
+def test_a_call_that_the_end_cut_off_but_is_whole() -> None:
+    """A stop string or an end token can take the place of the closing mark."""
+    shown, calls = pushed(ToolParser(TAGGED), '<tool_call>\n{"name": "a", "arguments": {}}', 3)
+    assert shown == "" and names(calls) == [(0, "a", {})]
+
+
+def test_the_format_is_the_templates() -> None:
+    assert format_of("{% if tools %}<tool_call>{{ call.arguments }}{% endif %}") is TAGGED
+    assert format_of({"default": "x", "tool_use": "{{ tools }}[TOOL_CALLS] arguments"}) is LISTED
+    assert format_of("{% if tools %}<tool_call><function=name> arguments{% endif %}") is None
+    assert format_of("{{ messages }} <tool_call>") is None and format_of(None) is None
+
+
+# --- over HTTP: a model that writes what a script says ---------------------------------------------------------------
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOL_TEMPLATE = (
+    "{% if tools %}tools: {{ tools | tojson }} in <tool_call> marks\n{% endif %}"
+    "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}"
+    "{% for call in turn.tool_calls or [] %}<{{ call.function.name }} {{ call.function.arguments | tojson }}>"
+    "{% endfor %}"
+    "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ASKED = [{"role": "user", "content": "weather?"}]
+
+
+class Script(LogitsProcessor):
+    """Lets a model write a text, and then end."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.start = ids, -1
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.start = len(input_ids[0]) if self.start < 0 else self.start
+        scores = scores.clone().fill_(float("-inf"))
+        scores[0, self.ids[len(input_ids[0]) - self.start]] = 0.0
+        return scores
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    """A server of a model that calls a tool."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    own = Service.sampler
+
+    def sampler(service: Service, options: Any, seed: int, *penalties: Any) -> Any:
+        ids = tokenizer(f"Well. {CALL}{CALL}")["input_ids"]
+        return own(service, options, seed, *penalties, Script([*ids, *service.end_ids]))
+
+    monkeypatch.setattr(Service, "sampler", sampler)
+    with serving(tokenizer=tokenizer, model=tiny_llama(max_position_embeddings=2048)) as client:
+        yield client
+
+
+def asked(client: TestClient, **options: Any) -> Any:
+    body = {"model": "tiny", "messages": ASKED, "max_tokens": 400, **options}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def test_calls_come_back_as_tool_calls(client: TestClient) -> None:
+    choice = asked(client, tools=TOOLS).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"].strip() == "Well."
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather", "weather"]
+    one = asked(client, tools=TOOLS, parallel_tool_calls=False).json()["choices"][0]
+    assert len(one["message"]["tool_calls"]) == 1
+    for options in ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}):
+        plain = asked(client, **options).json()["choices"][0]
+        assert plain["message"]["content"].startswith("Well. <tool_call>") and "tool_calls" not in plain["message"]
+        assert plain["finish_reason"] == "stop"
+
+
+def test_calls_are_streamed(client: TestClient) -> None:
+    lines = asked(client, tools=TOOLS, stream=True).text.splitlines()
+    choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    assert names(calls) == [(number, "weather", {"city": "Århus", "days": 2}) for number in (0, 1)]
+    text = "".join(choice["delta"].get("content") or "" for choice in choices)
+    assert text.strip() == "Well." and choices[-1]["finish_reason"] == "tool_calls"
+    assert choices[0]["delta"]["role"] == "assistant"
+
+
+def test_results_go_back_through_the_template(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments are an object in the template, which writes JSON itself."""
+    message = asked(client, tools=TOOLS).json()["choices"][0]["message"]
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}
+    seen: list[str] = []
+    encode = api.encode_batch
+    monkeypatch.setattr(
+        api, "encode_batch", lambda own, texts, **options: seen.extend(texts) or encode(own, texts, **options)
+    )
+    asked(client, tools=TOOLS, messages=[*ASKED, message, result])
+    assert (
+        '<weather {"city": "\\u00c5rhus", "days": 2}>' in seen[0] or '<weather {"city": "Århus", "days": 2}>' in seen[0]
+    )
+    assert "tool: rain" in seen[0] and seen[0].startswith("tools: [{")
+
+
+def test_a_template_without_tools_says_so() -> None:
+    with serving() as client:
+        body = {"model": "tiny", "messages": ASKED, "tools": TOOLS}
+        answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("tools: the chat template")
