@@ -43,8 +43,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 EXHAUSTIVE, MAP = "exhaustive", "map"
 WIDE = {"max_perplexity_increase": 0.6, "minutes": 10.0, "prompt_tokens": [64]}
-ROUNDS, MOST_ROUNDS = 8, 8
-"""Batches of each shape between two looks at the intervals, and looks at most."""
+ROUNDS, MOST_ROUNDS, FOR_MAP = 8, 8, 3
+"""Batches of each shape between two looks at the intervals, and looks at most; for the map, fewer."""
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "assets" / "ways.svg"
 
 
@@ -95,14 +95,14 @@ def exhaustive() -> dict[str, Any]:
     return row
 
 
-def everything(options: dict[str, Any]) -> dict[str, Any]:
-    """Time all settings within a bound in turn, until speeds are known to 3%."""
+def everything(options: dict[str, Any], most_rounds: int = MOST_ROUNDS) -> dict[str, Any]:
+    """Time all settings within a bound in turn, until speeds are known to 3% or for so many rounds."""
     started = time.perf_counter()
     tuner = tuner_of("embedded", options)
     entrants = tuner.entrants()
     race = tuner._race(cycle(tuner.batches[0]))
     race.warm_up(entrants)
-    for _ in range(MOST_ROUNDS):
+    for _ in range(most_rounds):
         race.round(entrants, ROUNDS)
         spread = mean(half_width(one) for one in entrants)
         print(f"{entrants[0].num_runs} runs of {len(entrants)} settings, ±{spread:.1%}", flush=True)
@@ -162,7 +162,7 @@ def main() -> None:
         if name not in names:
             raise UserError(f"run '{name}' is unknown; runs are {', '.join(names)}")
         print(f"--- {name}", flush=True)
-        row = exhaustive() if name == EXHAUSTIVE else everything(WIDE) if name == MAP else run(name)
+        row = exhaustive() if name == EXHAUSTIVE else everything(WIDE, FOR_MAP) if name == MAP else run(name)
         part = document("anydepth.tunings/1", seed=0, config={}, command="python benchmarks/tuning.py", rows=[])
         own = {**row, "commit": part["commit"], "dirty": part["dirty"]}
         known = [*(one for one in known if one["label"] != name), own]

@@ -18,6 +18,8 @@ from anydepth.draft_sections import DraftConfig, DrafterConfig, split_draft
 from anydepth.errors import UserError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+TUNED = "tuned"
+"""Folder of what the stage `tune` found, within that of the run."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -278,7 +280,8 @@ class TuneConfig(StrictConfig):
     prompt_tokens: list[Count] = Field(default=[64, 512], min_length=1, description="Lengths of prompts to be fast on.")
     new_tokens: int = Field(default=64, ge=1, description="Tokens generated per prompt.")
     batch_sizes: list[Count] = Field(default=[1], min_length=1, description="Sizes of batches to be fast on.")
-    minutes: float = Field(default=10.0, gt=0, description="Time for all of it, loading and confirming included.")
+    dtype: DType = Field(default="auto", description="Type of the weights; auto is the stored type.")
+    minutes: float = Field(default=10.0, gt=0, description="About the time for all of it.")
     data: str = Field(default="embedded:train", description="Text that chooses; its valid split, or its rest, scores.")
     prompts: str | None = Field(
         default=None, description="JSON lines with prompts to be fast on; null is windows of data."

@@ -52,7 +52,7 @@ def test_the_fastest_is_first_and_the_slow_leave_early() -> None:
     assert left[0].speedup == pytest.approx(2.0)
     runs = {one.setting.weights: one.num_runs for one in entrants}
     assert runs["b"] == runs["d"] > runs["a"] > runs["e"] >= 1
-    assert all(one.left is not None for one in entrants if one not in left)
+    assert all(one.dropped is not None for one in entrants if one not in left)
 
 
 def test_none_is_dropped_that_is_nearly_as_fast() -> None:
@@ -80,12 +80,16 @@ def test_shapes_count_alike() -> None:
     ("most_distance", "left"), [(0.0, ["same"]), (0.3, ["same", "near"]), (None, ["same", "near", "far"])]
 )
 def test_a_text_too_far_from_full_depth_leaves(most_distance: float | None, left: list[str]) -> None:
-    """One of four tokens differs: ROUGE-L is 0.75."""
+    """One of four tokens differs: ROUGE-L is 0.75. One text shows nothing yet, unless none may differ."""
     texts = {"same": [1, 2, 3, 4], "near": [1, 2, 3, 9], "far": [5, 6, 7, 8]}
     entrants = [entrant(name, lambda run: 0.5, text) for name, text in texts.items()]
-    prepared(most_distance).round(entrants, 1)
-    assert [one.setting.weights for one in entrants if one.left is None] == left
+    prepared(most_distance).run(entrants, time.monotonic() + 60)
+    assert [one.setting.weights for one in entrants if one.dropped is None] == left
     assert [one.fields()["identical_tokens"] for one in entrants] == [True, False, False]
+    if most_distance:
+        one = entrant("far", lambda run: 0.5, texts["far"])
+        prepared(most_distance).round([one], 1)
+        assert one.dropped is None
 
 
 def test_everyone_is_first_in_turn() -> None:

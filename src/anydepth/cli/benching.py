@@ -144,7 +144,7 @@ def _open(call: opt.Call) -> tuple[Any, Any, list[Any]]:
     from anydepth.serve.opening import as_recorded, native_first
 
     target, engine, weights, compiled = (call.arguments[key] for key in ("target", "engine", "weights", "compiled"))
-    engine, weights = as_recorded(target, engine, weights, call.dtype)
+    engine, weights = as_recorded(target, engine, weights, call.dtype, call.device)
     call.arguments["engine"] = engine
 
     def open_as(weights: str | None) -> tuple[Any, Any, list[Any]]:

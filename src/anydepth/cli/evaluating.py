@@ -151,7 +151,7 @@ def evaluate(
     opt.at_least(1, limit=limit)
     opt.at_least(0, num_fewshot=num_fewshot)
     names, load = _task_names(tasks), opt.load_options(call.arguments)
-    engine, weights = as_recorded(target, engine or ("hf" if exits else "auto"), weights, call.dtype)
+    engine, weights = as_recorded(target, engine or ("hf" if exits else "auto"), weights, call.dtype, call.device)
     engine = "hf" if engine == "auto" and weights is None else engine
     call.arguments["weights"] = weights
     adapted, tokenizer = call.load(target, **load)

@@ -119,7 +119,8 @@ def chat(
         call.progress(line)
     if temperature is None:
         temperature = defaults_of(adapted.generation_config).get("temperature", CHAT_TEMPERATURE)
-    talk = Talk(service, tokenizer, system, max_new_tokens, temperature, lossless=lossless, seed=call.seed)
+    drafts = engine.drafting is not None  # because of --lossless, or since the folder records it
+    talk = Talk(service, tokenizer, system, max_new_tokens, temperature, lossless=drafts, seed=call.seed)
     console, num_layers = Console(highlight=False), adapted.backbone.num_layers
     if console.is_terminal and not call.quiet:
         console.print(depth_legend(num_layers))

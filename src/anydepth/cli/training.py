@@ -10,8 +10,9 @@ from typer import Option
 
 from anydepth.cli import options as opt
 from anydepth.cli.display import step_line, table
-from anydepth.cli.tuning import TUNED, show_tuning
+from anydepth.cli.tuning import show_tuning
 from anydepth.errors import RunError, UserError
+from anydepth.recipe import TUNED
 from anydepth.report import wording
 from anydepth.training.corpora import check_corpus
 

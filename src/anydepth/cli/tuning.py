@@ -16,9 +16,6 @@ from anydepth.recipe import TuneConfig
 from anydepth.report import wording
 from anydepth.training.corpora import check_corpus
 
-TUNED = "tuned"
-"""Folder of what a recipe's `tune` found, within that of its run."""
-
 
 @opt.command(without="seed")
 def tune(
@@ -61,6 +58,7 @@ def tune(
         "batch_sizes": opt.numbers("batch-sizes", batch_sizes),
         "minutes": minutes,
         "data": data,
+        "dtype": call.dtype,
         "prompts": None if prompts is None else str(prompts),
     }
     config = validate(TuneConfig, given, where="tune")
@@ -68,7 +66,7 @@ def tune(
     from anydepth.runs.tune import Tuner
 
     with call.busy(f"loading {target} …"):
-        tuner = Tuner(target, config, dtype=call.dtype, device=call.device, say=call.progress)
+        tuner = Tuner(target, config, device=call.device, say=call.progress)
     result = call.document("tune", tuner.adapted, config.model_dump(), label=tuner.adapted.label, **tuner.run())
     tuner.write(out)
     write_json(out / "tune.json", result)
@@ -76,7 +74,7 @@ def tune(
 
 
 def show_tuning(document: dict[str, Any], out: Path) -> None:
-    table(wording.TUNED, wording.tuned(document), {"speedup": lambda row: wording.speedup(row, "×")})
+    table(wording.SETTINGS, wording.tuned(document), {"speedup": lambda row: wording.speedup(row, "×")})
     print()
     for line in wording.tuning(document):
         print(line)

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 from anydepth.calibration.guarantee import inconsistency
 from anydepth.decoding.engine import Engine
 from anydepth.measure.timing import Batch, Timing, time_generation
 from anydepth.search.problem import Candidate, as_lists
-from anydepth.statistics import ratio_interval
+from anydepth.statistics import is_noise, ratio_interval
 
 CLOSE = 0.97
 """Fraction of the best speed-up above which none is dropped, however many are faster."""
@@ -32,25 +32,29 @@ class Setting:
         weights: precision of the engine's weights.
         draft: name of the drafting; with it the text is that of full depth. None: none.
         skips: branches that a skip set leaves out.
-        skip_share: fraction of decisions that the attached methods skip; None: they do not decide.
+        is_attached: whether the attached methods decide, with the thresholds that they were loaded with.
+        skip_share: fraction of decisions that the attached methods are set to skip; None: they do not decide.
     """
 
     engine: str
     weights: str
     draft: str | None = None
     skips: tuple[Candidate, ...] = ()
+    is_attached: bool = False
     skip_share: float | None = None
 
     @property
     def label(self) -> str:
         skipped = f"without {', '.join(f'{kind} {idx}' for kind, idx in self.skips)}" if self.skips else None
-        share = None if self.skip_share is None else f"skips {self.skip_share:.0%}"
+        share = "as attached" if self.is_attached else None
+        share = share if self.skip_share is None else f"skips {self.skip_share:.0%}"
         name = "transformers" if self.engine == "hf" else "engine"
         draft = None if self.draft is None else f"drafts by {self.draft}"
         return ", ".join(part for part in (f"{name} {self.weights}", skipped, share, draft) if part)
 
     def to_json(self) -> dict[str, Any]:
-        own = {"engine": self.engine, "weights": self.weights, "draft": self.draft, "skip_share": self.skip_share}
+        own = {"engine": self.engine, "weights": self.weights, "draft": self.draft}
+        own |= {"attached": self.is_attached, "skip_share": self.skip_share}
         return {**own, **(as_lists(self.skips) if self.skips else {})}
 
 
@@ -63,7 +67,7 @@ class Entrant:
         ratios: by shape of the prompts, times of full depth ÷ its own, one for each batch.
         distances: 1 − ROUGE-L of each text and that of full depth; 0 where all tokens are the same.
         quality: fields on a text: perplexity, its increase, agreement.
-        left: why it left the race; None: it did not.
+        dropped: why it is not the fastest within the bound; None: it was not dropped.
     """
 
     setting: Setting
@@ -74,7 +78,7 @@ class Entrant:
     seconds: float = 0.0
     num_tokens: int = 0
     quality: dict[str, Any] = field(default_factory=dict)
-    left: str | None = None
+    dropped: str | None = None
 
     @property
     def speedup(self) -> float:
@@ -96,19 +100,22 @@ class Entrant:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a document."""
-        everything = [ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own]
+        ratios = [ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own]
+        is_known = all(len(own) > 1 for own in self.ratios.values())  # of one run each, they would not spread
+        interval = ratio_interval(ratios) if is_known else None
         return {
             "label": self.setting.label,
             "setting": self.setting.to_json(),
-            "speedup": self.speedup if everything else None,
-            "speedup_interval": ratio_interval(everything),
-            "speedup_range": [min(everything), max(everything)] if everything else None,
+            "speedup": self.speedup if ratios else None,
+            "speedup_interval": interval,
+            "is_noise": bool(ratios) and is_noise(interval),
+            "speedup_range": [min(ratios), max(ratios)] if ratios else None,
             "by_prompt": {shape: median(own) for shape, own in self.ratios.items()},
             "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
             "identical_tokens": not any(self.distances) if self.distances else None,
             "num_runs": self.num_runs,
             **self.quality,
-            "left": self.left,
+            "dropped": self.dropped,
         }
 
 
@@ -143,7 +150,7 @@ class Race:
             started, num_runs = time.monotonic(), num_batches * (len(left) + 1)
             self.round(left, num_batches)
             per_run = (time.monotonic() - started) / num_runs
-            left = self._halve([one for one in left if one.left is None])
+            left = self._halve([one for one in left if one.dropped is None])
             if time.monotonic() + per_run * (num_batches + 1) * (len(left) + 1) > deadline:
                 break
         return left
@@ -156,7 +163,7 @@ class Race:
             timings: dict[Entrant, Timing] = {}
             for place in range(len(everyone)):
                 entrant = everyone[(place + number) % len(everyone)]
-                if entrant.left is None:
+                if entrant.dropped is None:
                     timings[entrant] = entrant.run(batch, self.new_tokens)
             self._note(shape, timings)
 
@@ -167,17 +174,27 @@ class Race:
             entrant.seconds += own.total
             entrant.num_tokens += own.token_ids.numel()
             entrant.distances += map(inconsistency, own.token_ids.tolist(), full.token_ids.tolist())
-            distance = mean(entrant.distances)
-            if self.most_distance is not None and distance > self.most_distance:
-                entrant.left = f"texts {distance:.2f} from full depth (1 − ROUGE-L)"
+            if self.most_distance == 0 and any(entrant.distances):
+                entrant.dropped = "its text is not that of full depth"
+
+    def _is_too_far(self, entrant: Entrant) -> bool:
+        """Return whether the mean distance is above the bound, with some confidence: a first text can be unlucky."""
+        if self.most_distance is None or len(entrant.distances) < 2:
+            return False
+        error = stdev(entrant.distances) / len(entrant.distances) ** 0.5
+        return mean(entrant.distances) - 2 * error > self.most_distance
 
     def _halve(self, entrants: list[Entrant]) -> list[Entrant]:
+        for entrant in entrants:
+            if self._is_too_far(entrant):
+                entrant.dropped = f"texts {mean(entrant.distances):.2f} from full depth (1 − ROUGE-L)"
+        entrants = [one for one in entrants if one.dropped is None]
         ranked = sorted(entrants, key=lambda one: -one.speedup)
         best = ranked[0].speedup if ranked else 1.0
         for place, entrant in enumerate(ranked):
             if place >= max(math.ceil(len(ranked) / 2), FEW) and entrant.speedup < CLOSE * best:
-                entrant.left = f"{entrant.speedup:.2f}× after {entrant.num_runs} prompts, {best:.2f}× the best"
-        left = [one for one in ranked if one.left is None]
+                entrant.dropped = f"{entrant.speedup:.2f}× after {entrant.num_runs} prompts, {best:.2f}× the best"
+        left = [one for one in ranked if one.dropped is None]
         if left:
             self.say(f"  {len(left)} of {len(entrants)} stay, the fastest {best:.2f}×: {left[0].setting.label}")
         return left

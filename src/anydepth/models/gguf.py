@@ -181,10 +181,12 @@ def _fill(
             tensor = by_name.get(f"{names.get_name(name)}.{suffix}")
             if tensor is None:
                 missing += [] if module is head and is_tied else [f"{name}.{suffix}"]
-            elif tensor["shape"] != list(module.get_parameter(suffix).shape):
-                raise UserError(f"{tensor['name']} of {path} is {tensor['shape']}, and its config says otherwise")
-            else:
+            elif tensor["shape"] == list(module.get_parameter(suffix).shape):
                 found.append((name, module, suffix, tensor))
+            elif in_blocks:
+                raise UserError(f"{tensor['name']} of {path} is {tensor['shape']}, and its config says otherwise")
+            else:  # stored in another form, such as GPT-2's transposed weights
+                missing.append(f"{name}.{suffix}")
 
     def read(module: nn.Module, tensor: dict[str, Any]) -> Tensor | Blocks:
         stored = file[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
@@ -194,6 +196,8 @@ def _fill(
         values = torch.from_numpy(processor.process(weights=values, name=tensor["name"], parsed_parameters={}).weights)
         return Blocks(values, kind) if keeps else values.to(dtype)
 
+    if missing:
+        return missing
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy dequantises on one core
         values = pool.map(read, [module for _, module, _, _ in found], [tensor for *_, tensor in found])
         for (name, module, suffix, _), value in zip(found, values, strict=True):

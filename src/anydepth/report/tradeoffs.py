@@ -72,7 +72,7 @@ def tuning(page: Page, document: Document) -> None:
     page.section("Ways to run the base model")
     page.text(" ".join(sentence(line) for line in wording.tuning(document)), "lead")
     page.figure(ways(document), "Perplexity against speed of what was timed, in turn on the same prompts.", "tuning")
-    page.table(wording.TUNED, wording.tuned(document), "tuning", SHOWN, ALSO)
+    page.table(wording.SETTINGS, wording.tuned(document), "tuning", SHOWN, ALSO)
 
 
 def ways(document: Document) -> Figure:
@@ -104,7 +104,7 @@ def ways(document: Document) -> Figure:
 
 def _is_whole(row: Document) -> bool:
     setting = row["setting"]
-    return setting["skip_share"] is None and "skip_layers" not in setting
+    return setting["skip_share"] is None and "skip_layers" not in setting and not setting.get("attached")
 
 
 def calibration(page: Page, document: Document) -> None:

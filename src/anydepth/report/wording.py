@@ -56,18 +56,18 @@ CAPACITIES = columns(
     untouched_perplexity="base model",
 )
 
-TUNED = columns(
-    f"label tokens_per_second speedup {INCREASE} identical_tokens left",
+SETTINGS = columns(
+    f"label tokens_per_second speedup {INCREASE} identical_tokens dropped",
     identical_tokens="same text",
     perplexity_increase="perplexity",
-    left="why not",
+    dropped="why not",
 )
 
 
 def tuned(document: Document) -> list[Document]:
     """Return the rows of `tune`: transformers, and all candidates, full depth first."""
     others = document["baselines"]
-    rows = [{**others["transformers"], "left": None}] if others["engine"] is not None else []
+    rows = [{**others["transformers"], "dropped": None}] if others["engine"] is not None else []
     words = {True: "yes", False: "no", None: ""}
     return [{**row, "identical_tokens": words[row["identical_tokens"]]} for row in [*rows, *document["candidates"]]]
 

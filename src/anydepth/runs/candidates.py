@@ -60,6 +60,8 @@ class Skipping:
                 yield
             finally:
                 method.choose(())
+        elif setting.is_attached:
+            yield
         elif setting.skip_share is not None:
             with restored(self.adapted):
                 for method in comparing(self.adapted.attached):
@@ -82,8 +84,10 @@ class Skipping:
         plain = Setting(engine.name, engine.weights)
         if self.has_own:
             own = comparing(self.adapted.attached)
+            yield replace(plain, is_attached=True)
             if own and all(is_filled(method.score_quantiles) for method in own):
-                yield from (replace(plain, skip_share=share) for share in SHARES)
+                most_skipped = min(method.score_quantiles[:, 0].max().item() for method in own)
+                yield from (replace(plain, skip_share=share) for share in SHARES if share <= most_skipped)
             elif own:
                 say("attached methods keep their thresholds: the folder has no score quantiles (`calibrate` adds them)")
             return

@@ -30,7 +30,7 @@ from anydepth.measure.results import document, source_commit
 from anydepth.methods import method_class
 from anydepth.methods.compose import load_recipe
 from anydepth.processes import rank
-from anydepth.recipe import Recipe
+from anydepth.recipe import TUNED, Recipe
 from anydepth.runs.checks import check
 from anydepth.runs.inputs import Inputs
 from anydepth.runs.train_stage import FITTED, Training
@@ -55,7 +55,7 @@ RECIPE, LOCK = "recipe.yaml", ".lock"
 STAGES = ("tune", "search", "fit", "train", "eval", "bench", "analyze", "generate")
 LEARNING = ("search", "fit", "train")
 """Stages that decide the model that the later ones measure."""
-REPORT, TUNED = "report.html", "tuned"
+REPORT = "report.html"
 LEAVES = {"tune": f"{TUNED}/{MANIFEST}", "fit": FITTED, "train": MANIFEST, "run": REPORT}
 """The file that a stage leaves next to its document, where it leaves one."""
 

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from torch import Tensor
@@ -28,11 +29,11 @@ from anydepth.hf.adapted import attach, detach
 from anydepth.measure.bench import batches_of
 from anydepth.measure.front import front
 from anydepth.measure.prompts import read_prompts
-from anydepth.measure.race import Entrant, Race, Setting
+from anydepth.measure.race import FEW, Entrant, Race, Setting
 from anydepth.measure.timing import Batch, on_free_cores, unpadded
 from anydepth.methods._base.calibration import comparing
 from anydepth.methods.skip_set import SkipSetConfig
-from anydepth.models.load import AUTO, NATIVE, dtype_name, has_blocks
+from anydepth.models.load import ADAPTER, AUTO, NATIVE, dtype_name, has_blocks
 from anydepth.recipe import TuneConfig
 from anydepth.runs.candidates import Quality, Skipping
 from anydepth.search.problem import as_lists
@@ -47,8 +48,8 @@ LENGTH, NUM_CHOOSING, NUM_UNSEEN = 512, 6, 24
 """Tokens of a window of text; windows that choose, and those that score what is left."""
 CONFIRMING, BASELINE = 4, 2
 """Batches of prompts, of each shape, that confirm the winner; and that transformers is timed on."""
-MOST_PROMPTS = 90
-"""Batches of text to take prompts from; two thirds choose."""
+MOST_PROMPTS = 30
+"""Batches of prompts that confirm, of text; twice as many choose."""
 FOR_SKIPS, FOR_THE_END = 0.2, 0.25
 """Fractions of the time for the search of skip sets, and for confirming."""
 ROUNDED_PER_SECOND = 1.5e6
@@ -65,15 +66,14 @@ class Tuner:
 
     target: str
     config: TuneConfig
-    dtype: str = AUTO
     device: str = "cpu"
     say: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
         self.seconds = 60 * self.config.minutes
-        recorded = run_options(self.target).get("weights") == NATIVE and self.dtype == AUTO
-        self.is_native = recorded or has_blocks(self.target, self.dtype, self.device)
+        recorded = run_options(self.target).get("weights") == NATIVE and self.config.dtype == AUTO
+        self.is_native = recorded or has_blocks(self.target, self.config.dtype, self.device)
         adapted, self.tokenizer = self._load(native=self.is_native)
         self.skipping = Skipping(adapted, is_lossless=self.config.is_lossless)
         self.adapted = self.skipping.adapted
@@ -84,7 +84,7 @@ class Tuner:
         self.reference = self._entrant(Setting(self.own.name, self.own.weights))
 
     def _load(self, *, native: bool = False) -> tuple[Any, Any]:
-        return load_target(self.target, dtype=self.dtype, device=self.device, merge=True, native=native)
+        return load_target(self.target, dtype=self.config.dtype, device=self.device, merge=True, native=native)
 
     def _open(self, engine: str, weights: str | None) -> Engine:
         return open_engine(self.adapted.eval(), engine, weights, self.say)
@@ -94,34 +94,42 @@ class Tuner:
     @cached_property
     def batches(self) -> tuple[Prompts, Prompts]:
         """Batches of prompts with the names of their shapes, to choose and to confirm with."""
-        config, new_tokens, sizes = self.config, self.config.new_tokens, self.config.batch_sizes
-        shaped: list[Prompts]
+        config = self.config
         if config.prompts is not None:
             texts = read_prompts(Path(config.prompts), self.tokenizer)
-            groups = {size: batches_of(self.adapted, self.tokenizer, texts, size, new_tokens) for size in sizes}
-            shaped = [[(f"batch {size}", batch) for batch in batches] for size, batches in groups.items()]
-        else:
-            longest = max(config.prompt_tokens)
-            check_window(self.adapted, longest, new_tokens)
-            windows = load_windows(config.data, self.tokenizer, longest, max_windows=MOST_PROMPTS * max(sizes))
-            windows = windows.to(self.adapted.device)
-            shaped = [
-                [
-                    (f"{length} tokens, batch {size}", unpadded(windows[start : start + size, :length]))
-                    for start in range(0, len(windows) - size + 1, size)
-                ]
-                for size in sizes
-                for length in config.prompt_tokens
-            ]
-        rows = list(zip(*shaped, strict=False))
-        if len(rows) < 3:
-            source = config.prompts or config.data
+            cut = self._cut(len(texts))
+            return self._of_texts(texts[:cut]), self._of_texts(texts[cut:])
+        longest = max(config.prompt_tokens)
+        check_window(self.adapted, longest, config.new_tokens)
+        # Windows as long as those that score, so that prompts that confirm come after the text that chooses.
+        most = 3 * max(MOST_PROMPTS * max(config.batch_sizes), self._num_texts(ERROR / FEW))
+        windows = load_windows(config.data, self.tokenizer, max(longest, self._length), max_windows=most)
+        cut = self._cut(len(windows))
+        return self._of_windows(windows[:cut]), self._of_windows(windows[cut:])
+
+    def _of_texts(self, texts: list[str]) -> Prompts:
+        config, found = self.config, list[Prompts]()
+        for size in config.batch_sizes:
+            batches = batches_of(self.adapted, self.tokenizer, texts, size, config.new_tokens)
+            found.append([(f"batch {size}", batch) for batch in batches])
+        return _in_turn(found)
+
+    def _of_windows(self, windows: Tensor) -> Prompts:
+        found, windows = list[Prompts](), windows.to(self.adapted.device)
+        for size, length in product(self.config.batch_sizes, self.config.prompt_tokens):
+            parts = [windows[start : start + size, :length] for start in range(0, len(windows) - size + 1, size)]
+            found.append([(f"{length} tokens, batch {size}", unpadded(part)) for part in parts])
+        return _in_turn(found)
+
+    def _cut(self, count: int) -> int:
+        """Return how many of the prompts choose; raise `UserError` if too few are left to confirm with."""
+        cut, source = count - count // 3, self.config.prompts or self.config.data
+        if count - cut < max(self.config.batch_sizes):
             raise UserError(
-                f"{source} has {len(rows)} batches of prompts; tune needs at least 3, to choose and to confirm with: "
-                "give more text, or smaller batches"
+                f"{source} has {count} prompts; tune needs at least {3 * max(self.config.batch_sizes)}, to choose and "
+                "to confirm with: give more text, or smaller batches"
             )
-        cut = len(rows) - max(len(rows) // 3, 1)
-        return [batch for row in rows[:cut] for batch in row], [batch for row in rows[cut:] for batch in row]
+        return cut
 
     @property
     def num_shapes(self) -> int:
@@ -130,8 +138,7 @@ class Tuner:
     @cached_property
     def windows(self) -> tuple[Tensor, Tensor]:
         """Return (N, T) windows of text that choose, and others."""
-        length = min(LENGTH, getattr(self.adapted.config, "max_position_embeddings", None) or LENGTH)
-        data = self.config.data
+        data, length = self.config.data, self._length
         other = validation_of(data)
         count = NUM_CHOOSING if other else NUM_CHOOSING + NUM_UNSEEN
         windows = load_windows(data, self.tokenizer, length, max_windows=count)
@@ -144,6 +151,10 @@ class Tuner:
                 "score: give more text"
             )
         return windows[:NUM_CHOOSING], unseen
+
+    @property
+    def _length(self) -> int:
+        return min(LENGTH, getattr(self.adapted.config, "max_position_embeddings", None) or LENGTH)
 
     @cached_property
     def choosing(self) -> Quality:
@@ -173,7 +184,7 @@ class Tuner:
         self._is_allowed(self.reference, self.choosing, "")
         entrants = list(map(self._entrant, found))
         allowed = [one for one in entrants if self._is_allowed(one, self.choosing, "the text that chooses")]
-        self.refused = [one for one in entrants if one.left is not None]
+        self.refused = [one for one in entrants if one.dropped is not None]
         return allowed
 
     def _entrant(self, setting: Setting) -> Entrant:
@@ -212,12 +223,12 @@ class Tuner:
         return ["int8", "int4" if in_time and not self.is_native else "int4-nearest"]
 
     def _is_allowed(self, entrant: Entrant, quality: Quality, where: str) -> bool:
-        """Note an entrant's quality on a text; it leaves if that is out of the bound."""
+        """Score an entrant on a text; it is dropped if it is out of the bound there."""
         entrant.quality = quality.of(entrant, self.reference)
         limit, found = self.config.max_perplexity_increase, entrant.quality["perplexity_increase"]
         if limit is not None and found > limit:
-            entrant.left = f"perplexity {found:+.1%} on {where}"
-        return entrant.left is None
+            entrant.dropped = f"perplexity {found:+.1%} on {where}"
+        return entrant.dropped is None
 
     # --- the search --------------------------------------------------------------------------------------------------
 
@@ -259,38 +270,53 @@ class Tuner:
             The entrant that was chosen, full depth if none of the others, and the same with its new times.
         """
         for entrant in ranked:
-            if not self._is_allowed(entrant, self.unseen, "text that chose nothing"):
+            if entrant.speedup <= 1:
+                entrant.dropped = f"{entrant.speedup:.2f}×: full depth is as fast"
                 continue
-            self.say(f"confirming {entrant.setting.label} on other prompts …")
-            again, race = self._again(entrant, prompts)
-            if again.left is None and again.speedup <= 1:
-                again.left = f"{again.speedup:.2f}× on prompts that chose nothing"
-            if again.left is None:
-                self._test_risk(again, race, ERROR / len(ranked))
-            if again.left is None:
+            again = entrant.again()
+            if self._is_allowed(again, self.unseen, "text that chose nothing"):
+                self.say(f"confirming {entrant.setting.label} on other prompts …")
+                race = self._race(iter(prompts))
+                self._time(again, race, len(prompts) // self.num_shapes)
+                if again.dropped is None and again.speedup <= 1:
+                    again.dropped = f"{again.speedup:.2f}× on prompts that chose nothing"
+                if again.dropped is None:
+                    self._test_risk(again, race, len(prompts) // self.num_shapes, ERROR / len(ranked))
+            if again.dropped is None:
                 return entrant, again
-            entrant.left = again.left
-        self._is_allowed(self.reference, self.unseen, "")
-        return self.reference, self._again(self.reference, prompts)[0]
+            entrant.dropped = again.dropped
+        again = self.reference.again()
+        self._is_allowed(again, self.unseen, "")
+        self._time(again, self._race(iter(prompts)), CONFIRMING)
+        return self.reference, again
 
-    def _again(self, entrant: Entrant, prompts: Prompts) -> tuple[Entrant, Race]:
-        """Time a setting on other prompts."""
-        again, race = entrant.again(), self._race(cycle(prompts))
-        race.round([again], CONFIRMING)
-        return again, race
+    def _time(self, again: Entrant, race: Race, most: int) -> None:
+        """Time an entrant on up to `most` batches of each shape: on more of them while it may be no faster."""
+        while (count := min(CONFIRMING, most - again.num_runs // self.num_shapes)) > 0 and again.dropped is None:
+            race.round([again], count)
+            late = time.monotonic() > self.started + self.seconds
+            if late or again.num_runs >= 3 * CONFIRMING * self.num_shapes or not again.fields()["is_noise"]:
+                return
 
-    def _test_risk(self, entrant: Entrant, race: Race, error: float) -> None:
-        """Test a bound on risk, if there is one, with as many texts as it needs; the setting leaves if it fails."""
-        most = self.config.max_risk
-        if most is None:
+    def _test_risk(self, again: Entrant, race: Race, most: int, error: float) -> None:
+        """Test a bound on risk, if there is one; the entrant is dropped if it fails.
+
+        A row of batches, one of each shape, may be of one text: its mean distance is one independent loss.
+        """
+        if self.config.max_risk is None:
             return
-        num_texts = 2 * least_sequences(most, 1 - error)  # enough where half of the bound is lost
-        while len(entrant.distances) < num_texts and time.monotonic() < self.started + self.seconds:
-            race.round([entrant], 1)
-        p = p_value(entrant.distances, most)
-        entrant.quality["p_value"] = p
+        needed = self._num_texts(error)
+        race.round([again], max(min(needed, most) - again.num_runs // self.num_shapes, 0))
+        per_row = len(again.distances) * self.num_shapes // again.num_runs
+        losses = [mean(again.distances[at : at + per_row]) for at in range(0, len(again.distances), per_row)]
+        p = p_value(losses, self.config.max_risk)
+        again.quality |= {"p_value": p, "num_texts": len(losses)}
         if p > error:
-            entrant.left = f"risk not shown to be at most {most:g} (p {p:.2g})"
+            again.dropped = f"risk of {self.config.max_risk:g} not shown on {len(losses)} texts (p {p:.2g})"
+
+    def _num_texts(self, error: float) -> int:
+        """Return how many texts show a bound on risk of which half is lost."""
+        return 0 if self.config.max_risk is None else 2 * least_sequences(self.config.max_risk, 1 - error)
 
     def _baselines(self, prompts: Prompts) -> Document:
         """Time transformers next to the engine at full depth."""
@@ -313,18 +339,23 @@ class Tuner:
         draft = None if setting.draft is None else self.drafts[setting.draft]
         run = {"dtype": dtype_name(self.adapted), "engine": setting.engine}
         run |= {"weights": setting.weights} if setting.engine == FastEngine.name else {}
-        if not is_checkpoint(self.target):
-            found = attach(detach(self.adapted), SkipSetConfig(**as_lists(setting.skips)) if setting.skips else [])
-            save(found, out, base=self.target, draft=draft, run=run)
-        else:
-            found, _ = load_target(self.target, dtype=self.dtype, device=self.device)  # with its adapter
-            if setting.skip_share is not None:
-                for method in comparing(found.attached):
-                    method.set_skip_share(setting.skip_share)
-            elif draft is None:
-                found = attach(detach(found), [])
-            has_base = own_base(Path(self.target)) is not None
-            save(found, out, own_base=tokenizer if has_base else None, draft=draft, run=run)
+        is_folder = is_checkpoint(self.target)
+        is_plain = not (is_folder or (Path(self.target) / ADAPTER).is_file())
+        # Here a LoRA adapter is merged; it is saved unmerged.
+        found = self.adapted if is_plain else load_target(self.target, dtype=self.config.dtype, device=self.device)[0]
+        if setting.skip_share is not None:
+            for method in comparing(found.attached):
+                method.set_skip_share(setting.skip_share)
+        elif not self.skipping.has_own or not (draft or setting.is_attached):
+            found = attach(detach(found), SkipSetConfig(**as_lists(setting.skips)) if setting.skips else [])
+        has_base = is_folder and own_base(Path(self.target)) is not None
+        base = self.target if is_plain else None
+        save(found, out, base=base, own_base=tokenizer if has_base else None, draft=draft, run=run)
+
+
+def _in_turn(shapes: Sequence[Prompts]) -> Prompts:
+    """Return a batch of each shape, then the next of each."""
+    return [batch for row in zip(*shapes, strict=False) for batch in row]
 
 
 def on_front(candidates: Sequence[Document]) -> list[str]:

@@ -242,7 +242,7 @@ def _merged(model: nn.Module) -> nn.Module:
 
 def run_options(target: str) -> dict[str, Any]:
     """Return the section `run` of a folder: how it is to be run; of other targets, nothing."""
-    return read_manifest(Path(target))["run"] if is_checkpoint(target) else {}
+    return read_manifest(Path(target), with_files=False)["run"] if is_checkpoint(target) else {}
 
 
 def own_base(folder: Path) -> Path | None:
@@ -261,7 +261,7 @@ def has_adapter(adapted: AdaptedModel) -> bool:
     return isinstance(adapted.model, PeftModel)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, *, with_files: bool = True) -> dict[str, Any]:
     """Read the manifest of a checkpoint folder, and check its files against it."""
     path = folder / MANIFEST
     if not path.exists():
@@ -280,7 +280,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); train again or restore the folder from a copy") from error
     if manifest.get("schema") != SCHEMA:
         raise UserError(f"{path} has schema {manifest.get('schema')!r}; this anydepth reads {SCHEMA}")
-    for name, digest in files.items():
+    for name, digest in files.items() if with_files else ():
         if not (weights / name).is_file() or _digest(weights / name) != digest:
             raise UserError(f"{weights / name} is damaged or missing; train again or restore the folder from a copy")
     return manifest
