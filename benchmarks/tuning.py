@@ -121,8 +121,8 @@ def half_width(entrant: Entrant) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """The committed runs as a table."""
     lines = [
-        "| | fastest setting | × full depth | on other prompts | tokens/s | × transformers | perplexity | minutes |",
-        "| --- |" + " --- |" * 7,
+        "| | fastest setting | × full depth | on other prompts | × transformers | perplexity | minutes |",
+        "| --- |" + " --- |" * 6,
     ]
     for row in (row for row in rows if "confirmed" in row):
         chosen, again, plain = row["chosen"], row["confirmed"], row["baselines"]["transformers"]
@@ -131,7 +131,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             chosen["label"],
             wording.speedup(chosen),
             wording.speedup(again),
-            f"{again['tokens_per_second']:.0f}",
             f"{again['speedup'] / plain['speedup']:.1f}",
             wording.cell("perplexity_increase", again),
             f"{row['seconds'] / 60:.1f}",

@@ -73,6 +73,7 @@ def test_shapes_count_alike() -> None:
     found, race = entrant("a", lambda run: 0.25 if run % 2 else 1.0), prepared(num_shapes=2)
     race.round([found], 3)
     assert found.fields()["by_prompt"] == {"shape 0": 4.0, "shape 1": 1.0}
+    assert found.tokens_per_second == pytest.approx(8 / 1.25)  # 4 tokens in 0.25 s and in 1 s
     assert found.speedup == pytest.approx(2.0)
 
 

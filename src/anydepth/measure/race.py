@@ -65,6 +65,7 @@ class Entrant:
     Attributes:
         on: sets the methods to what it runs, within a block.
         ratios: by shape of the prompts, times of full depth ÷ its own, one for each batch.
+        full, num_tokens: by shape, the seconds of full depth at these batches, and the new tokens of a batch.
         distances: 1 − ROUGE-L of each text and that of full depth; 0 where all tokens are the same.
         quality: fields on a text: perplexity, its increase, agreement.
         dropped: why it is not the fastest within the bound; None: it was not dropped.
@@ -75,8 +76,8 @@ class Entrant:
     on: Callable[[], AbstractContextManager[Any]]
     ratios: dict[str, list[float]] = field(default_factory=dict)
     distances: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    num_tokens: int = 0
+    full: dict[str, list[float]] = field(default_factory=dict)
+    num_tokens: dict[str, int] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
     dropped: str | None = None
 
@@ -85,6 +86,12 @@ class Entrant:
         """The geometric mean over the shapes of the median ratio."""
         medians = [median(own) for own in self.ratios.values()]
         return math.exp(sum(map(math.log, medians)) / len(medians)) if medians else 1.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """New tokens a second, from medians: the times of full depth ÷ the ratios."""
+        seconds = sum(median(self.full[shape]) / median(own) for shape, own in self.ratios.items())
+        return sum(self.num_tokens.values()) / seconds if seconds else None
 
     @property
     def num_runs(self) -> int:
@@ -111,7 +118,7 @@ class Entrant:
             "is_noise": bool(ratios) and is_noise(interval),
             "speedup_range": [min(ratios), max(ratios)] if ratios else None,
             "by_prompt": {shape: median(own) for shape, own in self.ratios.items()},
-            "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
+            "tokens_per_second": self.tokens_per_second,
             "identical_tokens": not any(self.distances) if self.distances else None,
             "num_runs": self.num_runs,
             **self.quality,
@@ -171,8 +178,8 @@ class Race:
         full = timings[self.reference]
         for entrant, own in timings.items():
             entrant.ratios.setdefault(shape, []).append(full.total / own.total)
-            entrant.seconds += own.total
-            entrant.num_tokens += own.token_ids.numel()
+            entrant.full.setdefault(shape, []).append(full.total)
+            entrant.num_tokens[shape] = own.token_ids.numel()
             entrant.distances += map(inconsistency, own.token_ids.tolist(), full.token_ids.tolist())
             if self.most_distance == 0 and any(entrant.distances):
                 entrant.dropped = "its text is not that of full depth"

@@ -87,10 +87,10 @@ def ways(document: Document) -> Figure:
     for (name, own), colour, marker in zip(kinds.items(), COLOURS, "oD.", strict=False):
         x, y = [row["tokens_per_second"] for row in own], [row["perplexity"] for row in own]
         axes.scatter(x, y, color=colour, marker=marker, s=36, label=name, zorder=3)
-    for row in kinds["full depth"]:
-        at = (row["tokens_per_second"], row["perplexity"])
+    for number, row in enumerate(sorted(kinds["full depth"], key=lambda row: row["tokens_per_second"])):
+        at, below = (row["tokens_per_second"], row["perplexity"]), -14 if number % 2 else 8
         axes.annotate(
-            row["setting"]["weights"], at, xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8
+            row["setting"]["weights"], at, xytext=(0, below), textcoords="offset points", ha="center", fontsize=8
         )
     plain = document["baselines"]["transformers"]["tokens_per_second"]
     axes.axvline(plain, color=GREY, linestyle=":", linewidth=1.2, label="transformers")
