@@ -87,8 +87,8 @@ def ways(document: Document) -> Figure:
     for (name, own), colour, marker in zip(kinds.items(), COLOURS, "oD.", strict=False):
         x, y = [row["tokens_per_second"] for row in own], [row["perplexity"] for row in own]
         axes.scatter(x, y, color=colour, marker=marker, s=36, label=name, zorder=3)
-    for number, row in enumerate(sorted(kinds["full depth"], key=lambda row: row["tokens_per_second"])):
-        at, below = (row["tokens_per_second"], row["perplexity"]), -14 if number % 2 else 8
+    for place, row in enumerate(sorted(kinds["full depth"], key=lambda row: row["tokens_per_second"])):
+        at, below = (row["tokens_per_second"], row["perplexity"]), -14 if place % 2 else 8
         axes.annotate(
             row["setting"]["weights"], at, xytext=(0, below), textcoords="offset points", ha="center", fontsize=8
         )
