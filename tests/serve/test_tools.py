@@ -69,6 +69,24 @@ def test_a_call_that_the_end_cut_off_but_is_whole() -> None:
     assert shown == "" and names(calls) == [(0, "a", {})]
 
 
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "weather", "arguments": {"city": "Paris"}}',
+        '```json\n{"name": "weather", "arguments": {"city": "Paris"}}\n```',
+    ],
+)
+def test_json_alone_is_a_call_of_an_offered_function(text: str, size: int) -> None:
+    """As Qwen2.5-Coder writes calls, without the marks that its template asks for."""
+    shown, calls = pushed(ToolParser(TAGGED, frozenset({"weather"})), text, size)
+    assert shown == "" and names(calls) == [(0, "weather", {"city": "Paris"})]
+    other = frozenset({"other"})
+    assert pushed(ToolParser(TAGGED, other), text, size) == (text, [])
+    for plain in ('{"a": 1} is JSON', "```python\nprint()\n```", "```json\n[1]\n```", "  text"):
+        assert pushed(ToolParser(TAGGED, other), plain, size) == (plain, [])
+
+
 def test_the_format_is_the_templates() -> None:
     assert format_of("{% if tools %}<tool_call>{{ call.arguments }}{% endif %}") is TAGGED
     assert format_of({"default": "x", "tool_use": "{{ tools }}[TOOL_CALLS] arguments"}) is LISTED

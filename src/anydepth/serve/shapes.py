@@ -117,6 +117,7 @@ class ChatShape(Shape):
     def __init__(self, tokens: TokenText, name: str, body: ChatCompletion, tools: ToolFormat | None = None) -> None:
         super().__init__(tokens, name, body)
         self.wants_top, self.begun, self.tools = bool(body.top_logprobs), set[int](), tools
+        self.names = frozenset(tool["function"]["name"] for tool in body.offered)
         self.most_calls = 1 if body.parallel_tool_calls is False else None
         self.parsers: dict[int, ToolParser] = {}  # by answer
 
@@ -144,7 +145,7 @@ class ChatShape(Shape):
         """Return the text that is no call, the calls that are complete, and the reason of the end."""
         if self.tools is None:
             return text, [], reason
-        parser = self.parsers.setdefault(number, ToolParser(self.tools))
+        parser = self.parsers.setdefault(number, ToolParser(self.tools, self.names))
         shown, calls = parser.push(text, is_last=reason is not None)
         calls = [call for call in calls if self.most_calls is None or call["index"] < self.most_calls]
         return shown, calls, "tool_calls" if reason == "stop" and parser.num_calls else reason

@@ -22,6 +22,15 @@ FORMATS = (ToolFormat("<tool_call>", "</tool_call>"), ToolFormat("[TOOL_CALLS]",
 """Of Qwen, Hermes and those that follow them; of Mistral."""
 
 
+FENCE = "```json"
+
+
+def _may_be_bare(text: str) -> bool:
+    """Return whether a text is, or may be the beginning of, JSON alone."""
+    begin = text.lstrip()
+    return begin.startswith(("{", FENCE)) or FENCE.startswith(begin)
+
+
 def format_of(template: Any) -> ToolFormat | None:
     """Return the format that a chat template asks for; None: it has no tools, or another format."""
     texts = template.values() if isinstance(template, dict) else [template or ""]
@@ -37,12 +46,18 @@ def format_of(template: Any) -> ToolFormat | None:
 class ToolParser:
     """Separates an answer into text and calls, while it arrives.
 
+    An answer that is nothing but the JSON of a call to an offered function is a call as well, also in a code fence:
+    small models forget the marks.
+
     Attributes:
+        names: the functions that are offered.
         held: text that is, or may be the beginning of, a call. between: white space after a call.
         num_calls: calls that were found.
     """
 
     format: ToolFormat
+    names: frozenset[str] = frozenset()
+    is_at_start: bool = True
     held: str = ""
     between: str = ""
     num_calls: int = 0
@@ -53,6 +68,13 @@ class ToolParser:
         What is between the marks and is no call stays text, as it came.
         """
         self.held += text
+        if self.is_at_start and self.names and _may_be_bare(self.held):
+            if not is_last:
+                return "", []
+            if calls := self._calls(self.held.strip().removeprefix(FENCE).removesuffix("```"), self.names):
+                self.held = ""
+                return "", calls
+        self.is_at_start &= not self.held.strip()
         shown, found = "", list[dict[str, Any]]()
         while True:
             start = self.held.find(self.format.begin)
@@ -78,14 +100,16 @@ class ToolParser:
             shown, self.between = "", shown
         return shown, found
 
-    def _calls(self, text: str) -> list[dict[str, Any]]:
-        """Return the calls of a JSON object or a list of them; none where it is something else."""
+    def _calls(self, text: str, names: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+        """Return the calls of a JSON object or a list of them, of some functions; none where it is something else."""
         try:
             parsed = json.loads(text)
         except ValueError:
             return []
         rows = parsed if isinstance(parsed, list) else [parsed]
         if not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
+            return []
+        if names and not all(row["name"] in names for row in rows):
             return []
         return [self._call(row) for row in rows]
 
