@@ -67,7 +67,7 @@ def test_lossless_settings_have_the_text_of_full_depth(folder: Path, tmp_path: P
     assert [one["setting"]["draft"] for one in found["candidates"]] == [None, "prompt lookup"]
     assert all(one["identical_tokens"] and one["perplexity_increase"] == 0 for one in found["candidates"])
     assert found["baselines"]["transformers"]["setting"]["engine"] == "hf"
-    assert found["confirmed"]["identical_tokens"] and found["confirmed"]["num_runs"] == 4
+    assert found["confirmed"]["identical_tokens"] and found["confirmed"]["num_runs"] >= 4
     engine, _ = open_target(str(tmp_path / "out"))
     assert engine.weights == "float32" and (engine.draft is not None) == (
         found["chosen"]["setting"]["draft"] is not None

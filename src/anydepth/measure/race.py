@@ -115,7 +115,7 @@ class Entrant:
             "setting": self.setting.to_json(),
             "speedup": self.speedup if ratios else None,
             "speedup_interval": interval,
-            "is_noise": bool(ratios) and is_noise(interval),
+            "is_noise": bool(ratios) and set(ratios) != {1.0} and is_noise(interval),  # full depth is 1 without noise
             "speedup_range": [min(ratios), max(ratios)] if ratios else None,
             "by_prompt": {shape: median(own) for shape, own in self.ratios.items()},
             "tokens_per_second": self.tokens_per_second,

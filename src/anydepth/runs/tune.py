@@ -269,6 +269,7 @@ class Tuner:
         Returns:
             The entrant that was chosen, full depth if none of the others, and the same with its new times.
         """
+        most = len(prompts) // self.num_shapes
         for entrant in ranked:
             if entrant.speedup <= 1:
                 entrant.dropped = f"{entrant.speedup:.2f}×: full depth is as fast"
@@ -277,17 +278,17 @@ class Tuner:
             if self._is_allowed(again, self.unseen, "text that chose nothing"):
                 self.say(f"confirming {entrant.setting.label} on other prompts …")
                 race = self._race(iter(prompts))
-                self._time(again, race, len(prompts) // self.num_shapes)
+                self._time(again, race, most)
                 if again.dropped is None and again.speedup <= 1:
                     again.dropped = f"{again.speedup:.2f}× on prompts that chose nothing"
                 if again.dropped is None:
-                    self._test_risk(again, race, len(prompts) // self.num_shapes, ERROR / len(ranked))
+                    self._test_risk(again, race, most, ERROR / len(ranked))
             if again.dropped is None:
                 return entrant, again
             entrant.dropped = again.dropped
         again = self.reference.again()
         self._is_allowed(again, self.unseen, "")
-        self._time(again, self._race(iter(prompts)), CONFIRMING)
+        self._time(again, self._race(iter(prompts)), most)
         return self.reference, again
 
     def _time(self, again: Entrant, race: Race, most: int) -> None:
