@@ -34,6 +34,15 @@ def test_losses_after_every_layer(base: Path, text: Path) -> None:
     assert anydepth("eval", base, "--data", text, "--sequence-length", 64, "--limit", 1, "--exits").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "engine"), [([], "hf"), (["--engine", "auto"], "fast"), (["--engine", "hf"], "hf")]
+)
+def test_the_engine_is_the_one_that_is_given(options: list[str], engine: str, base: Path, text: Path) -> None:
+    done = anydepth("eval", base, "--data", text, "--sequence-length", 64, "--limit", 1, "--json", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["config"]["engine"] == engine
+
+
 def test_methods_and_help_read_well() -> None:
     listed = json.loads(anydepth("methods", "--json").stdout)["methods"]
     assert [method["name"] for method in listed] == [

@@ -139,11 +139,9 @@ def evaluate(
     weights: opt.WeightKind = None,
 ) -> None:
     """Score perplexity with routing on, next to the base model."""
-    from anydepth.decoding.engines import label_of, open_engine
+    from anydepth.decoding.engines import label_of
     from anydepth.measure.evaluate import evaluate as score
     from anydepth.measure.evaluate import exit_losses
-    from anydepth.serve.opening import as_recorded
-    from anydepth.training.checkpoint import load_draft
     from anydepth.training.data import load_windows, num_tokens
 
     text = validate(TextConfig, {"bos": bos, "isolate_documents": isolate_documents}, where="eval")
@@ -151,13 +149,7 @@ def evaluate(
     opt.at_least(1, limit=limit)
     opt.at_least(0, num_fewshot=num_fewshot)
     names, load = _task_names(tasks), opt.load_options(call.arguments)
-    engine, weights = as_recorded(target, engine or ("hf" if exits else "auto"), weights, call.dtype, call.device)
-    engine = "hf" if engine == "auto" and weights is None else engine
-    call.arguments["weights"] = weights
-    adapted, tokenizer = call.load(target, **load)
-    scorer = open_engine(adapted, engine, weights, call.progress, draft=load_draft(target, adapted))
-    if scorer.name != "hf" and exits:
-        raise UserError("--exits runs the Hugging Face model; leave out --engine and --weights")
+    scorer, tokenizer = _scorer(call, load)
     if names:
         from anydepth.measure.lm_eval import check_windows
 
@@ -167,13 +159,32 @@ def evaluate(
     call.progress(f"scoring {num_tokens(windows)} tokens of {data} …")
     fields = score(scorer, windows, full_depth_only=full_depth, track=call.track)
     if exits:
-        fields["exits"] = exit_losses(adapted, windows)
+        fields["exits"] = exit_losses(scorer.adapted, windows)
     if names:
         say = None if call.quiet else call.progress
         shared = {"tokenizer": tokenizer, "names": names, "num_fewshot": num_fewshot, "limit": limit, "say": say}
         _add_tasks(fields, scorer, label, full_depth, {**shared, "seed": call.seed})
     changes = {"skip_share": load["skip_share"], "engine": scorer.name, "weights": scorer.weights}
-    call.result(call.document("eval", adapted, changes, label=label, **fields), show_eval)
+    call.result(call.document("eval", scorer.adapted, changes, label=label, **fields), show_eval)
+
+
+def _scorer(call: opt.Call, load: dict[str, Any]) -> tuple[Any, Any]:
+    """Open the engine that scores, and return it with the tokenizer: as given, as the folder records, else hf."""
+    from anydepth.decoding.engines import open_engine
+    from anydepth.serve.opening import as_recorded
+    from anydepth.training.checkpoint import load_draft
+
+    target, given, exits = (call.arguments[name] for name in ("target", "engine", "exits"))
+    default = "hf" if exits else "auto"
+    engine, weights = as_recorded(target, given or default, call.arguments["weights"], call.dtype, call.device)
+    if given is None and engine == "auto" and weights is None:
+        engine = "hf"
+    call.arguments["weights"] = weights
+    adapted, tokenizer = call.load(target, **load)
+    scorer = open_engine(adapted, engine, weights, call.progress, draft=load_draft(target, adapted))
+    if scorer.name != "hf" and exits:
+        raise UserError("--exits runs the Hugging Face model; leave out --engine and --weights")
+    return scorer, tokenizer
 
 
 def _task_names(tasks: str | None) -> list[str]:
