@@ -50,7 +50,7 @@ test-all: $(STAMP) $(CLUSTER_STAMP) $(LOWEST_STAMP)
 	$(PYTEST) -m "not gpu and not browser" $(ARGS)
 	$(subst $(VENV)/bin,$(LOWEST_VENV)/bin,$(PYTEST)) -m "not slow and not gpu and not browser" $(CONTRACT_TESTS)
 
-# Ray, for sweeps on a cluster and for replicas; 300 MB that nothing else needs.
+# Ray, for sweeps on a cluster and for replicas; nothing else needs it.
 $(CLUSTER_STAMP): $(STAMP)
 	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[sweep,replicas]'
 	@touch $@

@@ -100,7 +100,7 @@ def everything(options: dict[str, Any], most_rounds: int = MOST_ROUNDS) -> dict[
     started = time.perf_counter()
     tuner = tuner_of("embedded", options)
     entrants = tuner.entrants()
-    race = tuner._race(cycle(tuner.batches[0]))
+    race = tuner.new_race(cycle(tuner.batches[0]))
     race.warm_up(entrants)
     for _ in range(most_rounds):
         race.round(entrants, ROUNDS)
@@ -108,7 +108,7 @@ def everything(options: dict[str, Any], most_rounds: int = MOST_ROUNDS) -> dict[
         print(f"{entrants[0].num_runs} runs of {len(entrants)} settings, ±{spread:.1%}", flush=True)
         if spread < 0.03:
             break
-    others = tuner._baselines(tuner.batches[1])
+    others = tuner.baselines(tuner.batches[1])
     fields = [one.fields() for one in (tuner.reference, *entrants)]
     return {"label": MAP, "candidates": fields, "baselines": others, "seconds": time.perf_counter() - started}
 

@@ -1,4 +1,4 @@
-"""Races: halving by paired times, of engines that take as long as they are told."""
+"""Races: halving by paired times, of simulated engines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from anydepth.measure.timing import Timing
 Seconds = Callable[[int], float]
 
 
-class Told:
+class Simulated:
     """An engine that takes `seconds(run)` for its runs, and writes `text`."""
 
     def __init__(self, seconds: Seconds, text: list[int] | None = None) -> None:
@@ -26,8 +26,8 @@ class Told:
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(engine: Told, batch: Any, new_tokens: int, *, full_depth: bool) -> Timing:
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(engine: Simulated, batch: Any, new_tokens: int, *, full_depth: bool) -> Timing:
         engine.runs += 1
         return Timing(0.0, engine.seconds(engine.runs), torch.tensor([engine.text]), 0)
 
@@ -35,7 +35,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def entrant(name: str, seconds: Seconds, text: list[int] | None = None) -> Entrant:
-    engine: Any = Told(seconds, text)
+    engine: Any = Simulated(seconds, text)
     return Entrant(Setting("fast", name), engine, nullcontext)
 
 

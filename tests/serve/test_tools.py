@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 from transformers import LogitsProcessor
 
-from anydepth.serve import api
+from anydepth.serve import jobs
 from anydepth.serve.service import Service
 from anydepth.serve.tools import FORMATS, ToolParser, format_of
 from serving_here import serving
@@ -170,9 +170,9 @@ def test_results_go_back_through_the_template(client: TestClient, monkeypatch: p
     message = asked(client, tools=TOOLS).json()["choices"][0]["message"]
     result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}
     seen: list[str] = []
-    encode = api.encode_batch
+    encode = jobs.encode_batch
     monkeypatch.setattr(
-        api, "encode_batch", lambda own, texts, **options: seen.extend(texts) or encode(own, texts, **options)
+        jobs, "encode_batch", lambda own, texts, **options: seen.extend(texts) or encode(own, texts, **options)
     )
     asked(client, tools=TOOLS, messages=[*ASKED, message, result])
     assert (

@@ -224,15 +224,8 @@ def serve(
         service, tokenizer = open_service(target, **{name: call.arguments[name] for name in names}, **load)
     if defaults := told(service.engine.adapted.generation_config):
         call.progress(defaults)
-    settings = Settings(
-        name or Path(target).name,
-        api_key=api_key,
-        request_seconds=timeout,
-        seed=seed,
-        is_strict=strict,
-        hosts=hosts_of(host, allowed_host or []),
-        origins=tuple(cors_origin or []),
-    )
+    reach = {"hosts": hosts_of(host, allowed_host or []), "origins": tuple(cors_origin or [])}
+    settings = Settings(name or Path(target).name, api_key, timeout, seed, strict, **reach)
     logging.getLogger("anydepth.serve").setLevel(logging.INFO)
     line = f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)"
     app = create_app(service, tokenizer, settings)

@@ -16,6 +16,8 @@ from anydepth.recipe import TuneConfig
 from anydepth.report import wording
 from anydepth.training.corpora import check_corpus
 
+DEFAULTS = TuneConfig()
+
 
 @opt.command(without="seed")
 def tune(
@@ -32,13 +34,13 @@ def tune(
         float | None, Option(help="Allow texts this far from full depth (1 − ROUGE-L), shown at 95%: 0.05.")
     ] = None,
     prompt_tokens: Annotated[str | None, Option(help="Be fast with prompts of these lengths. Default: 64,512.")] = None,
-    new_tokens: Annotated[int, Option(help="Generate this many tokens a prompt.")] = 64,
+    new_tokens: Annotated[int, Option(help="Generate this many tokens a prompt.")] = DEFAULTS.new_tokens,
     batch_sizes: Annotated[str, Option(help="Be fast with batches of these sizes.")] = "1",
-    minutes: Annotated[float, Option(help="End after about this many minutes.")] = 10.0,
+    minutes: Annotated[float, Option(help="End after about this many minutes.")] = DEFAULTS.minutes,
     prompts: Annotated[
         Path | None, Option(help="Be fast with these prompts: JSON lines with prompt, turns (the first) or messages.")
     ] = None,
-    data: opt.Data = "embedded:train",
+    data: opt.Data = DEFAULTS.data,
 ) -> None:
     """Find the fastest way to run a model within a bound.
 
@@ -50,10 +52,9 @@ def tune(
         raise UserError("--lossless allows nothing to differ; leave out the other bound")
     if prompts is not None and prompt_tokens is not None:
         raise UserError("--prompts sets lengths; leave out --prompt-tokens")
-    given = {
+    given: dict[str, Any] = {
         "max_perplexity_increase": max_perplexity_increase,
         "max_risk": max_risk,
-        "prompt_tokens": opt.numbers("prompt-tokens", prompt_tokens or "64,512"),
         "new_tokens": new_tokens,
         "batch_sizes": opt.numbers("batch-sizes", batch_sizes),
         "minutes": minutes,
@@ -61,6 +62,8 @@ def tune(
         "dtype": call.dtype,
         "prompts": None if prompts is None else str(prompts),
     }
+    if prompt_tokens is not None:
+        given["prompt_tokens"] = opt.numbers("prompt-tokens", prompt_tokens)
     config = validate(TuneConfig, given, where="tune")
     check_corpus(data)
     from anydepth.runs.tune import Tuner

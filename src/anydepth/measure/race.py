@@ -83,7 +83,7 @@ class Entrant:
 
     @property
     def speedup(self) -> float:
-        """The geometric mean over the shapes of the median ratio."""
+        """Geometric mean over the shapes of the median ratio; 1 before any run."""
         medians = [median(own) for own in self.ratios.values()]
         return math.exp(sum(map(math.log, medians)) / len(medians)) if medians else 1.0
 
@@ -151,30 +151,30 @@ class Race:
                 entrant.run(batch, self.new_tokens)
 
     def run(self, entrants: Sequence[Entrant], deadline: float) -> list[Entrant]:
-        """Halve the entrants until few are left or the time is over; return those left, the fastest first."""
-        left = list(entrants)
+        """Halve the entrants until few are active or the time is over; return these, the fastest first."""
+        active = list(entrants)
         for num_batches in range(1, ROUNDS + 1):
-            started, num_runs = time.monotonic(), num_batches * (len(left) + 1)
-            self.round(left, num_batches)
+            started, num_runs = time.monotonic(), num_batches * (len(active) + 1)
+            self.round(active, num_batches)
             per_run = (time.monotonic() - started) / num_runs
-            left = self._halve([one for one in left if one.dropped is None])
-            if time.monotonic() + per_run * (num_batches + 1) * (len(left) + 1) > deadline:
+            active = self._halve([one for one in active if one.dropped is None])
+            if time.monotonic() + per_run * (num_batches + 1) * (len(active) + 1) > deadline:
                 break
-        return left
+        return active
 
     def round(self, entrants: Sequence[Entrant], num_batches: int) -> None:
         """Run `num_batches` of each shape."""
-        everyone = [self.reference, *entrants]
+        sides = [self.reference, *entrants]
         for number in range(num_batches * self.num_shapes):
             shape, batch = next(self.prompts)
             timings: dict[Entrant, Timing] = {}
-            for place in range(len(everyone)):
-                entrant = everyone[(place + number) % len(everyone)]
+            for place in range(len(sides)):
+                entrant = sides[(place + number) % len(sides)]
                 if entrant.dropped is None:
                     timings[entrant] = entrant.run(batch, self.new_tokens)
-            self._note(shape, timings)
+            self._record(shape, timings)
 
-    def _note(self, shape: str, timings: dict[Entrant, Timing]) -> None:
+    def _record(self, shape: str, timings: dict[Entrant, Timing]) -> None:
         full = timings[self.reference]
         for entrant, own in timings.items():
             entrant.ratios.setdefault(shape, []).append(full.total / own.total)
@@ -201,7 +201,7 @@ class Race:
         for place, entrant in enumerate(ranked):
             if place >= max(math.ceil(len(ranked) / 2), FEW) and entrant.speedup < CLOSE * best:
                 entrant.dropped = f"{entrant.speedup:.2f}× after {entrant.num_runs} prompts, {best:.2f}× the best"
-        left = [one for one in ranked if one.dropped is None]
-        if left:
-            self.say(f"  {len(left)} of {len(entrants)} stay, the fastest {best:.2f}×: {left[0].setting.label}")
-        return left
+        active = [one for one in ranked if one.dropped is None]
+        if active:
+            self.say(f"  {len(active)} of {len(entrants)} stay, the fastest {best:.2f}×: {active[0].setting.label}")
+        return active

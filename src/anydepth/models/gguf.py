@@ -72,7 +72,7 @@ def from_gguf(
 
 
 def _by_transformers(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Read a model with tensors that a file joins or splits, which takes minutes for a large one."""
+    """Read a model with tensors that a file joins or splits, which is slower."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,

@@ -57,7 +57,7 @@ ROUNDED_PER_SECOND = 1.5e6
 WIDE = 0.3
 """Increase of perplexity that a skip set may have where risk is bounded instead."""
 ERROR = 0.05
-"""Probability that a setting that is said to keep a bound on risk does not."""
+"""Probability that a setting passes the test of a bound on risk and does not keep it."""
 
 
 @dataclass
@@ -238,11 +238,11 @@ class Tuner:
         with on_free_cores(self.say):
             entrants = self.entrants()
             self.say(f"racing {len(entrants)} settings against full depth …")
-            race = self._race(cycle(choosing))
+            race = self.new_race(cycle(choosing))
             race.warm_up(entrants)
             left = race.run(entrants, self.started + (1 - FOR_THE_END) * self.seconds)
             self.chosen, confirmed = self._confirmed(left, confirming)
-            others = self._baselines(confirming)
+            others = self.baselines(confirming)
         everything = [one.fields() for one in (self.reference, *entrants, *self.refused)]
         return {
             "bound": {
@@ -259,7 +259,8 @@ class Tuner:
             "seconds": time.monotonic() - self.started,
         }
 
-    def _race(self, prompts: Iterator[tuple[str, Batch]]) -> Race:
+    def new_race(self, prompts: Iterator[tuple[str, Batch]]) -> Race:
+        """Return a race against full depth on these prompts."""
         most = 0.0 if self.config.is_lossless else self.config.max_risk
         return Race(self.reference, prompts, self.num_shapes, self.config.new_tokens, most, self.say)
 
@@ -277,7 +278,7 @@ class Tuner:
             again = entrant.again()
             if self._is_allowed(again, self.unseen, "text that chose nothing"):
                 self.say(f"confirming {entrant.setting.label} on other prompts …")
-                race = self._race(iter(prompts))
+                race = self.new_race(iter(prompts))
                 self._time(again, race, most)
                 if again.dropped is None and again.speedup <= 1:
                     again.dropped = f"{again.speedup:.2f}× on prompts that chose nothing"
@@ -288,7 +289,7 @@ class Tuner:
             entrant.dropped = again.dropped
         again = self.reference.again()
         self._is_allowed(again, self.unseen, "")
-        self._time(again, self._race(iter(prompts)), most)
+        self._time(again, self.new_race(iter(prompts)), most)
         return self.reference, again
 
     def _time(self, again: Entrant, race: Race, most: int) -> None:
@@ -319,7 +320,7 @@ class Tuner:
         """Return how many texts show a bound on risk of which half is lost."""
         return 0 if self.config.max_risk is None else 2 * least_sequences(self.config.max_risk, 1 - error)
 
-    def _baselines(self, prompts: Prompts) -> Document:
+    def baselines(self, prompts: Prompts) -> Document:
         """Time transformers next to the engine at full depth."""
         self.say("timing transformers …")
         dense = self.adapted if not self.is_native else self._load()[0]
