@@ -29,7 +29,7 @@ def test_prompts_count_once_and_tokens_with_each_piece(service: Any, monkeypatch
     """Seconds to the first token from the request, then between pieces."""
     metrics = Metrics(service)
     (observe,) = service.observers
-    job = SimpleNamespace(request=SimpleNamespace(prompt=[5, 6, 7]), arrived=10.0, last_token=None)
+    job = SimpleNamespace(request=SimpleNamespace(prompt=[5, 6, 7], num_known=2), arrived=10.0, last_token=None)
     with monkeypatch.context() as patch:
         for now, num_tokens in ((10.5, 1), (10.75, 4)):
             patch.setattr(module.time, "monotonic", lambda now=now: now)
@@ -51,5 +51,7 @@ def test_requests_are_counted_when_the_page_is_read(service: Any) -> None:
 
 def test_services_of_one_process_count_apart(service: Any) -> None:
     first, second = Metrics(service), Metrics(SimpleNamespace(observers=[], num_waiting=0, num_running=0))  # type: ignore[arg-type]
-    service.observers[0](SimpleNamespace(request=SimpleNamespace(prompt=[5]), arrived=0.0, last_token=None), 2)
+    service.observers[0](
+        SimpleNamespace(request=SimpleNamespace(prompt=[5], num_known=0), arrived=0.0, last_token=None), 2
+    )
     assert [values_of(one)["generated_tokens_total"] for one in (first, second)] == [2, 0]

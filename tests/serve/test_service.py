@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from anydepth import FastEngine
 from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.serve import service as module
-from anydepth.serve.service import Budgets, Job, Piece, Service
+from anydepth.serve.service import Budgets, Job, Piece, Service, default_tokens
 from anydepth.serve.text_stream import TextStream
 from serving_here import complete, refusal, serving
 from tiny import byte_tokenizer, tiny_llama
@@ -99,3 +100,59 @@ def test_calls_larger_than_the_queue_are_refused_at_once() -> None:
         assert len(complete(client, ["a"] * 4, n=2, max_tokens=2)["choices"]) == 8
     with serving() as client:  # the case as it was found: 8 run and 64 wait
         assert len(complete(client, ["a"] * 13, n=5, max_tokens=1)["choices"]) == 65
+
+
+SYSTEM = "You are a keeper of lighthouses, and answer in short sentences about the sea and its weather. " * 3
+
+
+def test_a_known_beginning_is_not_read_again_and_the_answer_is_the_same() -> None:
+    """S18: the second turn behind a long system prompt, after the answer to the first."""
+
+    def turns(client: Any) -> list[dict[str, Any]]:
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Is the lamp lit tonight?"}]
+        answers = []
+        for question in ("And the fog?", "And the wind?"):
+            body = {"model": "tiny", "messages": messages, "max_tokens": 9, "temperature": 0}
+            answers.append(client.post("/v1/chat/completions", json=body).json())
+            messages = [*messages, answers[-1]["choices"][0]["message"], {"role": "user", "content": question}]
+        return answers
+
+    with serving(model=tiny_llama(max_position_embeddings=512)) as client:
+        cached = turns(client)
+        metrics = client.get("/metrics").text
+    with serving(model=tiny_llama(max_position_embeddings=512), prefix_tokens=0) as client:
+        read = turns(client)
+    assert [one["choices"] for one in cached] == [one["choices"] for one in read]
+    known = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in cached]
+    assert known[0] == 0 and known[1] >= 128 and f"anydepth_cached_prompt_tokens_total {known[1]}.0" in metrics
+    assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in read] == [0, 0]
+
+
+def test_several_answers_to_one_prompt_read_it_once() -> None:
+    """S9: the prompt is counted once, and what later answers know is no prompt of theirs."""
+    with serving(model=tiny_llama(max_position_embeddings=512)) as client:
+        complete(client, SYSTEM, n=3, temperature=1, seed=1)
+        metrics = client.get("/metrics").text
+    read, known = (
+        float(next(line.split()[1] for line in metrics.splitlines() if line.startswith(f"anydepth_{name}_total ")))
+        for name in ("prompt_tokens", "cached_prompt_tokens")
+    )
+    assert read == 3 * len(SYSTEM) and read - known < 2 * len(SYSTEM)
+
+
+def test_by_default_a_request_may_fill_the_window() -> None:
+    """S24: it is not divided by the number of requests that may run."""
+    with serving() as client:
+        answer = complete(client, "x" * 60, max_tokens=1000, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 128 - 60
+
+
+def test_the_default_memory_is_a_window_for_each_as_far_as_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = anydepth.attach(tiny_llama(), [])
+    assert default_tokens(adapted, 8, 128) == 8 * 128
+    per_token = 6 * 2 * 2 * 8 * 4  # layers, K and V, heads, their width, bytes of float32
+    free = SimpleNamespace(available=2 * 300 * per_token)
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: free)
+    assert default_tokens(adapted, 8, 128) == 300
+    free.available = 0
+    assert default_tokens(adapted, 8, 128) == 8

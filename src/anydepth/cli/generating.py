@@ -184,7 +184,12 @@ def serve(
     name: Annotated[str | None, Option("--name", help="Name the model; default: its folder or target.")] = None,
     max_batch_size: Annotated[int, Option(help="Decode at most this many requests together.")] = 8,
     max_queue: Annotated[int, Option(help="Queue at most this many requests; refuse more with a retry time.")] = 64,
-    max_tokens: Annotated[int, Option(help="Keep the K/V of this many tokens, of all requests together.")] = 32768,
+    max_tokens: Annotated[
+        int | None, Option(help="Hold K/V of this many tokens, of all requests; default: a window each, as memory has.")
+    ] = None,
+    prefix_tokens: Annotated[
+        int, Option(help="Keep K/V of this many tokens of earlier prompts, for prompts with the same beginning.")
+    ] = 16384,
     timeout: Annotated[float, Option(help="End a request after this many seconds.")] = 600.0,
     allowed_host: Annotated[
         list[str] | None, Option(help="Answer to this host name too; on loopback the default is its own names.")
@@ -219,7 +224,8 @@ def serve(
 
     load = opt.load_options(call.arguments)
     bound = bind(host, port)
-    names = ("max_batch_size", "max_tokens", "max_queue", "generation_config", "data", "weights", "dtype", "device")
+    limits = ("max_batch_size", "max_tokens", "max_queue", "prefix_tokens")
+    names = (*limits, "generation_config", "data", "weights", "dtype", "device")
     with call.busy(f"loading {target} …"):
         service, tokenizer = open_service(target, **{name: call.arguments[name] for name in names}, **load)
     if defaults := told(service.engine.adapted.generation_config):

@@ -98,6 +98,7 @@ class Request:
         ids: prompt and output; once the prompt is read, the session has K/V of all but the last of them.
         output: new token ids, an end token included.
         draft: draft tokens after `ids`.
+        num_known: first tokens of the prompt that were not read, since the prefix cache had their K/V.
         failure: the error that ended it.
         sequence: its sequence id in the session; None before it is opened and after it is closed.
         memory: state that drafters keep of the request, by drafter.
@@ -122,6 +123,7 @@ class Request:
     passes: list[tuple[PassRecord, int]] = field(default_factory=list[tuple[PassRecord, int]])
     counts: DraftCounts = field(default_factory=DraftCounts)
     draft: list[int] = field(default_factory=list[int])
+    num_known: int = 0
     is_finished: bool = False
     failure: Exception | None = None
     sequence: int | None = None

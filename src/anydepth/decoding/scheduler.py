@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from anydepth.decoding.engine import Engine
+from anydepth.decoding.prefixes import PrefixCache
 from anydepth.decoding.request import Request, take_tokens
 from anydepth.decoding.session import StepPolicy
 from anydepth.errors import UserError
@@ -32,6 +33,7 @@ class Scheduler:
         max_tokens: memory bound, in tokens with K/V of all sequences together; None: no bound.
         plan_of: returns the plan of a request that is not at full depth; None: the plan of the active methods.
         is_interactive: read prompts in chunks between the tokens of other requests; False: read all prompts first.
+        prefixes: K/V of earlier prompts' beginnings, which are not read again; None: every prompt is read whole.
 
     Raises:
         UserError: a memory bound too small for one token per request.
@@ -45,13 +47,14 @@ class Scheduler:
         *,
         plan_of: Callable[[Request], Plan] | None = None,
         is_interactive: bool = True,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         if max_requests < 1 or (max_tokens is not None and max_tokens < max_requests):
             raise UserError(
                 f"a batch of {max_requests} in {max_tokens} tokens of cache holds no request; allow at least one "
                 "request, and one token for each"
             )
-        self.engine, self.is_interactive = engine, is_interactive
+        self.engine, self.is_interactive, self.prefixes = engine, is_interactive, prefixes
         captures = () if engine.drafting is None else engine.drafting.captures
         max_length = None if max_tokens is None else max_tokens // max_requests
         self.session = engine.new_session(max_requests, max_length, captures)
@@ -156,9 +159,7 @@ class Scheduler:
         while self.reading is not None or (self.waiting and not self.session.is_full):
             if self.reading is None:
                 self.reading = self.waiting.popleft()
-                self.reading.sequence = self.session.open()
-                if self.reading.is_drafted:
-                    self._drafted.prepare(self.reading)
+                self._open(self.reading)
             request, at_once = self.reading, not (self.is_interactive and self.running)
             logits = self._read(request, at_once=at_once)
             if logits is not None:
@@ -176,6 +177,15 @@ class Scheduler:
                 self._drafted.begin(request, logits)
         return [request for request, _ in ready]
 
+    def _open(self, request: Request) -> None:
+        """Open a sequence, with the known beginning of the prompt unless its tokens are to be scored."""
+        request.sequence = self.session.open()
+        if request.is_drafted:
+            self._drafted.prepare(request)
+        if self.prefixes is not None and not request.scores_prompt:
+            plan = self._plan(request)
+            request.num_known = self.prefixes.restore(self.session, request.kv, request.tokens, plan)
+
     def _read(self, request: Request, *, at_once: bool) -> torch.Tensor | None:
         """Read the rest of a prompt or a chunk of it; return (V,) logits after its last token, else None."""
         start = self.session.length(request.kv)
@@ -186,9 +196,10 @@ class Scheduler:
         chunk = left if at_once else left[:PROMPT_CHUNK]
         is_last = len(chunk) == len(left)
         num_logits = len(chunk) if request.scores_prompt else int(is_last)
-        logits, record = self.session.read(
-            request.kv, chunk, self._plan(request), num_logits=num_logits, capture=request.is_drafted
-        )
+        plan = self._plan(request)
+        logits, record = self.session.read(request.kv, chunk, plan, num_logits=num_logits, capture=request.is_drafted)
+        if self.prefixes is not None:
+            self.prefixes.keep(self.session, request.kv, request.tokens[: start + len(chunk)], plan)
         if request.is_traced:
             request.passes.append((record, 0))
         if request.scores_prompt and logits is not None:

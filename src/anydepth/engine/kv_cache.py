@@ -11,6 +11,7 @@ import mmap
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ class Layout:
 
     def __init__(self) -> None:
         self.version = 0
+
+
+@dataclass(frozen=True)
+class LayerBlock:
+    """K/V of some tokens in one layer, and the inputs of those that are deferred, copied out of a cache."""
+
+    states: Tensor  # (2 · heads, N, head_dim)
+    positions: list[int] | None  # of the N; None: the first of the tokens, no gaps
+    deferred: Tensor  # (M, D)
 
 
 class LayerKV:
@@ -109,6 +119,32 @@ class LayerKV:
             count = self.counts[sequence] = bisect_left(positions, length)
             is_contiguous = count == 0 or positions[count - 1] == count - 1
             self.positions[sequence] = None if is_contiguous else positions[:count]
+
+    def cut(self, sequence: int, start: int, end: int) -> LayerBlock:
+        """Copy what tokens from position `start` to `end` left here."""
+        count, positions = self.counts[sequence], self.positions[sequence]
+        if positions is None:
+            first, last = min(start, count), min(end, count)
+        else:
+            first, last = bisect_left(positions, start), bisect_left(positions, end)
+        deferred = self.deferred[sequence, : self.num_deferred[sequence]][max(start - count, 0) : max(end - count, 0)]
+        return LayerBlock(
+            self.states[sequence, :, first:last].clone(),
+            None if positions is None else positions[first:last],
+            deferred.clone(),
+        )
+
+    def follows(self, sequence: int, block: LayerBlock, start: int) -> bool:
+        """Return whether a block of tokens from position `start` on can be added: K/V never follow deferred tokens."""
+        is_contiguous = block.positions is not None or self.is_contiguous(sequence, start)
+        return not block.states.shape[1] or (is_contiguous and not self.num_deferred[sequence])
+
+    def paste(self, sequence: int, block: LayerBlock) -> None:
+        """Add the tokens of a block."""
+        if block.states.shape[1]:
+            self.append(sequence, block.states.transpose(0, 1), block.positions)
+        if len(block.deferred):
+            self.defer(sequence, block.deferred)
 
     def clear(self, sequence: int) -> None:
         self.counts[sequence], self.num_deferred[sequence], self.positions[sequence] = 0, 0, None

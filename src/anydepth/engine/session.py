@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anydepth.engine.kv_cache import EngineCache
+from anydepth.engine.kv_cache import EngineCache, LayerBlock
 from anydepth.engine.model import EngineModel
+from anydepth.gating.context import SequenceState
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.clock import STEPS, now
+
+
+@dataclass(frozen=True)
+class Block:
+    """What consecutive tokens of a sequence left in the cache: by layer, and the methods' memory after them."""
+
+    num_tokens: int
+    layers: list[LayerBlock]
+    memory: dict[str, Tensor]
 
 
 class FastSession:
@@ -27,6 +38,8 @@ class FastSession:
         capturing: whether verifications keep the states that are captured.
         committed: by sequence, the number of its tokens with K/V that stay.
     """
+
+    keeps_kv = True
 
     def __init__(
         self,
@@ -101,6 +114,27 @@ class FastSession:
             self.committed[sequence] += 1
         record.head_rows = len(sequences)
         return self.model.head(hidden[:, 0]), [(record, row) for row in range(len(sequences))]
+
+    def cut(self, sequence: int, start: int, end: int, plan: Plan) -> Block:
+        memory = {} if plan.is_empty else self.cache.method_memory
+        return Block(
+            end - start,
+            [kv.cut(sequence, start, end) for kv in self.cache.layers],
+            {name: rows[sequence].clone() for name, rows in memory.items()},
+        )
+
+    def restore(self, sequence: int, block: Block, start: int) -> bool:
+        both = list(zip(self.cache.layers, block.layers, strict=True))
+        if not all(kv.follows(sequence, own, start) for kv, own in both):
+            return False
+        end = start + block.num_tokens
+        self.cache.reserve(end)
+        for kv, own in both:
+            kv.paste(sequence, own)
+        for name, row in block.memory.items():
+            SequenceState(self.cache.method_memory, [sequence], self.num_sequences).remember(name, row[None])
+        self.committed[sequence] = self.cache.lengths[sequence] = end
+        return True
 
     # --- drafting --------------------------------------------------------------------------------------------------
 

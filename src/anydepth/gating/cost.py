@@ -158,6 +158,11 @@ def kv_bytes(backbone: Backbone, trace: Trace, bytes_per_value: int) -> int:
     )
 
 
+def kv_bytes_per_token(backbone: Backbone, bytes_per_value: int) -> int:
+    """Return the bytes of K/V of a token that runs every layer."""
+    return sum(_kv_values(view) for view in backbone.layers) * bytes_per_value
+
+
 def step_bytes(
     backbone: Backbone, trace: Trace, branches: Sequence[tuple[int, int]], head: int, bytes_per_value: int
 ) -> float:

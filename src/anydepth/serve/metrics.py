@@ -19,6 +19,7 @@ class Metrics:
         own = self.registry = CollectorRegistry()
         self.tokens = Counter("anydepth_generated_tokens", "Generated tokens.", registry=own)
         self.prompts = Counter("anydepth_prompt_tokens", "Prompt tokens.", registry=own)
+        self.known = Counter("anydepth_cached_prompt_tokens", "Prompt tokens that were not read again.", registry=own)
         self.first = Histogram(
             "anydepth_first_token_seconds", "Seconds from request to first token.", buckets=SECONDS, registry=own
         )
@@ -35,6 +36,7 @@ class Metrics:
         now = time.monotonic()
         if job.last_token is None:
             self.prompts.inc(len(job.request.prompt))
+            self.known.inc(job.request.num_known)
             self.first.observe(now - job.arrived)
         else:
             self.gap.observe(now - job.last_token)

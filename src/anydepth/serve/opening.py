@@ -105,7 +105,7 @@ def open_service(
     generation_config: str = "auto",
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     skip_share: float | None = None,
-    **limits: int,
+    **limits: Any,
 ) -> tuple[Service, PreTrainedTokenizerBase]:
     """Return a `Service` for a target of the command line, and its tokenizer.
 
@@ -114,7 +114,7 @@ def open_service(
     Args:
         data: text on which depth budgets are calibrated.
         generation_config: auto: requests default to the model's own sampling options; none: they do not.
-        limits: `max_batch_size`, `max_tokens` and `max_queue` of the service.
+        limits: `max_batch_size`, `max_tokens`, `max_queue` and `prefix_tokens` of the service.
     """
     check_corpus(data)
     load: dict[str, Any] = {"dtype": dtype, "device": device, "overrides": overrides, "skip_share": skip_share}

@@ -12,25 +12,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from anydepth.calibration.shares import collect_scores, kept_scores, restored, set_thresholds, thresholds_at
 from anydepth.decoding.engine import Engine
+from anydepth.decoding.prefixes import PrefixCache
 from anydepth.decoding.request import DraftCounts, Logprob, Request
 from anydepth.decoding.sampler import Sampler
 from anydepth.decoding.sampling_options import SamplingOptions
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.errors import UserError
+from anydepth.gating.cost import kv_bytes_per_token
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import PassRecord
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.tokens import end_ids
 from anydepth.serve.text_stream import TextStream
 
 log = logging.getLogger("anydepth.serve")
 FALLBACK_WINDOWS = 4
 """Windows for depth budgets of a checkpoint without kept scores, few so that the start does not take minutes."""
+PREFIX_TOKENS = 16384
+"""Tokens of earlier prompts that are kept by default."""
+MEMORY_SHARE = 0.5
+"""Fraction of the free memory that the K/V of requests may take by default."""
 LATEST = 32
 """Finished requests from which the waiting time is estimated."""
 MAX_PLANS = 32
@@ -110,7 +118,9 @@ class Service:
 
     Args:
         max_batch_size: jobs that are decoded together. max_tokens: tokens with K/V of all sequences together.
+            None: a window for each job, if memory allows.
         max_queue: jobs that can wait; further ones are refused with `Busy`.
+        prefix_tokens: tokens of earlier prompts with K/V that are kept, for prompts that begin in the same way.
         is_lossless: whether requests that do not say so are lossless.
 
     Attributes:
@@ -124,18 +134,21 @@ class Service:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch_size: int = 8,
-        max_tokens: int = 32768,
+        max_tokens: int | None = None,
         max_queue: int = 64,
+        prefix_tokens: int = PREFIX_TOKENS,
         budgets: Budgets | None = None,
         is_lossless: bool = False,
     ) -> None:
         self.engine, self.tokenizer, self.budgets, self.is_lossless = engine, tokenizer, budgets, is_lossless
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
         self.end_ids = end_ids(engine.adapted, tokenizer)
-        self.scheduler = Scheduler(
-            engine, max_batch_size, max_tokens, plan_of=None if budgets is None else budgets.plan_of
-        )
         window = getattr(engine.adapted.config, "max_position_embeddings", None)
+        if max_tokens is None:
+            max_tokens = default_tokens(engine.adapted, max_batch_size, window)
+        plan_of = None if budgets is None else budgets.plan_of
+        prefixes = PrefixCache(prefix_tokens)
+        self.scheduler = Scheduler(engine, max_batch_size, max_tokens, plan_of=plan_of, prefixes=prefixes)
         self.max_length = min(length for length in (window, self.scheduler.session.max_length) if length is not None)
         self.jobs: dict[Request, Job] = {}
         self.arrived: list[Job] = []
@@ -305,6 +318,20 @@ def layers_of(record: PassRecord) -> list[float]:
     mixers, ffns = record.stacked()
     mixers = mixers | record.stacked_other()
     return ((mixers[:, 0, -1].float() + ffns[:, 0, -1].float()) / 2).tolist()
+
+
+def default_tokens(adapted: AdaptedModel, num_requests: int, window: int | None) -> int:
+    """Return the tokens with K/V for so many requests: the model's window for each, as far as free memory goes.
+
+    Memory is taken as requests grow, and for all of them as the longest needs it.
+    """
+    size = kv_bytes_per_token(adapted.backbone, adapted.dtype.itemsize)
+    if adapted.device.type == "cpu":
+        free = psutil.virtual_memory().available
+    else:
+        free, _ = torch.cuda.mem_get_info(adapted.device)
+    fits = int(MEMORY_SHARE * free / max(size, 1))
+    return max(num_requests, fits if window is None else min(num_requests * window, fits))
 
 
 class Budgets:

@@ -170,10 +170,11 @@ def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
     """Return `usage`: tokens of each prompt, counted once, and of all answers, and anydepth's own numbers.
 
     `tokens_per_second`, `max_tokens` (what was asked for, or what fits), `acceptance_rate` and `tokens_per_round` are
-    of the first answer. `drafting` of a lossless
-    request has the number of drafted answers, and the reason why the first of the others was not drafted.
+    of the first answer. `drafting` of a lossless request has the number of drafted answers, and the reason why the
+    first of the others was not drafted. `cached_tokens` are those of prompts that were not read, as with OpenAI.
     """
-    prompts = sum(len(job.request.prompt) for job in jobs[:: body.n or 1])
+    firsts = [job.request for job in jobs[:: body.n or 1]]
+    prompts, known = (sum(counts) for counts in zip(*((one.num_prompt, one.num_known) for one in firsts), strict=True))
     answers = 0 if getattr(body, "max_tokens", None) == 0 else sum(job.num_sent for job in jobs)
     own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second, "max_tokens": jobs[0].most_tokens}
     if jobs[0].counts is not None:
@@ -187,5 +188,6 @@ def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
         "prompt_tokens": prompts,
         "completion_tokens": answers,
         "total_tokens": prompts + answers,
+        "prompt_tokens_details": {"cached_tokens": known},
         "anydepth": own,
     }
