@@ -24,7 +24,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "left out": {"name": "skip_set", "skip_layers": [2, 4]},
     "tokens": RANDOM,
     "tokens, omit": {**RANDOM, "kv_rule": "omit"},
-    "sequences": {"name": "layer_router", "granularity": "sequence", "pool_tokens": BLOCK + 30, "threshold": 0.6},
+    "sequences": {"name": "layer_router", "granularity": "sequence", "pool_tokens": 94, "threshold": 0.6},
     "exits": {"name": "early_exit", "layers": [2, 4], "thresholds": 0.4},
 }
 
@@ -55,9 +55,9 @@ class Server:
         return [one.num_known for one in requests]
 
 
-SHARED = ids(3 * BLOCK, 1)
-FIRST = SHARED + ids(BLOCK + 10, 2)
-LATER = [SHARED + ids(length, 3 + length) for length in (70, 90, 200)] + [FIRST, [*FIRST, 7], FIRST[: 2 * BLOCK + 20]]
+SHARED = ids(192, 1)
+FIRST = SHARED + ids(80, 2)
+LATER = [SHARED + ids(length, 3 + length) for length in (70, 90, 150)] + [FIRST, [*FIRST, 7], FIRST[:148]]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -86,7 +86,7 @@ def test_k_v_of_a_known_beginning_are_those_that_reading_leaves(name: str) -> No
     sequence, own_sequence = restored.open(), read.open()
     length = server.prefixes.restore(restored, sequence, FIRST, plan)
     read.read(own_sequence, FIRST[:length], plan, num_logits=0)
-    assert length == 3 * BLOCK
+    assert length == 192
     assert restored.length(sequence) == read.length(own_sequence) == length
     for own, other in zip(restored.cache.layers, read.cache.layers, strict=True):
         counts = own.counts[sequence], own.num_deferred[sequence]
@@ -101,20 +101,20 @@ def test_what_a_plan_left_is_no_beginning_for_another_plan() -> None:
     server = Server(engine(RANDOM))
     server.run(scored(FIRST))
     assert server.run(scored(FIRST, full_depth=True)) == [0]
-    assert server.run(scored(FIRST, full_depth=True), scored(FIRST)) == [3 * BLOCK, 3 * BLOCK]
+    assert server.run(scored(FIRST, full_depth=True), scored(FIRST)) == [192, 192]
 
 
 def test_drafted_requests_use_it_and_keep_their_text() -> None:
     server = Server(drafting("fast", "everything"))
     first, later, plain = (scored(FIRST, is_drafted=drafts, full_depth=not drafts) for drafts in (True, True, False))
-    assert server.run(first) == [0] and server.run(later) == [3 * BLOCK]
+    assert server.run(first) == [0] and server.run(later) == [192]
     server.plain.run([plain])
     assert later.output == first.output == plain.output
 
 
 def test_requests_of_the_same_prompt_at_once_read_it_once() -> None:
     requests = [scored(FIRST) for _ in range(3)]
-    assert Server(engine(None)).run(*requests) == [0, 3 * BLOCK, 3 * BLOCK]
+    assert Server(engine(None)).run(*requests) == [0, 192, 192]
     assert requests[0].output == requests[1].output == requests[2].output
 
 
@@ -127,15 +127,15 @@ def test_scored_prompts_are_read_whole() -> None:
 
 
 def test_the_blocks_used_longest_ago_are_removed_the_last_of_a_prompt_first() -> None:
-    server = Server(engine(None), 6 * BLOCK)
-    other = ids(3 * BLOCK + 10, 9)
+    server = Server(engine(None), 24 * BLOCK)
+    other = ids(202, 9)
     server.run(scored(FIRST))
     server.run(scored(other))
-    assert len(server.prefixes.blocks) == 6
-    assert server.run(scored(other)) == [2 * BLOCK]
-    assert server.run(scored(FIRST)) == [3 * BLOCK]
+    assert len(server.prefixes.blocks) == 24
+    assert server.run(scored(other)) == [128]
+    assert server.run(scored(FIRST)) == [192]
     server.run(scored(other))
-    assert server.run(scored(ids(2 * BLOCK, 11)), scored(FIRST)) == [0, BLOCK]
+    assert server.run(scored(ids(288, 11)), scored(other)) == [0, 96]
 
 
 @pytest.mark.parametrize("max_tokens", [0, BLOCK - 1])

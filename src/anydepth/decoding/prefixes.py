@@ -11,7 +11,7 @@ from typing import Any
 from anydepth.decoding.session import Session
 from anydepth.gating.plan import Plan
 
-BLOCK = 64
+BLOCK = 16
 """Tokens of a block, the unit in which K/V are kept."""
 
 Key = tuple[Plan, bytes]

@@ -37,6 +37,10 @@ class LayerBlock:
     positions: list[int] | None  # of the N; None: the first of the tokens, no gaps
     deferred: Tensor  # (M, D)
 
+    @property
+    def num_tokens(self) -> int:
+        return self.states.shape[1] + len(self.deferred)
+
 
 class LayerKV:
     """Keys and values of one layer, `counts` tokens of each sequence filled.
@@ -198,6 +202,31 @@ class EngineCache:
             self.layout.version += 1
             for layer, states in zip(self.layers, self.states, strict=True):
                 layer.states = states
+
+    def cut(self, sequence: int, start: int, end: int) -> tuple[list[LayerBlock], Tensor | None]:
+        """Copy what tokens from position `start` to `end` left, by layer, and as one tensor if all layers have all."""
+        if all(kv.positions[sequence] is None and kv.counts[sequence] >= end for kv in self.layers):
+            whole = self.states[:, sequence, :, start:end].clone()
+            return [
+                LayerBlock(states, None, kv.deferred[0, :0]) for kv, states in zip(self.layers, whole, strict=True)
+            ], whole
+        return [kv.cut(sequence, start, end) for kv in self.layers], None
+
+    def paste(self, sequence: int, start: int, blocks: Sequence[LayerBlock], whole: Tensor | None) -> bool:
+        """Add what `cut` returned to a sequence of `start` tokens; return whether it fits what is there."""
+        both = list(zip(self.layers, blocks, strict=True))
+        if not all(kv.follows(sequence, own, start) for kv, own in both):
+            return False
+        num_tokens = max(own.num_tokens for own in blocks)
+        self.reserve(start + num_tokens)
+        if whole is None:
+            for kv, own in both:
+                kv.paste(sequence, own)
+        else:
+            self.states[:, sequence, :, start : start + num_tokens] = whole
+            for kv in self.layers:
+                kv.extend(sequence, num_tokens)
+        return True
 
     def rewind(self, sequence: int, length: int) -> None:
         for layer in self.layers:

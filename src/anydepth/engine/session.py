@@ -20,10 +20,11 @@ from anydepth.models.clock import STEPS, now
 
 @dataclass(frozen=True)
 class Block:
-    """What consecutive tokens of a sequence left in the cache: by layer, and the methods' memory after them."""
+    """What consecutive tokens of a sequence left in the cache (`EngineCache.cut`), and in the methods' memory."""
 
     num_tokens: int
     layers: list[LayerBlock]
+    whole: Tensor | None
     memory: dict[str, Tensor]
 
 
@@ -116,24 +117,16 @@ class FastSession:
         return self.model.head(hidden[:, 0]), [(record, row) for row in range(len(sequences))]
 
     def cut(self, sequence: int, start: int, end: int, plan: Plan) -> Block:
+        layers, whole = self.cache.cut(sequence, start, end)
         memory = {} if plan.is_empty else self.cache.method_memory
-        return Block(
-            end - start,
-            [kv.cut(sequence, start, end) for kv in self.cache.layers],
-            {name: rows[sequence].clone() for name, rows in memory.items()},
-        )
+        return Block(end - start, layers, whole, {name: rows[sequence].clone() for name, rows in memory.items()})
 
     def restore(self, sequence: int, block: Block, start: int) -> bool:
-        both = list(zip(self.cache.layers, block.layers, strict=True))
-        if not all(kv.follows(sequence, own, start) for kv, own in both):
+        if not self.cache.paste(sequence, start, block.layers, block.whole):
             return False
-        end = start + block.num_tokens
-        self.cache.reserve(end)
-        for kv, own in both:
-            kv.paste(sequence, own)
         for name, row in block.memory.items():
             SequenceState(self.cache.method_memory, [sequence], self.num_sequences).remember(name, row[None])
-        self.committed[sequence] = self.cache.lengths[sequence] = end
+        self.committed[sequence] = self.cache.lengths[sequence] = start + block.num_tokens
         return True
 
     # --- drafting --------------------------------------------------------------------------------------------------
