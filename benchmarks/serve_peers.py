@@ -6,7 +6,7 @@ Both servers run at the same time and are asked in turn. In each round the clien
 round before had, each its next one as soon as it has the answer to the last, and get 64 greedy tokens; no end token
 ends an answer, so that both servers decode as much. Then conversations of two turns begin with a system prompt of 1,500
 tokens: the seconds to the first token of both turns. llama-server is built from the source that llama-cpp-python comes with
-(`cmake --build … --target llama-server`), and runs with as many slots as clients at most.
+(`cmake --build … --target llama-server`), and decodes as many requests together as there are clients at most.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def theirs(program: Path, path: str, threads: int, most: int) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    slots = ["-np", str(most), "-c", str(WINDOW * most)]
-    command = [str(program), "-m", path, "-t", str(threads), "-tb", str(threads), *slots, "--port", str(port)]
+    size = ["-np", str(most), "-c", str(WINDOW * most)]
+    command = [str(program), "-m", path, "-t", str(threads), "-tb", str(threads), *size, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         address = f"http://127.0.0.1:{port}"

@@ -113,7 +113,6 @@ NEUTRAL: dict[str, Any] = {
 }
 FOR_CHATS: dict[str, Any] = {
     "tools": None,
-    "tool_choice": "none",
     "parallel_tool_calls": True,
     "functions": [],
     "modalities": ["text"],

@@ -186,3 +186,54 @@ def test_a_template_without_tools_says_so() -> None:
         body = {"model": "tiny", "messages": ASKED, "tools": TOOLS}
         answer = client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("tools: the chat template")
+
+
+SAIL = {
+    "type": "object",
+    "properties": {"knots": {"type": "integer", "minimum": 0, "maximum": 60}, "to": {"$ref": "#/$defs/place"}},
+    "required": ["knots", "to"],
+    "additionalProperties": False,
+    "$defs": {"place": {"enum": ["Århus", "Oslo"]}},
+}
+OFFERED = [*TOOLS, {"type": "function", "function": {"name": "sail", "parameters": SAIL}}]
+NAMED = {"type": "function", "function": {"name": "sail"}}
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Iterator[TestClient]:
+    """A server of random weights, which call a tool only where they have to."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    with serving(tokenizer=tokenizer, model=tiny_llama(max_position_embeddings=2048)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_call_that_is_required_is_made_with_arguments_that_fit(untrained: TestClient, seed: int) -> None:
+    options = {"tools": OFFERED, "temperature": 1, "seed": seed, "max_tokens": 300}
+    (named,) = asked(untrained, **options, tool_choice=NAMED).json()["choices"]
+    assert named["finish_reason"] == "tool_calls" and named["message"]["content"] is None
+    ((_, name, arguments),) = names([{"index": 0, **call} for call in named["message"]["tool_calls"]])
+    assert name == "sail" and 0 <= arguments["knots"] <= 60 and arguments["to"] in ("Århus", "Oslo")
+    (some,) = asked(untrained, **options, tool_choice="required").json()["choices"]
+    if some["finish_reason"] != "length":  # `weather` takes any object, however long
+        assert some["message"]["tool_calls"][0]["function"]["name"] in ("weather", "sail")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": NAMED, "tools": TOOLS},
+        {"tool_choice": "always", "tools": TOOLS},
+        {"tools": TOOLS, "response_format": {"type": "json_object"}},
+        {
+            "tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "no"}}}],
+            "tool_choice": "required",
+        },
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused_by_name(untrained: TestClient, fields: dict[str, Any]) -> None:
+    answer = untrained.post("/v1/chat/completions", json={"model": "tiny", "messages": ASKED, **fields})
+    assert answer.status_code == 400, answer.text
+    assert any(name in answer.json()["error"]["message"] for name in ("tool_choice", "response_format", "tools: "))

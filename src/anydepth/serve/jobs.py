@@ -13,7 +13,9 @@ from transformers import LogitsProcessor, MinNewTokensLengthLogitsProcessor, Pre
 from anydepth.decoding import request as decoding
 from anydepth.decoding.sampler import Stops
 from anydepth.decoding.sampling_options import LogitBias, Penalties, SamplingOptions
+from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
+from anydepth.serve.grammar import Grammars
 from anydepth.serve.protocol import ChatCompletion, Completion, Sampling, is_text
 from anydepth.serve.service import Job, Service
 from anydepth.serve.text_stream import TextStream
@@ -50,6 +52,7 @@ class Jobs:
     def __init__(self, service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.service, self.tokenizer, self.settings = service, tokenizer, settings
         self.seeds = random.Random(settings.seed)
+        self.grammars = Grammars(tokenizer, service.engine.adapted.config.vocab_size, service.end_ids)
 
     def text_of(self, body: Completion, place: int, prompt: list[int]) -> str:
         """Return the text of a prompt as it was sent, or that of its token ids."""
@@ -119,21 +122,10 @@ class Jobs:
         chosen = {name: getattr(body, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
         options = SamplingOptions.of(config, **chosen, top_k=None if body.top_k is None else max(body.top_k, 0))
         end_ids = [*([] if body.ignore_eos else self.service.end_ids), *(body.stop_token_ids or [])]
-        penalties: list[LogitsProcessor] = []
-        if body.bias:
-            size = self.service.engine.adapted.config.vocab_size
-            if max(body.bias) >= size:
-                raise HTTPException(400, f"logit_bias: token ids must be below {size}")
-            penalties.append(LogitBias(body.bias))
-        if body.presence_penalty or body.frequency_penalty:
-            penalties.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
-        if body.min_tokens and end_ids:
-            device: Any = self.service.engine.adapted.device
-            penalties.append(MinNewTokensLengthLogitsProcessor(len(prompt), body.min_tokens, end_ids, device=device))
         seed = self.seeds.getrandbits(63) if body.seed is None else body.seed + number
         request = decoding.Request(
             prompt,
-            self.service.sampler(options, seed, *penalties),
+            self.service.sampler(options, seed, *self._penalties(body, prompt, end_ids)),
             Stops.at(len(prompt) + wanted, end_ids),
             full_depth=body.anydepth.full_depth,
             budget=body.anydepth.depth_budget,
@@ -150,6 +142,27 @@ class Jobs:
             lossless=self._is_lossless(body),
             seconds=self.settings.request_seconds,
         )
+
+    def _penalties(self, body: Sampling, prompt: list[int], end_ids: list[int]) -> list[LogitsProcessor]:
+        """Return the processors of a request that come before temperature and the like."""
+        found: list[LogitsProcessor] = []
+        if body.bias:
+            size = self.service.engine.adapted.config.vocab_size
+            if max(body.bias) >= size:
+                raise HTTPException(400, f"logit_bias: token ids must be below {size}")
+            found.append(LogitBias(body.bias))
+        if body.presence_penalty or body.frequency_penalty:
+            found.append(Penalties(len(prompt), body.presence_penalty or 0.0, body.frequency_penalty or 0.0))
+        if body.min_tokens and end_ids:
+            device: Any = self.service.engine.adapted.device
+            found.append(MinNewTokensLengthLogitsProcessor(len(prompt), body.min_tokens, end_ids, device=device))
+        if body.form is not None:
+            try:
+                found.append(self.grammars.processor(body.form, len(prompt)))
+            except UserError as failed:
+                name = "tools" if getattr(body, "offered", None) else "response_format"
+                raise HTTPException(400, f"{name}: {failed}") from failed
+        return found
 
     def _is_lossless(self, body: Sampling) -> bool:
         own = body.anydepth

@@ -39,7 +39,9 @@ TAKES = {
     "prompt": "give a text, token ids, which are integers of at least 0, or a list of 1 to 256 texts or lists of ids",
     "stop": "give a text of 1 to 200 characters, or a list of at most 4 such texts",
     "content": 'give a text, or a list of parts {"type": "text", "text": "…"}; an assistant may have null',
-    "response_format": 'give {"type": "text"}, or leave it out',
+    "response_format": 'give {"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": '
+    '{"name": "…", "schema": {…}}}',
+    "tool_choice": 'give none, auto, required, or {"type": "function", "function": {"name": "…"}}',
 }
 """Allowed values of fields with a union type, for which pydantic has one error per type."""
 
@@ -97,6 +99,27 @@ class Ignored(Strict):
         return [name for name in Ignored.model_fields if getattr(self, name) not in (None, {}, "", False)]
 
 
+class JsonSchema(BaseModel):
+    """A schema of OpenAI's structured output; it is always followed strictly."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    name: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(TAKES["response_format"])
+        return self
+
+
 class Sampling(Ignored):
     """Fields that completions and chat completions share; some are vLLM's."""
 
@@ -121,6 +144,7 @@ class Sampling(Ignored):
     ignore_eos: bool | None = Field(default=False, description="No end token ends the answer.")
     skip_special_tokens: bool | None = Field(default=True, description="false: the text has them.")
     add_special_tokens: bool | None = Field(default=None, description="Default: true, in a chat false.")
+    response_format: ResponseFormat | None = Field(default=None, description="The JSON that the answer is to be.")
     anydepth: Extra = Extra()
 
     @model_validator(mode="after")
@@ -131,7 +155,17 @@ class Sampling(Ignored):
             raise ValueError("stream_options needs stream: true")
         if not all(key.isascii() and key.isdecimal() and len(key) < 10 for key in self.logit_bias or {}):
             raise ValueError('logit_bias: give token ids as keys, such as {"42": -100}')
+        if self.form is not None and (self.min_tokens or self.ignore_eos):
+            raise ValueError("response_format: the answer ends with its JSON; leave min_tokens and ignore_eos out")
         return self
+
+    @property
+    def form(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer follows; None: any text."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
 
     @property
     def bias(self) -> dict[int, float]:
@@ -229,6 +263,19 @@ class Tool(BaseModel):
     function: Function
 
 
+class ToolName(Strict):
+    """The name of a tool's function."""
+
+    name: Text
+
+
+class ToolChoice(Strict):
+    """The tool that the model has to call."""
+
+    type: Literal["function"]
+    function: ToolName
+
+
 class ChatCompletion(Sampling):
     """The body of `POST /v1/chat/completions`."""
 
@@ -237,13 +284,14 @@ class ChatCompletion(Sampling):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Further inputs of the template.")
     add_generation_prompt: bool | None = Field(default=True, description="Begin the answer after the template.")
     continue_final_message: bool | None = Field(default=False, description="Continue the last message's text.")
     modalities: _only(["text"]) = None  # type: ignore[valid-type]
     tools: list[Tool] | None = Field(default=None, description="Functions that the model may call.")
-    tool_choice: _only("none", "auto") = None  # type: ignore[valid-type]
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
+        default=None, description=TAKES["tool_choice"]
+    )
     parallel_tool_calls: bool | None = Field(default=True, description="false: one call at most.")
     functions: _only([]) = None  # type: ignore[valid-type]
     function_call: _only("none", "auto") = None  # type: ignore[valid-type]
@@ -254,6 +302,26 @@ class ChatCompletion(Sampling):
     def offered(self) -> list[dict[str, Any]]:
         """The tools that the model is offered."""
         return [] if self.tool_choice == "none" else [tool.model_dump() for tool in self.tools or []]
+
+    @property
+    def forced(self) -> list[dict[str, Any]]:
+        """The functions of which one has to be called; none where the model may choose."""
+        if isinstance(self.tool_choice, ToolChoice):
+            name = self.tool_choice.function.name
+            return [tool["function"] for tool in self.offered if tool["function"]["name"] == name]
+        return [tool["function"] for tool in self.offered] if self.tool_choice == "required" else []
+
+    @property
+    def form(self) -> dict[str, Any] | None:
+        return call_schema(self.forced) if self.forced else super().form
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> ChatCompletion:
+        if (isinstance(self.tool_choice, ToolChoice) or self.tool_choice == "required") and not self.forced:
+            raise ValueError("tool_choice: no such tool is offered in tools")
+        if self.offered and super().form is not None:
+            raise ValueError("response_format: with tools the answer may be a call; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _top_of_logprobs(self) -> ChatCompletion:
@@ -266,6 +334,19 @@ class ChatCompletion(Sampling):
         ):
             raise ValueError("continue_final_message continues a message; leave add_generation_prompt out")
         return self
+
+
+def call_schema(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the schema of a call to one of some functions; what their parameters refer to stays at the root."""
+    calls, shared = [], dict[str, Any]()
+    for function in functions:
+        parameters = dict(function.get("parameters") or {"type": "object"})
+        for key in ("$defs", "definitions"):
+            shared.setdefault(key, {}).update(parameters.pop(key, {}))
+        properties = {"name": {"const": function["name"]}, "arguments": parameters}
+        calls.append({"type": "object", "properties": properties, "required": list(properties)})
+        calls[-1]["additionalProperties"] = False
+    return {"anyOf": calls, **shared}
 
 
 class Refusal(BaseModel):
