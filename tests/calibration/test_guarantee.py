@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ import anydepth
 from anydepth import HFEngine
 from anydepth.calibration.guarantee import (
     TESTS,
+    RiskTable,
     bound_risk,
     difference,
     inconsistency,
@@ -23,8 +25,9 @@ from anydepth.calibration.guarantee import (
     quality_loss,
     shared_settings,
 )
-from anydepth.calibration.shares import collect_scores, thresholds_of
+from anydepth.calibration.shares import collect_scores, set_options, thresholds_of
 from anydepth.errors import UserError
+from anydepth.json_io import plain
 from tiny import tiny_llama
 
 EPSILON, DELTA = 0.1, 0.1
@@ -175,3 +178,28 @@ def test_quality_needs_references() -> None:
         calibrated(40, 0.5, risk="beauty")
     _, found, _ = calibrated(40, 0.5, risk="quality", references=[[1, 2, 3]] * 40)
     assert found.met
+
+
+@pytest.mark.parametrize("test", ["fixed-sequence", "bonferroni"])
+def test_other_bounds_select_from_the_risk_table_as_a_calibration_would(test: str) -> None:
+    """Each bound has its own tests of the same losses; those of a bound above the calibration's select no more."""
+    _, found, _ = calibrated(40, 0.95, test=test)
+    document = plain({"trajectory": found.trajectory, "config": {"confidence": 0.9, "test": test}})
+    tested = RiskTable.of(json.loads(json.dumps(document)))
+    assert tested is not None
+    for max_risk in (0.999, 0.95, 0.9, 0.8, 0.6, 0.06):
+        adapted, own, _ = calibrated(40, max_risk, test=test)
+        selected = tested.select(max_risk)
+        if not own.met:
+            assert selected is None
+        else:
+            assert selected is not None
+            options, risk = selected
+            expected = thresholds_of(adapted)
+            set_options(adapted, options)
+            assert (risk == own.risk and thresholds_of(adapted) == expected) or (max_risk > 0.95 and risk < own.risk)
+
+
+def test_documents_without_losses_have_no_risk_table() -> None:
+    old = {"trajectory": [{"setting": 0, "thresholds": {}}], "config": {"confidence": 0.9, "test": None}}
+    assert RiskTable.of(old) is None and RiskTable.of({"share": 0.4, "config": {}}) is None

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
 import anydepth
+from anydepth.cli import app
 from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.errors import Unsupported, UserError
 from anydepth.models.load import NATIVE
 from anydepth.serve import opening
+from anydepth.serve.api import Settings, create_app
 from anydepth.serve.opening import native_first, open_service, open_target
 from anydepth.serve.service import Service
 from tiny import save_gguf
@@ -142,3 +146,40 @@ def test_open_target_opens_the_weights_that_are_named(tmp_path: Path) -> None:
     assert open_target(path, engine="hf")[0].name == "hf"
     with pytest.raises(UserError, match="nothing is attached|is not attached"):
         open_target(path, overrides={"skip_set": {"skip_layers": [0]}})
+
+
+def test_a_folder_calibrated_by_risk_bounds_the_risk_of_a_request(target: Path, tmp_path: Path) -> None:
+    """Each bound selects from the settings that were tested; where nothing is shown nothing is skipped."""
+    text = str(target / "text.txt")
+    options = ["--data", text, "--dtype", "float32", "--sequence-length", "32", "--prompt-tokens", "8"]
+    options += ["--num-prompts", "40", "--new-tokens", "6", "--num-windows", "2", "--max-risk", "0.95"]
+    found = CliRunner().invoke(
+        app, ["calibrate", str(target / "router"), "--out", str(tmp_path / "calibrated"), *options]
+    )
+    assert found.exit_code == 0, found.output
+    ask = {"model": "tiny", "prompt": "the sea", "max_tokens": 4, "temperature": 0}
+    (tmp_path / "text.txt").write_text(Path(text).read_text())
+    with opened(tmp_path / "calibrated") as service:
+        assert service.budgets is not None
+        loose, tight = (
+            service.budgets.plan_of(Request([5], Sampler(), Stops.at(12), max_risk=bound)) for bound in (0.95, 0.0001)
+        )
+        assert not loose.is_empty and tight.is_empty
+        client = TestClient(create_app(service, service.tokenizer, Settings("tiny")))
+        risks = [
+            client.post("/v1/completions", json={**ask, "anydepth": {"max_risk": bound}}).json()["usage"]["anydepth"][
+                "risk"
+            ]
+            for bound in (0.95, 0.0001)
+        ]
+        assert risks[0]["max_risk"] == 0.95 and 0 <= risks[0]["measured"] < 0.95 and risks[1]["measured"] is None
+        card = client.get("/v1/models").json()["data"][0]["anydepth"]
+        assert card["depth_budget"] and card["max_risk"]
+
+
+def test_without_a_calibration_by_risk_a_bound_is_refused_by_name(target: Path) -> None:
+    with opened(target / "router") as service:
+        client = TestClient(create_app(service, service.tokenizer, Settings("tiny")))
+        body = {"model": "tiny", "prompt": "the sea", "anydepth": {"max_risk": 0.1}}
+        answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("anydepth.max_risk: ")

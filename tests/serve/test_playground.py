@@ -77,7 +77,14 @@ def test_full_depth_is_not_compared_with_itself(browser: Any, address: str) -> N
     page.get_by_role("button", name="Write").click()
     page.get_by_text("this is full depth").wait_for(timeout=60_000)
     assert page.locator("#ratio").inner_text() == page.locator("#full-speed").inner_text() == "–"
-    own = {"num_layers": 6, "attached": "nothing that skips", "skips": False, "depth_budget": False, "lossless": False}
+    own = {
+        "num_layers": 6,
+        "attached": "nothing that skips",
+        "skips": False,
+        "depth_budget": False,
+        "max_risk": False,
+        "lossless": False,
+    }
     card = {"id": "tiny", "object": "model", "created": 0, "owned_by": "anydepth", "anydepth": own}
     page.route("**/v1/models", lambda route: route.fulfill(body=json.dumps({"object": "list", "data": [card]})))
     page.goto(f"{address}/")

@@ -17,15 +17,16 @@ Both need settings and an order that do not depend on the tested sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from anydepth.calibration.shares import (
+    Options,
     Scores,
     Thresholds,
     options_of,
@@ -89,7 +90,7 @@ def learn_then_test(
     max_risk: float,
     confidence: float,
     test: str = "fixed-sequence",
-    on_test: Callable[[dict[str, float]], None] = lambda row: None,
+    on_test: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Guarantee:
     """Select the least careful setting that is shown to be within `max_risk`.
 
@@ -104,7 +105,7 @@ def learn_then_test(
         losses = losses_of(number)
         num_sequences = len(losses)
         risk, p = sum(losses) / num_sequences, p_value(losses, max_risk)
-        trajectory.append({"setting": number, "risk": risk, "p_value": p})
+        trajectory.append({"setting": number, "risk": risk, "p_value": p, "losses": list(losses)})
         on_test(trajectory[-1])
         if p <= error:
             chosen = number
@@ -112,6 +113,40 @@ def learn_then_test(
             break
     shown = trajectory[chosen or 0]
     return Guarantee(chosen, shown["risk"], shown["p_value"], num_sequences, trajectory)
+
+
+@dataclass(frozen=True)
+class RiskTable:
+    """The settings that a calibration tested, with their losses, from which other bounds select as well.
+
+    A bound above that of the calibration selects no setting beyond those that it tested.
+
+    Attributes:
+        rows: `trajectory` of the calibration.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    confidence: float
+    test: str = TESTS[0]
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Self | None:
+        """Return those of a document of `calibrate --max-risk`; None: of another, or of an older one."""
+        rows, config = document.get("trajectory") or [], document["config"]
+        if not all("losses" in row and "thresholds" in row for row in rows) or not rows:
+            return None
+        return cls(rows, config["confidence"], config["test"] or TESTS[0])
+
+    def select(self, max_risk: float) -> tuple[Options, float] | None:
+        """Return the options and the risk of the least careful setting within a bound; None: skip nothing."""
+        found = learn_then_test(
+            lambda number: self.rows[number]["losses"],
+            len(self.rows),
+            max_risk=max_risk,
+            confidence=self.confidence,
+            test=self.test,
+        )
+        return None if found.chosen is None else (self.rows[found.chosen]["thresholds"], found.risk)
 
 
 def p_value(losses: Sequence[float], max_risk: float) -> float:
@@ -209,7 +244,7 @@ def bound_risk(
     test: str = "fixed-sequence",
     risk: str = "consistency",
     references: Sequence[Sequence[int]] | None = None,
-    on_test: Callable[[dict[str, float]], None] = lambda row: None,
+    on_test: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Guarantee:
     """Set thresholds that skip as much as is shown to keep the risk, or that skip nothing if nothing is shown.
 
@@ -233,7 +268,7 @@ def bound_risk(
     compared = [continuations(engine, prompts, new_tokens, full_depth=True)]
     if risk == "quality" and references is not None:
         compared.append([list(reference) for reference in references])
-    options: list[dict[str, Any]] = []
+    options: list[Options] = []
 
     def losses(setting: int) -> list[float]:
         set_thresholds(adapted, settings[setting])

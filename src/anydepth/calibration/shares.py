@@ -32,6 +32,8 @@ Scores = dict[str, Tensor]
 """A table of `methods/_base/calibration.py` for each method."""
 Thresholds = Mapping[str, float | list[float]]
 """Thresholds by method, above which a score lets a token run; a list has one for each layer."""
+Options = Mapping[str, Any]
+"""By method the configured value of the option with the threshold, which a method may read in its own way."""
 LayerScores = dict[str, dict[int, Tensor]]
 """Sorted (N,) scores by method and by layer, which is 0 for all layers of a method with one threshold."""
 
@@ -134,9 +136,16 @@ def thresholds_of(adapted: AdaptedModel) -> Thresholds:
     return {method.name: method.threshold for method in _with_threshold(adapted)}
 
 
-def options_of(adapted: AdaptedModel) -> dict[str, Any]:
-    """Return by method the configured value of the option with the threshold."""
+def options_of(adapted: AdaptedModel) -> Options:
     return {method.name: getattr(method.config, method.budget_option) for method in _with_threshold(adapted)}
+
+
+def set_options(adapted: AdaptedModel, options: Options) -> None:
+    """Set the options of `options_of`, also as JSON has them."""
+    for method in _with_threshold(adapted):
+        if method.name in options:
+            values = {**method.config.model_dump(), method.budget_option: options[method.name]}
+            method.config = type(method.config).model_validate(values)
 
 
 def set_thresholds(adapted: AdaptedModel, thresholds: Thresholds) -> None:

@@ -91,7 +91,8 @@ class Request:
         row: the request's row in the sampler's batch.
         full_depth: whether the request runs at full depth, without the attached methods.
         is_drafted: whether tokens are drafted and verified at full depth, which gives the text of full depth.
-        budget: depth budget for the scheduler's `plan_of`; None: the thresholds that the model was loaded with.
+        budget, max_risk: depth budget, or bound on the risk, for the scheduler's `plan_of`; None: the thresholds that
+            the model was loaded with.
         num_logprobs: most likely tokens to record at each step; None records none.
         scores_prompt: whether log-probabilities of the prompt's tokens but the first are recorded in `prompt_logprobs`.
         is_traced: whether the forwards are recorded in `passes`, each with the request's row there.
@@ -112,6 +113,7 @@ class Request:
     full_depth: bool = False
     is_drafted: bool = False
     budget: float | None = None
+    max_risk: float | None = None
     num_logprobs: int | None = None
     scores_prompt: bool = False
     is_traced: bool = True

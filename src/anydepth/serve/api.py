@@ -164,12 +164,13 @@ class Server:
         return JSONResponse({"status": "ok" if alive else "closing"}, 200 if alive else 503)
 
     def _card(self) -> dict[str, Any]:
-        adapted = self.service.engine.adapted
+        adapted, budgets = self.service.engine.adapted, self.service.budgets
         own = {
             "num_layers": adapted.backbone.num_layers,
             "attached": ", ".join(method.name for method in adapted.attached) or "nothing that skips",
             "skips": bool(adapted.attached),
-            "depth_budget": self.service.budgets is not None,
+            "depth_budget": budgets is not None,
+            "max_risk": budgets is not None and budgets.tested is not None,
             "lossless": self.service.engine.drafting is not None,
         }
         return {"id": self.settings.name, "object": "model", "created": 0, "owned_by": "anydepth", "anydepth": own}

@@ -112,12 +112,7 @@ class Jobs:
                 400, f"{wanted} new tokens do not fit after a prompt of {len(prompt)}; ask for at most {capacity}"
             )
         wanted = min(wanted, capacity)
-        if body.anydepth.depth_budget is not None and self.service.budgets is None:
-            raise HTTPException(
-                400,
-                "anydepth.depth_budget: no attached method has a threshold to set, as routers and exit gates have; "
-                "leave it out",
-            )
+        self._check_thresholds(body)
         config = self.service.engine.adapted.generation_config
         chosen = {name: getattr(body, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
         options = SamplingOptions.of(config, **chosen, top_k=None if body.top_k is None else max(body.top_k, 0))
@@ -129,6 +124,7 @@ class Jobs:
             Stops.at(len(prompt) + wanted, end_ids),
             full_depth=body.anydepth.full_depth,
             budget=body.anydepth.depth_budget,
+            max_risk=body.anydepth.max_risk,
             num_logprobs=num_logprobs,
             is_traced=body.anydepth.depth,
         )
@@ -141,7 +137,30 @@ class Jobs:
             put=lambda piece: None,
             lossless=self._is_lossless(body),
             seconds=self.settings.request_seconds,
+            risk=self._risk(body.anydepth.max_risk),
         )
+
+    def _check_thresholds(self, body: Sampling) -> None:
+        own, budgets = body.anydepth, self.service.budgets
+        if own.depth_budget is not None and budgets is None:
+            raise HTTPException(
+                400,
+                "anydepth.depth_budget: no attached method has a threshold to set, as routers and exit gates have; "
+                "leave it out",
+            )
+        if own.max_risk is not None and (budgets is None or budgets.tested is None):
+            raise HTTPException(
+                400,
+                "anydepth.max_risk: this model was not calibrated by risk; serve a folder that "
+                "`anydepth calibrate TARGET --max-risk` wrote, or leave it out",
+            )
+
+    def _risk(self, max_risk: float | None) -> float | None:
+        budgets = self.service.budgets
+        if max_risk is None or budgets is None or budgets.tested is None:
+            return None
+        found = budgets.tested.select(max_risk)
+        return None if found is None else found[1]
 
     def _penalties(self, body: Sampling, prompt: list[int], end_ids: list[int]) -> list[LogitsProcessor]:
         """Return the processors of a request that come before temperature and the like."""
@@ -167,5 +186,5 @@ class Jobs:
     def _is_lossless(self, body: Sampling) -> bool:
         own = body.anydepth
         if own.lossless is None:
-            return self.service.is_lossless and own.depth_budget is None and not own.full_depth
+            return self.service.is_lossless and not own.skips and not own.full_depth
         return own.lossless

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.calibration.guarantee import RiskTable
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
 from anydepth.errors import RunError, Unsupported, UserError
+from anydepth.json_io import read_document
 from anydepth.models.load import AUTO, NATIVE, DType, has_blocks
 from anydepth.serve.service import Budgets, Service
 from anydepth.speculation.draft import why_no_draft
@@ -95,6 +98,12 @@ def open_target(
     return native_first(open_as, target, weights, say, engine=engine, compiled=compiled, **of_load)
 
 
+def risk_table(target: str) -> RiskTable | None:
+    """Return the settings that `calibrate --max-risk` tested when it wrote a folder; None: it did not."""
+    path = Path(target) / "calibrate.json"
+    return RiskTable.of(read_document(path)) if path.is_file() else None
+
+
 def open_service(
     target: str,
     *,
@@ -124,6 +133,6 @@ def open_service(
     if adapted.attached:
         windows = load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS)
         with suppress(RunError, UserError):  # no method has a threshold
-            budgets = Budgets(engine, windows)
+            budgets = Budgets(engine, windows, risk_table(target))
     drafts = run_options(target).get("draft") is not None and engine.drafting is not None
     return Service(engine, tokenizer, budgets=budgets, is_lossless=drafts, **limits), tokenizer

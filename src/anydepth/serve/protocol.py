@@ -56,6 +56,9 @@ class Extra(Strict):
     """anydepth's own fields."""
 
     depth_budget: float | None = Field(default=None, ge=0, le=1, description="Fraction of the decisions that run.")
+    max_risk: float | None = Field(
+        default=None, gt=0, lt=1, description="Bound on the risk, where the target was calibrated by --max-risk."
+    )
     lossless: bool | None = Field(
         default=None,
         description="Return the text of full depth, drafted and verified. Default: if the folder records drafting.",
@@ -65,11 +68,18 @@ class Extra(Strict):
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Extra:
-        if self.lossless and self.depth_budget is not None:
-            raise ValueError("lossless gives the text of full depth; leave depth_budget out")
-        if self.full_depth and (self.lossless or self.depth_budget is not None):
-            raise ValueError("full_depth neither drafts nor skips; leave lossless and depth_budget out")
+        if self.lossless and self.skips:
+            raise ValueError("lossless gives the text of full depth; leave depth_budget and max_risk out")
+        if self.full_depth and (self.lossless or self.skips):
+            raise ValueError("full_depth neither drafts nor skips; leave lossless, depth_budget and max_risk out")
+        if self.depth_budget is not None and self.max_risk is not None:
+            raise ValueError("depth_budget and max_risk set the same thresholds; leave one of them out")
         return self
+
+    @property
+    def skips(self) -> bool:
+        """Whether the request says how much is skipped."""
+        return self.depth_budget is not None or self.max_risk is not None
 
 
 class StreamOptions(Strict):

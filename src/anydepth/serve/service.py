@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from anydepth.calibration.shares import collect_scores, kept_scores, restored, set_thresholds, thresholds_at
+from anydepth.calibration.guarantee import RiskTable
+from anydepth.calibration.shares import (
+    collect_scores,
+    kept_scores,
+    restored,
+    set_options,
+    set_thresholds,
+    thresholds_at,
+)
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.prefixes import PrefixCache
 from anydepth.decoding.request import DraftCounts, Logprob, Request
@@ -26,7 +34,7 @@ from anydepth.decoding.sampling_options import SamplingOptions
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.errors import UserError
 from anydepth.gating.cost import kv_bytes_per_token
-from anydepth.gating.plan import Plan
+from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.tokens import end_ids
@@ -89,6 +97,7 @@ class Job:
         seconds: timeout, waiting included.
         num_sent: tokens that `put` has received.
         why_not_drafted: reason why a lossless request was not drafted; None for other requests.
+        risk: that of the setting selected for a bound on it; None: nothing could be shown, so that nothing is skipped.
     """
 
     request: Request
@@ -101,6 +110,7 @@ class Job:
     last_token: float | None = None
     num_sent: int = 0
     why_not_drafted: str | None = None
+    risk: float | None = None
 
     @property
     def counts(self) -> DraftCounts | None:
@@ -356,22 +366,38 @@ def default_tokens(adapted: AdaptedModel, num_requests: int, window: int | None)
 
 
 class Budgets:
-    """Plans for depth budgets, by thresholds from kept scores or those of some text; see `calibration/shares.py`.
+    """Plans for depth budgets, by thresholds from kept scores or those of some text, and for bounds on the risk.
 
     Raise `RunError` or `UserError` if there is no threshold to set, as with fixed sets and untrained gates.
+
+    Args:
+        windows: text for scores, where the checkpoint has none.
+        tested: the settings of a calibration by risk; None: requests cannot bound their risk.
     """
 
-    def __init__(self, engine: Engine, windows: Tensor) -> None:
-        self.adapted = engine.adapted
+    def __init__(self, engine: Engine, windows: Tensor, tested: RiskTable | None = None) -> None:
+        self.adapted, self.tested = engine.adapted, tested
         self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
         self.own_plan = Plan.of(self.adapted.attached)
         self.plan_at = lru_cache(MAX_PLANS)(self._plan_at)
+        self.plan_within = lru_cache(MAX_PLANS)(self._plan_within)
 
     def plan_of(self, request: Request) -> Plan:
-        """Return the plan for a request's depth budget; without a budget, that of the loaded thresholds."""
+        """Return the plan for a request's depth budget or its bound; without any, that of the loaded thresholds."""
+        if request.max_risk is not None:
+            return self.plan_within(request.max_risk)
         return self.own_plan if request.budget is None else self.plan_at(request.budget)
 
     def _plan_at(self, budget: float) -> Plan:
         with restored(self.adapted):
             set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
+            return Plan.of(self.adapted.attached)
+
+    def _plan_within(self, max_risk: float) -> Plan:
+        assert self.tested is not None, "only calibrated targets bound a risk"
+        found = self.tested.select(max_risk)
+        if found is None:
+            return FULL_DEPTH
+        with restored(self.adapted):
+            set_options(self.adapted, found[0])
             return Plan.of(self.adapted.attached)

@@ -180,6 +180,8 @@ def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
     if jobs[0].counts is not None:
         own["acceptance_rate"] = jobs[0].counts.acceptance_rate
         own["tokens_per_round"] = jobs[0].counts.mean_acceptance_length
+    if jobs[0].request.max_risk is not None:
+        own["risk"] = {"max_risk": jobs[0].request.max_risk, "measured": jobs[0].risk}
     if jobs[0].lossless:
         reasons = [job.why_not_drafted for job in jobs if job.why_not_drafted is not None]
         drafted = len(jobs) - len(reasons)
