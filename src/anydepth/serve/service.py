@@ -192,7 +192,7 @@ class Service:
 
     @property
     def num_running(self) -> int:
-        return len(self.scheduler.running) + (self.scheduler.reading is not None)
+        return len(self.scheduler.running) + len(self.scheduler.reading)
 
     # --- on the engine's thread ------------------------------------------------------------------------------------
 
