@@ -229,7 +229,7 @@ def serve(
     logging.getLogger("anydepth.serve").setLevel(logging.INFO)
     line = f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)"
     app = create_app(service, tokenizer, settings)
-    listen(app, bound, grace=timeout, ready=lambda: call.progress(line))
+    listen(app, service, bound, grace=timeout, ready=lambda: call.progress(line))
 
 
 @opt.command()

@@ -29,14 +29,20 @@ from anydepth.serve.http import HostCheck, SizeLimit
 from anydepth.serve.jobs import DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS, Jobs, Settings
 from anydepth.serve.metrics import Metrics
 from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
-from anydepth.serve.service import Busy, Job, Piece, Service
+from anydepth.serve.service import Busy, Closing, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape, usage_of
 from anydepth.serve.text_stream import TokenText
 from anydepth.serve.tools import format_of
 
 log = logging.getLogger("anydepth.serve")
 BROKEN = "decoding failed; the server's log says why"  # the error itself may contain parts of a prompt
-REFUSALS = (400, 401, 404, 408, 413, 429, 431)
+REFUSALS = (400, 401, 403, 404, 408, 413, 429, 431, 503)
+KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "server_error",
+}
 STREAMED = {200: {"description": "The answer, complete or as events.", "content": {"text/event-stream": {}}}}
 
 
@@ -124,9 +130,7 @@ def _errors(app: FastAPI) -> None:
         return JSONResponse(explained(raised.errors()), 400)
 
     def refused(_: Request, raised: Any) -> Response:
-        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
-            raised.status_code, INVALID
-        )
+        kind = KINDS.get(raised.status_code, INVALID)
         return JSONResponse(error(str(raised.detail), kind), raised.status_code, raised.headers)
 
     def failed(_: Request, raised: Exception) -> Response:
@@ -227,6 +231,8 @@ class Server:
             self.service.submit(*jobs)
         except Busy as busy:
             raise HTTPException(429, str(busy), {"Retry-After": str(busy.retry_after)}) from busy
+        except Closing as closing:
+            raise HTTPException(503, str(closing), {"Retry-After": "5"}) from closing
         except UserError as invalid:
             raise HTTPException(400, str(invalid)) from invalid
         if body.stream:

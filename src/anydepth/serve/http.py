@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable
+from urllib.parse import urlsplit
 
 import h11
 import uvicorn
@@ -17,8 +20,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anydepth.errors import UserError
 from anydepth.serve.protocol import INVALID, error
+from anydepth.serve.service import Service
 
 KEEP_ALIVE_SECONDS = 30
+BODY_SECONDS = 30
+"""Time that a body may take to arrive."""
 BACKLOG = 2048
 MAX_HEADER_BYTES = 1 << 16
 MAX_BODY_BYTES = 1 << 20
@@ -28,8 +34,11 @@ HEADERS_TOO_LARGE = error(
 OTHER_HOST = error(
     "this server does not answer to that host name; start it with --allowed-host NAME", INVALID, code="host"
 )
+OTHER_ORIGIN = error(
+    "pages of that origin may not use this server; start it with --cors-origin ORIGIN", INVALID, code="origin"
+)
 BODY_TOO_LARGE = error(f"the body is larger than {MAX_BODY_BYTES} bytes", INVALID, code="body_too_large")
-
+BODY_TOO_SLOW = error("the body did not arrive in time; send it at once", INVALID, code="body_too_slow")
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -61,22 +70,45 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def listen(app: FastAPI, bound: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
+def listen(app: FastAPI, service: Service, bound: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
     """Call `ready`, and serve until a signal; requests that are running then have `grace` seconds to end."""
-    config = uvicorn.Config(
-        app,
-        http=JSONRefusals,
-        ws="none",
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=max(int(grace), 1),
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-    )
     bound.listen(BACKLOG)
     ready()
-    uvicorn.Server(config).run(sockets=[bound])
+    Listener(app, service, grace=grace).run(sockets=[bound])
+
+
+class Listener(uvicorn.Server):
+    """Serves an application until a signal, and then until the service has finished what it accepted.
+
+    Meanwhile connections are accepted: `/health` is 503, and so is the refusal of further requests.
+    """
+
+    def __init__(self, app: FastAPI, service: Service, *, grace: float) -> None:
+        config = uvicorn.Config(
+            app,
+            http=JSONRefusals,
+            ws="none",
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=max(int(grace), 1),
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
+        super().__init__(config)
+        self.service, self.grace = service, grace
+        self.deadline: float | None = None  # of the requests that run after a signal
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to shut down, which closes connections that have no request."""
+        if not await super().on_tick(counter):
+            return False
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.grace
+            self.service.drain()
+        left = self.deadline - time.monotonic()
+        self.config.timeout_graceful_shutdown = max(int(left), 1)
+        return self.force_exit or self.service.is_idle or left < 0
 
 
 class JSONRefusals(H11Protocol):
@@ -126,21 +158,34 @@ class SizeLimit:
         if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
             await JSONResponse(BODY_TOO_LARGE, 413)(scope, receive, send)
             return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > MAX_BODY_BYTES:
-                await JSONResponse(BODY_TOO_LARGE, 413)(scope, receive, send)
-                return
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _body(receive)
+        except TimeoutError:
+            await JSONResponse(BODY_TOO_SLOW, 408, {"Connection": "close"})(scope, receive, send)
+            return
+        if body is None:
+            return
+        if len(body) > MAX_BODY_BYTES:
+            await JSONResponse(BODY_TOO_LARGE, 413)(scope, receive, send)
+            return
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Message:
             return unread.pop() if unread else await receive()
 
         await self.app(scope, again, send)
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """Return a body, of one that is too large the beginning; None: the client disconnected."""
+    body, more = b"", True
+    while more and len(body) <= MAX_BODY_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
 
 
 def _head_size(scope: Scope) -> int:

@@ -47,6 +47,13 @@ class Busy(Exception):
         self.retry_after = retry_after
 
 
+class Closing(Exception):
+    """The service takes no further jobs."""
+
+    def __init__(self) -> None:
+        super().__init__("this server is closing; send the request to another one, or again once it has started")
+
+
 @dataclass(frozen=True)
 class Token:
     """One token of an answer; `layers` is what each layer ran to predict it (0, ½ or 1), None unless requested."""
@@ -151,7 +158,10 @@ class Service:
     # --- from other threads ----------------------------------------------------------------------------------------
 
     def submit(self, *jobs: Job) -> None:
-        """Queue all of these jobs, or none: raise `Busy` if they do not fit now, `UserError` if they never fit."""
+        """Queue all of these jobs, or none: raise `Busy` if they do not fit now, `UserError` if they never fit.
+
+        Raise `Closing` once the service drains.
+        """
         most = self.max_batch_size + self.max_queue
         if len(jobs) > most:
             raise UserError(
@@ -161,7 +171,9 @@ class Service:
         for job in jobs:
             self.scheduler.check(job.request)
         with self.wake:
-            if self.is_closing or self.num_waiting + self.num_running + len(jobs) > most:
+            if self.is_closing:
+                raise Closing
+            if self.num_waiting + self.num_running + len(jobs) > most:
                 latest = self.latest
                 raise Busy(max(1, round(sum(latest) / max(len(latest), 1))))
             self.arrived += jobs
@@ -179,12 +191,21 @@ class Service:
             self.cancelled.add(job)
             self.wake.notify()
 
-    def close(self) -> None:
-        """Wait until all accepted jobs have ended, and stop the thread."""
+    def drain(self) -> None:
+        """Accept no further jobs, and stop the thread once the accepted ones have ended."""
         with self.wake:
             self.is_closing = True
             self.wake.notify()
+
+    def close(self) -> None:
+        """Wait until all accepted jobs have ended, and stop the thread."""
+        self.drain()
         self.thread.join()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job waits or runs."""
+        return not (self.arrived or self.jobs)
 
     @property
     def num_waiting(self) -> int:
