@@ -62,7 +62,7 @@ def create_app(service: Service, tokenizer: PreTrainedTokenizerBase, settings: S
         redoc_url=None,
         responses={code: {"model": Error} for code in REFUSALS},
     )
-    app.add_middleware(HostCheck, hosts=settings.hosts)
+    app.add_middleware(HostCheck, hosts=settings.hosts, origins=settings.origins)
     app.add_middleware(SizeLimit)
     if settings.origins:  # the outermost, so that pages can read refusals too
         allowed: Any = {"allow_origins": settings.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}

@@ -126,23 +126,37 @@ class JSONRefusals(H11Protocol):
 
 
 class HostCheck:
-    """Refuses requests to names that the server does not answer to."""
+    """Refuses requests to names that the server does not answer to, and those of pages of other origins."""
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
-        self.app, self.hosts = app, hosts
+    def __init__(self, app: ASGIApp, hosts: frozenset[str], origins: Iterable[str] = ()) -> None:
+        self.app, self.hosts, self.origins = app, hosts, frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.hosts:
-            asked = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+            sent = {name: value.decode("latin-1").lower() for name, value in scope["headers"]}
+            asked, origin = sent.get(b"host", ""), sent.get(b"origin")
             name = asked[1:].partition("]")[0] if asked.startswith("[") else asked.partition(":")[0]
             if name not in self.hosts:
                 await JSONResponse(OTHER_HOST, 403)(scope, receive, send)
                 return
+            if origin is not None and not self._is_own(origin):
+                await JSONResponse(OTHER_ORIGIN, 403)(scope, receive, send)
+                return
         await self.app(scope, receive, send)
+
+    def _is_own(self, origin: str) -> bool:
+        """Return whether an origin is a page of this server, an allowed one, or no page of the web."""
+        if origin in self.origins or "*" in self.origins:
+            return True
+        try:
+            parts = urlsplit(origin)
+            return parts.hostname in self.hosts or bool(parts.scheme and parts.scheme not in ("http", "https"))
+        except ValueError:
+            return False
 
 
 class SizeLimit:
-    """Refuses headers and bodies that are too large, bodies before they are read completely."""
+    """Refuses headers and bodies that are too large, before they are read completely, and bodies that are too slow."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
