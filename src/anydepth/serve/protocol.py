@@ -6,7 +6,16 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 def is_text(text: str) -> bool:
@@ -31,7 +40,16 @@ def _only(*allowed: Any) -> Any:
     return Annotated[Any, AfterValidator(check)]
 
 
+def _check_size(value: Any, most: int, entries: str) -> Any:
+    """Refuse an object that is too large before its entries are validated one by one."""
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"give at most {most} {entries}")
+    return value
+
+
 INVALID = "invalid_request_error"
+MOST_FIELDS, MOST_BIASES = 64, 1024
+"""Entries of objects; with `fail_fast` of lists, they keep validation from blocking the event loop for seconds."""
 Text = Annotated[str, AfterValidator(_encodable)]
 MOST_PROMPTS = 256
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
@@ -48,6 +66,11 @@ class Strict(BaseModel):
     """An object that refuses unknown fields, as OpenAI's API does, and does not convert values."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _check_size(value, MOST_FIELDS, "fields")
 
 
 class Extra(Strict):
@@ -97,6 +120,11 @@ class Ignored(Strict):
         return [name for name in Ignored.model_fields if getattr(self, name) not in (None, {}, "", False)]
 
 
+TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Biases = dict[str, Annotated[float, Field(ge=-100, le=100)]]
+TokenIds = Annotated[TokenList, Field(min_length=1)]
+
+
 class Sampling(Ignored):
     """Fields that completions and chat completions share; some are vLLM's."""
 
@@ -106,18 +134,18 @@ class Sampling(Ignored):
     n: int | None = Field(default=1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Stop | list[Stop] | None = Field(default=None, description=TAKES["stop"])
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = Field(default=None, description=TAKES["stop"])
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, description="Added to the logits of tokens, by their ids."
+    logit_bias: Annotated[Biases | None, BeforeValidator(lambda value: _check_size(value, MOST_BIASES, "tokens"))] = (
+        Field(default=None, description="Added to the logits of tokens, by their ids.")
     )
     top_k: int | None = Field(default=None, ge=-1, description="Sample from so many; 0 and -1: from all.")
     min_p: float | None = Field(default=None, ge=0, le=1, description="Least fraction of the best's probability.")
     repetition_penalty: float | None = Field(default=None, gt=0, le=10, description="1 has no effect.")
     min_tokens: int | None = Field(default=0, ge=0, description="No end token before so many tokens.")
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, description="Further end tokens.")
+    stop_token_ids: TokenList | None = Field(default=None, description="Further end tokens.")
     ignore_eos: bool | None = Field(default=False, description="No end token ends the answer.")
     skip_special_tokens: bool | None = Field(default=True, description="false: the text has them.")
     add_special_tokens: bool | None = Field(default=None, description="Default: true, in a chat false.")
@@ -142,17 +170,14 @@ class Sampling(Ignored):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
 class Completion(Sampling):
     """The body of `POST /v1/completions`."""
 
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
     ) = Field(description=TAKES["prompt"])
     max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -181,9 +206,9 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = Field(default=None, validate_default=True)
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] | None = Field(default=None, validate_default=True)
     name: Text | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
 
     @field_validator("content")
@@ -232,7 +257,7 @@ class Tool(BaseModel):
 class ChatCompletion(Sampling):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = False
@@ -242,7 +267,9 @@ class ChatCompletion(Sampling):
     add_generation_prompt: bool | None = Field(default=True, description="Begin the answer after the template.")
     continue_final_message: bool | None = Field(default=False, description="Continue the last message's text.")
     modalities: _only(["text"]) = None  # type: ignore[valid-type]
-    tools: list[Tool] | None = Field(default=None, description="Functions that the model may call.")
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
+        default=None, description="Functions that the model may call."
+    )
     tool_choice: _only("none", "auto") = None  # type: ignore[valid-type]
     parallel_tool_calls: bool | None = Field(default=True, description="false: one call at most.")
     functions: _only([]) = None  # type: ignore[valid-type]
