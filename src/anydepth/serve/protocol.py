@@ -34,7 +34,8 @@ def _only(*allowed: Any) -> Any:
 
     def check(value: Any) -> Any:
         if not any(value == one and type(value) is type(one) for one in (None, *allowed)):
-            raise ValueError("is not supported here; leave it out")
+            taken = " or ".join(json.dumps(one) for one in allowed)
+            raise ValueError(f"is not supported here; leave it out{taken and ', or give '}{taken}")
         return value
 
     return Annotated[Any, AfterValidator(check)]
