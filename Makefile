@@ -15,6 +15,7 @@ TEST_JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=600
 STAMP := $(VENV)/.anydepth-setup
 CLUSTER_STAMP := $(VENV)/.anydepth-cluster
+CLIENTS_STAMP := $(VENV)/.anydepth-clients
 LOWEST_STAMP := $(LOWEST_VENV)/.anydepth-setup
 PIP_OPTIONS := --disable-pip-version-check --quiet
 
@@ -44,15 +45,20 @@ demo: $(STAMP)
 	$(VENV)/bin/anydepth demo --out demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu and not browser and not cluster" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not browser and not cluster and not clients" $(ARGS)
 
-test-all: $(STAMP) $(CLUSTER_STAMP) $(LOWEST_STAMP)
+test-all: $(STAMP) $(CLUSTER_STAMP) $(CLIENTS_STAMP) $(LOWEST_STAMP)
 	$(PYTEST) -m "not gpu and not browser" $(ARGS)
 	$(subst $(VENV)/bin,$(LOWEST_VENV)/bin,$(PYTEST)) -m "not slow and not gpu and not browser" $(CONTRACT_TESTS)
 
 # Ray, for sweeps on a cluster and for replicas; nothing else needs it.
 $(CLUSTER_STAMP): $(STAMP)
 	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[sweep,replicas]'
+	@touch $@
+
+# Clients that are tried on the server; nothing else needs them.
+$(CLIENTS_STAMP): $(STAMP)
+	$(VENV)/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt -e '.[clients]'
 	@touch $@
 
 # The constraints without what transformers' version decides.

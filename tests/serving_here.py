@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 from fastapi.testclient import TestClient
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -14,6 +17,7 @@ import anydepth
 from anydepth import Draft
 from anydepth.decoding.engines import open_engine
 from anydepth.serve.api import Settings, create_app
+from anydepth.serve.http import Listener, bind
 from anydepth.serve.service import Service
 from tiny import byte_tokenizer, tiny_llama
 
@@ -46,6 +50,45 @@ def serving(
     settings = Settings("tiny", is_strict=strict, hosts=frozenset(hosts), origins=tuple(origins))
     with TestClient(create_app(service, tokenizer, settings)) as client:
         yield client  # leaving it closes the service
+
+
+@contextmanager
+def listening(
+    *,
+    draft: dict[str, Any] | None = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    api_key: str | None = None,
+    **limits: int,
+) -> Iterator[tuple[str, Listener]]:
+    """Yield the address of a server of a tiny model in a thread, and its listener, which `should_exit` ends."""
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = TEMPLATE
+    adapted = anydepth.attach(tiny_llama() if model is None else model, []).eval()
+    drafting = None if draft is None else Draft(adapted, draft)
+    service = Service(open_engine(adapted, say=lambda _: None, draft=drafting), tokenizer, **limits)
+    bound = bind("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    listener = Listener(create_app(service, tokenizer, Settings("tiny", api_key)), service, grace=600)
+    bound.listen()
+    thread = threading.Thread(target=listener.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        assert httpx.get(f"{address}/health", timeout=60).status_code == 200
+        yield address, listener
+    finally:
+        listener.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive(), "the server does not end"
+
+
+def wait_until(holds: Any, seconds: float = 30) -> None:
+    """Wait until a condition holds, for so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
 
 
 def complete(client: TestClient, prompt: Any = "the sea", **options: Any) -> dict[str, Any]:

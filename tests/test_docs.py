@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,13 @@ SMALL: dict[str, list[str]] = {
 PAGES_THAT_RUN = [name for name, text in PAGES.items() if BLOCK.search(text)]
 SLOW = [
     "docs/guides/honest-benchmarks.md",
+    "docs/guides/clients.md",
     "docs/coming-from.md",
     "docs/methods/early_exit.md",
     *(name for name in PAGES if name.startswith("docs/tutorials/")),
 ]
-"""Sweeps and servers with tests of their own, commands that other pages have, and what runs on the real model too."""
+"""Sweeps and servers with tests of their own, commands that other pages have, programs of other extras, and what runs
+on the real model too."""
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
@@ -97,6 +100,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         copy.write_text(yaml.safe_dump(shrunk(recipe) if "model" in recipe else recipe))
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     load = anydepth.load_model
 
     def load_small(target: str, **options: Any) -> Any:
@@ -150,6 +154,8 @@ def test_the_page_works(name: str, workplace: Path) -> None:
             words = shlex.split(body)
             assert (ROOT / words[words.index("--config-file") + 1]).exists(), body
             run_command(body[body.index("anydepth.cli ") :].replace("anydepth.cli", "anydepth", 1), workplace)
+        elif body.startswith("llm "):
+            run_llm(body, PAGES[name], workplace)
         else:
             assert body.startswith(OTHERS), f"nobody runs: {body}"
 
@@ -195,20 +201,43 @@ def talk_to(words: list[str]) -> None:
     process.stderr.close()
 
 
+@contextmanager
+def served(text: str, workplace: Path) -> Iterator[str]:
+    """Yield a text with the address of a server, if it has one."""
+    if ":8000" not in text:
+        yield text
+        return
+    target = tiny_router(workplace / "served")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(target / "base")
+    process, address = start(target, "--name", "embedded")
+    try:
+        yield text.replace("http://127.0.0.1:8000", address)
+    finally:
+        end(process)
+
+
+def run_llm(line: str, page: str, workplace: Path) -> None:
+    """Run a command of llm, with the models that its page lists in YAML."""
+    (models,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    folder = workplace / "llm"
+    folder.mkdir()
+    with served(models, workplace) as listed:
+        (folder / "extra-openai-models.yaml").write_text(listed)
+        words = [sys.executable, "-m", *shlex.split(line)]
+        environment = {**os.environ, "LLM_USER_PATH": str(folder)}
+        done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
 def run_python(body: str, page: dict[str, Any], workplace: Path) -> None:
     """A block may go on from those above it, and has a model, its tokenizer and some inputs at hand."""
     model, tokenizer = anydepth.load_model("embedded")
     inputs = tokenizer("the sea", return_tensors="pt")
     known: dict[str, Any] = {"tokenizer": tokenizer, "inputs": inputs, **page, "model": model}
-    process = None
-    if ":8000" in body:
-        process, address = start(tiny_router(workplace / "served"), "--name", "embedded")
-        body = body.replace("http://127.0.0.1:8000", address)
-    try:
-        exec(compile(body, "page", "exec"), known)
-    finally:
-        if process is not None:
-            end(process)
+    with served(body, workplace) as text:
+        exec(compile(text, "page", "exec"), known)
     page |= known
 
 

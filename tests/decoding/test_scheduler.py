@@ -14,7 +14,7 @@ from anydepth import FastEngine
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
-from anydepth.decoding.scheduler import Scheduler
+from anydepth.decoding.scheduler import LONE_CHUNK, PROMPT_CHUNK, Scheduler
 from anydepth.errors import UserError
 from drafts import NETWORK, drafting
 from tiny import tiny_llama
@@ -74,7 +74,7 @@ def test_long_prompts_are_read_between_the_tokens_of_other_requests(kv_rule: str
     while not first.is_finished:
         served.append(first in scheduler.step())
     assert served == [True, True, *[False, True] * 7], "a token after each chunk, whatever is read"
-    assert [len(one.output) for one in others] == [4, 3, 0] and scheduler.reading is others[2]
+    assert [len(one.output) for one in others] == [4, 0, 0] and scheduler.reading == others[1:]
     while not scheduler.is_idle:
         scheduler.step()
     for one in (first, *others):
@@ -91,9 +91,9 @@ def test_long_prompts_are_read_between_the_tokens_of_other_requests(kv_rule: str
         scheduler.add(one)
     for _ in range(3):
         scheduler.step()
-    assert scheduler.reading is long_one
+    assert scheduler.reading == [long_one]
     scheduler.cancel(long_one)
-    assert scheduler.reading is None and len(scheduler.session.cache.free) == 3
+    assert not scheduler.reading and len(scheduler.session.cache.free) == 3
     scheduler.run([])
     assert kept.is_finished and scheduler.is_idle
     assert len(kept.output) == 20 and not kept.passes
@@ -115,6 +115,50 @@ def test_a_prompt_is_read_at_once_only_where_no_request_waits_for_tokens() -> No
     scheduler.add(first)
     scheduler.add(second)
     assert scheduler.step() == [first, second]  # both prompts, before any second token
+
+
+def test_a_long_prompt_can_be_cancelled_after_each_chunk() -> None:
+    """S5: also where no other request is decoded."""
+    scheduler, one = Scheduler(engine(), max_requests=2), request(list(range(1, 250)) * 14, 4)
+    scheduler.add(one)
+    for num_read in range(LONE_CHUNK, 4 * LONE_CHUNK, LONE_CHUNK):
+        assert scheduler.step() == [] and scheduler.session.length(one.kv) == num_read
+    scheduler.cancel(one)
+    assert scheduler.is_idle and len(scheduler.session.cache.free) == 2
+
+
+@pytest.mark.parametrize("num_running", [0, 2])
+def test_a_short_prompt_does_not_wait_for_a_long_one(num_running: int) -> None:
+    """S6: it has its first token after two chunks at most; others decode between them."""
+    fast, scheduler = engine(), Scheduler(engine(), max_requests=8)
+    for prompt in prompts(num_running):
+        scheduler.add(request(prompt, 40))
+    while len(scheduler.running) < num_running:
+        scheduler.step()
+    long, short = request(list(range(1, 250)) * 8, 3), request([5, 6, 7], 3)
+    scheduler.add(long)
+    scheduler.step()
+    scheduler.add(short)
+    num_steps = 0
+    while not short.output:
+        scheduler.step()
+        num_steps += 1
+    assert num_steps <= (4 if num_running else 2) and not long.output
+    scheduler.run([])
+    assert short.output == alone(fast, short.prompt, 3) and long.output == alone(fast, long.prompt, 3)
+
+
+def test_short_prompts_do_not_keep_a_long_one_waiting() -> None:
+    """S6: however many arrive, the oldest prompt has every second chunk."""
+    scheduler, long = Scheduler(engine(), max_requests=4), request(list(range(1, 250)) * 4, 1)
+    scheduler.add(long)
+    num_steps = 0
+    while not long.output:
+        if len(scheduler.waiting) + len(scheduler.reading) < 3:
+            scheduler.add(request([5, 6, 7], 1))
+        scheduler.step()
+        num_steps += 1
+    assert num_steps <= 2 * (len(long.prompt) // PROMPT_CHUNK + 1)
 
 
 def test_end_tokens_processors_and_sampling_are_each_requests_own() -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from anydepth.serve import jobs
 from anydepth.serve.http import hosts_of
+from anydepth.serve.protocol import ChatCompletion, Completion
+from anydepth.serve.refusals import explained
 from serving_here import chat, complete, refusal, serving
 from tiny import byte_tokenizer, tiny_llama
 
@@ -83,6 +89,62 @@ def test_refusals_are_sentences() -> None:
         ):
             assert internal not in json.dumps(told), told
     assert "1 to 200 characters" in messages[0]["message"] and "1 to 256 texts" in messages[3]["message"]
+
+
+FLOODS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [{}] * 200_000},
+    "parts": {"messages": [{"role": "user", "content": [{}] * 200_000}]},
+    "calls": {"messages": [{"role": "assistant", "tool_calls": [1] * 200_000}]},
+    "tools": {"messages": [], "tools": [{}] * 200_000},
+    "prompts": {"prompt": [{}] * 200_000},
+    "token ids": {"prompt": [1.0] * 200_000},
+    "lists of token ids": {"prompt": [[1.0] * 1000] * 200},
+    "stops": {"prompt": "a", "stop": [""] * 200_000},
+    "end tokens": {"prompt": "a", "stop_token_ids": [-1] * 200_000},
+    "biases": {"prompt": "a", "logit_bias": {str(number): 1000 for number in range(50_000)}},
+    "unknown fields": {"prompt": "a", **{f"k{number}": 1 for number in range(50_000)}},
+    "unknown fields of ours": {"prompt": "a", "anydepth": {f"k{number}": 1 for number in range(50_000)}},
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_the_first_of_many_mistakes_is_reported(name: str) -> None:
+    """S10: validation holds the interpreter, so that an error for each of 200,000 items blocks every stream."""
+    body = {"model": "tiny", **FLOODS[name]}
+    kind = ChatCompletion if "messages" in body else Completion
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate(body)
+    assert len(raised.value.errors()) <= 8
+    assert len(explained(raised.value.errors())["error"]["message"]) < 300
+
+
+def test_deep_json_is_refused() -> None:
+    """S10: a body that the parser cannot nest."""
+    with serving() as client:
+        sent = b'{"model": "tiny", "prompt": ' + b"[" * 200_000
+        answer = client.post("/v1/completions", content=sent, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_other_requests_are_answered_while_a_prompt_is_tokenised(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S10: templates and tokenizers run in a thread, not on the event loop."""
+    begun, answered, encode = threading.Event(), threading.Event(), jobs.encode_batch
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        begun.set()
+        assert answered.wait(30), "the server answers nothing else"
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(jobs, "encode_batch", slow)
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 2}
+    body |= {"prompt": "a"} if path == "completions" else {"messages": [{"role": "user", "content": "a"}]}
+    with serving() as client, ThreadPoolExecutor() as pool:
+        answer = pool.submit(client.post, f"/v1/{path}", json=body)
+        assert begun.wait(30)
+        assert client.get("/health").status_code == 200
+        answered.set()
+        assert answer.result().status_code == 200
 
 
 def test_an_unknown_field_is_named_and_nothing_else() -> None:
@@ -264,6 +326,39 @@ def test_only_names_of_this_machine_are_answered(host: str, status: int) -> None
         assert answer.status_code == status
         if status == 403:
             assert "--allowed-host" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://127.0.0.1:8000", 200),
+        ("http://localhost:3000", 200),
+        ("https://allowed.example", 200),
+        ("chrome-extension://abcdef", 200),  # no page of the web can send it
+        ("https://evil.example", 403),
+        ("http://127.0.0.1.evil.example", 403),
+        ("null", 403),  # of a sandboxed frame or a file
+        ("http://[", 403),
+    ],
+)
+def test_pages_of_other_origins_drive_nothing(origin: str, status: int) -> None:
+    """S3: a page needs no answer to make a server work, and sends its origin with every such request."""
+    with serving(hosts=hosts_of("127.0.0.1", []), origins=["https://allowed.example"]) as client:
+        headers = {"Host": "127.0.0.1", "Origin": origin}
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 1}
+        answer = client.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == status
+        if status == 403:
+            assert "--cors-origin" in answer.json()["error"]["message"]
+
+
+def test_a_form_of_a_page_is_no_request() -> None:
+    """Pages may post text/plain without asking first; that is no JSON here, whatever is in it."""
+    with serving() as client:
+        body = json.dumps({"model": "tiny", "prompt": "a"})
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+            answer = client.post("/v1/completions", content=body, headers={"Content-Type": kind})
+            assert answer.status_code == 400
 
 
 def test_hosts_that_are_allowed() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import queue
+import time
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,43 +17,21 @@ from transformers import AutoModelForCausalLM
 import anydepth
 import families
 from anydepth import FastEngine
+from anydepth.decoding import scheduler
 from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
+from anydepth.errors import UserError
 from anydepth.serve import service as module
-from anydepth.serve.service import Budgets, Job, Piece, Service, default_tokens
+from anydepth.serve.service import Busy, Job, Piece, Service, default_tokens
 from anydepth.serve.text_stream import TextStream
-from serving_here import complete, refusal, serving
+from serving_here import complete, listening, refusal, serving, wait_until
 from tiny import byte_tokenizer, tiny_llama
 
 ROUTER = {"name": "layer_router", "always_keep": 1, "initial_bias": 0.0}
 
 
-def request(budget: float | None = None) -> Request:
-    return Request([5, 6, 7], Sampler(), Stops.at(12), budget=budget)
-
-
-def budgets() -> Budgets:
-    engine = FastEngine(anydepth.attach(tiny_llama(), ROUTER).eval())
-    return Budgets(engine, torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(0)))
-
-
-def test_only_the_latest_depth_budgets_have_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_PLANS", 3)
-    found = budgets()
-    first = found.plan_of(request(0.5))
-    for number in range(9):
-        found.plan_of(request(number / 10 + 0.05))
-        assert found.plan_of(request(0.5)) is first  # used again and again, so it stays
-    assert found.plan_at.cache_info().currsize == 3 and found.plan_of(request()) is found.own_plan
-
-
-def test_a_depth_budget_that_fails_leaves_the_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = budgets()
-    before = [method.config for method in found.adapted.attached]
-    monkeypatch.setattr(module.Plan, "of", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        found.plan_of(request(0.25))
-    assert [method.config for method in found.adapted.attached] == before and not found.plan_at.cache_info().currsize
+def request() -> Request:
+    return Request([5, 6, 7], Sampler(), Stops.at(12))
 
 
 def test_an_answer_with_a_failing_text_ends_alone() -> None:
@@ -156,3 +138,102 @@ def test_the_default_memory_is_a_window_for_each_as_far_as_it_is_free(monkeypatc
     assert default_tokens(adapted, 8, 128) == 300
     free.available = 0
     assert default_tokens(adapted, 8, 128) == 8
+
+
+def slowed(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let a service read prompts in chunks of four tokens, each in 50 ms; return the list that counts them."""
+    read, chunks = service.scheduler._read, list[int]()
+
+    def slow(request: Request) -> Any:
+        time.sleep(0.05)
+        chunks.append(1)
+        return read(request)
+
+    monkeypatch.setattr(scheduler, "LONE_CHUNK", 4)
+    monkeypatch.setattr(service.scheduler, "_read", slow)
+    service.scheduler.session.max_tokens = 0
+    return chunks
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "timeout"])
+def test_a_long_prompt_ends_after_a_chunk(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S5: where the client disconnects, and at the time limit; the next request begins at once."""
+    service = Service(FastEngine(anydepth.attach(tiny_llama(), []).eval()), byte_tokenizer())
+    chunks, pieces = slowed(service, monkeypatch), queue.Queue[Piece]()
+    try:
+        long = Request(list(range(1, 101)), Sampler(), Stops.at(104))
+        seconds = 600 if ends == "cancelled" else 0.2
+        job = Job(long, TextStream(service.tokenizer, []), pieces.put, seconds=seconds)
+        service.submit(job)
+        if ends == "cancelled":
+            wait_until(lambda: chunks)
+            service.cancel(job)
+        else:
+            assert pieces.get(timeout=30).finish_reason == "timeout"
+        wait_until(lambda: service.is_idle)
+        assert 1 <= len(chunks) <= 10 < len(long.prompt) // 4
+    finally:
+        service.close()
+
+
+def test_a_call_that_finds_the_queue_full_leaves_nothing_in_it() -> None:
+    """S4: all of its jobs are queued, or none."""
+    service = Service(
+        FastEngine(anydepth.attach(tiny_llama(), []).eval()), byte_tokenizer(), max_batch_size=1, max_queue=2
+    )
+    jobs = [Job(request(), TextStream(service.tokenizer, []), lambda piece: None) for _ in range(7)]
+    try:
+        with service.wake:  # the engine's thread takes nothing meanwhile
+            service.submit(*jobs[:2])
+            with pytest.raises(Busy):
+                service.submit(*jobs[2:4])
+            with pytest.raises(UserError, match="4 answers at once never fit"):
+                service.submit(*jobs[2:6])
+            assert service.arrived == jobs[:2]
+            service.submit(jobs[6])
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_forty_prompts_are_one_call(stream: bool) -> None:
+    """S25: each has the text that stock transformers gives it alone, at its own index."""
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    prompts = ["the sea is wide and cold "[: 3 + number % 20] + str(number) for number in range(40)]
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        text = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        wanted.append(tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True))
+    with serving() as client:
+        body = {"model": "tiny", "prompt": prompts, "max_tokens": 4, "temperature": 0, "stream": stream}
+        answer = client.post("/v1/completions", json=body)
+    if not stream:
+        assert [choice["text"] for choice in answer.json()["choices"]] == wanted
+        return
+    texts = [""] * 40
+    for line in answer.text.splitlines():
+        if line.startswith("data: {"):
+            (choice,) = json.loads(line[6:])["choices"]
+            texts[choice["index"]] += choice["text"]
+    assert texts == wanted
+
+
+def test_the_log_has_no_prompt_and_no_key(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of answers, refusals and failures, at every level."""
+    caplog.set_level(logging.DEBUG)
+    secret, key = "xyzzy plugh", "key-of-mine"
+    with listening(api_key=key) as (address, _):
+
+        def post(path: str, sent: str = key, **body: Any) -> int:
+            headers = {"Authorization": f"Bearer {sent}"}
+            body = {"model": "tiny", "max_tokens": 3, **body}
+            return httpx.post(f"{address}/v1/{path}", json=body, headers=headers, timeout=60).status_code
+
+        turns = [{"role": "user", "content": secret}]
+        codes = [post("completions", prompt=secret, user=secret), post("chat/completions", messages=turns)]
+        codes += [post("completions", prompt=secret, stop=[secret] * 9), post("completions", "other", prompt=secret)]
+        monkeypatch.setattr(TextStream, "push", lambda *_: 1 / 0)
+        codes.append(post("completions", prompt=secret))
+    assert codes == [200, 200, 400, 401, 500] and "decoding failed" in caplog.text
+    assert not any(part in caplog.text for part in ("xyzzy", "plugh", key))

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from transformers import LogitsProcessor
 
 from anydepth.serve import jobs
-from anydepth.serve.service import Service
 from anydepth.serve.tools import FORMATS, ToolParser, format_of
+from calling import TOOL_TEMPLATE, script
 from serving_here import serving
 from tiny import byte_tokenizer, tiny_llama
 
@@ -97,27 +96,7 @@ def test_the_format_is_the_templates() -> None:
 # --- over HTTP: a model that writes what a script says ---------------------------------------------------------------
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
-TOOL_TEMPLATE = (
-    "{% if tools %}tools: {{ tools | tojson }} in <tool_call> marks\n{% endif %}"
-    "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}"
-    "{% for call in turn.tool_calls or [] %}<{{ call.function.name }} {{ call.function.arguments | tojson }}>"
-    "{% endfor %}"
-    "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
 ASKED = [{"role": "user", "content": "weather?"}]
-
-
-class Script(LogitsProcessor):
-    """Lets a model write a text, and then end."""
-
-    def __init__(self, ids: list[int]) -> None:
-        self.ids, self.start = ids, -1
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.start = len(input_ids[0]) if self.start < 0 else self.start
-        scores = scores.clone().fill_(float("-inf"))
-        scores[0, self.ids[len(input_ids[0]) - self.start]] = 0.0
-        return scores
 
 
 @pytest.fixture
@@ -125,13 +104,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     """A server of a model that calls a tool."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TOOL_TEMPLATE
-    own = Service.sampler
-
-    def sampler(service: Service, options: Any, seed: int, *penalties: Any) -> Any:
-        ids = tokenizer(f"Well. {CALL}{CALL}")["input_ids"]
-        return own(service, options, seed, *penalties, Script([*ids, *service.end_ids]))
-
-    monkeypatch.setattr(Service, "sampler", sampler)
+    script(monkeypatch, tokenizer, lambda _: f"Well. {CALL}{CALL}")
     with serving(tokenizer=tokenizer, model=tiny_llama(max_position_embeddings=2048)) as client:
         yield client
 

@@ -32,13 +32,19 @@ class PrefixCache:
         self.blocks: OrderedDict[Key, Any] = OrderedDict()
 
     def restore(self, session: Session, sequence: int, ids: Sequence[int], plan: Plan) -> int:
-        """Give an empty sequence the K/V of the longest known beginning of a prompt; return its number of tokens.
+        """Give a sequence, which has read a part of a prompt or nothing, what is known of the rest.
 
-        What is left is long enough to be read as a prompt, with a prompt's bits.
+        Returns:
+            the number of tokens that need not be read. What is left is long enough to be read as a prompt, with a
+            prompt's bits.
         """
-        longest = len(ids) - 1 - (session.max_tokens or 0)
+        start, longest = session.length(sequence), len(ids) - 1 - (session.max_tokens or 0)
+        if start % BLOCK or longest < start + BLOCK:
+            return 0
         used: list[Key] = []
-        for number, key in enumerate(_keys(ids[: max(longest, 0)], plan)):
+        for number, key in enumerate(_keys(ids[:longest], plan)):
+            if number < start // BLOCK:
+                continue
             block = self.blocks.get(key)
             if block is None or not session.restore(sequence, block, number * BLOCK):
                 break

@@ -1,7 +1,8 @@
 """The decode loop: continuous batching of requests that join and leave between tokens.
 
-A step decodes one token of every running request (or one verified draft), or reads from the prompt of the next request:
-all of it, or one chunk while others are being decoded. The two take turns, a new prompt first.
+A step decodes one token of every running request (or one verified draft), or reads a chunk of a prompt. The two take
+turns, a new prompt first. Of several prompts, the one with the fewest tokens left and the oldest take turns: a short
+prompt does not wait for a long one, and short ones do not keep a long one waiting for ever.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from anydepth.decoding.session import StepPolicy
 from anydepth.errors import UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 
-PROMPT_CHUNK = 128
-"""Tokens of a prompt that are read between two tokens of other requests.
+PROMPT_CHUNK, LONE_CHUNK = 128, 512
+"""Tokens of a prompt that are read between two tokens of other requests, and in one step if none is decoded.
 
-The last chunk is never so small that the decode kernels would run it: they sum in another order than a long prompt.
+After each chunk, requests can be cancelled and other prompts read. The last chunk is never so small that the decode
+kernels would run it: they sum in another order than a long prompt.
 """
 
 
@@ -63,7 +65,8 @@ class Scheduler:
         self.attached: Plan | None = None
         self.has_read = False  # in the last step
         self.waiting: deque[Request] = deque()
-        self.reading: Request | None = None
+        self.reading: list[Request] = []  # the oldest first
+        self.was_shortest = False  # the prompt of the last chunk, which was the oldest otherwise
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
@@ -85,19 +88,19 @@ class Scheduler:
         """Remove a request in any state and free its memory."""
         if request in self.waiting:
             self.waiting.remove(request)
-        elif request is self.reading or request in self.running:
+        elif request in self.reading or request in self.running:
             self._leave(request)
 
     @property
     def is_idle(self) -> bool:
-        return not self.waiting and self.reading is None and not self.running
+        return not (self.waiting or self.reading or self.running)
 
     @torch.no_grad()
     def step(self) -> list[Request]:
         """Read from a prompt or decode the running requests; return the requests that got tokens or failed."""
         with self.engine.turn:
-            has_prompt = self.reading is not None or (self.waiting and not self.session.is_full)
-            self.has_read = bool(has_prompt and not (self.has_read and self.running))
+            self._open()
+            self.has_read = bool(self.reading and not (self.has_read and self.running))
             served = self._read_prompts() if self.has_read else self._decode_all()
             for request in served:
                 if request.is_finished:
@@ -153,19 +156,32 @@ class Scheduler:
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
+    def _open(self) -> None:
+        """Open a sequence for each waiting request that memory allows."""
+        while self.waiting and not self.session.is_full:
+            request = self.waiting.popleft()
+            self.reading.append(request)
+            request.sequence = self.session.open()
+            if request.is_drafted:
+                self._drafted.prepare(request)
+
+    def _next_prompt(self) -> Request:
+        """Return the prompt with the fewest tokens left and the oldest one in turn."""
+        self.was_shortest = not self.was_shortest
+        if not self.was_shortest:
+            return self.reading[0]
+        return min(self.reading, key=lambda one: len(one.tokens) - self.session.length(one.kv))
+
     def _read_prompts(self) -> list[Request]:
-        """Read from one prompt, or all prompts that memory allows; return the requests that got a first token."""
+        """Read a chunk of one prompt, or all prompts that memory allows; return the requests that got a first token."""
         ready: list[tuple[Request, torch.Tensor]] = []
-        while self.reading is not None or (self.waiting and not self.session.is_full):
-            if self.reading is None:
-                self.reading = self.waiting.popleft()
-                self._open(self.reading)
-            request, at_once = self.reading, not (self.is_interactive and self.running)
-            logits = self._read(request, at_once=at_once)
+        while self.reading:
+            request = self._next_prompt()
+            logits = self._read(request)
             if logits is not None:
                 ready.append((request, logits))
+                self.reading.remove(request)
                 self.running.append(request)
-                self.reading = None
             if self.is_interactive:
                 break
         # Sequences that are neighbours in the cache are attended to without a copy.
@@ -177,26 +193,22 @@ class Scheduler:
                 self._drafted.begin(request, logits)
         return [request for request, _ in ready]
 
-    def _open(self, request: Request) -> None:
-        """Open a sequence, with the known beginning of the prompt unless its tokens are to be scored."""
-        request.sequence = self.session.open()
-        if request.is_drafted:
-            self._drafted.prepare(request)
-        if self.prefixes is not None and not request.scores_prompt:
-            plan = self._plan(request)
-            request.num_known = self.prefixes.restore(self.session, request.kv, request.tokens, plan)
+    def _chunk_size(self, request: Request) -> int | None:
+        """Return the number of prompt tokens to read in one step; None: all of them."""
+        if request.scores_prompt:  # logits of a long prompt are larger than the model
+            return PROMPT_CHUNK
+        return (PROMPT_CHUNK if self.running else LONE_CHUNK) if self.is_interactive else None
 
-    def _read(self, request: Request, *, at_once: bool) -> torch.Tensor | None:
-        """Read the rest of a prompt or a chunk of it; return (V,) logits after its last token, else None."""
-        start = self.session.length(request.kv)
+    def _read(self, request: Request) -> torch.Tensor | None:
+        """Read a chunk of a prompt, or the rest of it; return (V,) logits after its last token, else None."""
+        plan = self._plan(request)
+        if self.prefixes is not None and not request.scores_prompt:
+            request.num_known += self.prefixes.restore(self.session, request.kv, request.tokens, plan)
+        start, size = self.session.length(request.kv), self._chunk_size(request)
         left = request.tokens[start:]
-        # Logits of a long prompt are larger than the model.
-        at_once = at_once and not request.scores_prompt
-        at_once = at_once or len(left) <= PROMPT_CHUNK + (self.session.max_tokens or 0)
-        chunk = left if at_once else left[:PROMPT_CHUNK]
+        chunk = left if size is None or len(left) <= size + (self.session.max_tokens or 0) else left[:size]
         is_last = len(chunk) == len(left)
         num_logits = len(chunk) if request.scores_prompt else int(is_last)
-        plan = self._plan(request)
         logits, record = self.session.read(request.kv, chunk, plan, num_logits=num_logits, capture=request.is_drafted)
         if self.prefixes is not None:
             self.prefixes.keep(self.session, request.kv, request.tokens[: start + len(chunk)], plan)
@@ -211,7 +223,4 @@ class Scheduler:
             self.session.close(request.sequence)
         request.sequence = None
         request.draft, request.memory = [], {}
-        if request is self.reading:
-            self.reading = None
-        else:
-            self.running.remove(request)
+        (self.reading if request in self.reading else self.running).remove(request)

@@ -127,6 +127,7 @@ class FastSession:
         for name, row in block.memory.items():
             SequenceState(self.cache.method_memory, [sequence], self.num_sequences).remember(name, row[None])
         self.committed[sequence] = self.cache.lengths[sequence] = start + block.num_tokens
+        self.states[sequence] = []  # those that were captured end before the block
         return True
 
     # --- drafting --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +29,8 @@ from anydepth.errors import UserError
 from anydepth.serve.http import HostCheck, SizeLimit
 from anydepth.serve.jobs import DEFAULT_NEW_TOKENS, MAX_NEW_TOKENS, Jobs, Settings
 from anydepth.serve.metrics import Metrics
-from anydepth.serve.protocol import INVALID, ChatCompletion, Completion, Error, Sampling, error, explained
+from anydepth.serve.protocol import ChatCompletion, Completion, Sampling
+from anydepth.serve.refusals import INVALID, Error, error, explained
 from anydepth.serve.service import Busy, Closing, Job, Piece, Service
 from anydepth.serve.shapes import ChatShape, CompletionShape, Shape, usage_of
 from anydepth.serve.text_stream import TokenText
@@ -182,21 +184,26 @@ class Server:
     async def complete(self, body: Completion, request: Request) -> Response:
         """Answer `POST /v1/completions`."""
         self._check_model(body.model)
-        prompts = self.jobs.prompts(body)
+        # In a thread: templates and tokenizers would keep every stream waiting.
+        return await self._answer(body, request, *await run_in_threadpool(self._completion, body))
+
+    def _completion(self, body: Completion) -> tuple[list[Job], Shape]:
         # With max_tokens 0 one token is decoded, which the answer leaves out.
         wanted = DEFAULT_NEW_TOKENS if body.max_tokens is None else max(body.max_tokens, 1)
         jobs, texts = list[Job](), list[str]()
-        for place, prompt in enumerate(prompts):
+        for place, prompt in enumerate(self.jobs.prompts(body)):
             for number in range(body.n or 1):
                 jobs.append(self.jobs.job(body, prompt, wanted, number, body.logprobs))
                 jobs[-1].request.scores_prompt = bool(body.echo) and body.logprobs is not None
                 texts.append(self.jobs.text_of(body, place, prompt) if body.echo else "")
-        shape = CompletionShape(self.tokens, self.settings.name, body, list(zip(texts, jobs, strict=True)))
-        return await self._answer(body, request, jobs, shape)
+        return jobs, CompletionShape(self.tokens, self.settings.name, body, list(zip(texts, jobs, strict=True)))
 
     async def chat(self, body: ChatCompletion, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`."""
         self._check_model(body.model)
+        return await self._answer(body, request, *await run_in_threadpool(self._chat, body))
+
+    def _chat(self, body: ChatCompletion) -> tuple[list[Job], Shape]:
         if self.tokenizer.chat_template is None:
             raise HTTPException(400, "this model has no chat template; use /v1/completions")
         tools = format_of(self.tokenizer.chat_template) if body.offered else None
@@ -208,7 +215,7 @@ class Server:
         wanted = body.max_completion_tokens or body.max_tokens or MAX_NEW_TOKENS
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         jobs = [self.jobs.job(body, prompt, wanted, number, num_logprobs) for number in range(body.n or 1)]
-        return await self._answer(body, request, jobs, ChatShape(self.tokens, self.settings.name, body, tools))
+        return jobs, ChatShape(self.tokens, self.settings.name, body, tools)
 
     def _log_ignored(self, body: Sampling) -> None:
         """Log the name of each field that changes nothing here, once."""

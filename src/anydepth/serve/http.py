@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from anydepth.errors import UserError
-from anydepth.serve.protocol import INVALID, error
+from anydepth.serve.refusals import INVALID, error
 from anydepth.serve.service import Service
 
 KEEP_ALIVE_SECONDS = 30

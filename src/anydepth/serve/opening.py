@@ -18,7 +18,8 @@ from anydepth.draft_sections import DRAFT
 from anydepth.errors import RunError, Unsupported, UserError
 from anydepth.json_io import read_document
 from anydepth.models.load import AUTO, NATIVE, DType, has_blocks
-from anydepth.serve.service import Budgets, Service
+from anydepth.serve.budgets import Budgets
+from anydepth.serve.service import Service
 from anydepth.speculation.draft import why_no_draft
 from anydepth.training.checkpoint import load_draft, load_target, run_options
 from anydepth.training.corpora import check_corpus

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from anydepth.serve.refusals import TAKES
+from anydepth.serve.tools import call_schema
 
 
 def is_text(text: str) -> bool:
@@ -25,31 +36,36 @@ def _only(*allowed: Any) -> Any:
 
     def check(value: Any) -> Any:
         if not any(value == one and type(value) is type(one) for one in (None, *allowed)):
-            raise ValueError("is not supported here; leave it out")
+            taken = " or ".join(json.dumps(one) for one in allowed)
+            raise ValueError(f"is not supported here; leave it out{taken and ', or give '}{taken}")
         return value
 
     return Annotated[Any, AfterValidator(check)]
 
 
-INVALID = "invalid_request_error"
+def _check_size(value: Any, most: int, entries: str) -> Any:
+    """Refuse an object that is too large before its entries are validated one by one."""
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"give at most {most} {entries}")
+    return value
+
+
+MOST_FIELDS, MOST_BIASES = 64, 1024
+"""Entries of objects; with `fail_fast` of lists, they keep validation from blocking the event loop for seconds."""
 Text = Annotated[str, AfterValidator(_encodable)]
 MOST_PROMPTS = 256
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
-TAKES = {
-    "prompt": "give a text, token ids, which are integers of at least 0, or a list of 1 to 256 texts or lists of ids",
-    "stop": "give a text of 1 to 200 characters, or a list of at most 4 such texts",
-    "content": 'give a text, or a list of parts {"type": "text", "text": "…"}; an assistant may have null',
-    "response_format": 'give {"type": "text"}, {"type": "json_object"}, or {"type": "json_schema", "json_schema": '
-    '{"name": "…", "schema": {…}}}',
-    "tool_choice": 'give none, auto, required, or {"type": "function", "function": {"name": "…"}}',
-}
-"""Allowed values of fields with a union type, for which pydantic has one error per type."""
 
 
 class Strict(BaseModel):
     """An object that refuses unknown fields, as OpenAI's API does, and does not convert values."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _check_size(value, MOST_FIELDS, "fields")
 
 
 class Extra(Strict):
@@ -109,6 +125,11 @@ class Ignored(Strict):
         return [name for name in Ignored.model_fields if getattr(self, name) not in (None, {}, "", False)]
 
 
+TokenList = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
+Biases = dict[str, Annotated[float, Field(ge=-100, le=100)]]
+TokenIds = Annotated[TokenList, Field(min_length=1)]
+
+
 class JsonSchema(BaseModel):
     """A schema of OpenAI's structured output; it is always followed strictly."""
 
@@ -139,18 +160,18 @@ class Sampling(Ignored):
     n: int | None = Field(default=1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Stop | list[Stop] | None = Field(default=None, description=TAKES["stop"])
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True)] | None = Field(default=None, description=TAKES["stop"])
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, description="Added to the logits of tokens, by their ids."
+    logit_bias: Annotated[Biases | None, BeforeValidator(lambda value: _check_size(value, MOST_BIASES, "tokens"))] = (
+        Field(default=None, description="Added to the logits of tokens, by their ids.")
     )
     top_k: int | None = Field(default=None, ge=-1, description="Sample from so many; 0 and -1: from all.")
     min_p: float | None = Field(default=None, ge=0, le=1, description="Least fraction of the best's probability.")
     repetition_penalty: float | None = Field(default=None, gt=0, le=10, description="1 has no effect.")
     min_tokens: int | None = Field(default=0, ge=0, description="No end token before so many tokens.")
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, description="Further end tokens.")
+    stop_token_ids: TokenList | None = Field(default=None, description="Further end tokens.")
     ignore_eos: bool | None = Field(default=False, description="No end token ends the answer.")
     skip_special_tokens: bool | None = Field(default=True, description="false: the text has them.")
     add_special_tokens: bool | None = Field(default=None, description="Default: true, in a chat false.")
@@ -186,17 +207,14 @@ class Sampling(Ignored):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
 class Completion(Sampling):
     """The body of `POST /v1/completions`."""
 
     prompt: (
         Text
         | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
     ) = Field(description=TAKES["prompt"])
     max_tokens: int | None = Field(default=16, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -225,9 +243,9 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = Field(default=None, validate_default=True)
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] | None = Field(default=None, validate_default=True)
     name: Text | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
 
     @field_validator("content")
@@ -289,7 +307,7 @@ class ToolChoice(Strict):
 class ChatCompletion(Sampling):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = False
@@ -298,7 +316,9 @@ class ChatCompletion(Sampling):
     add_generation_prompt: bool | None = Field(default=True, description="Begin the answer after the template.")
     continue_final_message: bool | None = Field(default=False, description="Continue the last message's text.")
     modalities: _only(["text"]) = None  # type: ignore[valid-type]
-    tools: list[Tool] | None = Field(default=None, description="Functions that the model may call.")
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
+        default=None, description="Functions that the model may call."
+    )
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
         default=None, description=TAKES["tool_choice"]
     )
@@ -344,64 +364,3 @@ class ChatCompletion(Sampling):
         ):
             raise ValueError("continue_final_message continues a message; leave add_generation_prompt out")
         return self
-
-
-def call_schema(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the schema of a call to one of some functions; what their parameters refer to stays at the root."""
-    calls, shared = [], dict[str, Any]()
-    for function in functions:
-        parameters = dict(function.get("parameters") or {"type": "object"})
-        for key in ("$defs", "definitions"):
-            shared.setdefault(key, {}).update(parameters.pop(key, {}))
-        properties = {"name": {"const": function["name"]}, "arguments": parameters}
-        calls.append({"type": "object", "properties": properties, "required": list(properties)})
-        calls[-1]["additionalProperties"] = False
-    return {"anyOf": calls, **shared}
-
-
-class Refusal(BaseModel):
-    """The reason of a refusal."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    """The body of every refusal."""
-
-    error: Refusal
-
-
-def error(message: str, kind: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def explained(errors: Sequence[Any]) -> dict[str, Any]:
-    """Return the body of a refusal from pydantic's errors: the field and one sentence."""
-    first = errors[0]
-    path = [part for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return error("the body is not JSON; send a JSON object", INVALID)
-    if first["type"] == "extra_forbidden":
-        path[-1] = str(path[-1])[:100].encode(errors="replace").decode()
-        return error(f"{_dotted(path)}: the field is unknown; leave it out", INVALID, param=_dotted(path))
-    union = next((index for index, part in enumerate(path) if part in TAKES), None)
-    if union is None:
-        return error(": ".join(filter(None, [_dotted(path), _sentence(first)])), INVALID, param=_dotted(path) or None)
-    name = path[union]
-    own = [_sentence(one) for one in errors if name in one["loc"] and one["type"] == "value_error"] or [TAKES[name]]
-    param = _dotted(path[: union + 1])
-    missing = first["type"] == "missing" and path[-1] == name
-    return error(f"{param}: {'a required field is missing; ' if missing else ''}{own[0]}", INVALID, param=param)
-
-
-def _dotted(path: Sequence[Any]) -> str:
-    return ".".join(map(str, path))
-
-
-def _sentence(one: Any) -> str:
-    if one["type"] == "model_attributes_type":
-        return "give an object"
-    return str(one["msg"]).removeprefix("Value error, ")

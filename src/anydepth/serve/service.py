@@ -10,22 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import psutil
 import torch
-from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from anydepth.calibration.guarantee import RiskTable
-from anydepth.calibration.shares import (
-    collect_scores,
-    kept_scores,
-    restored,
-    set_options,
-    set_thresholds,
-    thresholds_at,
-)
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.prefixes import PrefixCache
 from anydepth.decoding.request import DraftCounts, Logprob, Request
@@ -34,23 +23,19 @@ from anydepth.decoding.sampling_options import SamplingOptions
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.errors import UserError
 from anydepth.gating.cost import kv_bytes_per_token
-from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.tokens import end_ids
+from anydepth.serve.budgets import Budgets
 from anydepth.serve.text_stream import TextStream
 
 log = logging.getLogger("anydepth.serve")
-FALLBACK_WINDOWS = 4
-"""Windows for depth budgets of a checkpoint without kept scores, few so that the start does not take minutes."""
 PREFIX_TOKENS = 16384
 """Tokens of earlier prompts that are kept by default."""
 MEMORY_SHARE = 0.5
 """Fraction of the free memory that the K/V of requests may take by default."""
 LATEST = 32
 """Finished requests from which the waiting time is estimated."""
-MAX_PLANS = 32
-"""Plans of depth budgets that are cached, those used last: clients may send any budgets."""
 NO_DRAFTER = "no drafter is attached; serve a target that drafts, or one that skips layers"
 NO_GAIN = "no draft was expected to save time"
 
@@ -236,7 +221,7 @@ class Service:
 
     @property
     def num_running(self) -> int:
-        return len(self.scheduler.running) + (self.scheduler.reading is not None)
+        return len(self.scheduler.running) + len(self.scheduler.reading)
 
     # --- on the engine's thread ------------------------------------------------------------------------------------
 
@@ -363,41 +348,3 @@ def default_tokens(adapted: AdaptedModel, num_requests: int, window: int | None)
         free, _ = torch.cuda.mem_get_info(adapted.device)
     fits = int(MEMORY_SHARE * free / max(size, 1))
     return max(num_requests, fits if window is None else min(num_requests * window, fits))
-
-
-class Budgets:
-    """Plans for depth budgets, by thresholds from kept scores or those of some text, and for bounds on the risk.
-
-    Raise `RunError` or `UserError` if there is no threshold to set, as with fixed sets and untrained gates.
-
-    Args:
-        windows: text for scores, where the checkpoint has none.
-        tested: the settings of a calibration by risk; None: requests cannot bound their risk.
-    """
-
-    def __init__(self, engine: Engine, windows: Tensor, tested: RiskTable | None = None) -> None:
-        self.adapted, self.tested = engine.adapted, tested
-        self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
-        self.own_plan = Plan.of(self.adapted.attached)
-        self.plan_at = lru_cache(MAX_PLANS)(self._plan_at)
-        self.plan_within = lru_cache(MAX_PLANS)(self._plan_within)
-
-    def plan_of(self, request: Request) -> Plan:
-        """Return the plan for a request's depth budget or its bound; without any, that of the loaded thresholds."""
-        if request.max_risk is not None:
-            return self.plan_within(request.max_risk)
-        return self.own_plan if request.budget is None else self.plan_at(request.budget)
-
-    def _plan_at(self, budget: float) -> Plan:
-        with restored(self.adapted):
-            set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
-            return Plan.of(self.adapted.attached)
-
-    def _plan_within(self, max_risk: float) -> Plan:
-        assert self.tested is not None, "only calibrated targets bound a risk"
-        found = self.tested.select(max_risk)
-        if found is None:
-            return FULL_DEPTH
-        with restored(self.adapted):
-            set_options(self.adapted, found[0])
-            return Plan.of(self.adapted.attached)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,3 +124,16 @@ class ToolParser:
         }
         self.num_calls += 1
         return call
+
+
+def call_schema(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the schema of a call to one of some functions; what their parameters refer to stays at the root."""
+    calls, shared = [], dict[str, Any]()
+    for function in functions:
+        parameters = dict(function.get("parameters") or {"type": "object"})
+        for key in ("$defs", "definitions"):
+            shared.setdefault(key, {}).update(parameters.pop(key, {}))
+        properties = {"name": {"const": function["name"]}, "arguments": parameters}
+        calls.append({"type": "object", "properties": properties, "required": list(properties)})
+        calls[-1]["additionalProperties"] = False
+    return {"anyOf": calls, **shared}
