@@ -2,7 +2,8 @@
 
 A line `<!-- generate: WHAT -->` in a page is replaced: `options NAME` (a method's Config), `method NAME` (lossless,
 trained), `config NAME` (a section of the recipe), `methods`, `families`, `commands`, `results NAME` (the part of
-`results.md` between marks of that name), `result-files`. mkdocs loads this file as a hook; it is not a script.
+`results.md` between marks of that name), `result-files`, `checks` (of `anydepth conform`). mkdocs loads this file as
+a hook; it is not a script.
 """
 
 from __future__ import annotations
@@ -86,6 +87,12 @@ def result_files() -> str:
     return _table(("file", "schema", "commit", "seed", "processor"), [_origin(*pair) for pair in documents])
 
 
+def checks() -> str:
+    """Return a table of the checks of `anydepth conform`."""
+    found = importlib.import_module("anydepth.conform.run").CHECKS
+    return _table(("check", "what it does"), [(f"`{check.name}`", check.summary) for check in found])
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
     "options": options,
     "config": config,
@@ -95,6 +102,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "commands": commands,
     "results": results,
     "result-files": result_files,
+    "checks": checks,
 }
 
 

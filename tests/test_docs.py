@@ -29,7 +29,7 @@ import commands
 from anydepth.cli import app
 from anydepth.errors import UserError
 from anydepth.training.corpora import load_texts
-from serving import end, start, tiny_router
+from serving import end, running, start, tiny_router
 from tiny import COMMON, byte_tokenizer, save_text
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,7 @@ SMALL: dict[str, list[str]] = {
 }
 PAGES_THAT_RUN = [name for name, text in PAGES.items() if BLOCK.search(text)]
 SLOW = [
+    "docs/guides/check-a-server.md",
     "docs/guides/honest-benchmarks.md",
     "docs/guides/clients.md",
     "docs/coming-from.md",
@@ -169,6 +170,12 @@ def run_command(line: str, workplace: Path) -> None:
         words = words[: words.index(">")]
     if command in ("serve", "chat"):
         talk_to(words)
+        return
+    if command == "conform":
+        with running(tiny_router(workplace / "served")) as address:
+            words = [address if word.startswith("http://127.0.0.1:") else word for word in words]
+            done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, f"{line}\n{done.output}\n{done.exception!r}"
         return
     if command == "sweep":  # one point of each
         words = [re.sub(r"(=|^)([^=,]+),.*", r"\1\2", word) if "," in word else word for word in words]

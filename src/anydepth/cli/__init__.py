@@ -14,7 +14,7 @@ import warnings
 import typer
 
 # Imported for the commands that they register, in the order of the help.
-from anydepth.cli import tuning, training, calibrating, evaluating, benching, analysis, generating  # noqa: F401  # isort: skip
+from anydepth.cli import tuning, training, calibrating, evaluating, benching, analysis, generating, conforming  # noqa: F401  # isort: skip
 from anydepth.cli.options import app
 from anydepth.errors import RunError, UserError
 from anydepth.processes import is_parallel, rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,11 +55,13 @@ def table(
     columns: Mapping[str, str],
     rows: Iterable[dict[str, Any]],
     shown: Mapping[str, Callable[[dict[str, Any]], str]] = {},
+    *,
+    text: Collection[str] = (),
 ) -> None:
-    """Print a table, the first column aligned on the left, the others on the right; cells as on the report page."""
+    """Print a table with cells as on the report page; the first column and those of `text` are aligned on the left."""
     table = Table(box=None, pad_edge=False)
-    for number, title in enumerate(columns.values()):
-        table.add_column(title, justify="left" if number == 0 else "right", overflow="fold")
+    for number, (key, title) in enumerate(columns.items()):
+        table.add_column(title, justify="left" if number == 0 or key in text else "right", overflow="fold")
     for row in rows:
         table.add_row(*(shown[key](row) if key in shown else wording.cell(key, row) for key in columns))
     # A pipe has no width to fold labels for.

@@ -11,7 +11,6 @@ from anydepth.cli import options as opt
 from anydepth.cli.display import table
 from anydepth.config import validate
 from anydepth.errors import UserError
-from anydepth.json_io import write_json
 from anydepth.recipe import TuneConfig
 from anydepth.report import wording
 from anydepth.training.corpora import check_corpus
@@ -66,6 +65,7 @@ def tune(
         given["prompt_tokens"] = opt.numbers("prompt-tokens", prompt_tokens)
     config = validate(TuneConfig, given, where="tune")
     check_corpus(data)
+    from anydepth.json_io import write_json
     from anydepth.runs.tune import Tuner
 
     with call.busy(f"loading {target} …"):

@@ -103,10 +103,19 @@ class CompletionShape(Shape):
         return found
 
     def _offset(self, number: int, token: Token) -> int:
-        """Return the number of complete characters before a token, and add the token's own."""
+        """Return the position of a token in the text, and add the token.
+
+        A token that is part of a character begins where the character does. An incomplete character becomes U+FFFD,
+        which is known and counted with the token after it.
+        """
         decoder, offset = self.read.get(number, (codecs.getincrementaldecoder("utf-8")(errors="replace"), 0))
-        self.read[number] = decoder, offset + len(decoder.decode(self.tokens.bytes_of(token.token_id)))
-        return offset
+        own = self.tokens.bytes_of(token.token_id)
+        end = offset + len(decoder.decode(own))
+        self.read[number] = decoder, end
+        try:
+            return end - len(own.decode()) if own else offset
+        except UnicodeDecodeError:
+            return offset
 
 
 class ChatShape(Shape):
