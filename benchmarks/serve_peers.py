@@ -1,6 +1,6 @@
 """Time our server and llama.cpp's on one file, under the same load: `results/serve_peers.json`.
 
-    python benchmarks/serve_peers.py --llama-server PATH [--rounds 5] [--clients 1 4 16]
+    python benchmarks/serve_peers.py --llama-server PATH [--rounds 4] [--clients 1 4 16]
 
 Both servers run at the same time and are asked in turn. In each round the clients send prompts of Spec-Bench that no
 round before had, each its next one as soon as it has the answer to the last, and get 64 greedy tokens; no end token
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--llama-server", type=Path, help="the program")
     parser.add_argument("--model", default="embedded", help="embedded, or one of models.py that is a .gguf file")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--table", action="store_true", help="print the committed results as tables, run nothing")
     arguments = parser.parse_args()
     if arguments.table:
