@@ -137,14 +137,14 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-async def measure(
-    addresses: dict[str, str], model: str, prompts: Iterator[str], arguments: Any
-) -> list[dict[str, Any]]:
+async def measure(addresses: dict[str, str], model: str, prompts: list[str], arguments: Any) -> list[dict[str, Any]]:
     rows = []
     for num_clients in arguments.clients:
+        # Numbered, so that no server knows the beginning of a prompt from another number of clients.
+        own_prompts = (f"{num_clients}. {prompt}" for prompt in prompts)
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for number in range(arguments.rounds + 1):
-            own = list(islice(prompts, max(2 * num_clients, 4)))
+            own = list(islice(own_prompts, max(2 * num_clients, 4)))
             for way in sorted(WAYS, reverse=bool(number % 2)):
                 runs[way].append(await load(addresses[way], model, way, own, num_clients))
         rows.append({"clients": num_clients, "servers": {way: summary(found[1:]) for way, found in runs.items()}})
@@ -221,7 +221,7 @@ def main() -> None:
         raise SystemExit("give --llama-server PATH, or --table")
     path = str(embedded_gguf() if arguments.model == "embedded" else model_file(arguments.model))
     threads, most = os.cpu_count() or 1, max(arguments.clients)
-    prompts = iter(prompts_of(sum(max(2 * one, 4) for one in arguments.clients) * (arguments.rounds + 1), seed=0))
+    prompts = prompts_of(max(2 * most, 4) * (arguments.rounds + 1), seed=0)
     with ours(path, threads, most) as own, theirs(arguments.llama_server, path, threads, most) as peer:
         addresses = {way: peer if way == "llama-server" else own for way in WAYS}
         model = httpx.get(f"{own}/v1/models").json()["data"][0]["id"]
