@@ -5,7 +5,7 @@
 Both servers run at the same time and are asked in turn. In each round the clients send prompts of Spec-Bench that no
 round before had, each its next one as soon as it has the answer to the last, and get 64 greedy tokens; no end token
 ends an answer, so that both servers decode as much. Then conversations of two turns begin with a system prompt of 1,500
-tokens: the seconds to the first token of both turns. llama-server is built from the source that llama-cpp-python comes with
+tokens: the seconds to the first token of both turns. llama-server is built from the source of llama-cpp-python
 (`cmake --build … --target llama-server`), and decodes as many requests together as there are clients at most.
 """
 
