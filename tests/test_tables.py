@@ -25,6 +25,7 @@ TABLES = {
     "mixers": ["benchmarks/mixers.py", "--table"],
     "guarantee": ["benchmarks/guarantee.py", "--table"],
     "serve_load": ["benchmarks/serve_load.py", "--table"],
+    "serve_peers": ["benchmarks/serve_peers.py", "--table"],
     "fronts": ["benchmarks/fronts.py", "--table"],
     "capacities": ["benchmarks/capacities.py", "--table"],
     "task_scores": ["benchmarks/task_scores.py", "--table"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from commands import anydepth, refused
@@ -60,3 +61,9 @@ def test_a_value_that_is_no_yaml(base: Path) -> None:
     for command in (("eval", base), ("bench", base, "--against", "skip_set")):
         option = "skip_set.skip_layers=[" if command[0] == "eval" else "skip_layers=["
         assert "is not a YAML value" in refused(*command, "--set", option)
+
+
+def test_the_version_is_said_and_is_that_of_the_newest_release_of_the_changelog() -> None:
+    said = anydepth("--version").stdout.strip()
+    changelog = (Path(__file__).resolve().parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(\d[^\]]*)\] - \d{4}-\d{2}-\d{2}$", changelog, re.MULTILINE)[1] == said  # type: ignore[index]

@@ -28,7 +28,9 @@ def conform(
     only: Annotated[list[str] | None, Option(help="Run only this check; repeatable.")] = None,
     timeout: Annotated[float, Option(help="Give up an answer after this many seconds without a byte.")] = 120.0,
 ) -> None:
-    """Check an OpenAI-compatible server, or a speculative decoder in one.
+    """Check what an OpenAI-compatible server answers.
+
+    It also checks a speculative decoder, --against the same model without one.
 
     Compares streams with complete answers, cuts at stop strings, repeats seeds, adds up log-probabilities and tokens,
     disconnects, and sends mistakes. The exit code is 1 if a check fails. --device and --dtype change nothing.

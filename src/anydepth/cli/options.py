@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
+from anydepth import __version__
 from anydepth.cli.display import Printer
 from anydepth.config import assignment
 from anydepth.draft_sections import DRAFT, OLD_NAME
@@ -26,6 +27,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, Option("--version", help="Show the version and exit.", callback=_say_version)] = False,
+) -> None:
+    pass
+
 
 Target = Annotated[
     str,
