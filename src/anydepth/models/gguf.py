@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -33,6 +34,10 @@ from anydepth.errors import UserError
 from anydepth.models.blocks import BlockEmbedding, BlockLinear, Blocks
 from anydepth.models.llama_like import FAMILIES
 from anydepth.models.reading import check_whole, reading
+
+log = logging.getLogger("anydepth.models")
+SLOW_MERGES = 100_000
+"""Merges of a tokenizer with which transformers takes long to convert it."""
 
 QUANTISED_DTYPE = torch.bfloat16
 """The type of a model that is stored with quantised weights."""
@@ -124,6 +129,11 @@ def _metadata(path: Path, cache: Path) -> Path:
         return folder
     options: dict[str, Any] = {"gguf_file": path.name}
     reader = GGUFReader(path)
+    field = reader.get_field("tokenizer.ggml.merges")
+    if field is not None and len(field.data) > SLOW_MERGES:
+        log.warning(
+            "%s: converting its tokenizer, once, which takes up to a minute; kept in %s (some 10 MB)", path.name, folder
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
     _repair_digits(tokenizer, reader)
     architecture = reader.fields["general.architecture"].contents()
