@@ -259,11 +259,15 @@ def test_langchain_talks_with_a_tool(address: str, prompts: list[str]) -> None:
 
 @pytest.fixture
 def litellm(address: str, _alone: None) -> Iterator[Any]:
-    """The module; connections that it caches and leaves open are collected after the test."""
+    """The module, with an event loop, which it would else leave open; so it does connections that it caches."""
     import litellm
 
     litellm.telemetry = False
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
     yield litellm
+    asyncio.set_event_loop(None)
+    loop.close()
     litellm.in_memory_llm_clients_cache.flush_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)

@@ -240,7 +240,7 @@ def texts_of(events: str) -> list[str]:
 def test_health_is_503_until_all_answers_have_ended(target: Path) -> None:
     """S14: after SIGTERM with 13 requests, on connections that are open and on new ones; further requests get 503."""
     process, address = start(target, "--max-batch-size", 1)
-    body = {**BODY, "max_tokens": 100, "stream": True}
+    body = {**BODY, "max_tokens": 100, "n": 4, "stream": True}
     try:
         with httpx.Client(base_url=address, timeout=SECONDS) as client:
             alone = texts_of(client.post("/v1/completions", json=body).text)
