@@ -230,7 +230,8 @@ def main() -> None:
         print(markdown(json.loads(arguments.out.read_text())["rows"]))
         return
     bodies = requests_of(arguments.seed)
-    process, address = start(arguments.threads)
+    # Every request was answered before, alone: its prompt is to be read again.
+    process, address = start(arguments.threads, "embedded", "--prefix-tokens", "0")
     try:
         rows = asyncio.run(run(address, process.pid, bodies, arguments.clients, arguments.seconds))
     finally:

@@ -102,7 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prompts, known = prompts_of((arguments.num_rounds + 1) * arguments.clients * arguments.each, seed=0), {}
     for name in arguments.only:
-        process, address = start(torch.get_num_threads(), *SERVERS[name])
+        process, address = start(torch.get_num_threads(), *SERVERS[name], "--prefix-tokens", "0")
         try:
             row = asyncio.run(measure(address, prompts, arguments.clients, arguments.num_rounds))
         finally:

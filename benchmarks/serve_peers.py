@@ -109,7 +109,7 @@ async def load(address: str, model: str, way: str, prompts: list[str], num_clien
 
 
 async def first_tokens(address: str, model: str, way: str, system: str) -> list[float]:
-    """Seconds to the first token of both turns of a conversation."""
+    """Return the seconds to the first token of both turns of a conversation."""
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "What is this text about?"}]
     found = []
     async with httpx.AsyncClient(base_url=address, timeout=600, headers=ALONE) as client:
@@ -140,13 +140,14 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 async def measure(addresses: dict[str, str], model: str, prompts: list[str], arguments: Any) -> list[dict[str, Any]]:
     rows = []
     for num_clients in arguments.clients:
-        # Numbered, so that no server knows the beginning of a prompt from another number of clients.
-        own_prompts = (f"{num_clients}. {prompt}" for prompt in prompts)
+        own_prompts = iter(prompts)
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for number in range(arguments.rounds + 1):
             own = list(islice(own_prompts, max(2 * num_clients, 4)))
-            for way in sorted(WAYS, reverse=bool(number % 2)):
-                runs[way].append(await load(addresses[way], model, way, own, num_clients))
+            for place, way in enumerate(sorted(WAYS, reverse=bool(number % 2))):
+                # Numbered, so that no server knows the beginning of a prompt from another way or number of clients.
+                prompts_of_way = [f"{num_clients}.{place} {prompt}" for prompt in own]
+                runs[way].append(await load(addresses[way], model, way, prompts_of_way, num_clients))
         rows.append({"clients": num_clients, "servers": {way: summary(found[1:]) for way, found in runs.items()}})
         peer = [run["tokens_per_second"] for run in runs["llama-server"][1:]]
         for way, found in rows[-1]["servers"].items():
@@ -174,7 +175,7 @@ async def conversations(addresses: dict[str, str], model: str, systems: list[str
 
 
 def systems_of(number: int) -> list[str]:
-    """Texts of 1,500 tokens."""
+    """Return texts of 1,500 tokens."""
     _, tokenizer = anydepth.load_model("embedded", dtype="bfloat16")
     text = (Path(os.environ["ANYDEPTH_DATA"]) / "wikitext-2" / "valid.txt").read_text()
     ids = encode(tokenizer, text[: 12 * SYSTEM_TOKENS * number])
@@ -185,7 +186,7 @@ def systems_of(number: int) -> list[str]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """The tables of the results page."""
+    """Return the tables of the results page."""
     lines = [
         "| clients | server | tokens/s | over llama-server | first token p50, p95 | gap p50, p95 |",
         "| --- " * 6 + "|",

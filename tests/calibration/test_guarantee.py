@@ -194,9 +194,9 @@ def test_other_bounds_select_from_the_risk_table_as_a_calibration_would(test: st
             assert selected is None
         else:
             assert selected is not None
-            options, risk = selected
-            expected = thresholds_of(adapted)
-            set_options(adapted, options)
+            row, expected = tested.rows[selected], thresholds_of(adapted)
+            risk = row["risk"]
+            set_options(adapted, row["thresholds"])
             assert (risk == own.risk and thresholds_of(adapted) == expected) or (max_risk > 0.95 and risk < own.risk)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from anydepth.errors import UserError
-from anydepth.serve.grammar import Grammars
+from anydepth.serve.grammar import Grammars, JsonGrammar
 from serving_here import DRAFTS, chat, complete, refusal, serving
 from tiny import byte_tokenizer, tiny_llama
 
@@ -82,6 +83,62 @@ def test_a_stream_has_the_same_text(client: TestClient) -> None:
 )
 def test_a_form_that_cannot_be_followed_is_refused_by_name(client: TestClient, form: Any, named: str) -> None:
     assert named in refusal(client, response_format=form)["message"]
+
+
+AND = {"type": "string", "pattern": "^.*a.{3}$"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"type": "integer", "multipleOf": 1_000_003}, "multipleOf"),
+        ({"allOf": [{"type": "integer", "multipleOf": 9999}, {"multipleOf": 9998}]}, "multipleOf"),
+        ({"properties": {"a": {"allOf": [AND] * 3}}}, "patterns"),
+        ({"$defs": {"a": AND}, "allOf": [{"$ref": "#/$defs/a"}] * 3}, "patterns"),
+        ({**AND, "anyOf": [{**AND, "anyOf": [AND]}]}, "patterns"),
+        ({"enum": ["x" * 40_000]}, "bytes"),
+        ({"$defs": {str(i): {"allOf": [{"$ref": f"#/$defs/{i + 1}"}] * 2} for i in range(40)}}, "too often"),
+        ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "cannot be followed"),
+    ],
+)
+def test_schemas_that_would_take_long_are_refused_at_once(client: TestClient, schema: Any, named: str) -> None:
+    began = time.monotonic()
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert named in refusal(client, response_format=form)["message"]
+    assert time.monotonic() - began < 10
+
+
+def test_patterns_of_several_values_are_no_conjunction() -> None:
+    optional = {"anyOf": [AND, {"type": "null"}]}
+    schema = {"type": "object", "properties": {str(number): optional for number in range(12)}}
+    assert Grammars(byte_tokenizer(), 257, [END]).processor(schema, 0)
+
+
+def test_a_schema_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(byte_tokenizer(), 257, [END])
+    first, again = (grammars.processor(POINT, 0) for _ in range(2))
+    assert grammars.compiled.cache_info().misses == 1
+    first(torch.tensor([byte_tokenizer().encode('{"x"')]), torch.zeros(1, 257))
+    assert again(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 257)).isfinite().sum() == 1  # {
+
+
+def test_a_grammar_that_fails_says_nothing_of_the_request() -> None:
+    class Broken:
+        def rollback(self, _: int) -> bool:
+            return True
+
+        def try_consume_tokens(self, _: Any) -> int:
+            return 0
+
+        def compute_bitmask(self) -> bytes:
+            return b""
+
+        def is_error(self) -> bool:
+            return True
+
+    broken: Any = Broken()
+    with pytest.raises(RuntimeError, match="^the grammar of an answer failed$"):
+        JsonGrammar(broken, 0)(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 257))
 
 
 def test_a_form_ends_with_its_json(client: TestClient) -> None:

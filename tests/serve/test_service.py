@@ -6,7 +6,7 @@ import json
 import logging
 import queue
 import time
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +22,8 @@ from anydepth.decoding.request import Request
 from anydepth.decoding.sampler import Sampler, Stops
 from anydepth.errors import UserError
 from anydepth.serve import service as module
-from anydepth.serve.service import Busy, Job, Piece, Service, default_tokens
+from anydepth.serve.jobs import Jobs
+from anydepth.serve.service import Busy, Job, Piece, Service, default_memory
 from anydepth.serve.text_stream import TextStream
 from serving_here import complete, listening, refusal, serving, wait_until
 from tiny import byte_tokenizer, tiny_llama
@@ -131,13 +132,32 @@ def test_by_default_a_request_may_fill_the_window() -> None:
 
 def test_the_default_memory_is_a_window_for_each_as_far_as_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = anydepth.attach(tiny_llama(), [])
-    assert default_tokens(adapted, 8, 128) == 8 * 128
+    assert default_memory(adapted, 8, 128) == (8 * 128, 16384)
     per_token = 6 * 2 * 2 * 8 * 4  # layers, K and V, heads, their width, bytes of float32
-    free = SimpleNamespace(available=2 * 300 * per_token)
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: free)
-    assert default_tokens(adapted, 8, 128) == 300
-    free.available = 0
-    assert default_tokens(adapted, 8, 128) == 8
+    monkeypatch.setattr(module, "free_memory", lambda _: 2 * 400 * per_token)
+    assert default_memory(adapted, 8, 128) == (300, 100)
+    monkeypatch.setattr(module, "free_memory", lambda _: 0)
+    assert default_memory(adapted, 8, 128) == (8, 0)
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "CGROUP", tmp_path)
+    machine = module.free_memory(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("1500\n")
+    assert module.free_memory(torch.device("cpu")) == 3500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert module.free_memory(torch.device("cpu")) == pytest.approx(machine, rel=0.5)
+
+
+def test_a_call_that_never_fits_makes_no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S4: prompts × n is looked at before anything is tokenised or compiled."""
+    monkeypatch.setattr(Jobs, "prompts", lambda *_: 1 / 0)
+    monkeypatch.setattr(Jobs, "chat_prompt", lambda *_: 1 / 0)
+    with serving() as client:
+        assert "32768 answers at once never fit" in refusal(client, prompt=["a"] * 256, n=128)["message"]
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "n": 128}
+        assert client.post("/v1/chat/completions", json=body).status_code == 400
 
 
 def slowed(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -10,7 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from anydepth.serve import jobs
-from anydepth.serve.tools import FORMATS, ToolParser, format_of
+from anydepth.serve.grammar import Grammars
+from anydepth.serve.tools import FORMATS, ToolParser, call_schema, format_of
 from calling import TOOL_TEMPLATE, script
 from serving_here import serving
 from tiny import byte_tokenizer, tiny_llama
@@ -210,3 +211,33 @@ def test_a_choice_that_cannot_be_made_is_refused_by_name(untrained: TestClient, 
     answer = untrained.post("/v1/chat/completions", json={"model": "tiny", "messages": ASKED, **fields})
     assert answer.status_code == 400, answer.text
     assert any(name in answer.json()["error"]["message"] for name in ("tool_choice", "response_format", "tools: "))
+
+
+def test_definitions_of_two_tools_are_their_own() -> None:
+    """Tools made by pydantic share names; a reference may also name a property."""
+
+    def own(value: str) -> dict[str, Any]:
+        parameters = {
+            "type": "object",
+            "properties": {"v": {"$ref": "#/$defs/V"}, "w": {"$ref": "#/properties/v"}},
+            "required": ["v", "w"],
+            "additionalProperties": False,
+            "$defs": {"V": {"enum": [value]}},
+        }
+        return {"name": value, "parameters": parameters}
+
+    matcher = Grammars(byte_tokenizer(), 257, [0]).compiled(json.dumps(call_schema([own("a"), own("b")])))
+    for name, other in (("a", "b"), ("b", "a")):
+        text = json.dumps({"name": name, "arguments": {"v": name, "w": name}})
+        ids = byte_tokenizer().encode(text)
+        assert matcher.deep_copy().try_consume_tokens(ids) == len(ids)
+        wrong = byte_tokenizer().encode(text.replace(f'"v": "{name}"', f'"v": "{other}"'))
+        assert matcher.deep_copy().try_consume_tokens(wrong) < len(wrong)
+
+
+@pytest.mark.parametrize("parameters", [True, [1], "abc", [["a", 1]], {"type": "no"}])
+def test_parameters_that_are_no_schema_are_refused(untrained: TestClient, parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "x", "parameters": parameters}}
+    body = {"model": "tiny", "messages": ASKED, "tools": [tool], "tool_choice": "required", "max_tokens": 3}
+    answer = untrained.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and "tools" in answer.json()["error"]["message"]

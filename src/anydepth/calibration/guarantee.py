@@ -137,16 +137,15 @@ class RiskTable:
             return None
         return cls(rows, config["confidence"], config["test"] or TESTS[0])
 
-    def select(self, max_risk: float) -> tuple[Options, float] | None:
-        """Return the options and the risk of the least careful setting within a bound; None: skip nothing."""
-        found = learn_then_test(
+    def select(self, max_risk: float) -> int | None:
+        """Return the number of the least careful setting within a bound; None: none can be shown to be."""
+        return learn_then_test(
             lambda number: self.rows[number]["losses"],
             len(self.rows),
             max_risk=max_risk,
             confidence=self.confidence,
             test=self.test,
-        )
-        return None if found.chosen is None else (self.rows[found.chosen]["thresholds"], found.risk)
+        ).chosen
 
 
 def p_value(losses: Sequence[float], max_risk: float) -> float:

@@ -184,12 +184,8 @@ def serve(
     name: Annotated[str | None, Option("--name", help="Name the model; default: its folder or target.")] = None,
     max_batch_size: Annotated[int, Option(help="Decode at most this many requests together.")] = 8,
     max_queue: Annotated[int, Option(help="Queue at most this many requests; refuse more with a retry time.")] = 64,
-    max_tokens: Annotated[
-        int | None, Option(help="Hold K/V of this many tokens, of all requests; default: a window each, as memory has.")
-    ] = None,
-    prefix_tokens: Annotated[
-        int, Option(help="Keep K/V of this many tokens of earlier prompts, for prompts with the same beginning.")
-    ] = 16384,
+    max_tokens: Annotated[int | None, Option(help="Hold K/V of this many tokens; default: a window each.")] = None,
+    prefix_tokens: Annotated[int | None, Option(help="Keep K/V of this many tokens of earlier prompts.")] = None,
     timeout: Annotated[float, Option(help="End a request after this many seconds.")] = 600.0,
     allowed_host: Annotated[
         list[str] | None, Option(help="Answer to this host name too; on loopback the default is its own names.")

@@ -8,19 +8,19 @@ import hashlib
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers import PreTrainedTokenizerBase
 
@@ -126,7 +126,7 @@ def _key_check(wanted: str | None) -> Callable[[Any], None]:
 
 
 def _errors(app: FastAPI) -> None:
-    """Make every refusal a JSON object that repeats nothing from the request except the name of an unknown field."""
+    """Make every refusal a JSON object that repeats nothing from the request but names of fields and of a schema."""
 
     def invalid(_: Request, raised: Any) -> Response:
         return JSONResponse(explained(raised.errors()), 400)
@@ -149,7 +149,7 @@ class Server:
     def __init__(self, service: Service, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.service, self.tokenizer, self.settings = service, tokenizer, settings
         self.jobs, self.tokens = Jobs(service, tokenizer, settings), TokenText(tokenizer)
-        self.logged = set[str]()
+        self.logged, self.one_schema = set[str](), CapacityLimiter(1)
 
     async def models(self) -> dict[str, Any]:
         """List the models, of which there is one."""
@@ -184,8 +184,7 @@ class Server:
     async def complete(self, body: Completion, request: Request) -> Response:
         """Answer `POST /v1/completions`."""
         self._check_model(body.model)
-        # In a thread: templates and tokenizers would keep every stream waiting.
-        return await self._answer(body, request, *await run_in_threadpool(self._completion, body))
+        return await self._answer(body, request, *await self._made(self._completion, body))
 
     def _completion(self, body: Completion) -> tuple[list[Job], Shape]:
         # With max_tokens 0 one token is decoded, which the answer leaves out.
@@ -201,7 +200,15 @@ class Server:
     async def chat(self, body: ChatCompletion, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`."""
         self._check_model(body.model)
-        return await self._answer(body, request, *await run_in_threadpool(self._chat, body))
+        return await self._answer(body, request, *await self._made(self._chat, body))
+
+    async def _made(self, make: Callable[[Any], tuple[list[Job], Shape]], body: Sampling) -> tuple[list[Job], Shape]:
+        """Make the jobs of a body that fits, in a thread: templates and tokenizers would keep every stream waiting."""
+        with _refusals():
+            self.service.check_count(body.num_answers)
+        # One schema at a time, so that others find threads.
+        limiter = self.one_schema if body.form is not None else None
+        return await to_thread.run_sync(make, body, limiter=limiter)
 
     def _chat(self, body: ChatCompletion) -> tuple[list[Job], Shape]:
         if self.tokenizer.chat_template is None:
@@ -235,14 +242,8 @@ class Server:
 
         for number, job in enumerate(jobs):
             job.put = partial(put, number)
-        try:
+        with _refusals():
             self.service.submit(*jobs)
-        except Busy as busy:
-            raise HTTPException(429, str(busy), {"Retry-After": str(busy.retry_after)}) from busy
-        except Closing as closing:
-            raise HTTPException(503, str(closing), {"Retry-After": "5"}) from closing
-        except UserError as invalid:
-            raise HTTPException(400, str(invalid)) from invalid
         if body.stream:
             events = self._events(body, jobs, queue, shape)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -288,6 +289,19 @@ class Server:
     def _cancel(self, jobs: list[Job]) -> None:
         for job in jobs:
             self.service.cancel(job)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn the service's errors into refusals."""
+    try:
+        yield
+    except Busy as busy:
+        raise HTTPException(429, str(busy), {"Retry-After": str(busy.retry_after)}) from busy
+    except Closing as closing:
+        raise HTTPException(503, str(closing), {"Retry-After": "5"}) from closing
+    except UserError as invalid:
+        raise HTTPException(400, str(invalid)) from invalid
 
 
 async def _pieces(jobs: list[Job], queue: Any) -> AsyncIterator[tuple[int, Piece]]:

@@ -40,12 +40,13 @@ class Budgets:
         self.scores = kept_scores(self.adapted) or collect_scores(self.adapted, windows[:FALLBACK_WINDOWS])
         self.own_plan = Plan.of(self.adapted.attached)
         self.plan_at = lru_cache(MAX_PLANS)(self._plan_at)
-        self.plan_within = lru_cache(MAX_PLANS)(self._plan_within)
+        self.plan_of_setting = lru_cache(MAX_PLANS)(self._plan_of_setting)
+        self.within = lru_cache(MAX_PLANS)(self._within)
 
     def plan_of(self, request: Request) -> Plan:
         """Return the plan for a request's depth budget or its bound; without any, that of the loaded thresholds."""
         if request.max_risk is not None:
-            return self.plan_within(request.max_risk)
+            return self.within(request.max_risk)[0]
         return self.own_plan if request.budget is None else self.plan_at(request.budget)
 
     def _plan_at(self, budget: float) -> Plan:
@@ -53,11 +54,16 @@ class Budgets:
             set_thresholds(self.adapted, thresholds_at(self.scores, 1 - budget))
             return Plan.of(self.adapted.attached)
 
-    def _plan_within(self, max_risk: float) -> Plan:
+    def _within(self, max_risk: float) -> tuple[Plan, float | None]:
+        """Return the plan within a bound, and its risk; at full depth, and None, where nothing can be shown."""
         assert self.tested is not None, "only calibrated targets bound a risk"
-        found = self.tested.select(max_risk)
-        if found is None:
-            return FULL_DEPTH
+        number = self.tested.select(max_risk)
+        return (
+            (FULL_DEPTH, None) if number is None else (self.plan_of_setting(number), self.tested.rows[number]["risk"])
+        )
+
+    def _plan_of_setting(self, number: int) -> Plan:
+        assert self.tested is not None, "only calibrated targets bound a risk"
         with restored(self.adapted):
-            set_options(self.adapted, found[0])
+            set_options(self.adapted, self.tested.rows[number]["thresholds"])
             return Plan.of(self.adapted.attached)

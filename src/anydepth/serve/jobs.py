@@ -16,7 +16,7 @@ from anydepth.decoding.sampling_options import LogitBias, Penalties, SamplingOpt
 from anydepth.errors import UserError
 from anydepth.models.tokens import encode_batch
 from anydepth.serve.grammar import Grammars
-from anydepth.serve.protocol import ChatCompletion, Completion, Sampling, is_text
+from anydepth.serve.protocol import ChatCompletion, Completion, Extra, Sampling, is_text
 from anydepth.serve.service import Job, Service
 from anydepth.serve.text_stream import TextStream
 
@@ -112,7 +112,7 @@ class Jobs:
                 400, f"{wanted} new tokens do not fit after a prompt of {len(prompt)}; ask for at most {capacity}"
             )
         wanted = min(wanted, capacity)
-        self._check_thresholds(body)
+        risk = self._risk(body.anydepth)
         config = self.service.engine.adapted.generation_config
         chosen = {name: getattr(body, name) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
         options = SamplingOptions.of(config, **chosen, top_k=None if body.top_k is None else max(body.top_k, 0))
@@ -137,30 +137,27 @@ class Jobs:
             put=lambda piece: None,
             lossless=self._is_lossless(body),
             seconds=self.settings.request_seconds,
-            risk=self._risk(body.anydepth.max_risk),
+            risk=risk,
         )
 
-    def _check_thresholds(self, body: Sampling) -> None:
-        own, budgets = body.anydepth, self.service.budgets
+    def _risk(self, own: Extra) -> float | None:
+        """Return the risk of the setting within a request's bound; raise a refusal where no threshold can be set."""
+        budgets = self.service.budgets
         if own.depth_budget is not None and budgets is None:
             raise HTTPException(
                 400,
                 "anydepth.depth_budget: no attached method has a threshold to set, as routers and exit gates have; "
                 "leave it out",
             )
-        if own.max_risk is not None and (budgets is None or budgets.tested is None):
+        if own.max_risk is None:
+            return None
+        if budgets is None or budgets.tested is None:
             raise HTTPException(
                 400,
-                "anydepth.max_risk: this model was not calibrated by risk; serve a folder that "
-                "`anydepth calibrate TARGET --max-risk` wrote, or leave it out",
+                "anydepth.max_risk: this model was not calibrated by risk as it is served; serve a folder that "
+                "`anydepth calibrate TARGET --max-risk` wrote, without other options, or leave it out",
             )
-
-    def _risk(self, max_risk: float | None) -> float | None:
-        budgets = self.service.budgets
-        if max_risk is None or budgets is None or budgets.tested is None:
-            return None
-        found = budgets.tested.select(max_risk)
-        return None if found is None else found[1]
+        return budgets.within(own.max_risk)[1]
 
     def _penalties(self, body: Sampling, prompt: list[int], end_ids: list[int]) -> list[LogitsProcessor]:
         """Return the processors of a request that come before temperature and the like."""

@@ -99,10 +99,20 @@ def open_target(
     return native_first(open_as, target, weights, say, engine=engine, compiled=compiled, **of_load)
 
 
-def risk_table(target: str) -> RiskTable | None:
-    """Return the settings that `calibrate --max-risk` tested when it wrote a folder; None: it did not."""
+def risk_table(target: str, engine: Engine, *, is_changed: bool) -> RiskTable | None:
+    """Return the settings that `calibrate --max-risk` tested when it wrote a folder.
+
+    None: it did not, or their risk is not known here: options change what runs, or other weights or types do.
+    """
     path = Path(target) / "calibrate.json"
-    return RiskTable.of(read_document(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    document = read_document(path)
+    table = RiskTable.of(document)
+    same = engine.weights == document["config"].get("dtype") and not is_changed
+    if table is not None and not same:
+        log.warning("%s was calibrated by risk, which does not hold for other options, weights or types", target)
+    return table if same else None
 
 
 def open_service(
@@ -133,7 +143,8 @@ def open_service(
     budgets = None
     if adapted.attached:
         windows = load_windows(data, tokenizer, BUDGET_LENGTH, max_windows=BUDGET_WINDOWS)
+        tested = risk_table(target, engine, is_changed=bool(overrides) or skip_share is not None)
         with suppress(RunError, UserError):  # no method has a threshold
-            budgets = Budgets(engine, windows, risk_table(target))
+            budgets = Budgets(engine, windows, tested)
     drafts = run_options(target).get("draft") is not None and engine.drafting is not None
     return Service(engine, tokenizer, budgets=budgets, is_lossless=drafts, **limits), tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -53,7 +54,7 @@ def _check_size(value: Any, most: int, entries: str) -> Any:
 MOST_FIELDS, MOST_BIASES = 64, 1024
 """Entries of objects; with `fail_fast` of lists, they keep validation from blocking the event loop for seconds."""
 Text = Annotated[str, AfterValidator(_encodable)]
-MOST_PROMPTS = 256
+MOST_PROMPTS, MOST_TOOLS = 256, 128
 Stop = Annotated[Text, Field(min_length=1, max_length=200)]
 
 
@@ -193,6 +194,11 @@ class Sampling(Ignored):
     @property
     def form(self) -> dict[str, Any] | None:
         """The JSON schema that the answer follows; None: any text."""
+        return self.response_schema
+
+    @property
+    def response_schema(self) -> dict[str, Any] | None:
+        """The schema of `response_format`."""
         wanted = self.response_format
         if wanted is None or wanted.type == "text":
             return None
@@ -201,6 +207,10 @@ class Sampling(Ignored):
     @property
     def bias(self) -> dict[int, float]:
         return {int(key): value for key, value in (self.logit_bias or {}).items() if value}
+
+    @property
+    def num_answers(self) -> int:
+        return self.n or 1
 
     @property
     def stops(self) -> list[str]:
@@ -223,6 +233,11 @@ class Completion(Sampling):
     )
     best_of: _only(1) = None  # type: ignore[valid-type]
     suffix: _only("") = None  # type: ignore[valid-type]
+
+    @property
+    def num_answers(self) -> int:
+        is_list = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return super().num_answers * (len(self.prompt) if is_list else 1)
 
     @model_validator(mode="after")
     def _something(self) -> Completion:
@@ -281,6 +296,7 @@ class Function(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     name: Annotated[Text, Field(min_length=1, max_length=64)]
+    parameters: dict[str, Any] | None = None
 
 
 class Tool(BaseModel):
@@ -316,7 +332,7 @@ class ChatCompletion(Sampling):
     add_generation_prompt: bool | None = Field(default=True, description="Begin the answer after the template.")
     continue_final_message: bool | None = Field(default=False, description="Continue the last message's text.")
     modalities: _only(["text"]) = None  # type: ignore[valid-type]
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = Field(
         default=None, description="Functions that the model may call."
     )
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
@@ -328,12 +344,12 @@ class ChatCompletion(Sampling):
     audio: _only() = None  # type: ignore[valid-type]
     web_search_options: _only() = None  # type: ignore[valid-type]
 
-    @property
+    @cached_property
     def offered(self) -> list[dict[str, Any]]:
         """The tools that the model is offered."""
-        return [] if self.tool_choice == "none" else [tool.model_dump() for tool in self.tools or []]
+        return [] if self.tool_choice == "none" else [tool.model_dump(exclude_unset=True) for tool in self.tools or []]
 
-    @property
+    @cached_property
     def forced(self) -> list[dict[str, Any]]:
         """The functions of which one has to be called; none where the model may choose."""
         if isinstance(self.tool_choice, ToolChoice):
@@ -341,15 +357,20 @@ class ChatCompletion(Sampling):
             return [tool["function"] for tool in self.offered if tool["function"]["name"] == name]
         return [tool["function"] for tool in self.offered] if self.tool_choice == "required" else []
 
+    @cached_property
+    def call_form(self) -> dict[str, Any] | None:
+        """The JSON schema of a call that has to be made."""
+        return call_schema(self.forced) if self.forced else None
+
     @property
     def form(self) -> dict[str, Any] | None:
-        return call_schema(self.forced) if self.forced else super().form
+        return self.call_form or self.response_schema
 
     @model_validator(mode="after")
     def _tools_fit(self) -> ChatCompletion:
         if (isinstance(self.tool_choice, ToolChoice) or self.tool_choice == "required") and not self.forced:
             raise ValueError("tool_choice: no such tool is offered in tools")
-        if self.offered and super().form is not None:
+        if self.offered and self.response_schema is not None:
             raise ValueError("response_format: with tools the answer may be a call; leave one of them out")
         return self
 

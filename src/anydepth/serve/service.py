@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -33,7 +34,8 @@ log = logging.getLogger("anydepth.serve")
 PREFIX_TOKENS = 16384
 """Tokens of earlier prompts that are kept by default."""
 MEMORY_SHARE = 0.5
-"""Fraction of the free memory that the K/V of requests may take by default."""
+"""Fraction of the free memory that the K/V of requests and of earlier prompts may take by default."""
+CGROUP = Path("/sys/fs/cgroup")
 LATEST = 32
 """Finished requests from which the waiting time is estimated."""
 NO_DRAFTER = "no drafter is attached; serve a target that drafts, or one that skips layers"
@@ -122,7 +124,8 @@ class Service:
         max_batch_size: jobs that are decoded together. max_tokens: tokens with K/V of all sequences together.
             None: a window for each job, if memory allows.
         max_queue: jobs that can wait; further ones are refused with `Busy`.
-        prefix_tokens: tokens of earlier prompts with K/V that are kept, for prompts that begin in the same way.
+        prefix_tokens: tokens of earlier prompts with K/V that are kept, for prompts that begin in the same way. None:
+            `PREFIX_TOKENS`, if memory allows.
         is_lossless: whether requests that do not say so are lossless.
 
     Attributes:
@@ -138,7 +141,7 @@ class Service:
         max_batch_size: int = 8,
         max_tokens: int | None = None,
         max_queue: int = 64,
-        prefix_tokens: int = PREFIX_TOKENS,
+        prefix_tokens: int | None = None,
         budgets: Budgets | None = None,
         is_lossless: bool = False,
     ) -> None:
@@ -146,10 +149,10 @@ class Service:
         self.max_batch_size, self.max_queue = max_batch_size, max_queue
         self.end_ids = end_ids(engine.adapted, tokenizer)
         window = getattr(engine.adapted.config, "max_position_embeddings", None)
-        if max_tokens is None:
-            max_tokens = default_tokens(engine.adapted, max_batch_size, window)
+        most, known = default_memory(engine.adapted, max_batch_size, window)
+        max_tokens = most if max_tokens is None else max_tokens
         plan_of = None if budgets is None else budgets.plan_of
-        prefixes = PrefixCache(prefix_tokens)
+        prefixes = PrefixCache(known if prefix_tokens is None else prefix_tokens)
         self.scheduler = Scheduler(engine, max_batch_size, max_tokens, plan_of=plan_of, prefixes=prefixes)
         self.max_length = min(length for length in (window, self.scheduler.session.max_length) if length is not None)
         self.jobs: dict[Request, Job] = {}
@@ -166,26 +169,27 @@ class Service:
     # --- from other threads ----------------------------------------------------------------------------------------
 
     def submit(self, *jobs: Job) -> None:
-        """Queue all of these jobs, or none: raise `Busy` if they do not fit now, `UserError` if they never fit.
-
-        Raise `Closing` once the service drains.
-        """
-        most = self.max_batch_size + self.max_queue
-        if len(jobs) > most:
-            raise UserError(
-                f"{len(jobs)} answers at once never fit this server, where {self.max_batch_size} run and "
-                f"{self.max_queue} wait; ask for at most {most} (prompts times n)"
-            )
+        """Queue all of these jobs, or none, with the errors of `check_count`."""
         for job in jobs:
             self.scheduler.check(job.request)
         with self.wake:
-            if self.is_closing:
-                raise Closing
-            if self.num_waiting + self.num_running + len(jobs) > most:
-                latest = self.latest
-                raise Busy(max(1, round(sum(latest) / max(len(latest), 1))))
+            self.check_count(len(jobs))
             self.arrived += jobs
             self.wake.notify()
+
+    def check_count(self, num_jobs: int) -> None:
+        """Raise `Busy` if so many jobs do not fit now, `UserError` if they never fit, `Closing` once it drains."""
+        most = self.max_batch_size + self.max_queue
+        if num_jobs > most:
+            raise UserError(
+                f"{num_jobs} answers at once never fit this server, where {self.max_batch_size} run and "
+                f"{self.max_queue} wait; ask for at most {most} (prompts times n)"
+            )
+        if self.is_closing:
+            raise Closing
+        if self.num_waiting + self.num_running + num_jobs > most:
+            latest = self.latest
+            raise Busy(max(1, round(sum(latest) / max(len(latest), 1))))
 
     def sampler(self, options: SamplingOptions, seed: int, *penalties: LogitsProcessor) -> Sampler:
         size, device = self.engine.adapted.config.vocab_size, self.engine.adapted.device
@@ -336,15 +340,25 @@ def layers_of(record: PassRecord) -> list[float]:
     return ((mixers[:, 0, -1].float() + ffns[:, 0, -1].float()) / 2).tolist()
 
 
-def default_tokens(adapted: AdaptedModel, num_requests: int, window: int | None) -> int:
-    """Return the tokens with K/V for so many requests: the model's window for each, as far as free memory goes.
+def default_memory(adapted: AdaptedModel, num_requests: int, window: int | None) -> tuple[int, int]:
+    """Return the tokens with K/V for so many requests, and of earlier prompts, as far as free memory goes.
 
-    Memory is taken as requests grow, and for all of them as the longest needs it.
+    Requests can have the model's window each. Memory is taken as they grow, and for all of them as the longest needs
+    it; earlier prompts get a quarter at most.
     """
     size = kv_bytes_per_token(adapted.backbone, adapted.dtype.itemsize)
-    if adapted.device.type == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        free, _ = torch.cuda.mem_get_info(adapted.device)
-    fits = int(MEMORY_SHARE * free / max(size, 1))
-    return max(num_requests, fits if window is None else min(num_requests * window, fits))
+    fits = int(MEMORY_SHARE * free_memory(adapted.device) / max(size, 1))
+    prefixes = min(PREFIX_TOKENS, fits // 4)
+    rest = fits - prefixes
+    return max(num_requests, rest if window is None else min(num_requests * window, rest)), prefixes
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free, in a container up to its limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free, limit, used = psutil.virtual_memory().available, CGROUP / "memory.max", CGROUP / "memory.current"
+    try:
+        return min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free

@@ -127,13 +127,24 @@ class ToolParser:
 
 
 def call_schema(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the schema of a call to one of some functions; what their parameters refer to stays at the root."""
-    calls, shared = [], dict[str, Any]()
-    for function in functions:
-        parameters = dict(function.get("parameters") or {"type": "object"})
-        for key in ("$defs", "definitions"):
-            shared.setdefault(key, {}).update(parameters.pop(key, {}))
-        properties = {"name": {"const": function["name"]}, "arguments": parameters}
+    """Return the schema of a call to one of some functions; each one's parameters are a definition of their own."""
+    calls, parameters = list[dict[str, Any]](), dict[str, Any]()
+    for number, function in enumerate(functions):
+        parameters[str(number)] = _moved(function.get("parameters") or {"type": "object"}, f"#/$defs/{number}")
+        properties = {"name": {"const": function["name"]}, "arguments": {"$ref": f"#/$defs/{number}"}}
         calls.append({"type": "object", "properties": properties, "required": list(properties)})
         calls[-1]["additionalProperties"] = False
-    return {"anyOf": calls, **shared}
+    return {"anyOf": calls, "$defs": parameters}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Return a schema with its references to itself changed to where it is now."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and target.startswith("#"):
+        moved["$ref"] = place + target[1:]
+    return moved
