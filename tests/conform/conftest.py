@@ -1,4 +1,4 @@
-"""A server of anydepth's own to check: a tiny model with a chat template, whose answers are long enough to cancel."""
+"""A server of anydepth's own to check: a tiny model with a chat template, and answers long enough to cancel."""
 
 from __future__ import annotations
 

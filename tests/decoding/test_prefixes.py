@@ -84,7 +84,10 @@ def test_k_v_of_a_known_beginning_are_those_that_reading_leaves(name: str) -> No
     restored, read = fast.new_session(2), fast.new_session(2)
     restored.open()  # so that the sequence has another number
     sequence, own_sequence = restored.open(), read.open()
-    length = server.prefixes.restore(restored, sequence, FIRST, plan)
+    request = scored(FIRST)
+    request.sequence = sequence
+    server.prefixes.restore(restored, request, plan)
+    length = request.num_known
     read.read(own_sequence, FIRST[:length], plan, num_logits=0)
     assert length == 192
     assert restored.length(sequence) == read.length(own_sequence) == length

@@ -353,7 +353,7 @@ def test_pages_of_other_origins_drive_nothing(origin: str, status: int) -> None:
 
 
 def test_a_form_of_a_page_is_no_request() -> None:
-    """Pages may post text/plain without asking first; that is no JSON here, whatever is in it."""
+    """Browsers let pages post text/plain without a preflight request; that is no JSON here, also if JSON is in it."""
     with serving() as client:
         body = json.dumps({"model": "tiny", "prompt": "a"})
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):

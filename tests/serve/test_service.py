@@ -89,7 +89,7 @@ SYSTEM = "You are a keeper of lighthouses, and answer in short sentences about t
 
 
 def test_a_known_beginning_is_not_read_again_and_the_answer_is_the_same() -> None:
-    """S18: the second turn behind a long system prompt, after the answer to the first."""
+    """S18: the second turn after a long system prompt and the answer to the first."""
 
     def turns(client: Any) -> list[dict[str, Any]]:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Is the lamp lit tonight?"}]
@@ -240,7 +240,7 @@ def test_forty_prompts_are_one_call(stream: bool) -> None:
 
 
 def test_the_log_has_no_prompt_and_no_key(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of answers, refusals and failures, at every level."""
+    """It has neither those of answers nor those of refusals and failures, at every level."""
     caplog.set_level(logging.DEBUG)
     secret, key = "xyzzy plugh", "key-of-mine"
     with listening(api_key=key) as (address, _):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,6 +158,24 @@ def difference(came: str, right: str) -> str:
     begin = max(same - 12, 0)
     dots = "…" if begin else ""
     return f"came {shown(dots + came[begin:])}, right is {shown(dots + right[begin:])} (character {same})"
+
+
+def differences(came: Answer, right: Answer, name: str, source: str) -> Iterator[str]:
+    """Yield how an answer differs from the right one: in its text, or else in its finish_reason.
+
+    Args:
+        name: the request. source: the words after what is right, such as "as alone".
+    """
+    if came.text != right.text:
+        yield f"{name}: {difference(came.text, right.text)}, {source}"
+    elif came.finish_reason != right.finish_reason:
+        yield f"{name}: came finish_reason {came.finish_reason}, right is {right.finish_reason}, {source}"
+
+
+def token_differences(came: Answer, right: Answer, name: str, source: str) -> Iterator[str]:
+    """Yield whether the numbers of tokens differ, where both answers have one."""
+    if None not in (came.num_tokens, right.num_tokens) and came.num_tokens != right.num_tokens:
+        yield f"{name}: came {came.num_tokens} completion_tokens, right is {right.num_tokens}, {source}"
 
 
 def plural(number: int, noun: str) -> str:

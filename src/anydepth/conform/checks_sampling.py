@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from anydepth.conform.answers import difference, plural, shown
+from anydepth.conform.answers import difference, differences, plural, shown, token_differences
 from anydepth.conform.endpoint import Endpoint, Findings, NotApplicable, Request, optional
 from anydepth.conform.prompts import PROMPTS
 
@@ -59,12 +59,7 @@ def company(endpoint: Endpoint) -> Findings:
     alone = [endpoint.ask(request) for request in requests]
     together = endpoint.together(requests)
     for request, one, other in zip(requests, alone, together, strict=True):
-        if other.text != one.text:
-            yield f"{request.name} with {len(requests) - 1} others: {difference(other.text, one.text)}, as alone"
-        elif other.finish_reason != one.finish_reason:
-            yield (
-                f"{request.name} with others: came finish_reason {other.finish_reason}, right is {one.finish_reason}"
-            )
+        yield from differences(other, one, f"{request.name} with {len(requests) - 1} others", "as alone")
     return f"{plural(len(requests), 'request')} have the same answers alone and at once"
 
 
@@ -79,13 +74,8 @@ def lossless(endpoint: Endpoint) -> Findings:
         answers = endpoint.together([request.with_options(**drafted) for request in requests])
     for request, answer in zip(requests, answers, strict=True):
         right = endpoint.ask(request, **plain)
-        if answer.text != right.text:
-            yield f"{request.name}, lossless: {difference(answer.text, right.text)}, as at full depth"
-        elif (answer.finish_reason, answer.num_tokens) != (right.finish_reason, right.num_tokens):
-            yield (
-                f"{request.name}, lossless: came {answer.num_tokens} tokens and {answer.finish_reason}, right is "
-                f"{right.num_tokens} and {right.finish_reason}"
-            )
+        for compare in (differences, token_differences):
+            yield from compare(answer, right, f"{request.name}, lossless", "as at full depth")
     used = sum(bool((answer.usage or {}).get(own, {}).get("drafting", {}).get("used")) for answer in answers)
     return f"{plural(len(requests), 'answer')} equal full depth; {used} were drafted"
 
@@ -95,14 +85,7 @@ def against(endpoint: Endpoint) -> Findings:
     other = _other(endpoint)
     requests = [Request(prompt, {"max_tokens": 32}) for prompt in PROMPTS]
     for request in requests:
-        came, right = endpoint.ask(request), other.ask(request)
-        if came.text != right.text:
-            yield f"{request.name}: {difference(came.text, right.text)} at {other.client.url}"
-        elif came.finish_reason != right.finish_reason:
-            yield (
-                f"{request.name}: came finish_reason {came.finish_reason}, right is {right.finish_reason} as at "
-                f"{other.client.url}"
-            )
+        yield from differences(endpoint.ask(request), other.ask(request), request.name, f"as at {other.client.url}")
     return f"{plural(len(requests), 'greedy answer')} equal those of {other.client.url}"
 
 

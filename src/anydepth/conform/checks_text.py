@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 
-from anydepth.conform.answers import UNFINISHED, Answer, difference, plural, shown
+from anydepth.conform.answers import UNFINISHED, Answer, difference, differences, plural, shown, token_differences
 from anydepth.conform.client import Refused
 from anydepth.conform.endpoint import NEW_TOKENS, Endpoint, Findings, NotApplicable, Request
 from anydepth.conform.prompts import END_MARKS, PROMPTS, SHORT_PROMPTS, STOP_LENGTHS, WIDE_PROMPTS
@@ -26,7 +26,8 @@ def streaming(endpoint: Endpoint) -> Findings:
         requests += endpoint.seeded(PROMPTS[:3])
     for request in requests:
         whole, streamed = endpoint.ask(request), _with_usage(endpoint, request)
-        yield from _differences(streamed, whole, request)
+        for compare in (differences, token_differences):
+            yield from compare(streamed, whole, f"{request.name} in a stream", "as in the complete answer")
         yield from _form(streamed, request)
     return f"{plural(len(requests), 'stream')} equal the complete answers"
 
@@ -39,20 +40,6 @@ def _with_usage(endpoint: Endpoint, request: Request) -> Answer:
         if not refusal.is_mistake:
             raise
         return endpoint.stream(request)
-
-
-def _differences(streamed: Answer, whole: Answer, request: Request) -> Iterator[str]:
-    if streamed.text != whole.text:
-        yield f"text of {request.name} in a stream: {difference(streamed.text, whole.text)}"
-    if streamed.finish_reason != whole.finish_reason:
-        yield (
-            f"finish_reason of {request.name} in a stream: came {streamed.finish_reason}, right is "
-            f"{whole.finish_reason} as in the complete answer"
-        )
-    if None not in (streamed.num_tokens, whole.num_tokens) and streamed.num_tokens != whole.num_tokens:
-        yield (
-            f"completion_tokens of {request.name} in a stream: came {streamed.num_tokens}, right is {whole.num_tokens}"
-        )
 
 
 def _form(streamed: Answer, request: Request) -> Iterator[str]:

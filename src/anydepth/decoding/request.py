@@ -99,10 +99,10 @@ class Request:
         ids: prompt and output; once the prompt is read, the session has K/V of all but the last of them.
         output: new token ids, an end token included.
         draft: draft tokens after `ids`.
-        num_known: first tokens of the prompt that were not read, since the prefix cache had their K/V.
+        num_known: first tokens of the prompt that were not read, since their K/V were in the prefix cache.
         failure: the error that ended it.
         sequence: its sequence id in the session; None before it is opened and after it is closed.
-        memory: state that drafters keep of the request, by drafter.
+        memory: state that drafters and the prefix cache keep of the request, by their objects.
     """
 
     prompt: list[int]

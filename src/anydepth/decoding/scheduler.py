@@ -203,7 +203,7 @@ class Scheduler:
         """Read a chunk of a prompt, or the rest of it; return (V,) logits after its last token, else None."""
         plan = self._plan(request)
         if self.prefixes is not None and not request.scores_prompt:
-            request.num_known += self.prefixes.restore(self.session, request.kv, request.tokens, plan)
+            self.prefixes.restore(self.session, request, plan)
         start, size = self.session.length(request.kv), self._chunk_size(request)
         left = request.tokens[start:]
         chunk = left if size is None or len(left) <= size + (self.session.max_tokens or 0) else left[:size]
@@ -211,7 +211,7 @@ class Scheduler:
         num_logits = len(chunk) if request.scores_prompt else int(is_last)
         logits, record = self.session.read(request.kv, chunk, plan, num_logits=num_logits, capture=request.is_drafted)
         if self.prefixes is not None:
-            self.prefixes.keep(self.session, request.kv, request.tokens[: start + len(chunk)], plan)
+            self.prefixes.keep(self.session, request, plan)
         if request.is_traced:
             request.passes.append((record, 0))
         if request.scores_prompt and logits is not None:

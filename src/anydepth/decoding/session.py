@@ -22,7 +22,6 @@ class Session(Protocol):
     num_sequences: int  # that can be open at the same time
     max_length: int | None  # tokens that a sequence can have; None: as many as memory allows
     max_tokens: int | None  # that a pass may have to give each sequence the bits of a plain step; None: any
-    keeps_kv: bool  # whether `cut` and `restore` can be called
     capturing: bool  # whether `verify` keeps the states that drafters read
     memory: dict[Any, Any]  # state that drafters keep of the session, by drafter
 
@@ -59,7 +58,7 @@ class Session(Protocol):
         ...
 
     def cut(self, sequence: int, start: int, end: int, plan: Plan) -> Any:
-        """Copy what the tokens from position `start` to `end` left in the cache, run by a plan."""
+        """Copy what the tokens from position `start` to `end` left in the cache, run by a plan; None: it cannot."""
 
     def restore(self, sequence: int, block: Any, start: int) -> bool:
         """Add tokens that `cut` returned to a sequence of `start` tokens; return whether they fit what is there."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anydepth.gating.context import SequenceState
+
 GROWTH = 256
 """Tokens that the capacity of a cache grows by at least."""
 FIRST_CAPACITY = 16
@@ -37,9 +39,19 @@ class LayerBlock:
     positions: list[int] | None  # of the N; None: the first of the tokens, no gaps
     deferred: Tensor  # (M, D)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.states.shape[1] + len(self.deferred)
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive tokens, copied out of a cache.
+
+    Attributes:
+        states: (layers, 2 · heads, N, head_dim) K/V where every layer has those of all N tokens, else what each has.
+        memory: rows of the methods' memory after these tokens.
+    """
+
+    num_tokens: int
+    states: Tensor | list[LayerBlock]
+    memory: dict[str, Tensor]
 
 
 class LayerKV:
@@ -138,10 +150,12 @@ class LayerKV:
             deferred.clone(),
         )
 
-    def follows(self, sequence: int, block: LayerBlock, start: int) -> bool:
-        """Return whether a block of tokens from position `start` on can be added: K/V never follow deferred tokens."""
-        is_contiguous = block.positions is not None or self.is_contiguous(sequence, start)
-        return not block.states.shape[1] or (is_contiguous and not self.num_deferred[sequence])
+    def fits(self, sequence: int, block: LayerBlock, start: int) -> bool:
+        """Return whether tokens from position `start` on can be added: K/V never follow deferred tokens."""
+        if not block.states.shape[1]:
+            return True
+        has_gaps = block.positions is not None
+        return not self.num_deferred[sequence] and (has_gaps or self.is_contiguous(sequence, start))
 
     def paste(self, sequence: int, block: LayerBlock) -> None:
         """Add the tokens of a block."""
@@ -203,29 +217,36 @@ class EngineCache:
             for layer, states in zip(self.layers, self.states, strict=True):
                 layer.states = states
 
-    def cut(self, sequence: int, start: int, end: int) -> tuple[list[LayerBlock], Tensor | None]:
-        """Copy what tokens from position `start` to `end` left, by layer, and as one tensor if all layers have all."""
+    def cut(self, sequence: int, start: int, end: int, *, has_memory: bool) -> Block:
+        """Copy what tokens from position `start` to `end` left, with or without the methods' memory."""
+        memory = {name: rows[sequence].clone() for name, rows in self.method_memory.items()} if has_memory else {}
+        states: Tensor | list[LayerBlock]
         if all(kv.positions[sequence] is None and kv.counts[sequence] >= end for kv in self.layers):
-            whole = self.states[:, sequence, :, start:end].clone()
-            return [
-                LayerBlock(states, None, kv.deferred[0, :0]) for kv, states in zip(self.layers, whole, strict=True)
-            ], whole
-        return [kv.cut(sequence, start, end) for kv in self.layers], None
-
-    def paste(self, sequence: int, start: int, blocks: Sequence[LayerBlock], whole: Tensor | None) -> bool:
-        """Add what `cut` returned to a sequence of `start` tokens; return whether it fits what is there."""
-        both = list(zip(self.layers, blocks, strict=True))
-        if not all(kv.follows(sequence, own, start) for kv, own in both):
-            return False
-        num_tokens = max(own.num_tokens for own in blocks)
-        self.reserve(start + num_tokens)
-        if whole is None:
-            for kv, own in both:
-                kv.paste(sequence, own)
+            states = self.states[:, sequence, :, start:end].clone()
         else:
-            self.states[:, sequence, :, start : start + num_tokens] = whole
+            states = [kv.cut(sequence, start, end) for kv in self.layers]
+        return Block(end - start, states, memory)
+
+    def paste(self, sequence: int, start: int, block: Block) -> bool:
+        """Add a block to a sequence of `start` tokens; return whether it fits what is there."""
+        end, states = start + block.num_tokens, block.states
+        if isinstance(states, Tensor):
+            if not all(kv.is_contiguous(sequence, start) and not kv.num_deferred[sequence] for kv in self.layers):
+                return False
+            self.reserve(end)
+            self.states[:, sequence, :, start:end] = states
             for kv in self.layers:
-                kv.extend(sequence, num_tokens)
+                kv.extend(sequence, block.num_tokens)
+        else:
+            if not all(kv.fits(sequence, own, start) for kv, own in zip(self.layers, states, strict=True)):
+                return False
+            self.reserve(end)
+            for kv, own in zip(self.layers, states, strict=True):
+                kv.paste(sequence, own)
+        memory = SequenceState(self.method_memory, [sequence], len(self.lengths))
+        for name, row in block.memory.items():
+            memory.remember(name, row[None])
+        self.lengths[sequence] = end
         return True
 
     def rewind(self, sequence: int, length: int) -> None:

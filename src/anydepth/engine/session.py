@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anydepth.engine.kv_cache import EngineCache, LayerBlock
+from anydepth.engine.kv_cache import Block, EngineCache
 from anydepth.engine.model import EngineModel
-from anydepth.gating.context import SequenceState
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
 from anydepth.models.clock import STEPS, now
-
-
-@dataclass(frozen=True)
-class Block:
-    """What consecutive tokens of a sequence left in the cache (`EngineCache.cut`), and in the methods' memory."""
-
-    num_tokens: int
-    layers: list[LayerBlock]
-    whole: Tensor | None
-    memory: dict[str, Tensor]
 
 
 class FastSession:
@@ -39,8 +27,6 @@ class FastSession:
         capturing: whether verifications keep the states that are captured.
         committed: by sequence, the number of its tokens with K/V that stay.
     """
-
-    keeps_kv = True
 
     def __init__(
         self,
@@ -117,16 +103,12 @@ class FastSession:
         return self.model.head(hidden[:, 0]), [(record, row) for row in range(len(sequences))]
 
     def cut(self, sequence: int, start: int, end: int, plan: Plan) -> Block:
-        layers, whole = self.cache.cut(sequence, start, end)
-        memory = {} if plan.is_empty else self.cache.method_memory
-        return Block(end - start, layers, whole, {name: rows[sequence].clone() for name, rows in memory.items()})
+        return self.cache.cut(sequence, start, end, has_memory=not plan.is_empty)
 
     def restore(self, sequence: int, block: Block, start: int) -> bool:
-        if not self.cache.paste(sequence, start, block.layers, block.whole):
+        if not self.cache.paste(sequence, start, block):
             return False
-        for name, row in block.memory.items():
-            SequenceState(self.cache.method_memory, [sequence], self.num_sequences).remember(name, row[None])
-        self.committed[sequence] = self.cache.lengths[sequence] = start + block.num_tokens
+        self.committed[sequence] = self.cache.lengths[sequence]
         self.states[sequence] = []  # those that were captured end before the block
         return True
 

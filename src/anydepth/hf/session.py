@@ -32,7 +32,6 @@ class HFSession:
     """
 
     max_tokens = None
-    keeps_kv = False  # the caches of sliding windows drop what a shorter beginning would need
 
     def __init__(self, adapted: AdaptedModel, num_sequences: int, max_length: int | None = None) -> None:
         self.adapted, self.num_sequences, self.max_length = adapted, num_sequences, max_length
@@ -65,11 +64,11 @@ class HFSession:
     def length(self, sequence: int) -> int:
         return len(self.ids[sequence])
 
-    def cut(self, sequence: int, start: int, end: int, plan: Plan) -> Any:
-        raise NotImplementedError
+    def cut(self, sequence: int, start: int, end: int, plan: Plan) -> None:
+        """Return None: caches of sliding windows drop what a shorter beginning would need."""
 
     def restore(self, sequence: int, block: Any, start: int) -> bool:
-        raise NotImplementedError
+        return False
 
     def num_kv(self, sequence: int) -> list[int]:
         layers = self.caches[sequence].layers

@@ -129,11 +129,10 @@ def _metadata(path: Path, cache: Path) -> Path:
         return folder
     options: dict[str, Any] = {"gguf_file": path.name}
     reader = GGUFReader(path)
-    field = reader.get_field("tokenizer.ggml.merges")
-    if field is not None and len(field.data) > SLOW_MERGES:
-        log.warning(
-            "%s: converting its tokenizer, once, which takes up to a minute; kept in %s (some 10 MB)", path.name, folder
-        )
+    merges = reader.get_field("tokenizer.ggml.merges")
+    num_merges = 0 if merges is None else len(merges.data)
+    if num_merges > SLOW_MERGES:
+        log.warning("%s: converting its tokenizer of %s merges, once …", path.name, f"{num_merges:,}")
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
     _repair_digits(tokenizer, reader)
     architecture = reader.fields["general.architecture"].contents()
@@ -167,6 +166,9 @@ def _metadata(path: Path, cache: Path) -> Path:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+    if num_merges > SLOW_MERGES:
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        log.warning("%s: %.0f MB are kept in %s", path.name, size / 1e6, folder)
     return folder
 
 

@@ -206,7 +206,7 @@ class Server:
         """Make the jobs of a body that fits, in a thread: templates and tokenizers would keep every stream waiting."""
         with _refusals():
             self.service.check_count(body.num_answers)
-        # One schema at a time, so that others find threads.
+        # One schema at a time, so that those of one client keep neither all threads nor all cores.
         limiter = self.one_schema if body.form is not None else None
         return await to_thread.run_sync(make, body, limiter=limiter)
 

@@ -58,9 +58,9 @@ class Budgets:
         """Return the plan within a bound, and its risk; at full depth, and None, where nothing can be shown."""
         assert self.tested is not None, "only calibrated targets bound a risk"
         number = self.tested.select(max_risk)
-        return (
-            (FULL_DEPTH, None) if number is None else (self.plan_of_setting(number), self.tested.rows[number]["risk"])
-        )
+        if number is None:
+            return FULL_DEPTH, None
+        return self.plan_of_setting(number), self.tested.rows[number]["risk"]
 
     def _plan_of_setting(self, number: int) -> Plan:
         assert self.tested is not None, "only calibrated targets bound a risk"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import threading
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,6 @@ class Grammars:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int, end_ids: Iterable[int]) -> None:
         self.tokenizer, self.size, self.end_ids = tokenizer, size, sorted(end_ids)
-        self.turn = threading.Lock()
         self.compiled = lru_cache(MOST_GRAMMARS)(self._compiled)
 
     @cached_property
@@ -60,8 +58,7 @@ class Grammars:
         if len(text) > MOST_BYTES:
             raise UserError(f"the schema has {len(text):,} bytes; give at most {MOST_BYTES:,}")
         CostCheck(schema)
-        with self.turn:  # one at a time: schemas of one client must not keep all cores from decoding
-            return JsonGrammar(self.compiled(text).deep_copy(), num_prompt)
+        return JsonGrammar(self.compiled(text).deep_copy(), num_prompt)
 
     def _compiled(self, text: str) -> LLMatcher:
         """Return a matcher for a schema in JSON; its copies start where it is."""
@@ -145,7 +142,7 @@ class JsonGrammar(LogitsProcessor):
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         ids = input_ids[0, self.num_prompt :].tolist()
-        same = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(ids, self.ids, strict=False)))
+        same = _num_same(self.ids, ids)
         self.matcher.rollback(len(self.ids) - same)
         taken = self.matcher.try_consume_tokens(ids[same:])
         self.ids = ids[: same + taken]
@@ -155,3 +152,10 @@ class JsonGrammar(LogitsProcessor):
         bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little", count=scores.shape[-1])
         forbidden = torch.from_numpy(bits == 0).to(scores.device)
         return scores.masked_fill(forbidden, float("-inf"))
+
+
+def _num_same(one: list[int], other: list[int]) -> int:
+    """Return the number of first tokens that two lists share: at most steps all of `one`, which is compared at once."""
+    if other[: len(one)] == one:
+        return len(one)
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))

@@ -145,7 +145,7 @@ class HostCheck:
         await self.app(scope, receive, send)
 
     def _is_own(self, origin: str) -> bool:
-        """Return whether an origin is a page of this server, an allowed one, or no page of the web."""
+        """Return whether an origin is of the server's own host, at any port, an allowed one, or no page of the web."""
         if origin in self.origins or "*" in self.origins:
             return True
         try:

@@ -183,7 +183,7 @@ def usage_of(jobs: list[Job], body: Sampling) -> dict[str, Any]:
     first of the others was not drafted. `cached_tokens` are those of prompts that were not read, as with OpenAI.
     """
     firsts = [job.request for job in jobs[:: body.n or 1]]
-    prompts, known = (sum(counts) for counts in zip(*((one.num_prompt, one.num_known) for one in firsts), strict=True))
+    prompts, known = sum(one.num_prompt for one in firsts), sum(one.num_known for one in firsts)
     answers = 0 if getattr(body, "max_tokens", None) == 0 else sum(job.num_sent for job in jobs)
     own: dict[str, Any] = {"tokens_per_second": jobs[0].tokens_per_second, "max_tokens": jobs[0].most_tokens}
     if jobs[0].counts is not None:
