@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 import anydepth
+from anydepth.cores import THREADS
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine, HFEngine
 from anydepth.hf.adapted import attach
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
-from anydepth.measure.timing import on_free_cores, time_generation
+from anydepth.measure.timing import time_generation
 from anydepth.training.data import load_windows
 
 RESULT = Path(__file__).resolve().parent / "results" / "bench_noise.json"
@@ -56,7 +57,7 @@ def main() -> None:
         try:
             time.sleep(1.0)
             for _ in range(arguments.num_repeats):
-                with on_free_cores(print):
+                with THREADS.fixed(print):
                     ratios = paired(engine, windows, arguments.num_runs)
                     threads = torch.get_num_threads()
                 median = ratios[len(ratios) // 2]

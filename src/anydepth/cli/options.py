@@ -52,6 +52,9 @@ Device = Annotated[str, Option("--device", help="Run on cpu, cuda, cuda:1, …")
 DType = Annotated[
     str, Option("--dtype", help="Run in float32, bfloat16 or float16; auto: the type of the stored weights.")
 ]
+NumThreads = Annotated[
+    int | None, Option("--threads", help="Compute with this many threads. Default: one for each core that is free.")
+]
 Json = Annotated[bool, Option("--json", help="Print one JSON document on standard output, nothing else.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print no progress.")]
 Data = Annotated[str, Option("--data", help="Read NAME:SPLIT (embedded:valid, wikitext-2:valid) or a text file.")]
@@ -93,6 +96,7 @@ class Call(Printer):
     seed: Annotated[int, Option("--seed", help="Seed everything random.")] = 0
     device: Device = "cpu"
     dtype: DType = "auto"
+    threads: NumThreads = None
     as_json: Json = False
     quiet: Quiet = False
     arguments: dict[str, Any] = field(default_factory=dict, init=False)
@@ -123,6 +127,7 @@ class RecipeCall(Printer):
     seed: Annotated[int | None, Option("--seed", help="Override the recipe's seed.")] = None
     device: Annotated[str | None, Option("--device", help="Run on cpu, cuda, cuda:1, …")] = None
     dtype: Annotated[str | None, Option("--dtype", help="Run in auto, float32, bfloat16 or float16.")] = None
+    threads: NumThreads = None
     as_json: Json = False
     quiet: Quiet = False
     arguments: dict[str, Any] = field(default_factory=dict, init=False)
@@ -149,6 +154,7 @@ def command(name: str | None = None, *, without: str = "") -> Callable[[Callable
         def run(**arguments: Any) -> None:
             made = call.annotation(**{name: arguments[name] for name in shared if name in arguments})
             made.arguments = arguments
+            _check(arguments)
             function(made, **{name: arguments[name] for name in names})
 
         run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
@@ -156,6 +162,20 @@ def command(name: str | None = None, *, without: str = "") -> Callable[[Callable
         return function
 
     return register
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a value that no command takes, before anything is loaded; fix the number of threads."""
+    at_least(1, **{name: arguments.get(name) for name in ("threads", "max_new_tokens", "new_tokens")})
+    if arguments.get("weights"):
+        from anydepth.engine.weights import kind_of
+
+        for name in arguments["weights"].split(","):
+            kind_of(name)
+    if arguments.get("threads"):
+        from anydepth.cores import THREADS
+
+        THREADS.fix(arguments["threads"])
 
 
 def load_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anydepth.cores import THREADS
 from anydepth.decoding.engine import Draft, Engine
 from anydepth.decoding.generate import generate_batch
 from anydepth.decoding.int4 import int4_blocks
@@ -42,6 +43,7 @@ class HFEngine(Engine):
         """Generate by transformers' own loop; drafted requests run one by one, each with its own cache."""
         if not self.drafts:
             self.last.counts = None
+            THREADS.adapt()
             return self.adapted.generate(*args, **kwargs)
         return generate_batch(self, *args, **kwargs)
 

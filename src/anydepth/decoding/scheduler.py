@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from anydepth.cores import THREADS
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.prefixes import PrefixCache
 from anydepth.decoding.request import Request, take_tokens
@@ -98,6 +99,7 @@ class Scheduler:
     @torch.no_grad()
     def step(self) -> list[Request]:
         """Read from a prompt or decode the running requests; return the requests that got tokens or failed."""
+        THREADS.adapt()
         with self.engine.turn:
             self._open()
             self.has_read = bool(self.reading and not (self.has_read and self.running))

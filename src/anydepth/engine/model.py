@@ -15,7 +15,7 @@ from anydepth.engine.backends.torch.layer import EngineLayer, Head
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.new_tokens import NewTokens, Rotations
 from anydepth.engine.step import ExitPass, Step
-from anydepth.engine.weights import WEIGHTS, Native, WeightFormat
+from anydepth.engine.weights import WEIGHTS, Native, WeightFormat, kind_of
 from anydepth.errors import Unsupported, UserError
 from anydepth.gating.plan import FULL_DEPTH, Plan
 from anydepth.gating.trace import PassRecord
@@ -56,9 +56,7 @@ class EngineModel:
         own = dtype_name(backbone.model)
         is_native = next(block_modules(backbone.model), None) is not None
         self.weights = name = weights or (Native.name if is_native else own)
-        if name not in WEIGHTS:
-            raise UserError(f"weights '{name}' are unknown; weights are {', '.join(WEIGHTS)}")
-        chosen = WEIGHTS[name]
+        chosen = kind_of(name)
         if chosen is Native and not is_native:
             raise UserError("native weights are the blocks of a .gguf file, and this model has none; leave weights out")
         if chosen.dtype != backbone.model.dtype:

@@ -185,6 +185,13 @@ class Native(BFloat16):
     name, needs_kernels, block_kinds = NATIVE, True, BLOCK_KINDS
 
 
+def kind_of(name: str) -> type[WeightFormat]:
+    """Return the weight format of a name; raise `UserError` for another name."""
+    if name not in WEIGHTS:
+        raise UserError(f"weights '{name}' are unknown; weights are {', '.join(WEIGHTS)}")
+    return WEIGHTS[name]
+
+
 def lost_in_int4(backbone: Backbone) -> float:
     """Return the error of int4 weights, rounded to the nearest, relative to the weights; from some rows of each layer.
 

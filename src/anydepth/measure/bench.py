@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from anydepth.cores import THREADS
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.generate import check_window
 from anydepth.decoding.request import DraftCounts
@@ -29,7 +30,6 @@ from anydepth.measure.timing import (
     Batch,
     Timing,
     in_turn,
-    on_free_cores,
     read_bandwidth,
     roofline,
     time_generation,
@@ -135,7 +135,7 @@ def rows_of(
     """Return a row per engine after the self-check; each batch is a measured pair of all engines before the next."""
     engines[0].adapted.eval()
     self_check(engines, batches[0]["input_ids"][:1, -48:])
-    with on_free_cores(say):
+    with THREADS.fixed(say):
         pairs, bandwidth = _measure(engines, batches, new_tokens)
     rows: list[dict[str, Any]] = []
     for engine, own in zip(engines, pairs, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from anydepth.calibration.guarantee import inconsistency
+from anydepth.cores import THREADS
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine
 from anydepth.errors import UserError
@@ -24,7 +25,7 @@ from anydepth.measure.bench import Pair, row_of
 from anydepth.measure.calibrate import CONTROL
 from anydepth.measure.evaluate import evaluate
 from anydepth.measure.self_check import self_check
-from anydepth.measure.timing import Batch, Timing, on_free_cores, time_generation
+from anydepth.measure.timing import Batch, Timing, time_generation
 from anydepth.models.tokens import end_ids
 
 
@@ -76,7 +77,7 @@ def compare(
     for way in ways:
         if not way.is_full_depth and not way.engine.drafts:
             self_check([way.engine], batches[0]["input_ids"][:1, -48:])
-    with on_free_cores(say):
+    with THREADS.fixed(say):
         runs = _runs(ways, batches, new_tokens)
     rows: list[dict[str, Any]] = []
     for way, own in zip(ways, runs, strict=True):

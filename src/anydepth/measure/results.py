@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from anydepth.cores import num_cores
 from anydepth.json_io import plain
 
 VERSIONED_PACKAGES = ("anydepth", "torch", "transformers", "peft", "lm-eval")
@@ -120,12 +121,6 @@ def hardware() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def num_cores() -> int:
-    # macOS and Windows do not report which cores a process may use.
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @functools.cache

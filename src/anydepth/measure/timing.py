@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from anydepth.engine.backends.cpu import native
 from anydepth.engine.kv_cache import huge
 from anydepth.gating import cost
 from anydepth.gating.trace import Trace
-from anydepth.measure.results import num_cores
 from anydepth.statistics import speedup_fields
 
 Batch = dict[str, Tensor]
@@ -112,36 +110,6 @@ def paired_ratios(full: Side, ours: Side, windows: Tensor, new_tokens: int, num_
         in_turn(partial(total, full, number), partial(total, ours, number), number) for number in range(-1, num_runs)
     ]
     return [first / second for first, second in pairs[1:]]  # The first pair is a warm-up.
-
-
-@contextmanager
-def on_free_cores(say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Use fewer threads where other processes keep cores busy, since the slowest thread determines the time of all."""
-    before, busy = torch.get_num_threads(), busy_cores()
-    threads = max(min(before, num_cores() - round(busy)), 1)
-    if threads < before:
-        say(f"other processes keep {busy:.1f} cores busy: timing with {threads} of {before} threads")
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def busy_cores(seconds: float = 0.4) -> float:
-    """Return the number of cores that other processes keep busy; 0 where the system is not Linux."""
-    try:
-        first, started = _busy_ticks(), time.perf_counter()
-        time.sleep(seconds)
-        ticks = _busy_ticks() - first
-    except (OSError, ValueError):
-        return 0.0
-    return ticks / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - started)
-
-
-def _busy_ticks() -> int:
-    user, nice, system = (int(part) for part in Path("/proc/stat").read_text().split()[1:4])
-    return user + nice + system
 
 
 def _reset_peak_memory() -> None:

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from anydepth.cores import num_cores
 from anydepth.errors import RunError, UserError
-from anydepth.measure.results import num_cores
 from anydepth.methods.compose import load_recipe
 from anydepth.runs.run import RECIPE, Runner, Say
 

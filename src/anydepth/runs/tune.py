@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from anydepth.calibration.guarantee import least_sequences, p_value
+from anydepth.cores import THREADS
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine, HFEngine, open_engine
 from anydepth.decoding.generate import check_window
@@ -30,7 +31,7 @@ from anydepth.measure.bench import batches_of
 from anydepth.measure.front import front
 from anydepth.measure.prompts import read_prompts
 from anydepth.measure.race import FEW, Entrant, Race, Setting
-from anydepth.measure.timing import Batch, on_free_cores, unpadded
+from anydepth.measure.timing import Batch, unpadded
 from anydepth.methods._base.calibration import comparing
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import ADAPTER, AUTO, NATIVE, dtype_name, has_blocks
@@ -235,7 +236,7 @@ class Tuner:
     def run(self) -> Document:
         """Return the fields of `anydepth.tune/1`."""
         choosing, confirming = self.batches
-        with on_free_cores(self.say):
+        with THREADS.fixed(self.say):
             entrants = self.entrants()
             self.say(f"racing {len(entrants)} settings against full depth …")
             race = self.new_race(cycle(choosing))
