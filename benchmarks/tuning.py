@@ -99,8 +99,10 @@ def everything(options: dict[str, Any], most_rounds: int = MOST_ROUNDS) -> dict[
     """Time all settings within a bound in turn, until speeds are known to 3% or for so many rounds."""
     started = time.perf_counter()
     tuner = tuner_of("embedded", options)
+    choosing, _ = tuner.texts.batches
+    tuner.time_full_depth(choosing)
     entrants = tuner.entrants()
-    race = tuner.new_race(cycle(tuner.batches[0]))
+    race = tuner.new_race(cycle(choosing))
     race.warm_up(entrants)
     for _ in range(most_rounds):
         race.round(entrants, ROUNDS)
@@ -108,13 +110,13 @@ def everything(options: dict[str, Any], most_rounds: int = MOST_ROUNDS) -> dict[
         print(f"{entrants[0].num_runs} runs of {len(entrants)} settings, ±{spread:.1%}", flush=True)
         if spread < 0.03:
             break
-    others = tuner.baselines(tuner.batches[1])
-    fields = [one.fields() for one in (tuner.reference, *entrants)]
-    return {"label": MAP, "candidates": fields, "baselines": others, "seconds": time.perf_counter() - started}
+    fields = [one.fields(tuner.reference) for one in (tuner.reference, *entrants)]
+    seconds = time.perf_counter() - started
+    return {"label": MAP, "candidates": fields, "baselines": tuner.baselines(), "seconds": seconds}
 
 
 def half_width(entrant: Entrant) -> float:
-    low, high = entrant.fields()["speedup_interval"]
+    low, high = entrant.fields(entrant)["speedup_interval"]
     return (high - low) / (low + high)
 
 

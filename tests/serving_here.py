@@ -70,7 +70,7 @@ def listening(
     service = Service(open_engine(adapted, say=lambda _: None, draft=drafting), tokenizer, **limits)
     bound = bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    listener = Listener(create_app(service, tokenizer, Settings("tiny", api_key)), service, grace=600)
+    listener = Listener(create_app(service, tokenizer, Settings("tiny", api_key)), service, grace=600, say=print)
     bound.listen()
     thread = threading.Thread(target=listener.run, kwargs={"sockets": [bound]})
     thread.start()

@@ -44,7 +44,8 @@ def test_a_mistake_is_one_line() -> None:
         line.bind(("127.0.0.1", 0))
         nothing = f"http://127.0.0.1:{line.getsockname()[1]}"  # bound, and refuses connections
         assert "does not answer" in refused("conform", nothing) and "connection refused" in refused("conform", nothing)
-    assert "is not the URL of a server" in refused("conform", "localhost:8000")
+    assert "is not the URL of a server" in refused("conform", "ftp://localhost:8000")
+    assert "http://127.0.0.1:1 does not answer" in refused("conform", "127.0.0.1:1")
     assert "is not a URL" in refused("conform", "http://127.0.0.1:port")
     assert "there is no check 'stops'; --only takes streaming" in refused("conform", nothing, "--only", "stops")
     assert "give the second one by --against URL" in refused("conform", nothing, "--only", "against")

@@ -51,7 +51,7 @@ def test_progress_is_of_the_first_process(
 
 
 @pytest.mark.parametrize(("terminal", "quiet"), [(False, False), (True, False), (True, True)])
-def test_bars_and_spinners_move_in_terminals_alone(
+def test_bars_and_spinners_move_in_terminals_alone_and_a_pipe_gets_a_line(
     terminal: bool, quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
@@ -64,8 +64,8 @@ def test_bars_and_spinners_move_in_terminals_alone(
     assert list(own.track(range(3), "counting")) == [0, 1, 2]
     counted = capsys.readouterr().err
     moves = terminal and not quiet
-    assert ("waiting" in spun, "counting" in counted) == (moves, moves)
-    assert moves or spun + counted == ""
+    assert ("waiting" in spun, "counting" in counted) == (not quiet, moves)
+    assert moves or (spun, counted) == ("" if quiet else "waiting\n", "")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 from commands import anydepth, refused
 from tiny import save_base
@@ -55,6 +58,32 @@ def test_values_out_of_range(base: Path, finished: Path) -> None:
     assert "did you mean 'arc_easy'" in refused("eval", base, "--tasks", "arc_eazy", "--quiet")
     assert "--permutations is a number of at least 1; got 0" in refused("analyze", base, "--permutations", 0, "--quiet")
     assert "cuda:7" in refused("inspect", base, "--device", "cuda:7")
+
+
+def test_a_value_that_no_command_takes_is_refused_before_the_model_is_looked_for() -> None:
+    assert "weights 'int3' are unknown" in refused("generate", "no-model", "--prompt", "a", "--weights", "int3")
+    assert "weights 'int3' are unknown" in refused("bench", "no-model", "--weights", "int8,int3")
+    assert "--max-new-tokens is a number" in refused("generate", "no-model", "--prompt", "a", "--max-new-tokens", 0)
+    assert "--threads is a number of at least 1; got 0" in refused("chat", "no-model", "--threads", 0)
+    assert "the prompt is empty" in refused("generate", "no-model", "--prompt", "")
+
+
+@pytest.mark.parametrize("command", ["tune", "search", "calibrate", "export"])
+def test_a_folder_that_cannot_be_written_is_said_first(command: str, base: Path, tmp_path: Path) -> None:
+    required = {"search": ["--budget", 0.2], "calibrate": ["--skip-share", 0.2], "export": ["--as", "merged"]}
+    line = refused(command, base, *required.get(command, []), "--out", "/proc/none/at-all")
+    assert line.startswith("anydepth: --out /proc/none/at-all cannot be written (") and "give another folder" in line
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    if command != "export":
+        line = refused(command, base, *required.get(command, []), "--out", tmp_path / "mine")
+        assert "has other files and no anydepth checkpoint" in line
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
+def test_threads_are_as_many_as_asked_for(base: Path) -> None:
+    done = anydepth("generate", base, "--prompt", "a", "--max-new-tokens", 2, "--threads", 3, "--json")
+    assert json.loads(done.stdout)["hardware"]["num_threads"] == 3
 
 
 def test_a_value_that_is_no_yaml(base: Path) -> None:

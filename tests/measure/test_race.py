@@ -72,9 +72,20 @@ def test_shapes_count_alike() -> None:
     """The geometric mean of 4 and 1 is 2, however many tokens a shape has."""
     found, race = entrant("a", lambda run: 0.25 if run % 2 else 1.0), prepared(num_shapes=2)
     race.round([found], 3)
-    assert found.fields()["by_prompt"] == {"shape 0": 4.0, "shape 1": 1.0}
-    assert found.tokens_per_second == pytest.approx(8 / 1.25)  # 4 tokens in 0.25 s and in 1 s
+    assert found.fields(race.reference)["by_prompt"] == {"shape 0": 4.0, "shape 1": 1.0}
     assert found.speedup == pytest.approx(2.0)
+
+
+def test_tokens_per_second_agree_with_the_speed_up() -> None:
+    """Full depth slows down between two races; both entrants are twice as fast, and no faster than each other."""
+    race = prepared()
+    first, second = (entrant(name, lambda run: 0.5) for name in "ab")
+    race.round([first], 3)
+    race.reference.engine.seconds = lambda run: 2.0
+    second.engine.seconds = lambda run: 1.0
+    race.round([second], 2)
+    full, *speeds = (one.fields(race.reference)["tokens_per_second"] for one in (race.reference, first, second))
+    assert speeds == [2 * full, 2 * full] and full == 4.0  # 4 tokens in 1 s, the median
 
 
 @pytest.mark.parametrize(
@@ -86,7 +97,7 @@ def test_a_text_too_far_from_full_depth_leaves(most_distance: float | None, left
     entrants = [entrant(name, lambda run: 0.5, text) for name, text in texts.items()]
     prepared(most_distance).run(entrants, time.monotonic() + 60)
     assert [one.setting.weights for one in entrants if one.dropped is None] == left
-    assert [one.fields()["identical_tokens"] for one in entrants] == [True, False, False]
+    assert [one.fields(one)["identical_tokens"] for one in entrants] == [True, False, False]
     if most_distance:
         one = entrant("far", lambda run: 0.5, texts["far"])
         prepared(most_distance).round([one], 1)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ import anydepth
 from anydepth.calibration.shares import collect_scores, keep_scores
 from anydepth.decoding.engines import FastEngine
 from anydepth.errors import UserError
+from anydepth.measure import race
 from anydepth.measure.evaluate import evaluate
 from anydepth.recipe import TuneConfig
-from anydepth.runs import tune
+from anydepth.report import wording
+from anydepth.runs import tune, tune_texts
 from anydepth.runs.candidates import SHARES
 from anydepth.runs.tune import Tuner, on_front
 from anydepth.serve.opening import open_service, open_target
@@ -38,7 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in {"LENGTH": 64, "NUM_CHOOSING": 4, "NUM_UNSEEN": 4, "CONFIRMING": 2, "BASELINE": 1}.items():
+    for name, value in {"LENGTH": 64, "NUM_CHOOSING": 4, "NUM_UNSEEN": 4}.items():
+        monkeypatch.setattr(tune_texts, name, value)
+    for name, value in {"CONFIRMING": 2, "BASELINE": 1}.items():
         monkeypatch.setattr(tune, name, value)
     monkeypatch.setenv("ANYDEPTH_CACHE", str(tmp_path / "cache"))
 
@@ -181,6 +188,36 @@ def test_risk_is_tested_on_enough_texts(folder: Path, tmp_path: Path) -> None:
     found = tuned(folder, tmp_path / "out", dtype="bfloat16", max_risk=0.3)
     confirmed = found["confirmed"]
     assert confirmed["setting"] == found["candidates"][0]["setting"] or confirmed["p_value"] <= 0.05
+
+
+def test_a_risk_that_cannot_be_shown_in_time_is_said_before_the_race(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = TuneConfig(**{"data": str(folder / "text.txt"), **SHAPES, "minutes": 0.02, "max_risk": 0.01})
+    found = Tuner(str(folder / "base"), config, say=lines.append).run()
+    why = found["why_lossless"]
+    assert re.match(r"a risk of 0.01 takes 7\d\d texts to show, about \d minutes: give --minutes \d", why)
+    raced = next(place for place, line in enumerate(lines) if line.startswith("racing"))
+    assert any(why in line for line in lines[:raced])
+    assert all(one["identical_tokens"] for one in found["candidates"] if one["num_runs"])
+    assert f"nothing lossy was raced: {why}" in wording.tuning(found)
+
+
+def test_the_time_is_kept_where_full_depth_is_slow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch takes 0.4 s, and all 7 settings would take over 5 s of 6 for one run each."""
+    own = race.time_generation
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        timing = own(*args, **kwargs)
+        return replace(timing, total=timing.total + 0.2)
+
+    monkeypatch.setattr(race, "time_generation", slow)
+    started = time.monotonic()
+    found = tuner_of(folder, dtype="bfloat16", max_perplexity_increase=0.5, minutes=0.1).run()
+    assert time.monotonic() - started < 20  # it is about 6 s on two cores
+    late = [one for one in found["candidates"] if one["dropped"] == "no time for it: give --minutes more"]
+    assert late and not any(one["num_runs"] for one in late)
+    assert found["confirmed"]["num_runs"] >= 2
 
 
 def test_too_little_text_is_said_before_anything_is_timed(folder: Path, tmp_path: Path) -> None:

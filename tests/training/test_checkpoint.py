@@ -127,9 +127,26 @@ def test_another_base_is_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_a_missing_base_is_refused(saved: Path, base: Path) -> None:
     base.rename(base.with_name("moved"))
-    with pytest.raises(UserError, match="no folder or file"):
+    with pytest.raises(UserError, match=f"there is no {base}; put it back"):
         anydepth.load(saved)
     assert anydepth.load(saved, base=str(base.with_name("moved"))).methods
+
+
+def test_a_base_given_by_a_relative_path_is_found_from_everywhere(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, _ = anydepth.load_model("base")
+    anydepth.save(anydepth.attach(model, ROUTER), "mine")
+    monkeypatch.chdir("/")
+    assert anydepth.load(tmp_path / "mine").attached
+    (tmp_path / "moved").mkdir()
+    for name in ("base", "mine"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert anydepth.load(tmp_path / "moved" / "mine").attached
+    (tmp_path / "moved" / "base").rename(tmp_path / "other")
+    with pytest.raises(UserError, match=f"there is no {base} nor {tmp_path / 'moved' / 'base'}; put it back"):
+        anydepth.load(tmp_path / "moved" / "mine")
 
 
 def test_saving_a_skip_set_needs_no_tensors(tmp_path: Path) -> None:

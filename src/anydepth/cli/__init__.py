@@ -20,6 +20,11 @@ from anydepth.errors import RunError, UserError
 from anydepth.processes import is_parallel, rank
 
 INTERRUPTED = 128 + signal.SIGINT
+AFTER_INTERRUPT = {
+    "train": "; train --resume continues",
+    "tune": "; nothing was written",
+    **dict.fromkeys(("run", "sweep", "demo"), "; the same command continues"),
+}
 
 
 def main() -> None:
@@ -29,7 +34,7 @@ def main() -> None:
 
 def _exit_code(arguments: list[str]) -> int:
     _silence_libraries(quiet=not {"--quiet", "-q"}.isdisjoint(arguments))
-    interrupted = "interrupted; `train --resume`, `run` and `sweep` continue where they were"
+    interrupted = f"interrupted{AFTER_INTERRUPT.get(arguments[0], '') if arguments else ''}"
     try:
         if is_parallel() and arguments[:1] != ["train"]:
             raise UserError("only train runs in several processes; start this command without a launcher")

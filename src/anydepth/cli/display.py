@@ -32,9 +32,12 @@ class Printer:
         return track(steps, label, console=console, transient=True, disable=not self._moves(console))
 
     def busy(self, label: str) -> AbstractContextManager[Any]:
-        """Show a spinner within the block if standard error is a terminal."""
+        """Show a spinner within the block; print a line if standard error is not a terminal."""
         console = Console(stderr=True)
-        return console.status(label) if self._moves(console) else nullcontext()
+        if self._moves(console):
+            return console.status(label)
+        self.progress(label)
+        return nullcontext()
 
     def _moves(self, console: Console) -> bool:
         return console.is_terminal and not self.quiet and rank() == 0

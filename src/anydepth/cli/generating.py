@@ -42,12 +42,14 @@ def generate(
     compiled: opt.Compiled = False,
 ) -> None:
     """Generate text, with the depth of every token."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise UserError("the prompt is empty; give at least one word")
+    writer, tokenizer = _open(call)
     from anydepth.decoding.engines import label_of
     from anydepth.decoding.generate import generate_text
     from anydepth.decoding.sampling_options import told_of_generate
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    writer, tokenizer = _open(call)
     if writer.drafts and not writer.is_bitwise:
         call.progress(
             "verified by transformers' operators, where rounding can decide a near tie differently than at full depth; "
@@ -70,17 +72,17 @@ def generate(
 
 
 def _open(call: opt.Call) -> tuple[Any, Any]:
-    from anydepth.decoding.sampling_options import check_source
-    from anydepth.serve.opening import open_target
-
     arguments = call.arguments
     target, temperature, source = arguments["target"], arguments["temperature"], arguments["generation_config"]
     if temperature is not None and temperature < 0:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-    check_source(source)
     names = ("engine", "weights", "compiled", "lossless", "generation_config", "dtype", "device")
     given = {name: arguments[name] for name in names if name in arguments} | opt.load_options(arguments)
     with call.busy(f"loading {target} …"):
+        from anydepth.decoding.sampling_options import check_source
+        from anydepth.serve.opening import open_target
+
+        check_source(source)
         return open_target(target, say=call.progress, **given)
 
 
@@ -105,12 +107,12 @@ def chat(
 
     An empty line or Ctrl-D ends it; Ctrl-C ends an answer.
     """
+    engine, tokenizer = _open(call)
     from anydepth.decoding.sampling_options import defaults_of, told
     from anydepth.serve.service import Service
     from anydepth.serve.talk import Talk
 
-    opt.at_least(1, max_new_tokens=max_new_tokens)
-    engine, tokenizer = _open(call)
+    logging.getLogger("anydepth.serve").setLevel(logging.ERROR)  # a warning would appear within an answer
     adapted = engine.adapted
     if tokenizer.chat_template is None:
         raise UserError(f"{target} has no chat template; use generate for models that are not trained for chat")
@@ -231,7 +233,7 @@ def serve(
     logging.getLogger("anydepth.serve").setLevel(logging.INFO)
     line = f"{settings.name} at http://{host}:{bound.getsockname()[1]} (Ctrl-C ends it)"
     app = create_app(service, tokenizer, settings)
-    listen(app, service, bound, grace=timeout, ready=lambda: call.progress(line))
+    listen(app, service, bound, grace=timeout, ready=lambda: call.progress(line), say=call.progress)
 
 
 @opt.command()

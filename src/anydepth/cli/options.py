@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +167,8 @@ def command(name: str | None = None, *, without: str = "") -> Callable[[Callable
 
 def _check(arguments: Mapping[str, Any]) -> None:
     """Raise `UserError` for a value that no command takes, before anything is loaded; fix the number of threads."""
+    if arguments.get("out") is not None:
+        check_writable(arguments["out"])
     at_least(1, **{name: arguments.get(name) for name in ("threads", "max_new_tokens", "new_tokens")})
     if arguments.get("weights"):
         from anydepth.engine.weights import kind_of
@@ -235,12 +238,26 @@ def at_least(least: int, **values: int | None) -> None:
             raise UserError(f"--{name.replace('_', '-')} is a number of at least {least}; got {value}")
 
 
+def check_writable(out: Path) -> None:
+    """Raise `UserError` where nothing can be written to `--out`; nothing is left there."""
+    folder = out if out.is_dir() else out.parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}: {folder}); give another folder") from error
+
+
 def check_out(out: Path) -> None:
-    """Raise `UserError` where `--out` is a file, or the folder of a run, which has results of other weights."""
+    """Raise `UserError` where `--out` is not a folder for a checkpoint: new, empty, or with a checkpoint to replace."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is a folder to write to; {out} is a file")
     if (out / "recipe.yaml").exists():
         raise UserError(f"{out} holds the run of a recipe, with results of other weights; give another --out")
+    if out.exists() and any(out.iterdir()) and not (out / "anydepth.json").exists():
+        raise UserError(f"{out} has other files and no anydepth checkpoint; give a new or empty folder as --out")
 
 
 def numbers(option: str, text: str, least: int = 1) -> list[int]:

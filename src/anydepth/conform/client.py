@@ -112,6 +112,7 @@ class Client:
     """
 
     def __init__(self, url: str, key: str | None = None, timeout: float = 120.0) -> None:
+        url = url if "://" in url else f"http://{url}"
         try:
             parts = urlsplit(url)
             self.host, self.port = parts.hostname, parts.port

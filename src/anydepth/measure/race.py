@@ -88,9 +88,9 @@ class Entrant:
         return math.exp(sum(map(math.log, medians)) / len(medians)) if medians else 1.0
 
     @property
-    def tokens_per_second(self) -> float | None:
-        """New tokens a second, from medians: the times of full depth ÷ the ratios."""
-        seconds = sum(median(self.full[shape]) / median(own) for shape, own in self.ratios.items())
+    def full_speed(self) -> float | None:
+        """New tokens a second of full depth, from its median times at these batches; None before any run."""
+        seconds = sum(median(own) for own in self.full.values())
         return sum(self.num_tokens.values()) / seconds if seconds else None
 
     @property
@@ -105,8 +105,8 @@ class Entrant:
         """Return the same setting without its times."""
         return Entrant(self.setting, self.engine, self.on, quality=self.quality)
 
-    def fields(self) -> dict[str, Any]:
-        """Return the fields of a document."""
+    def fields(self, reference: Entrant) -> dict[str, Any]:
+        """Return the fields of a document; tokens per second are those of the reference times the speed-up."""
         ratios = [ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own]
         is_known = all(len(own) > 1 for own in self.ratios.values())  # of one run each, they would not spread
         interval = ratio_interval(ratios) if is_known else None
@@ -118,7 +118,7 @@ class Entrant:
             "is_noise": bool(ratios) and set(ratios) != {1.0} and is_noise(interval),  # full depth is 1 without noise
             "speedup_range": [min(ratios), max(ratios)] if ratios else None,
             "by_prompt": {shape: median(own) for shape, own in self.ratios.items()},
-            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second": (reference.full_speed or 0.0) * self.speedup if ratios else None,
             "identical_tokens": not any(self.distances) if self.distances else None,
             "num_runs": self.num_runs,
             **self.quality,
@@ -143,12 +143,12 @@ class Race:
     most_distance: float | None = None
     say: Callable[[str], None] = lambda text: None
 
-    def warm_up(self, entrants: Sequence[Entrant]) -> None:
+    def warm_up(self, entrants: Sequence[Entrant], new_tokens: int | None = None) -> None:
         """Run each entrant once on a batch of each shape, not counted: drafters learn what pays."""
         for _ in range(self.num_shapes):
             _, batch = next(self.prompts)
-            for entrant in (self.reference, *entrants):
-                entrant.run(batch, self.new_tokens)
+            for entrant in entrants:
+                entrant.run(batch, new_tokens or self.new_tokens)
 
     def run(self, entrants: Sequence[Entrant], deadline: float) -> list[Entrant]:
         """Halve the entrants until few are active or the time is over; return these, the fastest first."""

@@ -75,15 +75,20 @@ def tuned(document: Document) -> list[Document]:
 def tuning(document: Document) -> list[str]:
     """Return what `tune` found, and what was confirmed on other prompts."""
     chosen, again, others = (document[key] for key in ("chosen", "confirmed", "baselines"))
-    speeds = [speedup(row, "×") or "1×" for row in (chosen, again)]
+    where, elsewhere = ((speedup(row, "×") or "1×").replace(" noise", ", within noise") for row in (chosen, again))
     lines = [
-        f"fastest: {chosen['label']}, {speeds[0]} full depth where it was chosen",
-        f"on other prompts: {speeds[1]}, {again['tokens_per_second']:.0f} tokens/s",
+        f"fastest: {chosen['label']}",
+        f"full depth ÷ its time: {where} where it was chosen, {elsewhere} on other prompts",
     ]
+    speed = f"{again['tokens_per_second']:.0f} tokens/s"
     if others["engine"] is not None:
         plain = others["transformers"]
         times = (again["speedup"] or 1.0) / plain["speedup"]
-        lines.append(f"{times:.1f}× transformers, which has {plain['tokens_per_second']:.0f} tokens/s")
+        speed += f", {times:.1f}× transformers, which has {plain['tokens_per_second']:.0f}"
+    lines.append(speed)
+    if not document["bound"]["lossless"] and again["identical_tokens"]:
+        why = document.get("why_lossless")
+        lines.append(f"nothing lossy was raced: {why}" if why else "no lossy setting within the bound was faster")
     return lines
 
 

@@ -7,58 +7,49 @@ fastest.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import cycle, product
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
-from torch import Tensor
-
-from anydepth.calibration.guarantee import least_sequences, p_value
+from anydepth.calibration.guarantee import p_value
 from anydepth.cores import THREADS
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine, HFEngine, open_engine
-from anydepth.decoding.generate import check_window
 from anydepth.decoding.int4 import kept_blocks
 from anydepth.engine.weights import BFloat16
-from anydepth.errors import UserError
 from anydepth.hf.adapted import attach, detach
-from anydepth.measure.bench import batches_of
 from anydepth.measure.front import front
-from anydepth.measure.prompts import read_prompts
 from anydepth.measure.race import FEW, Entrant, Race, Setting
-from anydepth.measure.timing import Batch, unpadded
+from anydepth.measure.timing import Batch
 from anydepth.methods._base.calibration import comparing
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import ADAPTER, AUTO, NATIVE, dtype_name, has_blocks
 from anydepth.recipe import TuneConfig
 from anydepth.runs.candidates import Quality, Skipping
+from anydepth.runs.tune_texts import ERROR, Prompts, Texts
 from anydepth.search.problem import as_lists
 from anydepth.speculation.draft import Draft, default_draft, why_no_draft
 from anydepth.training.checkpoint import is_checkpoint, load_draft, load_target, own_base, run_options, save
-from anydepth.training.corpora import validation_of
-from anydepth.training.data import load_windows
 
 Document = dict[str, Any]
-Prompts = list[tuple[str, Batch]]
-LENGTH, NUM_CHOOSING, NUM_UNSEEN = 512, 6, 24
-"""Tokens of a window of text; windows that choose, and those that score what is left."""
 CONFIRMING, BASELINE = 4, 2
 """Batches of prompts, of each shape, that confirm the winner; and that transformers is timed on."""
-MOST_PROMPTS = 30
-"""Batches of prompts that confirm, of text; twice as many choose."""
+WARM_TOKENS = 4
+"""New tokens of a first run of full depth and of transformers, which is not counted."""
 FOR_SKIPS, FOR_THE_END = 0.2, 0.25
 """Fractions of the time for the search of skip sets, and for confirming."""
+FOR_A_BASELINE = 0.05
+"""Fraction of the time above which a round of transformers is the last one."""
 ROUNDED_PER_SECOND = 1.5e6
 """Weights that error feedback rounds in a second on two cores."""
 WIDE = 0.3
 """Increase of perplexity that a skip set may have where risk is bounded instead."""
-ERROR = 0.05
-"""Probability that a setting passes the test of a bound on risk and does not keep it."""
 
 
 @dataclass
@@ -69,6 +60,8 @@ class Tuner:
     config: TuneConfig
     device: str = "cpu"
     say: Callable[[str], None] = lambda text: None
+    why_lossless: str | None = field(default=None, init=False)
+    """Why only lossless settings are raced, though the bound allows others."""
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -78,6 +71,7 @@ class Tuner:
         adapted, self.tokenizer = self._load(native=self.is_native)
         self.skipping = Skipping(adapted, is_lossless=self.config.is_lossless)
         self.adapted = self.skipping.adapted
+        self.texts = Texts(self.config, self.adapted, self.tokenizer)
         self.own = self._open("auto", NATIVE if self.is_native else None)
         self.engines = {self.own.weights: self.own}
         self.drafts: dict[str, Draft] = {}
@@ -90,80 +84,9 @@ class Tuner:
     def _open(self, engine: str, weights: str | None) -> Engine:
         return open_engine(self.adapted.eval(), engine, weights, self.say)
 
-    # --- texts -------------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def batches(self) -> tuple[Prompts, Prompts]:
-        """Batches of prompts with the names of their shapes, to choose and to confirm with."""
-        config = self.config
-        if config.prompts is not None:
-            texts = read_prompts(Path(config.prompts), self.tokenizer)
-            cut = self._cut(len(texts))
-            return self._of_texts(texts[:cut]), self._of_texts(texts[cut:])
-        longest = max(config.prompt_tokens)
-        check_window(self.adapted, longest, config.new_tokens)
-        # Windows as long as those that score, so that prompts that confirm come after the text that chooses.
-        most = 3 * max(MOST_PROMPTS * max(config.batch_sizes), self._num_texts(ERROR / FEW))
-        windows = load_windows(config.data, self.tokenizer, max(longest, self._length), max_windows=most)
-        cut = self._cut(len(windows))
-        return self._of_windows(windows[:cut]), self._of_windows(windows[cut:])
-
-    def _of_texts(self, texts: list[str]) -> Prompts:
-        config, found = self.config, list[Prompts]()
-        for size in config.batch_sizes:
-            batches = batches_of(self.adapted, self.tokenizer, texts, size, config.new_tokens)
-            found.append([(f"batch {size}", batch) for batch in batches])
-        return _in_turn(found)
-
-    def _of_windows(self, windows: Tensor) -> Prompts:
-        found, windows = list[Prompts](), windows.to(self.adapted.device)
-        for size, length in product(self.config.batch_sizes, self.config.prompt_tokens):
-            parts = [windows[start : start + size, :length] for start in range(0, len(windows) - size + 1, size)]
-            found.append([(f"{length} tokens, batch {size}", unpadded(part)) for part in parts])
-        return _in_turn(found)
-
-    def _cut(self, count: int) -> int:
-        """Return how many of the prompts choose; raise `UserError` if too few are left to confirm with."""
-        cut, source = count - count // 3, self.config.prompts or self.config.data
-        if count - cut < max(self.config.batch_sizes):
-            raise UserError(
-                f"{source} has {count} prompts; tune needs at least {3 * max(self.config.batch_sizes)}, to choose and "
-                "to confirm with: give more text, or smaller batches"
-            )
-        return cut
-
-    @property
-    def num_shapes(self) -> int:
-        return len(self.config.batch_sizes) * (1 if self.config.prompts else len(self.config.prompt_tokens))
-
-    @cached_property
-    def windows(self) -> tuple[Tensor, Tensor]:
-        """Return (N, T) windows of text that choose, and others."""
-        data, length = self.config.data, self._length
-        other = validation_of(data)
-        count = NUM_CHOOSING if other else NUM_CHOOSING + NUM_UNSEEN
-        windows = load_windows(data, self.tokenizer, length, max_windows=count)
-        unseen = windows[NUM_CHOOSING:]
-        if other:
-            unseen = load_windows(other, self.tokenizer, length, max_windows=NUM_UNSEEN)
-        if not len(unseen):
-            raise UserError(
-                f"{data} has {len(windows)} windows of {length} tokens; {NUM_CHOOSING} choose, and others have to "
-                "score: give more text"
-            )
-        return windows[:NUM_CHOOSING], unseen
-
-    @property
-    def _length(self) -> int:
-        return min(LENGTH, getattr(self.adapted.config, "max_position_embeddings", None) or LENGTH)
-
-    @cached_property
-    def choosing(self) -> Quality:
-        return Quality(self.windows[0])
-
-    @cached_property
-    def unseen(self) -> Quality:
-        return Quality(self.windows[1])
+    def _left(self, kept: float = 0.0) -> float:
+        """Return the seconds that are left, a fraction of all of them kept for later."""
+        return self.started + (1 - kept) * self.seconds - time.monotonic()
 
     # --- what is raced -----------------------------------------------------------------------------------------------
 
@@ -171,7 +94,7 @@ class Tuner:
         """Return the settings within the bound on the text that chooses; others are in `refused`, with the reason."""
         self._open_drafts()
         found = [Setting(self.own.name, self.own.weights, draft=name) for name in self.drafts]
-        if not self.config.is_lossless:
+        if not (self.config.is_lossless or self.why_lossless):
             for kind in self._lossy_kinds():
                 self.say(f"packing {kind} weights …")
                 self.engines[kind] = self._open("fast", kind)
@@ -180,11 +103,11 @@ class Tuner:
             self.say("searching what can be skipped …")
             most = self.config.max_perplexity_increase or WIDE
             until = time.monotonic() + FOR_SKIPS * self.seconds
-            skips = list(self.skipping.settings(self.own, self.windows[0], most, until, self.say))
+            skips = list(self.skipping.settings(self.own, self.texts.windows[0], most, until, self.say))
             found += [replace(one, weights=kind) for one in skips for kind in self.engines]
-        self._is_allowed(self.reference, self.choosing, "")
+        self._is_allowed(self.reference, self.texts.choosing, "")
         entrants = list(map(self._entrant, found))
-        allowed = [one for one in entrants if self._is_allowed(one, self.choosing, "the text that chooses")]
+        allowed = [one for one in entrants if self._is_allowed(one, self.texts.choosing, "the text that chooses")]
         self.refused = [one for one in entrants if one.dropped is not None]
         return allowed
 
@@ -235,35 +158,79 @@ class Tuner:
 
     def run(self) -> Document:
         """Return the fields of `anydepth.tune/1`."""
-        choosing, confirming = self.batches
+        choosing, confirming = self.texts.batches
         with THREADS.fixed(self.say):
-            entrants = self.entrants()
-            self.say(f"racing {len(entrants)} settings against full depth …")
+            self.time_full_depth(choosing)
+            entrants = self._in_time(self.entrants())
+            self.say(f"racing {len(entrants)} {'setting' if len(entrants) == 1 else 'settings'} against full depth …")
             race = self.new_race(cycle(choosing))
             race.warm_up(entrants)
             left = race.run(entrants, self.started + (1 - FOR_THE_END) * self.seconds)
             self.chosen, confirmed = self._confirmed(left, confirming)
-            others = self.baselines(confirming)
-        everything = [one.fields() for one in (self.reference, *entrants, *self.refused)]
+        everything = [one.fields(self.reference) for one in (self.reference, *entrants, *self.refused)]
         return {
             "bound": {
                 "lossless": self.config.is_lossless,
                 "max_perplexity_increase": self.config.max_perplexity_increase,
                 "max_risk": self.config.max_risk,
             },
-            "baselines": others,
+            "baselines": self.baselines(),
             "candidates": everything,
             "front": on_front(everything),
-            "chosen": self.chosen.fields(),
-            "confirmed": confirmed.fields(),
+            "chosen": self.chosen.fields(self.reference),
+            "confirmed": confirmed.fields(self.reference),
+            "why_lossless": self.why_lossless,
             "met": True,
             "seconds": time.monotonic() - self.started,
         }
 
+    def time_full_depth(self, prompts: Prompts) -> None:
+        """Time full depth, next to transformers if that is another engine: what else there is time for follows."""
+        plain = self.own if self.own.name == HFEngine.name else self._transformers()
+        self.plain = Entrant(Setting(plain.name, plain.weights), plain, plain.adapted.disabled)
+        others = [] if plain is self.own else [self.plain]
+        self.say("timing full depth, and transformers next to it …" if others else "timing full depth …")
+        race = Race(self.reference, cycle(prompts), self.texts.num_shapes, self.config.new_tokens)
+        race.warm_up([self.reference, *others], WARM_TOKENS)
+        for number in range(BASELINE):
+            started = time.monotonic()
+            race.round(others, 1)
+            if number == 0 and others:
+                times, speed = 1 / self.plain.speedup, self.reference.full_speed
+                self.say(f"  {speed:.0f} tokens/s, {times:.1f}× transformers")
+            if time.monotonic() - started > FOR_A_BASELINE * self.seconds:
+                break
+        self.plain = replace(self.plain, engine=self.own, on=self.reference.on)  # without its copy of the model
+        self.full_seconds = sum(median(own) for own in self.reference.full.values())
+        needed = self.texts.num_texts(ERROR / FEW)
+        if (seconds := 2 * self.full_seconds * needed) > self._left():
+            self.why_lossless = (
+                f"a risk of {self.config.max_risk:g} takes {needed} texts to show, about {seconds / 60:.0f} minutes: "
+                f"give --minutes {math.ceil((self.seconds - self._left() + seconds) / 60 / (1 - FOR_SKIPS))}"
+            )
+            self.say(f"only lossless settings: {self.why_lossless}")
+
+    def _transformers(self) -> HFEngine:
+        return HFEngine(self.adapted if not self.is_native else self._load()[0])
+
+    def baselines(self) -> Document:
+        """Return the fields of transformers and of the engine, both at full depth."""
+        full = None if self.own.name == HFEngine.name else self.reference.fields(self.reference)
+        plain = self.plain if full is not None else self.reference
+        return {"transformers": plain.fields(self.reference), "engine": full}
+
+    def _in_time(self, entrants: list[Entrant]) -> list[Entrant]:
+        """Return as many as can be warmed up and run once in the time; at least one."""
+        most = max(int(self._left(FOR_THE_END) / (2 * self.full_seconds)) - 1, 1)
+        for entrant in entrants[most:]:
+            entrant.dropped = "no time for it: give --minutes more"
+        self.refused += entrants[most:]
+        return entrants[:most]
+
     def new_race(self, prompts: Iterator[tuple[str, Batch]]) -> Race:
         """Return a race against full depth on these prompts."""
         most = 0.0 if self.config.is_lossless else self.config.max_risk
-        return Race(self.reference, prompts, self.num_shapes, self.config.new_tokens, most, self.say)
+        return Race(self.reference, prompts, self.texts.num_shapes, self.config.new_tokens, most, self.say)
 
     def _confirmed(self, ranked: Sequence[Entrant], prompts: Prompts) -> tuple[Entrant, Entrant]:
         """Measure the fastest again, until one keeps the bound and is faster on prompts that chose nothing.
@@ -271,13 +238,13 @@ class Tuner:
         Returns:
             The entrant that was chosen, full depth if none of the others, and the same with its new times.
         """
-        most = len(prompts) // self.num_shapes
+        most = len(prompts) // self.texts.num_shapes
         for entrant in ranked:
             if entrant.speedup <= 1:
                 entrant.dropped = f"{entrant.speedup:.2f}×: full depth is as fast"
                 continue
             again = entrant.again()
-            if self._is_allowed(again, self.unseen, "text that chose nothing"):
+            if self._is_allowed(again, self.texts.unseen, "text that chose nothing"):
                 self.say(f"confirming {entrant.setting.label} on other prompts …")
                 race = self.new_race(iter(prompts))
                 self._time(again, race, most)
@@ -289,16 +256,20 @@ class Tuner:
                 return entrant, again
             entrant.dropped = again.dropped
         again = self.reference.again()
-        self._is_allowed(again, self.unseen, "")
+        self._is_allowed(again, self.texts.unseen, "")
         self._time(again, self.new_race(iter(prompts)), most)
         return self.reference, again
 
     def _time(self, again: Entrant, race: Race, most: int) -> None:
         """Time an entrant on up to `most` batches of each shape: on more of them while it may be no faster."""
-        while (count := min(CONFIRMING, most - again.num_runs // self.num_shapes)) > 0 and again.dropped is None:
+        shapes = self.texts.num_shapes
+        while again.dropped is None:
+            in_time = max(int(self._left() / (2 * self.full_seconds)), 1 - again.num_runs)
+            count = min(CONFIRMING, most - again.num_runs // shapes, in_time)
+            if count <= 0:
+                return
             race.round([again], count)
-            late = time.monotonic() > self.started + self.seconds
-            if late or again.num_runs >= 3 * CONFIRMING * self.num_shapes or not again.fields()["is_noise"]:
+            if again.num_runs >= 3 * CONFIRMING * shapes or not again.fields(self.reference)["is_noise"]:
                 return
 
     def _test_risk(self, again: Entrant, race: Race, most: int, error: float) -> None:
@@ -308,31 +279,14 @@ class Tuner:
         """
         if self.config.max_risk is None:
             return
-        needed = self._num_texts(error)
-        race.round([again], max(min(needed, most) - again.num_runs // self.num_shapes, 0))
-        per_row = len(again.distances) * self.num_shapes // again.num_runs
+        shapes = self.texts.num_shapes
+        race.round([again], max(min(self.texts.num_texts(error), most) - again.num_runs // shapes, 0))
+        per_row = len(again.distances) * shapes // again.num_runs
         losses = [mean(again.distances[at : at + per_row]) for at in range(0, len(again.distances), per_row)]
         p = p_value(losses, self.config.max_risk)
         again.quality |= {"p_value": p, "num_texts": len(losses)}
         if p > error:
             again.dropped = f"risk of {self.config.max_risk:g} not shown on {len(losses)} texts (p {p:.2g})"
-
-    def _num_texts(self, error: float) -> int:
-        """Return how many texts show a bound on risk of which half is lost."""
-        return 0 if self.config.max_risk is None else 2 * least_sequences(self.config.max_risk, 1 - error)
-
-    def baselines(self, prompts: Prompts) -> Document:
-        """Time transformers next to the engine at full depth."""
-        self.say("timing transformers …")
-        dense = self.adapted if not self.is_native else self._load()[0]
-        plain = HFEngine(dense)
-        one = Entrant(Setting(plain.name, plain.weights), plain, dense.disabled)
-        if self.own.name == plain.name:
-            return {"transformers": self.reference.fields(), "engine": None}
-        race = Race(self.reference.again(), cycle(prompts), self.num_shapes, self.config.new_tokens)
-        race.warm_up([one])
-        race.round([one], BASELINE)
-        return {"transformers": one.fields(), "engine": race.reference.fields()}
 
     # --- the folder --------------------------------------------------------------------------------------------------
 
@@ -354,11 +308,6 @@ class Tuner:
         has_base = is_folder and own_base(Path(self.target)) is not None
         base = self.target if is_plain else None
         save(found, out, base=base, own_base=tokenizer if has_base else None, draft=draft, run=run)
-
-
-def _in_turn(shapes: Sequence[Prompts]) -> Prompts:
-    """Return a batch of each shape, then the next of each."""
-    return [batch for row in zip(*shapes, strict=False) for batch in row]
 
 
 def on_front(candidates: Sequence[Document]) -> list[str]:

@@ -70,11 +70,22 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def listen(app: FastAPI, service: Service, bound: socket.socket, *, grace: float, ready: Callable[[], None]) -> None:
-    """Call `ready`, and serve until a signal; requests that are running then have `grace` seconds to end."""
+def listen(
+    app: FastAPI,
+    service: Service,
+    bound: socket.socket,
+    *,
+    grace: float,
+    ready: Callable[[], None],
+    say: Callable[[str], None],
+) -> None:
+    """Call `ready`, and serve until a signal; requests that are running then have `grace` seconds to end.
+
+    `say` is called with a line if there are any.
+    """
     bound.listen(BACKLOG)
     ready()
-    Listener(app, service, grace=grace).run(sockets=[bound])
+    Listener(app, service, grace=grace, say=say).run(sockets=[bound])
 
 
 class Listener(uvicorn.Server):
@@ -83,7 +94,7 @@ class Listener(uvicorn.Server):
     Meanwhile connections are accepted: `/health` is 503, and so is the refusal of further requests.
     """
 
-    def __init__(self, app: FastAPI, service: Service, *, grace: float) -> None:
+    def __init__(self, app: FastAPI, service: Service, *, grace: float, say: Callable[[str], None]) -> None:
         config = uvicorn.Config(
             app,
             http=JSONRefusals,
@@ -96,7 +107,7 @@ class Listener(uvicorn.Server):
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         super().__init__(config)
-        self.service, self.grace = service, grace
+        self.service, self.grace, self.say = service, grace, say
         self.deadline: float | None = None  # of the requests that run after a signal
 
     async def on_tick(self, counter: int) -> bool:
@@ -106,6 +117,8 @@ class Listener(uvicorn.Server):
         if self.deadline is None:
             self.deadline = time.monotonic() + self.grace
             self.service.drain()
+            if not self.service.is_idle:
+                self.say(f"finishing what was accepted, for at most {self.grace:g} s; Ctrl-C again ends at once")
         left = self.deadline - time.monotonic()
         self.config.timeout_graceful_shutdown = max(int(left), 1)
         return self.force_exit or self.service.is_idle or left < 0

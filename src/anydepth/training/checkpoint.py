@@ -30,7 +30,16 @@ from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
 from anydepth.methods._base.calibration import comparing
 from anydepth.models.backbone import unwrap
-from anydepth.models.load import ADAPTER, AUTO, DType, add_adapters, base_fingerprint, is_quantised, load_model
+from anydepth.models.load import (
+    ADAPTER,
+    AUTO,
+    EMBEDDED,
+    DType,
+    add_adapters,
+    base_fingerprint,
+    is_quantised,
+    load_model,
+)
 from anydepth.models.plain import fold_adapters
 from anydepth.speculation.draft import Draft, default_draft
 
@@ -89,7 +98,7 @@ def save(
     }
     biases = not _trains_biases(folder, manifest)
     manifest["base"] = {
-        "target": None if own_base is not None else base or unwrap(model).name_or_path,
+        "target": None if own_base is not None else _from_anywhere(base or unwrap(model).name_or_path),
         "fingerprint": None if is_quantised(model) else base_fingerprint(model, biases=biases),
         "light_fingerprint": base_fingerprint(model, light=True, biases=biases),
         "quantisation": "nf4" if is_quantised(model) else None,
@@ -213,7 +222,7 @@ def _load(
 ) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
     manifest = read_manifest(folder)
     own = folder / manifest["weights"] / BASE
-    target = base or (str(own) if own.exists() else manifest["base"]["target"])
+    target = base or (str(own) if own.exists() else _base_of(folder, manifest["base"]["target"]))
     if not target:
         raise UserError(f"{folder} was saved from a model without a name; pass base= with its folder or hub name")
     quantisation, adapters = manifest["base"].get("quantisation"), _adapters(folder, manifest)
@@ -233,6 +242,24 @@ def _load(
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{path} does not fit its methods ({str(error).splitlines()[0]}); restore it") from error
     return adapted.eval(), tokenizer
+
+
+def _from_anywhere(target: str | None) -> str | None:
+    """Return a target that means the same in every working folder."""
+    if target and target != EMBEDDED and Path(target).exists():
+        return str(Path(target).absolute())
+    return target
+
+
+def _base_of(folder: Path, target: str | None) -> str | None:
+    """Return where the base model of a checkpoint is: where it was, or next to the folder if both were moved."""
+    if target is None or target == EMBEDDED or not (Path(target).is_absolute() or target.endswith(".gguf")):
+        return target
+    moved = folder.resolve().parent / Path(target).name
+    if not Path(target).exists() and not moved.exists():
+        places = " nor ".join(dict.fromkeys([target, str(moved)]))
+        raise UserError(f"the base model of {folder} is missing: there is no {places}; put it back")
+    return target if Path(target).exists() else str(moved)
 
 
 def _merged(model: nn.Module) -> nn.Module:
