@@ -187,7 +187,8 @@ def test_what_is_attached_is_tried_as_it_is(folder: Path, tmp_path: Path) -> Non
 def test_risk_is_tested_on_enough_texts(folder: Path, tmp_path: Path) -> None:
     found = tuned(folder, tmp_path / "out", dtype="bfloat16", max_risk=0.3)
     confirmed = found["confirmed"]
-    assert confirmed["setting"] == found["candidates"][0]["setting"] or confirmed["p_value"] <= 0.05
+    keeps_the_text = {**confirmed["setting"], "draft": None} == found["candidates"][0]["setting"]
+    assert confirmed["identical_tokens"] if keeps_the_text else confirmed["p_value"] <= 0.05
 
 
 def test_a_risk_that_cannot_be_shown_in_time_is_said_before_the_race(folder: Path, tmp_path: Path) -> None:

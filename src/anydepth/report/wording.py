@@ -67,7 +67,9 @@ SETTINGS = columns(
 def tuned(document: Document) -> list[Document]:
     """Return the rows of `tune`: transformers, and all candidates, full depth first."""
     others = document["baselines"]
-    rows = [{**others["transformers"], "dropped": None}] if others["engine"] is not None else []
+    # Its own text may differ: the type of its weights or the order of its sums does.
+    plain = {**others["transformers"], "dropped": None, "identical_tokens": None}
+    rows = [plain] if others["engine"] is not None else []
     words = {True: "yes", False: "no", None: ""}
     return [{**row, "identical_tokens": words[row["identical_tokens"]]} for row in [*rows, *document["candidates"]]]
 
@@ -75,20 +77,24 @@ def tuned(document: Document) -> list[Document]:
 def tuning(document: Document) -> list[str]:
     """Return what `tune` found, and what was confirmed on other prompts."""
     chosen, again, others = (document[key] for key in ("chosen", "confirmed", "baselines"))
-    where, elsewhere = ((speedup(row, "×") or "1×").replace(" noise", ", within noise") for row in (chosen, again))
-    lines = [
-        f"fastest: {chosen['label']}",
-        f"full depth ÷ its time: {where} where it was chosen, {elsewhere} on other prompts",
-    ]
+    where, elsewhere = (speedup(row, "×").replace(") noise", ", noise)") for row in (chosen, again))
+    if chosen["label"] == document["candidates"][0]["label"]:
+        lines = [f"fastest: {chosen['label']}, which is full depth: nothing within the bound was faster"]
+    else:
+        lines = [
+            f"fastest: {chosen['label']}",
+            f"full depth ÷ its time: {where} where it was chosen, {elsewhere} on other prompts",
+        ]
     speed = f"{again['tokens_per_second']:.0f} tokens/s"
     if others["engine"] is not None:
         plain = others["transformers"]
         times = (again["speedup"] or 1.0) / plain["speedup"]
         speed += f", {times:.1f}× transformers, which has {plain['tokens_per_second']:.0f}"
     lines.append(speed)
-    if not document["bound"]["lossless"] and again["identical_tokens"]:
-        why = document.get("why_lossless")
-        lines.append(f"nothing lossy was raced: {why}" if why else "no lossy setting within the bound was faster")
+    if why := document.get("why_lossless"):
+        lines.append(f"nothing lossy was raced: {why}")
+    elif not document["bound"]["lossless"] and chosen["setting"]["draft"] is not None and again["identical_tokens"]:
+        lines.append("no lossy setting within the bound was faster")
     return lines
 
 
@@ -119,7 +125,7 @@ def speedup(row: Document, times: str = "") -> str:
         return ""
     interval = row.get("speedup_interval")
     text = f"{row['speedup']:.2f}{times}" + (f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else "")
-    return f"{text} noise" if row.get("is_noise") else text
+    return f"{text} {'noise' if interval else '(one run)'}" if row.get("is_noise") else text
 
 
 def flops(document: Document) -> str:

@@ -123,19 +123,17 @@ class Tuner:
         if why is not None:
             self.say(f"no drafting: {why}")
             return
-        self.drafts["prompt lookup"] = Draft(self.adapted, {})
         if (recorded := load_draft(self.target, self.adapted)) is not None:
             self.drafts["what the folder drafts with"] = recorded
-        if self.own.model is None or self.own.model.why_not_native is not None:
-            return
-        shipped = default_draft(self.adapted)
-        if shipped.network is not None:
-            self.drafts["lookup and a trained network"] = shipped
-        if self.own.weights == BFloat16.name:
-            for kind in ("auto", "int8"):
+        if self.own.model is not None and self.own.model.why_not_native is None:
+            shipped = default_draft(self.adapted)
+            if shipped.network is not None:
+                self.drafts["lookup and a trained network"] = shipped
+            for kind in ("auto", "int8") if self.own.weights == BFloat16.name else ():
                 self.drafts[f"lookup and a copy in {kind.replace('auto', 'int4 or int8')}"] = Draft(
                     self.adapted, {"quantised": kind}
                 )
+        self.drafts["prompt lookup"] = Draft(self.adapted, {})  # the last where time is short: it gains least
 
     def _lossy_kinds(self) -> list[str]:
         """Return kinds of weights to try; int4 with error feedback where there is time to prepare it."""
@@ -236,7 +234,7 @@ class Tuner:
         """Measure the fastest again, until one keeps the bound and is faster on prompts that chose nothing.
 
         Returns:
-            The entrant that was chosen, full depth if none of the others, and the same with its new times.
+            The entrant that was chosen and the same with its new times; full depth if none of the others was faster.
         """
         most = len(prompts) // self.texts.num_shapes
         for entrant in ranked:
@@ -255,9 +253,8 @@ class Tuner:
             if again.dropped is None:
                 return entrant, again
             entrant.dropped = again.dropped
-        again = self.reference.again()
+        again = replace(self.reference)
         self._is_allowed(again, self.texts.unseen, "")
-        self._time(again, self.new_race(iter(prompts)), most)
         return self.reference, again
 
     def _time(self, again: Entrant, race: Race, most: int) -> None:
@@ -277,8 +274,8 @@ class Tuner:
 
         A row of batches, one of each shape, may be of one text: its mean distance is one independent loss.
         """
-        if self.config.max_risk is None:
-            return
+        if self.config.max_risk is None or replace(again.setting, draft=None) == self.reference.setting:
+            return  # drafts keep the text of full depth
         shapes = self.texts.num_shapes
         race.round([again], max(min(self.texts.num_texts(error), most) - again.num_runs // shapes, 0))
         per_row = len(again.distances) * shapes // again.num_runs
