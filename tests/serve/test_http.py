@@ -227,6 +227,26 @@ def test_a_body_has_a_time_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.monotonic() - begin < 10
 
 
+def test_headers_have_a_time_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that trickle in renew nothing; a second request on a connection that is kept has the same time."""
+    monkeypatch.setattr(http, "HEADER_SECONDS", 0.5)
+    with listening() as (address, listener):
+        place = urlsplit(address)
+        for before in (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            with socket.create_connection((place.hostname, place.port), timeout=30) as line:
+                if before:
+                    line.sendall(before)
+                    assert line.recv(65536).startswith(b"HTTP/1.1 200 ")
+                begin = time.monotonic()
+                for byte in b"GET /he":
+                    line.sendall(bytes([byte]))
+                    time.sleep(0.05)
+                answer = line.recv(65536)
+                assert answer.startswith(b"HTTP/1.1 408 ") and b"headers_too_slow" in answer
+                assert 0.4 < time.monotonic() - begin < 10
+        wait_until(lambda: not listener.server_state.connections)
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 from urllib.parse import urlsplit
 
 import h11
@@ -23,8 +24,8 @@ from anydepth.serve.refusals import INVALID, error
 from anydepth.serve.service import Service
 
 KEEP_ALIVE_SECONDS = 30
-BODY_SECONDS = 30
-"""Time that a body may take to arrive."""
+HEADER_SECONDS, BODY_SECONDS = 30, 30
+"""Time that the headers of a request may take to arrive, and its body."""
 BACKLOG = 2048
 MAX_HEADER_BYTES = 1 << 16
 MAX_BODY_BYTES = 1 << 20
@@ -38,6 +39,7 @@ OTHER_ORIGIN = error(
     "pages of that origin may not use this server; start it with --cors-origin ORIGIN", INVALID, code="origin"
 )
 BODY_TOO_LARGE = error(f"the body is larger than {MAX_BODY_BYTES} bytes", INVALID, code="body_too_large")
+HEADERS_TOO_SLOW = error("the headers did not arrive in time; send them at once", INVALID, code="headers_too_slow")
 BODY_TOO_SLOW = error("the body did not arrive in time; send it at once", INVALID, code="body_too_slow")
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -125,13 +127,47 @@ class Listener(uvicorn.Server):
 
 
 class JSONRefusals(H11Protocol):
-    """The HTTP protocol with JSON refusals of invalid HTTP and of endless headers."""
+    """The HTTP protocol with JSON refusals of invalid HTTP, and of headers that are too long or too slow."""
+
+    due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:  # of a request, only a part of the headers is here
+            self._await_headers()
+        else:
+            self._end_waiting()
+
+    def _await_headers(self) -> None:
+        if self.due is None:
+            self.due = self.loop.call_later(HEADER_SECONDS, self._refuse_slow_headers)
+
+    def _end_waiting(self) -> None:
+        if self.due is not None:
+            self.due.cancel()
+            self.due = None
+
+    def _refuse_slow_headers(self) -> None:
+        if not self.transport.is_closing():
+            self._refuse(408, b"Request Timeout", HEADERS_TOO_SLOW)
 
     def send_400_response(self, msg: str) -> None:
-        too_long = getattr(sys.exception(), "error_status_hint", 400) == 431
-        body = json.dumps(HEADERS_TOO_LARGE if too_long else error("the request is not valid HTTP", INVALID)).encode()
+        if getattr(sys.exception(), "error_status_hint", 400) == 431:
+            self._refuse(431, b"Request Header Fields Too Large", HEADERS_TOO_LARGE)
+        else:
+            self._refuse(400, b"Bad Request", error("the request is not valid HTTP", INVALID))
+
+    def _refuse(self, status: int, reason: bytes, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        status, reason = (431, b"Request Header Fields Too Large") if too_long else (400, b"Bad Request")
         answer = h11.Response(status_code=status, headers=[*headers, (b"connection", b"close")], reason=reason)
         for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
