@@ -27,6 +27,7 @@ _NAMES = {
     "anydepth.hf.adapted": ["AdaptedModel", "attach", "detach"],
     "anydepth.methods": ["METHODS"],
     "anydepth.methods.early_exit": ["EarlyExit"],
+    "anydepth.methods.prompt_exit": ["PromptExit"],
     "anydepth.methods.exit_gate": ["ExitGate"],
     "anydepth.methods.ffn_router": ["FFNRouter"],
     "anydepth.methods.layer_router": ["LayerRouter"],
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from anydepth.methods.layer_router import LayerRouter as LayerRouter
     from anydepth.methods.mixer_router import MixerRouter as MixerRouter
     from anydepth.methods.mixture_of_depths import MixtureOfDepths as MixtureOfDepths
+    from anydepth.methods.prompt_exit import PromptExit as PromptExit
     from anydepth.methods.skip_set import SkipSet as SkipSet
     from anydepth.methods.stochastic_depth import StochasticDepth as StochasticDepth
     from anydepth.models.load import load_model as load_model

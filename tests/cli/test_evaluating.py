@@ -47,6 +47,7 @@ def test_methods_and_help_read_well() -> None:
     listed = json.loads(anydepth("methods", "--json").stdout)["methods"]
     assert [method["name"] for method in listed] == [
         "skip_set",
+        "prompt_exit",
         "stochastic_depth",
         "layer_router",
         "mixture_of_depths",

@@ -39,6 +39,7 @@ CASES: dict[str, Spec] = {
     "skip_layers": {"name": "skip_set", "skip_layers": [1, 3]},
     "skip_first_layer": {"name": "skip_set", "skip_layers": [0, 1]},
     "skip_branches": {"name": "skip_set", "skip_layers": [3], "skip_mixers": [0, 2], "skip_ffns": [1, 2]},
+    "prompt_exit": {"name": "prompt_exit", "layer": 3, "tail": 4},  # of prompts that are generated from alone
     "router_project": {"name": "layer_router", "always_keep": 1, "kv_rule": "project"},
     "router_omit": {"name": "layer_router", "always_keep": 1, "kv_rule": "omit"},
     "random_project": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": RATES},
@@ -589,7 +590,7 @@ def test_cost_is_what_torch_counts(family: str, case: str, monkeypatch: pytest.M
         logits_of(adapted, ids)
     assert counted.full_depth == counter.get_total_flops() + recurrence()
     # Those run what one needs for all; a linear mixer costs more than attention over so few tokens.
-    if not case.startswith(("stochastic_depth", "exit_recompute", "early_exit_recompute", "mixers")):
+    if not case.startswith(("stochastic_depth", "prompt_exit", "exit_recompute", "early_exit_recompute", "mixers")):
         assert counted.layers < counted.full_depth_layers
 
 
@@ -703,5 +704,8 @@ def test_generate_is_greedy_over_the_uncached_model(case: str, num_beams: int) -
     ids = families.token_ids()[:, :12]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "num_beams": num_beams}
     cached = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    if case == "prompt_exit":  # a forward without cache knows no prompt
+        assert adapted.last_trace.mean_depth < 5
+        return
     uncached = adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
     assert torch.equal(cached, uncached)

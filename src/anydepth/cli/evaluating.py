@@ -130,6 +130,9 @@ def evaluate(
     isolate_documents: Annotated[
         bool, Option("--isolate-documents", help="Score each document without those before it.")
     ] = False,
+    prompt_tokens: Annotated[
+        int, Option(help="Read this many tokens of each window as a prompt, and score those after it.")
+    ] = 0,
     options: opt.MethodOptions = None,
     skip_share: opt.SkipShare = None,
     capacity: opt.Capacity = None,
@@ -147,7 +150,12 @@ def evaluate(
     text = validate(TextConfig, {"bos": bos, "isolate_documents": isolate_documents}, where="eval")
     check_corpus(data)
     opt.at_least(1, limit=limit)
-    opt.at_least(0, num_fewshot=num_fewshot)
+    opt.at_least(0, num_fewshot=num_fewshot, prompt_tokens=prompt_tokens)
+    if prompt_tokens > sequence_length - 2:
+        raise UserError(
+            f"--prompt-tokens {prompt_tokens} leaves nothing to score of windows of {sequence_length} tokens; give at "
+            "most --sequence-length less two"
+        )
     names, load = _task_names(tasks), opt.load_options(call.arguments)
     scorer, tokenizer = _scorer(call, load)
     if names:
@@ -157,7 +165,7 @@ def evaluate(
     label = "full depth" if full_depth else label_of(scorer)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit, text=text)
     call.progress(f"scoring {num_tokens(windows)} tokens of {data} …")
-    fields = score(scorer, windows, full_depth_only=full_depth, track=call.track)
+    fields = score(scorer, windows, full_depth_only=full_depth, prompt_tokens=prompt_tokens, track=call.track)
     if exits:
         fields["exits"] = exit_losses(scorer.adapted, windows)
     if names:

@@ -132,12 +132,21 @@ class Engine(ABC):
         return getattr(self.last, "counts", None)
 
     @torch.no_grad()
-    def logits(self, token_ids: Tensor) -> Tensor:
-        """Return the (T, V) logits of one sequence of (T,) tokens, in one prefill."""
+    def logits(self, token_ids: Tensor, num_prompt: int = 0) -> Tensor:
+        """Return the (T, V) logits of one sequence of (T,) tokens, in one prefill.
+
+        Args:
+            num_prompt: number of first tokens that are read as a prompt; of them only the last one has logits.
+        """
         session, plan = self.new_session(1), FULL_DEPTH if self.drafts else Plan.of(self.adapted.active_methods)
+        sequence, ids, records = session.open(), token_ids.tolist(), []
+        beginning = 0 if plan.prompt is None else max(num_prompt - plan.prompt_tail, 0)
         with self.turn:
-            logits, record = session.read(session.open(), token_ids.tolist(), plan, num_logits=len(token_ids))
+            if plan.prompt is not None and beginning:
+                records.append(session.read(sequence, ids[:beginning], plan.prompt, num_logits=0)[1])
+            num_logits = len(ids) - max(num_prompt - 1, 0)
+            logits, record = session.read(sequence, ids[beginning:], plan, num_logits=num_logits)
         assert logits is not None
         if self.adapted.is_enabled:
-            self.adapted.records = [record]
+            self.adapted.records = [*records, record]
         return logits

@@ -48,7 +48,9 @@ class HFEngine(Engine):
         return generate_batch(self, *args, **kwargs)
 
     @torch.no_grad()
-    def logits(self, token_ids: Tensor) -> Tensor:
+    def logits(self, token_ids: Tensor, num_prompt: int = 0) -> Tensor:
+        if num_prompt:
+            return super().logits(token_ids, num_prompt)
         with self.adapted.running(FULL_DEPTH) if self.drafts else nullcontext():
             return self.adapted(input_ids=token_ids[None], use_cache=False).logits[0]
 

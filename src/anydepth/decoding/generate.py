@@ -182,14 +182,20 @@ class _Output:
 
 
 def _records(requests: Sequence[Request], num_prompt: int) -> list[PassRecord]:
-    num_passes = max(len(request.passes) for request in requests)
-    return [
-        joined_rows(
-            [request.passes[number] if number < len(request.passes) else None for request in requests],
-            1 if number else num_prompt,
-        )
-        for number in range(num_passes)
-    ]
+    """Return records of the passes over the prompts, the last ones of all rows together, and of each token."""
+    read = [_num_reads(request) for request in requests]
+    rows = [[*[None] * (max(read) - own), *request.passes] for request, own in zip(requests, read, strict=True)]
+    passes = [[row[number] if number < len(row) else None for row in rows] for number in range(max(map(len, rows)))]
+    sizes = [max(len(found[0].token_mask[found[1]]) for found in one if found is not None) for one in passes]
+    sizes[0] = num_prompt - sum(sizes[1 : max(read)])  # padding of all rows included
+    return [joined_rows(one, size) for one, size in zip(passes, sizes, strict=True)]
+
+
+def _num_reads(request: Request) -> int:
+    """Return how many passes read the prompt of a request."""
+    num_tokens = request.num_prompt - request.num_padding - request.num_known
+    lengths = accumulate(len(record.token_mask[row]) for record, row in request.passes)
+    return 1 + sum(length < num_tokens for length in lengths)
 
 
 def full_depth_records(ids: Tensor, mask: Tensor | None, num_prompt: int, num_layers: int) -> list[PassRecord]:

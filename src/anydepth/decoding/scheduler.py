@@ -204,16 +204,20 @@ class Scheduler:
     def _read(self, request: Request) -> torch.Tensor | None:
         """Read a chunk of a prompt, or the rest of it; return (V,) logits after its last token, else None."""
         plan = self._plan(request)
-        if self.prefixes is not None and not request.scores_prompt:
-            self.prefixes.restore(self.session, request, plan)
+        # A beginning that gates of prompts have read has other K/V than the same tokens at the end of a prompt.
+        prefixes = self.prefixes if plan.prompt is None else None
+        if prefixes is not None and not request.scores_prompt:
+            prefixes.restore(self.session, request, plan)
         start, size = self.session.length(request.kv), self._chunk_size(request)
         left = request.tokens[start:]
+        if plan.prompt is not None and not request.scores_prompt and len(left) > plan.prompt_tail:
+            plan, left = plan.prompt, left[: -plan.prompt_tail]
         chunk = left if size is None or len(left) <= size + (self.session.max_tokens or 0) else left[:size]
-        is_last = len(chunk) == len(left)
+        is_last = start + len(chunk) == len(request.tokens)
         num_logits = len(chunk) if request.scores_prompt else int(is_last)
         logits, record = self.session.read(request.kv, chunk, plan, num_logits=num_logits, capture=request.is_drafted)
-        if self.prefixes is not None:
-            self.prefixes.keep(self.session, request, plan)
+        if prefixes is not None:
+            prefixes.keep(self.session, request, plan)
         if request.is_traced:
             request.passes.append((record, 0))
         if request.scores_prompt and logits is not None:

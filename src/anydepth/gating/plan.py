@@ -38,9 +38,15 @@ class Decider:
     """Whether scores are recorded for calibration, also those of gates that skip no token."""
     captured_layers: Sequence[int] = ()
     """Layers with inputs that training needs, gated or not."""
+    prompt_tail: int = 0
+    """Last tokens of a prompt for which the gates of prompts do not hold."""
 
     def gates(self) -> list[GateSpec]:
         """Return all gates at inference; layers that are not listed run for every token."""
+        return []
+
+    def prompt_gates(self) -> list[GateSpec]:
+        """Return further gates for the tokens of a prompt, all but the last `prompt_tail`."""
         return []
 
     def begin(self, context: PassContext) -> Any:
@@ -86,7 +92,11 @@ class Plan:
         exits: by method and layer, the exits in order.
         compared: layers with inputs that are kept for the gates of later layers.
         compiled: objects that executions have built from this plan, by their own keys.
+        prompt: the plan for the tokens of a prompt, all but the last `prompt_tail`; None: this plan.
     """
+
+    prompt: Plan | None = None
+    prompt_tail: int = 0
 
     def __init__(self, gates: Sequence[PlannedGate], methods: Sequence[Decider] = ()) -> None:
         self.methods = tuple(methods)
@@ -124,7 +134,12 @@ class Plan:
     @classmethod
     def of(cls, methods: Sequence[Decider]) -> Plan:
         """Return the plan of methods at inference."""
-        return cls([PlannedGate(method, spec) for method in methods for spec in method.gates()], methods)
+        gates = [PlannedGate(method, spec) for method in methods for spec in method.gates()]
+        plan, own = cls(gates, methods), [PlannedGate(one, spec) for one in methods for spec in one.prompt_gates()]
+        if own:
+            plan.prompt = cls([*gates, *own], methods)
+            plan.prompt_tail = max(one.prompt_tail for one in methods if one.prompt_gates())
+        return plan
 
     @classmethod
     def for_forward(cls, methods: Sequence[Decider], context: PassContext) -> Plan:

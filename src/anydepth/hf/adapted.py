@@ -177,9 +177,34 @@ class AdaptedModel(nn.Module):
         # transformers' own cache does not know the length of a sequence if no layer has attention.
         needs_own = self.calls.enabled or "attention" not in self.backbone.layer_types()
         if needs_own and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = self.new_cache()
+            kwargs["past_key_values"] = cache = self.new_cache()
+            token_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            if token_ids is not None:
+                self._read_prompt(token_ids, cache, **kwargs)
         model: Any = self.model
         return model.generate(*args, **kwargs)
+
+    @torch.no_grad()
+    def _read_prompt(self, token_ids: Tensor, cache: AdaptiveCache, **options: Any) -> None:
+        """Read the beginning of (B, T) prompts into an empty cache, if methods have gates for it.
+
+        `options` are those of `generate`.
+        """
+        plan, model = Plan.of(self.active_methods), self.model
+        if plan.prompt is None or token_ids.shape[1] <= plan.prompt_tail:
+            return
+        mask, defaults = options.get("attention_mask"), options.get("generation_config") or self.generation_config
+        mask = torch.ones_like(token_ids) if mask is None else mask
+        # transformers repeats rows for beams and for several sequences.
+        counts = (options.get(name, getattr(defaults, name)) for name in ("num_beams", "num_return_sequences"))
+        copies = max(count or 1 for count in counts)
+        token_ids, mask = token_ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
+        token_ids, mask = token_ids[:, : -plan.prompt_tail], mask[:, : -plan.prompt_tail]
+        inputs = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        if "position_ids" in inspect.signature(self.backbone.model.forward).parameters:
+            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        with self.running(plan.prompt):
+            model(input_ids=token_ids, **inputs)
 
     def new_cache(self) -> AdaptiveCache:
         """Return an empty cache, for `past_key_values=` of direct forwards."""

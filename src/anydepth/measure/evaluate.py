@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine, HFEngine
 from anydepth.gating import cost
+from anydepth.gating.plan import Plan
 from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.measure.samples import Track, perplexity_of
@@ -39,8 +40,8 @@ class Tally:
         self.depth = 0.0
 
     def add(self, backbone: Backbone, token_ids: Tensor, logits: Tensor, reference: Tensor, trace: Trace) -> None:
-        """Add a window of (1, T) tokens: every token but the first is predicted from those before it."""
-        targets = token_ids[0, 1:]
+        """Add a window of (1, T) tokens; their last ones are predicted by (1, N, V) logits of N ≤ T tokens."""
+        targets = token_ids[0, 1 - logits.shape[1] :]
         self.losses.append(F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item())
         self.counts.append(targets.numel())
         shares = torch.tensor([*trace.executed_share(), trace.other_share()], dtype=torch.double)
@@ -81,13 +82,16 @@ class Tally:
         ]
 
 
-def why_the_same(engine: Engine) -> str | None:
+def why_the_same(engine: Engine, prompt_tokens: int = 0) -> str | None:
     """Return why an engine's scores are those of the base model; None where something can change them."""
     adapted = engine.adapted
     if has_adapter(adapted) or engine.is_quantised:
         return None
     if engine.drafts:
         return "drafting does not change scores: full depth verifies every token"
+    plan = Plan.of(adapted.active_methods)
+    if plan.is_empty and plan.prompt is not None and not prompt_tokens:
+        return f"{adapted.label} changes how prompts are read; give --prompt-tokens to score what follows them"
     if any(not method.is_lossless() for method in adapted.active_methods):
         return None
     return f"{' + '.join(adapted.methods) or 'nothing'} is attached, and every token runs every layer"
@@ -101,15 +105,17 @@ def engine_of_base(engine: Engine) -> Engine:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, windows: Tensor, *, full_depth_only: bool = False, track: Track = iter) -> dict[str, Any]:
-    """Score (N, T) windows independently: loss, depth and agreement.
+def evaluate(
+    engine: Engine, windows: Tensor, *, full_depth_only: bool = False, prompt_tokens: int = 0, track: Track = iter
+) -> dict[str, Any]:
+    """Score (N, T) windows independently: loss, depth and agreement; what follows `prompt_tokens` of each, if given.
 
     Returns the fields of `anydepth.eval/1` for the adapted model, with those of the base model (gates and LoRA off, in
     its own precision whatever the engine's) under `full_depth`. With a LoRA adapter, those of the same model at full
     depth (gates off, LoRA on) are under `full_depth_adapted`, and `agreement_adapted` is the agreement with it. Where
     nothing can differ, text is scored once, and `note` gives the reason.
     """
-    adapted, why = engine.adapted.eval(), why_the_same(engine)
+    adapted, why = engine.adapted.eval(), why_the_same(engine, prompt_tokens)
     backbone = adapted.backbone
     ours, base, full = (Tally(backbone.num_layers) for _ in range(3))
     at_once = full_depth_only or (engine.name == "hf" and why is not None)
@@ -122,14 +128,15 @@ def evaluate(engine: Engine, windows: Tensor, *, full_depth_only: bool = False, 
                 reference = engine.logits(token_ids[0])[None]
             else:
                 reference = adapted(input_ids=token_ids, use_cache=False).logits
+        reference = reference[:, max(prompt_tokens - 1, 0) :]
         everything = cost.full_depth_trace(backbone, token_ids.numel())
         base.add(backbone, token_ids, reference, reference, everything)
         if not at_once:
-            logits = engine.logits(token_ids[0])[None]
+            logits = engine.logits(token_ids[0], prompt_tokens)[None]
             ours.add(backbone, token_ids, logits, reference, adapted.last_trace)
             if has_lora:
                 with adapted.disabled():
-                    others = adapted(input_ids=token_ids, use_cache=False).logits
+                    others = adapted(input_ids=token_ids, use_cache=False).logits[:, -logits.shape[1] :]
                 full.add(backbone, token_ids, others, reference, everything)
                 num_agreeing += _num_agreeing(logits, others)
     found: dict[str, Any] = {"full_depth": base.fields()}

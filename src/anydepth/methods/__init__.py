@@ -13,12 +13,23 @@ from anydepth.methods.ffn_router import FFNRouter
 from anydepth.methods.layer_router import LayerRouter
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.methods.mixture_of_depths import MixtureOfDepths
+from anydepth.methods.prompt_exit import PromptExit
 from anydepth.methods.skip_set import SkipSet
 from anydepth.methods.stochastic_depth import StochasticDepth
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (SkipSet, StochasticDepth, LayerRouter, MixtureOfDepths, ExitGate, FFNRouter, EarlyExit, MixerRouter)
+    for method in (
+        SkipSet,
+        PromptExit,
+        StochasticDepth,
+        LayerRouter,
+        MixtureOfDepths,
+        ExitGate,
+        FFNRouter,
+        EarlyExit,
+        MixerRouter,
+    )
 }
 
 

@@ -186,7 +186,8 @@ class Runner:
     def evaluate(self) -> Document:
         adapted, tokenizer, draft = self.inputs.adapted(merge=False)
         settings = self.recipe.eval
-        return evaluate(HFEngine(adapted, draft), self.inputs.windows(settings.data, tokenizer, settings))
+        windows = self.inputs.windows(settings.data, tokenizer, settings)
+        return evaluate(HFEngine(adapted, draft), windows, prompt_tokens=settings.prompt_tokens)
 
     @_stage("bench")
     def bench(self) -> Document:

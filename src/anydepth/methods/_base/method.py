@@ -45,7 +45,7 @@ class Method(nn.Module, Decider):
     @classmethod
     def is_lossless(cls) -> bool:
         """Return whether every token runs everything at inference."""
-        return cls.gates is Decider.gates
+        return cls.gates is Decider.gates and cls.prompt_gates is Decider.prompt_gates
 
     def reseed(self, seed: int) -> None:
         """Seed the random generator; training calls this at every step, so that a resumed run repeats the draws."""
@@ -54,7 +54,8 @@ class Method(nn.Module, Decider):
     @property
     def kv_rules(self) -> set[KVRule]:
         """The ways in which tokens that skip a mixer leave K/V where other tokens of their sequence run it."""
-        return {spec.on_skip for spec in self.gates() if spec.branch != "ffn" and not isinstance(spec.score, Closed)}
+        gates = [*self.gates(), *self.prompt_gates()]
+        return {spec.on_skip for spec in gates if spec.branch != "ffn" and not isinstance(spec.score, Closed)}
 
     @property
     def gated_layers(self) -> Sequence[int]:
