@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from transformers import LlamaForCausalLM
 import anydepth
 import hub_cache
 from anydepth.errors import UserError
+from anydepth.models import target
 from anydepth.models.load import load_model
-from anydepth.models.target import Target, find_target, gguf_of, is_local, local_folder, split_revision
+from anydepth.models.target import ADAPTER_FILES, Target, find_target, gguf_of, is_local, local_folder, split_revision
 from anydepth.training.checkpoint import is_checkpoint, load_target, run_options
 from tiny import byte_tokenizer, save_base, save_gguf
 
@@ -23,9 +26,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return hub_cache.use(monkeypatch, tmp_path / "hub")
 
 
-def refusal(target: Path | str) -> str:
+def refusal(path: Path | str) -> str:
     with pytest.raises(UserError) as caught:
-        load_model(str(target))
+        load_model(str(path))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -102,10 +105,10 @@ def test_a_revision_of_a_model_in_the_hub_cache(hub: Path, tmp_path: Path) -> No
     for seed, revision, commit in ((0, "main", "a" * 40), (1, "v2", "b" * 40)):
         hub_cache.add(hub, "user/model", save_base(tmp_path / revision, seed), revision, commit)
     ids = torch.arange(3, 20)[None]
-    for target, folder in (("user/model", "main"), ("user/model@v2", "v2"), (f"user/model@{'b' * 40}", "v2")):
-        model, _ = load_model(target)
+    for name, folder in (("user/model", "main"), ("user/model@v2", "v2"), (f"user/model@{'b' * 40}", "v2")):
+        model, _ = load_model(name)
         assert torch.equal(model(ids).logits, load_model(str(tmp_path / folder))[0](ids).logits)
-        assert model.name_or_path == target
+        assert model.name_or_path == name
     again = anydepth.load(anydepth.save(anydepth.attach(load_model("user/model@v2")[0], []), tmp_path / "saved"))
     assert torch.equal(again(input_ids=ids).logits, load_model(str(tmp_path / "v2"))[0](ids).logits)
     assert "there is no folder 'user/model@v3', and no such model in the hub cache" in refusal("user/model@v3")
@@ -136,3 +139,32 @@ def test_a_checkpoint_of_the_hub_is_a_target_of_every_command(hub: Path, tmp_pat
     assert list(again.methods) == ["skip_set"] and again.methods["skip_set"].config.skip_layers == [2]  # type: ignore[union-attr]
     with pytest.raises(UserError, match="user/base has no anydepth checkpoint.*or the hub name of one"):
         anydepth.load("user/base")
+
+
+@pytest.mark.parametrize(("files", "patterns"), [(["anydepth.json"], None), (["adapter_config.json"], ADAPTER_FILES)])
+def test_a_repository_that_is_not_cached_is_fetched_as_what_it_is(
+    files: list[str], patterns: list[str] | None, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def fetched(name: str, revision: str | None, allow_patterns: list[str] | None) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(hub)
+
+    def info(name: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+    monkeypatch.setattr(target.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(target, "HfApi", lambda: SimpleNamespace(model_info=info))
+    monkeypatch.setattr(target, "snapshot_download", fetched)
+    assert local_folder("user/new@v2") == local_folder("user/new@v2") == hub
+    assert asked == [("user/new", "v2", patterns)]
+
+
+def test_a_hub_that_does_not_answer_is_left_to_the_loader(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route")
+
+    monkeypatch.setattr(target.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(target, "HfApi", lambda: SimpleNamespace(model_info=fail))
+    assert local_folder("user/new") == Path("user/new") and not is_checkpoint("user/new")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
 from anydepth.errors import UserError
 from anydepth.models.parts import first_part
@@ -98,11 +98,10 @@ def local_folder(target: str | Path) -> Path:
 def _snapshot(target: str) -> Path | None:
     """Return the local copy of a checkpoint or adapter of the hub; None for other repositories, and unknown ones."""
     name, revision = split_revision(target)
-    if _has(name, MANIFEST, revision):
-        return Path(snapshot_download(name, revision=revision))
-    if _has(name, ADAPTER, revision):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=ADAPTER_FILES))
-    return None
+    kind = _kind_of(name, revision)
+    if kind not in (MANIFEST, ADAPTER):
+        return None
+    return Path(snapshot_download(name, revision=revision, allow_patterns=ADAPTER_FILES if kind == ADAPTER else None))
 
 
 def forget_snapshots() -> None:
@@ -110,13 +109,20 @@ def forget_snapshots() -> None:
     _snapshot.cache_clear()
 
 
-def _has(name: str, file: str, revision: str | None) -> bool:
-    """Return whether a repository has a file, which is then in the local cache."""
+def _kind_of(name: str, revision: str | None) -> str | None:
+    """Return the file that says what a repository holds, by its files in the local cache, else on the hub."""
+    kinds = (MANIFEST, ADAPTER, CONFIG)
     try:
-        hf_hub_download(name, file, revision=revision)
-    except (OSError, ValueError):  # no such file, no such repository, or no connection: the loader says which
-        return False
-    return True
+        for kind in kinds:
+            if isinstance(try_to_load_from_cache(name, kind, revision=revision), str):
+                return kind
+        if constants.HF_HUB_OFFLINE:
+            return None
+        files = [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=10).siblings or ()]
+    # No such repository, or no connection, of which the error depends on the HTTP library: the loader says which.
+    except Exception:
+        return None
+    return next((kind for kind in kinds if kind in files), None)
 
 
 def _file(path: Path) -> Path:

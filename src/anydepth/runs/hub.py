@@ -109,7 +109,7 @@ def _upload(
                 f"the hub refuses this account to write {repository} ({_first(error)}); log in with: hf auth login"
             ) from error
         raise RunError(f"the upload to {repository} failed ({_first(error)}); try again") from error
-    except OSError as error:
+    except Exception as error:  # of the HTTP library, which depends on the version of the hub's
         raise RunError(f"the hub could not be reached ({_first(error)}); try again") from error
     return str(done.commit_url)
 
