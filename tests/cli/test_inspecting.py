@@ -21,6 +21,7 @@ from commands import refused
 from tiny import byte_tokenizer, save_base, save_gguf, tiny_llama
 
 MIB = 2**20
+RUN = ("--device", "--dtype", "--threads")
 needs_kernels = pytest.mark.skipif(
     why_not(torch.bfloat16, torch.device("cpu")) is not None, reason="no C++ compiler on this machine"
 )
@@ -116,7 +117,7 @@ def test_targets_that_are_refused_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "unused"),
-    [("cache", ("--seed", "--device", "--dtype")), ("methods", ("--seed",)), ("conform", ("--device", "--dtype"))],
+    [("cache", ("--seed", *RUN)), ("methods", ("--seed", *RUN)), ("conform", RUN)],
 )
 def test_commands_have_no_options_that_they_do_not_use(command: str, unused: tuple[str, ...]) -> None:
     said = CliRunner().invoke(app, [command, "--help"]).stdout

@@ -13,7 +13,7 @@ from anydepth.errors import RunError, UserError
 COLUMNS = {"check": "check", "endpoint": "endpoint", "result": "result", "line": "found"}
 
 
-@opt.command(without=("device", "dtype"))
+@opt.command(without=("device", "dtype", "threads"))
 def conform(
     call: opt.Call,
     url: Annotated[str, Argument(help="Address of the server, with or without /v1 at its end.")],

@@ -28,7 +28,7 @@ def inspect(call: opt.Call, target: opt.Target, device: opt.Device = "cpu", dtyp
     call.result(call.document("inspect", adapted, **fields), show_inspection)
 
 
-@opt.command(without=("seed", "device", "dtype"))
+@opt.command(without=("seed", "device", "dtype", "threads"))
 def methods(call: opt.Call) -> None:
     """List every method and its options."""
     from anydepth.measure.inspect import list_methods
@@ -37,7 +37,7 @@ def methods(call: opt.Call) -> None:
     call.result(document("anydepth.methods/1", seed=call.seed, config={}, methods=list_methods()), show_methods)
 
 
-@opt.command(without=("seed", "device", "dtype"))
+@opt.command(without=("seed", "device", "dtype", "threads"))
 def cache(
     call: opt.Call,
     clear: Annotated[
