@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anydepth.decoding.engines import FastEngine, open_engine
 from anydepth.hf.adapted import attach
-from anydepth.models.load import embedded_gguf
+from anydepth.models.target import embedded_gguf
 from anydepth.training.data import load_windows
 from models import MODELS, OFF_GRID, load, model_file
 

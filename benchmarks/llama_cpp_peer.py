@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from anydepth.models.load import cache_folder, embedded_gguf
+from anydepth.models.target import cache_folder, embedded_gguf
 
 KINDS = {"bfloat16": gguf.GGMLQuantizationType.BF16, "int8": gguf.GGMLQuantizationType.Q8_0}
 

@@ -20,7 +20,8 @@ from typing import Any
 from off_grid import build
 
 from anydepth.errors import UserError
-from anydepth.models.load import cache_folder, load_model
+from anydepth.models.load import load_model
+from anydepth.models.target import cache_folder
 
 
 @dataclass(frozen=True)

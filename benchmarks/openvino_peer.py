@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from anydepth.errors import UserError
-from anydepth.models.load import cache_folder
+from anydepth.models.target import cache_folder
 from models import NAMES, load
 
 KIND = "int4"

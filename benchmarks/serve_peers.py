@@ -33,7 +33,7 @@ from serve_lossless import prompts_of
 import anydepth
 from anydepth.json_io import write_json
 from anydepth.measure.results import document
-from anydepth.models.load import embedded_gguf
+from anydepth.models.target import embedded_gguf
 from anydepth.models.tokens import encode
 from models import model_file
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config
@@ -30,9 +32,9 @@ SHAPES: dict[str, PreTrainedConfig] = {  # as deep as the real ones, narrow
 }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and `<eos>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_tokenizer(size: int = 257) -> PreTrainedTokenizerFast:
+    """One token per byte, and `<eos>`; of fewer tokens, not all bytes have one."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - 1]
     vocab = {"<eos>": 0} | {byte: number for number, byte in enumerate(alphabet, start=1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -41,12 +43,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(
-    seed: int = 0, *, vocab_size: int = 257, intermediate_size: int = 48, max_position_embeddings: int = WINDOW
+    seed: int = 0,
+    *,
+    vocab_size: int = 257,
+    hidden_size: int = 32,
+    intermediate_size: int = 48,
+    max_position_embeddings: int = WINDOW,
 ) -> LlamaForCausalLM:
     """Six layers of random weights, large enough that every error shows."""
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4,
@@ -72,11 +79,24 @@ def save_base(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def save_gguf(path: Path, kind: str = "F32") -> LlamaForCausalLM:
-    """Write a model as a GGUF file, its matrices in a type of ggml such as `Q8_0`; returns the model."""
-    model = tiny_llama(vocab_size=258, intermediate_size=64)
+def save_gguf(
+    path: Path,
+    kind: str = "F32",
+    *,
+    hidden_size: int = 32,
+    parts_of: int = 0,
+    others: Mapping[str, str] = {},
+    **fields: Any,
+) -> LlamaForCausalLM:
+    """Write a model as a GGUF file, its matrices in a type of ggml such as `Q8_0`; returns the model.
+
+    Types that gguf does not quantise to have random blocks. `parts_of`: tensors of each part, for a file in parts;
+    `others`: types of some matrices, by a part of their names; `fields`: arguments of other methods of the writer, by
+    their names without `add_`.
+    """
+    model = tiny_llama(vocab_size=258, hidden_size=hidden_size, intermediate_size=2 * hidden_size)
     config: Any = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=parts_of)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -93,19 +113,31 @@ def save_gguf(path: Path, kind: str = "F32") -> LlamaForCausalLM:
     writer.add_token_merges(["t h"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
+    for field, value in {"tokenizer_pre": "gpt-2", **fields}.items():
+        getattr(writer, f"add_{field}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.state_dict().items():
-        stored = gguf.GGMLQuantizationType[kind if value.dim() > 1 else "F32"]
+        own = next((other for part, other in others.items() if part in name), kind)
+        stored = gguf.GGMLQuantizationType[own if value.dim() > 1 else "F32"]
         if "q_proj" in name or "k_proj" in name:  # ggml rotates neighbouring pairs, transformers halves
             halves = value.view(-1, 2, config.head_dim // 2, config.hidden_size)
             value = halves.transpose(1, 2).reshape(value.shape)
-        data = gguf.quants.quantize(value.numpy(), stored)
+        data = _stored(value.numpy(), stored)
         writer.add_tensor(str(names.get_name(name, try_suffixes=(".weight",))), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def _stored(values: Any, kind: gguf.GGMLQuantizationType) -> Any:
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
+        # Bytes below 0x30 make steps that are finite in float16.
+        return np.random.default_rng(values.size).integers(0, 0x30, shape, dtype=np.uint8)
 
 
 def save_text(path: Path, num_words: int = 800) -> Path:

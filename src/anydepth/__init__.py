@@ -36,6 +36,7 @@ _NAMES = {
     "anydepth.methods.skip_set": ["SkipSet"],
     "anydepth.methods.stochastic_depth": ["StochasticDepth"],
     "anydepth.models.load": ["load_model"],
+    "anydepth.runs.hub": ["push_to_hub"],
     "anydepth.speculation.draft": ["Draft"],
     "anydepth.training.checkpoint": ["load", "save"],
 }
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from anydepth.methods.skip_set import SkipSet as SkipSet
     from anydepth.methods.stochastic_depth import StochasticDepth as StochasticDepth
     from anydepth.models.load import load_model as load_model
+    from anydepth.runs.hub import push_to_hub as push_to_hub
     from anydepth.speculation.draft import Draft as Draft
     from anydepth.training.checkpoint import load as load
     from anydepth.training.checkpoint import save as save

@@ -15,7 +15,7 @@ from anydepth.errors import UserError
 from anydepth.models.blocks import BlockEmbedding, BlockLinear
 from anydepth.models.load import base_fingerprint, load_model
 from reference import relative_rms
-from tiny import save_gguf
+from tiny import save_base, save_gguf
 
 KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 """Kinds that gguf's own Python can quantise to; `tests/engine/test_blocks.py` has all."""
@@ -110,8 +110,9 @@ def test_token_ids_outside_of_the_embedding_are_refused(file: Path) -> None:
 
 def test_what_has_no_blocks_is_refused_in_one_line(file: Path) -> None:
     save_gguf(file, "Q8_0")
-    with pytest.raises(UserError, match="native weights are those of a .gguf file, not of ./model"):
-        load_model("./model", native=True)
+    folder = str(save_base(file.parent / "base"))
+    with pytest.raises(UserError, match="native weights are those of a .gguf file, not of .*base; leave weights out"):
+        load_model(folder, native=True)
     with pytest.raises(UserError, match="bfloat16 activations, not float32"):
         load_model(str(file), dtype="float32", native=True)
     with pytest.raises(UserError, match="leave out device, quantisation, attention"):

@@ -119,7 +119,7 @@ def _finish(call: opt.Call, adapted: Any, tokenizer: Any, fields: dict[str, Any]
     from anydepth.training.checkpoint import is_checkpoint, load_draft, own_base, run_options, save
 
     target, out = call.arguments["target"], call.arguments["out"]
-    has_own_base = is_checkpoint(target) and own_base(Path(target)) is not None
+    has_own_base = is_checkpoint(target) and own_base(target) is not None
     draft = load_draft(target, adapted)
     save(adapted, out, own_base=tokenizer if has_own_base else None, draft=draft, run=run_options(target))
     thresholds, exits_file = options_of(adapted), out / "thresholds.json"

@@ -13,7 +13,7 @@ from anydepth.errors import RunError, UserError
 COLUMNS = {"check": "check", "endpoint": "endpoint", "result": "result", "line": "found"}
 
 
-@opt.command()
+@opt.command(without=("device", "dtype", "threads"))
 def conform(
     call: opt.Call,
     url: Annotated[str, Argument(help="Address of the server, with or without /v1 at its end.")],
@@ -33,7 +33,7 @@ def conform(
     It also checks a speculative decoder, --against the same model without one.
 
     Compares streams with complete answers, cuts at stop strings, repeats seeds, adds up log-probabilities and tokens,
-    disconnects, and sends mistakes. The exit code is 1 if a check fails. --device and --dtype change nothing.
+    disconnects, and sends mistakes. The exit code is 1 if a check fails.
     """
     from anydepth.conform.client import Client
     from anydepth.conform.run import chosen, open_servers, run

@@ -20,14 +20,15 @@ from anydepth.training.corpora import check_corpus
 def inspect(call: opt.Call, target: opt.Target, device: opt.Device = "cpu", dtype: opt.DType = "auto") -> None:
     """Show a model's layers, their cost, and what applies to it."""
     from anydepth.measure.inspect import inspect_model
+    from anydepth.serve.opening import open_to_inspect
     from anydepth.training.checkpoint import run_options
 
-    adapted, _ = call.load(target)
+    adapted = open_to_inspect(target, dtype=dtype, device=device)
     fields = {**inspect_model(adapted), "run": run_options(target)}
     call.result(call.document("inspect", adapted, **fields), show_inspection)
 
 
-@opt.command()
+@opt.command(without=("seed", "device", "dtype", "threads"))
 def methods(call: opt.Call) -> None:
     """List every method and its options."""
     from anydepth.measure.inspect import list_methods
@@ -36,21 +37,23 @@ def methods(call: opt.Call) -> None:
     call.result(document("anydepth.methods/1", seed=call.seed, config={}, methods=list_methods()), show_methods)
 
 
-@opt.command()
+@opt.command(without=("seed", "device", "dtype", "threads"))
 def cache(
     call: opt.Call,
-    clear: Annotated[bool, Option("--clear", help="Remove all of it; it is made again when needed.")] = False,
+    clear: Annotated[
+        bool, Option("--clear", help="Remove what is made again when it is needed; downloads and other files stay.")
+    ] = False,
 ) -> None:
-    """List the models and kernels that are kept on this machine."""
+    """List all that is in the cache folder: models and kernels that are kept on this machine."""
     from dataclasses import asdict
 
     from anydepth.measure.results import document
     from anydepth.models.cache import entries, remove
-    from anydepth.models.load import cache_folder
+    from anydepth.models.target import cache_folder
 
     found = entries()
     if clear:
-        remove(found)
+        found = remove(found)
     rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
     fields = {"folder": str(cache_folder()), "entries": rows, "cleared": clear}
     call.result(document("anydepth.cache/1", seed=call.seed, config={"clear": clear}, **fields), show_cache)
@@ -62,7 +65,8 @@ def show_cache(document: dict[str, Any]) -> None:
         by_kind[entry["kind"]] += entry["num_bytes"]
     for kind, size in by_kind.most_common():
         count = sum(entry["kind"] == kind for entry in document["entries"])
-        print(f"  {kind}: {count}, {size / 2**20:.0f} MiB")
+        stays = next(entry for entry in document["entries"] if entry["kind"] == kind)["stays"]
+        print(f"  {kind}: {count}, {size / 2**20:.0f} MiB{', which --clear leaves' if stays else ''}")
     state = "removed from" if document["cleared"] else "in"
     print(f"{sum(by_kind.values()) / 2**20:.0f} MiB {state} {document['folder']}")
 
@@ -70,9 +74,9 @@ def show_cache(document: dict[str, Any]) -> None:
 def show_inspection(document: dict[str, Any]) -> None:
     print(
         f"{document['family']}: {document['num_layers']} layers × {document['hidden_size']}, "
-        f"{document['num_parameters'] / 1e6:.1f} M parameters, {document['weight_bytes'] / 2**20:.0f} MiB, "
-        f"attention by {document['attention_implementation']}"
+        f"{document['num_parameters'] / 1e6:.1f} M parameters, attention by {document['attention_implementation']}"
     )
+    print(f"  weights: {_memory(document)}")
     kinds = Counter(
         tuple(layer[key] for key in ("mixer", "mixer_flops", "skipped_mixer_flops", "ffn_flops", "break_even_length"))
         for layer in document["layers"]
@@ -95,6 +99,16 @@ def show_inspection(document: dict[str, Any]) -> None:
         print(f"in fewer bits, to run or to draft: {', '.join(copies)}")
     for note in document["notes"]:
         print(f"note: {note}")
+
+
+def _memory(document: dict[str, Any]) -> str:
+    """Return what the weights take in memory, as they are run and dense."""
+    stored, dense = (f"{document[key] / 2**20:.0f} MiB" for key in ("weight_bytes", "dense_bytes"))
+    if document["in_blocks"]:
+        return (
+            f"{stored} as they run, in the file's own blocks (--weights native); {dense} dense, in {document['dtype']}"
+        )
+    return f"{stored} in {document['dtype']}"
 
 
 def show_methods(document: dict[str, Any]) -> None:

@@ -45,11 +45,16 @@ def _options(
 
 Target = Annotated[
     str,
-    Argument(help="Model: embedded, a hub name, a folder (a model, a PEFT adapter, or a checkpoint), or a .gguf file."),
+    Argument(
+        help="Model: embedded, a hub name (user/model, user/model@revision), a folder, or a .gguf file; a model, a "
+        "PEFT adapter, or a checkpoint."
+    ),
 ]
 RecipePath = Annotated[Path, Argument(help="YAML recipe; recipes/ has one per method.")]
 Out = Annotated[Path, Option("--out", help="Write to this folder.")]
-Device = Annotated[str, Option("--device", help="Run on cpu, cuda, cuda:1, …")]
+Device = Annotated[
+    str, Option("--device", help="Run on cpu, cuda, cuda:1, …; auto: spread over GPUs, memory and disk, on engine hf.")
+]
 DType = Annotated[
     str, Option("--dtype", help="Run in float32, bfloat16 or float16; auto: the type of the stored weights.")
 ]
@@ -139,17 +144,20 @@ class RecipeCall(Printer):
         return [*(self.overrides or []), *(f"{key}={value}" for key, value in flags if value is not None)]
 
 
-def command(name: str | None = None, *, without: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    name: str | None = None, *, without: str | tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command; its first parameter is a `Call` or a `RecipeCall`.
 
     The options of the call follow those of the command, but for `without` and those that the command has itself.
     """
+    left_out = (without,) if isinstance(without, str) else without
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         call, *own = inspect.signature(function, eval_str=True).parameters.values()
         shared = inspect.signature(call.annotation, eval_str=True).parameters
         names = [parameter.name for parameter in own]
-        added = [option for name, option in shared.items() if name not in (*names, without)]
+        added = [option for name, option in shared.items() if name not in (*names, *left_out)]
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:

@@ -19,7 +19,8 @@ from anydepth.hf.adapted import AdaptedModel
 from anydepth.models.backbone import Backbone
 from anydepth.models.blocks import Blocks
 from anydepth.models.gptq import linear_layers, round_layers
-from anydepth.models.load import base_fingerprint, cache_folder
+from anydepth.models.load import base_fingerprint
+from anydepth.models.target import cache_folder
 
 NOTHING_LOST = 0.02
 """Relative error of weights rounded to the nearest, below which nothing is left to make up for."""

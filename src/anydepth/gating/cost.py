@@ -7,6 +7,7 @@ attention, which torch does not count, is added. Only this file has such formula
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import accumulate, chain
@@ -187,9 +188,15 @@ def branch_weight_bytes(view: LayerView) -> tuple[int, int]:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Return the stored bytes of a module's parameters."""
-    stored = chain(module.parameters(), (part.data for part in block_modules(module)))
+    """Return the stored bytes of a module's parameters, blocks included; tied ones count once."""
+    stored = chain(module.parameters(), {id(part.data): part.data for part in block_modules(module)}.values())
     return sum(tensor.numel() * tensor.element_size() for tensor in stored)
+
+
+def num_weights(module: nn.Module) -> int:
+    """Return the number of a module's parameters, those in blocks included; tied ones count once."""
+    blocks = {id(part.data): math.prod(part.blocks.shape) for part in block_modules(module)}
+    return sum(parameter.numel() for parameter in module.parameters()) + sum(blocks.values())
 
 
 def _linear_flops(module: nn.Module) -> int:

@@ -307,6 +307,13 @@ class AdaptedModel(nn.Module):
     def config(self) -> Any:
         return self.backbone.model.config
 
+    def push_to_hub(self, *_: Any, **__: Any) -> Any:
+        """Refuse to upload the model without what is attached, as the model's own method would."""
+        raise UserError(
+            "adapted.push_to_hub would leave out what is attached; anydepth.push_to_hub(adapted, 'user/router') "
+            "uploads that, adapted.model.push_to_hub('user/model') the model alone"
+        )
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -17,9 +17,10 @@ from anydepth.methods import METHODS
 from anydepth.methods._base.training import Trained
 from anydepth.methods.mixer_router import MixerRouter
 from anydepth.models.backbone import Backbone, LayerView
-from anydepth.models.blocks import BlockLinear
+from anydepth.models.blocks import BlockLinear, block_modules
 from anydepth.models.delta_rule import build_delta_rule, matched_shape
 from anydepth.models.llama_like import read_layers, weights_of
+from anydepth.models.load import dtype_name
 
 APPLIES = "applies"
 
@@ -38,8 +39,11 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
         "family": backbone.family_name,
         "num_layers": backbone.num_layers,
         "hidden_size": backbone.hidden_size,
-        "num_parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
+        "num_parameters": cost.num_weights(backbone.model),
+        "dtype": dtype_name(backbone.model),
         "weight_bytes": cost.weight_bytes(backbone.model),
+        "dense_bytes": cost.num_weights(backbone.model) * backbone.model.dtype.itemsize,
+        "in_blocks": next(block_modules(backbone.model), None) is not None,
         "attention_implementation": backbone.attention_implementation,
         "layers": [_layer(view, others.get(str(view.layer_idx))) for view in backbone.layers],
         "attached": list(adapted.methods),
@@ -71,8 +75,7 @@ def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
     if other is None and not view.is_recurrent:  # one with as many parameters
         other = build_delta_rule(view.hidden_size, matched_shape(view), torch.Generator())
     per_token = cost.layer_cost(view)
-    mixer = sum(parameter.numel() for parameter in view.mixer.parameters())
-    whole = sum(parameter.numel() for parameter in view.module.parameters())
+    mixer, whole = cost.num_weights(view.mixer), cost.num_weights(view.module)
     return {
         "layer_idx": view.layer_idx,
         "mixer": "recurrent" if view.is_recurrent else "attention",

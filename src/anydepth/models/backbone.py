@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return get_base() if get_base is not None else model  # type: ignore[return-value]
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Return whether accelerate moves a model's weights to where they are needed."""
+    return len(set(getattr(unwrap(model), "hf_device_map", {}).values())) > 1
+
+
 class Backbone:
     """The structure of a causal LM. Raises `UserError` with the list of families for any other model."""
 
@@ -197,7 +202,9 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         embedding = self.decoder.get_submodule(self.family.embedding)
-        return next(chain(embedding.parameters(), embedding.buffers())).device
+        found = next(chain(embedding.parameters(), embedding.buffers())).device
+        # Weights that accelerate keeps on the disk are on the meta device until they are needed.
+        return torch.device(cast(Any, embedding)._hf_hook.execution_device) if found.type == "meta" else found
 
     @property
     def head(self) -> nn.Module:

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 from gguf.quants import dequantize
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -32,25 +31,27 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from anydepth.errors import UserError
 from anydepth.models.blocks import BlockEmbedding, BlockLinear, Blocks
+from anydepth.models.formats import check_size
+from anydepth.models.gguf_tokenizer import SLOW_MERGES, num_merges, read_tokenizer
 from anydepth.models.llama_like import FAMILIES
+from anydepth.models.parts import DENSE, parts_of, read_parts, weights_by_kind
 from anydepth.models.reading import check_whole, reading
 
 log = logging.getLogger("anydepth.models")
-SLOW_MERGES = 100_000
-"""Merges of a tokenizer with which transformers takes long to convert it."""
-
 QUANTISED_DTYPE = torch.bfloat16
 """The type of a model that is stored with quantised weights."""
 BLOCK_KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """Types of blocks that the fast engine reads as they are; tensors of others are dequantised."""
 TENSORS = "tensors.json"
 """In the cached metadata of a file: type, shape and position of every tensor."""
+LAYOUT = 2
+"""Number of the form of that metadata; another number converts files again."""
 
 
 def from_gguf(
     path: Path, cache: Path, dtype: torch.dtype | None, *, in_blocks: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a model and its tokenizer from a GGUF file.
+    """Read a model and its tokenizer from a GGUF file, or the first of its parts.
 
     Args:
         cache: folder for the metadata of files, which take seconds to convert; stored at the first call.
@@ -60,17 +61,25 @@ def from_gguf(
     Raises:
         UserError: no such file, a damaged one, or a family without GGUF names.
     """
-    if not path.is_file():
-        raise UserError(f"no file at {path}; give the path of a .gguf file")
+    parts = parts_of(path)
     with reading(f"GGUF file {path}"):
         folder = _metadata(path, cache)
         table = json.loads((folder / TENSORS).read_text())
         config, dtype = AutoConfig.from_pretrained(str(folder)), dtype or _own_dtype(table["tensors"])
+        _say_dequantised(path, table["tensors"], dtype)
+        if not in_blocks:
+            num_weights = sum(weights_by_kind(table["tensors"]).values())
+            check_size(path.name, num_weights, dtype, torch.device("cpu"))
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         missing = _fill(model, path, table, dtype, in_blocks=in_blocks)
         if missing and in_blocks:
             raise UserError(f"GGUF file {path} lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+        if missing and len(parts) > 1:
+            raise UserError(
+                f"{path} has tensors that are read from one file only ({missing[0]}); join its {len(parts)} parts "
+                "with: llama-gguf-split --merge FIRST_PART OUT.gguf"
+            )
         if missing:
             model = _by_transformers(path, dtype)
         return model, AutoTokenizer.from_pretrained(str(folder))
@@ -101,57 +110,51 @@ def _largest(tensors: list[dict[str, Any]]) -> dict[str, Any]:
     return max(tensors, key=lambda tensor: math.prod(tensor["shape"]))
 
 
-def _repair_digits(tokenizer: PreTrainedTokenizerBase, reader: GGUFReader) -> None:
-    """Restore the digit splitting of GGUF's `smollm` pre-tokeniser, which transformers drops."""
-    field = reader.get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
-        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)  # type: ignore[attr-defined]
+def _say_dequantised(path: Path, tensors: list[dict[str, Any]], dtype: torch.dtype) -> None:
+    """Say which quantised weights run dense because the fast engine has no kernels for their type."""
+    kinds = weights_by_kind(tensors)
+    others = {kind: count for kind, count in kinds.items() if kind not in (*BLOCK_KINDS, *DENSE)}
+    if others:
+        size = sum(others.values()) * dtype.itemsize / 2**20
+        log.warning(
+            "%s: the fast engine has no kernels for %s, %.0f%% of its weights: dequantised to %s, %.0f MiB …",
+            *(path.name, ", ".join(sorted(others)), 100 * sum(others.values()) / sum(kinds.values())),
+            *(str(dtype).removeprefix("torch."), size),
+        )
 
 
 def is_in_blocks(path: Path, cache: Path) -> bool:
-    """Return whether the largest tensor of a file is in blocks that the fast engine reads, of a family that it runs."""
-    if not path.is_file():
-        return False
+    """Return whether most weights of a file are in blocks that the fast engine reads, of a family that it runs."""
     with reading(f"GGUF file {path}"):
         folder = _metadata(path, cache)
-        largest = _largest(json.loads((folder / TENSORS).read_text())["tensors"])
-        return largest["kind"] in BLOCK_KINDS and AutoConfig.from_pretrained(str(folder)).model_type in FAMILIES
+        kinds = weights_by_kind(json.loads((folder / TENSORS).read_text())["tensors"])
+        in_blocks = sum(kinds[kind] for kind in BLOCK_KINDS) > sum(kinds.values()) / 2
+        return in_blocks and AutoConfig.from_pretrained(str(folder)).model_type in FAMILIES
 
 
 def _metadata(path: Path, cache: Path) -> Path:
     """Return the folder of a file's config, tokenizer and table of tensors, converted if it does not exist."""
-    state = path.stat()
-    made_of = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {version('anydepth')} {version('transformers')}"
+    states = [part.stat() for part in parts_of(path)]
+    made_of = f"{path.resolve()} {[(state.st_size, state.st_mtime_ns) for state in states]} "
+    made_of += f"{version('anydepth')} {version('transformers')} {LAYOUT}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     folder = cache / "gguf" / f"{path.stem}-{key}"
     if (folder / TENSORS).exists():
         return folder
-    options: dict[str, Any] = {"gguf_file": path.name}
-    reader = GGUFReader(path)
-    merges = reader.get_field("tokenizer.ggml.merges")
-    num_merges = 0 if merges is None else len(merges.data)
-    if num_merges > SLOW_MERGES:
-        log.warning("%s: converting its tokenizer of %s merges, once …", path.name, f"{num_merges:,}")
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-    _repair_digits(tokenizer, reader)
+    reader, tensors = read_parts(path)
+    merges = num_merges(reader)
+    if merges > SLOW_MERGES:
+        log.warning("%s: converting its tokenizer of %s merges, once …", path.name, f"{merges:,}")
+    tokenizer = read_tokenizer(path, reader)
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    if len(states) > 1:  # transformers sees the tensors of the first part only
+        config.tie_word_embeddings = all(tensor["name"] != "output.weight" for tensor in tensors)
     architecture = reader.fields["general.architecture"].contents()
-    tensors = [
-        {
-            "name": tensor.name,
-            "kind": tensor.tensor_type.name,
-            "shape": [int(size) for size in reversed(tensor.shape)],
-            "stored": [int(size) for size in tensor.data.shape],
-            "offset": int(tensor.data_offset),
-            "bytes": int(tensor.n_bytes),
-        }
-        for tensor in reader.tensors
-    ]
     staging: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder.parent))
-        AutoConfig.from_pretrained(str(path.parent), **options).save_pretrained(str(staging))
+        config.save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         (staging / TENSORS).write_text(json.dumps({"architecture": architecture, "tensors": tensors}))
         if not (folder / TENSORS).exists():
@@ -166,7 +169,7 @@ def _metadata(path: Path, cache: Path) -> Path:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-    if num_merges > SLOW_MERGES:
+    if merges > SLOW_MERGES:
         size = sum(file.stat().st_size for file in folder.iterdir())
         log.warning("%s: %.0f MB are kept in %s", path.name, size / 1e6, folder)
     return folder
@@ -180,7 +183,8 @@ def _fill(
     Returns:
         The names of parameters that the file lacks.
     """
-    file = np.memmap(path, mode="c")  # copy on write, since PyTorch asks for memory that could be written
+    # Copy on write, since PyTorch asks for memory that could be written.
+    files = {part.name: np.memmap(part, mode="c") for part in parts_of(path)}
     named = {value: key for key, value in MODEL_ARCH_NAMES.items()}[table["architecture"]]
     names = get_tensor_name_map(named, model.config.num_hidden_layers)
     processor = TENSOR_PROCESSORS.get(table["architecture"], TensorProcessor)(config=model.config.to_dict())
@@ -201,7 +205,7 @@ def _fill(
                 missing.append(f"{name}.{suffix}")
 
     def read(module: nn.Module, tensor: dict[str, Any]) -> Tensor | Blocks:
-        stored = file[tensor["offset"] : tensor["offset"] + tensor["bytes"]]
+        stored = files[tensor["file"]][tensor["offset"] : tensor["offset"] + tensor["bytes"]]
         kind = GGMLQuantizationType[tensor["kind"]]
         keeps = in_blocks and kind.name in BLOCK_KINDS and isinstance(module, nn.Linear | nn.Embedding)
         values = stored.reshape(tensor["stored"]) if keeps else _dense(stored, kind, tensor["shape"])

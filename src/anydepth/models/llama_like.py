@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.errors import Unsupported
-from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.backbone import Backbone, LayerView, is_spread
 from anydepth.models.blocks import BlockLinear, Blocks
 from anydepth.models.plain import base_module, chosen_module, plain_module
 
@@ -126,6 +126,10 @@ def read_layers(backbone: Backbone, blocks: BlocksOf = NO_BLOCKS) -> list[LayerP
     if backbone.family_name not in FAMILIES:
         raise Unsupported(
             f"the fast engine does not run {backbone.family_name}; it runs {', '.join(FAMILIES)}; use engine hf"
+        )
+    if is_spread(backbone.model):
+        raise Unsupported(
+            "the fast engine needs all weights on one device, and accelerate spreads this model's; use engine hf"
         )
     for kind in {part.get("rope_type") for part in backbone.rope_parameters} & {"dynamic", "longrope"}:
         raise Unsupported(

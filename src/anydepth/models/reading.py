@@ -28,9 +28,20 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(damaged) from error
 
 
-def check_whole(name: str, report: dict[str, Any]) -> None:
-    """Raise `UserError` for missing weights, which transformers fills with random numbers."""
+def check_whole(name: str, report: dict[str, Any], head: str | None = None, architectures: Any = None) -> None:
+    """Raise `UserError` for missing weights, which transformers fills with random numbers.
+
+    Args:
+        head: name of the head's weight, which checkpoints of base models lack.
+        architectures: classes of the model that was saved, as its config names them.
+    """
     missing = sorted(report["missing_keys"])
+    if missing == [head]:
+        saved = f" (a {architectures[0]})" if architectures else ""
+        raise UserError(
+            f"'{name}'{saved} has no head that predicts tokens ({head}); give the checkpoint of the causal language "
+            "model"
+        )
     if missing:
         raise UserError(f"'{name}' lacks the weight {missing[0]}; its files are incomplete: fetch or copy them again")
 

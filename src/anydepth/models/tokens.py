@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+
+from anydepth.errors import UserError
+
+log = logging.getLogger("anydepth.models")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -28,8 +38,47 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, sp
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], device: Any = "cpu") -> dict[str, Tensor]:
-    """Return `input_ids` and `attention_mask` (B, T) of texts, padded as the tokenizer pads."""
-    return dict(tokenizer.pad({"input_ids": encode_batch(tokenizer, texts)}, return_tensors="pt").to(device))
+    """Return `input_ids` and `attention_mask` (B, T) of texts, padded on the tokenizer's side, without PAD by zeros."""
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in encode_batch(tokenizer, texts)]
+    fill: Any = tokenizer.pad_token_id
+    pad = partial(pad_sequence, batch_first=True, padding_side=tokenizer.padding_side)
+    ids = pad(rows, padding_value=0 if fill is None else fill)
+    return {"input_ids": ids.to(device), "attention_mask": pad([torch.ones_like(row) for row in rows]).to(device)}
+
+
+def drop_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Remove added tokens with ids from `size`, in place: a text with one is read in pieces."""
+    own: Any = tokenizer
+    described = json.loads(own.backend_tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < size]
+    for name, token in own.special_tokens_map.items():
+        if isinstance(token, str) and own.convert_tokens_to_ids(token) >= size:
+            setattr(own, name, None)
+    own._tokenizer = Tokenizer.from_str(json.dumps(described))
+
+
+def fit_to_model(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -> None:
+    """Leave a tokenizer no token without an embedding, and pad on the left, for generation.
+
+    Raise `UserError` for the tokenizer of another model. Models often have more embeddings than tokens.
+    """
+    own: Any = tokenizer
+    outside = {token for token, token_id in tokenizer.get_vocab().items() if token_id >= size}
+    if outside - own.get_added_vocab().keys():
+        raise UserError(
+            f"the tokenizer of '{name}' has {len(tokenizer)} tokens and the model {size} embeddings: they are of two "
+            "models; put the model's own tokenizer there"
+        )
+    if outside:
+        typed = [
+            str(token) for token in own.added_tokens_decoder.values() if str(token) in outside and not token.special
+        ]
+        if typed:  # the others are no text of a user's
+            log.warning("'%s' has no embedding of %s: its text is read in pieces", name, ", ".join(typed[:3]))
+        drop_tokens(tokenizer, size)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> frozenset[int]:

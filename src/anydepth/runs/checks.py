@@ -128,12 +128,12 @@ def _base(model: ModelConfig) -> tuple[PreTrainedModel | None, PreTrainedTokeniz
     if model.scratch is not None:
         with torch.device("meta"):
             return build_decoder(model.scratch, model.scratch.tokenizer.size, 0, seed=0), None
-    if model.target.endswith(".gguf"):
+    source = source_of(model.target)
+    if source.gguf is not None:
         return None, None
     try:
-        source = source_of(model.target)
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source.name, revision=source.revision)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, revision=source.revision)
     except (OSError, ValueError):
         return None, None
     if config.model_type not in FAMILIES:

@@ -29,7 +29,8 @@ from anydepth.measure.race import FEW, Entrant, Race, Setting
 from anydepth.measure.timing import Batch
 from anydepth.methods._base.calibration import comparing
 from anydepth.methods.skip_set import SkipSetConfig
-from anydepth.models.load import ADAPTER, AUTO, NATIVE, dtype_name, has_blocks
+from anydepth.models.load import AUTO, NATIVE, dtype_name, has_blocks
+from anydepth.models.target import ADAPTER, local_folder
 from anydepth.recipe import TuneConfig
 from anydepth.runs.candidates import Quality, Skipping
 from anydepth.runs.tune_texts import ERROR, Prompts, Texts
@@ -294,7 +295,7 @@ class Tuner:
         run = {"dtype": dtype_name(self.adapted), "engine": setting.engine}
         run |= {"weights": setting.weights} if setting.engine == FastEngine.name else {}
         is_folder = is_checkpoint(self.target)
-        is_plain = not (is_folder or (Path(self.target) / ADAPTER).is_file())
+        is_plain = not (is_folder or (local_folder(self.target) / ADAPTER).is_file())
         # Here a LoRA adapter is merged; it is saved unmerged.
         found = self.adapted if is_plain else load_target(self.target, dtype=self.config.dtype, device=self.device)[0]
         if setting.skip_share is not None:
@@ -302,7 +303,7 @@ class Tuner:
                 method.set_skip_share(setting.skip_share)
         elif not self.skipping.has_own or not (draft or setting.is_attached):
             found = attach(detach(found), SkipSetConfig(**as_lists(setting.skips)) if setting.skips else [])
-        has_base = is_folder and own_base(Path(self.target)) is not None
+        has_base = is_folder and own_base(self.target) is not None
         base = self.target if is_plain else None
         save(found, out, base=base, own_base=tokenizer if has_base else None, draft=draft, run=run)
 

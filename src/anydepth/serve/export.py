@@ -21,7 +21,7 @@ from anydepth.errors import RunError, UserError
 from anydepth.gating.plan import Plan
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
-from anydepth.models.backbone import Backbone
+from anydepth.models.backbone import Backbone, is_spread
 from anydepth.models.load import is_quantised
 from anydepth.models.plain import plain_state
 
@@ -61,6 +61,8 @@ def export(
     check(kind, out)
     if is_quantised(adapted.model):
         raise UserError("the base model is quantised to 4 bits, which is not a plain checkpoint; load it without nf4")
+    if is_spread(adapted.model):
+        raise UserError("device auto leaves weights on the disk, of which no checkpoint is made; load on one device")
     backbone = adapted.eval().backbone
     if exit_layer is not None and not 1 <= exit_layer <= backbone.num_layers:
         raise UserError(f"--exit-layer is a number from 1 to {backbone.num_layers}; got {exit_layer}")

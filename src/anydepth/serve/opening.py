@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from anydepth.calibration.guarantee import RiskTable
@@ -15,9 +15,12 @@ from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import open_engine
 from anydepth.decoding.sampling_options import use_defaults
 from anydepth.draft_sections import DRAFT
+from anydepth.engine.backends.cpu.native import why_not
 from anydepth.errors import RunError, Unsupported, UserError
+from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import read_document
 from anydepth.models.load import AUTO, NATIVE, DType, has_blocks
+from anydepth.models.target import local_folder
 from anydepth.serve.budgets import Budgets
 from anydepth.serve.service import Service
 from anydepth.speculation.draft import why_no_draft
@@ -99,12 +102,20 @@ def open_target(
     return native_first(open_as, target, weights, say, engine=engine, compiled=compiled, **of_load)
 
 
+def open_to_inspect(target: str, *, dtype: DType = AUTO, device: str = "cpu") -> AdaptedModel:
+    """Return a target with its weights as `generate` and `serve` run them by default: a .gguf file's in blocks."""
+    _, weights = as_recorded(target, "auto", None, dtype, device)
+    in_blocks = weights == NATIVE or (weights is None and has_blocks(target, dtype, device))
+    native = in_blocks and why_not(torch.bfloat16, torch.device("cpu")) is None
+    return load_target(target, dtype=dtype, device=device, native=native)[0]
+
+
 def risk_table(target: str, engine: Engine, *, is_changed: bool) -> RiskTable | None:
     """Return the settings that `calibrate --max-risk` tested when it wrote a folder.
 
     None: it did not, or their risk is not known here: options change what runs, or other weights or types do.
     """
-    path = Path(target) / "calibrate.json"
+    path = local_folder(target) / "calibrate.json"
     if not path.is_file():
         return None
     document = read_document(path)

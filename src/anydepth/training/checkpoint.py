@@ -29,21 +29,13 @@ from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.json_io import write_json
 from anydepth.methods._base.calibration import comparing
-from anydepth.models.backbone import unwrap
-from anydepth.models.load import (
-    ADAPTER,
-    AUTO,
-    EMBEDDED,
-    DType,
-    add_adapters,
-    base_fingerprint,
-    is_quantised,
-    load_model,
-)
+from anydepth.models.adapters import add_adapters
+from anydepth.models.backbone import is_spread, unwrap
+from anydepth.models.load import AUTO, DType, base_fingerprint, is_quantised, load_model
 from anydepth.models.plain import fold_adapters
+from anydepth.models.target import ADAPTER, EMBEDDED, MANIFEST, local_folder
 from anydepth.speculation.draft import Draft, default_draft
 
-MANIFEST = "anydepth.json"
 SCHEMA = "anydepth.checkpoint/1"
 METHODS, DRAFT = "methods.safetensors", "draft.safetensors"
 BASE = "base"  # folder of a trained base, next to the methods' weights
@@ -111,15 +103,16 @@ def save(
 
 
 def load(folder: str | Path, *, base: str | None = None, dtype: DType = AUTO, device: str = "cpu") -> AdaptedModel:
-    """Load the base model with the methods of a checkpoint folder attached.
+    """Load the base model with the methods of a checkpoint attached.
 
     Args:
+        folder: a folder that `save` wrote, or the hub name of one that `push_to_hub` uploaded, also `name@revision`.
         base: target to load the base from instead of the recorded one; it must be the same model.
 
     Raises:
         UserError: no checkpoint in the folder, a damaged file, or another base.
     """
-    return _load(Path(folder), base, dtype, device, merge=False)[0]
+    return _load(local_folder(folder), base, dtype, device, merge=False)[0]
 
 
 def load_target(
@@ -143,7 +136,7 @@ def load_target(
         native: as in `load_model`; a checkpoint needs a .gguf file as its base, and no adapter.
     """
     if is_checkpoint(target):
-        adapted, tokenizer = _load(Path(target), None, dtype, device, merge=merge, native=native)
+        adapted, tokenizer = _load(local_folder(target), None, dtype, device, merge=merge, native=native)
     else:
         model, tokenizer = load_model(target, dtype=dtype, device=device, native=native)
         adapted = attach(_merged(model) if merge else model, [])
@@ -192,7 +185,8 @@ def load_draft(
     """
     saved, weights = run_options(target).get("draft"), dict[str, torch.Tensor]()
     if saved is not None:
-        weights = _draft_weights(Path(target) / read_manifest(Path(target))["weights"])
+        folder = local_folder(target)
+        weights = _draft_weights(folder / read_manifest(folder)["weights"])
     elif lossless:
         default = default_draft(adapted)
         if options is None:
@@ -263,24 +257,26 @@ def _base_of(folder: Path, target: str | None) -> str | None:
 
 
 def _merged(model: nn.Module) -> nn.Module:
-    """Fold adapters into the weights, except into 4-bit weights, which would round them."""
-    return fold_adapters(model) if isinstance(model, PeftModel) and not is_quantised(model) else model
+    """Fold adapters into the weights, except into 4-bit weights, which would round them, and into those on a disk."""
+    folds = isinstance(model, PeftModel) and not is_quantised(model) and not is_spread(model)
+    return fold_adapters(model) if folds else model  # type: ignore[arg-type]
 
 
 def run_options(target: str) -> dict[str, Any]:
     """Return the section `run` of a folder: how it is to be run; of other targets, nothing."""
-    return read_manifest(Path(target), with_files=False)["run"] if is_checkpoint(target) else {}
+    return read_manifest(local_folder(target), with_files=False)["run"] if is_checkpoint(target) else {}
 
 
-def own_base(folder: Path) -> Path | None:
+def own_base(target: str | Path) -> Path | None:
     """Return the folder of a checkpoint's trained base, a Hugging Face checkpoint; None if the base was not trained."""
+    folder = local_folder(target)
     own = folder / read_manifest(folder)["weights"] / BASE
     return own if own.exists() else None
 
 
 def is_checkpoint(target: str | Path) -> bool:
-    """Return whether `target` is a folder that anydepth wrote."""
-    return (Path(target) / MANIFEST).exists()
+    """Return whether `target` is a folder that anydepth wrote, or the hub name of one."""
+    return (local_folder(target) / MANIFEST).exists()
 
 
 def has_adapter(adapted: AdaptedModel) -> bool:
@@ -293,7 +289,8 @@ def read_manifest(folder: Path, *, with_files: bool = True) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(
-            f"{folder} has no anydepth checkpoint ({MANIFEST} is missing); give a folder that train or search wrote"
+            f"{folder} has no anydepth checkpoint ({MANIFEST} is missing); give a folder that train or search wrote, "
+            "or the hub name of one"
         )
     try:
         manifest = json.loads(path.read_text())

@@ -30,6 +30,7 @@ from anydepth.gating.trace import Trace
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.json_io import write_json
 from anydepth.methods.compose import NOTHING_TO_TRAIN
+from anydepth.models.backbone import is_spread
 from anydepth.models.load import is_quantised
 from anydepth.recipe import TrainConfig
 from anydepth.training.data import WindowDataset, collate
@@ -66,6 +67,8 @@ def prepare(model: PreTrainedModel, config: TrainConfig, *, seed: int = 0) -> Pr
             "the target is a PEFT adapter, next to which train.lora and train.backbone cannot train; merge it first: "
             "anydepth export TARGET --as merged --out DIR"
         )
+    if is_spread(model):
+        raise UserError("device auto leaves weights on the disk, where training cannot change them; give one device")
     model.requires_grad_(config.backbone)
     if config.lora is None:
         return model

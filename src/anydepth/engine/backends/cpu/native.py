@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from anydepth.engine.backends.cpu.build_flags import COMMON, HERE, best_of
 from anydepth.models.llama_like import Norm
-from anydepth.models.load import cache_folder
+from anydepth.models.target import cache_folder
 
 SOURCES = Path(__file__).with_name("kernels")
 SHIPPED = Path(__file__).with_name("built")

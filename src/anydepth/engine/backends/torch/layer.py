@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from anydepth.engine.new_tokens import Rotation
 from anydepth.models.llama_like import LayerParts, Norm, Weights
-from anydepth.models.load import cache_folder
+from anydepth.models.target import cache_folder
 
 MANY_ROWS = 16
 """From so many rows on int8 layers unpack their weights: the packed product is made for few rows."""
