@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,3 +54,9 @@ def reachable(start: str, graph: dict[str, set[str]]) -> set[str]:
 def test_files_import_each_other_in_no_circle() -> None:
     assert len(FILES) > 100
     assert circles() == []
+
+
+def test_peft_is_imported_by_models_with_adapters_alone() -> None:
+    """Its import takes longer than PyTorch's, before the first line that a command prints."""
+    code = "import sys, anydepth.serve.opening, anydepth.measure.evaluate; sys.exit('peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,6 +25,7 @@ from anydepth.hf.adapted import AdaptedModel
 from anydepth.hf.session import HFSession
 from anydepth.models.blocks import Blocks
 from anydepth.models.load import dtype_name
+from anydepth.models.plain import is_peft
 
 
 class HFEngine(Engine):
@@ -137,10 +138,8 @@ ENGINES = ("auto", "hf", "fast")
 
 def label_of(*engines: Engine) -> str:
     """Return a label of the attached methods, a LoRA adapter, and quantised weights of the engines."""
-    from peft import PeftModel
-
     adapted = engines[0].adapted
-    label = f"{adapted.label} + LoRA" if isinstance(adapted.model, PeftModel) else adapted.label
+    label = f"{adapted.label} + LoRA" if is_peft(adapted.model) else adapted.label
     packed = dict.fromkeys(engine.weights for engine in engines if engine.is_quantised)
     return ", ".join([label, *(f"{kind} weights" for kind in packed)])
 

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
@@ -29,6 +28,7 @@ from anydepth.methods._base.method import Method
 from anydepth.methods._base.training import ExitState, Trained
 from anydepth.methods.compose import MethodSpec, build_methods
 from anydepth.models.backbone import Backbone
+from anydepth.models.plain import is_peft
 
 
 class _ModelForward:
@@ -326,12 +326,13 @@ class AdaptedModel(nn.Module):
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
     """Run a model without its LoRA adapter, if it has one."""
-    if not isinstance(model, PeftModel):
+    if not is_peft(model):
         yield
         return
+    wrapped: Any = model
     learning = {part: part.requires_grad for part in model.parameters()}
     try:
-        with model.disable_adapter():
+        with wrapped.disable_adapter():
             yield
     finally:
         for part, requires_grad in learning.items():  # PEFT turns gradients of a frozen adapter on

@@ -6,14 +6,16 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from anydepth.errors import UserError
 from anydepth.models.reading import reading
 from anydepth.models.target import ADAPTER, is_local
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def adapter_base(folder: Path) -> str:
@@ -36,6 +38,8 @@ def adapter_base(folder: Path) -> str:
 def add_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> PreTrainedModel | PeftModel:
     """Load PEFT adapters from folders by name onto their base model; all are active and frozen."""
     wrapped: Any = model
+    if folders:
+        from peft import PeftModel
     for number, (name, folder) in enumerate(folders.items()):
         with reading(f"the PEFT adapter {folder}"), warnings.catch_warnings():
             # PEFT cannot merge into tied weights; `fold_adapters` unties them.

@@ -9,12 +9,9 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,12 +19,22 @@ from transformers.pytorch_utils import Conv1D
 from anydepth.errors import UserError
 from anydepth.models.blocks import BlockModule
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+TUNER, AUXILIARY = "BaseTunerLayer", "AuxiliaryTrainingWrapper"
+
+
+def is_peft(module: nn.Module, kind: str = "PeftModel") -> bool:
+    """Return whether a module is of a class of PEFT, by its name: importing PEFT takes longer than PyTorch."""
+    return any(cls.__name__ == kind and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
+
 
 def base_module(module: nn.Module) -> nn.Module:
     """Return the module of the base model inside PEFT's wrappers; without a wrapper, the module itself."""
-    while isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
+    while is_peft(module, AUXILIARY) or is_peft(module, TUNER):
         inner: Any = module
-        module = inner.original_module if isinstance(module, AuxiliaryTrainingWrapper) else inner.get_base_layer()
+        module = inner.original_module if is_peft(module, AUXILIARY) else inner.get_base_layer()
     return module
 
 
@@ -46,14 +53,14 @@ def chosen_module(module: nn.Module) -> nn.Module:
     their base module, such as LoRA, are returned unchanged.
     """
     inner: Any = module
-    if isinstance(module, TrainableTokensWrapper):
+    if is_peft(module, "TrainableTokensWrapper"):
         return chosen_module(inner.token_adapter)
-    if isinstance(module, ModulesToSaveWrapper):
+    if is_peft(module, "ModulesToSaveWrapper"):
         active = inner.active_adapters
         is_off = inner.disable_adapters or not active or any(name not in inner.modules_to_save for name in active)
         return chosen_module(inner.original_module if is_off else inner.modules_to_save[active[0]])
     # An adapter that is off and merged is unmerged by `plain_module`.
-    if isinstance(module, BaseTunerLayer) and inner.disable_adapters != inner.merged:
+    if is_peft(module, TUNER) and inner.disable_adapters != inner.merged:
         return chosen_module(inner.base_layer)
     return module
 
@@ -64,7 +71,7 @@ def running_modules(module: nn.Module) -> Iterator[nn.Module]:
     yield chosen
     inner: Any = chosen
     children = list(chosen.children())
-    if isinstance(chosen, BaseTunerLayer):
+    if is_peft(chosen, TUNER):
         by_adapter = [getattr(inner, name, {}) for name in inner.adapter_layer_names]
         active = [layers[name] for layers in by_adapter for name in inner.active_adapters if name in layers]
         children = [inner.base_layer, *(layer for layer in active if isinstance(layer, nn.Module))]
@@ -80,7 +87,7 @@ def plain_module(module: nn.Module) -> nn.Module:
     raised for one that another weight cannot replace.
     """
     chosen = chosen_module(module)
-    if not isinstance(chosen, BaseTunerLayer):
+    if not is_peft(chosen, TUNER):
         return chosen
     twin: Any = _without_hooks(chosen).eval()
     if twin.disable_adapters:
@@ -118,7 +125,8 @@ def plain_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 def check_adapters(model: nn.Module) -> None:
     """Raise `UserError` for adapters that do more than change weights, which only PEFT's forward can run."""
-    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
+    wrapped: Any = model
+    for config in wrapped.peft_config.values() if is_peft(model) else ():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "alora_invocation_tokens", None):
             kind = "aLoRA"

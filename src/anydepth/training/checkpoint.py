@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,7 +31,7 @@ from anydepth.methods._base.calibration import comparing
 from anydepth.models.adapters import add_adapters
 from anydepth.models.backbone import is_spread, unwrap
 from anydepth.models.load import AUTO, DType, base_fingerprint, is_quantised, load_model
-from anydepth.models.plain import fold_adapters
+from anydepth.models.plain import fold_adapters, is_peft
 from anydepth.models.target import ADAPTER, EMBEDDED, MANIFEST, local_folder
 from anydepth.speculation.draft import Draft, default_draft
 
@@ -60,15 +59,15 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = adapted.model
+    model: Any = adapted.model
     staging = folder / f".staging-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     for part, file in ((adapted.methods, METHODS), (draft, DRAFT)):
         if part is not None:
             save_file({name: tensor.contiguous() for name, tensor in part.state_dict().items()}, staging / file)
-    adapters = model.active_adapters if isinstance(model, PeftModel) else []
-    if isinstance(model, PeftModel):
+    adapters = model.active_adapters if is_peft(model) else []
+    if is_peft(model):
         model.save_pretrained(str(staging / "adapter"), save_embedding_layers=False, selected_adapters=adapters)
     elif getattr(model, "_hf_peft_config_loaded", False):
         raise UserError("this model's adapter was added by transformers, without a wrapper; load it by peft.PeftModel")
@@ -258,7 +257,7 @@ def _base_of(folder: Path, target: str | None) -> str | None:
 
 def _merged(model: nn.Module) -> nn.Module:
     """Fold adapters into the weights, except into 4-bit weights, which would round them, and into those on a disk."""
-    folds = isinstance(model, PeftModel) and not is_quantised(model) and not is_spread(model)
+    folds = is_peft(model) and not is_quantised(model) and not is_spread(model)
     return fold_adapters(model) if folds else model  # type: ignore[arg-type]
 
 
@@ -281,7 +280,7 @@ def is_checkpoint(target: str | Path) -> bool:
 
 def has_adapter(adapted: AdaptedModel) -> bool:
     """Return whether a model has a LoRA adapter that is not folded into the weights."""
-    return isinstance(adapted.model, PeftModel)
+    return is_peft(adapted.model)
 
 
 def read_manifest(folder: Path, *, with_files: bool = True) -> dict[str, Any]:
