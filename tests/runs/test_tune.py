@@ -235,3 +235,21 @@ def test_the_pareto_front_needs_a_clear_difference() -> None:
     rows = [row("full", 1.0, 0.0, 10.0), row("a", 2.0, 0.1, 11.0), row("b", 1.95, 0.2, 10.5), row("c", 1.5, 0.1, 12.0)]
     assert on_front(rows) == ["b", "full"]
     assert on_front([*rows, {"label": "not timed", "speedup": None}]) == ["b", "full"]
+
+
+def test_prompts_may_leave_early(folder: Path, tmp_path: Path) -> None:
+    """Settings are scored after a prompt, next to full depth there; the folder has the method."""
+    tuner = tuner_of(folder, dtype="float32", max_perplexity_increase=50.0)
+    texts, settings = tuner.texts, {one.setting.prompt_layers: one for one in tuner.entrants()}
+    assert {layers for layers in settings if layers is not None} == {4, 5}  # of 6
+    quality = settings[4].quality
+    assert quality["num_tokens"] == 4 * 16 and quality["perplexity_increase"] != 0
+    model, _ = anydepth.load_model(str(folder / "base"), dtype="float32")
+    alone = FastEngine(anydepth.attach(model, anydepth.PromptExit.Config(layer=4)).eval())
+    assert quality["perplexity"] == pytest.approx(
+        evaluate(alone, texts.windows[0], prompt_tokens=48)["perplexity"], 1e-4
+    )
+    tuner.chosen = settings[4]
+    tuner.write(tmp_path / "out")
+    again, _ = load_target(str(tmp_path / "out"))
+    assert again.methods["prompt_exit"].config.layer == 4

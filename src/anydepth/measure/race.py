@@ -32,6 +32,7 @@ class Setting:
         weights: precision of the engine's weights.
         draft: name of the drafting; with it the text is that of full depth. None: none.
         skips: branches that a skip set leaves out.
+        prompt_layers: layers that the tokens of a prompt run, all but the last ones; None: all.
         is_attached: whether the attached methods decide, with the thresholds that they were loaded with.
         skip_share: fraction of decisions that the attached methods are set to skip; None: they do not decide.
     """
@@ -40,21 +41,23 @@ class Setting:
     weights: str
     draft: str | None = None
     skips: tuple[Candidate, ...] = ()
+    prompt_layers: int | None = None
     is_attached: bool = False
     skip_share: float | None = None
 
     @property
     def label(self) -> str:
         skipped = f"without {', '.join(f'{kind} {idx}' for kind, idx in self.skips)}" if self.skips else None
+        prompts = None if self.prompt_layers is None else f"prompts by {self.prompt_layers} layers"
         share = "as attached" if self.is_attached else None
         share = share if self.skip_share is None else f"skips {self.skip_share:.0%}"
         name = "transformers" if self.engine == "hf" else "engine"
         draft = None if self.draft is None else f"drafts by {self.draft}"
-        return ", ".join(part for part in (f"{name} {self.weights}", skipped, share, draft) if part)
+        return ", ".join(part for part in (f"{name} {self.weights}", skipped, prompts, share, draft) if part)
 
     def to_json(self) -> dict[str, Any]:
         own = {"engine": self.engine, "weights": self.weights, "draft": self.draft}
-        own |= {"attached": self.is_attached, "skip_share": self.skip_share}
+        own |= {"attached": self.is_attached, "skip_share": self.skip_share, "prompt_layers": self.prompt_layers}
         return {**own, **(as_lists(self.skips) if self.skips else {})}
 
 

@@ -104,7 +104,8 @@ def ways(document: Document) -> Figure:
 
 def _is_whole(row: Document) -> bool:
     setting = row["setting"]
-    return setting["skip_share"] is None and "skip_layers" not in setting and not setting.get("attached")
+    skips = "skip_layers" in setting or setting["skip_share"] is not None or setting.get("prompt_layers") is not None
+    return not (skips or setting.get("attached"))
 
 
 def calibration(page: Page, document: Document) -> None:

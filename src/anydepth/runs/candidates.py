@@ -20,11 +20,14 @@ from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.measure.calibrate import increase_of
 from anydepth.measure.race import Entrant, Setting
 from anydepth.methods._base.calibration import comparing, is_filled
+from anydepth.methods.prompt_exit import PromptExit, PromptExitConfig
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.search.problem import Candidate, as_lists
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Fractions of their decisions that attached methods are set to skip."""
+PROMPT_SHARES = (0.9, 5 / 6, 0.75, 2 / 3)
+"""Fractions of the layers that the tokens of a prompt run, where they exit early."""
 POOL = 5
 """Branches that the search of a skip set tries for each next place."""
 ALONE, TOGETHER = 2, 4
@@ -60,6 +63,10 @@ class Skipping:
                 yield
             finally:
                 method.choose(())
+        elif setting.prompt_layers is not None:
+            backbone = self.adapted.backbone
+            with self.adapted.deciding(PromptExit(PromptExitConfig(layer=setting.prompt_layers), backbone)):
+                yield
         elif setting.is_attached:
             yield
         elif setting.skip_share is not None:
@@ -91,6 +98,8 @@ class Skipping:
             elif own:
                 say("attached methods keep their thresholds: the folder has no score quantiles (`calibrate` adds them)")
             return
+        num_layers = self.adapted.backbone.num_layers
+        yield from (replace(plain, prompt_layers=max(round(num_layers * share), 1)) for share in PROMPT_SHARES)
         halves = windows.view(-1, windows.shape[1] // 2)
         few, more = halves[:ALONE], halves[:TOGETHER]
         read: dict[Candidate, int] = {
@@ -124,12 +133,15 @@ class Skipping:
 
 
 @torch.no_grad()
-def scored(engine: Engine, windows: Tensor) -> tuple[list[float], Tensor]:
-    """Return the loss of each of (N, T) windows in nats per token, and the most likely next tokens (N, T − 1)."""
+def scored(engine: Engine, windows: Tensor, num_prompt: int = 0) -> tuple[list[float], Tensor]:
+    """Return the loss of each of (N, T) windows in nats per token, and the most likely next tokens (N, T − 1).
+
+    With `num_prompt` the first tokens are read as a prompt, and those after it are scored.
+    """
     losses, tokens = list[float](), list[Tensor]()
     for window in windows.to(engine.adapted.device):
-        logits = engine.logits(window)[:-1].float()
-        losses.append(F.cross_entropy(logits, window[1:]).item())
+        logits = engine.logits(window, num_prompt)[:-1].float()
+        losses.append(F.cross_entropy(logits, window[-len(logits) :]).item())
         tokens.append(logits.argmax(-1))
     return losses, torch.stack(tokens)
 
@@ -139,17 +151,22 @@ class Quality:
     """Quality of settings on (N, T) windows of text, next to full depth in the model's own precision."""
 
     windows: Tensor
-    known: dict[Setting, tuple[list[float], Tensor]] = field(default_factory=dict)
+    known: dict[tuple[Setting, int], tuple[list[float], Tensor]] = field(default_factory=dict)
 
     def of(self, entrant: Entrant, reference: Entrant) -> dict[str, Any]:
-        """Return perplexity, its increase over the reference, and the agreement with it."""
-        (losses, tokens), (full_losses, full_tokens) = self._scored(entrant), self._scored(reference)
+        """Return perplexity, its increase over the reference, and the agreement with it.
+
+        Where prompts are read in another way, both are scored on the last quarter of each window, after a prompt.
+        """
+        num_prompt = 0 if entrant.setting.prompt_layers is None else 3 * self.windows.shape[1] // 4
+        losses, tokens = self._scored(entrant, num_prompt)
+        full_losses, full_tokens = self._scored(reference, num_prompt)
         agreement = (tokens == full_tokens).double().mean().item()
         return {**increase_of(losses, full_losses), "agreement": agreement, "num_tokens": tokens.numel()}
 
-    def _scored(self, entrant: Entrant) -> tuple[list[float], Tensor]:
-        setting = replace(entrant.setting, draft=None)  # drafts change nothing
-        if setting not in self.known:
+    def _scored(self, entrant: Entrant, num_prompt: int) -> tuple[list[float], Tensor]:
+        key = replace(entrant.setting, draft=None), num_prompt  # drafts change nothing
+        if key not in self.known:
             with entrant.on():
-                self.known[setting] = scored(entrant.engine, self.windows)
-        return self.known[setting]
+                self.known[key] = scored(entrant.engine, self.windows, num_prompt)
+        return self.known[key]

@@ -28,6 +28,7 @@ from anydepth.measure.front import front
 from anydepth.measure.race import FEW, Entrant, Race, Setting
 from anydepth.measure.timing import Batch
 from anydepth.methods._base.calibration import comparing
+from anydepth.methods.prompt_exit import PromptExitConfig
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import AUTO, NATIVE, dtype_name, has_blocks
 from anydepth.models.target import ADAPTER, local_folder
@@ -302,7 +303,9 @@ class Tuner:
             for method in comparing(found.attached):
                 method.set_skip_share(setting.skip_share)
         elif not self.skipping.has_own or not (draft or setting.is_attached):
-            found = attach(detach(found), SkipSetConfig(**as_lists(setting.skips)) if setting.skips else [])
+            skips = [SkipSetConfig(**as_lists(setting.skips))] if setting.skips else []
+            exits = [] if setting.prompt_layers is None else [PromptExitConfig(layer=setting.prompt_layers)]
+            found = attach(detach(found), [*skips, *exits])
         has_base = is_folder and own_base(self.target) is not None
         base = self.target if is_plain else None
         save(found, out, base=base, own_base=tokenizer if has_base else None, draft=draft, run=run)
