@@ -176,6 +176,7 @@ class AdaptedModel(nn.Module):
         """Generate by transformers' own `generate`, on a cache that may hold fewer tokens than the sequence."""
         # transformers' own cache does not know the length of a sequence if no layer has attention.
         needs_own = self.calls.enabled or "attention" not in self.backbone.layer_types()
+        needs_own &= kwargs.get("custom_generate") is None  # another loop has its own cache
         if needs_own and kwargs.get("past_key_values") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = cache = self.new_cache()
             token_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
