@@ -175,7 +175,7 @@ def _blending(layer: nn.Module, weight: Tensor) -> Any:
 def _hiding_keys(layer: nn.Module, names: Any, keep: Tensor) -> Any:
     """Later tokens do not see a skipped token here; a recurrence runs over the kept tokens alone."""
     mixer = next(getattr(layer, name) for name in names.mixers if hasattr(layer, name))
-    if hasattr(mixer, "conv1d"):
+    if any(mixer is getattr(layer, name, None) for name in names.recurrent):
         original = mixer.forward
         mixer.forward = _row_by_row(original, keep)
         try:

@@ -57,7 +57,7 @@ def test_projected_keys_and_values_are_those_of_the_models_cache(model: PreTrain
         cache = model(families.token_ids(2, 9), use_cache=True).past_key_values
     for view in softmax:
         hidden, arguments = records[view.layer_idx]
-        keys, values = view.project_kv(view.normalise(hidden), arguments.get("position_embeddings"))
+        keys, values = view.project_kv(view.normalise(hidden), view.positions_of(arguments))
         torch.testing.assert_close(keys, cache.layers[view.layer_idx].keys)
         torch.testing.assert_close(values, cache.layers[view.layer_idx].values)
 

@@ -124,6 +124,10 @@ class AdaptedModel(nn.Module):
         cache = self._cache_for(kwargs)
         num_seen = 0 if cache is None else cache.num_seen
         token_mask, positions = _tokens(kwargs, num_seen)
+        if self.backbone.family.ignores_past and num_seen and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(num_seen, num_seen + token_mask.shape[1], device=token_mask.device)[
+                None
+            ]
         plan = self.calls.plan
         methods = self.active_methods if plan is None else plan.methods
         record = PassRecord(token_mask, num_seen, cache is not None, len(self._gated))

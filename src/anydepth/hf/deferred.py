@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from anydepth.gating.gate import Gate
 from anydepth.hf.adaptive_cache import Arguments, DeferredLayer
 from anydepth.hf.partial import Forward, Run, additive_mask
-from anydepth.models.backbone import LayerView, first_output
+from anydepth.models.layer_view import LayerView, first_output
 
 
 def run_after_exit(
@@ -71,8 +71,8 @@ def _arguments_of(run: Run, arguments: dict[str, Any]) -> Arguments:
 def _joined(parts: list[Arguments], *, is_recurrent: bool) -> dict[str, Any]:
     joined: dict[str, Any] = {"attention_mask": (_recurrent_mask if is_recurrent else _attention_mask)(parts)}
     for name, values in parts[-1].by_token.items():
-        tensors = tuple(_cat([part.by_token[name][i] for part in parts], 1) for i in range(len(values)))
-        joined[name] = tensors if name == "position_embeddings" else tensors[0]
+        tensors = [_cat([part.by_token[name][i] for part in parts], 1) for i in range(len(values))]
+        joined[name] = tuple(tensors) if len(tensors) > 1 else tensors[0]
     return joined
 
 

@@ -17,7 +17,7 @@ from anydepth.hf.alternate import run_alternate
 from anydepth.hf.calls import Calls
 from anydepth.hf.deferred import restore_exited, run_after_exit
 from anydepth.hf.partial import Forward, PartialRunner, Run
-from anydepth.models.backbone import LayerView, first_output
+from anydepth.models.layer_view import LayerView, first_output
 
 
 class GatedLayer:
@@ -177,14 +177,15 @@ class GatedLayer:
             ahead = self.own_ffn_in(residual)
         return self._finish_ffn(run, ahead) if self.view.ffn_out is self.view.ffn_in else ahead
 
-    def ffn_out_forward(self, branch: Tensor) -> Tensor:
+    def ffn_out_forward(self, branch: Tensor) -> Any:
         """Run the last module of the FFN branch, and scatter the kept tokens' output among zeros."""
         run = self.calls.run
         if run is None:
             return self.own_ffn_out(branch)
         gate = run.ffn_gates.get(self.layer_idx)
         is_empty = gate is not None and run.sparse and not gate.any_kept
-        return self._finish_ffn(run, branch if is_empty else self.own_ffn_out(branch))
+        output = self._finish_ffn(run, branch if is_empty else first_output(self.own_ffn_out(branch)))
+        return (output, None) if self.view.family.ffn_returns_tuple else output
 
     def _gate_ffn(self, run: Run, residual: Tensor) -> None:
         # `ffn_gates` may have this gate already: gradient checkpointing runs the FFN again.

@@ -19,7 +19,7 @@ from anydepth.gating.gate import Gate
 from anydepth.gating.plan import Decisions
 from anydepth.gating.trace import PassRecord
 from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap, put_rows, rows_of
-from anydepth.models.backbone import LayerView, first_output
+from anydepth.models.layer_view import LayerView, first_output
 
 Forward = Callable[..., Any]
 _KEEPS_CACHE = "_can_checkpoint_with_cache"
@@ -162,7 +162,7 @@ class PartialRunner:
     def defer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Defer the K/V of tokens under `project`, since no token runs the layer now."""
         if gate.kv_rule == "project" and run.cache is not None:
-            run.cache.kv(self.layer_idx).defer(hidden, arguments.get("position_embeddings"))
+            run.cache.kv(self.layer_idx).defer(hidden, self.view.positions_of(arguments))
 
     def materialise(self, run: Run) -> None:
         """Project the deferred K/V of earlier tokens, which a token is about to attend to."""
@@ -170,8 +170,8 @@ class PartialRunner:
             return
         kv = run.cache.kv(self.layer_idx)
         if kv.deferred:
-            hidden, rotation = kv.take_deferred()
-            kv.append(*self.view.project_kv(self.view.normalise(hidden), rotation), None, kv.num_kv)
+            hidden, positions = kv.take_deferred()
+            kv.append(*self.view.project_kv(self.view.normalise(hidden), positions), None, kv.num_kv)
 
     def run_masked(
         self, run: Run, gate: Gate, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
@@ -216,10 +216,9 @@ class PartialRunner:
                 continue
             skipped = None
             if gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or run.cache is not None):
-                rotation = arguments.get("position_embeddings")
-                if rotation is not None:
-                    rotation = (group.take(rotation[0], group.skipped), group.take(rotation[1], group.skipped))
-                skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), rotation)
+                of_all = self.view.positions_of(arguments)
+                where = None if of_all is None else tuple(group.take(part, group.skipped) for part in of_all)
+                skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), where)
             positions = group.kept + run.num_seen if gate.kv_rule == "omit" else None
             tap = self._tap(run, group, skipped if group.num_kept else None, positions)
             if group.num_kept:
@@ -302,9 +301,11 @@ class PartialRunner:
         taken = {**arguments, self.view.family.cache_argument: tap, "attention_mask": visible}
         if arguments.get("position_ids") is not None:
             taken["position_ids"] = group.take(arguments["position_ids"], group.kept)
-        if arguments.get("position_embeddings") is not None:
-            rotation = arguments["position_embeddings"]
+        rotation = arguments.get("position_embeddings")
+        if isinstance(rotation, tuple):
             taken["position_embeddings"] = tuple(group.take(part, group.kept) for part in rotation)
+        elif rotation is not None:
+            taken["position_embeddings"] = group.take(rotation, group.kept)
         return taken
 
     def _project_mask(self, run: Run, group: Group, mask: Tensor | None) -> Tensor | None:

@@ -16,9 +16,10 @@ from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods import METHODS
 from anydepth.methods._base.training import Trained
 from anydepth.methods.mixer_router import MixerRouter
-from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.backbone import Backbone
 from anydepth.models.blocks import BlockLinear, block_modules
 from anydepth.models.delta_rule import build_delta_rule, matched_shape
+from anydepth.models.layer_view import LayerView
 from anydepth.models.llama_like import read_layers, weights_of
 from anydepth.models.load import dtype_name
 
@@ -91,7 +92,7 @@ def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
 
 def _remarks(views: list[LayerView]) -> list[str]:
     remarks = []
-    if any(view.family.fused_qkv for view in views):
+    if any(view.projects_queries for view in views):
         remarks.append("q, k and v are one matrix: under kv_rule=project a skipping token pays for all three")
     if any(view.is_recurrent for view in views):
         remarks.append("recurrent mixers see every token under kv_rule=project; only their FFN is saved there")

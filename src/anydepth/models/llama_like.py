@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.errors import Unsupported
-from anydepth.models.backbone import Backbone, LayerView, is_spread
+from anydepth.models.backbone import Backbone, is_spread
 from anydepth.models.blocks import BlockLinear, Blocks
+from anydepth.models.layer_view import LayerView
 from anydepth.models.plain import base_module, chosen_module, plain_module
 
 BlocksOf = Mapping[nn.Module, Blocks]

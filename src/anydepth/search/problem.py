@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods.skip_set import SkipSet
-from anydepth.models.backbone import first_output
 from anydepth.models.hooks import Hooks
+from anydepth.models.layer_view import first_output
 
 Candidate = tuple[str, int]
 """(`layer`, `mixer` or `ffn`, layer index)."""

@@ -26,7 +26,8 @@ from anydepth.errors import UserError
 from anydepth.hf.adapted import attach, detach
 from anydepth.hf.latencies import latencies
 from anydepth.methods.skip_set import SkipSetConfig
-from anydepth.models.backbone import first_output, recorded_inputs
+from anydepth.models.backbone import recorded_inputs
+from anydepth.models.layer_view import first_output
 from anydepth.search import bayesian
 from anydepth.search.problem import Candidate, Problem, as_lists, influences, next_tokens
 
