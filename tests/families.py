@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -88,6 +89,30 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3": _config("phi3"),
     "gemma": _config("gemma", head_dim=8),
     "gemma2": _config("gemma2", head_dim=8, sliding_window=11),
+    "gemma4_text": _config(
+        "gemma4_text",
+        head_dim=8,
+        global_head_dim=16,
+        hidden_size_per_layer_input=6,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        final_logit_softcapping=15.0,
+        **WINDOWS,
+    ),
+    "gemma4_text_moe": _config(
+        "gemma4_text",
+        head_dim=8,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=16,
+        **WINDOWS,
+    ),
     "gemma3_text": _config("gemma3_text", head_dim=8, sliding_window=11, sliding_window_pattern=2),
     "apertus": _config("apertus", attention_bias=True),
     "arcee": _config("arcee", mlp_bias=True),
@@ -250,6 +275,8 @@ class Names:
     Attributes:
         recurrent: the mixers that are recurrences.
         branch_factor: attribute of a layer, by which it multiplies what its branches add.
+        whole_layers: whether a layer does more than add its branches.
+        shares_kv: whether layers attend to K/V of others.
     """
 
     layers: str = "model.layers"
@@ -258,6 +285,8 @@ class Names:
     ffn_end: str = "mlp"
     recurrent: tuple[str, ...] = ()
     branch_factor: str = ""
+    whole_layers: bool = False
+    shares_kv: bool = False
 
 
 GEMMA = Names(mixer_ends=("post_attention_layernorm",), ffn_end="post_feedforward_layernorm")
@@ -274,6 +303,8 @@ NAMES: dict[str, Names] = {
     "olmo3": GEMMA,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "gemma4_text": replace(GEMMA, whole_layers=True, shares_kv=True),
+    "gemma4_text_moe": replace(GEMMA, whole_layers=True),
     "glm4": Names(mixer_ends=("post_self_attn_layernorm",), ffn_end="post_mlp_layernorm"),
     "gpt2": Names("transformer.h", ("attn",), ("attn",)),
     "gpt_neox": Names("gpt_neox.layers", ("attention",), ("attention",)),
@@ -303,6 +334,10 @@ def has_recurrence(family: str) -> bool:
     return bool(names_of(family).recurrent)
 
 
+def has_experts(model: torch.nn.Module) -> bool:
+    return any(name.endswith("experts") for name, _ in model.named_modules())
+
+
 def is_available(family: str) -> bool:
     """Whether this version of transformers has the family; variants of one have its name as a prefix."""
     return family in CONFIG_MAPPING_NAMES or family.rpartition("_")[0] in CONFIG_MAPPING_NAMES or family in VARIANTS
@@ -310,8 +345,16 @@ def is_available(family: str) -> bool:
 
 WITHOUT_SDPA = {"gemma2", "gpt_oss", "gptj"}
 """Families with soft-caps or sinks in attention."""
-VARIANTS = {"falcon_multi_query", "stablelm_parallel"}
+VARIANTS = {"gemma4_text_moe", "falcon_multi_query", "stablelm_parallel"}
 """Names of configs that are no model types."""
+
+
+_BUILT: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+
+
+def family_of(model: PreTrainedModel) -> str:
+    """The name under which a model was built."""
+    return _BUILT[model]
 
 
 def build(family: str, *, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
@@ -327,6 +370,10 @@ def build(family: str, *, attention: str | None = None, seed: int = 0) -> PreTra
                 parameter.copy_(0.2 * noise)
             else:
                 parameter.add_(0.1 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.8)
+    _BUILT[model] = family
     return model
 
 

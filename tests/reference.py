@@ -47,6 +47,9 @@ def replay(
             mixer_keep = trace.mixer_keep[layer_idx]
             if trace.kv_rules[layer_idx] == "omit":
                 stack.enter_context(_hiding_keys(layer, names, mixer_keep & trace.token_mask))
+            if names.whole_layers and (weights is None or layer_idx not in weights):
+                stack.enter_context(_blending(layer, mixer_keep.float()))
+                continue
             if weights is not None and layer_idx in weights:
                 stack.enter_context(_blending(layer, weights[layer_idx]))
                 continue

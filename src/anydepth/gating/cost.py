@@ -30,7 +30,7 @@ class FlopCount:
 
     Attributes:
         layers, full_depth_layers: mixers and FFNs, as run and at full depth.
-        head: the logits. router: the methods' decisions.
+        head: the logits, and linear layers between embedding and layers. router: the methods' decisions.
     """
 
     layers: int = 0
@@ -98,7 +98,8 @@ def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[
     for layer_idx, view in enumerate(backbone.layers):
         ran, whole = _layer_flops(view, layer_idx, trace, since, filled[layer_idx] if filled else 0)
         layers, full = layers + ran, full + whole
-    head = sum(trace.head_rows) * _linear_flops(backbone.head)
+    outside = _linear_flops(backbone.decoder) - sum(_linear_flops(view.module) for view in backbone.layers)
+    head = sum(trace.head_rows) * _linear_flops(backbone.head) + int(trace.token_mask.sum()) * outside
     return FlopCount(layers + trace.other_flops, full, head, trace.router_flops)
 
 
@@ -116,26 +117,28 @@ def _layer_flops(view: LayerView, layer_idx: int, trace: Trace, since: int, fill
     omits, late = trace.kv_rules[layer_idx] == "omit", trace.late[layer_idx].sum(0)
     num_late = int(late[since:].sum())
     num_mixed, num_fed = num_mixed + num_late, num_fed + num_late
-    if view.is_recurrent and not omits:
+    if view.is_recurrent and trace.kv_rules[layer_idx] == "project":
         num_mixed = num_tokens  # the recurrent state sees every token
     seen, all_seen = _attended(mixer_keep, real, trace, omits, late, since)
     ran = num_mixed * cost.mixer + seen.pairs * cost.per_pair + seen.keys * cost.per_key + num_fed * cost.ffn
     if trace.kv_rules[layer_idx] == "project":
-        ran += _num_projected(mixer_keep, real, trace, filled) * cost.skipped_mixer * (not view.is_recurrent)
+        ran += _num_projected(view, mixer_keep, real, trace, filled) * cost.skipped_mixer * (not view.is_recurrent)
     full = num_tokens * (cost.mixer + cost.ffn) + all_seen.pairs * cost.per_pair + all_seen.keys * cost.per_key
     return ran, full
 
 
-def _num_projected(keep: Tensor, real: Tensor, trace: Trace, filled: int) -> int:
+def _num_projected(view: LayerView, keep: Tensor, real: Tensor, trace: Trace, filled: int) -> int:
     """Return the number of tokens of which only the K/V are projected.
 
     With a cache these are projected once a token of the same or a later forward needs them, without one in the rows
     where some token attends. The first `filled` tokens already have K/V.
     """
     skipped = real & ~keep
-    if not trace.cached:
+    if not trace.cached and not view.kv_readers:
         return int(skipped[keep.any(1)].sum())
     needed = 0
+    for reader in view.kv_readers:
+        keep = keep | (trace.mixer_keep[reader] & real)
     for start, length in zip(accumulate([0, *trace.pass_lengths]), trace.pass_lengths, strict=False):
         if keep[:, start : start + length].any():
             needed = start + length
@@ -276,8 +279,8 @@ def _mixtures(module: nn.Module) -> list[_Mixture]:
         experts = children.get("experts")
         if experts is None:
             continue
-        router: Any = next(child for child in children.values() if hasattr(child, "top_k"))
-        top_k = int(router.top_k)
+        router: Any = next(children[name] for name in ("gate", "router") if name in children)
+        top_k = int(router.top_k if hasattr(router, "top_k") else router.config.top_k_experts)
         weights = [weight for weight in experts.parameters() if weight.dim() == 3]
         flops = 2 * top_k * sum(weight[0].numel() for weight in weights)
         own = None if isinstance(router, nn.Linear) else dict(router.named_parameters(recurse=False)).get("weight")

@@ -109,6 +109,8 @@ class AdaptedModel(nn.Module):
         if any(layer.training for layer in self._modules_of_layers):  # transformers too decides this layer by layer
             join_checkpoints(self._modules_of_layers, self.calls)
         run = self._begin(kwargs) if self.calls.enabled else None
+        if run is not None and "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = 0  # else Gemma-4 runs its last layers for the last tokens alone
         with self.calls.setting(run=run):
             output = self._own_decoder(**kwargs)
         if isinstance(cache := kwargs.get("past_key_values"), AdaptiveCache):

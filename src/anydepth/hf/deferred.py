@@ -30,7 +30,7 @@ def run_after_exit(
         return _run(run, view, gate, own, hidden, arguments)
     if run.cache is not None:
         layer = run.cache.deferred[view.layer_idx]
-        layer.arguments.append(_arguments_of(run, arguments))
+        layer.arguments.append(_arguments_of(run, view, arguments))
         if not run.has_stopped:
             layer.states += [hidden] if run.deferred is None else [run.deferred, hidden]
             run.has_stopped, run.deferred = True, None
@@ -53,15 +53,15 @@ def _run(run: Run, view: LayerView, gate: Gate, own: Forward, hidden: Tensor, ar
     if not states:
         return first_output(own(hidden, **arguments))
     num_deferred = sum(part.shape[1] for part in states)
-    joined = _joined([*layer.arguments, _arguments_of(run, arguments)], is_recurrent=view.is_recurrent)
+    joined = _joined([*layer.arguments, _arguments_of(run, view, arguments)], is_recurrent=view.is_recurrent)
     output = first_output(own(torch.cat([*states, hidden], dim=1), **{**arguments, **joined}))
     run.deferred = output[:, :num_deferred]
     return output[:, num_deferred:]
 
 
-def _arguments_of(run: Run, arguments: dict[str, Any]) -> Arguments:
+def _arguments_of(run: Run, view: LayerView, arguments: dict[str, Any]) -> Arguments:
     by_token = {}
-    for name in ("position_ids", "position_embeddings"):
+    for name in ("position_ids", "position_embeddings", *view.family.token_arguments):
         value = arguments.get(name)
         if value is not None:
             by_token[name] = value if isinstance(value, tuple) else (value,)

@@ -57,6 +57,10 @@ class GatedLayer:
             return self.own_layer(hidden, *args, **kwargs)
         arguments = {**dict(zip(self.view.argument_names, args, strict=False)), **kwargs}
         gate = run.decisions.gate("layer", self.layer_idx, hidden)
+        if gate is not None and self.view.shares_kv:
+            gate = gate if gate.kv_rule != "omit" else replace(gate, kv_rule="project")  # a skip set says omit
+        if gate is None or gate.any_kept or not run.sparse:
+            arguments = self.runner.share_kv(run, arguments)
         if run.gates_branches:
             self._gate_branches(run, gate, hidden, arguments)
             return self.own_layer(hidden, **arguments)

@@ -5,6 +5,8 @@ The model's own forward runs unchanged, on the kept tokens, their rows of the ma
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +20,8 @@ from anydepth.gating.context import PassContext
 from anydepth.gating.gate import Gate
 from anydepth.gating.plan import Decisions
 from anydepth.gating.trace import PassRecord
-from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap, put_rows, rows_of
+from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap, LayerKV, put_rows, rows_of
+from anydepth.hf.groups import Group, groups_of, levelled
 from anydepth.models.layer_view import LayerView, first_output
 
 Forward = Callable[..., Any]
@@ -36,6 +39,8 @@ class Run:
         exited: by exit layer, (B, T) tokens that exited, and (B, T, D) states there.
         deferred: (B, N, D) states of tokens of earlier forwards that run along.
         has_stopped: whether the tokens of this forward have been deferred.
+        shared_kv: by layer, K/V of this forward that later layers share, where there is no cache.
+        incomplete: layers that put K/V of some tokens alone where later layers look for them.
     """
 
     decisions: Decisions
@@ -50,6 +55,14 @@ class Run:
     exited: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     deferred: Tensor | None = None
     has_stopped: bool = False
+    shared_kv: defaultdict[int, LayerKV] = field(default_factory=lambda: defaultdict(LayerKV))
+    incomplete: set[int] = field(default_factory=set)
+
+    def kv(self, view: LayerView) -> LayerKV | None:
+        """Return the K/V of an attention layer; None if no later token or layer attends to them."""
+        if self.cache is not None:
+            return self.cache.kv(view.layer_idx)
+        return self.shared_kv[view.layer_idx] if view.kv_readers else None
 
     @property
     def context(self) -> PassContext:
@@ -71,74 +84,6 @@ class Run:
         return self.decisions.plan.gates_branches
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rows of the batch that keep equally many tokens, so that they run without padding.
-
-    Attributes:
-        rows: (R,) row indices, or None for all rows in order.
-        kept: (R, N) indices of kept tokens among the T new ones; skipped: (R, T - N).
-    """
-
-    rows: Tensor | None
-    kept: Tensor
-    skipped: Tensor
-
-    @property
-    def num_kept(self) -> int:
-        return self.kept.shape[1]
-
-    @property
-    def row_indices(self) -> Tensor:
-        return torch.arange(len(self.kept), device=self.kept.device) if self.rows is None else self.rows
-
-    def take(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """Return the (R, N, ...) entries at `index` (R, N) of a (B or 1, T, ...) tensor."""
-        if tensor.shape[0] == 1 and index.shape[0] == 1:
-            return tensor.index_select(1, index[0])
-        rows = torch.zeros_like(self.row_indices) if tensor.shape[0] == 1 else self.row_indices
-        return tensor[rows[:, None], index]
-
-    def put(self, base: Tensor, values: Tensor) -> Tensor:
-        """Return a copy of (B, T, D) `base` with `values` (R, N, D) at the kept tokens."""
-        if base.shape[0] == 1:
-            return base.index_copy(1, self.kept[0], values.to(base.dtype))
-        return base.index_put((self.row_indices[:, None], self.kept), values.to(base.dtype))
-
-    def order(self) -> Tensor:
-        """Return the index of each of the T tokens in [kept, skipped]: (T,) for one row, else (R, T)."""
-        order = torch.cat([self.kept, self.skipped], dim=1).argsort(dim=1)
-        return order[0] if order.shape[0] == 1 else order
-
-
-def groups_of(keep: Tensor) -> Iterator[Group]:
-    """Split the rows of a (B, T) decision by how many tokens they keep."""
-    num_rows, num_tokens = keep.shape
-    counts = keep.sum(1)
-    for count in counts.unique().tolist():
-        rows = None if num_rows == 1 else (counts == count).nonzero()[:, 0]
-        if rows is not None and rows.numel() == num_rows:
-            rows = None
-        part = keep if rows is None else keep[rows]
-        kept = part.nonzero()[:, 1].view(-1, count) if count else keep.new_zeros(part.shape[0], 0, dtype=torch.long)
-        yield Group(rows, kept, (~part).nonzero()[:, 1].view(part.shape[0], num_tokens - count))
-
-
-def levelled(keep: Tensor, real: Tensor) -> Tensor:
-    """Return a (B, T) decision that also keeps a few skipped `real` tokens, so that all rows keep equally many.
-
-    Rows then run together. This needs the K/V rule `project`, under which a skipped token has the same K/V as one that
-    runs; the output of the added tokens is dropped. The decision is unchanged if it would grow by more than an eighth.
-    """
-    counts = keep.sum(1)
-    lacking = counts.max() - counts
-    if int(lacking.sum()) * 8 > int(counts.sum()):
-        return keep
-    skipped = real & ~keep
-    from_right = skipped.flip(1).cumsum(1).flip(1)  # the last skipped tokens are added: padding is on the left
-    return keep | (skipped & (from_right <= lacking[:, None]))
-
-
 class PartialRunner:
     """Runs one layer, or its mixer, for the tokens that a gate keeps."""
 
@@ -150,10 +95,8 @@ class PartialRunner:
         """Return whether every token runs and the K/V have no gaps, so that the module's own forward runs."""
         if not gate.all_kept or gate.weight is not None:
             return False
-        if run.cache is None or self.view.is_recurrent:
-            return True
-        kv = run.cache.kv(self.layer_idx)
-        return kv.positions is None and kv.num_kv == run.cache.num_seen
+        kv = None if self.view.is_recurrent or self.view.kv_source is not None else run.kv(self.view)
+        return kv is None or (kv.positions is None and kv.num_kv == run.num_seen)
 
     def sees_every_token(self, gate: Gate) -> bool:
         """Return whether the mixer runs for every token: a recurrent one under `project`; its state is its K/V."""
@@ -161,17 +104,34 @@ class PartialRunner:
 
     def defer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Defer the K/V of tokens under `project`, since no token runs the layer now."""
-        if gate.kv_rule == "project" and run.cache is not None:
-            run.cache.kv(self.layer_idx).defer(hidden, self.view.positions_of(arguments))
+        kv = None if gate.kv_rule != "project" or self.view.kv_source is not None else run.kv(self.view)
+        if kv is not None:
+            kv.defer(hidden, self.view.positions_of(arguments))
+            run.incomplete.add(self.layer_idx)
 
     def materialise(self, run: Run) -> None:
         """Project the deferred K/V of earlier tokens, which a token is about to attend to."""
-        if run.cache is None or self.view.is_recurrent:
-            return
-        kv = run.cache.kv(self.layer_idx)
-        if kv.deferred:
+        view = self.view.kv_source or self.view
+        kv = None if view.is_recurrent else run.kv(view)
+        if kv is not None and kv.deferred:
             hidden, positions = kv.take_deferred()
-            kv.append(*self.view.project_kv(self.view.normalise(hidden), positions), None, kv.num_kv)
+            kv.append(*view.project_kv(view.normalise(hidden), positions), None, kv.num_kv)
+
+    def share_kv(self, run: Run, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return a layer's arguments with the K/V of every token, if it shares those of a layer that some skipped."""
+        source = self.view.kv_source
+        if source is None or source.layer_idx not in run.incomplete:
+            return arguments
+        self.materialise(run)
+        kv, name = run.kv(source), self.view.family.shared_kv_argument
+        assert kv is not None and kv.keys is not None and kv.values is not None, "the layer has been materialised"
+        return {**arguments, name: self._shared(arguments[name], (kv.keys, kv.values))}
+
+    def _shared(self, by_type: Any, kv: tuple[Tensor, Tensor]) -> Any:
+        """Return a copy of transformers' mapping of shared K/V, with others for this layer."""
+        by_type = copy.copy(by_type)
+        by_type[self.view.mixer.layer_type] = kv
+        return by_type
 
     def run_masked(
         self, run: Run, gate: Gate, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
@@ -208,6 +168,9 @@ class PartialRunner:
         """Run the module's own forward for the kept tokens, and put the output into `base`; K/V by the gate's rule."""
         written: list[tuple[Group, KVTap, Tensor | None]] = []
         running = gate.keep
+        has_kv = not self.view.is_recurrent and self.view.kv_source is None
+        is_read = has_kv and run.kv(self.view) is not None
+        run.incomplete.add(self.layer_idx)
         if run.context.training and gate.kv_rule == "project" and not self.view.is_recurrent:
             running = levelled(running, run.context.token_mask)
         for group in groups_of(running):
@@ -215,7 +178,7 @@ class PartialRunner:
                 base = self._run_recurrent_rows(run, group, own, hidden, base, arguments)
                 continue
             skipped = None
-            if gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or run.cache is not None):
+            if has_kv and gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or is_read):
                 of_all = self.view.positions_of(arguments)
                 where = None if of_all is None else tuple(group.take(part, group.skipped) for part in of_all)
                 skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), where)
@@ -280,9 +243,9 @@ class PartialRunner:
 
     def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, positions: Tensor | None) -> KVTap:
         tap = KVTap(skipped=skipped, order=None if skipped is None else group.order())
-        if run.cache is None:
+        kv, seen = None if self.view.kv_source is not None else run.kv(self.view), run.num_seen
+        if kv is None:
             return tap
-        kv, seen = run.cache.kv(self.layer_idx), run.num_seen
         if group.rows is None:
             tap.write = lambda keys, values: kv.append(keys, values, positions, seen)
         elif kv.keys is not None and kv.values is not None:
@@ -306,6 +269,14 @@ class PartialRunner:
             taken["position_embeddings"] = tuple(group.take(part, group.kept) for part in rotation)
         elif rotation is not None:
             taken["position_embeddings"] = group.take(rotation, group.kept)
+        for name in self.view.family.token_arguments:
+            if arguments.get(name) is not None:
+                taken[name] = group.take(arguments[name], group.kept)
+        if self.view.kv_source is not None and group.rows is not None:
+            by_type = arguments[self.view.family.shared_kv_argument]
+            keys, values = by_type[self.view.mixer.layer_type]
+            of_rows = self._shared(by_type, (keys[group.rows], values[group.rows]))
+            taken[self.view.family.shared_kv_argument] = of_rows
         return taken
 
     def _project_mask(self, run: Run, group: Group, mask: Tensor | None) -> Tensor | None:
@@ -339,12 +310,10 @@ class PartialRunner:
 
     def _write(self, run: Run, written: list[tuple[Group, KVTap, Tensor | None]]) -> None:
         """Write the new K/V of all rows to the cache at once."""
-        if run.cache is None:
-            return
         parts = [(group, *tap.new, positions) for group, tap, positions in written if tap.new is not None]
-        if not parts:
+        kv, seen = run.kv(self.view) if parts else None, run.num_seen
+        if kv is None:
             return
-        kv, seen = run.cache.kv(self.layer_idx), run.cache.num_seen
         group, keys, values, positions = parts[0]
         if group.rows is None:  # no token was kept, so that no attention call wrote to the cache
             kv.append(keys, values, positions, seen)

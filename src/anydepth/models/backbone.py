@@ -71,6 +71,27 @@ class Backbone:
         self.decoder: nn.Module = causal_lm.get_submodule(self.family.decoder)
         modules = list(getattr(self.decoder, self.family.layers))
         self.layers = [LayerView(module, i, self.family, self.hidden_size) for i, module in enumerate(modules)]
+        self._find_shared_kv()
+
+    def _find_shared_kv(self) -> None:
+        """Find the layer of which each layer without its own K/V has them: the last one of its type that has some."""
+        last: dict[Any, LayerView] = {}
+        for view in self.layers if self.family.shared_kv_argument else ():
+            kind = self._layer_type(view)
+            if view.kv_projections:
+                last[kind] = view
+            else:
+                view.kv_source = last[kind]
+                last[kind].kv_readers.append(view.layer_idx)
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether layers attend to K/V of other layers."""
+        return any(view.shares_kv for view in self.layers)
+
+    def _layer_type(self, view: LayerView) -> str | None:
+        types = getattr(self.model.config, "layer_types", None)
+        return types[view.layer_idx] if types else None
 
     def _refuse_variants(self, config: Any) -> None:
         if self.family_name == "opt" and not config.do_layer_norm_before:
@@ -181,7 +202,8 @@ class Backbone:
     @torch.no_grad()
     def verify(self) -> None:
         """Check `project_kv` of each kind of layer, and `logits_of`, against the model's own forward on six tokens."""
-        kinds = {self._kind(view): view for view in reversed(self.layers) if not view.is_recurrent}
+        own = [view for view in self.layers if not view.is_recurrent and view.kv_source is None]
+        kinds = {self._kind(view): view for view in reversed(own)}
         checked = list(kinds.values())
         token_ids = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
         with recorded_inputs(checked) as records, self.layer_outputs() as outputs, _evaluating(self.model):
@@ -192,8 +214,7 @@ class Backbone:
 
     def _kind(self, view: LayerView) -> tuple[Any, ...]:
         """Return what decides how a layer projects its K/V."""
-        types = getattr(self.model.config, "layer_types", None) or [None] * self.num_layers
-        return type(view.mixer), types[view.layer_idx], bool(getattr(view.mixer, "use_rope", True))
+        return type(view.mixer), self._layer_type(view), bool(getattr(view.mixer, "use_rope", True))
 
     def _check_projection(self, view: LayerView, hidden: Tensor, arguments: dict[str, Any]) -> None:
         projected = view.project_kv(view.normalise(hidden), view.positions_of(arguments))

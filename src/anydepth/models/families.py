@@ -23,8 +23,12 @@ class Family:
         ffn_in: the first module of the FFN, which gets the residual stream.
         cache_argument: argument of the mixer with the cache.
         position_arguments: arguments of the mixer that say where tokens are.
+        token_arguments: further arguments of a layer that have one entry for each token.
+        shared_kv_argument: argument of the mixer with K/V that layers without their own share, by type of layer.
         unused_arguments: arguments without a default that the mixer does not need.
         logits_factor, logits_divisor: attributes of the config by which the head's output is multiplied or divided.
+        whole_layers: why a layer can only be skipped as a whole; empty where it adds a mixer and an FFN to the residual
+            stream and does nothing else.
         returns_tuple, ffn_returns_tuple: whether a layer, or its `ffn_out`, returns a tuple.
         ignores_past: whether the model takes the first token of each forward for the first of the sequence, unless it
             is given positions.
@@ -47,9 +51,12 @@ class Family:
     ffn_out: tuple[str, ...] = ("mlp",)
     cache_argument: str = "past_key_values"
     position_arguments: tuple[str, ...] = ("position_embeddings",)
+    token_arguments: tuple[str, ...] = ()
+    shared_kv_argument: str = ""
     unused_arguments: tuple[str, ...] = ()
     logits_factor: str = ""
     logits_divisor: str = ""
+    whole_layers: str = ""
     returns_tuple: bool = False
     ffn_returns_tuple: bool = False
     ignores_past: bool = False
@@ -115,6 +122,13 @@ FAMILIES: dict[str, Family] = {
     "gemma": LLAMA_LIKE,
     "gemma2": GEMMA_LIKE,
     "gemma3_text": GEMMA_LIKE,
+    "gemma4_text": replace(
+        GEMMA_LIKE,
+        token_arguments=("per_layer_input",),
+        shared_kv_argument="shared_kv_states",
+        unused_arguments=("shared_kv_states",),
+        whole_layers="they also scale the residual stream and add an input of their own",
+    ),
     "glm": LLAMA_LIKE,
     "glm4": Family(mixer_out=("post_self_attn_layernorm",), ffn_out=("post_mlp_layernorm",)),
     "glm4_moe": LLAMA_LIKE,

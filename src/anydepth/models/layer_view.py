@@ -51,13 +51,20 @@ class _NoQueries(nn.Module):
 
 
 class LayerView:
-    """A decoder layer: its modules by role, and the K/V projection of tokens that skip its mixer."""
+    """A decoder layer: its modules by role, and the K/V projection of tokens that skip its mixer.
+
+    Attributes:
+        kv_source: the earlier layer of which this one attends to the K/V, as it has none of its own.
+        kv_readers: indices of the later layers that attend to the K/V of this one.
+    """
 
     def __init__(self, module: nn.Module, layer_idx: int, family: Family, hidden_size: int) -> None:
         self.module = module
         self.hidden_size = hidden_size
         self.layer_idx = layer_idx
         self.family = family
+        self.kv_source: LayerView | None = None
+        self.kv_readers: list[int] = []
         name, self.mixer = self._first(family.mixer)
         self.is_recurrent = name in family.recurrent
         self.kv_norm = self._first(family.kv_norm)[1] if family.kv_norm else None
@@ -94,9 +101,10 @@ class LayerView:
         """Number of values of a token in the K/V cache; 0 for a recurrent layer."""
         if self.is_recurrent:
             return 0
-        outputs = sum(_outputs(part) for part in self.kv_projections)
-        queries, _, width = self.heads
-        return outputs - queries * width if self.projects_queries else outputs
+        if self.family.kv_expansions:
+            return sum(_outputs(part) for part in self.kv_projections)
+        _, kv_heads, width = self.heads
+        return 2 * kv_heads * width
 
     @property
     def values_per_pair(self) -> int:
@@ -104,6 +112,10 @@ class LayerView:
         attention: Any = self.mixer
         queries, _, width = self.heads
         return queries * (width + getattr(attention, "v_head_dim", width))
+
+    @property
+    def shares_kv(self) -> bool:
+        return self.kv_source is not None or bool(self.kv_readers)
 
     @property
     def projects_queries(self) -> bool:
@@ -122,9 +134,8 @@ class LayerView:
         queries = attention.config.num_attention_heads
         widths = (getattr(attention, name, None) for name in ("qk_head_dim", "head_dim"))
         width = next(filter(None, widths), self.hidden_size // queries)
-        outputs = sum(_outputs(part) for part in self.kv_projections)
-        heads = outputs // width
-        return queries, (heads - queries) // 2 if self.projects_queries else heads // 2, width
+        heads = _outputs(self.kv_projections[0]) // width if self.kv_projections else 0
+        return queries, (heads - queries) // 2 if self.projects_queries else heads, width
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """Apply the norm before the K/V projection to the (..., D) residual stream."""
