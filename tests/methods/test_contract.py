@@ -300,7 +300,9 @@ def test_sparse_is_masked_in_bfloat16(family: str, case: str) -> None:
     same = (adapted.last_trace.mixer_keep == trace.mixer_keep).all(2).all(0)
     assert same.any()
     if families.has_experts(adapted.backbone.model):  # so may a router's, of single tokens
-        errors = [relative_rms(*pair) for pair in zip(sparse[same].flatten(0, 1), masked[same].flatten(0, 1))]
+        errors = [
+            relative_rms(*pair) for pair in zip(sparse[same].flatten(0, 1), masked[same].flatten(0, 1), strict=True)
+        ]
         assert sorted(errors)[len(errors) // 2] <= 2e-2
     else:
         assert relative_rms(sparse[same], masked[same]) <= 2e-2

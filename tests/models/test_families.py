@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import anydepth
 import families
 from anydepth.errors import UserError
 from anydepth.models.backbone import Backbone
-from anydepth.models.families import FAMILIES
+from anydepth.models.families import FAMILIES, REFUSED, family_of
 
 
 def test_every_supported_family_has_a_tiny_model() -> None:
@@ -57,3 +58,16 @@ def test_a_layer_adds_the_outputs_of_its_branches(family: str, model: PreTrained
         outputs = [added[module].view_as(hidden) for module in (view.mixer_out, view.ffn_out)]
         scale = getattr(view.module, factor) if factor else 1
         torch.testing.assert_close(hidden + scale * sum(outputs), added[view.module])
+
+
+def test_the_readme_says_how_many_families_there_are() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"[{len(FAMILIES)} model families]" in readme
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_a_family_that_does_not_fit_is_refused_in_one_line_that_says_why(model_type: str) -> None:
+    with pytest.raises(UserError) as error:
+        family_of(model_type)
+    assert REFUSED[model_type] in str(error.value) and "\n" not in str(error.value)
+    assert model_type not in FAMILIES

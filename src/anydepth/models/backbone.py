@@ -94,12 +94,12 @@ class Backbone:
         return types[view.layer_idx] if types else None
 
     def _refuse_variants(self, config: Any) -> None:
-        if self.family_name == "opt" and not config.do_layer_norm_before:
-            raise UserError(
-                "this OPT normalises after each branch (do_layer_norm_before=False); other OPT models are supported"
-            )
-        if self.family_name == "falcon" and config.alibi:
-            raise UserError("this Falcon uses ALiBi positions; only the rotary Falcon models are supported")
+        for refusal in self.family.refused:
+            if getattr(config, refusal.attribute, None) == refusal.value:
+                raise UserError(
+                    f"this {self.family_name} model has {refusal.attribute}={refusal.value}, which anydepth does not "
+                    f"support: {refusal.why}"
+                )
 
     @property
     def num_layers(self) -> int:

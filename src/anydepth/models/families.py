@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from anydepth.errors import UserError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A variant of a family that does not fit: an attribute of its config with this value."""
+
+    attribute: str
+    value: Any
+    why: str
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,7 @@ class Family:
         cache_argument: argument of the mixer with the cache.
         position_arguments: arguments of the mixer that say where tokens are.
         token_arguments: further arguments of a layer that have one entry for each token.
-        shared_kv_argument: argument of the mixer with K/V that layers without their own share, by type of layer.
+        shared_kv_argument: argument of the mixer with K/V of earlier layers, by type of layer, for those without any.
         unused_arguments: arguments without a default that the mixer does not need.
         logits_factor, logits_divisor: attributes of the config by which the head's output is multiplied or divided.
         whole_layers: why a layer can only be skipped as a whole; empty where it adds a mixer and an FFN to the residual
@@ -32,6 +42,7 @@ class Family:
         returns_tuple, ffn_returns_tuple: whether a layer, or its `ffn_out`, returns a tuple.
         ignores_past: whether the model takes the first token of each forward for the first of the sequence, unless it
             is given positions.
+        refused: variants that do not fit.
         restarts_at_switch: whether the model reads the sequence again when its rotary embedding switches to long
             sequences.
     """
@@ -60,9 +71,11 @@ class Family:
     returns_tuple: bool = False
     ffn_returns_tuple: bool = False
     ignores_past: bool = False
+    refused: tuple[Refusal, ...] = ()
     restarts_at_switch: bool = False
 
 
+BIDIRECTIONAL = (Refusal("use_bidirectional_attention", True, "attention to later tokens"),)
 LLAMA_LIKE = Family()
 GEMMA_LIKE = Family(
     mixer_out=("post_attention_layernorm",),
@@ -117,17 +130,19 @@ FAMILIES: dict[str, Family] = {
         cache_argument="layer_past",
         unused_arguments=("alibi",),
         returns_tuple=True,
+        refused=(Refusal("alibi", True, "ALiBi positions; the rotary Falcon models are supported"),),
     ),
     "flex_olmo": NORMS_AFTER,
-    "gemma": LLAMA_LIKE,
+    "gemma": replace(LLAMA_LIKE, refused=BIDIRECTIONAL),
     "gemma2": GEMMA_LIKE,
-    "gemma3_text": GEMMA_LIKE,
+    "gemma3_text": replace(GEMMA_LIKE, refused=BIDIRECTIONAL),
     "gemma4_text": replace(
         GEMMA_LIKE,
         token_arguments=("per_layer_input",),
         shared_kv_argument="shared_kv_states",
         unused_arguments=("shared_kv_states",),
         whole_layers="they also scale the residual stream and add an input of their own",
+        refused=(Refusal("use_bidirectional_attention", "all", "attention to later tokens"),),
     ),
     "glm": LLAMA_LIKE,
     "glm4": Family(mixer_out=("post_self_attn_layernorm",), ffn_out=("post_mlp_layernorm",)),
@@ -194,6 +209,7 @@ FAMILIES: dict[str, Family] = {
         kv_norm=("self_attn_layer_norm",),
         ffn_in=("final_layer_norm",),
         ffn_out=("fc2",),
+        refused=(Refusal("do_layer_norm_before", False, "norms after each branch; other OPT models are supported"),),
     ),
     "phi": replace(PARALLEL, final_norm="final_layernorm"),
     "phimoe": LLAMA_LIKE,
@@ -211,8 +227,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+REFUSED = {
+    "bloom": "its branches add the residual stream themselves, and ALiBi counts keys by their place in the cache",
+    "falcon_h1": "its layers run attention and a recurrence side by side, with one gate for both states",
+    "mamba2": "its layers have neither attention nor an FFN, so that a token that skips one leaves a gap in its state",
+    "mpt": "its FFN adds the residual stream itself, and ALiBi counts keys by their place in the cache",
+}
+"""Families that were looked at and do not fit, and why."""
+
+
 def family_of(model_type: str) -> Family:
     """Return a supported family, or raise a `UserError` that lists them."""
     if model_type not in FAMILIES:
-        raise UserError(f"model family '{model_type}' is not supported; supported are: {', '.join(sorted(FAMILIES))}")
+        why = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
+        raise UserError(
+            f"model family '{model_type}' is not supported{why}; supported are: {', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[model_type]
