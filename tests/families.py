@@ -219,6 +219,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         attn_pdrop=0.0,
         **SPECIAL,
     ),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=VOCABULARY, hidden_size=32, n_layer=5, n_head=4, hidden_dropout=0.0, attention_dropout=0.0, **SPECIAL
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_without("num_key_value_heads")),
     "gptj": lambda: transformers.GPTJConfig(
         vocab_size=VOCABULARY,
@@ -303,6 +306,7 @@ NAMES: dict[str, Names] = {
     "olmo3": GEMMA,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "bloom": Names("transformer.h", ("self_attention",), ("self_attention",), whole_layers=True),
     "gemma4_text": replace(GEMMA, whole_layers=True, shares_kv=True),
     "gemma4_text_moe": replace(GEMMA, whole_layers=True),
     "glm4": Names(mixer_ends=("post_self_attn_layernorm",), ffn_end="post_mlp_layernorm"),
@@ -343,7 +347,7 @@ def is_available(family: str) -> bool:
     return family in CONFIG_MAPPING_NAMES or family.rpartition("_")[0] in CONFIG_MAPPING_NAMES or family in VARIANTS
 
 
-WITHOUT_SDPA = {"gemma2", "gpt_oss", "gptj"}
+WITHOUT_SDPA = {"bloom", "gemma2", "gpt_oss", "gptj"}
 """Families with soft-caps or sinks in attention."""
 VARIANTS = {"gemma4_text_moe", "falcon_multi_query", "stablelm_parallel"}
 """Names of configs that are no model types."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+from transformers import CTRLConfig, CTRLLMHeadModel, PreTrainedModel
 
 import anydepth
 import families
@@ -24,8 +24,8 @@ def test_every_supported_family_has_a_tiny_model() -> None:
 
 
 def test_an_unknown_family_is_refused_with_the_list() -> None:
-    with pytest.raises(UserError, match=r"bloom.*falcon.*qwen3_next"):
-        anydepth.attach(BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)), [])
+    with pytest.raises(UserError, match=r"ctrl.*falcon.*qwen3_next"):
+        anydepth.attach(CTRLLMHeadModel(CTRLConfig(vocab_size=50, n_embd=16, n_layer=1, n_head=2, dff=16)), [])
 
 
 def test_branches_are_the_modules_of_the_modelling_file(family: str, model: PreTrainedModel) -> None:

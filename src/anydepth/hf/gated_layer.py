@@ -30,6 +30,8 @@ class GatedLayer:
         self.calls = calls
         self.patches: list[tuple[nn.Module, Any]] = []
         self.own_layer = self._patch(view.module, self.layer_forward)
+        if view.family.whole_layers:  # no method gates its branches
+            return
         self.own_mixer = self._patch(view.mixer, self.mixer_forward)
         if view.mixer_out is not view.mixer:
             self.own_mixer_out = self._patch(view.mixer_out, self.mixer_out_forward)

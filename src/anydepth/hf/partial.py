@@ -152,6 +152,7 @@ class PartialRunner:
         visible[..., -num_tokens:] |= torch.eye(num_tokens, dtype=torch.bool, device=hidden.device)
         mask = _in_form_of(arguments.get("attention_mask"), visible)
         taken = {**arguments, self.view.family.cache_argument: tap, "attention_mask": mask}
+        taken |= self._key_bias(run, group, arguments, every_token + run.num_seen)
         with self._keeping_tap():
             return first_output(own(hidden, **taken))
 
@@ -262,6 +263,7 @@ class PartialRunner:
         else:
             visible = _in_form_of(mask, self._omit_mask(run, group, mask, positions))
         taken = {**arguments, self.view.family.cache_argument: tap, "attention_mask": visible}
+        taken |= self._key_bias(run, group, arguments, positions)
         if arguments.get("position_ids") is not None:
             taken["position_ids"] = group.take(arguments["position_ids"], group.kept)
         rotation = arguments.get("position_embeddings")
@@ -294,10 +296,7 @@ class PartialRunner:
 
         Its columns are entries of this layer, those of the model's mask are positions in the sequence.
         """
-        columns = positions
-        if run.cache is not None and run.cache.kv(self.layer_idx).num_kv:
-            before = run.cache.kv(self.layer_idx).positions_of(run.shape[0], positions.device)
-            columns = torch.cat([before if group.rows is None else before[group.rows], positions], dim=1)
+        columns = self._columns(run, group, positions)
         visible = (columns != EMPTY)[:, None] & (columns[:, None] <= group.kept[..., None] + run.num_seen)
         if mask is not None:
             rows = group.take(mask[:, 0], group.kept)
@@ -307,6 +306,25 @@ class PartialRunner:
                 seen_by_model = seen_by_model > torch.finfo(mask.dtype).min / 2
             visible = visible & seen_by_model
         return visible[:, None]
+
+    def _columns(self, run: Run, group: Group, positions: Tensor) -> Tensor:
+        """Return the (R, S) positions of the K/V entries of past and kept tokens, with gaps."""
+        if run.cache is None or not run.cache.kv(self.layer_idx).num_kv:
+            return positions
+        before = run.cache.kv(self.layer_idx).positions_of(run.shape[0], positions.device)
+        return torch.cat([before if group.rows is None else before[group.rows], positions], dim=1)
+
+    def _key_bias(self, run: Run, group: Group, arguments: dict[str, Any], positions: Tensor | None) -> dict[str, Any]:
+        """Return the bias of the keys that some rows have, if the family has one."""
+        name = self.view.family.key_argument
+        if not name:
+            return {}
+        bias = arguments[name].view(run.shape[0], -1, arguments[name].shape[-1])
+        bias = bias if group.rows is None else bias[group.rows]
+        if positions is not None:
+            columns = self._columns(run, group, positions).clamp_min(0)[:, None]
+            bias = bias.gather(2, columns.expand(-1, bias.shape[1], -1))
+        return {name: bias.flatten(0, 1)[:, None]}
 
     def _write(self, run: Run, written: list[tuple[Group, KVTap, Tensor | None]]) -> None:
         """Write the new K/V of all rows to the cache at once."""

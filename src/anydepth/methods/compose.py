@@ -50,12 +50,8 @@ def _build(config: StrictConfig, backbone: Backbone) -> Method:
 
 
 def _refuse_with_family(method: Method, backbone: Backbone) -> None:
-    why = backbone.family.whole_layers
-    if why and method.branches - {"layer"}:
-        raise UserError(
-            f"{method.name} skips mixers or FFNs alone, and layers of {backbone.family_name} can only be skipped as a "
-            f"whole: {why}"
-        )
+    if method.branches - {"layer"}:
+        backbone.check_branches(method.name)
     if backbone.shares_kv and "omit" in method.kv_rules:
         raise UserError(
             f"{method.name} omits K/V of tokens that skip a layer, and later layers of this {backbone.family_name} "

@@ -89,6 +89,14 @@ class Backbone:
         """Whether layers attend to K/V of other layers."""
         return any(view.shares_kv for view in self.layers)
 
+    def check_branches(self, what: str) -> None:
+        """Raise `UserError` if `what`, which skips mixers or FFNs alone, does not fit the family."""
+        if self.family.whole_layers:
+            raise UserError(
+                f"{what} skips mixers or FFNs alone, and layers of {self.family_name} can only be skipped as a whole: "
+                f"{self.family.whole_layers}"
+            )
+
     def _layer_type(self, view: LayerView) -> str | None:
         types = getattr(self.model.config, "layer_types", None)
         return types[view.layer_idx] if types else None

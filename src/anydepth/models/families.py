@@ -34,6 +34,7 @@ class Family:
         cache_argument: argument of the mixer with the cache.
         position_arguments: arguments of the mixer that say where tokens are.
         token_arguments: further arguments of a layer that have one entry for each token.
+        key_argument: argument of a layer with a (B · heads, 1, S) bias of each key, such as ALiBi's.
         shared_kv_argument: argument of the mixer with K/V of earlier layers, by type of layer, for those without any.
         unused_arguments: arguments without a default that the mixer does not need.
         logits_factor, logits_divisor: attributes of the config by which the head's output is multiplied or divided.
@@ -42,6 +43,7 @@ class Family:
         returns_tuple, ffn_returns_tuple: whether a layer, or its `ffn_out`, returns a tuple.
         ignores_past: whether the model takes the first token of each forward for the first of the sequence, unless it
             is given positions.
+        branch_factor: attribute of a layer by which it multiplies what its branches add.
         refused: variants that do not fit.
         restarts_at_switch: whether the model reads the sequence again when its rotary embedding switches to long
             sequences.
@@ -63,6 +65,7 @@ class Family:
     cache_argument: str = "past_key_values"
     position_arguments: tuple[str, ...] = ("position_embeddings",)
     token_arguments: tuple[str, ...] = ()
+    key_argument: str = ""
     shared_kv_argument: str = ""
     unused_arguments: tuple[str, ...] = ()
     logits_factor: str = ""
@@ -71,6 +74,7 @@ class Family:
     returns_tuple: bool = False
     ffn_returns_tuple: bool = False
     ignores_past: bool = False
+    branch_factor: str = ""
     refused: tuple[Refusal, ...] = ()
     restarts_at_switch: bool = False
 
@@ -89,7 +93,7 @@ NORMS_AFTER = Family(
     ffn_out=("post_feedforward_layernorm",),
 )
 PARALLEL = Family(ffn_in=("mlp",))
-GRANITE_LIKE = Family(logits_divisor="logits_scaling")
+GRANITE_LIKE = Family(branch_factor="residual_multiplier", logits_divisor="logits_scaling")
 COHERE_LIKE = replace(PARALLEL, logits_factor="logit_scale")
 LATENT = Family(
     query_projections=("q_proj", "q_a_proj", "q_b_proj"),
@@ -108,6 +112,21 @@ FAMILIES: dict[str, Family] = {
         ffn_out=("feed_forward",),
         returns_tuple=True,
         ignores_past=True,
+    ),
+    "bloom": Family(
+        decoder="transformer",
+        layers="h",
+        embedding="word_embeddings",
+        final_norm="ln_f",
+        mixer=("self_attention",),
+        query_projections=(),
+        kv_projections=("query_key_value",),
+        cache_argument="layer_past",
+        position_arguments=(),
+        key_argument="alibi",
+        unused_arguments=("residual", "alibi"),
+        whole_layers="their branches add the residual stream themselves",
+        returns_tuple=True,
     ),
     "cohere": COHERE_LIKE,
     "cohere2": COHERE_LIKE,
@@ -228,7 +247,6 @@ FAMILIES: dict[str, Family] = {
 
 
 REFUSED = {
-    "bloom": "its branches add the residual stream themselves, and ALiBi counts keys by their place in the cache",
     "falcon_h1": "its layers run attention and a recurrence side by side, with one gate for both states",
     "mamba2": "its layers have neither attention nor an FFN, so that a token that skips one leaves a gap in its state",
     "mpt": "its FFN adds the residual stream itself, and ALiBi counts keys by their place in the cache",

@@ -85,6 +85,12 @@ class LayerView:
         )
 
     @property
+    def branch_factor(self) -> float:
+        """The constant by which the layer multiplies what its branches add."""
+        name = self.family.branch_factor
+        return float(getattr(self.module, name)) if name else 1.0
+
+    @property
     def kv_projections(self) -> list[nn.Module]:
         """The linear layers that run for a skipping token: those of K and V, or the fused one of queries too."""
         children = dict(chosen_module(self.mixer).named_children())
@@ -131,7 +137,7 @@ class LayerView:
     def heads(self) -> tuple[int, int, int]:
         """Number of query heads, number of key/value heads, and the width of a head."""
         attention: Any = self.mixer
-        queries = attention.config.num_attention_heads
+        queries = attention.config.num_attention_heads if hasattr(attention, "config") else attention.num_heads
         widths = (getattr(attention, name, None) for name in ("qk_head_dim", "head_dim"))
         width = next(filter(None, widths), self.hidden_size // queries)
         heads = _outputs(self.kv_projections[0]) // width if self.kv_projections else 0

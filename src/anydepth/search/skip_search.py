@@ -55,6 +55,8 @@ def search(
     started = time.monotonic()
     adapted = attach(model, SkipSetConfig())
     try:
+        if branches:
+            adapted.backbone.check_branches("a search of branches")
         everything = candidates(adapted.backbone.num_layers, branches=branches)
         num_out = num_left_out(adapted.backbone.num_layers, budget, branches=branches)
         problem = Problem(adapted, windows, everything, num_out, next_tokens(adapted, windows), seed)
