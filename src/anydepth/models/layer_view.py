@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,10 +42,9 @@ class KVCapture:
 class _NoQueries(nn.Module):
     """Zeros in place of a query projection, of the same shape."""
 
-    def __init__(self, own: nn.Module) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        inner: Any = own
-        self.width = inner.out_features
+        self.width = width
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden.new_zeros(*hidden.shape[:-1], self.width)
@@ -93,14 +93,12 @@ class LayerView:
     @property
     def kv_projections(self) -> list[nn.Module]:
         """The linear layers that run for a skipping token: those of K and V, or the fused one of queries too."""
-        children = dict(chosen_module(self.mixer).named_children())
-        return [children[name] for name in self.family.kv_projections if children.get(name) is not None]
+        return list(self._parts_of_mixer(self.family.kv_projections).values())
 
     @property
     def kv_expansions(self) -> list[nn.Module]:
         """The linear layers that compute K/V from what the cache has, in each forward and for each of its tokens."""
-        children = dict(chosen_module(self.mixer).named_children())
-        return [children[name] for name in self.family.kv_expansions if children.get(name) is not None]
+        return list(self._parts_of_mixer(self.family.kv_expansions).values())
 
     @property
     def kv_values(self) -> int:
@@ -126,12 +124,11 @@ class LayerView:
     @property
     def projects_queries(self) -> bool:
         """Whether a skipping token pays for queries too, because q, k and v are one matrix."""
-        return not self.is_recurrent and not self._query_projections
+        return not self.is_recurrent and not self._parts_of_mixer(self.family.query_projections)
 
-    @property
-    def _query_projections(self) -> dict[str, nn.Module]:
-        children = dict(chosen_module(self.mixer).named_children())
-        return {name: children[name] for name in self.family.query_projections if children.get(name) is not None}
+    def _parts_of_mixer(self, names: tuple[str, ...]) -> dict[str, nn.Module]:
+        parts = chosen_module(self.mixer)._modules
+        return {name: part for name in names if (part := parts.get(name)) is not None}
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -181,14 +178,20 @@ class LayerView:
 
         It is made for each call: other threads run the layer's own mixer, and adapters may come and go.
         """
-        queries = self._query_projections
+        queries = self._parts_of_mixer(self.family.query_projections)
         if not queries:
             return self.mixer
         mixer = chosen_module(self.mixer)
         twin = object.__new__(type(mixer))
         twin.__dict__.update(mixer.__dict__)
-        twin._modules = {**mixer._modules, **{name: _NoQueries(part) for name, part in queries.items()}}
+        twin._modules = {**mixer._modules, **{name: _no_queries(_outputs(part)) for name, part in queries.items()}}
         return twin
+
+
+@cache
+def _no_queries(width: int) -> nn.Module:
+    """Return a module without state, which is made once, since that takes as long as a projection."""
+    return _NoQueries(width)
 
 
 def _outputs(projection: Any) -> int:

@@ -1,6 +1,6 @@
 """The weights and settings of a Llama-like layer, for engines that run the layer themselves.
 
-Apart from `backbone.py` and `families.py` only this module knows Hugging Face attribute names.
+Apart from `backbone.py`, `layer_view.py` and `families.py` only this module knows Hugging Face attribute names.
 """
 
 from __future__ import annotations
