@@ -244,9 +244,9 @@ class PartialRunner:
 
     def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, positions: Tensor | None) -> KVTap:
         tap = KVTap(skipped=skipped, order=None if skipped is None else group.order())
-        kv, seen = None if self.view.kv_source is not None else run.kv(self.view), run.num_seen
-        if kv is None:
-            return tap
+        if run.cache is None or self.view.kv_source is not None:
+            return tap  # without `write`: backward may run this again
+        kv, seen = run.cache.kv(self.layer_idx), run.num_seen
         if group.rows is None:
             tap.write = lambda keys, values: kv.append(keys, values, positions, seen)
         elif kv.keys is not None and kv.values is not None:
@@ -333,7 +333,7 @@ class PartialRunner:
         if kv is None:
             return
         group, keys, values, positions = parts[0]
-        if group.rows is None:  # no token was kept, so that no attention call wrote to the cache
+        if group.rows is None:  # no attention call wrote to the cache: no token was kept, or there is no cache
             kv.append(keys, values, positions, seen)
             return
         num_rows, num_kv = run.shape[0], max(part[1].shape[2] for part in parts)
