@@ -28,6 +28,7 @@ class Family:
             one matrix.
         kv_projections: linear layers of the mixer that it needs; kv_expansions: those that run for every token in the
             cache, which has compressed K/V.
+        repeats_kv: attribute of the mixer that says whether it caches K/V once for each query head.
         mixer_out, ffn_out: the module with the output that the branch adds to the residual stream, times a constant at
             most; an empty `mixer_out` is the mixer.
         ffn_in: the first module of the FFN, which gets the residual stream.
@@ -59,6 +60,7 @@ class Family:
     query_projections: tuple[str, ...] = ("q_proj",)
     kv_projections: tuple[str, ...] = ("k_proj", "v_proj")
     kv_expansions: tuple[str, ...] = ()
+    repeats_kv: str = ""
     mixer_out: tuple[str, ...] = ()
     ffn_in: tuple[str, ...] = ("post_attention_layernorm",)
     ffn_out: tuple[str, ...] = ("mlp",)
@@ -145,6 +147,7 @@ FAMILIES: dict[str, Family] = {
         kv_norm=("ln_attn", "input_layernorm"),
         query_projections=(),
         kv_projections=("query_key_value",),
+        repeats_kv="new_decoder_architecture",
         ffn_in=("post_attention_layernorm", "ln_mlp", "mlp"),
         cache_argument="layer_past",
         unused_arguments=("alibi",),

@@ -107,8 +107,9 @@ class LayerView:
             return 0
         if self.family.kv_expansions:
             return sum(_outputs(part) for part in self.kv_projections)
-        _, kv_heads, width = self.heads
-        return 2 * kv_heads * width
+        queries, kv_heads, width = self.heads
+        repeats = bool(self.family.repeats_kv) and getattr(self.mixer, self.family.repeats_kv)
+        return 2 * (queries if repeats else kv_heads) * width
 
     @property
     def values_per_pair(self) -> int:
