@@ -57,9 +57,29 @@ def methods() -> str:
 
 
 def families() -> str:
-    """Return the supported model families."""
-    families = importlib.import_module("anydepth.models.families")
-    return ", ".join(f"`{name}`" for name in sorted(families.FAMILIES))
+    """Return tables of the supported model families and of those that were looked at and do not fit."""
+    table = importlib.import_module("anydepth.models.families")
+    fast = importlib.import_module("anydepth.models.llama_like").FAMILIES
+    rows = [
+        (f"`{name}`", "hf, fast" if name in fast else "hf", *_limits(family))
+        for name, family in sorted(table.FAMILIES.items())
+    ]
+    refused = [(f"`{name}`", why) for name, why in sorted(table.REFUSED.items())]
+    head = ("family", "engines", "`kv_rule`", "what is refused, and notes")
+    return f"{_table(head, rows)}\n\n{_table(('not supported', 'why'), refused)}"
+
+
+def _limits(family: Any) -> tuple[str, str]:
+    """Return the K/V rules of a family, and what it refuses."""
+    notes = [f"`{refusal.attribute}={refusal.value}` ({refusal.why})" for refusal in family.refused]
+    if family.whole_layers:
+        notes.append(f"skipping mixers or FFNs alone ({family.whole_layers})")
+    if family.recurrent:
+        notes.append("recurrent mixers see every token under `project`")
+    if not family.query_projections:
+        notes.append("a skipping token pays for q too under `project`, as q, k and v are one matrix")
+    rules = "project, recompute, and omit where no layers share K/V" if family.shared_kv_argument else "all"
+    return rules, "; ".join(notes)
 
 
 def commands() -> str:

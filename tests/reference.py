@@ -47,6 +47,9 @@ def replay(
             mixer_keep = trace.mixer_keep[layer_idx]
             if trace.kv_rules[layer_idx] == "omit":
                 stack.enter_context(_hiding_keys(layer, names, mixer_keep & trace.token_mask))
+            if names.whole_layers and (weights is None or layer_idx not in weights):
+                stack.enter_context(_blending(layer, mixer_keep.float()))
+                continue
             if weights is not None and layer_idx in weights:
                 stack.enter_context(_blending(layer, weights[layer_idx]))
                 continue
@@ -175,7 +178,7 @@ def _blending(layer: nn.Module, weight: Tensor) -> Any:
 def _hiding_keys(layer: nn.Module, names: Any, keep: Tensor) -> Any:
     """Later tokens do not see a skipped token here; a recurrence runs over the kept tokens alone."""
     mixer = next(getattr(layer, name) for name in names.mixers if hasattr(layer, name))
-    if hasattr(mixer, "conv1d"):
+    if any(mixer is getattr(layer, name, None) for name in names.recurrent):
         original = mixer.forward
         mixer.forward = _row_by_row(original, keep)
         try:

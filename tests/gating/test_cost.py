@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+import families
 from anydepth.gating import cost
 from anydepth.gating.cost import LayerCost
 from anydepth.gating.trace import PassRecord, Trace
@@ -105,6 +107,38 @@ def test_bytes_of_a_step_are_its_weights_and_the_kv_that_it_reads(backbone: Back
 def test_bytes_of_weights(backbone: Backbone) -> None:
     mixer, rest = cost.branch_weight_bytes(backbone.layers[0])
     assert mixer == MIXER // 2 * 4 and rest == (FFN // 2 + 2 * 32) * 4  # with two norms
+
+
+def test_bytes_of_a_mixture_are_those_of_the_experts_that_run() -> None:
+    """Two of six for a token; four for two rows, which may choose four different ones, and six for four rows."""
+    backbone = Backbone(families.build("mixtral"))
+    view, expert = backbone.layers[0], 4 * (2 * 48 * 32 + 32 * 48)
+    rest = 4 * (6 * 32 + 2 * 32)  # the router and two norms
+    assert cost.branch_weight_bytes(view)[1] == rest + 2 * expert
+    branches = [cost.branch_weight_bytes(layer) for layer in backbone.layers]
+    for rows, experts in ((1, 2), (2, 4), (4, 6)):
+        record = [
+            PassRecord(torch.ones(rows, length, dtype=torch.bool), past, cached=True, num_layers=5)
+            for length, past in ((3, 0), (1, 3))
+        ]
+        trace = Trace.join(record)
+        kv = sum(rows * 4 * layer.kv_values * 4 for layer in backbone.layers)
+        mixers = sum(mixer for mixer, _ in branches)
+        assert cost.step_bytes(backbone, trace, branches, 0, 4) == mixers + 5 * (rest + experts * expert) + kv
+
+
+def test_kv_values_of_a_token_are_those_in_the_cache(family: str, model: PreTrainedModel) -> None:
+    """Compressed ones, shared ones, those of one matrix, and none of a recurrence."""
+    backbone = Backbone(model)
+    ids = families.token_ids(1, 9)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    for view in backbone.layers:
+        layer = cache.layers[view.layer_idx]
+        stored = 0
+        if not view.is_recurrent and view.kv_source is None:
+            stored = layer.keys[0, :, 0].numel() + layer.values[0, :, 0].numel()
+        assert view.kv_values == stored
 
 
 def test_a_recurrent_mixer_costs_less_from_some_length_on(backbone: Backbone) -> None:

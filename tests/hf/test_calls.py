@@ -224,11 +224,23 @@ def test_checkpointing_that_is_not_reentrant_stays_so() -> None:
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "qwen3_next"])
-def test_recomputed_layers_of_other_families(family: str) -> None:
-    """C6, other families: layers with positional arguments, norms after branches, recurrent mixers."""
-    wanted = gradients("ffn_router", "sparse", None, family)
-    ours = gradients("ffn_router", "sparse", {"use_reentrant": True}, family)
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        ("gpt2", "ffn_router"),
+        ("gemma3_text", "ffn_router"),
+        ("qwen3_next", "ffn_router"),
+        ("gpt_oss", "ffn_router"),
+        ("gemma4_text", "layer_router"),
+        ("bloom", "layer_router"),
+    ],
+)
+def test_recomputed_layers_of_other_families(family: str, spec: str) -> None:
+    """C6, other families: layers with positional arguments, norms after branches, recurrent mixers, an FFN that returns
+    a tuple, K/V that later layers share, a bias of keys.
+    """
+    wanted = gradients(spec, "sparse", None, family)
+    ours = gradients(spec, "sparse", {"use_reentrant": True}, family)
     for own, theirs in zip(ours, wanted, strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-5)
 

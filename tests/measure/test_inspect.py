@@ -56,3 +56,11 @@ def test_the_bytes_of_a_copy_are_those_that_the_engine_reads(weights: str) -> No
 def test_a_family_that_the_fast_engine_does_not_run_has_no_copy() -> None:
     inspected = inspect_model(attach(families.build("gpt2"), []))
     assert inspected["engines"]["fast"].startswith("does not apply") and inspected["copy_bytes"] == {}
+
+
+def test_methods_that_a_family_refuses_do_not_apply() -> None:
+    document = inspect_model(attach(families.build("gemma4_text"), []))
+    refused = {name for name, says in document["methods"].items() if says != "applies"}
+    assert refused == {"ffn_router", "mixer_router"}
+    assert "can only be skipped as a whole" in document["methods"]["ffn_router"]
+    assert any("kv_rule=omit does not apply" in note for note in document["notes"])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
@@ -86,6 +87,10 @@ CASES: dict[str, Spec] = {
     },
     "early_exit_classifier": {"name": "early_exit", "layers": [1, 3], "confidence": "classifier", "thresholds": 0.5},
     "hat": [{"name": "exit_gate", "layers": [2, 4]}, {"name": "ffn_router", "layers": [0, 1, 3]}],
+    "branches_and_router": [
+        {"name": "skip_set", "skip_mixers": [2], "skip_ffns": [1]},
+        {"name": "layer_router", "always_keep": 1, "kv_rule": "omit"},
+    ],
     "mixers_routed": {"name": "mixer_router"},
     "mixers_all": {"name": "mixer_router", "state": "all", "layers": [1, 3]},
 }
@@ -117,6 +122,11 @@ FULL_BUDGET: dict[str, dict[str, Any]] = {
 TOLERANCE = 1e-5
 
 
+def tolerance(family: str) -> float:
+    """Recurrences by chunks round otherwise where chunks begin elsewhere."""
+    return (2 if families.has_recurrence(family) else 1) * TOLERANCE
+
+
 def test_every_method_has_a_case() -> None:
     """C21: a method that is registered has one at once, by its defaults."""
     specs = [spec for case in CASES.values() for spec in (case if isinstance(case, list) else [case])]
@@ -128,17 +138,39 @@ def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def attach(model: PreTrainedModel, spec: Spec) -> AdaptedModel:
-    """Attached, with a router whose decisions really differ between tokens."""
+def refusal(model: PreTrainedModel, spec: Spec) -> str | None:
+    """Part of the error where a family does not take a method."""
+    names, specs = families.names_of(families.family_of(model)), spec if isinstance(spec, list) else [spec]
+    branches = {"skip_mixers", "skip_ffns"}
+    if names.whole_layers and any(
+        part["name"] in ("ffn_router", "mixer_router") or part.get("branch") == "mixer" or branches & set(part)
+        for part in specs
+    ):
+        return "can only be skipped as a whole"
+    if names.shares_kv and any(
+        part.get("kv_rule", "omit" if part["name"] == "mixture_of_depths" else None) == "omit" for part in specs
+    ):
+        return "later layers .* share them"
+    return None
+
+
+def attach(model: PreTrainedModel, spec: Spec, *, as_built: bool = False) -> AdaptedModel:
+    """Attached, with a router whose decisions really differ between tokens; skips where the family refuses, as it
+    should.
+    """
+    if why := refusal(model, spec):
+        with pytest.raises(UserError, match=why):
+            anydepth.attach(model, spec)
+        pytest.skip(why)
     adapted = anydepth.attach(model, spec)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
-        for name, parameter in adapted.methods.named_parameters():
+        for name, parameter in [] if as_built else adapted.methods.named_parameters():
             if "out." in name or "direct." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
             if name.startswith("exit_gate") and name.endswith("direct.bias"):
                 parameter.fill_(3.0)  # most go on at each gate
-        for name, buffer in adapted.methods.named_buffers():
+        for name, buffer in [] if as_built else adapted.methods.named_buffers():
             if name.endswith("thresholds"):
                 buffer.zero_()
     return adapted
@@ -155,12 +187,17 @@ def logits_of(adapted: AdaptedModel, ids: Tensor, **options: Any) -> Tensor:
 
 def assert_mixed(adapted: AdaptedModel) -> None:
     """Router cases decide differently for different tokens; else the checks below would prove little."""
+    whole_sequences = getattr(adapted.attached[-1].config, "granularity", "token") == "sequence"
     if {"layer_router", "mixture_of_depths", "exit_gate", "early_exit"} & set(adapted.methods):
         share = adapted.last_trace.mixer_keep.float().mean((1, 2))
-        assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
+        assert ((share > 0.01) & (share < 0.99)).sum() >= (1 if whole_sequences else 2), share
     if "mixer_router" in adapted.methods:
         share = adapted.last_trace.other_keep.float().mean((1, 2))
         assert ((share > 0.05) & (share < 0.95)).sum() >= 2, share
+
+
+def layers_of(model: PreTrainedModel, family: str) -> list[nn.Module]:
+    return list(model.get_submodule(families.names_of(family).layers))
 
 
 def others_of(adapted: AdaptedModel) -> Any:
@@ -200,7 +237,7 @@ def test_full_budget_is_the_backbone(family: str, model: PreTrainedModel, spec: 
     padding = torch.ones_like(ids)
     padding[0, :9] = 0
     stock, stock_padded = model(ids).logits, model(ids, attention_mask=padding).logits
-    adapted = anydepth.attach(model, FULL_BUDGET[spec])
+    adapted = attach(model, FULL_BUDGET[spec], as_built=True)
     assert torch.equal(adapted(ids).logits, stock)
     assert torch.equal(adapted(ids, attention_mask=padding).logits, stock_padded)
     with adapted.masked():
@@ -220,7 +257,7 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
     mask_option = {"attention_mask": mask} if padded else {}
     probe = torch.randn(3, 40, families.VOCABULARY, generator=torch.Generator().manual_seed(2)) * mask[..., None]
     parameters = [
-        *adapted.backbone.model.parameters(),
+        *(part for part in adapted.backbone.model.parameters() if part.requires_grad),
         *(() if others_of(adapted) is None else others_of(adapted).parameters()),
     ]
 
@@ -247,7 +284,7 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
             if others is not None:  # the rule by chunks rounds otherwise than token by token, and sums cancel
                 assert (ours - theirs).norm() <= 100 * TOLERANCE * theirs.norm() + 1e-4
             elif theirs.norm() > 1e-4:
-                assert relative_rms(ours, theirs) <= 10 * TOLERANCE
+                assert relative_rms(ours, theirs) <= 10 * tolerance(family)
             else:
                 assert ours.norm() <= 1e-3
 
@@ -256,9 +293,19 @@ def test_sparse_and_masked_are_the_reference(family: str, adapted: AdaptedModel,
 def test_sparse_is_masked_in_bfloat16(family: str, case: str) -> None:
     adapted = attach(families.build(family).to(torch.bfloat16), CASES[case])
     ids = families.token_ids()
-    sparse = logits_of(adapted, ids)
+    sparse, trace = logits_of(adapted, ids), adapted.last_trace
     with adapted.masked():
-        assert relative_rms(sparse, logits_of(adapted, ids)) <= 2e-2
+        masked = logits_of(adapted, ids)
+    # A score near its threshold may round to its other side, so that the row goes on differently.
+    same = (adapted.last_trace.mixer_keep == trace.mixer_keep).all(2).all(0)
+    assert same.any()
+    if families.has_experts(adapted.backbone.model):  # so may a router's, of single tokens
+        errors = [
+            relative_rms(*pair) for pair in zip(sparse[same].flatten(0, 1), masked[same].flatten(0, 1), strict=True)
+        ]
+        assert sorted(errors)[len(errors) // 2] <= 2e-2
+    else:
+        assert relative_rms(sparse[same], masked[same]) <= 2e-2
 
 
 class FixedGates(Method):
@@ -307,6 +354,8 @@ def test_gradient_of_the_gates(
     def given() -> list[Tensor]:
         return [part.float().requires_grad_() for part in drawn]
 
+    if refusal(model, {"name": "fixed_gates", "branch": branch, "kv_rule": kv_rule}):
+        pytest.skip("refused")
     adapted = anydepth.attach(model, FixedGates.Config())
     method: Any = adapted.methods["fixed_gates"]
     method.kv_rule, method.branch = kv_rule, branch
@@ -325,9 +374,10 @@ def test_gradient_of_the_gates(
     given_as = {"layer": "weights", "mixer": "mixer_weights"}[branch]
     logits = replay(model, family, ids, trace, **{given_as: dict(enumerate(leaves))})
     wanted = torch.stack(torch.autograd.grad((logits * probe).sum(), leaves))
-    if kv_rule == "project" or family != "qwen3_next":  # a recurrence that omits a token has no f(h) for it
+    recurrent = torch.tensor([families.is_recurrent(family, layer) for layer in layers_of(model, family)])
+    if kv_rule == "project" or not recurrent.any():  # a recurrence that omits a token has no f(h) for it
         assert relative_rms(gradients["masked"], wanted) <= 10 * TOLERANCE
-    recurrent = torch.tensor([kv_rule == "project" and family == "qwen3_next" and i % 2 == 0 for i in range(5)])
+    recurrent = recurrent & (kv_rule == "project")
     kept = drawn & ~recurrent[:, None, None]
     assert relative_rms(gradients["sparse"] * kept, wanted * kept) <= 10 * TOLERANCE
     assert (gradients["sparse"] * (~drawn & ~recurrent[:, None, None])).abs().max() == 0
@@ -346,7 +396,9 @@ def test_cached_is_uncached(family: str, adapted: AdaptedModel, case: str, chunk
     parts = [adapted(input_ids=part, past_key_values=cache).logits for part in ids.split(chunk, dim=1)]
     assert torch.equal(adapted.last_trace.mixer_keep, trace.mixer_keep)
     assert torch.equal(adapted.last_trace.ffn_keep, trace.ffn_keep)
-    assert relative_rms(torch.cat(parts, 1), wanted) <= (5e-5 if family == "qwen3_next" else TOLERANCE)
+    assert relative_rms(torch.cat(parts, 1), wanted) <= (
+        5 * TOLERANCE if families.has_recurrence(family) else TOLERANCE
+    )
 
 
 @torch.no_grad()
@@ -356,7 +408,9 @@ def test_masked_cached_is_uncached(family: str, adapted: AdaptedModel, case: str
     cache = adapted.new_cache()
     with adapted.masked():
         parts = [adapted(input_ids=part, past_key_values=cache).logits for part in ids.split([9, 1, 20], dim=1)]
-    assert relative_rms(torch.cat(parts, 1), wanted) <= (5e-5 if family == "qwen3_next" else TOLERANCE)
+    assert relative_rms(torch.cat(parts, 1), wanted) <= (
+        5 * TOLERANCE if families.has_recurrence(family) else TOLERANCE
+    )
 
 
 @torch.no_grad()
@@ -367,7 +421,7 @@ def test_rewound_cache_continues_as_if_never_forward(family: str, adapted: Adapt
     adapted(input_ids=ids[:, :17], past_key_values=cache)
     for part in other[:, 17:26].split([1, 1, 7], dim=1):
         adapted(input_ids=part, past_key_values=cache)
-    if family == "qwen3_next" or "mixer_router" in adapted.methods:
+    if families.has_recurrence(family) or "mixer_router" in adapted.methods:
         with pytest.raises(RuntimeError, match="recurrent (layer|mixer)'s state cannot be rewound"):
             cache.crop(-9)
         return
@@ -475,7 +529,7 @@ def test_padded_batch_is_its_singles(family: str, adapted: AdaptedModel, case: s
         single_ids = ids[row : row + 1, 40 - length :]
         single = logits_of(adapted, single_ids)
         assert torch.equal(adapted.last_trace.mixer_keep[:, 0], trace.mixer_keep[:, row, 40 - length :])
-        assert relative_rms(batch[row, 40 - length :], single[0]) <= 5 * TOLERANCE
+        assert relative_rms(batch[row, 40 - length :], single[0]) <= 5 * tolerance(family)
         alone = adapted.generate(input_ids=single_ids, attention_mask=torch.ones_like(single_ids), **options)
         assert torch.equal(alone[0, length:], generated[row])
 
@@ -518,7 +572,7 @@ def test_documents_of_a_batch_are_the_documents_alone(
 def test_every_gate_gets_a_gradient(family: str, model: PreTrainedModel, execution: str, kv_rule: str) -> None:
     spec = {"name": "layer_router", "always_keep": 1, "initial_bias": 0.3, "kv_rule": kv_rule}
     model.requires_grad_(False)
-    adapted = anydepth.attach(model, spec).train()
+    adapted = attach(model, spec, as_built=True).train()
     ids = families.token_ids()
     if execution == "masked":
         with adapted.masked():
@@ -534,33 +588,58 @@ def test_every_gate_gets_a_gradient(family: str, model: PreTrainedModel, executi
     assert all(parameter.grad is None for parameter in adapted.backbone.model.parameters())
 
 
-def uncounted_recurrence(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Hides linear attention's inner products from torch's counter, which sees a chunked, padded algorithm.
+def uncounted_recurrence(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Hides recurrences from torch's counter, which sees chunked, padded algorithms.
 
-    The returned function gives the recurrence's own FLOPs since it was asked last: for each token a (dk, dv) state per
-    head read, written and queried, and all channels convolved with 4 taps.
+    The returned function gives the recurrences' own FLOPs since it was asked last. For each token the gated delta rule
+    reads, writes and queries a (dk, dv) state per head, Mamba-2 writes and queries one, and all channels are convolved.
     """
-    flops = channels = 0
+    flops = taps = 0
 
-    def hide(name: str, *, counts: bool) -> None:
-        own = getattr(modeling_qwen3_next, name)
+    def hide(module: Any, name: str, per_token: Callable[..., tuple[int, int]] | None) -> None:
+        own = getattr(module, name, None)
 
         def hidden(*args: Any, **kwargs: Any) -> Any:
-            nonlocal flops, channels
-            if counts:  # some versions have repeated the keys for all heads here, after the convolution
-                (rows, length, _, dk), (values, dv) = args[1].shape, args[2].shape[2:]
-                flops += rows * length * (3 * 2 * values * dk * dv + 2 * 4 * channels)
+            nonlocal flops, taps
+            if per_token is None:
+                taps = next(part for part in args[1:] if part.dim() == 2).numel()
             else:
-                channels = args[0].shape[1]
+                tokens, state = per_token(*args)
+                flops += tokens * 2 * (state + taps)
             with _disable_current_modes():
                 return own(*args, **kwargs)
 
-        monkeypatch.setattr(modeling_qwen3_next, name, hidden)
+        if own is not None:
+            monkeypatch.setattr(module, name, hidden)
 
-    hide("torch_chunk_gated_delta_rule", counts=True)
-    hide("torch_recurrent_gated_delta_rule", counts=True)
-    hide("causal_conv1d_fn", counts=False)
-    hide("causal_conv1d_update", counts=False)
+    def delta_rule(_: Tensor, keys: Tensor, values: Tensor, *__: Any) -> tuple[int, int]:
+        (rows, length, _, dk), (heads, dv) = keys.shape, values.shape[2:]
+        return rows * length, 3 * heads * dk * dv
+
+    def scan(inputs: Tensor, _: Tensor, __: Tensor, queries: Tensor, *___: Any) -> tuple[int, int]:
+        rows, length, heads, width = inputs.shape
+        return rows * length, 2 * heads * width * queries.shape[-1]
+
+    def update(_: Tensor, inputs: Tensor, *args: Tensor) -> tuple[int, int]:
+        rows, heads, width = inputs.shape
+        return rows, 2 * heads * width * args[2].shape[-1]
+
+    def short_convolution(taps: int, hidden: Tensor) -> None:  # one without a recurrence after it
+        nonlocal flops
+        flops += hidden.shape[0] * hidden.shape[1] * 2 * taps
+
+    for part in model.modules():
+        if type(part).__name__.endswith("ShortConv"):
+            taps_of_layer = part.conv.weight.numel()
+            part.in_proj.register_forward_pre_hook(lambda _, args, taps=taps_of_layer: short_convolution(taps, args[0]))
+
+    for module in {sys.modules[type(part).__module__] for part in model.modules()} | {modeling_qwen3_next}:
+        for name in ("causal_conv1d_fn", "causal_conv1d_update"):
+            hide(module, name, None)
+        for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+            hide(module, name, delta_rule)
+        hide(module, "mamba2_chunk_scan", scan)
+        hide(module, "mamba2_selective_state_update", update)
 
     def since() -> int:
         nonlocal flops
@@ -575,7 +654,7 @@ def test_cost_is_what_torch_counts(family: str, case: str, monkeypatch: pytest.M
     """As integers, prefill and cached decoding, whole batches without padding."""
     adapted = attach(families.build(family, attention="eager"), CASES[case])  # torch does not count sdpa on CPU
     adapted.config._experts_implementation = "eager"  # nor grouped products
-    recurrence = uncounted_recurrence(monkeypatch)
+    recurrence = uncounted_recurrence(adapted.backbone.model, monkeypatch)
     ids = families.token_ids()
     with FlopCounterMode(display=False) as counter:
         logits_of(adapted, ids)
@@ -692,7 +771,7 @@ def test_gated_layers_are_those_that_have_gates(case: str) -> None:
     logits_of(adapted, families.token_ids())
     record = adapted.records[0]
     named = {layer_idx for method in adapted.active_methods for layer_idx in method.gated_layers}
-    gated = set() if "skip_set" in adapted.methods else set(record.mixer_keep) | set(record.ffn_keep)
+    gated = set() if set(adapted.methods) == {"skip_set"} else set(record.mixer_keep) | set(record.ffn_keep)
     assert named == gated
 
 

@@ -13,8 +13,17 @@ from anydepth.errors import UserError
 from anydepth.models.backbone import Backbone, RotarySwitch, recorded_inputs
 from anydepth.models.families import FAMILIES, Family
 
-NUM_KV_HEADS = {"gpt2": 4, "gpt_neox": 4, "opt": 4, "falcon_multi_query": 1}
-"""Heads of keys and values where they are not two."""
+NUM_KV_HEADS = {
+    "gpt2": 4,
+    "gpt_neox": 4,
+    "gptj": 4,
+    "opt": 4,
+    "falcon_multi_query": 1,
+    "deepseek_v2": 1,
+    "deepseek_v3": 1,
+}
+"""Heads of keys and values where they are not two; compressed K/V are one."""
+HEAD_DIM = {"deepseek_v2": 10, "deepseek_v3": 10}
 
 
 def variant(family: str, **changes: Any) -> PreTrainedModel:
@@ -55,16 +64,19 @@ def test_projected_keys_and_values_are_those_of_the_models_cache(model: PreTrain
     softmax = [view for view in backbone.layers if not view.is_recurrent]
     with recorded_inputs(softmax) as records:
         cache = model(families.token_ids(2, 9), use_cache=True).past_key_values
-    for view in softmax:
+    for view in [view for view in softmax if view.kv_source is None]:
         hidden, arguments = records[view.layer_idx]
-        keys, values = view.project_kv(view.normalise(hidden), arguments.get("position_embeddings"))
+        keys, values = view.project_kv(view.normalise(hidden), view.positions_of(arguments))
         torch.testing.assert_close(keys, cache.layers[view.layer_idx].keys)
         torch.testing.assert_close(values, cache.layers[view.layer_idx].values)
 
 
 def test_heads_are_those_of_the_configuration(family: str, model: PreTrainedModel) -> None:
     for view in Backbone(model).layers:
-        assert view.is_recurrent or view.heads == (4, NUM_KV_HEADS.get(family, 2), 8)
+        if not view.is_recurrent and not families.names_of(family).whole_layers:
+            assert view.heads == (4, NUM_KV_HEADS.get(family, 2), HEAD_DIM.get(family, 8))
+        if family.startswith("gemma4") and view.layer_idx == 1:  # full attention, of other widths
+            assert view.heads == (4, 1 if family.endswith("moe") else 2, 16)
 
 
 def test_recurrent_layers_are_those_with_linear_attention() -> None:
@@ -123,8 +135,8 @@ def test_the_length_at_which_the_rotary_embedding_changes(name: str) -> None:
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
-        ("opt", {"do_layer_norm_before": False}, "this OPT normalises after each branch"),
-        ("falcon", {"alibi": True}, "this Falcon uses ALiBi positions"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False, which .*norms after each branch"),
+        ("falcon", {"alibi": True}, "alibi=True, which .*ALiBi positions"),
     ],
 )
 def test_variants_of_a_family_that_are_not_supported(family: str, change: dict[str, Any], words: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import anydepth
+import families
 from anydepth.errors import UserError
 from anydepth.search.problem import influences
 from anydepth.search.skip_search import STRATEGIES, least_value, search
@@ -73,6 +74,18 @@ def test_a_knapsack_takes_what_is_worth_least_for_the_weight() -> None:
         chosen = least_value(values, weights, total)
         assert sum(weights[i] for i in chosen) >= total
         assert sum(values[i] for i in chosen) == pytest.approx(value)
+
+
+def test_branches_of_a_family_of_whole_layers_are_refused() -> None:
+    with pytest.raises(UserError, match="a search of branches .* can only be skipped as a whole"):
+        search(families.build("gemma4_text"), windows(), strategy="influence", budget=0.3, branches=True)
+
+
+@pytest.mark.parametrize("strategy", ["influence", "dynamic", "knapsack"])
+@pytest.mark.parametrize("family", ["gemma4_text", "bloom"])
+def test_layers_of_a_family_of_whole_layers_are_searched(family: str, strategy: str) -> None:
+    found = search(families.build(family), families.token_ids(2, 24), strategy=strategy, budget=0.4)
+    assert len(found.config.skip_layers) == 2
 
 
 def test_dynamic_refuses_branches() -> None:

@@ -27,6 +27,10 @@ SKIPS = {"name": "skip_set", "skip_layers": [2, 4]}
 @torch.no_grad()
 def test_a_skip_set_is_a_shorter_model(family: str, tmp_path: Path) -> None:
     adapted = anydepth.attach(families.build(family), SKIPS)
+    if family.startswith("gemma4"):
+        with pytest.raises(UserError, match="widths or K/V by their index"):
+            export(adapted, byte_tokenizer(), "static", tmp_path / "out")
+        return
     fields = export(adapted, byte_tokenizer(), "static", tmp_path / "out")
     ids = families.token_ids()
     wanted = adapted(input_ids=ids, use_cache=False).logits
@@ -60,6 +64,22 @@ def test_an_export_of_recurrent_layers_alone_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@torch.no_grad()
+def test_first_layers_without_experts_are_counted_anew(tmp_path: Path) -> None:
+    adapted = anydepth.attach(families.build("deepseek_v3"), {"name": "skip_set", "skip_layers": [0, 2]})
+    export(adapted, byte_tokenizer(), "static", tmp_path / "out")
+    ids = families.token_ids()
+    wanted = adapted(input_ids=ids, use_cache=False).logits
+    assert (AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_another_rule_by_index_is_refused_in_one_line(tmp_path: Path) -> None:
+    adapted = anydepth.attach(families.build("ernie4_5_moe"), {"name": "skip_set", "skip_layers": [0]})
+    with pytest.raises(UserError, match="ernie4_5_moe decides by a layer's index") as error:
+        export(adapted, byte_tokenizer(), "static", tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
 def test_lists_that_are_not_per_layer_are_left_alone(family: str) -> None:
     """C11: three end tokens of a model that happens to have as many layers stay three."""
     config = families.CONFIGS[family]()
@@ -67,6 +87,10 @@ def test_lists_that_are_not_per_layer_are_left_alone(family: str) -> None:
     config.eos_token_id = list(range(num_layers))
     config.architectures = ["Some"] * num_layers
     kept = [0, 1, 3]
+    if family.startswith("gemma4"):
+        with pytest.raises(UserError, match="widths or K/V by their index"):
+            exporting.shortened(config, kept)
+        return
     short = exporting.shortened(config, kept)
     assert short.eos_token_id == config.eos_token_id and short.architectures == config.architectures
     for name in ("layer_types", "no_rope_layers"):

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from anydepth.gating.trace import PassRecord, Trace
-from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.backbone import Backbone
 from anydepth.models.blocks import BlockLinear, block_modules
+from anydepth.models.layer_view import LayerView
 from anydepth.models.plain import running_modules
 
 
@@ -29,7 +30,7 @@ class FlopCount:
 
     Attributes:
         layers, full_depth_layers: mixers and FFNs, as run and at full depth.
-        head: the logits. router: the methods' decisions.
+        head: the logits, and linear layers between embedding and layers. router: the methods' decisions.
     """
 
     layers: int = 0
@@ -61,23 +62,29 @@ class FlopCount:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """FLOPs of one layer: per token of its mixer, of its K/V projections alone and of its FFN; per query-key pair."""
+    """FLOPs of one layer.
+
+    Attributes:
+        mixer, skipped_mixer, ffn: per token, of its mixer, of its K/V projections alone and of its FFN.
+        per_pair: per query-key pair. per_key: per key of each forward, where the cache has compressed K/V.
+    """
 
     mixer: int
     skipped_mixer: int
     per_pair: int
     ffn: int
+    per_key: int = 0
 
 
 def layer_cost(view: LayerView) -> LayerCost:
     """Return the FLOPs per token of one layer, from the shapes of its modules (LoRA and 4-bit included)."""
-    ffn = _ffn_flops(view)
+    linear = _linear_flops(view.mixer)
+    ffn = _linear_flops(view.module) - linear + sum(part.flops for part in _mixtures(view.module))
     if view.is_recurrent:
         mixer = recurrent_mixer_flops(view.mixer)
         return LayerCost(mixer, mixer, 0, ffn)
-    skipped = sum(map(_linear_flops, view.kv_projections))
-    heads, _, width = view.heads
-    return LayerCost(_linear_flops(view.mixer), skipped, 4 * heads * width, ffn)
+    skipped, per_key = (sum(map(_linear_flops, parts)) for parts in (view.kv_projections, view.kv_expansions))
+    return LayerCost(linear - per_key, skipped, 2 * view.values_per_pair, ffn, per_key)
 
 
 def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[int] | None = None) -> FlopCount:
@@ -91,7 +98,8 @@ def flops(backbone: Backbone, trace: Trace, *, since: int = 0, filled: Sequence[
     for layer_idx, view in enumerate(backbone.layers):
         ran, whole = _layer_flops(view, layer_idx, trace, since, filled[layer_idx] if filled else 0)
         layers, full = layers + ran, full + whole
-    head = sum(trace.head_rows) * _linear_flops(backbone.head)
+    outside = _linear_flops(backbone.decoder) - sum(_linear_flops(view.module) for view in backbone.layers)
+    head = sum(trace.head_rows) * _linear_flops(backbone.head) + int(trace.token_mask.sum()) * outside
     return FlopCount(layers + trace.other_flops, full, head, trace.router_flops)
 
 
@@ -109,59 +117,74 @@ def _layer_flops(view: LayerView, layer_idx: int, trace: Trace, since: int, fill
     omits, late = trace.kv_rules[layer_idx] == "omit", trace.late[layer_idx].sum(0)
     num_late = int(late[since:].sum())
     num_mixed, num_fed = num_mixed + num_late, num_fed + num_late
-    if view.is_recurrent and not omits:
+    if view.is_recurrent and trace.kv_rules[layer_idx] == "project":
         num_mixed = num_tokens  # the recurrent state sees every token
-    pairs, all_pairs = _attended_pairs(mixer_keep, real, trace, omits, late, since)
-    ran = num_mixed * cost.mixer + pairs * cost.per_pair + num_fed * cost.ffn
+    seen, all_seen = _attended(mixer_keep, real, trace, omits, late, since)
+    ran = num_mixed * cost.mixer + seen.pairs * cost.per_pair + seen.keys * cost.per_key + num_fed * cost.ffn
     if trace.kv_rules[layer_idx] == "project":
-        ran += _num_projected(mixer_keep, real, trace, filled) * cost.skipped_mixer * (not view.is_recurrent)
-    return ran, num_tokens * (cost.mixer + cost.ffn) + all_pairs * cost.per_pair
+        ran += _num_projected(view, mixer_keep, real, trace, filled) * cost.skipped_mixer * (not view.is_recurrent)
+    full = num_tokens * (cost.mixer + cost.ffn) + all_seen.pairs * cost.per_pair + all_seen.keys * cost.per_key
+    return ran, full
 
 
-def _num_projected(keep: Tensor, real: Tensor, trace: Trace, filled: int) -> int:
+def _num_projected(view: LayerView, keep: Tensor, real: Tensor, trace: Trace, filled: int) -> int:
     """Return the number of tokens of which only the K/V are projected.
 
     With a cache these are projected once a token of the same or a later forward needs them, without one in the rows
     where some token attends. The first `filled` tokens already have K/V.
     """
     skipped = real & ~keep
-    if not trace.cached:
+    if not trace.cached and not view.kv_readers:
         return int(skipped[keep.any(1)].sum())
     needed = 0
+    for reader in view.kv_readers:
+        keep = keep | (trace.mixer_keep[reader] & real)
     for start, length in zip(accumulate([0, *trace.pass_lengths]), trace.pass_lengths, strict=False):
         if keep[:, start : start + length].any():
             needed = start + length
     return int(skipped[:, filled:needed].sum())
 
 
-def _attended_pairs(keep: Tensor, real: Tensor, trace: Trace, omits: bool, late: Any, since: int) -> tuple[int, int]:
-    """Return the query-key pairs that attention computes as run, and at full depth; masked pairs are computed too."""
-    pairs = all_pairs = seen = slots = 0
+@dataclass
+class _Attended:
+    """Query-key pairs that attention computes, masked ones too, and keys of all its calls."""
+
+    pairs: int = 0
+    keys: int = 0
+
+
+def _attended(
+    keep: Tensor, real: Tensor, trace: Trace, omits: bool, late: Any, since: int
+) -> tuple[_Attended, _Attended]:
+    """Return what attention computes as run, and at full depth."""
+    ran, full, seen, slots = _Attended(), _Attended(), 0, 0
     passes = (torch.split(keep, trace.pass_lengths, 1), torch.split(real, trace.pass_lengths, 1), late.tolist())
     for number, (kept, tokens, num_late) in enumerate(zip(*passes, strict=True)):
         per_row = kept.sum(1)
         length = tokens.shape[1]
         if number >= since:
             keys = slots + per_row if omits else torch.full_like(per_row, seen + length)
-            pairs += int((per_row * keys).sum()) + num_late * (seen + length)
-            all_pairs += int(tokens.sum()) * (seen + length)
+            ran.pairs += int((per_row * keys).sum()) + num_late * (seen + length)
+            ran.keys += int(keys[(per_row > 0) | (num_late > 0)].sum())
+            full.pairs += int(tokens.sum()) * (seen + length)
+            full.keys += len(per_row) * (seen + length)
         if trace.cached:
             seen += length
             slots += int(per_row.max())
-    return pairs, all_pairs
+    return ran, full
 
 
 def kv_bytes(backbone: Backbone, trace: Trace, bytes_per_value: int) -> int:
     """Return the bytes of K/V that the tokens of a trace leave in all layers; recurrent states are not counted."""
     return sum(
-        int(_with_kv(trace, layer_idx).sum()) * _kv_values(view) * bytes_per_value
+        int(_with_kv(trace, layer_idx).sum()) * view.kv_values * bytes_per_value
         for layer_idx, view in enumerate(backbone.layers)
     )
 
 
 def kv_bytes_per_token(backbone: Backbone, bytes_per_value: int) -> int:
     """Return the bytes of K/V of a token that runs every layer."""
-    return sum(_kv_values(view) for view in backbone.layers) * bytes_per_value
+    return sum(view.kv_values for view in backbone.layers) * bytes_per_value
 
 
 def step_bytes(
@@ -169,22 +192,28 @@ def step_bytes(
 ) -> float:
     """Return the mean bytes that a decoding step of a trace reads: the K/V, and the weights of what any row runs.
 
-    Those weights are given by the bytes of each layer's mixer and FFN, and of the head.
+    Those weights are given by the bytes of each layer's mixer and FFN for one token, and of the head. Tokens of several
+    rows are taken to choose different experts, as long as there are some.
     """
     prompt, num_steps = trace.pass_lengths[0], len(trace.pass_lengths) - 1
     total = 0.0
     for layer_idx, (view, (mixer, ffn)) in enumerate(zip(backbone.layers, branches, strict=True)):
         mixer_keep, ffn_keep = trace.mixer_keep[layer_idx, :, prompt:], trace.ffn_keep[layer_idx, :, prompt:]
         total += mixer * int(mixer_keep.any(0).sum()) + ffn * int(ffn_keep.any(0).sum())
+        for part in _mixtures(view.module):
+            tokens = ffn_keep.sum(0)
+            chosen = (tokens * part.top_k).clamp(max=part.num_experts)
+            total += int((chosen - part.top_k * (tokens > 0)).sum()) * part.bytes_per_expert
         seen = _with_kv(trace, layer_idx).cumsum(1)[:, prompt:]
-        total += int((seen * mixer_keep).sum()) * _kv_values(view) * bytes_per_value
+        total += int((seen * mixer_keep).sum()) * view.kv_values * bytes_per_value
     return head + total / num_steps
 
 
 def branch_weight_bytes(view: LayerView) -> tuple[int, int]:
-    """Return the stored bytes of a layer's mixer, and of the rest of the layer."""
+    """Return the bytes that a token reads of a layer's mixer, and of the rest of the layer, chosen experts alone."""
     mixer = weight_bytes(view.mixer)
-    return mixer, weight_bytes(view.module) - mixer
+    idle = sum((part.num_experts - part.top_k) * part.bytes_per_expert for part in _mixtures(view.module))
+    return mixer, weight_bytes(view.module) - mixer - idle
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -211,13 +240,19 @@ def _linear_flops(module: nn.Module) -> int:
 
 
 def recurrent_mixer_flops(mixer: Any) -> int:
-    """Return the FLOPs of a recurrent mixer per token: its linear layers, the gated delta rule and its convolution.
+    """Return the FLOPs of a recurrent mixer per token: its linear layers, its convolution and its recurrence.
 
-    The rule reads, writes and queries the (heads, dk, dv) state. Counted is the recurrence itself, whichever algorithm
-    computes it: the chunked one computes more where chunks are not full.
+    The gated delta rule reads, writes and queries a (heads, dk, dv) state, Mamba-2 writes and queries a
+    (heads, head_dim, state_size) state, a short convolution has none. Counted is the recurrence itself, whichever
+    algorithm computes it: the chunked one computes more where chunks are not full.
     """
-    state = mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
-    return _linear_flops(mixer) + 3 * 2 * state + 2 * mixer.conv1d.weight.numel()
+    convolution = mixer.conv1d if hasattr(mixer, "conv1d") else mixer.conv
+    flops = _linear_flops(mixer) + 2 * convolution.weight.numel()
+    if hasattr(mixer, "head_k_dim"):
+        return flops + 3 * 2 * mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+    if hasattr(mixer, "ssm_state_size"):
+        return flops + 2 * 2 * mixer.num_heads * mixer.head_dim * mixer.ssm_state_size
+    return flops
 
 
 def break_even(view: LayerView, other: nn.Module) -> int:
@@ -226,31 +261,35 @@ def break_even(view: LayerView, other: nn.Module) -> int:
     return max(-(-(recurrent_mixer_flops(other) - softmax.mixer) // softmax.per_pair), 0)
 
 
-def _ffn_flops(view: LayerView) -> int:
-    parts = {view.module.get_submodule(name) for name in ("fc1", "fc2") if name in dict(view.module.named_children())}
-    parts = parts or {view.module.get_submodule("mlp")}
-    return sum(_linear_flops(part) + _expert_flops(part) for part in parts)
+@dataclass(frozen=True)
+class _Mixture:
+    """A mixture of experts, stored as (experts, out, in) tensors, of which each token runs `top_k`."""
+
+    top_k: int
+    num_experts: int
+    flops: int
+    bytes_per_expert: int
 
 
-def _expert_flops(ffn: nn.Module) -> int:
-    """Return the FLOPs per token of routed experts, stored as (experts, out, in) tensors: `top_k` of them run."""
-    experts = dict(ffn.named_children()).get("experts")
-    if experts is None:
-        return 0
-    gate: Any = ffn.get_submodule("gate")
-    per_expert = sum(parameter[0].numel() for parameter in experts.parameters())
-    return 2 * gate.top_k * per_expert + 2 * gate.weight.numel()
+def _mixtures(module: nn.Module) -> list[_Mixture]:
+    """Return the mixtures of experts inside a module, with the FLOPs per token of experts and router."""
+    found = list[_Mixture]()
+    for part in running_modules(module):
+        children = dict(part.named_children())
+        experts = children.get("experts")
+        if experts is None:
+            continue
+        router: Any = next(children[name] for name in ("gate", "router") if name in children)
+        top_k = int(router.top_k if hasattr(router, "top_k") else router.config.top_k_experts)
+        weights = [weight for weight in experts.parameters() if weight.dim() == 3]
+        flops = 2 * top_k * sum(weight[0].numel() for weight in weights)
+        own = None if isinstance(router, nn.Linear) else dict(router.named_parameters(recurse=False)).get("weight")
+        flops += 0 if own is None else 2 * own.numel()
+        found.append(_Mixture(top_k, len(weights[0]), flops, weight_bytes(experts) // len(weights[0])))
+    return found
 
 
 def _with_kv(trace: Trace, layer_idx: int) -> Tensor:
     """Return the (B, T) mask of the tokens that leave K/V in a layer."""
     omits = trace.kv_rules[layer_idx] == "omit"
     return trace.token_mask & trace.mixer_keep[layer_idx] if omits else trace.token_mask
-
-
-def _kv_values(view: LayerView) -> int:
-    """Return the number of keys and values of a token; a recurrent layer has none."""
-    if view.is_recurrent:
-        return 0
-    _, kv_heads, width = view.heads
-    return 2 * kv_heads * width

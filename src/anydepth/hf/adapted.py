@@ -109,6 +109,8 @@ class AdaptedModel(nn.Module):
         if any(layer.training for layer in self._modules_of_layers):  # transformers too decides this layer by layer
             join_checkpoints(self._modules_of_layers, self.calls)
         run = self._begin(kwargs) if self.calls.enabled else None
+        if run is not None and "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = 0  # else Gemma-4 runs its last layers for the last tokens alone
         with self.calls.setting(run=run):
             output = self._own_decoder(**kwargs)
         if isinstance(cache := kwargs.get("past_key_values"), AdaptiveCache):
@@ -124,6 +126,10 @@ class AdaptedModel(nn.Module):
         cache = self._cache_for(kwargs)
         num_seen = 0 if cache is None else cache.num_seen
         token_mask, positions = _tokens(kwargs, num_seen)
+        if self.backbone.family.ignores_past and num_seen and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = torch.arange(num_seen, num_seen + token_mask.shape[1], device=token_mask.device)[
+                None
+            ]
         plan = self.calls.plan
         methods = self.active_methods if plan is None else plan.methods
         record = PassRecord(token_mask, num_seen, cache is not None, len(self._gated))

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-from anydepth.models.backbone import Rotation
+from anydepth.models.layer_view import Positions
 
 EMPTY = -1
 """Position of an entry without a token of this row: another row of the batch has one there."""
@@ -90,8 +90,8 @@ class LayerKV(DynamicLayer):
 
     Attributes:
         positions: (B, S) position in the sequence of each entry; None while the K/V are contiguous.
-        deferred: (hidden, cos, sin) of tokens that skipped under `project`; their K/V are projected, for many tokens at
-            once, when a later token runs the layer.
+        deferred: states and positions of tokens that skipped under `project`; their K/V are projected, for many
+            tokens at once, when a later token runs the layer.
     """
 
     def __init__(self) -> None:
@@ -120,15 +120,16 @@ class LayerKV(DynamicLayer):
             return self.positions
         return torch.arange(self.num_kv, device=device).expand(batch_size, -1)
 
-    def defer(self, hidden: Tensor, rotation: Rotation | None) -> None:
+    def defer(self, hidden: Tensor, positions: Positions | None) -> None:
         """Store (B, T, D) states of tokens of which no token needs the K/V yet."""
-        self.deferred.append((hidden, *(part.expand(hidden.shape[0], -1, -1) for part in rotation or ())))
+        num_rows = hidden.shape[0]
+        self.deferred.append((hidden, *(part.expand(num_rows, *part.shape[1:]) for part in positions or ())))
 
-    def take_deferred(self) -> tuple[Tensor, Rotation | None]:
-        """Remove and return all deferred states and their rotary embeddings, oldest first."""
-        hidden, *rotation = (torch.cat(parts, dim=1) for parts in zip(*self.deferred, strict=True))
+    def take_deferred(self) -> tuple[Tensor, Positions | None]:
+        """Remove and return all deferred states and their positions, oldest first."""
+        hidden, *positions = (torch.cat(parts, dim=1) for parts in zip(*self.deferred, strict=True))
         self.deferred = []
-        return hidden, tuple(rotation) or None  # type: ignore[return-value]
+        return hidden, tuple(positions) or None
 
     @property
     def num_deferred(self) -> int:
@@ -278,16 +279,14 @@ def rows_of(source: Any, rows: Tensor) -> LinearAttentionLayer:
 def put_rows(target: Any, rows: Tensor, part: Any, batch_size: int) -> None:
     """Write a state from `rows_of` back after it ran; rows that never ran start from zeros, the empty state."""
     for state in range(target.number_of_states):
-        conv, recurrent = part.conv_states[state], part.recurrent_states[state]
+        own = {"conv_states": part.conv_states[state], "recurrent_states": part.recurrent_states[state]}
+        states = {name: value for name, value in own.items() if value is not None}  # a short convolution has only one
         if not target.has_previous_state[state]:
-            target.lazy_initialization(
-                conv_states=conv.new_zeros(batch_size, *conv.shape[1:]),
-                recurrent_states=recurrent.new_zeros(batch_size, *recurrent.shape[1:]),
-                state_idx=state,
-            )
+            empty = {name: value.new_zeros(batch_size, *value.shape[1:]) for name, value in states.items()}
+            target.lazy_initialization(**empty, state_idx=state)
             target.has_previous_state[state] = True
-        target.conv_states[state][rows] = conv
-        target.recurrent_states[state][rows] = recurrent
+        for name, value in states.items():
+            getattr(target, name)[state][rows] = value
 
 
 @dataclass(eq=False)

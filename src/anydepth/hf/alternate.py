@@ -16,8 +16,9 @@ from transformers.cache_utils import LinearAttentionLayer
 from anydepth.gating.cost import recurrent_mixer_flops
 from anydepth.gating.gate import MixerRouting
 from anydepth.hf.adaptive_cache import put_rows, rows_of
-from anydepth.hf.partial import Run, groups_of
-from anydepth.models.backbone import first_output
+from anydepth.hf.groups import groups_of
+from anydepth.hf.partial import Run
+from anydepth.models.layer_view import first_output
 
 _FLOPS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """FLOPs per token of each alternate mixer, cached: counting walks over its modules, too slow for every step."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from anydepth.gating.gate import Gate
 from anydepth.hf.adaptive_cache import Arguments, DeferredLayer
 from anydepth.hf.partial import Forward, Run, additive_mask
-from anydepth.models.backbone import LayerView, first_output
+from anydepth.models.layer_view import LayerView, first_output
 
 
 def run_after_exit(
@@ -30,7 +30,7 @@ def run_after_exit(
         return _run(run, view, gate, own, hidden, arguments)
     if run.cache is not None:
         layer = run.cache.deferred[view.layer_idx]
-        layer.arguments.append(_arguments_of(run, arguments))
+        layer.arguments.append(_arguments_of(run, view, arguments))
         if not run.has_stopped:
             layer.states += [hidden] if run.deferred is None else [run.deferred, hidden]
             run.has_stopped, run.deferred = True, None
@@ -53,15 +53,15 @@ def _run(run: Run, view: LayerView, gate: Gate, own: Forward, hidden: Tensor, ar
     if not states:
         return first_output(own(hidden, **arguments))
     num_deferred = sum(part.shape[1] for part in states)
-    joined = _joined([*layer.arguments, _arguments_of(run, arguments)], is_recurrent=view.is_recurrent)
+    joined = _joined([*layer.arguments, _arguments_of(run, view, arguments)], is_recurrent=view.is_recurrent)
     output = first_output(own(torch.cat([*states, hidden], dim=1), **{**arguments, **joined}))
     run.deferred = output[:, :num_deferred]
     return output[:, num_deferred:]
 
 
-def _arguments_of(run: Run, arguments: dict[str, Any]) -> Arguments:
+def _arguments_of(run: Run, view: LayerView, arguments: dict[str, Any]) -> Arguments:
     by_token = {}
-    for name in ("position_ids", "position_embeddings"):
+    for name in ("position_ids", "position_embeddings", *view.family.token_arguments):
         value = arguments.get(name)
         if value is not None:
             by_token[name] = value if isinstance(value, tuple) else (value,)
@@ -71,8 +71,8 @@ def _arguments_of(run: Run, arguments: dict[str, Any]) -> Arguments:
 def _joined(parts: list[Arguments], *, is_recurrent: bool) -> dict[str, Any]:
     joined: dict[str, Any] = {"attention_mask": (_recurrent_mask if is_recurrent else _attention_mask)(parts)}
     for name, values in parts[-1].by_token.items():
-        tensors = tuple(_cat([part.by_token[name][i] for part in parts], 1) for i in range(len(values)))
-        joined[name] = tensors if name == "position_embeddings" else tensors[0]
+        tensors = [_cat([part.by_token[name][i] for part in parts], 1) for i in range(len(values))]
+        joined[name] = tuple(tensors) if len(tensors) > 1 else tensors[0]
     return joined
 
 

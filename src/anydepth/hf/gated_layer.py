@@ -17,7 +17,7 @@ from anydepth.hf.alternate import run_alternate
 from anydepth.hf.calls import Calls
 from anydepth.hf.deferred import restore_exited, run_after_exit
 from anydepth.hf.partial import Forward, PartialRunner, Run
-from anydepth.models.backbone import LayerView, first_output
+from anydepth.models.layer_view import LayerView, first_output
 
 
 class GatedLayer:
@@ -30,6 +30,8 @@ class GatedLayer:
         self.calls = calls
         self.patches: list[tuple[nn.Module, Any]] = []
         self.own_layer = self._patch(view.module, self.layer_forward)
+        if view.family.whole_layers:  # no method gates its branches
+            return
         self.own_mixer = self._patch(view.mixer, self.mixer_forward)
         if view.mixer_out is not view.mixer:
             self.own_mixer_out = self._patch(view.mixer_out, self.mixer_out_forward)
@@ -57,6 +59,10 @@ class GatedLayer:
             return self.own_layer(hidden, *args, **kwargs)
         arguments = {**dict(zip(self.view.argument_names, args, strict=False)), **kwargs}
         gate = run.decisions.gate("layer", self.layer_idx, hidden)
+        if gate is not None and self.view.shares_kv:
+            gate = gate if gate.kv_rule != "omit" else replace(gate, kv_rule="project")  # a skip set says omit
+        if gate is None or gate.any_kept or not run.sparse:
+            arguments = self.runner.share_kv(run, arguments)
         if run.gates_branches:
             self._gate_branches(run, gate, hidden, arguments)
             return self.own_layer(hidden, **arguments)
@@ -177,14 +183,15 @@ class GatedLayer:
             ahead = self.own_ffn_in(residual)
         return self._finish_ffn(run, ahead) if self.view.ffn_out is self.view.ffn_in else ahead
 
-    def ffn_out_forward(self, branch: Tensor) -> Tensor:
+    def ffn_out_forward(self, branch: Tensor) -> Any:
         """Run the last module of the FFN branch, and scatter the kept tokens' output among zeros."""
         run = self.calls.run
         if run is None:
             return self.own_ffn_out(branch)
         gate = run.ffn_gates.get(self.layer_idx)
         is_empty = gate is not None and run.sparse and not gate.any_kept
-        return self._finish_ffn(run, branch if is_empty else self.own_ffn_out(branch))
+        output = self._finish_ffn(run, branch if is_empty else first_output(self.own_ffn_out(branch)))
+        return (output, None) if self.view.family.ffn_returns_tuple else output
 
     def _gate_ffn(self, run: Run, residual: Tensor) -> None:
         # `ffn_gates` may have this gate already: gradient checkpointing runs the FFN again.

@@ -29,8 +29,10 @@ def latencies(adapted: AdaptedModel, windows: torch.Tensor) -> dict[tuple[str, i
     ids = windows[:1].to(adapted.device)
     with adapted.disabled(), Hooks() as hooks:
         for view in adapted.backbone.layers:
-            ends = (("layer", view.module, view.module), ("mixer", view.mixer, view.mixer_out))
-            for kind, first, last in (*ends, ("ffn", view.ffn_in, view.ffn_out)):
+            ends = [("layer", view.module, view.module)]
+            if not view.family.whole_layers:
+                ends += [("mixer", view.mixer, view.mixer_out), ("ffn", view.ffn_in, view.ffn_out)]
+            for kind, first, last in ends:
                 hooks.before(first, partial(begin, (kind, view.layer_idx)))
                 hooks.after(last, partial(end, (kind, view.layer_idx)))
         # The steps stay within the window, since some rotary embeddings keep the greatest length so far.

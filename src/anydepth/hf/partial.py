@@ -5,6 +5,8 @@ The model's own forward runs unchanged, on the kept tokens, their rows of the ma
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +20,9 @@ from anydepth.gating.context import PassContext
 from anydepth.gating.gate import Gate
 from anydepth.gating.plan import Decisions
 from anydepth.gating.trace import PassRecord
-from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap, put_rows, rows_of
-from anydepth.models.backbone import LayerView, first_output
+from anydepth.hf.adaptive_cache import EMPTY, AdaptiveCache, KVTap, LayerKV, put_rows, rows_of
+from anydepth.hf.groups import Group, groups_of, levelled
+from anydepth.models.layer_view import LayerView, first_output
 
 Forward = Callable[..., Any]
 _KEEPS_CACHE = "_can_checkpoint_with_cache"
@@ -36,6 +39,8 @@ class Run:
         exited: by exit layer, (B, T) tokens that exited, and (B, T, D) states there.
         deferred: (B, N, D) states of tokens of earlier forwards that run along.
         has_stopped: whether the tokens of this forward have been deferred.
+        shared_kv: by layer, K/V of this forward that later layers share, where there is no cache.
+        incomplete: layers that put K/V of some tokens alone where later layers look for them.
     """
 
     decisions: Decisions
@@ -50,6 +55,14 @@ class Run:
     exited: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     deferred: Tensor | None = None
     has_stopped: bool = False
+    shared_kv: defaultdict[int, LayerKV] = field(default_factory=lambda: defaultdict(LayerKV))
+    incomplete: set[int] = field(default_factory=set)
+
+    def kv(self, view: LayerView) -> LayerKV | None:
+        """Return the K/V of an attention layer; None if no later token or layer attends to them."""
+        if self.cache is not None:
+            return self.cache.kv(view.layer_idx)
+        return self.shared_kv[view.layer_idx] if view.kv_readers else None
 
     @property
     def context(self) -> PassContext:
@@ -71,74 +84,6 @@ class Run:
         return self.decisions.plan.gates_branches
 
 
-@dataclass(frozen=True)
-class Group:
-    """Rows of the batch that keep equally many tokens, so that they run without padding.
-
-    Attributes:
-        rows: (R,) row indices, or None for all rows in order.
-        kept: (R, N) indices of kept tokens among the T new ones; skipped: (R, T - N).
-    """
-
-    rows: Tensor | None
-    kept: Tensor
-    skipped: Tensor
-
-    @property
-    def num_kept(self) -> int:
-        return self.kept.shape[1]
-
-    @property
-    def row_indices(self) -> Tensor:
-        return torch.arange(len(self.kept), device=self.kept.device) if self.rows is None else self.rows
-
-    def take(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """Return the (R, N, ...) entries at `index` (R, N) of a (B or 1, T, ...) tensor."""
-        if tensor.shape[0] == 1 and index.shape[0] == 1:
-            return tensor.index_select(1, index[0])
-        rows = torch.zeros_like(self.row_indices) if tensor.shape[0] == 1 else self.row_indices
-        return tensor[rows[:, None], index]
-
-    def put(self, base: Tensor, values: Tensor) -> Tensor:
-        """Return a copy of (B, T, D) `base` with `values` (R, N, D) at the kept tokens."""
-        if base.shape[0] == 1:
-            return base.index_copy(1, self.kept[0], values.to(base.dtype))
-        return base.index_put((self.row_indices[:, None], self.kept), values.to(base.dtype))
-
-    def order(self) -> Tensor:
-        """Return the index of each of the T tokens in [kept, skipped]: (T,) for one row, else (R, T)."""
-        order = torch.cat([self.kept, self.skipped], dim=1).argsort(dim=1)
-        return order[0] if order.shape[0] == 1 else order
-
-
-def groups_of(keep: Tensor) -> Iterator[Group]:
-    """Split the rows of a (B, T) decision by how many tokens they keep."""
-    num_rows, num_tokens = keep.shape
-    counts = keep.sum(1)
-    for count in counts.unique().tolist():
-        rows = None if num_rows == 1 else (counts == count).nonzero()[:, 0]
-        if rows is not None and rows.numel() == num_rows:
-            rows = None
-        part = keep if rows is None else keep[rows]
-        kept = part.nonzero()[:, 1].view(-1, count) if count else keep.new_zeros(part.shape[0], 0, dtype=torch.long)
-        yield Group(rows, kept, (~part).nonzero()[:, 1].view(part.shape[0], num_tokens - count))
-
-
-def levelled(keep: Tensor, real: Tensor) -> Tensor:
-    """Return a (B, T) decision that also keeps a few skipped `real` tokens, so that all rows keep equally many.
-
-    Rows then run together. This needs the K/V rule `project`, under which a skipped token has the same K/V as one that
-    runs; the output of the added tokens is dropped. The decision is unchanged if it would grow by more than an eighth.
-    """
-    counts = keep.sum(1)
-    lacking = counts.max() - counts
-    if int(lacking.sum()) * 8 > int(counts.sum()):
-        return keep
-    skipped = real & ~keep
-    from_right = skipped.flip(1).cumsum(1).flip(1)  # the last skipped tokens are added: padding is on the left
-    return keep | (skipped & (from_right <= lacking[:, None]))
-
-
 class PartialRunner:
     """Runs one layer, or its mixer, for the tokens that a gate keeps."""
 
@@ -150,10 +95,8 @@ class PartialRunner:
         """Return whether every token runs and the K/V have no gaps, so that the module's own forward runs."""
         if not gate.all_kept or gate.weight is not None:
             return False
-        if run.cache is None or self.view.is_recurrent:
-            return True
-        kv = run.cache.kv(self.layer_idx)
-        return kv.positions is None and kv.num_kv == run.cache.num_seen
+        kv = None if self.view.is_recurrent or self.view.kv_source is not None else run.kv(self.view)
+        return kv is None or (kv.positions is None and kv.num_kv == run.num_seen)
 
     def sees_every_token(self, gate: Gate) -> bool:
         """Return whether the mixer runs for every token: a recurrent one under `project`; its state is its K/V."""
@@ -161,17 +104,34 @@ class PartialRunner:
 
     def defer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Defer the K/V of tokens under `project`, since no token runs the layer now."""
-        if gate.kv_rule == "project" and run.cache is not None:
-            run.cache.kv(self.layer_idx).defer(hidden, arguments.get("position_embeddings"))
+        kv = None if gate.kv_rule != "project" or self.view.kv_source is not None else run.kv(self.view)
+        if kv is not None:
+            kv.defer(hidden, self.view.positions_of(arguments))
+            run.incomplete.add(self.layer_idx)
 
     def materialise(self, run: Run) -> None:
         """Project the deferred K/V of earlier tokens, which a token is about to attend to."""
-        if run.cache is None or self.view.is_recurrent:
-            return
-        kv = run.cache.kv(self.layer_idx)
-        if kv.deferred:
-            hidden, rotation = kv.take_deferred()
-            kv.append(*self.view.project_kv(self.view.normalise(hidden), rotation), None, kv.num_kv)
+        view = self.view.kv_source or self.view
+        kv = None if view.is_recurrent else run.kv(view)
+        if kv is not None and kv.deferred:
+            hidden, positions = kv.take_deferred()
+            kv.append(*view.project_kv(view.normalise(hidden), positions), None, kv.num_kv)
+
+    def share_kv(self, run: Run, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return a layer's arguments with the K/V of every token, if it shares those of a layer that some skipped."""
+        source = self.view.kv_source
+        if source is None or source.layer_idx not in run.incomplete:
+            return arguments
+        self.materialise(run)
+        kv, name = run.kv(source), self.view.family.shared_kv_argument
+        assert kv is not None and kv.keys is not None and kv.values is not None, "the layer has been materialised"
+        return {**arguments, name: self._shared(arguments[name], (kv.keys, kv.values))}
+
+    def _shared(self, by_type: Any, kv: tuple[Tensor, Tensor]) -> Any:
+        """Return a copy of transformers' mapping of shared K/V, with others for this layer."""
+        by_type = copy.copy(by_type)
+        by_type[self.view.mixer.layer_type] = kv
+        return by_type
 
     def run_masked(
         self, run: Run, gate: Gate, own: Forward, hidden: Tensor, base: Tensor, arguments: dict[str, Any]
@@ -192,6 +152,7 @@ class PartialRunner:
         visible[..., -num_tokens:] |= torch.eye(num_tokens, dtype=torch.bool, device=hidden.device)
         mask = _in_form_of(arguments.get("attention_mask"), visible)
         taken = {**arguments, self.view.family.cache_argument: tap, "attention_mask": mask}
+        taken |= self._key_bias(run, group, arguments, every_token + run.num_seen)
         with self._keeping_tap():
             return first_output(own(hidden, **taken))
 
@@ -208,6 +169,9 @@ class PartialRunner:
         """Run the module's own forward for the kept tokens, and put the output into `base`; K/V by the gate's rule."""
         written: list[tuple[Group, KVTap, Tensor | None]] = []
         running = gate.keep
+        has_kv = not self.view.is_recurrent and self.view.kv_source is None
+        is_read = has_kv and run.kv(self.view) is not None
+        run.incomplete.add(self.layer_idx)
         if run.context.training and gate.kv_rule == "project" and not self.view.is_recurrent:
             running = levelled(running, run.context.token_mask)
         for group in groups_of(running):
@@ -215,11 +179,10 @@ class PartialRunner:
                 base = self._run_recurrent_rows(run, group, own, hidden, base, arguments)
                 continue
             skipped = None
-            if gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or run.cache is not None):
-                rotation = arguments.get("position_embeddings")
-                if rotation is not None:
-                    rotation = (group.take(rotation[0], group.skipped), group.take(rotation[1], group.skipped))
-                skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), rotation)
+            if has_kv and gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or is_read):
+                of_all = self.view.positions_of(arguments)
+                where = None if of_all is None else tuple(group.take(part, group.skipped) for part in of_all)
+                skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), where)
             positions = group.kept + run.num_seen if gate.kv_rule == "omit" else None
             tap = self._tap(run, group, skipped if group.num_kept else None, positions)
             if group.num_kept:
@@ -281,8 +244,8 @@ class PartialRunner:
 
     def _tap(self, run: Run, group: Group, skipped: tuple[Tensor, Tensor] | None, positions: Tensor | None) -> KVTap:
         tap = KVTap(skipped=skipped, order=None if skipped is None else group.order())
-        if run.cache is None:
-            return tap
+        if run.cache is None or self.view.kv_source is not None:
+            return tap  # without `write`: backward may run this again
         kv, seen = run.cache.kv(self.layer_idx), run.num_seen
         if group.rows is None:
             tap.write = lambda keys, values: kv.append(keys, values, positions, seen)
@@ -300,11 +263,22 @@ class PartialRunner:
         else:
             visible = _in_form_of(mask, self._omit_mask(run, group, mask, positions))
         taken = {**arguments, self.view.family.cache_argument: tap, "attention_mask": visible}
+        taken |= self._key_bias(run, group, arguments, positions)
         if arguments.get("position_ids") is not None:
             taken["position_ids"] = group.take(arguments["position_ids"], group.kept)
-        if arguments.get("position_embeddings") is not None:
-            rotation = arguments["position_embeddings"]
+        rotation = arguments.get("position_embeddings")
+        if isinstance(rotation, tuple):
             taken["position_embeddings"] = tuple(group.take(part, group.kept) for part in rotation)
+        elif rotation is not None:
+            taken["position_embeddings"] = group.take(rotation, group.kept)
+        for name in self.view.family.token_arguments:
+            if arguments.get(name) is not None:
+                taken[name] = group.take(arguments[name], group.kept)
+        if self.view.kv_source is not None and group.rows is not None:
+            by_type = arguments[self.view.family.shared_kv_argument]
+            keys, values = by_type[self.view.mixer.layer_type]
+            of_rows = self._shared(by_type, (keys[group.rows], values[group.rows]))
+            taken[self.view.family.shared_kv_argument] = of_rows
         return taken
 
     def _project_mask(self, run: Run, group: Group, mask: Tensor | None) -> Tensor | None:
@@ -322,10 +296,7 @@ class PartialRunner:
 
         Its columns are entries of this layer, those of the model's mask are positions in the sequence.
         """
-        columns = positions
-        if run.cache is not None and run.cache.kv(self.layer_idx).num_kv:
-            before = run.cache.kv(self.layer_idx).positions_of(run.shape[0], positions.device)
-            columns = torch.cat([before if group.rows is None else before[group.rows], positions], dim=1)
+        columns = self._columns(run, group, positions)
         visible = (columns != EMPTY)[:, None] & (columns[:, None] <= group.kept[..., None] + run.num_seen)
         if mask is not None:
             rows = group.take(mask[:, 0], group.kept)
@@ -336,16 +307,33 @@ class PartialRunner:
             visible = visible & seen_by_model
         return visible[:, None]
 
+    def _columns(self, run: Run, group: Group, positions: Tensor) -> Tensor:
+        """Return the (R, S) positions of the K/V entries of past and kept tokens, with gaps."""
+        if run.cache is None or not run.cache.kv(self.layer_idx).num_kv:
+            return positions
+        before = run.cache.kv(self.layer_idx).positions_of(run.shape[0], positions.device)
+        return torch.cat([before if group.rows is None else before[group.rows], positions], dim=1)
+
+    def _key_bias(self, run: Run, group: Group, arguments: dict[str, Any], positions: Tensor | None) -> dict[str, Any]:
+        """Return the bias of the keys that some rows have, if the family has one."""
+        name = self.view.family.key_argument
+        if not name:
+            return {}
+        bias = arguments[name].view(run.shape[0], -1, arguments[name].shape[-1])
+        bias = bias if group.rows is None else bias[group.rows]
+        if positions is not None:
+            columns = self._columns(run, group, positions).clamp_min(0)[:, None]
+            bias = bias.gather(2, columns.expand(-1, bias.shape[1], -1))
+        return {name: bias.flatten(0, 1)[:, None]}
+
     def _write(self, run: Run, written: list[tuple[Group, KVTap, Tensor | None]]) -> None:
         """Write the new K/V of all rows to the cache at once."""
-        if run.cache is None:
-            return
         parts = [(group, *tap.new, positions) for group, tap, positions in written if tap.new is not None]
-        if not parts:
+        kv, seen = run.kv(self.view) if parts else None, run.num_seen
+        if kv is None:
             return
-        kv, seen = run.cache.kv(self.layer_idx), run.cache.num_seen
         group, keys, values, positions = parts[0]
-        if group.rows is None:  # no token was kept, so that no attention call wrote to the cache
+        if group.rows is None:  # no attention call wrote to the cache: no token was kept, or there is no cache
             kv.append(keys, values, positions, seen)
             return
         num_rows, num_kv = run.shape[0], max(part[1].shape[2] for part in parts)

@@ -14,11 +14,14 @@ from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods import METHODS
+from anydepth.methods._base.method import Method
 from anydepth.methods._base.training import Trained
+from anydepth.methods.ffn_router import FFNRouter
 from anydepth.methods.mixer_router import MixerRouter
-from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.backbone import Backbone
 from anydepth.models.blocks import BlockLinear, block_modules
 from anydepth.models.delta_rule import build_delta_rule, matched_shape
+from anydepth.models.layer_view import LayerView
 from anydepth.models.llama_like import read_layers, weights_of
 from anydepth.models.load import dtype_name
 
@@ -49,7 +52,7 @@ def inspect_model(adapted: AdaptedModel) -> dict[str, Any]:
         "attached": list(adapted.methods),
         "engines": {"hf": APPLIES, "fast": fast},
         "copy_bytes": {name: _copy_bytes(backbone, WEIGHTS[name]) for name in CONTROLS if fast == APPLIES},
-        "methods": dict.fromkeys(METHODS, APPLIES),
+        "methods": {name: _method(method, backbone) for name, method in METHODS.items()},
         "notes": _remarks(backbone.layers),
     }
 
@@ -58,6 +61,16 @@ def _fast_engine(backbone: Backbone) -> str:
     try:
         read_layers(backbone)
         weights_of(backbone.head)
+    except UserError as error:
+        return f"does not apply: {error}"
+    return APPLIES
+
+
+def _method(method: type[Method], backbone: Backbone) -> str:
+    if not issubclass(method, FFNRouter | MixerRouter):
+        return APPLIES
+    try:
+        backbone.check_branches(method.name)
     except UserError as error:
         return f"does not apply: {error}"
     return APPLIES
@@ -91,8 +104,10 @@ def _layer(view: LayerView, other: nn.Module | None) -> dict[str, Any]:
 
 def _remarks(views: list[LayerView]) -> list[str]:
     remarks = []
-    if any(view.family.fused_qkv for view in views):
+    if any(view.projects_queries for view in views):
         remarks.append("q, k and v are one matrix: under kv_rule=project a skipping token pays for all three")
+    if any(view.shares_kv for view in views):
+        remarks.append("layers attend to K/V of earlier layers, so kv_rule=omit does not apply")
     if any(view.is_recurrent for view in views):
         remarks.append("recurrent mixers see every token under kv_rule=project; only their FFN is saved there")
     return remarks

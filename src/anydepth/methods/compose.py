@@ -21,6 +21,8 @@ NOTHING_TO_TRAIN = "nothing to train: the recipe names no trained method, no tra
 def build_methods(specs: Sequence[MethodSpec], backbone: Backbone) -> list[Method]:
     """Build the methods of a model; raise `UserError` for options that do not fit it, or methods that contradict."""
     methods = [_build(method_config(spec, f"methods[{i}]"), backbone) for i, spec in enumerate(specs)]
+    for method in methods:
+        _refuse_with_family(method, backbone)
     _refuse_conflicts(methods)
     return methods
 
@@ -45,6 +47,16 @@ def _build(config: StrictConfig, backbone: Backbone) -> Method:
     if isinstance(config, DraftConfig):
         raise UserError(NO_METHOD)
     raise UserError(f"{type(config).__name__} is not a method's Config; methods are {', '.join(METHODS)}")
+
+
+def _refuse_with_family(method: Method, backbone: Backbone) -> None:
+    if method.branches - {"layer"}:
+        backbone.check_branches(method.name)
+    if backbone.shares_kv and "omit" in method.kv_rules:
+        raise UserError(
+            f"{method.name} omits K/V of tokens that skip a layer, and later layers of this {backbone.family_name} "
+            "model share them; use kv_rule project"
+        )
 
 
 def _refuse_conflicts(methods: list[Method]) -> None:

@@ -6,10 +6,8 @@ There is no forward of any model here: only the model's submodules run. A new fa
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,15 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from anydepth.errors import UserError
 from anydepth.models.blocks import BlockLinear
-from anydepth.models.families import Family, family_of
+from anydepth.models.families import family_of
 from anydepth.models.hooks import Hooks
+from anydepth.models.layer_view import KVCapture, LayerView, first_output
 from anydepth.models.plain import check_adapters, chosen_module
-
-Rotation = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,113 +39,6 @@ class RotarySwitch:
     length: int
     again: bool
     restarts: bool
-
-
-class _Projected(Exception):
-    """An exception that ends an attention forward once its K/V are known, before attention runs."""
-
-
-class _KVCapture:
-    """A cache that captures the K/V that an attention module has projected, and ends its forward if `stop`."""
-
-    kv: tuple[Tensor, Tensor]
-
-    def __init__(self, *, stop: bool) -> None:
-        self.stop = stop
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.kv = key_states, value_states
-        if self.stop:
-            raise _Projected
-        return self.kv
-
-
-class LayerView:
-    """A decoder layer: its modules by role, and the K/V projection of tokens that skip its mixer."""
-
-    def __init__(self, module: nn.Module, layer_idx: int, family: Family, hidden_size: int) -> None:
-        self.module = module
-        self.hidden_size = hidden_size
-        self.layer_idx = layer_idx
-        self.family = family
-        self.mixer = self._first(family.mixer)
-        self.kv_norm = self._first(family.kv_norm) if family.kv_norm else None
-        self.mixer_out = self._first(family.mixer_out) if family.mixer_out else self.mixer
-        self.ffn_in = self._first(family.ffn_in)
-        self.ffn_out = self._first(family.ffn_out)
-        self.is_recurrent = hasattr(self.mixer, "conv1d")
-        # Names after (self, hidden_states), because GPT-2 passes some arguments by position.
-        self.argument_names = list(inspect.signature(type(module).forward).parameters)[2:]
-
-    def _first(self, names: tuple[str, ...]) -> nn.Module:
-        for name in names:
-            child = getattr(self.module, name, None)
-            if child is not None:
-                return child
-        raise UserError(
-            f"layer {self.layer_idx} ({type(self.module).__name__}) has none of {', '.join(names)}: anydepth "
-            "does not support this variant of the family"
-        )
-
-    @property
-    def kv_projections(self) -> list[nn.Module]:
-        """The linear layers that run for a skipping token: those of K and V, or the fused one of queries too."""
-        children = dict(self.mixer.named_children())
-        if not self.family.fused_qkv:
-            return [children["k_proj"], children["v_proj"]]
-        return [children[name] for name in ("qkv_proj", "c_attn", "query_key_value") if name in children]
-
-    @property
-    def heads(self) -> tuple[int, int, int]:
-        """Number of query heads, number of key/value heads, and the width of a head."""
-        attention: Any = self.mixer
-        queries = attention.config.num_attention_heads
-        width = getattr(attention, "head_dim", None) or self.hidden_size // queries
-        projection: Any = self.kv_projections[0]
-        outputs = projection.nf if isinstance(projection, Conv1D) else projection.out_features
-        heads = outputs // width
-        return queries, (heads - queries) // 2 if self.family.fused_qkv else heads, width
-
-    def normalise(self, hidden: Tensor) -> Tensor:
-        """Apply the norm before the K/V projection to the (..., D) residual stream."""
-        return hidden if self.kv_norm is None else self.kv_norm(hidden)
-
-    def project_kv(self, normed: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """Project (B, T, D) normed states to rotated keys and to values, each (B, num_kv_heads, T, head_dim)."""
-        if self.family.fused_qkv:
-            return self._capture_kv(normed, rotation)
-        attention: Any = self.mixer
-        head_shape = (*normed.shape[:-1], -1, attention.head_dim)
-        keys, values = attention.k_proj(normed), attention.v_proj(normed).view(head_shape).transpose(1, 2)
-        norm = getattr(attention, "k_norm", None)
-        if norm is None:
-            keys = keys.view(head_shape)
-        elif norm.weight.shape[0] == attention.head_dim:
-            keys = norm(keys.view(head_shape))
-        else:  # OLMo-2 normalises all heads at once
-            keys = norm(keys).view(head_shape)
-        keys = keys.transpose(1, 2)
-        if rotation is not None and getattr(attention, "use_rope", True):
-            # The family's function rotates queries too; one head of keys replaces them.
-            rotate = sys.modules[type(chosen_module(attention)).__module__].apply_rotary_pos_emb
-            keys = rotate(keys[:, :1], keys, *rotation)[1]
-        return keys, values
-
-    def _capture_kv(self, normed: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        capture = _KVCapture(stop=True)
-        arguments: dict[str, Any] = {self.family.cache_argument: capture, "attention_mask": None}
-        if rotation is not None:
-            arguments["position_embeddings"] = rotation
-        if self.family.returns_tuple:
-            arguments["alibi"] = None
-        with suppress(_Projected):
-            type(self.mixer).forward(self.mixer, normed, **arguments)
-        return capture.kv
-
-
-def first_output(output: Any) -> Tensor:
-    """Return the output of a layer or branch, the first of a tuple if it returns one."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -182,14 +71,43 @@ class Backbone:
         self.decoder: nn.Module = causal_lm.get_submodule(self.family.decoder)
         modules = list(getattr(self.decoder, self.family.layers))
         self.layers = [LayerView(module, i, self.family, self.hidden_size) for i, module in enumerate(modules)]
+        self._find_shared_kv()
+
+    def _find_shared_kv(self) -> None:
+        """Find the layer of which each layer without its own K/V has them: the last one of its type that has some."""
+        last: dict[Any, LayerView] = {}
+        for view in self.layers if self.family.shared_kv_argument else ():
+            kind = self._layer_type(view)
+            if view.kv_projections:
+                last[kind] = view
+            else:
+                view.kv_source = last[kind]
+                last[kind].kv_readers.append(view.layer_idx)
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether layers attend to K/V of other layers."""
+        return any(view.shares_kv for view in self.layers)
+
+    def check_branches(self, what: str) -> None:
+        """Raise `UserError` if `what`, which skips mixers or FFNs alone, does not fit the family."""
+        if self.family.whole_layers:
+            raise UserError(
+                f"{what} skips mixers or FFNs alone, and layers of {self.family_name} can only be skipped as a whole: "
+                f"{self.family.whole_layers}"
+            )
+
+    def _layer_type(self, view: LayerView) -> str | None:
+        types = getattr(self.model.config, "layer_types", None)
+        return types[view.layer_idx] if types else None
 
     def _refuse_variants(self, config: Any) -> None:
-        if self.family_name == "opt" and not config.do_layer_norm_before:
-            raise UserError(
-                "this OPT normalises after each branch (do_layer_norm_before=False); other OPT models are supported"
-            )
-        if self.family_name == "falcon" and config.alibi:
-            raise UserError("this Falcon uses ALiBi positions; only the rotary Falcon models are supported")
+        for refusal in self.family.refused:
+            if getattr(config, refusal.attribute, None) == refusal.value:
+                raise UserError(
+                    f"this {self.family_name} model has {refusal.attribute}={refusal.value}, which anydepth does not "
+                    f"support: {refusal.why}"
+                )
 
     @property
     def num_layers(self) -> int:
@@ -247,7 +165,15 @@ class Backbone:
             logits = F.linear(states, head.weight[vocabulary], bias)
         else:  # only a forward of the adapter gives its effect
             logits = self.head(states)[..., vocabulary]
+        logits = logits if self.logits_scale == 1 else logits * self.logits_scale
         return logits if self.logits_softcap is None else torch.tanh(logits / self.logits_softcap) * self.logits_softcap
+
+    @property
+    def logits_scale(self) -> float:
+        """The factor of the logits after the head, before the soft-cap."""
+        config = self.model.config
+        factor = getattr(config, self.family.logits_factor) if self.family.logits_factor else 1.0
+        return factor / getattr(config, self.family.logits_divisor) if self.family.logits_divisor else factor
 
     @property
     def logits_softcap(self) -> float | None:
@@ -283,31 +209,38 @@ class Backbone:
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Check `project_kv` of each kind of layer against the model's own forward on six tokens."""
-        kinds: dict[Any, LayerView] = {}
-        for view in self.layers:
-            if not view.is_recurrent:
-                kinds.setdefault((type(view.mixer), bool(getattr(view.mixer, "use_rope", True))), view)
+        """Check `project_kv` of each kind of layer, and `logits_of`, against the model's own forward on six tokens."""
+        own = [view for view in self.layers if not view.is_recurrent and view.kv_source is None]
+        kinds = {self._kind(view): view for view in reversed(own)}
         checked = list(kinds.values())
         token_ids = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
-        with recorded_inputs(checked) as records, _evaluating(self.model):
-            self.decoder(input_ids=token_ids, use_cache=False)
+        with recorded_inputs(checked) as records, self.layer_outputs() as outputs, _evaluating(self.model):
+            logits = self.model(input_ids=token_ids, use_cache=False).logits
+            self._refuse_difference("computes logits", "", self.logits_of(outputs[self.num_layers - 1]), logits)
         for view in checked:
             self._check_projection(view, *records[view.layer_idx])
 
+    def _kind(self, view: LayerView) -> tuple[Any, ...]:
+        """Return what decides how a layer projects its K/V."""
+        return type(view.mixer), self._layer_type(view), bool(getattr(view.mixer, "use_rope", True))
+
     def _check_projection(self, view: LayerView, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        projected = view.project_kv(view.normalise(hidden), arguments.get("position_embeddings"))
-        capture = _KVCapture(stop=False)
+        projected = view.project_kv(view.normalise(hidden), view.positions_of(arguments))
+        capture = KVCapture(stop=False)
         with _evaluating(self.model):
             view.module.forward(hidden, **{**arguments, view.family.cache_argument: capture})
-        tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
         for ours, own in zip(projected, capture.kv, strict=True):
-            error = (ours - own).norm() / own.norm().clamp_min(1e-9)
-            if ours.shape != own.shape or error > tolerance:
-                raise UserError(
-                    f"layer {view.layer_idx} of this {self.family_name} model projects K/V differently from anydepth "
-                    f"(relative error {error:.1e}); please report it with your transformers version"
-                )
+            self._refuse_difference("projects K/V", f"layer {view.layer_idx} of ", ours, own)
+
+    def _refuse_difference(self, what: str, where: str, ours: Tensor, own: Tensor) -> None:
+        error = float("inf")
+        if ours.shape == own.shape:
+            error = float((ours - own).norm() / own.norm().clamp_min(1e-9))
+        if not error <= (1e-4 if own.dtype == torch.float32 else 3e-2):
+            raise UserError(
+                f"{where}this {self.family_name} model {what} differently from anydepth (relative error {error:.1e}); "
+                "please report it with your transformers version"
+            )
 
 
 @contextmanager

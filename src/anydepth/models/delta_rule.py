@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from anydepth.models.backbone import LayerView
+from anydepth.models.layer_view import LayerView
 
 CONV_SIZE = 4
 """Width of the causal convolution, in tokens."""

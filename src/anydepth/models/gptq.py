@@ -14,9 +14,10 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 
-from anydepth.models.backbone import Backbone, LayerView, first_output, recorded_inputs
+from anydepth.models.backbone import Backbone, recorded_inputs
 from anydepth.models.blocks import Blocks
 from anydepth.models.hooks import Hooks
+from anydepth.models.layer_view import LayerView, first_output
 
 GROUP = 32
 """Inputs with one step and one offset, as in Q4_1."""

@@ -1,6 +1,6 @@
 """The weights and settings of a Llama-like layer, for engines that run the layer themselves.
 
-Apart from `backbone.py` and `families.py` only this module knows Hugging Face attribute names.
+Apart from `backbone.py`, `layer_view.py` and `families.py` only this module knows Hugging Face attribute names.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.errors import Unsupported
-from anydepth.models.backbone import Backbone, LayerView, is_spread
+from anydepth.models.backbone import Backbone, is_spread
 from anydepth.models.blocks import BlockLinear, Blocks
+from anydepth.models.layer_view import LayerView
 from anydepth.models.plain import base_module, chosen_module, plain_module
 
 BlocksOf = Mapping[nn.Module, Blocks]

@@ -102,11 +102,14 @@ class Skipping:
         yield from (replace(plain, prompt_layers=max(round(num_layers * share), 1)) for share in PROMPT_SHARES)
         halves = windows.view(-1, windows.shape[1] // 2)
         few, more = halves[:ALONE], halves[:TOGETHER]
+        layers = engine.weight_bytes()[0]
         read: dict[Candidate, int] = {
             (kind, layer_idx): size
-            for layer_idx, sizes in enumerate(engine.weight_bytes()[0])
+            for layer_idx, sizes in enumerate(layers)
             for kind, size in zip(("mixer", "ffn"), sizes, strict=True)
         }
+        if engine.adapted.backbone.family.whole_layers:
+            read = {("layer", layer_idx): sum(sizes) for layer_idx, sizes in enumerate(layers)}
 
         def loss(chosen: Sequence[Candidate], texts: Tensor) -> float:
             with self.running(replace(plain, skips=tuple(chosen))):
@@ -128,7 +131,7 @@ class Skipping:
             now = tried[best]
             chosen.append(best)
             order.remove(best)
-            say(f"  without {len(chosen)} of {len(read)} branches: perplexity {increase:+.1%}")
+            say(f"  without {len(chosen)} of {len(read)} parts: perplexity {increase:+.1%}")
             yield replace(plain, skips=tuple(chosen))
 
 

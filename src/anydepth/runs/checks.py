@@ -149,6 +149,8 @@ def _check_methods(recipe: Recipe, model: PreTrainedModel) -> list[Method]:
     if recipe.draft is not None:
         check_draft(recipe.draft, backbone, methods)
     if recipe.search is not None:
+        if recipe.search.branches:
+            backbone.check_branches("a search of branches")
         num_left_out(backbone.num_layers, recipe.search.budget, branches=recipe.search.branches)
     if recipe.router_fit is not None and learned_router(methods) is None:
         raise UserError(NO_ROUTER)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods.skip_set import SkipSet
-from anydepth.models.backbone import first_output
 from anydepth.models.hooks import Hooks
+from anydepth.models.layer_view import LayerView, first_output
 
 Candidate = tuple[str, int]
 """(`layer`, `mixer` or `ffn`, layer index)."""
@@ -58,26 +58,32 @@ def next_tokens(adapted: AdaptedModel, windows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def influences(adapted: AdaptedModel, windows: Tensor) -> dict[Candidate, float]:
-    """Return 1 − cos of the states before and after each layer, mixer and FFN at full depth, the mean over tokens."""
+    """Return 1 − cos of the states before and after each layer, mixer and FFN at full depth, the mean over tokens.
+
+    Of a family of which layers can only be skipped as a whole, layers alone.
+    """
     totals: dict[Candidate, float] = defaultdict(float)
     added: dict[Candidate, Tensor] = {}
 
     def record_branch(candidate: Candidate, _: nn.Module, __: Any, output: Any) -> None:
         added[candidate] = first_output(output).clone()  # Falcon adds the mixer's output to the FFN's in place.
 
-    def record_layer(layer_idx: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def record_layer(view: LayerView, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         before, after = args[0], first_output(output)
-        ffn = added.pop(("ffn", layer_idx)).view_as(after)
-        mixer = added.pop(("mixer", layer_idx))
-        changes = {"layer": (before, after), "mixer": (before, before + mixer), "ffn": (after - ffn, after)}
+        changes = {"layer": (before, after)}
+        if not view.family.whole_layers:
+            ffn = added.pop(("ffn", view.layer_idx)).view_as(after) * view.branch_factor
+            mixer = added.pop(("mixer", view.layer_idx)) * view.branch_factor
+            changes |= {"mixer": (before, before + mixer), "ffn": (after - ffn, after)}
         for kind, (old, new) in changes.items():
-            totals[kind, layer_idx] += 1 - F.cosine_similarity(old.float(), new.float(), dim=-1).mean().item()
+            totals[kind, view.layer_idx] += 1 - F.cosine_similarity(old.float(), new.float(), dim=-1).mean().item()
 
     with adapted.disabled(), Hooks() as hooks:
         for view in adapted.backbone.layers:
-            hooks.after(view.mixer_out, partial(record_branch, ("mixer", view.layer_idx)))
-            hooks.after(view.ffn_out, partial(record_branch, ("ffn", view.layer_idx)))
-            hooks.after(view.module, partial(record_layer, view.layer_idx))
+            if not view.family.whole_layers:
+                hooks.after(view.mixer_out, partial(record_branch, ("mixer", view.layer_idx)))
+                hooks.after(view.ffn_out, partial(record_branch, ("ffn", view.layer_idx)))
+            hooks.after(view.module, partial(record_layer, view))
         for window in windows:
             adapted(input_ids=window[None].to(adapted.device), use_cache=False, logits_to_keep=1)
     return {candidate: total / len(windows) for candidate, total in totals.items()}

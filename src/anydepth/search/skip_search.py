@@ -26,7 +26,8 @@ from anydepth.errors import UserError
 from anydepth.hf.adapted import attach, detach
 from anydepth.hf.latencies import latencies
 from anydepth.methods.skip_set import SkipSetConfig
-from anydepth.models.backbone import first_output, recorded_inputs
+from anydepth.models.backbone import recorded_inputs
+from anydepth.models.layer_view import first_output
 from anydepth.search import bayesian
 from anydepth.search.problem import Candidate, Problem, as_lists, influences, next_tokens
 
@@ -54,6 +55,8 @@ def search(
     started = time.monotonic()
     adapted = attach(model, SkipSetConfig())
     try:
+        if branches:
+            adapted.backbone.check_branches("a search of branches")
         everything = candidates(adapted.backbone.num_layers, branches=branches)
         num_out = num_left_out(adapted.backbone.num_layers, budget, branches=branches)
         problem = Problem(adapted, windows, everything, num_out, next_tokens(adapted, windows), seed)

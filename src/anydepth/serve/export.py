@@ -155,7 +155,13 @@ def with_layers(backbone: Backbone, kept: Sequence[int]) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=source.dtype, attn_implementation="eager").to(
         backbone.device
     )
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{backbone.family_name} decides by a layer's index what it has, which a shorter model would change; keep "
+            "the skip set as a method"
+        ) from error
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.eval()
 
@@ -174,9 +180,17 @@ def shortened(config: Any, kept: Sequence[int]) -> Any:
         return config
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UserError("this model's attention depends on the layer's index, which a shorter model would change")
-    for name in PER_LAYER:
-        if getattr(config, name, None) is not None:
-            setattr(config, name, [getattr(config, name)[layer_idx] for layer_idx in kept])
+    if hasattr(config, "num_kv_shared_layers"):  # Gemma 4
+        raise UserError("layers of this model have widths or K/V by their index, which a shorter model would change")
+    if getattr(config, "attn_layer_indices", None) is not None:  # Bamba, which derives the types of layers
+        attends = config.attn_layer_indices
+        config.attn_layer_indices = [number for number, layer_idx in enumerate(kept) if layer_idx in attends]
+    else:
+        for name in PER_LAYER:
+            if getattr(config, name, None) is not None:
+                setattr(config, name, [getattr(config, name)[layer_idx] for layer_idx in kept])
+    if getattr(config, "first_k_dense_replace", None) is not None:
+        config.first_k_dense_replace = sum(layer_idx < config.first_k_dense_replace for layer_idx in kept)
     if hasattr(config, "decoder_sparse_step"):  # every n-th layer has experts: list the others instead
         step, dense = config.decoder_sparse_step, config.mlp_only_layers
         is_dense = [layer_idx in dense or (layer_idx + 1) % step != 0 for layer_idx in kept]

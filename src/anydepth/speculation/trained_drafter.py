@@ -23,7 +23,8 @@ from anydepth.decoding.session import Session
 from anydepth.engine.kv_cache import EngineCache
 from anydepth.engine.model import EngineModel
 from anydepth.engine.weights import WEIGHTS
-from anydepth.models.backbone import Backbone, LayerView
+from anydepth.models.backbone import Backbone
+from anydepth.models.layer_view import LayerView
 from anydepth.models.llama_like import Weights, layer_parts, norm_of
 from anydepth.models.plain import chosen_module, plain_module, plain_state
 from anydepth.speculation.drafters import Choose, Drafter, Proposal, proposals

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anydepth.hf.partial import groups_of, levelled
+from anydepth.hf.groups import groups_of, levelled
 
 
 def test_levelled_rows_keep_as_many_and_only_real_tokens() -> None:

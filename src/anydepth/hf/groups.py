@@ -1,0 +1,77 @@
+"""Rows of a batch by how many tokens they keep, so that kept tokens run gathered and without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of the batch that keep equally many tokens, so that they run without padding.
+
+    Attributes:
+        rows: (R,) row indices, or None for all rows in order.
+        kept: (R, N) indices of kept tokens among the T new ones; skipped: (R, T - N).
+    """
+
+    rows: Tensor | None
+    kept: Tensor
+    skipped: Tensor
+
+    @property
+    def num_kept(self) -> int:
+        return self.kept.shape[1]
+
+    @property
+    def row_indices(self) -> Tensor:
+        return torch.arange(len(self.kept), device=self.kept.device) if self.rows is None else self.rows
+
+    def take(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """Return the (R, N, ...) entries at `index` (R, N) of a (B or 1, T, ...) tensor."""
+        if tensor.shape[0] == 1 and index.shape[0] == 1:
+            return tensor.index_select(1, index[0])
+        rows = torch.zeros_like(self.row_indices) if tensor.shape[0] == 1 else self.row_indices
+        return tensor[rows[:, None], index]
+
+    def put(self, base: Tensor, values: Tensor) -> Tensor:
+        """Return a copy of (B, T, D) `base` with `values` (R, N, D) at the kept tokens."""
+        if base.shape[0] == 1:
+            return base.index_copy(1, self.kept[0], values.to(base.dtype))
+        return base.index_put((self.row_indices[:, None], self.kept), values.to(base.dtype))
+
+    def order(self) -> Tensor:
+        """Return the index of each of the T tokens in [kept, skipped]: (T,) for one row, else (R, T)."""
+        order = torch.cat([self.kept, self.skipped], dim=1).argsort(dim=1)
+        return order[0] if order.shape[0] == 1 else order
+
+
+def groups_of(keep: Tensor) -> Iterator[Group]:
+    """Split the rows of a (B, T) decision by how many tokens they keep."""
+    num_rows, num_tokens = keep.shape
+    counts = keep.sum(1)
+    for count in counts.unique().tolist():
+        rows = None if num_rows == 1 else (counts == count).nonzero()[:, 0]
+        if rows is not None and rows.numel() == num_rows:
+            rows = None
+        part = keep if rows is None else keep[rows]
+        kept = part.nonzero()[:, 1].view(-1, count) if count else keep.new_zeros(part.shape[0], 0, dtype=torch.long)
+        yield Group(rows, kept, (~part).nonzero()[:, 1].view(part.shape[0], num_tokens - count))
+
+
+def levelled(keep: Tensor, real: Tensor) -> Tensor:
+    """Return a (B, T) decision that also keeps a few skipped `real` tokens, so that all rows keep equally many.
+
+    Rows then run together. This needs the K/V rule `project`, under which a skipped token has the same K/V as one that
+    runs; the output of the added tokens is dropped. The decision is unchanged if it would grow by more than an eighth.
+    """
+    counts = keep.sum(1)
+    lacking = counts.max() - counts
+    if int(lacking.sum()) * 8 > int(counts.sum()):
+        return keep
+    skipped = real & ~keep
+    from_right = skipped.flip(1).cumsum(1).flip(1)  # the last skipped tokens are added: padding is on the left
+    return keep | (skipped & (from_right <= lacking[:, None]))
