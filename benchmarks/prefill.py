@@ -10,6 +10,7 @@ precision. Skip sets grow by the branch that costs least for its bytes (`runs/ca
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
 
 import anydepth
 from anydepth.cores import THREADS
@@ -34,13 +37,15 @@ from anydepth.statistics import ratio_interval
 from anydepth.training.data import load_windows
 
 RESULT = Path(__file__).resolve().parent / "results" / "prefill.json"
-WEIGHTS = ("native", "int8", "bfloat16")
-LENGTHS = {512: 24, 2048: 10}
+WEIGHTS = ("native", "int8")
+LENGTHS = {512: 16, 2048: 6}
 """Tokens of a prompt, and windows of each text that score what follows."""
 TEXTS = ("wikitext-2:valid", "embedded:valid")
+FIT_TEXTS, FITTED = ("wikitext-2:train", "embedded:train"), 24
+"""Texts of which so many windows fit the K/V projections of prompts that leave early."""
 AFTER = 128
 """Tokens after a prompt that are scored."""
-ROUNDS, SKIP_SECONDS, MOST = 10, 90, 0.3
+ROUNDS, SKIP_SECONDS, MOST = 8, 60, 0.3
 """Timed prompts of each length; seconds of the search of skip sets; their greatest increase of perplexity."""
 
 
@@ -51,11 +56,11 @@ def measure(target: str) -> list[dict[str, Any]]:
     engines = {kind: FastEngine(skipping.adapted, kind) for kind in WEIGHTS}
     own = engines[WEIGHTS[0]]
     plain = Setting(own.name, own.weights)
-    chosen = load_windows("wikitext-2:train", tokenizer, 512, max_windows=4)
-    found = list(skipping.settings(own, chosen, MOST, time.monotonic() + SKIP_SECONDS, print))
-    exits = [one for one in found if one.prompt_layers is not None]
+    chosen = torch.cat([load_windows(text, tokenizer, 512, max_windows=FITTED) for text in FIT_TEXTS])
+    exits = skipping.exit_prompts(own, chosen, math.inf, print)
+    found = list(skipping.settings(own, chosen[:4], MOST, time.monotonic() + SKIP_SECONDS, print))
     settings = [replace(one, weights=kind) for kind in WEIGHTS for one in (plain, *exits)]
-    settings += [one for one in found if one.skips]
+    settings += found
     entrants = [Entrant(one, engines[one.weights], partial(skipping.running, one)) for one in settings]
     timed, speed = entrants[1:], Race(entrants[0], iter(()), len(LENGTHS), 1)
     prompts = {size: load_windows("wikitext-2:train", tokenizer, size, max_windows=ROUNDS + 1) for size in LENGTHS}

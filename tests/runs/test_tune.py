@@ -245,11 +245,11 @@ def test_prompts_may_leave_early(folder: Path, tmp_path: Path) -> None:
     quality = settings[4].quality
     assert quality["num_tokens"] == 4 * 16 and quality["perplexity_increase"] != 0
     model, _ = anydepth.load_model(str(folder / "base"), dtype="float32")
-    alone = FastEngine(anydepth.attach(model, anydepth.PromptExit.Config(layer=4)).eval())
-    assert quality["perplexity"] == pytest.approx(
-        evaluate(alone, texts.windows[0], prompt_tokens=48)["perplexity"], 1e-4
-    )
+    own = anydepth.attach(model, anydepth.PromptExit.Config(layer=4)).eval()
+    before = evaluate(FastEngine(own), texts.windows[0], prompt_tokens=48)["perplexity"]
     tuner.chosen = settings[4]
     tuner.write(tmp_path / "out")
     again, _ = load_target(str(tmp_path / "out"))
-    assert again.methods["prompt_exit"].config.layer == 4
+    assert again.methods["prompt_exit"].config.model_dump() == {"layer": 4, "tail": 32, "fitted": True}
+    after = evaluate(FastEngine(again), texts.windows[0], prompt_tokens=48)["perplexity"]
+    assert quality["perplexity"] == pytest.approx(after, 1e-4) and after != before

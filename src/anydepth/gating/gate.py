@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.gating.context import PassContext
+from anydepth.gating.kv_projection import KVProjection
 from anydepth.gating.spec import KVRule
 
 
@@ -20,6 +21,7 @@ class Gate:
         keep: (B, T) bool; padding is never kept.
         kv_rule: how tokens that skip a mixer leave K/V there.
         any_kept, all_kept: whether any, or all, real tokens are kept; known on the host.
+        projection: the projections that give K/V of skipping tokens, where none is kept; None: the layer's own.
         weight: (B, T) w of h + w·(f(h) − h), 0 where a token skips. In training the gate's gradient flows through it.
     """
 
@@ -28,6 +30,7 @@ class Gate:
     any_kept: bool
     all_kept: bool
     weight: Tensor | None = None
+    projection: KVProjection | None = None
 
     @classmethod
     def stack(cls, keep: Tensor, context: PassContext, kv_rule: KVRule, weights: Tensor | None = None) -> list[Gate]:
@@ -69,7 +72,8 @@ class Gate:
         if first.weight is not None or second.weight is not None:
             weight = _weight_of(first) * _weight_of(second)
         any_kept = first.any_kept and second.any_kept and bool(keep.any())
-        return Gate(keep, first.kv_rule, any_kept, first.all_kept and second.all_kept, weight)
+        all_kept, projection = first.all_kept and second.all_kept, first.projection or second.projection
+        return Gate(keep, first.kv_rule, any_kept, all_kept, weight, projection)
 
 
 def _weight_of(gate: Gate) -> Tensor:

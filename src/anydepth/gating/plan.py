@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -297,6 +297,8 @@ class Decisions:
         keep = keep.expand(-1, *self.context.token_mask.shape)
         found = Gate.stack(keep, self.context, spec.on_skip, weights)
         for number, (layer_idx, part) in enumerate(zip(spec.layers, found, strict=True)):
+            if spec.projections is not None:
+                part = replace(part, projection=spec.projections[layer_idx])
             if spec.alternates is None:
                 self.decided.setdefault((spec.branch, layer_idx), {})[gate] = part
             else:

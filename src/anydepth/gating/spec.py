@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.gating.gate_network import GateNetwork
+from anydepth.gating.kv_projection import KVProjection
 from anydepth.gating.scores import Score
 
 Branch = Literal["layer", "mixer", "ffn"]
@@ -41,6 +42,7 @@ class GateSpec:
         exits: whether a token that skips a layer skips all later ones too.
         scale: a network; r = 2·σ(logit) multiplies the output of the layer, h + r·(f(h) − h).
         alternates: by layer, the mixer that skipping tokens run in place of the layer's own.
+        projections: by layer, the K/V projections where no token of a pass runs it, in place of its own.
     """
 
     layers: tuple[int, ...]
@@ -53,6 +55,7 @@ class GateSpec:
     exits: bool = False
     scale: GateNetwork | None = None
     alternates: Mapping[int, nn.Module] | None = None
+    projections: Mapping[int, KVProjection] | None = None
 
     @property
     def never_skips(self) -> bool:

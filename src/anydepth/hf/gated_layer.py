@@ -83,7 +83,10 @@ class GatedLayer:
         return (output, None) if self.view.family.returns_tuple else output
 
     def _gated_layer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if run.sparse and not gate.any_kept and not self.runner.sees_every_token(gate):
+        skips = (
+            run.sparse or gate.projection is not None
+        ) and not gate.any_kept  # masked runs have the layer's own K/V
+        if skips and not self.runner.sees_every_token(gate):
             self.runner.defer(run, gate, hidden, arguments)
             return self._with_zero_gradient(hidden)
         if self.runner.sees_every_token(gate):

@@ -103,11 +103,17 @@ class PartialRunner:
         return self.view.is_recurrent and gate.kv_rule == "project"
 
     def defer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> None:
-        """Defer the K/V of tokens under `project`, since no token runs the layer now."""
+        """Defer the K/V of tokens under `project`, since no token runs the layer now; other projections run at once."""
         kv = None if gate.kv_rule != "project" or self.view.kv_source is not None else run.kv(self.view)
-        if kv is not None:
-            kv.defer(hidden, self.view.positions_of(arguments))
+        if kv is None:
+            return
+        positions, projection = self.view.positions_of(arguments), gate.projection
+        if projection is None:
+            kv.defer(hidden, positions)
             run.incomplete.add(self.layer_idx)
+        else:
+            normed, parts = self.view.normalise(hidden), (projection.keys, projection.values)
+            kv.append(*self.view.project_kv(normed, positions, parts), None, kv.num_kv)
 
     def materialise(self, run: Run) -> None:
         """Project the deferred K/V of earlier tokens, which a token is about to attend to."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from anydepth.config import StrictConfig
+from anydepth.errors import UserError
 from anydepth.gating.context import PassContext
+from anydepth.gating.kv_projection import KVProjection
 from anydepth.gating.scores import Known
 from anydepth.gating.spec import GateSpec
 from anydepth.methods._base.method import Method, check_exits
 from anydepth.models.backbone import Backbone
+from anydepth.models.llama_like import weights_of
 
 
 class PromptExitConfig(StrictConfig):
@@ -24,6 +27,9 @@ class PromptExitConfig(StrictConfig):
         default=None, description="Layer before which tokens of a prompt exit; null is after five sixths of all."
     )
     tail: int = Field(default=32, ge=1, description="Last tokens of a prompt that run every layer.")
+    fitted: bool = Field(
+        default=False, description="Later layers have K/V projections of their own for these tokens, fitted on text."
+    )
 
 
 class PromptExit(Method):
@@ -38,10 +44,39 @@ class PromptExit(Method):
         self.layer = max(round(self.num_layers * 5 / 6), 1) if config.layer is None else config.layer
         check_exits([self.layer], self.num_layers)
         self.prompt_tail = config.tail
+        self.views = backbone.layers
+        layers = range(self.layer, self.num_layers) if config.fitted else ()
+        self.projections = nn.ModuleDict({str(layer_idx): self._own(layer_idx) for layer_idx in layers})
+
+    @classmethod
+    def has_weights(cls, config: PromptExitConfig) -> bool:
+        return config.fitted
+
+    def _own(self, layer_idx: int) -> KVProjection:
+        """Return projections that are those of the layer."""
+        view = self.views[layer_idx]
+        if len(view.kv_projections) != 2 or view.projects_queries or view.shares_kv or view.kv_expansions:
+            raise UserError(
+                f"prompt_exit cannot fit layer {layer_idx}: it has no K and V projections of its own; leave fitted out"
+            )
+        keys, values = (weights_of(part) for part in view.kv_projections)
+        return KVProjection(view.normalise, (keys.weight, keys.bias), (values.weight, values.bias))
+
+    def projection(self, layer_idx: int) -> KVProjection:
+        found = self.projections[str(layer_idx)]
+        assert isinstance(found, KVProjection)
+        return found
+
+    def reset(self) -> None:
+        """Make the projections those of the layers again."""
+        for layer_idx in self.projections:
+            self.projections[layer_idx] = self._own(int(layer_idx))
 
     def prompt_gates(self) -> list[GateSpec]:
         layers = tuple(range(self.layer, self.num_layers))
-        return [GateSpec(layers, "layer", Known(len(layers), self._exited), threshold=0.5)]
+        fitted = {layer_idx: self.projection(layer_idx) for layer_idx in layers} if self.config.fitted else None
+        score = Known(len(layers), self._exited)
+        return [GateSpec(layers, "layer", score, threshold=0.5, projections=fitted)]
 
     def _exited(self, context: PassContext) -> Tensor:
         """Return zeros: no token of a pass over the beginning of a prompt runs the layers."""

@@ -6,6 +6,7 @@ There is no forward of any model here: only the model's modules run.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -160,22 +161,27 @@ class LayerView:
             first: positions[:split] if split > 1 else positions[0]
         }  # DeepSeek-V2 has one complex tensor
 
-    def project_kv(self, normed: Tensor, positions: Positions | None) -> tuple[Tensor, Tensor]:
+    def project_kv(
+        self, normed: Tensor, positions: Positions | None, projections: Sequence[nn.Module] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Return the keys and values that the mixer writes to its cache for (B, T, D) normed states.
 
         The mixer's own forward runs, up to its cache and without queries.
+
+        Args:
+            projections: modules in place of `kv_projections`.
         """
         capture = KVCapture(stop=True)
         arguments: dict[str, Any] = {self.family.cache_argument: capture, "attention_mask": None}
         arguments |= dict.fromkeys(self.family.unused_arguments)
         arguments |= {} if positions is None else self._position_arguments(positions)
-        mixer = self._without_queries()
+        mixer = self._without_queries(projections)
         with suppress(_Projected):
             type(mixer).forward(mixer, normed, **arguments)
         return capture.kv
 
-    def _without_queries(self) -> nn.Module:
-        """Return a mixer that shares everything with the layer's own but its query projections.
+    def _without_queries(self, projections: Sequence[nn.Module]) -> nn.Module:
+        """Return a mixer that shares everything with the layer's own but its query projections, and `projections`.
 
         It is made for each call: other threads run the layer's own mixer, and adapters may come and go.
         """
@@ -186,6 +192,8 @@ class LayerView:
         twin = object.__new__(type(mixer))
         twin.__dict__.update(mixer.__dict__)
         twin._modules = {**mixer._modules, **{name: _no_queries(_outputs(part)) for name, part in queries.items()}}
+        if projections:
+            twin._modules |= dict(zip(self.family.kv_projections, projections, strict=True))
         return twin
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from anydepth.calibration.shares import restored
 from anydepth.decoding.engine import Engine
+from anydepth.errors import UserError
 from anydepth.hf.adapted import AdaptedModel, attach, detach
 from anydepth.measure.calibrate import increase_of
 from anydepth.measure.race import Entrant, Setting
@@ -23,6 +24,7 @@ from anydepth.methods._base.calibration import comparing, is_filled
 from anydepth.methods.prompt_exit import PromptExit, PromptExitConfig
 from anydepth.methods.skip_set import SkipSet, SkipSetConfig
 from anydepth.search.problem import Candidate, as_lists
+from anydepth.search.projection_fit import fit_projections
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Fractions of their decisions that attached methods are set to skip."""
@@ -45,6 +47,7 @@ class Skipping:
         self.has_own = bool(adapted.attached)
         searches = not (self.has_own or is_lossless)
         self.adapted = attach(detach(adapted), SkipSetConfig()).eval() if searches else adapted
+        self.exits: dict[int, PromptExit] = {}
 
     def in_drafts(self) -> AbstractContextManager[Any]:
         """Return a block to open drafters in: methods that were attached draft too, the skip set of a search not."""
@@ -64,8 +67,7 @@ class Skipping:
             finally:
                 method.choose(())
         elif setting.prompt_layers is not None:
-            backbone = self.adapted.backbone
-            with self.adapted.deciding(PromptExit(PromptExitConfig(layer=setting.prompt_layers), backbone)):
+            with self.adapted.deciding(self.exits[setting.prompt_layers]):
                 yield
         elif setting.is_attached:
             yield
@@ -77,6 +79,23 @@ class Skipping:
         else:
             with self.adapted.deciding():
                 yield
+
+    def exit_prompts(self, engine: Engine, windows: Tensor, until: float, say: Callable[[str], None]) -> list[Setting]:
+        """Return settings of an engine in which prompts leave early, fitted on (N, T) windows until a time."""
+        if self.has_own:
+            return []
+        backbone = self.adapted.backbone
+        layers = sorted(
+            {min(max(round(backbone.num_layers * share), 1), backbone.num_layers - 1) for share in PROMPT_SHARES}
+        )
+        try:
+            made = [PromptExit(PromptExitConfig(layer=layer, fitted=True), backbone) for layer in layers]
+            num_read = fit_projections(made, engine, windows, until)
+            say(f"  K/V of prompts that leave early: fitted on {num_read} windows of {windows.shape[1]} tokens")
+        except UserError:
+            made = [PromptExit(PromptExitConfig(layer=layer), backbone) for layer in layers]
+        self.exits = {method.layer: method.to(backbone.device).eval() for method in made}
+        return [Setting(engine.name, engine.weights, prompt_layers=layer) for layer in reversed(layers)]
 
     def settings(
         self, engine: Engine, windows: Tensor, most: float, until: float, say: Callable[[str], None]
@@ -98,8 +117,6 @@ class Skipping:
             elif own:
                 say("attached methods keep their thresholds: the folder has no score quantiles (`calibrate` adds them)")
             return
-        num_layers = self.adapted.backbone.num_layers
-        yield from (replace(plain, prompt_layers=max(round(num_layers * share), 1)) for share in PROMPT_SHARES)
         halves = windows.view(-1, windows.shape[1] // 2)
         few, more = halves[:ALONE], halves[:TOGETHER]
         layers = engine.weight_bytes()[0]

@@ -28,7 +28,6 @@ from anydepth.measure.front import front
 from anydepth.measure.race import FEW, Entrant, Race, Setting
 from anydepth.measure.timing import Batch
 from anydepth.methods._base.calibration import comparing
-from anydepth.methods.prompt_exit import PromptExitConfig
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import AUTO, NATIVE, dtype_name, has_blocks
 from anydepth.models.target import ADAPTER, local_folder
@@ -44,8 +43,8 @@ CONFIRMING, BASELINE = 4, 2
 """Batches of prompts, of each shape, that confirm the winner; and that transformers is timed on."""
 WARM_TOKENS = 4
 """New tokens of a first run of full depth and of transformers, which is not counted."""
-FOR_SKIPS, FOR_THE_END = 0.2, 0.25
-"""Fractions of the time for the search of skip sets, and for confirming."""
+FOR_EXITS, FOR_SKIPS, FOR_THE_END = 0.1, 0.2, 0.25
+"""Fractions of the time for fitting prompts that leave early, for the search of skip sets, and for confirming."""
 FOR_A_BASELINE = 0.05
 """Fraction of the time above which a round of transformers is the last one."""
 ROUNDED_PER_SECOND = 1.5e6
@@ -102,6 +101,10 @@ class Tuner:
                 self.engines[kind] = self._open("fast", kind)
                 names = [name for name in self.drafts if "copy" not in name]
                 found += [Setting("fast", kind, draft=name) for name in (None, *names)]
+            self.say("fitting prompts that leave early …")
+            until = time.monotonic() + FOR_EXITS * self.seconds
+            exits = self.skipping.exit_prompts(self.own, self.texts.fitting, until, self.say)
+            found += [replace(one, weights=kind) for one in exits for kind in self.engines]
             self.say("searching what can be skipped …")
             most = self.config.max_perplexity_increase or WIDE
             until = time.monotonic() + FOR_SKIPS * self.seconds
@@ -304,8 +307,10 @@ class Tuner:
                 method.set_skip_share(setting.skip_share)
         elif not self.skipping.has_own or not (draft or setting.is_attached):
             skips = [SkipSetConfig(**as_lists(setting.skips))] if setting.skips else []
-            exits = [] if setting.prompt_layers is None else [PromptExitConfig(layer=setting.prompt_layers)]
-            found = attach(detach(found), [*skips, *exits])
+            exits = [] if setting.prompt_layers is None else [self.skipping.exits[setting.prompt_layers]]
+            found = attach(detach(found), [*skips, *(method.config for method in exits)])
+            for method in exits:
+                found.methods[method.name].load_state_dict(method.state_dict())
         has_base = is_folder and own_base(self.target) is not None
         base = self.target if is_plain else None
         save(found, out, base=base, own_base=tokenizer if has_base else None, draft=draft, run=run)

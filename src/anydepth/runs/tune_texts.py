@@ -24,8 +24,8 @@ from anydepth.training.corpora import validation_of
 from anydepth.training.data import load_windows
 
 Prompts = list[tuple[str, Batch]]
-LENGTH, NUM_CHOOSING, NUM_UNSEEN = 512, 6, 24
-"""Tokens of a window of text; windows that choose, and those that score what is left."""
+LENGTH, NUM_CHOOSING, NUM_UNSEEN, NUM_FITTING = 512, 6, 24, 40
+"""Tokens of a window of text; windows that choose, those that score what is left, and those to fit projections on."""
 MOST_PROMPTS = 30
 """Batches of prompts that confirm, of text; twice as many choose."""
 ERROR = 0.05
@@ -100,6 +100,15 @@ class Texts:
                 "score: give more text"
             )
         return windows[:NUM_CHOOSING], unseen
+
+    @cached_property
+    def fitting(self) -> Tensor:
+        """Return (N, T) windows to fit projections on, in general not those that choose."""
+        data = self.config.data
+        if validation_of(data) is None:  # what comes after those that choose is for other uses
+            return self.windows[0]
+        windows = load_windows(data, self.tokenizer, self._length, max_windows=NUM_CHOOSING + NUM_FITTING)
+        return windows[NUM_CHOOSING:] if len(windows) > NUM_CHOOSING else windows
 
     @property
     def _length(self) -> int:

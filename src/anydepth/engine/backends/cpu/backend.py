@@ -26,6 +26,7 @@ from anydepth.engine.backends.torch.layer import Linear, NormedLinear, RMSNorm
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate import Gate
+from anydepth.gating.kv_projection import KVProjection
 from anydepth.gating.trace import PassRecord
 from anydepth.models.blocks import BlockEmbedding
 from anydepth.models.llama_like import BlockWeights, LayerParts, Norm, Weights
@@ -104,11 +105,17 @@ class KernelBranches(Branches):
     """Branches of many tokens: products by PyTorch's operators or over packed weights, attention by the kernels."""
 
     def _fill(
-        self, layer: KernelLayer, kv: LayerKV, sequence: int, states: Tensor, positions: Tensor | None = None
+        self,
+        layer: KernelLayer,
+        kv: LayerKV,
+        sequence: int,
+        states: Tensor,
+        positions: Tensor | None = None,
+        projection: KVProjection | None = None,
     ) -> None:
         count = len(states)
-        if positions is not None or count > MAX_TOKENS:
-            super()._fill(layer, kv, sequence, states, positions)
+        if positions is not None or projection is not None or count > MAX_TOKENS:
+            super()._fill(layer, kv, sequence, states, positions, projection)
         else:
             layer.native.fill(states, Rows([sequence], [count], [kv.counts[sequence]], self.tables.compiled), kv)
             kv.extend(sequence, count)
@@ -136,7 +143,8 @@ class PendingBranches(KernelBranches):
         self.new_kv: list[tuple[LayerKV, int, int, list[int] | None]] = []
 
     def mix(self, layer: KernelLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
-        task = self._mixer_task(layer, kv, gate)
+        is_other = gate is not None and gate.projection is not None and not gate.any_kept
+        task = None if is_other else self._mixer_task(layer, kv, gate)
         if task is None:
             return super().mix(layer, kv, self.flush(hidden), gate)
         if task.parts or task.defers:

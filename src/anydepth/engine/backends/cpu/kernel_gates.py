@@ -175,7 +175,7 @@ class KernelGates:
 
 
 def _check_fits(spec: GateSpec) -> None:
-    if spec.on_skip == "recompute" or spec.alternates is not None:
+    if spec.on_skip == "recompute" or spec.alternates is not None or spec.projections is not None:
         raise Unfit
     if spec.scale is not None and (spec.branch != "layer" or spec.exits):
         raise Unfit

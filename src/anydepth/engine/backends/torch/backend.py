@@ -14,6 +14,7 @@ from anydepth.engine.new_tokens import NewTokens, Rotation
 from anydepth.engine.weights import WeightFormat
 from anydepth.gating.gate import Gate
 from anydepth.gating.gate_network import Evaluate, GateNetwork
+from anydepth.gating.kv_projection import KVProjection
 from anydepth.gating.trace import PassRecord
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 
@@ -105,7 +106,9 @@ class Branches:
         if gate is None or gate.all_kept:
             return self._mix_rows(layer, kv, every_row, hidden)
         if not gate.any_kept:
-            if gate.kv_rule == "project":
+            if gate.projection is not None:
+                self._fill_rows(layer, kv, hidden, gate.projection)
+            elif gate.kv_rule == "project":
                 self._defer(kv, hidden, every_row)
             return hidden
         return self._mix_some(layer, kv, hidden, gate)
@@ -196,6 +199,12 @@ class Branches:
             if kv.holds_all(self.new.sequences[row], self.new.seen[row]):
                 kv.defer(self.new.sequences[row], parts[row])
 
+    def _fill_rows(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, projection: KVProjection) -> None:
+        """Project the K/V of all tokens of all rows by other projections than the layer's own."""
+        for sequence, seen, own in zip(self.new.sequences, self.new.seen, hidden.split(self.num_tokens), strict=True):
+            if kv.holds_all(sequence, seen):
+                self._fill(layer, kv, sequence, own, projection=projection)
+
     def _materialise(self, layer: EngineLayer, kv: LayerKV, rows: Sequence[int]) -> None:
         """Project the deferred K/V of these rows, all of a row in one product."""
         for sequence in (self.new.sequences[row] for row in rows):
@@ -203,16 +212,24 @@ class Branches:
                 self._fill(layer, kv, sequence, kv.take_deferred(sequence))
 
     def _fill(
-        self, layer: EngineLayer, kv: LayerKV, sequence: int, states: Tensor, positions: Tensor | None = None
+        self,
+        layer: EngineLayer,
+        kv: LayerKV,
+        sequence: int,
+        states: Tensor,
+        positions: Tensor | None = None,
+        projection: KVProjection | None = None,
     ) -> None:
         """Project K/V of a sequence's next tokens from their states (N, D).
 
         Args:
             positions: (N,) where tokens before them have left gaps.
+            projection: None: the layer's own.
         """
         start, kind = kv.counts[sequence], layer.rotation_kind
         where = slice(start, start + len(states)) if positions is None else positions
-        keys_and_values = layer.project_kv(states, None if kind is None else self.tables.at(kind, where))
+        rotation = None if kind is None else self.tables.at(kind, where)
+        keys_and_values = layer.project_kv(states, rotation, projection)
         kv.append(sequence, keys_and_values, None if positions is None else positions.tolist())
 
     # --- attention ---------------------------------------------------------------------------------------------

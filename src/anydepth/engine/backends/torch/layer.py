@@ -183,10 +183,15 @@ class EngineLayer:
             rotation.rotate(queries)
         return queries
 
-    def project_kv(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
-        """Return keys and values (N, 2·H_kv, head_dim) of tokens that do not run the mixer."""
-        normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
-        both = self.kv(normed).view(len(hidden), -1, self.head_dim)
+    def project_kv(
+        self, hidden: Tensor, rotation: Rotation | None, projection: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Return keys and values (N, 2·H_kv, head_dim) of tokens that do not run the mixer.
+
+        `projection` is used in place of the layer's own norm and weights.
+        """
+        normed = hidden if self.mixer_norm is None or projection is not None else self.mixer_norm(hidden)
+        both = (projection or self.kv)(normed).view(len(hidden), -1, self.head_dim)
         keys = both[:, : self.num_kv_heads]
         if self.key_norm is not None:
             keys.copy_(_normed(keys, self.key_norm))
