@@ -107,14 +107,15 @@ def _times(entrant: Entrant, everything: Sequence[Entrant]) -> dict[str, Any]:
 def markdown(found: dict[str, Any]) -> str:
     """Return the table of the docs."""
     shapes = list(found["rows"][0]["speed"])
-    heads = [f"{shape}: × native | × same weights | {' | '.join(TEXTS)}" for shape in shapes]
-    lines = [f"| | {' | '.join(heads)} |", "| --- |" + " --- |" * (len(shapes) * (2 + len(TEXTS)))]
+    heads = [f"{shape}: speed-up | {' | '.join(TEXTS)}" for shape in shapes]
+    lines = [f"| | {' | '.join(heads)} |", "| --- |" + " --- |" * (len(shapes) * (1 + len(TEXTS)))]
     for row in found["rows"]:
-        cells = [row["label"]]
+        kinds = ("skip_layers", "skip_mixers", "skip_ffns")
+        num_skipped = sum(len(row["setting"].get(kind, ())) for kind in kinds)
+        weights = row["setting"]["weights"]
+        cells = [f"{weights}, without {num_skipped} mixers or FFNs" if num_skipped else row["label"].split(" ", 1)[1]]
         for shape in shapes:
-            speed = row["speed"][shape]
-            over = {"speedup": speed["over_same_weights"], "speedup_interval": speed["over_same_weights_interval"]}
-            cells += [wording.speedup(speed), wording.speedup(over)]
+            cells.append(wording.speedup(row["speed"][shape]))
             cells += [wording.cell("perplexity_increase", row["quality"][shape][text]) for text in TEXTS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -19,6 +19,7 @@ TABLES = {
     "variants_from_scratch": ["benchmarks/run.py", "benchmarks/experiments/variants_from_scratch.yaml", "--table"],
     "engine": ["benchmarks/engine.py", "--table"],
     "tune": ["benchmarks/tuning.py", "--table"],
+    "prefill": ["benchmarks/prefill.py", "--table"],
     "hat": ["benchmarks/hat.py", "--table"],
     "speculation": ["benchmarks/speculation.py", "--table"],
     "layerskip": ["benchmarks/layerskip.py", "--table"],
