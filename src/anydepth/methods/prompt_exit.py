@@ -69,8 +69,9 @@ class PromptExit(Method):
 
     def reset(self) -> None:
         """Make the projections those of the layers again."""
-        for layer_idx in self.projections:
-            self.projections[layer_idx] = self._own(int(layer_idx))
+        for name in self.projections:
+            device = self.projection(int(name)).keys.weight.device
+            self.projections[name] = self._own(int(name)).to(device)
 
     def prompt_gates(self) -> list[GateSpec]:
         layers = tuple(range(self.layer, self.num_layers))

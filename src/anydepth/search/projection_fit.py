@@ -68,8 +68,8 @@ class _Sums:
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """Return the weight (out, in) and the bias (out,)."""
-        ridge = RIDGE * self.inputs.diagonal().mean() * torch.eye(len(self.inputs), dtype=torch.double)
-        found = torch.linalg.solve(self.inputs + ridge, self.outputs).float().T
+        ridge = RIDGE * self.inputs.diagonal().mean() * torch.ones_like(self.inputs.diagonal())
+        found = torch.linalg.solve(self.inputs + ridge.diag(), self.outputs).float().T
         return found[:, :-1], found[:, -1]
 
 
