@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,12 @@ def others_use(busy: float, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_are_as_many_as_cores_are_free(
     threads: Threads, monkeypatch: pytest.MonkeyPatch, busy: float, wanted: int
 ) -> None:
-    told: list[str] = []
+    said: list[str] = []
     others_use(busy, monkeypatch)
-    with threads.fixed(told.append):
+    with threads.fixed(said.append):
         assert torch.get_num_threads() == wanted
     assert torch.get_num_threads() == 4
-    assert not told if wanted == 4 else f"timing with {wanted} of 4 threads" in told[0]
+    assert not said if wanted == 4 else f"timing with {wanted} of 4 threads" in said[0]
     threads.adapt()
     assert torch.get_num_threads() == wanted
     others_use(0.0, monkeypatch)
@@ -67,6 +68,27 @@ def test_a_fixed_number_does_not_change(threads: Threads, monkeypatch: pytest.Mo
     with threads.fixed():
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == 3
+
+
+def test_each_thread_has_its_own_number_and_all_have_a_fixed_one(
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others_use(2.0, monkeypatch)
+
+    def in_another() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(
+                lambda: (torch.set_num_threads(4), threads.adapt(), torch.get_num_threads())[-1]
+            ).result()
+
+    assert in_another() == 2 and torch.get_num_threads() == 4
+    threads.adapt()
+    assert torch.get_num_threads() == 2
+    others_use(0.0, monkeypatch)
+    threads.adapt()
+    assert torch.get_num_threads() == 4  # what the other thread used was no number of this one
+    threads.fix(3)
+    assert in_another() == 3
 
 
 def test_a_generation_adapts(threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:

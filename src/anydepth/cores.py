@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,19 @@ def _used_seconds() -> float:
         return 0.0
 
 
+class _Own(threading.local):
+    """What one thread has set, since OpenMP and PyTorch have a number of threads for each."""
+
+    def __init__(self) -> None:
+        self.most = self.used = torch.get_num_threads()
+        self.usage = _Usage()
+
+    def use(self, number: int) -> None:
+        self.used = number
+        if number != torch.get_num_threads():
+            torch.set_num_threads(number)
+
+
 class Threads:
     """The number of PyTorch's threads, which changes with the cores that are free unless it is fixed.
 
@@ -65,47 +79,46 @@ class Threads:
     """
 
     def __init__(self) -> None:
-        self.most = self.used = torch.get_num_threads()
-        self.is_fixed = False
-        self.usage = _Usage()
+        self.own = _Own()
+        self.fixed_number: int | None = None  # for all threads
 
     def fix(self, number: int) -> None:
         """Use this number of threads from now on."""
-        self.most = self.used = number
-        self.is_fixed = True
-        torch.set_num_threads(number)
+        self.fixed_number = number
+        self.own.use(number)
 
     def adapt(self) -> None:
         """Use as many threads as cores are free, at most twice a second; call it in the thread that computes."""
-        if self.is_fixed:
+        own = self.own
+        if self.fixed_number is not None:
+            own.use(self.fixed_number)
             return
-        if (current := torch.get_num_threads()) != self.used:
-            self.most = self.used = current
-        if self.most > 1 and time.perf_counter() - self.usage.at > INTERVAL:
-            self._use(self.usage.others())
-            self.usage = _Usage()
-
-    def _use(self, busy: float) -> None:
-        self.used = max(min(self.most, num_cores() - math.ceil(busy - IGNORED)), 1)
-        if self.used != torch.get_num_threads():
-            torch.set_num_threads(self.used)
+        if (current := torch.get_num_threads()) != own.used:
+            own.most = own.used = current
+        if own.most > 1 and time.perf_counter() - own.usage.at > INTERVAL:
+            own.use(_free(own.most, own.usage.others()))
+            own.usage = _Usage()
 
     @contextmanager
     def fixed(self, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
         """Keep within the block as many threads as cores are free at its start, so that times compare."""
-        if self.is_fixed:
+        if self.fixed_number is not None:
             yield
             return
         before, busy = torch.get_num_threads(), busy_cores()
-        self.most, self.is_fixed = before, True
-        self._use(busy)
-        if self.used < before:
-            say(f"other processes keep {busy:.1f} cores busy: timing with {self.used} of {before} threads")
+        self.fix(_free(before, busy))
+        if self.own.used < before:
+            say(f"other processes keep {busy:.1f} cores busy: timing with {self.own.used} of {before} threads")
         try:
             yield
         finally:
-            self.is_fixed, self.used = False, before
-            torch.set_num_threads(before)
+            self.fixed_number = None
+            self.own.use(before)
+
+
+def _free(most: int, busy: float) -> int:
+    """Return the number of threads for the cores that others do not keep busy, of at most so many."""
+    return max(min(most, num_cores() - math.ceil(busy - IGNORED)), 1)
 
 
 THREADS = Threads()

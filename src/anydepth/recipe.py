@@ -234,19 +234,9 @@ class EvalConfig(StrictConfig):
 
     data: str = Field(default="embedded:valid", description="`NAME:SPLIT` or a file.")
     sequence_length: int = Field(default=1024, ge=8, description="Tokens per window.")
-    prompt_tokens: int = Field(
-        default=0,
-        ge=0,
-        description="First tokens of a window, read as a prompt; only those after them are scored.",
-    )
+    prompt_tokens: int = Field(default=0, ge=0, description="First tokens of a window: a prompt, not scored.")
     max_documents: int | None = Field(default=None, ge=1, description="Use only the first documents.")
     max_windows: int | None = Field(default=None, ge=1, description="Use only the first windows.")
-
-    @model_validator(mode="after")
-    def _scores_something(self) -> EvalConfig:
-        if self.prompt_tokens > self.sequence_length - 2:
-            raise ValueError("prompt_tokens leaves nothing to score; give at most sequence_length less two")
-        return self
 
 
 class BenchConfig(StrictConfig):

@@ -157,31 +157,25 @@ def evaluate(
 ) -> None:
     """Score perplexity with routing on, next to the base model."""
     from anydepth.decoding.engines import label_of
-    from anydepth.measure.evaluate import evaluate as score
-    from anydepth.measure.evaluate import exit_losses
+    from anydepth.measure import evaluate as scoring
     from anydepth.training.data import load_windows, num_tokens
 
     text = validate(TextConfig, {"bos": bos, "isolate_documents": isolate_documents}, where="eval")
     check_corpus(data)
     opt.at_least(1, limit=limit)
     opt.at_least(0, num_fewshot=num_fewshot, prompt_tokens=prompt_tokens)
-    if prompt_tokens > sequence_length - 2:
-        raise UserError(
-            f"--prompt-tokens {prompt_tokens} leaves nothing to score of windows of {sequence_length} tokens; give at "
-            "most --sequence-length less two"
-        )
+    scoring.check_prompt(prompt_tokens, sequence_length)
     names, load = _task_names(tasks), opt.load_options(call.arguments)
     scorer, tokenizer = _scorer(call, load)
-    if names:
-        from anydepth.measure.lm_eval import check_windows
-
-        check_windows(scorer, tokenizer, names)
+    _check_windows(scorer, tokenizer, names)
     label = "full depth" if full_depth else label_of(scorer)
     windows = load_windows(data, tokenizer, sequence_length, max_windows=limit, text=text)
     call.progress(f"scoring {num_tokens(windows)} tokens of {data} …")
-    fields = score(scorer, windows, full_depth_only=full_depth, prompt_tokens=prompt_tokens, track=call.track)
+    fields = scoring.evaluate(
+        scorer, windows, full_depth_only=full_depth, prompt_tokens=prompt_tokens, track=call.track
+    )
     if exits:
-        fields["exits"] = exit_losses(scorer.adapted, windows)
+        fields["exits"] = scoring.exit_losses(scorer.adapted, windows)
     if names:
         say = None if call.quiet else call.progress
         shared = {"tokenizer": tokenizer, "names": names, "num_fewshot": num_fewshot, "limit": limit, "say": say}
@@ -221,6 +215,14 @@ def _task_names(tasks: str | None) -> list[str]:
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     check_tasks(names)
     return names
+
+
+def _check_windows(engine: Any, tokenizer: Any, names: list[str]) -> None:
+    """Raise `UserError` for tasks with requests that do not fit the model's window, before text is scored."""
+    if names:
+        from anydepth.measure.lm_eval import check_windows
+
+        check_windows(engine, tokenizer, names)
 
 
 def _add_tasks(fields: dict[str, Any], engine: Any, label: str, full_depth: bool, options: dict[str, Any]) -> None:

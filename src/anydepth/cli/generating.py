@@ -86,7 +86,7 @@ def _open(call: opt.Call) -> tuple[Any, Any]:
         return open_target(target, say=call.progress, **given)
 
 
-@opt.command(without="as_json")
+@opt.command(without=("as_json",))
 def chat(
     call: opt.Call,
     target: opt.Target,
@@ -173,7 +173,7 @@ def show_text(document: dict[str, Any], show_depth: bool) -> None:
         print("depths:", " ".join(f"{depth:g}" for depth in document["depths"]))
 
 
-@opt.command(without="as_json")
+@opt.command(without=("as_json",))
 def serve(
     call: opt.Call,
     target: opt.Target,

@@ -145,19 +145,18 @@ class RecipeCall(Printer):
 
 
 def command(
-    name: str | None = None, *, without: str | tuple[str, ...] = ()
+    name: str | None = None, *, without: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command; its first parameter is a `Call` or a `RecipeCall`.
 
     The options of the call follow those of the command, but for `without` and those that the command has itself.
     """
-    left_out = (without,) if isinstance(without, str) else without
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         call, *own = inspect.signature(function, eval_str=True).parameters.values()
         shared = inspect.signature(call.annotation, eval_str=True).parameters
         names = [parameter.name for parameter in own]
-        added = [option for name, option in shared.items() if name not in (*names, *left_out)]
+        added = [option for name, option in shared.items() if name not in (*names, *without)]
 
         @functools.wraps(function)
         def run(**arguments: Any) -> None:

@@ -119,7 +119,7 @@ def search(
     call.result(result, show_search)
 
 
-@opt.command(without="seed")
+@opt.command(without=("seed",))
 def sweep(
     call: opt.RecipeCall,
     recipe: opt.RecipePath,

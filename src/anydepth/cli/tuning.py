@@ -18,7 +18,7 @@ from anydepth.training.corpora import check_corpus
 DEFAULTS = TuneConfig()
 
 
-@opt.command(without="seed")
+@opt.command(without=("seed",))
 def tune(
     call: opt.Call,
     target: opt.Target,

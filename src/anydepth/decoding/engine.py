@@ -140,9 +140,9 @@ class Engine(ABC):
         """
         session, plan = self.new_session(1), FULL_DEPTH if self.drafts else Plan.of(self.adapted.active_methods)
         sequence, ids, records = session.open(), token_ids.tolist(), []
-        beginning = 0 if plan.prompt is None else max(num_prompt - plan.prompt_tail, 0)
+        beginning = plan.beginning(num_prompt)
         with self.turn:
-            if plan.prompt is not None and beginning:
+            if beginning and plan.prompt is not None:
                 records.append(session.read(sequence, ids[:beginning], plan.prompt, num_logits=0)[1])
             num_logits = len(ids) - max(num_prompt - 1, 0)
             logits, record = session.read(sequence, ids[beginning:], plan, num_logits=num_logits)

@@ -186,7 +186,7 @@ def _records(requests: Sequence[Request], num_prompt: int) -> list[PassRecord]:
     read = [_num_reads(request) for request in requests]
     rows = [[*[None] * (max(read) - own), *request.passes] for request, own in zip(requests, read, strict=True)]
     passes = [[row[number] if number < len(row) else None for row in rows] for number in range(max(map(len, rows)))]
-    sizes = [max(len(found[0].token_mask[found[1]]) for found in one if found is not None) for one in passes]
+    sizes = [max(found[0].token_mask.shape[1] for found in one if found is not None) for one in passes]
     sizes[0] = num_prompt - sum(sizes[1 : max(read)])  # padding of all rows included
     return [joined_rows(one, size) for one, size in zip(passes, sizes, strict=True)]
 
@@ -194,7 +194,7 @@ def _records(requests: Sequence[Request], num_prompt: int) -> list[PassRecord]:
 def _num_reads(request: Request) -> int:
     """Return how many passes read the prompt of a request."""
     num_tokens = request.num_prompt - request.num_padding - request.num_known
-    lengths = accumulate(len(record.token_mask[row]) for record, row in request.passes)
+    lengths = accumulate(record.token_mask.shape[1] for record, _ in request.passes)
     return 1 + sum(length < num_tokens for length in lengths)
 
 

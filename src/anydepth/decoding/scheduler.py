@@ -210,8 +210,9 @@ class Scheduler:
             prefixes.restore(self.session, request, plan)
         start, size = self.session.length(request.kv), self._chunk_size(request)
         left = request.tokens[start:]
-        if plan.prompt is not None and not request.scores_prompt and len(left) > plan.prompt_tail:
-            plan, left = plan.prompt, left[: -plan.prompt_tail]
+        beginning = 0 if request.scores_prompt else plan.beginning(len(request.tokens))
+        if start < beginning and plan.prompt is not None:
+            plan, left = plan.prompt, left[: beginning - start]
         chunk = left if size is None or len(left) <= size + (self.session.max_tokens or 0) else left[:size]
         is_last = start + len(chunk) == len(request.tokens)
         num_logits = len(chunk) if request.scores_prompt else int(is_last)

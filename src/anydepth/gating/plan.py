@@ -151,6 +151,10 @@ class Plan:
             found += [PlannedGate(method, spec, is_sampled) for spec in specs]
         return cls(found, methods)
 
+    def beginning(self, num_prompt: int) -> int:
+        """Return how many first tokens of a prompt `prompt` is for; 0 where this plan reads all of it."""
+        return 0 if self.prompt is None else max(num_prompt - self.prompt_tail, 0)
+
     @property
     def is_empty(self) -> bool:
         """Whether every token runs everything."""

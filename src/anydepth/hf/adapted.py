@@ -127,9 +127,8 @@ class AdaptedModel(nn.Module):
         num_seen = 0 if cache is None else cache.num_seen
         token_mask, positions = _tokens(kwargs, num_seen)
         if self.backbone.family.ignores_past and num_seen and kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = torch.arange(num_seen, num_seen + token_mask.shape[1], device=token_mask.device)[
-                None
-            ]
+            new = torch.arange(token_mask.shape[1], device=token_mask.device)
+            kwargs["position_ids"] = num_seen + new[None]
         plan = self.calls.plan
         methods = self.active_methods if plan is None else plan.methods
         record = PassRecord(token_mask, num_seen, cache is not None, len(self._gated))
@@ -198,7 +197,8 @@ class AdaptedModel(nn.Module):
         `options` are those of `generate`.
         """
         plan, model = Plan.of(self.active_methods), self.model
-        if plan.prompt is None or token_ids.shape[1] <= plan.prompt_tail:
+        beginning = plan.beginning(token_ids.shape[1])
+        if not beginning or plan.prompt is None:
             return
         mask, defaults = options.get("attention_mask"), options.get("generation_config") or self.generation_config
         mask = torch.ones_like(token_ids) if mask is None else mask
@@ -206,7 +206,7 @@ class AdaptedModel(nn.Module):
         counts = (options.get(name, getattr(defaults, name)) for name in ("num_beams", "num_return_sequences"))
         copies = max(count or 1 for count in counts)
         token_ids, mask = token_ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
-        token_ids, mask = token_ids[:, : -plan.prompt_tail], mask[:, : -plan.prompt_tail]
+        token_ids, mask = token_ids[:, :beginning], mask[:, :beginning]
         inputs = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         if "position_ids" in inspect.signature(self.backbone.model.forward).parameters:
             inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)

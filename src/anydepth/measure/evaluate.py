@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from anydepth.decoding.engine import Engine
 from anydepth.decoding.engines import FastEngine, HFEngine
+from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.gating.plan import Plan
 from anydepth.gating.trace import Trace
@@ -80,6 +81,15 @@ class Tally:
             for layer_idx, (other, entropy) in enumerate(zip(others.tolist(), bits, strict=True))
             if other > 0
         ]
+
+
+def check_prompt(prompt_tokens: int, sequence_length: int) -> None:
+    """Raise `UserError` if a prompt leaves nothing of a window to score."""
+    if prompt_tokens > sequence_length - 2:
+        raise UserError(
+            f"prompt-tokens {prompt_tokens} leaves nothing to score of windows of {sequence_length} tokens; give at "
+            f"most {sequence_length - 2}"
+        )
 
 
 def why_the_same(engine: Engine, prompt_tokens: int = 0) -> str | None:

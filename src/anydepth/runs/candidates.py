@@ -92,7 +92,8 @@ class Skipping:
             made = [PromptExit(PromptExitConfig(layer=layer, fitted=True), backbone) for layer in layers]
             num_read = fit_projections(made, engine, windows, until)
             say(f"  K/V of prompts that leave early: fitted on {num_read} windows of {windows.shape[1]} tokens")
-        except UserError:
+        except UserError as error:
+            say(f"  K/V of prompts that leave early are the layers' own: {error}")
             made = [PromptExit(PromptExitConfig(layer=layer), backbone) for layer in layers]
         self.exits = {method.layer: method.to(backbone.device).eval() for method in made}
         return [Setting(engine.name, engine.weights, prompt_layers=layer) for layer in reversed(layers)]

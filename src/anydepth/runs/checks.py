@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from anydepth.calibration.shares import nothing_to_calibrate
 from anydepth.decoding.generate import check_window
 from anydepth.errors import UserError
+from anydepth.measure.evaluate import check_prompt
 from anydepth.methods import method_class
 from anydepth.methods._base.calibration import Calibrated, comparing
 from anydepth.methods._base.method import Method
@@ -47,6 +48,7 @@ class Need:
 def check(recipe: Recipe, stages: Collection[str]) -> None:
     """Raise `UserError` for what would end one of `stages` (of `runs/run.py`), as far as it can be known."""
     check_training(recipe)
+    check_prompt(recipe.eval.prompt_tokens, recipe.eval.sequence_length)
     if recipe.drafter is not None and (recipe.draft is None or recipe.draft.network is None):
         raise UserError(
             "drafter trains the network of draft, which has none; give draft a network, or leave drafter out"

@@ -143,8 +143,7 @@ class PendingBranches(KernelBranches):
         self.new_kv: list[tuple[LayerKV, int, int, list[int] | None]] = []
 
     def mix(self, layer: KernelLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
-        is_other = gate is not None and gate.projection is not None and not gate.any_kept
-        task = None if is_other else self._mixer_task(layer, kv, gate)
+        task = self._mixer_task(layer, kv, gate)
         if task is None:
             return super().mix(layer, kv, self.flush(hidden), gate)
         if task.parts or task.defers:
@@ -177,6 +176,8 @@ class PendingBranches(KernelBranches):
 
     def _mixer_task(self, layer: KernelLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
         new, every_row = self.new, range(self.num_rows)
+        if gate is not None and gate.projection is not None and not gate.any_kept:
+            return None
         omit = gate is not None and gate.kv_rule == "omit"
         if not omit and not all(kv.holds_all(one, seen) for one, seen in zip(new.sequences, new.seen, strict=True)):
             return None  # another rule left gaps
