@@ -56,7 +56,7 @@ def test_folder_without_config(tmp_path: Path) -> None:
 def test_unknown_dtype_and_device() -> None:
     with pytest.raises(UserError, match="float32, bfloat16"):
         load_model("embedded", dtype="float31")
-    with pytest.raises(UserError, match="abacus"):
+    with pytest.raises(UserError, match="'abacus' is not known; give cpu, cuda"):
         load_model("embedded", device="abacus")
 
 

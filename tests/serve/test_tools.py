@@ -200,7 +200,6 @@ def test_a_call_that_is_required_is_made_with_arguments_that_fit(untrained: Test
         {"tool_choice": "required"},
         {"tool_choice": NAMED, "tools": TOOLS},
         {"tool_choice": "always", "tools": TOOLS},
-        {"tools": TOOLS, "response_format": {"type": "json_object"}},
         {
             "tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "no"}}}],
             "tool_choice": "required",
@@ -233,6 +232,22 @@ def test_definitions_of_two_tools_are_their_own() -> None:
         assert matcher.deep_copy().try_consume_tokens(ids) == len(ids)
         wrong = byte_tokenizer().encode(text.replace(f'"v": "{name}"', f'"v": "{other}"'))
         assert matcher.deep_copy().try_consume_tokens(wrong) < len(wrong)
+
+
+def test_with_a_response_format_the_answer_is_a_call_or_follows_it(untrained: TestClient) -> None:
+    """Which of both is up to the model: here random weights, whose first letter is biased."""
+    schema = {"type": "object", "properties": {"mood": {"$ref": "#/$defs/m"}}, "required": ["mood"]}
+    schema |= {"additionalProperties": False, "$defs": {"m": {"enum": ["calm", "wild"]}}}
+    form = {"type": "json_schema", "json_schema": {"name": "mood", "schema": schema}}
+    sail = {"tools": [OFFERED[1]], "response_format": form, "max_tokens": 300}
+    encode = byte_tokenizer().encode
+    answers = {}
+    for name, letter in (("call", "n"), ("answer", "m")):
+        bias = {str(encode(letter)[0]): 100, str(encode(" ")[0]): -100, str(encode("\n")[0]): -100}
+        answers[name] = asked(untrained, **sail, logit_bias=bias).json()["choices"][0]
+    assert answers["call"]["finish_reason"] == "tool_calls"
+    assert json.loads(answers["answer"]["message"]["content"])["mood"] in ("calm", "wild")
+    assert answers["answer"]["finish_reason"] == "stop" and not answers["answer"]["message"].get("tool_calls")
 
 
 @pytest.mark.parametrize("parameters", [True, [1], "abc", [["a", 1]], {"type": "no"}])

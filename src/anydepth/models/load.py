@@ -182,6 +182,9 @@ def _device(device: str) -> torch.device:
         return torch.device("cpu")
     try:
         found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device '{device}' is not known; give cpu, cuda, cuda:1, mps, xpu or {SPREAD}") from error
+    try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{device}' is not available ({str(error).splitlines()[0]}); try cpu") from error

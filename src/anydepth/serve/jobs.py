@@ -176,8 +176,9 @@ class Jobs:
             try:
                 found.append(self.grammars.processor(body.form, len(prompt)))
             except UserError as failed:
-                name = "tools" if getattr(body, "offered", None) else "response_format"
-                raise HTTPException(400, f"{name}: {failed}") from failed
+                given = {"tools": getattr(body, "offered", None), "response_format": body.response_schema}
+                names = " or ".join(name for name, value in given.items() if value is not None and value != [])
+                raise HTTPException(400, f"{names}: {failed}") from failed
         return found
 
     def _is_lossless(self, body: Sampling) -> bool:

@@ -358,20 +358,17 @@ class ChatCompletion(Sampling):
         return [tool["function"] for tool in self.offered] if self.tool_choice == "required" else []
 
     @cached_property
-    def call_form(self) -> dict[str, Any] | None:
-        """The JSON schema of a call that has to be made."""
-        return call_schema(self.forced) if self.forced else None
-
-    @property
     def form(self) -> dict[str, Any] | None:
-        return self.call_form or self.response_schema
+        """The JSON schema of a call that has to be made, of a call or the answer, or of the answer."""
+        if self.forced:
+            return call_schema(self.forced)
+        schema = self.response_schema
+        return call_schema([tool["function"] for tool in self.offered], schema) if schema and self.offered else schema
 
     @model_validator(mode="after")
     def _tools_fit(self) -> ChatCompletion:
         if (isinstance(self.tool_choice, ToolChoice) or self.tool_choice == "required") and not self.forced:
             raise ValueError("tool_choice: no such tool is offered in tools")
-        if self.offered and self.response_schema is not None:
-            raise ValueError("response_format: with tools the answer may be a call; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -126,14 +126,20 @@ class ToolParser:
         return call
 
 
-def call_schema(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the schema of a call to one of some functions; each one's parameters are a definition of their own."""
+def call_schema(functions: Sequence[dict[str, Any]], answer: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the schema of a call to one of some functions, or of an answer that follows another schema.
+
+    Each function's parameters are a definition of their own, and so is the answer.
+    """
     calls, parameters = list[dict[str, Any]](), dict[str, Any]()
     for number, function in enumerate(functions):
         parameters[str(number)] = _moved(function.get("parameters") or {"type": "object"}, f"#/$defs/{number}")
         properties = {"name": {"const": function["name"]}, "arguments": {"$ref": f"#/$defs/{number}"}}
         calls.append({"type": "object", "properties": properties, "required": list(properties)})
         calls[-1]["additionalProperties"] = False
+    if answer is not None:
+        parameters["answer"] = _moved(answer, "#/$defs/answer")
+        calls.append({"$ref": "#/$defs/answer"})
     return {"anyOf": calls, "$defs": parameters}
 
 
