@@ -19,9 +19,9 @@ from scripted import NUM_LAYERS, adapted_model, scripted
 def test_a_weight_multiplies_what_a_branch_added() -> None:
     before, after = torch.ones(3, 2), torch.tensor([[5.0, 5.0]] * 3)
     keep = torch.tensor([[True, True, False]])
-    gate = Gate(keep, "project", any_kept=True, all_kept=False, weight=torch.tensor([[1.0, 0.25, 0.0]]))
+    gate = Gate(keep, keep.numpy(), "project", any_kept=True, all_kept=False, weight=torch.tensor([[1.0, 0.25, 0.0]]))
     assert _weighted(gate, after, before).tolist() == [[5, 5], [2, 2], [1, 1]]
-    assert _weighted(Gate(keep, "project", any_kept=True, all_kept=False), after, before) is after
+    assert _weighted(Gate(keep, keep.numpy(), "project", any_kept=True, all_kept=False), after, before) is after
     assert _weighted(None, after, before) is after
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ class ExitPass:
 
     def _stop(self, layer_idx: int, gate: Gate) -> None:
         """Defer the rows in which no token continues."""
-        continues = gate.keep.any(1).tolist()
+        continues: Any = gate.host.any(1)
         kv = self.new.cache.layers[layer_idx]
         for row in self.running:
             if not continues[row]:
@@ -184,7 +185,7 @@ class ExitPass:
         record = self.new.record
         late = torch.zeros(self.new.num_rows, dtype=torch.long, device=gate.keep.device)
         for row in self.running:
-            late[row] = len(self.earlier[row]) + self.new.num_tokens - int(gate.keep[row].sum())
+            late[row] = len(self.earlier[row]) + self.new.num_tokens - int(gate.host[row].sum())
         for layer_idx in range(first, last):
             record.mixer_keep[layer_idx] = record.ffn_keep[layer_idx] = gate.keep
             record.kv_rules[layer_idx], record.late[layer_idx] = gate.kv_rule, late

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from anydepth.gating.gate_network import Evaluate, GateNetwork
 
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+"""(B, T) flags of tokens, on the host."""
 LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
 """Maps (..., D) states to (..., V) logits by the model's final norm and head, or to those of a (V',) vocabulary."""
+
+
+def on_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on a device, without waiting for results of the device."""
+    return torch.as_tensor(array, device=device)
 
 
 @dataclass
@@ -74,3 +83,8 @@ class PassContext:
     evaluate: Evaluate = GateNetwork.__call__
     memory: SequenceState = field(default_factory=SequenceState)
     logits_of: LogitsOf | None = None
+
+    @cached_property
+    def host_mask(self) -> Flags:
+        """`token_mask` on the host."""
+        return self.token_mask.cpu().numpy()

@@ -179,7 +179,7 @@ class GatedLayer:
             self._gate_ffn(run, residual)
         gate = run.ffn_gates.get(self.layer_idx)
         if gate is not None and run.sparse and not gate.all_kept:
-            flat = residual.reshape(-1, residual.shape[-1]).index_select(0, gate.keep.flatten().nonzero()[:, 0])
+            flat = residual.reshape(-1, residual.shape[-1]).index_select(0, gate.index)
             compact = flat if residual.dim() == 2 else flat[None]
             ahead = self.own_ffn_in(compact) if gate.any_kept else compact
         else:
@@ -221,7 +221,7 @@ class GatedLayer:
         width = self.view.hidden_size
         spread = compact.new_zeros(gate.keep.numel(), width)
         if gate.any_kept:
-            spread = spread.index_copy(0, gate.keep.flatten().nonzero()[:, 0], compact.reshape(-1, width))
+            spread = spread.index_copy(0, gate.index, compact.reshape(-1, width))
         else:
             spread = self._with_zero_gradient(spread)
         return spread if compact.dim() == 2 else spread.view(*run.shape, width)

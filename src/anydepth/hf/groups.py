@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from anydepth.gating.context import Flags, on_device
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,18 @@ class Group:
         return order[0] if order.shape[0] == 1 else order
 
 
-def groups_of(keep: Tensor) -> Iterator[Group]:
+def groups_of(keep: Flags, device: torch.device) -> Iterator[Group]:
     """Split the rows of a (B, T) decision by how many tokens they keep."""
-    num_rows, num_tokens = keep.shape
     counts = keep.sum(1)
-    for count in counts.unique().tolist():
-        rows = None if num_rows == 1 else (counts == count).nonzero()[:, 0]
-        if rows is not None and rows.numel() == num_rows:
-            rows = None
-        part = keep if rows is None else keep[rows]
-        kept = part.nonzero()[:, 1].view(-1, count) if count else keep.new_zeros(part.shape[0], 0, dtype=torch.long)
-        yield Group(rows, kept, (~part).nonzero()[:, 1].view(part.shape[0], num_tokens - count))
+    for count in np.unique(counts):
+        rows = np.flatnonzero(counts == count)
+        part = keep[rows]
+        found = (rows, *(np.nonzero(own)[1].reshape(len(rows), -1) for own in (part, ~part)))
+        own_rows, kept, skipped = (on_device(one, device) for one in found)
+        yield Group(None if len(rows) == len(keep) else own_rows, kept, skipped)
 
 
-def levelled(keep: Tensor, real: Tensor) -> Tensor:
+def levelled(keep: Flags, real: Flags) -> Flags:
     """Return a (B, T) decision that also keeps a few skipped `real` tokens, so that all rows keep equally many.
 
     Rows then run together. This needs the K/V rule `project`, under which a skipped token has the same K/V as one that
@@ -70,8 +71,8 @@ def levelled(keep: Tensor, real: Tensor) -> Tensor:
     """
     counts = keep.sum(1)
     lacking = counts.max() - counts
-    if int(lacking.sum()) * 8 > int(counts.sum()):
+    if lacking.sum() * 8 > counts.sum():
         return keep
     skipped = real & ~keep
-    from_right = skipped.flip(1).cumsum(1).flip(1)  # the last skipped tokens are added: padding is on the left
+    from_right = skipped[:, ::-1].cumsum(1)[:, ::-1]  # the last skipped tokens are added: padding is on the left
     return keep | (skipped & (from_right <= lacking[:, None]))

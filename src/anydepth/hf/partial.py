@@ -174,13 +174,13 @@ class PartialRunner:
     ) -> Tensor:
         """Run the module's own forward for the kept tokens, and put the output into `base`; K/V by the gate's rule."""
         written: list[tuple[Group, KVTap, Tensor | None]] = []
-        running = gate.keep
+        running = gate.host
         has_kv = not self.view.is_recurrent and self.view.kv_source is None
         is_read = has_kv and run.kv(self.view) is not None
         run.incomplete.add(self.layer_idx)
         if run.context.training and gate.kv_rule == "project" and not self.view.is_recurrent:
-            running = levelled(running, run.context.token_mask)
-        for group in groups_of(running):
+            running = levelled(running, run.context.host_mask)
+        for group in groups_of(running, hidden.device):
             if self.view.is_recurrent:
                 base = self._run_recurrent_rows(run, group, own, hidden, base, arguments)
                 continue
@@ -195,7 +195,7 @@ class PartialRunner:
                 kept = group.take(hidden, group.kept)
                 with self._keeping_tap():
                     output = first_output(own(kept, **self._for_group(run, group, arguments, tap, positions)))
-                if running is not gate.keep:
+                if running is not gate.host:
                     output = torch.where(
                         group.take(gate.keep, group.kept)[..., None], output, group.take(base, group.kept)
                     )

@@ -21,7 +21,7 @@ from anydepth.engine.backends.cpu.packing import (
     pack_panels,
 )
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, KernelLayer, NativeLayer, Rows, Task, Tasks
-from anydepth.engine.backends.torch.backend import Branches, Format, TorchBackend, kept_tokens
+from anydepth.engine.backends.torch.backend import Branches, Format, TorchBackend
 from anydepth.engine.backends.torch.layer import Linear, NormedLinear, RMSNorm
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
@@ -110,12 +110,12 @@ class KernelBranches(Branches):
         kv: LayerKV,
         sequence: int,
         states: Tensor,
-        positions: Tensor | None = None,
+        start: int | None = None,
         projection: KVProjection | None = None,
     ) -> None:
         count = len(states)
-        if positions is not None or projection is not None or count > MAX_TOKENS:
-            super()._fill(layer, kv, sequence, states, positions, projection)
+        if start is not None or projection is not None or count > MAX_TOKENS:
+            super()._fill(layer, kv, sequence, states, start, projection)
         else:
             layer.native.fill(states, Rows([sequence], [count], [kv.counts[sequence]], self.tables.compiled), kv)
             kv.extend(sequence, count)
@@ -157,7 +157,7 @@ class PendingBranches(KernelBranches):
             self.pending.append(Task(layer.native, kv, 0))
         task = self.pending[-1]
         task.parts |= FFN
-        task.fed = None if gate is None or gate.all_kept else kept_tokens(gate)
+        task.fed = None if gate is None or gate.all_kept else gate.index
         return hidden
 
     def flush(self, hidden: Tensor) -> Tensor:
@@ -185,8 +185,8 @@ class PendingBranches(KernelBranches):
         if gate is not None and not gate.all_kept:
             counts = [0] * self.num_rows
             if gate.any_kept:
-                counts = gate.keep.sum(1).tolist()
-                task.mixed = kept_tokens(gate)
+                counts = gate.host.sum(1).tolist()
+                task.mixed = gate.index
         rows = [row for row in every_row if counts[row]]
         if omit:
             self._materialise(layer, kv, rows)

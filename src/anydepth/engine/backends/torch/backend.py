@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from anydepth.engine.backends.torch.layer import EngineLayer, Head, Linear, RMSN
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens, Rotation
 from anydepth.engine.weights import WeightFormat
+from anydepth.gating.context import on_device
 from anydepth.gating.gate import Gate
 from anydepth.gating.gate_network import Evaluate, GateNetwork
 from anydepth.gating.kv_projection import KVProjection
@@ -119,19 +121,18 @@ class Branches:
             return layer.add_ffn(hidden)
         if not gate.any_kept:
             return hidden
-        index = kept_tokens(gate)
-        return hidden.index_copy(0, index, layer.add_ffn(hidden[index]))
+        return hidden.index_copy(0, gate.index, layer.add_ffn(hidden[gate.index]))
 
     def flush(self, hidden: Tensor) -> Tensor:
         return hidden
 
     def _mix_some(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate) -> Tensor:
         """Run the mixer for some tokens; the K/V of rows where none runs it are deferred, or dropped (`omit`)."""
-        counts = gate.keep.sum(1).tolist()
+        counts = gate.host.sum(1).tolist()
         rows = [row for row in range(self.num_rows) if counts[row]]
         if gate.kv_rule == "project":
             self._defer(kv, hidden, [row for row in range(self.num_rows) if not counts[row]])
-        index = kept_tokens(gate)
+        index = gate.index
         kept, rotation = hidden[index], self._rotation(layer.rotation_kind)
         if len(index) == len(rows) * self.num_tokens:
             return hidden.index_copy(0, index, self._mix_rows(layer, kv, rows, kept))
@@ -141,16 +142,18 @@ class Branches:
         if gate.kv_rule == "project":
             queries = layer.project_queries(kept, rotation)
             for row in rows:  # every token's K/V come from the layer's input, whether it runs the layer or not
-                positions = self.new.positions[row] if self._has_gaps(kv, [row]) else None
+                start = self.new.seen[row] if self._has_gaps(kv, [row]) else None
                 own = hidden[row * self.num_tokens : (row + 1) * self.num_tokens]
-                self._fill(layer, kv, self.new.sequences[row], own, positions)
+                self._fill(layer, kv, self.new.sequences[row], own, start)
         else:
             queries, new = layer.project(kept, rotation)
             for row, own in zip(rows, new.split(sizes), strict=True):
                 has_gaps = counts[row] < self.num_tokens or self._has_gaps(kv, [row])
                 kv.append(self.new.sequences[row], own, self._kept_positions(row, gate).tolist() if has_gaps else None)
         mixed = [
-            self._attend(layer, kv, self.new.sequences[row], own, self._kept_positions(row, gate))
+            self._attend(
+                layer, kv, self.new.sequences[row], own, on_device(self._kept_positions(row, gate), hidden.device)
+            )
             for row, own in zip(rows, queries.split(sizes), strict=True)
         ]
         return hidden.index_copy(0, index, layer.add_mixer(torch.cat(mixed), kept))
@@ -162,10 +165,10 @@ class Branches:
         has_gaps = self._has_gaps(kv, rows)
         return layer.add_mixer(self._attend_rows(layer, kv, rows, queries, new, has_gaps=has_gaps), hidden)
 
-    def _kept_positions(self, row: int, gate: Gate | None) -> Tensor:
+    def _kept_positions(self, row: int, gate: Gate | None) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the positions of the tokens of a row that a gate keeps; None keeps all."""
-        positions = self.new.positions[row]
-        return positions if gate is None else positions[gate.keep[row]]
+        kept = np.arange(self.num_tokens) if gate is None else np.flatnonzero(gate.host[row])
+        return kept + self.new.seen[row]
 
     def _has_gaps(self, kv: LayerKV, rows: Sequence[int]) -> bool:
         """Return whether some tokens that these rows have seen have no K/V here."""
@@ -217,20 +220,20 @@ class Branches:
         kv: LayerKV,
         sequence: int,
         states: Tensor,
-        positions: Tensor | None = None,
+        start: int | None = None,
         projection: KVProjection | None = None,
     ) -> None:
         """Project K/V of a sequence's next tokens from their states (N, D).
 
         Args:
-            positions: (N,) where tokens before them have left gaps.
+            start: position of the first, where tokens before them have left gaps.
             projection: None: the layer's own.
         """
-        start, kind = kv.counts[sequence], layer.rotation_kind
-        where = slice(start, start + len(states)) if positions is None else positions
-        rotation = None if kind is None else self.tables.at(kind, where)
+        first, kind = kv.counts[sequence] if start is None else start, layer.rotation_kind
+        positions = range(first, first + len(states))
+        rotation = None if kind is None else self.tables.at(kind, slice(first, positions.stop))
         keys_and_values = layer.project_kv(states, rotation, projection)
-        kv.append(sequence, keys_and_values, None if positions is None else positions.tolist())
+        kv.append(sequence, keys_and_values, None if start is None else positions)
 
     # --- attention ---------------------------------------------------------------------------------------------
 
@@ -244,7 +247,7 @@ class Branches:
             mixed = []
             for row, own, own_new in parts:
                 sequence = self.new.sequences[row]
-                kv.append(sequence, own_new, positions[row].tolist() if has_gaps else None)
+                kv.append(sequence, own_new, self._kept_positions(row, None).tolist() if has_gaps else None)
                 mixed.append(self._attend(layer, kv, sequence, own, positions[row]))
             return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
         index = torch.tensor(sequences, device=new.device)
@@ -284,8 +287,3 @@ class Branches:
         if layer.window is not None:
             mask &= columns > positions[:, None] - layer.window
         return layer.attend(queries, states, mask[None])
-
-
-def kept_tokens(gate: Gate) -> Tensor:
-    """Return the (N,) indices, among all B·T tokens, of those that a gate keeps."""
-    return gate.keep.flatten().nonzero()[:, 0]
