@@ -56,3 +56,15 @@ def test_rows_of_the_result_stay_only_while_full_depth_scores_the_same(full_dept
     else:
         with pytest.raises(UserError, match="full depth scores"):
             script["unchanged_rows"](arguments, now, measured)
+
+
+@pytest.mark.slow
+def test_every_part_of_the_script_for_a_gpu_runs_on_the_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    options = f"--device cpu --shape tiny --minutes 8 --out {out}".split()
+    done = commands.script(BENCHMARKS / "gpu.py", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(out.read_text())["parts"]
+    assert len(parts) == 5 and all("error" not in part for part in parts.values()), parts
+    assert parts["contract"]["rows"][0]["code"] == parts["sharded"]["rows"][0]["code"] == 0
+    assert all(row["same_tokens"] for row in parts["lossless"]["rows"])
