@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,16 @@ import hub_cache
 from anydepth.errors import UserError
 from anydepth.models import target
 from anydepth.models.load import load_model
-from anydepth.models.target import ADAPTER_FILES, Target, find_target, gguf_of, is_local, local_folder, split_revision
+from anydepth.models.target import (
+    ADAPTER_FILES,
+    Target,
+    find_target,
+    forget_snapshots,
+    gguf_of,
+    is_local,
+    local_folder,
+    split_revision,
+)
 from anydepth.training.checkpoint import is_checkpoint, load_target, run_options
 from tiny import byte_tokenizer, save_base, save_gguf
 
@@ -139,6 +149,30 @@ def test_a_checkpoint_of_the_hub_is_a_target_of_every_command(hub: Path, tmp_pat
     assert list(again.methods) == ["skip_set"] and again.methods["skip_set"].config.skip_layers == [2]  # type: ignore[union-attr]
     with pytest.raises(UserError, match="user/base has no anydepth checkpoint.*or the hub name of one"):
         anydepth.load("user/base")
+
+
+def test_a_gguf_file_of_the_hub_is_named_by_its_end(hub: Path, tmp_path: Path) -> None:
+    """Repositories of GGUF files hold one model in several kinds, some in parts, with or without a config."""
+    (tmp_path / "one").mkdir()
+    save_gguf(tmp_path / "one" / "sea-Q8_0.gguf")
+    snapshot = hub_cache.add(hub, "user/one-GGUF", tmp_path / "one")
+    assert find_target("user/one-GGUF").gguf == snapshot / "sea-Q8_0.gguf" == gguf_of("user/one-GGUF:q8_0")
+    model, _ = load_model("user/one-GGUF")
+    assert model.name_or_path == "user/one-GGUF"
+    for name in ("sea-Q4_0", "sky-Q8_0-00001-of-00002", "sky-Q8_0-00002-of-00002"):
+        shutil.copy(snapshot / "sea-Q8_0.gguf", tmp_path / "one" / f"{name}.gguf")
+    snapshot = hub_cache.add(hub, "user/many-GGUF", tmp_path / "one")
+    assert gguf_of("user/many-GGUF:Q4_0") == snapshot / "sea-Q4_0.gguf"
+    assert gguf_of("user/many-GGUF:sky-Q8_0") == snapshot / "sky-Q8_0-00001-of-00002.gguf"
+    for name, count in (("", 3), (":Q8_0", 2), (":Q5_K", 0)):
+        with pytest.raises(UserError, match=f"fits {count} of the 3 .gguf models there; .*user/many-GGUF:sea-Q4_0"):
+            find_target(f"user/many-GGUF{name}")
+    (snapshot / "config.json").write_text("{}")
+    forget_snapshots()
+    assert gguf_of("user/many-GGUF") is None  # a model of transformers, unless a file is named
+    assert gguf_of("user/many-GGUF:Q4_0") == snapshot / "sea-Q4_0.gguf"
+    with pytest.raises(UserError, match="no .gguf files of user/none are known"):
+        find_target("user/none:Q4_0")
 
 
 @pytest.mark.parametrize(("files", "patterns"), [(["anydepth.json"], None), (["adapter_config.json"], ADAPTER_FILES)])

