@@ -40,7 +40,12 @@ CASES: dict[str, Spec] = {
     "skip_layers": {"name": "skip_set", "skip_layers": [1, 3]},
     "skip_first_layer": {"name": "skip_set", "skip_layers": [0, 1]},
     "skip_branches": {"name": "skip_set", "skip_layers": [3], "skip_mixers": [0, 2], "skip_ffns": [1, 2]},
-    "prompt_exit": {"name": "prompt_exit", "layer": 3, "tail": 4},  # of prompts that are generated from alone
+    "prompt_exit": {
+        "name": "prompt_exit",
+        "layer": 3,
+        "head": 2,
+        "tail": 4,
+    },  # of prompts that are generated from alone
     "router_project": {"name": "layer_router", "always_keep": 1, "kv_rule": "project"},
     "router_omit": {"name": "layer_router", "always_keep": 1, "kv_rule": "omit"},
     "random_project": {"name": "layer_router", "always_keep": 1, "router": "random", "rates": RATES},

@@ -22,8 +22,8 @@ from anydepth.decoding.request import Request
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.measure.evaluate import evaluate
 
-LAYER, TAIL, NUM_PROMPT = 3, 6, 30
-SPEC = {"name": "prompt_exit", "layer": LAYER, "tail": TAIL}
+LAYER, HEAD, TAIL, NUM_PROMPT = 3, 2, 6, 30
+SPEC = {"name": "prompt_exit", "layer": LAYER, "head": HEAD, "tail": TAIL}
 ENGINES: list[Callable[[Any], Engine]] = [HFEngine, FastEngine]
 
 
@@ -31,16 +31,18 @@ def stock_logits(ids: Tensor) -> Tensor:
     """Logits after (1, T) tokens of stock transformers' layers: the prompt's K/V of later layers from one state."""
     model: Any = families.build("llama")
     decoder, beginning = model.model, NUM_PROMPT - TAIL
-    cache, positions = DynamicCache(config=model.config), torch.arange(beginning)[None]
-    hidden = decoder.embed_tokens(ids[:, :beginning])
-    rotation = decoder.rotary_emb(hidden, positions)
+    cache, positions = DynamicCache(config=model.config), torch.arange(HEAD, beginning)[None]
+    decoder(ids[:, :HEAD], past_key_values=cache)
+    hidden = decoder.embed_tokens(ids[:, HEAD:beginning])
+    rotation, mask = decoder.rotary_emb(hidden, positions), torch.arange(beginning) <= positions[0, :, None]
     for layer_idx, layer in enumerate(decoder.layers):
         if layer_idx < LAYER:
-            hidden = layer(hidden, position_ids=positions, past_key_values=cache, position_embeddings=rotation)
+            arguments = {"position_ids": positions, "past_key_values": cache, "position_embeddings": rotation}
+            hidden = layer(hidden, attention_mask=mask[None, None], **arguments)
         else:
             normed, attention = layer.input_layernorm(hidden), layer.self_attn
             keys, values = (
-                part(normed).view(1, beginning, -1, attention.head_dim).transpose(1, 2)
+                part(normed).view(1, beginning - HEAD, -1, attention.head_dim).transpose(1, 2)
                 for part in (attention.k_proj, attention.v_proj)
             )
             cache.update(apply_rotary_pos_emb(keys, keys, *rotation)[1], values, layer_idx)
@@ -55,7 +57,7 @@ def test_later_layers_project_kv_from_the_state_at_the_exit(open_engine: Callabl
     found = open_engine(adapted).logits(ids[0], NUM_PROMPT)
     torch.testing.assert_close(found, stock_logits(ids), rtol=1e-4, atol=1e-4)
     ran = adapted.last_trace.mixer_keep[:, 0].sum(1).tolist()
-    assert ran == [40] * LAYER + [40 - NUM_PROMPT + TAIL] * (5 - LAYER)
+    assert ran == [40] * LAYER + [40 - NUM_PROMPT + HEAD + TAIL] * (5 - LAYER)
     with adapted.disabled():
         torch.testing.assert_close(open_engine(adapted).logits(ids[0], NUM_PROMPT), adapted(ids).logits[0, 29:])
 
@@ -94,7 +96,7 @@ def test_what_follows_a_prompt_is_scored(open_engine: Callable[[Any], Engine]) -
     model = families.build("llama")
     full = F.cross_entropy(model(windows).logits[:, 29:-1].transpose(1, 2), windows[:, NUM_PROMPT:])
     assert found["full_depth"]["loss"] == pytest.approx(full.item(), rel=1e-4)
-    assert found["mean_depth"] == pytest.approx((LAYER * 24 + 5 * 16) / 40)
+    assert found["mean_depth"] == pytest.approx((LAYER * 22 + 5 * 18) / 40)
     whole = evaluate(engine, windows)
     assert whole["loss"] == pytest.approx(whole["full_depth"]["loss"], rel=1e-4)
     assert engine.name == "fast" or "give --prompt-tokens" in whole["note"]

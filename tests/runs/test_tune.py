@@ -237,19 +237,21 @@ def test_the_pareto_front_needs_a_clear_difference() -> None:
     assert on_front([*rows, {"label": "not timed", "speedup": None}]) == ["b", "full"]
 
 
-def test_prompts_may_leave_early(folder: Path, tmp_path: Path) -> None:
+def test_prompts_may_leave_early(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings are scored after a prompt, next to full depth there; the folder has the method."""
-    tuner = tuner_of(folder, dtype="float32", max_perplexity_increase=50.0)
+    assert not any(one.setting.prompt_layers for one in tuner_of(folder, max_perplexity_increase=50.0).entrants())
+    monkeypatch.setattr(tune_texts, "LENGTH", 128)
+    tuner = tuner_of(folder, dtype="float32", max_perplexity_increase=50.0, prompt_tokens=[12, 100])
     texts, settings = tuner.texts, {one.setting.prompt_layers: one for one in tuner.entrants()}
     assert {layers for layers in settings if layers is not None} == {4, 5}  # of 6
     quality = settings[4].quality
-    assert quality["num_tokens"] == 4 * 16 and quality["perplexity_increase"] != 0
+    assert quality["num_tokens"] == 4 * 32 and quality["perplexity_increase"] != 0
     model, _ = anydepth.load_model(str(folder / "base"), dtype="float32")
     own = anydepth.attach(model, anydepth.PromptExit.Config(layer=4)).eval()
-    before = evaluate(FastEngine(own), texts.windows[0], prompt_tokens=48)["perplexity"]
+    before = evaluate(FastEngine(own), texts.windows[0], prompt_tokens=96)["perplexity"]
     tuner.chosen = settings[4]
     tuner.write(tmp_path / "out")
     again, _ = load_target(str(tmp_path / "out"))
-    assert again.methods["prompt_exit"].config.model_dump() == {"layer": 4, "tail": 32, "fitted": True}
-    after = evaluate(FastEngine(again), texts.windows[0], prompt_tokens=48)["perplexity"]
+    assert again.methods["prompt_exit"].config.model_dump() == {"layer": 4, "head": 4, "tail": 64, "fitted": True}
+    after = evaluate(FastEngine(again), texts.windows[0], prompt_tokens=96)["perplexity"]
     assert quality["perplexity"] == pytest.approx(after, 1e-4) and after != before

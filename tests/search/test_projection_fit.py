@@ -71,6 +71,23 @@ def test_a_fit_is_ridge_regression_and_every_execution_has_it(family: str) -> No
     assert not torch.allclose(found[0], logits(HFEngine(attached(family)), ids), atol=1e-2)
 
 
+@torch.no_grad()
+def test_rows_of_a_padded_batch_have_the_tokens_that_they_have_alone() -> None:
+    """The first tokens of a prompt run every layer, so that in one column some rows exit and others do not."""
+    adapted, windows = attached(head=3), families.token_ids(batch_size=40, length=60)
+    fit_projections([adapted.methods["prompt_exit"]], HFEngine(adapted), windows)  # type: ignore[list-item]
+    prompts = [row[:length] for row, length in zip(families.token_ids().tolist(), (40, 29, 35), strict=True)]
+    mask = torch.tensor([[0] * (40 - len(row)) + [1] * len(row) for row in prompts])
+    ids = torch.tensor([[0] * (40 - len(row)) + row for row in prompts])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1000}
+    found = {}
+    for engine in (HFEngine(adapted), FastEngine(adapted)):
+        found[engine.name] = engine.generate(input_ids=ids, attention_mask=mask, **options)[:, 40:].tolist()
+        alone = [engine.generate(input_ids=torch.tensor([row]), **options)[0, len(row) :].tolist() for row in prompts]
+        assert found[engine.name] == alone
+    assert found["hf"] == found["fast"]
+
+
 def test_states_of_the_engine_give_the_same_fit_and_another_fit_begins_anew() -> None:
     windows = families.token_ids(batch_size=8, length=60)
     adapted = attached()

@@ -24,7 +24,7 @@ class Gate:
         host: the same on the host, as an array: executions choose rows and tokens by it, without synchronising.
         kv_rule: how tokens that skip a mixer leave K/V there.
         any_kept, all_kept: whether any, or all, real tokens are kept.
-        projection: the projections that give K/V of skipping tokens, where none is kept; None: the layer's own.
+        projection: the projections that give K/V of skipping tokens; None: the layer's own.
         weight: (B, T) w of h + w·(f(h) − h), 0 where a token skips. In training the gate's gradient flows through it.
     """
 

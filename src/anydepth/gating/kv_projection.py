@@ -35,6 +35,11 @@ class KVProjection(nn.Module):
         self.keys, self.values = _linear(*keys), _linear(*values)
         self.requires_grad_(False)
 
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        """The projections of keys and values."""
+        return self.keys, self.values
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return keys and values (..., 2 · num_kv_heads · head_dim) of (..., D) states, before any rotation."""
         normed = self.normalise(hidden)

@@ -83,10 +83,8 @@ class GatedLayer:
         return (output, None) if self.view.family.returns_tuple else output
 
     def _gated_layer(self, run: Run, gate: Gate, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        skips = (
-            run.sparse or gate.projection is not None
-        ) and not gate.any_kept  # masked runs have the layer's own K/V
-        if skips and not self.runner.sees_every_token(gate):
+        sparse = run.sparse or gate.projection is not None  # a masked layer would leave its own K/V
+        if sparse and not gate.any_kept and not self.runner.sees_every_token(gate):
             self.runner.defer(run, gate, hidden, arguments)
             return self._with_zero_gradient(hidden)
         if self.runner.sees_every_token(gate):
@@ -94,7 +92,7 @@ class GatedLayer:
                 # The recurrent state must see every token, the FFN need not. The gate stays, for recomputation.
                 run.ffn_gates[self.layer_idx] = replace(gate, weight=None)
             output = first_output(self.own_layer(hidden, **arguments))
-        elif run.sparse:
+        elif sparse:
             output = self.runner.run_on_kept(run, gate, self.own_layer, hidden, hidden, arguments, self.view.normalise)
             if gate.weight is None:
                 return output

@@ -107,13 +107,13 @@ class PartialRunner:
         kv = None if gate.kv_rule != "project" or self.view.kv_source is not None else run.kv(self.view)
         if kv is None:
             return
-        positions, projection = self.view.positions_of(arguments), gate.projection
-        if projection is None:
+        positions = self.view.positions_of(arguments)
+        if gate.projection is None:
             kv.defer(hidden, positions)
             run.incomplete.add(self.layer_idx)
         else:
-            normed, parts = self.view.normalise(hidden), (projection.keys, projection.values)
-            kv.append(*self.view.project_kv(normed, positions, parts), None, kv.num_kv)
+            parts = gate.projection.parts
+            kv.append(*self.view.project_kv(self.view.normalise(hidden), positions, parts), None, kv.num_kv)
 
     def materialise(self, run: Run) -> None:
         """Project the deferred K/V of earlier tokens, which a token is about to attend to."""
@@ -188,7 +188,8 @@ class PartialRunner:
             if has_kv and gate.kv_rule == "project" and group.skipped.numel() and (group.num_kept or is_read):
                 of_all = self.view.positions_of(arguments)
                 where = None if of_all is None else tuple(group.take(part, group.skipped) for part in of_all)
-                skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), where)
+                parts = () if gate.projection is None else gate.projection.parts
+                skipped = self.view.project_kv(normalise(group.take(hidden, group.skipped)), where, parts)
             positions = group.kept + run.num_seen if gate.kv_rule == "omit" else None
             tap = self._tap(run, group, skipped if group.num_kept else None, positions)
             if group.num_kept:

@@ -1,13 +1,13 @@
 """Prompt exit: tokens of a prompt stop after some layers, and later layers project their K/V from there.
 
-Most tokens of a prompt are only there to be attended to. All but the last ones leave the model early; each later layer
-projects their K/V from the state at the exit, as SwiftKV does (Qiao et al. 2024). The last tokens of the prompt and all
-generated tokens run every layer. Lossy; the prompt is read in about the fraction of layers that its tokens run.
+Most tokens of a prompt are only there to be attended to. All but the first and last ones leave the model early; each
+later layer projects their K/V from the state at the exit, as SwiftKV does (Qiao et al. 2024). The first tokens, which
+get much attention (Xiao et al. 2023), the last ones and all generated tokens run every layer. Lossy; the prompt is
+read in about the fraction of layers that its tokens run.
 """
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,24 +26,25 @@ class PromptExitConfig(StrictConfig):
     layer: int | None = Field(
         default=None, description="Layer before which tokens of a prompt exit; null is after five sixths of all."
     )
-    tail: int = Field(default=32, ge=1, description="Last tokens of a prompt that run every layer.")
+    head: int = Field(default=4, ge=0, description="First tokens of a prompt that run every layer.")
+    tail: int = Field(default=64, ge=1, description="Last tokens of a prompt that run every layer.")
     fitted: bool = Field(
         default=False, description="Later layers have K/V projections of their own for these tokens, fitted on text."
     )
 
 
 class PromptExit(Method):
-    """A method that exits all tokens of a prompt but the last ones before one layer."""
+    """A method that exits all tokens of a prompt but the first and last ones before one layer."""
 
     Config = PromptExitConfig
     name = "prompt_exit"
-    summary = "tokens of a prompt, all but the last ones, exit before a layer"
+    summary = "tokens of a prompt, all but the first and last ones, exit before a layer"
 
     def __init__(self, config: PromptExitConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.layer = max(round(self.num_layers * 5 / 6), 1) if config.layer is None else config.layer
         check_exits([self.layer], self.num_layers)
-        self.prompt_tail = config.tail
+        self.head, self.prompt_tail = config.head, config.tail
         self.views = backbone.layers
         layers = range(self.layer, self.num_layers) if config.fitted else ()
         self.projections = nn.ModuleDict({str(layer_idx): self._own(layer_idx) for layer_idx in layers})
@@ -80,5 +81,5 @@ class PromptExit(Method):
         return [GateSpec(layers, "layer", score, threshold=0.5, projections=fitted)]
 
     def _exited(self, context: PassContext) -> Tensor:
-        """Return zeros: no token of a pass over the beginning of a prompt runs the layers."""
-        return torch.zeros(self.num_layers - self.layer, *context.positions.shape, device=context.positions.device)
+        """Return 1 for the first tokens of a prompt, which run the layers, and 0 for the others."""
+        return (context.positions < self.head).float().expand(self.num_layers - self.layer, -1, -1)

@@ -28,6 +28,7 @@ from anydepth.measure.front import front
 from anydepth.measure.race import FEW, Entrant, Race, Setting
 from anydepth.measure.timing import Batch
 from anydepth.methods._base.calibration import comparing
+from anydepth.methods.prompt_exit import PromptExitConfig
 from anydepth.methods.skip_set import SkipSetConfig
 from anydepth.models.load import AUTO, NATIVE, dtype_name, has_blocks
 from anydepth.models.target import ADAPTER, local_folder
@@ -101,10 +102,7 @@ class Tuner:
                 self.engines[kind] = self._open("fast", kind)
                 names = [name for name in self.drafts if "copy" not in name]
                 found += [Setting("fast", kind, draft=name) for name in (None, *names)]
-            self.say("fitting prompts that leave early …")
-            until = time.monotonic() + FOR_EXITS * self.seconds
-            exits = self.skipping.exit_prompts(self.own, self.texts.fitting, until, self.say)
-            found += [replace(one, weights=kind) for one in exits for kind in self.engines]
+            found += [replace(one, weights=kind) for one in self._exits() for kind in self.engines]
             self.say("searching what can be skipped …")
             most = self.config.max_perplexity_increase or WIDE
             until = time.monotonic() + FOR_SKIPS * self.seconds
@@ -115,6 +113,15 @@ class Tuner:
         allowed = [one for one in entrants if self._is_allowed(one, self.texts.choosing, "the text that chooses")]
         self.refused = [one for one in entrants if one.dropped is not None]
         return allowed
+
+    def _exits(self) -> list[Setting]:
+        """Return settings in which prompts leave early, unless all of them are too short for that."""
+        longest, whole = max(batch["input_ids"].shape[1] for _, batch in self.texts.batches[0]), PromptExitConfig()
+        if longest <= whole.head + whole.tail:
+            return []
+        self.say("fitting prompts that leave early …")
+        until = time.monotonic() + FOR_EXITS * self.seconds
+        return self.skipping.exit_prompts(self.own, self.texts.fitting, until, self.say)
 
     def _entrant(self, setting: Setting) -> Entrant:
         engine = self.engines[setting.weights]

@@ -21,12 +21,11 @@ from anydepth.engine.backends.cpu.packing import (
     pack_panels,
 )
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, KernelLayer, NativeLayer, Rows, Task, Tasks
-from anydepth.engine.backends.torch.backend import Branches, Format, TorchBackend
+from anydepth.engine.backends.torch.backend import Branches, Format, Projection, TorchBackend
 from anydepth.engine.backends.torch.layer import Linear, NormedLinear, RMSNorm
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
 from anydepth.gating.gate import Gate
-from anydepth.gating.kv_projection import KVProjection
 from anydepth.gating.trace import PassRecord
 from anydepth.models.blocks import BlockEmbedding
 from anydepth.models.llama_like import BlockWeights, LayerParts, Norm, Weights
@@ -111,7 +110,7 @@ class KernelBranches(Branches):
         sequence: int,
         states: Tensor,
         start: int | None = None,
-        projection: KVProjection | None = None,
+        projection: Projection | None = None,
     ) -> None:
         count = len(states)
         if start is not None or projection is not None or count > MAX_TOKENS:
@@ -176,7 +175,7 @@ class PendingBranches(KernelBranches):
 
     def _mixer_task(self, layer: KernelLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
         new, every_row = self.new, range(self.num_rows)
-        if gate is not None and gate.projection is not None and not gate.any_kept:
+        if gate is not None and gate.projection is not None and not gate.all_kept:
             return None
         omit = gate is not None and gate.kv_rule == "omit"
         if not omit and not all(kv.holds_all(one, seen) for one, seen in zip(new.sequences, new.seen, strict=True)):

@@ -16,11 +16,12 @@ from anydepth.engine.weights import WeightFormat
 from anydepth.gating.context import on_device
 from anydepth.gating.gate import Gate
 from anydepth.gating.gate_network import Evaluate, GateNetwork
-from anydepth.gating.kv_projection import KVProjection
 from anydepth.gating.trace import PassRecord
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 
 Format = type[WeightFormat]
+Projection = Callable[[Tensor], Tensor]
+"""Maps (N, D) states to keys and values (N, 2·H_kv·head_dim) before any norm of heads and rotation."""
 
 
 class TorchBackend:
@@ -144,7 +145,7 @@ class Branches:
             for row in rows:  # every token's K/V come from the layer's input, whether it runs the layer or not
                 start = self.new.seen[row] if self._has_gaps(kv, [row]) else None
                 own = hidden[row * self.num_tokens : (row + 1) * self.num_tokens]
-                self._fill(layer, kv, self.new.sequences[row], own, start)
+                self._fill(layer, kv, self.new.sequences[row], own, start, _projection_of(layer, gate, row))
         else:
             queries, new = layer.project(kept, rotation)
             for row, own in zip(rows, new.split(sizes), strict=True):
@@ -202,7 +203,7 @@ class Branches:
             if kv.holds_all(self.new.sequences[row], self.new.seen[row]):
                 kv.defer(self.new.sequences[row], parts[row])
 
-    def _fill_rows(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, projection: KVProjection) -> None:
+    def _fill_rows(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, projection: Projection) -> None:
         """Project the K/V of all tokens of all rows by other projections than the layer's own."""
         for sequence, seen, own in zip(self.new.sequences, self.new.seen, hidden.split(self.num_tokens), strict=True):
             if kv.holds_all(sequence, seen):
@@ -221,7 +222,7 @@ class Branches:
         sequence: int,
         states: Tensor,
         start: int | None = None,
-        projection: KVProjection | None = None,
+        projection: Projection | None = None,
     ) -> None:
         """Project K/V of a sequence's next tokens from their states (N, D).
 
@@ -287,3 +288,11 @@ class Branches:
         if layer.window is not None:
             mask &= columns > positions[:, None] - layer.window
         return layer.attend(queries, states, mask[None])
+
+
+def _projection_of(layer: EngineLayer, gate: Gate, row: int) -> Projection | None:
+    """Return what projects the K/V of a row of which some tokens run the layer; None: its own weights for all."""
+    if gate.projection is None:
+        return None
+    other, kept = gate.projection, on_device(np.flatnonzero(gate.host[row]), gate.keep.device)
+    return lambda hidden: other(hidden).index_copy(0, kept, layer.own_kv(hidden[kept]))

@@ -183,6 +183,10 @@ class EngineLayer:
             rotation.rotate(queries)
         return queries
 
+    def own_kv(self, hidden: Tensor) -> Tensor:
+        """Return keys and values (N, 2·H_kv·head_dim) of (N, D) states before any norm of heads and rotation."""
+        return self.kv(hidden if self.mixer_norm is None else self.mixer_norm(hidden))
+
     def project_kv(
         self, hidden: Tensor, rotation: Rotation | None, projection: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
@@ -190,8 +194,7 @@ class EngineLayer:
 
         `projection` is used in place of the layer's own norm and weights.
         """
-        normed = hidden if self.mixer_norm is None or projection is not None else self.mixer_norm(hidden)
-        both = (projection or self.kv)(normed).view(len(hidden), -1, self.head_dim)
+        both = (projection or self.own_kv)(hidden).view(len(hidden), -1, self.head_dim)
         keys = both[:, : self.num_kv_heads]
         if self.key_norm is not None:
             keys.copy_(_normed(keys, self.key_norm))
