@@ -57,7 +57,10 @@ class Rows:
 
 
 class NativeLayer:
-    """The weights, by role, and settings of one layer; `rotation` is the number of its rotary embedding."""
+    """The weights, by role, and settings of one layer; `rotation` is the number of its rotary embedding.
+
+    A layer with a mixture of experts has only the weights of its mixer.
+    """
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class NativeLayer:
             heads=parts.num_heads,
             kv_heads=parts.num_kv_heads,
             head_dim=parts.head_dim,
-            hidden=packed["gate"].num_inputs,
+            hidden=packed["queries"].num_inputs,
             rotation=-1 if rotation is None else rotation,
             window=parts.window or 0,
             activation=ACTIVATIONS[parts.activation],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from anydepth.engine.new_tokens import Rotation
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 from anydepth.models.target import cache_folder
+
+if TYPE_CHECKING:
+    from anydepth.engine.backends.torch.experts import Mixture
 
 MANY_ROWS = 16
 """From so many rows on int8 layers unpack their weights: the packed product is made for few rows."""
@@ -125,11 +128,18 @@ class EngineLayer:
 
     Args:
         linear: makes one linear layer of the weights of some roles, which share their input.
+        mixture: the experts that are the FFN, or None.
         compiled: put the branches, not the attention between them, through `torch.compile`.
     """
 
     def __init__(
-        self, parts: LayerParts, dtype: torch.dtype, linear: Callable[..., Linear], *, compiled: bool = False
+        self,
+        parts: LayerParts,
+        dtype: torch.dtype,
+        linear: Callable[..., Linear],
+        mixture: Mixture | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         def norm(part: Norm | None) -> RMSNorm | None:
             return None if part is None else RMSNorm(part, dtype)
@@ -140,12 +150,16 @@ class EngineLayer:
         self.qkv = linear("queries", "keys", "values")
         self.queries, self.kv = linear("queries"), linear("keys", "values")  # where some tokens only leave K/V
         self.out = linear("output")
-        self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
+        self.mixture = mixture
+        if mixture is None:
+            self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
         self.mixer_norm, self.mixer_out_norm = norm(parts.mixer_norm), norm(parts.mixer_out_norm)
         self.ffn_norm, self.ffn_out_norm = norm(parts.ffn_norm), norm(parts.ffn_out_norm)
         self.query_norm, self.key_norm = norm(parts.query_norm), norm(parts.key_norm)
         if compiled:
-            self.add_ffn, self.add_mixer = _compiled(self.add_ffn), _compiled(self.add_mixer)
+            if mixture is None:  # which experts run is known only as it runs
+                self.add_ffn = _compiled(self.add_ffn)
+            self.add_mixer = _compiled(self.add_mixer)
             self.project, self.project_kv = _compiled(self.project), _compiled(self.project_kv)
             self.project_queries = _compiled(self.project_queries)
 
@@ -155,6 +169,8 @@ class EngineLayer:
 
     @property
     def ffn_bytes(self) -> int:
+        if self.mixture is not None:
+            return self.mixture.num_bytes
         return self.gate.num_bytes + self.up.num_bytes + self.down.num_bytes
 
     # --- mixer -------------------------------------------------------------------------------------------------
@@ -253,6 +269,9 @@ class EngineLayer:
     def add_ffn(self, residual: Tensor) -> Tensor:
         """Return the residual stream after the FFN, (N, D) to (N, D)."""
         normed = residual if self.ffn_norm is None else self.ffn_norm(residual)
+        if self.mixture is not None:
+            output = self.mixture(normed)
+            return residual + (output if self.ffn_out_norm is None else self.ffn_out_norm(output))
         inner = self.up.times(normed, self.gate.activate(normed, self.activation))
         if self.ffn_out_norm is None:
             return self.down.plus(inner, residual)

@@ -1,0 +1,118 @@
+"""The weights and rules of a mixture of experts, for engines that run it themselves.
+
+As in `llama_like.py`, Hugging Face's attribute names are read here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anydepth.models.plain import plain_module
+
+SIGMOID = ("dots1", "glm4_moe")
+"""Families with scores by a sigmoid, from logits in float32; the others have those of a softmax over all experts."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """The choice of `top_k` experts for each token, by scores of a linear layer.
+
+    Attributes:
+        weight: (E, D), in the precision of the product.
+        by_sigmoid: whether a score is the sigmoid of a logit; else the softmax over all logits.
+        normalised: whether the scores of a token's experts are divided by their sum.
+        scale: factor of the scores.
+        correction: (E,) added to the scores where experts are chosen, not where they are weighed; or None.
+        groups: number of groups of consecutive experts, and how many of them a token chooses from: those with the
+            largest sum of their two highest scores.
+    """
+
+    weight: Tensor
+    top_k: int
+    by_sigmoid: bool = False
+    normalised: bool = True
+    scale: float = 1.0
+    correction: Tensor | None = None
+    groups: tuple[int, int] = (1, 1)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights, in float32, and the numbers of each token's experts, (N, top_k) each, for (N, E) logits.
+
+        No operation here gives a token other bits in other company.
+        """
+        # In float64, since the vectors of a float32 sigmoid round otherwise than its last few elements.
+        scores = logits.double().sigmoid().float() if self.by_sigmoid else logits.float().softmax(-1)
+        chosen = self._allowed(scores).topk(self.top_k).indices
+        weights = scores.gather(1, chosen)
+        if self.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.scale, chosen
+
+    def _allowed(self, scores: Tensor) -> Tensor:
+        """Return the scores by which experts are chosen, without those of other groups."""
+        scores = scores if self.correction is None else scores + self.correction
+        num_groups, num_chosen = self.groups
+        if num_groups == num_chosen:
+            return scores
+        grouped = scores.unflatten(1, (num_groups, -1))
+        groups = grouped.topk(2).values.sum(-1).topk(num_chosen).indices
+        others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, value=False)
+        return grouped.masked_fill(others[..., None], float("-inf")).flatten(1)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """E gated FFNs, of which a router chooses some for each token: the weighed sum of their outputs.
+
+    Attributes:
+        gate, up, down: (E, I, D), (E, I, D) and (E, D, I).
+        shared_gate: (1, D), of the logit whose sigmoid multiplies the shared expert's output; None: nothing does.
+    """
+
+    router: Router
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    shared_gate: Tensor | None = None
+
+
+def read_experts(block: Any, model_type: str) -> Experts:
+    """Return the experts of a block that has them in stacked tensors, next to its router."""
+    experts: Any = plain_module(block.experts)
+    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    shared_gate = getattr(block, "shared_expert_gate", None)
+    return Experts(
+        router=_router(plain_module(block.gate), by_sigmoid=model_type in SIGMOID),
+        gate=gate,
+        up=up,
+        down=experts.down_proj.detach(),
+        shared_gate=None if shared_gate is None else _weight(shared_gate),
+    )
+
+
+def shared_expert(block: Any) -> Any:
+    """Return the FFN that every token runs next to the experts it chooses; None if there is none."""
+    return getattr(block, "shared_experts", getattr(block, "shared_expert", None))
+
+
+def _router(module: Any, *, by_sigmoid: bool) -> Router:
+    weight = module.weight.detach()
+    correction = getattr(module, "e_score_correction_bias", None)
+    return Router(
+        weight=weight.float() if by_sigmoid else weight,
+        top_k=module.top_k,
+        by_sigmoid=by_sigmoid,
+        normalised=bool(getattr(module, "norm_topk_prob", True)),
+        scale=getattr(module, "routed_scaling_factor", 1.0),
+        correction=None if correction is None else correction.detach().float(),
+        groups=(getattr(module, "num_group", 1), getattr(module, "topk_group", 1)),
+    )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    plain: Any = plain_module(module)
+    return plain.weight.detach()
