@@ -94,6 +94,7 @@ class LayerParts:
         window: number of last tokens that attention sees, itself included; None for all.
         softcap: c of c·tanh(score / c), or None.
         activation: activation of the FFN's gate, `silu` or `gelu_tanh`.
+        clip: bound on the size of queries, keys and values, before they are rotated; or None.
     """
 
     queries: Weights
@@ -118,6 +119,7 @@ class LayerParts:
     rotation_kind: str | None
     activation: str
     experts: Experts | None = None
+    clip: float | None = None
 
     def dense(self, kept: Collection[str] = ()) -> LayerParts:
         """Return the layer with weights that are in memory, or in blocks of a type in `kept`."""
@@ -183,6 +185,7 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         rotation_kind=(getattr(attention, "layer_type", None) or "all") if rotates else None,
         activation=_activation(mlp if experts is None else mlp.experts),
         experts=experts,
+        clip=getattr(config, "clip_qkv", None),
     )
 
 

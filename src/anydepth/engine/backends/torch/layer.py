@@ -146,7 +146,7 @@ class EngineLayer:
 
         self.num_heads, self.num_kv_heads, self.head_dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
         self.scale, self.softcap, self.window = parts.scale, parts.softcap, parts.window
-        self.rotation_kind, self.activation = parts.rotation_kind, parts.activation
+        self.rotation_kind, self.activation, self.clip = parts.rotation_kind, parts.activation, parts.clip
         self.qkv = linear("queries", "keys", "values")
         self.queries, self.kv = linear("queries"), linear("keys", "values")  # where some tokens only leave K/V
         self.out = linear("output")
@@ -181,20 +181,22 @@ class EngineLayer:
         parts = self.qkv(normed).view(len(hidden), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         if self.query_norm is None and self.key_norm is None:
+            self._clipped(parts)
             if rotation is not None:
                 rotation.rotate(parts[:, :num_rotated])
             return parts[:, : self.num_heads], parts[:, self.num_heads :]
         queries, keys, values = parts.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        queries, keys = _normed(queries, self.query_norm), _normed(keys, self.key_norm)
+        queries = self._clipped(_normed(queries, self.query_norm))
+        keys = self._clipped(_normed(keys, self.key_norm))
         if rotation is not None:
             rotation.rotate(queries)
             rotation.rotate(keys)
-        return queries, torch.cat([keys, values], dim=1)
+        return queries, torch.cat([keys, self._clipped(values)], dim=1)
 
     def project_queries(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
         """Return the queries (N, H, head_dim) alone of (N, D) states."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
-        queries = _normed(self.queries(normed).view(len(hidden), -1, self.head_dim), self.query_norm)
+        queries = self._clipped(_normed(self.queries(normed).view(len(hidden), -1, self.head_dim), self.query_norm))
         if rotation is not None:
             rotation.rotate(queries)
         return queries
@@ -211,9 +213,14 @@ class EngineLayer:
         keys = both[:, : self.num_kv_heads]
         if self.key_norm is not None:
             keys.copy_(_normed(keys, self.key_norm))
+        self._clipped(both)
         if rotation is not None:
             rotation.rotate(keys)
         return both
+
+    def _clipped(self, states: Tensor) -> Tensor:
+        """Clip queries, keys or values, in place."""
+        return states if self.clip is None else states.clamp_(-self.clip, self.clip)
 
     def attend(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with T queries of each of R rows over their keys and values (R, 2·H_kv, S, head_dim).
