@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import families
 from anydepth import FastEngine, attach
@@ -51,12 +52,13 @@ def test_tokens_are_those_of_stock_transformers(family: str, native: bool) -> No
 def test_a_router_chooses_and_weighs_as_the_models_own(family: str) -> None:
     backbone, rows = Backbone(families.build(family)), torch.arange(60)[:, None]
     block: Any = backbone.layers[3].module.get_submodule("mlp")
-    if (correction := getattr(block.gate, "e_score_correction_bias", None)) is not None:
+    own = block.gate if hasattr(block, "gate") else block.router
+    if (correction := getattr(own, "e_score_correction_bias", None)) is not None:
         correction.copy_(torch.linspace(-0.3, 0.3, len(correction)))
     router = read_experts(block, family).router
     hidden = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
-    _, wanted, chosen_by_model = block.gate(hidden)
-    weights, chosen = router.choose(hidden @ router.weight.T)
+    _, wanted, chosen_by_model = own(hidden)
+    weights, chosen = router.choose(F.linear(hidden, router.weight, router.bias))
     dense, dense_of_model = (torch.zeros(60, len(router.weight)) for _ in range(2))
     dense[rows, chosen], dense_of_model[rows, chosen_by_model] = weights, wanted
     torch.testing.assert_close(dense, dense_of_model)

@@ -221,8 +221,6 @@ def _choose_backend(
         reason = why_not(weights.dtype, device, max(part.head_dim for part in parts))
         if reason is None and weights.kernel_id is None:
             reason = f"they have no product for {weights.name} weights"
-        if reason is None and any(part.clip is not None for part in parts):
-            reason = "they do not clip queries, keys and values"
         if reason is None:
             return KernelBackend(weights.dtype, rotation_kinds)
     if weights.needs_kernels:

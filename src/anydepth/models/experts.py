@@ -5,6 +5,7 @@ As in `llama_like.py`, Hugging Face's attribute names are read here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Router:
     """The choice of `top_k` experts for each token, by scores of a linear layer.
 
     Attributes:
-        weight: (E, D), in the precision of the product.
+        weight, bias: (E, D), in the precision of the product, and (E,) or None.
         by_sigmoid: whether a score is the sigmoid of a logit; else the softmax over all logits.
         normalised: whether the scores of a token's experts are divided by their sum.
         scale: factor of the scores.
@@ -33,6 +34,7 @@ class Router:
 
     weight: Tensor
     top_k: int
+    bias: Tensor | None = None
     by_sigmoid: bool = False
     normalised: bool = True
     scale: float = 1.0
@@ -65,33 +67,63 @@ class Router:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Linear layers of E experts: weights (E, out, in), and biases (E, out) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the weight and the bias of each expert."""
+        return zip(self.weight, [None] * len(self.weight) if self.bias is None else self.bias, strict=True)
+
+
+@dataclass(frozen=True)
 class Experts:
     """E gated FFNs, of which a router chooses some for each token: the weighed sum of their outputs.
 
     Attributes:
         gate, up, down: (E, I, D), (E, I, D) and (E, D, I).
+        swiglu: limit l and slope a where an expert is down(g·σ(a·g) · (u + 1)), with g of gate, at most l, and u of up,
+            from −l to l; None: the layer's activation.
         shared_gate: (1, D), of the logit whose sigmoid multiplies the shared expert's output; None: nothing does.
     """
 
     router: Router
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate: Stack
+    up: Stack
+    down: Stack
     shared_gate: Tensor | None = None
+    swiglu: tuple[float, float] | None = None
 
 
 def read_experts(block: Any, model_type: str) -> Experts:
     """Return the experts of a block that has them in stacked tensors, next to its router."""
     experts: Any = plain_module(block.experts)
-    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    router: Any = plain_module(block.gate if hasattr(block, "gate") else block.router)
+    gate, up, down = _interleaved(experts) if hasattr(experts, "gate_up_proj_bias") else _halves(experts)
     shared_gate = getattr(block, "shared_expert_gate", None)
     return Experts(
-        router=_router(plain_module(block.gate), by_sigmoid=model_type in SIGMOID),
+        router=_router(router, by_sigmoid=model_type in SIGMOID),
         gate=gate,
         up=up,
-        down=experts.down_proj.detach(),
+        down=down,
         shared_gate=None if shared_gate is None else _weight(shared_gate),
+        swiglu=(experts.limit, experts.alpha) if hasattr(experts, "limit") else None,
     )
+
+
+def _halves(experts: Any) -> tuple[Stack, Stack, Stack]:
+    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    return Stack(gate), Stack(up), Stack(experts.down_proj.detach())
+
+
+def _interleaved(experts: Any) -> tuple[Stack, Stack, Stack]:
+    """Return the experts of gpt-oss: inputs before outputs, and every second output of one layer is the gate's."""
+    both, bias = experts.gate_up_proj.detach().transpose(1, 2), experts.gate_up_proj_bias.detach()
+    # Copied, as a product would copy outputs that are not neighbours each time.
+    gate, up = (Stack(both[:, start::2].contiguous(), bias[:, start::2].contiguous()) for start in (0, 1))
+    return gate, up, Stack(experts.down_proj.detach().transpose(1, 2), experts.down_proj_bias.detach())
 
 
 def shared_expert(block: Any) -> Any:
@@ -105,6 +137,7 @@ def _router(module: Any, *, by_sigmoid: bool) -> Router:
     return Router(
         weight=weight.float() if by_sigmoid else weight,
         top_k=module.top_k,
+        bias=None if (bias := getattr(module, "bias", None)) is None else bias.detach(),
         by_sigmoid=by_sigmoid,
         normalised=bool(getattr(module, "norm_topk_prob", True)),
         scale=getattr(module, "routed_scaling_factor", 1.0),

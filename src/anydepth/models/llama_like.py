@@ -23,7 +23,7 @@ from anydepth.models.plain import base_module, chosen_module, plain_module
 BlocksOf = Mapping[nn.Module, Blocks]
 """Blocks to run in place of the weights of linear layers."""
 NO_BLOCKS: BlocksOf = {}
-MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "flex_olmo", "dots1", "glm4_moe")
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "flex_olmo", "dots1", "glm4_moe", "gpt_oss")
 """Families with mixtures of experts."""
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3", *MIXTURES)
 
@@ -95,6 +95,7 @@ class LayerParts:
         softcap: c of c·tanh(score / c), or None.
         activation: activation of the FFN's gate, `silu` or `gelu_tanh`.
         clip: bound on the size of queries, keys and values, before they are rotated; or None.
+        sinks: (num_heads,) scores of a key without a value that every query sees, or None.
     """
 
     queries: Weights
@@ -120,6 +121,7 @@ class LayerParts:
     activation: str
     experts: Experts | None = None
     clip: float | None = None
+    sinks: Tensor | None = None
 
     def dense(self, kept: Collection[str] = ()) -> LayerParts:
         """Return the layer with weights that are in memory, or in blocks of a type in `kept`."""
@@ -186,6 +188,7 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         activation=_activation(mlp if experts is None else mlp.experts),
         experts=experts,
         clip=getattr(config, "clip_qkv", None),
+        sinks=attention.sinks.detach() if hasattr(attention, "sinks") else None,
     )
 
 
@@ -215,6 +218,8 @@ def _projections(
 
 
 def _activation(mlp: Any) -> str:
+    if hasattr(mlp, "limit"):  # gpt-oss's own, see `Experts.swiglu`
+        return "silu"
     name = type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
     if name in ("SiLU", "SiLUActivation"):
         return "silu"
@@ -233,7 +238,9 @@ def rotations(
     for kind in kinds:
         by_layer_type = hasattr(module, f"{kind}_inv_freq")
         cos, sin = module(like, positions, kind) if by_layer_type else module(like, positions)
-        tables[kind] = (cos[0].to(like.dtype), sin[0].to(like.dtype))
+        num_angles = getattr(module, f"{kind}_inv_freq" if by_layer_type else "inv_freq").numel()
+        halves = 2 if cos.shape[-1] == num_angles else 1  # gpt-oss has those of one half, which are the other's too
+        tables[kind] = (cos[0].to(like.dtype).repeat(1, halves), sin[0].to(like.dtype).repeat(1, halves))
     return tables
 
 

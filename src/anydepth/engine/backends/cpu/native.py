@@ -67,12 +67,14 @@ class LayerStruct(Structure):
     _fields_ = [
         *((name, MatrixStruct) for name in ROLES),
         *((name, NormStruct) for name in NORMS),
+        ("sinks", c_void_p),
         *(
             (name, c_int32)
             for name in ("hidden", "heads", "kv_heads", "head_dim", "window", "activation", "in_bf16", "rotation")
         ),
         ("scale", c_float),
         ("softcap", c_float),
+        ("clip", c_float),
     ]
 
 

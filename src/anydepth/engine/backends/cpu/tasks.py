@@ -71,6 +71,7 @@ class NativeLayer:
         memory: Memory,
     ) -> None:
         self.packed = packed  # the struct only points to them
+        self.sinks = None if parts.sinks is None else parts.sinks.float().contiguous()
         self.norms = {name: getattr(parts, name) for name in NORMS if getattr(parts, name) is not None}
         self.struct = LayerStruct(
             heads=parts.num_heads,
@@ -83,6 +84,8 @@ class NativeLayer:
             in_bf16=dtype == torch.bfloat16,
             scale=parts.scale,
             softcap=parts.softcap or 0.0,
+            clip=parts.clip or 0.0,
+            sinks=address_of(self.sinks),
             **{name: weights.struct() for name, weights in packed.items()},
             **{name: NormStruct.of(norm) for name, norm in self.norms.items()},
         )

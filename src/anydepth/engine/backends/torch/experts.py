@@ -15,17 +15,23 @@ MakeLinear = Callable[[Weights], Linear]
 
 
 class GatedFFN:
-    """down(activation(gate(x)) · up(x)), (N, D) to (N, D)."""
+    """down(activation(gate(x)) · up(x)), (N, D) to (N, D), or with the clamped inner part of `Experts.swiglu`."""
 
-    def __init__(self, gate: Linear, up: Linear, down: Linear, activation: str) -> None:
-        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+    def __init__(
+        self, gate: Linear, up: Linear, down: Linear, activation: str, swiglu: tuple[float, float] | None = None
+    ) -> None:
+        self.gate, self.up, self.down, self.activation, self.swiglu = gate, up, down, activation, swiglu
 
     @property
     def num_bytes(self) -> int:
         return self.gate.num_bytes + self.up.num_bytes + self.down.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.up.times(x, self.gate.activate(x, self.activation)))
+        if self.swiglu is None:
+            return self.down(self.up.times(x, self.gate.activate(x, self.activation)))
+        limit, slope = self.swiglu
+        gate, up = self.gate(x).clamp_(max=limit), self.up(x).clamp_(-limit, limit)
+        return self.down(up.add_(1).mul_(gate * (slope * gate).sigmoid()))
 
 
 class Mixture:
@@ -40,9 +46,9 @@ class Mixture:
     def __init__(self, parts: LayerParts, experts: Experts, linear: MakeLinear, exact: MakeLinear) -> None:
         router, activation = experts.router, parts.activation
         self.choose, self.top_k, self.router_dtype = router.choose, router.top_k, router.weight.dtype
-        self.router = exact(Weights(router.weight, None))
+        self.router = exact(Weights(router.weight, router.bias))
         self.experts = [
-            GatedFFN(linear(Weights(gate, None)), linear(Weights(up, None)), linear(Weights(down, None)), activation)
+            GatedFFN(linear(Weights(*gate)), linear(Weights(*up)), linear(Weights(*down)), activation, experts.swiglu)
             for gate, up, down in zip(experts.gate, experts.up, experts.down, strict=True)
         ]
         self.shared_gate = None if experts.shared_gate is None else exact(Weights(experts.shared_gate, None))

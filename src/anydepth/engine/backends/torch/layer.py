@@ -147,6 +147,7 @@ class EngineLayer:
         self.num_heads, self.num_kv_heads, self.head_dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
         self.scale, self.softcap, self.window = parts.scale, parts.softcap, parts.window
         self.rotation_kind, self.activation, self.clip = parts.rotation_kind, parts.activation, parts.clip
+        self.sinks = None if parts.sinks is None else parts.sinks.float()
         self.qkv = linear("queries", "keys", "values")
         self.queries, self.kv = linear("queries"), linear("keys", "values")  # where some tokens only leave K/V
         self.out = linear("output")
@@ -245,7 +246,7 @@ class EngineLayer:
 
     def attend_causal(self, queries: Tensor, states: Tensor) -> Tensor:
         """Attend with S queries of one row that are, in order, all of its cache, `states` (1, 2·H_kv, S, head_dim)."""
-        if self.softcap is not None:
+        if self.softcap is not None or self.sinks is not None:
             mask = torch.ones(len(queries), len(queries), dtype=torch.bool, device=queries.device).tril()
             return self.attend(queries, states, mask[None])
         keys, values = states.chunk(2, dim=1)
@@ -257,13 +258,20 @@ class EngineLayer:
         return output[0].transpose(0, 1).reshape(len(queries), -1)
 
     def _scores_to_values(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softcap is None:
+        if self.softcap is None and self.sinks is None:
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
-        # Gemma-2 puts the scores through a tanh, which no fused attention of torch supports.
-        scores = torch.tanh(queries @ keys.transpose(-1, -2) * self.scale / self.softcap) * self.softcap
+        # No fused attention of torch supports Gemma-2's tanh of the scores, and gpt-oss's sinks.
+        scores = queries @ keys.transpose(-1, -2) * self.scale
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.float().softmax(-1).to(values.dtype) @ values
+        if self.sinks is None:
+            return scores.float().softmax(-1).to(values.dtype) @ values
+        num_tokens = scores.shape[2] * self.num_kv_heads // self.num_heads
+        sinks = self.sinks.repeat_interleave(num_tokens).view(1, self.num_kv_heads, -1, 1)
+        with_sinks = torch.cat([scores.float(), sinks.expand(len(scores), -1, -1, -1)], dim=-1)
+        return with_sinks.softmax(-1)[..., :-1].to(values.dtype) @ values
 
     def add_mixer(self, mixed: Tensor, residual: Tensor) -> Tensor:
         """Return the residual stream after the mixer, from attention's (N, H·head_dim) output."""
