@@ -86,7 +86,7 @@ class Experts:
         gate, up, down: (E, I, D), (E, I, D) and (E, D, I).
         swiglu: limit l and slope a where an expert is down(g·σ(a·g) · (u + 1)), with g of gate, at most l, and u of up,
             from −l to l; None: the layer's activation.
-        shared_gate: (1, D), of the logit whose sigmoid multiplies the shared expert's output; None: nothing does.
+        shared_gate: (1, D), of a logit; its sigmoid multiplies the shared expert's output. None: nothing does.
     """
 
     router: Router

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch.nn import functional as F
 from anydepth.engine.new_tokens import Rotation
 from anydepth.models.llama_like import LayerParts, Norm, Weights
 from anydepth.models.target import cache_folder
-
-if TYPE_CHECKING:
-    from anydepth.engine.backends.torch.experts import Mixture
 
 MANY_ROWS = 16
 """From so many rows on int8 layers unpack their weights: the packed product is made for few rows."""
@@ -123,6 +120,18 @@ class NormedLinear(Linear):
         return super().__call__(self.norm(x))
 
 
+class FFN(Protocol):
+    """What runs in place of a layer's gate, up and down, `experts.Mixture`: (N, D) to (N, D)."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def expert_bytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 class EngineLayer:
     """Mixer and FFN of one layer by PyTorch's operators; the variants are those of `models/llama_like.py`.
 
@@ -137,7 +146,7 @@ class EngineLayer:
         parts: LayerParts,
         dtype: torch.dtype,
         linear: Callable[..., Linear],
-        mixture: Mixture | None = None,
+        mixture: FFN | None = None,
         *,
         compiled: bool = False,
     ) -> None:
