@@ -42,12 +42,8 @@ class Router:
     groups: tuple[int, int] = (1, 1)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights, in float32, and the numbers of each token's experts, (N, top_k) each, for (N, E) logits.
-
-        No operation here gives a token other bits in other company.
-        """
-        # In float64, since the vectors of a float32 sigmoid round otherwise than its last few elements.
-        scores = logits.double().sigmoid().float() if self.by_sigmoid else logits.float().softmax(-1)
+        """Return the weights, in float32, and the numbers of each token's experts, (N, top_k) each, of (N, E) logits."""
+        scores = sigmoid(logits.float()) if self.by_sigmoid else logits.float().softmax(-1)
         chosen = self._allowed(scores).topk(self.top_k).indices
         weights = scores.gather(1, chosen)
         if self.normalised:
@@ -64,6 +60,14 @@ class Router:
         groups = grouped.topk(2).values.sum(-1).topk(num_chosen).indices
         others = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, groups, value=False)
         return grouped.masked_fill(others[..., None], float("-inf")).flatten(1)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Return the sigmoids of a tensor, the bits of each independent of its place.
+
+    PyTorch's sigmoid rounds the last few elements otherwise than those that fill vectors; in float64 that is lost.
+    """
+    return x.double().sigmoid().to(x.dtype)
 
 
 @dataclass(frozen=True)

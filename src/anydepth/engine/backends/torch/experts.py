@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anydepth.engine.backends.torch.layer import Linear
-from anydepth.models.experts import Experts
+from anydepth.models.experts import Experts, sigmoid
 from anydepth.models.llama_like import LayerParts, Weights
 
 MakeLinear = Callable[[Weights], Linear]
@@ -31,7 +31,7 @@ class GatedFFN:
             return self.down(self.up.times(x, self.gate.activate(x, self.activation)))
         limit, slope = self.swiglu
         gate, up = self.gate(x).clamp_(max=limit), self.up(x).clamp_(-limit, limit)
-        return self.down(up.add_(1).mul_(gate * (slope * gate).sigmoid()))
+        return self.down(up.add_(1).mul_(gate * sigmoid(slope * gate)))
 
 
 class Mixture:
@@ -73,8 +73,8 @@ class Mixture:
         if self.shared is None:
             return output
         shared = self.shared(x)
-        if self.shared_gate is not None:  # in float64 as in `Router.choose`
-            shared *= self.shared_gate(x).double().sigmoid().to(x.dtype)
+        if self.shared_gate is not None:
+            shared *= sigmoid(self.shared_gate(x))
         return output.add_(shared)
 
     def _run_experts(self, x: Tensor, chosen: Tensor) -> Tensor:
