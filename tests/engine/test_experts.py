@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 import families
 from anydepth import FastEngine, attach
 from anydepth.engine.backends.torch.experts import Mixture
 from anydepth.engine.model import EngineModel
+from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.models.backbone import Backbone
 from anydepth.models.experts import Router, read_experts
@@ -103,6 +105,17 @@ def test_only_chosen_experts_are_called(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(mixture._run_experts(x, chosen), chosen[..., None] * x[:, None])
     assert calls == [(1, 3), (2, 1), (4, 2)]
     assert torch.equal(mixture._run_experts(x[:1], chosen[:1]), chosen[:1, :, None] * x[:1, None])
+
+
+def test_experts_that_an_engine_cannot_read_are_refused() -> None:
+    lora = get_peft_model(families.build("mixtral"), LoraConfig(target_parameters=["mlp.experts.down_proj"]))
+    with pytest.raises(UserError, match="no adapters of experts and routers and found one of MixtralExperts"):
+        FastEngine(attach(lora, []))
+    adapted = attach(families.build("mixtral"), [])
+    experts: Any = adapted.backbone.layers[2].module.get_submodule("mlp.experts")
+    experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match="experts in plain tensors and found MixtralExperts"):
+        FastEngine(adapted)
 
 
 # --- bytes ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anydepth.models.plain import plain_module
+from anydepth.errors import Unsupported
+from anydepth.models.plain import TUNER, base_module, chosen_module, is_peft, plain_module
 
 SIGMOID = ("dots1", "glm4_moe")
 """Families with scores by a sigmoid, from logits in float32; the others have those of a softmax over all experts."""
@@ -42,7 +43,7 @@ class Router:
     groups: tuple[int, int] = (1, 1)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights, in float32, and the numbers of each token's experts, (N, top_k) each, of (N, E) logits."""
+        """Return the float32 weights and the numbers of each token's experts, (N, top_k) each, of (N, E) logits."""
         scores = sigmoid(logits.float()) if self.by_sigmoid else logits.float().softmax(-1)
         chosen = self._allowed(scores).topk(self.top_k).indices
         weights = scores.gather(1, chosen)
@@ -102,9 +103,17 @@ class Experts:
 
 
 def read_experts(block: Any, model_type: str) -> Experts:
-    """Return the experts of a block that has them in stacked tensors, next to its router."""
-    experts: Any = plain_module(block.experts)
-    router: Any = plain_module(block.gate if hasattr(block, "gate") else block.router)
+    """Return the experts of a block that has them in stacked tensors, next to its router.
+
+    Raises:
+        UserError: experts that are quantised, or an adapter of experts or the router.
+    """
+    experts, router = _plain(block.experts), _plain(block.gate if hasattr(block, "gate") else block.router)
+    if not isinstance(weight := getattr(experts, "gate_up_proj", None), Tensor) or weight.dtype.itemsize < 2:
+        raise Unsupported(
+            f"the fast engine takes experts in plain tensors and found {type(experts).__name__}; load without "
+            "quantisation, or use engine hf"
+        )
     gate, up, down = _interleaved(experts) if hasattr(experts, "gate_up_proj_bias") else _halves(experts)
     shared_gate = getattr(block, "shared_expert_gate", None)
     return Experts(
@@ -115,6 +124,18 @@ def read_experts(block: Any, model_type: str) -> Experts:
         shared_gate=None if shared_gate is None else _weight(shared_gate),
         swiglu=(experts.limit, experts.alpha) if hasattr(experts, "limit") else None,
     )
+
+
+def _plain(module: nn.Module) -> Any:
+    """Return experts or a router without wrappers; raise `UserError` for an adapter that is not merged."""
+    chosen = chosen_module(module)
+    if is_peft(chosen, TUNER):
+        kind = type(base_module(chosen)).__name__
+        raise Unsupported(
+            f"the fast engine takes no adapters of experts and routers and found one of {kind}; merge it, or use "
+            "engine hf"
+        )
+    return chosen
 
 
 def _halves(experts: Any) -> tuple[Stack, Stack, Stack]:
