@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional as F
 
 import families
 from anydepth import FastEngine, attach
+from anydepth.engine.backends.torch.backend import TorchBackend
 from anydepth.engine.backends.torch.experts import Mixture
 from anydepth.engine.model import EngineModel
+from anydepth.engine.weights import Float32
 from anydepth.errors import UserError
 from anydepth.gating import cost
 from anydepth.models.backbone import Backbone
-from anydepth.models.experts import Router, read_experts
-from anydepth.models.llama_like import MIXTURES
+from anydepth.models.experts import Router, read_experts, shared_expert
+from anydepth.models.layer_view import first_output
+from anydepth.models.llama_like import MIXTURES, weights_of
+from kernel_checks import layer_parts
 from reference import relative_rms
 
 REPRESENTATIVE = "qwen2_moe"  # a shared expert with a gate, windows, and a layer without experts
+READ = ("deepseek_v3", "ernie4_5_moe", "granitemoe", "qwen3_next", "qwen3_5_moe_text")
+"""Families with experts that are read here, and a mixer that the engine does not run."""
+ROLES = ("gate", "up", "down")
 EACH = [
     pytest.param(family, marks=() if family == REPRESENTATIVE else pytest.mark.slow)
     for family in MIXTURES
@@ -50,20 +57,24 @@ def test_tokens_are_those_of_stock_transformers(family: str, native: bool) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", EACH)
-def test_a_router_chooses_and_weighs_as_the_models_own(family: str) -> None:
-    backbone, rows = Backbone(families.build(family)), torch.arange(60)[:, None]
-    block: Any = backbone.layers[3].module.get_submodule("mlp")
-    own = block.gate if hasattr(block, "gate") else block.router
-    if (correction := getattr(own, "e_score_correction_bias", None)) is not None:
+@pytest.mark.parametrize("family", [*MIXTURES, *READ])
+def test_a_mixture_is_the_models_own(family: str) -> None:
+    """Router, experts and shared expert, with a correction that changes what is chosen."""
+    if not families.is_available(family):
+        pytest.skip(f"this transformers has no {family}")
+    layer = Backbone(families.build(family)).layers[3].module
+    name = families.names_of(family).ffn_end
+    block: Any = layer.get_submodule(name if name == "block_sparse_moe" else "mlp")
+    for own, correction in block.gate.named_buffers() if hasattr(block, "gate") else ():
+        assert own == "e_score_correction_bias"
         correction.copy_(torch.linspace(-0.3, 0.3, len(correction)))
-    router = read_experts(block, family).router
-    hidden = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
-    _, wanted, chosen_by_model = own(hidden)
-    weights, chosen = router.choose(F.linear(hidden, router.weight, router.bias))
-    dense, dense_of_model = (torch.zeros(60, len(router.weight)) for _ in range(2))
-    dense[rows, chosen], dense_of_model[rows, chosen_by_model] = weights, wanted
-    torch.testing.assert_close(dense, dense_of_model)
+    shared, experts = shared_expert(block), read_experts(block, family)
+    gate_up_down = [None] * 3 if shared is None else [weights_of(getattr(shared, f"{role}_proj")) for role in ROLES]
+    parts = replace(layer_parts(), **dict(zip(ROLES, gate_up_down, strict=True)), experts=experts)
+    mixture = TorchBackend(torch.float32).mixture(parts, Float32)
+    x = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
+    assert mixture is not None
+    torch.testing.assert_close(mixture(x), first_output(block(x[None]))[0])
 
 
 def test_groups_are_those_with_the_two_best_experts() -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from anydepth.errors import Unsupported
 from anydepth.models.plain import TUNER, base_module, chosen_module, is_peft, plain_module
 
-SIGMOID = ("dots1", "glm4_moe")
-"""Families with scores by a sigmoid, from logits in float32; the others have those of a softmax over all experts."""
+SIGMOID = ("deepseek_v3", "dots1", "glm4_moe")
+"""Families with scores by a sigmoid; the others have those of a softmax over all experts."""
+IN_FLOAT32 = (*SIGMOID, "ernie4_5_moe")
+"""Families with logits in float32, in models of any precision."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def read_experts(block: Any, model_type: str) -> Experts:
     gate, up, down = _interleaved(experts) if hasattr(experts, "gate_up_proj_bias") else _halves(experts)
     shared_gate = getattr(block, "shared_expert_gate", None)
     return Experts(
-        router=_router(router, by_sigmoid=model_type in SIGMOID),
+        router=_router(router, model_type),
         gate=gate,
         up=up,
         down=down,
@@ -156,17 +158,17 @@ def shared_expert(block: Any) -> Any:
     return getattr(block, "shared_experts", getattr(block, "shared_expert", None))
 
 
-def _router(module: Any, *, by_sigmoid: bool) -> Router:
-    weight = module.weight.detach()
-    correction = getattr(module, "e_score_correction_bias", None)
+def _router(module: Any, model_type: str) -> Router:
+    weight, bias = module.weight.detach(), getattr(module, "bias", None)
+    correction = getattr(getattr(module, "moe_statics", module), "e_score_correction_bias", None)
     return Router(
-        weight=weight.float() if by_sigmoid else weight,
+        weight=weight.float() if model_type in IN_FLOAT32 else weight,
         top_k=module.top_k,
-        bias=None if (bias := getattr(module, "bias", None)) is None else bias.detach(),
-        by_sigmoid=by_sigmoid,
+        bias=None if bias is None else bias.detach(),
+        by_sigmoid=model_type in SIGMOID,
         normalised=bool(getattr(module, "norm_topk_prob", True)),
         scale=getattr(module, "routed_scaling_factor", 1.0),
-        correction=None if correction is None else correction.detach().float(),
+        correction=None if correction is None else correction.detach().float().flatten(),
         groups=(getattr(module, "num_group", 1), getattr(module, "topk_group", 1)),
     )
 
