@@ -90,6 +90,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
     "norms_of_heads": {"query_norm": Norm(1 + randn(HEAD_DIM), 1e-6), "key_norm": Norm(1 + randn(HEAD_DIM), 1e-6)},
     "no_rotation": {"rotation_kind": None},
+    "sinks": {"sinks": 3 * randn(HEADS, seed=30), "window": 9},
+    "clip": {"clip": 0.9},
 }
 
 

@@ -38,6 +38,16 @@ def test_bits_do_not_depend_on_company(weights: str, methods: list[dict[str, Any
     check(tiny_llama(intermediate_size=64), weights, methods)
 
 
+@pytest.mark.parametrize("methods", [[], [ROUTER]], ids=["full", "router"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glm4_moe", "flex_olmo", "gpt_oss"))],
+)
+def test_bits_of_mixtures_of_experts(family: str, weights: str, methods: list[dict[str, Any]]) -> None:
+    check(families.build(family), weights, [{**method, "rates": [0.5, 0.3, 0.8]} for method in methods])
+
+
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_bits_after_a_window(family: str, weights: str) -> None:

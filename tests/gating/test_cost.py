@@ -101,7 +101,7 @@ def test_bytes_of_a_step_are_its_weights_and_the_kv_that_it_reads(backbone: Back
     full_step = 5 * (10_000 + 3_000)
     weights = (full_step + full_step + 13_000) / 2  # layer 1 runs in the second of two steps
     kv = (5 * (4 + 5) + 5) * values / 2
-    assert cost.step_bytes(backbone, trace, branches, 777, 2) == 777 + weights + kv
+    assert cost.step_bytes(backbone, trace, branches, [0] * 6, 777, 2) == 777 + weights + kv
 
 
 def test_bytes_of_weights(backbone: Backbone) -> None:
@@ -114,7 +114,7 @@ def test_bytes_of_a_mixture_are_those_of_the_experts_that_run() -> None:
     backbone = Backbone(families.build("mixtral"))
     view, expert = backbone.layers[0], 4 * (2 * 48 * 32 + 32 * 48)
     rest = 4 * (6 * 32 + 2 * 32)  # the router and two norms
-    assert cost.branch_weight_bytes(view)[1] == rest + 2 * expert
+    assert cost.branch_weight_bytes(view)[1] == rest + 2 * expert and cost.expert_bytes(view) == expert
     branches = [cost.branch_weight_bytes(layer) for layer in backbone.layers]
     for rows, experts in ((1, 2), (2, 4), (4, 6)):
         record = [
@@ -124,7 +124,8 @@ def test_bytes_of_a_mixture_are_those_of_the_experts_that_run() -> None:
         trace = Trace.join(record)
         kv = sum(rows * 4 * layer.kv_values * 4 for layer in backbone.layers)
         mixers = sum(mixer for mixer, _ in branches)
-        assert cost.step_bytes(backbone, trace, branches, 0, 4) == mixers + 5 * (rest + experts * expert) + kv
+        wanted = mixers + 5 * (rest + experts * expert) + kv
+        assert cost.step_bytes(backbone, trace, branches, [expert] * 5, 0, 4) == wanted
 
 
 def test_kv_values_of_a_token_are_those_in_the_cache(family: str, model: PreTrainedModel) -> None:

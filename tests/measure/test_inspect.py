@@ -53,6 +53,14 @@ def test_the_bytes_of_a_copy_are_those_that_the_engine_reads(weights: str) -> No
     assert counted == pytest.approx(sum(map(sum, branches)) + head, rel=0.1)  # int8 has a scale for each output as well
 
 
+def test_a_copy_of_a_mixture_has_all_its_experts() -> None:
+    adapted = attach(families.build("mixtral").to(torch.bfloat16), [])
+    parts = [part for view in adapted.backbone.layers for part in view.module.get_submodule("mlp.experts").parameters()]
+    parts += [part for view in adapted.backbone.layers for part in view.mixer.parameters()]
+    weights = sum(part.numel() for part in parts)
+    assert inspect_model(adapted)["copy_bytes"]["int8"] == weights + families.VOCABULARY * 32
+
+
 def test_a_family_that_the_fast_engine_does_not_run_has_no_copy() -> None:
     inspected = inspect_model(attach(families.build("gpt2"), []))
     assert inspected["engines"]["fast"].startswith("does not apply") and inspected["copy_bytes"] == {}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import families
-from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
+from anydepth.models.llama_like import FAMILIES, MIXTURES
 
 WHOLE = {"llama", "gpt2", "qwen3_next"}
 """A plain one, arguments by position and fused q/k/v, recurrent layers and experts."""
@@ -36,6 +36,8 @@ REPEATED = {"test_cost_is_what_torch_counts"}
 """Slow to run, and the same for every family whose layers are alike."""
 COUNTED = {"llama", "qwen3_next"}
 """Families with FLOPs of every case."""
+ENGINE_FAMILIES = {*FAMILIES} - {*MIXTURES} | {"qwen2_moe"}
+"""Those of the fast engine; its mixtures of experts differ in their routers alone."""
 ENGINE = {"test_fast_engine_is_the_model", "test_fast_engine_without_kernels_is_the_model"}
 
 

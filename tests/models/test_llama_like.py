@@ -12,21 +12,32 @@ import families
 from anydepth.errors import UserError
 from anydepth.models.backbone import Backbone, recorded_inputs
 from anydepth.models.blocks import Blocks
-from anydepth.models.llama_like import FAMILIES, BlockWeights, Weights, norm_of, read_layers, rotations
+from anydepth.models.llama_like import FAMILIES, MIXTURES, BlockWeights, Weights, norm_of, read_layers, rotations
 
 NORMS: dict[str, str] = {
     "gemma2": "mixer mixer_out ffn ffn_out",
     "gemma3_text": "mixer mixer_out ffn ffn_out query key",
     "olmo2": "mixer_out ffn_out query key",
     "qwen3": "mixer ffn query key",
+    "qwen3_moe": "mixer ffn query key",
+    "olmoe": "mixer ffn query key",
+    "flex_olmo": "mixer_out ffn_out query key",
+    "dots1": "mixer ffn query key",
+    "glm4_moe": "mixer ffn query key",
 }
 """Norms of a layer where they are not those of Llama."""
 WINDOWS: dict[str, list[int | None]] = {
     "mistral": [11] * 5,
     "gemma2": [11, None, 11, None, 11],
     "gemma3_text": [11, None, 11, None, 11],
+    "mixtral": [11] * 5,
+    "gpt_oss": [11, None, 11, 11, None],
+    "qwen2_moe": [11, None, 11, 11, None],
+    "dots1": [11, None, 11, 11, None],
 }
 """Windows of layers where not all of them see everything."""
+DENSE_LAYERS = {"qwen3_moe": {1}, "qwen2_moe": {1}, "dots1": {0}, "glm4_moe": {0}}
+"""Layers without experts, of the mixtures that have such layers."""
 GEMMA = {"scale": 256**-0.5, "activation": "gelu_tanh"}
 SETTINGS: dict[str, dict[str, Any]] = {"gemma2": {**GEMMA, "softcap": 50.0}, "gemma3_text": GEMMA}
 LLAMA: dict[str, Any] = {"scale": 8**-0.5, "activation": "silu", "softcap": None}
@@ -39,6 +50,8 @@ def test_settings_of_layers(family: str) -> None:
     assert [part.window for part in layers] == WINDOWS.get(family, [None] * 5)
     rotated = [part.rotation_kind is not None for part in layers]
     assert rotated == ([True, True, True, False, True] if family == "smollm3" else [True] * 5)  # each fourth has none
+    dense = DENSE_LAYERS.get(family, set()) if family in MIXTURES else set(range(5))
+    assert {layer_idx for layer_idx, part in enumerate(layers) if part.experts is None} == dense
     for part in layers:
         assert (part.num_heads, part.num_kv_heads, part.head_dim) == (4, 2, 8)
         for name, value in (LLAMA | SETTINGS.get(family, {})).items():
@@ -60,6 +73,7 @@ def test_rotations_are_those_that_the_model_gives_each_layer(family: str) -> Non
     for view, part in zip(backbone.layers, layers, strict=True):
         given = records[view.layer_idx][1]["position_embeddings"]
         if part.rotation_kind is not None:
+            given = [own.repeat(1, 1, 2) for own in given] if family == "gpt_oss" else given  # of one half of the pairs
             assert all(torch.equal(ours, own[0]) for ours, own in zip(tables[part.rotation_kind], given, strict=True))
     assert family != "gemma3_text" or not torch.equal(tables[kinds[0]][0], tables[kinds[1]][0])
 

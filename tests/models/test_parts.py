@@ -86,6 +86,13 @@ def test_every_type_is_dequantised_as_gguf_and_transformers_do(
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_a_file_with_experts_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_gguf(tmp_path / "model.gguf", "Q8_0")
+    assert has_blocks(str(tmp_path / "model.gguf"))
+    monkeypatch.setattr("anydepth.models.gguf.MIXTURES", ("llama",))
+    assert not has_blocks(str(tmp_path / "model.gguf"))
+
+
 @pytest.mark.skipif(why_not(torch.bfloat16, torch.device("cpu")) is not None, reason="no C++ compiler on this machine")
 @torch.no_grad()
 def test_a_file_of_several_types_runs_in_blocks(tmp_path: Path) -> None:

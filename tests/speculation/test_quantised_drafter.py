@@ -19,6 +19,7 @@ from anydepth.engine.weights import Int4
 from anydepth.errors import UserError
 from anydepth.hf.adapted import attach
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
+from anydepth.models.llama_like import MIXTURES
 from anydepth.speculation import quantised_drafter
 from anydepth.speculation.draft import Draft
 from anydepth.speculation.drafting import DraftedSteps
@@ -105,7 +106,14 @@ def test_a_stateful_processor_is_called_once_for_each_token_in_order() -> None:
     assert seen == [ids[:end] for end in range(21, 41)]
 
 
-@pytest.mark.parametrize("kind", [name for name in families.CONFIGS if name in ENGINE_FAMILIES])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in MIXTURES and name != "qwen2_moe" else ())
+        for name in families.CONFIGS
+        if name in ENGINE_FAMILIES
+    ],
+)
 def test_every_engine_family(kind: str) -> None:
     model = families.build(kind).to(torch.bfloat16)
     engine = drafting("fast", ({"quantised": "int8", "exit_layers": [2]}, []), model)

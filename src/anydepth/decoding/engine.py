@@ -85,6 +85,10 @@ class Engine(ABC):
     def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
         """Return the bytes of weights that a token reads: (mixer, FFN) by layer, and of the head."""
 
+    @abstractmethod
+    def expert_bytes(self) -> list[int]:
+        """Return by layer the bytes of one expert; 0 without a mixture of experts."""
+
     def check_batch(  # noqa: B027 (most engines decode any batch)
         self, input_ids: Tensor, mask: Tensor | None, max_length: int | None
     ) -> None:

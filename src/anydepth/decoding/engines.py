@@ -78,6 +78,9 @@ class HFEngine(Engine):
         backbone = self.adapted.backbone
         return [cost.branch_weight_bytes(view) for view in backbone.layers], cost.weight_bytes(backbone.head)
 
+    def expert_bytes(self) -> list[int]:
+        return [cost.expert_bytes(view) for view in self.adapted.backbone.layers]
+
 
 class FastEngine(Engine):
     """Decodes Llama-like families at the speed of the memory.
@@ -131,6 +134,9 @@ class FastEngine(Engine):
 
     def weight_bytes(self) -> tuple[list[tuple[int, int]], int]:
         return [(layer.mixer_bytes, layer.ffn_bytes) for layer in self.model.layers], self.model.head.num_bytes
+
+    def expert_bytes(self) -> list[int]:
+        return [0 if layer.mixture is None else layer.mixture.expert_bytes for layer in self.model.layers]
 
 
 ENGINES = ("auto", "hf", "fast")

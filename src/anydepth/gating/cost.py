@@ -188,22 +188,27 @@ def kv_bytes_per_token(backbone: Backbone, bytes_per_value: int) -> int:
 
 
 def step_bytes(
-    backbone: Backbone, trace: Trace, branches: Sequence[tuple[int, int]], head: int, bytes_per_value: int
+    backbone: Backbone,
+    trace: Trace,
+    branches: Sequence[tuple[int, int]],
+    experts: Sequence[int],
+    head: int,
+    bytes_per_value: int,
 ) -> float:
     """Return the mean bytes that a decoding step of a trace reads: the K/V, and the weights of what any row runs.
 
-    Those weights are given by the bytes of each layer's mixer and FFN for one token, and of the head. Tokens of several
-    rows are taken to choose different experts, as long as there are some.
+    Those weights are given by the bytes of each layer's mixer and FFN for one token, of one of its experts, and of the
+    head. Tokens of several rows are taken to choose different experts, as long as there are some.
     """
     prompt, num_steps = trace.pass_lengths[0], len(trace.pass_lengths) - 1
     total = 0.0
-    for layer_idx, (view, (mixer, ffn)) in enumerate(zip(backbone.layers, branches, strict=True)):
+    for layer_idx, (view, (mixer, ffn), expert) in enumerate(zip(backbone.layers, branches, experts, strict=True)):
         mixer_keep, ffn_keep = trace.mixer_keep[layer_idx, :, prompt:], trace.ffn_keep[layer_idx, :, prompt:]
         total += mixer * int(mixer_keep.any(0).sum()) + ffn * int(ffn_keep.any(0).sum())
         for part in _mixtures(view.module):
             tokens = ffn_keep.sum(0)
             chosen = (tokens * part.top_k).clamp(max=part.num_experts)
-            total += int((chosen - part.top_k * (tokens > 0)).sum()) * part.bytes_per_expert
+            total += int((chosen - part.top_k * (tokens > 0)).sum()) * expert
         seen = _with_kv(trace, layer_idx).cumsum(1)[:, prompt:]
         total += int((seen * mixer_keep).sum()) * view.kv_values * bytes_per_value
     return head + total / num_steps
@@ -214,6 +219,11 @@ def branch_weight_bytes(view: LayerView) -> tuple[int, int]:
     mixer = weight_bytes(view.mixer)
     idle = sum((part.num_experts - part.top_k) * part.bytes_per_expert for part in _mixtures(view.module))
     return mixer, weight_bytes(view.module) - mixer - idle
+
+
+def expert_bytes(view: LayerView) -> int:
+    """Return the bytes of one expert of a layer; 0 without a mixture of experts."""
+    return sum(part.bytes_per_expert for part in _mixtures(view.module))
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -77,9 +77,11 @@ def _method(method: type[Method], backbone: Backbone) -> str:
 
 
 def _copy_bytes(backbone: Backbone, kind: type[WeightFormat]) -> int:
-    """Return the bytes of a copy in fewer bits, as the fast engine runs it or drafts with it."""
+    """Return the bytes of a copy in fewer bits, as the fast engine runs it or drafts with it; of all experts."""
     parts = [part for view in backbone.layers for part in view.module.modules()]
     weights = sum(part.in_features * part.out_features for part in parts if isinstance(part, nn.Linear | BlockLinear))
+    stacked = (part for view in backbone.layers for part in view.module.parameters() if part.dim() == 3)
+    weights += sum(part.numel() for part in stacked)
     head = backbone.model.config.vocab_size * backbone.hidden_size
     return round((kind.bits * weights + WEIGHTS[kind.head or kind.name].bits * head) / 8)
 

@@ -199,9 +199,9 @@ def read_bandwidth(device: torch.device, num_passes: int = 3) -> float:
 def roofline(engine: Engine, trace: Trace, bandwidth: float, row: dict[str, Any]) -> dict[str, Any]:
     """Return the bytes per decoding step of a bench row's two sides, and the fraction of the bandwidth they reach."""
     backbone, dtype = engine.adapted.backbone, engine.adapted.dtype
-    branches, head = engine.weight_bytes()
+    (branches, head), experts = engine.weight_bytes(), engine.expert_bytes()
     result: dict[str, Any] = {"read_bytes_per_second": bandwidth}
     for side, what in (("full_depth", trace.at_full_depth()), ("adapted", trace)):
-        step = cost.step_bytes(backbone, what, branches, head, dtype.itemsize)
+        step = cost.step_bytes(backbone, what, branches, experts, head, dtype.itemsize)
         result[side] = {"bytes_per_step": step, "share": step / bandwidth / row[side]["tpot_seconds"]}
     return result

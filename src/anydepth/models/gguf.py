@@ -33,7 +33,7 @@ from anydepth.errors import UserError
 from anydepth.models.blocks import BlockEmbedding, BlockLinear, Blocks
 from anydepth.models.formats import check_size
 from anydepth.models.gguf_tokenizer import SLOW_MERGES, num_merges, read_tokenizer
-from anydepth.models.llama_like import FAMILIES
+from anydepth.models.llama_like import FAMILIES, MIXTURES
 from anydepth.models.parts import DENSE, parts_of, read_parts, weights_by_kind
 from anydepth.models.reading import check_whole, reading
 
@@ -124,12 +124,15 @@ def _say_dequantised(path: Path, tensors: list[dict[str, Any]], dtype: torch.dty
 
 
 def is_in_blocks(path: Path, cache: Path) -> bool:
-    """Return whether most weights of a file are in blocks that the fast engine reads, of a family that it runs."""
+    """Return whether most weights of a file are in blocks that the fast engine reads, of a family that it runs.
+
+    Experts are dequantised, as the engine has them in stacked tensors.
+    """
     with reading(f"GGUF file {path}"):
         folder = _metadata(path, cache)
         kinds = weights_by_kind(json.loads((folder / TENSORS).read_text())["tensors"])
         in_blocks = sum(kinds[kind] for kind in BLOCK_KINDS) > sum(kinds.values()) / 2
-        return in_blocks and AutoConfig.from_pretrained(str(folder)).model_type in FAMILIES
+        return in_blocks and AutoConfig.from_pretrained(str(folder)).model_type in {*FAMILIES} - {*MIXTURES}
 
 
 def _metadata(path: Path, cache: Path) -> Path:

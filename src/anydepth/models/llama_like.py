@@ -1,6 +1,7 @@
 """The weights and settings of a Llama-like layer, for engines that run the layer themselves.
 
-Apart from `backbone.py`, `layer_view.py` and `families.py` only this module knows Hugging Face attribute names.
+Apart from `backbone.py`, `layer_view.py`, `families.py` and `experts.py` only this module knows Hugging Face attribute
+names.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 from anydepth.errors import Unsupported
 from anydepth.models.backbone import Backbone, is_spread
 from anydepth.models.blocks import BlockLinear, Blocks
+from anydepth.models.experts import Experts, read_experts, shared_expert
 from anydepth.models.layer_view import LayerView
 from anydepth.models.plain import base_module, chosen_module, plain_module
 
 BlocksOf = Mapping[nn.Module, Blocks]
 """Blocks to run in place of the weights of linear layers."""
 NO_BLOCKS: BlocksOf = {}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3")
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "flex_olmo", "dots1", "glm4_moe", "gpt_oss")
+"""Families with mixtures of experts."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3", *MIXTURES)
 
 
 @dataclass(frozen=True)
@@ -84,19 +88,23 @@ class LayerParts:
     """A layer: x → x + mixer_out_norm(attention(mixer_norm(x))), then the same with the FFN; norms are optional.
 
     Attributes:
+        gate, up, down: of the FFN; of a mixture's shared expert, None without one.
+        experts: the mixture of experts that is the FFN, or None.
         rotation_kind: the kind of rotary embedding of queries and keys; None without one.
         window: number of last tokens that attention sees, itself included; None for all.
         softcap: c of c·tanh(score / c), or None.
         activation: activation of the FFN's gate, `silu` or `gelu_tanh`.
+        clip: bound on the size of queries, keys and values, before they are rotated; or None.
+        sinks: (num_heads,) scores of a key without a value that every query sees, or None.
     """
 
     queries: Weights
     keys: Weights
     values: Weights
     output: Weights
-    gate: Weights
-    up: Weights
-    down: Weights
+    gate: Weights | None
+    up: Weights | None
+    down: Weights | None
     mixer_norm: Norm | None
     mixer_out_norm: Norm | None
     ffn_norm: Norm | None
@@ -111,6 +119,9 @@ class LayerParts:
     window: int | None
     rotation_kind: str | None
     activation: str
+    experts: Experts | None = None
+    clip: float | None = None
+    sinks: Tensor | None = None
 
     def dense(self, kept: Collection[str] = ()) -> LayerParts:
         """Return the layer with weights that are in memory, or in blocks of a type in `kept`."""
@@ -147,10 +158,11 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
     outer_mlp = view.module.get_submodule("mlp")
     mlp: Any = chosen_module(outer_mlp)
     config = attention.config
+    experts = read_experts(mlp, config.model_type) if hasattr(mlp, "experts") else None
     num_heads, num_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
     queries, keys, values = _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, blocks)
-    gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [config.intermediate_size] * 2, blocks)
+    gate, up, down = _ffn(mlp if experts is None else shared_expert(mlp), config.intermediate_size, blocks)
     rotates = bool(getattr(attention, "use_rope", True))
     return LayerParts(
         queries=queries,
@@ -159,7 +171,7 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         output=weights_of(attention.o_proj, blocks),
         gate=gate,
         up=up,
-        down=weights_of(mlp.down_proj, blocks),
+        down=down,
         mixer_norm=_norm(view.kv_norm),
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
         ffn_norm=None if view.ffn_in is outer_mlp else _norm(view.ffn_in),
@@ -171,11 +183,29 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         head_dim=head_dim,
         scale=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
-        # Families with windows in some layers have the window in the layer, others (Mistral, Phi-3) in the config.
-        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
+        window=_window(attention),
         rotation_kind=(getattr(attention, "layer_type", None) or "all") if rotates else None,
-        activation=_activation(mlp),
+        activation=_activation(mlp if experts is None else mlp.experts),
+        experts=experts,
+        clip=getattr(config, "clip_qkv", None),
+        sinks=attention.sinks.detach() if hasattr(attention, "sinks") else None,
     )
+
+
+def _window(attention: Any) -> int | None:
+    """Return the window of a layer: families with windows in some layers have it there, others in the config."""
+    in_all_layers = getattr(attention.config, "layer_types", None) is None
+    everywhere = getattr(attention.config, "sliding_window", None) if in_all_layers else None
+    return getattr(attention, "sliding_window", everywhere)
+
+
+def _ffn(mlp: Any, inner_size: int, blocks: BlocksOf) -> list[Weights] | list[None]:
+    """Return the gate, up and down of an FFN; None each without an FFN."""
+    if mlp is None:
+        return [None] * 3
+    mlp = chosen_module(mlp)
+    gate_up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [inner_size] * 2, blocks)
+    return [*gate_up, weights_of(mlp.down_proj, blocks)]
 
 
 def _projections(
@@ -188,6 +218,8 @@ def _projections(
 
 
 def _activation(mlp: Any) -> str:
+    if hasattr(mlp, "limit"):  # gpt-oss's own, see `Experts.swiglu`
+        return "silu"
     name = type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
     if name in ("SiLU", "SiLUActivation"):
         return "silu"
@@ -206,7 +238,9 @@ def rotations(
     for kind in kinds:
         by_layer_type = hasattr(module, f"{kind}_inv_freq")
         cos, sin = module(like, positions, kind) if by_layer_type else module(like, positions)
-        tables[kind] = (cos[0].to(like.dtype), sin[0].to(like.dtype))
+        num_angles = getattr(module, f"{kind}_inv_freq" if by_layer_type else "inv_freq").numel()
+        halves = 2 if cos.shape[-1] == num_angles else 1  # gpt-oss has those of one half, which are the other's too
+        tables[kind] = (cos[0].to(like.dtype).repeat(1, halves), sin[0].to(like.dtype).repeat(1, halves))
     return tables
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.engine.backends.cpu.kernel_pass import KernelPass, passes_of
-from anydepth.engine.backends.cpu.native import MAX_TOKENS, ROLES, rotation_structs, same_bits_until
+from anydepth.engine.backends.cpu.native import MAX_TOKENS, MIXER_ROLES, ROLES, rotation_structs, same_bits_until
 from anydepth.engine.backends.cpu.packing import (
     Memory,
     NativeEmbedding,
@@ -25,6 +25,7 @@ from anydepth.engine.backends.torch.backend import Branches, Format, Projection,
 from anydepth.engine.backends.torch.layer import Linear, NormedLinear, RMSNorm
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
+from anydepth.engine.weights import BFloat16, Float32
 from anydepth.gating.gate import Gate
 from anydepth.gating.trace import PassRecord
 from anydepth.models.blocks import BlockEmbedding
@@ -46,8 +47,10 @@ class KernelBackend(TorchBackend):
         return NativeLinear([pack_panels(part, weights, self.memory) for part in parts], self.dtype, self.memory)
 
     def layer(self, parts: LayerParts, weights: Format) -> KernelLayer:
-        packed = {role: pack_panels(getattr(parts, role), weights, self.memory) for role in ROLES}
-        by_kernels = _for_kernels([getattr(parts, role) for role in ROLES], weights)
+        mixture = self.mixture(parts, weights)
+        roles = ROLES if mixture is None else MIXER_ROLES
+        packed = {role: pack_panels(getattr(parts, role), weights, self.memory) for role in roles}
+        by_kernels = _for_kernels([getattr(parts, role) for role in roles], weights)
         norms = {"queries": parts.mixer_norm, "keys": parts.mixer_norm, "gate": parts.ffn_norm, "up": parts.ffn_norm}
 
         def linear(*roles: str) -> Linear:
@@ -59,10 +62,14 @@ class KernelBackend(TorchBackend):
         kind = parts.rotation_kind
         rotation = None if kind is None else self.rotation_kinds.index(kind)
         # The kernels normalise the inputs that they pack, so that every product of the layer has its own norm.
-        many = replace(parts, mixer_norm=None, ffn_norm=None) if by_kernels else parts
-        layer = KernelLayer(many, self.dtype, linear)
+        many = replace(parts, mixer_norm=None, ffn_norm=None if mixture is None else parts.ffn_norm)
+        layer = KernelLayer(many if by_kernels else parts, self.dtype, linear, mixture)
         layer.native = NativeLayer(parts, packed, rotation, self.dtype, self.memory)
         return layer
+
+    def exact(self, own: Weights) -> NativeLinear:
+        kind = Float32 if own.weight.dtype == torch.float32 else BFloat16
+        return NativeLinear([pack_panels(own, kind, self.memory)], own.weight.dtype, self.memory)
 
     def head(self, rows: Weights, norm: Norm, weights: Format, softcap: float | None) -> NativeHead:
         packed = pack_panels(rows, weights, self.memory)
@@ -150,6 +157,8 @@ class PendingBranches(KernelBranches):
         return hidden
 
     def feed(self, layer: KernelLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+        if layer.mixture is not None:
+            return super().feed(layer, kv, self.flush(hidden), gate)
         if gate is not None and not gate.any_kept:
             return hidden
         if not self.pending or self.pending[-1].layer is not layer.native:

@@ -37,6 +37,8 @@ from anydepth.gating.trace import LazyRecord, PassRecord
 
 MAX_PASSES = 128
 """Compiled passes that are kept of a plan and a cache, of different numbers of tokens."""
+AddFFN = Callable[[Tensor], Tensor]
+"""`EngineLayer.add_ffn`."""
 READ_ONLY = -1
 """Column of a gate that only evaluates its network here, for later layers: every token passes."""
 
@@ -50,6 +52,7 @@ class KernelPass:
 
     Attributes:
         captured: (stops, N, D), where the kernels store those.
+        spans: calls of the kernels, and the mixtures of experts between them.
         flat: (columns · N,) scores of all gates: the kernels read known ones and store those of networks.
         whole, deferring, omitting: caches of layers that every token runs, and of those that tokens may skip, by the
             K/V rule.
@@ -90,12 +93,24 @@ class KernelPass:
             if not tasks[layer_idx].parts:
                 raise Unfit
             tasks[layer_idx].captured = states
-        if not any(task.parts for task in tasks):
-            raise Unfit  # nothing is left to run
         self.captured = like.new_empty(len(stops), num_tokens, like.shape[-1])
         for states, stop in zip(self.captured, stops, strict=True):
             tasks[stop - first].captured = states
-        self.tasks = Tasks([task for task in tasks if task.parts])
+        self.spans = self._spans(layers, tasks)
+        if not self.spans:
+            raise Unfit  # nothing is left to run
+        if gates.num_columns and any(add_ffn is not None for _, add_ffn in self.spans):
+            raise Unfit  # experts run outside the kernels, for tokens that these would choose
+
+    def _spans(self, layers: Sequence[KernelLayer], tasks: Sequence[Task]) -> list[tuple[Tasks | None, AddFFN | None]]:
+        """Return the tasks up to each mixture of experts with that FFN, and those after the last one."""
+        spans, own = [], list[Task]()
+        for layer_idx, (layer, task) in enumerate(zip(layers, tasks, strict=True)):
+            own += [task] if task.parts else []
+            if layer.mixture is not None and layer_idx not in self.gates.closed_ffns:
+                spans.append((Tasks(own) if own else None, layer.add_ffn))
+                own = []
+        return [*spans, (Tasks(own), None)] if own else spans
 
     def _task(self, layer_idx: int, layer: KernelLayer, kv: LayerKV) -> Task:
         gates = self.gates
@@ -116,7 +131,7 @@ class KernelPass:
             task.gate = self._native(LayerGate(reader.spec, READ_ONLY), layer_idx)
         if layer_idx not in gates.closed_mixers:
             task.parts |= MIXER
-        if layer_idx not in gates.closed_ffns:
+        if layer_idx not in gates.closed_ffns and layer.mixture is None:
             task.parts |= FFN
             if layer_idx in gates.ffns:
                 task.gate_of_ffn = self._native(gates.ffns[layer_idx], layer_idx)
@@ -191,7 +206,10 @@ class KernelPass:
         if self.omitting:
             counts = [[kv.counts[sequence] for sequence in new.sequences] for kv in self.omitting]
             self.held[:, : new.num_rows] = torch.tensor(counts)
-        hidden = self.tasks.run(Rows(new.sequences, new.lengths, new.seen, new.tables.compiled), hidden)
+        rows = Rows(new.sequences, new.lengths, new.seen, new.tables.compiled)
+        for tasks, add_ffn in self.spans:
+            hidden = hidden if tasks is None else tasks.run(rows, hidden)
+            hidden = hidden if add_ffn is None else add_ffn(hidden)
         if self.omitting:
             self._count_kept(new)
         for sequence, seen, own in zip(new.sequences, new.seen, new.lengths, strict=True):

@@ -34,7 +34,8 @@ CHUNK, MAX_SPLITS = 64, 16
 """Bounds of attention.h: keys of the smallest part, and parts at most."""
 MAX_WIDTH = 8192
 """Bound on the layers of a gate's MLP; a wider one is evaluated by PyTorch."""
-ROLES = ("queries", "keys", "values", "output", "gate", "up", "down")
+MIXER_ROLES = ("queries", "keys", "values", "output")
+ROLES = (*MIXER_ROLES, "gate", "up", "down")
 """The linear layers of a decoder layer."""
 NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm")
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -66,12 +67,14 @@ class LayerStruct(Structure):
     _fields_ = [
         *((name, MatrixStruct) for name in ROLES),
         *((name, NormStruct) for name in NORMS),
+        ("sinks", c_void_p),
         *(
             (name, c_int32)
             for name in ("hidden", "heads", "kv_heads", "head_dim", "window", "activation", "in_bf16", "rotation")
         ),
         ("scale", c_float),
         ("softcap", c_float),
+        ("clip", c_float),
     ]
 
 

@@ -57,7 +57,10 @@ class Rows:
 
 
 class NativeLayer:
-    """The weights, by role, and settings of one layer; `rotation` is the number of its rotary embedding."""
+    """The weights, by role, and settings of one layer; `rotation` is the number of its rotary embedding.
+
+    A layer with a mixture of experts has only the weights of its mixer.
+    """
 
     def __init__(
         self,
@@ -68,18 +71,21 @@ class NativeLayer:
         memory: Memory,
     ) -> None:
         self.packed = packed  # the struct only points to them
+        self.sinks = None if parts.sinks is None else parts.sinks.float().contiguous()
         self.norms = {name: getattr(parts, name) for name in NORMS if getattr(parts, name) is not None}
         self.struct = LayerStruct(
             heads=parts.num_heads,
             kv_heads=parts.num_kv_heads,
             head_dim=parts.head_dim,
-            hidden=packed["gate"].num_inputs,
+            hidden=packed["queries"].num_inputs,
             rotation=-1 if rotation is None else rotation,
             window=parts.window or 0,
             activation=ACTIVATIONS[parts.activation],
             in_bf16=dtype == torch.bfloat16,
             scale=parts.scale,
             softcap=parts.softcap or 0.0,
+            clip=parts.clip or 0.0,
+            sinks=address_of(self.sinks),
             **{name: weights.struct() for name, weights in packed.items()},
             **{name: NormStruct.of(norm) for name, norm in self.norms.items()},
         )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anydepth.engine.backends.torch.experts import Mixture
 from anydepth.engine.backends.torch.layer import EngineLayer, Head, Linear, RMSNorm
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens, Rotation
@@ -52,7 +53,19 @@ class TorchBackend:
         def linear(*roles: str) -> Linear:
             return self.linear([getattr(parts, role) for role in roles], weights)
 
-        return EngineLayer(parts, self.dtype, linear, compiled=self.compiled)
+        return EngineLayer(parts, self.dtype, linear, self.mixture(parts, weights), compiled=self.compiled)
+
+    def mixture(self, parts: LayerParts, weights: Format) -> Mixture | None:
+        """Return the experts of a layer; None if its FFN is dense."""
+
+        def linear(own: Weights) -> Linear:
+            return self.linear([own], weights)
+
+        return None if parts.experts is None else Mixture(parts, parts.experts, linear, self.exact)
+
+    def exact(self, own: Weights) -> Linear:
+        """Return a linear layer in the precision of its weights, whatever the format of others."""
+        return Linear([own])
 
     def head(self, rows: Weights, norm: Norm, weights: Format, softcap: float | None) -> Head:
         """Return a head after a norm; `rows` are the weights (V, D) of its tokens, and their bias."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -120,32 +120,56 @@ class NormedLinear(Linear):
         return super().__call__(self.norm(x))
 
 
+class FFN(Protocol):
+    """What runs in place of a layer's gate, up and down, `experts.Mixture`: (N, D) to (N, D)."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def expert_bytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 class EngineLayer:
     """Mixer and FFN of one layer by PyTorch's operators; the variants are those of `models/llama_like.py`.
 
     Args:
         linear: makes one linear layer of the weights of some roles, which share their input.
+        mixture: the experts that are the FFN, or None.
         compiled: put the branches, not the attention between them, through `torch.compile`.
     """
 
     def __init__(
-        self, parts: LayerParts, dtype: torch.dtype, linear: Callable[..., Linear], *, compiled: bool = False
+        self,
+        parts: LayerParts,
+        dtype: torch.dtype,
+        linear: Callable[..., Linear],
+        mixture: FFN | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         def norm(part: Norm | None) -> RMSNorm | None:
             return None if part is None else RMSNorm(part, dtype)
 
         self.num_heads, self.num_kv_heads, self.head_dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
         self.scale, self.softcap, self.window = parts.scale, parts.softcap, parts.window
-        self.rotation_kind, self.activation = parts.rotation_kind, parts.activation
+        self.rotation_kind, self.activation, self.clip = parts.rotation_kind, parts.activation, parts.clip
+        self.sinks = None if parts.sinks is None else parts.sinks.float()
         self.qkv = linear("queries", "keys", "values")
         self.queries, self.kv = linear("queries"), linear("keys", "values")  # where some tokens only leave K/V
         self.out = linear("output")
-        self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
+        self.mixture = mixture
+        if mixture is None:
+            self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
         self.mixer_norm, self.mixer_out_norm = norm(parts.mixer_norm), norm(parts.mixer_out_norm)
         self.ffn_norm, self.ffn_out_norm = norm(parts.ffn_norm), norm(parts.ffn_out_norm)
         self.query_norm, self.key_norm = norm(parts.query_norm), norm(parts.key_norm)
         if compiled:
-            self.add_ffn, self.add_mixer = _compiled(self.add_ffn), _compiled(self.add_mixer)
+            if mixture is None:  # which experts run is known only as it runs
+                self.add_ffn = _compiled(self.add_ffn)
+            self.add_mixer = _compiled(self.add_mixer)
             self.project, self.project_kv = _compiled(self.project), _compiled(self.project_kv)
             self.project_queries = _compiled(self.project_queries)
 
@@ -155,6 +179,8 @@ class EngineLayer:
 
     @property
     def ffn_bytes(self) -> int:
+        if self.mixture is not None:
+            return self.mixture.num_bytes
         return self.gate.num_bytes + self.up.num_bytes + self.down.num_bytes
 
     # --- mixer -------------------------------------------------------------------------------------------------
@@ -165,20 +191,22 @@ class EngineLayer:
         parts = self.qkv(normed).view(len(hidden), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         if self.query_norm is None and self.key_norm is None:
+            self._clipped(parts)
             if rotation is not None:
                 rotation.rotate(parts[:, :num_rotated])
             return parts[:, : self.num_heads], parts[:, self.num_heads :]
         queries, keys, values = parts.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        queries, keys = _normed(queries, self.query_norm), _normed(keys, self.key_norm)
+        queries = self._clipped(_normed(queries, self.query_norm))
+        keys = self._clipped(_normed(keys, self.key_norm))
         if rotation is not None:
             rotation.rotate(queries)
             rotation.rotate(keys)
-        return queries, torch.cat([keys, values], dim=1)
+        return queries, torch.cat([keys, self._clipped(values)], dim=1)
 
     def project_queries(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
         """Return the queries (N, H, head_dim) alone of (N, D) states."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
-        queries = _normed(self.queries(normed).view(len(hidden), -1, self.head_dim), self.query_norm)
+        queries = self._clipped(_normed(self.queries(normed).view(len(hidden), -1, self.head_dim), self.query_norm))
         if rotation is not None:
             rotation.rotate(queries)
         return queries
@@ -198,9 +226,14 @@ class EngineLayer:
         keys = both[:, : self.num_kv_heads]
         if self.key_norm is not None:
             keys.copy_(_normed(keys, self.key_norm))
+        self._clipped(both)
         if rotation is not None:
             rotation.rotate(keys)
         return both
+
+    def _clipped(self, states: Tensor) -> Tensor:
+        """Clip queries, keys or values, in place."""
+        return states if self.clip is None else states.clamp_(-self.clip, self.clip)
 
     def attend(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with T queries of each of R rows over their keys and values (R, 2·H_kv, S, head_dim).
@@ -225,7 +258,7 @@ class EngineLayer:
 
     def attend_causal(self, queries: Tensor, states: Tensor) -> Tensor:
         """Attend with S queries of one row that are, in order, all of its cache, `states` (1, 2·H_kv, S, head_dim)."""
-        if self.softcap is not None:
+        if self.softcap is not None or self.sinks is not None:
             mask = torch.ones(len(queries), len(queries), dtype=torch.bool, device=queries.device).tril()
             return self.attend(queries, states, mask[None])
         keys, values = states.chunk(2, dim=1)
@@ -237,13 +270,20 @@ class EngineLayer:
         return output[0].transpose(0, 1).reshape(len(queries), -1)
 
     def _scores_to_values(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        if self.softcap is None:
+        if self.softcap is None and self.sinks is None:
             return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
-        # Gemma-2 puts the scores through a tanh, which no fused attention of torch supports.
-        scores = torch.tanh(queries @ keys.transpose(-1, -2) * self.scale / self.softcap) * self.softcap
+        # No fused attention of torch supports Gemma-2's tanh of the scores, and gpt-oss's sinks.
+        scores = queries @ keys.transpose(-1, -2) * self.scale
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.float().softmax(-1).to(values.dtype) @ values
+        if self.sinks is None:
+            return scores.float().softmax(-1).to(values.dtype) @ values
+        num_tokens = scores.shape[2] * self.num_kv_heads // self.num_heads
+        sinks = self.sinks.repeat_interleave(num_tokens).view(1, self.num_kv_heads, -1, 1)
+        with_sinks = torch.cat([scores.float(), sinks.expand(len(scores), -1, -1, -1)], dim=-1)
+        return with_sinks.softmax(-1)[..., :-1].to(values.dtype) @ values
 
     def add_mixer(self, mixed: Tensor, residual: Tensor) -> Tensor:
         """Return the residual stream after the mixer, from attention's (N, H·head_dim) output."""
@@ -256,6 +296,9 @@ class EngineLayer:
     def add_ffn(self, residual: Tensor) -> Tensor:
         """Return the residual stream after the FFN, (N, D) to (N, D)."""
         normed = residual if self.ffn_norm is None else self.ffn_norm(residual)
+        if self.mixture is not None:
+            output = self.mixture(normed)
+            return residual + (output if self.ffn_out_norm is None else self.ffn_out_norm(output))
         inner = self.up.times(normed, self.gate.activate(normed, self.activation))
         if self.ffn_out_norm is None:
             return self.down.plus(inner, residual)

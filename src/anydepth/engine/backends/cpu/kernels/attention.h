@@ -299,11 +299,15 @@ void attend(const Heads& h, const A* keys, const A* values, Arguments... rest) {
     else attend_to<0>(h, keys, values, rest...);
 }
 
-// Joins the partial results of one query: `put` (i, value i).
+// Joins the partial results of one query: `put` (i, value i). `sink`: a score that has no value, or null.
 template <class Put>
-inline void join(const Partial* own, int num, int size, const Put& put) {
+inline void join(const Partial* own, int num, int size, const float* sink, const Put& put) {
     float largest = own[0].largest, total = 0, values[MAX_HEAD_DIM] = {};
     for (int s = 1; s < num; ++s) largest = std::max(largest, own[s].largest);
+    if (sink) {
+        largest = std::max(largest, *sink);
+        total = std::exp(*sink - largest);
+    }
     for (int s = 0; s < num; ++s) {
         const float weight = std::exp(own[s].largest - largest);
         total += weight * own[s].total;

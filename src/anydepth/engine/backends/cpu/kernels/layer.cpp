@@ -50,7 +50,7 @@ void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* 
             attend<A>(heads, slot + h * head, slot + (l.kv_heads + h) * head, queries + place * size, tokens, seen + first, begin,
                       end, end, partials.data(), 1, own);
             for (int q = 0; q < tokens * group; ++q)
-                join(&partials[q], 1, size, [&](int i, float value) {
+                join(&partials[q], 1, size, l.sinks ? l.sinks + h * group + q % group : nullptr, [&](int i, float value) {
                     store(value, out + (place + int64_t(q / group) * l.heads + q % group) * size + i);
                 });
         }

@@ -22,6 +22,14 @@ void rotate(const Layer& l, const Batch& b, int64_t place, float* heads, int num
         }
 }
 
+// Clips queries, keys or values.
+template <class A>
+void clip(const Layer& l, float* heads, int num) {
+    if (!l.clip) return;
+    const float most = rounded<A>(l.clip);
+    for (int i = 0; i < num * l.head_dim; ++i) heads[i] = std::clamp(heads[i], -most, most);
+}
+
 // Where a token's K/V are stored: after `number` K/V, and at which position.
 struct Entry {
     int64_t sequence, number, position;
@@ -29,9 +37,11 @@ struct Entry {
 
 // Normalises and rotates the keys of a token, and stores keys and values in the cache.
 template <class A>
-void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, float* keys, const float* values) {
+void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, float* keys, float* values) {
     const int size = l.head_dim;
     if (l.key_norm.weight) normalise<A>(l.key_norm, keys, l.kv_heads * size / l.key_norm.size);
+    clip<A>(l, keys, l.kv_heads);
+    clip<A>(l, values, l.kv_heads);
     rotate<A>(l, b, entry.position, keys, l.kv_heads);
     const int64_t head = b.capacity * size;
     A* slot = static_cast<A*>(cache) + entry.sequence * 2 * l.kv_heads * head;
@@ -122,6 +132,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
         if (item < num) {
             float* q = queries + int64_t(item) * width;
             if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
+            clip<A>(l, q, l.heads);
             rotate<A>(l, b, position_of(b, kept[item]), q, l.heads);
         } else {
             const int64_t i = item - num, start = i * kv_width;
@@ -148,7 +159,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
         const int i = item / l.heads, head = item % l.heads;
         const int64_t row = row_of(b, kept[i]), own = mixing.first[row], tokens = mixing.first[row + 1] - own;
         const int64_t query = own * l.heads + head / group * tokens * group + (i - own) * group + head % group;
-        join(parts + query * splits, splits, size,
+        join(parts + query * splits, splits, size, l.sinks ? l.sinks + head : nullptr,
              [&](int k, float value) { mixed[int64_t(i) * width + head * size + k] = rounded<A>(value); });
     }
     add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, kept, next);

@@ -16,9 +16,10 @@ struct Norm {  // x / rms(x) · weight, over `size` values; none if weight is nu
 struct Layer {
     Matrix queries, keys, values, output, gate, up, down;
     Norm mixer_norm, mixer_out_norm, ffn_norm, ffn_out_norm, query_norm, key_norm;
+    const float* sinks;  // (heads,) scores of a key without a value that every query sees; null for none
     int32_t hidden, heads, kv_heads, head_dim, window, activation, in_bf16;
     int32_t rotation;  // index into the batch's rotary embeddings, -1 for none
-    float scale, softcap;
+    float scale, softcap, clip;  // 0 for no softcap, and no bound on queries, keys and values
 };
 
 struct Rotation {  // (positions, size) each, in the activations' type
