@@ -5,6 +5,7 @@ Apart from `backbone.py`, `layer_view.py` and `families.py` only this module kno
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -21,15 +22,44 @@ from anydepth.models.plain import base_module, chosen_module, plain_module
 BlocksOf = Mapping[nn.Module, Blocks]
 """Blocks to run in place of the weights of linear layers."""
 NO_BLOCKS: BlocksOf = {}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3",
+    "gemma",
+    "granite",
+    "olmo3",
+    "exaone4",
+    "glm",
+    "glm4",
+    "ernie4_5",
+    "helium",
+    "ministral",
+    "hunyuan_v1_dense",
+)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm: x / rms(x) · weight, with a (D,) weight in float32."""
+    """An RMSNorm: x / rms(x) · weight, with a (D,) weight in float32; (H, D) where each head has its own.
+
+    A LayerNorm is `centred`: the mean of x is subtracted first, and a bias (D,) is added if there is one.
+    """
 
     weight: Tensor
     eps: float
+    bias: Tensor | None = None
+    centred: bool = False
+
+    def scaled(self, factor: float) -> Norm:
+        """Return the norm with an output that is multiplied by a constant."""
+        return replace(self, weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
 
 
 @dataclass(frozen=True)
@@ -84,10 +114,16 @@ class LayerParts:
     """A layer: x → x + mixer_out_norm(attention(mixer_norm(x))), then the same with the FFN; norms are optional.
 
     Attributes:
+        up: None for an FFN without a gate, down(activation(gate(x))).
         rotation_kind: the kind of rotary embedding of queries and keys; None without one.
         window: number of last tokens that attention sees, itself included; None for all.
         softcap: c of c·tanh(score / c), or None.
-        activation: activation of the FFN's gate, `silu` or `gelu_tanh`.
+        activation: activation of the FFN's gate: `silu`, `gelu_tanh`, `gelu` or `relu2`.
+        interleaved: whether the rotary embedding rotates neighbours of a head, not its halves.
+        norms_rotated: whether the norms of queries and keys come after the rotary embedding.
+        factor: constant by which both branches are multiplied before they are added.
+        parallel: whether the FFN reads the layer's input, not the mixer's output.
+        shared_norm: the norm of both branches of such a layer, where they have the same; `ffn_norm` is then None.
     """
 
     queries: Weights
@@ -95,7 +131,7 @@ class LayerParts:
     values: Weights
     output: Weights
     gate: Weights
-    up: Weights
+    up: Weights | None
     down: Weights
     mixer_norm: Norm | None
     mixer_out_norm: Norm | None
@@ -111,6 +147,11 @@ class LayerParts:
     window: int | None
     rotation_kind: str | None
     activation: str
+    interleaved: bool = False
+    norms_rotated: bool = False
+    factor: float = 1.0
+    parallel: bool = False
+    shared_norm: Norm | None = None
 
     def dense(self, kept: Collection[str] = ()) -> LayerParts:
         """Return the layer with weights that are in memory, or in blocks of a type in `kept`."""
@@ -151,7 +192,8 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
     queries, keys, values = _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, blocks)
     gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [config.intermediate_size] * 2, blocks)
-    rotates = bool(getattr(attention, "use_rope", True))
+    window = _window(attention)
+    kind = _any(attention, "layer_type", "attention_type") or "all"
     return LayerParts(
         queries=queries,
         keys=keys,
@@ -164,18 +206,45 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
         ffn_norm=None if view.ffn_in is outer_mlp else _norm(view.ffn_in),
         ffn_out_norm=None if view.ffn_out is outer_mlp else _norm(view.ffn_out),
-        query_norm=_norm(getattr(attention, "q_norm", None)),
-        key_norm=_norm(getattr(attention, "k_norm", None)),
+        query_norm=_norm(_any(attention, "q_norm", "query_layernorm")),
+        key_norm=_norm(_any(attention, "k_norm", "key_layernorm")),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
-        # Families with windows in some layers have the window in the layer, others (Mistral, Phi-3) in the config.
-        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
-        rotation_kind=(getattr(attention, "layer_type", None) or "all") if rotates else None,
+        window=window,
+        rotation_kind=kind if _rotates(attention, window) else None,
         activation=_activation(mlp),
+        interleaved=_interleaves(attention),
+        norms_rotated=hasattr(attention, "query_layernorm"),  # Hunyuan
+        factor=view.branch_factor,
     )
+
+
+def _any(module: Any, *names: str) -> Any:
+    """Return the first of some attributes that a module has and that is not None; None without any."""
+    return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
+
+
+def _window(attention: Any) -> int | None:
+    """Return the window of a layer: families with windows in some layers have it in the layer, others in the config."""
+    if not getattr(attention, "is_sliding", True):  # EXAONE 4 has it in every layer, and says which use it
+        return None
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+
+
+def _rotates(attention: Any, window: int | None) -> bool:
+    """Return whether a layer rotates queries and keys; EXAONE 4 does not where others of its layers have windows."""
+    if type(attention).__name__ == "Exaone4Attention":
+        return window is not None or attention.sliding_window is None
+    return bool(getattr(attention, "use_rope", True))
+
+
+def _interleaves(attention: nn.Module) -> bool:
+    """Return whether the rotary embedding rotates neighbours: the second of four is then the first's partner."""
+    rotate_half: Any = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    return rotate_half is not None and int(rotate_half(torch.arange(4))[0]) == -1
 
 
 def _projections(
@@ -199,13 +268,19 @@ def _activation(mlp: Any) -> str:
 def rotations(
     backbone: Backbone, num_positions: int, kinds: Sequence[str], like: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the (num_positions, R) cosines and sines of each kind of rotary embedding, computed by the model."""
+    """Return the (num_positions, R) cosines and sines of each kind of rotary embedding, computed by the model.
+
+    Both halves are equal, also where neighbours are rotated.
+    """
     module: Any = backbone.decoder.get_submodule("rotary_emb")
     positions = torch.arange(num_positions, device=like.device)[None]
     tables = {}
     for kind in kinds:
         by_layer_type = hasattr(module, f"{kind}_inv_freq")
         cos, sin = module(like, positions, kind) if by_layer_type else module(like, positions)
+        half = cos.shape[-1] // 2
+        if not torch.equal(cos[..., :half], cos[..., half:]):  # Cohere's are those of neighbours
+            cos, sin = (torch.cat([part[..., ::2]] * 2, dim=-1) for part in (cos, sin))
         tables[kind] = (cos[0].to(like.dtype), sin[0].to(like.dtype))
     return tables
 

@@ -48,6 +48,7 @@ class DraftTraining(nn.Module):
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
         self.softcap = backbone.logits_softcap
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
+        self.embedding_scale = backbone.embedding_scale
         self.head = weights_of(backbone.head).weight[network.vocabulary].float()
 
     def forward(
@@ -65,7 +66,7 @@ class DraftTraining(nn.Module):
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             teacher = self.teacher(states[:, :, -1])  # (B, T, V'), for the token after each position
             best = teacher.argmax(-1)
-            embedded = self.embedding(ids).float()  # type: ignore[operator]
+            embedded = self.embedding(ids).float() * self.embedding_scale  # type: ignore[operator]
         cache: Any = DynamicCache()
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
         total, counted, right = torch.zeros((), device=ids.device), 0.0, list[tuple[int, int]]()

@@ -70,8 +70,8 @@ class LayerStruct(Structure):
             (name, c_int32)
             for name in ("hidden", "heads", "kv_heads", "head_dim", "window", "activation", "in_bf16", "rotation")
         ),
-        ("scale", c_float),
-        ("softcap", c_float),
+        *((name, c_int32) for name in ("interleaved", "norms_rotated")),
+        *((name, c_float) for name in ("scale", "softcap", "factor")),
     ]
 
 

@@ -80,6 +80,9 @@ class NativeLayer:
             in_bf16=dtype == torch.bfloat16,
             scale=parts.scale,
             softcap=parts.softcap or 0.0,
+            interleaved=parts.interleaved,
+            norms_rotated=parts.norms_rotated,
+            factor=parts.factor,
             **{name: weights.struct() for name, weights in packed.items()},
             **{name: NormStruct.of(norm) for name, norm in self.norms.items()},
         )

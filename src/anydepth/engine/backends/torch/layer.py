@@ -137,6 +137,7 @@ class EngineLayer:
         self.num_heads, self.num_kv_heads, self.head_dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
         self.scale, self.softcap, self.window = parts.scale, parts.softcap, parts.window
         self.rotation_kind, self.activation = parts.rotation_kind, parts.activation
+        self.interleaved, self.norms_rotated, self.factor = parts.interleaved, parts.norms_rotated, parts.factor
         self.qkv = linear("queries", "keys", "values")
         self.queries, self.kv = linear("queries"), linear("keys", "values")  # where some tokens only leave K/V
         self.out = linear("output")
@@ -165,23 +166,17 @@ class EngineLayer:
         parts = self.qkv(normed).view(len(hidden), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         if self.query_norm is None and self.key_norm is None:
-            if rotation is not None:
-                rotation.rotate(parts[:, :num_rotated])
+            self._rotate(parts[:, :num_rotated], rotation)
             return parts[:, : self.num_heads], parts[:, self.num_heads :]
         queries, keys, values = parts.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        queries, keys = _normed(queries, self.query_norm), _normed(keys, self.key_norm)
-        if rotation is not None:
-            rotation.rotate(queries)
-            rotation.rotate(keys)
+        queries, keys = self._rotate(queries, rotation, self.query_norm), self._rotate(keys, rotation, self.key_norm)
         return queries, torch.cat([keys, values], dim=1)
 
     def project_queries(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
         """Return the queries (N, H, head_dim) alone of (N, D) states."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
-        queries = _normed(self.queries(normed).view(len(hidden), -1, self.head_dim), self.query_norm)
-        if rotation is not None:
-            rotation.rotate(queries)
-        return queries
+        queries = self.queries(normed).view(len(hidden), -1, self.head_dim)
+        return self._rotate(queries, rotation, self.query_norm)
 
     def project_kv(
         self, hidden: Tensor, rotation: Rotation | None, projection: Callable[[Tensor], Tensor] | None = None
@@ -193,11 +188,18 @@ class EngineLayer:
         normed = hidden if self.mixer_norm is None or projection is not None else self.mixer_norm(hidden)
         both = (projection or self.kv)(normed).view(len(hidden), -1, self.head_dim)
         keys = both[:, : self.num_kv_heads]
-        if self.key_norm is not None:
-            keys.copy_(_normed(keys, self.key_norm))
-        if rotation is not None:
-            rotation.rotate(keys)
+        rotated = self._rotate(keys, rotation, self.key_norm)
+        if rotated is not keys:
+            keys.copy_(rotated)
         return both
+
+    def _rotate(self, heads: Tensor, rotation: Rotation | None, norm: RMSNorm | None = None) -> Tensor:
+        """Normalise and rotate queries or keys (N, H, head_dim), in place where there is no norm."""
+        if not self.norms_rotated:
+            heads = _normed(heads, norm)
+        if rotation is not None:
+            rotation.rotate(heads, interleaved=self.interleaved)
+        return _normed(heads, norm) if self.norms_rotated else heads
 
     def attend(self, queries: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with T queries of each of R rows over their keys and values (R, 2·H_kv, S, head_dim).
@@ -244,9 +246,14 @@ class EngineLayer:
 
     def add_mixer(self, mixed: Tensor, residual: Tensor) -> Tensor:
         """Return the residual stream after the mixer, from attention's (N, H·head_dim) output."""
-        if self.mixer_out_norm is None:
-            return self.out.plus(mixed, residual)
-        return residual + self.mixer_out_norm(self.out(mixed))
+        return self._add(self.out, mixed, self.mixer_out_norm, residual)
+
+    def _add(self, linear: Linear, x: Tensor, norm: RMSNorm | None, residual: Tensor) -> Tensor:
+        """Return the residual stream and what a branch with this last linear layer adds to it."""
+        if norm is None and self.factor == 1:
+            return linear.plus(x, residual)
+        output = linear(x) if norm is None else norm(linear(x))
+        return residual + (output if self.factor == 1 else output * self.factor)
 
     # --- FFN ---------------------------------------------------------------------------------------------------
 
@@ -254,9 +261,7 @@ class EngineLayer:
         """Return the residual stream after the FFN, (N, D) to (N, D)."""
         normed = residual if self.ffn_norm is None else self.ffn_norm(residual)
         inner = self.up.times(normed, self.gate.activate(normed, self.activation))
-        if self.ffn_out_norm is None:
-            return self.down.plus(inner, residual)
-        return residual + self.ffn_out_norm(self.down(inner))
+        return self._add(self.down, inner, self.ffn_out_norm, residual)
 
 
 class Head:

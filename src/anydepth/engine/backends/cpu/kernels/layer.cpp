@@ -82,7 +82,7 @@ void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& k
     for (int64_t start = own.begin; start < int64_t(num) * rows; start += rows)
         combine<A>(l.activation, inner + start, ups + start, own.end - own.begin);
 #pragma omp barrier
-    add_product<A>(l.down, l.ffn_out_norm, inner, from, to, scratch, kept, next);
+    add_product<A>(l.down, l.ffn_out_norm, l.factor, inner, from, to, scratch, kept, next);
 #pragma omp barrier
 }
 

@@ -54,13 +54,15 @@ const Packed& prepared(const Matrix& w, const Norm& norm, const A* from, const T
     return prepared<A>(w, norm, tokens.num, [&](int n) { return from + tokens[n] * w.cols; });
 }
 
-// Adds x Wᵀ + b of some tokens, normalised if there is a norm, to the residual stream. `scratch`: (tokens, rows).
+// Adds x Wᵀ + b of some tokens, normalised if there is a norm and times a factor, to the residual stream.
+// `scratch`: (tokens, rows).
 template <class A>
-void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A* residual, A* to, float* scratch,
+void add_product(const Matrix& w, const Norm& out_norm, float factor, const float* x, const A* residual, A* to, float* scratch,
                  const Tokens& tokens, const Matrix* next) {
     const auto add = [&](int n, int begin, int end) {
         const int64_t start = tokens[n] * w.rows, own = int64_t(n) * w.rows;
-        for (int i = begin; i < end; ++i) store(one(residual[start + i]) + scratch[own + i], to + start + i);
+        for (int i = begin; i < end; ++i)
+            store(one(residual[start + i]) + rounded<A>(factor * scratch[own + i]), to + start + i);
     };
     const Range own = product<A>(w, pack(w.kind, x, tokens.num, w.cols), tokens.num, scratch, next);
     if (!out_norm.weight) {

@@ -17,8 +17,11 @@ struct Layer {
     Matrix queries, keys, values, output, gate, up, down;
     Norm mixer_norm, mixer_out_norm, ffn_norm, ffn_out_norm, query_norm, key_norm;
     int32_t hidden, heads, kv_heads, head_dim, window, activation, in_bf16;
-    int32_t rotation;  // index into the batch's rotary embeddings, -1 for none
+    int32_t rotation;       // index into the batch's rotary embeddings, -1 for none
+    int32_t interleaved;    // neighbours are rotated, not halves
+    int32_t norms_rotated;  // queries and keys are normalised after they are rotated
     float scale, softcap;
+    float factor;  // of what a branch adds
 };
 
 struct Rotation {  // (positions, size) each, in the activations' type
