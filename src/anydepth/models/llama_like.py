@@ -42,7 +42,26 @@ FAMILIES = (
     "helium",
     "ministral",
     "hunyuan_v1_dense",
+    "starcoder2",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "phi",
+    "nemotron",
+    "arcee",
+    "olmo",
+    "gpt_neox",
 )
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUActivation": "gelu",
+    "ReLUSquaredActivation": "relu2",
+}
+"""Activations by the names of transformers' classes."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,7 @@ class LayerParts:
         activation: activation of the FFN's gate: `silu`, `gelu_tanh`, `gelu` or `relu2`.
         interleaved: whether the rotary embedding rotates neighbours of a head, not its halves.
         norms_rotated: whether the norms of queries and keys come after the rotary embedding.
+        clip: c of queries, keys and values that are clamped to ±c as they are projected, or None.
         factor: constant by which both branches are multiplied before they are added.
         parallel: whether the FFN reads the layer's input, not the mixer's output.
         shared_norm: the norm of both branches of such a layer, where they have the same; `ffn_norm` is then None.
@@ -149,6 +169,7 @@ class LayerParts:
     activation: str
     interleaved: bool = False
     norms_rotated: bool = False
+    clip: float | None = None
     factor: float = 1.0
     parallel: bool = False
     shared_norm: Norm | None = None
@@ -188,26 +209,29 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
     outer_mlp = view.module.get_submodule("mlp")
     mlp: Any = chosen_module(outer_mlp)
     config = attention.config
-    num_heads, num_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    num_heads, head_dim = config.num_attention_heads, _any(attention, "head_dim", "head_size")
+    num_kv_heads = _any(config, "num_key_value_heads") or num_heads
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    queries, keys, values = _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, blocks)
-    gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [config.intermediate_size] * 2, blocks)
-    window = _window(attention)
+    queries, keys, values = _qkv(attention, sizes, head_dim, blocks)
+    gate, up, down = _ffn(mlp, config.intermediate_size, blocks)
+    kv_norm, window = _norm(view.kv_norm), _window(attention)
+    # Branches side by side have a norm each (GPT-NeoX), or one for both, so that the FFN begins with its own weights.
+    shares = kv_norm is not None and view.ffn_in is outer_mlp
     kind = _any(attention, "layer_type", "attention_type") or "all"
     return LayerParts(
         queries=queries,
         keys=keys,
         values=values,
-        output=weights_of(attention.o_proj, blocks),
+        output=weights_of(_any(attention, "o_proj", "dense"), blocks),
         gate=gate,
         up=up,
-        down=weights_of(mlp.down_proj, blocks),
-        mixer_norm=_norm(view.kv_norm),
+        down=down,
+        mixer_norm=kv_norm,
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
         ffn_norm=None if view.ffn_in is outer_mlp else _norm(view.ffn_in),
         ffn_out_norm=None if view.ffn_out is outer_mlp else _norm(view.ffn_out),
-        query_norm=_norm(_any(attention, "q_norm", "query_layernorm")),
-        key_norm=_norm(_any(attention, "k_norm", "key_layernorm")),
+        query_norm=_norm(_any(attention, "q_norm", "query_layernorm", "q_layernorm")),
+        key_norm=_norm(_any(attention, "k_norm", "key_layernorm", "k_layernorm")),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -218,7 +242,10 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         activation=_activation(mlp),
         interleaved=_interleaves(attention),
         norms_rotated=hasattr(attention, "query_layernorm"),  # Hunyuan
+        clip=getattr(config, "clip_qkv", None),
         factor=view.branch_factor,
+        parallel=shares or bool(getattr(view.module, "use_parallel_residual", False)),
+        shared_norm=kv_norm if shares else None,
     )
 
 
@@ -235,9 +262,11 @@ def _window(attention: Any) -> int | None:
 
 
 def _rotates(attention: Any, window: int | None) -> bool:
-    """Return whether a layer rotates queries and keys; EXAONE 4 does not where others of its layers have windows."""
+    """Return whether a layer rotates queries and keys: some families do not where other layers have windows."""
     if type(attention).__name__ == "Exaone4Attention":
         return window is not None or attention.sliding_window is None
+    if type(attention).__name__ == "Cohere2Attention":
+        return window is not None
     return bool(getattr(attention, "use_rope", True))
 
 
@@ -245,6 +274,23 @@ def _interleaves(attention: nn.Module) -> bool:
     """Return whether the rotary embedding rotates neighbours: the second of four is then the first's partner."""
     rotate_half: Any = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
     return rotate_half is not None and int(rotate_half(torch.arange(4))[0]) == -1
+
+
+def _qkv(attention: Any, sizes: list[int], head_dim: int, blocks: BlocksOf) -> list[Weights]:
+    """Return the weights of queries, keys and values."""
+    if not hasattr(attention, "query_key_value"):
+        return _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, blocks)
+    rows = torch.arange(sum(sizes)).view(-1, 3, head_dim)  # GPT-NeoX has those of a head together
+    return [weights_of(attention.query_key_value, blocks).rows(rows[:, part].flatten()) for part in range(3)]
+
+
+def _ffn(mlp: Any, size: int, blocks: BlocksOf) -> tuple[Weights, Weights | None, Weights]:
+    """Return the weights of an FFN: gate, up and down; without a gate up is the first."""
+    down = weights_of(_any(mlp, "down_proj", "c_proj", "fc2", "dense_4h_to_h"), blocks)
+    if hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"):
+        gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [size] * 2, blocks)
+        return gate, up, down
+    return weights_of(_any(mlp, "up_proj", "c_fc", "fc1", "dense_h_to_4h"), blocks), None, down
 
 
 def _projections(
@@ -257,12 +303,10 @@ def _projections(
 
 
 def _activation(mlp: Any) -> str:
-    name = type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
-    if name in ("SiLU", "SiLUActivation"):
-        return "silu"
-    if name in ("GELUTanh", "PytorchGELUTanh"):
-        return "gelu_tanh"
-    raise Unsupported(f"the fast engine supports the activations SiLU and tanh-GELU, got {name}; use engine hf")
+    name = type(_any(mlp, "act_fn", "activation_fn", "act")).__name__
+    if name not in ACTIVATIONS:
+        raise Unsupported(f"the fast engine supports the activations SiLU, GELU and ReLU², got {name}; use engine hf")
+    return ACTIVATIONS[name]
 
 
 def rotations(
@@ -286,12 +330,19 @@ def rotations(
 
 
 def norm_of(module: nn.Module) -> Norm:
-    """Return the weight and eps of one of the model's RMSNorms."""
+    """Return the weight, bias and eps of one of the model's RMSNorms or LayerNorms."""
     plain: Any = plain_module(module)
+    name, bias = type(plain).__name__, getattr(plain, "bias", None)
+    if name == "OlmoLayerNorm":  # has no weight, and its eps in its forward
+        return Norm(torch.ones(plain.normalized_shape), 1e-5, centred=True)
+    if name == "StableLmLayerNormPerHead":
+        heads = [norm_of(part) for part in plain.norms]
+        return replace(heads[0], weight=torch.stack([head.weight for head in heads]))
     weight = plain.weight.detach().float()
-    if type(plain).__name__.startswith("Gemma"):  # Gemma stores the weight minus one
+    if name.startswith("Gemma") or name == "NemotronLayerNorm1P":  # they store the weight minus one
         weight = weight + 1
-    return Norm(weight, float(plain.eps if hasattr(plain, "eps") else plain.variance_epsilon))
+    eps = float(_any(plain, "eps", "variance_epsilon"))
+    return Norm(weight, eps, None if bias is None else bias.detach().float(), centred="RMS" not in name)
 
 
 def _norm(module: nn.Module | None) -> Norm | None:

@@ -23,12 +23,18 @@ void rotate(const Layer& l, const Batch& b, int64_t place, float* heads, int num
         }
 }
 
-// Normalises and rotates queries or keys of a token, in place.
+// Clamps projections of a token, in place.
+inline void clip(const Layer& l, float* heads, int num) {
+    for (int i = 0; l.clip > 0 && i < num * l.head_dim; ++i) heads[i] = std::clamp(heads[i], -l.clip, l.clip);
+}
+
+// Clamps, normalises and rotates queries or keys of a token, in place.
 template <class A>
 void place(const Layer& l, const Batch& b, const Norm& norm, int64_t position, float* heads, int num) {
     const auto normalised = [&] {
         if (norm.weight) normalise<A>(norm, heads, num * l.head_dim / norm.size);
     };
+    clip(l, heads, num);
     if (!l.norms_rotated) normalised();
     rotate<A>(l, b, position, heads, num);
     if (l.norms_rotated) normalised();
@@ -39,11 +45,12 @@ struct Entry {
     int64_t sequence, number, position;
 };
 
-// Normalises and rotates the keys of a token, and stores keys and values in the cache.
+// Stores the keys, rotated, and values of a token in the cache.
 template <class A>
-void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, float* keys, const float* values) {
+void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, float* keys, float* values) {
     const int size = l.head_dim;
     place<A>(l, b, l.key_norm, entry.position, keys, l.kv_heads);
+    clip(l, values, l.kv_heads);
     const int64_t head = b.capacity * size;
     A* slot = static_cast<A*>(cache) + entry.sequence * 2 * l.kv_heads * head;
     for (int h = 0; h < l.kv_heads; ++h)

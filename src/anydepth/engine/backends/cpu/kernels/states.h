@@ -19,11 +19,20 @@ struct Tokens {
 template <class A>
 void normalise(const Norm& norm, float* x, int num) {
     for (int n = 0; n < num; ++n, x += norm.size) {
+        const float* weight = norm.weight + int64_t(n) * norm.stride;
+        if (norm.centred) {
+            double total = 0;
+            for (int i = 0; i < norm.size; ++i) total += x[i];
+            for (int i = 0; i < norm.size; ++i) x[i] -= float(total / norm.size);
+        }
         const float factor = 1.0f / std::sqrt(dot(x, x, norm.size) / norm.size + norm.eps);
         for (int i = 0; i < norm.size; i += WIDTH) {
             const int count = std::min(WIDTH, norm.size - i);
-            const floats scaled = rounded<A>(some(x + i, count) * factor);
-            store_some(rounded<A>(scaled * some(norm.weight + i, count)), count, x + i);
+            floats scaled = some(x + i, count) * factor;
+            if (!norm.centred) scaled = rounded<A>(scaled);  // as the model does
+            scaled *= some(weight + i, count);
+            if (norm.bias) scaled += some(norm.bias + i, count);
+            store_some(rounded<A>(scaled), count, x + i);
         }
     }
 }
