@@ -320,13 +320,17 @@ def rotations(
     positions = torch.arange(num_positions, device=like.device)[None]
     tables = {}
     for kind in kinds:
-        by_layer_type = hasattr(module, f"{kind}_inv_freq")
-        cos, sin = module(like, positions, kind) if by_layer_type else module(like, positions)
+        cos, sin = rotation_of(module, kind, like, positions)
         half = cos.shape[-1] // 2
         if not torch.equal(cos[..., :half], cos[..., half:]):  # Cohere's are those of neighbours
             cos, sin = (torch.cat([part[..., ::2]] * 2, dim=-1) for part in (cos, sin))
         tables[kind] = (cos[0].to(like.dtype), sin[0].to(like.dtype))
     return tables
+
+
+def rotation_of(module: Any, kind: str | None, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of one kind at positions (B, T), as the model gives them to a layer."""
+    return module(like, positions, kind) if hasattr(module, f"{kind}_inv_freq") else module(like, positions)
 
 
 def norm_of(module: nn.Module) -> Norm:

@@ -178,8 +178,10 @@ class PendingBranches(KernelBranches):
         return Rows(self.new.sequences, self.new.lengths, self.new.seen, self.tables.compiled)
 
     def _task(self, layer: KernelLayer, kv: LayerKV) -> Task:
-        num_tokens, width = sum(self.new.lengths), layer.native.struct.hidden
-        return Task(layer.native, kv, 0, before=self.tables.like.new_empty(num_tokens, width) if layer.parallel else None)
+        task = Task(layer.native, kv, 0)
+        if layer.parallel:
+            task.before = self.tables.like.new_empty(sum(self.new.lengths), layer.native.struct.hidden)
+        return task
 
     def _mixer_task(self, layer: KernelLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
         new, every_row = self.new, range(self.num_rows)
