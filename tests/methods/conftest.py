@@ -37,7 +37,7 @@ COUNTED = {"llama", "qwen3_next"}
 """Families with FLOPs of every case."""
 ENGINE_STRUCTURES = {
     *("mistral", "qwen2", "qwen3", "smollm3", "gemma2", "phi3"),
-    *("glm4", "hunyuan_v1_dense", "exaone4", "starcoder2", "stablelm_parallel", "phi", "olmo"),
+    *("glm4", "hunyuan_v1_dense", "exaone4", "starcoder2", "stablelm_parallel", "olmo"),
 }
 """Besides those above, families of every mechanism of the fast engine: fused weights, windows, layers without a rotary
 embedding, norms of heads before and after it, partial and interleaved ones, LayerNorms, FFNs without a gate, branches

@@ -115,12 +115,13 @@ class Branches:
 
     def feed(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None, before: Tensor) -> Tensor:
         """Run the FFN for the tokens that the gate keeps; `before` are the states before the mixer."""
+        read = before if layer.parallel else None
         if gate is None or gate.all_kept:
-            return layer.add_ffn(hidden, before)
+            return layer.add_ffn(hidden, read)
         if not gate.any_kept:
             return hidden
         index = kept_tokens(gate)
-        return hidden.index_copy(0, index, layer.add_ffn(hidden[index], before[index]))
+        return hidden.index_copy(0, index, layer.add_ffn(hidden[index], None if read is None else read[index]))
 
     def flush(self, hidden: Tensor) -> Tensor:
         return hidden
