@@ -1,11 +1,11 @@
 """The weights and settings of a Llama-like layer, for engines that run the layer themselves.
 
-Apart from `backbone.py`, `layer_view.py` and `families.py` only this module knows Hugging Face attribute names.
+Apart from `backbone.py`, `layer_view.py`, `families.py` and `layer_variants.py` only this module knows Hugging Face
+attribute names.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anydepth.errors import Unsupported
 from anydepth.models.backbone import Backbone, is_spread
 from anydepth.models.blocks import BlockLinear, Blocks
+from anydepth.models.layer_variants import activation_of, first_of, interleaves, rotates, window_of
 from anydepth.models.layer_view import LayerView
 from anydepth.models.plain import base_module, chosen_module, plain_module
 
@@ -52,16 +53,6 @@ FAMILIES = (
     "olmo",
     "gpt_neox",
 )
-ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUActivation": "gelu",
-    "ReLUSquaredActivation": "relu2",
-}
-"""Activations by the names of transformers' classes."""
 
 
 @dataclass(frozen=True)
@@ -209,20 +200,20 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
     outer_mlp = view.module.get_submodule("mlp")
     mlp: Any = chosen_module(outer_mlp)
     config = attention.config
-    num_heads, head_dim = config.num_attention_heads, _any(attention, "head_dim", "head_size")
-    num_kv_heads = _any(config, "num_key_value_heads") or num_heads
+    num_heads, head_dim = config.num_attention_heads, first_of(attention, "head_dim", "head_size")
+    num_kv_heads = first_of(config, "num_key_value_heads") or num_heads
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
     queries, keys, values = _qkv(attention, sizes, head_dim, blocks)
     gate, up, down = _ffn(mlp, config.intermediate_size, blocks)
-    kv_norm, window = _norm(view.kv_norm), _window(attention)
+    kv_norm, window = _norm(view.kv_norm), window_of(attention)
     # Branches side by side have a norm each (GPT-NeoX), or one for both, so that the FFN begins with its own weights.
     shares = kv_norm is not None and view.ffn_in is outer_mlp
-    kind = _any(attention, "layer_type", "attention_type") or "all"
+    kind = first_of(attention, "layer_type", "attention_type") or "all"
     return LayerParts(
         queries=queries,
         keys=keys,
         values=values,
-        output=weights_of(_any(attention, "o_proj", "dense"), blocks),
+        output=weights_of(first_of(attention, "o_proj", "dense"), blocks),
         gate=gate,
         up=up,
         down=down,
@@ -230,50 +221,23 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
         ffn_norm=None if view.ffn_in is outer_mlp else _norm(view.ffn_in),
         ffn_out_norm=None if view.ffn_out is outer_mlp else _norm(view.ffn_out),
-        query_norm=_norm(_any(attention, "q_norm", "query_layernorm", "q_layernorm")),
-        key_norm=_norm(_any(attention, "k_norm", "key_layernorm", "k_layernorm")),
+        query_norm=_norm(first_of(attention, "q_norm", "query_layernorm", "q_layernorm")),
+        key_norm=_norm(first_of(attention, "k_norm", "key_layernorm", "k_layernorm")),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
         window=window,
-        rotation_kind=kind if _rotates(attention, window) else None,
-        activation=_activation(mlp),
-        interleaved=_interleaves(attention),
+        rotation_kind=kind if rotates(attention, window) else None,
+        activation=activation_of(mlp),
+        interleaved=interleaves(attention),
         norms_rotated=hasattr(attention, "query_layernorm"),  # Hunyuan
         clip=getattr(config, "clip_qkv", None),
         factor=view.branch_factor,
         parallel=shares or bool(getattr(view.module, "use_parallel_residual", False)),
         shared_norm=kv_norm if shares else None,
     )
-
-
-def _any(module: Any, *names: str) -> Any:
-    """Return the first of some attributes that a module has and that is not None; None without any."""
-    return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
-
-
-def _window(attention: Any) -> int | None:
-    """Return the window of a layer: families with windows in some layers have it in the layer, others in the config."""
-    if not getattr(attention, "is_sliding", True):  # EXAONE 4 has it in every layer, and says which use it
-        return None
-    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-
-
-def _rotates(attention: Any, window: int | None) -> bool:
-    """Return whether a layer rotates queries and keys: some families do not where other layers have windows."""
-    if type(attention).__name__ == "Exaone4Attention":
-        return window is not None or attention.sliding_window is None
-    if type(attention).__name__ == "Cohere2Attention":
-        return window is not None
-    return bool(getattr(attention, "use_rope", True))
-
-
-def _interleaves(attention: nn.Module) -> bool:
-    """Return whether the rotary embedding rotates neighbours: the second of four is then the first's partner."""
-    rotate_half: Any = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
-    return rotate_half is not None and int(rotate_half(torch.arange(4))[0]) == -1
 
 
 def _qkv(attention: Any, sizes: list[int], head_dim: int, blocks: BlocksOf) -> list[Weights]:
@@ -286,11 +250,11 @@ def _qkv(attention: Any, sizes: list[int], head_dim: int, blocks: BlocksOf) -> l
 
 def _ffn(mlp: Any, size: int, blocks: BlocksOf) -> tuple[Weights, Weights | None, Weights]:
     """Return the weights of an FFN: gate, up and down; without a gate up is the first."""
-    down = weights_of(_any(mlp, "down_proj", "c_proj", "fc2", "dense_4h_to_h"), blocks)
+    down = weights_of(first_of(mlp, "down_proj", "c_proj", "fc2", "dense_4h_to_h"), blocks)
     if hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"):
         gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [size] * 2, blocks)
         return gate, up, down
-    return weights_of(_any(mlp, "up_proj", "c_fc", "fc1", "dense_h_to_4h"), blocks), None, down
+    return weights_of(first_of(mlp, "up_proj", "c_fc", "fc1", "dense_h_to_4h"), blocks), None, down
 
 
 def _projections(
@@ -300,13 +264,6 @@ def _projections(
     if not hasattr(module, fused):
         return [weights_of(getattr(module, name), blocks) for name in names]
     return weights_of(getattr(module, fused), blocks).split(sizes)
-
-
-def _activation(mlp: Any) -> str:
-    name = type(_any(mlp, "act_fn", "activation_fn", "act")).__name__
-    if name not in ACTIVATIONS:
-        raise Unsupported(f"the fast engine supports the activations SiLU, GELU and ReLU², got {name}; use engine hf")
-    return ACTIVATIONS[name]
 
 
 def rotations(
@@ -345,7 +302,7 @@ def norm_of(module: nn.Module) -> Norm:
     weight = plain.weight.detach().float()
     if name.startswith("Gemma") or name == "NemotronLayerNorm1P":  # they store the weight minus one
         weight = weight + 1
-    eps = float(_any(plain, "eps", "variance_epsilon"))
+    eps = float(first_of(plain, "eps", "variance_epsilon"))
     return Norm(weight, eps, None if bias is None else bias.detach().float(), centred="RMS" not in name)
 
 
