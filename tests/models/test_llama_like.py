@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "starcoder2": {"activation": "gelu_tanh", "up": None},
     "phi": {"activation": "gelu_tanh", "up": None, "parallel": True},
     "gpt_neox": {"activation": "gelu", "up": None, "parallel": True, "num_kv_heads": 4},
+    "falcon": {"activation": "gelu", "up": None, "parallel": True},
     "nemotron": {"activation": "relu2", "up": None},
     "arcee": {"activation": "relu2", "up": None},
     "olmo": {"clip": 0.7},
@@ -72,7 +73,7 @@ LLAMA: dict[str, Any] = {
     "factor": 1.0,
     "parallel": False,
 }
-LAYER_NORMS = {"starcoder2", "stablelm", "cohere", "cohere2", "phi", "nemotron", "olmo", "gpt_neox"}
+LAYER_NORMS = {"starcoder2", "stablelm", "cohere", "cohere2", "phi", "nemotron", "olmo", "gpt_neox", "falcon"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,13 +125,23 @@ def test_a_norm_is_its_formula_with_the_weight_and_eps(family: str) -> None:
     assert norm.bias is None if twice.bias is None else torch.equal(twice.bias, 2 * norm.bias)
 
 
-def test_the_rows_of_gpt_neox_are_gathered_from_its_heads() -> None:
-    """Each of four heads has 8 rows of queries, 8 of keys and 8 of values."""
-    model = families.build("gpt_neox")
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("gpt_neox", "gpt_neox.layers.1.attention", (4, 3)),
+        ("falcon", "transformer.h.1.self_attention", (2, 4)),
+        ("falcon_multi_query", "transformer.h.1.self_attention", (1, 6)),
+    ],
+)
+def test_fused_rows_are_gathered_from_heads(family: str, name: str, shape: tuple[int, int]) -> None:
+    """Each head of keys has 8 rows for each of its heads of queries, then 8 of keys and 8 of values."""
+    model = families.build(family)
     part = read_layers(Backbone(model))[1]
-    rows = model.get_parameter("gpt_neox.layers.1.attention.query_key_value.weight").view(4, 3, 8, 32)
-    for number, ours in enumerate((part.queries, part.keys, part.values)):
-        assert torch.equal(ours.weight, rows[:, number].reshape(32, 32))
+    rows = model.get_parameter(f"{name}.query_key_value.weight").view(*shape, 8, 32)
+    for ours, wanted in zip(
+        (part.queries, part.keys, part.values), (rows[:, :-2], rows[:, -2], rows[:, -1]), strict=True
+    ):
+        assert torch.equal(ours.weight, wanted.reshape(-1, 32))
 
 
 def test_fused_projections_are_split_in_their_order() -> None:

@@ -52,6 +52,7 @@ FAMILIES = (
     "arcee",
     "olmo",
     "gpt_neox",
+    "falcon",
 )
 
 
@@ -201,13 +202,14 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
     mlp: Any = chosen_module(outer_mlp)
     config = attention.config
     num_heads, head_dim = config.num_attention_heads, first_of(attention, "head_dim", "head_size")
-    num_kv_heads = first_of(config, "num_key_value_heads") or num_heads
+    num_kv_heads = first_of(attention, "num_kv_heads") or first_of(config, "num_key_value_heads") or num_heads
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
     queries, keys, values = _qkv(attention, sizes, head_dim, blocks)
-    gate, up, down = _ffn(mlp, config.intermediate_size, blocks)
+    gate, up, down = _ffn(mlp, getattr(config, "intermediate_size", 0), blocks)
     kv_norm, window = _norm(view.kv_norm), window_of(attention)
-    # Branches side by side have a norm each (GPT-NeoX), or one for both, so that the FFN begins with its own weights.
+    # Branches side by side have a norm each (GPT-NeoX, Falcon), or one for both: the FFN begins with its own weights.
     shares = kv_norm is not None and view.ffn_in is outer_mlp
+    parallel = shares or bool(first_of(view.module, "use_parallel_residual", "ln_mlp"))
     kind = first_of(attention, "layer_type", "attention_type") or "all"
     return LayerParts(
         queries=queries,
@@ -226,7 +228,7 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        scale=attention.scaling,
+        scale=first_of(attention, "scaling", "inv_norm_factor"),
         softcap=getattr(attention, "attn_logit_softcapping", None),
         window=window,
         rotation_kind=kind if rotates(attention, window) else None,
@@ -235,7 +237,7 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
         norms_rotated=hasattr(attention, "query_layernorm"),  # Hunyuan
         clip=getattr(config, "clip_qkv", None),
         factor=view.branch_factor,
-        parallel=shares or bool(getattr(view.module, "use_parallel_residual", False)),
+        parallel=parallel,
         shared_norm=kv_norm if shares else None,
     )
 
@@ -244,8 +246,10 @@ def _qkv(attention: Any, sizes: list[int], head_dim: int, blocks: BlocksOf) -> l
     """Return the weights of queries, keys and values."""
     if not hasattr(attention, "query_key_value"):
         return _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, blocks)
-    rows = torch.arange(sum(sizes)).view(-1, 3, head_dim)  # GPT-NeoX has those of a head together
-    return [weights_of(attention.query_key_value, blocks).rows(rows[:, part].flatten()) for part in range(3)]
+    # GPT-NeoX and Falcon have queries, keys and values of a head of keys together.
+    rows = torch.arange(sum(sizes)).view(sizes[1] // head_dim, -1, head_dim)
+    whole = weights_of(attention.query_key_value, blocks)
+    return [whole.rows(part.flatten()) for part in (rows[:, :-2], rows[:, -2], rows[:, -1])]
 
 
 def _ffn(mlp: Any, size: int, blocks: BlocksOf) -> tuple[Weights, Weights | None, Weights]:
@@ -318,7 +322,7 @@ def weights_of(module: nn.Module, blocks: BlocksOf = NO_BLOCKS) -> Weights:
         return BlockWeights(blocks[module], bias, base.weight.dtype)
     if isinstance(base, BlockLinear) and base is module:
         return BlockWeights(base.blocks, None if base.bias is None else base.bias.detach(), base.dtype)
-    if type(base) is not nn.Linear:
+    if type(base) is not nn.Linear and type(base).__name__ != "FalconLinear":
         raise Unsupported(
             f"the fast engine takes plain linear layers and found {type(base).__name__}; load without quantisation, or "
             "use engine hf"

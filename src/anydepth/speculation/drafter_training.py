@@ -52,7 +52,7 @@ class DraftTraining(nn.Module):
         self.softcap = backbone.logits_softcap
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
         self.embedding_scale = backbone.embedding_scale
-        self.dtype, self.cache_argument = backbone.model.dtype, backbone.family.cache_argument
+        self.dtype, self.family = backbone.model.dtype, backbone.family
         head, scale = weights_of(backbone.head).rows(network.vocabulary), backbone.logits_scale
         self.head, self.head_bias = head.weight.float() * scale, None if head.bias is None else head.bias.float()
 
@@ -121,7 +121,7 @@ class DraftTraining(nn.Module):
             position_ids=position_ids,
             use_cache=True,
             position_embeddings=rotation_of(self.rotary, self.rotation_kind, hidden, position_ids),
-            **{self.cache_argument: cache},
+            **{**dict.fromkeys(self.family.unused_arguments), self.family.cache_argument: cache},
         )
         return output[0] if isinstance(output, tuple) else output
 

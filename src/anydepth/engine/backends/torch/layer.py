@@ -308,7 +308,7 @@ class EngineLayer:
         """Return the residual stream after the FFN, (N, D) to (N, D).
 
         Args:
-            before: the residual stream before the mixer, of a parallel layer whose mixer has changed it.
+            before: the residual stream before the mixer, in a parallel layer after its mixer has run.
         """
         read = self.ffn_input(residual if before is None else before, residual)
         normed = read if self.ffn_norm is None else self.ffn_norm(read)
