@@ -223,11 +223,12 @@ class EngineLayer:
         """
         normed = hidden if self.mixer_norm is None or projection is not None else self.mixer_norm(hidden)
         both = self._heads((projection or self.kv)(normed))
-        keys = both[:, : self.num_kv_heads]
-        rotated = self._rotate(keys, rotation, self.key_norm)
-        if rotated is not keys:
-            keys.copy_(rotated)
-        return both
+        if self.key_norm is None:
+            self._rotate(both[:, : self.num_kv_heads], rotation)
+            return both
+        # Not in place: `torch.compile` loses what is copied into a view of an intermediate result.
+        keys, values = both.chunk(2, dim=1)
+        return torch.cat([self._rotate(keys, rotation, self.key_norm), values], dim=1)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """Return projections as (N, H, head_dim)."""
