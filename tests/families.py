@@ -15,6 +15,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
+
 VOCABULARY = 101
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
@@ -351,6 +353,11 @@ WITHOUT_SDPA = {"bloom", "gemma2", "gpt_oss", "gptj"}
 """Families with soft-caps or sinks in attention."""
 VARIANTS = {"gemma4_text_moe", "falcon_multi_query", "stablelm_parallel"}
 """Names of configs that are no model types."""
+
+
+def runs_fast(family: str) -> bool:
+    """Whether the fast engine runs a family, or a variant of one."""
+    return (CONFIGS[family]().model_type if family in VARIANTS else family) in ENGINE_FAMILIES
 
 
 _BUILT: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()

@@ -79,6 +79,7 @@ def rotation_table(num_places: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+CENTRED = Norm(1 + 0.2 * randn(HIDDEN), 1e-5, 0.2 * randn(HIDDEN, seed=1), centred=True)
 VARIANTS: dict[str, dict[str, object]] = {
     "llama": {},
     "window": {"window": 9},
@@ -92,6 +93,22 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no_rotation": {"rotation_kind": None},
     "sinks": {"sinks": 3 * randn(HEADS, seed=30), "window": 9},
     "clip": {"clip": 0.9},
+    "neighbours": {"interleaved": True, "factor": 0.6, "clip": 0.7},
+    "norms_rotated": {
+        "query_norm": Norm(1 + randn(HEAD_DIM), 1e-6),
+        "key_norm": Norm(1 + randn(HEAD_DIM), 1e-6),
+        "norms_rotated": True,
+    },
+    "layer_norms": {
+        "mixer_norm": CENTRED,
+        "ffn_norm": CENTRED,
+        "query_norm": Norm(1 + randn(HEADS, HEAD_DIM), 1e-5, centred=True),
+        "key_norm": Norm(1 + randn(KV_HEADS, HEAD_DIM), 1e-5, centred=True),
+        "up": None,
+        "activation": "gelu",
+    },
+    "parallel": {"parallel": True, "up": None, "activation": "relu2"},
+    "one_norm": {"parallel": True, "mixer_norm": CENTRED, "ffn_norm": None, "shared_norm": CENTRED},
 }
 
 
@@ -128,8 +145,8 @@ def check_branches(variant: str, num_tokens: int, past: int) -> None:
     after_mixer = Tasks([Task(ours.native, kv, MIXER)]).run(batch, hidden)
     torch.testing.assert_close(after_mixer, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)
-    after_layer = Tasks([Task(ours.native, kv, MIXER | FFN)]).run(batch, hidden)
-    torch.testing.assert_close(after_layer, plain.add_ffn(wanted), rtol=1e-4, atol=1e-5)
+    whole = Task(ours.native, kv, MIXER | FFN, before=torch.empty_like(hidden))
+    torch.testing.assert_close(Tasks([whole]).run(batch, hidden), plain.add_ffn(wanted, hidden), rtol=1e-4, atol=1e-5)
     forget()
     ours.native.fill(hidden, batch, kv)  # the same K/V, by tokens that do not attend
     torch.testing.assert_close(kv.states, wanted_states, rtol=1e-5, atol=1e-6)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import anydepth
+import families
 from anydepth import FastEngine
 from anydepth.errors import UserError
 from reference import relative_rms
@@ -33,6 +34,19 @@ def test_compiled_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(engine.generate(**options), adapted.generate(**options))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
     assert any((tmp_path / "inductor").rglob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["olmo2", "qwen3", "glm4", "cohere2"])
+def test_compiled_branches_of_other_layers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms of keys, neighbours that are rotated, parallel branches; tokens that skip leave K/V."""
+    monkeypatch.setenv("ANYDEPTH_CACHE", str(tmp_path))
+    adapted = anydepth.attach(families.build(family), {**ROUTER, "rates": [0.5] * 4}).eval()
+    ids = families.token_ids(1, 29)
+    with torch.no_grad():
+        wanted = adapted(ids, use_cache=False).logits[0]
+        assert relative_rms(FastEngine(adapted, compiled=True).logits(ids[0]), wanted) < 1e-5
 
 
 def test_compiled_wants_dense_weights() -> None:

@@ -19,6 +19,7 @@ from anydepth.engine.step import Step
 from anydepth.errors import UserError
 from anydepth.gating.plan import Decisions, Plan
 from anydepth.models.backbone import Backbone
+from anydepth.models.llama_like import FAMILIES
 from reference import relative_rms
 from tiny import tiny_llama
 
@@ -103,6 +104,25 @@ def test_the_head_of_a_vocabulary_is_packed_once(native: bool) -> None:
     assert engine.exit_head(some) is head is not engine.exit_head(some.clone())
     wanted = model.lm_head(model.model.norm(states))[:, some]
     torch.testing.assert_close(head(states), wanted, rtol=1e-4, atol=1e-4)
+
+
+SLOW = pytest.mark.slow
+FAST = {"llama", "granite", "glm4", "cohere2", "hunyuan_v1_dense", "stablelm"}
+"""One family of each mechanism of the engine."""
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("family", [name if name in FAST else pytest.param(name, marks=SLOW) for name in FAMILIES])
+def test_tokens_are_those_of_stock_transformers(family: str, native: bool) -> None:
+    """Twenty prompts of 2 to 59 tokens in one batch, some longer than the windows and some that grow beyond them."""
+    tokens = families.token_ids(20, 59)
+    mask = torch.ones_like(tokens)
+    for row in range(20):
+        mask[row, : 57 - 3 * row] = 0
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
+    wanted = families.build(family).generate(input_ids=tokens * mask, attention_mask=mask, **options)  # type: ignore[operator]
+    engine = FastEngine(anydepth.attach(families.build(family), []), native=native)
+    assert torch.equal(engine.generate(input_ids=tokens * mask, attention_mask=mask, **options), wanted)
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------

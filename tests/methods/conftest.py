@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import families
-from anydepth.models.llama_like import FAMILIES, MIXTURES
 
 WHOLE = {"llama", "gpt2", "qwen3_next"}
 """A plain one, arguments by position and fused q/k/v, recurrent layers and experts."""
@@ -36,8 +35,13 @@ REPEATED = {"test_cost_is_what_torch_counts"}
 """Slow to run, and the same for every family whose layers are alike."""
 COUNTED = {"llama", "qwen3_next"}
 """Families with FLOPs of every case."""
-ENGINE_FAMILIES = {*FAMILIES} - {*MIXTURES} | {"qwen2_moe"}
-"""Those of the fast engine; its mixtures of experts differ in their routers alone."""
+ENGINE_STRUCTURES = {
+    *("mistral", "qwen2", "qwen3", "smollm3", "gemma2", "phi3"),
+    *("glm4", "hunyuan_v1_dense", "exaone4", "starcoder2", "stablelm_parallel", "olmo", "qwen2_moe"),
+}
+"""Besides those above, families of every mechanism of the fast engine: fused weights, windows, layers without a rotary
+embedding, norms of heads before and after it, partial and interleaved ones, LayerNorms, FFNs without a gate, branches
+side by side, clipped projections, experts (which differ in their routers alone)."""
 ENGINE = {"test_fast_engine_is_the_model", "test_fast_engine_without_kernels_is_the_model"}
 
 
@@ -60,6 +64,6 @@ def _is_fast(name: str, family: str, parameters: dict[str, Any]) -> bool:
         return family in COUNTED
     if family in WHOLE:
         return True
-    if family in STRUCTURES or (name in ENGINE and family in ENGINE_FAMILIES):
+    if family in STRUCTURES or (name in ENGINE and family in ENGINE_STRUCTURES):
         return parameters.get("chunk") not in (7, 63) and (case is None or case in CASES)
     return False

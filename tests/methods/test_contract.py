@@ -31,7 +31,6 @@ from anydepth.gating.spec import GateSpec
 from anydepth.hf.adapted import AdaptedModel
 from anydepth.methods import METHODS
 from anydepth.methods._base.method import Method
-from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 from reference import relative_rms, replay
 
 Spec = dict[str, Any] | list[dict[str, Any]]
@@ -468,7 +467,7 @@ def blindfolded(own: Callable[..., Any]) -> Callable[..., Any]:
 def test_fast_engine_is_the_model(
     family: str, adapted: AdaptedModel, case: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if family not in ENGINE_FAMILIES or "mixer_router" in adapted.methods:
+    if not families.runs_fast(family) or "mixer_router" in adapted.methods:
         with pytest.raises(UserError, match="fast engine (does not run|lacks)"):
             FastEngine(adapted)
         return
@@ -482,7 +481,7 @@ def test_fast_engine_is_the_model(
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["skip_branches", "router_project", "router_omit"])
 def test_fast_engine_without_kernels_is_the_model(family: str, adapted: AdaptedModel, case: str) -> None:
-    if family in ENGINE_FAMILIES:
+    if families.runs_fast(family):
         assert_engine_is_the_model(FastEngine(adapted, native=False), adapted)
 
 

@@ -21,9 +21,13 @@ from anydepth.decoding.prefixes import PrefixCache
 from anydepth.decoding.request import Request
 from anydepth.decoding.scheduler import Scheduler
 from anydepth.measure.evaluate import evaluate
+from anydepth.models.backbone import Backbone
+from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 
 LAYER, HEAD, TAIL, NUM_PROMPT = 3, 2, 6, 30
 SPEC = {"name": "prompt_exit", "layer": LAYER, "head": HEAD, "tail": TAIL}
+FAST = {"llama", "glm4", "hunyuan_v1_dense", "olmo"}
+"""Families with other arithmetic after the projection of keys."""
 ENGINES: list[Callable[[Any], Engine]] = [HFEngine, FastEngine]
 
 
@@ -60,6 +64,28 @@ def test_later_layers_project_kv_from_the_state_at_the_exit(open_engine: Callabl
     assert ran == [40] * LAYER + [40 - NUM_PROMPT + HEAD + TAIL] * (5 - LAYER)
     with adapted.disabled():
         torch.testing.assert_close(open_engine(adapted).logits(ids[0], NUM_PROMPT), adapted(ids).logits[0, 29:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ENGINE_FAMILIES]
+)
+def test_fitted_projections_give_the_same_on_both_engines(kind: str) -> None:
+    """Keys of other projections are clamped, normalised and rotated as the layer's own."""
+    backbone = Backbone(families.build(kind))
+    if backbone.layers[0].projects_queries:
+        pytest.skip("q, k and v are one matrix")
+    adapted = anydepth.attach(backbone.model, {**SPEC, "fitted": True}).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in adapted.methods["prompt_exit"].projections.parameters():
+        weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    ids = families.token_ids(batch_size=1)[0]
+    own, wanted = (
+        HFEngine(anydepth.attach(families.build(kind), SPEC).eval()),
+        HFEngine(adapted).logits(ids, NUM_PROMPT),
+    )
+    torch.testing.assert_close(FastEngine(adapted).logits(ids, NUM_PROMPT), wanted, rtol=1e-3, atol=1e-3)
+    assert (own.logits(ids, NUM_PROMPT) - wanted).norm() > 0.01 * wanted.norm()
 
 
 def generated(engine: Engine, prompts: list[list[int]], **options: Any) -> list[list[int]]:

@@ -18,29 +18,71 @@ NORMS: dict[str, str] = {
     "gemma2": "mixer mixer_out ffn ffn_out",
     "gemma3_text": "mixer mixer_out ffn ffn_out query key",
     "olmo2": "mixer_out ffn_out query key",
+    "olmo3": "mixer_out ffn_out query key",
+    "exaone4": "mixer_out ffn_out query key",
+    "glm4": "mixer mixer_out ffn ffn_out",
     "qwen3": "mixer ffn query key",
     "qwen3_moe": "mixer ffn query key",
     "olmoe": "mixer ffn query key",
     "flex_olmo": "mixer_out ffn_out query key",
     "dots1": "mixer ffn query key",
     "glm4_moe": "mixer ffn query key",
+    "hunyuan_v1_dense": "mixer ffn query key",
+    "stablelm": "mixer ffn query key",
+    "cohere": "mixer query key shared",
+    "cohere2": "mixer shared",
+    "phi": "mixer query key shared",
 }
 """Norms of a layer where they are not those of Llama."""
 WINDOWS: dict[str, list[int | None]] = {
     "mistral": [11] * 5,
     "gemma2": [11, None, 11, None, 11],
     "gemma3_text": [11, None, 11, None, 11],
+    "starcoder2": [11] * 5,
     "mixtral": [11] * 5,
-    "gpt_oss": [11, None, 11, 11, None],
-    "qwen2_moe": [11, None, 11, 11, None],
-    "dots1": [11, None, 11, 11, None],
+    **{family: [11, None, 11, 11, None] for family in ("olmo3", "exaone4", "ministral", "cohere2")},
+    **{family: [11, None, 11, 11, None] for family in ("gpt_oss", "qwen2_moe", "dots1")},
 }
 """Windows of layers where not all of them see everything."""
-DENSE_LAYERS = {"qwen3_moe": {1}, "qwen2_moe": {1}, "dots1": {0}, "glm4_moe": {0}}
+DENSE_LAYERS = {"qwen3_moe": {1}, "qwen2_moe": {1}, "dots1": {0}, "glm4_moe": {0}, "ernie4_5_moe": {0}}
 """Layers without experts, of the mixtures that have such layers."""
+ROTATED = {
+    "smollm3": [True, True, True, False, True],
+    "exaone4": [True, False, True, True, False],
+    "cohere2": [True, False, True, True, False],
+}
+"""Layers with a rotary embedding where not all have one: each fourth lacks it, or those without a window."""
 GEMMA = {"scale": 256**-0.5, "activation": "gelu_tanh"}
-SETTINGS: dict[str, dict[str, Any]] = {"gemma2": {**GEMMA, "softcap": 50.0}, "gemma3_text": GEMMA}
-LLAMA: dict[str, Any] = {"scale": 8**-0.5, "activation": "silu", "softcap": None}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma": {"activation": "gelu_tanh"},
+    "gemma2": {**GEMMA, "softcap": 50.0},
+    "gemma3_text": GEMMA,
+    "granite": {"scale": 0.4, "factor": 0.6},
+    **{family: {"interleaved": True} for family in ("glm", "glm4", "ernie4_5", "ernie4_5_moe", "helium")},
+    **{family: {"interleaved": True, "parallel": True} for family in ("cohere", "cohere2")},
+    "hunyuan_v1_dense": {"norms_rotated": True},
+    "starcoder2": {"activation": "gelu_tanh", "up": None},
+    "phi": {"activation": "gelu_tanh", "up": None, "parallel": True},
+    "gpt_neox": {"activation": "gelu", "up": None, "parallel": True, "num_kv_heads": 4},
+    "falcon": {"activation": "gelu", "up": None, "parallel": True},
+    "nemotron": {"activation": "relu2", "up": None},
+    "arcee": {"activation": "relu2", "up": None},
+    **{family: {"clip": 0.7} for family in ("olmo", "olmoe")},
+}
+LLAMA: dict[str, Any] = {
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "scale": 8**-0.5,
+    "activation": "silu",
+    "softcap": None,
+    "interleaved": False,
+    "norms_rotated": False,
+    "clip": None,
+    "factor": 1.0,
+    "parallel": False,
+}
+LAYER_NORMS = {"starcoder2", "stablelm", "cohere", "cohere2", "phi", "nemotron", "olmo", "gpt_neox", "falcon"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,14 +91,13 @@ def test_settings_of_layers(family: str) -> None:
     layers = read_layers(Backbone(families.build(family)))
     assert [part.window for part in layers] == WINDOWS.get(family, [None] * 5)
     rotated = [part.rotation_kind is not None for part in layers]
-    assert rotated == ([True, True, True, False, True] if family == "smollm3" else [True] * 5)  # each fourth has none
+    assert rotated == ROTATED.get(family, [True] * 5)
     dense = DENSE_LAYERS.get(family, set()) if family in MIXTURES else set(range(5))
     assert {layer_idx for layer_idx, part in enumerate(layers) if part.experts is None} == dense
     for part in layers:
-        assert (part.num_heads, part.num_kv_heads, part.head_dim) == (4, 2, 8)
         for name, value in (LLAMA | SETTINGS.get(family, {})).items():
-            assert getattr(part, name) == value, name
-        names = ("mixer", "mixer_out", "ffn", "ffn_out", "query", "key")
+            assert getattr(part, name) == (pytest.approx(value) if name == "scale" else value), name
+        names = ("mixer", "mixer_out", "ffn", "ffn_out", "query", "key", "shared")
         assert [name for name in names if getattr(part, f"{name}_norm")] == NORMS.get(family, "mixer ffn").split()
 
 
@@ -74,17 +115,45 @@ def test_rotations_are_those_that_the_model_gives_each_layer(family: str) -> Non
         given = records[view.layer_idx][1]["position_embeddings"]
         if part.rotation_kind is not None:
             given = [own.repeat(1, 1, 2) for own in given] if family == "gpt_oss" else given  # of one half of the pairs
-            assert all(torch.equal(ours, own[0]) for ours, own in zip(tables[part.rotation_kind], given, strict=True))
+            for ours, own in zip(tables[part.rotation_kind], given, strict=True):
+                first, second = ours.chunk(2, dim=-1)
+                wanted = own[0, :, ::2] if family.startswith("cohere") else own[0].chunk(2, dim=-1)[0]
+                assert torch.equal(first, second) and torch.equal(first, wanted)
     assert family != "gemma3_text" or not torch.equal(tables[kinds[0]][0], tables[kinds[1]][0])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_norm_is_its_formula_with_the_weight_and_eps(family: str) -> None:
-    """Gemma stores the weight minus one."""
+    """Gemma and Nemotron store the weight minus one."""
     module = Backbone(families.build(family)).final_norm
-    norm, x = norm_of(module), torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 1e-3
-    torch.testing.assert_close(x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight, module(x))
+    norm, x = norm_of(module), 0.1 + torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 1e-3
+    assert norm.centred == (family in LAYER_NORMS)
+    wanted, centred = module(x), x - x.mean(-1, keepdim=True) if norm.centred else x
+    ours = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+    torch.testing.assert_close(ours if norm.bias is None else ours + norm.bias, wanted, rtol=1e-4, atol=1e-5)
+    twice = norm.scaled(2.0)
+    assert torch.equal(twice.weight, 2 * norm.weight)
+    assert norm.bias is None if twice.bias is None else torch.equal(twice.bias, 2 * norm.bias)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("gpt_neox", "gpt_neox.layers.1.attention", (4, 3)),
+        ("falcon", "transformer.h.1.self_attention", (2, 4)),
+        ("falcon_multi_query", "transformer.h.1.self_attention", (1, 6)),
+    ],
+)
+def test_fused_rows_are_gathered_from_heads(family: str, name: str, shape: tuple[int, int]) -> None:
+    """Each head of keys has 8 rows for each of its heads of queries, then 8 of keys and 8 of values."""
+    model = families.build(family)
+    part = read_layers(Backbone(model))[1]
+    rows = model.get_parameter(f"{name}.query_key_value.weight").view(*shape, 8, 32)
+    for ours, wanted in zip(
+        (part.queries, part.keys, part.values), (rows[:, :-2], rows[:, -2], rows[:, -1]), strict=True
+    ):
+        assert torch.equal(ours.weight, wanted.reshape(-1, 32))
 
 
 def test_fused_projections_are_split_in_their_order() -> None:
@@ -135,7 +204,7 @@ def test_models_that_an_engine_cannot_run_from_weights_alone_are_refused() -> No
         (families.build("opt"), "does not run opt; it runs llama, "),
         (quantised, "plain linear layers and found Quantised"),
         (long, r"rotary embedding .*dynamic"),
-        (other, "SiLU and tanh-GELU, got ReLU"),
+        (other, "SiLU, GELU and ReLU², got ReLU"),
     ):
         with pytest.raises(UserError, match=words):
             read_layers(Backbone(model))

@@ -8,13 +8,20 @@ import pytest
 import torch
 
 import anydepth
+import families
 from anydepth import FastEngine
 from anydepth.decoding.request import DraftCounts
 from anydepth.draft_sections import DrafterConfig
-from anydepth.speculation.drafter_training import batches_of, train_drafter
+from anydepth.models.backbone import Backbone
+from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
+from anydepth.speculation.drafter_training import DraftTraining, batches_of, train_drafter
 from anydepth.speculation.self_generated import Text
+from anydepth.speculation.trained_drafter import DraftNetwork
 from drafts import network_of, texts_of, untrained_draft
 from tiny import tiny_llama
+
+FAST = {"llama", "gemma3_text", "granite", "gpt_neox", "phi", "olmo"}
+"""Families that differ in the arguments of a layer, the embedding, the head and the final norm."""
 
 
 def test_a_drafter_learns_and_resumes_bitwise(tmp_path: Path) -> None:
@@ -41,6 +48,24 @@ def test_a_drafter_learns_and_resumes_bitwise(tmp_path: Path) -> None:
         network_of(again).state_dict().values(), network_of(draft).state_dict().values(), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ENGINE_FAMILIES]
+)
+def test_every_engine_family_teaches_a_drafter(family: str) -> None:
+    """The teacher has the model's own logits, and the drafter's layer runs as one of its family."""
+    model, ids = families.build(family), families.token_ids(2, 20)
+    backbone = Backbone(model)
+    network = DraftNetwork(backbone, [2, 5], 60)
+    training = DraftTraining(network, backbone)
+    with torch.no_grad(), backbone.layer_outputs() as outputs:
+        logits = model(ids).logits
+    states = torch.stack([outputs[1], outputs[4]], dim=2)
+    torch.testing.assert_close(training.teacher(states[:, :, -1]), logits[..., :60], rtol=1e-4, atol=1e-4)
+    loss, _ = training(ids, states, torch.tensor([20, 20]), torch.tensor([3, 3]))
+    loss.backward()
+    assert network.read.weight.grad is not None and network.read.weight.grad.norm() > 0
 
 
 def test_training_raises_the_acceptance_length(tmp_path: Path) -> None:

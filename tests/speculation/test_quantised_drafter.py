@@ -19,7 +19,6 @@ from anydepth.engine.weights import Int4
 from anydepth.errors import UserError
 from anydepth.hf.adapted import attach
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
-from anydepth.models.llama_like import MIXTURES
 from anydepth.speculation import quantised_drafter
 from anydepth.speculation.draft import Draft
 from anydepth.speculation.drafting import DraftedSteps
@@ -27,6 +26,9 @@ from anydepth.speculation.quantised_drafter import CopySteps, QuantisedDrafter, 
 from drafts import ALONE, NETWORK, both, drafting, prompts
 from tiny import byte_tokenizer, tiny_llama
 
+SLOW = pytest.mark.slow
+FAST = {"llama", "gemma3_text", "olmo2", "phi3", "granite", "glm4", "cohere2", "starcoder2"}
+"""Families that run in the fast set."""
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 40}
 TWO_LEVELS: dict[str, dict[str, Any]] = {
     "lookup": {"quantised": "int8"},
@@ -106,14 +108,7 @@ def test_a_stateful_processor_is_called_once_for_each_token_in_order() -> None:
     assert seen == [ids[:end] for end in range(21, 41)]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in MIXTURES and name != "qwen2_moe" else ())
-        for name in families.CONFIGS
-        if name in ENGINE_FAMILIES
-    ],
-)
+@pytest.mark.parametrize("kind", [name if name in FAST else pytest.param(name, marks=SLOW) for name in ENGINE_FAMILIES])
 def test_every_engine_family(kind: str) -> None:
     model = families.build(kind).to(torch.bfloat16)
     engine = drafting("fast", ({"quantised": "int8", "exit_layers": [2]}, []), model)

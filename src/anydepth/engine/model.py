@@ -75,12 +75,18 @@ class EngineModel:
         self.layers = [self.backend.layer(part.dense(chosen.block_kinds), chosen) for part in parts]
         self.head = self.head_of(norm_of(backbone.final_norm), name)
         self.exit_heads: dict[int, tuple[Tensor, Head]] = {}
-        self.embedding = self.backend.embedding(backbone.decoder.get_submodule(backbone.family.embedding))
+        self.embed = self.backend.embedding(backbone.decoder.get_submodule(backbone.family.embedding))
+
+    def embedding(self, token_ids: Tensor) -> Tensor:
+        """Return the states (..., D) of token ids before the first layer."""
+        scale, embedded = self.backbone.embedding_scale, self.embed(token_ids)
+        return embedded if scale == 1 else embedded * scale
 
     def head_of(self, norm: Norm, weights: str, vocabulary: Tensor | None = None) -> Head:
         """Return the model's head after a norm; of some tokens (V',) where a vocabulary is given."""
         chosen = WEIGHTS[WEIGHTS[weights].head or weights]
         rows = weights_of(self.backbone.head).dense(chosen.block_kinds)
+        norm = norm.scaled(self.backbone.logits_scale)  # the head is linear, and has no bias where it has a scale
         if vocabulary is not None:
             rows = rows.rows(vocabulary)
         return self.backend.head(rows, norm, chosen, self.backbone.logits_softcap)

@@ -34,11 +34,25 @@ class Rotation:
         half = self.sin.shape[-1] // 2
         return self.cos[:, None], torch.cat([-self.sin[:, :half], self.sin[:, half:]], dim=-1)[:, None]
 
-    def rotate(self, heads: Tensor) -> None:
-        """Rotate (N, H, head_dim) in place; only the first R of each head where the model rotates a part."""
-        (cos, sin), size = self.factors, self.cos.shape[-1]
+    @cached_property
+    def factors_of_neighbours(self) -> tuple[Tensor, Tensor]:
+        """Return the factors in the order in which neighbours are rotated."""
+        cos, sin = (part.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) for part in self.factors)
+        return cos, sin
+
+    def rotate(self, heads: Tensor, *, interleaved: bool = False) -> None:
+        """Rotate (N, H, head_dim) in place; only the first R of each head where the model rotates a part.
+
+        Args:
+            interleaved: rotate neighbours, not halves.
+        """
+        cos, sin = self.factors_of_neighbours if interleaved else self.factors
+        size = self.cos.shape[-1]
         rotated = heads if size == heads.shape[-1] else heads[..., :size]
-        swapped = rotated.roll(size // 2, dims=-1)
+        if interleaved:
+            swapped = rotated.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        else:
+            swapped = rotated.roll(size // 2, dims=-1)
         rotated.mul_(cos).addcmul_(swapped, sin)
 
 

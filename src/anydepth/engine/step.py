@@ -49,16 +49,17 @@ class Step:
                 hidden = branches.flush(hidden)
                 states.append(hidden)
             needs_states = self.is_gated and self.decisions.reads(layer_idx)
-            if needs_states:
+            if needs_states or layer.parallel:
                 hidden = branches.flush(hidden)
             gate, gate_of_mixer = self._mixer_gates(layer_idx, hidden)
             if gate is not None and gate.weight is not None:
                 hidden = self._run_weighted(layer, kv, layer_idx, gate, gate_of_mixer, hidden)
                 continue
-            hidden = branches.mix(layer, kv, hidden, gate_of_mixer)
-            if needs_states and self.plan.gates_branches:  # the FFN's gate reads the mixer's output
+            before, hidden = hidden, branches.mix(layer, kv, hidden, gate_of_mixer)
+            if needs_states and self.plan.gates_branches and not layer.parallel:  # the FFN's gate reads them
                 hidden = branches.flush(hidden)
-            hidden = branches.feed(layer, kv, hidden, self._ffn_gate(layer_idx, gate, hidden))
+            gate_of_ffn = self._ffn_gate(layer_idx, gate, layer, before, hidden)
+            hidden = branches.feed(layer, kv, hidden, gate_of_ffn, before)
         return [*states, branches.flush(hidden)]
 
     def _run_weighted(
@@ -66,12 +67,12 @@ class Step:
     ) -> Tensor:
         """Run a layer; its gate weighs what it adds, h + w·(f(h) − h); with gates of branches, what each adds."""
         branches = self.branches
-        hidden = before = branches.flush(hidden)
+        hidden = before = entered = branches.flush(hidden)
         hidden = branches.flush(branches.mix(layer, kv, hidden, gate_of_mixer))
         if self.plan.gates_branches:
             hidden = before = _weighted(gate_of_mixer, hidden, before)
-        gate_of_ffn = self._ffn_gate(layer_idx, gate, hidden)
-        return _weighted(gate_of_ffn, branches.flush(branches.feed(layer, kv, hidden, gate_of_ffn)), before)
+        gate_of_ffn = self._ffn_gate(layer_idx, gate, layer, entered, hidden)
+        return _weighted(gate_of_ffn, branches.flush(branches.feed(layer, kv, hidden, gate_of_ffn, entered)), before)
 
     def _shaped(self, hidden: Tensor) -> Tensor:
         """Return (B, T, D) states; the last ones are kept, as gates of many layers may read the same states."""
@@ -92,9 +93,13 @@ class Step:
             record.kv_rules[layer_idx] = gate_of_mixer.kv_rule
         return gate, gate_of_mixer
 
-    def _ffn_gate(self, layer_idx: int, gate: Gate | None, hidden: Tensor) -> Gate | None:
+    def _ffn_gate(
+        self, layer_idx: int, gate: Gate | None, layer: EngineLayer, before: Tensor, after: Tensor
+    ) -> Gate | None:
+        """Return the gate of the FFN, from states (B·T, D) before and after the mixer."""
         if self.plan.gates_branches and (gate is None or gate.any_kept):  # else no token is left to decide about
-            gate = Gate.both(gate, self.decisions.gate("ffn", layer_idx, self._shaped(hidden)))
+            shaped = self._shaped(layer.ffn_input(before, after))
+            gate = Gate.both(gate, self.decisions.gate("ffn", layer_idx, shaped))
         if gate is not None:
             self.new.record.ffn_keep[layer_idx] = gate.keep
         return gate

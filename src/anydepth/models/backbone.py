@@ -176,6 +176,12 @@ class Backbone:
         return factor / getattr(config, self.family.logits_divisor) if self.family.logits_divisor else factor
 
     @property
+    def embedding_scale(self) -> float:
+        """The factor of the embedding that its module does not apply."""
+        name = self.family.embedding_factor
+        return float(getattr(self.model.config, name)) if name else 1.0
+
+    @property
     def logits_softcap(self) -> float | None:
         """The c of c·tanh(logits / c); None if the family's head has no such cap."""
         return getattr(self.model.config, "final_logit_softcapping", None)

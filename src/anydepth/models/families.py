@@ -45,6 +45,7 @@ class Family:
         ignores_past: whether the model takes the first token of each forward for the first of the sequence, unless it
             is given positions.
         branch_factor: attribute of a layer by which it multiplies what its branches add.
+        embedding_factor: attribute of the config by which the embedding is multiplied, outside of its module.
         refused: variants that do not fit.
         restarts_at_switch: whether the model reads the sequence again when its rotary embedding switches to long
             sequences.
@@ -77,6 +78,7 @@ class Family:
     ffn_returns_tuple: bool = False
     ignores_past: bool = False
     branch_factor: str = ""
+    embedding_factor: str = ""
     refused: tuple[Refusal, ...] = ()
     restarts_at_switch: bool = False
 
@@ -95,7 +97,9 @@ NORMS_AFTER = Family(
     ffn_out=("post_feedforward_layernorm",),
 )
 PARALLEL = Family(ffn_in=("mlp",))
-GRANITE_LIKE = Family(branch_factor="residual_multiplier", logits_divisor="logits_scaling")
+GRANITE_LIKE = Family(
+    branch_factor="residual_multiplier", embedding_factor="embedding_multiplier", logits_divisor="logits_scaling"
+)
 COHERE_LIKE = replace(PARALLEL, logits_factor="logit_scale")
 LATENT = Family(
     query_projections=("q_proj", "q_a_proj", "q_b_proj"),

@@ -1,7 +1,7 @@
 """The weights and settings of a Llama-like layer, for engines that run the layer themselves.
 
-Apart from `backbone.py`, `layer_view.py`, `families.py` and `experts.py` only this module knows Hugging Face attribute
-names.
+Apart from `backbone.py`, `layer_view.py`, `families.py`, `layer_variants.py` and `experts.py` only this module knows
+Hugging Face attribute names.
 """
 
 from __future__ import annotations
@@ -17,23 +17,64 @@ from anydepth.errors import Unsupported
 from anydepth.models.backbone import Backbone, is_spread
 from anydepth.models.blocks import BlockLinear, Blocks
 from anydepth.models.experts import Experts, read_experts, shared_expert
+from anydepth.models.layer_variants import activation_of, first_of, interleaves, rotates, window_of
 from anydepth.models.layer_view import LayerView
 from anydepth.models.plain import base_module, chosen_module, plain_module
 
 BlocksOf = Mapping[nn.Module, Blocks]
 """Blocks to run in place of the weights of linear layers."""
 NO_BLOCKS: BlocksOf = {}
-MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "flex_olmo", "dots1", "glm4_moe", "gpt_oss")
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "flex_olmo", "dots1", "glm4_moe", "gpt_oss", "ernie4_5_moe")
 """Families with mixtures of experts."""
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2", "phi3", *MIXTURES)
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3",
+    *MIXTURES,
+    "gemma",
+    "granite",
+    "olmo3",
+    "exaone4",
+    "glm",
+    "glm4",
+    "ernie4_5",
+    "helium",
+    "ministral",
+    "hunyuan_v1_dense",
+    "starcoder2",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "phi",
+    "nemotron",
+    "arcee",
+    "olmo",
+    "gpt_neox",
+    "falcon",
+)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm: x / rms(x) · weight, with a (D,) weight in float32."""
+    """An RMSNorm: x / rms(x) · weight, with a (D,) weight in float32; (H, D) where each head has its own.
+
+    A LayerNorm is `centred`: the mean of x is subtracted first, and a bias (D,) is added if there is one.
+    """
 
     weight: Tensor
     eps: float
+    bias: Tensor | None = None
+    centred: bool = False
+
+    def scaled(self, factor: float) -> Norm:
+        """Return the norm with an output that is multiplied by a constant."""
+        return replace(self, weight=self.weight * factor, bias=None if self.bias is None else self.bias * factor)
 
 
 @dataclass(frozen=True)
@@ -88,14 +129,20 @@ class LayerParts:
     """A layer: x → x + mixer_out_norm(attention(mixer_norm(x))), then the same with the FFN; norms are optional.
 
     Attributes:
-        gate, up, down: of the FFN; of a mixture's shared expert, None without one.
+        gate, up, down: of the FFN, `up` None for one without a gate, down(activation(gate(x))); of a mixture's shared
+            expert, all None without one.
         experts: the mixture of experts that is the FFN, or None.
         rotation_kind: the kind of rotary embedding of queries and keys; None without one.
         window: number of last tokens that attention sees, itself included; None for all.
         softcap: c of c·tanh(score / c), or None.
-        activation: activation of the FFN's gate, `silu` or `gelu_tanh`.
-        clip: bound on the size of queries, keys and values, before they are rotated; or None.
+        activation: activation of the FFN's gate: `silu`, `gelu_tanh`, `gelu` or `relu2`.
+        clip: c of queries, keys and values that are clamped to ±c before they are rotated, or None.
         sinks: (num_heads,) scores of a key without a value that every query sees, or None.
+        interleaved: whether the rotary embedding rotates neighbours of a head, not its halves.
+        norms_rotated: whether the norms of queries and keys come after the rotary embedding.
+        factor: constant by which both branches are multiplied before they are added.
+        parallel: whether the FFN reads the layer's input, not the mixer's output.
+        shared_norm: the norm of both branches of such a layer, where they have the same; `ffn_norm` is then None.
     """
 
     queries: Weights
@@ -122,6 +169,11 @@ class LayerParts:
     experts: Experts | None = None
     clip: float | None = None
     sinks: Tensor | None = None
+    interleaved: bool = False
+    norms_rotated: bool = False
+    factor: float = 1.0
+    parallel: bool = False
+    shared_norm: Norm | None = None
 
     def dense(self, kept: Collection[str] = ()) -> LayerParts:
         """Return the layer with weights that are in memory, or in blocks of a type in `kept`."""
@@ -159,53 +211,71 @@ def layer_parts(view: LayerView, blocks: BlocksOf = NO_BLOCKS) -> LayerParts:
     mlp: Any = chosen_module(outer_mlp)
     config = attention.config
     experts = read_experts(mlp, config.model_type) if hasattr(mlp, "experts") else None
-    num_heads, num_kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    num_heads, head_dim = config.num_attention_heads, first_of(attention, "head_dim", "head_size")
+    num_kv_heads = first_of(attention, "num_kv_heads") or first_of(config, "num_key_value_heads") or num_heads
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    queries, keys, values = _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, blocks)
-    gate, up, down = _ffn(mlp if experts is None else shared_expert(mlp), config.intermediate_size, blocks)
-    rotates = bool(getattr(attention, "use_rope", True))
+    queries, keys, values = _qkv(attention, sizes, head_dim, blocks)
+    gate, up, down = _ffn(
+        mlp if experts is None else shared_expert(mlp), getattr(config, "intermediate_size", 0), blocks
+    )
+    kv_norm, window = _norm(view.kv_norm), window_of(attention)
+    # Branches side by side have a norm each (GPT-NeoX, Falcon), or one for both: the FFN begins with its own weights.
+    shares = kv_norm is not None and view.ffn_in is outer_mlp
+    parallel = shares or bool(first_of(view.module, "use_parallel_residual", "ln_mlp"))
+    kind = first_of(attention, "layer_type", "attention_type") or "all"
     return LayerParts(
         queries=queries,
         keys=keys,
         values=values,
-        output=weights_of(attention.o_proj, blocks),
+        output=weights_of(first_of(attention, "o_proj", "dense"), blocks),
         gate=gate,
         up=up,
         down=down,
-        mixer_norm=_norm(view.kv_norm),
+        mixer_norm=kv_norm,
         mixer_out_norm=None if view.mixer_out is view.mixer else _norm(view.mixer_out),
         ffn_norm=None if view.ffn_in is outer_mlp else _norm(view.ffn_in),
         ffn_out_norm=None if view.ffn_out is outer_mlp else _norm(view.ffn_out),
-        query_norm=_norm(getattr(attention, "q_norm", None)),
-        key_norm=_norm(getattr(attention, "k_norm", None)),
+        query_norm=_norm(first_of(attention, "q_norm", "query_layernorm", "q_layernorm")),
+        key_norm=_norm(first_of(attention, "k_norm", "key_layernorm", "k_layernorm")),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        scale=attention.scaling,
+        scale=first_of(attention, "scaling", "inv_norm_factor"),
         softcap=getattr(attention, "attn_logit_softcapping", None),
-        window=_window(attention),
-        rotation_kind=(getattr(attention, "layer_type", None) or "all") if rotates else None,
-        activation=_activation(mlp if experts is None else mlp.experts),
+        window=window,
+        rotation_kind=kind if rotates(attention, window) else None,
+        activation=activation_of(mlp if experts is None else mlp.experts),
         experts=experts,
         clip=getattr(config, "clip_qkv", None),
         sinks=attention.sinks.detach() if hasattr(attention, "sinks") else None,
+        interleaved=interleaves(attention),
+        norms_rotated=hasattr(attention, "query_layernorm"),  # Hunyuan
+        factor=view.branch_factor,
+        parallel=parallel,
+        shared_norm=kv_norm if shares else None,
     )
 
 
-def _window(attention: Any) -> int | None:
-    """Return the window of a layer: families with windows in some layers have it there, others in the config."""
-    in_all_layers = getattr(attention.config, "layer_types", None) is None
-    everywhere = getattr(attention.config, "sliding_window", None) if in_all_layers else None
-    return getattr(attention, "sliding_window", everywhere)
+def _qkv(attention: Any, sizes: list[int], head_dim: int, blocks: BlocksOf) -> list[Weights]:
+    """Return the weights of queries, keys and values."""
+    if not hasattr(attention, "query_key_value"):
+        return _projections(attention, ("q_proj", "k_proj", "v_proj"), "qkv_proj", sizes, blocks)
+    # GPT-NeoX and Falcon have queries, keys and values of a head of keys together.
+    rows = torch.arange(sum(sizes)).view(sizes[1] // head_dim, -1, head_dim)
+    whole = weights_of(attention.query_key_value, blocks)
+    return [whole.rows(part.flatten()) for part in (rows[:, :-2], rows[:, -2], rows[:, -1])]
 
 
-def _ffn(mlp: Any, inner_size: int, blocks: BlocksOf) -> list[Weights] | list[None]:
-    """Return the gate, up and down of an FFN; None each without an FFN."""
+def _ffn(mlp: Any, size: int, blocks: BlocksOf) -> tuple[Weights | None, Weights | None, Weights | None]:
+    """Return the weights of an FFN: gate, up and down; without a gate up is the first. None each without an FFN."""
     if mlp is None:
-        return [None] * 3
+        return None, None, None
     mlp = chosen_module(mlp)
-    gate_up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [inner_size] * 2, blocks)
-    return [*gate_up, weights_of(mlp.down_proj, blocks)]
+    down = weights_of(first_of(mlp, "down_proj", "c_proj", "fc2", "dense_4h_to_h"), blocks)
+    if hasattr(mlp, "gate_proj") or hasattr(mlp, "gate_up_proj"):
+        gate, up = _projections(mlp, ("gate_proj", "up_proj"), "gate_up_proj", [size] * 2, blocks)
+        return gate, up, down
+    return weights_of(first_of(mlp, "up_proj", "c_fc", "fc1", "dense_h_to_4h"), blocks), None, down
 
 
 def _projections(
@@ -217,40 +287,47 @@ def _projections(
     return weights_of(getattr(module, fused), blocks).split(sizes)
 
 
-def _activation(mlp: Any) -> str:
-    if hasattr(mlp, "limit"):  # gpt-oss's own, see `Experts.swiglu`
-        return "silu"
-    name = type(mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn).__name__
-    if name in ("SiLU", "SiLUActivation"):
-        return "silu"
-    if name in ("GELUTanh", "PytorchGELUTanh"):
-        return "gelu_tanh"
-    raise Unsupported(f"the fast engine supports the activations SiLU and tanh-GELU, got {name}; use engine hf")
-
-
 def rotations(
     backbone: Backbone, num_positions: int, kinds: Sequence[str], like: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the (num_positions, R) cosines and sines of each kind of rotary embedding, computed by the model."""
+    """Return the (num_positions, R) cosines and sines of each kind of rotary embedding, computed by the model.
+
+    Both halves are equal, also where neighbours are rotated.
+    """
     module: Any = backbone.decoder.get_submodule("rotary_emb")
     positions = torch.arange(num_positions, device=like.device)[None]
     tables = {}
     for kind in kinds:
-        by_layer_type = hasattr(module, f"{kind}_inv_freq")
-        cos, sin = module(like, positions, kind) if by_layer_type else module(like, positions)
-        num_angles = getattr(module, f"{kind}_inv_freq" if by_layer_type else "inv_freq").numel()
-        halves = 2 if cos.shape[-1] == num_angles else 1  # gpt-oss has those of one half, which are the other's too
-        tables[kind] = (cos[0].to(like.dtype).repeat(1, halves), sin[0].to(like.dtype).repeat(1, halves))
+        cos, sin = rotation_of(module, kind, like, positions)
+        angles = getattr(module, f"{kind}_inv_freq" if hasattr(module, f"{kind}_inv_freq") else "inv_freq")
+        if cos.shape[-1] == angles.numel():  # gpt-oss has those of one half, which are the other's too
+            cos, sin = (part.repeat(1, 1, 2) for part in (cos, sin))
+        half = cos.shape[-1] // 2
+        if not torch.equal(cos[..., :half], cos[..., half:]):  # Cohere's are those of neighbours
+            cos, sin = (torch.cat([part[..., ::2]] * 2, dim=-1) for part in (cos, sin))
+        tables[kind] = (cos[0].to(like.dtype), sin[0].to(like.dtype))
     return tables
 
 
+def rotation_of(module: Any, kind: str | None, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of one kind at positions (B, T), as the model gives them to a layer."""
+    return module(like, positions, kind) if hasattr(module, f"{kind}_inv_freq") else module(like, positions)
+
+
 def norm_of(module: nn.Module) -> Norm:
-    """Return the weight and eps of one of the model's RMSNorms."""
+    """Return the weight, bias and eps of one of the model's RMSNorms or LayerNorms."""
     plain: Any = plain_module(module)
+    name, bias = type(plain).__name__, getattr(plain, "bias", None)
+    if name == "OlmoLayerNorm":  # has no weight, and its eps in its forward
+        return Norm(torch.ones(plain.normalized_shape), 1e-5, centred=True)
+    if name == "StableLmLayerNormPerHead":
+        heads = [norm_of(part) for part in plain.norms]
+        return replace(heads[0], weight=torch.stack([head.weight for head in heads]))
     weight = plain.weight.detach().float()
-    if type(plain).__name__.startswith("Gemma"):  # Gemma stores the weight minus one
+    if name.startswith("Gemma") or name == "NemotronLayerNorm1P":  # they store the weight minus one
         weight = weight + 1
-    return Norm(weight, float(plain.eps if hasattr(plain, "eps") else plain.variance_epsilon))
+    eps = float(first_of(plain, "eps", "variance_epsilon"))
+    return Norm(weight, eps, None if bias is None else bias.detach().float(), centred="RMS" not in name)
 
 
 def _norm(module: nn.Module | None) -> Norm | None:
@@ -265,7 +342,7 @@ def weights_of(module: nn.Module, blocks: BlocksOf = NO_BLOCKS) -> Weights:
         return BlockWeights(blocks[module], bias, base.weight.dtype)
     if isinstance(base, BlockLinear) and base is module:
         return BlockWeights(base.blocks, None if base.bias is None else base.bias.detach(), base.dtype)
-    if type(base) is not nn.Linear:
+    if type(base) is not nn.Linear and type(base).__name__ != "FalconLinear":
         raise Unsupported(
             f"the fast engine takes plain linear layers and found {type(base).__name__}; load without quantisation, or "
             "use engine hf"

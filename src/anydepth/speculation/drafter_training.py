@@ -28,7 +28,8 @@ from anydepth.draft_sections import DrafterConfig
 from anydepth.errors import RunError
 from anydepth.losses import divergence
 from anydepth.models.backbone import Backbone
-from anydepth.models.llama_like import weights_of
+from anydepth.models.layer_view import LayerView
+from anydepth.models.llama_like import layer_parts, rotation_of, weights_of
 from anydepth.speculation.self_generated import Text
 from anydepth.speculation.trained_drafter import DraftNetwork
 
@@ -46,9 +47,14 @@ class DraftTraining(nn.Module):
         super().__init__()
         self.network, self.num_drafted = network, num_drafted
         self.rotary: Any = backbone.decoder.get_submodule("rotary_emb")
+        view = LayerView(network.layer, 0, backbone.family, backbone.hidden_size)
+        self.rotation_kind = layer_parts(view).rotation_kind
         self.softcap = backbone.logits_softcap
         self.final_norm, self.embedding = backbone.final_norm, backbone.model.get_input_embeddings()
-        self.head = weights_of(backbone.head).weight[network.vocabulary].float()
+        self.embedding_scale = backbone.embedding_scale
+        self.dtype, self.family = backbone.model.dtype, backbone.family
+        head, scale = weights_of(backbone.head).rows(network.vocabulary), backbone.logits_scale
+        self.head, self.head_bias = head.weight.float() * scale, None if head.bias is None else head.bias.float()
 
     def forward(
         self, ids: Tensor, states: Tensor, lengths: Tensor, starts: Tensor
@@ -65,7 +71,7 @@ class DraftTraining(nn.Module):
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             teacher = self.teacher(states[:, :, -1])  # (B, T, V'), for the token after each position
             best = teacher.argmax(-1)
-            embedded = self.embedding(ids).float()  # type: ignore[operator]
+            embedded = self.embedding(ids).float() * self.embedding_scale  # type: ignore[operator]
         cache: Any = DynamicCache()
         feature = network.read(states.flatten(2).to(network.read.weight.dtype))
         total, counted, right = torch.zeros((), device=ids.device), 0.0, list[tuple[int, int]]()
@@ -73,7 +79,7 @@ class DraftTraining(nn.Module):
             num_tokens = ids.shape[1] - 1 - number  # each is joined with the embedding of the next token
             following = embedded[:, 1 + number :]
             feature = self._layer(network.join(torch.cat([feature[:, :num_tokens], following], -1)), number, cache)
-            logits = self._capped(F.linear(network.norm(feature), self.head))
+            logits = self._logits(network.norm(feature))
             last = positions[1 + number :][None]  # position of the token before the target
             is_target = (last < lengths[:, None]) & (last + 1 >= starts[:, None])
             loss = divergence(logits[is_target], teacher[:, 1 + number :][is_target])
@@ -86,10 +92,10 @@ class DraftTraining(nn.Module):
 
     def teacher(self, last: Tensor) -> Tensor:
         """Return (..., V') float32 logits of (..., D) states after the model's last layer."""
-        dtype = next(self.final_norm.parameters()).dtype
-        return self._capped(F.linear(self.final_norm(last.to(dtype)).float(), self.head))
+        return self._logits(self.final_norm(last.to(self.dtype)).float())
 
-    def _capped(self, logits: Tensor) -> Tensor:
+    def _logits(self, normed: Tensor) -> Tensor:
+        logits = F.linear(normed, self.head, self.head_bias)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def _layer(self, hidden: Tensor, number: int, cache: Any) -> Tensor:
@@ -113,9 +119,9 @@ class DraftTraining(nn.Module):
             hidden,
             attention_mask=mask.expand(hidden.shape[0], -1, -1, -1),
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
-            position_embeddings=self.rotary(hidden, position_ids),
+            position_embeddings=rotation_of(self.rotary, self.rotation_kind, hidden, position_ids),
+            **{**dict.fromkeys(self.family.unused_arguments), self.family.cache_argument: cache},
         )
         return output[0] if isinstance(output, tuple) else output
 

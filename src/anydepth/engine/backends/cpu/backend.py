@@ -22,7 +22,7 @@ from anydepth.engine.backends.cpu.packing import (
 )
 from anydepth.engine.backends.cpu.tasks import FFN, MIXER, OMIT, KernelLayer, NativeLayer, Rows, Task, Tasks
 from anydepth.engine.backends.torch.backend import Branches, Format, Projection, TorchBackend
-from anydepth.engine.backends.torch.layer import Linear, NormedLinear, RMSNorm
+from anydepth.engine.backends.torch.layer import Linear, NormedLinear, norm_layer
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens
 from anydepth.engine.weights import BFloat16, Float32
@@ -49,15 +49,16 @@ class KernelBackend(TorchBackend):
     def layer(self, parts: LayerParts, weights: Format) -> KernelLayer:
         mixture = self.mixture(parts, weights)
         roles = ROLES if mixture is None else MIXER_ROLES
-        packed = {role: pack_panels(getattr(parts, role), weights, self.memory) for role in roles}
-        by_kernels = _for_kernels([getattr(parts, role) for role in roles], weights)
+        own = {role: part for role in roles if (part := getattr(parts, role)) is not None}
+        packed = {role: pack_panels(part, weights, self.memory) for role, part in own.items()}
+        by_kernels = _for_kernels(list(own.values()), weights)
         norms = {"queries": parts.mixer_norm, "keys": parts.mixer_norm, "gate": parts.ffn_norm, "up": parts.ffn_norm}
 
         def linear(*roles: str) -> Linear:
             own, norm = [getattr(parts, role) for role in roles], norms.get(roles[0])
             if _for_kernels(own, weights):
                 return NativeLinear([packed[role] for role in roles], self.dtype, self.memory, norm)
-            return NormedLinear(own, RMSNorm(norm, self.dtype)) if by_kernels and norm is not None else Linear(own)
+            return NormedLinear(own, norm_layer(norm, self.dtype)) if by_kernels and norm is not None else Linear(own)
 
         kind = parts.rotation_kind
         rotation = None if kind is None else self.rotation_kinds.index(kind)
@@ -156,13 +157,15 @@ class PendingBranches(KernelBranches):
             self.pending.append(task)
         return hidden
 
-    def feed(self, layer: KernelLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
+    def feed(self, layer: KernelLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None, before: Tensor) -> Tensor:
         if layer.mixture is not None:
-            return super().feed(layer, kv, self.flush(hidden), gate)
+            return super().feed(layer, kv, self.flush(hidden), gate, before)
         if gate is not None and not gate.any_kept:
             return hidden
+        if layer.parallel and hidden is not before:  # the mixer has run, and a task would take its output for the input
+            return super().feed(layer, kv, hidden, gate, before)
         if not self.pending or self.pending[-1].layer is not layer.native:
-            self.pending.append(Task(layer.native, kv, 0))
+            self.pending.append(self._task(layer, kv))
         task = self.pending[-1]
         task.parts |= FFN
         task.fed = None if gate is None or gate.all_kept else gate.index
@@ -182,6 +185,12 @@ class PendingBranches(KernelBranches):
     def _rows(self) -> Rows:
         return Rows(self.new.sequences, self.new.lengths, self.new.seen, self.tables.compiled)
 
+    def _task(self, layer: KernelLayer, kv: LayerKV) -> Task:
+        task = Task(layer.native, kv, 0)
+        if layer.parallel:
+            task.before = self.tables.like.new_empty(sum(self.new.lengths), layer.native.struct.hidden)
+        return task
+
     def _mixer_task(self, layer: KernelLayer, kv: LayerKV, gate: Gate | None) -> Task | None:
         new, every_row = self.new, range(self.num_rows)
         if gate is not None and gate.projection is not None and not gate.all_kept:
@@ -189,7 +198,7 @@ class PendingBranches(KernelBranches):
         omit = gate is not None and gate.kv_rule == "omit"
         if not omit and not all(kv.holds_all(one, seen) for one, seen in zip(new.sequences, new.seen, strict=True)):
             return None  # another rule left gaps
-        task, counts = Task(layer.native, kv, 0), [self.num_tokens] * self.num_rows
+        task, counts = self._task(layer, kv), [self.num_tokens] * self.num_rows
         if gate is not None and not gate.all_kept:
             counts = [0] * self.num_rows
             if gate.any_kept:

@@ -116,10 +116,14 @@ class KernelPass:
         gates = self.gates
         task = Task(layer.native, kv, 0, defers=layer_idx in gates.deferring)
         gate, reader = gates.layers.get(layer_idx), gates.readers.get(layer_idx)
+        if layer.parallel:
+            task.before = self.before
         if gate is not None:
             task.gate = self._native(gate, layer_idx)
             task.parts |= (EXIT if gate.spec.exits else 0) | (ALONE if layer_idx in gates.mixers else 0)
             if gate.spec.scale is not None:
+                if layer.parallel:
+                    raise Unfit  # both would need the workspace
                 task.scale, task.before = self._address(gate.spec.scale), self.before
                 task.scales = torch.zeros(gates.num_tokens)
             if layer_idx in gates.omitting:

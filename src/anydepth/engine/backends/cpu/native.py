@@ -37,9 +37,9 @@ MAX_WIDTH = 8192
 MIXER_ROLES = ("queries", "keys", "values", "output")
 ROLES = (*MIXER_ROLES, "gate", "up", "down")
 """The linear layers of a decoder layer."""
-NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm")
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-NOTHING, TIMES, PLUS = -1, 2, 3
+NORMS = ("mixer_norm", "mixer_out_norm", "ffn_norm", "ffn_out_norm", "query_norm", "key_norm", "shared_norm")
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
+NOTHING, TIMES, PLUS = -1, 4, 5
 """With the activations, what product.h can do to results at once (`Then`)."""
 GATE_FIELDS = ("network", "exit", "compared", "logits", "column", "stride", "thresholds", "threshold")
 """The last is a float followed by four unused bytes."""
@@ -56,11 +56,17 @@ class MatrixStruct(Structure):
 
 
 class NormStruct(Structure):
-    _fields_ = [("weight", c_void_p), ("eps", c_float), ("size", c_int32)]
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "bias")),
+        ("eps", c_float),
+        *((name, c_int32) for name in ("size", "stride", "centred")),
+    ]
 
     @classmethod
     def of(cls, norm: Norm) -> NormStruct:
-        return cls(norm.weight.data_ptr(), norm.eps, norm.weight.numel())
+        size = norm.weight.shape[-1]
+        stride = size if norm.weight.dim() == 2 else 0
+        return cls(norm.weight.data_ptr(), address_of(norm.bias), norm.eps, size, stride, norm.centred)
 
 
 class LayerStruct(Structure):
@@ -72,9 +78,8 @@ class LayerStruct(Structure):
             (name, c_int32)
             for name in ("hidden", "heads", "kv_heads", "head_dim", "window", "activation", "in_bf16", "rotation")
         ),
-        ("scale", c_float),
-        ("softcap", c_float),
-        ("clip", c_float),
+        *((name, c_int32) for name in ("interleaved", "norms_rotated", "parallel")),
+        *((name, c_float) for name in ("scale", "softcap", "factor", "clip")),
     ]
 
 

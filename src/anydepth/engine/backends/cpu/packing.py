@@ -27,7 +27,7 @@ from anydepth.engine.backends.cpu.native import (
     address_of,
     library,
 )
-from anydepth.engine.backends.torch.layer import Head, Linear, RMSNorm
+from anydepth.engine.backends.torch.layer import Head, Linear, norm_layer
 from anydepth.engine.kv_cache import huge
 from anydepth.engine.weights import GROUP, PANEL, WeightFormat
 from anydepth.gating.gate_network import GateNetwork
@@ -206,7 +206,8 @@ class NativeHead(Head):
     """A head that runs its norm and product by the kernels (`native`); for many tokens by `linear`, if there is one."""
 
     def __init__(self, linear: Linear | None, native: NativeLinear, norm: Norm, softcap: float | None) -> None:
-        super().__init__(RMSNorm(norm, torch.bfloat16 if native.in_bf16 else torch.float32), linear or native, softcap)
+        dtype = torch.bfloat16 if native.in_bf16 else torch.float32
+        super().__init__(norm_layer(norm, dtype), linear or native, softcap)
         self.native = native
 
     def _product(self, flat: Tensor) -> Tensor:

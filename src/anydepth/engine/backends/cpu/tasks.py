@@ -84,8 +84,12 @@ class NativeLayer:
             in_bf16=dtype == torch.bfloat16,
             scale=parts.scale,
             softcap=parts.softcap or 0.0,
-            clip=parts.clip or 0.0,
             sinks=address_of(self.sinks),
+            interleaved=parts.interleaved,
+            norms_rotated=parts.norms_rotated,
+            parallel=parts.parallel,
+            factor=parts.factor,
+            clip=parts.clip or 0.0,
             **{name: weights.struct() for name, weights in packed.items()},
             **{name: NormStruct.of(norm) for name, norm in self.norms.items()},
         )
@@ -171,7 +175,7 @@ class Task:
     captured: Tensor | None = None  # (N, D), where the layer's input is stored
     scale: int = 0  # network that gives the logit in r = 2·σ(logit), a factor on what the layer adds; 0 for none
     scales: Tensor | None = None  # (N,) float32, its logits for all tokens where one passes the gate
-    before: Tensor | None = None  # (N, D) workspace for the input of a scaled layer
+    before: Tensor | None = None  # (N, D) workspace for the input of a scaled layer, or of the FFN of a parallel one
 
     def fields(self) -> tuple[int, ...]:
         kv, deferred = self.kv, (0, 0, 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anydepth.engine.backends.torch.experts import Mixture
-from anydepth.engine.backends.torch.layer import EngineLayer, Head, Linear, RMSNorm
+from anydepth.engine.backends.torch.layer import EngineLayer, Head, Linear, norm_layer
 from anydepth.engine.kv_cache import LayerKV
 from anydepth.engine.new_tokens import NewTokens, Rotation
 from anydepth.engine.weights import WeightFormat
@@ -69,7 +69,7 @@ class TorchBackend:
 
     def head(self, rows: Weights, norm: Norm, weights: Format, softcap: float | None) -> Head:
         """Return a head after a norm; `rows` are the weights (V, D) of its tokens, and their bias."""
-        return Head(RMSNorm(norm, self.dtype), self.linear([rows], weights), softcap)
+        return Head(norm_layer(norm, self.dtype), self.linear([rows], weights), softcap)
 
     def embedding(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the states of token ids, of any shape."""
@@ -129,13 +129,15 @@ class Branches:
             return hidden
         return self._mix_some(layer, kv, hidden, gate)
 
-    def feed(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None) -> Tensor:
-        """Run the FFN for the tokens that the gate keeps."""
+    def feed(self, layer: EngineLayer, kv: LayerKV, hidden: Tensor, gate: Gate | None, before: Tensor) -> Tensor:
+        """Run the FFN for the tokens that the gate keeps; `before` are the states before the mixer."""
+        read = before if layer.parallel else None
         if gate is None or gate.all_kept:
-            return layer.add_ffn(hidden)
+            return layer.add_ffn(hidden, read)
         if not gate.any_kept:
             return hidden
-        return hidden.index_copy(0, gate.index, layer.add_ffn(hidden[gate.index]))
+        index = gate.index
+        return hidden.index_copy(0, index, layer.add_ffn(hidden[index], None if read is None else read[index]))
 
     def flush(self, hidden: Tensor) -> Tensor:
         return hidden

@@ -19,6 +19,8 @@ from anydepth.models.target import cache_folder
 
 MANY_ROWS = 16
 """From so many rows on int8 layers unpack their weights: the packed product is made for few rows."""
+POINTWISE = {"silu": ("swish", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none")}
+"""Activations that oneDNN fuses with a product, and their variants."""
 
 
 class Linear:
@@ -40,7 +42,7 @@ class Linear:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def activate(self, x: Tensor, activation: str) -> Tensor:
-        return F.silu(self(x)) if activation == "silu" else F.gelu(self(x), approximate="tanh")
+        return activated(self(x), activation)
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         return self(x).mul_(factor)
@@ -61,7 +63,9 @@ class PrepackedLinear(Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def activate(self, x: Tensor, activation: str) -> Tensor:
-        name, variant = ("swish", "") if activation == "silu" else ("gelu", "tanh")
+        if activation not in POINTWISE:
+            return super().activate(x, activation)
+        name, variant = POINTWISE[activation]
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], variant)
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
@@ -89,6 +93,15 @@ class Int8Linear(Linear):
         return output if self.bias is None else output.add_(self.bias)
 
 
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Apply an activation of `LayerParts`."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu2":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def joined(parts: Sequence[Weights]) -> Weights:
     """Return the layers as one, their outputs concatenated, in a copy."""
     bias = None
@@ -107,6 +120,27 @@ class RMSNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(RMSNorm):
+    """The model's LayerNorm, with or without a bias, over a vector or by head."""
+
+    def __init__(self, norm: Norm, dtype: torch.dtype) -> None:
+        super().__init__(norm, dtype)
+        self.bias = None if norm.bias is None else norm.bias.to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight.device != x.device:  # that of OLMo is no parameter of the model
+            self.weight = self.weight.to(x.device)
+        shape = self.weight.shape[-1:]
+        if self.weight.dim() == 1:
+            return F.layer_norm(x, shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(x, shape, eps=self.eps) * self.weight
+
+
+def norm_layer(norm: Norm, dtype: torch.dtype) -> RMSNorm:
+    """Return a norm of the model as one call."""
+    return LayerNorm(norm, dtype) if norm.centred else RMSNorm(norm, dtype)
 
 
 class NormedLinear(Linear):
@@ -151,18 +185,21 @@ class EngineLayer:
         compiled: bool = False,
     ) -> None:
         def norm(part: Norm | None) -> RMSNorm | None:
-            return None if part is None else RMSNorm(part, dtype)
+            return None if part is None else norm_layer(part, dtype)
 
         self.num_heads, self.num_kv_heads, self.head_dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
         self.scale, self.softcap, self.window = parts.scale, parts.softcap, parts.window
         self.rotation_kind, self.activation, self.clip = parts.rotation_kind, parts.activation, parts.clip
         self.sinks = None if parts.sinks is None else parts.sinks.float()
+        self.interleaved, self.norms_rotated, self.factor = parts.interleaved, parts.norms_rotated, parts.factor
+        self.parallel, self.shared_norm = parts.parallel, norm(parts.shared_norm)
         self.qkv = linear("queries", "keys", "values")
         self.queries, self.kv = linear("queries"), linear("keys", "values")  # where some tokens only leave K/V
         self.out = linear("output")
         self.mixture = mixture
         if mixture is None:
-            self.gate, self.up, self.down = linear("gate"), linear("up"), linear("down")
+            self.gate, self.down = linear("gate"), linear("down")
+            self.up = None if parts.up is None else linear("up")
         self.mixer_norm, self.mixer_out_norm = norm(parts.mixer_norm), norm(parts.mixer_out_norm)
         self.ffn_norm, self.ffn_out_norm = norm(parts.ffn_norm), norm(parts.ffn_out_norm)
         self.query_norm, self.key_norm = norm(parts.query_norm), norm(parts.key_norm)
@@ -181,35 +218,27 @@ class EngineLayer:
     def ffn_bytes(self) -> int:
         if self.mixture is not None:
             return self.mixture.num_bytes
-        return self.gate.num_bytes + self.up.num_bytes + self.down.num_bytes
+        return self.gate.num_bytes + (0 if self.up is None else self.up.num_bytes) + self.down.num_bytes
 
     # --- mixer -------------------------------------------------------------------------------------------------
 
     def project(self, hidden: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Return queries (N, H, head_dim), keys and values (N, 2·H_kv, head_dim) of (N, D) states."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
-        parts = self.qkv(normed).view(len(hidden), -1, self.head_dim)
+        parts = self._heads(self.qkv(normed))
         num_rotated = self.num_heads + self.num_kv_heads
         if self.query_norm is None and self.key_norm is None:
-            self._clipped(parts)
-            if rotation is not None:
-                rotation.rotate(parts[:, :num_rotated])
+            self._place(parts[:, :num_rotated], rotation)
+            self._clipped(parts[:, num_rotated:])
             return parts[:, : self.num_heads], parts[:, self.num_heads :]
         queries, keys, values = parts.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        queries = self._clipped(_normed(queries, self.query_norm))
-        keys = self._clipped(_normed(keys, self.key_norm))
-        if rotation is not None:
-            rotation.rotate(queries)
-            rotation.rotate(keys)
+        queries, keys = self._place(queries, rotation, self.query_norm), self._place(keys, rotation, self.key_norm)
         return queries, torch.cat([keys, self._clipped(values)], dim=1)
 
     def project_queries(self, hidden: Tensor, rotation: Rotation | None) -> Tensor:
         """Return the queries (N, H, head_dim) alone of (N, D) states."""
         normed = hidden if self.mixer_norm is None else self.mixer_norm(hidden)
-        queries = self._clipped(_normed(self.queries(normed).view(len(hidden), -1, self.head_dim), self.query_norm))
-        if rotation is not None:
-            rotation.rotate(queries)
-        return queries
+        return self._place(self._heads(self.queries(normed)), rotation, self.query_norm)
 
     def own_kv(self, hidden: Tensor) -> Tensor:
         """Return keys and values (N, 2·H_kv·head_dim) of (N, D) states before any norm of heads and rotation."""
@@ -222,14 +251,20 @@ class EngineLayer:
 
         `projection` is used in place of the layer's own norm and weights.
         """
-        both = (projection or self.own_kv)(hidden).view(len(hidden), -1, self.head_dim)
-        keys = both[:, : self.num_kv_heads]
-        if self.key_norm is not None:
-            keys.copy_(_normed(keys, self.key_norm))
-        self._clipped(both)
+        keys, values = self._heads((projection or self.own_kv)(hidden)).chunk(2, dim=1)
+        # Not in place: `torch.compile` loses what is copied into a view of an intermediate result.
+        return torch.cat([self._place(keys, rotation, self.key_norm), self._clipped(values)], dim=1)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """Return projections as (N, H, head_dim)."""
+        return projected.view(len(projected), -1, self.head_dim)
+
+    def _place(self, heads: Tensor, rotation: Rotation | None, norm: RMSNorm | None = None) -> Tensor:
+        """Normalise, clip and rotate queries or keys (N, H, head_dim), in place where there is no norm."""
+        heads = self._clipped(heads if self.norms_rotated else _normed(heads, norm))
         if rotation is not None:
-            rotation.rotate(keys)
-        return both
+            rotation.rotate(heads, interleaved=self.interleaved)
+        return _normed(heads, norm) if self.norms_rotated else heads
 
     def _clipped(self, states: Tensor) -> Tensor:
         """Clip queries, keys or values, in place."""
@@ -287,22 +322,40 @@ class EngineLayer:
 
     def add_mixer(self, mixed: Tensor, residual: Tensor) -> Tensor:
         """Return the residual stream after the mixer, from attention's (N, H·head_dim) output."""
-        if self.mixer_out_norm is None:
-            return self.out.plus(mixed, residual)
-        return residual + self.mixer_out_norm(self.out(mixed))
+        return self._add(self.out, mixed, self.mixer_out_norm, residual)
+
+    def _add(self, linear: Linear, x: Tensor, norm: RMSNorm | None, residual: Tensor) -> Tensor:
+        """Return the residual stream and what a branch with this last linear layer adds to it."""
+        if norm is None and self.factor == 1:
+            return linear.plus(x, residual)
+        return self._sum(linear(x), norm, residual)
+
+    def _sum(self, output: Tensor, norm: RMSNorm | None, residual: Tensor) -> Tensor:
+        output = output if norm is None else norm(output)
+        return residual + (output if self.factor == 1 else output * self.factor)
 
     # --- FFN ---------------------------------------------------------------------------------------------------
 
-    def add_ffn(self, residual: Tensor) -> Tensor:
-        """Return the residual stream after the FFN, (N, D) to (N, D)."""
-        normed = residual if self.ffn_norm is None else self.ffn_norm(residual)
+    def ffn_input(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return what the FFN and its gate read, of states (N, D) before and after the mixer."""
+        if not self.parallel:
+            return after
+        return before if self.shared_norm is None else self.shared_norm(before)
+
+    def add_ffn(self, residual: Tensor, before: Tensor | None = None) -> Tensor:
+        """Return the residual stream after the FFN, (N, D) to (N, D).
+
+        Args:
+            before: the residual stream before the mixer, in a parallel layer after its mixer has run.
+        """
+        read = self.ffn_input(residual if before is None else before, residual)
+        normed = read if self.ffn_norm is None else self.ffn_norm(read)
         if self.mixture is not None:
-            output = self.mixture(normed)
-            return residual + (output if self.ffn_out_norm is None else self.ffn_out_norm(output))
-        inner = self.up.times(normed, self.gate.activate(normed, self.activation))
-        if self.ffn_out_norm is None:
-            return self.down.plus(inner, residual)
-        return residual + self.ffn_out_norm(self.down(inner))
+            return self._sum(self.mixture(normed), self.ffn_out_norm, residual)
+        inner = self.gate.activate(normed, self.activation)
+        if self.up is not None:
+            inner = self.up.times(normed, inner)
+        return self._add(self.down, inner, self.ffn_out_norm, residual)
 
 
 class Head:
@@ -338,6 +391,6 @@ def _normed(heads: Tensor, norm: RMSNorm | None) -> Tensor:
     """Normalise (N, H, head_dim) by head, or all heads at once (OLMo-2)."""
     if norm is None:
         return heads
-    if norm.weight.shape[0] == heads.shape[-1]:
+    if norm.weight.shape[-1] == heads.shape[-1]:
         return norm(heads)
     return norm(heads.reshape(len(heads), -1)).view_as(heads)

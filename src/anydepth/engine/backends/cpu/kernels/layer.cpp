@@ -57,7 +57,7 @@ void attend_all(const Layer& l, const A* slot, int64_t capacity, const int64_t* 
     }
 }
 
-// Replaces gates by activation(gates) · ups.
+// Replaces gates by activation(gates) · ups, or activation(gates) if there are none.
 template <class A>
 void combine(int kind, float* gates, const float* ups, int size) {
     for (int i = 0; i < size; i += WIDTH) {
@@ -65,25 +65,40 @@ void combine(int kind, float* gates, const float* ups, int size) {
         const int count = std::min(WIDTH, size - i);
         std::memcpy(some, gates + i, count * sizeof(float));
         const floats values = activated(kind, wide(some));
-        for (int k = 0; k < count; ++k) gates[i + k] = rounded<A>(rounded<A>(values[k]) * ups[i + k]);
+        for (int k = 0; k < count; ++k) gates[i + k] = rounded<A>(values[k]);
+        for (int k = 0; ups && k < count; ++k) gates[i + k] = rounded<A>(gates[i + k] * ups[i + k]);
     }
 }
 
+// Adds the FFN of states `read` to the residual stream `from`.
 template <class A>
-void ffn(const Layer& l, const A* from, A* to, float* workspace, const Tokens& kept, const Matrix* next) {
+void ffn(const Layer& l, const A* read, const A* from, A* to, float* workspace, const Tokens& kept, const Matrix* next) {
     const int rows = l.gate.rows, num = kept.num;
     float* inner = workspace;
     float* ups = inner + int64_t(num) * rows;
     float* scratch = ups + int64_t(num) * rows;
-    const Packed* x = &prepared<A>(l.gate, l.ffn_norm, from, kept);
-    product<A>(l.gate, *x, num, inner, &l.up);
-    if (!pack_alike(l.gate.kind, l.up.kind)) x = &prepared<A>(l.up, l.ffn_norm, from, kept);
-    const Range own = product<A>(l.up, *x, num, ups, &l.down);  // the same rows as before: no barrier needed
+    const bool gated = l.up.weight;
+    const Packed* x = &prepared<A>(l.gate, l.ffn_norm, read, kept);
+    const Range own = product<A>(l.gate, *x, num, inner, gated ? &l.up : &l.down);
+    if (gated && !pack_alike(l.gate.kind, l.up.kind)) x = &prepared<A>(l.up, l.ffn_norm, read, kept);
+    if (gated) product<A>(l.up, *x, num, ups, &l.down);  // the same rows as before: no barrier needed
     for (int64_t start = own.begin; start < int64_t(num) * rows; start += rows)
-        combine<A>(l.activation, inner + start, ups + start, own.end - own.begin);
+        combine<A>(l.activation, inner + start, gated ? ups + start : nullptr, own.end - own.begin);
 #pragma omp barrier
-    add_product<A>(l.down, l.ffn_out_norm, inner, from, to, scratch, kept, next);
+    add_product<A>(l.down, l.ffn_out_norm, l.factor, inner, from, to, scratch, kept, next);
 #pragma omp barrier
+}
+
+// Stores what the FFN of a parallel layer reads, before the mixer changes it. Complete when the team returns.
+template <class A>
+void keep_input(const Layer& l, const A* from, A* to, int num) {
+    static thread_local std::vector<float> state;
+    state.resize(l.hidden);
+#pragma omp for
+    for (int n = 0; n < num; ++n) {
+        read_state<A>(l.shared_norm, from + int64_t(n) * l.hidden, l.hidden, state.data());
+        for (int i = 0; i < l.hidden; ++i) store(state[i], to + int64_t(n) * l.hidden + i);
+    }
 }
 
 // Runs tasks one after the other on (N, hidden) states.
@@ -121,6 +136,11 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
 #pragma omp master
                 std::memcpy(task->before, now, size * sizeof(A));
             }
+            const A* read = nullptr;  // by the FFN of a parallel layer
+            if (task->layer->parallel && task->parts & FFN && fed.num) {
+                read = static_cast<const A*>(task->before);
+                keep_input(*task->layer, now, static_cast<A*>(task->before), num);
+            }
             if (!(task->parts & MIXER)) mixed.num = 0;
             if (task->deferred) defer_or_materialise(*task, b, now, mixed);
             if (mixed.num) {
@@ -128,9 +148,10 @@ void run(const Task* tasks, int n, const Batch& b, const A* from, A* to) {
                 now = to;
             }
             if (task->parts & FFN && fed.num) {
+                if (!read) read = now;
                 if (task->gate_of_ffn.logits)
-                    fed = through(task->gate_of_ffn, fed, now, num, task->layer->hidden, b.workspace, ffn_kept, &task->layer->gate);
-                if (fed.num) ffn<A>(*task->layer, now, to, b.workspace, fed, next);
+                    fed = through(task->gate_of_ffn, fed, read, num, task->layer->hidden, b.workspace, ffn_kept, &task->layer->gate);
+                if (fed.num) ffn<A>(*task->layer, read, now, to, b.workspace, fed, next);
                 if (fed.num) now = to;
             }
             if (scaled.num) scale(*task, scaled, to);

@@ -6,23 +6,24 @@
 
 namespace {
 
-// Rotates the heads of a token by its position, in place.
+// Rotates the heads of a token by its position, in place: halves, or neighbours.
 template <class A>
 void rotate(const Layer& l, const Batch& b, int64_t place, float* heads, int num) {
     if (l.rotation < 0) return;
     const Rotation& rotation = b.rotations[l.rotation];
     const A* cos = static_cast<const A*>(rotation.cos) + place * rotation.size;
     const A* sin = static_cast<const A*>(rotation.sin) + place * rotation.size;
-    const int half = int(rotation.size / 2);
+    const int half = int(rotation.size / 2), step = l.interleaved ? 2 : 1, partner = l.interleaved ? 1 : half;
     for (int h = 0; h < num; ++h, heads += l.head_dim)
         for (int i = 0; i < half; ++i) {
-            const float x = heads[i], y = heads[i + half];
-            heads[i] = rounded<A>(rounded<A>(x * one(cos[i])) + rounded<A>(-y * one(sin[i])));
-            heads[i + half] = rounded<A>(rounded<A>(y * one(cos[i + half])) + rounded<A>(x * one(sin[i + half])));
+            float &first = heads[i * step], &second = heads[i * step + partner];
+            const float x = first, y = second;
+            first = rounded<A>(rounded<A>(x * one(cos[i])) + rounded<A>(-y * one(sin[i])));
+            second = rounded<A>(rounded<A>(y * one(cos[i + half])) + rounded<A>(x * one(sin[i + half])));
         }
 }
 
-// Clips queries, keys or values.
+// Clips queries, keys or values of a token, in place.
 template <class A>
 void clip(const Layer& l, float* heads, int num) {
     if (!l.clip) return;
@@ -30,19 +31,29 @@ void clip(const Layer& l, float* heads, int num) {
     for (int i = 0; i < num * l.head_dim; ++i) heads[i] = std::clamp(heads[i], -most, most);
 }
 
+// Normalises, clips and rotates queries or keys of a token, in place.
+template <class A>
+void place(const Layer& l, const Batch& b, const Norm& norm, int64_t position, float* heads, int num) {
+    const auto normalised = [&] {
+        if (norm.weight) normalise<A>(norm, heads, num * l.head_dim / norm.size);
+    };
+    if (!l.norms_rotated) normalised();
+    clip<A>(l, heads, num);
+    rotate<A>(l, b, position, heads, num);
+    if (l.norms_rotated) normalised();
+}
+
 // Where a token's K/V are stored: after `number` K/V, and at which position.
 struct Entry {
     int64_t sequence, number, position;
 };
 
-// Normalises and rotates the keys of a token, and stores keys and values in the cache.
+// Stores the keys, rotated, and values of a token in the cache.
 template <class A>
 void leave(const Layer& l, const Batch& b, void* cache, const Entry& entry, float* keys, float* values) {
     const int size = l.head_dim;
-    if (l.key_norm.weight) normalise<A>(l.key_norm, keys, l.kv_heads * size / l.key_norm.size);
-    clip<A>(l, keys, l.kv_heads);
+    place<A>(l, b, l.key_norm, entry.position, keys, l.kv_heads);
     clip<A>(l, values, l.kv_heads);
-    rotate<A>(l, b, entry.position, keys, l.kv_heads);
     const int64_t head = b.capacity * size;
     A* slot = static_cast<A*>(cache) + entry.sequence * 2 * l.kv_heads * head;
     for (int h = 0; h < l.kv_heads; ++h)
@@ -130,10 +141,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
 #pragma omp for
     for (int item = 0; item < num + writers; ++item) {
         if (item < num) {
-            float* q = queries + int64_t(item) * width;
-            if (l.query_norm.weight) normalise<A>(l.query_norm, q, width / l.query_norm.size);
-            clip<A>(l, q, l.heads);
-            rotate<A>(l, b, position_of(b, kept[item]), q, l.heads);
+            place<A>(l, b, l.query_norm, position_of(b, kept[item]), queries + int64_t(item) * width, l.heads);
         } else {
             const int64_t i = item - num, start = i * kv_width;
             leave<A>(l, b, task.cache, mixing.entries[i], keys + start, values + start);
@@ -162,7 +170,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
         join(parts + query * splits, splits, size, l.sinks ? l.sinks + head : nullptr,
              [&](int k, float value) { mixed[int64_t(i) * width + head * size + k] = rounded<A>(value); });
     }
-    add_product<A>(l.output, l.mixer_out_norm, mixed, from, to, queries, kept, next);
+    add_product<A>(l.output, l.mixer_out_norm, l.factor, mixed, from, to, queries, kept, next);
 #pragma omp barrier
     if (task.deferred)
 #pragma omp master

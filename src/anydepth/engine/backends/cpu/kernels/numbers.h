@@ -206,9 +206,14 @@ inline floats sigmoid(floats x) {
     return (x < 0.0f ? e : floats{} + 1.0f) / (1.0f + e);
 }
 
-enum Activation : int32_t { SILU, GELU };  // the latter by tanh
+enum Activation : int32_t { SILU, GELU_TANH, GELU, RELU2 };
 
 inline floats activated(int kind, floats x) {
+    if (kind == RELU2) return x > 0.0f ? x * x : floats{};
+    if (kind == GELU) {
+        for (int k = 0; k < WIDTH; ++k) x[k] *= 0.5f + 0.5f * std::erf(x[k] * 0.70710678f);
+        return x;
+    }
     return x * sigmoid(kind == SILU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x));
 }
 

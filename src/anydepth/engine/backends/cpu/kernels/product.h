@@ -171,7 +171,7 @@ SEPARATE Results<M> integer_panel(const Matrix& w, const Packed& x, int panel, i
 }
 
 // What is done to results at once: an activation, or a product or sum with others of the same shape.
-enum Then : int32_t { NOTHING = -1, THEN_SILU = SILU, THEN_GELU = GELU, TIMES, PLUS };
+enum Then : int32_t { NOTHING = -1, THEN_LAST_ACTIVATION = RELU2, TIMES, PLUS };
 
 // Where results go, rounded to the activations' type A: `to` has `stride` values of type T a token.
 template <class A, class T>
@@ -188,7 +188,7 @@ struct Output {
         values = rounded<A>(values);
         if (then == TIMES) values *= some(other + at, num);
         if (then == PLUS) values += some(other + at, num);
-        if (then == THEN_SILU || then == THEN_GELU) values = activated(then, values);
+        if (then >= 0 && then <= THEN_LAST_ACTIVATION) values = activated(then, values);
         if (then != NOTHING) values = rounded<A>(values);
         store_some(values, num, to + at);
     }

@@ -19,11 +19,20 @@ struct Tokens {
 template <class A>
 void normalise(const Norm& norm, float* x, int num) {
     for (int n = 0; n < num; ++n, x += norm.size) {
+        const float* weight = norm.weight + int64_t(n) * norm.stride;
+        if (norm.centred) {
+            double total = 0;
+            for (int i = 0; i < norm.size; ++i) total += x[i];
+            for (int i = 0; i < norm.size; ++i) x[i] -= float(total / norm.size);
+        }
         const float factor = 1.0f / std::sqrt(dot(x, x, norm.size) / norm.size + norm.eps);
         for (int i = 0; i < norm.size; i += WIDTH) {
             const int count = std::min(WIDTH, norm.size - i);
-            const floats scaled = rounded<A>(some(x + i, count) * factor);
-            store_some(rounded<A>(scaled * some(norm.weight + i, count)), count, x + i);
+            floats scaled = some(x + i, count) * factor;
+            if (!norm.centred) scaled = rounded<A>(scaled);  // as the model does
+            scaled *= some(weight + i, count);
+            if (norm.bias) scaled += some(norm.bias + i, count);
+            store_some(rounded<A>(scaled), count, x + i);
         }
     }
 }
@@ -54,13 +63,15 @@ const Packed& prepared(const Matrix& w, const Norm& norm, const A* from, const T
     return prepared<A>(w, norm, tokens.num, [&](int n) { return from + tokens[n] * w.cols; });
 }
 
-// Adds x Wᵀ + b of some tokens, normalised if there is a norm, to the residual stream. `scratch`: (tokens, rows).
+// Adds x Wᵀ + b of some tokens, normalised if there is a norm and times a factor, to the residual stream.
+// `scratch`: (tokens, rows).
 template <class A>
-void add_product(const Matrix& w, const Norm& out_norm, const float* x, const A* residual, A* to, float* scratch,
+void add_product(const Matrix& w, const Norm& out_norm, float factor, const float* x, const A* residual, A* to, float* scratch,
                  const Tokens& tokens, const Matrix* next) {
     const auto add = [&](int n, int begin, int end) {
         const int64_t start = tokens[n] * w.rows, own = int64_t(n) * w.rows;
-        for (int i = begin; i < end; ++i) store(one(residual[start + i]) + scratch[own + i], to + start + i);
+        for (int i = begin; i < end; ++i)
+            store(one(residual[start + i]) + rounded<A>(factor * scratch[own + i]), to + start + i);
     };
     const Range own = product<A>(w, pack(w.kind, x, tokens.num, w.cols), tokens.num, scratch, next);
     if (!out_norm.weight) {

@@ -7,19 +7,27 @@
 
 extern "C" {
 
-struct Norm {  // x / rms(x) · weight, over `size` values; none if weight is null
+struct Norm {  // x / rms(x) · weight + bias, over `size` values; none if weight is null
     const float* weight;
+    const float* bias;  // null for none
     float eps;
     int32_t size;
+    int32_t stride;   // between the weights of neighbouring vectors, 0 if they have the same
+    int32_t centred;  // x less its mean (LayerNorm)
 };
 
 struct Layer {
-    Matrix queries, keys, values, output, gate, up, down;
-    Norm mixer_norm, mixer_out_norm, ffn_norm, ffn_out_norm, query_norm, key_norm;
+    Matrix queries, keys, values, output, gate, up, down;  // `up` without weights: an FFN without a gate
+    Norm mixer_norm, mixer_out_norm, ffn_norm, ffn_out_norm, query_norm, key_norm, shared_norm;
     const float* sinks;  // (heads,) scores of a key without a value that every query sees; null for none
     int32_t hidden, heads, kv_heads, head_dim, window, activation, in_bf16;
-    int32_t rotation;  // index into the batch's rotary embeddings, -1 for none
-    float scale, softcap, clip;  // 0 for no softcap, and no bound on queries, keys and values
+    int32_t rotation;       // index into the batch's rotary embeddings, -1 for none
+    int32_t interleaved;    // neighbours are rotated, not halves
+    int32_t norms_rotated;  // queries and keys are normalised after they are rotated
+    int32_t parallel;       // the FFN reads the layer's input, by the shared norm if there is one
+    float scale, softcap;
+    float factor;  // of what a branch adds
+    float clip;    // bound on the values of queries, keys and values, 0 for none
 };
 
 struct Rotation {  // (positions, size) each, in the activations' type
@@ -80,7 +88,7 @@ struct Task {
     void* captured;        // (N, hidden), where the layer's input is stored for the caller; null: nowhere
     const Network* scale;  // r = 2·σ(logit) multiplies what the layer adds to tokens that pass its gate; null: r = 1
     float* scales;         // (N,) its logits, stored for the caller
-    void* before;          // (N, hidden) workspace of a scaled layer
+    void* before;          // (N, hidden) workspace of a scaled layer, or for what the FFN of a parallel layer reads
     Gate gate, gate_of_ffn;   // of the layer, if `mixed` and `fed` are null; and of the FFN
 };
 
