@@ -252,6 +252,6 @@ def test_prompts_may_leave_early(folder: Path, tmp_path: Path, monkeypatch: pyte
     tuner.chosen = settings[4]
     tuner.write(tmp_path / "out")
     again, _ = load_target(str(tmp_path / "out"))
-    assert again.methods["prompt_exit"].config.model_dump() == {"layer": 4, "head": 4, "tail": 64, "fitted": True}
+    assert again.methods["prompt_exit"].config == anydepth.PromptExit.Config(layer=4, fitted=True)
     after = evaluate(FastEngine(again), texts.windows[0], prompt_tokens=96)["perplexity"]
     assert quality["perplexity"] == pytest.approx(after, 1e-4) and after != before

@@ -143,14 +143,11 @@ class Engine(ABC):
             num_prompt: number of first tokens that are read as a prompt; of them only the last one has logits.
         """
         session, plan = self.new_session(1), FULL_DEPTH if self.drafts else Plan.of(self.adapted.active_methods)
-        sequence, ids, records = session.open(), token_ids.tolist(), []
-        beginning = plan.beginning(num_prompt)
+        sequence, ids = session.open(), token_ids.tolist()
         with self.turn:
-            if beginning and plan.prompt is not None:
-                records.append(session.read(sequence, ids[:beginning], plan.prompt, num_logits=0)[1])
             num_logits = len(ids) - max(num_prompt - 1, 0)
-            logits, record = session.read(sequence, ids[beginning:], plan, num_logits=num_logits)
+            logits, record = session.read(sequence, ids, plan.of_prompt(num_prompt), num_logits=num_logits)
         assert logits is not None
         if self.adapted.is_enabled:
-            self.adapted.records = [*records, record]
+            self.adapted.records = [record]
         return logits

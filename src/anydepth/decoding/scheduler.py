@@ -204,15 +204,14 @@ class Scheduler:
     def _read(self, request: Request) -> torch.Tensor | None:
         """Read a chunk of a prompt, or the rest of it; return (V,) logits after its last token, else None."""
         plan = self._plan(request)
-        # A beginning that gates of prompts have read has other K/V than the same tokens at the end of a prompt.
-        prefixes = self.prefixes if plan.prompt is None else None
+        # Tokens that gates of prompts have read have other K/V than the same ones at the end of a prompt.
+        prefixes = None if plan.gates_prompts else self.prefixes
         if prefixes is not None and not request.scores_prompt:
             prefixes.restore(self.session, request, plan)
         start, size = self.session.length(request.kv), self._chunk_size(request)
         left = request.tokens[start:]
-        beginning = 0 if request.scores_prompt else plan.beginning(len(request.tokens))
-        if start < beginning and plan.prompt is not None:
-            plan, left = plan.prompt, left[: beginning - start]
+        if not request.scores_prompt:
+            plan = plan.of_prompt(len(request.tokens))
         chunk = left if size is None or len(left) <= size + (self.session.max_tokens or 0) else left[:size]
         is_last = start + len(chunk) == len(request.tokens)
         num_logits = len(chunk) if request.scores_prompt else int(is_last)

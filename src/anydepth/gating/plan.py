@@ -38,15 +38,15 @@ class Decider:
     """Whether scores are recorded for calibration, also those of gates that skip no token."""
     captured_layers: Sequence[int] = ()
     """Layers with inputs that training needs, gated or not."""
-    prompt_tail: int = 0
-    """Last tokens of a prompt for which the gates of prompts do not hold."""
+    gates_prompts: bool = False
+    """Whether there are further gates for prompts."""
 
     def gates(self) -> list[GateSpec]:
         """Return all gates at inference; layers that are not listed run for every token."""
         return []
 
-    def prompt_gates(self) -> list[GateSpec]:
-        """Return further gates for the tokens of a prompt, all but the last `prompt_tail`."""
+    def prompt_gates(self, num_prompt: int | Tensor) -> list[GateSpec]:
+        """Return further gates for prompts of so many tokens, an int or (B, 1), and for tokens that follow at once."""
         return []
 
     def begin(self, context: PassContext) -> Any:
@@ -92,14 +92,12 @@ class Plan:
         exits: by method and layer, the exits in order.
         compared: layers with inputs that are kept for the gates of later layers.
         compiled: objects that executions have built from this plan, by their own keys.
-        prompt: the plan for the tokens of a prompt, all but the last `prompt_tail`; None: this plan.
+        gates_prompts: whether `of_prompt` may be another plan.
     """
 
-    prompt: Plan | None = None
-    prompt_tail: int = 0
-
     def __init__(self, gates: Sequence[PlannedGate], methods: Sequence[Decider] = ()) -> None:
-        self.methods = tuple(methods)
+        self.given, self.methods = tuple(gates), tuple(methods)
+        self.gates_prompts = any(method.gates_prompts for method in methods)
         layers: dict[Branch, set[int]] = {"layer": set(), "mixer": set(), "ffn": set()}
         self.gates: list[PlannedGate] = []
         self.at_input: dict[int, list[PlannedGate]] = {}
@@ -135,11 +133,7 @@ class Plan:
     def of(cls, methods: Sequence[Decider]) -> Plan:
         """Return the plan of methods at inference."""
         gates = [PlannedGate(method, spec) for method in methods for spec in method.gates()]
-        plan, own = cls(gates, methods), [PlannedGate(one, spec) for one in methods for spec in one.prompt_gates()]
-        if own:
-            plan.prompt = cls([*gates, *own], methods)
-            plan.prompt_tail = max(one.prompt_tail for one in methods if one.prompt_gates())
-        return plan
+        return cls(gates, methods)
 
     @classmethod
     def for_forward(cls, methods: Sequence[Decider], context: PassContext) -> Plan:
@@ -151,9 +145,10 @@ class Plan:
             found += [PlannedGate(method, spec, is_sampled) for spec in specs]
         return cls(found, methods)
 
-    def beginning(self, num_prompt: int) -> int:
-        """Return how many first tokens of a prompt `prompt` is for; 0 where this plan reads all of it."""
-        return 0 if self.prompt is None else max(num_prompt - self.prompt_tail, 0)
+    def of_prompt(self, num_prompt: int | Tensor) -> Plan:
+        """Return the plan of passes over prompts of so many tokens, an int or (B, 1)."""
+        own = [PlannedGate(method, spec) for method in self.methods for spec in method.prompt_gates(num_prompt)]
+        return Plan([*self.given, *own], self.methods) if own else self
 
     @property
     def is_empty(self) -> bool:

@@ -192,13 +192,12 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def _read_prompt(self, token_ids: Tensor, cache: AdaptiveCache, **options: Any) -> None:
-        """Read the beginning of (B, T) prompts into an empty cache, if methods have gates for it.
+        """Read (B, T) prompts, all but their last column, into an empty cache, if methods have gates for prompts.
 
         `options` are those of `generate`.
         """
         plan, model = Plan.of(self.active_methods), self.model
-        beginning = plan.beginning(token_ids.shape[1])
-        if not beginning or plan.prompt is None:
+        if not plan.gates_prompts or token_ids.shape[1] == 1:
             return
         mask, defaults = options.get("attention_mask"), options.get("generation_config") or self.generation_config
         mask = torch.ones_like(token_ids) if mask is None else mask
@@ -206,11 +205,12 @@ class AdaptedModel(nn.Module):
         counts = (options.get(name, getattr(defaults, name)) for name in ("num_beams", "num_return_sequences"))
         copies = max(count or 1 for count in counts)
         token_ids, mask = token_ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
-        token_ids, mask = token_ids[:, :beginning], mask[:, :beginning]
+        plan = plan.of_prompt(mask.sum(1, keepdim=True))
+        token_ids, mask = token_ids[:, :-1], mask[:, :-1]
         inputs = {"attention_mask": mask, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         if "position_ids" in inspect.signature(self.backbone.model.forward).parameters:
             inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-        with self.running(plan.prompt):
+        with self.running(plan):
             model(input_ids=token_ids, **inputs)
 
     def new_cache(self) -> AdaptiveCache:

@@ -100,7 +100,7 @@ def why_the_same(engine: Engine, prompt_tokens: int = 0) -> str | None:
     if engine.drafts:
         return "drafting does not change scores: full depth verifies every token"
     plan = Plan.of(adapted.active_methods)
-    if plan.is_empty and plan.prompt is not None and not prompt_tokens:
+    if plan.is_empty and plan.gates_prompts and not prompt_tokens:
         return f"{adapted.label} changes how prompts are read; give --prompt-tokens to score what follows them"
     if any(not method.is_lossless() for method in adapted.active_methods):
         return None

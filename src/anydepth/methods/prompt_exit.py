@@ -8,6 +8,9 @@ read in about the fraction of layers that its tokens run.
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,6 +31,9 @@ class PromptExitConfig(StrictConfig):
     )
     head: int = Field(default=4, ge=0, description="First tokens of a prompt that run every layer.")
     tail: int = Field(default=64, ge=1, description="Last tokens of a prompt that run every layer.")
+    tail_share: float = Field(
+        default=0.125, ge=0, le=1, description="Part of a prompt that these last tokens are at least."
+    )
     fitted: bool = Field(
         default=False, description="Later layers have K/V projections of their own for these tokens, fitted on text."
     )
@@ -38,13 +44,14 @@ class PromptExit(Method):
 
     Config = PromptExitConfig
     name = "prompt_exit"
+    gates_prompts = True
     summary = "tokens of a prompt, all but the first and last ones, exit before a layer"
 
     def __init__(self, config: PromptExitConfig, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.layer = max(round(self.num_layers * 5 / 6), 1) if config.layer is None else config.layer
         check_exits([self.layer], self.num_layers)
-        self.head, self.prompt_tail = config.head, config.tail
+        self.head = config.head
         self.views = backbone.layers
         layers = range(self.layer, self.num_layers) if config.fitted else ()
         self.projections = nn.ModuleDict({str(layer_idx): self._own(layer_idx) for layer_idx in layers})
@@ -74,12 +81,17 @@ class PromptExit(Method):
             device = self.projection(int(name)).keys.weight.device
             self.projections[name] = self._own(int(name)).to(device)
 
-    def prompt_gates(self) -> list[GateSpec]:
+    def prompt_gates(self, num_prompt: int | Tensor) -> list[GateSpec]:
+        lengths = torch.as_tensor(num_prompt)
+        tail = lengths - (lengths * self.config.tail_share).ceil().long().clamp_min(self.config.tail)
+        if isinstance(num_prompt, int) and tail <= self.head:
+            return []
         layers = tuple(range(self.layer, self.num_layers))
         fitted = {layer_idx: self.projection(layer_idx) for layer_idx in layers} if self.config.fitted else None
-        score = Known(len(layers), self._exited)
+        score = Known(len(layers), partial(self._kept, tail))
         return [GateSpec(layers, "layer", score, threshold=0.5, projections=fitted)]
 
-    def _exited(self, context: PassContext) -> Tensor:
-        """Return 1 for the first tokens of a prompt, which run the layers, and 0 for the others."""
-        return (context.positions < self.head).float().expand(self.num_layers - self.layer, -1, -1)
+    def _kept(self, tail: Tensor, context: PassContext) -> Tensor:
+        """Return 1 for tokens that run the layers and 0 for those that exit, which `tail` comes after."""
+        kept = (context.positions < self.head) | (context.positions >= tail)
+        return kept.float().expand(self.num_layers - self.layer, -1, -1)

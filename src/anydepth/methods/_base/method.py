@@ -6,6 +6,7 @@ independent of padding. A method that learns also inherits `Trained` (`training.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -54,7 +55,7 @@ class Method(nn.Module, Decider):
     @property
     def kv_rules(self) -> set[KVRule]:
         """The ways in which tokens that skip a mixer leave K/V where other tokens of their sequence run it."""
-        gates = [*self.gates(), *self.prompt_gates()]
+        gates = [*self.gates(), *self.prompt_gates(sys.maxsize)]
         return {spec.on_skip for spec in gates if spec.branch != "ffn" and not isinstance(spec.score, Closed)}
 
     @property
