@@ -46,11 +46,10 @@ from anydepth.training.data import load_windows
 from models import model_file
 
 RESULT = Path(__file__).resolve().parent / "results" / "map.json"
-CELLS = ((1, 64), (1, 512), (1, 2048), (4, 64), (4, 512), (16, 64), (16, 512))
-"""Batches and tokens of a prompt."""
-ROUNDS = {64: 8, 512: 6, 2048: 5}
-SCORED = {64: 24, 512: 16, 2048: 6}
-"""By tokens of a prompt: timed prompts of a cell, and windows of each text that score what follows."""
+CELLS = {(1, 64): 8, (1, 512): 8, (1, 2048): 5, (4, 64): 8, (4, 512): 5, (8, 64): 8, (8, 512): 4}
+"""Batches and tokens of a prompt, and how many are timed."""
+SCORED = {64: 16, 512: 12, 2048: 6}
+"""Windows of each text that score what follows, by tokens of a prompt."""
 PHASES = {"reading": ("weights", "skip set", "prompt exit"), "answering": ("weights", "skip set", "drafting")}
 """Kinds of settings that change the time of a phase."""
 STATIC = ("weights", "skip set")
@@ -110,8 +109,8 @@ def measure(target: str) -> dict[str, Any]:
     """Return the rows of all cells."""
     ways, tokenizer = settings(target)
     print(f"{len(ways)} settings in {len(CELLS)} cells", flush=True)
-    for batch_size, size in CELLS:
-        prompts = load_windows("wikitext-2:train", tokenizer, size, max_windows=batch_size * (ROUNDS[size] + 1))
+    for (batch_size, size), rounds in CELLS.items():
+        prompts = load_windows("wikitext-2:train", tokenizer, size, max_windows=batch_size * (rounds + 1))
         with THREADS.fixed(print):
             time_cell(ways, (batch_size, size), prompts.split(batch_size))
     for size, count in SCORED.items():
@@ -217,6 +216,20 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def every_setting(found: dict[str, Any]) -> str:
+    """Return a table of all settings at batch 1: answering after the shortest prompt, and reading the others."""
+    (_, shortest), *others = cells = [cell for cell in cells_of(found) if cell[0] == 1]
+    heads = [f"answering after {shortest}", *(f"reading {size}" for _, size in others)]
+    heads += [f"after {size} of {text}" for _, size in others for text in TEXTS]
+    lines = [f"| | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+    for first, *rows in zip(*(cells_of(found)[cell] for cell in cells), strict=True):
+        texts = [first["label"].removeprefix("engine "), wording.speedup(first["answering"])]
+        texts += [wording.speedup(one["reading"]) for one in rows]
+        texts += [wording.cell("perplexity_increase", one["quality"][text]) for one in rows for text in TEXTS]
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
 COLOURS = {"weights": "#9aa5b1", "skip set": "#d9a441", "prompt exit": "#3b7dd8", "drafting": "#3a9d6e"}
 
 
@@ -260,14 +273,15 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the committed result to this file, run nothing")
     arguments = parser.parse_args()
     if not (arguments.table or arguments.picture):
-        config = {"target": arguments.target, "cells": CELLS, "rounds": ROUNDS, "scored": SCORED, "new_tokens": NEW}
+        cells = [[*cell, rounds] for cell, rounds in CELLS.items()]
+        config = {"target": arguments.target, "cells": cells, "scored": SCORED, "new_tokens": NEW}
         fields = measure(arguments.target)
         write_json(arguments.out, document("anydepth.map/1", seed=0, config=config, **fields))
     found = read_document(arguments.out)
     if arguments.picture:
         draw(found, arguments.picture)
     else:
-        print(markdown(found))
+        print(markdown(found), every_setting(found), sep="\n\n")
 
 
 if __name__ == "__main__":
