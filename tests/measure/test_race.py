@@ -62,6 +62,18 @@ def test_none_is_dropped_that_is_nearly_as_fast() -> None:
     assert len(prepared().run(entrants, time.monotonic() + 60)) == 3
 
 
+def test_the_fastest_that_keeps_the_text_stays() -> None:
+    """Drafts for the same weights keep the text; those for others do not."""
+    seconds = {"a": 0.4, "b": 0.5, "c": 0.6, "d": 0.7}
+    entrants = [entrant(name, lambda run, own=own: own) for name, own in seconds.items()]
+    for weights, own in (("full depth", 0.95), ("full depth", 0.9), ("a", 1.2)):
+        one = entrant(weights, lambda run, own=own: own)
+        entrants.append(Entrant(Setting("fast", weights, draft=f"{own}"), one.engine, nullcontext))
+    left = prepared().run(entrants, time.monotonic() + 60)
+    assert [one.setting.draft for one in left if one.setting.draft] == ["0.9"] and left[0].setting.weights == "a"
+    assert left[-1].num_runs == left[0].num_runs
+
+
 def test_a_late_race_ends_after_its_first_round() -> None:
     entrants = [entrant(name, lambda run: 0.5) for name in "abc"]
     prepared().run(entrants, time.monotonic() - 1)

@@ -131,7 +131,7 @@ class Entrant:
 
 @dataclass
 class Race:
-    """Runs entrants on the same prompts in turn, full depth among them.
+    """Runs entrants on the same prompts in turn, full depth among them. The fastest that keeps the text stays.
 
     Args:
         prompts: yields a shape's name and a batch of prompts; each is run once by all.
@@ -187,6 +187,10 @@ class Race:
             if self.most_distance == 0 and any(entrant.distances):
                 entrant.dropped = "its text is not that of full depth"
 
+    def _keeps_text(self, setting: Setting) -> bool:
+        """Return whether a setting gives the text of full depth: it drafts for the same weights."""
+        return setting.draft is not None and setting.weights == self.reference.setting.weights
+
     def _is_too_far(self, entrant: Entrant) -> bool:
         """Return whether the mean distance is above the bound, with some confidence: a first text can be unlucky."""
         if self.most_distance is None or len(entrant.distances) < 2:
@@ -201,7 +205,10 @@ class Race:
         entrants = [one for one in entrants if one.dropped is None]
         ranked = sorted(entrants, key=lambda one: -one.speedup)
         best = ranked[0].speedup if ranked else 1.0
+        lossless = next((one for one in ranked if self._keeps_text(one.setting)), None)
         for place, entrant in enumerate(ranked):
+            if entrant is lossless:  # what the same text costs is known as well as the fastest
+                continue
             if place >= max(math.ceil(len(ranked) / 2), FEW) and entrant.speedup < CLOSE * best:
                 entrant.dropped = f"{entrant.speedup:.2f}× after {entrant.num_runs} prompts, {best:.2f}× the best"
         active = [one for one in ranked if one.dropped is None]

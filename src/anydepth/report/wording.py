@@ -95,7 +95,15 @@ def tuning(document: Document) -> list[str]:
         lines.append(f"nothing lossy was raced: {why}")
     elif not document["bound"]["lossless"] and chosen["setting"]["draft"] is not None and again["identical_tokens"]:
         lines.append("no lossy setting within the bound was faster")
+    elif (same := fastest_with_the_text(document)) is not None and not again["identical_tokens"]:
+        lines.append(f"with the text of full depth: {same['label']}, {speedup(same, '×')}")
     return lines
+
+
+def fastest_with_the_text(document: Document) -> Document | None:
+    """Return the fastest candidate of `tune` that drafts and gave the text of full depth."""
+    found = [row for row in document["candidates"] if row["setting"]["draft"] is not None and row["identical_tokens"]]
+    return max(found, key=lambda row: row["speedup"], default=None)
 
 
 def ways(document: Document) -> list[Document]:
