@@ -101,3 +101,9 @@ def test_labels_of_points_are_towards_the_middle() -> None:
     rows = [{"label": str(rate), "tokens_per_second": rate, "perplexity": 10.0} for rate in (10.0, 20.0, 90.0)]
     (axes,) = speed.tradeoff(rows).axes
     assert [text.get_ha() for text in axes.texts] == ["left", "left", "right"]  # the mean is 40
+
+
+def test_noise_is_not_as_wide_as_the_picture() -> None:
+    rows = [{"label": name, "tokens_per_second": x, "perplexity": 12.0} for name, x in (("a", 81.2), ("b", 82.0))]
+    low, high = speed.tradeoff(rows).axes[0].get_xlim()
+    assert low < 74 and high > 89

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from dataclasses import replace
@@ -248,10 +249,13 @@ def test_prompts_may_leave_early(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert quality["num_tokens"] == 4 * 32 and quality["perplexity_increase"] != 0
     model, _ = anydepth.load_model(str(folder / "base"), dtype="float32")
     own = anydepth.attach(model, anydepth.PromptExit.Config(layer=4)).eval()
-    before = evaluate(FastEngine(own), texts.windows[0], prompt_tokens=96)["perplexity"]
+    before = evaluate(FastEngine(own), texts.windows[0], prompt_tokens=96)
     tuner.chosen = settings[4]
     tuner.write(tmp_path / "out")
     again, _ = load_target(str(tmp_path / "out"))
     assert again.methods["prompt_exit"].config == anydepth.PromptExit.Config(layer=4, fitted=True)
-    after = evaluate(FastEngine(again), texts.windows[0], prompt_tokens=96)["perplexity"]
-    assert quality["perplexity"] == pytest.approx(after, 1e-4) and after != before
+    after = evaluate(FastEngine(again), texts.windows[0], prompt_tokens=96)
+    increase = math.expm1(after["loss"] - after["full_depth"]["loss"])
+    assert quality["perplexity_increase"] == pytest.approx(increase, 1e-3) and after["loss"] != before["loss"]
+    whole = evaluate(FastEngine(own), texts.windows[0])["full_depth"]["loss"]
+    assert quality["perplexity"] == pytest.approx(math.exp(whole) * (1 + increase), 1e-3)

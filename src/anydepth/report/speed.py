@@ -13,6 +13,8 @@ from anydepth.report.plots import COLOURS, GREY, Document, bounds, error_bars, s
 SPREAD = wording.sentence(wording.SPREAD)
 SHOWN = {"speedup": wording.speedup}
 ALSO = ("speedup_interval", "is_noise")
+NARROW = 0.2
+"""Least width of the axis of speeds, relative to their mean."""
 """How tables show a speed-up, and what only their CSV has of it."""
 TIMED = wording.columns(
     "engine weights batch_size prompt_tokens new_tokens full adapted_rate speedup ideal_speedup",
@@ -161,4 +163,7 @@ def tradeoff(rows: Iterable[Document]) -> Figure:
         axes.scatter(*point, color=colour, s=46, zorder=3)
         axes.annotate(short(row["label"]), point, fontsize=8, xytext=(0, 7), textcoords="offset points", ha=side)
     axes.margins(x=0.15, y=0.25)  # Space for the labels.
+    low, high = axes.get_xlim()
+    if high - low < NARROW * middle:  # else noise would be as wide as the picture
+        axes.set_xlim(middle * (1 - NARROW / 2), middle * (1 + NARROW / 2))
     return figure

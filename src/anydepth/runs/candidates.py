@@ -177,13 +177,17 @@ class Quality:
     def of(self, entrant: Entrant, reference: Entrant) -> dict[str, Any]:
         """Return perplexity, its increase over the reference, and the agreement with it.
 
-        Where prompts are read in another way, both are scored on the last quarter of each window, after a prompt.
+        Where prompts are read in another way, both are scored on the last quarter of each window, after a prompt. The
+        perplexity is then the reference's on whole windows times the increase there, so that settings compare.
         """
         num_prompt = 0 if entrant.setting.prompt_layers is None else 3 * self.windows.shape[1] // 4
         losses, tokens = self._scored(entrant, num_prompt)
         full_losses, full_tokens = self._scored(reference, num_prompt)
         agreement = (tokens == full_tokens).double().mean().item()
-        return {**increase_of(losses, full_losses), "agreement": agreement, "num_tokens": tokens.numel()}
+        found = increase_of(losses, full_losses)
+        found["full_depth_perplexity"] = math.exp(mean(self._scored(reference, 0)[0]))
+        found["perplexity"] = found["full_depth_perplexity"] * (1 + found["perplexity_increase"])
+        return {**found, "agreement": agreement, "num_tokens": tokens.numel()}
 
     def _scored(self, entrant: Entrant, num_prompt: int) -> tuple[list[float], Tensor]:
         key = replace(entrant.setting, draft=None), num_prompt  # drafts change nothing
