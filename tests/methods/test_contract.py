@@ -42,8 +42,8 @@ CASES: dict[str, Spec] = {
     "prompt_exit": {
         "name": "prompt_exit",
         "layer": 3,
-        "head": 2,
-        "tail": 4,
+        "first": 2,
+        "last": 4,
     },  # of prompts that are generated from alone
     "router_project": {"name": "layer_router", "always_keep": 1, "kv_rule": "project"},
     "router_omit": {"name": "layer_router", "always_keep": 1, "kv_rule": "omit"},

@@ -25,7 +25,7 @@ from anydepth.models.backbone import Backbone
 from anydepth.models.llama_like import FAMILIES as ENGINE_FAMILIES
 
 LAYER, HEAD, TAIL, NUM_PROMPT = 3, 2, 6, 30
-SPEC = {"name": "prompt_exit", "layer": LAYER, "head": HEAD, "tail": TAIL}
+SPEC = {"name": "prompt_exit", "layer": LAYER, "first": HEAD, "last": TAIL}
 FAST = {"llama", "glm4", "hunyuan_v1_dense", "olmo"}
 """Families with other arithmetic after the projection of keys."""
 ENGINES: list[Callable[[Any], Engine]] = [HFEngine, FastEngine]

@@ -167,6 +167,13 @@ def test_a_gguf_file_of_the_hub_is_named_by_its_end(hub: Path, tmp_path: Path) -
     for name, count in (("", 3), (":Q8_0", 2), (":Q5_K", 0)):
         with pytest.raises(UserError, match=f"fits {count} of the 3 .gguf models there; .*user/many-GGUF:sea-Q4_0"):
             find_target(f"user/many-GGUF{name}")
+    shutil.copy(snapshot / "sea-Q4_0.gguf", snapshot / "mmproj-sea-Q4_0.gguf")
+    (snapshot / "sky-Q8_0-00002-of-00002.gguf").unlink()  # as after a fetch that was interrupted
+    forget_snapshots()
+    assert gguf_of("user/many-GGUF:sea-Q4_0") == snapshot / "sea-Q4_0.gguf"
+    with pytest.raises(UserError, match="fits 0 of the 3"):
+        find_target("user/many-GGUF:sky-Q8_0")
+    (snapshot / "mmproj-sea-Q4_0.gguf").unlink()
     (snapshot / "config.json").write_text("{}")
     forget_snapshots()
     assert gguf_of("user/many-GGUF") is None  # a model of transformers, unless a file is named

@@ -22,7 +22,7 @@ from anydepth.search.projection_fit import fit_projections
 from tiny import save_base
 
 LAYER, TAIL, NUM_PROMPT = 3, 6, 30
-SPEC = {"name": "prompt_exit", "layer": LAYER, "tail": TAIL, "fitted": True}
+SPEC = {"name": "prompt_exit", "layer": LAYER, "last": TAIL, "fitted": True}
 ENGINES: list[Callable[[Any], Engine]] = [HFEngine, FastEngine]
 
 
@@ -74,7 +74,7 @@ def test_a_fit_is_ridge_regression_and_every_execution_has_it(family: str) -> No
 @torch.no_grad()
 def test_rows_of_a_padded_batch_have_the_tokens_that_they_have_alone() -> None:
     """The first tokens of a prompt run every layer, so that in one column some rows exit and others do not."""
-    adapted, windows = attached(head=3), families.token_ids(batch_size=40, length=60)
+    adapted, windows = attached(first=3), families.token_ids(batch_size=40, length=60)
     fit_projections([adapted.methods["prompt_exit"]], HFEngine(adapted), windows)  # type: ignore[list-item]
     prompts = [row[:length] for row, length in zip(families.token_ids().tolist(), (40, 29, 35), strict=True)]
     mask = torch.tensor([[0] * (40 - len(row)) + [1] * len(row) for row in prompts])
@@ -108,6 +108,16 @@ def test_a_checkpoint_has_them(tmp_path: Path) -> None:
     anydepth.save(adapted, tmp_path / "mine", base=str(tmp_path / "base"))
     again = anydepth.load(tmp_path / "mine")
     assert torch.equal(logits(HFEngine(again), windows[0]), logits(HFEngine(adapted), windows[0]))
+
+
+@pytest.mark.parametrize(
+    "other", [{"name": "skip_set", "skip_ffns": [3]}, {"name": "layer_router"}, {"name": "exit_gate"}]
+)
+def test_other_methods_that_skip_are_refused_next_to_them(other: dict[str, Any]) -> None:
+    """Their tokens would leave K/V from states that the projections were not fitted for."""
+    with pytest.raises(UserError, match=f"fitted projections gives K/V to tokens that {other['name']} would skip"):
+        anydepth.attach(families.build("llama"), [SPEC, other])
+    anydepth.attach(families.build("llama"), [{**SPEC, "fitted": False}, other])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "qwen3_next"])

@@ -250,6 +250,14 @@ def test_with_a_response_format_the_answer_is_a_call_or_follows_it(untrained: Te
     assert answers["answer"]["finish_reason"] == "stop" and not answers["answer"]["message"].get("tool_calls")
 
 
+def test_an_answer_with_other_keys_is_no_call() -> None:
+    """As of a response format that also has a name."""
+    parser = ToolParser(FORMATS[0], frozenset({"search"}))
+    assert parser.push('{"name": "search", "score": 1}', is_last=True) == ('{"name": "search", "score": 1}', [])
+    _, (call,) = ToolParser(FORMATS[0], frozenset({"search"})).push('{"name": "search", "arguments": {}}', is_last=True)
+    assert call["function"]["name"] == "search"
+
+
 @pytest.mark.parametrize("parameters", [True, [1], "abc", [["a", 1]], {"type": "no"}])
 def test_parameters_that_are_no_schema_are_refused(untrained: TestClient, parameters: Any) -> None:
     tool = {"type": "function", "function": {"name": "x", "parameters": parameters}}

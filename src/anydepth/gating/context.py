@@ -21,7 +21,7 @@ LogitsOf = Callable[[Tensor, Tensor | None], Tensor]
 
 def on_device(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     """Return an array as a tensor on a device, without waiting for results of the device."""
-    return torch.as_tensor(array, device=device)
+    return torch.as_tensor(array).to(device, non_blocking=True)
 
 
 @dataclass

@@ -70,6 +70,12 @@ def _refuse_conflicts(methods: list[Method]) -> None:
             _refuse_with_recompute(method, others)
         if method.routes_mixers:
             _refuse_with_routing(method, others)
+        for other in others:
+            if method.replaces_kv and not other.is_lossless():
+                raise UserError(
+                    f"{method.name} with fitted projections gives K/V to tokens that {other.name} would skip; "
+                    "attach it alone, or leave fitted out"
+                )
     by_rule = {rule: method.name for method in methods for rule in method.kv_rules}
     if len(by_rule) > 1:
         raise UserError(

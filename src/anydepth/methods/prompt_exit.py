@@ -29,9 +29,9 @@ class PromptExitConfig(StrictConfig):
     layer: int | None = Field(
         default=None, description="Layer before which tokens of a prompt exit; null is after five sixths of all."
     )
-    head: int = Field(default=4, ge=0, description="First tokens of a prompt that run every layer.")
-    tail: int = Field(default=64, ge=1, description="Last tokens of a prompt that run every layer.")
-    tail_share: float = Field(
+    first: int = Field(default=4, ge=0, description="First tokens of a prompt that run every layer.")
+    last: int = Field(default=64, ge=1, description="Last tokens of a prompt that run every layer.")
+    last_share: float = Field(
         default=0.125, ge=0, le=1, description="Part of a prompt that these last tokens are at least."
     )
     fitted: bool = Field(
@@ -51,7 +51,7 @@ class PromptExit(Method):
         super().__init__(config, backbone)
         self.layer = max(round(self.num_layers * 5 / 6), 1) if config.layer is None else config.layer
         check_exits([self.layer], self.num_layers)
-        self.head = config.head
+        self.first = config.first
         self.views = backbone.layers
         layers = range(self.layer, self.num_layers) if config.fitted else ()
         self.projections = nn.ModuleDict({str(layer_idx): self._own(layer_idx) for layer_idx in layers})
@@ -83,15 +83,15 @@ class PromptExit(Method):
 
     def prompt_gates(self, num_prompt: int | Tensor) -> list[GateSpec]:
         lengths = torch.as_tensor(num_prompt)
-        tail = lengths - (lengths * self.config.tail_share).ceil().long().clamp_min(self.config.tail)
-        if isinstance(num_prompt, int) and tail <= self.head:
+        ends = lengths - (lengths * self.config.last_share).ceil().long().clamp_min(self.config.last)
+        if isinstance(num_prompt, int) and ends <= self.first:
             return []
         layers = tuple(range(self.layer, self.num_layers))
         fitted = {layer_idx: self.projection(layer_idx) for layer_idx in layers} if self.config.fitted else None
-        score = Known(len(layers), partial(self._kept, tail))
+        score = Known(len(layers), partial(self._kept, ends))
         return [GateSpec(layers, "layer", score, threshold=0.5, projections=fitted)]
 
-    def _kept(self, tail: Tensor, context: PassContext) -> Tensor:
-        """Return 1 for tokens that run the layers and 0 for those that exit, which `tail` comes after."""
-        kept = (context.positions < self.head) | (context.positions >= tail)
+    def _kept(self, ends: Tensor, context: PassContext) -> Tensor:
+        """Return 1 for tokens that run the layers; 0 for those that exit, after the first ones and before `ends`."""
+        kept = (context.positions < self.first) | (context.positions >= ends)
         return kept.float().expand(self.num_layers - self.layer, -1, -1)

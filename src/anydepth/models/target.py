@@ -111,10 +111,12 @@ def _snapshot(target: str) -> Path | None:
         if not colon and CONFIG in files:
             return None
         found = _models(files)
-        fitting = [own for own in found if own.lower().endswith(kind.lower())]
-        if len(fitting) == 1:
-            folder = snapshot_download(name, revision=revision, allow_patterns=found[fitting[0]])
-            return Path(folder) / found[fitting[0]][0]
+        fitting = [own for own in found if own == kind] or [one for one in found if one.lower().endswith(kind.lower())]
+        if kind and len(fitting) == 1:
+            break  # without a kind the cache may have one of several
+    if len(fitting) == 1:
+        folder = snapshot_download(name, revision=revision, allow_patterns=found[fitting[0]])
+        return Path(folder) / found[fitting[0]][0]
     if found:
         some = ", ".join(f"{name}:{own.rpartition('/')[2]}" for own in list(found)[:3])
         raise UserError(
@@ -143,12 +145,14 @@ def _listings(name: str, revision: str | None) -> Iterator[list[str]]:
 
 
 def _models(files: Sequence[str]) -> dict[str, list[str]]:
-    """Return the .gguf models among files, by their names without an ending: the parts of each, in order."""
-    found: dict[str, list[str]] = {}
+    """Return the whole .gguf models among files, by their names without an ending: the parts of each, in order."""
+    found, counts = dict[str, list[str]](), dict[str, int]()
     for file in sorted(file for file in files if file.endswith(".gguf")):
         part = PART.fullmatch(file)
-        found.setdefault(file.removesuffix(".gguf") if part is None else part["stem"], []).append(file)
-    return found
+        stem = file.removesuffix(".gguf") if part is None else part["stem"]
+        found.setdefault(stem, []).append(file)
+        counts[stem] = 1 if part is None else int(part["count"])
+    return {stem: parts for stem, parts in found.items() if len(parts) == counts[stem]}
 
 
 def _file(path: Path) -> Path:

@@ -13,9 +13,9 @@ from anydepth.report.plots import COLOURS, GREY, Document, bounds, error_bars, s
 SPREAD = wording.sentence(wording.SPREAD)
 SHOWN = {"speedup": wording.speedup}
 ALSO = ("speedup_interval", "is_noise")
+"""How tables show a speed-up, and what only their CSV has of it."""
 NARROW = 0.2
 """Least width of the axis of speeds, relative to their mean."""
-"""How tables show a speed-up, and what only their CSV has of it."""
 TIMED = wording.columns(
     "engine weights batch_size prompt_tokens new_tokens full adapted_rate speedup ideal_speedup",
     batch_size="batch",

@@ -117,7 +117,7 @@ class Tuner:
     def _exits(self) -> list[Setting]:
         """Return settings in which prompts leave early, unless all of them are too short for that."""
         longest, whole = max(batch["input_ids"].shape[1] for _, batch in self.texts.batches[0]), PromptExitConfig()
-        if longest <= whole.head + whole.tail:
+        if longest <= whole.first + whole.last:
             return []
         self.say("fitting prompts that leave early …")
         until = time.monotonic() + FOR_EXITS * self.seconds

@@ -176,9 +176,9 @@ class Jobs:
             try:
                 found.append(self.grammars.processor(body.form, len(prompt)))
             except UserError as failed:
-                given = {"tools": getattr(body, "offered", None), "response_format": body.response_schema}
-                names = " or ".join(name for name, value in given.items() if value is not None and value != [])
-                raise HTTPException(400, f"{names}: {failed}") from failed
+                names = ["tools"] if getattr(body, "offered", None) else []
+                names += ["response_format"] if body.response_schema is not None else []
+                raise HTTPException(400, f"{' or '.join(names)}: {failed}") from failed
         return found
 
     def _is_lossless(self, body: Sampling) -> bool:

@@ -363,7 +363,9 @@ class ChatCompletion(Sampling):
         if self.forced:
             return call_schema(self.forced)
         schema = self.response_schema
-        return call_schema([tool["function"] for tool in self.offered], schema) if schema and self.offered else schema
+        if schema is None or not self.offered:
+            return schema
+        return call_schema([tool["function"] for tool in self.offered], schema)
 
     @model_validator(mode="after")
     def _tools_fit(self) -> ChatCompletion:

@@ -24,6 +24,8 @@ FORMATS = (ToolFormat("<tool_call>", "</tool_call>"), ToolFormat("[TOOL_CALLS]",
 
 
 FENCE = "```json"
+ARGUMENTS = ({"arguments"}, {"parameters"})
+"""Keys of a call without marks, next to its name; with others it is an answer."""
 
 
 def _may_be_bare(text: str) -> bool:
@@ -110,7 +112,7 @@ class ToolParser:
         rows = parsed if isinstance(parsed, list) else [parsed]
         if not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
             return []
-        if names and not all(row["name"] in names for row in rows):
+        if names and not all(row["name"] in names and row.keys() - {"name"} in ARGUMENTS for row in rows):
             return []
         return [self._call(row) for row in rows]
 

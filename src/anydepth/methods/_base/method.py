@@ -55,8 +55,18 @@ class Method(nn.Module, Decider):
     @property
     def kv_rules(self) -> set[KVRule]:
         """The ways in which tokens that skip a mixer leave K/V where other tokens of their sequence run it."""
-        gates = [*self.gates(), *self.prompt_gates(sys.maxsize)]
-        return {spec.on_skip for spec in gates if spec.branch != "ffn" and not isinstance(spec.score, Closed)}
+        return {
+            spec.on_skip for spec in self._every_gate if spec.branch != "ffn" and not isinstance(spec.score, Closed)
+        }
+
+    @property
+    def replaces_kv(self) -> bool:
+        """Whether tokens that skip a mixer leave K/V by other projections than the layer's own."""
+        return any(spec.projections is not None for spec in self._every_gate)
+
+    @property
+    def _every_gate(self) -> list[GateSpec]:
+        return [*self.gates(), *self.prompt_gates(sys.maxsize)]
 
     @property
     def gated_layers(self) -> Sequence[int]:

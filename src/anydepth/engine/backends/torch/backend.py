@@ -147,6 +147,7 @@ class Branches:
         counts = gate.host.sum(1).tolist()
         rows = [row for row in range(self.num_rows) if counts[row]]
         if gate.kv_rule == "project":
+            assert gate.projection is None or len(rows) == self.num_rows, "prompts are read one by one"
             self._defer(kv, hidden, [row for row in range(self.num_rows) if not counts[row]])
         index = gate.index
         kept, rotation = hidden[index], self._rotation(layer.rotation_kind)
