@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, int]] = {
 KV_HEADS = {"llama-1b": 8, "smollm2": 3, "tiny": 2}
 VOCABULARY = 49152
 SKIPPED = 0.25
-"""Share of the layers, or layer-tokens, that the adaptive ways skip."""
+"""Fraction of the layers, or layer-tokens, that the adaptive ways skip."""
 BATCHES, PROMPT, NEW, RUNS = (1, 8), 512, 64, 5
 SMALL = {"BATCHES": (2,), "PROMPT": 24, "NEW": 4, "RUNS": 2}
 """In place of the above for the shape `tiny`."""

@@ -167,7 +167,7 @@ def kind_of(setting: dict[str, Any]) -> str:
 
 
 def fastest(rows: Sequence[dict[str, Any]], phase: str, bound: float, kinds: Sequence[str]) -> dict[str, Any]:
-    """Return the fastest row of these kinds whose perplexity is within a bound on every text.
+    """Return the fastest row of these kinds with a perplexity within a bound on every text.
 
     It is full depth, the first row, where none is faster beyond noise.
     """

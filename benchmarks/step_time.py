@@ -51,7 +51,7 @@ def routed(model: PreTrainedModel, method: dict[str, Any], windows: Tensor, seed
 
 
 def step_row(adapted: AdaptedModel, windows: Tensor, num_runs: int) -> dict[str, Any]:
-    """Return the median seconds of a step by execution, after one that warms up, and the share of layer-tokens skipped.
+    """Return the median seconds of a step by execution, after a warm-up, and the fraction of layer-tokens skipped.
 
     Sparse over masked is the median of ratios of pairs.
     """

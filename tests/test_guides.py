@@ -101,7 +101,7 @@ def test_the_family_of_the_guide_runs_on_both_engines(copy: Path) -> None:
     text = (models / "llama_like.py").read_text()
     (models / "llama_like.py").write_text(text.replace("\n)\n", f"\n{names}", 1))  # the end of the list
     insert(copy / "families.py", config, before='    "gpt2": lambda')
-    run(check, copy)
+    assert run(f"{check}\nprint(adapted.backbone.family_name)", copy).split() == ["seed_oss"]
 
 
 def test_a_decode_step_takes_the_path_of_the_figure() -> None:

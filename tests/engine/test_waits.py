@@ -20,7 +20,7 @@ IDS = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 14, 15]]
 
 
 class Waits(TorchFunctionMode):
-    """Counts the operations whose result the host needs, by name."""
+    """Counts the operations with a result that the host needs, by name."""
 
     def __init__(self) -> None:
         super().__init__()

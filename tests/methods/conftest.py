@@ -39,9 +39,9 @@ ENGINE_STRUCTURES = {
     *("mistral", "qwen2", "qwen3", "smollm3", "gemma2", "phi3"),
     *("glm4", "hunyuan_v1_dense", "exaone4", "starcoder2", "stablelm_parallel", "olmo", "qwen2_moe"),
 }
-"""Besides those above, families of every mechanism of the fast engine: fused weights, windows, layers without a rotary
-embedding, norms of heads before and after it, partial and interleaved ones, LayerNorms, FFNs without a gate, branches
-side by side, clipped projections, experts (which differ in their routers alone)."""
+"""Apart from those above, families of every mechanism of the fast engine: fused weights, windows, layers without a
+rotary embedding, norms of heads before and after it, partial and interleaved ones, LayerNorms, FFNs without a gate,
+branches side by side, clipped projections, experts (which differ in their routers alone)."""
 ENGINE = {"test_fast_engine_is_the_model", "test_fast_engine_without_kernels_is_the_model"}
 
 

@@ -235,7 +235,7 @@ def test_definitions_of_two_tools_are_their_own() -> None:
 
 
 def test_with_a_response_format_the_answer_is_a_call_or_follows_it(untrained: TestClient) -> None:
-    """Which of both is up to the model: here random weights, whose first letter is biased."""
+    """Which of both is up to the model: here random weights, with a bias on the first letter."""
     schema = {"type": "object", "properties": {"mood": {"$ref": "#/$defs/m"}}, "required": ["mood"]}
     schema |= {"additionalProperties": False, "$defs": {"m": {"enum": ["calm", "wild"]}}}
     form = {"type": "json_schema", "json_schema": {"name": "mood", "schema": schema}}

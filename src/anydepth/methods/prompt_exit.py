@@ -51,7 +51,6 @@ class PromptExit(Method):
         super().__init__(config, backbone)
         self.layer = max(round(self.num_layers * 5 / 6), 1) if config.layer is None else config.layer
         check_exits([self.layer], self.num_layers)
-        self.first = config.first
         self.views = backbone.layers
         layers = range(self.layer, self.num_layers) if config.fitted else ()
         self.projections = nn.ModuleDict({str(layer_idx): self._own(layer_idx) for layer_idx in layers})
@@ -84,7 +83,7 @@ class PromptExit(Method):
     def prompt_gates(self, num_prompt: int | Tensor) -> list[GateSpec]:
         lengths = torch.as_tensor(num_prompt)
         ends = lengths - (lengths * self.config.last_share).ceil().long().clamp_min(self.config.last)
-        if isinstance(num_prompt, int) and ends <= self.first:
+        if isinstance(num_prompt, int) and ends <= self.config.first:
             return []
         layers = tuple(range(self.layer, self.num_layers))
         fitted = {layer_idx: self.projection(layer_idx) for layer_idx in layers} if self.config.fitted else None
@@ -93,5 +92,5 @@ class PromptExit(Method):
 
     def _kept(self, ends: Tensor, context: PassContext) -> Tensor:
         """Return 1 for tokens that run the layers; 0 for those that exit, after the first ones and before `ends`."""
-        kept = (context.positions < self.first) | (context.positions >= ends)
+        kept = (context.positions < self.config.first) | (context.positions >= ends)
         return kept.float().expand(self.num_layers - self.layer, -1, -1)

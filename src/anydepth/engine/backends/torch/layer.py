@@ -155,7 +155,7 @@ class NormedLinear(Linear):
 
 
 class FFN(Protocol):
-    """What runs in place of a layer's gate, up and down, `experts.Mixture`: (N, D) to (N, D)."""
+    """An FFN in place of a layer's gate, up and down, such as `experts.Mixture`: (N, D) to (N, D)."""
 
     @property
     def num_bytes(self) -> int: ...
