@@ -23,7 +23,6 @@ from matplotlib import rc_context
 
 from anydepth.errors import UserError
 from anydepth.json_io import read_document, write_json
-from anydepth.measure.race import Entrant
 from anydepth.measure.results import document
 from anydepth.recipe import TuneConfig
 from anydepth.report import tradeoffs, wording
@@ -106,18 +105,13 @@ def everything(options: dict[str, Any], most_rounds: int = MOST_ROUNDS) -> dict[
     race.warm_up(entrants)
     for _ in range(most_rounds):
         race.round(entrants, ROUNDS)
-        spread = mean(half_width(one) for one in entrants)
+        spread = mean(one.error for one in entrants)
         print(f"{entrants[0].num_runs} runs of {len(entrants)} settings, ±{spread:.1%}", flush=True)
         if spread < 0.03:
             break
     fields = [one.fields(tuner.reference) for one in (tuner.reference, *entrants)]
     seconds = time.perf_counter() - started
     return {"label": MAP, "candidates": fields, "baselines": tuner.baselines(), "seconds": seconds}
-
-
-def half_width(entrant: Entrant) -> float:
-    low, high = entrant.fields(entrant)["speedup_interval"]
-    return (high - low) / (low + high)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -74,6 +74,16 @@ def test_the_fastest_that_keeps_the_text_stays() -> None:
     assert left[-1].num_runs == left[0].num_runs
 
 
+def test_a_race_ends_when_speeds_are_known() -> None:
+    """Ratios of 2 and 4 in turn need more runs than those that are all 2; a race ends also if they are never known."""
+    steady, unsteady = entrant("a", lambda run: 0.5), entrant("b", lambda run: 0.5 if run % 2 else 0.25)
+    prepared().run([steady], time.monotonic() + 60)
+    assert steady.num_runs == sum(range(1, race.ROUNDS + 1)) and steady.error == pytest.approx(0, abs=1e-9)
+    prepared().run([unsteady], time.monotonic() + 60)
+    assert unsteady.num_runs == sum(min(number, race.ROUNDS) for number in range(1, race.MOST_ROUNDS + 1))
+    assert unsteady.error > race.KNOWN
+
+
 def test_a_late_race_ends_after_its_first_round() -> None:
     entrants = [entrant(name, lambda run: 0.5) for name in "abc"]
     prepared().run(entrants, time.monotonic() - 1)

@@ -94,6 +94,31 @@ def test_lossy_settings_keep_the_bound_and_say_why_others_do_not(folder: Path, t
     assert set(found["front"]) <= {one["label"] for one in found["candidates"] if one["num_runs"]}
 
 
+def test_the_same_text_is_confirmed_next_to_a_lossy_winner(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are made up: full depth 1 ms, drafts for it 0.8 ms, int8 0.5 ms."""
+    own = race.time_generation
+
+    def made_up(engine: Any, *args: Any, full_depth: bool) -> Any:
+        milliseconds = 0.5 if engine.weights == "int8" else 0.8 if engine.draft is not None else 1.0
+        return replace(own(engine, *args, full_depth=full_depth), total=milliseconds / 1000)
+
+    monkeypatch.setattr(race, "time_generation", made_up)
+    found = tuned(folder, tmp_path / "out", dtype="bfloat16", max_perplexity_increase=0.5)
+    assert found["chosen"]["setting"]["weights"] == "int8" and found["confirmed"]["speedup"] == pytest.approx(2.0)
+    same = found["confirmed_lossless"]
+    assert same["setting"] == {**found["candidates"][0]["setting"], "draft": same["setting"]["draft"]}
+    assert same["speedup"] == pytest.approx(1.25) and same["identical_tokens"]
+    assert same["num_runs"] == found["confirmed"]["num_runs"]
+    assert wording.tuning(found)[-2:] == [
+        f"with the text of full depth: {same['label']}",
+        "full depth ÷ its time: 1.25× (1.25–1.25) where it was chosen, 1.25× (1.25–1.25) on other prompts",
+    ]
+    lossless = tuned(folder, tmp_path / "lossless", dtype="bfloat16")
+    assert lossless["chosen"]["setting"]["draft"] and lossless["confirmed_lossless"] is None
+
+
 def test_a_wide_bound_finds_what_can_be_left_out(folder: Path, tmp_path: Path) -> None:
     found = tuned(folder, tmp_path / "out", max_perplexity_increase=0.5)
     skipping = [one for one in found["candidates"] if "skip_mixers" in one["setting"]]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean, median, stdev
 from typing import Any
 
@@ -20,8 +20,10 @@ CLOSE = 0.97
 """Fraction of the best speed-up above which none is dropped, however many are faster."""
 FEW = 2
 """Entrants of which none is dropped for its speed."""
-ROUNDS = 4
-"""Rounds of a race; each has one batch of a shape more than the one before."""
+ROUNDS, MOST_ROUNDS = 4, 12
+"""Rounds of a race, each with one batch of a shape more than the one before; and with those that make speeds known."""
+KNOWN = 0.05
+"""Half of the interval of a speed-up, relative to it, at which it is known."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Setting:
         name = "transformers" if self.engine == "hf" else "engine"
         draft = None if self.draft is None else f"drafts by {self.draft}"
         return ", ".join(part for part in (f"{name} {self.weights}", skipped, prompts, share, draft) if part)
+
+    def drafts_for(self, full: Setting) -> bool:
+        """Return whether it drafts for another setting, so that its text is the same."""
+        return self.draft is not None and replace(self, draft=None) == full
 
     def to_json(self) -> dict[str, Any]:
         own = {"engine": self.engine, "weights": self.weights, "draft": self.draft}
@@ -100,6 +106,21 @@ class Entrant:
     def num_runs(self) -> int:
         return sum(map(len, self.ratios.values()))
 
+    @property
+    def interval(self) -> list[float] | None:
+        """Bounds of the speed-up; None where a shape was run once: ratios of one run each would not spread."""
+        if not all(len(own) > 1 for own in self.ratios.values()):
+            return None
+        return ratio_interval([ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own])
+
+    @property
+    def error(self) -> float:
+        """Half of the interval relative to the speed-up; infinite where there is none."""
+        if (interval := self.interval) is None:
+            return math.inf
+        low, high = interval
+        return (high - low) / (high + low)
+
     def run(self, batch: Batch, new_tokens: int) -> Timing:
         with self.on():
             return time_generation(self.engine, batch, new_tokens, full_depth=False)
@@ -111,8 +132,7 @@ class Entrant:
     def fields(self, reference: Entrant) -> dict[str, Any]:
         """Return the fields of a document; tokens per second are those of the reference times the speed-up."""
         ratios = [ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own]
-        is_known = all(len(own) > 1 for own in self.ratios.values())  # of one run each, they would not spread
-        interval = ratio_interval(ratios) if is_known else None
+        interval = self.interval
         return {
             "label": self.setting.label,
             "setting": self.setting.to_json(),
@@ -154,14 +174,22 @@ class Race:
                 entrant.run(batch, new_tokens or self.new_tokens)
 
     def run(self, entrants: Sequence[Entrant], deadline: float) -> list[Entrant]:
-        """Halve the entrants until few are active or the time is over; return these, the fastest first."""
+        """Halve the entrants until few are active and their speeds known, or the time is over.
+
+        Returns:
+            Those that are still active, the fastest first.
+        """
         active = list(entrants)
-        for num_batches in range(1, ROUNDS + 1):
+        for number in range(1, MOST_ROUNDS + 1):
+            num_batches = min(number, ROUNDS)
             started, num_runs = time.monotonic(), num_batches * (len(active) + 1)
             self.round(active, num_batches)
             per_run = (time.monotonic() - started) / num_runs
             active = self._halve([one for one in active if one.dropped is None])
-            if time.monotonic() + per_run * (num_batches + 1) * (len(active) + 1) > deadline:
+            if number >= ROUNDS and all(one.error < KNOWN for one in active):
+                break
+            following = min(number + 1, ROUNDS) * (len(active) + 1)
+            if time.monotonic() + per_run * following > deadline:
                 break
         return active
 
@@ -187,10 +215,6 @@ class Race:
             if self.most_distance == 0 and any(entrant.distances):
                 entrant.dropped = "its text is not that of full depth"
 
-    def _keeps_text(self, setting: Setting) -> bool:
-        """Return whether a setting gives the text of full depth: it drafts for the same weights."""
-        return setting.draft is not None and setting.weights == self.reference.setting.weights
-
     def _is_too_far(self, entrant: Entrant) -> bool:
         """Return whether the mean distance is above the bound, with some confidence: a first text can be unlucky."""
         if self.most_distance is None or len(entrant.distances) < 2:
@@ -205,7 +229,7 @@ class Race:
         entrants = [one for one in entrants if one.dropped is None]
         ranked = sorted(entrants, key=lambda one: -one.speedup)
         best = ranked[0].speedup if ranked else 1.0
-        lossless = next((one for one in ranked if self._keeps_text(one.setting)), None)
+        lossless = next((one for one in ranked if one.setting.drafts_for(self.reference.setting)), None)
         for place, entrant in enumerate(ranked):
             if entrant is lossless:  # what the same text costs is known as well as the fastest
                 continue

@@ -77,14 +77,11 @@ def tuned(document: Document) -> list[Document]:
 def tuning(document: Document) -> list[str]:
     """Return what `tune` found, and what was confirmed on other prompts."""
     chosen, again, others = (document[key] for key in ("chosen", "confirmed", "baselines"))
-    where, elsewhere = (speedup(row, "×").replace(") noise", ", noise)") for row in (chosen, again))
-    if chosen["label"] == document["candidates"][0]["label"]:
+    full, setting = document["candidates"][0], chosen["setting"]
+    if chosen["label"] == full["label"]:
         lines = [f"fastest: {chosen['label']}, which is full depth: nothing within the bound was faster"]
     else:
-        lines = [
-            f"fastest: {chosen['label']}",
-            f"full depth ÷ its time: {where} where it was chosen, {elsewhere} on other prompts",
-        ]
+        lines = [f"fastest: {chosen['label']}", f"full depth ÷ its time: {_twice(chosen, again)}"]
     speed = f"{again['tokens_per_second']:.0f} tokens/s"
     if others["engine"] is not None:
         plain = others["transformers"]
@@ -93,17 +90,17 @@ def tuning(document: Document) -> list[str]:
     lines.append(speed)
     if why := document.get("why_lossless"):
         lines.append(f"nothing lossy was raced: {why}")
-    elif not document["bound"]["lossless"] and chosen["setting"]["draft"] is not None and again["identical_tokens"]:
+    elif (same := document.get("confirmed_lossless")) is not None:
+        found = next(row for row in document["candidates"] if row["label"] == same["label"])
+        lines += [f"with the text of full depth: {same['label']}", f"full depth ÷ its time: {_twice(found, same)}"]
+    elif not document["bound"]["lossless"] and setting["draft"] and setting["weights"] == full["setting"]["weights"]:
         lines.append("no lossy setting within the bound was faster")
-    elif (same := fastest_with_the_text(document)) is not None and not again["identical_tokens"]:
-        lines.append(f"with the text of full depth: {same['label']}, {speedup(same, '×')}")
     return lines
 
 
-def fastest_with_the_text(document: Document) -> Document | None:
-    """Return the fastest candidate of `tune` that drafts and gave the text of full depth."""
-    found = [row for row in document["candidates"] if row["setting"]["draft"] is not None and row["identical_tokens"]]
-    return max(found, key=lambda row: row["speedup"], default=None)
+def _twice(chosen: Document, again: Document) -> str:
+    where, elsewhere = (speedup(row, "×").replace(") noise", ", noise)") for row in (chosen, again))
+    return f"{where} where it was chosen, {elsewhere} on other prompts"
 
 
 def ways(document: Document) -> list[Document]:

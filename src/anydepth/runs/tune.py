@@ -25,7 +25,7 @@ from anydepth.decoding.int4 import kept_blocks
 from anydepth.engine.weights import BFloat16
 from anydepth.hf.adapted import attach, detach
 from anydepth.measure.front import front
-from anydepth.measure.race import FEW, Entrant, Race, Setting
+from anydepth.measure.race import FEW, KNOWN, Entrant, Race, Setting
 from anydepth.measure.timing import Batch
 from anydepth.methods._base.calibration import comparing
 from anydepth.methods.prompt_exit import PromptExitConfig
@@ -176,7 +176,7 @@ class Tuner:
             race = self.new_race(cycle(choosing))
             race.warm_up(entrants)
             left = race.run(entrants, self.started + (1 - FOR_THE_END) * self.seconds)
-            self.chosen, confirmed = self._confirmed(left, confirming)
+            self.chosen, confirmed, same = self._confirmed(left, confirming)
         everything = [one.fields(self.reference) for one in (self.reference, *entrants, *self.refused)]
         return {
             "bound": {
@@ -189,6 +189,7 @@ class Tuner:
             "front": on_front(everything),
             "chosen": self.chosen.fields(self.reference),
             "confirmed": confirmed.fields(self.reference),
+            "confirmed_lossless": None if same is None else same.fields(self.reference),
             "why_lossless": self.why_lossless,
             "met": True,
             "seconds": time.monotonic() - self.started,
@@ -242,52 +243,55 @@ class Tuner:
         most = 0.0 if self.config.is_lossless else self.config.max_risk
         return Race(self.reference, prompts, self.texts.num_shapes, self.config.new_tokens, most, self.say)
 
-    def _confirmed(self, ranked: Sequence[Entrant], prompts: Prompts) -> tuple[Entrant, Entrant]:
+    def _confirmed(self, ranked: Sequence[Entrant], prompts: Prompts) -> tuple[Entrant, Entrant, Entrant | None]:
         """Measure the fastest again, until one keeps the bound and is faster on prompts that chose nothing.
 
         Returns:
-            The entrant that was chosen and the same with its new times; full depth if none of the others was faster.
+            The entrant that was chosen, and the same with its new times; full depth if none of the others was faster.
+            Then the fastest that keeps the text, with its times at the same prompts; None if it is the one chosen.
         """
         most = len(prompts) // self.texts.num_shapes
+        full = self.reference.setting
+        lossless = next((one for one in ranked if one.setting.drafts_for(full)), None)
         for entrant in ranked:
             if entrant.speedup <= 1:
                 entrant.dropped = f"{entrant.speedup:.2f}×: full depth is as fast"
                 continue
-            again = entrant.again()
+            again, same = entrant.again(), None
+            if lossless is not None and lossless is not entrant:
+                same = lossless.again()
             if self._is_allowed(again, self.texts.unseen, "text that chose nothing"):
                 self.say(f"confirming {entrant.setting.label} on other prompts …")
                 race = self.new_race(iter(prompts))
-                self._time(again, race, most)
+                self._time(again, same, race, most)
                 if again.dropped is None and again.speedup <= 1:
                     again.dropped = f"{again.speedup:.2f}× on prompts that chose nothing"
                 if again.dropped is None:
                     self._test_risk(again, race, most, ERROR / len(ranked))
             if again.dropped is None:
-                return entrant, again
+                return entrant, again, same
             entrant.dropped = again.dropped
         again = replace(self.reference)
         self._is_allowed(again, self.texts.unseen, "")
-        return self.reference, again
+        return self.reference, again, None
 
-    def _time(self, again: Entrant, race: Race, most: int) -> None:
-        """Time an entrant on up to `most` batches of each shape: on more of them while it may be no faster."""
-        shapes = self.texts.num_shapes
-        while again.dropped is None:
-            in_time = max(int(self._left() / (2 * self.full_seconds)), 1 - again.num_runs)
-            count = min(CONFIRMING, most - again.num_runs // shapes, in_time)
+    def _time(self, again: Entrant, same: Entrant | None, race: Race, most: int) -> None:
+        """Time an entrant, and one that keeps the text, on up to `most` batches of each shape, until it is known."""
+        entrants = [again] if same is None else [again, same]
+        while again.dropped is None and again.error > KNOWN:
+            in_time = max(int(self._left() / ((1 + len(entrants)) * self.full_seconds)), 1 - again.num_runs)
+            count = min(CONFIRMING, most - again.num_runs // self.texts.num_shapes, in_time)
             if count <= 0:
                 return
-            race.round([again], count)
-            if again.num_runs >= 3 * CONFIRMING * shapes or not again.fields(self.reference)["is_noise"]:
-                return
+            race.round(entrants, count)
 
     def _test_risk(self, again: Entrant, race: Race, most: int, error: float) -> None:
         """Test a bound on risk, if there is one; the entrant is dropped if it fails.
 
         A row of batches, one of each shape, may be of one text: its mean distance is one independent loss.
         """
-        if self.config.max_risk is None or replace(again.setting, draft=None) == self.reference.setting:
-            return  # drafts keep the text of full depth
+        if self.config.max_risk is None or again.setting.drafts_for(self.reference.setting):
+            return
         shapes = self.texts.num_shapes
         race.round([again], max(min(self.texts.num_texts(error), most) - again.num_runs // shapes, 0))
         per_row = len(again.distances) * shapes // again.num_runs
