@@ -75,13 +75,16 @@ def test_the_fastest_that_keeps_the_text_stays() -> None:
 
 
 def test_a_race_ends_when_speeds_are_known() -> None:
-    """Ratios of 2 and 4 in turn need more runs than those that are all 2; a race ends also if they are never known."""
-    steady, unsteady = entrant("a", lambda run: 0.5), entrant("b", lambda run: 0.5 if run % 2 else 0.25)
+    """Ratios of 0.5 and 4 in turn need more runs than those that are all 2; a race ends also if none is ever known."""
+    steady, unsteady = entrant("a", lambda run: 0.5), entrant("b", lambda run: 2.0 if run % 2 else 0.25)
     prepared().run([steady], time.monotonic() + 60)
     assert steady.num_runs == sum(range(1, race.ROUNDS + 1)) and steady.error == pytest.approx(0, abs=1e-9)
     prepared().run([unsteady], time.monotonic() + 60)
     assert unsteady.num_runs == sum(min(number, race.ROUNDS) for number in range(1, race.MOST_ROUNDS + 1))
-    assert unsteady.error > race.KNOWN
+    assert unsteady.error > race.KNOWN and not unsteady.is_known
+    same = entrant("c", lambda run: 1.0)
+    prepared().run([same], time.monotonic() + 60)
+    assert same.num_runs == unsteady.num_runs and same.error < race.KNOWN and not same.is_known
 
 
 def test_a_late_race_ends_after_its_first_round() -> None:

@@ -22,8 +22,8 @@ FEW = 2
 """Entrants of which none is dropped for its speed."""
 ROUNDS, MOST_ROUNDS = 4, 12
 """Rounds of a race, each with one batch of a shape more than the one before; and with those that make speeds known."""
-KNOWN = 0.05
-"""Half of the interval of a speed-up, relative to it, at which it is known."""
+KNOWN = 0.1
+"""Half of the interval of a speed-up, relative to it, at which it is known, if it also shows a difference."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,10 @@ class Entrant:
         low, high = interval
         return (high - low) / (high + low)
 
+    @property
+    def is_known(self) -> bool:
+        return self.error < KNOWN and not is_noise(self.interval)
+
     def run(self, batch: Batch, new_tokens: int) -> Timing:
         with self.on():
             return time_generation(self.engine, batch, new_tokens, full_depth=False)
@@ -186,7 +190,7 @@ class Race:
             self.round(active, num_batches)
             per_run = (time.monotonic() - started) / num_runs
             active = self._halve([one for one in active if one.dropped is None])
-            if number >= ROUNDS and all(one.error < KNOWN for one in active):
+            if number >= ROUNDS and all(one.is_known for one in active):
                 break
             following = min(number + 1, ROUNDS) * (len(active) + 1)
             if time.monotonic() + per_run * following > deadline:

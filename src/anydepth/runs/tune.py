@@ -25,7 +25,7 @@ from anydepth.decoding.int4 import kept_blocks
 from anydepth.engine.weights import BFloat16
 from anydepth.hf.adapted import attach, detach
 from anydepth.measure.front import front
-from anydepth.measure.race import FEW, KNOWN, Entrant, Race, Setting
+from anydepth.measure.race import FEW, Entrant, Race, Setting
 from anydepth.measure.timing import Batch
 from anydepth.methods._base.calibration import comparing
 from anydepth.methods.prompt_exit import PromptExitConfig
@@ -278,7 +278,7 @@ class Tuner:
     def _time(self, again: Entrant, same: Entrant | None, race: Race, most: int) -> None:
         """Time an entrant, and one that keeps the text, on up to `most` batches of each shape, until it is known."""
         entrants = [again] if same is None else [again, same]
-        while again.dropped is None and again.error > KNOWN:
+        while again.dropped is None and not again.is_known:
             in_time = max(int(self._left() / ((1 + len(entrants)) * self.full_seconds)), 1 - again.num_runs)
             count = min(CONFIRMING, most - again.num_runs // self.texts.num_shapes, in_time)
             if count <= 0:
