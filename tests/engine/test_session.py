@@ -104,3 +104,30 @@ def test_drafts_end_where_kernels_cut_attention_into_other_parts() -> None:
     assert min(limits) >= 0  # type: ignore[type-var]
     jumps = [after - before for before, after in pairwise(limits)]  # type: ignore[operator]
     assert {jump for jump in jumps if jump < 0} == {-10} and any(jump > 0 for jump in jumps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_bits_do_not_depend_on_the_number_of_threads(weights: str) -> None:
+    """It changes with the load of the machine. Prompts, steps and verifications of one part of attention and of several."""
+    model = tiny_llama(max_position_embeddings=700).to(torch.float32 if weights == "float32" else torch.bfloat16)
+    engine, threads = FastEngine(anydepth.attach(model, []).eval(), weights), torch.get_num_threads()
+
+    def logits(length: int, num_threads: int) -> list[Tensor]:
+        torch.set_num_threads(num_threads)
+        session = engine.new_session(1)
+        one = session.open()
+        ids = torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        read, _ = session.read(one, ids, FULL_DEPTH)
+        assert read is not None
+        steps = [session.step([one], [token], FULL_DEPTH)[0] for token in (5, 6)]
+        return [read, *steps, *session.verify([one], [[7, 8, 9]])]
+
+    try:
+        for length in (20, 130, 200, 300, 600):
+            wanted = logits(length, 1)
+            for num_threads in (2, 3, 5):
+                for ours, own in zip(logits(length, num_threads), wanted, strict=True):
+                    assert torch.equal(ours, own), f"{length} tokens, {num_threads} threads"
+    finally:
+        torch.set_num_threads(threads)

@@ -162,7 +162,7 @@ class FastSession:
 
     def draft_limit(self, sequence: int) -> int | None:
         length = self.committed[sequence] + 1
-        until = self.model.backend.same_bits_until(length, self.model.layers[0].num_kv_heads)
+        until = self.model.backend.same_bits_until(length)
         limits = [end - length for end in (until, self.max_length) if end is not None]
         return min(limits, default=None)
 

@@ -99,8 +99,8 @@ class KernelBackend(TorchBackend):
         )
         return None if ready is None else ready.run(new, hidden)
 
-    def same_bits_until(self, length: int, num_kv_heads: int) -> int:
-        return same_bits_until(length, num_kv_heads)
+    def same_bits_until(self, length: int) -> int:
+        return same_bits_until(length)
 
 
 def _for_kernels(parts: Sequence[Weights], weights: Format) -> bool:

@@ -30,7 +30,7 @@ SHIPPED = Path(__file__).with_name("built")
 MAX_TOKENS = 64
 """From more tokens on, products are large enough for oneDNN's matrix kernels."""
 MAX_HEAD_DIM = 256
-CHUNK, MAX_SPLITS = 64, 16
+CHUNK, PARTS = 64, 8
 """Bounds of attention.h: keys of the smallest part, and parts at most."""
 MAX_WIDTH = 8192
 """Bound on the layers of a gate's MLP; a wider one is evaluated by PyTorch."""
@@ -211,7 +211,7 @@ def library() -> Any:
     kernels.anydepth_workspace.restype = kernels.anydepth_read.restype = c_int64
     for number, kind in enumerate(STRUCTS):
         assert kernels.anydepth_sizes(number) == ctypes.sizeof(kind), kind
-    bounds = [MAX_TOKENS, MAX_HEAD_DIM, MAX_WIDTH, CHUNK, MAX_SPLITS, ctypes.sizeof(ExitStruct)]
+    bounds = [MAX_TOKENS, MAX_HEAD_DIM, MAX_WIDTH, CHUNK, PARTS, ctypes.sizeof(ExitStruct)]
     assert [kernels.anydepth_sizes(number) for number in range(8, 14)] == bounds
     return kernels
 
@@ -231,16 +231,12 @@ def why_not(dtype: torch.dtype, device: torch.device, head_dim: int = 0) -> str 
     return None
 
 
-def same_bits_until(length: int, num_kv_heads: int) -> int:
+def same_bits_until(length: int) -> int:
     """Return up to which length, from `length` on, tokens of one pass have the bits that they have alone.
 
     Attention cuts long contexts into larger parts (`Parts` of attention.h): a pass must not cross such a length.
     """
-    num_threads = torch.get_num_threads()
-    most = -(-4 * num_threads // num_kv_heads)
-    while most * num_kv_heads % num_threads:
-        most += 1
-    until = min(most, MAX_SPLITS - 2) * CHUNK
+    until = PARTS * CHUNK
     while until < length:
         until *= 2
     return until

@@ -98,7 +98,7 @@ class TorchBackend:
         """
         return None
 
-    def same_bits_until(self, length: int, num_kv_heads: int) -> int | None:
+    def same_bits_until(self, length: int) -> int | None:
         """Return up to which length tokens of one pass have the bits that they have alone; None: any length."""
         return None
 

@@ -6,8 +6,6 @@
 #include <type_traits>
 #include <vector>
 
-#include <omp.h>
-
 #include "numbers.h"
 
 namespace {
@@ -15,22 +13,21 @@ namespace {
 constexpr int CHUNK = 64;  // keys that stay in the nearest cache for all queries that share them
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 16;
+constexpr int PARTS = 8;  // more than enough for the threads of a few cores, with several heads of keys
 
-// The keys that some tokens of a row see, cut into a few parts for each thread of the team. The cuts are at fixed positions,
-// whichever other rows are in the batch: a token's sums have the same bits alone, with other rows and among several tokens
-// of its own (except for the tokens of a pass in which the size doubles).
+// The keys that some tokens of a row see, cut into parts for the threads of the team. The cuts are at fixed positions,
+// whichever other rows are in the batch and however many threads there are: a token's sums have the same bits alone, on a
+// busy machine, with other rows and among several tokens of its own (except for the tokens of a pass in which the size
+// doubles).
 struct Parts {
     int64_t start, all, size;  // first and end of the keys that are read; keys of a part
     int num;
 
     // `first`, `last`: keys that the first and the last of the tokens see. `window`: 0 for none.
-    Parts(int64_t first, int64_t last, int64_t window, int kv_heads) : all(last), size(CHUNK) {
+    Parts(int64_t first, int64_t last, int64_t window) : all(last), size(CHUNK) {
         start = window ? std::max<int64_t>(0, first - window) / CHUNK * CHUNK : 0;
         const int64_t wide = window ? std::min(last, window + CHUNK) : last;
-        const int threads = omp_get_num_threads();
-        int64_t most = (4 * threads + kv_heads - 1) / kv_heads;
-        while (most * kv_heads % threads) ++most;  // the same number for each, or all would wait for one
-        while (wide > std::min<int64_t>(most, MAX_SPLITS - 2) * size) size *= 2;
+        while (wide > PARTS * size) size *= 2;
         num = int((all + size - 1) / size - start / size);
     }
     int64_t begin(int part) const { return std::max(start, (start / size + part) * size); }

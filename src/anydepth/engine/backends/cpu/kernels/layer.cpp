@@ -268,7 +268,7 @@ int64_t anydepth_read(const void* memory, int64_t num_bytes) {
 int32_t anydepth_sizes(int32_t which) {  // for the check that both sides have the same structs and bounds
     const int32_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Rotation), sizeof(Batch), sizeof(Task),
                              sizeof(Dense), sizeof(Network), MAX_TOKENS, MAX_HEAD_DIM, int32_t(MAX_WIDTH),
-                             CHUNK, MAX_SPLITS, sizeof(Exit)};
+                             CHUNK, PARTS, sizeof(Exit)};
     return sizes[which];
 }
 

@@ -129,7 +129,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
     int splits = 1;  // the most that a row needs
     for (int row = 0; row < b.rows; ++row)
         if (const int64_t first = mixing.first[row], end = mixing.first[row + 1]; end > first)
-            splits = std::max(splits, Parts(mixing.seen[first], mixing.seen[end - 1], l.window, l.kv_heads).num);
+            splits = std::max(splits, Parts(mixing.seen[first], mixing.seen[end - 1], l.window).num);
     const Packed* x = &prepared<A>(l.queries, l.mixer_norm, from, kept);
     product<A>(l.queries, *x, num, queries, &l.keys);
     const auto writer = [&](int n) { return mixing.writers[n]; };
@@ -154,7 +154,7 @@ void mixer(const Task& task, const Batch& b, const A* from, A* to, const Tokens&
         const int64_t own = mixing.first[row], tokens = mixing.first[row + 1] - own;
         if (!tokens) continue;
         const int64_t* seen = &mixing.seen[own];
-        const Parts own_parts(seen[0], seen[tokens - 1], l.window, l.kv_heads);
+        const Parts own_parts(seen[0], seen[tokens - 1], l.window);
         const int64_t begin = own_parts.begin(split), end = own_parts.end(split), all = own_parts.all;
         const A* slot = static_cast<const A*>(task.cache) + b.sequences[row] * slot_stride;
         const int64_t query = own * l.heads + h * tokens * group;
