@@ -109,7 +109,7 @@ def test_drafts_end_where_kernels_cut_attention_into_other_parts() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
 def test_bits_do_not_depend_on_the_number_of_threads(weights: str) -> None:
-    """It changes with the load of the machine. Prompts, steps and verifications of one part of attention and of several."""
+    """It changes with the load of the machine. Prompts, steps and verifications, of one part of attention and more."""
     model = tiny_llama(max_position_embeddings=700).to(torch.float32 if weights == "float32" else torch.bfloat16)
     engine, threads = FastEngine(anydepth.attach(model, []).eval(), weights), torch.get_num_threads()
 
