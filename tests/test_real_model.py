@@ -99,8 +99,8 @@ def test_int4_costs_as_good_as_nothing_where_the_weights_are_4_bit() -> None:
     adapted = anydepth.attach(model, [])
     if why_not(torch.bfloat16, adapted.device):
         pytest.skip("int4 needs the compiled kernels")
-    windows = load_windows("embedded:valid", tokenizer, 512, max_windows=4)
-    found = evaluate(HFEngine(adapted), windows, engine=anydepth.FastEngine(adapted, "int4"))
+    windows = load_windows("embedded:valid", tokenizer, 512, max_windows=12)
+    found = evaluate(anydepth.FastEngine(adapted, "int4"), windows)
     assert found["perplexity"] == pytest.approx(found["full_depth"]["perplexity"], rel=5e-3)
 
 
