@@ -21,7 +21,7 @@ CLOSE = 0.97
 FEW = 2
 """Entrants of which none is dropped for its speed."""
 ROUNDS, MOST_ROUNDS = 4, 12
-"""Rounds of a race, each with one batch of a shape more than the one before; and with those that make speeds known."""
+"""Rounds in which a race halves, each with one batch of a shape more than the one before; and rounds at most."""
 KNOWN = 0.1
 """Half of the interval of a speed-up, relative to it, at which it is known, if it also shows a difference."""
 
@@ -111,7 +111,12 @@ class Entrant:
         """Bounds of the speed-up; None where a shape was run once: ratios of one run each would not spread."""
         if not all(len(own) > 1 for own in self.ratios.values()):
             return None
-        return ratio_interval([ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own])
+        return ratio_interval(self.scaled_ratios)
+
+    @property
+    def scaled_ratios(self) -> list[float]:
+        """Ratios of all shapes, scaled so that the median of each shape is the speed-up."""
+        return [ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own]
 
     @property
     def error(self) -> float:
@@ -123,6 +128,7 @@ class Entrant:
 
     @property
     def is_known(self) -> bool:
+        """Whether the speed-up needs no more runs: its interval is narrow and shows a difference."""
         return self.error < KNOWN and not is_noise(self.interval)
 
     def run(self, batch: Batch, new_tokens: int) -> Timing:
@@ -135,8 +141,7 @@ class Entrant:
 
     def fields(self, reference: Entrant) -> dict[str, Any]:
         """Return the fields of a document; tokens per second are those of the reference times the speed-up."""
-        ratios = [ratio / median(own) * self.speedup for own in self.ratios.values() for ratio in own]
-        interval = self.interval
+        ratios, interval = self.scaled_ratios, self.interval
         return {
             "label": self.setting.label,
             "setting": self.setting.to_json(),
@@ -235,7 +240,7 @@ class Race:
         best = ranked[0].speedup if ranked else 1.0
         lossless = next((one for one in ranked if one.setting.drafts_for(self.reference.setting)), None)
         for place, entrant in enumerate(ranked):
-            if entrant is lossless:  # what the same text costs is known as well as the fastest
+            if entrant is lossless:  # its speed is to be known as well as that of the fastest
                 continue
             if place >= max(math.ceil(len(ranked) / 2), FEW) and entrant.speedup < CLOSE * best:
                 entrant.dropped = f"{entrant.speedup:.2f}× after {entrant.num_runs} prompts, {best:.2f}× the best"
